@@ -1,0 +1,416 @@
+"""CRATE for causal language modelling, whole in this file: configuration, model, language model.
+
+Source: Bai & Ma, "Improving Neuron-level Interpretability with White-box Language Models"
+(arXiv 2410.16443), after Yu et al., "White-Box Transformers via Sparse Rate Reduction"
+(arXiv 2306.01129). The file imports torch and transformers only, so that a saved model can carry it.
+
+    Z_0       = token embedding + position embedding
+    Z_{l+1/2} = Z_l + MSSA(LN(Z_l))             compression towards K subspaces, residual
+    Z_{l+1}   = ISTA(LN(Z_{l+1/2}))             sparse coding in a dictionary, no residual
+    logits    = LN(Z_L) E^T                     head tied to the token embedding
+
+Shape legend: B batch, T position, S cached and new positions, D width, K heads (subspaces),
+P = D/K width of a head, H = expansion * D neurons of a layer, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+
+class CrateConfig(PreTrainedConfig):
+    """Shape and sparse-coding constants of a CRATE language model.
+
+    Raises `ValueError` for a width that the heads do not divide, or a constant out of its range.
+    """
+
+    model_type = "crate"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a list)
+
+    vocab_size: int = 50304
+    max_position_embeddings: int = 1024
+    """longest sequence, in tokens"""
+    hidden_size: int = 768
+    """D"""
+    num_hidden_layers: int = 12
+    """L"""
+    num_attention_heads: int = 12
+    """K"""
+    expansion: int = 4
+    """H / D: how overcomplete the dictionary is"""
+    ista_steps: int = 2
+    """unrolled steps of sparse coding; the paper takes 2"""
+    step_size: float = 0.1
+    """eta of the proximal gradient step"""
+    threshold: float = 0.1
+    """lambda, weight of the l1 norm; eta * lambda is taken off each step"""
+    ista_residual: bool = False
+    """add the block's input to its output (CRATE-alpha; the paper: no)"""
+    decoupled_dictionary: bool = False
+    """reconstruct with a second dictionary (CRATE-alpha; the paper: no)"""
+    dropout: float = 0.0
+    """probability, on the embedding, the attention weights and the attention output"""
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    """standard deviation of linear and embedding weights at the start"""
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of"
+                f" num_attention_heads {self.num_attention_heads}: change one of them"
+            )
+        for name in ("vocab_size", "num_hidden_layers", "expansion", "ista_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, 1 or more was expected")
+        if self.step_size <= 0 or self.threshold < 0:
+            raise ValueError(
+                f"step_size {self.step_size} must be above 0 and threshold {self.threshold} at least 0"
+            )
+
+    @property
+    def num_neurons(self) -> int:
+        """H, neurons of one layer."""
+        return self.expansion * self.hidden_size
+
+
+class SharedProjectionLayer(DynamicLayer):
+    """Cache of one layer that holds a single tensor [B, K, S, P]: in MSSA the keys are the values."""
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        return self.keys
+
+    @values.setter
+    def values(self, _: torch.Tensor | None) -> None:
+        """Whatever the base class does to its values, it has done to the keys."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends key_states [B, K, T, P]; returns all of them [B, K, S, P], twice."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        return self.keys, self.keys
+
+
+class CrateCache(Cache):
+    """Key/value cache for `generate`, half the bytes of GPT-2's at the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=SharedProjectionLayer)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, for `attn_implementation="eager"`: returns [B, T, K, P] and weights [B, K, T, S]."""
+    scores = query @ key.transpose(-1, -2) * scaling  # [B, K, T, S]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class Mssa(nn.Module):
+    """Multi-head subspace self-attention: one projection is query, key and value (paper, section 2)."""
+
+    def __init__(self, config: CrateConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads  # P
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.subspace = nn.Identity()
+        """site: subspace codes U^T x [B, T, D], head after head"""
+        self.heads = nn.Identity()
+        """site: outputs of the heads [B, T, D], before the output map"""
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        codes = self.subspace(self.projection(x))  # [B, T, D]
+        query = codes.view(*codes.shape[:-1], -1, self.head_dim).transpose(1, 2)  # [B, K, T, P]
+        key = value = query
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, P]
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, attend
+        )
+        dropout = self.config.dropout
+        heads, weights = interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=dropout if self.training else 0.0,
+            **kwargs,
+        )  # [B, T, K, P]
+        heads = self.heads(heads.reshape(x.shape))  # [B, T, D]
+        return F.dropout(self.output(heads), dropout, self.training), weights
+
+
+class Ista(nn.Module):
+    """Non-negative sparse coding by unrolled proximal gradient steps (paper, section 2).
+
+        A_0 = 0;  A_{k+1} = ReLU(A_k + eta D^T (x - D A_k) - eta lambda);  out = D A_steps
+
+    Written with 2 * steps products with D (four at the paper's two steps): the first residual is x
+    itself, and each later one is formed in the narrow space before it meets D^T.
+    """
+
+    def __init__(self, config: CrateConfig):
+        super().__init__()
+        self.steps, self.step_size = config.ista_steps, config.step_size
+        self.threshold = config.threshold
+        shape = (config.num_neurons, config.hidden_size)
+        self.dictionary = nn.Parameter(torch.empty(shape))
+        """D^T [H, D]: row i is the atom of neuron i"""
+        self.decoder = nn.Parameter(torch.empty(shape)) if config.decoupled_dictionary else None
+        """second dictionary [H, D], starts as a copy of the first"""
+        self.code = nn.Identity()
+        """site: the neurons, A_steps [B, T, H], at least 0"""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Sparse code [..., H] of x [..., D]."""
+        atoms, eta = self.dictionary, self.step_size
+        shift = (
+            -eta * self.threshold * x.new_ones(len(atoms))
+        )  # [H], as bias: added inside the product
+        code = F.relu(F.linear(eta * x, atoms, shift))
+        for _ in range(self.steps - 1):
+            residual = x - code @ atoms  # [..., D]
+            code = F.relu(code + F.linear(eta * residual, atoms, shift))
+        return code
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]"""
+        return self.code(self.encode(x)) @ (
+            self.dictionary if self.decoder is None else self.decoder
+        )
+
+
+class CrateBlock(GradientCheckpointingLayer):
+    """One compression step and one sparse-coding step: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: CrateConfig, layer_idx: int):
+        super().__init__()
+        self.residual = config.ista_residual
+        self.norm_mssa = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mssa = Mssa(config, layer_idx)
+        self.norm_ista = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ista = Ista(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        compressed, _ = self.mssa(
+            self.norm_mssa(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + compressed
+        sparse = self.ista(self.norm_ista(hidden_states))
+        return hidden_states + sparse if self.residual else sparse
+
+
+class CratePreTrainedModel(PreTrainedModel):
+    """Initialisation and what transformers may do with the model."""
+
+    config: CrateConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CrateBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": CrateBlock,
+        "attentions": OutputRecorder(Mssa, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, 0.02); the attention output map N(0, 0.02 / sqrt(2L)); D uniform in +-sqrt(6/D)."""
+        super()._init_weights(module)
+        if isinstance(module, Ista):
+            bound = (6 / module.dictionary.shape[1]) ** 0.5
+            init.uniform_(module.dictionary, -bound, bound)
+            if module.decoder is not None:
+                init.copy_(module.decoder, module.dictionary)
+        if isinstance(module, Mssa):
+            depth = 2 * self.config.num_hidden_layers
+            init.normal_(
+                module.output.weight, mean=0.0, std=self.config.initializer_range / depth**0.5
+            )
+
+
+class CrateModel(CratePreTrainedModel):
+    """Embeddings and blocks: token ids [B, T] -> normalised hidden states [B, T, D]."""
+
+    def __init__(self, config: CrateConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(CrateBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, exactly one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
+        assert inputs_embeds is not None
+        if use_cache and past_key_values is None:
+            past_key_values = CrateCache()
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (
+                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
+            )
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds + self.embed_positions(position_ids)
+        hidden_states = F.dropout(hidden_states, self.config.dropout, self.training)
+        for block in self.layers:
+            hidden_states = block(
+                hidden_states, attention_mask=mask, past_key_values=past_key_values, **kwargs
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
+    """CRATE with the language-model head, tied to the token embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: CrateConfig):
+        super().__init__(config)
+        self.model = CrateModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] (the last `logits_to_keep` positions where above 0).
+
+        With `labels` [B, T] also the mean cross-entropy in nats a token; labels are shifted inside,
+        -100 is left out.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Where `generate` would take its plain default cache, take ours."""
+        given = model_kwargs.get("past_key_values")
+        done = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        made = model_kwargs.get("past_key_values")
+        plain = generation_config.cache_implementation in (None, "dynamic")
+        if given is None and plain and type(made) is DynamicCache:
+            model_kwargs["past_key_values"] = CrateCache()
+        return done

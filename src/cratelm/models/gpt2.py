@@ -1,0 +1,56 @@
+"""The baseline: transformers' own GPT-2 with ReLU and without biases, the twin of a CRATE model.
+
+Biases exist in that class, so they are set to 0 and frozen: every tool that reads GPT-2 reads the
+twin, and the mathematics is that of a GPT-2 without them (arXiv 2410.16443, section 4).
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+def gpt2_config(
+    *,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    vocab_size: int,
+    max_position_embeddings: int,
+    dropout: float = 0.0,
+    zero_biases: bool = True,
+    **others: Any,
+) -> GPT2Config:
+    """GPT-2 configuration in the names that CRATE's uses; `others` are fields of `GPT2Config`."""
+    return GPT2Config(
+        n_embd=hidden_size,
+        n_layer=num_hidden_layers,
+        n_head=num_attention_heads,
+        vocab_size=vocab_size,
+        n_positions=max_position_embeddings,
+        **{
+            "activation_function": "relu",
+            "resid_pdrop": dropout,
+            "embd_pdrop": dropout,
+            "attn_pdrop": dropout,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "zero_biases": zero_biases,
+            **others,
+        },
+    )
+
+
+def freeze_biases(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Sets every bias, LayerNorm's too, to 0 and stops it from training."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+            parameter.requires_grad_(False)
+    return model
+
+
+def build_gpt2(config: GPT2Config) -> GPT2LMHeadModel:
+    """A GPT-2 with fresh weights; without biases where the configuration says `zero_biases`."""
+    model = GPT2LMHeadModel(config)
+    return freeze_biases(model) if getattr(config, "zero_biases", False) else model

@@ -1,0 +1,146 @@
+"""Models by name: the sizes of the paper (arXiv 2410.16443, table 1) for CRATE and its GPT-2 twin."""
+
+import contextlib
+import difflib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import logging as transformers_logging
+from transformers.modeling_utils import PreTrainedModel
+
+from cratelm.errors import InputError
+from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
+from cratelm.models.gpt2 import build_gpt2, freeze_biases, gpt2_config
+
+AutoConfig.register("crate", CrateConfig, exist_ok=True)
+AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width D, heads K, layers L; H = 4D neurons a layer."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+
+
+_SIZES = {
+    "1l": Size(128, 4, 1),
+    "2l": Size(128, 4, 2),
+    "3l": Size(128, 4, 3),
+    "6l": Size(768, 12, 6),
+    "12l": Size(768, 12, 12),
+}
+SIZES: dict[str, Size] = {
+    f"{family}-{name}": size for family in ("crate", "gpt2") for name, size in _SIZES.items()
+}
+
+
+def build(
+    name: str,
+    *,
+    vocab_size: int = 50304,
+    max_position_embeddings: int = 1024,
+    seed: int = 0,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A model with fresh weights, by the name of its size (`crate-2l`, `gpt2-12l`, ...).
+
+    `overrides` are fields of `CrateConfig` or of `GPT2Config` (for both families also `hidden_size`,
+    `num_hidden_layers`, `num_attention_heads`, `dropout`). The same seed gives the same weights;
+    the global random state is left as it was. Raises `InputError` for an unknown name or field.
+    """
+    config = config_of(
+        name,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        **overrides,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(config, CrateConfig):
+            return CrateForCausalLM(config)
+        return build_gpt2(config)
+
+
+def config_of(name: str, **fields: Any) -> CrateConfig | GPT2Config:
+    """Configuration of a size by name, `fields` replacing its values."""
+    if name not in SIZES:
+        near = difflib.get_close_matches(name, SIZES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"no size is called {name!r}{hint}: choose from {', '.join(SIZES)}")
+    shape = {**vars(SIZES[name]), **fields}
+    is_crate = name.startswith("crate")
+    _check_fields(shape, CrateConfig if is_crate else GPT2Config, () if is_crate else _GPT2_NAMES)
+    try:
+        return CrateConfig(**shape) if is_crate else gpt2_config(**shape)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name} cannot be built: {_one_line(error)}") from None
+
+
+_GPT2_NAMES = tuple(inspect.signature(gpt2_config).parameters)
+
+
+def _check_fields(fields: dict[str, Any], config: type, more: tuple[str, ...]) -> None:
+    known = set(inspect.signature(config).parameters) | set(more)
+    for field in fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise InputError(f"{config.__name__} has no field {field!r}{hint}")
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A saved model, ours or any causal language model of Hugging Face, in evaluation mode.
+
+    `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError` where
+    nothing can be loaded from it.
+    """
+    with _quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(
+                f"no model can be loaded from {path} ({_one_line(error)}):"
+                " name a folder written by `cratelm train` or a Hub id"
+            ) from None
+    if isinstance(model, GPT2LMHeadModel) and getattr(model.config, "zero_biases", False):
+        freeze_biases(model)
+    return model.eval()
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Trainable parameters, tied ones once, position embedding left out (as the paper counts)."""
+    left_out = {id(p) for p in position_parameters(model)}
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in left_out)
+
+
+def position_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Weights of learned position embeddings, empty where the model has none of CRATE's or GPT-2's."""
+    base = model.base_model
+    if isinstance(base, CrateModel):
+        return [base.embed_positions.weight]
+    wpe = getattr(base, "wpe", None)
+    return [wpe.weight] if wpe is not None else []
+
+
+def _one_line(error: BaseException, limit: int = 200) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bar of the weights: they are small, and the verbs have their own."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,208 @@
+"""Records that pass between the rooms: frozen, documented, and nothing else passes.
+
+Shape legend: n tokens of an excerpt, N tokens of a corpus split, H neurons of a layer.
+Units: an *activation* is the raw value of a neuron at one token; a *level* is the integer 0..10
+that a language model is shown (`cratelm.score.metrics.levels`).
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+
+Split = Literal["train", "fit", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "fit", "held_out")
+"""`train` trains the model, `fit` explains its neurons, `held_out` scores the explanations.
+A document belongs to exactly one, by the hash of its text."""
+
+ExcerptKind = Literal["top", "random", "openai_bin", "anthropic_bin", "out_of_context"]
+EXCERPT_KINDS: tuple[ExcerptKind, ...] = (
+    "top",
+    "random",
+    "openai_bin",
+    "anthropic_bin",
+    "out_of_context",
+)
+
+Metric = Literal["top_and_random", "random_only", "anthropic"]
+METRICS: tuple[Metric, ...] = ("top_and_random", "random_only", "anthropic")
+
+
+@dataclass(frozen=True, order=True)
+class NeuronId:
+    """Which neuron: coordinate `index` of site `site` in layer `layer` (both from 0) of `model`."""
+
+    model: str
+    """name of the model in its run, such as `crate-2l`"""
+    site: str
+    """where in the layer the neuron lives: `ista`, `mssa`, `mlp` or a module path"""
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.model}/{self.site}.{self.layer}.{self.index}"
+
+
+@dataclass(frozen=True, eq=False)
+class Excerpt:
+    """A stretch of one document, inside one sequence, with one neuron's activation at each token."""
+
+    kind: ExcerptKind
+    rank: int
+    """place among its kind (and bin): for `top` 0 is the strongest; for the others the order of drawing"""
+    bin: int
+    """which bin it was drawn from, -1 where the kind has none"""
+    token_ids: IntArray
+    """[n]"""
+    activations: FloatArray
+    """[n], raw activations"""
+    peak: int
+    """offset in the excerpt of the token that it was chosen for"""
+    document: int
+    """ordinal of the document in the run's shards (`tokens/documents.parquet`)"""
+    position: int
+    """position in the split of the token that it was chosen for, in tokens"""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def narrowed(self, before: int, after: int) -> "Excerpt":
+        """The part from `before` tokens before the peak to `after` tokens from it (the peak counted)."""
+        start, stop = max(0, self.peak - before), min(len(self), self.peak + after)
+        return Excerpt(
+            kind=self.kind,
+            rank=self.rank,
+            bin=self.bin,
+            token_ids=self.token_ids[start:stop],
+            activations=self.activations[start:stop],
+            peak=self.peak - start,
+            document=self.document,
+            position=self.position,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronSummary:
+    """What one neuron did over all tokens of a split."""
+
+    neuron: NeuronId
+    n_tokens: int
+    """tokens that were searched"""
+    mean: float
+    variance: float
+    """population variance, raw activation squared"""
+    skew: float
+    """standardised third moment; NaN where the variance is 0"""
+    kurtosis: float
+    """standardised fourth moment (3 for a normal distribution); NaN where the variance is 0"""
+    firing_rate: float
+    """fraction of tokens with an activation above 0"""
+    maximum: float
+    histogram: NDArray[np.int64]
+    """[64] counts over equal bins between `histogram_low` and `histogram_high`; the outer bins take what lies beyond"""
+    histogram_low: float
+    histogram_high: float
+    openai_edges: FloatArray
+    """[6] raw activations at the quantiles 0, .5, .9, .99, .999, 1 of a pilot sample"""
+    anthropic_edges: FloatArray
+    """[13] edges of 12 equal bins of the activation range of a pilot sample"""
+
+    @property
+    def dead(self) -> bool:
+        """True where the neuron was never above 0 on the tokens searched."""
+        return self.maximum <= 0
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronRecord:
+    """One neuron as harvested from one split: its statistics and its excerpts."""
+
+    summary: NeuronSummary
+    excerpts: tuple[Excerpt, ...]
+    """sorted by kind, bin and rank"""
+
+    @property
+    def neuron(self) -> NeuronId:
+        return self.summary.neuron
+
+    def of_kind(self, kind: ExcerptKind) -> tuple[Excerpt, ...]:
+        return tuple(e for e in self.excerpts if e.kind == kind)
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What an explainer says of a neuron, readable by people and by the simulator of the same name."""
+
+    neuron: NeuronId
+    explainer: str
+    """`lookup`, `trie`, ..."""
+    text: str
+    """a short phrase for people"""
+    payload: dict[str, object]
+    """what the simulator needs and nothing else: JSON, so it can be read, kept and shared"""
+    documents: tuple[int, ...]
+    """ordinals of the documents that the explainer saw, for the leakage audit"""
+
+
+class Status(StrEnum):
+    """Why a score has a value or has none. The four never mix, and each is counted."""
+
+    DEFINED = "defined"
+    UNDEFINED = "undefined"
+    """the correlation does not exist: the truth or the simulation is constant"""
+    DEAD = "dead"
+    """the neuron never fired on the split, so that there is nothing to explain or to score"""
+    FAILED = "failed"
+    """the explainer or the simulator did not answer"""
+
+
+@dataclass(frozen=True)
+class Undefined:
+    """A number that does not exist, with the reason in words."""
+
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """Activations predicted from an explanation for one excerpt."""
+
+    excerpt: Excerpt
+    values: NDArray[np.float64]
+    """[n], in the simulator's own unit (correlation does not depend on it)"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well an explanation predicts a neuron on held-out excerpts."""
+
+    value: float | None
+    """Pearson correlation pooled over all tokens, -1..1; None where there is none"""
+    status: Status = Status.DEFINED
+    reason: str = ""
+    """why there is no value, in words; empty where there is one"""
+    r2: float | None = None
+    """1 - squared error / variance, after the simulation is brought to the mean and spread of the truth"""
+    absolute_deviation: float | None = None
+    """1 - mean |error| / mean |truth - mean|, after the same calibration"""
+    n_tokens: int = 0
+    n_records: int = 0
+
+
+@dataclass(frozen=True)
+class NeuronScore:
+    """A score with all that names it."""
+
+    neuron: NeuronId
+    explainer: str
+    metric: Metric
+    control: Literal["none", "shuffled", "constant"]
+    """`none`: the neuron's own explanation; else which null control"""
+    score: Score
+    documents: tuple[int, ...] = field(default=())
+    """ordinals of the documents of the excerpts scored, for the leakage audit"""
