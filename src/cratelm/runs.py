@@ -114,7 +114,8 @@ class Stage:
             raise InputError(
                 f"model name {name!r} cannot name a folder: use letters, digits, '-', '_' or '.'"
             )
-        self.run, self.stage, self.name = run, stage, name
+        self.run, self.name = run, name
+        self.stage: StageName = stage
         self.path = run.path / stage / name if name else run.path / stage
 
     @property
@@ -186,7 +187,7 @@ class Stage:
         outputs = {
             str(p.relative_to(draft.path)): hash_file(p)
             for p in sorted(draft.path.rglob("*"))
-            if p.is_file() and not any(part in draft.unhashed for part in p.parts)
+            if p.is_file() and draft.unhashed.isdisjoint(p.relative_to(draft.path).parts)
         }
         identity = hash_json({**plan, "outputs": outputs})
         record = Completion(

@@ -170,7 +170,7 @@ class Mssa(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, P]
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, attend
+            self.config._attn_implementation or "eager", attend
         )
         dropout = self.config.dropout
         heads, weights = interface(
@@ -311,9 +311,9 @@ class CrateModel(CratePreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -364,12 +364,12 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -406,7 +406,7 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
     ) -> Any:
         """Where `generate` would take its plain default cache, take ours."""
         given = model_kwargs.get("past_key_values")
-        done = super()._prepare_cache_for_generation(
+        done = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
         made = model_kwargs.get("past_key_values")

@@ -120,7 +120,7 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in left_out)
 
 
-def position_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def position_parameters(model: PreTrainedModel) -> list[torch.Tensor]:
     """Weights of learned position embeddings, empty where the model has none of CRATE's or GPT-2's."""
     base = model.base_model
     if isinstance(base, CrateModel):
