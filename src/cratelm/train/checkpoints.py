@@ -1,0 +1,76 @@
+"""Checkpoints that a kill at any moment leaves usable.
+
+A checkpoint is written under a temporary name and renamed when it is whole; the last two are kept.
+The data feed needs nothing but the step, so model, optimizers and random states are the whole state.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from cratelm.runs import Draft, Stage
+
+FOLDER = "checkpoints"
+KEPT = 2
+
+
+@contextlib.contextmanager
+def shared_draft(
+    accelerator: Accelerator, stage: Stage, identity: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Iterator[Draft]:
+    """The stage's draft: the main process opens and finishes it, the others learn its path."""
+    if accelerator.is_main_process:
+        with stage.write(identity, inputs, resume=True) as draft:
+            draft.scratch.add(FOLDER)
+            broadcast_object_list([str(draft.path)])
+            yield draft
+    else:
+        (path,) = broadcast_object_list([""])
+        yield Draft(Path(path), fresh=False)
+    accelerator.wait_for_everyone()
+
+
+def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
+    """Writes the state after `step` steps, then drops the oldest checkpoints."""
+    folder = draft.path / FOLDER
+    partial = folder / "partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # Left by an attempt that was killed after the rename: the same state.
+        shutil.rmtree(folder / f"step-{step:09d}", ignore_errors=True)
+        partial.rename(folder / f"step-{step:09d}")
+        for old in found(draft)[:-KEPT]:
+            shutil.rmtree(old)
+
+
+def restore(accelerator: Accelerator, draft: Draft) -> int:
+    """Loads the last whole checkpoint; the number of steps it had taken, 0 where there is none."""
+    checkpoints = found(draft)
+    if not checkpoints:
+        return 0
+    accelerator.load_state(str(checkpoints[-1]))
+    return int(checkpoints[-1].name.removeprefix("step-"))
+
+
+def found(draft: Draft) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted((draft.path / FOLDER).glob("step-*"))
+
+
+def save_model(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
+    """`save_pretrained` of the bare model, its weights gathered from all ranks."""
+    state = accelerator.get_state_dict(model)
+    bare: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if accelerator.is_main_process:
+        bare.save_pretrained(folder, state_dict=state)

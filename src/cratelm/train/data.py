@@ -1,0 +1,100 @@
+"""Which sequences a step reads: a pure function of the step, the seed and the corpus.
+
+Nothing is kept between steps, so that resuming needs no state of a loader, and two models trained
+with one seed see the same tokens in the same order, whatever they are.
+
+Shape legend: B sequences a step over all ranks, b of one micro-batch, T tokens of a sequence.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cratelm.errors import InputError
+from cratelm.tokens.shards import TokenSplit
+
+
+class Feed:
+    """Reads the share of one rank of each step's batch from memory-mapped shards.
+
+    An epoch is a permutation of all sequences of the split (8 bytes a sequence in memory: 0.8 GB for
+    100B tokens at T = 1,024); batches run across the border of epochs, so every sequence is read
+    once before any is read again. Raises `InputError` where the split holds no whole sequence, or
+    where the ranks cannot share the batch evenly.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rank: int = 0,
+        n_ranks: int = 1,
+    ):
+        self.split, self.batch_size, self.sequence_length = split, batch_size, sequence_length
+        self.seed, self.rank, self.n_ranks = seed, rank, n_ranks
+        self.n_sequences = split.n_sequences(sequence_length)
+        if self.n_sequences == 0:
+            raise InputError(
+                f"the train split has {split.n_tokens} tokens, {sequence_length + 1} were expected"
+                " at least: give more text, or a lower --sequence-length"
+            )
+        share, rest = divmod(batch_size, n_ranks)
+        micro = min(micro_batch_size, share)
+        if rest or share % micro:
+            raise InputError(
+                f"--batch-size {batch_size} cannot be shared by {n_ranks} processes in micro-batches"
+                f" of {micro_batch_size} sequences: choose a multiple of {n_ranks * micro_batch_size}"
+            )
+        self.n_micro = share // micro
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Sequences of the whole batch of `step` (from 0), [B], the same on every rank."""
+        places = step * self.batch_size + np.arange(self.batch_size)
+        epochs, offsets = np.divmod(places, self.n_sequences)
+        found = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            found[here] = self._permutation(int(epoch))[offsets[here]]
+        return found
+
+    def micro_batches(
+        self, step: int, device: torch.device
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's inputs [b, T] and next-token targets [b, T] of `step`, one micro-batch at a time.
+
+        Reading is a copy out of the page cache and a GPU works asynchronously, so that no loader
+        process would gain anything.
+        """
+        shares = self.indices(step).reshape(self.n_micro, self.n_ranks, -1)
+        for micro in shares[:, self.rank]:
+            yield read_batch(self.split, micro, self.sequence_length, device)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._epoch, self._order = epoch, generator.permutation(self.n_sequences)
+        return self._order
+
+
+def read_batch(
+    split: TokenSplit, indices: NDArray[np.int64], sequence_length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, [b, T] each, of the sequences `indices` [b]."""
+    rows = np.stack([split.sequence(int(i), sequence_length) for i in indices])  # [b, T + 1]
+    tokens = torch.from_numpy(rows)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def spread(n: int, count: int) -> NDArray[np.int64]:
+    """`count` (or all) of the numbers 0..n-1, evenly spread: [min(n, count)]."""
+    return np.linspace(0, n - 1, min(n, count)).astype(np.int64)

@@ -1,0 +1,119 @@
+"""Curves of a training run: JSON lines that two equal runs share to the byte, and views of them.
+
+metrics.jsonl   step, tokens, loss, learning_rate, gradient_norm; validation_loss and its error
+timing.jsonl    tokens a second (differs from run to run: no part of the stage's identity)
+tensorboard/    both
+loss.png        loss over tokens
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from cratelm.errors import InputError
+from cratelm.runs import atomic_path
+
+METRICS, TIMING, TENSORBOARD, FIGURE = "metrics.jsonl", "timing.jsonl", "tensorboard", "loss.png"
+UNHASHED = (TIMING, TENSORBOARD)
+
+
+class Log:
+    """Writes one step's figures at a time; without a folder (ranks other than the first) nothing.
+
+    Lines after `step`, written by an attempt that was killed, are dropped: they will come again.
+    """
+
+    def __init__(
+        self, folder: Path | None, step: int, *, tensorboard: bool, wandb_name: str | None
+    ):
+        self.folder, self._writer, self._wandb = folder, None, None
+        self._before, self._tokens_before = time.monotonic(), None
+        if folder is None:
+            return
+        for name in (METRICS, TIMING):
+            _truncate(folder / name, step)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+        if wandb_name:
+            self._wandb = _wandb().init(project="cratelm", name=wandb_name, dir=str(folder))
+
+    def write(self, step: int, tokens: int, **figures: float) -> None:
+        """Figures after `step` steps and `tokens` tokens."""
+        self._line(METRICS, {"step": step, "tokens": tokens, **figures})
+        self._show(step, figures)
+
+    def time(self, step: int, tokens: int) -> None:
+        """Tokens a second since the last call."""
+        now = time.monotonic()
+        if self._tokens_before is not None:
+            speed = round((tokens - self._tokens_before) / max(now - self._before, 1e-9), 1)
+            self._line(TIMING, {"step": step, "tokens_per_s": speed})
+            self._show(step, {"tokens_per_s": speed})
+        self._before, self._tokens_before = now, tokens
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _line(self, name: str, value: dict[str, Any]) -> None:
+        if self.folder is not None:
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(value) + "\n")
+
+    def _show(self, step: int, figures: dict[str, float]) -> None:
+        if self._writer:
+            for key, value in figures.items():
+                self._writer.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(figures, step=step)
+
+
+def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Lines of a curve file, in order of steps; a last line that was cut by a kill is left out."""
+    path = folder / name
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def last(metrics: list[dict[str, Any]], key: str) -> float | None:
+    """The last value of `key`, None where no line has it."""
+    return next((line[key] for line in reversed(metrics) if key in line), None)
+
+
+def draw(folder: Path, title: str) -> None:
+    """`loss.png`: training and validation loss over tokens."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    metrics = read_metrics(folder)
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for key, style in (
+        ("loss", {"color": "0.6", "linewidth": 0.8, "label": "train"}),
+        ("validation_loss", {"color": "C0", "marker": "o", "markersize": 3, "label": "held out"}),
+    ):
+        points = [(line["tokens"], line[key]) for line in metrics if key in line]
+        axes.plot(*zip(*points, strict=True), **style) if points else None
+    axes.set(xlabel="tokens", ylabel="loss, nats a token", title=title)
+    axes.legend(frameon=False)
+    figure.savefig(folder / FIGURE)
+
+
+def _truncate(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _wandb() -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            "--wandb needs the package wandb: type `pip install 'cratelm[wandb]'`, or leave it out"
+        ) from None
+    return wandb
