@@ -27,10 +27,10 @@ from cratelm.models import build
 from cratelm.models.crate import CrateConfig, Ista
 from cratelm.runs import Draft
 from cratelm.train.config import TrainConfig
-from cratelm.train.log import read_metrics
-from cratelm.train.losses import Validation, next_token_loss
-from cratelm.train.loop import Session, _accelerator, _take_steps
 from cratelm.train.data import Feed
+from cratelm.train.log import read_metrics
+from cratelm.train.loop import Session, _accelerator, _take_steps
+from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import block_matrices, make_optimizers, set_learning_rate
 
 RATE = 1e-4
@@ -38,13 +38,12 @@ GIB = 2**30
 
 
 class PlainIsta(Ista):
-    """The recurrence as it is written on paper: A_0 = 0 goes through the products as well."""
+    """The recurrence multiplied out: D^T x - D^T (D A), five products at two steps, D A_2 among them."""
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Sparse code [..., H] of x [..., D]: D^T x once, then D A_k and D^T (D A_k) for each step ..."""
+        """Sparse code [..., H] of x [..., D]: D^T x in each step, and from the second on D^T (D A)."""
         atoms, eta, shift = self.dictionary, self.step_size, self.step_size * self.threshold
-        first = F.linear(x, atoms)  # D^T x
-        code = F.relu(eta * first - shift)
+        code = F.relu(eta * F.linear(x, atoms) - shift)
         for _ in range(self.steps - 1):
             back = F.linear(code @ atoms, atoms)  # D^T (D A)
             code = F.relu(code + eta * (F.linear(x, atoms) - back) - shift)
@@ -95,12 +94,13 @@ def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callabl
     """Forward, backward, clip and update, and nothing else."""
     device = torch.device(options.device)
     with mock.patch("cratelm.models.crate.Ista", PlainIsta) if plain else contextlib.nullcontext():
-        model = build(
-            name, vocab_size=options.vocab, max_position_embeddings=options.length
-        ).to(device)
+        model = build(name, vocab_size=options.vocab, max_position_embeddings=options.length)
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
     optimizers = make_optimizers(model, options.optimizer, 0.1)
     set_learning_rate(optimizers, RATE)
-    forward = torch.compile(model) if options.compile else model
+    forward = NextTokenLoss(model)
+    if options.compile:
+        forward.compile()
     shape = (options.batch, options.length + 1)
     tokens = torch.randint(options.vocab, shape, device=device)
 
@@ -109,7 +109,7 @@ def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callabl
         start = time.perf_counter()
         for _ in range(count):
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-                loss = next_token_loss(forward, tokens[:, :-1], tokens[:, 1:])
+                loss = forward(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -164,7 +164,7 @@ def _session(name: str, config: TrainConfig, options: argparse.Namespace) -> Ses
     validation = Validation(split, numbers, accelerator)  # pyright: ignore[reportArgumentType]
     bare = build(name, vocab_size=options.vocab, max_position_embeddings=options.length)
     optimizers = make_optimizers(bare, options.optimizer, 0.1)
-    model, *optimizers = accelerator.prepare(bare, *optimizers)
+    model, *optimizers = accelerator.prepare(NextTokenLoss(bare), *optimizers)
     return Session(accelerator, model, optimizers, feed, validation, 0)
 
 
@@ -205,7 +205,9 @@ def _pairs(names: list[str]) -> list[tuple[str, str]]:
     """What is compared: plain and loop with the model itself, CRATE with its twin."""
     found = [(name, name.split()[0]) for name in names if " " in name]
     crates = [n for n in names if n.startswith("crate") and " " not in n]
-    return found + [(n, n.replace("crate", "gpt2")) for n in crates if n.replace("crate", "gpt2") in names]
+    return found + [
+        (n, n.replace("crate", "gpt2")) for n in crates if n.replace("crate", "gpt2") in names
+    ]
 
 
 def _wait(device: torch.device) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from cratelm.errors import InputError
@@ -24,7 +25,6 @@ from cratelm.evaluate.config import EvaluateConfig
 from cratelm.models import load
 from cratelm.runs import Run, write_json
 from cratelm.tokens.shards import TokenSplit, TokenStore
-from cratelm.train.losses import token_losses
 
 NO_LIMIT = 1024
 """sequence length, in tokens, for models that name no longest one"""
@@ -135,12 +135,22 @@ def _losses(
     with tqdm(total=n, desc="evaluate", unit="token", unit_scale=True, disable=config.quiet) as bar:
         for start, rows in _batches(split, n, length, config.batch_size):
             tokens = torch.from_numpy(rows).to(model.device)  # [B, T + 1]
-            batch_losses, batch_hits = token_losses(model, tokens[:, :-1], tokens[:, 1:])
+            batch_losses, batch_hits = _token_losses(model, tokens[:, :-1], tokens[:, 1:])
             stop = start + batch_losses.numel()
             losses[start:stop] = batch_losses.flatten().cpu().numpy()
             hits[start:stop] = batch_hits.flatten().cpu().numpy()
             bar.update(stop - start)
     return losses, hits
+
+
+@torch.no_grad()
+def _token_losses(
+    model: Any, tokens: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each target in nats [B, T], and whether it was the likeliest token [B, T]."""
+    logits = model(input_ids=tokens, use_cache=False).logits  # [B, T, V]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return losses.view_as(targets), logits.argmax(-1) == targets
 
 
 def _batches(

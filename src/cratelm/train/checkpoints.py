@@ -5,6 +5,7 @@ The data feed needs nothing but the step, so model, optimizers and random states
 """
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from transformers import logging as transformers_logging
 
 from cratelm.runs import Draft, Stage
 
 FOLDER = "checkpoints"
 KEPT = 2
+
+# Accelerate warns at each checkpoint that of two tied tensors one is saved: that is what is wanted.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
@@ -69,8 +74,11 @@ def found(draft: Draft) -> list[Path]:
 
 
 def save_model(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
-    """`save_pretrained` of the bare model, its weights gathered from all ranks."""
+    """`save_pretrained` of the model in a `NextTokenLoss`, its weights gathered from all ranks."""
     state = accelerator.get_state_dict(model)
-    bare: Any = accelerator.unwrap_model(model, keep_torch_compile=False)
+    state = {name.removeprefix("model."): weight for name, weight in state.items()}
+    bare: Any = accelerator.unwrap_model(model, keep_torch_compile=False).model
     if accelerator.is_main_process:
+        transformers_logging.disable_progress_bar()  # one file, and the verb has its own bar
         bare.save_pretrained(folder, state_dict=state)
+        transformers_logging.enable_progress_bar()

@@ -41,7 +41,7 @@ class Recipe:
 PAPER = Recipe(
     steps=600_000,
     batch_size=256,  # x 1,024 tokens x 600,000 steps = 157B tokens, as the paper counts for 12l
-    micro_batch_size=32,
+    micro_batch_size=16,
     sequence_length=1024,
     optimizer="adamw",
     learning_rate=6e-4,
@@ -67,7 +67,6 @@ LAPTOP = Recipe(
     checkpoint_every=50,
 )
 RECIPES = {"paper": PAPER, "laptop": LAPTOP}
-ADAMW_LEARNING_RATE = {"paper": 6e-4, "laptop": 6e-3}
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class TrainConfig:
     """sequences a step, over all devices (paper 256; laptop 16)"""
     micro_batch_size: int | None = None
     """sequences that one device takes through the model at once; gradients of several are summed
-    (paper 32; laptop 16)"""
+    (paper 16; laptop 16)"""
     sequence_length: int | None = None
     """T, tokens of a sequence (paper 1,024; laptop 256)"""
     optimizer: Literal["adamw", "muon"] | None = None

@@ -38,7 +38,7 @@ class Log:
 
             self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
         if wandb_name:
-            self._wandb = _wandb().init(project="cratelm", name=wandb_name, dir=str(folder))
+            self._wandb = import_wandb().init(project="cratelm", name=wandb_name, dir=str(folder))
 
     def write(self, step: int, tokens: int, **figures: float) -> None:
         """Figures after `step` steps and `tokens` tokens."""
@@ -109,7 +109,8 @@ def _truncate(path: Path, step: int) -> None:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
-def _wandb() -> Any:
+def import_wandb() -> Any:
+    """The optional package; raises `InputError` that names the extra where it is missing."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -21,8 +21,8 @@ from cratelm.tokens.tokenizer import hf_tokenizer
 from cratelm.train import checkpoints
 from cratelm.train.config import TrainConfig
 from cratelm.train.data import Feed
-from cratelm.train.log import UNHASHED, Log, draw, last, read_metrics
-from cratelm.train.losses import Validation, next_token_loss
+from cratelm.train.log import UNHASHED, Log, draw, import_wandb, last, read_metrics
+from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import learning_rate, make_optimizers, set_learning_rate
 
 
@@ -51,6 +51,7 @@ class Session:
 
     accelerator: Accelerator
     model: torch.nn.Module
+    """`NextTokenLoss` of the model, as Accelerate wraps it"""
     optimizers: list[torch.optim.Optimizer]
     feed: Feed
     validation: Validation
@@ -70,6 +71,8 @@ def train(config: TrainConfig) -> TrainResult:
         print(f"{stage.label}: finished before, skipped")
         return _read_result(stage)
 
+    if config.wandb:
+        import_wandb()  # a missing package is told before anything is written
     store = TokenStore(run.stage("tokens").path)
     session = _prepare(config, store)
     with checkpoints.shared_draft(session.accelerator, stage, config.identity(), inputs) as draft:
@@ -110,7 +113,7 @@ def _take_steps(session: Session, config: TrainConfig, draft: Draft, label: str)
         loss, norm = torch.zeros((), device=accelerator.device), torch.zeros(())
         for tokens, targets in feed.micro_batches(step, accelerator.device):  # [b, T] each
             with accelerator.accumulate(model):
-                part = next_token_loss(model, tokens, targets)
+                part = model(tokens, targets)
                 accelerator.backward(part)
                 loss += part.detach() / feed.n_micro
                 if accelerator.sync_gradients:
@@ -163,7 +166,7 @@ def _prepare(config: TrainConfig, store: TokenStore) -> Session:
     )
     parameters = count_parameters(bare)
     optimizers = make_optimizers(bare, numbers.optimizer, config.weight_decay)
-    model, *optimizers = accelerator.prepare(bare, *optimizers)
+    model, *optimizers = accelerator.prepare(NextTokenLoss(bare), *optimizers)
     return Session(accelerator, model, optimizers, feed, validation, parameters)
 
 
