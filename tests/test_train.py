@@ -59,7 +59,20 @@ def one_thread() -> Iterator[None]:
 
 def make_run(folder: Path) -> Path:
     """A run with a corpus of sentences over few words, tokenized."""
-    words = ["red", "blue", "green", "stone", "river", "the", "a", "over", "under", "sees", "1", "2"]
+    words = [
+        "red",
+        "blue",
+        "green",
+        "stone",
+        "river",
+        "the",
+        "a",
+        "over",
+        "under",
+        "sees",
+        "1",
+        "2",
+    ]
     draw = random.Random(0)
     corpus = folder / "corpus.jsonl"
     with corpus.open("w") as file:
@@ -537,4 +550,4 @@ def test_two_processes_give_the_losses_of_one(run: Path) -> None:
             assert shared[key] == pytest.approx(alone[key], rel=1e-4), key
     weights = load_file(two / "model.safetensors")
     for name, weight in load_file(one / "model.safetensors").items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(weights[name], weight, rtol=1e-2, atol=1e-3)

@@ -180,7 +180,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
-        cpu=config.device == "cpu",
+        # Without being told, Accelerate does not form a group of processes that have no GPU.
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision="bf16" if numbers.precision == "bf16" else "no",
         dynamo_backend="inductor" if config.compile else None,
     )
