@@ -1,0 +1,177 @@
+"""Readers of one file: plain text, JSON lines (plain or zstd, the Pile's format) and Parquet.
+
+Each yields `Document`s and, where something cannot be read, a `Fault` with file and line; whether a
+fault stops the run or is counted is the caller's business. Memory: one document and a read buffer
+of 128 KiB (Parquet: 64 rows and the column chunk that they are in).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from cratelm.corpus.documents import Document, Fault, is_encodable
+
+Found = Iterator[Document | Fault]
+
+_CHUNK = 1 << 17
+_LARGEST_WINDOW = 2**31
+"""bytes; the Pile's files were compressed with --long=31, more than the library takes by default"""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where in a row of JSON or Parquet the text and the subset are."""
+
+    text: str = "text"
+    subset: str = "meta.pile_set_name"
+    """a dot leads into a nested object"""
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """A file of a corpus."""
+
+    path: Path
+    source: str
+    """the corpus as the user named it"""
+    name: str
+    """path relative to the corpus"""
+    subset: str = ""
+
+
+def read_text(file: CorpusFile, fields: Fields) -> Found:
+    """The whole file as one document."""
+    try:
+        text = file.path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        yield Fault(f"{file.path}: {_reason(error)}")
+    else:
+        yield Document(text, file.source, file.name, 0, file.subset)
+
+
+def read_jsonl(file: CorpusFile, fields: Fields) -> Found:
+    """A JSON object a line."""
+    with file.path.open("rb") as stream:
+        yield from _json_documents(stream, file, fields)
+
+
+def read_jsonl_zst(file: CorpusFile, fields: Fields) -> Found:
+    """A JSON object a line, compressed with zstd; a file cut short is a fault, as is a damaged one."""
+    yield from _json_documents(_zst_lines(file.path), file, fields)
+
+
+def read_parquet(file: CorpusFile, fields: Fields) -> Found:
+    """A row of a Parquet table a document."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(file.path) as table:
+            wanted = {fields.text, fields.subset.split(".")[0]}
+            columns = [name for name in table.schema_arrow.names if name in wanted]
+            if fields.text not in columns:
+                yield Fault(f"{file.path}: {_missing(fields.text, table.schema_arrow.names)}")
+                return
+            for batch in table.iter_batches(batch_size=64, columns=columns):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield row_document(values, fields, file, row, "row")
+    except (OSError, pa.ArrowException) as error:
+        yield Fault(f"{file.path}, row {row + 1}: {_reason(error)}")
+
+
+def row_document(
+    row: Mapping[str, Any], fields: Fields, file: CorpusFile, number: int, unit: str
+) -> Document | Fault:
+    """The document in a row of JSON or of a table."""
+    place = f"{file.path}, {unit} {number}"
+    if not isinstance(row, Mapping):
+        return Fault(f"{place}: {type(row).__name__} found, a JSON object was expected")
+    if fields.text not in row:
+        return Fault(f"{place}: {_missing(fields.text, list(row))}")
+    text = row[fields.text]
+    if not isinstance(text, str):
+        return Fault(
+            f"{place}: field {fields.text!r} holds {type(text).__name__}, a string was expected"
+        )
+    if not is_encodable(text):
+        return Fault(f"{place}: a lone surrogate found, valid Unicode was expected")
+    return Document(text, file.source, file.name, number, _subset(row, fields.subset))
+
+
+def _json_documents(lines: Iterator[bytes] | Any, file: CorpusFile, fields: Fields) -> Found:
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            if line.isspace():
+                continue
+            try:
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                row = json.loads(line.decode(encoding))
+            except (ValueError, RecursionError) as error:
+                yield Fault(f"{file.path}, line {number}: {_reason(error)}")
+            else:
+                yield row_document(row, fields, file, number, "line")
+    except (OSError, EOFError, zstandard.ZstdError) as error:
+        yield Fault(f"{file.path}, after line {number}: {_reason(error)}")
+
+
+def _zst_lines(path: Path) -> Iterator[bytes]:
+    rest: list[bytes] = []
+    for chunk in _zst_chunks(path):
+        head, *tail = chunk.split(b"\n")
+        rest.append(head)
+        if tail:
+            yield b"".join(rest) + b"\n"
+            yield from (line + b"\n" for line in tail[:-1])
+            rest = [tail[-1]]
+    if last := b"".join(rest):
+        yield last
+
+
+def _zst_chunks(path: Path) -> Iterator[bytes]:
+    """Decompressed pieces. Raises EOFError for a file cut short, which the stream reader of the
+    library takes for the end."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+    frame, begun = decompressor.decompressobj(), False
+    with path.open("rb") as stream:
+        while piece := stream.read(_CHUNK):
+            while piece:
+                begun = True
+                yield frame.decompress(piece)
+                if not frame.eof:
+                    break
+                piece = frame.unused_data
+                frame, begun = decompressor.decompressobj(), False
+    if begun:
+        raise EOFError("the file is cut short inside a zstd frame")
+
+
+def _subset(row: Mapping[str, Any], path: str) -> str:
+    value: Any = row
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) and is_encodable(value) else ""
+
+
+def _missing(field: str, found: list[str]) -> str:
+    names = ", ".join(found[:6]) or "none"
+    return f"no field {field!r} (fields found: {names}), name it with --text-field"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte 0x{error.object[error.start]:02x} at {error.start} found, UTF-8 was expected"
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON ({error.msg} at column {error.colno}), one object a line was expected"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+Reader = Callable[[CorpusFile, Fields], Found]

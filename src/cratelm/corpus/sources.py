@@ -1,0 +1,187 @@
+"""From what the user names to documents: `builtin`, a file, a folder, or `hub:ID`.
+
+A corpus can be read any number of times and gives the same documents in the same order.
+"""
+
+import hashlib
+import os
+import sysconfig
+import tokenize as python_source
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cratelm.corpus.documents import Document, Fault
+from cratelm.corpus.formats import (
+    CorpusFile,
+    Fields,
+    Found,
+    Reader,
+    read_jsonl,
+    read_jsonl_zst,
+    read_parquet,
+    read_text,
+)
+from cratelm.errors import InputError
+
+BUILTIN = "builtin"
+HUB = "hub:"
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
+READERS: dict[str, Reader] = {
+    **dict.fromkeys(TEXT_SUFFIXES, read_text),
+    ".jsonl": read_jsonl,
+    ".jsonl.zst": read_jsonl_zst,
+    ".parquet": read_parquet,
+}
+"""how a file is read, by the end of its name; in a folder, files that end otherwise are passed over"""
+
+_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+"""folders of the standard library that differ most between installations"""
+_WHOLE = 16 * 2**20
+"""bytes; a larger file is identified by samples of its content"""
+_SAMPLES, _SAMPLE = 16, 2**20
+
+
+class Corpus(Protocol):
+    """Documents that can be read any number of times."""
+
+    @property
+    def n_documents(self) -> int | None:
+        """Number of documents, None where only reading tells."""
+        ...
+
+    def identity(self) -> str:
+        """A hash that changes when the corpus does."""
+        ...
+
+    def __iter__(self) -> Iterator[Document | Fault]: ...
+
+
+@dataclass(frozen=True)
+class FileCorpus:
+    """Files on disk, in the order of their names.
+
+    Memory: the names of all files.
+    """
+
+    files: tuple[CorpusFile, ...]
+    fields: Fields
+    reader: Reader | None = None
+    """reads every file; None: by the end of its name"""
+
+    @property
+    def n_documents(self) -> int | None:
+        whole = all(_reader_of(f.path) in (read_text, None) for f in self.files)
+        return len(self.files) if whole or self.reader else None
+
+    def identity(self) -> str:
+        """Hash over each file's name, size and content.
+
+        Of a file above 16 MiB, 16 evenly spread samples of 1 MiB stand for the content, so that a
+        corpus of terabytes is checked in seconds; a change between the samples that leaves the size
+        as it was goes unnoticed (in a compressed file hardly any change does).
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name}\0{file.path.stat().st_size}\0".encode())
+            digest.update(_content_digest(file.path))
+        return digest.hexdigest()
+
+    def __iter__(self) -> Found:
+        for file in self.files:
+            read = self.reader or _reader_of(file.path)
+            assert read is not None, file.path
+            yield from read(file, self.fields)
+
+
+def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
+    """The corpus that `corpus` names. Raises `InputError` where there is none, or nothing in it."""
+    fields = fields or Fields()
+    if corpus == BUILTIN:
+        return builtin_corpus(fields)
+    if corpus.startswith(HUB):
+        from cratelm.corpus.hub import HubCorpus
+
+        return HubCorpus(corpus, fields)
+    path = Path(corpus).expanduser()
+    if path.is_dir():
+        return FileCorpus(_folder_files(path, corpus), fields)
+    if not path.is_file():
+        raise InputError(
+            f"corpus {corpus} is not there: name a file, a folder, `{BUILTIN}` or `{HUB}ID`"
+        )
+    if _reader_of(path) is None:
+        raise InputError(
+            f"corpus {corpus} ends in {path.suffix or 'no suffix'!r}, one of {' '.join(READERS)}"
+            " was expected: convert the file, or rename it to .txt where it is plain text"
+        )
+    return FileCorpus((CorpusFile(path, corpus, path.name),), fields)
+
+
+def builtin_corpus(fields: Fields) -> FileCorpus:
+    """The Python standard library's own source files, about 12 MB; subset = top-level module.
+
+    Left out: installed packages, test folders, and the build's own settings (`_sysconfigdata*`).
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [p for p in _walk(root, _LEFT_OUT) if p.suffix == ".py"]
+    files = tuple(
+        CorpusFile(p, BUILTIN, name := p.relative_to(root).as_posix(), _top_level(name))
+        for p in paths
+        if not p.name.startswith("_sysconfigdata")
+    )
+    if not files:
+        raise InputError(f"{root} holds no Python sources: name another corpus with --corpus PATH")
+    return FileCorpus(files, fields, read_python)
+
+
+def read_python(file: CorpusFile, fields: Fields) -> Found:
+    """A Python file in the encoding that it declares (PEP 263), with `\\n` as line end."""
+    try:
+        with python_source.open(file.path) as stream:
+            text = stream.read()
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        yield Fault(f"{file.path}: cannot be read as Python source ({error})")
+    else:
+        yield Document(text, file.source, file.name, 0, file.subset)
+
+
+def _folder_files(folder: Path, corpus: str) -> tuple[CorpusFile, ...]:
+    paths = [p for p in _walk(folder, frozenset()) if _reader_of(p) is not None]
+    if not paths:
+        raise InputError(
+            f"folder {corpus} holds no file that ends in {' '.join(READERS)}: name another --corpus"
+        )
+    names = [p.relative_to(folder).as_posix() for p in paths]
+    return tuple(CorpusFile(p, corpus, n) for p, n in zip(paths, names, strict=True))
+
+
+def _walk(root: Path, left_out: frozenset[str]) -> list[Path]:
+    """Files under `root`, hidden ones left out, by their path."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [d for d in folders if d not in left_out and not d.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+
+
+def _reader_of(path: Path) -> Reader | None:
+    name = path.name.lower()
+    return next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)
+
+
+def _top_level(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
+
+
+def _content_digest(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if size <= _WHOLE:
+            return hashlib.file_digest(stream, "sha256").digest()
+        digest = hashlib.sha256()
+        for i in range(_SAMPLES):
+            stream.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE))
+        return digest.digest()

@@ -1,0 +1,351 @@
+"""Token shards on disk: written as a stream, read by memory map.
+
+```
+tokens/
+  tokenizer.json                     the `tokenizers` library's format
+  meta.json                          vocabulary, type of the tokens, tokens and documents of each split
+  SPLIT-00000.bin SPLIT-00001.bin    token ids, little endian, 16 bit where the vocabulary allows it
+  SPLIT.starts.npy                   int64 [n_documents + 1], position of each document's first token
+  SPLIT.ordinals.npy                 int64 [n_documents], row of the document in documents.parquet
+  documents.parquet                  where each document came from
+```
+The tokens of a document are followed by one end-of-text token, which belongs to the document.
+Positions are tokens from the start of the split, running on across its files.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from cratelm.corpus.documents import Document
+from cratelm.errors import InputError
+from cratelm.records import SPLITS, Split
+from cratelm.runs import write_json
+from cratelm.tokens.tokenizer import display_strings, vocabulary_size
+
+FORMAT = 1
+TOKENS_PER_FILE = 2**28
+"""tokens of a .bin file: 0.5 GiB at 16 bit"""
+PADDING = 64
+"""embedding rows come in multiples of it, which is what GPUs multiply fastest; GPT-2: 50,304"""
+MOST_UNUSED_ROWS = 1024
+"""embedding rows beyond the vocabulary that pass for padding; phi-2 has 905, the most seen"""
+_ROWS_PER_GROUP = 8192
+"""documents kept in memory before a row group of documents.parquet is written"""
+
+_DOCUMENTS = pa.schema(
+    [
+        ("ordinal", pa.int64()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("subset", pa.string()),
+        ("name", pa.string()),
+        ("line", pa.int64()),
+        ("start", pa.int64()),
+        ("n_tokens", pa.int64()),
+        ("characters", pa.int64()),
+    ]
+)
+
+
+class TokenStore:
+    """The finished shards of a run.
+
+    Raises `InputError` where `path` holds none, or files that do not fit together.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        meta = _read_meta(self.path)
+        self.vocab_size: int = meta["vocab_size"]
+        """number of token ids that can occur"""
+        self.eot_id: int = meta["eot_id"]
+        """the end-of-text token"""
+        self._meta = meta
+        self._splits: dict[Split, TokenSplit] = {}
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Embedding rows that a model should have: the vocabulary rounded up to a multiple of 64."""
+        return -(-self.vocab_size // PADDING) * PADDING
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the shards; special tokens in a text are plain text to it."""
+        from cratelm.tokens.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path / "tokenizer.json")
+
+    def split(self, name: Split) -> "TokenSplit":
+        """The tokens of one split. Raises `InputError` where its files are damaged."""
+        if name not in SPLITS:
+            raise InputError(f"split {name!r} is not known: choose from {', '.join(SPLITS)}")
+        if name not in self._splits:
+            self._splits[name] = TokenSplit(self.path, name, self._meta)
+        return self._splits[name]
+
+    def decode_tokens(self, ids: Sequence[int] | NDArray[np.integer]) -> list[str]:
+        r"""One display string per token, [n]: bytes that are only part of a character show as \xNN."""
+        return [self._display[int(i)] for i in ids]
+
+    @cached_property
+    def _display(self) -> list[str]:
+        return display_strings(self.tokenizer)
+
+
+class TokenSplit:
+    """One split of a store, memory-mapped: reading costs the pages that are touched.
+
+    T tokens of a sequence.
+    """
+
+    def __init__(self, folder: Path, name: Split, meta: dict[str, Any]):
+        self.name = name
+        counts = meta["splits"][name]
+        self.n_tokens: int = counts["n_tokens"]
+        self.n_documents: int = counts["n_documents"]
+        self._tokens_per_file: int = meta["tokens_per_file"]
+        self._files = self._map_files(folder, np.dtype(meta["dtype"]))
+        self.starts = _map_array(folder / f"{name}.starts.npy", self.n_documents + 1)
+        """position of each document's first token, then `n_tokens`: int64 [n_documents + 1]"""
+        self.ordinals = _map_array(folder / f"{name}.ordinals.npy", self.n_documents)
+        """row of each document in documents.parquet: int64 [n_documents]"""
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens `start` to `stop` (left out), int64 [stop - start]. Raises IndexError outside the split."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens {start}:{stop} of {self.n_tokens} in split {self.name}")
+        tokens = np.empty(stop - start, np.int64)
+        position = start
+        while position < stop:
+            index, offset = divmod(position, self._tokens_per_file)
+            piece = self._files[index][offset : offset + stop - position]
+            tokens[position - start : position - start + len(piece)] = piece
+            position += len(piece)
+        return tokens
+
+    def n_sequences(self, length: int) -> int:
+        """Sequences of `length` tokens that have a next token for every position."""
+        return max(0, (self.n_tokens - 1) // length)
+
+    def sequence(self, index: int, length: int) -> NDArray[np.int64]:
+        """Sequence `index` and the token after it, int64 [T + 1]."""
+        return self.read(index * length, index * length + length + 1)
+
+    def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ordinals of the documents that the tokens at `positions` [n] belong to, int64 [n]."""
+        return self.ordinals[np.searchsorted(self.starts, positions, side="right") - 1]
+
+    def _map_files(self, folder: Path, dtype: np.dtype) -> list[NDArray[np.unsignedinteger]]:
+        files = []
+        for first in range(0, self.n_tokens, self._tokens_per_file):
+            path = folder / f"{self.name}-{len(files):05d}.bin"
+            n = min(self._tokens_per_file, self.n_tokens - first)
+            if not path.is_file() or path.stat().st_size != n * dtype.itemsize:
+                raise _damaged(path, f"{n * dtype.itemsize:,} bytes were expected")
+            files.append(np.memmap(path, dtype, "r", shape=(n,)))
+        return files
+
+
+def check_vocabulary(store: TokenStore, model_vocab_size: int) -> None:
+    """Raises `InputError` where a model with so many embedding rows cannot be meant for these tokens.
+
+    Too few rows cannot hold the ids; more than 1,024 unused ones are no padding but another
+    vocabulary.
+    """
+    unused = model_vocab_size - store.vocab_size
+    if not 0 <= unused <= MOST_UNUSED_ROWS:
+        raise InputError(
+            f"the model has a vocabulary of {model_vocab_size:,}, the tokens in {store.path} have"
+            f" {store.vocab_size:,}: tokenize with the model's own tokenizer (--tokenizer PATH), or"
+            " name a model that was trained on these tokens"
+        )
+
+
+class StoreWriter:
+    """Writes a store document by document; `close` makes it readable.
+
+    Memory: the rows of 8,192 documents (not their text), whatever the length of the corpus.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        eot_id: int,
+        *,
+        tokens_per_file: int = TOKENS_PER_FILE,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.eot_id = folder, eot_id
+        self.vocab_size = vocabulary_size(tokenizer)
+        self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        self.tokens_per_file = tokens_per_file
+        self.n_documents = 0
+        self._splits = {name: _SplitWriter(folder, name, tokens_per_file) for name in SPLITS}
+        self._table = pq.ParquetWriter(folder / "documents.parquet", _DOCUMENTS)
+        self._rows: list[tuple[Any, ...]] = []
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    def append(self, split: Split, ids: Sequence[int], document: Document) -> None:
+        """Adds a document with its token ids, to which the end-of-text token is added here."""
+        tokens = np.empty(len(ids) + 1, self.dtype)
+        tokens[:-1] = ids
+        tokens[-1] = self.eot_id
+        start = self._splits[split].append(tokens, self.n_documents)
+        self._rows.append(
+            (
+                self.n_documents,
+                split,
+                document.source,
+                document.subset,
+                document.name,
+                document.line,
+                start,
+                len(tokens),
+                len(document.text),
+            )
+        )
+        self.n_documents += 1
+        if len(self._rows) == _ROWS_PER_GROUP:
+            self._write_rows()
+
+    def n_tokens(self, split: Split) -> int:
+        """Tokens written to `split` so far, end-of-text tokens counted."""
+        return self._splits[split].n_tokens
+
+    def n_split_documents(self, split: Split) -> int:
+        """Documents written to `split` so far."""
+        return self._splits[split].n_documents
+
+    def close(self) -> None:
+        """Finishes all files; `meta.json` is written last."""
+        self._write_rows()
+        self._table.close()
+        for split in self._splits.values():
+            split.close()
+        write_json(
+            self.folder / "meta.json",
+            {
+                "format": FORMAT,
+                "vocab_size": self.vocab_size,
+                "eot_id": self.eot_id,
+                "dtype": self.dtype.str,
+                "tokens_per_file": self.tokens_per_file,
+                "splits": {
+                    name: {"n_tokens": s.n_tokens, "n_documents": s.n_documents}
+                    for name, s in self._splits.items()
+                },
+            },
+        )
+
+    def _write_rows(self) -> None:
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [pa.array(c, f.type) for c, f in zip(columns, _DOCUMENTS, strict=True)]
+            self._table.write_table(pa.Table.from_arrays(arrays, schema=_DOCUMENTS))
+            self._rows.clear()
+
+
+class _SplitWriter:
+    """Token files and document borders of one split."""
+
+    def __init__(self, folder: Path, name: Split, tokens_per_file: int):
+        self.folder, self.name, self.tokens_per_file = folder, name, tokens_per_file
+        self.n_tokens = self.n_documents = 0
+        self._file: IO[bytes] | None = None
+        self._starts = _ArrayFile(folder / f"{name}.starts.npy")
+        self._ordinals = _ArrayFile(folder / f"{name}.ordinals.npy")
+
+    def append(self, tokens: NDArray[np.unsignedinteger], ordinal: int) -> int:
+        """Returns the position of the document's first token."""
+        start = self.n_tokens
+        self._starts.append(start)
+        self._ordinals.append(ordinal)
+        while len(tokens):
+            if self.n_tokens % self.tokens_per_file == 0:
+                self._next_file()
+            room = self.tokens_per_file - self.n_tokens % self.tokens_per_file
+            assert self._file is not None
+            self._file.write(tokens[:room].tobytes())
+            self.n_tokens += min(room, len(tokens))
+            tokens = tokens[room:]
+        self.n_documents += 1
+        return start
+
+    def close(self) -> None:
+        self._starts.append(self.n_tokens)
+        self._starts.close()
+        self._ordinals.close()
+        if self._file:
+            self._file.close()
+
+    def _next_file(self) -> None:
+        if self._file:
+            self._file.close()
+        index = self.n_tokens // self.tokens_per_file
+        self._file = (self.folder / f"{self.name}-{index:05d}.bin").open("wb")
+
+
+class _ArrayFile:
+    """An int64 .npy file that grows: NumPy leaves room in the header for a longer first axis."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb")
+        self._n = 0
+        self._header()
+
+    def append(self, value: int) -> None:
+        self._file.write(value.to_bytes(8, "little"))
+        self._n += 1
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._header()
+        self._file.close()
+
+    def _header(self) -> None:
+        shape = {"descr": "<i8", "fortran_order": False, "shape": (self._n,)}
+        np.lib.format.write_array_header_1_0(self._file, shape)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} holds no token shards: type `cratelm tokenize --run {folder.parent}` first"
+        )
+    try:
+        meta = json.loads(path.read_text())
+        if meta["format"] == FORMAT and set(meta["splits"]) == set(SPLITS):
+            return meta
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise _damaged(path, f"a description of shards of format {FORMAT} was expected")
+
+
+def _map_array(path: Path, n: int) -> NDArray[np.int64]:
+    if n == 0:
+        return np.empty(0, np.int64)
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        raise _damaged(path, f"an array of {n:,} numbers was expected") from None
+    if array.shape != (n,):
+        raise _damaged(path, f"{n:,} numbers were expected")
+    return np.asarray(array)
+
+
+def _damaged(path: Path, expected: str) -> InputError:
+    return InputError(
+        f"{path} is missing or damaged, {expected}: type"
+        f" `cratelm tokenize --run {path.parent.parent} --force` to write the shards again"
+    )

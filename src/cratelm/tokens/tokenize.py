@@ -1,0 +1,236 @@
+"""The verb `tokenize`: documents -> token shards.
+
+One pass over the corpus (two where a tokenizer is trained). Memory is bounded by a batch of text
+(4 million characters, or the longest document where that is longer) and its tokens, whatever the
+length of the corpus; measured figures stand in `benchmarks/tokenize_throughput.py`.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from cratelm.corpus.documents import Document, Fault
+from cratelm.corpus.formats import Fields
+from cratelm.corpus.sources import Corpus, open_corpus
+from cratelm.errors import InputError
+from cratelm.records import SPLITS, Split
+from cratelm.runs import Draft, Run, hash_file
+from cratelm.tokens.config import TokenizeConfig
+from cratelm.tokens.shards import StoreWriter
+from cratelm.tokens.tokenizer import (
+    end_of_text_id,
+    fetch_gpt2,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+_BATCH_CHARACTERS = 4_000_000
+_BATCH_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True)
+class TokenizeResult:
+    """What was written to `tokens/`."""
+
+    path: Path
+    vocab_size: int
+    """token ids that can occur; below --vocab-size where the text gave fewer"""
+    bytes_per_token: float
+    """UTF-8 bytes of text per token, end-of-text tokens left out"""
+    tokens: dict[Split, int]
+    """tokens of each split, end-of-text tokens counted"""
+    documents: dict[Split, int]
+    """documents of each split"""
+    empty: int
+    """documents left out because they had no text"""
+    skipped: int
+    """documents (or rests of files) left out because they could not be read (`--on-error skip`)"""
+    first_skipped: str = ""
+    """file, line and reason of the first of them"""
+
+
+def tokenize(config: TokenizeConfig) -> TokenizeResult:
+    """Writes `tokens/` of the run, or reads what was written if it is finished.
+
+    Raises `InputError` for a corpus or a tokenizer that cannot be used; then nothing is written.
+    """
+    run = Run(config.run)
+    stage = run.stage("tokens")
+    corpus = open_corpus(config.corpus, Fields(config.text_field, config.subset_field))
+    inputs = {"corpus": corpus.identity(), **_tokenizer_identity(config)}
+    if stage.is_finished(config, inputs, force=config.force):
+        print(f"{stage.path} is finished: skipped (--force writes it again)")
+        done = stage.completion()
+        assert done is not None
+        result = TokenizeResult(path=stage.path, **done.results)
+        _check_length(result, config)
+        return result
+    with stage.write(config, inputs) as draft:
+        result = dataclasses.replace(_write(config, corpus, draft), path=stage.path)
+        _check_length(result, config)
+        draft.results = {k: v for k, v in dataclasses.asdict(result).items() if k != "path"}
+    return result
+
+
+def split_of(text: bytes, fit: float, held_out: float) -> Split:
+    """The split of a document by the hash of its text, so that duplicates share one.
+
+    `fit` and `held_out` are the splits' fractions. A document depends on no other: adding some to a
+    corpus moves none.
+    """
+    place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) / 2**64
+    if place < held_out:
+        return "held_out"
+    return "fit" if place < held_out + fit else "train"
+
+
+@dataclass
+class _Reading:
+    """Documents of a corpus that have text, with their split; counts what is left out."""
+
+    corpus: Corpus
+    config: TokenizeConfig
+    empty: int = 0
+    skipped: int = 0
+    first_skipped: str = ""
+
+    def __iter__(self) -> Iterator[tuple[Split, int, Document]]:
+        """Yields split, bytes of the text, document."""
+        n = 0
+        for found in self.corpus:
+            if isinstance(found, Fault):
+                self._skip(found)
+            elif not found.text:
+                self.empty += 1
+            else:
+                text = found.text.encode()
+                yield split_of(text, self.config.fit, self.config.held_out), len(text), found
+                n += 1
+                if n == self.config.max_documents:
+                    return
+
+    def _skip(self, fault: Fault) -> None:
+        if self.config.on_error == "stop":
+            raise InputError(f"{fault.message} (--on-error skip leaves such documents out)")
+        self.skipped += 1
+        self.first_skipped = self.first_skipped or fault.message
+
+
+@dataclass
+class _Batch:
+    documents: list[Document] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    n_bytes: int = 0
+
+
+def _write(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> TokenizeResult:
+    tokenizer = _tokenizer(config, corpus)
+    writer = StoreWriter(draft.path, tokenizer, end_of_text_id(tokenizer))
+    reading = _Reading(corpus, config)
+    n_bytes = 0
+    with tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar:
+        for batch in _batches(reading):
+            n_bytes += _append(writer, tokenizer, batch, config.max_tokens)
+            bar.update(len(batch.documents))
+            bar.set_postfix_str(f"{sum(map(writer.n_tokens, SPLITS)):,} tokens")
+            if _is_full(writer, config.max_tokens):
+                break
+    writer.close()
+    return _result(writer, reading, n_bytes, draft.path)
+
+
+def _append(
+    writer: StoreWriter, tokenizer: Tokenizer, batch: _Batch, max_tokens: int | None
+) -> int:
+    """Writes a batch up to `max_tokens` of the whole store; returns the bytes of text written."""
+    texts = [d.text for d in batch.documents]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    n_bytes = 0
+    for split, document, encoding in zip(batch.splits, batch.documents, encodings, strict=True):
+        if _is_full(writer, max_tokens):
+            break
+        writer.append(split, encoding.ids, document)
+        n_bytes += len(document.text.encode())
+    return n_bytes
+
+
+def _is_full(writer: StoreWriter, max_tokens: int | None) -> bool:
+    return max_tokens is not None and sum(map(writer.n_tokens, SPLITS)) >= max_tokens
+
+
+def _batches(reading: Iterable[tuple[Split, int, Document]]) -> Iterator[_Batch]:
+    batch, characters = _Batch(), 0
+    for split, n_bytes, document in reading:
+        batch.splits.append(split)
+        batch.documents.append(document)
+        batch.n_bytes += n_bytes
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch.splits) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = _Batch(), 0
+    if batch.splits:
+        yield batch
+
+
+def _result(writer: StoreWriter, reading: _Reading, n_bytes: int, path: Path) -> TokenizeResult:
+    if writer.n_documents == 0:
+        raise InputError(
+            f"corpus {reading.config.corpus} has no text ({reading.empty} empty documents,"
+            f" {reading.skipped} skipped): name another with --corpus"
+        )
+    tokens: dict[Split, int] = {name: writer.n_tokens(name) for name in SPLITS}
+    return TokenizeResult(
+        path=path,
+        vocab_size=writer.vocab_size,
+        bytes_per_token=n_bytes / (sum(tokens.values()) - writer.n_documents),
+        tokens=tokens,
+        documents={name: writer.n_split_documents(name) for name in SPLITS},
+        empty=reading.empty,
+        skipped=reading.skipped,
+        first_skipped=reading.first_skipped,
+    )
+
+
+def _check_length(result: TokenizeResult, config: TokenizeConfig) -> None:
+    for split, n in result.tokens.items():
+        if n <= config.sequence_length:
+            raise InputError(
+                f"the {split} split has {n:,} tokens in {result.documents[split]:,} documents,"
+                f" {config.sequence_length + 1:,} tokens were expected: give more text, a larger"
+                " fraction (--fit, --held-out), or a lower --sequence-length"
+            )
+
+
+def _tokenizer(config: TokenizeConfig, corpus: Corpus) -> Tokenizer:
+    if config.tokenizer == "train":
+        if not config.quiet:
+            print(f"training a tokenizer of {config.vocab_size:,} tokens")
+        return train_tokenizer(_sample(config, corpus), config.vocab_size)
+    if config.tokenizer == "gpt2":
+        return fetch_gpt2()
+    return load_tokenizer(Path(config.tokenizer).expanduser())
+
+
+def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
+    """Texts of the train split, up to the first that reaches `sample_megabytes`."""
+    n_bytes = 0
+    for split, length, document in _Reading(corpus, config):
+        if split == "train":
+            yield document.text
+            n_bytes += length
+            if n_bytes >= config.sample_megabytes * 1e6:
+                return
+
+
+def _tokenizer_identity(config: TokenizeConfig) -> dict[str, str]:
+    """The hash of a tokenizer file; the other choices are told by the configuration."""
+    if config.tokenizer in ("train", "gpt2"):
+        return {}
+    path = Path(config.tokenizer).expanduser()
+    load_tokenizer(path)
+    return {"tokenizer": hash_file(path)}
