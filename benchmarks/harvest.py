@@ -1,0 +1,190 @@
+"""Cost of a harvest beside a plain forward pass, and beside keeping everything and sorting it.
+
+    python benchmarks/harvest.py                     # crate-2l (d 128), then two layers of d 768
+    python benchmarks/harvest.py --sizes crate-12l --device cuda --dtype bfloat16
+    python benchmarks/harvest.py --sort              # 1M tokens x 3,072 neurons against sorting
+
+Ratios are of times measured in one run, in turns; the median and the range over the turns are printed.
+Tokens are random: the cost of a harvest depends on how activations are spread, not on the text.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cratelm.activations.batches import SearchPlan, random_positions
+from cratelm.activations.layer import ExcerptSizes, LayerHarvest
+from cratelm.activations.pilot import run_pilot
+from cratelm.models import Site, build, site_of
+from cratelm.models.sites import hooked
+
+SIZES = {
+    "crate-2l": {"name": "crate-2l"},
+    "gpt2-2l": {"name": "gpt2-2l"},
+    "crate-768": {"name": "crate-6l", "num_hidden_layers": 2},
+    "gpt2-768": {"name": "gpt2-6l", "num_hidden_layers": 2},
+    "crate-12l": {"name": "crate-12l"},
+    "gpt2-12l": {"name": "gpt2-12l"},
+}
+
+
+@dataclass
+class RandomSplit:
+    """Random tokens in documents of about 1,000: the part of `TokenSplit` that a harvest reads."""
+
+    n_tokens: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        generator = np.random.default_rng(0)
+        self.tokens = generator.integers(1, self.vocab_size, self.n_tokens)
+        ends = np.sort(generator.choice(self.n_tokens - 1, self.n_tokens // 1000, replace=False))
+        self.starts = np.unique(np.concatenate([[0], ends + 1, [self.n_tokens]]))
+        self.n_documents = len(self.starts) - 1
+        self.ordinals = np.arange(self.n_documents)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def timed(work, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+class Setting:
+    """A model with a plan over random tokens, made ready to be harvested batch by batch."""
+
+    def __init__(self, size: str, arguments: argparse.Namespace):
+        fields = dict(SIZES[size])
+        self.device = torch.device(arguments.device)
+        self.model = (
+            build(fields.pop("name"), vocab_size=4096, **fields)
+            .to(self.device, getattr(torch, arguments.dtype))
+            .eval()
+        )
+        self.site: Site = site_of(self.model)
+        length = min(arguments.sequence_length, self.model.config.max_position_embeddings)
+        split = RandomSplit(arguments.tokens, 4096)
+        self.plan = SearchPlan.of(split, "fit", 0, length, arguments.tokens, 0)
+        self.batch_tokens = arguments.batch_tokens
+        pilots = run_pilot(self.model, self.site, self.plan, 8_192, self.batch_tokens)
+        spans = self.plan.text_spans()
+        self.layers = [
+            LayerHarvest(p, random_positions(spans, i, len(p.mean), 50, 0), ExcerptSizes(), i)
+            for i, p in enumerate(pilots)
+        ]
+
+    @torch.no_grad()
+    def forward(self, batches) -> None:
+        for batch in batches:
+            self.model.base_model(input_ids=batch.input_ids, use_cache=False)
+
+    @torch.no_grad()
+    def harvest(self, batches) -> None:
+        for batch in batches:
+            with hooked(self.model, self.site, lambda i, a, b=batch: self.layers[i].add(a, b)):
+                self.model.base_model(input_ids=batch.input_ids, use_cache=False)
+
+
+def throughput(size: str, arguments: argparse.Namespace) -> None:
+    """Forward passes and harvest over the same batches, in turns, over the whole plan."""
+    setting = Setting(size, arguments)
+    batches = list(setting.plan.batches(setting.batch_tokens, setting.device))
+    setting.forward(batches[:1])
+    turns = np.array_split(np.arange(len(batches)), arguments.turns)
+    plain, harvested = [], []
+    for turn in turns:
+        some = [batches[i] for i in turn]
+        plain.append(timed(lambda some=some: setting.forward(some), setting.device))
+        harvested.append(timed(lambda some=some: setting.harvest(some), setting.device))
+    fractions = [p / h for p, h in zip(plain, harvested, strict=True)]
+    tokens = setting.plan.n_tokens()
+    print(
+        f"{size}: {tokens:,} tokens, forward {tokens / sum(plain):,.0f} tokens/s,"
+        f" harvest {tokens / sum(harvested):,.0f} tokens/s,"
+        f" fraction whole {sum(plain) / sum(harvested):.2f},"
+        f" by turn median {statistics.median(fractions):.2f}"
+        f" ({min(fractions):.2f} to {max(fractions):.2f})",
+        flush=True,
+    )
+
+
+def against_sorting(arguments: argparse.Namespace) -> None:
+    """The harvest's own time against keeping every activation and sorting it, without the model.
+
+    Keeping is done for `--sort-neurons` of the 3,072 neurons and scaled up (12.6 GB would be kept in
+    all): the work is the same for each neuron.
+    """
+    n_neurons, tokens, batch_tokens = 3_072, arguments.sort_tokens, 8_192
+    split = RandomSplit(tokens, 4096)
+    plan = SearchPlan.of(split, "fit", 0, 1024, tokens, 0)
+    generator = torch.Generator().manual_seed(0)
+    sample = (torch.randn(batch_tokens, n_neurons, generator=generator) - 1).relu()
+    from cratelm.activations.pilot import Pilot
+
+    kept = LayerHarvest(
+        Pilot.of(sample),
+        random_positions(plan.text_spans(), 0, n_neurons, 50, 0),
+        ExcerptSizes(),
+        0,
+    )
+    own = 0.0
+    for batch in plan.batches(batch_tokens, torch.device("cpu")):
+        rows = batch.input_ids.numel()
+        fresh = (torch.randn(rows, n_neurons) - 1).relu().view(*batch.input_ids.shape, n_neurons)
+        own += timed(lambda a=fresh, b=batch: kept.add(a, b), torch.device("cpu"))
+    some = arguments.sort_neurons
+    everything = torch.empty(tokens, some)
+    keeping = 0.0
+    for first in range(0, tokens, batch_tokens):
+        fresh = (torch.randn(min(batch_tokens, tokens - first), some) - 1).relu()
+        keeping += timed(
+            lambda f=fresh, i=first: everything[i : i + len(f)].copy_(f), torch.device("cpu")
+        )
+    sorting = timed(
+        lambda: [everything[:, i].sort(descending=True) for i in range(some)], torch.device("cpu")
+    )
+    whole = (keeping + sorting) * n_neurons / some
+    print(
+        f"{tokens:,} tokens x {n_neurons:,} neurons beyond the forward pass: harvest {own:.1f} s,"
+        f" keep and sort {whole:.1f} s (measured on {some} neurons): {whole / own:.1f} times less"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=["crate-2l", "gpt2-2l", "crate-768"])
+    parser.add_argument("--tokens", type=int, default=262_144)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--batch-tokens", type=int, default=8_192)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--sort", action="store_true")
+    parser.add_argument("--sort-tokens", type=int, default=1_000_000)
+    parser.add_argument("--sort-neurons", type=int, default=128)
+    arguments = parser.parse_args()
+    if arguments.sort:
+        against_sorting(arguments)
+        return
+    for size in arguments.sizes:
+        throughput(size, arguments)
+
+
+if __name__ == "__main__":
+    main()

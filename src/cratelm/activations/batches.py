@@ -1,0 +1,192 @@
+"""Which token is where: the plan of a harvest over one split, and its batches.
+
+Shape legend: B sequences, T positions of a sequence, N = B * T tokens of a batch, S segments of a
+batch (a segment is the text of one document inside one sequence, without its end mark).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cratelm.records import Split
+from cratelm.tokens.shards import TokenSplit
+
+Int64 = NDArray[np.int64]
+NEVER = np.iinfo(np.int64).max
+"""a sampling key no token has: for end marks, and for places still empty"""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences of tokens with all that a layer needs to know of them. Tensors are on the device."""
+
+    input_ids: torch.Tensor
+    """[B, T]"""
+    position: torch.Tensor
+    """[N] position in the split of each token"""
+    key: torch.Tensor
+    """[N] int64 sampling key of each token, `NEVER` for end marks; a low key is sampled first"""
+    is_text: torch.Tensor
+    """[N] float32, 1 for text and 0 for end marks"""
+    segment_of: torch.Tensor
+    """[N] index of the token's segment, -1 for end marks"""
+    segments: list[tuple[int, int]]
+    """[S] first token and one past the last, as offsets in the batch"""
+    start: torch.Tensor
+    """[S] the same as positions in the split"""
+    stop: torch.Tensor
+    """[S]"""
+    document: torch.Tensor
+    """[S] ordinal of the document"""
+
+    @property
+    def n_text(self) -> int:
+        return sum(stop - start for start, stop in self.segments)
+
+
+@dataclass(frozen=True, eq=False)
+class SearchPlan:
+    """Which sequences of a split are searched: all of them, or a seeded sample in ascending order."""
+
+    split: TokenSplit
+    name: Split
+    eot_id: int
+    sequence_length: int
+    """T, tokens"""
+    sequences: Int64
+    """numbers of the sequences searched, ascending; sequence i begins at token i * T"""
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        split: TokenSplit,
+        name: Split,
+        eot_id: int,
+        sequence_length: int,
+        tokens: int,
+        seed: int,
+    ) -> "SearchPlan":
+        """Searches at most `tokens` tokens of `split`, at least one sequence."""
+        n_sequences = -(-split.n_tokens // sequence_length)
+        wanted = max(1, tokens // sequence_length)
+        sequences = np.arange(n_sequences)
+        if wanted < n_sequences:
+            chosen = np.random.default_rng(seed).choice(n_sequences, wanted, replace=False)
+            sequences = np.sort(chosen)
+        return cls(split, name, eot_id, sequence_length, sequences, seed)
+
+    def bounds(self, sequence: int) -> tuple[int, int]:
+        """First token of a sequence and one past its last; the last one of a split may be short."""
+        start = int(sequence) * self.sequence_length
+        return start, min(start + self.sequence_length, self.split.n_tokens)
+
+    def n_tokens(self) -> int:
+        return sum(stop - start for start, stop in map(self.bounds, self.sequences))
+
+    def text_spans(self) -> tuple[Int64, Int64]:
+        """Spans of text searched, ascending: positions [start, stop) without end marks."""
+        starts, stops = [], []
+        for sequence in self.sequences:
+            for start, stop, _ in self._segments(*self.bounds(sequence)):
+                starts.append(start)
+                stops.append(stop)
+        return np.array(starts, np.int64), np.array(stops, np.int64)
+
+    def _segments(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Text of each document in [start, stop): start, stop, ordinal. A document ends in one end mark."""
+        edges = self.split.starts
+        index = int(np.searchsorted(edges, start, side="right")) - 1
+        while index < self.split.n_documents and edges[index] < stop:
+            low, high = max(int(edges[index]), start), min(int(edges[index + 1]) - 1, stop)
+            if low < high:
+                yield low, high, int(self.split.ordinals[index])
+            index += 1
+
+    def batches(self, batch_tokens: int, device: torch.device) -> Iterator[Batch]:
+        """All sequences in ascending order, those of one length together in a batch."""
+        size = max(1, batch_tokens // self.sequence_length)
+        whole = [
+            i
+            for i in self.sequences
+            if self.bounds(i)[1] - self.bounds(i)[0] == self.sequence_length
+        ]
+        for first in range(0, len(whole), size):
+            yield self.batch(whole[first : first + size], device)
+        for rest in self.sequences[len(whole) :]:
+            yield self.batch([rest], device)
+
+    def batch(self, sequences: list[int], device: torch.device) -> Batch:
+        """The batch of some sequences of equal length."""
+        rows, positions, segments, spans, documents = [], [], [], [], []
+        offset = 0
+        for sequence in sequences:
+            start, stop = self.bounds(sequence)
+            rows.append(self.split.read(start, stop))
+            positions.append(np.arange(start, stop))
+            for low, high, ordinal in self._segments(start, stop):
+                segments.append((low - start + offset, high - start + offset))
+                spans.append((low, high))
+                documents.append(ordinal)
+            offset += stop - start
+        position = np.concatenate(positions)
+        segment_of = np.full(len(position), -1, np.int64)
+        for index, (low, high) in enumerate(segments):
+            segment_of[low:high] = index
+        key = np.where(segment_of >= 0, sampling_keys(position, self.seed), NEVER)
+        span = np.array(spans, np.int64).reshape(-1, 2)
+
+        def put(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        return Batch(
+            input_ids=put(np.stack(rows).astype(np.int64)),
+            position=put(position),
+            key=put(key),
+            is_text=put((segment_of >= 0).astype(np.float32)),
+            segment_of=put(segment_of),
+            segments=segments,
+            start=put(span[:, 0]),
+            stop=put(span[:, 1]),
+            document=put(np.array(documents, np.int64)),
+        )
+
+
+def sampling_keys(position: Int64, seed: int) -> Int64:
+    """One pseudo-random non-negative int64 a position (splitmix64, Steele et al. 2014).
+
+    The members of a bin with the lowest keys are a uniform sample of it, whatever the order in which
+    tokens are searched, so that shards merge exactly.
+    """
+    with np.errstate(over="ignore"):
+        x = position.astype(np.uint64) + np.uint64(1)
+        x *= np.uint64(0x9E3779B97F4A7C15)
+        x ^= np.uint64(seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(0x632BE59BD9B4E019)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(1)).astype(np.int64)
+
+
+def random_positions(
+    spans: tuple[Int64, Int64], layer: int, n_neurons: int, count: int, seed: int
+) -> Int64:
+    """Positions [H, count] of random text tokens, distinct within a neuron, -1 where there are too few.
+
+    They depend on seed, layer and index of the neuron alone: neurons of the same place in twins get
+    the same tokens, so that their scores can be paired.
+    """
+    starts, stops = spans
+    ends = np.cumsum(stops - starts)
+    n_text = int(ends[-1]) if len(ends) else 0
+    drawn = np.full((n_neurons, count), -1, np.int64)
+    taken = min(count, n_text)
+    for index in range(n_neurons):
+        generator = np.random.default_rng((seed, layer, index))
+        drawn[index, :taken] = generator.choice(n_text, taken, replace=False, shuffle=True)
+    span = np.searchsorted(ends, drawn, side="right").clip(0, max(0, len(ends) - 1))
+    before = ends[span] - (stops - starts)[span] if n_text else drawn
+    return np.where(drawn >= 0, starts[span] + drawn - before, -1) if n_text else drawn

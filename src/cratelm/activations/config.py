@@ -1,0 +1,63 @@
+"""Configuration of `cratelm harvest`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cratelm.errors import InputError
+from cratelm.runs import aside
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """Collect, in one pass over held-back tokens, the excerpts and statistics of every neuron."""
+
+    run: Path = aside(Path("runs/default"))
+    """run directory"""
+    model: str = "crate-2l"
+    """a model of the run by name, or any Hugging Face causal language model by folder or Hub id"""
+    name: str | None = None
+    """name of the harvest in the run; default: the model's name"""
+    site: str | None = None
+    """where neurons live: ista, mssa, heads, mlp, or a module path such as
+    'gpt_neox.layers.*.mlp.dense_4h_to_h:input'; default: ista for CRATE, mlp for others"""
+    tokens: int = 8_192_000
+    """at most so many tokens are searched in each of the splits fit and held_out (the paper: 8,192,000)"""
+    sequence_length: int | None = None
+    """tokens the model sees at once; default: as many as its position embedding has"""
+    top: int = 50
+    """excerpts with the highest activation, one a document"""
+    random: int = 50
+    """excerpts around random tokens"""
+    per_bin: int = 20
+    """excerpts from each bin of both binnings"""
+    context: int = 32
+    """tokens before the chosen token in a long excerpt, and from it on"""
+    short_context: int = 4
+    """the same in a short excerpt (Anthropic metric)"""
+    pilot_tokens: int = 8_192
+    """tokens of the pilot that sets the edges of the bins"""
+    seed: int = 0
+    """draws random excerpts and the order within bins; twins need the same"""
+    batch_tokens: int = aside(8_192)
+    """tokens a forward pass; more is faster and takes more memory"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the model; statistics are always kept in float32 or more"""
+    device: str = aside("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    force: bool = aside(False)
+    """redo the stage even if it is finished"""
+
+    def __post_init__(self) -> None:
+        for field in ("tokens", "top", "random", "per_bin", "context", "short_context"):
+            if getattr(self, field) < 1:
+                raise InputError(
+                    f"--{field.replace('_', '-')} is {getattr(self, field)}: 1 or more was expected"
+                )
+        if self.short_context > self.context:
+            raise InputError(
+                f"--short-context {self.short_context} is above --context {self.context}:"
+                " short excerpts are cut from long ones"
+            )
+        if self.pilot_tokens < 16:
+            raise InputError(f"--pilot-tokens is {self.pilot_tokens}: 16 or more was expected")

@@ -1,0 +1,192 @@
+"""`cratelm harvest`: excerpts and statistics of every neuron of a model, from one pass over tokens.
+
+Shape legend: B sequences, T positions, H neurons of a layer, L layers.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+from transformers.modeling_utils import PreTrainedModel
+
+from cratelm.activations.batches import SearchPlan, random_positions
+from cratelm.activations.config import HarvestConfig
+from cratelm.activations.layer import ExcerptSizes, LayerHarvest
+from cratelm.activations.out_of_context import out_of_context_rows
+from cratelm.activations.pilot import Pilot, run_pilot
+from cratelm.activations.store import (
+    EXCERPT_SCHEMA,
+    SUMMARY_SCHEMA,
+    excerpts_path,
+    summaries_path,
+)
+from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
+from cratelm.errors import InputError
+from cratelm.models import Site, load, site_of
+from cratelm.models.sites import hooked
+from cratelm.records import Split
+from cratelm.runs import Draft, Run, hash_file, hash_json, write_json
+from cratelm.tokens.shards import TokenStore, check_vocabulary
+
+_NEURONS_A_GROUP = 128
+"""neurons in a row group of the excerpts: about 10 MB in memory when read"""
+
+
+@dataclass(frozen=True)
+class HarvestResult:
+    """What a harvest found."""
+
+    path: Path
+    """folder of the files (`cratelm.activations.store` reads them)"""
+    site: str
+    neurons: tuple[int, ...]
+    """[L] neurons of each layer"""
+    tokens: dict[str, int]
+    """tokens searched in each split, end marks left out"""
+    dead: dict[str, int]
+    """neurons never above 0, by split"""
+
+
+def harvest(config: HarvestConfig) -> HarvestResult:
+    """Runs the stage; a finished one is read back.
+
+    Raises `InputError` for a model, site or tokenizer that does not fit.
+    """
+    run = Run(config.run)
+    tokens = run.stage("tokens").require("tokenize")
+    source, identity = _model_source(config, run)
+    stage = run.stage("activations", config.name or Path(config.model).name)
+    inputs = {"tokens": tokens.identity, "model": identity}
+    if stage.is_finished(config, inputs, force=config.force):
+        tqdm.write(f"{stage.label} is finished, skipped")
+        return _result(stage.path, stage.require("harvest").results)
+    model = _load(source, config)
+    store = TokenStore(run.path / "tokens")
+    check_vocabulary(store, model.config.vocab_size)
+    site = site_of(model, config.site)
+    with stage.write(config, inputs) as draft:
+        _write_splits(config, store, model, site, stage.name, draft)
+        results = draft.results
+    return _result(stage.path, results)
+
+
+def harvest_split(
+    model: PreTrainedModel,
+    site: Site,
+    plan: SearchPlan,
+    pilots: list[Pilot],
+    sizes: ExcerptSizes,
+    batch_tokens: int = 8_192,
+) -> list[LayerHarvest]:
+    """One pass over the tokens of `plan`, the head left out: what is kept of each layer [L]."""
+    spans = plan.text_spans()
+    layers = [
+        LayerHarvest(
+            pilot, random_positions(spans, i, site.n_neurons[i], sizes.random, plan.seed), sizes, i
+        )
+        for i, pilot in enumerate(pilots)
+    ]
+    progress = tqdm(total=plan.n_tokens(), desc=f"harvest {plan.name}", unit="tok", unit_scale=True)
+    with torch.no_grad(), progress:
+        for batch in plan.batches(batch_tokens, model.device):
+            with hooked(model, site, lambda layer, a, b=batch: layers[layer].add(a, b)):
+                model.base_model(input_ids=batch.input_ids, use_cache=False)
+            progress.update(batch.input_ids.numel())
+    return layers
+
+
+def _write_splits(
+    config: HarvestConfig,
+    store: TokenStore,
+    model: PreTrainedModel,
+    site: Site,
+    name: str,
+    draft: Draft,
+) -> None:
+    sizes = ExcerptSizes(
+        config.top, config.random, config.per_bin, config.context, config.short_context
+    )
+    pilots: list[Pilot] = []
+    results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
+    for split in ("fit", "held_out"):
+        plan = _plan(config, store, split, model)
+        # both splits share the bins that the first one's pilot set
+        pilots = pilots or run_pilot(model, site, plan, config.pilot_tokens, config.batch_tokens)
+        layers = harvest_split(model, site, plan, pilots, sizes, config.batch_tokens)
+        _write(draft.path, plan, layers, model, site, name)
+        results["tokens"][split] = layers[0].n_tokens
+        results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
+    draft.results.update(results, site=site.name, neurons=list(site.n_neurons))
+    write_json(draft.path / "sites.json", asdict(site))
+
+
+def _write(
+    folder: Path,
+    plan: SearchPlan,
+    layers: list[LayerHarvest],
+    model: PreTrainedModel,
+    site: Site,
+    name: str,
+) -> None:
+    """Writes a split. Held-out excerpts are joined by top tokens out of their context."""
+    alone = out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
+    with (
+        pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARY_SCHEMA) as summaries,
+        pq.ParquetWriter(
+            excerpts_path(folder, plan.name), EXCERPT_SCHEMA, compression="zstd"
+        ) as excerpts,
+    ):
+        for layer, kept in enumerate(layers):
+            summaries.write_table(summary_table(kept, name, site.name, layer))
+            for low in range(0, kept.n_neurons, _NEURONS_A_GROUP):
+                high = min(low + _NEURONS_A_GROUP, kept.n_neurons)
+                rows = excerpt_rows(kept, low, high)
+                if alone is not None:
+                    rows.append(alone[layer].between(low, high))
+                excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
+
+
+def _plan(
+    config: HarvestConfig, store: TokenStore, split: Split, model: PreTrainedModel
+) -> SearchPlan:
+    length = config.sequence_length or getattr(model.config, "max_position_embeddings", 1024)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise InputError(
+            f"--sequence-length {length} is longer than the {longest} positions of the model"
+        )
+    tokens = store.split(split)
+    if tokens.n_tokens == 0:
+        raise InputError(f"split {split} holds no tokens: tokenize more text or raise its share")
+    return SearchPlan.of(tokens, split, store.eot_id, length, config.tokens, config.seed)
+
+
+def _model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
+    """Where to load the model from, and its identity: a model of the run, a folder, or a Hub id."""
+    folder = Path(config.model)
+    if "/" not in config.model and not folder.is_dir():
+        return run.path / "model" / config.model, run.stage("model", config.model).require(
+            "train"
+        ).identity
+    if folder.is_dir():
+        weights = [
+            p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")
+        ]
+        return folder, hash_json({p.name: hash_file(p) for p in weights})
+    return config.model, f"hub:{config.model}"
+
+
+def _load(source: str | Path, config: HarvestConfig) -> PreTrainedModel:
+    device = config.device
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator is not None else "cpu"
+    return load(source, dtype=getattr(torch, config.dtype)).to(device)
+
+
+def _result(path: Path, results: dict) -> HarvestResult:
+    return HarvestResult(
+        path, results["site"], tuple(results["neurons"]), results["tokens"], results["dead"]
+    )

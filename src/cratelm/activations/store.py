@@ -1,0 +1,187 @@
+"""Harvested neurons on disk: two Parquet files a split, read lazily.
+
+`summaries-SPLIT.parquet` has a row a neuron (fields of `NeuronSummary`), `excerpts-SPLIT.parquet` a
+row an excerpt (fields of `Excerpt`, with model, site, layer and index of the neuron), both sorted by
+layer and index, excerpts further by kind, bin and rank. A row group holds whole neurons.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cratelm.errors import InputError
+from cratelm.records import EXCERPT_KINDS, Excerpt, NeuronId, NeuronRecord, NeuronSummary, Split
+
+NEURON_FIELDS = [
+    ("model", pa.string()),
+    ("site", pa.string()),
+    ("layer", pa.int32()),
+    ("index", pa.int32()),
+]
+EXCERPT_SCHEMA = pa.schema(
+    [
+        *NEURON_FIELDS,
+        ("kind", pa.dictionary(pa.int8(), pa.string())),
+        ("bin", pa.int8()),
+        ("rank", pa.int16()),
+        ("peak", pa.int16()),
+        ("document", pa.int64()),
+        ("position", pa.int64()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("activations", pa.list_(pa.float32())),
+    ]
+)
+SUMMARY_SCHEMA = pa.schema(
+    [
+        *NEURON_FIELDS,
+        ("n_tokens", pa.int64()),
+        ("mean", pa.float64()),
+        ("variance", pa.float64()),
+        ("skew", pa.float64()),
+        ("kurtosis", pa.float64()),
+        ("firing_rate", pa.float64()),
+        ("maximum", pa.float32()),
+        ("histogram", pa.list_(pa.int64())),
+        ("histogram_low", pa.float32()),
+        ("histogram_high", pa.float32()),
+        ("openai_edges", pa.list_(pa.float32())),
+        ("anthropic_edges", pa.list_(pa.float32())),
+    ]
+)
+
+
+def excerpts_path(folder: Path, split: Split) -> Path:
+    return folder / f"excerpts-{split}.parquet"
+
+
+def summaries_path(folder: Path, split: Split) -> Path:
+    return folder / f"summaries-{split}.parquet"
+
+
+def write_records(folder: Path, split: Split, records: Sequence[NeuronRecord]) -> None:
+    """Writes records, sorted by layer and index, as one row group a file."""
+    with (
+        pq.ParquetWriter(summaries_path(folder, split), SUMMARY_SCHEMA) as summaries,
+        pq.ParquetWriter(excerpts_path(folder, split), EXCERPT_SCHEMA) as excerpts,
+    ):
+        summaries.write_table(_summary_table([r.summary for r in records]))
+        excerpts.write_table(_excerpt_table(records))
+
+
+def read_summaries(folder: Path, split: Split) -> list[NeuronSummary]:
+    """Summaries of all neurons of a harvest, by layer and index."""
+    table = pq.read_table(_existing(summaries_path(folder, split)))
+    return [_summary(row) for row in table.to_pylist()]
+
+
+def read_records(
+    folder: Path,
+    split: Split,
+    layers: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
+) -> Iterator[NeuronRecord]:
+    """Neurons of a harvest, by layer and index, with their excerpts; a row group is held at a time.
+
+    `layers` and `indices` restrict which; row groups that hold none of them are not read.
+    """
+    layers_wanted = None if layers is None else set(layers)
+    indices_wanted = None if indices is None else set(indices)
+    wanted = {
+        (s.neuron.layer, s.neuron.index): s
+        for s in read_summaries(folder, split)
+        if (layers_wanted is None or s.neuron.layer in layers_wanted)
+        and (indices_wanted is None or s.neuron.index in indices_wanted)
+    }
+    file = pq.ParquetFile(_existing(excerpts_path(folder, split)))
+    for group in range(file.num_row_groups):
+        layer_low, layer_high, index_low, index_high = _bounds(file, group)
+        places = {
+            place
+            for place in wanted
+            if layer_low <= place[0] <= layer_high and index_low <= place[1] <= index_high
+        }
+        if places:
+            held = _by_neuron(file.read_row_group(group), places)
+            for place in sorted(held):
+                yield NeuronRecord(wanted.pop(place), held[place])
+    for summary in wanted.values():
+        yield NeuronRecord(summary, ())
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path} is not there: type `cratelm harvest` for this model first")
+    return path
+
+
+def _bounds(file: pq.ParquetFile, group: int) -> tuple[int, int, int, int]:
+    """Lowest and highest layer, lowest and highest index of the neurons in a row group."""
+    columns = [file.metadata.row_group(group).column(number) for number in (2, 3)]
+    found = []
+    for column in columns:
+        statistics = column.statistics
+        assert statistics is not None, "written without statistics"
+        found += [statistics.min, statistics.max]
+    return tuple(found)  # type: ignore[return-value]
+
+
+def _by_neuron(
+    table: pa.Table, places: set[tuple[int, int]]
+) -> dict[tuple[int, int], tuple[Excerpt, ...]]:
+    """Excerpts of a row group by (layer, index). Lists are sliced from flat arrays: no Python per token."""
+    table = table.combine_chunks()
+    layer, index = (table[c].to_numpy() for c in ("layer", "index"))
+    kind = table["kind"].to_pylist()
+    small = [table[c].to_numpy() for c in ("bin", "rank", "peak", "document", "position")]
+    ids, values = table["token_ids"].chunk(0), table["activations"].chunk(0)
+    offsets = ids.offsets.to_numpy()
+    flat_ids, flat_values = ids.values.to_numpy(), values.values.to_numpy()
+    found: dict[tuple[int, int], list[Excerpt]] = {}
+    for row in range(len(kind)):
+        place = (int(layer[row]), int(index[row]))
+        if place not in places:
+            continue
+        bin_, rank, peak, document, position = (int(column[row]) for column in small)
+        span = slice(offsets[row], offsets[row + 1])
+        excerpt = Excerpt(
+            kind[row], rank, bin_, flat_ids[span], flat_values[span], peak, document, position
+        )
+        found.setdefault(place, []).append(excerpt)
+    return {place: tuple(excerpts) for place, excerpts in found.items()}
+
+
+def _summary(row: dict[str, Any]) -> NeuronSummary:
+    neuron = NeuronId(row["model"], row["site"], row["layer"], row["index"])
+    values = {f.name: row[f.name] for f in fields(NeuronSummary) if f.name != "neuron"}
+    values["histogram"] = np.array(row["histogram"], np.int64)
+    for edges in ("openai_edges", "anthropic_edges"):
+        values[edges] = np.array(row[edges], np.float32)
+    for moment in ("skew", "kurtosis"):
+        values[moment] = float("nan") if row[moment] is None else row[moment]
+    return NeuronSummary(neuron=neuron, **values)
+
+
+def _summary_table(summaries: Sequence[NeuronSummary]) -> pa.Table:
+    rows = [
+        {
+            **{f.name: getattr(s, f.name) for f in fields(NeuronSummary) if f.name != "neuron"},
+            **vars(s.neuron),
+        }
+        for s in summaries
+    ]
+    return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
+
+
+def _excerpt_table(records: Sequence[NeuronRecord]) -> pa.Table:
+    order = {kind: place for place, kind in enumerate(EXCERPT_KINDS)}
+    rows = [
+        {**vars(record.neuron), **vars(excerpt)}
+        for record in records
+        for excerpt in sorted(record.excerpts, key=lambda e: (order[e.kind], e.bin, e.rank))
+    ]
+    return pa.Table.from_pylist(rows, schema=EXCERPT_SCHEMA)
