@@ -24,7 +24,7 @@ from cratelm.errors import InputError
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.models import load
 from cratelm.runs import Run, write_json
-from cratelm.tokens.shards import TokenSplit, TokenStore
+from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
 NO_LIMIT = 1024
 """sequence length, in tokens, for models that name no longest one"""
@@ -103,19 +103,15 @@ def _model(config: EvaluateConfig, run: Run, store: TokenStore) -> Any:
     if config.path is None:
         stage.require("train")
     source = stage.path if config.path is None else config.path
-    model = load(source)
-    vocabulary = model.config.get_text_config().vocab_size
+    model: Any = load(source)
+    check_vocabulary(store, model.config.get_text_config().vocab_size)
     own = Path(source) / "tokenizer.json"
-    if vocabulary < store.vocab_size or (own.is_file() and not _same(own, store.tokenizer)):
+    if own.is_file() and Tokenizer.from_file(str(own)).get_vocab() != store.tokenizer.get_vocab():
         raise InputError(
-            f"{source} has another tokenizer (vocabulary {vocabulary}) than the run {run.path}"
-            f" ({store.vocab_size}): name a model trained on these tokens, or another --run"
+            f"{own} is another tokenizer than that of the run {run.path}:"
+            " name a model trained on these tokens, or another --run"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _same(path: Path, tokenizer: Tokenizer) -> bool:
-    return Tokenizer.from_file(str(path)).get_vocab() == tokenizer.get_vocab()
 
 
 def _sequence_length(config: EvaluateConfig, model: Any) -> int:
@@ -191,11 +187,12 @@ def _bits_per_byte(
 ) -> float | None:
     """Total bits over the bytes of the predicted text.
 
-    In a byte-level BPE each character of a token's name stands for one byte; <|endoftext|> is none.
+    In a byte-level BPE each character of a token's name stands for one byte; special tokens, of which
+    <|endoftext|> alone is in the shards, are no text.
     """
     sizes = np.zeros(store.vocab_size, np.int64)  # [V] bytes
     for name, token in store.tokenizer.get_vocab().items():
-        if token < store.vocab_size and token != store.eot_id:
-            sizes[token] = len(name)
+        sizes[token] = len(name)
+    sizes[store.eot_id] = 0
     n_bytes = int(sizes[targets].sum())
     return float(losses.sum(dtype=np.float64) / math.log(2) / n_bytes) if n_bytes else None

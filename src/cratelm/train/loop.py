@@ -196,11 +196,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _figures(
-    accelerator: Accelerator, loss: torch.Tensor, norm: torch.Tensor | float
+    accelerator: Accelerator, loss: torch.Tensor, norm: torch.Tensor | float | None
 ) -> dict[str, float]:
     """Loss of the whole batch and norm of its gradient."""
     mean = accelerator.reduce(loss, "mean")
     assert isinstance(mean, torch.Tensor)
+    assert norm is not None
     return {"loss": float(mean), "gradient_norm": float(norm)}
 
 
