@@ -1,0 +1,199 @@
+"""The command line: a table of verbs, one a stage; each is also a Python function of the same name.
+
+A verb is a configuration dataclass, which is its `--help`, and a function of it. A failure prints one
+line and exits with a status other than 0; `CRATELM_TRACEBACK=1` shows where it came from.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cratelm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's configuration and function are found; nothing is imported before it is used."""
+
+    module: str
+    """module of the function, which is called as the verb"""
+    config: str
+    """`module:Class` of its configuration"""
+    summary: str
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "cratelm.demo",
+        "cratelm.demo_config:DemoConfig",
+        "the whole line on a small scale: train twins, harvest, explain, score, report",
+    ),
+    "tokenize": Verb(
+        "cratelm.tokens.tokenize",
+        "cratelm.tokens.config:TokenizeConfig",
+        "documents -> token shards with document borders",
+    ),
+    "train": Verb(
+        "cratelm.train.loop", "cratelm.train.config:TrainConfig", "train a model on the shards"
+    ),
+    "evaluate": Verb(
+        "cratelm.evaluate.loss",
+        "cratelm.evaluate.config:EvaluateConfig",
+        "loss and perplexity of a model on a split",
+    ),
+    "harvest": Verb(
+        "cratelm.activations.harvest",
+        "cratelm.activations.config:HarvestConfig",
+        "excerpts and statistics of every neuron",
+    ),
+    "explain": Verb(
+        "cratelm.explain.explain",
+        "cratelm.explain.config:ExplainConfig",
+        "explain each neuron from its excerpts",
+    ),
+    "score": Verb(
+        "cratelm.score.score",
+        "cratelm.score.config:ScoreConfig",
+        "score the explanations on held-out excerpts",
+    ),
+    "report": Verb(
+        "cratelm.report.report",
+        "cratelm.report.config:ReportConfig",
+        "one page, tables and figures about a run",
+    ),
+}
+
+
+def config_class(verb: str) -> type:
+    """The configuration dataclass of a verb."""
+    module, name = VERBS[verb].config.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def verb_function(verb: str) -> Callable[..., Any]:
+    """The verb as a Python function: `train(run="runs/x", steps=100)`, arguments as on the command line."""
+    config = config_class(verb)
+
+    def call(**fields: Any) -> Any:
+        return getattr(importlib.import_module(VERBS[verb].module), verb)(config(**fields))
+
+    call.__name__ = call.__qualname__ = verb
+    call.__doc__ = f"{config.__doc__}\n\nArguments are the fields of `{config.__name__}`."
+    parameters = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in inspect.signature(config).parameters.values()
+    ]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `cratelm`; returns the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if given else 2
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("cratelm"))
+        return 0
+    verb, rest = given[0], given[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return _fail("", f"there is no verb {verb!r}: {hint}Verbs are {', '.join(VERBS)}", 2)
+    try:
+        config = _parse(verb, rest)
+        result = getattr(importlib.import_module(VERBS[verb].module), verb)(config)
+        print(_told(result))
+    except KeyboardInterrupt:
+        return _fail(verb, "interrupted; the same command goes on where it was", 130)
+    except Exception as error:
+        if os.environ.get("CRATELM_TRACEBACK"):
+            raise
+        return _fail(verb, *_explained(error))
+    return 0
+
+
+def _parse(verb: str, arguments: list[str]) -> Any:
+    """The configuration that the arguments give. Prints `--help` and exits where it is asked for."""
+    import tyro
+
+    caught = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(caught):
+            return tyro.cli(config_class(verb), prog=f"cratelm {verb}", args=arguments)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(_one_line(caught.getvalue(), verb)) from None
+
+
+def _one_line(box: str, verb: str) -> str:
+    """The parser draws its errors as a box; this is what stands in it, as one line."""
+    lines = [line.strip("│╭╰╮╯ ") for line in box.splitlines() if line.startswith("│")]
+    parts = " ".join(lines).split("─" * 10)
+    told = re.sub(r"^Error parsing \w+: (?=--)", "", parts[0].strip("─ "))
+    near = re.search(r"Perhaps you meant:\W*(--[\w-]+)", " ".join(p.strip("─ ") for p in parts[1:]))
+    hint = f"; did you mean {near.group(1)}?" if near else ""
+    if not told:
+        return box.strip()
+    return f"{told}{hint} (`cratelm {verb} --help` lists the options)"
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    if isinstance(error, InputError):
+        return str(error), 2
+    told = " ".join(str(error).split())[:300]
+    hint = "CRATELM_TRACEBACK=1 shows where"
+    return f"{type(error).__name__}: {told} ({hint})", 1
+
+
+def _fail(verb: str, message: str, status: int) -> int:
+    print(f"cratelm {verb}: {message}".replace(" :", ":"), file=sys.stderr)
+    return status
+
+
+def _told(result: Any) -> str:
+    """A result as text: its own words, or a line a field."""
+    if type(result).__str__ is not object.__str__ or not dataclasses.is_dataclass(result):
+        return str(result)
+    rows = [(f.name.replace("_", " "), getattr(result, f.name)) for f in dataclasses.fields(result)]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {_value(value)}" for name, value in rows if value != "")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_value(v)}" for k, v in value.items())
+    if isinstance(value, tuple):
+        return ", ".join(_value(v) for v in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    rows = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: cratelm VERB [OPTIONS]",
+            "",
+            "White-box language models whose neurons can be read: train, measure, compare.",
+            "",
+            *rows,
+            "",
+            "`cratelm VERB --help` lists the options of a verb. Start with `cratelm demo`.",
+        ]
+    )
