@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(150):
             text = " ".join(draw.choices(words, k=draw.randint(5, 40)))
             file.write(json.dumps({"text": text, "meta": {}}) + "\n")
-    tokenize(TokenizeConfig(run=folder / "run", corpus=str(corpus), vocab_size=300))
+    tokenize(TokenizeConfig(run=folder / "run", corpus=str(corpus), vocab_size=300, quiet=True))
     train(
         TrainConfig(
             run=folder / "run",

@@ -79,7 +79,7 @@ def make_run(folder: Path) -> Path:
         for _ in range(150):
             text = " ".join(draw.choices(words, k=draw.randint(10, 60)))
             file.write(json.dumps({"text": text, "meta": {"pile_set_name": "made up"}}) + "\n")
-    tokenize(TokenizeConfig(run=folder / "run", corpus=str(corpus), vocab_size=300))
+    tokenize(TokenizeConfig(run=folder / "run", corpus=str(corpus), vocab_size=300, quiet=True))
     return folder / "run"
 
 

@@ -75,6 +75,8 @@ def train(config: TrainConfig) -> TrainResult:
         import_wandb()  # a missing package is told before anything is written
     store = TokenStore(run.stage("tokens").path)
     session = _prepare(config, store)
+    if session.accelerator.is_main_process and not config.quiet:
+        print(_plan(config, session, stage.label))
     with checkpoints.shared_draft(session.accelerator, stage, config.identity(), inputs) as draft:
         _take_steps(session, config, draft, stage.label)
         checkpoints.save_model(session.accelerator, session.model, draft.path)
@@ -168,6 +170,17 @@ def _prepare(config: TrainConfig, store: TokenStore) -> Session:
     optimizers = make_optimizers(bare, numbers.optimizer, config.weight_decay)
     model, *optimizers = accelerator.prepare(NextTokenLoss(bare), *optimizers)
     return Session(accelerator, model, optimizers, feed, validation, parameters)
+
+
+def _plan(config: TrainConfig, session: Session, label: str) -> str:
+    """One line on what is about to be done."""
+    numbers = config.numbers()
+    epochs = numbers.steps * numbers.batch_size / session.feed.n_sequences
+    return (
+        f"{label}: {session.parameters:,} parameters, {numbers.steps:,} steps of"
+        f" {numbers.batch_size} x {numbers.sequence_length:,} tokens ({epochs:.2f} epochs),"
+        f" {numbers.optimizer} at {numbers.learning_rate:g}"
+    )
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -32,6 +32,10 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self._no_split_modules = model._no_split_modules  # read by FSDP's wrapping policy
 
+    def tie_weights(self) -> None:
+        """Called by FSDP once it has replaced the parameters."""
+        self.model.tie_weights()
+
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor, *, mean: bool = True
     ) -> torch.Tensor:
