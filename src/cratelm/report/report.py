@@ -1,0 +1,184 @@
+"""`cratelm report`: one page, tables and figures about all models of a run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from cratelm.report.config import ReportConfig
+from cratelm.report.content import METRIC_NAMES, all_tables
+from cratelm.report.figures import Figure
+from cratelm.report.gallery import AFTER, BEFORE, Gallery, galleries, neuron_table
+from cratelm.report.gather import RunResults, gather, inputs_of, missing, model_names
+from cratelm.report.plots import all_figures
+from cratelm.report.reproduce import commands, facts
+from cratelm.report.shading import faint_marks
+from cratelm.report.tables import Table
+from cratelm.runs import Run, versions, write_json
+
+PAGE, TABLES, COMPARISON = "report.html", "tables.json", "comparison.txt"
+_SECTIONS = (
+    ("comparison", "Comparison"),
+    ("run", "What was run"),
+    ("models", "Loss"),
+    ("scores", "Scores"),
+    ("twins", "Twins"),
+    ("sparsity", "Sparsity"),
+    ("neurons", "Neurons"),
+    ("ledger", "Undefined"),
+    ("leakage", "Leakage"),
+    ("published", "Published"),
+    ("reproduce", "Reproduce"),
+)
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """Where the report lies, and its first table."""
+
+    path: Path
+    """folder of the report"""
+    page: Path
+    """self-contained HTML: opens from disk, loads nothing"""
+    tables: Path
+    """every table as JSON; `tables/NAME.csv` and `tables/NAME.tex` beside it"""
+    figures: tuple[Path, ...]
+    """PNG and PDF"""
+    comparison: tuple[dict[str, Any], ...]
+    """rows of the comparison table, one a model, at full precision"""
+
+    def __str__(self) -> str:
+        return f"{comparison_table(self)}\n\nreport  {self.page}"
+
+
+def report(config: ReportConfig) -> ReportResult:
+    """Writes `report/` of a run: page, tables and figures; a finished report of the same inputs is kept.
+
+    Raises `InputError` where no model of the run is scored.
+    """
+    run = Run(config.run)
+    names = model_names(run, config)
+    stage, inputs = run.stage("report"), inputs_of(run, names)
+    if stage.is_finished(config, inputs, force=config.force):
+        print(f"{stage.label} is finished, skipped")
+        return _read(stage.path)
+    results = gather(run, config)
+    shown = galleries(results, config)
+    tables = all_tables(results, config.resamples, config.seed)
+    if shown:
+        tables["neurons"] = neuron_table(shown, results.metrics)
+    figures = all_figures(results)
+    with stage.write(config, inputs) as draft:
+        _write_tables(draft.path, tables)
+        (draft.path / "figures").mkdir()
+        for figure in figures.values():
+            figure.write(draft.path / "figures")
+        page = _page(results, config, tables, figures, shown)
+        (draft.path / PAGE).write_text(page, encoding="utf-8")
+    return _read(stage.path)
+
+
+def comparison_table(result: ReportResult) -> str:
+    """The comparison of the models as plain text: losses, scores with intervals, nulls, counts."""
+    return (result.path / COMPARISON).read_text(encoding="utf-8").rstrip("\n")
+
+
+def _read(folder: Path) -> ReportResult:
+    tables = json.loads((folder / TABLES).read_text(encoding="utf-8"))
+    return ReportResult(
+        path=folder,
+        page=folder / PAGE,
+        tables=folder / TABLES,
+        figures=tuple(sorted((folder / "figures").iterdir())),
+        comparison=tuple(tables["comparison"]["rows"]),
+    )
+
+
+def _write_tables(folder: Path, tables: dict[str, Table]) -> None:
+    write_json(folder / TABLES, {name: table.to_json() for name, table in tables.items()})
+    (folder / COMPARISON).write_text(tables["comparison"].to_text() + "\n", encoding="utf-8")
+    (folder / "tables").mkdir()
+    for name, table in tables.items():
+        (folder / "tables" / f"{name}.csv").write_text(table.to_csv(), encoding="utf-8")
+        (folder / "tables" / f"{name}.tex").write_text(table.to_latex(), encoding="utf-8")
+
+
+def _page(
+    results: RunResults,
+    config: ReportConfig,
+    tables: dict[str, Table],
+    figures: dict[str, Figure],
+    shown: Sequence[Gallery],
+) -> str:
+    """The page. Every value is escaped but our own CSS and SVG."""
+    here = resources.files("cratelm.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["marks"] = faint_marks
+    absent = {name for name in ("twins", "sparsity") if name not in tables}
+    absent |= set() if shown else {"neurons"}
+    return environment.from_string((here / "page.html.j2").read_text(encoding="utf-8")).render(
+        css=Markup((here / "style.css").read_text(encoding="utf-8")),
+        title=_title(results),
+        lead=_lead(results),
+        sections=[(anchor, name) for anchor, name in _SECTIONS if anchor not in absent],
+        missing=missing(results),
+        tables=tables,
+        figures=figures,
+        facts=facts(results),
+        galleries=shown,
+        gallery_note=_gallery_note(results, config),
+        audit=_audit(results),
+        commands=commands(results, config),
+        version=versions().get("cratelm", ""),
+    )
+
+
+def _title(results: RunResults) -> str:
+    names = [m.name for m in results.principal]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"How well the neurons of {listed} can be explained"
+
+
+def _lead(results: RunResults) -> str:
+    n = sum(len({s.neuron for s in m.scores}) for m in results.principal)
+    count = f"{n:,} neurons of {len(results.principal)} model{'s' * (len(results.principal) > 1)}"
+    return (
+        f"Run {results.run.path.resolve().name}: {count}, explained from one set of documents by"
+        f" {' and '.join(results.explainers)}, and scored on documents that no explainer saw."
+    )
+
+
+def _gallery_note(results: RunResults, config: ReportConfig) -> str:
+    return (
+        f"Named by layer and index, with the score × 100 by {METRIC_NAMES[config.rank_by]} and the"
+        f" explanation by {results.explainer}; open one to see its excerpts. The best are chosen by the"
+        " very scores shown, so these flatter them; those at random are drawn from all neurons, without"
+        " a score or with one. Shade, and thickness of the line below, give the level 0 to 10 of the"
+        " largest activation among the excerpts shown of the neuron (of the largest simulated one in"
+        " simulated rows: correlation does not depend on scale). The frame marks the token that the"
+        f" excerpt was chosen for; {BEFORE} tokens before it and {AFTER} from it on are shown."
+        " ␣ is a space, ⏎ a line's end, ⇥ a tab; \\x.. and \\u.. stand for bytes and characters that do"
+        " not show."
+    )
+
+
+def _audit(results: RunResults) -> dict[str, Any]:
+    shared = sum(len(m.audit["shared"]) for m in results.models)
+    if shared or results.shared_ordinals:
+        verdict = (
+            f"{shared:,} documents were both explained from and scored on, and"
+            f" {results.shared_ordinals:,} are in more than one split: these scores are not to be trusted."
+        )
+    else:
+        verdict = (
+            "No document was both explained from and scored on, in any model, and none is in more than"
+            " one split of train, fit and held-out."
+        )
+    return {"clean": not shared and not results.shared_ordinals, "verdict": verdict}

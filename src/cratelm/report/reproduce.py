@@ -1,0 +1,111 @@
+"""What was run, in words and as commands, from the completion records of the stages."""
+
+import dataclasses
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from cratelm.activations.config import HarvestConfig
+from cratelm.explain.config import ExplainConfig
+from cratelm.report.config import ReportConfig
+from cratelm.report.gather import RunResults
+from cratelm.runs import Completion, config_dict
+from cratelm.score.config import ScoreConfig
+from cratelm.tokens.config import TokenizeConfig
+from cratelm.train.config import TrainConfig
+
+_VERBS: dict[str, tuple[str, type]] = {
+    "tokens": ("tokenize", TokenizeConfig),
+    "model": ("train", TrainConfig),
+    "activations": ("harvest", HarvestConfig),
+    "explanations": ("explain", ExplainConfig),
+    "scores": ("score", ScoreConfig),
+}
+
+
+def commands(results: RunResults, config: ReportConfig) -> str:
+    """A command a stage, with every setting that is not the default."""
+    lines = [
+        _command(*_VERBS[done.stage], _settings(done), results)
+        for done in [results.tokens, *(c for m in results.models for c in m.completions.values())]
+    ]
+    return "\n".join([*lines, _command("report", ReportConfig, config_dict(config), results)])
+
+
+def facts(results: RunResults) -> list[tuple[str, str]]:
+    """What was run: corpus, tokens, seeds, versions, time."""
+    tokens, done = results.tokens, _all(results)
+    harvests = [
+        m.completions["activations"] for m in results.models if "activations" in m.completions
+    ]
+    searched = sorted({_counts(h.results.get("tokens", {})) for h in harvests})
+    seeds = {
+        verb: _several(c.config.get("seed") for c in done if c.stage == stage)
+        for stage, (verb, _) in _VERBS.items()
+        if stage != "tokens"
+    }
+    versions = {
+        name: _several(c.versions.get(name) for c in done)
+        for name in sorted({name for c in done for name in c.versions})
+    }
+    return [
+        ("Corpus", str(tokens.config.get("corpus", "unknown"))),
+        ("Tokenizer", _tokenizer(tokens)),
+        ("Tokens", _counts(tokens.results.get("n_tokens", {})) or "unknown"),
+        ("Documents", _counts(tokens.results.get("n_documents", {})) or "unknown"),
+        ("Tokens searched", "; ".join(searched) or "unknown"),
+        ("Explainers", ", ".join(results.explainers)),
+        ("Seeds", ", ".join(f"{verb} {seed}" for verb, seed in seeds.items() if seed)),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Source commit", _several(c.git_commit for c in done) or "not from a source tree"),
+        ("Time", f"{sum(c.seconds for c in done):,.0f} s over all stages shown here"),
+    ]
+
+
+def _all(results: RunResults) -> list[Completion]:
+    return [results.tokens, *(c for m in results.models for c in m.completions.values())]
+
+
+def _settings(done: Completion) -> dict[str, Any]:
+    settings = dict(done.config)
+    if done.stage == "model":
+        usual = f"{settings.get('model')}{'' if settings.get('steps') else '-init'}"
+        settings["name"] = "" if done.name == usual else done.name
+    return settings
+
+
+def _command(verb: str, config: type, settings: dict[str, Any], results: RunResults) -> str:
+    words = ["cratelm", verb, "--run", str(results.run.path)]
+    for field in dataclasses.fields(config):
+        value = settings.get(field.name)
+        default = None if field.default is dataclasses.MISSING else field.default
+        plain_default = list(default) if isinstance(default, tuple) else default
+        if field.name in settings and value is not None and value != plain_default:
+            words += _flag(field.name, value)
+        elif (
+            field.name == "model" and value
+        ):  # named even where it is the default: commands differ by it
+            words += _flag(field.name, value)
+    return shlex.join(words)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{flag}"]
+    return [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+
+
+def _tokenizer(tokens: Completion) -> str:
+    size = tokens.results.get("vocab_size")
+    kind = str(tokens.config.get("tokenizer", "unknown"))
+    return f"{kind}, {size:,} tokens" if isinstance(size, int) else kind
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{split} {n:,}" for split, n in counts.items())
+
+
+def _several(values: Iterable[Any]) -> str:
+    """The one value, or all that differ."""
+    return " and ".join(sorted({str(v) for v in values if v not in (None, "")}))
