@@ -29,7 +29,7 @@ from cratelm.corpus.documents import Document
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
 from cratelm.runs import write_json
-from cratelm.tokens.tokenizer import display_strings, vocabulary_size
+from cratelm.tokens.tokenizer import display_strings, load_tokenizer, vocabulary_size
 
 FORMAT = 1
 TOKENS_PER_FILE = 2**28
@@ -80,8 +80,6 @@ class TokenStore:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the shards; special tokens in a text are plain text to it."""
-        from cratelm.tokens.tokenizer import load_tokenizer
-
         return load_tokenizer(self.path / "tokenizer.json")
 
     def split(self, name: Split) -> "TokenSplit":

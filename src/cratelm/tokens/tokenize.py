@@ -1,17 +1,19 @@
 """The verb `tokenize`: documents -> token shards.
 
-One pass over the corpus (two where a tokenizer is trained). Memory is bounded by a batch of text
-(4 million characters, or the longest document where that is longer) and its tokens, whatever the
-length of the corpus; measured figures stand in `benchmarks/tokenize_throughput.py`.
+One pass over the corpus (two where a tokenizer is trained). Memory is bounded, whatever the length
+of the corpus, by two batches of text (2 million characters each, or the longest document where that
+is longer) with their tokens, and by the table of distinct words where a tokenizer is trained.
 """
 
 import dataclasses
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
 from cratelm.corpus.documents import Document, Fault
@@ -29,8 +31,9 @@ from cratelm.tokens.tokenizer import (
     train_tokenizer,
 )
 
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 2_000_000
 _BATCH_DOCUMENTS = 4096
+_Batch = list[tuple[Split, Document]]
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,14 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
     return result
 
 
-def split_of(text: bytes, fit: float, held_out: float) -> Split:
+def split_of(text: str, fit: float, held_out: float) -> Split:
     """The split of a document by the hash of its text, so that duplicates share one.
 
     `fit` and `held_out` are the splits' fractions. A document depends on no other: adding some to a
     corpus moves none.
     """
-    place = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) / 2**64
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    place = number / 2**64
     if place < held_out:
         return "held_out"
     return "fit" if place < held_out + fit else "train"
@@ -99,8 +103,7 @@ class _Reading:
     skipped: int = 0
     first_skipped: str = ""
 
-    def __iter__(self) -> Iterator[tuple[Split, int, Document]]:
-        """Yields split, bytes of the text, document."""
+    def __iter__(self) -> Iterator[tuple[Split, Document]]:
         n = 0
         for found in self.corpus:
             if isinstance(found, Fault):
@@ -108,8 +111,7 @@ class _Reading:
             elif not found.text:
                 self.empty += 1
             else:
-                text = found.text.encode()
-                yield split_of(text, self.config.fit, self.config.held_out), len(text), found
+                yield split_of(found.text, self.config.fit, self.config.held_out), found
                 n += 1
                 if n == self.config.max_documents:
                     return
@@ -121,22 +123,15 @@ class _Reading:
         self.first_skipped = self.first_skipped or fault.message
 
 
-@dataclass
-class _Batch:
-    documents: list[Document] = field(default_factory=list)
-    splits: list[Split] = field(default_factory=list)
-    n_bytes: int = 0
-
-
 def _write(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> TokenizeResult:
     tokenizer = _tokenizer(config, corpus)
     writer = StoreWriter(draft.path, tokenizer, end_of_text_id(tokenizer))
     reading = _Reading(corpus, config)
     n_bytes = 0
     with tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar:
-        for batch in _batches(reading):
-            n_bytes += _append(writer, tokenizer, batch, config.max_tokens)
-            bar.update(len(batch.documents))
+        for batch, encodings in _encoded(tokenizer, _batches(reading)):
+            n_bytes += _append(writer, batch, encodings, config.max_tokens)
+            bar.update(len(batch))
             bar.set_postfix_str(f"{sum(map(writer.n_tokens, SPLITS)):,} tokens")
             if _is_full(writer, config.max_tokens):
                 break
@@ -144,14 +139,32 @@ def _write(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> TokenizeResu
     return _result(writer, reading, n_bytes, draft.path)
 
 
+def _encoded(
+    tokenizer: Tokenizer, batches: Iterable[_Batch]
+) -> Iterator[tuple[_Batch, list[Encoding]]]:
+    """Batches with their tokens. The next batch is encoded, on all cores, while this one is written."""
+
+    def encode(batch: _Batch) -> list[Encoding]:
+        texts = [document.text for _, document in batch]
+        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[tuple[_Batch, Future[list[Encoding]]]] = deque()
+        for batch in batches:
+            waiting.append((batch, pool.submit(encode, batch)))
+            if len(waiting) > 1:
+                ready, encodings = waiting.popleft()
+                yield ready, encodings.result()
+        for ready, encodings in waiting:
+            yield ready, encodings.result()
+
+
 def _append(
-    writer: StoreWriter, tokenizer: Tokenizer, batch: _Batch, max_tokens: int | None
+    writer: StoreWriter, batch: _Batch, encodings: list[Encoding], max_tokens: int | None
 ) -> int:
     """Writes a batch up to `max_tokens` of the whole store; returns the bytes of text written."""
-    texts = [d.text for d in batch.documents]
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     n_bytes = 0
-    for split, document, encoding in zip(batch.splits, batch.documents, encodings, strict=True):
+    for (split, document), encoding in zip(batch, encodings, strict=True):
         if _is_full(writer, max_tokens):
             break
         writer.append(split, encoding.ids, document)
@@ -163,17 +176,16 @@ def _is_full(writer: StoreWriter, max_tokens: int | None) -> bool:
     return max_tokens is not None and sum(map(writer.n_tokens, SPLITS)) >= max_tokens
 
 
-def _batches(reading: Iterable[tuple[Split, int, Document]]) -> Iterator[_Batch]:
-    batch, characters = _Batch(), 0
-    for split, n_bytes, document in reading:
-        batch.splits.append(split)
-        batch.documents.append(document)
-        batch.n_bytes += n_bytes
+def _batches(reading: Iterable[tuple[Split, Document]]) -> Iterator[_Batch]:
+    batch: _Batch = []
+    characters = 0
+    for split, document in reading:
+        batch.append((split, document))
         characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch.splits) == _BATCH_DOCUMENTS:
+        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
             yield batch
-            batch, characters = _Batch(), 0
-    if batch.splits:
+            batch, characters = [], 0
+    if batch:
         yield batch
 
 
@@ -219,10 +231,10 @@ def _tokenizer(config: TokenizeConfig, corpus: Corpus) -> Tokenizer:
 def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
     """Texts of the train split, up to the first that reaches `sample_megabytes`."""
     n_bytes = 0
-    for split, length, document in _Reading(corpus, config):
+    for split, document in _Reading(corpus, config):
         if split == "train":
             yield document.text
-            n_bytes += length
+            n_bytes += len(document.text.encode())
             if n_bytes >= config.sample_megabytes * 1e6:
                 return
 

@@ -1,8 +1,9 @@
 """Tokenizers: trained here, GPT-2's, or from a file; all in the `tokenizers` library's format."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257
-"""256 bytes and the end-of-text token"""
+END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+"""what GPT-2 and GPT-NeoX, LLaMA 3, LLaMA 2 and Gemma end a document with; the first found is used"""
+_NAMED_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -52,19 +54,52 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def fetch_gpt2() -> Tokenizer:
-    """GPT-2's tokenizer from the Hub, else through tiktoken. Raises `InputError` out of reach of both."""
-    raise InputError("TODO")
+    """GPT-2's tokenizer through tiktoken, else from the Hub.
+
+    tiktoken goes first because it fails at once without a network, the Hub after 23 s of retries.
+    Both give the same ids (a test holds the conversion to it). Raises `InputError` out of reach of
+    both.
+    """
+    reasons = []
+    for fetch in (_fetch_tiktoken, _fetch_hub):
+        try:
+            return _plain(fetch())
+        except Exception as error:  # network libraries raise what they like
+            reasons.append(f"{fetch.__name__.removeprefix('_fetch_')}: {type(error).__name__}")
+    raise InputError(
+        f"GPT-2's tokenizer cannot be fetched ({'; '.join(reasons)}): name a copy of its"
+        " tokenizer.json with --tokenizer PATH, or train one with --tokenizer train"
+    )
+
+
+def from_tiktoken(encoding: Any) -> Tokenizer:
+    """A `tiktoken.Encoding` in the `tokenizers` library's format."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class FromRanks(TikTokenConverter):
+        """Takes the ranks as they are, where the library wants a file of them."""
+
+        @staticmethod
+        def load_tiktoken_bpe(tiktoken_url: Any) -> dict[bytes, int]:
+            return tiktoken_url
+
+    return FromRanks(
+        vocab_file=encoding._mergeable_ranks,
+        pattern=encoding._pat_str,
+        extra_special_tokens=list(encoding._special_tokens),
+    ).converted()
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """Token that ends a document. Raises `InputError` where the tokenizer has none."""
-    found = tokenizer.token_to_id(END_OF_TEXT)
-    if found is None:
-        raise InputError(
-            f"the tokenizer has no token {END_OF_TEXT}, which is written between documents:"
-            " name one that has it with --tokenizer, or train one with --tokenizer train"
-        )
-    return found
+    for token in END_TOKENS:
+        found = tokenizer.token_to_id(token)
+        if found is not None:
+            return found
+    raise InputError(
+        f"the tokenizer has none of the tokens {' '.join(END_TOKENS)}, one of which is written"
+        " between documents: name another with --tokenizer, or train one with --tokenizer train"
+    )
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -78,10 +113,14 @@ def display_strings(tokenizer: Tokenizer) -> list[str]:
 
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    vocabulary = tokenizer.get_vocab()
+    byte_level = all(c in byte_of for token in vocabulary if token not in added for c in token)
     shown = [""] * vocabulary_size(tokenizer)
-    for token, index in tokenizer.get_vocab().items():
-        if token not in added:
+    for token, index in vocabulary.items():
+        if token not in added and byte_level:
             token = bytes(byte_of[c] for c in token).decode("utf-8", "backslashreplace")
+        elif token not in added:  # SentencePiece: a mark for the space, names for bytes
+            token = _NAMED_BYTE.sub(r"\\x\1", token.replace("\u2581", " "))
         shown[index] = token
     return shown
 
@@ -90,12 +129,30 @@ def hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
     """The same tokenizer for `transformers`, with its end-of-text token set; for model folders."""
     from transformers import PreTrainedTokenizerFast
 
+    end = tokenizer.id_to_token(end_of_text_id(tokenizer))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        bos_token=END_OF_TEXT,
+        eos_token=end,
+        bos_token=end,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _fetch_tiktoken() -> Tokenizer:
+    import tiktoken
+
+    return from_tiktoken(tiktoken.get_encoding("gpt2"))
+
+
+def _fetch_hub() -> Tokenizer:
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # without a network: six lines about retries before our one
+    try:
+        return Tokenizer.from_pretrained("openai-community/gpt2")
+    finally:
+        logging.set_verbosity(before)
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

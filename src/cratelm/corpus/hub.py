@@ -1,0 +1,70 @@
+"""Corpora of the Hugging Face Hub, streamed by `datasets`: nothing is downloaded ahead."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cratelm.corpus.documents import Document, Fault
+from cratelm.corpus.formats import CorpusFile, Fields, row_document
+from cratelm.errors import InputError
+
+_NAME = re.compile(r"hub:(?P<path>[^:@]+)(:(?P<name>[^@]+))?(@(?P<revision>.+))?")
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """The train split of a dataset, in its own order.
+
+    Raises `InputError` for a name of another form than `hub:ID[:CONFIGURATION][@REVISION]`, and
+    where `datasets` is not installed, or cannot read the dataset.
+    """
+
+    corpus: str
+    fields: Fields
+    n_documents: None = None
+    """only reading tells"""
+    _options: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        match = _NAME.fullmatch(self.corpus)
+        if match is None:
+            raise InputError(
+                f"corpus {self.corpus!r} is not of the form hub:ID[:CONFIGURATION][@REVISION]:"
+                " type --corpus hub:monology/pile-uncopyrighted, for one"
+            )
+        object.__setattr__(self, "_options", match.groupdict())
+
+    def identity(self) -> str:
+        """The name itself: a dataset is noticed to have changed only where @REVISION pins it."""
+        return self.corpus
+
+    def __iter__(self) -> Iterator[Document | Fault]:
+        place = CorpusFile(Path(self.corpus), self.corpus, "")
+        number = 0
+        try:
+            for number, row in enumerate(self._load(), 1):
+                yield row_document(row, self.fields, place, number, "row")
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # what `datasets` raises, by its source
+            if isinstance(error, InputError):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{self.corpus} cannot be read after row {number} ({reason}): check the name and the"
+                " network, or name a local --corpus"
+            ) from None
+
+    def _load(self) -> Any:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise InputError(
+                f"{self.corpus} needs the package `datasets`, which is not installed:"
+                ' type pip install "cratelm[hub]"'
+            ) from None
+        return load_dataset(**self._options, split="train", streaming=True)
