@@ -141,6 +141,14 @@ def attend(
     return (weights @ value).transpose(1, 2), weights
 
 
+class OutputMap(nn.Linear):
+    """Map from the heads' outputs to the residual stream, its weights smaller at the start.
+
+    A class of its own because transformers calls `_init_weights` only for modules with parameters
+    of their own where the model is not part of the library.
+    """
+
+
 class Mssa(nn.Module):
     """Multi-head subspace self-attention: one projection is query, key and value (paper, section 2)."""
 
@@ -155,7 +163,7 @@ class Mssa(nn.Module):
         """site: subspace codes U^T x [B, T, D], head after head"""
         self.heads = nn.Identity()
         """site: outputs of the heads [B, T, D], before the output map"""
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = OutputMap(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -282,11 +290,9 @@ class CratePreTrainedModel(PreTrainedModel):
             init.uniform_(module.dictionary, -bound, bound)
             if module.decoder is not None:
                 init.copy_(module.decoder, module.dictionary)
-        if isinstance(module, Mssa):
-            depth = 2 * self.config.num_hidden_layers
-            init.normal_(
-                module.output.weight, mean=0.0, std=self.config.initializer_range / depth**0.5
-            )
+        if isinstance(module, OutputMap):
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            init.normal_(module.weight, mean=0.0, std=std)
 
 
 class CrateModel(CratePreTrainedModel):
