@@ -8,7 +8,7 @@ import numpy as np
 
 from cratelm.errors import InputError
 from cratelm.records import Metric
-from cratelm.report.gather import ModelResults, RunResults
+from cratelm.report.gather import MODEL_STAGES, ModelResults, RunResults
 from cratelm.report.tables import Cell, Column, Interval, PlusMinus, Table
 from cratelm.score.statistics import (
     POLICIES,
@@ -108,26 +108,28 @@ def _comparison_row(results: RunResults, model: ModelResults) -> tuple[Cell, ...
 
 
 def stages(results: RunResults) -> Table:
-    """Seconds of every stage."""
-    done = [results.tokens]
-    for model in results.models:
-        done += model.completions.values()
-    rows = tuple((c.stage, c.name, c.seconds, c.finished_at, c.git_commit[:12]) for c in done)
+    """Seconds of every stage, a line a model."""
+    verbs = MODEL_STAGES.values()
     columns = (
-        Column("stage", "stage"),
         Column("model", "model"),
-        Column("seconds", "seconds", ",.1f"),
+        Column("tokenize", "tokenize", ",.1f"),
+        *(Column(verb, verb, ",.1f") for verb in verbs),
         Column("finished_at", "finished (UTC)"),
-        Column("git_commit", "commit"),
     )
-    return Table("stages", "Stages", columns, rows)
+    none = [None] * len(verbs)
+    rows = [("all", results.tokens.seconds, *none, results.tokens.finished_at)]
+    for m in results.models:
+        done = [m.completions.get(stage) for stage in MODEL_STAGES]
+        last = max((c.finished_at for c in done if c), default=None)
+        rows.append((m.name, None, *(c.seconds if c else None for c in done), last))
+    return Table("stages", "Seconds of each stage", columns, tuple(rows))
 
 
 def models(results: RunResults) -> Table:
     """Parameters and losses."""
     columns = (
         Column("model", "model"),
-        Column("site", "site of its neurons"),
+        Column("site", "site"),
         Column("layers", "layers", ",d"),
         Column("neurons_per_layer", "neurons a layer", ",d"),
         Column("parameters", "parameters", ",d"),
@@ -144,7 +146,7 @@ def models(results: RunResults) -> Table:
         "Parameters and loss",
         columns,
         tuple(_model_row(m) for m in results.models),
-        "Parameters: trainable, position embedding left out. Losses in nats a token; the training loss is"
+        "Site: where in a layer its neurons live. Parameters: trainable, position embedding left out. Losses in nats a token; the training loss is"
         " that of one batch, the validation loss the mean over fixed held-out sequences ± its standard"
         " error over them. One training run each: the spread over seeds is not measured here.",
     )
@@ -162,8 +164,8 @@ def _model_row(m: ModelResults) -> tuple[Cell, ...]:
         trained.get("parameters"),
         trained.get("tokens"),
         trained.get("steps"),
-        config.get("optimizer"),
-        config.get("learning_rate"),
+        config.get("optimizer") if trained.get("steps") else None,
+        config.get("learning_rate") if trained.get("steps") else None,
         config.get("seed"),
         trained.get("loss"),
         _loss(trained),
@@ -266,17 +268,16 @@ def nulls(results: RunResults) -> Table:
 def twins(results: RunResults, resamples: int, seed: int) -> Table:
     """Each CRATE less its GPT-2, for every explainer, metric and policy."""
     columns = (
-        Column("a", "a"),
-        Column("b", "b"),
+        Column("models", "a − b"),
         Column("explainer", "explainer"),
         Column("metric", "metric"),
-        Column("policy", "neurons without a score"),
+        Column("policy", "without a score"),
         Column("mean_a", "mean a", ".1f"),
         Column("mean_b", "mean b", ".1f"),
-        Column("difference", "a − b [95%]", ".1f"),
+        Column("difference", "difference [95%]", ".1f"),
         Column("p_value", "p", ".2g"),
-        Column("cohens_d", "Cohen's d [95%]", ".2f"),
-        Column("superiority", "P(a > b)", ".2f"),
+        Column("cohens_d", "Cohen's\u00a0d [95%]", ".2f"),
+        Column("superiority", "P(a\u00a0>\u00a0b)", ".2f"),
         Column("paired", "paired"),
         Column("n_a", "n a", ",d"),
         Column("n_b", "n b", ",d"),
@@ -304,8 +305,8 @@ def twins(results: RunResults, resamples: int, seed: int) -> Table:
         columns,
         tuple(rows),
         "Difference × 100 over the layers where both have scores; [ ]: 95% bootstrap interval over neurons"
-        " (over pairs where paired). p: two-sided permutation test within layers, not corrected for the"
-        f" {len(rows)} comparisons here. Paired: random-only, where neurons of the same layer and index"
+        " (over pairs where paired). p: two-sided permutation test within layers, at least"
+        f" 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here. Paired: random-only, where neurons of the same layer and index"
         " are scored on excerpts at the same positions; there only pairs with both values count, so the"
         " means differ from those above. P(a > b): chance that a neuron of a scores higher, ties half."
         " The neurons of two trained models are compared, not many trainings of each: a difference may"
@@ -315,8 +316,7 @@ def twins(results: RunResults, resamples: int, seed: int) -> Table:
 
 def _twins_row(c: Comparison) -> tuple[Cell, ...]:
     return (
-        c.model_a,
-        c.model_b,
+        f"{c.model_a} − {c.model_b}",
         c.explainer,
         METRIC_NAMES[c.metric],
         POLICY_NAMES[c.policy],

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, RULE = "#1b1f24", "#c9d1d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -88,7 +88,7 @@ class Figure:
     caption: str
     panels: tuple[Panel, ...]
     series: tuple[Series, ...]
-    """for the legend"""
+    """for the legend; none where the panels name their lines themselves"""
 
     def write(self, folder: Path) -> None:
         """`NAME.png` and `NAME.pdf`."""
@@ -100,8 +100,9 @@ class Figure:
             ):
                 _draw(axes, panel)
             handles = [Line2D([], [], label=s.label, **s.style()) for s in self.series]
-            columns = max(1, min(len(handles), 3 * len(self.panels) - 1))
-            canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
+            if handles:
+                columns = min(len(handles), 2 * len(self.panels))
+                canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
             canvas.savefig(folder / f"{self.name}.png", dpi=160, metadata={"Software": None})
             canvas.savefig(
                 folder / f"{self.name}.pdf", metadata={"CreationDate": None, "Producer": None}
@@ -137,12 +138,10 @@ def curves(
     """Losses over tokens: for each series tokens and loss of each step, tokens and loss of each validation."""
 
     def draw(axes: Axes) -> None:
-        lows = []
         for s, (steps, loss, validated, validation_loss) in zip(series, points, strict=True):
             style = s.style()
             axes.plot(steps, loss, color=s.colour, linewidth=0.6, alpha=0.45)
             axes.plot(validated, validation_loss, **style)
-            lows += [min(values) for values in (loss, validation_loss) if len(values)]
         axes.set(xlabel="training tokens", ylabel=y)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -157,8 +156,12 @@ def by_layer(
     *,
     log: bool = False,
     zero: bool = False,
+    floor: bool = False,
 ) -> Callable[[Axes], None]:
-    """For each series layers, values, and lower and upper ends of their bars; beside each other."""
+    """For each series layers, values, and lower and upper ends of their bars; beside each other.
+
+    `log`: logarithmic axis; `zero`: a line at 0; `floor`: the axis starts at 0.
+    """
 
     def draw(axes: Axes) -> None:
         layers = sorted({layer for p in points for layer in p[0]})
@@ -170,11 +173,18 @@ def by_layer(
             bar = axes.errorbar(np.asarray(x) + shift, values, bars, capsize=2, **style)
             for part in bar[2]:
                 part.set(linewidth=1.0, linestyle="-")
-        axes.set(xlabel="layer", ylabel=y, xticks=layers, yscale="log" if log else "linear")
+        axes.set(xlabel="layer", ylabel=y, xticks=layers)
         if layers:
             axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if zero:
             axes.axhline(0, color=INK, linewidth=0.7)
+        if floor:
+            axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
 
     return draw
 
@@ -215,7 +225,8 @@ def distributions(
             middle = (edges[top] + edges[top + 1]) / 2
             axes.plot([middle], [share[top]], **{**style, "linestyle": "none"})
         axes.axvline(0, color=INK, linewidth=0.7)
-        axes.set(xlabel=x, ylabel="neurons, %", ylim=(0, None))
+        lowest = min((min(sample) for sample in values if len(sample)), default=-1.0)
+        axes.set(xlabel=x, ylabel="neurons, %", ylim=(0, None), xlim=(min(0, lowest) - 0.05, 1.02))
 
     return draw
 

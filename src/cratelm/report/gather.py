@@ -25,12 +25,13 @@ from cratelm.train.log import read_metrics
 
 _INIT = "-init"
 _FAMILIES = ("crate", "gpt2")
-_MODEL_STAGES: dict[StageName, str] = {
+MODEL_STAGES: dict[StageName, str] = {
     "model": "train",
     "activations": "harvest",
     "explanations": "explain",
     "scores": "score",
 }
+"""stages of one model, with the verb that makes each"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +170,7 @@ def _read_model(run: Run, name: str, place: int, names: Sequence[str]) -> ModelR
 
 def _completions(run: Run, name: str) -> dict[StageName, Completion]:
     found: dict[StageName, Completion | None] = {
-        stage: run.stage(stage, name).completion() for stage in _MODEL_STAGES
+        stage: run.stage(stage, name).completion() for stage in MODEL_STAGES
     }
     return {stage: done for stage, done in found.items() if done is not None}
 
@@ -179,7 +180,7 @@ def missing(results: RunResults) -> list[str]:
     lines = []
     path = results.run.path
     for m in results.models:
-        for stage, verb in _MODEL_STAGES.items():
+        for stage, verb in MODEL_STAGES.items():
             if stage not in m.completions:
                 lines.append(
                     f"{stage}/{m.name}: its stage is gone (`cratelm {verb} --run {path} --model {m.name}`)"

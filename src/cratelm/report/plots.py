@@ -44,7 +44,7 @@ def means(results: RunResults) -> Figure:
         " it is narrower than the marker. A score says something about a model only as far as it lies"
         " beyond that of shuffled explanations and of the same model before training.",
         tuple(panel(metric) for metric in results.metrics),
-        tuple(series),
+        (),
     )
 
 
@@ -115,7 +115,7 @@ def sparsity(results: RunResults) -> Figure | None:
         " (spread of the neurons, no uncertainty of the median).",
         (
             Panel("Firing rate", by_layer(series, rates, "tokens, %", log=True)),
-            Panel("Dead neurons", by_layer(series, dead, "neurons never above 0, %")),
+            Panel("Dead neurons", by_layer(series, dead, "neurons never above 0, %", floor=True)),
         ),
         tuple(series),
     )

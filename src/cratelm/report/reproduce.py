@@ -51,8 +51,8 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
     return [
         ("Corpus", str(tokens.config.get("corpus", "unknown"))),
         ("Tokenizer", _tokenizer(tokens)),
-        ("Tokens", _counts(tokens.results.get("n_tokens", {})) or "unknown"),
-        ("Documents", _counts(tokens.results.get("n_documents", {})) or "unknown"),
+        ("Tokens", _counts(tokens.results.get("tokens", {})) or "unknown"),
+        ("Documents", _counts(tokens.results.get("documents", {})) or "unknown"),
         ("Tokens searched", "; ".join(searched) or "unknown"),
         ("Explainers", ", ".join(results.explainers)),
         ("Seeds", ", ".join(f"{verb} {seed}" for verb, seed in seeds.items() if seed)),
