@@ -1,0 +1,121 @@
+"""The short phrase of an explanation, for people.
+
+Tokens stand between backticks, white space is visible (␣ space, ⏎ line break, ⇥ tab), and the
+activating token of an example between « and ».
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cratelm.explain.evidence import NO_TOKEN, Evidence
+from cratelm.explain.lookup import TokenTable
+from cratelm.explain.trie import ROOT, Trie
+from cratelm.records import Excerpt, NeuronRecord
+
+N_NAMED = 4
+"""tokens or contexts named in a phrase"""
+MIN_SEEN = 5
+"""tokens of evidence before a phrase says what comes before them"""
+BEFORE, AFTER = 6, 4
+"""tokens of the example before the activating one, and from it"""
+
+_VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+
+
+def visible(text: str) -> str:
+    """`text` with white space shown and what cannot be printed escaped; long runs as `␣×12`."""
+    shown = "".join(
+        _VISIBLE.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text
+    )
+    return re.sub(r"([␣⏎⇥])\1{3,}", lambda m: f"{m[1]}×{len(m[0])}", shown)
+
+
+def lookup_phrase(
+    table: TokenTable, evidence: Evidence, record: NeuronRecord, token_strings: Sequence[str]
+) -> str:
+    """Such as: fires on 2.1% of tokens, most on `␣import` and `␣from`, mostly after `⏎`; e.g. ..."""
+    gains = np.where(
+        table.values > table.default, table.counts * (table.values - table.default) ** 2, 0
+    )
+    best = np.argsort(-gains, kind="stable")[:N_NAMED]
+    tokens = table.tokens[best[gains[best] > 0]]
+    where = _listed([_quoted([t], token_strings) for t in tokens])
+    after = _mostly_after(evidence, tokens, token_strings)
+    return _phrase(record, where + after, token_strings)
+
+
+def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) -> str:
+    """Such as: fires on 2.1% of tokens, most on `import` after `⏎` and on `␣as`; e.g. ..."""
+    parent_values = np.where(trie.parents == ROOT, trie.default, trie.values[trie.parents])
+    rise = trie.values - parent_values
+    gains = np.where(rise > 0, trie.counts * rise**2, 0)
+    named: list[list[int]] = []
+    for node in np.argsort(-gains, kind="stable"):
+        context = trie.context(int(node))
+        if gains[node] <= 0 or len(named) == N_NAMED:
+            break
+        if not any(_ends_alike(context, other) for other in named):
+            named.append(context)
+    return _phrase(record, _listed([_in_context(c, token_strings) for c in named]), token_strings)
+
+
+def _phrase(record: NeuronRecord, where: str, token_strings: Sequence[str]) -> str:
+    rate = f"fires on {100 * record.summary.firing_rate:.2g}% of tokens"
+    most = f", most on {where}" if where else ", on none much more than on others"
+    return f"{rate}{most}; e.g. {_example(record.excerpts, token_strings)}"
+
+
+def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
+    """The place of the strongest activation; a live neuron has it in a top excerpt."""
+    candidates = [e for e in excerpts if e.kind == "top" and len(e)] or [
+        e for e in excerpts if len(e)
+    ]
+    excerpt = max(candidates, key=lambda e: e.activations.max())
+    peak = int(excerpt.activations.argmax())
+
+    def shown(start: int, stop: int) -> str:
+        return visible("".join(token_strings[int(t)] for t in excerpt.token_ids[start:stop]))
+
+    return (
+        f"{shown(max(0, peak - BEFORE), peak)}«{shown(peak, peak + 1)}»"
+        f"{shown(peak + 1, peak + AFTER)}"
+    )
+
+
+def _mostly_after(evidence: Evidence, tokens: NDArray, token_strings: Sequence[str]) -> str:
+    """Which token precedes `tokens` in more than half of their activation, in words; empty for none."""
+    if evidence.contexts.shape[1] < 2:
+        return ""
+    rows = np.isin(evidence.contexts[:, 0], tokens) & (evidence.activations > 0)
+    if rows.sum() < MIN_SEEN:
+        return ""
+    before, which = np.unique(evidence.contexts[rows, 1], return_inverse=True)
+    share = np.bincount(which, evidence.activations[rows])
+    most = int(share.argmax())
+    if before[most] == NO_TOKEN or share[most] <= share.sum() / 2:
+        return ""
+    return f", mostly after {_quoted([int(before[most])], token_strings)}"
+
+
+def _in_context(context: list[int], token_strings: Sequence[str]) -> str:
+    last = _quoted(context[-1:], token_strings)
+    return f"{last} after {_quoted(context[:-1], token_strings)}" if len(context) > 1 else last
+
+
+def _quoted(ids: Sequence[int], token_strings: Sequence[str]) -> str:
+    return "`" + visible("".join(token_strings[t] for t in ids)) + "`"
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) < 2:
+        return "".join(names)
+    return ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _ends_alike(a: list[int], b: list[int]) -> bool:
+    """True where one context is the end of the other."""
+    n = min(len(a), len(b))
+    return a[-n:] == b[-n:]

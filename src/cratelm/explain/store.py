@@ -1,0 +1,94 @@
+"""Explanations on disk: open columns, one row per neuron and explainer.
+
+`explanations.parquet`: model, site, layer, index, explainer, text, payload (JSON), documents.
+`neurons.parquet`: model, site, layer, index, dead: every neuron that was to be explained, dead ones too.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cratelm.errors import InputError
+from cratelm.records import Explanation, NeuronId
+
+_NEURON = [
+    ("model", pa.string()),
+    ("site", pa.string()),
+    ("layer", pa.int32()),
+    ("index", pa.int32()),
+]
+_EXPLANATION_SCHEMA = pa.schema(
+    [
+        *_NEURON,
+        ("explainer", pa.string()),
+        ("text", pa.string()),
+        ("payload", pa.string()),
+        ("documents", pa.list_(pa.int64())),
+    ]
+)
+_SELECTED_SCHEMA = pa.schema([*_NEURON, ("dead", pa.bool_())])
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A neuron that was to be explained."""
+
+    neuron: NeuronId
+    dead: bool
+    """never above 0 on the fit split, so that there is no explanation"""
+
+
+def write_explanations(folder: Path, explanations: Sequence[Explanation]) -> None:
+    """Writes `explanations.parquet` into `folder`, in the order given."""
+    rows = [
+        {
+            **vars(e.neuron),
+            "explainer": e.explainer,
+            "text": e.text,
+            "payload": json.dumps(e.payload),
+            "documents": e.documents,
+        }
+        for e in explanations
+    ]
+    table = pa.Table.from_pylist(rows, schema=_EXPLANATION_SCHEMA)
+    pq.write_table(table, folder / "explanations.parquet")
+
+
+def read_explanations(folder: Path) -> list[Explanation]:
+    """The explanations in `folder`, in the order written; `InputError` where there are none."""
+    return [
+        Explanation(
+            _neuron(row),
+            row["explainer"],
+            row["text"],
+            json.loads(row["payload"]),
+            tuple(row["documents"]),
+        )
+        for row in _rows(folder / "explanations.parquet")
+    ]
+
+
+def write_selected(folder: Path, selected: Sequence[Selected]) -> None:
+    """Writes `neurons.parquet` into `folder`."""
+    rows = [{**vars(s.neuron), "dead": s.dead} for s in selected]
+    table = pa.Table.from_pylist(rows, schema=_SELECTED_SCHEMA)
+    pq.write_table(table, folder / "neurons.parquet")
+
+
+def read_selected(folder: Path) -> list[Selected]:
+    """The neurons that were to be explained, dead ones too, by layer and index."""
+    return [Selected(_neuron(row), row["dead"]) for row in _rows(folder / "neurons.parquet")]
+
+
+def _rows(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise InputError(f"{path} is not there: type `cratelm explain` for this model first")
+    return pq.read_table(path).to_pylist()
+
+
+def _neuron(row: dict) -> NeuronId:
+    return NeuronId(row["model"], row["site"], row["layer"], row["index"])

@@ -1,0 +1,103 @@
+"""How close a simulation is to the truth. Pure NumPy; n is the tokens of all records together.
+
+The three figures are those of OpenAI's scorer (Bills et al. 2023, automated-interpretability):
+correlation and the two explained fractions, all pooled over the tokens of all records.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cratelm.errors import InputError
+from cratelm.records import Score, Status
+
+MAX_LEVEL = 10
+"""highest integer level that a language model is shown"""
+
+
+def correlation_score(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike]) -> Score:
+    """Pearson correlation of simulated with true activations, pooled over the tokens of all records.
+
+    `true` and `simulated` hold one sequence of floats per record, of equal lengths. The value is
+    None, the status UNDEFINED and the reason given where the correlation does not exist: no tokens,
+    a constant truth, a constant simulation, or a value that is not finite.
+
+    `r2` = 1 - mean((true - simulated)^2) / mean(true^2) and `absolute_deviation` =
+    1 - mean|true - simulated| / mean|true|: both against 0 and without calibration, as OpenAI's
+    scorer has them, so that they say something only of a simulation in the neuron's own unit. They
+    are None where the truth is all zero.
+
+    Raises `InputError` where the records or their lengths do not match.
+    """
+    a, b = _pool(true, simulated)
+    counts = {"n_tokens": len(a), "n_records": len(true)}
+    reason = _why_undefined(a, b)
+    if reason.endswith(("tokens", "finite")):
+        return Score(None, Status.UNDEFINED, reason, **counts)
+    r2 = _explained(np.square(a - b), np.square(a))
+    deviation = _explained(np.abs(a - b), np.abs(a))
+    extra = {"r2": r2, "absolute_deviation": deviation, **counts}
+    if reason:
+        return Score(None, Status.UNDEFINED, reason, **extra)
+    return Score(_pearson(a, b), **extra)
+
+
+def levels(activations: ArrayLike, max_activation: float) -> NDArray[np.int64]:
+    """The integers 0..10 that a language model is shown: min(10, floor(10 relu(a) / max)).
+
+    All 0 where `max_activation` is not above 0. Raises `InputError` on a value that is not finite.
+    """
+    raw = np.asarray(activations, dtype=np.float64)
+    if not (np.isfinite(raw).all() and np.isfinite(max_activation)):
+        raise InputError("activations hold NaN or infinity: finite values were expected")
+    if max_activation <= 0:
+        return np.zeros(raw.shape, dtype=np.int64)
+    scaled = np.floor(MAX_LEVEL * np.maximum(raw, 0) / max_activation)
+    return np.minimum(MAX_LEVEL, scaled).astype(np.int64)
+
+
+def _pool(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike]) -> tuple[NDArray, NDArray]:
+    rows_a = [np.asarray(r, dtype=np.float64).ravel() for r in true]
+    rows_b = [np.asarray(r, dtype=np.float64).ravel() for r in simulated]
+    lengths_a, lengths_b = [len(r) for r in rows_a], [len(r) for r in rows_b]
+    if lengths_a != lengths_b:
+        raise InputError(
+            f"true records have {_shown(lengths_a)} tokens and simulated ones {_shown(lengths_b)}:"
+            " give one simulated value per token"
+        )
+    empty = np.zeros(0)
+    return np.concatenate([empty, *rows_a]), np.concatenate([empty, *rows_b])
+
+
+def _shown(lengths: list[int]) -> str:
+    return f"{len(lengths)} records of " + ", ".join(map(str, lengths[:8]))
+
+
+def _why_undefined(a: NDArray, b: NDArray) -> str:
+    if len(a) == 0:
+        return "no tokens"
+    if not np.isfinite(a).all():
+        return "the truth is not finite"
+    if not np.isfinite(b).all():
+        return "the simulation is not finite"
+    if a.min() == a.max():
+        return "the truth is constant"
+    return "the simulation is constant" if b.min() == b.max() else ""
+
+
+def _explained(error: NDArray, size: NDArray) -> float | None:
+    return float(1 - error.mean() / size.mean()) if size.mean() > 0 else None
+
+
+def _pearson(a: NDArray, b: NDArray) -> float:
+    # Each brought to the range -1..1 around its mean first: no square then over- or underflows.
+    a, b = _centred(a), _centred(b)
+    value = np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b))
+    return float(np.clip(value, -1.0, 1.0))
+
+
+def _centred(x: NDArray) -> NDArray:
+    x = x / np.abs(x).max()
+    x = x - x.mean()
+    return x / np.abs(x).max()

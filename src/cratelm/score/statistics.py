@@ -1,0 +1,412 @@
+"""From scores of neurons to figures of layers and models, with their uncertainty. Pure NumPy.
+
+All figures are x 100. A layer's score is the mean over its neurons, a model's the mean over its
+layers (Bai & Ma 2025), so that each layer counts the same. Neurons are the unit of uncertainty: they
+are resampled with replacement within their layer (percentile bootstrap, Efron & Tibshirani 1993,
+chapter 13); layers are not resampled, a model has just these.
+
+A score without a value (undefined, dead, failed) is dealt with by one of two policies:
+`leave_out` takes the mean over the neurons that have one, `count_zero` counts the others as 0.
+
+Shapes: n neurons of a layer, L layers, R resamples.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cratelm.errors import InputError
+from cratelm.records import Metric, NeuronScore, Status
+from cratelm.score.controls import Control
+
+Policy = Literal["leave_out", "count_zero"]
+POLICIES: tuple[Policy, ...] = ("leave_out", "count_zero")
+_BLOCK = 2_000_000
+"""numbers drawn at a time: 16 MB"""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many neurons have a score, and why the others have none."""
+
+    defined: int
+    undefined: int
+    """the correlation does not exist"""
+    dead: int
+    """never fired on the fit or on the held-out split"""
+    failed: int
+    """the explainer or the simulator did not answer"""
+
+    @property
+    def total(self) -> int:
+        return self.defined + self.undefined + self.dead + self.failed
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer under one explainer, metric, control and policy."""
+
+    layer: int
+    mean: float | None
+    """x 100; None where no neuron has a value"""
+    low: float | None
+    """lower end of the bootstrap interval, x 100; None below two neurons"""
+    high: float | None
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """One model under one explainer, metric, control and policy."""
+
+    model: str
+    explainer: str
+    metric: Metric
+    control: Control
+    policy: Policy
+    mean: float | None
+    """mean over layers of the layer means, x 100; layers without a value are left out (and have None)"""
+    low: float | None
+    """lower end of the bootstrap interval, neurons resampled within their layer, x 100; None where one
+    of the layers has a single value"""
+    high: float | None
+    variance: float | None
+    """population variance of the layer means over the layers, (x 100)^2: the steadiness figure"""
+    confidence: float
+    """of the intervals, such as 0.95"""
+    counts: Counts
+    layers: tuple[LayerStatistics, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models under one explainer, metric and policy: a - b."""
+
+    model_a: str
+    model_b: str
+    explainer: str
+    metric: Metric
+    policy: Policy
+    paired: bool
+    """True where the neurons of the same layer and index were scored on the same excerpt positions;
+    then only pairs with both values count"""
+    n_a: int
+    """neurons that count"""
+    n_b: int
+    n_layers: int
+    mean_a: float
+    """mean over layers of the layer means, x 100, of the neurons that count"""
+    mean_b: float
+    difference: float
+    """mean_a - mean_b, x 100"""
+    low: float | None
+    """lower end of the bootstrap interval of the difference; None where a layer has under two neurons"""
+    high: float | None
+    p_value: float
+    """two-sided permutation test within layers: of labels, or of signs where paired"""
+    cohens_d: float | None
+    """difference / standard deviation pooled within layers and models; None where that is 0"""
+    cohens_d_low: float | None
+    """ends of its bootstrap interval"""
+    cohens_d_high: float | None
+    superiority: float
+    """chance that a neuron of a scores higher than one of the same layer of b (ties count half), 0..1;
+    where paired, than its twin. Mean over layers"""
+    confidence: float
+
+    @property
+    def cliffs_delta(self) -> float:
+        """2 superiority - 1, -1..1 (Cliff 1993)."""
+        return 2 * self.superiority - 1
+
+
+def model_statistics(
+    scores: Sequence[NeuronScore],
+    *,
+    explainer: str,
+    metric: Metric,
+    control: Control = "none",
+    policy: Policy = "leave_out",
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> ModelStatistics:
+    """Mean, interval, variance over layers and counts of one model's scores.
+
+    Raises `InputError` where `scores` hold none such, or those of several models.
+    """
+    chosen = _chosen(scores, explainer, metric, control)
+    rng = np.random.default_rng(seed)
+    layers, centres, spread = [], [], []
+    for layer in sorted({s.neuron.layer for s in chosen}):
+        members = [s for s in chosen if s.neuron.layer == layer]
+        values = np.array(list(_values(members, policy).values()))
+        means = _resampled_means(values, resamples, rng)
+        low, high = _interval(means, confidence) if len(values) > 1 else (None, None)
+        mean = float(values.mean()) if len(values) else None
+        layers.append(LayerStatistics(layer, mean, low, high, _counts(members)))
+        if len(values):
+            centres.append(mean)
+            spread.append(means)
+    several = len(spread) > 0 and all(c.low is not None for c in layers if c.mean is not None)
+    low, high = _interval(np.mean(spread, axis=0), confidence) if several else (None, None)
+    return ModelStatistics(
+        model=chosen[0].neuron.model,
+        explainer=explainer,
+        metric=metric,
+        control=control,
+        policy=policy,
+        mean=float(np.mean(centres)) if centres else None,
+        low=low,
+        high=high,
+        variance=float(np.var(centres)) if centres else None,
+        confidence=confidence,
+        counts=_counts(chosen),
+        layers=tuple(layers),
+    )
+
+
+def all_statistics(
+    scores: Sequence[NeuronScore], *, resamples: int = 2000, seed: int = 0
+) -> list[ModelStatistics]:
+    """The statistics of every explainer, metric, control and policy in one model's `scores`."""
+    groups: dict[tuple, list[NeuronScore]] = {}
+    for score in scores:
+        groups.setdefault((score.explainer, score.metric, score.control), []).append(score)
+    return [
+        model_statistics(
+            group,
+            explainer=explainer,
+            metric=metric,
+            control=control,
+            policy=policy,
+            resamples=resamples,
+            seed=seed,
+        )
+        for (explainer, metric, control), group in groups.items()
+        for policy in POLICIES
+    ]
+
+
+def compare_models(
+    scores_a: Sequence[NeuronScore],
+    scores_b: Sequence[NeuronScore],
+    metric: Metric,
+    *,
+    explainer: str,
+    policy: Policy = "leave_out",
+    paired: bool | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """The difference of two models' own scores, over the layers where both have any.
+
+    `paired` None pairs `random_only` alone: there twins of the same layer and index are scored on
+    excerpts at the same positions. The p-value is (1 + as extreme) / (1 + R) (Phipson & Smyth 2010),
+    so never 0.
+
+    Raises `InputError` where the two have no layer in common with values to compare.
+    """
+    paired = metric == "random_only" if paired is None else paired
+    chosen = [_chosen(s, explainer, metric, "none") for s in (scores_a, scores_b)]
+    layers = _common_layers(_values(chosen[0], policy), _values(chosen[1], policy), paired)
+    if not layers:
+        raise InputError(
+            f"{chosen[0][0].neuron.model} and {chosen[1][0].neuron.model} have no layer where both"
+            f" have {explainer} scores on {metric}: score the same layers of both"
+        )
+    rng = np.random.default_rng(seed)
+    a, b = ([layer[side] for layer in layers] for side in (0, 1))
+    mean_a, mean_b = (float(np.mean([v.mean() for v in side])) for side in (a, b))
+    effects, differences = _resampled_effects(layers, paired, resamples, rng)
+    several = all(len(v) > 1 for v in a + b)
+    low, high = _interval(differences, confidence) if several else (None, None)
+    pooled = _pooled_deviation([np.var(v) for v in a + b], [len(v) for v in a + b])
+    d_low, d_high = _interval(effects, confidence) if several and pooled > 0 else (None, None)
+    return Comparison(
+        model_a=chosen[0][0].neuron.model,
+        model_b=chosen[1][0].neuron.model,
+        explainer=explainer,
+        metric=metric,
+        policy=policy,
+        paired=paired,
+        n_a=sum(map(len, a)),
+        n_b=sum(map(len, b)),
+        n_layers=len(layers),
+        mean_a=mean_a,
+        mean_b=mean_b,
+        difference=mean_a - mean_b,
+        low=low,
+        high=high,
+        p_value=_permutation_p(layers, paired, mean_a - mean_b, resamples, rng),
+        cohens_d=float((mean_a - mean_b) / pooled) if pooled > 0 else None,
+        cohens_d_low=d_low,
+        cohens_d_high=d_high,
+        superiority=float(np.mean([_superiority(x, y, paired) for x, y in layers])),
+        confidence=confidence,
+    )
+
+
+def _chosen(
+    scores: Sequence[NeuronScore], explainer: str, metric: Metric, control: Control
+) -> list[NeuronScore]:
+    wanted = (explainer, metric, control)
+    chosen = [s for s in scores if (s.explainer, s.metric, s.control) == wanted]
+    models = sorted({s.neuron.model for s in chosen})
+    if len(models) != 1:
+        raise InputError(
+            f"scores of {' and '.join(models) or 'no model'} for {explainer}, {metric}, control"
+            f" {control}: those of exactly one model were expected"
+        )
+    return chosen
+
+
+def _values(scores: Sequence[NeuronScore], policy: Policy) -> dict[tuple[str, int, int], float]:
+    """x 100, by site, layer and index of the neuron."""
+    found = {}
+    for s in scores:
+        if s.score.value is not None:
+            found[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * s.score.value
+        elif policy == "count_zero":
+            found[s.neuron.site, s.neuron.layer, s.neuron.index] = 0.0
+    return found
+
+
+def _counts(scores: Sequence[NeuronScore]) -> Counts:
+    found = Counter(s.score.status for s in scores)
+    return Counts(
+        found[Status.DEFINED], found[Status.UNDEFINED], found[Status.DEAD], found[Status.FAILED]
+    )
+
+
+def _interval(resampled: NDArray, confidence: float) -> tuple[float, float]:
+    """Percentile interval of [R] resampled figures."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _resampled_means(values: NDArray, resamples: int, rng: np.random.Generator) -> NDArray:
+    """[R] means of `values` [n] drawn with replacement; zeros for no values."""
+    return _resampled_moments(values, resamples, rng)[0]
+
+
+def _resampled_moments(
+    values: NDArray, resamples: int, rng: np.random.Generator
+) -> tuple[NDArray, NDArray]:
+    """[R] means and [R] population variances of `values` [n] drawn with replacement."""
+    means, variances = np.zeros(resamples), np.zeros(resamples)
+    if not len(values):
+        return means, variances
+    step = max(1, _BLOCK // len(values))
+    for start in range(0, resamples, step):
+        stop = min(resamples, start + step)
+        drawn = values[rng.integers(0, len(values), (stop - start, len(values)))]
+        means[start:stop], variances[start:stop] = drawn.mean(axis=1), drawn.var(axis=1)
+    return means, variances
+
+
+def _common_layers(
+    a: dict[tuple[str, int, int], float], b: dict[tuple[str, int, int], float], paired: bool
+) -> list[tuple[NDArray, NDArray]]:
+    """Values of a and of b per layer; where paired, those of the same index in the same order.
+
+    Sites differ between architectures (`ista`, `mlp`), so neurons are matched by layer and index.
+    """
+    sides = [{(layer, index): v for (_, layer, index), v in side.items()} for side in (a, b)]
+    if paired:
+        both = sides[0].keys() & sides[1].keys()
+        sides = [{key: side[key] for key in sorted(both)} for side in sides]
+    common = sorted({k[0] for k in sides[0]} & {k[0] for k in sides[1]})
+    return [
+        (
+            np.array([v for k, v in sides[0].items() if k[0] == layer]),
+            np.array([v for k, v in sides[1].items() if k[0] == layer]),
+        )
+        for layer in common
+    ]
+
+
+def _resampled_effects(
+    layers: list[tuple[NDArray, NDArray]],
+    paired: bool,
+    resamples: int,
+    rng: np.random.Generator,
+) -> tuple[NDArray, NDArray]:
+    """[R] effect sizes and [R] differences of neurons (pairs where paired) drawn within layers."""
+    gaps, variances, sizes = [], [], []
+    for a, b in layers:
+        # The same seed draws the same places: both of a pair are drawn together.
+        seeds = rng.integers(0, 2**63, 2)
+        streams = [np.random.default_rng(seeds[0 if paired else side]) for side in (0, 1)]
+        mean_a, var_a = _resampled_moments(a, resamples, streams[0])
+        mean_b, var_b = _resampled_moments(b, resamples, streams[1])
+        gaps.append(mean_a - mean_b)
+        variances += [var_a, var_b]
+        sizes += [len(a), len(b)]
+    difference = np.mean(gaps, axis=0)
+    pooled = _pooled_deviation(variances, sizes)
+    return difference / np.where(pooled > 0, pooled, np.inf), difference
+
+
+def _pooled_deviation(variances: Sequence, sizes: Sequence[int]) -> NDArray:
+    """Standard deviation within groups of these population variances and sizes, unbiased in square."""
+    squares = sum(n * np.asarray(v) for n, v in zip(sizes, variances, strict=True))
+    return np.sqrt(squares / max(1, sum(sizes) - len(sizes)))
+
+
+def _permutation_p(
+    layers: list[tuple[NDArray, NDArray]],
+    paired: bool,
+    observed: float,
+    resamples: int,
+    rng: np.random.Generator,
+) -> float:
+    """Two-sided: how often a relabelling within layers gives a difference as large."""
+    relabelled = np.mean(
+        [
+            _flipped(a - b, resamples, rng) if paired else _relabelled(a, b, resamples, rng)
+            for a, b in layers
+        ],
+        axis=0,
+    )  # [R]
+    # The margin keeps ties, which rounding would break either way, among the extreme ones.
+    extreme = np.abs(relabelled) >= abs(observed) * (1 - 1e-9)
+    return float((1 + extreme.sum()) / (1 + resamples))
+
+
+def _flipped(gaps: NDArray, resamples: int, rng: np.random.Generator) -> NDArray:
+    """[R] means of the differences of pairs, each with a random sign."""
+    step = max(1, _BLOCK // len(gaps))
+    blocks = [min(step, resamples - start) for start in range(0, resamples, step)]
+    signs = (rng.choice((-1.0, 1.0), (size, len(gaps))) for size in blocks)
+    return np.concatenate([s @ gaps for s in signs]) / len(gaps)
+
+
+def _relabelled(a: NDArray, b: NDArray, resamples: int, rng: np.random.Generator) -> NDArray:
+    """[R] differences of means after dealing all values anew into groups of these sizes."""
+    together = np.concatenate([a, b])
+    first = np.zeros(len(together))
+    first[: len(a)] = 1
+    step = max(1, _BLOCK // len(together))
+    sums = []
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        sums.append(rng.permuted(np.tile(first, (size, 1)), axis=1) @ together)
+    sum_a = np.concatenate(sums)
+    return sum_a / len(a) - (together.sum() - sum_a) / len(b)
+
+
+def _superiority(a: NDArray, b: NDArray, paired: bool) -> float:
+    """P(a > b) + P(a = b) / 2, over all pairs or, where paired, over the given ones."""
+    if paired:
+        return float(np.mean((a > b) + 0.5 * (a == b)))
+    ordered = np.sort(b)
+    below = np.searchsorted(ordered, a, "left")
+    up_to = np.searchsorted(ordered, a, "right")
+    return float(np.mean((below + up_to) / 2) / len(b))

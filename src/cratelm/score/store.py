@@ -1,0 +1,79 @@
+"""Scores on disk: `scores.parquet`, one row per neuron, explainer, metric and control.
+
+Columns: model, site, layer, index, explainer, metric, control, value, status, reason, r2,
+absolute_deviation, n_tokens, n_records, documents. A value that does not exist is null, and
+`status` with `reason` says why.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cratelm.errors import InputError
+from cratelm.records import NeuronId, NeuronScore, Score, Status
+
+_SCHEMA = pa.schema(
+    [
+        ("model", pa.string()),
+        ("site", pa.string()),
+        ("layer", pa.int32()),
+        ("index", pa.int32()),
+        ("explainer", pa.string()),
+        ("metric", pa.string()),
+        ("control", pa.string()),
+        ("value", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("r2", pa.float64()),
+        ("absolute_deviation", pa.float64()),
+        ("n_tokens", pa.int64()),
+        ("n_records", pa.int64()),
+        ("documents", pa.list_(pa.int64())),
+    ]
+)
+
+
+def write_scores(folder: Path, scores: Sequence[NeuronScore]) -> None:
+    """Writes `scores.parquet` into `folder`, in the order given."""
+    rows = [
+        {
+            **vars(s.neuron),
+            "explainer": s.explainer,
+            "metric": s.metric,
+            "control": s.control,
+            **vars(s.score),
+            "status": str(s.score.status),
+            "documents": s.documents,
+        }
+        for s in scores
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), folder / "scores.parquet")
+
+
+def read_scores(folder: Path) -> list[NeuronScore]:
+    """The scores in `folder`, in the order written; `InputError` where there are none."""
+    path = folder / "scores.parquet"
+    if not path.is_file():
+        raise InputError(f"{path} is not there: type `cratelm score` for this model first")
+    return [_score(row) for row in pq.read_table(path).to_pylist()]
+
+
+def _score(row: dict) -> NeuronScore:
+    return NeuronScore(
+        neuron=NeuronId(row["model"], row["site"], row["layer"], row["index"]),
+        explainer=row["explainer"],
+        metric=row["metric"],
+        control=row["control"],
+        score=Score(
+            value=row["value"],
+            status=Status(row["status"]),
+            reason=row["reason"],
+            r2=row["r2"],
+            absolute_deviation=row["absolute_deviation"],
+            n_tokens=row["n_tokens"],
+            n_records=row["n_records"],
+        ),
+        documents=tuple(row["documents"]),
+    )
