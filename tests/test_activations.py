@@ -1,17 +1,27 @@
 """The harvest against a brute-force reference, its bounds, and the models it runs on."""
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import cratelm
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
-from cratelm.activations.layer import ExcerptSizes, LayerHarvest
+from cratelm.activations.layer import ExcerptSizes, LayerHarvest, bytes_a_neuron
 from cratelm.activations.pilot import Pilot
-from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table, tokens_at
+from cratelm.activations.store import read_records, write_records
+from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
+from cratelm.errors import InputError
+from cratelm.runs import Run
+from cratelm.tokens.shards import TokenStore
 
 EOT = 0
 
@@ -147,7 +157,7 @@ def test_harvest_equals_brute_force(case):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_statistics_equal_brute_force(case):
     split, activations, length, sizes, batch_tokens, seed = case
-    kept, pilot, _ = run_harvest(split, activations, length, sizes, batch_tokens, seed)
+    kept, _, _ = run_harvest(split, activations, length, sizes, batch_tokens, seed)
     text = activations[split.tokens != EOT].double().numpy()
     for h, row in enumerate(summary_table(kept, "m", "s", 1).to_pylist()):
         a = text[:, h]
@@ -167,3 +177,216 @@ def test_statistics_equal_brute_force(case):
         assert sum(row["histogram"]) == len(a)
         # float32 against float64 at a bin's edge may move a value to its neighbour
         assert np.abs(np.cumsum(near) - np.cumsum(row["histogram"])).max() <= max(2, 0.02 * len(a))
+
+
+# ---- memory ---------------------------------------------------------------------------------------
+
+
+def held_bytes(thing, seen=None):
+    """Bytes of all arrays and tensors reachable from an object, each storage once."""
+    seen = set() if seen is None else seen
+    if isinstance(thing, torch.Tensor):
+        storage = thing.untyped_storage()
+        new = storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        return storage.nbytes() if new else 0
+    if isinstance(thing, np.ndarray):
+        return thing.nbytes
+    if hasattr(thing, "__dict__"):
+        return sum(held_bytes(value, seen) for value in vars(thing).values())
+    return 0
+
+
+def test_memory_is_the_formula_whatever_the_tokens():
+    sizes, neurons = ExcerptSizes(top=7, random=5, per_bin=3, context=6, short_context=2), 11
+    for documents in (20, 200):
+        split = MemorySplit([30] * documents)
+        activations = torch.randn(split.n_tokens, neurons).relu()
+        kept, _, _ = run_harvest(split, activations, 16, sizes, 64, 0)
+        assert held_bytes(kept) == neurons * bytes_a_neuron(sizes)
+
+
+@pytest.mark.slow
+def test_process_does_not_grow_with_ten_times_the_tokens(tmp_path):
+    """Keeping all activations would take 120 MB more for the longer run."""
+    peaks = []
+    for tokens in (25_000, 250_000):
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH, str(tokens)], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 40 * 1024  # KiB
+
+
+GROWTH = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import torch
+from test_activations import EOT, MemorySplit
+from cratelm.activations.batches import SearchPlan
+from cratelm.activations.harvest import harvest_split
+from cratelm.activations.layer import ExcerptSizes
+from cratelm.activations.pilot import run_pilot
+from cratelm.models import build, site_of
+
+torch.set_num_threads(1)
+model = build("crate-2l", vocab_size=64, max_position_embeddings=32, hidden_size=16).eval()
+split = MemorySplit([249] * (int(sys.argv[1]) // 250))
+site = site_of(model)
+plan = SearchPlan.of(split, "fit", EOT, 32, split.n_tokens, 0)
+pilots = run_pilot(model, site, plan, 2048, 4096)
+kept = harvest_split(model, site, plan, pilots, ExcerptSizes(), 4096)
+assert kept[0].n_tokens == int(sys.argv[1]) // 250 * 249
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+""".replace("{tests!r}", repr(str(Path(__file__).parent)))
+
+
+def test_activations_that_are_not_finite_are_told():
+    split = MemorySplit([20, 20])
+    activations = torch.randn(split.n_tokens, 3)
+    kept, _, _ = run_harvest(split, activations, 16, ExcerptSizes(), 64, 0)
+    plan = SearchPlan.of(split, "fit", EOT, 16, 100, 0)
+    batch = next(plan.batches(64, torch.device("cpu")))
+    broken = activations[batch.position].view(*batch.input_ids.shape, -1).clone()
+    broken[0, 3, 1] = torch.nan
+    with pytest.raises(InputError, match="layer 1 has activations that are not finite"):
+        kept.add(broken, batch)
+
+
+# ---- the verb, and other people's models ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with tokens and two small models, one trained for a step and one not at all."""
+    folder = tmp_path_factory.mktemp("run")
+    texts = folder / "texts.jsonl"
+    words = ["stone", "river", "light", "import", "return", "seven", "and", "or"]
+    generator = np.random.default_rng(0)
+    with texts.open("w") as file:
+        for _ in range(150):
+            text = " ".join(generator.choice(words, 60)) + "."
+            file.write(json.dumps({"text": text}) + "\n")
+    path = folder / "run"
+    cratelm.tokenize(run=path, corpus=str(texts), vocab_size=280, fit=0.3, held_out=0.3, sequence_length=32, quiet=True)  # fmt: skip
+    small = ("hidden_size=16", "num_attention_heads=2")
+    for model in ("crate-2l", "gpt2-2l"):
+        cratelm.train(run=path, model=model, steps=0, sequence_length=32, model_overrides=small, name=model, validation_sequences=2, tensorboard=False, quiet=True)  # fmt: skip
+    return path
+
+
+OPTIONS = {"top": 12, "random": 6, "per_bin": 4, "pilot_tokens": 512, "batch_tokens": 256}
+
+
+def test_harvest_verb_writes_what_the_model_does(run):
+    result = cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    assert result.site == "ista"
+    assert result.neurons == (64, 64)
+    model = cratelm.load(run / "model" / "crate-2l")
+    store = TokenStore(run / "tokens")
+    for split in ("fit", "held_out"):
+        records = list(read_records(result.path, split))
+        assert [(r.neuron.layer, r.neuron.index) for r in records] == [
+            (layer, index) for layer in (0, 1) for index in range(64)
+        ]
+        record = next(r for r in records if not r.summary.dead and r.neuron.layer == 1)
+        tokens = store.split(split)
+        for excerpt in record.excerpts:
+            if excerpt.kind == "out_of_context":
+                ids, shift = torch.from_numpy(excerpt.token_ids).long()[None], 0
+            else:
+                first = excerpt.position // 32 * 32
+                ids = torch.from_numpy(tokens.read(first, min(first + 32, tokens.n_tokens)))[None]
+                shift = excerpt.position - excerpt.peak - first
+            truth = cratelm.capture(model, cratelm.site_of(model), ids)[1][
+                0, :, record.neuron.index
+            ]
+            expected = truth[shift : shift + len(excerpt)].numpy()
+            np.testing.assert_allclose(excerpt.activations, expected, rtol=1e-4, atol=1e-5)
+            ordinal = tokens.documents_at(np.array([excerpt.position]))[0]
+            assert ordinal == excerpt.document
+        top = record.of_kind("top")
+        assert len({e.document for e in top}) == len(top)
+        peaks = [e.activations[e.peak] for e in top]
+        assert peaks == sorted(peaks, reverse=True)
+        alone = record.of_kind("out_of_context")
+        assert len(alone) == (10 if split == "held_out" else 0)
+        if alone:
+            assert [e.position for e in alone] == [e.position for e in top[:10]]
+            assert all(1 <= len(e) <= 3 for e in alone)
+
+
+def test_twins_share_random_positions(run):
+    places = []
+    for model in ("crate-2l", "gpt2-2l"):
+        path = cratelm.harvest(run=run, model=model, **OPTIONS).path
+        places.append(
+            [[e.position for e in r.of_kind("random")] for r in read_records(path, "fit")]
+        )
+    assert places[0] == places[1]
+    assert len({tuple(p) for p in places[0]}) > 100  # but neurons differ from each other
+
+
+def test_one_neuron_can_be_read_alone(run):
+    path = cratelm.harvest(run=run, model="crate-2l", **OPTIONS).path
+    (alone,) = read_records(path, "fit", layers=[1], indices=[9])
+    everything = {r.neuron: r for r in read_records(path, "fit")}
+    same = everything[alone.neuron]
+    assert len(alone.excerpts) == len(same.excerpts) > 10
+    for a, b in zip(alone.excerpts, same.excerpts, strict=True):
+        assert (a.kind, a.bin, a.rank, a.position) == (b.kind, b.bin, b.rank, b.position)
+
+
+def test_records_round_trip(run, tmp_path):
+    path = cratelm.harvest(run=run, model="crate-2l", **OPTIONS).path
+    records = list(read_records(path, "held_out"))
+    write_records(tmp_path, "held_out", records)
+    for before, after in zip(records, read_records(tmp_path, "held_out"), strict=True):
+        assert before.neuron == after.neuron
+        assert before.summary.maximum == after.summary.maximum
+        for a, b in zip(before.excerpts, after.excerpts, strict=True):
+            assert np.array_equal(a.activations, b.activations)
+            assert np.array_equal(a.token_ids, b.token_ids)
+
+
+def test_finished_is_skipped_changed_is_told_same_command_same_files(run):
+    first = Run(run).stage("activations", "crate-2l")
+    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    before = first.require("harvest")
+    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    assert first.require("harvest") == before
+    with pytest.raises(InputError, match=r"seed=0, now 3.*--force"):
+        cratelm.harvest(run=run, model="crate-2l", seed=3, **OPTIONS)
+    cratelm.harvest(run=run, model="crate-2l", force=True, **OPTIONS)
+    assert first.require("harvest").outputs == before.outputs
+
+
+def test_other_peoples_models(run, tmp_path):
+    vocab = 320
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32))  # fmt: skip
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, max_position_embeddings=32))  # fmt: skip
+    for name, model, site, neurons in (
+        ("neox", neox, None, (24, 24)),
+        ("llama", llama, "model.layers.*.self_attn.o_proj:input", (16,)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        result = cratelm.harvest(run=run, model=str(tmp_path / name), site=site, **OPTIONS)
+        assert result.neurons == neurons
+        records = list(read_records(result.path, "held_out", layers=[0], indices=[5]))
+        assert records[0].of_kind("random")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model": "crate-9l"}, "cratelm train"),
+        ({"model": "crate-2l", "site": "nowhere.*.at"}, "no site"),
+        ({"model": "crate-2l", "sequence_length": 64}, "longer than the 32 positions"),
+        ({"model": "crate-2l", "short_context": 40}, "above --context"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(run, fields, told):
+    before = sorted(p.name for p in (run / "activations").iterdir())
+    with pytest.raises(InputError, match=told):
+        cratelm.harvest(run=run, name="other", **fields)
+    assert sorted(p.name for p in (run / "activations").iterdir()) == before

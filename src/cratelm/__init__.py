@@ -12,6 +12,9 @@ Models are Hugging Face models: `cratelm.build`, `cratelm.load`, `cratelm.CrateF
 Nothing heavy is imported before it is used.
 """
 
+import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 _MODELS = (
@@ -19,20 +22,48 @@ _MODELS = (
     "CrateForCausalLM",
     "CrateModel",
     "build",
+    "capture",
     "load",
     "load_authors_checkpoint",
     "site_of",
-    "capture",
 )
+_VERB_ROOMS = ("train", "evaluate", "explain", "score", "report")
+"""rooms that bear the name of a verb"""
+
+
+class _Room(ModuleType):
+    """A room that is a verb too: `cratelm.train(...)` trains, `cratelm.train.config` is a module."""
+
+    def __call__(self, **fields: Any) -> Any:
+        return _verb(self)(**fields)
+
+    @property
+    def __signature__(self) -> Any:
+        return _verb(self).__signature__
+
+
+class _Package(ModuleType):
+    """The package: importing a room of `_VERB_ROOMS` makes it callable."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _VERB_ROOMS and isinstance(value, ModuleType):
+            value.__class__ = _Room
+        super().__setattr__(name, value)
+
+
+def _verb(room: ModuleType) -> Any:
+    from cratelm.cli import verb_function
+
+    return verb_function(room.__name__.removeprefix("cratelm."))
 
 
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
     if name in _MODELS:
-        from cratelm import models
-
-        return getattr(models, name)
+        return getattr(importlib.import_module("cratelm.models"), name)
+    if name in _VERB_ROOMS:
+        return importlib.import_module(f"cratelm.{name}")
     from cratelm.cli import VERBS, verb_function
 
     if name in VERBS:
@@ -43,4 +74,7 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from cratelm.cli import VERBS
 
-    return sorted([*globals(), *_MODELS, *VERBS])
+    return sorted({*globals(), *_MODELS, *VERBS})
+
+
+sys.modules[__name__].__class__ = _Package

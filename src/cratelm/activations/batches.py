@@ -74,7 +74,7 @@ class SearchPlan:
         n_sequences = -(-split.n_tokens // sequence_length)
         wanted = max(1, tokens // sequence_length)
         sequences = np.arange(n_sequences)
-        if wanted < n_sequences:
+        if tokens < split.n_tokens:
             chosen = np.random.default_rng(seed).choice(n_sequences, wanted, replace=False)
             sequences = np.sort(chosen)
         return cls(split, name, eot_id, sequence_length, sequences, seed)

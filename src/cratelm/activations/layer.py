@@ -2,12 +2,8 @@
 
 Shape legend: N tokens of a batch, H neurons, S segments, W tokens of an excerpt, m excerpts.
 
-Memory of one layer, whatever the number of tokens (K_t top, K_r random, K_b places a bin, W and w
-tokens of a long and of a short excerpt):
-
-    H * [ (K_t + K_r + 5 K_b)(4 W + 40) + 12 K_b (4 w + 40) + 64 * 8 + 300 ]  bytes
-
-77 kB a neuron at the default sizes, plus the activations of one batch.
+Memory depends on neurons and excerpts, never on the number of tokens: `bytes_a_neuron` is the
+formula, 77 kB at the default sizes. The activations of one batch come on top.
 """
 
 from dataclasses import dataclass
@@ -17,7 +13,7 @@ import torch
 
 from cratelm.activations.batches import NEVER, Batch
 from cratelm.activations.cells import BestCells, Candidates
-from cratelm.activations.pilot import Pilot
+from cratelm.activations.pilot import ANTHROPIC_BINS, Pilot
 from cratelm.errors import InputError
 
 HISTOGRAM_BINS = 64
@@ -37,6 +33,20 @@ class ExcerptSizes:
     context: int = 32
     """tokens before the chosen one in a long excerpt, and from it on"""
     short_context: int = 4
+
+
+def bytes_a_neuron(sizes: ExcerptSizes) -> int:
+    """Bytes that a harvest holds of one neuron, however many tokens pass by.
+
+    A place of an excerpt takes 4 bytes a token of its window and 40 of bookkeeping (48 if random);
+    a bin 20 more, its edge, its share and its threshold; the statistics 644.
+    """
+    long, short = 4 * 2 * sizes.context, 4 * 2 * sizes.short_context
+    top = sizes.top * (40 + long) + 8
+    random = sizes.random * (48 + long)
+    openai = 5 * (sizes.per_bin * (40 + long) + 20)
+    anthropic = ANTHROPIC_BINS * (sizes.per_bin * (40 + short) + 20)
+    return top + random + openai + anthropic + 8 * HISTOGRAM_BINS + 132
 
 
 class Binning:
