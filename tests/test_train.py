@@ -130,6 +130,13 @@ def test_warmup_keeps_its_share_of_a_shorter_run() -> None:
     assert TrainConfig(recipe="paper", steps=6000, warmup=7).numbers().warmup == 7
 
 
+def test_the_learning_rate_follows_the_optimizer_unless_given() -> None:
+    assert TrainConfig(model="crate-2l", optimizer="muon").numbers().learning_rate == 1.5e-2
+    assert TrainConfig(model="crate-2l", optimizer="adamw").numbers().learning_rate == 3e-3
+    given = TrainConfig(model="crate-2l", optimizer="adamw", learning_rate=1e-3)
+    assert given.numbers().learning_rate == 1e-3
+
+
 def test_identity_holds_values_not_where_they_came_from() -> None:
     named = TrainConfig(recipe="paper").identity()
     spelled = TrainConfig(**vars(PAPER)).identity()
@@ -534,7 +541,7 @@ def test_killed_at_any_moment_training_ends_with_the_same_bits(run: Path) -> Non
 
 
 def test_two_processes_give_the_losses_of_one(run: Path) -> None:
-    fields = {**SMALL, "micro_batch_size": 2, "optimizer": "muon", "model_overrides": list(TINY)}
+    fields = {**SMALL, "micro_batch_size": 2, "learning_rate": 3e-3, "model_overrides": list(TINY)}
     options = {**fields, "model_overrides": TINY}
     one = train(TrainConfig(run=run, name="one-process", **options)).path
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -58,7 +58,7 @@ LAPTOP = Recipe(
     micro_batch_size=16,
     sequence_length=256,
     optimizer="muon",
-    learning_rate=6e-3,
+    learning_rate=1.5e-2,
     warmup=60,
     precision="fp32",
     log_every=1,
@@ -67,6 +67,8 @@ LAPTOP = Recipe(
     checkpoint_every=50,
 )
 RECIPES = {"paper": PAPER, "laptop": LAPTOP}
+OTHER_LEARNING_RATES = {"paper": 6e-4, "laptop": 3e-3}
+"""of a recipe where `--optimizer` names the optimizer that it does not take itself"""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,7 @@ class TrainConfig:
     """muon: torch.optim.Muon for the matrices inside the blocks, AdamW for the embeddings, the head
     and the vectors (paper adamw; laptop muon)"""
     learning_rate: float | None = None
-    """at its peak (paper 6e-4; laptop 6e-3); Muon's updates are scaled to AdamW's size, so that one
-    rate serves both"""
+    """at its peak (paper 6e-4; laptop 1.5e-2, with adamw 3e-3); one rate for all parameters"""
     minimum_ratio: float = 0.1
     """learning rate of the last step, as a part of the peak; a cosine leads there"""
     warmup: int | None = None
@@ -160,9 +161,12 @@ class TrainConfig:
     def numbers(self) -> Recipe:
         """The recipe with what was given in place of its own values."""
         large = self.model.endswith(("-6l", "-12l"))
-        base = RECIPES[self.recipe or ("paper" if large else "laptop")]
+        recipe = self.recipe or ("paper" if large else "laptop")
+        base = RECIPES[recipe]
         given = {f.name: getattr(self, f.name) for f in fields(Recipe)}
         given = {name: value for name, value in given.items() if value is not None}
+        if given.get("optimizer", base.optimizer) != base.optimizer:
+            given.setdefault("learning_rate", OTHER_LEARNING_RATES[recipe])
         if "steps" in given and "warmup" not in given:
             given["warmup"] = base.warmup * given["steps"] // base.steps
         return replace(base, **given)
