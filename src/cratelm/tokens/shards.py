@@ -335,7 +335,7 @@ def _map_array(path: Path, n: int) -> NDArray[np.int64]:
         return np.empty(0, np.int64)
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         raise _damaged(path, f"an array of {n:,} numbers was expected") from None
     if array.shape != (n,):
         raise _damaged(path, f"{n:,} numbers were expected")

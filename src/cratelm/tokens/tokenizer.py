@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 """what GPT-2 and GPT-NeoX, LLaMA 3, LLaMA 2 and Gemma end a document with; the first found is used"""
+_LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
+"""the trainer's time grows with the square of a word's length: one of 1 MB takes it many minutes"""
 _NAMED_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -36,7 +38,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in _LONG_RUN.split(text))
+    tokenizer.train_from_iterator(pieces, trainer)
     return _plain(tokenizer)
 
 
