@@ -1,0 +1,528 @@
+"""Report: the page says what the files say, runs nothing, loads nothing, and lives with what is missing."""
+
+import csv
+import html
+import json
+import random
+import re
+import shlex
+import shutil
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cratelm import cli
+from cratelm.activations.config import HarvestConfig
+from cratelm.activations.harvest import harvest
+from cratelm.errors import InputError
+from cratelm.explain.config import ExplainConfig
+from cratelm.explain.explain import explain
+from cratelm.report import gallery
+from cratelm.report.config import ReportConfig
+from cratelm.report.gather import gather
+from cratelm.report.report import ReportResult, comparison_table, report
+from cratelm.report.shading import pieces
+from cratelm.report.tables import Column, Interval, PlusMinus, Table
+from cratelm.report.text import printable, visible
+from cratelm.runs import Run, config_dict
+from cratelm.score.config import ScoreConfig
+from cratelm.score.score import score
+from cratelm.score.store import read_scores
+from cratelm.tokens.config import TokenizeConfig
+from cratelm.tokens.tokenize import tokenize
+from cratelm.train.config import TrainConfig
+from cratelm.train.loop import train
+
+HOSTILE = (
+    "<script>document.title='owned'</script>",
+    "<img src=http://evil.example/x onerror=alert(1)>",
+    "</div></details></body>",
+    "\x1b[31mred\x1b[0m",
+    "\u202egnihtemos\u202c",
+    "שלום עולם",
+    "nul\x00nul",
+    "{{ 7 * 7 }}{% raw %}",
+    "&amp;&lt;",
+    "naïve 🙂 ",
+    "\n\t  x",
+    "$\\alpha_1$ & % # ~ ^",
+)
+MODELS = ("crate-2l", "gpt2-2l", "crate-2l-init")
+SETTINGS: dict[str, Any] = {"neurons": 4, "resamples": 200}
+TINY = ("hidden_size=16", "num_attention_heads=2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run that went down the whole line: twins and one null, on a corpus that is half hostile."""
+    folder = tmp_path_factory.mktemp("report")
+    draw = random.Random(0)
+    words = [*HOSTILE, "red", "blue", "stone", "river", "the", "over", "def f(x):", "return"]
+    with (folder / "corpus.jsonl").open("w") as file:
+        for _ in range(160):
+            text = " ".join(draw.choices(words, k=draw.randint(10, 40)))
+            file.write(json.dumps({"text": text}) + "\n")
+    path = folder / "run"
+    corpus = {"corpus": str(folder / "corpus.jsonl"), "vocab_size": 400, "sequence_length": 16}
+    tokenize(TokenizeConfig(run=path, fit=0.3, held_out=0.3, quiet=True, **corpus))
+    for name in MODELS:
+        _measure(path, name)
+    return path
+
+
+def _measure(path: Path, name: str) -> None:
+    """From training to scores, in a few seconds."""
+    base, steps = name.removesuffix("-init"), 0 if name.endswith("-init") else 6
+    small: dict[str, Any] = {"sequence_length": 32, "validation_sequences": 8, "validate_every": 3}
+    train(
+        TrainConfig(
+            run=path,
+            model=base,
+            steps=steps,
+            batch_size=4,
+            model_overrides=TINY,
+            tensorboard=False,
+            quiet=True,
+            **small,
+        )
+    )
+    harvest(HarvestConfig(run=path, model=name, tokens=2000, pilot_tokens=256, device="cpu"))
+    explain(ExplainConfig(run=path, model=name, neurons=24, quiet=True))
+    score(ScoreConfig(run=path, model=name, resamples=100, quiet=True))
+
+
+@pytest.fixture(scope="module")
+def written(run) -> ReportResult:
+    return report(ReportConfig(**SETTINGS, run=run))
+
+
+@pytest.fixture(scope="module")
+def page(written) -> "Page":
+    return Page(written.page.read_text(encoding="utf-8"))
+
+
+def _copy(run: Path, folder: Path, *without: str) -> Path:
+    path = folder / "copy"
+    shutil.copytree(run, path)
+    for name in without:
+        shutil.rmtree(path / name)
+    return path
+
+
+class Page(HTMLParser):
+    """Tables, names and references of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text = text
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.words = ""
+        self._table: list[list[str]] | None = None
+        self._in_cell = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag == "table":
+            self._table = self.tables.setdefault(dict(attrs)["id"] or "", [])
+        elif self._table is not None and tag == "tr":
+            self._table.append([])
+        elif self._table is not None and tag in ("td", "th"):
+            self._table[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self._table = None
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data):
+        self.words += data
+        if self._table and self._in_cell:
+            self._table[-1][-1] += data.replace("\xa0", " ")
+
+
+def _numbers(shown: str) -> list[float]:
+    """Figures in a cell as it is shown."""
+    return [float(n.replace(",", "")) for n in re.findall(r"-?[\d,]*\.?\d+(?:e-?\d+)?", shown)]
+
+
+def _figures(cell: Any) -> list[float]:
+    """Figures in a cell of tables.json, in the order in which they are shown."""
+    if isinstance(cell, dict):
+        return [cell[key] for key in ("value", "low", "high", "error") if key in cell]
+    return [] if cell is None else [cell]
+
+
+def _step(shown: str) -> float:
+    """The unit of the last digit of a figure, such as 0.1 for 12.3."""
+    return 10.0 ** -len(shown.partition(".")[2].split("e")[0]) if "." in shown else 1.0
+
+
+def _tables(written: ReportResult) -> dict[str, Any]:
+    return json.loads(written.tables.read_text(encoding="utf-8"))
+
+
+def test_page_shows_the_figures_of_the_json_file(written, page):
+    """Cell by cell, to the last digit that is shown."""
+    compared = 0
+    tables = _tables(written)
+    for name, table in tables.items():
+        if name == "neurons":  # shown as cards
+            continue
+        lines = page.tables[f"table-{name}"]
+        if name == "comparison":
+            lines = [list(line) for line in zip(*lines, strict=True)]
+        assert lines[0] == [c["label"].replace("\xa0", " ") for c in table["columns"]]
+        assert len(lines) - 1 == len(table["rows"])
+        for line, row in zip(lines[1:], table["rows"], strict=True):
+            for shown, column in zip(line, table["columns"], strict=True):
+                cell = row[column["key"]]
+                if isinstance(cell, str):
+                    assert shown == cell
+                    continue
+                figures = _figures(cell)
+                assert shown != "–" if figures else shown == "–"
+                for figure, number in zip(figures, _numbers(shown), strict=True):
+                    step = _step(re.findall(r"[\d,.]+", shown)[0])
+                    # three significant digits of a large figure: 84.3 shown as 84
+                    assert abs(figure - number) <= max(step / 2, abs(figure) * 0.05) * 1.001
+                    compared += 1
+    assert compared > 300
+
+
+def test_csv_and_latex_have_the_same_figures(written):
+    tables = _tables(written)
+    for name, table in tables.items():
+        path = written.path / "tables" / f"{name}.csv"
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == len(table["rows"])
+        for from_csv, row in zip(rows, table["rows"], strict=True):
+            for key, cell in row.items():
+                parts = cell if isinstance(cell, dict) else {"value": cell}
+                for part, value in parts.items():
+                    text = from_csv[key if part == "value" else f"{key}_{part}"]
+                    assert text == ("" if value is None else str(value))
+
+
+def test_latex_shows_what_the_page_shows(written, page):
+    for name, lines in page.tables.items():
+        tex = (written.path / "tables" / f"{name.removeprefix('table-')}.tex").read_text()
+        assert tex.isascii()
+        body = [line for line in tex.splitlines() if line.endswith(r"\\")]
+        assert len(body) == len(lines)
+        for line, latex in zip(lines, body, strict=True):
+            cells = latex.removesuffix(r" \\").split(" & ")
+            assert len(cells) == len(line)
+            for shown, cell in zip(line, cells, strict=True):
+                if shown and shown[0].isdigit():
+                    assert cell.replace(r"$\pm$", "±").replace(r"\%", "%") == shown
+
+
+def test_comparison_is_the_mean_of_the_scores(run, written):
+    """Computed anew from scores.parquet: mean over layers of the mean over neurons, and the counts."""
+    for row in written.comparison:
+        scores = [s for s in read_scores(run / "scores" / row["model"]) if s.control == "none"]
+        for metric in ("top_and_random", "random_only", "anthropic"):
+            mine = [s for s in scores if (s.explainer, s.metric) == ("trie", metric)]
+            layers = [
+                np.mean([s.score.value for s in mine if s.neuron.layer == n and s.score.value is not None])
+                for n in (0, 1)
+            ]  # fmt: skip
+            figure = row[metric]
+            assert figure["value"] == pytest.approx(100 * np.mean(layers))
+            assert row[f"{metric}_variance"] == pytest.approx(np.var(100 * np.array(layers)))
+            assert figure["low"] < figure["value"] < figure["high"]
+            statuses = Counter(str(s.score.status) for s in mine)
+            counts = [f"{statuses[name]}" for name in ("undefined", "dead", "failed")]
+            assert row[f"{metric}_none"] == " / ".join(counts)
+    null = {row["model"]: row["top_and_random_init"] for row in written.comparison}
+    assert list(null) == ["crate-2l", "gpt2-2l"]
+    assert null["crate-2l"] is not None
+    assert null["gpt2-2l"] is None
+
+
+def test_comparison_as_text(written):
+    text = comparison_table(written)
+    assert "crate-2l" in text
+    assert f"{written.comparison[0]['anthropic']['value']:.1f} [" in text
+    assert max(map(len, text.splitlines())) <= 80  # an ordinary terminal
+    assert str(written).startswith(text)
+
+
+def test_page_loads_and_runs_nothing(page):
+    assert not page.tags.keys() & {"script", "img", "iframe", "object", "link", "base", "form"}
+    for _, key, value in page.attributes:
+        assert not key.startswith("on")
+        if key in ("src", "href", "xlink:href", "action", "data"):
+            assert value.startswith("#")
+        if "url(" in value:
+            assert re.findall(r"url\((.)", value) == ["#"] * value.count("url(")
+    style = page.text.partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in (
+        page.attributes
+    )
+
+
+def test_hostile_text_is_shown_and_does_not_act(page, written):
+    assert "script>" in page.words
+    assert "onerror" in page.words
+    assert "{{␣7␣*␣7␣}}" in page.words.replace("49", "!")  # a template would have made it 49
+    for path in [written.page, written.tables, *(written.path / "tables").iterdir()]:
+        text = path.read_bytes().decode("utf-8")
+        assert not set(text) & set("\x00\x1b\u202e\u202c")
+    assert r"\x1b" in page.words
+    assert r"\u202e" in page.words
+    assert "⏎" in page.words
+    assert "⇥" in page.words
+
+
+def test_names_are_unique_and_anchors_lead_somewhere(page):
+    names = Counter(value for _, key, value in page.attributes if key == "id")
+    assert [name for name, n in names.items() if n > 1] == []
+    links = [value for _, key, value in page.attributes if key in ("href", "xlink:href")]
+    assert {link.removeprefix("#") for link in links} <= names.keys()
+
+
+def test_sections_are_there(page):
+    for anchor in (
+        "comparison",
+        "run",
+        "models",
+        "scores",
+        "twins",
+        "sparsity",
+        "neurons",
+        "ledger",
+    ):
+        assert ("h2", "id", anchor) in page.attributes
+    for anchor in ("leakage", "published", "reproduce"):
+        assert ("h2", "id", anchor) in page.attributes
+    assert "the randomly initialised null of gpt2-2l" in page.words
+    assert "No document was both explained from and scored on" in page.words
+    assert "For reference, not for comparison" in page.words
+
+
+def test_best_neurons_are_the_best(run, written):
+    rows = [r for r in _tables(written)["neurons"]["rows"] if r["model"] == "crate-2l"]
+    shown = [r["top_and_random"] for r in rows if r["group"].startswith("4 best")]
+    values = [
+        100 * s.score.value
+        for s in read_scores(run / "scores" / "crate-2l")
+        if (s.explainer, s.metric, s.control) == ("trie", "top_and_random", "none")
+        and s.score.value is not None
+    ]
+    assert shown == pytest.approx(sorted(values, reverse=True)[:4])
+    assert len([r for r in rows if r["group"] == "4 at random"]) == 4
+
+
+def test_only_the_excerpts_shown_are_read(run, monkeypatch):
+    """Memory does not grow with the model: no more neurons are asked for than are shown."""
+    asked: list[int] = []
+    read = gallery.read_records
+
+    def watched(folder, split, layers=None, indices=None):
+        asked.append(len(indices))
+        return read(folder, split, layers=layers, indices=indices)
+
+    monkeypatch.setattr(gallery, "read_records", watched)
+    config = ReportConfig(run=run, neurons=2)
+    shown = gallery.galleries(gather(Run(run), config), config)
+    n_cards = sum(len(cards) for g in shown for _, cards in g.groups)
+    assert n_cards == 2 * (2 + 2)  # models x (best + random)
+    assert (
+        n_cards < sum(asked) + 4 <= 2 * n_cards + 4
+    )  # in both splits; a neuron can be in both groups
+
+
+def test_same_inputs_give_the_same_files(run, written):
+    def files() -> dict[str, bytes]:
+        found = {str(p.relative_to(written.path)): p for p in written.path.rglob("*")}
+        named = {name: p for name, p in found.items() if p.is_file() and p.suffix != ".json"}
+        return {name: p.read_bytes() for name, p in named.items()} | {
+            "tables.json": written.tables.read_bytes()
+        }
+
+    first = files()
+    assert report(ReportConfig(**SETTINGS, run=run, force=True)) == written
+    second = files()
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    drawn = ("means", "loss", "score_by_layer", "distributions", "sparsity")
+    figures = {name for name in first if name.startswith("figures")}
+    assert figures == {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
+    assert all(first[n].startswith(b"\x89PNG" if n.endswith("png") else b"%PDF") for n in figures)
+
+
+def test_finished_report_is_kept(run, written, capsys):
+    before = written.page.stat().st_mtime_ns
+    assert report(ReportConfig(**SETTINGS, run=run)) == written
+    assert written.page.stat().st_mtime_ns == before
+    assert "report is finished, skipped" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--force"):
+        report(ReportConfig(**SETTINGS, run=run, seed=1))
+
+
+def test_commands_make_the_same_run(run, page):
+    """The commands on the page, parsed as the command line does, are the configurations that ran."""
+    code = page.text.partition("<code>")[2].partition("</code>")[0]
+    lines = html.unescape(code).splitlines()
+    assert lines[-1].startswith("cratelm report")
+    stages = {"tokenize": "tokens", "train": "model", "harvest": "activations"}
+    stages |= {"explain": "explanations", "score": "scores"}
+    for line in lines[:-1]:
+        _, verb, *arguments = shlex.split(line)
+        config = cli._parse(verb, arguments)
+        assert config.run == run
+        name = "" if verb == "tokenize" else config.folder if verb == "train" else config.model
+        done = Run(run).stage(stages[verb], name).completion()  # type: ignore[arg-type]
+        assert done is not None
+        assert (config.identity() if verb == "train" else config_dict(config)) == done.config
+    assert len(lines) == 2 + 4 * len(MODELS)
+
+
+def test_one_model_alone(run, tmp_path):
+    """No twin, no null, no harvest, no trained model: what is there is shown, the rest is named."""
+    gone = [f"scores/{m}" for m in MODELS[1:]] + ["activations/crate-2l", "model/crate-2l"]
+    path = _copy(run, tmp_path, *gone)
+    written = report(ReportConfig(run=path, force=True))
+    page = Page(written.page.read_text(encoding="utf-8"))
+    missing = page.words.partition("Not in this report")[2].partition("Comparison")[0]
+    assert "cratelm harvest" in missing
+    assert "cratelm train" in missing
+    assert "null of crate-2l" in missing
+    assert "no CRATE and GPT-2 of one size" in missing
+    assert {"table-twins", "table-sparsity"}.isdisjoint(page.tables)
+    assert ("h2", "id", "neurons") not in page.attributes
+    assert len(written.comparison) == 1
+    assert written.comparison[0]["validation_loss"] is None
+    links = {v.removeprefix("#") for t, k, v in page.attributes if (t, k) == ("a", "href")}
+    assert links <= {v for _, k, v in page.attributes if k == "id"}
+
+
+def test_explainer_and_models_can_be_chosen(run, tmp_path):
+    config: dict[str, Any] = {"run": _copy(run, tmp_path), "force": True, "neurons": 0}
+    written = report(ReportConfig(**config, explainer="lookup", models=("gpt2-2l",)))
+    assert [row["model"] for row in written.comparison] == ["gpt2-2l"]
+    assert comparison_table(written).startswith("explainer: lookup")
+    with pytest.raises(InputError, match="trie"):
+        report(ReportConfig(**config, explainer="oracle"))
+    with pytest.raises(InputError, match="cratelm score"):
+        report(ReportConfig(**config, models=("gpt2-3l",)))
+
+
+def test_without_scores_the_verb_is_named(run, tmp_path):
+    path = _copy(run, tmp_path, "scores")
+    with pytest.raises(InputError, match="cratelm score --run"):
+        report(ReportConfig(run=path))
+    assert not list(path.glob(".report*"))
+    with pytest.raises(InputError, match="cratelm score --run"):
+        report(ReportConfig(run=tmp_path / "nothing"))
+
+
+def test_leakage_is_told(run, tmp_path):
+    path = _copy(run, tmp_path)
+    summary = path / "scores" / "gpt2-2l" / "summary.json"
+    record = json.loads(summary.read_text())
+    record["leakage_audit"]["shared"] = [3, 5]
+    summary.write_text(json.dumps(record))
+    config = ReportConfig(run=path, neurons=0, models=("gpt2-2l",), force=True)
+    words = Page(report(config).page.read_text()).words
+    assert "2 documents were both explained from and scored on" in words
+    assert "not to be trusted" in words
+
+
+@pytest.mark.parametrize("bad", [{"neurons": -1}, {"resamples": 1}, {"rank_by": "taste"}])
+def test_bad_settings(bad):
+    with pytest.raises(InputError, match="--"):
+        ReportConfig(**bad)
+
+
+@given(st.text(st.characters(codec=None, exclude_categories=()), max_size=30))
+def test_text_always_shows(text):
+    """Of any text, lone surrogates too: it can be encoded, and every character is one that shows."""
+    for shown in (printable(text), visible(text)):
+        shown.encode("utf-8")
+        assert all(c.isprintable() for c in shown)
+        assert bool(shown) == bool(text)
+
+
+def test_text_marks():
+    assert visible(" a\tb\n") == "␣a⇥b⏎"
+    assert visible("\x1b[0m\u202e\ud800\x00") == r"\x1b[0m\u202e\ud800\x00"
+    assert visible("\u0301x") == "◌\u0301x"
+
+
+def test_pieces_hold_the_levels_of_each_token():
+    tokens = ["a", "b", " c", "ש", "d", "e"]
+    found = pieces(tokens, [0, 0, 5, 0, 0, 10], maximum=10, peak=4)
+    assert [(p.text, p.level, p.peak) for p in found] == [
+        ("ab", 0, False),
+        ("␣c", 5, False),
+        ("ש", 0, False),
+        ("d", 0, True),
+        ("e", 10, False),
+    ]
+    assert found[2].isolate
+    assert found[1].activation == 5
+
+
+def test_cells():
+    number, whole = Column("x", "x", ".1f"), Column("x", "x", ",d")
+    assert number.show(Interval(1.25, -0.04, 2.06)) == "1.2 [0.0, 2.1]"
+    assert number.show(PlusMinus(3.0, 0.5)) == "3.0 ± 0.5"
+    assert number.show(None) == number.show(float("nan")) == "–"
+    assert whole.show(12345) == "12,345"
+    assert Column("x", "x").show("a\x1bb") == r"a\x1bb"
+    table = Table("t", "T", (Column("w", "w"), number), (("50% & _", None), ("é", 1.0)))
+    assert table.to_latex().splitlines()[5:7] == [
+        r"50\% \& \_ & -- \\",
+        r"\texttt{U+00E9} & 1.0 \\",
+    ]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    for name in ("chromium", "google-chrome", "chromium-browser"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no chromium or google-chrome found: install one to open the page in a browser")
+
+
+def test_page_in_a_browser(chromium, written, tmp_path):
+    """Opened from disk it renders, complains of nothing, and no hostile text has acted."""
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    more = "--disable-background-networking --disable-component-update --enable-logging=stderr"
+    command = [chromium, *quiet.split(), *more.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    picture = tmp_path / "page.png"
+    address = written.page.resolve().as_uri()
+    done = subprocess.run(
+        [*command, "--dump-dom", address], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (
+        ":CONSOLE" not in done.stderr
+    )  # errors of scripts, and loads that the page's policy refused
+    rendered, file = Page(done.stdout), Page(written.page.read_text(encoding="utf-8"))
+    for tag in ("table", "tr", "details", "svg", "h2", "bdi"):
+        assert rendered.tags[tag] == file.tags[tag] > 0
+    assert "<title>How well the neurons of crate-2l and gpt2-2l can be explained</title>" in (
+        done.stdout
+    )
+    size = ["--window-size=390,1600", f"--screenshot={picture}"]
+    subprocess.run([*command, *size, address], capture_output=True, timeout=60, check=True)
+    assert picture.stat().st_size > 20_000  # an empty page is 5 kB
