@@ -140,14 +140,18 @@ def _parse(verb: str, arguments: list[str]) -> Any:
 
 
 def _one_line(box: str, verb: str) -> str:
-    """The parser draws its errors as a box; this is what stands in it, as one line."""
-    lines = [line.strip("│╭╰╮╯ ") for line in box.splitlines() if line.startswith("│")]
-    parts = " ".join(lines).split("─" * 10)
-    told = re.sub(r"^Error parsing \w+: (?=--)", "", parts[0].strip("─ "))
-    near = re.search(r"Perhaps you meant:\W*(--[\w-]+)", " ".join(p.strip("─ ") for p in parts[1:]))
+    """The parser draws its errors as a box of a title and blocks; this is the first block, as one line."""
+    blocks: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:
+        text = line.strip("│|╭╮╰╯ ")
+        if set(text) <= {"─", "-"}:
+            blocks.append([])
+        else:
+            blocks[-1].append(text)
+    told, *others = [" ".join(block) for block in blocks if block] or [box.strip()]
+    told = re.sub(r"^Error parsing \w+: (?=--)", "", told)
+    near = re.search(r"Perhaps you meant:\s*(--[\w-]+)", " ".join(others))
     hint = f"; did you mean {near.group(1)}?" if near else ""
-    if not told:
-        return box.strip()
     return f"{told}{hint} (`cratelm {verb} --help` lists the options)"
 
 

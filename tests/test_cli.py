@@ -1,0 +1,122 @@
+"""The command line: help of every verb, errors in one line with a status, Python functions alike."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+import cratelm
+from cratelm.cli import VERBS, config_class, main
+
+
+def call(capsys, *arguments):
+    status = main(list(arguments))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_that_explains_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    for field in fields(config_class(verb)):
+        assert f"--{field.name.replace('_', '-')}" in told or f"--no-{field.name}" in told
+    assert config_class(verb).__doc__.splitlines()[0][:40] in told
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_is_documented(verb):
+    """The docstring under each field is its help; one without would be shown bare."""
+    import ast
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class(verb)))).body[0].body
+    for number, node in enumerate(body):
+        if isinstance(node, ast.AnnAssign):
+            after = body[number + 1] if number + 1 < len(body) else None
+            assert isinstance(after, ast.Expr), (
+                f"{verb}: {ast.unparse(node.target)} has no docstring"
+            )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_a_python_function_of_the_same_arguments(verb):
+    function = getattr(cratelm, verb)
+    names = list(inspect.signature(function).parameters)
+    assert names == [f.name for f in fields(config_class(verb))]
+    with pytest.raises(TypeError, match="nonsense"):
+        function(nonsense=1)
+
+
+def test_rooms_that_are_verbs_stay_modules():
+    import cratelm.score.metrics
+
+    assert cratelm.score.metrics.correlation_score
+    assert callable(cratelm.score)
+    assert set(cratelm._VERB_ROOMS) == set(VERBS) & _rooms()
+
+
+def _rooms():
+    from pathlib import Path
+
+    return {p.name for p in Path(cratelm.__file__).parent.iterdir() if p.is_dir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["harvst"], 2, "did you mean harvest"),
+        (["harvest", "--tokenz", "3"], 2, "did you mean --tokens"),
+        (["harvest", "--tokens", "three"], 2, "invalid literal"),
+        (["harvest", "--tokens", "0"], 2, "--tokens is 0: 1 or more was expected"),
+        (["train", "--run", "{tmp}/nothing"], 2, "cratelm tokenize --run"),
+        (["explain", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["score", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["report", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["evaluate", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["tokenize", "--run", "{tmp}/run", "--corpus", "{tmp}/absent.jsonl"], 2, "absent.jsonl"),
+        (["demo", "--steps", "0"], 2, "--steps is 0"),
+    ],
+)
+def test_failures_are_one_line_and_a_status(arguments, status, told, capsys, tmp_path):
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    found, out, error = call(capsys, *arguments)
+    assert found == status
+    assert told in error
+    assert len(error.strip().splitlines()) == 1, error
+    assert error.startswith("cratelm")
+    assert "Traceback" not in out + error
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_unexpected_errors_are_told_and_can_be_traced(capsys, monkeypatch):
+    import cratelm.report.report as module
+
+    def broken(config):
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(module, "report", broken)
+    status, _, error = call(capsys, "report")
+    assert status == 1
+    assert "ZeroDivisionError: two lines" in error
+    monkeypatch.setenv("CRATELM_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["report"])
+
+
+def test_overview_and_version(capsys):
+    status, out, _ = call(capsys, "--help")
+    assert status == 0
+    assert all(verb in out for verb in VERBS)
+    assert call(capsys)[0] == 2
+    assert call(capsys, "--version")[1].strip()
+
+
+def test_help_imports_nothing_heavy():
+    """`--help` of a verb answers before torch would have been imported."""
+    code = "import sys; from cratelm.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
