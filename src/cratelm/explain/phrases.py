@@ -17,6 +17,8 @@ from cratelm.records import Excerpt, NeuronRecord
 
 N_NAMED = 4
 """tokens or contexts named in a phrase"""
+MIN_GAIN = 0.02
+"""what a named token or context explains, as a fraction of what the first one named explains"""
 MIN_SEEN = 5
 """tokens of evidence before a phrase says what comes before them"""
 BEFORE, AFTER = 6, 4
@@ -40,8 +42,7 @@ def lookup_phrase(
     gains = np.where(
         table.values > table.default, table.counts * (table.values - table.default) ** 2, 0
     )
-    best = np.argsort(-gains, kind="stable")[:N_NAMED]
-    tokens = table.tokens[best[gains[best] > 0]]
+    tokens = table.tokens[_ranked(gains)[:N_NAMED]]
     where = _listed([_quoted([t], token_strings) for t in tokens])
     after = _mostly_after(evidence, tokens, token_strings)
     return _phrase(record, where + after, token_strings)
@@ -53,17 +54,23 @@ def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) 
     rise = trie.values - parent_values
     gains = np.where(rise > 0, trie.counts * rise**2, 0)
     named: list[list[int]] = []
-    for node in np.argsort(-gains, kind="stable"):
+    for node in _ranked(gains):
         context = trie.context(int(node))
-        if gains[node] <= 0 or len(named) == N_NAMED:
-            break
         if not any(_ends_alike(context, other) for other in named):
             named.append(context)
-    return _phrase(record, _listed([_in_context(c, token_strings) for c in named]), token_strings)
+    where = _listed([_in_context(c, token_strings) for c in named[:N_NAMED]])
+    return _phrase(record, where, token_strings)
+
+
+def _ranked(gains: NDArray) -> NDArray[np.int64]:
+    """Places of the gains that are worth naming, the largest first."""
+    order = np.argsort(-gains, kind="stable")
+    return order[gains[order] > MIN_GAIN * gains.max(initial=0)]
 
 
 def _phrase(record: NeuronRecord, where: str, token_strings: Sequence[str]) -> str:
-    rate = f"fires on {100 * record.summary.firing_rate:.2g}% of tokens"
+    percent = 100 * record.summary.firing_rate
+    rate = f"fires on {percent:{'.0f' if percent >= 10 else '.2g'}}% of tokens"
     most = f", most on {where}" if where else ", on none much more than on others"
     return f"{rate}{most}; e.g. {_example(record.excerpts, token_strings)}"
 

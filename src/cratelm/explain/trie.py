@@ -7,7 +7,8 @@ toward its parent's value v by as much as `STRENGTH` tokens would:
     v_c = (sum_i w_i a_i + STRENGTH v) / (sum_i w_i + STRENGTH)        over the evidence i with context c
 
 and the root's value is the neuron's mean over the whole fit split. The deepest node that matches
-predicts.
+predicts. So after pruning, a node with children answers only for what none of them matches: its value
+becomes the mean activation over that rest, shrunk toward v_c in the same way.
 
 How this differs from Neuron-to-Graph: N2G asks the model, on prompts with tokens removed or
 replaced, which context an activation needs, and adds synonyms from a second model. Here no model is
@@ -85,16 +86,36 @@ def context_trie(
     place = np.full(len(best) + 1, ROOT)
     place[kept] = np.arange(len(kept))
     parents = np.where(full.parents[kept] == ROOT, ROOT, place[full.parents[kept]])
-    return Trie(mean, parents, full.tokens[kept], full.values[kept], full.counts[kept])
+    values = _of_the_rest(full, kept, parents, strength)
+    return Trie(mean, parents, full.tokens[kept], values, full.counts[kept])
+
+
+def _of_the_rest(
+    full: "_Grown", kept: NDArray, parents: NDArray, strength: float
+) -> NDArray[np.float64]:
+    """[K] values of the kept nodes, for the evidence that none of their kept children covers."""
+    values, weights, totals = (f[kept] for f in (full.values, full.weights, full.totals))
+    inner = np.flatnonzero(parents != ROOT)
+    rest_weights, rest_totals = weights.copy(), totals.copy()
+    np.subtract.at(rest_weights, parents[inner], weights[inner])
+    np.subtract.at(rest_totals, parents[inner], totals[inner])
+    rest = (rest_totals + strength * values) / (rest_weights + strength)
+    return np.where(np.isin(np.arange(len(kept)), parents), rest, values)
 
 
 @dataclass(frozen=True, eq=False)
 class _Grown:
+    """Nodes before pruning, [nodes] each."""
+
     parents: NDArray[np.int64]
     tokens: NDArray[np.int64]
     values: NDArray[np.float64]
     counts: NDArray[np.int64]
     gains: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    """sum of the weights of the evidence"""
+    totals: NDArray[np.float64]
+    """sum of weight times activation"""
 
 
 def _grow(evidence: Evidence, mean: float, depth: int, strength: float) -> _Grown:
@@ -106,16 +127,11 @@ def _grow(evidence: Evidence, mean: float, depth: int, strength: float) -> _Grow
     n_nodes = 0
     for back in range(depth):
         level, which = _level(evidence, rows, node, above, back, strength)
-        if not len(level.values):
-            break
         levels.append(level)
         inside = which >= 0
         rows, which = rows[inside], which[inside]
         node, above = n_nodes + which, level.values[which]
         n_nodes += len(level.values)
-    if not levels:
-        none = np.zeros(0)
-        return _Grown(none.astype(int), none.astype(int), none, none.astype(int), none)
     return _Grown(
         *(np.concatenate([getattr(g, f) for g in levels]) for f in _Grown.__annotations__)
     )
@@ -132,7 +148,7 @@ def _level(
     """The nodes one level down, and for each of `rows` which of them it is in, -1 for none."""
     tokens = evidence.contexts[rows, back]
     # One number for (parent, token): tokens are below 2^32, nodes below 2^31.
-    key = (node + 1) * (int(evidence.contexts.max()) + 2) + (tokens + 1)
+    key = (node + 1) * (int(evidence.contexts.max(initial=0)) + 2) + (tokens + 1)
     _, first, which, counts = np.unique(
         key, return_index=True, return_inverse=True, return_counts=True
     )
@@ -144,5 +160,13 @@ def _level(
     gains = weight * (values - parent_value) ** 2
     ok = (tokens[first] != NO_TOKEN) & (counts >= (MIN_COUNT if back else 1))
     renumbered = np.where(ok, np.cumsum(ok) - 1, -1)
-    grown = _Grown(node[first][ok], tokens[first][ok], values[ok], counts[ok], gains[ok])
+    grown = _Grown(
+        parents=node[first][ok],
+        tokens=tokens[first][ok],
+        values=values[ok],
+        counts=counts[ok],
+        gains=gains[ok],
+        weights=weight[ok],
+        totals=total[ok],
+    )
     return grown, renumbered[which]

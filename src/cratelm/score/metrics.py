@@ -35,9 +35,7 @@ def correlation_score(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike])
     reason = _why_undefined(a, b)
     if reason.endswith(("tokens", "finite")):
         return Score(None, Status.UNDEFINED, reason, **counts)
-    r2 = _explained(np.square(a - b), np.square(a))
-    deviation = _explained(np.abs(a - b), np.abs(a))
-    extra = {"r2": r2, "absolute_deviation": deviation, **counts}
+    extra = {"r2": _explained(a, b, 2), "absolute_deviation": _explained(a, b, 1), **counts}
     if reason:
         return Score(None, Status.UNDEFINED, reason, **extra)
     return Score(_pearson(a, b), **extra)
@@ -86,8 +84,11 @@ def _why_undefined(a: NDArray, b: NDArray) -> str:
     return "the simulation is constant" if b.min() == b.max() else ""
 
 
-def _explained(error: NDArray, size: NDArray) -> float | None:
-    return float(1 - error.mean() / size.mean()) if size.mean() > 0 else None
+def _explained(a: NDArray, b: NDArray, power: int) -> float | None:
+    """1 - mean|a - b|^power / mean|a|^power; None where that is no number (truth all zero, overflow)."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        value = 1 - np.mean(np.abs(a - b) ** power) / np.mean(np.abs(a) ** power)
+    return float(value) if np.isfinite(value) else None
 
 
 def _pearson(a: NDArray, b: NDArray) -> float:

@@ -1,0 +1,313 @@
+"""Selection, simulators, controls, audit and the verb, on neurons whose meaning is known."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import planted
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planted import STRINGS, corpus, harvested, on_token
+
+from cratelm.errors import InputError
+from cratelm.explain.config import ExplainConfig
+from cratelm.explain.explain import explain, explain_neuron
+from cratelm.records import METRICS, Excerpt, Explanation, NeuronId, Status
+from cratelm.score.config import ScoreConfig
+from cratelm.score.controls import audit, shuffled
+from cratelm.score.score import score, score_neuron
+from cratelm.score.selection import scored_on
+from cratelm.score.simulators import simulate, simulate_constant
+from cratelm.score.store import read_scores
+
+
+def held_out(token: int):
+    return harvested(on_token(corpus("held_out")[0], token), "held_out", token)
+
+
+def explanation_of(token: int, explainer: str = "lookup") -> Explanation:
+    record = harvested(on_token(corpus("fit")[0], token), index=token)
+    config = ExplainConfig(explainers=(explainer,))  # type: ignore[arg-type]
+    return explain_neuron(record, config, STRINGS)[0]
+
+
+# --- selection ----------------------------------------------------------------------------------
+
+
+def kinds_and_ranks(excerpts):
+    return [(e.kind, e.rank) for e in excerpts]
+
+
+def test_scored_on_is_the_papers_table():
+    record = held_out(3)
+    random = [("random", rank) for rank in range(5)]
+    top = [("top", rank) for rank in (1, 3, 5, 7, 9)]
+    assert kinds_and_ranks(scored_on(record, "random_only")) == random
+    assert kinds_and_ranks(scored_on(record, "top_and_random")) == top + random
+    anthropic = kinds_and_ranks(scored_on(record, "anthropic"))
+    assert anthropic[:10] == [("top", rank) for rank in range(15, 25)]
+    assert anthropic[-15:-10] == random
+    assert anthropic[-10:] == [("out_of_context", rank) for rank in range(10)]
+
+
+def test_anthropic_excerpts_are_short_and_two_a_bin():
+    record = harvested(np.random.default_rng(0).uniform(0, 1, 7200), "held_out")
+    excerpts = scored_on(record, "anthropic")
+    assert len(excerpts) == 10 + 2 * 12 + 5 + 10
+    assert {e.bin for e in excerpts if e.kind == "anthropic_bin"} == set(range(12))
+    assert all(len(e) <= (3 if e.kind == "out_of_context" else 8) for e in excerpts)
+
+
+def test_bins_pass_over_tokens_already_chosen():
+    record = harvested(np.random.default_rng(0).uniform(0, 1, 7200), "held_out")
+    top = next(e for e in record.of_kind("top") if e.rank == 15)
+    first = next(e for e in record.of_kind("anthropic_bin") if (e.bin, e.rank) == (11, 0))
+    clash = replace(first, position=top.position)
+    changed = replace(record, excerpts=tuple(clash if e is first else e for e in record.excerpts))
+    ranks = [e.rank for e in scored_on(changed, "anthropic") if e.bin == 11]
+    assert ranks == [1, 2]
+
+
+def test_few_excerpts_are_all_used_and_counted():
+    record = held_out(3)
+    few = replace(record, excerpts=record.of_kind("top")[:4] + record.of_kind("random")[:2])
+    found = kinds_and_ranks(scored_on(few, "top_and_random"))
+    assert found == [("top", 1), ("top", 3), ("random", 0), ("random", 1)]
+    scores = score_neuron(few, explanation_of(3), None, "lookup", ("top_and_random",))
+    assert scores[0].score.n_records == 4
+
+
+# --- simulators ---------------------------------------------------------------------------------
+
+
+def test_simulators_never_see_the_truth(monkeypatch):
+    """Whatever the activations of the held-out excerpts, the same values are simulated."""
+    seen: list[list] = []
+
+    def spy(true, simulated):
+        seen.append([s.tolist() for s in simulated])
+        raise StopIteration
+
+    monkeypatch.setattr("cratelm.score.score.correlation_score", spy)
+    record = held_out(3)
+    drawn = np.random.default_rng(1)
+    other = replace(
+        record,
+        excerpts=tuple(
+            replace(e, activations=drawn.uniform(0, 9, len(e)).astype(np.float32))
+            for e in record.excerpts
+        ),
+    )
+    for explainer in ("lookup", "trie"):
+        for one in (record, other):
+            with pytest.raises(StopIteration):
+                score_neuron(one, explanation_of(3, explainer), None, explainer, METRICS)
+    assert seen[0] == seen[1]
+    assert seen[2] == seen[3]
+    assert max(max(s) for s in seen[0]) > 0.5
+
+
+@pytest.mark.parametrize("explainer", ["lookup", "trie"])
+@given(data=st.data())
+def test_simulation_of_an_excerpt_does_not_depend_on_the_others(explainer, data):
+    ids = st.lists(st.integers(0, planted.VOCABULARY - 1), max_size=8).map(np.array)
+    several = data.draw(st.lists(ids, min_size=1, max_size=4))
+    payload = PAYLOADS[explainer]
+    together = simulate(explainer, payload, several)
+    assert [len(v) for v in together] == [len(i) for i in several]
+    for one, values in zip(several, together, strict=True):
+        assert values.tolist() == simulate(explainer, payload, [one])[0].tolist()
+
+
+PAYLOADS = {name: explanation_of(3, name).payload for name in ("lookup", "trie")}
+
+
+def test_payload_survives_json_and_ids_beyond_the_table():
+    for explainer, payload in PAYLOADS.items():
+        copy = json.loads(json.dumps(payload))
+        (values,) = simulate(explainer, copy, [np.array([3, 60_000])])
+        assert values[0] > 0.9
+        assert values[1] == payload["default"]
+    (constant,) = simulate_constant(PAYLOADS["lookup"], [np.array([1, 2])])
+    assert constant.tolist() == [PAYLOADS["lookup"]["default"]] * 2
+
+
+def test_empty_payloads_predict_their_default():
+    for explainer in ("lookup", "trie"):
+        payload = {"default": 0.5, "tokens": [], "values": [], "counts": [], "parents": []}
+        assert simulate(explainer, payload, [np.array([1, 2]), np.array([], int)])[0].tolist() == [
+            0.5, 0.5,
+        ]  # fmt: skip
+
+
+def test_unknown_simulator_is_named():
+    with pytest.raises(InputError, match="no simulator for 'oracle'"):
+        simulate("oracle", {}, [np.array([1])])
+
+
+# --- controls -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 99))
+def test_shuffling_is_a_derangement_within_layers(sizes, seed):
+    neurons = [NeuronId("m", "s", layer, i) for layer, n in enumerate(sizes) for i in range(n)]
+    donors = shuffled(neurons, seed)
+    assert donors == shuffled(neurons[::-1], seed)
+    assert set(donors) == {n for n in neurons if sizes[n.layer] > 1}
+    assert all(a != b and a.layer == b.layer for a, b in donors.items())
+    assert len(set(donors.values())) == len(donors)
+
+
+def test_audit_finds_shared_documents():
+    explanation = explanation_of(3)
+    scores = score_neuron(held_out(3), explanation, None, "lookup", METRICS)
+    clean = audit([explanation], scores)
+    assert clean.shared == ()
+    assert clean.n_explained == len(explanation.documents) > 20
+    assert clean.n_scored == len({d for s in scores for d in s.documents}) > 20
+    forged = replace(explanation, documents=(1, *explanation.documents))
+    leaking = replace(scores[0], documents=(1, 3))
+    assert audit([forged], [leaking]).shared == (1,)
+
+
+# --- one neuron ---------------------------------------------------------------------------------
+
+
+def test_own_explanation_scores_high_another_near_zero_a_constant_none():
+    for token in range(3, 12):
+        scores = score_neuron(
+            held_out(token), explanation_of(token), explanation_of(token + 1), "lookup", METRICS
+        )
+        assert len(scores) == 9
+        for s in scores:
+            if s.control == "none":
+                assert s.score.value > 0.97
+            elif s.control == "shuffled":
+                assert abs(s.score.value) < 0.2
+            else:
+                assert (s.score.status, s.score.reason) == (
+                    Status.UNDEFINED, "the simulation is constant",
+                )  # fmt: skip
+
+
+def test_no_value_has_one_of_three_reasons():
+    dead = harvested(np.zeros(7200), "held_out")
+    for s in score_neuron(dead, explanation_of(3), explanation_of(4), "lookup", METRICS):
+        assert (s.score.status, s.score.value) == (Status.DEAD, None)
+    for s in score_neuron(held_out(3), None, explanation_of(4), "lookup", METRICS):
+        assert (s.score.status, s.score.reason) == (Status.FAILED, "no explanation by lookup")
+    silent = replace(held_out(3), excerpts=tuple(map(silenced, held_out(3).excerpts)))
+    for s in score_neuron(silent, explanation_of(3), None, "lookup", METRICS):
+        assert s.score.status == Status.UNDEFINED
+        if s.control == "shuffled":
+            assert "no other explained neuron" in s.score.reason
+
+
+def silenced(excerpt: Excerpt) -> Excerpt:
+    return replace(excerpt, activations=np.zeros_like(excerpt.activations))
+
+
+# --- the verb -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr("cratelm.explain.explain._token_strings", lambda run: STRINGS)
+    run = planted.run_with_harvest(tmp_path / "run")
+    explain(ExplainConfig(run=run.path, model="m", quiet=True))
+    return run
+
+
+def test_every_neuron_has_every_score(run):
+    result = score(ScoreConfig(run=run.path, model="m", resamples=200, quiet=True))
+    scores = read_scores(result.path)
+    assert len(scores) == result.n_scores == 2 * 12 * 2 * 3 * 3
+    keys = {(s.neuron, s.explainer, s.metric, s.control) for s in scores}
+    assert len(keys) == len(scores)
+    # Neuron 0 is dead in both splits, neuron 2 fires once in each: dead never, undefined where its
+    # one place is not among the excerpts.
+    assert {s.neuron.index for s in scores if s.score.status == Status.DEAD} == {0}
+    assert result.n_dead == 2
+    undefined = {
+        s.neuron.index for s in scores if s.score.status == Status.UNDEFINED and s.control == "none"
+    }
+    assert 2 in undefined
+    own = [s.score.value for s in scores if s.control == "none" and s.neuron.index > 2]
+    null = [s.score.value for s in scores if s.control == "shuffled" and s.neuron.index > 2]
+    assert min(v for v in own if v is not None) > 0.97
+    assert abs(np.mean([v for v in null if v is not None])) < 0.05
+
+
+def test_summary_counts_everything_and_the_audit_is_clean(run):
+    result = score(ScoreConfig(run=run.path, model="m", resamples=200, quiet=True))
+    summary = json.loads((result.path / "summary.json").read_text())
+    assert summary["leakage_audit"]["shared"] == []
+    assert summary["leakage_audit"]["n_explained"] > 50
+    assert summary["leakage_audit"]["n_scored"] > 50
+    assert len(summary["statistics"]) == 2 * 3 * 3 * 2  # explainers, metrics, controls, policies
+    for s in summary["statistics"]:
+        assert sum(s["counts"].values()) == 24
+        assert s["counts"]["dead"] == 2
+        if s["control"] == "constant":
+            assert s["counts"]["undefined"] == 22
+    assert "lookup random_only" in str(result)
+
+
+def test_scores_are_kept_as_they_were(run):
+    result = score(ScoreConfig(run=run.path, model="m", resamples=200, quiet=True))
+    first = read_scores(result.path)
+    content = (result.path / "scores.parquet").read_bytes()
+    again = score(ScoreConfig(run=run.path, model="m", resamples=200, quiet=True, force=True))
+    assert read_scores(again.path) == first
+    assert (result.path / "scores.parquet").read_bytes() == content
+    table = pq.read_table(result.path / "scores.parquet")
+    assert table["value"].null_count == sum(s.score.value is None for s in first)
+
+
+def test_finished_scoring_is_skipped(run, capsys):
+    config = ScoreConfig(run=run.path, model="m", resamples=200, quiet=True)
+    first = score(config)
+    assert score(config) == first
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_failed_explanation_is_counted(run):
+    path = run.stage("explanations", "m").path / "explanations.parquet"
+    table = pq.read_table(path)
+    lost = [(r["index"], r["explainer"]) == (5, "trie") for r in table.to_pylist()]
+    pq.write_table(table.filter(~np.array(lost)), path)
+    result = score(ScoreConfig(run=run.path, model="m", resamples=200, quiet=True))
+    failed = [s for s in read_scores(result.path) if s.score.status == Status.FAILED]
+    assert {(s.neuron.index, s.explainer) for s in failed} == {(5, "trie")}
+    assert len(failed) == 2 * 3 * 3
+
+
+def test_shared_documents_stop_the_scoring(tmp_path, monkeypatch):
+    monkeypatch.setattr("cratelm.explain.explain._token_strings", lambda run: STRINGS)
+    run = planted.run_with_harvest(tmp_path / "run", documents_overlap=True)
+    explain(ExplainConfig(run=run.path, model="m", quiet=True))
+    with pytest.raises(InputError, match=r"documents \(first: 0\) were both explained from"):
+        score(ScoreConfig(run=run.path, model="m", resamples=200, quiet=True))
+    assert not (run.path / "scores" / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metrics": ()}, "--metrics"),
+        ({"metrics": ("random_only", "magic")}, "--metrics random_only magic"),
+        ({"resamples": 3}, "--resamples 3"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
+def test_bad_configurations_are_named(fields, message):
+    with pytest.raises(InputError, match=message):
+        ScoreConfig(**fields)
+
+
+def test_missing_explanations_name_the_verb(tmp_path):
+    run = planted.run_with_harvest(tmp_path / "run", n_neurons=3, layers=1)
+    with pytest.raises(InputError, match="cratelm explain"):
+        score(ScoreConfig(run=run.path, model="m"))
