@@ -117,7 +117,9 @@ def stages(results: RunResults) -> Table:
         Column("finished_at", "finished (UTC)"),
     )
     none = [None] * len(verbs)
-    rows = [("all", results.tokens.seconds, *none, results.tokens.finished_at)]
+    rows: list[tuple[Cell, ...]] = []
+    if results.tokens:
+        rows.append(("all", results.tokens.seconds, *none, results.tokens.finished_at))
     for m in results.models:
         done = [m.completions.get(stage) for stage in MODEL_STAGES]
         last = max((c.finished_at for c in done if c), default=None)

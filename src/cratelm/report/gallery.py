@@ -72,12 +72,14 @@ class Gallery:
 
 
 def galleries(results: RunResults, config: ReportConfig) -> list[Gallery]:
-    """A gallery of each model that is not a null; none for models whose harvest or explanations are gone."""
+    """A gallery of each model that is not a null; none where tokens, harvest or explanations are gone."""
+    if results.tokens is None or not config.neurons:
+        return []
     store = TokenStore(results.run.stage("tokens").path)
     shown = [
         m for m in results.principal if {"activations", "explanations"} <= m.completions.keys()
     ]
-    made = [_gallery(results, m, config, store) for m in shown] if config.neurons else []
+    made = [_gallery(results, m, config, store) for m in shown]
     return [g for g in made if any(cards for _, cards in g.groups)]
 
 
@@ -115,9 +117,10 @@ def _gallery(
     results: RunResults, model: ModelResults, config: ReportConfig, store: TokenStore
 ) -> Gallery:
     mine = [s for s in model.scores if s.explainer == results.explainer]
-    ranked = [s for s in mine if s.metric == config.rank_by] or mine
+    metric = results.rank_by(config)
+    ranked = [s for s in mine if s.metric == metric]
     chosen = {
-        f"{config.neurons} best by {METRIC_NAMES[ranked[0].metric]}": _best(ranked, config.neurons),
+        f"{config.neurons} best by {METRIC_NAMES[metric]}": _best(ranked, config.neurons),
         f"{config.neurons} at random": _random(ranked, config.neurons, config.seed),
     }
     places = sorted({place for group in chosen.values() for place in group})
@@ -139,7 +142,7 @@ def _gallery(
             neuron=record.neuron,
             group=group,
             scores=scores[place],
-            rank_by=ranked[0].metric,
+            rank_by=metric,
             firing_rate=record.summary.firing_rate,
             maximum=record.summary.maximum,
             text=printable(text),

@@ -56,6 +56,12 @@ class ModelResults:
     audit: dict[str, Any]
     """documents explained from, scored on, and in both"""
 
+    @property
+    def trained_here(self) -> bool:
+        """False for a model that was harvested from a folder or the Hub."""
+        harvest = self.completions.get("activations")
+        return harvest is None or harvest.config.get("model") == self.name
+
     def figure(
         self,
         explainer: str,
@@ -75,7 +81,8 @@ class RunResults:
     """All that a report shows but excerpts and explanations."""
 
     run: Run
-    tokens: Completion
+    tokens: Completion | None
+    """None where the shards are gone"""
     models: tuple[ModelResults, ...]
     """trained ones first, CRATE before GPT-2; then the randomly initialised"""
     explainer: str
@@ -83,12 +90,16 @@ class RunResults:
     explainers: tuple[str, ...]
     metrics: tuple[Metric, ...]
     shared_ordinals: int
-    """documents that are in more than one split: 0 where the shards are right"""
+    """documents that are in more than one split: 0 where the shards are right, or are gone"""
 
     @property
     def principal(self) -> tuple[ModelResults, ...]:
         """The models that are not the null of another one shown."""
         return tuple(m for m in self.models if not m.null_of)
+
+    def rank_by(self, config: ReportConfig) -> Metric:
+        """The metric that chooses the best neurons: the one asked for, else the first that was scored."""
+        return config.rank_by if config.rank_by in self.metrics else self.metrics[0]
 
     def null(self, model: ModelResults) -> ModelResults | None:
         """The random initialisation of `model`, where it was scored."""
@@ -117,7 +128,8 @@ def model_names(run: Run, config: ReportConfig) -> list[str]:
 
 def inputs_of(run: Run, names: Sequence[str]) -> dict[str, str]:
     """Identity of every finished stage that the report reads."""
-    found = {"tokens": run.stage("tokens").require("tokenize").identity}
+    tokens = run.stage("tokens").completion()
+    found = {"tokens": tokens.identity} if tokens else {}
     for name in names:
         for stage, done in _completions(run, name).items():
             found[f"{stage}/{name}"] = done.identity
@@ -140,14 +152,15 @@ def gather(run: Run, config: ReportConfig) -> RunResults:
             " choose one of these"
         )
     metrics = {s.metric for m in models for s in m.statistics}
+    tokens = run.stage("tokens").completion()
     return RunResults(
         run=run,
-        tokens=run.stage("tokens").require("tokenize"),
+        tokens=tokens,
         models=models,
         explainer=explainer,
         explainers=tuple(sorted(found, key=lambda e: (e != explainer, e))),
         metrics=tuple(m for m in METRICS if m in metrics),
-        shared_ordinals=_shared_ordinals(run),
+        shared_ordinals=_shared_ordinals(run) if tokens else 0,
     )
 
 
@@ -177,25 +190,26 @@ def _completions(run: Run, name: str) -> dict[StageName, Completion]:
 
 def missing(results: RunResults) -> list[str]:
     """What a full report would have and this run has not, each with the command that makes it."""
-    lines = []
     path = results.run.path
+    lines = [] if results.tokens else [f"the token shards (`cratelm tokenize --run {path}`)"]
     for m in results.models:
-        for stage, verb in MODEL_STAGES.items():
-            if stage not in m.completions:
-                lines.append(
-                    f"{stage}/{m.name}: its stage is gone (`cratelm {verb} --run {path} --model {m.name}`)"
-                )
-    for m in results.principal:
-        if results.null(m) is None:
-            lines.append(
-                f"the randomly initialised null of {m.name}"
-                f" (`cratelm train --run {path} --model {m.name} --steps 0`, then harvest, explain"
-                f" and score {m.name}{_INIT})"
-            )
+        gone = {s: verb for s, verb in MODEL_STAGES.items() if s not in m.completions}
+        if not m.trained_here:
+            gone.pop("model", None)
+            lines.append(f"losses and parameters of {m.name}, which was not trained in this run")
+        lines += [
+            f"{stage}/{m.name} (`cratelm {verb} --run {path} --model {m.name}`)"
+            for stage, verb in gone.items()
+        ]
+    lines += [
+        f"the randomly initialised null of {m.name} (`cratelm train --run {path} --model {m.name}"
+        f" --steps 0`, then harvest, explain and score {m.name}{_INIT})"
+        for m in results.principal
+        if results.null(m) is None and m.trained_here
+    ]
     if not results.twins():
         lines.append("twins: no CRATE and GPT-2 of one size are scored, so nothing is compared")
-    lines += [f"metric {m}: not scored" for m in METRICS if m not in results.metrics]
-    return lines
+    return lines + [f"scores by {m}" for m in METRICS if m not in results.metrics]
 
 
 def _statistics(record: dict[str, Any]) -> ModelStatistics:

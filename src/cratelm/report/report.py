@@ -157,7 +157,7 @@ def _lead(results: RunResults) -> str:
 
 def _gallery_note(results: RunResults, config: ReportConfig) -> str:
     return (
-        f"Named by layer and index, with the score × 100 by {METRIC_NAMES[config.rank_by]} and the"
+        f"Named by layer and index, with the score × 100 by {METRIC_NAMES[results.rank_by(config)]} and the"
         f" explanation by {results.explainer}; open one to see its excerpts. The best are chosen by the"
         " very scores shown, so these flatter them; those at random are drawn from all neurons, without"
         " a score or with one. Shade, and thickness of the line below, give the level 0 to 10 of the"
@@ -180,5 +180,7 @@ def _audit(results: RunResults) -> dict[str, Any]:
         verdict = (
             "No document was both explained from and scored on, in any model, and none is in more than"
             " one split of train, fit and held-out."
+            if results.tokens
+            else "No document was both explained from and scored on, in any model."
         )
     return {"clean": not shared and not results.shared_ordinals, "verdict": verdict}

@@ -25,16 +25,13 @@ _VERBS: dict[str, tuple[str, type]] = {
 
 def commands(results: RunResults, config: ReportConfig) -> str:
     """A command a stage, with every setting that is not the default."""
-    lines = [
-        _command(*_VERBS[done.stage], _settings(done), results)
-        for done in [results.tokens, *(c for m in results.models for c in m.completions.values())]
-    ]
+    lines = [_command(*_VERBS[done.stage], _settings(done), results) for done in _all(results)]
     return "\n".join([*lines, _command("report", ReportConfig, config_dict(config), results)])
 
 
 def facts(results: RunResults) -> list[tuple[str, str]]:
     """What was run: corpus, tokens, seeds, versions, time."""
-    tokens, done = results.tokens, _all(results)
+    done = _all(results)
     harvests = [
         m.completions["activations"] for m in results.models if "activations" in m.completions
     ]
@@ -49,10 +46,7 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
         for name in sorted({name for c in done for name in c.versions})
     }
     return [
-        ("Corpus", str(tokens.config.get("corpus", "unknown"))),
-        ("Tokenizer", _tokenizer(tokens)),
-        ("Tokens", _counts(tokens.results.get("tokens", {})) or "unknown"),
-        ("Documents", _counts(tokens.results.get("documents", {})) or "unknown"),
+        *(_corpus_facts(results.tokens) if results.tokens else []),
         ("Tokens searched", "; ".join(searched) or "unknown"),
         ("Explainers", ", ".join(results.explainers)),
         ("Seeds", ", ".join(f"{verb} {seed}" for verb, seed in seeds.items() if seed)),
@@ -63,7 +57,8 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
 
 
 def _all(results: RunResults) -> list[Completion]:
-    return [results.tokens, *(c for m in results.models for c in m.completions.values())]
+    tokens = [results.tokens] if results.tokens else []
+    return tokens + [c for m in results.models for c in m.completions.values()]
 
 
 def _settings(done: Completion) -> dict[str, Any]:
@@ -96,10 +91,15 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
 
 
-def _tokenizer(tokens: Completion) -> str:
+def _corpus_facts(tokens: Completion) -> list[tuple[str, str]]:
     size = tokens.results.get("vocab_size")
-    kind = str(tokens.config.get("tokenizer", "unknown"))
-    return f"{kind}, {size:,} tokens" if isinstance(size, int) else kind
+    kind = str(tokens.config.get("tokenizer"))
+    return [
+        ("Corpus", str(tokens.config.get("corpus"))),
+        ("Tokenizer", f"{kind}, vocabulary {size:,}" if isinstance(size, int) else kind),
+        ("Tokens", _counts(tokens.results.get("tokens", {}))),
+        ("Documents", _counts(tokens.results.get("documents", {}))),
+    ]
 
 
 def _counts(counts: dict[str, int]) -> str:
