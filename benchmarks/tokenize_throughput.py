@@ -80,7 +80,10 @@ def _show(name: str, seconds: list[float], tokens: int) -> None:
 
 def _peak_memory(config: TokenizeConfig) -> float:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_run_and_measure, (config,))
+        peak = pool.apply(_run_and_measure, (config,))
+        pool.close()
+        pool.join()
+    return peak
 
 
 def _run_and_measure(config: TokenizeConfig) -> float:

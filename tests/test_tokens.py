@@ -205,7 +205,10 @@ def test_damaged_shards_are_told(tmp_path: Path, small_tokenizer: Tokenizer, dam
         path.write_bytes(content)
         with pytest.raises(InputError, match=rf"{damage} is missing or damaged.*--force"):
             TokenStore(folder).split("train")
-    path.unlink()
+    if damage.endswith(".npy"):
+        np.save(path, np.arange(3))  # readable, and of another corpus
+    else:
+        path.unlink()
     with pytest.raises(InputError, match=rf"{damage} is missing or damaged"):
         TokenStore(folder).split("train")
 
