@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from cratelm.errors import InputError
 from cratelm.models.crate import CrateConfig, CrateForCausalLM
-from cratelm.models.gpt2 import freeze_biases, gpt2_config
+from cratelm.models.gpt2 import as_twin, gpt2_config
 
 # What a training script may leave beside tensors and plain Python values: numbers of NumPy.
 ALLOWED_GLOBALS = [
@@ -41,7 +41,7 @@ def load_authors_checkpoint(path: str | Path) -> CrateForCausalLM | GPT2LMHeadMo
         return _fill(CrateForCausalLM(_crate_config(arguments)), _crate_weights(weights), path)
     biased = "transformer.ln_f.bias" in weights
     model = GPT2LMHeadModel(gpt2_config(**arguments, zero_biases=not biased))
-    return _fill(model if biased else freeze_biases(model), _gpt2_weights(weights), path)
+    return _fill(as_twin(model), _gpt2_weights(weights), path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -52,5 +52,10 @@ def freeze_biases(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 def build_gpt2(config: GPT2Config) -> GPT2LMHeadModel:
     """A GPT-2 with fresh weights; without biases where the configuration says `zero_biases`."""
-    model = GPT2LMHeadModel(config)
-    return freeze_biases(model) if getattr(config, "zero_biases", False) else model
+    return as_twin(GPT2LMHeadModel(config))
+
+
+def as_twin(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Readies a GPT-2 that was built or loaded: biases frozen where its configuration says `zero_biases`."""
+    model.loss_type = "ForCausalLM"  # transformers cannot tell it from the class name, and warns
+    return freeze_biases(model) if getattr(model.config, "zero_biases", False) else model

@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
-from cratelm.models.gpt2 import build_gpt2, freeze_biases, gpt2_config
+from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
 
 AutoConfig.register("crate", CrateConfig, exist_ok=True)
 AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)
@@ -109,8 +109,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
                 f"no model can be loaded from {path} ({_one_line(error)}):"
                 " name a folder written by `cratelm train` or a Hub id"
             ) from None
-    if isinstance(model, GPT2LMHeadModel) and getattr(model.config, "zero_biases", False):
-        freeze_biases(model)
+    if isinstance(model, GPT2LMHeadModel):
+        as_twin(model)
     return model.eval()
 
 

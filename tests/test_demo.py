@@ -1,0 +1,119 @@
+"""The whole line on a very small scale: from text to report, and killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cratelm.runs import Run
+
+WORDS = [
+    "stone",
+    "river",
+    "light",
+    "import",
+    "return",
+    "seven",
+    "and",
+    "or",
+    "not",
+    "while",
+    "for",
+    "in",
+    "under",
+    "over",
+    "the",
+    "a",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """300 short documents with some structure: every `import` is followed by `river`."""
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    generator = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(300):
+            words = generator.choice(WORDS, 120).tolist()
+            text = " ".join(f"{w} river" if w == "import" else w for w in words)
+            file.write(json.dumps({"text": text + ".\n"}) + "\n")
+    return path
+
+
+def command(run: Path, corpus: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "cratelm", "demo", "--run", str(run), "--corpus", str(corpus),
+        "--size", "1l", "--vocab-size", "300", "--steps", "6", "--tokens", "3000", "--neurons", "6",
+    ]  # fmt: skip
+
+
+def start(run: Path, corpus: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(run, corpus), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def kill_when(process: subprocess.Popen, told: str) -> bool:
+    """Kills as soon as a line holds `told`; False where the process ended before."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if told in line:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+    process.wait()
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_demo_killed_anywhere_ends_as_if_it_had_not_been(corpus, tmp_path):
+    whole = tmp_path / "whole"
+    done = start(whole, corpus)
+    out, _ = done.communicate()
+    assert done.returncode == 0, out
+    assert out.startswith("expected: about")
+    assert "top-and-random" in out
+    assert str(whole / "report" / "report.html") in out
+
+    broken = tmp_path / "broken"
+    for told in ("[2/18]", "[9/18]", "[18/18]"):
+        assert kill_when(start(broken, corpus), told), told
+    last = start(broken, corpus)
+    out, _ = last.communicate()
+    assert last.returncode == 0, out
+    assert "skipped" in out
+
+    first, second = (
+        {(c.stage, c.name): c.identity for c in Run(path).completions() if c.stage != "report"}
+        for path in (whole, broken)
+    )
+    assert len(first) == 17
+    assert first == second
+    tables = [path / "report" / "tables" / "mean_and_variance.csv" for path in (whole, broken)]
+    assert tables[0].read_text() == tables[1].read_text()  # the page itself tells paths and times
+    assert not [p for p in broken.rglob(".*") if "partial" in p.name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_twins_see_the_same_tokens_and_results_can_be_read(corpus, tmp_path):
+    import cratelm
+    from cratelm.score.store import read_scores
+
+    cratelm.demo(run=tmp_path, corpus=str(corpus), size="1l", vocab_size=300, steps=3, tokens=2000, neurons=4)  # fmt: skip
+    models = Run(tmp_path).models("scores")
+    assert models == ["crate-1l", "crate-1l-init", "gpt2-1l", "gpt2-1l-init"]
+    trained = {c.name: c for c in Run(tmp_path).completions() if c.stage == "model"}
+    assert trained["crate-1l"].results["tokens"] == trained["gpt2-1l"].results["tokens"] == 3 * 16 * 256  # fmt: skip
+    assert trained["crate-1l"].inputs == trained["gpt2-1l"].inputs
+    for model in models:
+        scores = read_scores(tmp_path / "scores" / model)
+        assert {s.metric for s in scores} == {"top_and_random", "random_only", "anthropic"}
+        assert all((s.score.value is None) == (s.score.status != "defined") for s in scores)
