@@ -164,7 +164,10 @@ def _session(name: str, config: TrainConfig, options: argparse.Namespace) -> Ses
     validation = Validation(split, numbers, accelerator)  # pyright: ignore[reportArgumentType]
     bare = build(name, vocab_size=options.vocab, max_position_embeddings=options.length)
     optimizers = make_optimizers(bare, options.optimizer, 0.1)
-    model, *optimizers = accelerator.prepare(NextTokenLoss(bare), *optimizers)
+    wrapped = NextTokenLoss(bare)
+    if options.compile:
+        wrapped.compile()
+    model, *optimizers = accelerator.prepare(wrapped, *optimizers)
     return Session(accelerator, model, optimizers, feed, validation, 0)
 
 

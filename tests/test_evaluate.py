@@ -145,9 +145,9 @@ def test_a_folder_can_be_measured_and_the_figures_written(run: Path, tmp_path: P
     assert json.loads((tmp_path / "figures.json").read_text())["loss"] == result.loss
 
 
-def test_the_table_names_what_was_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_names_what_was_measured(run: Path) -> None:
     result = measure(run)
-    shown = capsys.readouterr().out
+    shown = str(result)
     assert f"{result.loss:.4f} nats a token (standard error {result.standard_error:.4f})" in shown
     assert f"{result.tokens:,} in {result.documents:,} documents" in shown
     assert f"{result.bits_per_byte:.4f}" in shown

@@ -412,6 +412,26 @@ def test_micro_batches_change_nothing_but_rounding(run: Path) -> None:
     assert losses[0] != losses[1]  # else the second was not taken in parts
 
 
+def test_a_compiled_model_is_saved_under_its_own_names(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compile_eagerly(module: torch.nn.Module) -> None:  # dynamo's part, without a C++ compiler
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")  # pyright: ignore
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    options = {**SMALL, "steps": 3, "optimizer": "adamw", "precision": "bf16"}
+    plain = train(TrainConfig(run=run, **options, name="plain"))
+    other = train(TrainConfig(run=run, **options, name="compiled", compile=True))
+    assert len(compiled) == 1
+    weights = load_file(other.path / "model.safetensors")
+    for name, weight in load_file(plain.path / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-2, atol=1e-3)
+    assert other.validation_loss == pytest.approx(plain.validation_loss, rel=1e-4)
+
+
 def test_divergence_says_what_to_try_and_keeps_finite_checkpoints(run: Path) -> None:
     options = {**SMALL, "checkpoint_every": 1, "name": "diverges", "steps": 50, "log_every": 7}
     config = TrainConfig(

@@ -70,7 +70,7 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Measures a model of a run, or any other with the same tokenizer, and prints the figures.
+    """Measures a model of a run, or any other with the same tokenizer.
 
     Raises `InputError` where model or tokens are missing, do not belong together, or are too few.
     """
@@ -92,7 +92,6 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         bits_per_byte=_bits_per_byte(losses, split.read(1, n + 1), store),
         **_mean_over_documents(losses, split),
     )
-    print(result)
     if config.output is not None:
         write_json(config.output, asdict(result))
     return result

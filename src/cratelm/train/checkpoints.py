@@ -77,7 +77,8 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -
     """`save_pretrained` of the model in a `NextTokenLoss`, its weights gathered from all ranks."""
     state = accelerator.get_state_dict(model)
     state = {name.removeprefix("model."): weight for name, weight in state.items()}
-    bare: Any = accelerator.unwrap_model(model, keep_torch_compile=False).model
+    bare: Any = accelerator.unwrap_model(model).model
+    assert state.keys() <= bare.state_dict().keys(), "weights would be saved under other names"
     if accelerator.is_main_process:
         transformers_logging.disable_progress_bar()  # one file, and the verb has its own bar
         bare.save_pretrained(folder, state_dict=state)

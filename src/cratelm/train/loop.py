@@ -168,7 +168,10 @@ def _prepare(config: TrainConfig, store: TokenStore) -> Session:
     )
     parameters = count_parameters(bare)
     optimizers = make_optimizers(bare, numbers.optimizer, config.weight_decay)
-    model, *optimizers = accelerator.prepare(NextTokenLoss(bare), *optimizers)
+    wrapped = NextTokenLoss(bare)
+    if config.compile:
+        wrapped.compile()  # in place: Accelerate's own way renames the weights
+    model, *optimizers = accelerator.prepare(wrapped, *optimizers)
     return Session(accelerator, model, optimizers, feed, validation, parameters)
 
 
@@ -196,7 +199,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         # Without being told, Accelerate does not form a group of processes that have no GPU.
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision="bf16" if numbers.precision == "bf16" else "no",
-        dynamo_backend="inductor" if config.compile else None,
     )
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and numbers.optimizer == "muon":
