@@ -39,6 +39,7 @@ STAGES: tuple[StageName, ...] = (
     "report",
 )
 RECORD = "completed.json"
+PLAN = ".plan.json"
 _VERSIONED = ("cratelm", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
 
 
@@ -170,7 +171,7 @@ class Stage:
         if fresh:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            write_json(work / ".plan.json", plan)
+            write_json(work / PLAN, plan)
         draft = Draft(work, fresh)
         try:
             yield draft
@@ -181,13 +182,11 @@ class Stage:
         self._finish(draft, plan)
 
     def _finish(self, draft: "Draft", plan: dict[str, Any]) -> None:
-        (draft.path / ".plan.json").unlink()
-        for scratch in draft.scratch:
-            shutil.rmtree(draft.path / scratch, ignore_errors=True)
+        left_out = {PLAN, RECORD, *draft.scratch, *draft.unhashed}
         outputs = {
             str(p.relative_to(draft.path)): hash_file(p)
             for p in sorted(draft.path.rglob("*"))
-            if p.is_file() and draft.unhashed.isdisjoint(p.relative_to(draft.path).parts)
+            if p.is_file() and left_out.isdisjoint(p.relative_to(draft.path).parts)
         }
         identity = hash_json({**plan, "outputs": outputs})
         record = Completion(
@@ -209,6 +208,10 @@ class Stage:
         if self.path.exists():
             self.path.rename(old)
         draft.path.rename(self.path)
+        # only now: killed before, the next attempt still finds plan and checkpoints
+        (self.path / PLAN).unlink()
+        for scratch in draft.scratch:
+            shutil.rmtree(self.path / scratch, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
         self.run.write_manifest()
 
@@ -313,7 +316,7 @@ def _read_record(path: Path) -> Completion:
 
 def _read_plan(work: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((work / ".plan.json").read_text())
+        return json.loads((work / PLAN).read_text())
     except (OSError, ValueError):
         return None
 

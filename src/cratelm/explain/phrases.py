@@ -58,7 +58,9 @@ def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) 
         context = trie.context(int(node))
         if not any(_ends_alike(context, other) for other in named):
             named.append(context)
-    where = _listed([_in_context(c, token_strings) for c in named[:N_NAMED]])
+        if len(named) == N_NAMED:
+            break
+    where = _listed([_in_context(c, token_strings) for c in named])
     return _phrase(record, where, token_strings)
 
 

@@ -153,8 +153,8 @@ def _level(
         key, return_index=True, return_inverse=True, return_counts=True
     )
     weights = evidence.weights[rows]
-    weight = np.bincount(which, weights, len(first))
-    total = np.bincount(which, weights * evidence.activations[rows], len(first))
+    weight: NDArray = np.bincount(which, weights, len(first))
+    total: NDArray = np.bincount(which, weights * evidence.activations[rows], len(first))
     parent_value = above[first]
     values = (total + strength * parent_value) / (weight + strength)
     gains = weight * (values - parent_value) ** 2
