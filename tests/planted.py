@@ -89,9 +89,9 @@ def harvested(
 
 
 def activations(split: Split, index: int) -> np.ndarray:
-    """Neuron 0 is dead, neuron 1 fires on pairs, neuron 2 fires at one place alone; the others each on a token."""
+    """Neuron 0 is dead on fit alone, 1 fires on pairs, 2 at one place; the others each on a token."""
     tokens, _ = corpus(split)
-    if index == 0:
+    if index == 0 and split == "fit":
         return np.zeros(len(tokens))
     if index == 1:
         return on_pair(tokens, 1, 2)

@@ -226,9 +226,11 @@ def test_every_neuron_has_every_score(run):
     assert len(scores) == result.n_scores == 2 * 12 * 2 * 3 * 3
     keys = {(s.neuron, s.explainer, s.metric, s.control) for s in scores}
     assert len(keys) == len(scores)
-    # Neuron 0 is dead in both splits, neuron 2 fires once in each: dead never, undefined where its
-    # one place is not among the excerpts.
-    assert {s.neuron.index for s in scores if s.score.status == Status.DEAD} == {0}
+    # Neuron 0 is dead on the fit split, though it fires on the other; neuron 2 fires at one place of
+    # each: undefined where that is not among the excerpts.
+    dead = [s for s in scores if s.score.status == Status.DEAD]
+    assert {s.neuron.index for s in dead} == {0}
+    assert {s.score.reason for s in dead} == {"never above 0 on the fit split"}
     assert result.n_dead == 2
     undefined = {
         s.neuron.index for s in scores if s.score.status == Status.UNDEFINED and s.control == "none"
