@@ -29,7 +29,7 @@ from cratelm.runs import Draft
 from cratelm.train.config import TrainConfig
 from cratelm.train.data import Feed
 from cratelm.train.log import read_metrics
-from cratelm.train.loop import Session, _accelerator, _take_steps
+from cratelm.train.loop import Ready, _accelerator, _take_steps
 from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import block_matrices, make_optimizers, set_learning_rate
 
@@ -142,8 +142,8 @@ def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
         )
         with tempfile.TemporaryDirectory() as folder:
             draft = Draft(Path(folder), fresh=True)
-            session = _session(name, config, options)
-            _take_steps(session, config, draft, name)
+            ready = _ready(name, config, options)
+            _take_steps(ready, config, draft, name)
             lines = read_metrics(draft.path, "timing.jsonl")
         tokens = config.numbers().tokens_per_step * config.numbers().log_every
         return sum(tokens / line["tokens_per_s"] for line in lines)
@@ -151,7 +151,7 @@ def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
     return step
 
 
-def _session(name: str, config: TrainConfig, options: argparse.Namespace) -> Session:
+def _ready(name: str, config: TrainConfig, options: argparse.Namespace) -> Ready:
     split, numbers = RandomSplit(options.vocab, options.length), config.numbers()
     accelerator = _accelerator(config)
     feed = Feed(
@@ -168,7 +168,7 @@ def _session(name: str, config: TrainConfig, options: argparse.Namespace) -> Ses
     if options.compile:
         wrapped.compile()
     model, *optimizers = accelerator.prepare(wrapped, *optimizers)
-    return Session(accelerator, model, optimizers, feed, validation, 0)
+    return Ready(accelerator, model, optimizers, feed, validation, 0)
 
 
 def measure(variants: list[Variant], options: argparse.Namespace) -> None:

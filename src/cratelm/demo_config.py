@@ -24,7 +24,7 @@ class DemoConfig:
     `cratelm tokenize --help`"""
     size: Literal["1l", "2l", "3l"] = "2l"
     """layers of the twins (width 128, 512 neurons a layer)"""
-    vocab_size: int = 2048
+    vocab_size: int = 4096
     """tokens of the vocabulary, trained on the corpus"""
     steps: int = 600
     """training steps of 16 sequences of 256 tokens, for each twin"""

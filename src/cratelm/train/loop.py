@@ -46,7 +46,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True, eq=False)
-class Session:
+class Ready:
     """What the loop works with, each part ready for the devices at hand."""
 
     accelerator: Accelerator
@@ -74,24 +74,24 @@ def train(config: TrainConfig) -> TrainResult:
     if config.wandb:
         import_wandb()  # a missing package is told before anything is written
     store = TokenStore(run.stage("tokens").path)
-    session = _prepare(config, store)
-    if session.accelerator.is_main_process and not config.quiet:
-        print(_plan(config, session, stage.label))
-    with checkpoints.shared_draft(session.accelerator, stage, config.identity(), inputs) as draft:
-        _take_steps(session, config, draft, stage.label)
-        checkpoints.save_model(session.accelerator, session.model, draft.path)
-        if session.accelerator.is_main_process:
+    ready = _prepare(config, store)
+    if ready.accelerator.is_main_process and not config.quiet:
+        print(_plan(config, ready, stage.label))
+    with checkpoints.shared_draft(ready.accelerator, stage, config.identity(), inputs) as draft:
+        _take_steps(ready, config, draft, stage.label)
+        checkpoints.save_model(ready.accelerator, ready.model, draft.path)
+        if ready.accelerator.is_main_process:
             hf_tokenizer(store.tokenizer).save_pretrained(draft.path)
             draw(draft.path, stage.label)
             draft.unhashed.update(UNHASHED)
-            draft.results = _results(config, session, draft.path)
+            draft.results = _results(config, ready, draft.path)
     return _read_result(stage)
 
 
-def _take_steps(session: Session, config: TrainConfig, draft: Draft, label: str) -> None:
+def _take_steps(ready: Ready, config: TrainConfig, draft: Draft, label: str) -> None:
     """All steps that are not taken yet, from the last checkpoint on."""
-    numbers, feed, model = config.numbers(), session.feed, session.model
-    accelerator, optimizers = session.accelerator, session.optimizers
+    numbers, feed, model = config.numbers(), ready.feed, ready.model
+    accelerator, optimizers = ready.accelerator, ready.optimizers
     main = accelerator.is_main_process
 
     first = checkpoints.restore(accelerator, draft)
@@ -102,7 +102,7 @@ def _take_steps(session: Session, config: TrainConfig, draft: Draft, label: str)
         wandb_name=label if config.wandb else None,
     )
     if first == 0:
-        log.write(0, 0, **session.validation.measure(model))
+        log.write(0, 0, **ready.validation.measure(model))
     model.train()
     log.time(first, first * numbers.tokens_per_step)
     steps = range(first, numbers.steps)
@@ -138,13 +138,13 @@ def _take_steps(session: Session, config: TrainConfig, draft: Draft, label: str)
                 log.write(done, seen, **figures, learning_rate=rate)
                 log.time(done, seen)
         if validates:
-            log.write(done, seen, **session.validation.measure(model))
+            log.write(done, seen, **ready.validation.measure(model))
         if keeps:
             checkpoints.save(accelerator, draft, done)
     log.close()
 
 
-def _prepare(config: TrainConfig, store: TokenStore) -> Session:
+def _prepare(config: TrainConfig, store: TokenStore) -> Ready:
     """Devices, model, optimizers and data, in this order."""
     numbers = config.numbers()
     accelerator = _accelerator(config)
@@ -172,15 +172,15 @@ def _prepare(config: TrainConfig, store: TokenStore) -> Session:
     if config.compile:
         wrapped.compile()  # in place: Accelerate's own way renames the weights
     model, *optimizers = accelerator.prepare(wrapped, *optimizers)
-    return Session(accelerator, model, optimizers, feed, validation, parameters)
+    return Ready(accelerator, model, optimizers, feed, validation, parameters)
 
 
-def _plan(config: TrainConfig, session: Session, label: str) -> str:
+def _plan(config: TrainConfig, ready: Ready, label: str) -> str:
     """One line on what is about to be done."""
     numbers = config.numbers()
-    epochs = numbers.steps * numbers.batch_size / session.feed.n_sequences
+    epochs = numbers.steps * numbers.batch_size / ready.feed.n_sequences
     return (
-        f"{label}: {session.parameters:,} parameters, {numbers.steps:,} steps of"
+        f"{label}: {ready.parameters:,} parameters, {numbers.steps:,} steps of"
         f" {numbers.batch_size} x {numbers.sequence_length:,} tokens ({epochs:.2f} epochs),"
         f" {numbers.optimizer} at {numbers.learning_rate:g}"
     )
@@ -235,13 +235,13 @@ def _check_finite(figures: dict[str, float], step: int, config: TrainConfig, dra
     )
 
 
-def _results(config: TrainConfig, session: Session, folder: Path) -> dict:
+def _results(config: TrainConfig, ready: Ready, folder: Path) -> dict:
     """Figures for the completion record, out of the curve, which outlives a kill."""
     numbers, metrics = config.numbers(), read_metrics(folder)
     return {
         "steps": numbers.steps,
         "tokens": numbers.steps * numbers.tokens_per_step,
-        "parameters": session.parameters,
+        "parameters": ready.parameters,
         "loss": last(metrics, "loss"),
         "validation_loss": last(metrics, "validation_loss"),
         "validation_standard_error": last(metrics, "validation_standard_error"),
