@@ -51,9 +51,8 @@ def explain(config: ExplainConfig) -> ExplainResult:
     }
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
-        result = ExplainResult(path=stage.path, **stage.require("explain").results)
-        print(f"{stage.label} is finished, skipped: {result}")
-        return result
+        print(f"{stage.label} is finished: skipped")
+        return ExplainResult(path=stage.path, **stage.require("explain").results)
     selected = select_neurons(harvest.path, config.neurons, config.seed)
     with stage.write(config, inputs) as draft:
         explanations = list(_explain_all(config, run, harvest.path, selected))
@@ -66,9 +65,7 @@ def explain(config: ExplainConfig) -> ExplainResult:
             "n_explanations": len(explanations),
         }
         draft.results.update(counts)
-    result = ExplainResult(path=stage.path, **counts)
-    print(result)
-    return result
+    return ExplainResult(path=stage.path, **counts)
 
 
 def select_neurons(harvest: Path, per_layer: int, seed: int) -> list[Selected]:

@@ -51,7 +51,8 @@ def levels(activations: ArrayLike, max_activation: float) -> NDArray[np.int64]:
         raise InputError("activations hold NaN or infinity: finite values were expected")
     if max_activation <= 0:
         return np.zeros(raw.shape, dtype=np.int64)
-    scaled = np.floor(MAX_LEVEL * np.maximum(raw, 0) / max_activation)
+    with np.errstate(over="ignore"):  # beyond the largest float is above 10 as well
+        scaled = np.floor(MAX_LEVEL * np.maximum(raw, 0) / max_activation)
     return np.minimum(MAX_LEVEL, scaled).astype(np.int64)
 
 

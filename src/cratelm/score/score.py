@@ -69,9 +69,8 @@ def score(config: ScoreConfig) -> ScoreResult:
     }
     stage = run.stage("scores", config.model)
     if stage.is_finished(config, inputs, force=config.force):
-        result = ScoreResult(path=stage.path, **stage.require("score").results)
-        print(f"{stage.label} is finished, skipped: {result}")
-        return result
+        print(f"{stage.label} is finished: skipped")
+        return ScoreResult(path=stage.path, **stage.require("score").results)
     selected = read_selected(explained.path)
     explanations = read_explanations(explained.path)
     explainers = explained.require("explain").config["explainers"]
@@ -81,9 +80,7 @@ def score(config: ScoreConfig) -> ScoreResult:
         write_scores(draft.path, scores)
         results = _write_summary(draft.path, config, selected, scores, checked)
         draft.results.update(results)
-    result = ScoreResult(path=stage.path, **results)
-    print(result)
-    return result
+    return ScoreResult(path=stage.path, **results)
 
 
 def score_neuron(
