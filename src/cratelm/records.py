@@ -187,9 +187,9 @@ class Score:
     reason: str = ""
     """why there is no value, in words; empty where there is one"""
     r2: float | None = None
-    """1 - squared error / variance, after the simulation is brought to the mean and spread of the truth"""
+    """1 - mean squared error / mean squared truth, uncalibrated as in OpenAI's published scorer"""
     absolute_deviation: float | None = None
-    """1 - mean |error| / mean |truth - mean|, after the same calibration"""
+    """1 - mean absolute error / mean absolute truth, likewise"""
     n_tokens: int = 0
     n_records: int = 0
 
