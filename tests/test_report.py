@@ -315,6 +315,7 @@ def test_sections_are_there(page):
         assert ("h2", "id", anchor) in page.attributes
     assert "the randomly initialised null of gpt2-2l" in page.words
     assert "No document was both explained from and scored on" in page.words
+    assert ("div", "class", "box bad") not in page.attributes
     assert "For reference, not for comparison" in page.words
 
 
@@ -441,9 +442,10 @@ def test_leakage_is_told(run, tmp_path):
     record["leakage_audit"]["shared"] = [3, 5]
     summary.write_text(json.dumps(record))
     config = ReportConfig(run=path, neurons=0, models=("gpt2-2l",), force=True)
-    words = Page(report(config).page.read_text()).words
-    assert "2 documents were both explained from and scored on" in words
-    assert "not to be trusted" in words
+    page = Page(report(config).page.read_text())
+    assert "2 documents were both explained from and scored on" in page.words
+    assert "not to be trusted" in page.words
+    assert ("div", "class", "box bad") in page.attributes
 
 
 @pytest.mark.parametrize("bad", [{"neurons": -1}, {"resamples": 1}, {"rank_by": "taste"}])
