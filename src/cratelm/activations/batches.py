@@ -46,6 +46,12 @@ class Batch:
     def n_text(self) -> int:
         return sum(stop - start for start, stop in self.segments)
 
+    def document_spans(self) -> list[tuple[int, int]]:
+        """Segments [first, past last) of each document in the batch."""
+        document = self.document.tolist()
+        firsts = [i for i, d in enumerate(document) if i == 0 or d != document[i - 1]]
+        return list(zip(firsts, [*firsts[1:], len(document)], strict=True))
+
 
 @dataclass(frozen=True, eq=False)
 class SearchPlan:

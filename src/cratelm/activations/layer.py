@@ -180,15 +180,20 @@ class LayerHarvest:
         return torch.bincount(bins.flatten(), minlength=len(low) * HISTOGRAM_BINS)
 
     def _keep_top(self, flat: torch.Tensor, batch: Batch) -> None:
-        """Offers the maximum of each segment; most fall short of the K-th best and cost nothing more."""
+        """Offers the maximum of each document; most fall short of the K-th best and cost nothing more."""
         if not batch.segments:
             return
         best = torch.stack([flat[low:high].amax(0) for low, high in batch.segments])  # [S, H]
         self.maximum = torch.maximum(self.maximum, best.amax(0))
+        # of a document's segments in this batch only the best can matter, the first where they tie
+        spans = batch.document_spans()
+        segment_of_best = torch.stack([best[a:b].argmax(0) + a for a, b in spans])  # [documents, H]
+        best = best.gather(0, segment_of_best)
         keys = -best.clamp(min=0).view(torch.int32).to(torch.int64)  # order of the floats above 0
-        segment, neuron = torch.nonzero((keys < self.top.threshold) & (best > 0), as_tuple=True)
-        row = _locate(flat, batch, segment, neuron, best[segment, neuron])
-        offered = self._candidates(batch, neuron, keys[segment, neuron], row, self.sizes.context)
+        document, neuron = torch.nonzero((keys < self.top.threshold) & (best > 0), as_tuple=True)
+        segment, value = segment_of_best[document, neuron], best[document, neuron]
+        row = _locate(flat, batch, segment, neuron, value)
+        offered = self._candidates(batch, neuron, keys[document, neuron], row, self.sizes.context)
         self.top.offer(
             offered, lambda i: _windows(flat, batch, row[i], neuron[i], self.sizes.context)
         )
