@@ -183,7 +183,9 @@ def _load(source: str | Path, config: HarvestConfig) -> PreTrainedModel:
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
-    return load(source, dtype=getattr(torch, config.dtype)).to(device)
+    model = load(source, dtype=getattr(torch, config.dtype))
+    model.to(torch.device(device))  # type: ignore[arg-type]  (a decorator hides the signature)
+    return model
 
 
 def _result(path: Path, results: dict) -> HarvestResult:
