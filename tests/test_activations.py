@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cratelm
+from cratelm.activations import cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
 from cratelm.activations.layer import ExcerptSizes, LayerHarvest, bytes_a_neuron
 from cratelm.activations.pilot import Pilot
@@ -144,11 +145,14 @@ def cases(draw):
     return split, activations, length, sizes, draw(st.sampled_from([8, 64, 1024])), seed
 
 
-@given(cases())
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_harvest_equals_brute_force(case):
+@given(cases(), st.sampled_from([0, 2, 6]))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_harvest_equals_brute_force(case, waves):
+    """With `waves` 0 every candidate is merged by sorting, with 6 nearly all are inserted one by one."""
     split, activations, length, sizes, batch_tokens, seed = case
-    kept, pilot, places = run_harvest(split, activations, length, sizes, batch_tokens, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "_WAVES", waves)
+        kept, pilot, places = run_harvest(split, activations, length, sizes, batch_tokens, seed)
     expected = reference(split, activations, length, sizes, pilot, places, seed)
     assert kept_excerpts(kept, split) == expected
 
@@ -177,6 +181,19 @@ def test_statistics_equal_brute_force(case):
         assert sum(row["histogram"]) == len(a)
         # float32 against float64 at a bin's edge may move a value to its neighbour
         assert np.abs(np.cumsum(near) - np.cumsum(row["histogram"])).max() <= max(2, 0.02 * len(a))
+
+
+def test_pilot_sets_the_edges():
+    """Quantiles of 0..1000 in any order; 12 equal bins up to the maximum; a dead neuron has none."""
+    values = torch.randperm(1001).float()
+    pilot = Pilot.of(torch.stack([values, torch.zeros(1001), values - 2000], 1))
+    assert pilot.openai_edges[0].tolist() == [0, 500, 900, 990, 999, 1000]
+    np.testing.assert_allclose(pilot.anthropic_edges[0], np.arange(13) * 1000 / 12, rtol=1e-6)
+    assert pilot.anthropic_edges[1:].abs().max() == 0
+    assert (pilot.low[0], pilot.high[0]) == (0, 1000)
+    assert (pilot.low[2], pilot.high[2]) == (-2000, -1000)
+    np.testing.assert_allclose(pilot.openai_reach[0], [1, 501 / 1001, 101 / 1001, 11 / 1001, 2 / 1001], rtol=1e-5)  # fmt: skip
+    assert pilot.anthropic_reach[0, 0] == pytest.approx(1000 / 1001)  # 0 itself is not above 0
 
 
 # ---- memory ---------------------------------------------------------------------------------------
