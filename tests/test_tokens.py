@@ -354,7 +354,7 @@ def test_finished_tokens_are_skipped_and_a_changed_corpus_is_told(
     first = make(tmp_path, corpus)
     stamp = (first.path / "completed.json").stat().st_mtime_ns
     assert make(tmp_path, corpus) == first
-    assert "finished: skipped" in capsys.readouterr().out
+    assert "tokens is finished, skipped" in capsys.readouterr().out
     with pytest.raises(InputError, match="the fit split has"):  # asked for longer sequences since
         make(tmp_path, corpus, sequence_length=100_000)
     write_corpus(corpus, sentences(151))

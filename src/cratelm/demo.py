@@ -139,8 +139,9 @@ def _plan(config: DemoConfig) -> str:
             layers = int(config.size.removesuffix("l"))
             scoring += _SECONDS_A_NEURON * layers * (config.neurons or 512)
     minutes = [s / 60 for s in (training, harvesting, scoring)]
+    whole = round(sum(minutes) + _FIXED_SECONDS / 60)
     return (
-        f"expected: about {sum(minutes) + _FIXED_SECONDS / 60:.0f} minutes on this machine"
+        f"expected: about {whole} minute{'s' * (whole != 1)} on this machine"
         f" ({os.cpu_count()} cores): training {minutes[0]:.1f}, harvest {minutes[1]:.1f},"
         f" explaining and scoring {minutes[2]:.1f}; up to 4 GB of memory.\n"
         f"{' and '.join(twins)} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"

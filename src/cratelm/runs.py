@@ -140,7 +140,7 @@ class Stage:
         return done
 
     def is_finished(self, config: Any, inputs: Mapping[str, str], *, force: bool = False) -> bool:
-        """True where the stage was finished with this very configuration and these inputs.
+        """True, and said so, where the stage was finished with this very configuration and these inputs.
 
         Raises `InputError` where it was finished with others: redoing would replace results, so
         that is asked for by `--force`. With `force`, always False.
@@ -155,6 +155,7 @@ class Stage:
                 f"{self.path} was finished with {'; '.join(changed[:3])}:"
                 " add --force to redo it, or name another --run"
             )
+        print(f"{self.label} is finished, skipped (--force redoes it)", flush=True)
         return True
 
     @contextlib.contextmanager

@@ -60,7 +60,6 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     stage = run.stage("activations", config.name or Path(config.model).name)
     inputs = {"tokens": tokens.identity, "model": identity}
     if stage.is_finished(config, inputs, force=config.force):
-        tqdm.write(f"{stage.label} is finished, skipped")
         return _result(stage.path, stage.require("harvest").results)
     model = _load(source, config)
     store = TokenStore(run.path / "tokens")

@@ -51,7 +51,6 @@ def explain(config: ExplainConfig) -> ExplainResult:
     }
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
-        print(f"{stage.label} is finished: skipped")
         return ExplainResult(path=stage.path, **stage.require("explain").results)
     selected = select_neurons(harvest.path, config.neurons, config.seed)
     with stage.write(config, inputs) as draft:

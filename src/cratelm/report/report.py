@@ -65,7 +65,6 @@ def report(config: ReportConfig) -> ReportResult:
     names = model_names(run, config)
     stage, inputs = run.stage("report"), inputs_of(run, names)
     if stage.is_finished(config, inputs, force=config.force):
-        print(f"{stage.label} is finished, skipped")
         return _read(stage.path)
     results = gather(run, config)
     shown = galleries(results, config)

@@ -69,7 +69,6 @@ def score(config: ScoreConfig) -> ScoreResult:
     }
     stage = run.stage("scores", config.model)
     if stage.is_finished(config, inputs, force=config.force):
-        print(f"{stage.label} is finished: skipped")
         return ScoreResult(path=stage.path, **stage.require("score").results)
     selected = read_selected(explained.path)
     explanations = read_explanations(explained.path)

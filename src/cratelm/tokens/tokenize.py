@@ -67,7 +67,6 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
     corpus = open_corpus(config.corpus, Fields(config.text_field, config.subset_field))
     inputs = {"corpus": corpus.identity(), **_tokenizer_identity(config)}
     if stage.is_finished(config, inputs, force=config.force):
-        print(f"{stage.path} is finished: skipped (--force writes it again)")
         done = stage.completion()
         assert done is not None
         result = TokenizeResult(path=stage.path, **done.results)

@@ -68,7 +68,6 @@ def train(config: TrainConfig) -> TrainResult:
     stage = run.stage("model", config.folder)
     inputs = {"tokens": run.stage("tokens").require("tokenize").identity}
     if stage.is_finished(config.identity(), inputs, force=config.force):
-        print(f"{stage.label}: finished before, skipped")
         return _read_result(stage)
 
     if config.wandb:
