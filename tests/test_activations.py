@@ -393,6 +393,13 @@ def test_other_peoples_models(run, tmp_path):
         assert records[0].of_kind("random")
 
 
+def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, monkeypatch):
+    (tmp_path / "crate-2l").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = cratelm.harvest(run=run, model="crate-2l", name="again", **OPTIONS)
+    assert result.neurons == (64, 64)
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [

@@ -162,22 +162,6 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Undefined:
-    """A number that does not exist, with the reason in words."""
-
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Simulation:
-    """Activations predicted from an explanation for one excerpt."""
-
-    excerpt: Excerpt
-    values: NDArray[np.float64]
-    """[n], in the simulator's own unit (correlation does not depend on it)"""
-
-
-@dataclass(frozen=True)
 class Score:
     """How well an explanation predicts a neuron on held-out excerpts."""
 

@@ -58,6 +58,7 @@ class Completion:
     identity: str
     """sha256 over configuration, inputs and outputs: changes when any of them does"""
     seconds: float
+    """of the attempt that finished it; interrupted ones before are not counted"""
     finished_at: str
     """UTC, ISO 8601"""
     versions: dict[str, str]
@@ -197,7 +198,7 @@ class Stage:
             inputs=plan["inputs"],
             outputs=outputs,
             identity=identity,
-            seconds=round(time.monotonic() - draft.started + draft.seconds_before, 3),
+            seconds=round(time.monotonic() - draft.started, 3),
             finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             versions=versions(),
             git_commit=git_commit(),
@@ -230,8 +231,6 @@ class Draft:
         self.unhashed: set[str] = set()
         """names of files or folders whose content carries times and is left out of the identity"""
         self.started = time.monotonic()
-        self.seconds_before = 0.0
-        """seconds that earlier, interrupted attempts took"""
 
 
 def config_dict(config: Any) -> dict[str, Any]:

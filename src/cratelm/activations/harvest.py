@@ -165,10 +165,11 @@ def _plan(
 def _model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
     """Where to load the model from, and its identity: a model of the run, a folder, or a Hub id."""
     folder = Path(config.model)
-    if "/" not in config.model and not folder.is_dir():
-        return run.path / "model" / config.model, run.stage("model", config.model).require(
-            "train"
-        ).identity
+    is_name = "/" not in config.model and not config.model.startswith(".")
+    # a model of the run goes before a folder of the same name that happens to lie here
+    if is_name and (run.stage("model", config.model).completion() or not folder.is_dir()):
+        stage = run.stage("model", config.model)
+        return stage.path, stage.require("train").identity
     if folder.is_dir():
         weights = [
             p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")
