@@ -29,8 +29,29 @@ EXCERPT_KINDS: tuple[ExcerptKind, ...] = (
     "out_of_context",
 )
 
-Metric = Literal["top_and_random", "random_only", "anthropic"]
+Metric = Literal[
+    "top_and_random",
+    "random_only",
+    "anthropic",
+    "detection",
+    "fuzzing",
+    "intruder",
+    "embedding",
+]
 METRICS: tuple[Metric, ...] = ("top_and_random", "random_only", "anthropic")
+"""the paper's: correlation of simulated with true activations"""
+SCORERS: tuple[Metric, ...] = (*METRICS, "detection", "fuzzing", "intruder", "embedding")
+"""with those of the field that need a language model and no simulation"""
+CHANCE: dict[Metric, float] = {
+    "top_and_random": 0.0,
+    "random_only": 0.0,
+    "anthropic": 0.0,
+    "detection": 0.5,
+    "fuzzing": 0.5,
+    "intruder": 0.2,
+    "embedding": 0.5,
+}
+"""what an explanation that says nothing is worth under each"""
 
 
 @dataclass(frozen=True, order=True)
@@ -140,7 +161,7 @@ class Explanation:
 
     neuron: NeuronId
     explainer: str
-    """`lookup`, `trie`, ..."""
+    """`lookup`, `trie`, or the name of a language model"""
     text: str
     """a short phrase for people"""
     payload: dict[str, object]
@@ -166,7 +187,9 @@ class Score:
     """How well an explanation predicts a neuron on held-out excerpts."""
 
     value: float | None
-    """Pearson correlation pooled over all tokens, -1..1; None where there is none"""
+    """None where there is none. Simulation: Pearson correlation pooled over all tokens, -1..1.
+    Detection, fuzzing, embedding: area under the ROC curve, 0..1 (of yes-or-no answers: their balanced
+    accuracy). Intruder: share of trials won, 0..1"""
     status: Status = Status.DEFINED
     reason: str = ""
     """why there is no value, in words; empty where there is one"""
@@ -174,8 +197,14 @@ class Score:
     """1 - mean squared error / mean squared truth, uncalibrated as in OpenAI's published scorer"""
     absolute_deviation: float | None = None
     """1 - mean absolute error / mean absolute truth, likewise"""
+    accuracy: float | None = None
+    """detection and fuzzing: balanced accuracy of the answer that the model thought more likely, 0..1"""
     n_tokens: int = 0
     n_records: int = 0
+    n_duplicates: int = 0
+    """of the records: those that are near-duplicates of text that was explained from"""
+    without_duplicates: float | None = None
+    """the value over the other records; None where it does not exist or there are no duplicates"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Scores on disk: `scores.parquet`, one row per neuron, explainer, metric and control.
 
 Columns: model, site, layer, index, explainer, metric, control, value, status, reason, r2,
-absolute_deviation, n_tokens, n_records, documents. A value that does not exist is null, and
+absolute_deviation, accuracy, n_tokens, n_records, n_duplicates, without_duplicates, documents. A value that does not exist is null, and
 `status` with `reason` says why.
 """
 
@@ -28,8 +28,11 @@ _SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("r2", pa.float64()),
         ("absolute_deviation", pa.float64()),
+        ("accuracy", pa.float64()),
         ("n_tokens", pa.int64()),
         ("n_records", pa.int64()),
+        ("n_duplicates", pa.int64()),
+        ("without_duplicates", pa.float64()),
         ("documents", pa.list_(pa.int64())),
     ]
 )
@@ -72,8 +75,11 @@ def _score(row: dict) -> NeuronScore:
             reason=row["reason"],
             r2=row["r2"],
             absolute_deviation=row["absolute_deviation"],
+            accuracy=row["accuracy"],
             n_tokens=row["n_tokens"],
             n_records=row["n_records"],
+            n_duplicates=row["n_duplicates"],
+            without_duplicates=row["without_duplicates"],
         ),
         documents=tuple(row["documents"]),
     )
