@@ -1,0 +1,151 @@
+"""The words in which the field's scorers are asked, for reading (plain text) and for filling in (chat).
+
+Read prompts are plain text to be continued, so that base models and small ones manage: an
+instruction, worked examples, then the question in their form up to where the answer stands. The
+answer follows a colon without a space: tokenizers of GPT-2's kind put a space and a digit into one
+token, and then no token would begin at the answer.
+
+`VERSION` changes whenever any of the texts does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cratelm.explain.llm.requests import Fill, Read, Role
+
+VERSION = "scorers-1"
+YES_NO = ("0", "1")
+PLACES = ("1", "2", "3", "4", "5")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a yes-or-no question about a text and a description is put."""
+
+    preamble: str
+    """of a `Read`: instruction and examples, ending before the description"""
+    slot: str
+    """what stands before the answer"""
+    system: str
+    """of a `Fill`"""
+
+
+DETECTION = Wording(
+    preamble="""\
+Does the text contain what the description says? 1 means yes, 0 means no.
+
+Description: words for parts of the body
+Text:  fell off the ladder and broke his arm in two places
+Contains it:1
+
+Description: words for parts of the body
+Text: The committee will publish its budget on Friday.\\n
+Contains it:0
+
+Description: opening brackets of function calls
+Text:  and her sister waited by the gate until it was dark
+Contains it:0
+
+Description: opening brackets of function calls
+Text: \\n    total = sum(values) / len(values)\\n
+Contains it:1
+
+""",
+    slot="Contains it:",
+    system="""\
+You are given a description of something that occurs in texts, and numbered texts. Decide for each \
+text whether it contains what the description says: 1 for yes, 0 for no. Line ends in the texts are \
+written \\n. Answer with JSON alone, {"values": [...]}, one number for each text, in their order.""",
+)
+
+FUZZING = Wording(
+    preamble="""\
+In the text, some words are marked <<like this>>. Are the marked words what the description says? \
+1 means yes, 0 means no.
+
+Description: words for parts of the body
+Text:  fell off the ladder and broke his<< arm>> in two places
+Marked right:1
+
+Description: words for parts of the body
+Text:  fell off the<< ladder>> and broke his arm in two places
+Marked right:0
+
+Description: opening brackets of function calls
+Text: \\n    total<< =>> sum(values) / len<<(>>values)\\n
+Marked right:0
+
+Description: opening brackets of function calls
+Text: \\n    total = sum<<(>>values) / len<<(>>values)\\n
+Marked right:1
+
+""",
+    slot="Marked right:",
+    system="""\
+You are given a description of something that occurs in texts, and numbered texts in which some \
+words are marked <<like this>>. Decide for each text whether the marked words are what the \
+description says: 1 for yes, 0 for no. Line ends in the texts are written \\n. Answer with JSON \
+alone, {"values": [...]}, one number for each text, in their order.""",
+)
+
+_INTRUDER_PREAMBLE = """\
+Four of the five texts have something in common, seen best in the words marked <<like this>>. One \
+does not belong to them. Which one?
+
+1:  fell off the ladder and broke his<< arm>> in two places
+2:  she shook her<< head>> and left
+3: The committee will publish<< its>> budget on Friday.\\n
+4:  warm gloves for cold<< hands>> and a scarf
+5:  a pain in the<< knee>> after running
+Does not belong:3
+
+1: \\n    for name<< in>> sorted(names):\\n
+2:  return len<<(>>values) + 1
+3: print<<(>>'done')\\n
+4:  x = max<<(>>x, 0)
+5:  if isinstance<<(>>value, str):
+Does not belong:1
+
+"""
+_INTRUDER_SLOT = "Does not belong:"
+_INTRUDER_SYSTEM = """\
+You are given five numbered texts. Four have something in common, seen best in the words marked \
+<<like this>>; one does not belong to them. Decide which one. Line ends in the texts are written \
+\\n. Answer with JSON alone: {"values": [N]}, N being the number of the text that does not belong."""
+
+
+def read_yes_no(wording: Wording, explanation: str, text: str) -> Read:
+    """One text judged by the probability of 1 against 0."""
+    body = f"Text: {text}\n{wording.slot}"
+    context = f"Description: {one_line(explanation)}\n"
+    return Read(wording.preamble, context, body + YES_NO[0], (len(body),), YES_NO)
+
+
+def fill_yes_no(wording: Wording, explanation: str, texts: Sequence[str], seed: int) -> Fill:
+    """Several texts judged by 0 or 1 each."""
+    question = f"Description: {one_line(explanation)}\n\n{_numbered(texts)}"
+    return Fill(_chat(wording.system, question), len(texts), 0, 1, seed)
+
+
+def read_intruder(texts: Sequence[str]) -> Read:
+    """Five texts of which one does not belong, told by the probability of its number."""
+    body = f"{_numbered(texts)}\n{_INTRUDER_SLOT}"
+    return Read(_INTRUDER_PREAMBLE, "", body + PLACES[0], (len(body),), PLACES)
+
+
+def fill_intruder(texts: Sequence[str], seed: int) -> Fill:
+    """Five texts of which one does not belong, told by its number."""
+    return Fill(_chat(_INTRUDER_SYSTEM, _numbered(texts)), 1, 1, len(PLACES), seed)
+
+
+def one_line(text: str) -> str:
+    """`text` with single spaces for all white space, so that it cannot pass for another field of a prompt."""
+    return " ".join(text.split())
+
+
+def _chat(system: str, user: str) -> tuple[tuple[Role, str], ...]:
+    return (("system", system), ("user", user))
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return "\n".join(f"{number}: {text}" for number, text in enumerate(texts, 1))
