@@ -7,3 +7,10 @@ class InputError(ValueError):
     The command line prints the message alone and exits with status 2; from Python it is an
     ordinary `ValueError`.
     """
+
+
+class BudgetReached(Exception):
+    """A limit that the user set was reached: all is kept, and the same command goes on later.
+
+    The command line prints the message alone and exits with status 3.
+    """

@@ -1,0 +1,173 @@
+"""What cratelm asks a language model: to explain a neuron from excerpts, to simulate it from an explanation.
+
+The words are ours; the protocol is Bills et al. (2023) as Bai & Ma (2025) use it: excerpts with
+levels 0..10 to the explainer, one `token<TAB>level` line a token to the simulator, all levels of an
+excerpt read from one pass. `VERSION` is part of every explanation and changes with any word here.
+
+Levels: integers 0..top, top 10, or 9 where the model splits "10" in two (`cratelm.explain.llm.preflight`).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cratelm.explain.levels import levels
+from cratelm.explain.llm.requests import Chat, Fill, Read, Role
+from cratelm.explain.llm.text import escaped, excerpt_text
+from cratelm.records import Excerpt
+
+VERSION = "1"
+UNKNOWN = "?"
+"""stands where a level is asked for"""
+
+EXPLAIN_SYSTEM = (
+    "You study single neurons of a language model. A neuron reacts to some tokens of a text. You are"
+    " shown excerpts; the tokens it reacts to stand between « and », and after each excerpt the"
+    " strongest of them with their strength from 1 to 10. You answer with one short phrase: what the"
+    " neuron reacts to."
+)
+_QUESTION = "In one short phrase, what does this neuron react to?"
+_EXPLAIN_EXAMPLES = (
+    (
+        "Excerpt 1: We drove to «Lyon» and, a week later, on to «Turin».\nStrongest: « Lyon» 10,"
+        " « Turin» 9\nExcerpt 2: the trains between «Kyoto» and Osaka stop here\nStrongest:"
+        " « Kyoto» 8",
+        "names of cities",
+    ),
+    (
+        "Excerpt 1: if (count «>=» limit) return;\nStrongest: « >=» 10\nExcerpt 2: while x «<» 3 and y"
+        " «!=» 0:\nStrongest: « <» 8, « !=» 8",
+        "comparison operators in program code",
+    ),
+)
+
+SIMULATE_EXAMPLES: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
+    (
+        "names of cities",
+        (
+            ("We", 0), (" drove", 0), (" to", 0.1), (" Lyon", 1), (" and", 0), (" then", 0),
+            (" on", 0), (" to", 0.1), (" Tur", 0.7), ("in", 0.9), (".", 0),
+        ),
+    ),
+    (
+        "comparison operators in program code",
+        (
+            ("if", 0), (" (", 0), ("count", 0), (" >=", 1), (" limit", 0), (")", 0), ("\\n", 0),
+            (" x", 0), (" =", 0.2), (" x", 0), (" <", 0.8), (" 3", 0),
+        ),
+    ),
+)  # fmt: skip
+"""explanation, then tokens with their activation as a fraction of the largest"""
+
+
+def explain_request(
+    shown: Sequence[Excerpt],
+    contrast: Sequence[Excerpt],
+    strings: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Chat:
+    """Asks what a neuron reacts to, from excerpts and, where given, some in which it stays silent.
+
+    Levels are relative to the largest activation of all that is shown (Bills et al. 2023).
+    """
+    maximum = max((float(e.activations.max()) for e in shown if len(e)), default=0.0)
+    lines = [
+        line
+        for number, excerpt in enumerate(shown, 1)
+        for line in _shown(number, excerpt, strings, maximum)
+    ]
+    if contrast:
+        lines.append("It does not react in:")
+        lines += [f"- {excerpt_text(e.token_ids, strings)}" for e in contrast]
+    messages: list[tuple[Role, str]] = [("system", EXPLAIN_SYSTEM)]
+    for example, answer in _EXPLAIN_EXAMPLES:
+        messages += [("user", f"{example}\n\n{_QUESTION}"), ("assistant", answer)]
+    messages.append(("user", "\n".join(lines) + f"\n\n{_QUESTION}"))
+    return Chat(tuple(messages), max_tokens, temperature, seed)
+
+
+def simulate_preamble(top: int) -> str:
+    """Instructions and examples, the same for all neurons; levels 0..`top`."""
+    head = (
+        f"A neuron of a language model reacts to each token with a strength from 0 to {top}; most"
+        f" strengths are 0. Each part says what the neuron reacts to, then lists the tokens of a text,"
+        f" one a line, each followed by a tab and the neuron's strength.\n"
+    )
+    examples = [
+        f"\nNeuron reacts to: {explanation}\n"
+        + "".join(f"{token}\t{_level(value, top)}\n" for token, value in tokens)
+        for explanation, tokens in SIMULATE_EXAMPLES
+    ]
+    return head + "".join(examples)
+
+
+def simulate_context(explanation: str) -> str:
+    return f"\nNeuron reacts to: {escaped(explanation)}\n"
+
+
+def simulate_read(
+    explanation: str, token_ids: NDArray, strings: Sequence[str], top: int, *, full: bool = False
+) -> Read:
+    """Asks for the level of each token of one excerpt, all in one reading: n slots."""
+    lines = [f"{escaped(strings[int(t)])}\t{UNKNOWN}\n" for t in token_ids]
+    ends = np.cumsum([len(line) for line in lines])
+    return Read(
+        preamble=simulate_preamble(top),
+        context=simulate_context(explanation),
+        body="".join(lines),
+        # the level stands before the line's last two characters: itself and the line break
+        slots=tuple(int(end) - 1 - len(UNKNOWN) for end in ends),
+        options=tuple(map(str, range(top + 1))),
+        full=full,
+    )
+
+
+def simulate_fill(explanation: str, token_ids: NDArray, strings: Sequence[str], top: int) -> Fill:
+    """The same where a server gives no log-probabilities: JSON with one integer a token."""
+    n = len(token_ids)
+    system = (
+        f"A neuron of a language model reacts to each token with a strength from 0 to {top}; most"
+        ' strengths are 0. You answer with JSON alone: {"values": [...]}, one integer for each token,'
+        " in order."
+    )
+    messages: list[tuple[Role, str]] = [("system", system)]
+    for example, tokens in SIMULATE_EXAMPLES:
+        values = ", ".join(str(_level(value, top)) for _, value in tokens)
+        asked = _asked(example, [token for token, _ in tokens])
+        messages += [("user", asked), ("assistant", f'{{"values": [{values}]}}')]
+    shown = [escaped(strings[int(t)]) for t in token_ids]
+    messages.append(("user", _asked(explanation, shown)))
+    return Fill(tuple(messages), n, 0, top)
+
+
+def _asked(explanation: str, tokens: Sequence[str]) -> str:
+    numbered = "\n".join(f"{i}\t{token}" for i, token in enumerate(tokens, 1))
+    return (
+        f"Neuron reacts to: {escaped(explanation)}\nThe {len(tokens)} tokens:\n{numbered}\n"
+        f"Give {len(tokens)} integers."
+    )
+
+
+def _level(value: float, top: int) -> int:
+    return min(top, int(top * value + 0.5))
+
+
+def _shown(number: int, excerpt: Excerpt, strings: Sequence[str], maximum: float) -> list[str]:
+    """An excerpt with what the neuron reacts to marked, and its strongest tokens."""
+    level = levels(excerpt.activations, maximum)  # [n]
+    marked = (level > 0) & (2 * level >= level.max(initial=0))
+    lines = [f"Excerpt {number}: {excerpt_text(excerpt.token_ids, strings, marked)}"]
+    strongest: dict[str, int] = {}
+    for place in np.argsort(-level, kind="stable"):
+        if marked[place] and len(strongest) < 4:
+            token = escaped(strings[int(excerpt.token_ids[place])])
+            strongest.setdefault(f"«{token}»", int(level[place]))
+    if strongest:
+        lines.append("Strongest: " + ", ".join(f"{t} {n}" for t, n in strongest.items()))
+    else:
+        lines.append("Strongest: none")
+    return lines
