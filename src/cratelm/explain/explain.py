@@ -1,7 +1,8 @@
-"""`cratelm explain`: from the fit excerpts of each neuron to what it responds to, without a language model."""
+"""`cratelm explain`: from the fit excerpts of each neuron to what it responds to."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,22 @@ from cratelm.activations.store import read_records, read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, gather
+from cratelm.explain.llm.client import Client, Plan, plan
+from cratelm.explain.llm.session import ledger_path, open_client
 from cratelm.explain.lookup import token_table
 from cratelm.explain.phrases import lookup_phrase, trie_phrase
-from cratelm.explain.store import Selected, write_explanations, write_selected
+from cratelm.explain.store import (
+    Selected,
+    Unexplained,
+    set_of,
+    write_explanations,
+    write_selected,
+    write_unexplained,
+)
 from cratelm.explain.trie import context_trie
-from cratelm.records import Explanation, NeuronId, NeuronRecord
-from cratelm.runs import Run
+from cratelm.explain.with_model import Question, ask, questions
+from cratelm.records import Explanation, NeuronRecord
+from cratelm.runs import Draft, Run, Stage, write_json
 
 
 @dataclass(frozen=True)
@@ -30,18 +41,44 @@ class ExplainResult:
     n_dead: int
     """of them, never above 0 on the fit split: without an explanation"""
     n_explanations: int
+    n_failed: int = 0
+    """explanations that a language model was asked for and did not give"""
+    calls: str = ""
+    """what a language model was asked, in words"""
 
     def __str__(self) -> str:
+        failed = f", {self.n_failed:,} explanations failed" if self.n_failed else ""
+        calls = f"\n  {self.calls}" if self.calls else ""
         return (
             f"{self.n_explanations:,} explanations of {self.n_neurons - self.n_dead:,} neurons,"
-            f" {self.n_dead:,} dead: {self.path}"
+            f" {self.n_dead:,} dead{failed}: {self.path}{calls}"
         )
 
 
-def explain(config: ExplainConfig) -> ExplainResult:
-    """Explains the neurons of one model of a run and writes `explanations/MODEL/`.
+@dataclass(frozen=True)
+class Shard:
+    """What one worker of several did: nothing but answers in its ledger."""
 
-    Raises `InputError` where the run has no tokens or no harvest of the model.
+    ledger: Path
+    n_neurons: int
+    calls: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_neurons:,} neurons of this shard answered: {self.ledger}\n  {self.calls}\n  when"
+            " all shards are done, the same command without --shard merges them and finishes"
+        )
+
+
+def explain(config: ExplainConfig) -> ExplainResult | Plan | Shard:
+    """Explains the neurons of one model of a run.
+
+    Writes `explanations/MODEL/`, or `explanations/MODEL@NAME/` where a language model called NAME
+    explains. With `--dry-run` nothing is asked or written and the `Plan` is returned; with
+    `--shard` answers go to the worker's ledger alone.
+
+    Raises `InputError` where the run has no tokens or no harvest of the model, or the language model
+    cannot be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model)
@@ -49,26 +86,97 @@ def explain(config: ExplainConfig) -> ExplainResult:
         "tokens": run.stage("tokens").require("tokenize").identity,
         "activations": harvest.require("harvest").identity,
     }
+    selected = select_neurons(harvest.path, config.neurons, config.seed, config.places())
+    if config.explainer:
+        return _explain_with_model(config, run, inputs, selected)
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return ExplainResult(path=stage.path, **stage.require("explain").results)
-    selected = select_neurons(harvest.path, config.neurons, config.seed)
     with stage.write(config, inputs) as draft:
         explanations = list(_explain_all(config, run, harvest.path, selected))
-        write_explanations(draft.path, explanations)
-        write_selected(draft.path, selected)
-        n_dead = sum(s.dead for s in selected)
-        counts = {
-            "n_neurons": len(selected),
-            "n_dead": n_dead,
-            "n_explanations": len(explanations),
-        }
-        draft.results.update(counts)
+        counts = _write(draft, selected, explanations, [])
     return ExplainResult(path=stage.path, **counts)
 
 
-def select_neurons(harvest: Path, per_layer: int, seed: int) -> list[Selected]:
-    """`per_layer` neurons of each layer, 0 for all, by layer and index.
+def _explain_with_model(
+    config: ExplainConfig, run: Run, inputs: dict[str, str], selected: list[Selected]
+) -> ExplainResult | Plan | Shard:
+    with open_client(config, config.explainer) as client:
+        name = config.name or client.backend.name
+        stage = run.stage("explanations", set_of(config.model, name))
+        redo = config.force or (config.retry_failed and _has_failed(stage))
+        ahead = not (config.dry_run or config.shard)
+        if ahead and stage.is_finished(config, inputs, force=redo):
+            return ExplainResult(path=stage.path, **stage.require("explain").results)
+        index, count = config.worker()
+        asked = _questions(config, run, selected[index::count])
+        if config.dry_run:
+            return plan(client, [q.request for q in asked])
+        answers = list(_answers(config, client, name, asked, len(selected[index::count])))
+        if config.shard:
+            return Shard(ledger_path(config), len(selected[index::count]), str(client.tally))
+        explanations = [a for a in answers if isinstance(a, Explanation)]
+        failures = [a for a in answers if isinstance(a, Unexplained)]
+        with stage.write(config, inputs) as draft:
+            write_json(draft.path / "calls.json", client.tally.as_dict())
+            draft.unhashed.add("calls.json")
+            counts = _write(draft, selected, explanations, failures)
+    return ExplainResult(path=stage.path, calls=str(client.tally), **counts)
+
+
+def _questions(config: ExplainConfig, run: Run, selected: Sequence[Selected]) -> Iterator[Question]:
+    """In the order of `selected`."""
+    strings = _token_strings(run)
+    for record in _records(run.stage("activations", config.model).path, selected):
+        yield from questions(record, config, strings)
+
+
+def _answers(
+    config: ExplainConfig, client: Client, name: str, asked: Iterator[Question], n_neurons: int
+) -> Iterator[Explanation | Unexplained]:
+    with tqdm(
+        total=n_neurons * len(config.evidence),
+        desc=f"explain {config.model} by {name}",
+        unit="explanation",
+        disable=config.quiet,
+    ) as bar:
+        while some := list(islice(asked, client.backend.window)):
+            for answer in ask(some, client, name, config.prompts):
+                yield answer
+                bar.update()
+
+
+def _has_failed(stage: Stage) -> bool:
+    done = stage.completion()
+    return done is not None and bool(done.results.get("n_failed"))
+
+
+def _write(
+    draft: Draft,
+    selected: Sequence[Selected],
+    explanations: Sequence[Explanation],
+    failures: Sequence[Unexplained],
+) -> dict[str, int]:
+    """Writes the files of the stage; returns the figures of `ExplainResult`."""
+    write_explanations(draft.path, explanations)
+    write_selected(draft.path, selected)
+    write_unexplained(draft.path, failures)
+    counts = {
+        "n_neurons": len(selected),
+        "n_dead": sum(s.dead for s in selected),
+        "n_explanations": len(explanations),
+        "n_failed": len(failures),
+    }
+    draft.results.update(counts)
+    return counts
+
+
+def select_neurons(
+    harvest: Path, per_layer: int, seed: int, only: Sequence[tuple[int, int]] = ()
+) -> list[Selected]:
+    """`per_layer` neurons of each layer, 0 for all, by layer and index; or `only` these (layer, index).
+
+    Raises `InputError` where the harvest has not one of `only`.
 
     The draw depends on the seed, the layer and how many neurons the layer has, and on nothing
     else: twins draw the same indices.
@@ -76,6 +184,8 @@ def select_neurons(harvest: Path, per_layer: int, seed: int) -> list[Selected]:
     layers: dict[int, list[Selected]] = {}
     for summary in read_summaries(harvest, "fit"):
         layers.setdefault(summary.neuron.layer, []).append(Selected(summary.neuron, summary.dead))
+    if only:
+        return _named(harvest, layers, only)
     chosen = []
     for layer, neurons in sorted(layers.items()):
         if 0 < per_layer < len(neurons):
@@ -84,6 +194,20 @@ def select_neurons(harvest: Path, per_layer: int, seed: int) -> list[Selected]:
             neurons = [neurons[place] for place in places]
         chosen += neurons
     return chosen
+
+
+def _named(
+    harvest: Path, layers: dict[int, list[Selected]], only: Sequence[tuple[int, int]]
+) -> list[Selected]:
+    there = {(s.neuron.layer, s.neuron.index): s for found in layers.values() for s in found}
+    missing = [place for place in only if place not in there]
+    if missing:
+        layer, index = missing[0]
+        raise InputError(
+            f"--only {layer}:{index}: {harvest} has layers {', '.join(map(str, sorted(layers)))} of"
+            f" {len(next(iter(layers.values())))} neurons and not this one"
+        )
+    return [there[place] for place in only]
 
 
 def explain_neuron(
@@ -121,17 +245,21 @@ def _explain_all(
     config: ExplainConfig, run: Run, harvest: Path, selected: Sequence[Selected]
 ) -> Iterator[Explanation]:
     strings = _token_strings(run)
-    wanted: dict[int, list[NeuronId]] = {}
-    for neuron in (s.neuron for s in selected):
-        wanted.setdefault(neuron.layer, []).append(neuron)
     with tqdm(
         total=len(selected), desc=f"explain {config.model}", unit="neuron", disable=config.quiet
     ) as bar:
-        for layer, neurons in wanted.items():
-            indices = [n.index for n in neurons]
-            for record in read_records(harvest, "fit", layers=[layer], indices=indices):
-                yield from explain_neuron(record, config, strings)
-                bar.update()
+        for record in _records(harvest, selected):
+            yield from explain_neuron(record, config, strings)
+            bar.update()
+
+
+def _records(harvest: Path, selected: Sequence[Selected]) -> Iterator[NeuronRecord]:
+    """Fit records of the selected neurons, by layer and index."""
+    wanted: dict[int, list[int]] = {}
+    for neuron in (s.neuron for s in selected):
+        wanted.setdefault(neuron.layer, []).append(neuron.index)
+    for layer, indices in wanted.items():
+        yield from read_records(harvest, "fit", layers=[layer], indices=indices)
 
 
 def _token_strings(run: Run) -> list[str]:

@@ -33,6 +33,22 @@ def explained_from(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
     return tuple(e.narrowed(*ANTHROPIC_WINDOW) for e in top + bins + random)
 
 
+def contrasting(record: NeuronRecord, metric: Metric, n: int) -> tuple[Excerpt, ...]:
+    """The `n` random excerpts of `record` in which the neuron stays lowest, where it stays below half
+    of its maximum: what an explainer may be shown that does not activate. Cut as `metric` has it.
+
+    Those that `explained_from` shows already are passed over.
+    """
+    shown = {e.position for e in explained_from(record, metric)}
+    candidates = [
+        e.narrowed(*ANTHROPIC_WINDOW) if metric == "anthropic" else e
+        for e in record.of_kind("random")
+        if e.position not in shown and len(e)
+    ]
+    silent = [e for e in candidates if float(e.activations.max()) < record.summary.maximum / 2]
+    return tuple(sorted(silent, key=lambda e: (float(e.activations.max()), e.rank))[:n])
+
+
 def by_rank(record: NeuronRecord, kind: ExcerptKind, ranks: Iterable[int]) -> tuple[Excerpt, ...]:
     """The excerpts of a kind with these ranks, in the order of `ranks`; ranks that are not there are left out."""
     found = {e.rank: e for e in record.excerpts if e.kind == kind}

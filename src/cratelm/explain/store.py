@@ -2,6 +2,11 @@
 
 `explanations.parquet`: model, site, layer, index, explainer, text, payload (JSON), documents.
 `neurons.parquet`: model, site, layer, index, dead: every neuron that was to be explained, dead ones too.
+`unexplained.parquet`: model, site, layer, index, evidence, reason: what a language model was asked for
+and did not give.
+
+The folder is `explanations/MODEL/` without a language model and `explanations/MODEL@NAME/` with one.
+A language model explains a neuron once for each kind of evidence; `payload` says from which.
 """
 
 import json
@@ -30,6 +35,7 @@ _EXPLANATION_SCHEMA = pa.schema(
         ("documents", pa.list_(pa.int64())),
     ]
 )
+_UNEXPLAINED_SCHEMA = pa.schema([*_NEURON, ("evidence", pa.string()), ("reason", pa.string())])
 _SELECTED_SCHEMA = pa.schema([*_NEURON, ("dead", pa.bool_())])
 
 
@@ -40,6 +46,20 @@ class Selected:
     neuron: NeuronId
     dead: bool
     """never above 0 on the fit split, so that there is no explanation"""
+
+
+@dataclass(frozen=True)
+class Unexplained:
+    """A neuron that a language model gave no explanation of."""
+
+    neuron: NeuronId
+    evidence: str
+    reason: str
+
+
+def set_of(model: str, name: str) -> str:
+    """The folder of what a language model (or a pair of them) called `name` says of `model`."""
+    return f"{model}@{name}" if name else model
 
 
 def write_explanations(folder: Path, explanations: Sequence[Explanation]) -> None:
@@ -82,6 +102,19 @@ def write_selected(folder: Path, selected: Sequence[Selected]) -> None:
 def read_selected(folder: Path) -> list[Selected]:
     """The neurons that were to be explained, dead ones too, by layer and index."""
     return [Selected(_neuron(row), row["dead"]) for row in _rows(folder / "neurons.parquet")]
+
+
+def write_unexplained(folder: Path, failures: Sequence[Unexplained]) -> None:
+    """Writes `unexplained.parquet` into `folder`."""
+    rows = [{**vars(f.neuron), "evidence": f.evidence, "reason": f.reason} for f in failures]
+    table = pa.Table.from_pylist(rows, schema=_UNEXPLAINED_SCHEMA)
+    pq.write_table(table, folder / "unexplained.parquet")
+
+
+def read_unexplained(folder: Path) -> list[Unexplained]:
+    """What a language model did not explain, in the order written."""
+    rows = _rows(folder / "unexplained.parquet")
+    return [Unexplained(_neuron(row), row["evidence"], row["reason"]) for row in rows]
 
 
 def _rows(path: Path) -> list[dict]:

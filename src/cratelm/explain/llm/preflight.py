@@ -1,0 +1,98 @@
+"""Before any spending: how does the model tokenise the levels, and does it answer with them at all?
+
+A level must be one token, since a slot is read once. Many models split "10" in two (SmolLM2,
+LLaMA-2): there levels run to 9, so that every level is one token.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cratelm.errors import InputError
+from cratelm.explain.levels import MAX_LEVEL
+from cratelm.explain.llm.client import Client
+from cratelm.explain.llm.prompts import simulate_read
+from cratelm.explain.llm.requests import Answer, Failure, Read, Reading
+
+LOW_MASS = 0.5
+"""below this share of all probability on the levels, what is read says little about the model's answer"""
+_PROBES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("names of animals", ("The", " fox", " and", " the", " heron", " left", " at", " dawn", ".")),
+    ("numbers", ("On", " page", " 12", ",", " line", " 7", ":", "\\n", "é", " 中", "\\t", '"')),
+)
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found out about a simulator before it was used."""
+
+    reads: bool
+    """log-probabilities are read; else the model is asked for JSON"""
+    top_level: int
+    """highest level that is asked for: 10, or 9 where "10" is not one token"""
+    tokens_of_ten: int | None
+    """tokens that "10" takes; None where the server does not tell"""
+    mass: float | None
+    """mean share of all probability that falls on the levels at the slots of two probes; None
+    where nothing is read"""
+    lowest_mass: float | None
+
+    def __str__(self) -> str:
+        if not self.reads:
+            return f"levels 0..{self.top_level} by JSON: this model gives no log-probabilities"
+        split = "one token" if self.tokens_of_ten == 1 else f"{self.tokens_of_ten} tokens"
+        told = (
+            f"levels 0..{self.top_level} ('10' is {split} of this model);"
+            f" {self.mass:.0%} of the probability falls on them (least: {self.lowest_mass:.0%})"
+        )
+        if self.mass is not None and self.mass < LOW_MASS:
+            told += " - WARNING: little; what is read is a small part of what the model would say"
+        return told
+
+
+def preflight(client: Client) -> Preflight:
+    """Asks for the levels of two made-up excerpts; two calls at most, kept in the ledger like others.
+
+    Raises `InputError` where the model cannot be read at its slots at all.
+    """
+    backend, ledger = client.backend, client.ledger
+    if not backend.reads:
+        return Preflight(False, MAX_LEVEL, None, None, None)
+    label = f"levels of {backend.name} {sorted(backend.identity.items())}"
+    counts = (ledger.recall(label) or {}).get("counts")
+    if counts is None:
+        counts = backend.tokens_at_slot([str(n) for n in range(MAX_LEVEL + 1)], " word\t")
+        ledger.remember(label, {"counts": counts})
+    top = top_level(counts)
+    readings = []
+    for explanation, tokens in _PROBES:
+        strings = list(tokens)
+        request = simulate_read(explanation, np.arange(len(tokens)), strings, top, full=True)
+        readings.append(_reading(client, request))
+    masses = np.concatenate([r.mass for r in readings if r.mass is not None])
+    return Preflight(True, top, counts[MAX_LEVEL], float(masses.mean()), float(masses.min()))
+
+
+def top_level(counts: list[int]) -> int:
+    """The highest level up to which every level is one token; `counts` [11] tokens of "0" ... "10".
+
+    Raises `InputError` where not even the ten digits are.
+    """
+    if len(counts) != MAX_LEVEL + 1 or any(n != 1 for n in counts[:MAX_LEVEL]):
+        raise InputError(
+            f"this model splits the levels 0 ... 10 into {counts} tokens: the ten digits were expected"
+            " to be one token each; choose another model, or one behind a server with --method json"
+        )
+    return MAX_LEVEL if counts[MAX_LEVEL] == 1 else MAX_LEVEL - 1
+
+
+def _reading(client: Client, request: Read) -> Reading:
+    outcome = client.ask([request])[0]
+    if isinstance(outcome, Failure):
+        raise InputError(
+            f"{client.backend.name} could not be read in a trial ({outcome.kind}: {outcome.reason}):"
+            " try --retry-failed, or --method json for a server"
+        )
+    assert isinstance(outcome, Answer)
+    assert isinstance(outcome.value, Reading)
+    return outcome.value
