@@ -12,7 +12,7 @@ from cratelm.activations.store import read_records, read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, gather
-from cratelm.explain.llm.client import Client, Plan, plan
+from cratelm.explain.llm.client import Client, Plan, Shard, plan
 from cratelm.explain.llm.session import ledger_path, open_client
 from cratelm.explain.lookup import token_table
 from cratelm.explain.phrases import lookup_phrase, trie_phrase
@@ -52,21 +52,6 @@ class ExplainResult:
         return (
             f"{self.n_explanations:,} explanations of {self.n_neurons - self.n_dead:,} neurons,"
             f" {self.n_dead:,} dead{failed}: {self.path}{calls}"
-        )
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one worker of several did: nothing but answers in its ledger."""
-
-    ledger: Path
-    n_neurons: int
-    calls: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.n_neurons:,} neurons of this shard answered: {self.ledger}\n  {self.calls}\n  when"
-            " all shards are done, the same command without --shard merges them and finishes"
         )
 
 
@@ -111,7 +96,7 @@ def _explain_with_model(
         index, count = config.worker()
         asked = _questions(config, run, selected[index::count])
         if config.dry_run:
-            return plan(client, [q.request for q in asked])
+            return plan(client, ([q.request] for q in asked))
         answers = list(_answers(config, client, name, asked, len(selected[index::count])))
         if config.shard:
             return Shard(ledger_path(config), len(selected[index::count]), str(client.tally))

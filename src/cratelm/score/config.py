@@ -1,38 +1,51 @@
 """Configuration of `cratelm score`. Imports nothing heavy."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from cratelm.errors import InputError
-from cratelm.records import METRICS, Metric
-from cratelm.runs import aside
+from cratelm.explain.llm.config import AskConfig, check_specification
+from cratelm.records import METRICS, SCORERS, Metric
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(AskConfig):
     """Score the explanations of one model on held-out excerpts, with null controls."""
 
-    run: Path = aside(Path("runs/default"))
-    """run directory, holding the harvest and the explanations of `--model`"""
-    model: str = "crate-2l"
-    """name of the model in the run"""
+    simulator: str = ""
+    """a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file, or
+    `smollm2`), or `openai:MODEL` at --base-url; left out: look-up and trie simulate themselves"""
+    explanations: str = ""
+    """which explanations: the name of a language model that explained; left out: those of the
+    simulator itself, `free` for those made without a language model"""
+    name: str = ""
+    """what these scores are called in folders and tables; left out: the explainer's name, and the
+    simulator's where that is another"""
     metrics: tuple[Metric, ...] = METRICS
-    """`top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token excerpts)"""
+    """`top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token excerpts): simulation.
+    With a language model also `detection`, `fuzzing`, `intruder`, `embedding`"""
+    paper_compat: bool = False
+    """also score as the paper's code reads levels: the five likeliest tokens alone, a simulated 10 as 1"""
     resamples: int = 2000
     """bootstrap resamples behind the intervals of `summary.json`"""
     seed: int = 0
-    """seed of the shuffled control and of the bootstrap"""
-    force: bool = aside(False)
-    """score again where it was done before"""
-    quiet: bool = aside(False)
-    """no progress bar"""
+    """seed of the shuffled control, of the bootstrap and of what scorers draw"""
 
     def __post_init__(self) -> None:
-        unknown = [m for m in self.metrics if m not in METRICS]
+        super().__post_init__()
+        known = SCORERS if self.simulator else METRICS
+        unknown = [m for m in self.metrics if m not in known]
         if unknown or not self.metrics or len(set(self.metrics)) != len(self.metrics):
+            needs = "" if self.simulator else " (others need --simulator)"
             raise InputError(
                 f"--metrics {' '.join(self.metrics) or '(none)'}:"
-                f" expected one or more of {', '.join(METRICS)}, each once"
+                f" expected one or more of {', '.join(known)}, each once{needs}"
+            )
+        if self.simulator:
+            check_specification("--simulator", self.simulator)
+        elif self.explanations or self.paper_compat or self.name:
+            raise InputError(
+                "--explanations, --name and --paper-compat are about a language model that simulates:"
+                " add --simulator hf:ID_OR_PATH or openai:MODEL"
             )
         if self.resamples < 100:
             raise InputError(f"--resamples {self.resamples}: 100 or more was expected")

@@ -1,33 +1,46 @@
 """`cratelm score`: how well explanations predict their neurons on held-out excerpts, beside null controls."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.store import read_records
 from cratelm.errors import InputError
-from cratelm.explain.store import Selected, read_explanations, read_selected
-from cratelm.records import (
-    Excerpt,
-    Explanation,
-    Metric,
-    NeuronId,
-    NeuronRecord,
-    NeuronScore,
-    Score,
-    Status,
+from cratelm.explain.llm.client import Client, Plan, Shard, plan
+from cratelm.explain.llm.preflight import Preflight, preflight
+from cratelm.explain.llm.session import ledger_path, open_client
+from cratelm.explain.store import (
+    Selected,
+    read_explanations,
+    read_selected,
+    read_unexplained,
+    set_of,
 )
-from cratelm.runs import Run, write_json
+from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Split, Status
+from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.score.config import ScoreConfig
-from cratelm.score.controls import CONTROLS, Audit, Control, audit, shuffled
-from cratelm.score.metrics import correlation_score
-from cratelm.score.selection import scored_on
-from cratelm.score.simulators import simulate, simulate_constant
+from cratelm.score.controls import Audit, audit
+from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
+from cratelm.score.simulation import COMPAT, Simulator
 from cratelm.score.statistics import ModelStatistics, all_statistics
 from cratelm.score.store import write_scores
+from cratelm.score.with_model import (
+    Asked,
+    Explanations,
+    Reader,
+    answered,
+    asked_about,
+    requests_of,
+    windows,
+)
+from cratelm.score.without_model import score_all
+from cratelm.tokens.shards import TokenStore
+
+FREE = "free"
+"""names the explanations made without a language model, with `--explanations`"""
 
 
 @dataclass(frozen=True)
@@ -43,24 +56,40 @@ class ScoreResult:
     """neurons that never fired on the fit or on the held-out split"""
     shared_documents: int
     """documents both explained from and scored on: 0, or there would be no result"""
+    n_duplicates: int
+    """scored passages that are near-duplicates of what was explained from"""
     means: dict[str, str]
     """by explainer and metric: own score and shuffled control, in words"""
+    n_failed: int = 0
+    """scores that the explainer or the simulator failed to give"""
+    calls: str = ""
+    """what a language model was asked, in words"""
 
     def __str__(self) -> str:
+        failed = f", {self.n_failed:,} scores failed" if self.n_failed else ""
+        calls = f"\n  {self.calls}" if self.calls else ""
         head = (
             f"{self.n_scores:,} scores of {self.n_neurons:,} neurons, {self.n_dead:,} dead,"
-            f" {self.shared_documents} documents shared: {self.path}"
+            f" {self.shared_documents} documents shared, {self.n_duplicates:,} passages"
+            f" near-duplicates{failed}: {self.path}{calls}"
         )
         return "\n".join([head, *(f"  {name:<24} {text}" for name, text in self.means.items())])
 
 
-def score(config: ScoreConfig) -> ScoreResult:
-    """Scores the explanations of one model of a run and writes `scores/MODEL/`.
+def score(config: ScoreConfig) -> ScoreResult | Plan | Shard:
+    """Scores the explanations of one model of a run.
 
-    Raises `InputError` where the run has no harvest or no explanations of the model, or where a
-    document was both explained from and scored on.
+    Writes `scores/MODEL/`, or `scores/MODEL@NAME/` where a language model reads the explanations
+    called NAME. With `--dry-run` nothing is asked or written and the `Plan` is returned; with
+    `--shard` answers go to the worker's ledger alone.
+
+    Raises `InputError` where the run has no harvest or no explanations of the model, where a
+    document was both explained from and scored on, or where the language model cannot be reached;
+    `BudgetReached` at a limit, with all answers so far in the ledger.
     """
     run = Run(config.run)
+    if config.simulator:
+        return _score_with_model(config, run)
     harvest = run.stage("activations", config.model)
     explained = run.stage("explanations", config.model)
     inputs = {
@@ -73,118 +102,174 @@ def score(config: ScoreConfig) -> ScoreResult:
     selected = read_selected(explained.path)
     explanations = read_explanations(explained.path)
     explainers = explained.require("explain").config["explainers"]
+    duplicates = _near_duplicates(run, config, explanations, selected)
     with stage.write(config, inputs) as draft:
-        scores = list(_score_all(config, harvest.path, selected, explanations, explainers))
-        checked = _disjoint(audit(explanations, scores), config)
-        write_scores(draft.path, scores)
-        results = _write_summary(draft.path, config, selected, scores, checked)
-        draft.results.update(results)
+        records = _held_out(config, harvest.path, selected)
+        scores = list(
+            score_all(config, records, selected, explanations, explainers, duplicates.is_duplicate)
+        )
+        results = _finish(draft, config, selected, explanations, scores, duplicates, {})
     return ScoreResult(path=stage.path, **results)
 
 
-def score_neuron(
-    record: NeuronRecord,
-    explanation: Explanation | None,
-    donor: Explanation | None,
-    explainer: str,
-    metrics: Sequence[Metric],
-) -> list[NeuronScore]:
-    """Scores of one live neuron by one explainer: every metric under every control.
-
-    `record` is of the held-out split. `explanation` None (the explainer did not answer) gives
-    FAILED. `donor` is the explanation that the shuffled control uses instead, None where the layer
-    has no other. The simulators are given the payload and the tokens, never the activations.
-    """
-    if record.summary.dead:
-        none = Score(None, Status.DEAD, "never above 0 on the held-out split")
-        return _without_value(record.neuron, explainer, metrics, none)
-    if explanation is None:
-        none = Score(None, Status.FAILED, f"no explanation by {explainer}")
-        return _without_value(record.neuron, explainer, metrics, none)
-    uses: dict[Control, Explanation | None] = {
-        "none": explanation,
-        "shuffled": donor,
-        "constant": explanation,
-    }
-    scores = []
-    for metric in metrics:
-        excerpts = scored_on(record, metric)
-        documents = tuple(sorted({e.document for e in excerpts}))
-        for control, used in uses.items():
-            value = _score_one(control, used, excerpts)
-            scores.append(NeuronScore(record.neuron, explainer, metric, control, value, documents))
-    return scores
-
-
-def _score_one(
-    control: Control, explanation: Explanation | None, excerpts: Sequence[Excerpt]
-) -> Score:
-    if explanation is None:
-        reason = "the layer has no other explained neuron to take an explanation from"
-        return Score(None, Status.UNDEFINED, reason)
-    tokens: list[NDArray] = [e.token_ids for e in excerpts]
-    if control == "constant":
-        simulated = simulate_constant(explanation.payload, tokens)
-    else:
-        simulated = simulate(explanation.explainer, explanation.payload, tokens)
-    return correlation_score([e.activations for e in excerpts], simulated)
+def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | Plan | Shard:
+    with open_client(config, config.simulator) as client:
+        reader = client.backend.name
+        source = _explanation_set(run, config, reader)
+        name = config.name or (reader if source == reader else f"{source or FREE}-by-{reader}")
+        explained = run.stage("explanations", set_of(config.model, source))
+        harvest = run.stage("activations", config.model)
+        inputs = {
+            "tokens": run.stage("tokens").require("tokenize").identity,
+            "activations": harvest.require("harvest").identity,
+            "explanations": explained.require("explain").identity,
+        }
+        stage = run.stage("scores", set_of(config.model, name))
+        redo = config.force or (config.retry_failed and _has_failed(stage))
+        ahead = not (config.dry_run or config.shard)
+        if ahead and stage.is_finished(config, inputs, force=redo):
+            return ScoreResult(path=stage.path, **stage.require("score").results)
+        selected = read_selected(explained.path)
+        explanations = read_explanations(explained.path)
+        found = preflight(client)
+        print(f"{reader}: {found}", flush=True)
+        duplicates = _near_duplicates(run, config, explanations, selected)
+        asked = _asked(config, run, client, found, selected, explanations, duplicates)
+        if config.dry_run:
+            return plan(client, (requests_of(some) for some in asked))
+        scores = [s for some in asked for s in answered(some, client)]
+        if config.shard:
+            return Shard(ledger_path(config), len(selected), str(client.tally))
+        with stage.write(config, inputs) as draft:
+            write_json(draft.path / "calls.json", client.tally.as_dict())
+            draft.unhashed.add("calls.json")
+            more = {"preflight": asdict(found)}
+            results = _finish(draft, config, selected, explanations, scores, duplicates, more)
+    return ScoreResult(path=stage.path, calls=str(client.tally), **results)
 
 
-def _without_value(
-    neuron: NeuronId, explainer: str, metrics: Iterable[Metric], none: Score
-) -> list[NeuronScore]:
-    return [NeuronScore(neuron, explainer, m, c, none) for m in metrics for c in CONTROLS]
+def _explanation_set(run: Run, config: ScoreConfig, reader: str) -> str:
+    """Name of the set of explanations that `config` asks for; empty for those without a language model."""
+    if config.explanations == FREE:
+        return ""
+    wanted = config.explanations or reader
+    if run.stage("explanations", set_of(config.model, wanted)).completion() is None:
+        prefix = f"{config.model}@"
+        there = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
+        raise InputError(
+            f"{run.path} has no explanations of {config.model} by {wanted}: those by"
+            f" {', '.join([*there, FREE])} can be named with --explanations; or type `cratelm explain"
+            f" --run {run.path} --model {config.model} --explainer {config.simulator}` first"
+        )
+    return wanted
 
 
-def _score_all(
+def _has_failed(stage: Stage) -> bool:
+    done = stage.completion()
+    return done is not None and bool(done.results.get("n_failed"))
+
+
+def _asked(
     config: ScoreConfig,
-    harvest: Path,
+    run: Run,
+    client: Client,
+    found: Preflight,
     selected: Sequence[Selected],
     explanations: Sequence[Explanation],
-    explainers: Sequence[str],
-) -> Iterator[NeuronScore]:
-    """Scores of all selected neurons, by layer, index and explainer."""
-    by_name: Mapping[str, dict[NeuronId, Explanation]] = {e: {} for e in explainers}
-    for explanation in explanations:
-        by_name[explanation.explainer][explanation.neuron] = explanation
-    donors = {e: shuffled(list(found), config.seed) for e, found in by_name.items()}
-    dead_on_fit = {s.neuron for s in selected if s.dead}
-    never = Score(None, Status.DEAD, "never above 0 on the fit split")
-    for record in _held_out(config, harvest, selected):
-        for explainer, found in by_name.items():
-            if record.neuron in dead_on_fit:
-                yield from _without_value(record.neuron, explainer, config.metrics, never)
-                continue
-            own = found.get(record.neuron)
-            donor = (
-                found[donors[explainer][record.neuron]]
-                if record.neuron in donors[explainer]
-                else None
+    duplicates: NearDuplicates,
+) -> Iterator[list[Asked]]:
+    """The scores in the making, some neurons at a time; those of this worker's shard."""
+    store = TokenStore(run.stage("tokens").path)
+    variants = {"": Simulator.of(found)}
+    if config.paper_compat:
+        if not found.reads:
+            raise InputError(
+                "--paper-compat reads log-probabilities, which this server does not give: leave it out"
             )
-            yield from score_neuron(record, own, donor, explainer, config.metrics)
+        variants[COMPAT] = Simulator.of(found, paper_compat=True)
+    reader = Reader(
+        name=client.backend.name,
+        simulators=variants,
+        metrics=config.metrics,
+        strings=store.decode_tokens(range(store.vocab_size)),
+        is_duplicate=duplicates.is_duplicate,
+        seed=config.seed,
+    )
+    folder = run.stage(
+        "explanations", set_of(config.model, _explanation_set(run, config, reader.name))
+    ).path
+    known = Explanations(explanations, read_unexplained(folder), config.seed)
+    explainers = sorted({e.explainer for e in explanations}) or [config.explanations or reader.name]
+    dead = {s.neuron for s in selected if s.dead}
+    index, count = config.worker()
+    records = _held_out(config, run.stage("activations", config.model).path, selected[index::count])
+    asked = (list(asked_about(r, r.neuron in dead, explainers, known, reader)) for r in records)
+    yield from windows(asked, client)
+
+
+def _near_duplicates(
+    run: Run,
+    config: ScoreConfig,
+    explanations: Sequence[Explanation],
+    selected: Sequence[Selected],
+) -> NearDuplicates:
+    """Knows all that the explainers were shown: excerpts of the fit split from the documents they name."""
+    duplicates = NearDuplicates(TokenStore(run.stage("tokens").path))
+    seen: dict[NeuronId, set[int]] = {}
+    for explanation in explanations:
+        seen.setdefault(explanation.neuron, set()).update(explanation.documents)
+    harvest = run.stage("activations", config.model).path
+    for record in _records(harvest, "fit", selected):
+        documents = seen.get(record.neuron, set())
+        duplicates.explained(e for e in record.excerpts if e.document in documents)
+    return duplicates
+
+
+def _finish(
+    draft: Draft,
+    config: ScoreConfig,
+    selected: Sequence[Selected],
+    explanations: Sequence[Explanation],
+    scores: Sequence[NeuronScore],
+    duplicates: NearDuplicates,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes the files of the stage; returns the figures of `ScoreResult`."""
+    checked = _disjoint(audit(explanations, scores), config)
+    write_scores(draft.path, scores)
+    near = duplicates.audit(scores)
+    results = _write_summary(draft.path, config, selected, scores, checked, near, more)
+    draft.results.update(results)
+    return results
 
 
 def _held_out(
     config: ScoreConfig, harvest: Path, selected: Sequence[Selected]
 ) -> Iterator[NeuronRecord]:
-    """Held-out records of the selected neurons; `InputError` where one is missing."""
-    layers: dict[int, list[int]] = {}
-    for s in selected:
-        layers.setdefault(s.neuron.layer, []).append(s.neuron.index)
+    """Held-out records of the selected neurons, with a progress bar."""
     with tqdm(
         total=len(selected), desc=f"score {config.model}", unit="neuron", disable=config.quiet
     ) as bar:
-        for layer, indices in layers.items():
-            n_found = 0
-            for record in read_records(harvest, "held_out", layers=[layer], indices=indices):
-                n_found += 1
-                yield record
-                bar.update()
-            if n_found != len(indices):
-                raise InputError(
-                    f"{harvest} holds {n_found} of the {len(indices)} explained neurons of layer"
-                    f" {layer} in the held_out split: type `cratelm harvest --force` for this model"
-                )
+        for record in _records(harvest, "held_out", selected):
+            yield record
+            bar.update()
+
+
+def _records(harvest: Path, split: Split, selected: Sequence[Selected]) -> Iterator[NeuronRecord]:
+    """Records of the selected neurons, by layer and index; `InputError` where one is missing."""
+    layers: dict[int, list[int]] = {}
+    for s in selected:
+        layers.setdefault(s.neuron.layer, []).append(s.neuron.index)
+    for layer, indices in layers.items():
+        n_found = 0
+        for record in read_records(harvest, split, layers=[layer], indices=indices):
+            n_found += 1
+            yield record
+        if n_found != len(indices):
+            raise InputError(
+                f"{harvest} holds {n_found} of the {len(indices)} explained neurons of layer"
+                f" {layer} in the {split} split: type `cratelm harvest --force` for this model"
+            )
 
 
 def _disjoint(checked: Audit, config: ScoreConfig) -> Audit:
@@ -203,7 +288,9 @@ def _write_summary(
     selected: Sequence[Selected],
     scores: Sequence[NeuronScore],
     checked: Audit,
-) -> dict:
+    near: DuplicateAudit,
+    more: dict[str, Any],
+) -> dict[str, Any]:
     """Writes `summary.json`; returns the figures of `ScoreResult`."""
     statistics = all_statistics(scores, resamples=config.resamples, seed=config.seed)
     write_json(
@@ -211,6 +298,8 @@ def _write_summary(
         {
             "model": config.model,
             "leakage_audit": asdict(checked),
+            "near_duplicates": asdict(near),
+            **more,
             "statistics": [asdict(s) for s in statistics],
         },
     )
@@ -218,7 +307,8 @@ def _write_summary(
         (s.explainer, s.metric, s.control): s for s in statistics if s.policy == "leave_out"
     }
     means = {
-        f"{explainer} {metric}": f"{_shown(own)}; shuffled {_shown(left_out[explainer, metric, 'shuffled'])};"
+        f"{explainer} {metric}": f"{_shown(own)}; shuffled"
+        f" {_shown(left_out[explainer, metric, 'shuffled'])};"
         f" {own.counts.undefined} undefined, {own.counts.failed} failed"
         for (explainer, metric, control), own in left_out.items()
         if control == "none"
@@ -227,7 +317,9 @@ def _write_summary(
         "n_scores": len(scores),
         "n_neurons": len(selected),
         "n_dead": len({s.neuron for s in scores if s.score.status == Status.DEAD}),
+        "n_failed": sum(s.score.status == Status.FAILED for s in scores if s.control == "none"),
         "shared_documents": len(checked.shared),
+        "n_duplicates": near.n_near_duplicates,
         "means": means,
     }
 

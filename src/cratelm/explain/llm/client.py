@@ -6,8 +6,9 @@ is used up it raises `BudgetReached`, with nothing lost: the same command goes o
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cratelm.errors import BudgetReached, InputError
 from cratelm.explain.llm.config import Budget
@@ -62,7 +63,7 @@ class Client:
         self.backend, self.ledger, self.budget = backend, ledger, budget
         self.tally = Tally()
         self._retry_failed = retry_failed
-        self._identity = dict(backend.identity)
+        self.identity = dict(backend.identity)
         self._tried: set[str] = set()
 
     def ask(self, requests: Sequence[Request]) -> list[Outcome]:
@@ -71,7 +72,7 @@ class Client:
         Raises `BudgetReached` before a request that the budget has no room for; what was answered
         until then is in the ledger.
         """
-        keys = [key(r, self._identity) for r in requests]
+        keys = [key(r, self.identity) for r in requests]
         known = self._known(keys)
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in known}
         self.tally.known += sum(k in known for k in keys)
@@ -83,7 +84,7 @@ class Client:
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
         """Those that would be sent, each once."""
-        wanted = {key(r, self._identity): r for r in requests}
+        wanted = {key(r, self.identity): r for r in requests}
         known = self._known(list(wanted))
         return [r for k, r in wanted.items() if k not in known]
 
@@ -188,24 +189,48 @@ class Plan:
         )
 
 
-def plan(client: Client, requests: Sequence[Request]) -> Plan:
-    """What asking `requests` would take. Sends nothing."""
-    wanted = client.missing(requests)
-    prompt = sum(prompt_tokens(r, client.backend) for r in wanted)
-    completion = sum(completion_tokens(r) for r in wanted)
+@dataclass(frozen=True)
+class Shard:
+    """What one worker of several did: nothing but answers in its ledger."""
+
+    ledger: Path
+    n_neurons: int
+    calls: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_neurons:,} neurons of this shard answered: {self.ledger}\n  {self.calls}\n  when"
+            " all shards are done, the same command without --shard merges them and finishes"
+        )
+
+
+def plan(client: Client, requests: Iterable[Sequence[Request]]) -> Plan:
+    """What asking for these lists of requests would take. Sends nothing."""
+    n, calls, prompt, completion = 0, 0, 0, 0
+    kinds: set[str] = set()
+    for some in requests:
+        n += len({key(r, client.identity) for r in some})
+        for request in client.missing(some):
+            calls += 1
+            prompt += prompt_tokens(request, client.backend)
+            completion += completion_tokens(request)
+            kinds.add(type(request).__name__)
     budget = client.budget
     priced = budget.price_prompt or budget.price_completion
-    so_far = client.ledger.spent(client.backend.name, sorted({type(r).__name__ for r in wanted}))
+    so_far = client.ledger.spent(client.backend.name, sorted(kinds))
     tokens = so_far.prompt_tokens + so_far.completion_tokens
-    rate = so_far.seconds / tokens if tokens else None  # seconds a token
+    seconds = None
+    if tokens:
+        share = (prompt + completion) / tokens
+        seconds = so_far.seconds * share / client.backend.parallel
     return Plan(
-        requests=len(requests),
-        known=len(requests) - len(wanted),
-        calls=len(wanted),
+        requests=n,
+        known=n - calls,
+        calls=calls,
         prompt_tokens=prompt,
         completion_tokens=completion,
         cost=budget.cost(prompt, completion) if priced else None,
-        seconds=0.0 if not wanted else None if rate is None else rate * (prompt + completion),
+        seconds=0.0 if not calls else seconds,
     )
 
 

@@ -18,7 +18,7 @@ from cratelm.explain.llm.text import escaped, excerpt_text
 from cratelm.records import Excerpt
 
 VERSION = "1"
-UNKNOWN = "?"
+UNKNOWN = "unknown"
 """stands where a level is asked for"""
 
 EXPLAIN_SYSTEM = (

@@ -173,6 +173,11 @@ class Backend(Protocol):
         """How many requests it likes to be given at a time, to be busy."""
         ...
 
+    @property
+    def parallel(self) -> int:
+        """How many calls it has in flight at a time."""
+        ...
+
     def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Outcome]]]:
         """Outcomes by the requests' index as they come, in groups that are to be kept together.
 

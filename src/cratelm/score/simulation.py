@@ -1,0 +1,101 @@
+"""Simulating a neuron with a language model that reads its explanation (Bills et al. 2023).
+
+One request an excerpt: the level of every token is read from one pass, as the expected value over
+the levels. `paper_compat` is what Bai & Ma (2025) did instead: levels 0..10, only the first token of
+a level is read (where "10" is two tokens a 10 reads as 1), and only the five likeliest tokens of all
+are searched; where no level is among them the value is 0.
+
+Shapes: n tokens of an excerpt, O options.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cratelm.explain.levels import MAX_LEVEL
+from cratelm.explain.llm.preflight import Preflight
+from cratelm.explain.llm.prompts import simulate_fill, simulate_read
+from cratelm.explain.llm.requests import Answer, Outcome, Reading, Request
+from cratelm.records import Excerpt, Score
+from cratelm.score.metrics import correlation_score
+from cratelm.score.tasks import Task, failed
+
+COMPAT_SEARCHED = 5
+"""likeliest tokens in which the paper's code looks for a level"""
+COMPAT = "+paper-compat"
+"""added to the explainer's name in the rows of that variant"""
+
+IsDuplicate = Callable[[Excerpt], bool]
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """How levels are asked for and read."""
+
+    reads: bool
+    """log-probabilities; else JSON"""
+    top_level: int
+    """levels 0..top_level are asked for"""
+    n_options: int
+    """levels that are single tokens: 0..n_options - 1 are read"""
+    paper_compat: bool = False
+
+    @classmethod
+    def of(cls, found: Preflight, *, paper_compat: bool = False) -> "Simulator":
+        top = MAX_LEVEL if paper_compat else found.top_level
+        return cls(found.reads, top, found.top_level + 1, paper_compat)
+
+    def request(self, explanation: str, excerpt: Excerpt, strings: Sequence[str]) -> Request:
+        """What asks for the levels of one excerpt; `strings` [V] shows each token."""
+        if not self.reads:
+            return simulate_fill(explanation, excerpt.token_ids, strings, self.top_level)
+        read = simulate_read(
+            explanation, excerpt.token_ids, strings, self.top_level, full=self.paper_compat
+        )
+        return replace(read, options=read.options[: self.n_options])
+
+    def levels(self, answer: Answer) -> NDArray[np.float64]:
+        """[n] simulated levels, 0..top_level."""
+        if isinstance(answer.value, tuple):
+            return np.array(answer.value, dtype=np.float64)
+        assert isinstance(answer.value, Reading)
+        shares = np.exp(answer.value.log_probs.astype(np.float64))  # [n, O]
+        if self.paper_compat:
+            assert answer.value.ranks is not None
+            shares = np.where(answer.value.ranks < COMPAT_SEARCHED, shares, 0.0)
+            total = shares.sum(axis=1, keepdims=True)
+            shares = np.divide(shares, total, out=np.zeros_like(shares), where=total > 0)
+        return shares @ np.arange(shares.shape[1])
+
+
+def simulation_task(
+    explanation: str,
+    excerpts: Sequence[Excerpt],
+    simulator: Simulator,
+    strings: Sequence[str],
+    is_duplicate: IsDuplicate,
+) -> Task:
+    """Asks for the levels of all `excerpts`; the score is their correlation with the activations."""
+    requests = tuple(simulator.request(explanation, e, strings) for e in excerpts)
+
+    def grade(outcomes: Sequence[Outcome]) -> Score:
+        if (none := failed(outcomes)) is not None:
+            return none
+        simulated = [simulator.levels(o) for o in outcomes if isinstance(o, Answer)]
+        return graded(excerpts, simulated, is_duplicate)
+
+    return Task(requests, grade)
+
+
+def graded(
+    excerpts: Sequence[Excerpt], simulated: Sequence[NDArray], is_duplicate: IsDuplicate
+) -> Score:
+    """The score of simulated activations, and beside it that without the near-duplicates."""
+    score = correlation_score([e.activations for e in excerpts], simulated)
+    kept = [i for i, e in enumerate(excerpts) if not is_duplicate(e)]
+    if len(kept) == len(excerpts):
+        return score
+    rest = correlation_score([excerpts[i].activations for i in kept], [simulated[i] for i in kept])
+    return replace(score, n_duplicates=len(excerpts) - len(kept), without_duplicates=rest.value)
