@@ -7,10 +7,14 @@ ordinals, those of the held-out split odd ones.
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from cratelm.activations.store import write_records
+from cratelm.corpus.documents import Document
 from cratelm.records import Excerpt, ExcerptKind, NeuronId, NeuronRecord, NeuronSummary, Split
 from cratelm.runs import Run
+from cratelm.tokens.shards import StoreWriter
 
 VOCABULARY = 50
 LENGTH = 60
@@ -100,13 +104,29 @@ def activations(split: Split, index: int) -> np.ndarray:
     return on_token(tokens, index)
 
 
+def write_shards(folder: Path) -> None:
+    """The two splits as shards, documents in the order of their ordinals.
+
+    A document's last token gives way to the end-of-text token, so that positions stay as they are.
+    """
+    vocabulary = {text: i for i, text in enumerate([*STRINGS, "<|endoftext|>"])}
+    writer = StoreWriter(folder, Tokenizer(WordLevel(vocabulary, STRINGS[0])), VOCABULARY)
+    splits: tuple[Split, Split] = ("fit", "held_out")
+    tokens = {split: corpus(split)[0].reshape(N_DOCUMENTS, LENGTH) for split in splits}
+    for number in range(N_DOCUMENTS):
+        for split in splits:
+            ids = tokens[split][number, :-1].tolist()
+            writer.append(split, ids, Document("", "made up", "", 0, ""))
+    writer.close()
+
+
 def run_with_harvest(
     path: Path, n_neurons: int = 12, layers: int = 2, documents_overlap: bool = False
 ) -> Run:
     """A run whose harvest of model `m` is finished; with `documents_overlap` its splits are not disjoint."""
     run = Run(path)
-    with run.stage("tokens").write({}, {}):
-        pass
+    with run.stage("tokens").write({}, {}) as draft:
+        write_shards(draft.path)
     with run.stage("activations", "m").write({}, {}) as draft:
         splits: tuple[Split, Split] = ("fit", "held_out")
         for split in splits:

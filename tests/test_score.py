@@ -17,10 +17,11 @@ from cratelm.explain.explain import explain, explain_neuron
 from cratelm.records import METRICS, Excerpt, Explanation, NeuronId, Status
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import audit, shuffled
-from cratelm.score.score import score, score_neuron
+from cratelm.score.score import score
 from cratelm.score.selection import scored_on
 from cratelm.score.simulators import simulate, simulate_constant
 from cratelm.score.store import read_scores
+from cratelm.score.without_model import score_neuron
 
 
 def held_out(token: int):
@@ -75,7 +76,9 @@ def test_few_excerpts_are_all_used_and_counted():
     few = replace(record, excerpts=record.of_kind("top")[:4] + record.of_kind("random")[:2])
     found = kinds_and_ranks(scored_on(few, "top_and_random"))
     assert found == [("top", 1), ("top", 3), ("random", 0), ("random", 1)]
-    scores = score_neuron(few, explanation_of(3), None, "lookup", ("top_and_random",))
+    scores = score_neuron(
+        few, explanation_of(3), None, "lookup", ("top_and_random",), none_is_duplicate
+    )
     assert scores[0].score.n_records == 4
 
 
@@ -90,7 +93,7 @@ def test_simulators_never_see_the_truth(monkeypatch):
         seen.append([s.tolist() for s in simulated])
         raise StopIteration
 
-    monkeypatch.setattr("cratelm.score.score.correlation_score", spy)
+    monkeypatch.setattr("cratelm.score.simulation.correlation_score", spy)
     record = held_out(3)
     drawn = np.random.default_rng(1)
     other = replace(
@@ -103,7 +106,9 @@ def test_simulators_never_see_the_truth(monkeypatch):
     for explainer in ("lookup", "trie"):
         for one in (record, other):
             with pytest.raises(StopIteration):
-                score_neuron(one, explanation_of(3, explainer), None, explainer, METRICS)
+                score_neuron(
+                    one, explanation_of(3, explainer), None, explainer, METRICS, none_is_duplicate
+                )
     assert seen[0] == seen[1]
     assert seen[2] == seen[3]
     assert max(max(s) for s in seen[0]) > 0.5
@@ -162,7 +167,7 @@ def test_shuffling_is_a_derangement_within_layers(sizes, seed):
 
 def test_audit_finds_shared_documents():
     explanation = explanation_of(3)
-    scores = score_neuron(held_out(3), explanation, None, "lookup", METRICS)
+    scores = score_neuron(held_out(3), explanation, None, "lookup", METRICS, none_is_duplicate)
     clean = audit([explanation], scores)
     assert clean.shared == ()
     assert clean.n_explained == len(explanation.documents) > 20
@@ -178,7 +183,12 @@ def test_audit_finds_shared_documents():
 def test_own_explanation_scores_high_another_near_zero_a_constant_none():
     for token in range(3, 12):
         scores = score_neuron(
-            held_out(token), explanation_of(token), explanation_of(token + 1), "lookup", METRICS
+            held_out(token),
+            explanation_of(token),
+            explanation_of(token + 1),
+            "lookup",
+            METRICS,
+            none_is_duplicate,
         )
         assert len(scores) == 9
         for s in scores:
@@ -194,15 +204,23 @@ def test_own_explanation_scores_high_another_near_zero_a_constant_none():
 
 def test_no_value_has_one_of_three_reasons():
     dead = harvested(np.zeros(7200), "held_out")
-    for s in score_neuron(dead, explanation_of(3), explanation_of(4), "lookup", METRICS):
+    for s in score_neuron(
+        dead, explanation_of(3), explanation_of(4), "lookup", METRICS, none_is_duplicate
+    ):
         assert (s.score.status, s.score.value) == (Status.DEAD, None)
-    for s in score_neuron(held_out(3), None, explanation_of(4), "lookup", METRICS):
+    for s in score_neuron(
+        held_out(3), None, explanation_of(4), "lookup", METRICS, none_is_duplicate
+    ):
         assert (s.score.status, s.score.reason) == (Status.FAILED, "no explanation by lookup")
     silent = replace(held_out(3), excerpts=tuple(map(silenced, held_out(3).excerpts)))
-    for s in score_neuron(silent, explanation_of(3), None, "lookup", METRICS):
+    for s in score_neuron(silent, explanation_of(3), None, "lookup", METRICS, none_is_duplicate):
         assert s.score.status == Status.UNDEFINED
         if s.control == "shuffled":
             assert "no other explained neuron" in s.score.reason
+
+
+def none_is_duplicate(excerpt: Excerpt) -> bool:
+    return False
 
 
 def silenced(excerpt: Excerpt) -> Excerpt:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -141,7 +142,7 @@ def _write(
     selected: Sequence[Selected],
     explanations: Sequence[Explanation],
     failures: Sequence[Unexplained],
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Writes the files of the stage; returns the figures of `ExplainResult`."""
     write_explanations(draft.path, explanations)
     write_selected(draft.path, selected)

@@ -112,8 +112,9 @@ def write_unexplained(folder: Path, failures: Sequence[Unexplained]) -> None:
 
 
 def read_unexplained(folder: Path) -> list[Unexplained]:
-    """What a language model did not explain, in the order written."""
-    rows = _rows(folder / "unexplained.parquet")
+    """What a language model did not explain, in the order written; nothing where it was not asked."""
+    path = folder / "unexplained.parquet"
+    rows = _rows(path) if path.is_file() else []
     return [Unexplained(_neuron(row), row["evidence"], row["reason"]) for row in rows]
 
 

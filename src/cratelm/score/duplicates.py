@@ -120,25 +120,23 @@ class NearDuplicates:
     def audit(self, scores: Sequence[NeuronScore]) -> DuplicateAudit:
         """What was found, and what leaving it out does to `scores` (own explanations alone)."""
         own = [s for s in scores if s.control == "none" and s.metric in METRICS]
-        kinds = sorted({(s.explainer, s.metric) for s in own})
+        groups: dict[tuple[str, Metric], list[NeuronScore]] = {}
+        for s in own:
+            groups.setdefault((s.explainer, s.metric), []).append(s)
         return DuplicateAudit(
             threshold=THRESHOLD,
             n_passages_explained=len(self._explained),
             n_passages_scored=len(self._scored),
             n_near_duplicates=sum(self._scored.values()),
             examples=tuple(self.examples),
-            effects=tuple(
-                _effect(e, m, [s for s in own if (s.explainer, s.metric) == (e, m)])
-                for e, m in kinds
-            ),
+            effects=tuple(_effect(*kind, group) for kind, group in groups.items()),
         )
 
     def _find(self, start: int, stop: int, document: int) -> bool:
         hashed = self._hashed("held_out", start, stop)
         # the index proposes; the estimate decides
-        near = [
-            (hashed.jaccard(self._explained[other]), other) for other in self._index.query(hashed)
-        ]
+        found = [int(str(other)) for other in self._index.query(hashed)]
+        near = [(hashed.jaccard(self._explained[other]), other) for other in found]
         similarity, other = max(near, default=(0.0, -1))
         if similarity < THRESHOLD:
             return False

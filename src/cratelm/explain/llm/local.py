@@ -76,13 +76,17 @@ class LocalBackend:
         self._dtype = _dtype(self._device) if dtype == "auto" else getattr(torch, dtype)
         self._shared: tuple[list[int], Any] = ([], None)
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, str]:
         return {
             "backend": "hf",
-            "weights": _fingerprint(self._source),
+            "weights": self._fingerprint,
             "dtype": str(self._dtype).removeprefix("torch."),
         }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return _fingerprint(self._source)
 
     @property
     def window(self) -> int:
@@ -111,7 +115,7 @@ class LocalBackend:
             model = AutoModelForCausalLM.from_pretrained(
                 *self._source.arguments, dtype=self._dtype, **self._source.options
             )
-        return model.to(self._device, self._dtype).eval()
+        return model.to(device=self._device, dtype=self._dtype).eval()  # type: ignore[arg-type]
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text).input_ids)
@@ -137,7 +141,7 @@ class LocalBackend:
         for index, request in enumerate(requests):
             groups.setdefault(_group(request), []).append(index)
         for indices in groups.values():
-            some = [requests[i] for i in indices]
+            some: list[Any] = [requests[i] for i in indices]
             if isinstance(some[0], Read):
                 parts = [(indices, self._read(some))]
             else:

@@ -83,9 +83,11 @@ def explain_request(
     if contrast:
         lines.append("It does not react in:")
         lines += [f"- {excerpt_text(e.token_ids, strings)}" for e in contrast]
-    messages: list[tuple[Role, str]] = [("system", EXPLAIN_SYSTEM)]
+    messages: list[tuple[Role, str]] = []
+    messages.append(("system", EXPLAIN_SYSTEM))
     for example, answer in _EXPLAIN_EXAMPLES:
-        messages += [("user", f"{example}\n\n{_QUESTION}"), ("assistant", answer)]
+        messages.append(("user", f"{example}\n\n{_QUESTION}"))
+        messages.append(("assistant", answer))
     messages.append(("user", "\n".join(lines) + f"\n\n{_QUESTION}"))
     return Chat(tuple(messages), max_tokens, temperature, seed)
 
@@ -134,11 +136,13 @@ def simulate_fill(explanation: str, token_ids: NDArray, strings: Sequence[str], 
         ' strengths are 0. You answer with JSON alone: {"values": [...]}, one integer for each token,'
         " in order."
     )
-    messages: list[tuple[Role, str]] = [("system", system)]
+    messages: list[tuple[Role, str]] = []
+    messages.append(("system", system))
     for example, tokens in SIMULATE_EXAMPLES:
         values = ", ".join(str(_level(value, top)) for _, value in tokens)
         asked = _asked(example, [token for token, _ in tokens])
-        messages += [("user", asked), ("assistant", f'{{"values": [{values}]}}')]
+        messages.append(("user", asked))
+        messages.append(("assistant", f'{{"values": [{values}]}}'))
     shown = [escaped(strings[int(t)]) for t in token_ids]
     messages.append(("user", _asked(explanation, shown)))
     return Fill(tuple(messages), n, 0, top)
