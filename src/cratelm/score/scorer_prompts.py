@@ -2,8 +2,10 @@
 
 Read prompts are plain text to be continued, so that base models and small ones manage: an
 instruction, worked examples, then the question in their form up to where the answer stands. The
-answer follows a colon without a space: tokenizers of GPT-2's kind put a space and a digit into one
-token, and then no token would begin at the answer.
+answer stands on a line of its own. After a colon and a space no token would begin at it, since
+tokenizers of GPT-2's kind put a space and a digit into one token; right after a colon
+SmolLM2-135M-Instruct expects a space (0.80 of its probability on the answers against 0.91 after a
+line's end, and it tells right from wrong less often).
 
 `VERSION` changes whenever any of the texts does.
 """
@@ -35,23 +37,37 @@ DETECTION = Wording(
 Does the text contain what the description says? 1 means yes, 0 means no.
 
 Description: words for parts of the body
-Text:  fell off the ladder and broke his arm in two places
-Contains it:1
+Text: The committee will publish its budget on Friday.\\n
+Contains it:
+0
 
 Description: words for parts of the body
-Text: The committee will publish its budget on Friday.\\n
-Contains it:0
-
-Description: opening brackets of function calls
-Text:  and her sister waited by the gate until it was dark
-Contains it:0
+Text:  fell off the ladder and broke his arm in two places
+Contains it:
+1
 
 Description: opening brackets of function calls
 Text: \\n    total = sum(values) / len(values)\\n
-Contains it:1
+Contains it:
+1
+
+Description: opening brackets of function calls
+Text:  and her sister waited by the gate until it was dark
+Contains it:
+0
+
+Description: names of cities
+Text: \\n        self.close()\\n
+Contains it:
+0
+
+Description: names of cities
+Text:  took the night train from Vienna to Prague
+Contains it:
+1
 
 """,
-    slot="Contains it:",
+    slot="Contains it:\n",
     system="""\
 You are given a description of something that occurs in texts, and numbered texts. Decide for each \
 text whether it contains what the description says: 1 for yes, 0 for no. Line ends in the texts are \
@@ -60,57 +76,63 @@ written \\n. Answer with JSON alone, {"values": [...]}, one number for each text
 
 FUZZING = Wording(
     preamble="""\
-In the text, some words are marked <<like this>>. Are the marked words what the description says? \
+In the text, some words are marked «like this». Are the marked words what the description says? \
 1 means yes, 0 means no.
 
 Description: words for parts of the body
-Text:  fell off the ladder and broke his<< arm>> in two places
-Marked right:1
+Text:  fell off the ladder and broke his« arm» in two places
+Marked right:
+1
 
 Description: words for parts of the body
-Text:  fell off the<< ladder>> and broke his arm in two places
-Marked right:0
+Text:  fell off the« ladder» and broke his arm in two places
+Marked right:
+0
 
 Description: opening brackets of function calls
-Text: \\n    total<< =>> sum(values) / len<<(>>values)\\n
-Marked right:0
+Text: \\n    total« =» sum(values) / len«(»values)\\n
+Marked right:
+0
 
 Description: opening brackets of function calls
-Text: \\n    total = sum<<(>>values) / len<<(>>values)\\n
-Marked right:1
+Text: \\n    total = sum«(»values) / len«(»values)\\n
+Marked right:
+1
 
 """,
-    slot="Marked right:",
+    slot="Marked right:\n",
     system="""\
 You are given a description of something that occurs in texts, and numbered texts in which some \
-words are marked <<like this>>. Decide for each text whether the marked words are what the \
+words are marked «like this». Decide for each text whether the marked words are what the \
 description says: 1 for yes, 0 for no. Line ends in the texts are written \\n. Answer with JSON \
 alone, {"values": [...]}, one number for each text, in their order.""",
 )
 
 _INTRUDER_PREAMBLE = """\
-Four of the five texts have something in common, seen best in the words marked <<like this>>. One \
+Four of the five texts have something in common, seen best in the words marked «like this». One \
 does not belong to them. Which one?
 
-1:  fell off the ladder and broke his<< arm>> in two places
-2:  she shook her<< head>> and left
-3: The committee will publish<< its>> budget on Friday.\\n
-4:  warm gloves for cold<< hands>> and a scarf
-5:  a pain in the<< knee>> after running
-Does not belong:3
+1:  fell off the ladder and broke his« arm» in two places
+2:  she shook her« head» and left
+3: The committee will publish« its» budget on Friday.\\n
+4:  warm gloves for cold« hands» and a scarf
+5:  a pain in the« knee» after running
+Does not belong:
+3
 
-1: \\n    for name<< in>> sorted(names):\\n
-2:  return len<<(>>values) + 1
-3: print<<(>>'done')\\n
-4:  x = max<<(>>x, 0)
-5:  if isinstance<<(>>value, str):
-Does not belong:1
+1: \\n    for name« in» sorted(names):\\n
+2:  return len«(»values) + 1
+3: print«(»'done')\\n
+4:  x = max«(»x, 0)
+5:  if isinstance«(»value, str):
+Does not belong:
+1
 
 """
-_INTRUDER_SLOT = "Does not belong:"
+_INTRUDER_SLOT = "Does not belong:\n"
 _INTRUDER_SYSTEM = """\
 You are given five numbered texts. Four have something in common, seen best in the words marked \
-<<like this>>; one does not belong to them. Decide which one. Line ends in the texts are written \
+«like this»; one does not belong to them. Decide which one. Line ends in the texts are written \
 \\n. Answer with JSON alone: {"values": [N]}, N being the number of the text that does not belong."""
 
 

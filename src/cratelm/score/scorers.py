@@ -19,7 +19,6 @@ inactive, and which tokens are marked. Draws are seeded by neuron (and excerpt):
 Shapes: n tokens of an excerpt, P active and Q inactive texts, E width of an embedding.
 """
 
-import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
@@ -28,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from cratelm.explain.llm.requests import Answer, Embed, Outcome, Reading, Request
+from cratelm.explain.llm.text import excerpt_text
 from cratelm.records import Excerpt, Metric, NeuronRecord, Score, Status
 from cratelm.score.controls import Control
 from cratelm.score.metrics import levels
@@ -49,8 +49,6 @@ MOST_MARKED = 8
 """tokens marked in a text: marks on half of it would point at nothing"""
 WINDOW = (16, 16)
 """tokens of an intruder text before the peak, and from it: five texts stand in one prompt"""
-_ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
-"""Unicode categories: control, surrogate, line and paragraph separator"""
 
 
 class ScorerTask(Protocol):
@@ -222,18 +220,15 @@ def shown(
     strings: Sequence[str],
     marked: Collection[int] | NDArray[np.integer] = (),
 ) -> str:
-    r"""Tokens as one line of text, runs of the `marked` offsets between << and >>.
+    """Tokens as one line of text, runs of the tokens at the offsets `marked` inside guillemets.
 
-    Control characters and line separators are escaped (`\n`, `\t`, `\x1b`, `\u2028`), so a text
-    cannot pass for another field of a prompt. What the text itself has of << and \ stays as it is.
+    Line ends and other characters that do not print are escaped, so a text cannot pass for another
+    field of a prompt.
     """
-    marks = {int(m) for m in marked}
-    pieces = []
-    for offset, token in enumerate(token_ids):
-        opens = offset in marks and offset - 1 not in marks
-        closes = offset in marks and offset + 1 not in marks
-        pieces.append("<<" * opens + _escaped(strings[int(token)]) + ">>" * closes)
-    return "".join(pieces)
+    ids = np.asarray(token_ids)
+    mask = np.zeros(len(ids), dtype=bool)
+    mask[np.asarray(list(marked), dtype=np.intp)] = True
+    return excerpt_text(ids, strings, mask)
 
 
 def roc_area(positive: ArrayLike, negative: ArrayLike) -> float:
@@ -405,15 +400,6 @@ def _rng(record: NeuronRecord, seed: int, excerpt: Excerpt | None = None) -> np.
     neuron = record.neuron
     of_excerpt = [] if excerpt is None else [excerpt.position]
     return np.random.default_rng([seed, neuron.layer, neuron.index, *of_excerpt])
-
-
-def _escaped(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in _ESCAPED else c
-        for c in text
-    )
 
 
 def _dead() -> Score:
