@@ -645,8 +645,8 @@ def _plain(token: str) -> str:
 def _found(top: Any, options: tuple[str, ...], n_top: int) -> tuple[list[float], list[int]]:
     """[O] absolute log-probabilities (-inf where not told) and ranks.
 
-    Tokens are matched as they are, else without spaces around them. The token that stands there is
-    told even where it is not among the likeliest: then its rank is unknown.
+    Tokens are matched as they are, or without spaces around them where no option is told as it is.
+    The token that stands there is told even if it is not among the likeliest: its rank is unknown.
     """
     told = {
         token: float(x)
@@ -659,7 +659,8 @@ def _found(top: Any, options: tuple[str, ...], n_top: int) -> tuple[list[float],
         entry = told[token], rank if rank < n_top else NO_RANK
         exact[token] = entry
         bare.setdefault(_plain(token).strip(" "), entry)
-    entries = [exact.get(o) or bare.get(o) or (-math.inf, NO_RANK) for o in options]
+    matches = exact if any(option in exact for option in options) else bare
+    entries = [matches.get(option, (-math.inf, NO_RANK)) for option in options]
     return [log_prob for log_prob, _ in entries], [rank for _, rank in entries]
 
 

@@ -1,0 +1,744 @@
+"""The server backend against a real local HTTP server: answers, faults, limits, secrets, offsets.
+
+Every fault of `llm_server` is met one by one and all at once; no test needs a network.
+"""
+
+import asyncio
+import builtins
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llm_server import MODEL, RETRIED, Fault, LLMServer, always, embedding, likely, storm
+
+from cratelm.errors import InputError
+from cratelm.explain.llm import server as server_module
+from cratelm.explain.llm.prompts import simulate_fill, simulate_read
+from cratelm.explain.llm.requests import (
+    NO_RANK,
+    Answer,
+    Chat,
+    Embed,
+    Failure,
+    FailureKind,
+    Fill,
+    Outcome,
+    Read,
+    Reading,
+    Request,
+)
+from cratelm.explain.llm.server import LOST, ServerBackend
+
+SECRET = "sk-local-4f1d2c3b5a69788796a5b4c3d2e1f0"
+STRINGS = ["The", " fox", " and", "é", " 中", "😀", "\n", "\t", '"', " fox", ""]
+DIGITS = tuple("0123456789")
+FILL = simulate_fill("word fox", np.arange(len(STRINGS)), STRINGS, 9)
+READ = simulate_read("word fox", np.arange(len(STRINGS)), STRINGS, 9, full=True)
+CHAT = Chat((("system", "Explain."), ("user", "«fox» and «fox»")))
+EMBED = Embed("the quick fox")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Short pauses between attempts, and no proxy or key of the machine."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def backend(server: LLMServer, **options: Any) -> ServerBackend:
+    return ServerBackend(MODEL, server.base_url, **{"method": "logprobs", **options})
+
+
+def ask(backend: ServerBackend, *requests: Request) -> list[Outcome]:
+    """In the order of the requests; every one has exactly one outcome."""
+    got = [pair for group in backend.answer(requests) for pair in group]
+    assert sorted(index for index, _ in got) == list(range(len(requests)))
+    return [outcome for _, outcome in sorted(got, key=lambda pair: pair[0])]
+
+
+def failed(outcome: Outcome) -> Failure:
+    assert isinstance(outcome, Failure), outcome
+    assert "\n" not in outcome.reason
+    assert 0 < len(outcome.reason) <= 200
+    return outcome
+
+
+def answered(outcome: Outcome) -> Any:
+    assert isinstance(outcome, Answer), outcome
+    return outcome.value
+
+
+# answers
+
+
+def test_every_kind_of_request_is_answered():
+    with LLMServer() as server:
+        chat, fill, read, embed = ask(backend(server), CHAT, FILL, READ, EMBED)
+    assert answered(chat) == "the token fox"
+    assert chat.prompt_tokens == server.n_tokens("Explain.\n«fox» and «fox»")
+    assert chat.completion_tokens == server.n_tokens("the token fox")
+    values = answered(fill)
+    assert len(values) == len(STRINGS)
+    assert min(values[1], values[9]) >= 8 > 1 >= values[0]
+    reading = answered(read)
+    assert reading.log_probs.shape == (len(STRINGS), 10)
+    assert reading.log_probs.dtype == np.float32
+    assert np.exp(reading.log_probs).sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert reading.log_probs.argmax(axis=1)[[1, 9]].min() >= 8
+    assert answered(embed).tolist() == embedding("the quick fox")
+    assert answered(embed).dtype == np.float32
+
+
+def test_sent_options_are_the_requests():
+    chat = Chat((("user", "x"),), max_tokens=7, temperature=0.5, seed=11)
+    with LLMServer() as server:
+        ask(backend(server), chat, FILL, READ)
+        sent = {(call.path, "response_format" in call.body): call.body for call in server.calls}
+    body = sent["/v1/chat/completions", False]
+    assert (body["max_tokens"], body["temperature"], body["seed"]) == (7, 0.5, 11)
+    asked = sent["/v1/chat/completions", True]["response_format"]["json_schema"]
+    values = asked["schema"]["properties"]["values"]
+    assert asked["strict"] is True
+    assert (values["minItems"], values["maxItems"]) == (len(STRINGS), len(STRINGS))
+    assert (values["items"]["minimum"], values["items"]["maximum"]) == (0, 9)
+    read = sent["/v1/completions", False]
+    assert (read["prompt"], read["echo"], read["logprobs"]) == (READ.text, True, 20)
+    assert (read["max_tokens"], read["temperature"]) == (1, 0)
+
+
+def test_mass_and_ranks_are_those_of_the_server():
+    with LLMServer() as server:
+        full, plain = ask(
+            backend(server),
+            READ,
+            Read("", READ.preamble + READ.context, READ.body, READ.slots, DIGITS),
+        )
+    reading = answered(full)
+    for n, offset in enumerate(READ.offsets):
+        top = likely(READ.text[:offset], 20, "?")
+        order = sorted((t for t in top if t != "?"), key=lambda t: -top[t])
+        told = {t: np.exp(top[t]) for t in top if t in DIGITS}
+        assert reading.mass[n] == pytest.approx(sum(told.values()), rel=1e-5)
+        for digit, rank in zip(DIGITS, reading.ranks[n], strict=True):
+            assert rank == (order.index(digit) if digit in top else NO_RANK)
+    assert answered(plain).mass is None
+    assert answered(plain).ranks is None
+
+
+def test_token_that_stands_there_has_no_rank_beyond_the_likeliest():
+    read = Read("", "", "Neuron reacts to: the token fox\nfox\t0\n", (36,), DIGITS, full=True)
+    assert read.text[36] == "0"
+    with LLMServer(max_logprobs=5) as server:
+        reading = answered(ask(backend(server), read)[0])
+    assert reading.ranks[0, 0] == NO_RANK
+    assert np.isfinite(reading.log_probs[0, 0])
+    assert sorted(reading.ranks[0])[:5] == [0, 1, 2, 3, 4]
+
+
+def test_fewer_log_probabilities_are_asked_for_where_twenty_are_refused():
+    other = Read("", "", "a\t1\nb\t2\n", (6,), DIGITS)
+    with LLMServer(max_logprobs=5) as server:
+        model = backend(server)
+        reading = answered(ask(model, READ)[0])
+        answered(ask(model, other)[0])
+        assert [call.body["logprobs"] for call in server.calls] == [20, 5, 5]
+    assert (np.isfinite(reading.log_probs).sum(axis=1) <= 5).all()
+    assert np.exp(reading.log_probs).sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_schema_is_given_up_once_where_it_is_refused():
+    with LLMServer(schema=False) as server:
+        model = backend(server)
+        values = answered(ask(model, FILL)[0])
+        assert len(values) == len(STRINGS)
+        answered(ask(model, Fill((*FILL.messages, ("user", "Give 11 integers")), 11, 0, 9))[0])
+        assert ["response_format" in call.body for call in server.calls] == [True, False, False]
+
+
+def test_usage_is_estimated_where_the_server_does_not_tell(monkeypatch):
+    monkeypatch.setattr(LLMServer, "_usage", lambda self, prompt, said: {})
+    with LLMServer() as server:
+        chat, fill = ask(backend(server), CHAT, FILL)
+    assert chat.prompt_tokens == 3 + 4 + 6 + 4  # 8 and 19 bytes by 3.5, 4 a message
+    assert chat.completion_tokens == 4  # 13 bytes
+    assert fill.completion_tokens == 16 + 4 * len(STRINGS)
+
+
+# faults, one by one
+
+AT_ONCE = {
+    (Fault.TRUNCATED, CHAT): FailureKind.MALFORMED,
+    (Fault.TRUNCATED, READ): FailureKind.MALFORMED,
+    (Fault.REFUSAL, CHAT): FailureKind.REFUSED,
+    (Fault.REFUSAL, FILL): FailureKind.REFUSED,
+    (Fault.REFUSAL, READ): FailureKind.REFUSED,
+    (Fault.EMPTY, CHAT): FailureKind.EMPTY,
+    (Fault.EMPTY, FILL): FailureKind.EMPTY,
+    (Fault.EMPTY, READ): FailureKind.UNREADABLE,
+    (Fault.EMPTY, EMBED): FailureKind.MALFORMED,
+    (Fault.GARBAGE, FILL): FailureKind.MALFORMED,
+    (Fault.GARBAGE, READ): FailureKind.MALFORMED,
+    (Fault.GARBAGE, EMBED): FailureKind.MALFORMED,
+    (Fault.WRONG_COUNT, FILL): FailureKind.MALFORMED,
+    (Fault.WRONG_COUNT, READ): FailureKind.UNREADABLE,
+    (Fault.STALL, CHAT): FailureKind.DEADLINE,
+    (Fault.DRIBBLE, READ): FailureKind.DEADLINE,
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "request_"), AT_ONCE, ids=lambda x: type(x).__name__ + str(x)[:9]
+)
+def test_fault_is_its_kind_of_failure(fault, request_):
+    deadline = 0.4 if fault in (Fault.STALL, Fault.DRIBBLE) else 20.0
+    with LLMServer(always(fault)) as server:
+        failure = failed(ask(backend(server, deadline=deadline), request_)[0])
+        assert server.faults_served == {fault: 1}
+    assert failure.kind == AT_ONCE[fault, request_]
+
+
+def test_reasons_say_what_was_found():
+    with LLMServer(always(Fault.WRONG_COUNT)) as server:
+        failure = failed(ask(backend(server), FILL)[0])
+        assert failure.reason == "9 values, 11 were expected"
+        assert failure.completion_tokens > 0
+    with LLMServer(always(Fault.GARBAGE)) as server:
+        assert failed(ask(backend(server), FILL)[0]).reason == "JSON cut off at the limit of tokens"
+
+
+def test_garbage_in_a_chat_is_a_text():
+    """Whatever a model says is its explanation; that it is 100 KB is the prompt's matter."""
+    with LLMServer(always(Fault.GARBAGE)) as server:
+        assert len(answered(ask(backend(server), CHAT)[0])) > 100_000
+
+
+@pytest.mark.parametrize("fault", RETRIED)
+def test_passing_fault_is_tried_again(fault):
+    with LLMServer(always(fault, attempts=3)) as server:
+        assert answered(ask(backend(server), CHAT)[0]) == "the token fox"
+        assert server.faults_served == {fault: 3}
+
+
+@pytest.mark.parametrize("fault", RETRIED)
+def test_lasting_fault_fails_after_the_retries(fault):
+    with LLMServer(always(fault)) as server:
+        failure = failed(ask(backend(server, retries=2), CHAT)[0])
+        assert server.faults_served == {fault: 3}
+    lost = fault in (Fault.DROP, Fault.CUT)
+    assert failure.kind == (FailureKind.CONNECTION if lost else FailureKind.STATUS)
+    if not lost:
+        assert failure.reason.startswith("HTTP 429" if fault == Fault.BUSY else "HTTP 500")
+
+
+def test_retry_after_is_waited_for():
+    with LLMServer(always(Fault.BUSY, attempts=1), retry_after=0.5) as server:
+        started = time.monotonic()
+        answered(ask(backend(server), CHAT)[0])
+        assert 0.5 <= time.monotonic() - started < 5
+
+
+CONTENTS = {
+    "[1, 2": "no JSON",
+    "[1, 2]": 'JSON without a list of "values"',
+    '{"values": 3}': 'JSON without a list of "values"',
+    '{"values": [1, 2, 3]}': "3 values, 2 were expected",
+    '{"values": [1, true]}': "1 values are no integers 0..9",
+    '{"values": [1, 2.0]}': "1 values are no integers 0..9",
+    '{"values": [-1, 10]}': "2 values are no integers 0..9",
+    '{"values": ["1", null]}': "2 values are no integers 0..9",
+    '{"values": [1, ' + "9" * 5000 + "]}": "no JSON",
+    "[" * 100_000: "no JSON",
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=lambda c: c[:20])
+def test_filled_values_are_taken_strictly(monkeypatch, content):
+    monkeypatch.setattr(LLMServer, "_values", lambda *_: content)
+    with LLMServer() as server:
+        failure = failed(ask(backend(server), Fill((("user", "?"),), 2, 0, 9))[0])
+    assert (failure.kind, failure.reason) == (FailureKind.MALFORMED, CONTENTS[content])
+
+
+@pytest.mark.parametrize("content", ['{"values": [0, 9]}', '```json\n{"values": [0, 9]}\n```\n'])
+def test_values_may_be_fenced(monkeypatch, content):
+    monkeypatch.setattr(LLMServer, "_values", lambda *_: content)
+    with LLMServer() as server:
+        assert answered(ask(backend(server), Fill((("user", "?"),), 2, 0, 9))[0]) == (0, 9)
+
+
+BODIES = [
+    {},
+    {"choices": []},
+    {"choices": [None]},
+    {"choices": {"0": 1}},
+    {"choices": [{"message": "text"}]},
+    {"choices": [{"message": {"content": 3}}]},
+    {"choices": [{"logprobs": [1]}], "data": [{}]},
+    {"data": [{"embedding": ["1.0"]}]},
+    {"data": [{"embedding": [True]}]},
+    {"data": [{"embedding": [1e300]}], "usage": []},
+    {"data": [{"embedding": [float("nan")]}], "usage": {"prompt_tokens": "many"}},
+    {"choices": [{"logprobs": {"text_offset": [0], "tokens": [3], "top_logprobs": [None]}}]},
+    {"choices": [{"logprobs": {"text_offset": ["a"], "tokens": ["b"], "top_logprobs": [{}]}}]},
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda b: str(b)[:50])
+def test_bodies_of_another_form_are_failures(monkeypatch, body):
+    monkeypatch.setattr(LLMServer, "answer", lambda *_: (200, body))
+    with LLMServer() as server:
+        for outcome in ask(backend(server), CHAT, FILL, READ, EMBED):
+            assert failed(outcome).kind in (
+                FailureKind.MALFORMED, FailureKind.UNREADABLE, FailureKind.EMPTY,
+            )  # fmt: skip
+
+
+# limits
+
+
+def test_storm_of_all_faults_gives_every_request_one_outcome():
+    chats = [Chat((("user", f"«word{i}»"),)) for i in range(50)]
+    fills = [Fill((("user", f"{i}"),), 8, 0, 9) for i in range(50)]
+    reads = [Read("", f"Description: {i}\n", "Answer:1\n", (7,), DIGITS) for i in range(50)]
+    embeds = [Embed(f"text {i}") for i in range(50)]
+    requests = [*chats, *fills, *reads, *embeds]
+    with LLMServer(storm(0.5), seed=3) as server:
+        model = backend(server, deadline=0.6, concurrency=32, retries=2)
+        outcomes = ask(model, *requests)
+        assert set(server.faults_served) == set(Fault)
+        again = ask(
+            model, *(r for r, o in zip(requests, outcomes, strict=True) if isinstance(o, Failure))
+        )
+    kinds = Counter(o.kind for o in outcomes if isinstance(o, Failure))
+    assert set(kinds) == set(FailureKind)
+    n_answers = sum(isinstance(o, Answer) for o in outcomes)
+    assert n_answers + kinds.total() == 200
+    assert n_answers > 60
+    assert any(isinstance(o, Answer) for o in again)
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            failed(outcome)
+
+
+def test_calls_in_flight_are_bounded():
+    with LLMServer(delay=0.02) as server:
+        ask(backend(server, concurrency=3), *(Embed(str(i)) for i in range(30)))
+        assert server.most_at_once == 3
+
+
+@pytest.mark.parametrize("fault", [Fault.DRIBBLE, Fault.STALL, Fault.BUSY])
+def test_deadline_covers_dribbling_bodies_and_retries(fault):
+    with LLMServer(always(fault), retry_after=0.2) as server:
+        started = time.monotonic()
+        failure = failed(ask(backend(server, deadline=0.7, retries=100), CHAT)[0])
+        assert 0.6 < time.monotonic() - started < 3
+    assert failure.kind == FailureKind.DEADLINE
+    assert failure.seconds == pytest.approx(0.7, abs=0.5)
+
+
+def test_waiting_for_a_turn_is_not_part_of_the_deadline():
+    with LLMServer(delay=0.15) as server:
+        outcomes = ask(backend(server, concurrency=1, deadline=0.6), *map(Embed, "abcdefgh"))
+    assert all(isinstance(o, Answer) for o in outcomes)
+
+
+def test_outcomes_come_one_by_one():
+    slow = always(Fault.STALL)
+    with LLMServer(
+        lambda seed, call: slow(seed, call) if "slow" in str(call.body) else None
+    ) as server:
+        groups = backend(server, deadline=1.0).answer([Embed("slow"), Embed("a"), Embed("b")])
+        started = time.monotonic()
+        first, second = next(groups), next(groups)
+        assert time.monotonic() - started < 0.9
+        assert {first[0][0], second[0][0]} == {1, 2}
+        assert failed(next(groups)[0][1]).kind == FailureKind.DEADLINE
+
+
+def test_closing_early_cancels_what_is_in_flight():
+    with LLMServer(lambda seed, call: None if "first" in str(call.body) else Fault.STALL) as server:
+        requests = [Embed("first"), *(Embed(str(i)) for i in range(100))]
+        groups = backend(server, concurrency=4).answer(requests)
+        ((index, outcome),) = next(groups)
+        assert index == 0
+        answered(outcome)
+        started = time.monotonic()
+        groups.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - started < 2
+        until(lambda: server.now == 0)
+        assert len(server.calls) <= 5
+    assert not [t for t in threading.enumerate() if t.name.startswith("cratelm")]
+
+
+def test_an_interrupt_of_the_caller_ends_the_calls():
+    def interrupted(groups: Any) -> None:
+        with contextlib.closing(groups):
+            for _ in groups:
+                raise KeyboardInterrupt
+
+    with LLMServer(lambda seed, call: None if "first" in str(call.body) else Fault.STALL) as server:
+        groups = backend(server).answer([Embed("first"), Embed("second")])
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(groups)
+        until(lambda: server.now == 0)
+
+
+def test_works_inside_a_running_loop():
+    async def notebook(model: ServerBackend) -> list[Outcome]:
+        return ask(model, CHAT)
+
+    with LLMServer() as server:
+        assert answered(asyncio.run(notebook(backend(server)))[0]) == "the token fox"
+
+
+def until(true: Any) -> None:
+    deadline = time.monotonic() + 3
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert true()
+
+
+# servers that can answer nothing
+
+
+def test_wrong_key_stops_at_the_first_call(monkeypatch):
+    with LLMServer(key=SECRET) as server:
+        with pytest.raises(InputError, match="set OPENAI_API_KEY"):
+            ask(backend(server), CHAT)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-0123456789")
+        with pytest.raises(InputError, match="check OPENAI_API_KEY") as told:
+            ask(backend(server), CHAT, EMBED)
+        assert "sk-wrong" not in str(told.value)
+        monkeypatch.setenv("OPENAI_API_KEY", f" {SECRET}\n")
+        answered(ask(backend(server), CHAT)[0])
+
+
+def test_unknown_model_stops_at_the_first_call():
+    with (
+        LLMServer() as server,
+        pytest.raises(InputError, match="no model huge: check openai:MODEL"),
+    ):
+        ask(ServerBackend("huge", server.base_url), CHAT)
+
+
+def test_server_that_is_not_there_stops_at_the_first_call():
+    with LLMServer() as server:
+        model = backend(server, retries=1)
+    with pytest.raises(InputError, match="cannot be reached: check that the server runs"):
+        ask(model, CHAT)
+
+
+def test_server_that_only_hangs_up_stops_the_first_calls():
+    with LLMServer(always(Fault.DROP)) as server, pytest.raises(InputError, match="be reached"):
+        ask(backend(server, retries=0, concurrency=1), *(Embed(str(i)) for i in range(LOST)))
+
+
+def test_refusals_after_an_answer_are_failures():
+    with LLMServer() as server:
+        model = backend(server)
+        answered(ask(model, CHAT)[0])
+        server.key = SECRET
+        failure = failed(ask(model, EMBED)[0])
+    assert failure.kind == FailureKind.STATUS
+    assert failure.reason.startswith("HTTP 401")
+
+
+def test_server_that_dies_half_way_fails_the_rest_at_once():
+    with LLMServer() as server:
+        model = backend(server, retries=1)
+        groups = model.answer([Embed(str(i)) for i in range(2000)])
+        outcomes = [group[0][1] for group in [next(groups), next(groups)]]
+        server.stop()
+        started = time.monotonic()
+        outcomes += [outcome for group in groups for _, outcome in group]
+        assert time.monotonic() - started < 5
+        assert len(outcomes) == 2000
+        failures = [failed(o) for o in outcomes if isinstance(o, Failure)]
+        assert {f.kind for f in failures} == {FailureKind.CONNECTION}
+        assert sum(not f.reason.startswith("not sent") for f in failures) < 2 * LOST
+        with pytest.raises(InputError, match="cannot be reached"):
+            ask(model, CHAT)
+
+
+def test_server_that_comes_back_is_used_again():
+    with LLMServer() as server:
+        model = backend(server, retries=0, concurrency=1)
+        answered(ask(model, CHAT)[0])
+        server.faults = always(Fault.DROP)
+        outcomes = ask(model, *(Embed(str(i)) for i in range(LOST + 2)))
+        assert [failed(o).reason.startswith("not sent") for o in outcomes] == [False] * LOST + [
+            True
+        ] * 2
+        server.faults = None
+        answered(ask(model, EMBED)[0])
+
+
+# secrets
+
+
+def test_key_appears_nowhere(monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    caplog.set_level(logging.DEBUG)
+    with LLMServer(always(Fault.ERROR), key=SECRET) as server:
+        model = backend(server, retries=1)
+        failures = [failed(o) for o in ask(model, CHAT, FILL, READ, EMBED)]
+        assert all("Bearer ***" in f.reason for f in failures)
+    told = [model.identity, model.name, model, failures, *(r.getMessage() for r in caplog.records)]
+    assert caplog.records
+    assert SECRET not in repr(told)
+    assert all(SECRET not in repr(vars(record)) for record in caplog.records)
+
+
+def test_cut_reason_does_not_hold_a_part_of_the_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setattr(
+        LLMServer, "answer", lambda *_: (400, {"error": {"message": "x" * 160 + SECRET}})
+    )
+    with LLMServer() as server:
+        assert "sk-" not in failed(ask(backend(server), CHAT)[0]).reason
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:hunter2@127.0.0.1:1/v1",
+        "https://host/v1?api-key=hunter2",
+        "https://host/v1#hunter2",
+        "https://hunter2@host/v1",
+        "http://host:hunter2/v1",
+    ],
+)
+def test_secrets_in_the_address_are_refused_unseen(url):
+    with pytest.raises(InputError, match="--base-url") as told:
+        ServerBackend(MODEL, url)
+    assert "hunter2" not in str(told.value)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "ftp://host/v1", "http:///v1"])
+def test_addresses_of_no_server_are_refused(url):
+    with pytest.raises(InputError, match="was expected"):
+        ServerBackend(MODEL, url)
+
+
+def test_key_with_other_characters_is_refused_unseen(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "hunter2\nhunter3é")
+    with pytest.raises(InputError, match="OPENAI_API_KEY") as told:
+        ServerBackend(MODEL, None)
+    assert "hunter" not in str(told.value)
+
+
+# arguments and identity
+
+
+def test_openai_itself_needs_a_key(monkeypatch):
+    with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
+        ServerBackend("gpt", None)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    assert ServerBackend("gpt", None).identity["server"] == "api.openai.com/v1"
+
+
+def test_missing_library_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "openai":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"pip install 'cratelm\[openai\]'"):
+        ServerBackend("m", "http://h/v1")
+
+
+def test_identity_tells_servers_models_and_methods_apart():
+    def identity(model: str, url: str, method: Any = "auto") -> tuple[tuple[str, str], ...]:
+        return tuple(sorted(ServerBackend(model, url, method=method).identity.items()))
+
+    base = identity("m", "http://h:1/v1")
+    assert base == identity("m", "http://h:1/v1/")
+    others = [
+        identity("n", "http://h:1/v1"),
+        identity("m", "http://h:2/v1"),
+        identity("m", "http://h:1/v2"),
+        identity("m", "http://g:1/v1"),
+        identity("m", "http://h:1/v1", "json"),
+    ]
+    assert len({base, *others}) == 6
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("org/Model-1.5", "Model-1.5"), ("a:Q4_K", "a-Q4_K"), ("/x/y.gguf", "y"), ("../..", "model")],
+)
+def test_name_is_a_slug(model, name):
+    assert ServerBackend(model, "http://h/v1").name == name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"concurrency": 0},
+        {"retries": -1},
+        {"deadline": 0.0},
+        {"deadline": float("nan")},
+        {"method": "x"},
+    ],
+)
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError, match="expected"):
+        ServerBackend(MODEL, "http://h/v1", **wrong)
+
+
+def test_counts():
+    model = ServerBackend(MODEL, "http://h/v1", concurrency=4)
+    assert model.window == 128
+    assert [model.count_tokens(t) for t in ("", "a", "abcd", "é中")] == [0, 1, 2, 2]
+
+
+# what can be read
+
+
+def test_auto_reads_where_offsets_are_right():
+    with LLMServer() as server:
+        model = backend(server, method="auto")
+        assert model.reads
+        assert model.reads
+        assert len(server.calls) == 1
+    assert model.probe_reason == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"echo": False}, "Only no echo is supported"),
+        ({"offsets": "decoded"}, "not those of its characters"),
+        ({"faults": always(Fault.ERROR)}, "HTTP 500"),
+        ({"faults": always(Fault.EMPTY)}, "tells no log-probabilities"),
+    ],
+)
+def test_auto_fills_where_it_cannot_read_and_says_why(options, reason):
+    with LLMServer(**options) as server:
+        model = backend(server, method="auto", retries=0)
+        assert not model.reads
+        assert reason in model.probe_reason
+        server.faults = None
+        answered(ask(model, FILL)[0])
+
+
+def test_auto_fills_where_there_is_no_such_endpoint(monkeypatch):
+    real = LLMServer.answer
+    monkeypatch.setattr(
+        LLMServer,
+        "answer",
+        lambda self, call, fault: (
+            (404, {}) if call.path == "/v1/completions" else real(self, call, fault)
+        ),
+    )
+    with LLMServer() as server:
+        assert not backend(server, method="auto").reads
+
+
+def test_auto_decides_nothing_without_an_answer():
+    with LLMServer(always(Fault.STALL, attempts=1)) as server:
+        assert backend(server, method="auto", deadline=0.5).reads
+    with LLMServer(always(Fault.STALL)) as server:
+        with pytest.raises(InputError, match="to a trial call"):
+            _ = backend(server, method="auto", deadline=0.3).reads
+        assert not backend(server, method="json").reads
+        assert backend(server, method="logprobs").reads
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_tokens_at_a_slot_are_counted_by_the_server(bos):
+    options = [str(n) for n in range(11)] + ["77", "the fox"]
+    with LLMServer(bos=bos) as server:
+        counts = backend(server).tokens_at_slot(options, " word\t")
+        expected = [server.n_tokens(option) for option in options]
+        merged = backend(server).tokens_at_slot(["7"], " fox 1")
+    assert counts == expected
+    assert max(expected) > 1
+    assert merged == [2 if server.n_tokens(" 17") == server.n_tokens(" 1") else 1]
+
+
+def test_tokens_at_a_slot_are_unknown_without_an_echo():
+    with LLMServer(echo=False) as server:
+        assert backend(server).tokens_at_slot(["1"], "a\t") == []
+        assert backend(server, method="json").tokens_at_slot(["1"], "a\t") == []
+
+
+def test_slots_that_no_token_begins_at_are_told():
+    read = Read("", "", "def total\n", (2, 5), DIGITS)
+    with LLMServer() as server:
+        failure = failed(ask(backend(server), read)[0])
+    assert (failure.kind, failure.reason) == (
+        FailureKind.UNREADABLE,
+        "no token begins at 2 of 2 slots",
+    )
+
+
+def test_slots_without_an_option_are_told():
+    read = Read("", "", READ.text, READ.offsets, ("yes", "no"))
+    with LLMServer() as server:
+        failure = failed(ask(backend(server), read)[0])
+    told = f"none of the options is among the 20 likeliest tokens at 11 of {len(STRINGS)} slots"
+    assert (failure.kind, failure.reason) == (FailureKind.UNREADABLE, told)
+
+
+def test_options_are_matched_as_they_are_before_they_are_stripped():
+    top = {"1": -1.0, " 1": -0.5, "▁2": -0.7, "\n": -2.0, "0": -9999.0, "3": float("nan"), "4": 1.0}
+    log_probs, ranks = server_module._found(top, ("0", "1", "2", "3", "4"), 20)
+    assert log_probs == [-np.inf, -1.0, -np.inf, -np.inf, -np.inf]
+    assert ranks == [NO_RANK, 2, NO_RANK, NO_RANK, NO_RANK]
+    log_probs, ranks = server_module._found({" 1": -0.5, "▁2": -0.7, "x": -0.6}, ("1", "2"), 20)
+    assert (log_probs, ranks) == ([-0.5, -0.7], [0, 2])
+
+
+LINE = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("\t\n\"'\\é中文😀 a1")),
+    max_size=6,
+)
+
+
+@pytest.fixture(scope="module")
+def servers():
+    with LLMServer() as plain, LLMServer(bos=True) as bos, LLMServer(offsets="decoded") as decoded:
+        yield {"true": plain, "bos": bos, "decoded": decoded}
+
+
+@pytest.mark.parametrize("kind", ["true", "bos", "decoded"])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(preamble=LINE, lines=st.lists(LINE, min_size=1, max_size=5))
+def test_every_reading_is_that_of_its_slot(servers, kind, preamble, lines):
+    """Whatever stands before: what is read at a slot is what the server has there, or it is a failure."""
+    body = "".join(f"{line}\t?\n" for line in lines)
+    ends = np.cumsum([len(line) + 3 for line in lines])
+    slots = tuple(int(end) - 2 for end in ends)
+    read = Read(preamble, "c\n", body, slots, DIGITS)
+    server = servers[kind]
+    outcome = ask(backend(server), read)[0]
+    spans = server.tokenizer.encode(read.text).offsets
+    begins = Counter(begin for begin, _ in spans)
+    if kind != "decoded" and all(begins[offset] == 1 for offset in read.offsets):
+        assert isinstance(outcome, Answer), outcome
+    if isinstance(outcome, Failure):
+        assert outcome.kind == FailureKind.UNREADABLE
+        return
+    assert isinstance(outcome.value, Reading)
+    for log_probs, offset in zip(outcome.value.log_probs, read.offsets, strict=True):
+        top = likely(read.text[:offset], 20, "?")
+        expected = np.array([top.get(digit, -np.inf) for digit in DIGITS])
+        expected -= np.logaddexp.reduce(expected)
+        np.testing.assert_allclose(log_probs, expected, rtol=1e-5, atol=1e-5)
