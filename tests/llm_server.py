@@ -379,6 +379,9 @@ def _handler(server: LLMServer) -> type[BaseHTTPRequestHandler]:
             self._send(200 if known else 404, body if known else _error("no such path"))
 
         def do_POST(self) -> None:
+            if server.closing.is_set():  # a connection that was kept
+                self._hang_up()
+                return
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with (
                 contextlib.suppress(ConnectionError, TimeoutError),

@@ -98,13 +98,15 @@ def said(outcome: Outcome) -> str | Failure:
         return outcome
     assert isinstance(outcome.value, str)
     for line in outcome.value.splitlines():
-        text = re.sub(
-            r"^(the|this) neuron (reacts|responds|fires|activates) (to|on|for)\s+",
-            "",
-            line.strip(),
-            flags=re.I,
-        )
-        text = text.strip().strip("\"'`*").strip()
+        text = _unquoted(_OPENING.sub("", line.strip(" *")))
         if re.search(r"\w", text):
             return text[:LONGEST]
     return Failure(FailureKind.EMPTY, "the answer has no word in it")
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotes around all of it; quotes around a part of it stay."""
+    inside = text[1:-1]
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'`" and text[0] not in inside:
+        return inside.strip()
+    return text

@@ -12,7 +12,7 @@ from cratelm.errors import InputError
 from cratelm.explain.levels import MAX_LEVEL
 from cratelm.explain.llm.client import Client
 from cratelm.explain.llm.prompts import simulate_read
-from cratelm.explain.llm.requests import Answer, Failure, Read, Reading
+from cratelm.explain.llm.requests import Answer, Reading
 
 LOW_MASS = 0.5
 """below this share of all probability on the levels, what is read says little about the model's answer"""
@@ -34,18 +34,20 @@ class Preflight:
     """tokens that "10" takes; None where the server does not tell"""
     mass: float | None
     """mean share of all probability that falls on the levels at the slots of two probes; None
-    where nothing is read"""
+    where nothing is read, or both probes failed"""
     lowest_mass: float | None
 
     def __str__(self) -> str:
         if not self.reads:
             return f"levels 0..{self.top_level} by JSON: this model gives no log-probabilities"
         split = "one token" if self.tokens_of_ten == 1 else f"{self.tokens_of_ten} tokens"
-        told = (
-            f"levels 0..{self.top_level} ('10' is {split} of this model);"
-            f" {self.mass:.0%} of the probability falls on them (least: {self.lowest_mass:.0%})"
+        told = f"levels 0..{self.top_level} ('10' is {split} of this model)"
+        if self.mass is None:
+            return f"{told}; both trial readings failed"
+        told += (
+            f"; {self.mass:.0%} of the probability falls on them (least: {self.lowest_mass:.0%})"
         )
-        if self.mass is not None and self.mass < LOW_MASS:
+        if self.mass < LOW_MASS:
             told += " - WARNING: little; what is read is a small part of what the model would say"
         return told
 
@@ -53,7 +55,9 @@ class Preflight:
 def preflight(client: Client) -> Preflight:
     """Asks for the levels of two made-up excerpts; two calls at most, kept in the ledger like others.
 
-    Raises `InputError` where the model cannot be read at its slots at all.
+    A call that fails leaves a figure out and stops nothing.
+
+    Raises `InputError` where the model splits digits.
     """
     backend, ledger = client.backend, client.ledger
     if not backend.reads:
@@ -64,13 +68,21 @@ def preflight(client: Client) -> Preflight:
         counts = backend.tokens_at_slot([str(n) for n in range(MAX_LEVEL + 1)], " word\t")
         ledger.remember(label, {"counts": counts})
     top = top_level(counts)
-    readings = []
-    for explanation, tokens in _PROBES:
-        strings = list(tokens)
-        request = simulate_read(explanation, np.arange(len(tokens)), strings, top, full=True)
-        readings.append(_reading(client, request))
-    masses = np.concatenate([r.mass for r in readings if r.mass is not None])
-    return Preflight(True, top, counts[MAX_LEVEL], float(masses.mean()), float(masses.min()))
+    probes = [
+        simulate_read(explanation, np.arange(len(tokens)), tokens, top, full=True)
+        for explanation, tokens in _PROBES
+    ]
+    masses = [
+        outcome.value.mass
+        for outcome in client.ask(probes)
+        if isinstance(outcome, Answer)
+        and isinstance(outcome.value, Reading)
+        and outcome.value.mass is not None
+    ]
+    if not masses:
+        return Preflight(True, top, counts[MAX_LEVEL], None, None)
+    all_ = np.concatenate(masses)
+    return Preflight(True, top, counts[MAX_LEVEL], float(all_.mean()), float(all_.min()))
 
 
 def top_level(counts: list[int]) -> int:
@@ -84,15 +96,3 @@ def top_level(counts: list[int]) -> int:
             " to be one token each; choose another model, or one behind a server with --method json"
         )
     return MAX_LEVEL if counts[MAX_LEVEL] == 1 else MAX_LEVEL - 1
-
-
-def _reading(client: Client, request: Read) -> Reading:
-    outcome = client.ask([request])[0]
-    if isinstance(outcome, Failure):
-        raise InputError(
-            f"{client.backend.name} could not be read in a trial ({outcome.kind}: {outcome.reason}):"
-            " try --retry-failed, or --method json for a server"
-        )
-    assert isinstance(outcome, Answer)
-    assert isinstance(outcome.value, Reading)
-    return outcome.value

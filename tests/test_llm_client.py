@@ -1,0 +1,203 @@
+"""The ledger and the client: nothing is asked twice, nothing is lost, no limit is passed."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+from fake_llm import FakeModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cratelm.errors import BudgetReached, InputError
+from cratelm.explain.llm.client import Client, plan
+from cratelm.explain.llm.config import Budget
+from cratelm.explain.llm.ledger import Ledger, decode, encode
+from cratelm.explain.llm.requests import (
+    NO_RANK,
+    Answer,
+    Chat,
+    Embed,
+    Failure,
+    FailureKind,
+    Fill,
+    Read,
+    Reading,
+    key,
+)
+
+CHATS = [Chat((("user", f"question {i}"),)) for i in range(20)]
+READ = Read("pre\n", "the token ` a`\n", " a\t?\n b\t?\n", (3, 8), ("0", "1"))
+
+
+def client_of(folder, model: FakeModel, **fields) -> Client:
+    retry = fields.pop("retry_failed", False)
+    return Client(model, Ledger(folder / "ledger.sqlite"), Budget(**fields), retry_failed=retry)
+
+
+def test_equal_requests_are_sent_once_and_never_again(tmp_path):
+    model = FakeModel()
+    client = client_of(tmp_path, model)
+    first = client.ask([*CHATS[:3], CHATS[0], READ])
+    assert first[0].value == first[3].value
+    assert sum(model.asked.values()) == 4
+    other = client_of(tmp_path, FakeModel())
+    again = other.ask([READ, *CHATS[:3]])
+    assert sum(other.backend.asked.values()) == 0
+    assert other.tally.known == 4
+    np.testing.assert_array_equal(again[0].value.log_probs, first[4].value.log_probs)
+
+
+def test_a_kill_loses_nothing_that_was_answered(tmp_path):
+    dying = FakeModel(dies_after=7)
+    with pytest.raises(KeyboardInterrupt):
+        client_of(tmp_path, dying).ask(CHATS)
+    rest = FakeModel()
+    outcomes = client_of(tmp_path, rest).ask(CHATS)
+    assert len(outcomes) == 20
+    assert sum(rest.asked.values()) == 13
+    assert not set(dying.asked) & set(rest.asked)
+
+
+def test_what_is_used_is_what_the_ledger_gives_back(tmp_path):
+    fresh = client_of(tmp_path, FakeModel()).ask([READ])[0].value
+    stored = client_of(tmp_path, FakeModel()).ask([READ])[0].value
+    np.testing.assert_array_equal(fresh.log_probs, stored.log_probs)
+    assert fresh.log_probs[0, 1] > fresh.log_probs[0, 0]  # ` a` is in the explanation, ` b` is not
+    assert fresh.log_probs[1, 1] < fresh.log_probs[1, 0]
+
+
+def test_failures_are_kept_counted_and_retried_when_asked(tmp_path):
+    failing = FakeModel(fails=0.5)
+    client = client_of(tmp_path, failing)
+    outcomes = client.ask(CHATS)
+    failed = sum(isinstance(o, Failure) for o in outcomes)
+    assert 0 < failed < 20
+    assert client.tally.failed == {"status": failed}
+    quiet = FakeModel()
+    assert client_of(tmp_path, quiet).ask(CHATS)[0].prompt_tokens == outcomes[0].prompt_tokens
+    assert sum(quiet.asked.values()) == 0
+    willing = FakeModel()
+    retried = client_of(tmp_path, willing, retry_failed=True).ask(CHATS)
+    assert all(isinstance(o, Answer) for o in retried)
+    assert sum(willing.asked.values()) == failed
+
+
+def test_a_request_that_fails_again_is_sent_once_a_command(tmp_path):
+    client_of(tmp_path, FakeModel(fails=1.0)).ask(CHATS[:4])
+    still = FakeModel(fails=1.0)
+    client = client_of(tmp_path, still, retry_failed=True)
+    client.ask(CHATS[:4])
+    client.ask(CHATS[:4])
+    assert set(still.asked.values()) == {1}
+
+
+def test_a_failure_never_replaces_an_answer(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite")
+    ledger.write("m", [("k", "Chat", Answer("yes", 1, 1))])
+    ledger.write("m", [("k", "Chat", Failure(FailureKind.STATUS, "status 500"))])
+    assert ledger.find(["k"])["k"].value == "yes"
+
+
+@pytest.mark.parametrize(
+    ("limits", "sent"),
+    [
+        ({"max_calls": 5}, 5),
+        ({"max_tokens": 200}, 3),  # 6 words with their marks + 60 of the answer each
+        ({"max_cost": 0.065, "price_completion": 1000.0}, 1),
+        ({"max_tokens": 10}, 0),
+    ],
+)
+def test_a_limit_stops_before_it_is_passed_and_the_rest_goes_on(tmp_path, limits, sent):
+    model = FakeModel()
+    with pytest.raises(BudgetReached, match="same command again"):
+        client_of(tmp_path, model, **limits).ask(CHATS)
+    # tokens: what was spent is known after a portion, what will be is the most it can be
+    assert sum(model.asked.values()) >= sent
+    client = client_of(tmp_path, model, **limits)
+    assert client.tally.calls <= limits.get("max_calls", 20)
+    outcomes = client_of(tmp_path, model).ask(CHATS)
+    assert len(outcomes) == 20
+    assert set(model.asked.values()) == {1}
+
+
+def test_tokens_never_pass_their_limit(tmp_path):
+    client = client_of(tmp_path, FakeModel(), max_tokens=250)
+    with pytest.raises(BudgetReached, match="--max-tokens 250"):
+        client.ask(CHATS)
+    assert 0 < client.tally.prompt_tokens + client.tally.completion_tokens <= 250
+
+
+def test_a_plan_sends_nothing_and_knows_what_is_there(tmp_path):
+    client_of(tmp_path, FakeModel()).ask(CHATS[:5])
+    model = FakeModel()
+    client = client_of(tmp_path, model, price_prompt=1e6, price_completion=0)
+    found = plan(client, [CHATS[:10], CHATS[10:]])
+    assert (found.requests, found.known, found.calls) == (20, 5, 15)
+    assert found.prompt_tokens == 15 * (2 + 4)
+    assert found.completion_tokens == 15 * 60
+    assert found.cost == pytest.approx(90)
+    assert found.seconds == pytest.approx(0.01 * 5 / 55 * (90 + 900))
+    assert sum(model.asked.values()) == 0
+    assert "15 calls to make" in str(found)
+
+
+def test_ledgers_of_workers_merge_exactly(tmp_path):
+    whole = client_of(tmp_path / "whole", FakeModel()).ask(CHATS)
+    for worker in range(3):
+        client_of(tmp_path / str(worker), FakeModel()).ask(CHATS[worker::3])
+    with Ledger(tmp_path / "all.sqlite") as merged:
+        merged.write(
+            "fake", [(key(CHATS[0], {"backend": "fake"}), "Chat", Failure(FailureKind.EMPTY, ""))]
+        )
+        added = [merged.merge(tmp_path / str(w) / "ledger.sqlite") for w in range(3)]
+        assert sum(added) == 20  # an answer replaced the failure
+        assert merged.merge(tmp_path / "0" / "ledger.sqlite") == 0
+        model = FakeModel()
+        again = Client(model, merged, Budget()).ask(CHATS)
+        assert [o.value for o in again] == [o.value for o in whole]
+        assert not model.asked
+
+
+def test_a_file_that_is_no_ledger_is_named(tmp_path):
+    (tmp_path / "ledger.sqlite").write_text("hello " * 300)
+    with pytest.raises(InputError, match="cannot be read as a ledger"):
+        Ledger(tmp_path / "ledger.sqlite")
+
+
+def test_a_ledger_holds_no_text_of_requests(tmp_path):
+    client_of(tmp_path, FakeModel()).ask([Chat((("user", "sk-secret-words"),)), READ])
+    rows = sqlite3.connect(tmp_path / "ledger.sqlite").execute("SELECT * FROM calls").fetchall()
+    assert len(rows) == 2
+    assert b"sk-secret" not in (tmp_path / "ledger.sqlite").read_bytes()
+
+
+def test_keys_depend_on_all_that_is_asked_and_not_on_how_it_is_cut():
+    whole = Read("", "", READ.text, tuple(READ.offsets), READ.options)
+    assert key(whole, {}) == key(READ, {})
+    others = [
+        Read("pre\n", "x", READ.body, READ.slots, READ.options),
+        Read(READ.preamble, READ.context, READ.body, (3,), READ.options),
+        Read(READ.preamble, READ.context, READ.body, READ.slots, ("0", "2")),
+        Read(READ.preamble, READ.context, READ.body, READ.slots, READ.options, full=True),
+        Fill((("user", "x"),), 2, 0, 9),
+        Embed(READ.text),
+    ]
+    keys = {key(r, {}) for r in [READ, *others]} | {key(READ, {"weights": "other"})}
+    assert len(keys) == len(others) + 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(), st.lists(st.integers(0, 10), max_size=70), st.integers(0, 2**32 - 1))
+def test_values_survive_the_ledger(text, integers, seed):
+    assert decode("Chat", encode(text)) == text
+    assert decode("Fill", encode(tuple(integers))) == tuple(integers)
+    rng = np.random.default_rng(seed)
+    vector = rng.normal(size=7).astype(np.float32)
+    np.testing.assert_allclose(decode("Embed", encode(vector)), vector, rtol=1e-5)
+    log_probs = np.log(rng.dirichlet(np.ones(5), 3)).astype(np.float32)
+    log_probs[0, 0] = -np.inf
+    ranks = np.array([[0, 3, NO_RANK, 1, 2]] * 3, np.uint16)
+    found = decode("Read", encode(Reading(log_probs, np.float32([0.1, 0.5, 1]), ranks)))
+    np.testing.assert_allclose(found.log_probs, log_probs, atol=6e-4)
+    np.testing.assert_array_equal(found.ranks, ranks)
+    assert decode("Read", encode(Reading(log_probs))).mass is None

@@ -1,0 +1,435 @@
+"""The field's scorers: known answers, null answers, what is shown, leakage, and what has no value.
+
+An answerer stands for the model: a function from the text asked about to how much it leans to yes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from zlib import crc32
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planted import STRINGS, corpus, harvested, on_pair
+
+from cratelm.explain.llm.requests import (
+    Answer,
+    Embed,
+    Failure,
+    FailureKind,
+    Fill,
+    Outcome,
+    Read,
+    Reading,
+    Request,
+)
+from cratelm.records import CHANCE, Excerpt, NeuronRecord, Score, Status
+from cratelm.score.scorers import MOST_MARKED, TASKS, roc_area, shown
+from cratelm.score.selection import scored_on
+from cratelm.score.tasks import Task
+
+TOKENS, _ = corpus("held_out")
+YES_NO = ("detection", "fuzzing")
+ASKED = ("detection", "fuzzing", "intruder")
+Answerer = Callable[[str], float]
+
+
+def record(index: int = 0) -> NeuronRecord:
+    """Active on ` import` after a line's end, which few random texts have."""
+    return harvested(on_pair(TOKENS, 1, 2), "held_out", index)
+
+
+def changed(found: NeuronRecord, change: Callable[[Excerpt], Excerpt]) -> NeuronRecord:
+    return dataclasses.replace(found, excerpts=tuple(map(change, found.excerpts)))
+
+
+def task(
+    metric, found: NeuronRecord, control="none", reads=True, strings=STRINGS, seed=0, text="w5"
+):
+    made = TASKS[metric](found, text, control, strings=strings, reads=reads, seed=seed)
+    assert isinstance(made, Task)
+    return made
+
+
+def judged(request: Request) -> list[str]:
+    """The texts that a request asks about."""
+    if isinstance(request, Read):
+        lines = request.body.splitlines()
+        return [line.partition(": ")[2] for line in lines if line[:2] in ("Te", *NUMBERED)]
+    assert isinstance(request, Fill)
+    lines = request.messages[1][1].splitlines()
+    return [line.partition(": ")[2] for line in lines if line.partition(":")[0].isdigit()]
+
+
+NUMBERED = tuple(f"{n}:" for n in range(1, 6))
+
+
+def answers(asked: Task, leaning: Answerer) -> list[Outcome]:
+    """What a model would answer that leans to yes (intruder: to each text) by `leaning`."""
+    outcomes: list[Outcome] = []
+    for request in asked.requests:
+        leans = np.array([leaning(text) for text in judged(request)])
+        if isinstance(request, Fill):
+            several = request.high > 1
+            values = (int(leans.argmax()) + 1,) if several else tuple(int(x > 0) for x in leans)
+            assert len(values) == request.n
+            outcomes.append(Answer(values, 1, 1))
+            continue
+        assert isinstance(request, Read)
+        row = leans if len(request.options) > 2 else np.array([0.0, leans[0]])
+        row = row - np.logaddexp.reduce(row)
+        outcomes.append(Answer(Reading(row[None].astype(np.float32)), 1, 0))
+    return outcomes
+
+
+def graded(metric, leaning: Answerer, control="none", reads=True, found=None) -> Score:
+    made = task(metric, record() if found is None else found, control, reads)
+    return made.grade(answers(made, leaning))
+
+
+def has_wanted(text: str) -> float:
+    """Leans to texts in which the neuron's tokens stand, and are marked where any is."""
+    return 4.0 if ("\\n« import" in text if "«" in text else "\\n import" in text) else -4.0
+
+
+# --- known answers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("metric", YES_NO)
+def test_perfect_reversed_and_constant_answers(metric, reads):
+    perfect = graded(metric, has_wanted, reads=reads)
+    assert (perfect.value, perfect.accuracy, perfect.status) == (1.0, 1.0, Status.DEFINED)
+    opposite = graded(metric, lambda t: -has_wanted(t), reads=reads)
+    assert (opposite.value, opposite.accuracy) == (0.0, 0.0)
+    for always in (3.0, 0.0, -3.0):
+        constant = graded(metric, lambda _, a=always: a, reads=reads)
+        assert (constant.value, constant.accuracy) == (0.5, 0.5)
+        assert constant.status == Status.DEFINED
+
+
+def test_biased_answers_still_rank():
+    """All above even odds, but the right ones more: the area is 1, the accuracy of the likelier answer 0.5."""
+    score = graded("detection", lambda t: 6 + has_wanted(t))
+    assert (score.value, score.accuracy) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("metric", YES_NO)
+def test_hard_answers_are_worth_their_balanced_accuracy(metric):
+    score = graded(metric, lambda t: len(t) % 2 - 0.5, reads=False)
+    assert score.value == pytest.approx(score.accuracy)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_intruder_found_missed_and_places(reads):
+    assert graded("intruder", lambda t: -has_wanted(t), reads=reads).value == 1.0
+    assert graded("intruder", has_wanted, reads=False).value == 0.0
+    made = task("intruder", record(), reads=reads)
+    assert len(made.requests) == 5
+    for place in range(5):  # a model that always names one place wins one trial of five
+        row = np.full((1, 5), -9, np.float32)
+        row[0, place] = 0
+        value = Reading(row) if reads else (place + 1,)
+        assert made.grade([Answer(value, 1, 1)] * 5).value == pytest.approx(0.2)
+
+
+def test_intruder_ties_are_shared():
+    assert graded("intruder", lambda _: 0.0).value == pytest.approx(0.2)
+    assert graded("intruder", has_wanted).value == 0.0  # four tie, the intruder is not among them
+
+
+@pytest.mark.parametrize("control", ["none", "shuffled"])
+def test_intruder_texts(control):
+    """Four texts and another, all with marks; the null has only random ones."""
+    found = record()
+    made = task("intruder", found, control)
+    kind = {"none": "top", "shuffled": "random"}[control]
+    own = {e.kind: [] for e in found.excerpts}
+    for e in scored_on(found, "top_and_random"):
+        own[e.kind].append(shown(e.narrowed(16, 16).token_ids, STRINGS))
+    for request in made.requests:
+        texts = [t.replace("«", "").replace("»", "") for t in judged(request)]
+        assert sum(t in own[kind] for t in texts) == (4 if kind == "top" else 5)
+        assert all("«" in t for t in judged(request))
+    all_texts = [frozenset(judged(r)) for r in made.requests]
+    assert len(set(all_texts)) == 5
+
+
+def test_null_of_intruder_is_chance_whatever_the_texts():
+    """An answerer that always prefers the same text, or any other rule over texts, wins a fifth."""
+
+    def plain(text: str) -> float:
+        return float(crc32(text.replace("«", "").replace("»", "").encode()))
+
+    assert graded("intruder", plain, "shuffled").value == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("metric", ASKED)
+def test_random_answers_are_worth_chance(metric):
+    rng = np.random.default_rng(1)
+    values = []
+    for index in range(200):
+        value = graded(metric, lambda _: rng.normal(), found=record(index)).value
+        assert value is not None
+        values.append(value)
+    assert np.mean(values) == pytest.approx(CHANCE[metric], abs=3 * np.std(values) / 200**0.5)
+    assert np.std(values) > 0.05
+
+
+def test_embedding():
+    made = task("embedding", record(), text="about\n \\n import")
+    first, *others = made.requests
+    about = "about \\n import"
+    assert first == Embed(about)
+    assert all(isinstance(r, Embed) for r in others)
+
+    def grade(of_text: Callable[[str], list[float]]) -> Score:
+        vectors = [np.array(of_text(r.text), np.float32) for r in made.requests]  # type: ignore[union-attr]
+        return made.grade([Answer(v, 1, 0) for v in vectors])
+
+    near = lambda t: [1.0, 0.1] if has_wanted(t) > 0 else [-1.0, 3.0]  # noqa: E731
+    assert grade(near).value == 1.0
+    assert grade(lambda t: [3 * x for x in near(t)] if len(t) % 2 else near(t)).value == 1.0
+    assert grade(lambda t: [1.0, 0.0]).value == 0.5
+    assert grade(lambda t: [1.0, 0.0] if t == about else near(t)[::-1]).value == 0.0
+    score = grade(lambda t: [0.0, 0.0] if t == about else [1.0, 0.0])
+    assert (score.value, score.status) == (None, Status.UNDEFINED)
+    assert "zero or not finite" in score.reason
+
+
+@given(st.lists(st.integers(0, 5), min_size=1), st.lists(st.integers(0, 5), min_size=1))
+def test_area_is_the_share_of_pairs_won(positive, negative):
+    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+    assert roc_area(positive, negative) == pytest.approx(np.mean(pairs))
+
+
+def test_area_of_infinite_odds():
+    assert roc_area([np.inf, 0.0], [-np.inf, 0.0]) == 0.875
+
+
+# --- which texts -----------------------------------------------------------------------------------
+
+
+def test_inactive_are_below_half_of_the_weakest_peak():
+    """One random text at 0.49 of the weakest top peak counts, one at 0.5 does not."""
+    found = record()
+    weakest = min(e.activations.max() for e in scored_on(found, "top_and_random")[:5])
+
+    def with_peaks(e: Excerpt) -> Excerpt:
+        if e.kind != "random":
+            return e
+        share = {0: 0.49, 1: 0.5}.get(e.rank, 0.9)
+        flat = np.full(len(e), np.float32(share) * weakest, np.float32)
+        return dataclasses.replace(e, activations=flat)
+
+    made = task("detection", changed(found, with_peaks))
+    assert len(made.requests) == 5 + 1
+    random = [e for e in found.excerpts if e.kind == "random" and e.rank == 0]
+    texts = [judged(r)[0] for r in made.requests]
+    assert shown(random[0].token_ids, STRINGS) in texts
+
+
+def test_fuzzing_marks_the_strongest_and_as_many_of_the_weak():
+    found = record()
+    made = task("fuzzing", found)
+    for e in scored_on(found, "top_and_random")[:5]:
+        plain = shown(e.token_ids, STRINGS)
+        versions = [
+            t
+            for r in made.requests
+            for t in judged(r)
+            if t.replace("«", "").replace("»", "") == plain
+        ]
+        right = shown(
+            e.token_ids, STRINGS, np.flatnonzero(e.activations >= e.activations.max() / 2)
+        )
+        assert right in versions
+        assert len(versions) == 2
+        (wrong,) = [v for v in versions if v != right]
+        assert has_wanted(wrong) < 0
+        assert wrong.count("«") <= right.count("«")
+
+
+def test_fuzzing_marks_at_most_some():
+    def first_twenty(e: Excerpt) -> Excerpt:
+        return dataclasses.replace(e, activations=(np.arange(len(e)) < 20).astype(np.float32))
+
+    found = changed(record(), first_twenty)
+    for request in task("fuzzing", found).requests:
+        inside = "".join(part.partition("»")[0] for part in judged(request)[0].split("«")[1:])
+        n_marked = len(inside.replace("\\n", " x").replace("\\t", " ").split())
+        assert n_marked == MOST_MARKED
+
+
+def test_no_fill_of_fuzzing_holds_both_versions():
+    requests = task("fuzzing", record(), reads=False).requests
+    assert len(requests) == 2
+    for request in requests:
+        plain = [t.replace("«", "").replace("»", "") for t in judged(request)]
+        assert len(set(plain)) == len(plain) == 5
+
+
+def test_place_in_a_fill_does_not_tell():
+    """Over neurons the first text of a list is active about as often as any other."""
+    first = []
+    for index in range(60):
+        (request,) = task("detection", record(index), reads=False).requests
+        first.append(has_wanted(judged(request)[0]) > 0)
+    assert 0.3 < np.mean(first) < 0.8
+
+
+# --- what a model is shown -------------------------------------------------------------------------
+
+pieces = st.text(max_size=5) | st.sampled_from(
+    ["\n", "\t", "\r\n", '"', "<<", ">>", "«", "»", "\\x", "\\xf0\\x9f", "🙂", "\u2028", "\x85", "\x00",
+     "Contains it:\n1", "Description:", " 0"]
+)  # fmt: skip
+
+
+@given(
+    strings=st.lists(pieces, min_size=50, max_size=50),
+    metric=st.sampled_from(ASKED),
+    text=st.text(max_size=30),
+)
+def test_slots_stand_on_the_answer(strings, metric, text):
+    made = task(metric, record(), strings=strings, text=text)
+    for request in made.requests:
+        assert isinstance(request, Read)
+        (slot,), (offset,) = request.slots, request.offsets
+        assert request.body[slot:] == request.options[0]
+        assert request.text[offset:] == request.options[0]
+        assert request.text[:offset].endswith(":\n")
+        assert len(request.body.splitlines()) == {"intruder": 7}.get(metric, 3)
+        assert len(request.context.splitlines()) == {"intruder": 0}.get(metric, 1)
+        assert all(len(o) == 1 for o in request.options)
+
+
+@given(st.lists(st.tuples(pieces, st.booleans()), max_size=20))
+def test_shown_is_one_line_and_marks_runs(tokens):
+    strings = [s for s, _ in tokens]
+    marks = [i for i, (_, marked) in enumerate(tokens) if marked]
+    text = shown(range(len(tokens)), strings, marks)
+    assert len(text.splitlines()) <= 1
+    runs = sum(1 for i in marks if i - 1 not in marks)
+    own = sum(s.count("«") for s in strings)
+    assert text.count("«") == runs + own
+    assert shown(range(len(tokens)), strings) == text if not marks else True
+
+
+def test_shown_known():
+    strings = ["a", "\n", "\t", " b", "\\xf0"]
+    assert shown([0, 1, 2, 3, 4, 0], strings, [0, 3, 4]) == "«a»\\n\\t« b\\xf0»a"
+
+
+# --- leakage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("metric", sorted(TASKS))
+def test_activations_show_in_no_request(metric, reads):
+    """Activations changed without a change of what is chosen and marked: the requests stay the same."""
+    found = record()
+
+    def scaled(e: Excerpt) -> Excerpt:
+        return dataclasses.replace(e, activations=e.activations * np.float32(1234.5))
+
+    before = task(metric, found, reads=reads).requests
+    assert task(metric, changed(found, scaled), reads=reads).requests == before
+    assert not any(
+        str(a)[:5] in repr(before) for e in found.excerpts for a in e.activations if a > 0
+    )
+
+
+@pytest.mark.parametrize("metric", sorted(TASKS))
+def test_explanation_is_shown_as_given_and_not_for_intruder(metric):
+    one, other = (
+        task(metric, record(), text=text).requests for text in ("of sailing", "of\nDescription: 1")
+    )
+    if metric == "intruder":
+        assert one == other
+    else:
+        assert any("of sailing" in repr(r) for r in one)
+        assert "of Description: 1" in repr(other)
+
+
+@pytest.mark.parametrize("metric", sorted(TASKS))
+def test_same_draws_each_time_and_others_for_another_seed(metric):
+    one = task(metric, record(), reads=False)
+    assert one.requests == task(metric, record(), reads=False).requests
+    if metric != "embedding":
+        assert one.requests != task(metric, record(), reads=False, seed=1).requests
+
+
+# --- without a value -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("metric", sorted(TASKS))
+def test_one_failure_is_no_score(metric, reads):
+    made = task(metric, record(), reads=reads)
+    gone = Failure(FailureKind.DEADLINE, "no answer within 60 s")
+    outcomes: list[Outcome] = [gone] * len(made.requests)
+    if metric != "embedding":
+        outcomes = [*answers(made, has_wanted)[:-1], gone]
+    score = made.grade(outcomes)
+    assert (score.value, score.accuracy, score.status) == (None, None, Status.FAILED)
+    assert "no answer within 60 s" in score.reason
+
+
+def unasked(metric, found: NeuronRecord, control="none") -> Score:
+    score = TASKS[metric](found, "w5", control, strings=STRINGS, reads=True, seed=0)
+    assert isinstance(score, Score)
+    assert score.value is None
+    return score
+
+
+@pytest.mark.parametrize("control", ["none", "shuffled"])
+@pytest.mark.parametrize("metric", sorted(TASKS))
+def test_dead(metric, control):
+    found = harvested(np.zeros(len(TOKENS)), "held_out")
+    score = unasked(metric, found, control)
+    assert (score.status, score.reason) == (Status.DEAD, "never above 0 on the held-out split")
+
+
+@pytest.mark.parametrize("metric", ["detection", "intruder", "embedding"])
+def test_dense_neuron_has_no_inactive_text(metric):
+    dense = np.random.default_rng(0).uniform(0.9, 1, len(TOKENS))
+    score = unasked(metric, harvested(dense, "held_out"))
+    assert score.status == Status.UNDEFINED
+    assert "in each of the 5 random ones" in score.reason
+
+
+def test_fuzzing_without_inactive_tokens():
+    dense = np.random.default_rng(0).uniform(0.9, 1, len(TOKENS))
+    score = unasked("fuzzing", harvested(dense, "held_out"))
+    assert score.status == Status.UNDEFINED
+    assert "both active and inactive tokens" in score.reason
+
+
+@pytest.mark.parametrize("metric", sorted(TASKS))
+def test_too_few_top_excerpts(metric):
+    """Active in one document alone: its excerpt has rank 0, which explanations come from."""
+    values = np.zeros(len(TOKENS))
+    values[77] = 1
+    score = unasked(metric, harvested(values, "held_out"))
+    assert score.status == Status.UNDEFINED
+    assert "top excerpt" in score.reason
+
+
+def test_intruder_needs_four_top_and_its_null_five_random():
+    few = dataclasses.replace(
+        record(), excerpts=tuple(e for e in record().excerpts if e.rank not in (1, 3))
+    )
+    assert "3 top excerpts, 4 were needed" in unasked("intruder", few).reason
+    assert "random excerpts, 5 were needed" in unasked("intruder", few, "shuffled").reason
+
+
+def test_counts():
+    found = record()
+    score = graded("detection", has_wanted, found=found)
+    assert score.n_records == len(task("detection", found).requests)
+    assert graded("fuzzing", has_wanted, found=found).n_records == 10
+    assert graded("intruder", has_wanted, found=found).n_records == 5
+    tops = scored_on(found, "top_and_random")[:5]
+    assert graded("fuzzing", has_wanted, found=found).n_tokens == 2 * sum(map(len, tops))
