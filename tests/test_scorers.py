@@ -25,6 +25,7 @@ from cratelm.explain.llm.requests import (
     Request,
 )
 from cratelm.records import CHANCE, Excerpt, NeuronRecord, Score, Status
+from cratelm.score.controls import Control
 from cratelm.score.scorers import MOST_MARKED, TASKS, roc_area, shown
 from cratelm.score.selection import scored_on
 from cratelm.score.tasks import Task
@@ -83,7 +84,7 @@ def answers(asked: Task, leaning: Answerer) -> list[Outcome]:
     return outcomes
 
 
-def graded(metric, leaning: Answerer, control="none", reads=True, found=None) -> Score:
+def graded(metric, leaning: Answerer, control: Control = "none", reads=True, found=None) -> Score:
     made = task(metric, record() if found is None else found, control, reads)
     return made.grade(answers(made, leaning))
 
@@ -377,7 +378,7 @@ def test_one_failure_is_no_score(metric, reads):
     assert "no answer within 60 s" in score.reason
 
 
-def unasked(metric, found: NeuronRecord, control="none") -> Score:
+def unasked(metric, found: NeuronRecord, control: Control = "none") -> Score:
     score = TASKS[metric](found, "w5", control, strings=STRINGS, reads=True, seed=0)
     assert isinstance(score, Score)
     assert score.value is None
