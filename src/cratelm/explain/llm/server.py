@@ -124,6 +124,7 @@ class ServerBackend:
         """why `reads` is False though `auto` was asked for; empty otherwise"""
         self._reached = False  # the server has answered a request
         self._lost = 0  # calls in a row without a connection
+        self._gone = False  # too many of them: what is left is not sent
         self._reads: bool | None = None  # not decided yet
         self._top = TOP_LOGPROBS[0]
         self._takes_schema = True
@@ -177,9 +178,9 @@ class ServerBackend:
         Raises `InputError` where, before anything was answered, the key or the model is refused or
         the server cannot be reached. A server that is lost later fails the calls that are left.
         """
-        if self._is_lost():
+        if self._gone:
             self._reached = False  # these calls begin like the first
-        self._lost = 0
+        self._gone, self._lost = False, 0
         with contextlib.closing(self._each(requests, self._outcome)) as outcomes:
             for index, outcome in outcomes:
                 yield [(index, outcome)]
@@ -277,8 +278,8 @@ class ServerBackend:
         """What comes of one request; `value` takes it from the response's body."""
         from openai import OpenAIError
 
-        if self._is_lost():
-            return Failure(FailureKind.CONNECTION, f"not sent: {self._lost} calls before were lost")
+        if self._gone:
+            return Failure(FailureKind.CONNECTION, "not sent: the server was lost in calls before")
         started = time.perf_counter()
         used: tuple[int | None, int | None] = (None, None)
         try:
@@ -393,14 +394,12 @@ class ServerBackend:
         if isinstance(error, APITimeoutError) and cause != "ConnectTimeout":
             return FailureKind.DEADLINE, f"no answer in {self._deadline:g} s"
         self._lost += 1
-        if not self._reached and (self._is_lost() or cause in ("ConnectError", "ConnectTimeout")):
+        self._gone = self._gone or self._lost >= max(LOST, self._concurrency)
+        if not self._reached and (self._gone or cause in ("ConnectError", "ConnectTimeout")):
             raise InputError(
                 f"{self._server} cannot be reached: check that the server runs, and --base-url"
             ) from None
         return FailureKind.CONNECTION, f"no connection, or it broke ({cause})"
-
-    def _is_lost(self) -> bool:
-        return self._lost >= max(LOST, self._concurrency)
 
     def _stop_early(self, status: int, told: str, trial: bool) -> None:
         """Raises `InputError` where a refusal before the first answer means that all will be refused."""
