@@ -89,8 +89,6 @@ class ServerBackend:
     or those a server's Retry-After asks for.
     """
 
-    parallel = 1
-
     def __init__(
         self,
         model: str,
@@ -141,6 +139,10 @@ class ServerBackend:
     @property
     def window(self) -> int:
         return 32 * self._concurrency
+
+    @property
+    def parallel(self) -> int:
+        return self._concurrency
 
     @property
     def reads(self) -> bool:
@@ -282,6 +284,8 @@ class ServerBackend:
             return Failure(FailureKind.CONNECTION, "not sent: the server was lost in calls before")
         started = time.perf_counter()
         used: tuple[int | None, int | None] = (None, None)
+        broken: OpenAIError | None = None
+        kind, reason = FailureKind.MALFORMED, ""
         try:
             body, n_top = await asyncio.wait_for(self._body(client, request), self._deadline)
             self._reached, self._lost = True, 0
@@ -292,7 +296,7 @@ class ServerBackend:
         except _Unusable as error:
             kind, reason = error.kind, error.reason
         except OpenAIError as error:
-            kind, reason = self._explained(error, request)
+            broken = error
         else:
             said = len(answered) if isinstance(answered, str) else 0
             return Answer(
@@ -301,6 +305,8 @@ class ServerBackend:
                 self._estimate(request, said) if used[1] is None else used[1],
                 time.perf_counter() - started,
             )
+        if broken is not None:  # out of its handler: it can hold the key, and is no error's context
+            kind, reason = self._explained(broken, request)
         seconds = time.perf_counter() - started
         return Failure(kind, self._line(reason), used[0] or 0, used[1] or 0, seconds)
 
@@ -398,7 +404,7 @@ class ServerBackend:
         if not self._reached and (self._gone or cause in ("ConnectError", "ConnectTimeout")):
             raise InputError(
                 f"{self._server} cannot be reached: check that the server runs, and --base-url"
-            ) from None
+            )
         return FailureKind.CONNECTION, f"no connection, or it broke ({cause})"
 
     def _stop_early(self, status: int, told: str, trial: bool) -> None:
@@ -527,7 +533,7 @@ def _text(body: Body) -> str:
         raise _Unusable(FailureKind.EMPTY, "the answer is empty")
     if not isinstance(text, str):
         raise _malformed("the answer is no text")
-    return text
+    return text.encode(errors="replace").decode()  # halves of a cut pair of surrogates are no text
 
 
 def _integers(request: Fill, text: str, choice: Body) -> tuple[int, ...]:
