@@ -297,6 +297,11 @@ BODIES = [
     {"data": [{"embedding": [1e300]}], "usage": []},
     {"data": [{"embedding": [float("nan")]}], "usage": {"prompt_tokens": "many"}},
     {"choices": [{"logprobs": {"text_offset": [0], "tokens": [3], "top_logprobs": [None]}}]},
+    {
+        "choices": [
+            {"logprobs": {"text_offset": [-1], "tokens": ["b"], "top_logprobs": [{"1": -1.0}]}}
+        ]
+    },
     {"choices": [{"logprobs": {"text_offset": ["a"], "tokens": ["b"], "top_logprobs": [{}]}}]},
 ]
 

@@ -309,7 +309,7 @@ def test_place_in_a_fill_does_not_tell():
 
 pieces = st.text(max_size=5) | st.sampled_from(
     ["\n", "\t", "\r\n", '"', "<<", ">>", "«", "»", "\\x", "\\xf0\\x9f", "🙂", "\u2028", "\x85", "\x00",
-     "Contains it:\n1", "Description:", " 0"]
+     "Fits:\n1", "Description:", " 0"]
 )  # fmt: skip
 
 

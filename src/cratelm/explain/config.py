@@ -62,6 +62,8 @@ class ExplainConfig(AskConfig):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} {getattr(self, name)}: {least} or more was expected")
+        if self.prompts == "openai" and self.contrast:
+            raise InputError("--contrast: OpenAI's prompts have no place for it, leave it out")
         if self.only and self.neurons:
             raise InputError("--only and --neurons: one of the two was expected")
         self.places()

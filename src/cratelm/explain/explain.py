@@ -13,6 +13,7 @@ from cratelm.activations.store import read_records, read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, gather
+from cratelm.explain.llm import openai_prompts
 from cratelm.explain.llm.client import Client, Plan, Shard, plan
 from cratelm.explain.llm.session import ledger_path, open_client
 from cratelm.explain.lookup import token_table
@@ -87,6 +88,8 @@ def explain(config: ExplainConfig) -> ExplainResult | Plan | Shard:
 def _explain_with_model(
     config: ExplainConfig, run: Run, inputs: dict[str, str], selected: list[Selected]
 ) -> ExplainResult | Plan | Shard:
+    if config.prompts == "openai":
+        openai_prompts.require()
     with open_client(config, config.explainer) as client:
         name = config.name or client.backend.name
         stage = run.stage("explanations", set_of(config.model, name))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from cratelm.explain.config import Evidence, ExplainConfig
 from cratelm.explain.llm.client import Client
+from cratelm.explain.llm.openai_prompts import openai_explain_request
 from cratelm.explain.llm.prompts import VERSION, explain_request
 from cratelm.explain.llm.requests import Chat, Failure, FailureKind, Outcome
 from cratelm.explain.selection import contrasting, explained_from
@@ -57,9 +58,7 @@ def _request(
     strings: Sequence[str],
 ) -> Chat:
     if config.prompts == "openai":
-        from cratelm.explain.llm.openai_prompts import explain_request as openai_request
-
-        return openai_request(
+        return openai_explain_request(
             shown,
             strings,
             max_tokens=config.answer_tokens,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cratelm.errors import InputError
+from cratelm.explain.config import Prompts
 from cratelm.explain.llm.config import AskConfig, check_specification
 from cratelm.records import METRICS, SCORERS, Metric
 
@@ -25,6 +26,8 @@ class ScoreConfig(AskConfig):
     With a language model also `detection`, `fuzzing`, `intruder`, `embedding`"""
     paper_compat: bool = False
     """also score as the paper's code reads levels: the five likeliest tokens alone, a simulated 10 as 1"""
+    prompts: Prompts = "cratelm"
+    """how levels are asked for: our prompts, or OpenAI's published ones (extra `openai-prompts`)"""
     resamples: int = 2000
     """bootstrap resamples behind the intervals of `summary.json`"""
     seed: int = 0

@@ -23,7 +23,7 @@ from cratelm.records import NeuronScore
 DEFAULT_SD = 15.0
 """standard deviation of scores within a layer, x 100, where there is no pilot. Simulated correlations
 of the demo's models have 8 to 18 by model, layer and metric. Detection, fuzzing and embedding rest on
-ten texts a neuron and vary more (up to 31): give a pilot's"""
+ten texts a neuron at most and vary more (12 to 35 with a small model): give a pilot's"""
 FEWEST = 2
 """neurons of a layer, below which there is no interval"""
 

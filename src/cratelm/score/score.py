@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from cratelm.activations.store import read_records
 from cratelm.errors import InputError
+from cratelm.explain.llm import openai_prompts
 from cratelm.explain.llm.client import Client, Plan, Shard, plan
 from cratelm.explain.llm.preflight import Preflight, preflight
 from cratelm.explain.llm.session import ledger_path, open_client
@@ -113,6 +114,8 @@ def score(config: ScoreConfig) -> ScoreResult | Plan | Shard:
 
 
 def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | Plan | Shard:
+    if config.prompts == "openai":
+        openai_prompts.require()
     with open_client(config, config.simulator) as client:
         reader = client.backend.name
         source = _explanation_set(run, config, reader)
@@ -180,13 +183,9 @@ def _asked(
 ) -> Iterator[list[Asked]]:
     """The scores in the making, some neurons at a time; those of this worker's shard."""
     store = TokenStore(run.stage("tokens").path)
-    variants = {"": Simulator.of(found)}
+    variants = {"": Simulator.of(found, config.prompts)}
     if config.paper_compat:
-        if not found.reads:
-            raise InputError(
-                "--paper-compat reads log-probabilities, which this server does not give: leave it out"
-            )
-        variants[COMPAT] = Simulator.of(found, paper_compat=True)
+        variants[COMPAT] = Simulator.of(found, config.prompts, paper_compat=True)
     reader = Reader(
         name=client.backend.name,
         simulators=variants,

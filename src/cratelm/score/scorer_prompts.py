@@ -4,8 +4,8 @@ Read prompts are plain text to be continued, so that base models and small ones 
 instruction, worked examples, then the question in their form up to where the answer stands. The
 answer stands on a line of its own. After a colon and a space no token would begin at it, since
 tokenizers of GPT-2's kind put a space and a digit into one token; right after a colon
-SmolLM2-135M-Instruct expects a space (0.80 of its probability on the answers against 0.91 after a
-line's end, and it tells right from wrong less often).
+SmolLM2-135M-Instruct expects a space. On 72 easy questions it put 0.8 of all probability on the two
+answers after a colon, 0.9 after a line's end.
 
 `VERSION` changes whenever any of the texts does.
 """
@@ -38,36 +38,46 @@ Does the text contain what the description says? 1 means yes, 0 means no.
 
 Description: words for parts of the body
 Text: The committee will publish its budget on Friday.\\n
-Contains it:
+Fits:
 0
 
 Description: words for parts of the body
 Text:  fell off the ladder and broke his arm in two places
-Contains it:
+Fits:
 1
 
 Description: opening brackets of function calls
 Text: \\n    total = sum(values) / len(values)\\n
-Contains it:
+Fits:
 1
 
 Description: opening brackets of function calls
 Text:  and her sister waited by the gate until it was dark
-Contains it:
+Fits:
 0
 
 Description: names of cities
 Text: \\n        self.close()\\n
-Contains it:
+Fits:
 0
 
 Description: names of cities
 Text:  took the night train from Vienna to Prague
-Contains it:
+Fits:
 1
 
+Description: verbs in the past
+Text:  she walked home and cooked
+Fits:
+1
+
+Description: verbs in the past
+Text:  to be or not to be
+Fits:
+0
+
 """,
-    slot="Contains it:\n",
+    slot="Fits:\n",
     system="""\
 You are given a description of something that occurs in texts, and numbered texts. Decide for each \
 text whether it contains what the description says: 1 for yes, 0 for no. Line ends in the texts are \

@@ -14,7 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from cratelm.errors import InputError
+from cratelm.explain.config import Prompts
 from cratelm.explain.levels import MAX_LEVEL
+from cratelm.explain.llm.openai_prompts import openai_simulate_read
 from cratelm.explain.llm.preflight import Preflight
 from cratelm.explain.llm.prompts import simulate_fill, simulate_read
 from cratelm.explain.llm.requests import Answer, Outcome, Reading, Request
@@ -41,19 +44,32 @@ class Simulator:
     n_options: int
     """levels that are single tokens: 0..n_options - 1 are read"""
     paper_compat: bool = False
+    prompts: Prompts = "cratelm"
 
     @classmethod
-    def of(cls, found: Preflight, *, paper_compat: bool = False) -> "Simulator":
-        top = MAX_LEVEL if paper_compat else found.top_level
-        return cls(found.reads, top, found.top_level + 1, paper_compat)
+    def of(
+        cls, found: Preflight, prompts: Prompts = "cratelm", *, paper_compat: bool = False
+    ) -> "Simulator":
+        """Raises `InputError` where the model gives no log-probabilities and these are needed."""
+        needs = "--paper-compat" if paper_compat else "--prompts openai"
+        if not found.reads and (paper_compat or prompts == "openai"):
+            raise InputError(
+                f"{needs} reads log-probabilities, which this server does not give: leave it out"
+            )
+        # OpenAI's prompts speak of 0..10 whatever the model's tokens
+        ten = paper_compat or prompts == "openai"
+        top = MAX_LEVEL if ten else found.top_level
+        return cls(found.reads, top, found.top_level + 1, paper_compat, prompts)
 
     def request(self, explanation: str, excerpt: Excerpt, strings: Sequence[str]) -> Request:
         """What asks for the levels of one excerpt; `strings` [V] shows each token."""
         if not self.reads:
             return simulate_fill(explanation, excerpt.token_ids, strings, self.top_level)
-        read = simulate_read(
-            explanation, excerpt.token_ids, strings, self.top_level, full=self.paper_compat
-        )
+        ids, full = excerpt.token_ids, self.paper_compat
+        if self.prompts == "openai":
+            read = openai_simulate_read(explanation, ids, strings, full=full)
+        else:
+            read = simulate_read(explanation, ids, strings, self.top_level, full=full)
         return replace(read, options=read.options[: self.n_options])
 
     def levels(self, answer: Answer) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
 """Any OpenAI-compatible server as a backend: `openai:MODEL`, with `--base-url` for one's own server.
 
 `Read` asks `/completions` to echo the prompt with log-probabilities, and places them by character
-offsets. vLLM answers that; OpenAI takes it for its completion models only; llama.cpp's server and
-Ollama do not: with `auto` such servers are asked for JSON (`Fill`) in its place.
+offsets. vLLM answers that, and llama-cpp-python; OpenAI has the endpoint for a few older models;
+llama.cpp's own server refuses the echo (HTTP 500) and SGLang tells no offsets (-1): with `auto` such
+servers are asked for JSON (`Fill`) in its place.
 
 Offsets are not trusted but checked: vLLM adds up the lengths of decoded tokens, which drifts where
 the bytes of a character are cut over two tokens, and counts a begin token such as `<s>` as text. What
