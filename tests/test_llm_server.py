@@ -484,6 +484,19 @@ def test_server_that_dies_half_way_fails_the_rest_at_once():
             ask(model, CHAT)
 
 
+def test_server_that_answers_with_errors_is_not_lost():
+    def alternating(seed: int, call: Any) -> Fault | None:
+        text = call.body.get("input", "")
+        return (Fault.DROP, Fault.ERROR)[int(text) % 2] if text.isdigit() else None
+
+    with LLMServer(alternating) as server:
+        model = backend(server, retries=0, concurrency=1)
+        outcomes = ask(model, CHAT, *(Embed(str(i)) for i in range(4 * LOST)))
+        kinds = Counter(o.kind for o in outcomes if isinstance(o, Failure))
+        assert kinds == {FailureKind.CONNECTION: 2 * LOST, FailureKind.STATUS: 2 * LOST}
+        assert len(server.calls) == 1 + 4 * LOST
+
+
 def test_server_that_comes_back_is_used_again():
     with LLMServer() as server:
         model = backend(server, retries=0, concurrency=1)

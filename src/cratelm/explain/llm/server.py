@@ -582,10 +582,10 @@ def _vector(body: Body) -> np.ndarray:
 def _reading(request: Read, body: Body, n_top: int) -> Reading:
     """Raises `UNREADABLE` where a slot cannot be placed or none of the options is told at it."""
     begins, tokens, tops = _echoed(body, request.text)
-    entries: dict[int, list[int]] = {}
+    first: dict[int, int] = {}
     for i, begin in enumerate(begins):
-        entries.setdefault(begin, []).append(i)
-    at = [_entry(entries.get(slot, []), tokens, request.text, slot) for slot in request.offsets]
+        first.setdefault(begin, i)
+    at = [_entry(first.get(slot), tokens, request.text, slot) for slot in request.offsets]
     if None in at:
         raise _unreadable(f"no token begins at {at.count(None)} of {len(at)} slots")
     found = [_found(tops[i], request.options, n_top) for i in at if i is not None]
@@ -636,12 +636,13 @@ def _list(x: Any) -> list[Any]:
     return x if isinstance(x, list) else []
 
 
-def _entry(candidates: list[int], tokens: list[str], text: str, slot: int) -> int | None:
-    """The one token that begins at a slot, which has to be the text that stands there."""
-    if len(candidates) != 1:
-        return None
-    token = _plain(tokens[candidates[0]])
-    return candidates[0] if token and text.startswith(token, slot) else None
+def _entry(i: int | None, tokens: list[str], text: str, slot: int) -> int | None:
+    """`i`, the first token told to begin at a slot, if it is the text that stands there; else None.
+
+    Where the bytes of a character are cut over tokens, all but one of them are told as empty.
+    """
+    token = "" if i is None else _plain(tokens[i])
+    return i if token and text.startswith(token, slot) else None
 
 
 def _plain(token: str) -> str:
