@@ -678,8 +678,8 @@ def _token_begins(request: Request, body: Body, n_top: int) -> tuple[int, ...]:
 
 
 def _n_tokens(begins: Sequence[int], start: int, end: int) -> int:
-    """Tokens from `start` to `end`, one more where none begins at either."""
-    inside = sum(start <= b < end for b in begins)
+    """Tokens with a part between `start` and `end`, one more where they reach beyond."""
+    inside = sum(start <= b < end for b in begins) + (start not in begins)
     return inside if start in begins and end in begins else inside + 1
 
 
