@@ -531,7 +531,9 @@ def test_key_appears_nowhere(monkeypatch, caplog):
 def test_cut_reason_does_not_hold_a_part_of_the_key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.setattr(
-        LLMServer, "answer", lambda *_: (400, {"error": {"message": "x" * 160 + SECRET}})
+        LLMServer,
+        "answer",
+        lambda *_: (400, {"error": {"message": "x" * 160 + SECRET + "y" * 500}}),
     )
     with LLMServer() as server:
         assert "sk-" not in failed(ask(backend(server), CHAT)[0]).reason
