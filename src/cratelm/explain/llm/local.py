@@ -75,6 +75,7 @@ class LocalBackend:
         self._device = torch.device(_device() if device == "auto" else device)
         self._dtype = _dtype(self._device) if dtype == "auto" else getattr(torch, dtype)
         self._shared: tuple[list[int], Any] = ([], None)
+        self._shared_chat: tuple[list[int], Any] = ([], None)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -199,8 +200,10 @@ class LocalBackend:
     def _option_ids(self, request: Read) -> list[int] | None:
         """[O] the token that each option is at the first slot; None where one is not a single token."""
         before = request.text[: request.offsets[0]] if request.slots else ""
-        # the line of the slot decides how an option is tokenised, not the whole prompt
-        before = before[before.rfind("\n") + 1 :]
+        # how an option is tokenised is decided near it, not by the whole prompt; but one line alone may
+        # be empty, and some tokenizers treat the begin of a text in a way of their own
+        line = before.rfind("\n")
+        before = before[before.rfind("\n", 0, max(line, 0)) + 1 :]
         if any(n != 1 for n in self.tokens_at_slot(request.options, before)):
             return None
         found = []
@@ -282,36 +285,66 @@ class LocalBackend:
     def _chat(self, requests: list[Chat]) -> list[Outcome]:
         """Continuations of conversations with the same settings, padded on the left."""
         started = time.monotonic()
-        texts = [self._template(r) for r in requests]
         tokenizer, settings = self.tokenizer, requests[0]
-        tokenizer.padding_side = "left"
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        rows = [tokenizer(self._template(r), add_special_tokens=False).input_ids for r in requests]
+        ids, mask, cache = self._after_shared(rows)
         sampled = settings.temperature > 0
         with torch.random.fork_rng():
             torch.manual_seed(int(key(settings, self.identity)[:15], 16))
             produced = self.model.generate(
-                **batch.to(self._device),
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
                 max_new_tokens=settings.max_tokens,
                 do_sample=sampled,
                 temperature=settings.temperature if sampled else None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=self._pad,
+                stop_strings=[settings.stop] if settings.stop else None,
+                tokenizer=tokenizer,
             )
-        new = produced[:, batch.input_ids.shape[1] :]
+        new = produced[:, ids.shape[1] :]
         seconds = (time.monotonic() - started) / len(requests)
         outcomes: list[Outcome] = []
-        for row, ids in enumerate(new):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            prompt = int(batch.attention_mask[row].sum())
-            n = int((ids != tokenizer.pad_token_id).sum())
+        for row, given in zip(rows, new, strict=True):
+            text = tokenizer.decode(given, skip_special_tokens=True).strip()
+            prompt, n = len(row), int((given != self._pad).sum())
             if text:
                 outcomes.append(Answer(text, prompt, n, seconds))
             else:
                 reason = "the model answered nothing"
                 outcomes.append(Failure(FailureKind.EMPTY, reason, prompt, n, seconds))
         return outcomes
+
+    def _after_shared(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Token ids and mask [B, S] of conversations, and keys and values of what they all begin with.
+
+        Padding stands between the shared tokens and the rest, masked.
+        """
+        from transformers import DynamicCache
+
+        n = min(_n_common(rows), min(map(len, rows)) - 1)
+        known, cache = self._shared_chat
+        if known != rows[0][:n] or cache is None:
+            cache = DynamicCache()
+            self._run(rows[0][:n], cache)
+            self._shared_chat = (rows[0][:n], cache)
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._pad)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            padding = longest - len(row)
+            ids[place, :n], mask[place, :n] = torch.tensor(row[:n]), 1
+            ids[place, n + padding :] = torch.tensor(row[n:])
+            mask[place, n + padding :] = 1
+        copies = _repeated(_of_first(cache, n), len(rows))
+        return ids.to(self._device), mask.to(self._device), copies
+
+    @property
+    def _pad(self) -> int:
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def _template(self, request: Chat) -> str:
         messages = [{"role": role, "content": text} for role, text in request.messages]
@@ -419,7 +452,7 @@ def _group(request: Request) -> Any:
     if isinstance(request, Read):
         return (Read, request.preamble, request.context, request.options, request.full)
     if isinstance(request, Chat):
-        return (Chat, request.max_tokens, request.temperature, request.seed)
+        return (Chat, request.max_tokens, request.temperature, request.seed, request.stop)
     return (type(request),)
 
 

@@ -20,25 +20,33 @@ from cratelm.records import Excerpt
 VERSION = "1"
 UNKNOWN = "unknown"
 """stands where a level is asked for"""
+MOST_LISTED = 10
+"""tokens whose strength is told after the excerpts"""
 
 EXPLAIN_SYSTEM = (
-    "You study single neurons of a language model. A neuron reacts to some tokens of a text. You are"
-    " shown excerpts; the tokens it reacts to stand between « and », and after each excerpt the"
-    " strongest of them with their strength from 1 to 10. You answer with one short phrase: what the"
-    " neuron reacts to."
+    "A neuron of a language model reacts to some tokens of a text. You see excerpts in which the tokens"
+    " it reacts to stand between « and », and then the strongest tokens with their strength from 1 to"
+    " 10. You say in a few words what the tokens have in common."
 )
-_QUESTION = "In one short phrase, what does this neuron react to?"
+_QUESTION = "In a few words, what does the neuron react to?"
 _EXPLAIN_EXAMPLES = (
     (
-        "Excerpt 1: We drove to «Lyon» and, a week later, on to «Turin».\nStrongest: « Lyon» 10,"
-        " « Turin» 9\nExcerpt 2: the trains between «Kyoto» and Osaka stop here\nStrongest:"
-        " « Kyoto» 8",
+        "1. We drove to« Lyon» and, a week later, on to« Turin».\n"
+        "2. the trains between« Kyoto» and Osaka stop here\n"
+        "Strongest: « Lyon» 10, « Turin» 9, « Kyoto» 8",
         "names of cities",
     ),
     (
-        "Excerpt 1: if (count «>=» limit) return;\nStrongest: « >=» 10\nExcerpt 2: while x «<» 3 and y"
-        " «!=» 0:\nStrongest: « <» 8, « !=» 8",
+        "1. if (count« >=» limit) return;\n"
+        "2. while x« <» 3 and y« !=» 0:\n"
+        "Strongest: « >=» 10, « <» 8, « !=» 8",
         "comparison operators in program code",
+    ),
+    (
+        "1. the« unhappy» man looked up\n"
+        "2. an« unlikely» story,« undone» in a day\n"
+        "Strongest: « unhappy» 10, « undone» 7, « unlikely» 6",
+        "words that begin with un-",
     ),
 )
 
@@ -75,21 +83,22 @@ def explain_request(
     Levels are relative to the largest activation of all that is shown (Bills et al. 2023).
     """
     maximum = max((float(e.activations.max()) for e in shown if len(e)), default=0.0)
+    level = [levels(e.activations, maximum) for e in shown]  # [n] each
     lines = [
-        line
-        for number, excerpt in enumerate(shown, 1)
-        for line in _shown(number, excerpt, strings, maximum)
+        f"{number}. {excerpt_text(e.token_ids, strings, _marked(n))}"
+        for number, (e, n) in enumerate(zip(shown, level, strict=True), 1)
     ]
     if contrast:
-        lines.append("It does not react in:")
+        lines.append("No reaction in:")
         lines += [f"- {excerpt_text(e.token_ids, strings)}" for e in contrast]
+    lines.append(f"Strongest: {_strongest(shown, level, strings)}")
     messages: list[tuple[Role, str]] = []
     messages.append(("system", EXPLAIN_SYSTEM))
     for example, answer in _EXPLAIN_EXAMPLES:
         messages.append(("user", f"{example}\n\n{_QUESTION}"))
         messages.append(("assistant", answer))
     messages.append(("user", "\n".join(lines) + f"\n\n{_QUESTION}"))
-    return Chat(tuple(messages), max_tokens, temperature, seed)
+    return Chat(tuple(messages), max_tokens, temperature, seed, stop="\n")
 
 
 def simulate_preamble(top: int) -> str:
@@ -160,18 +169,19 @@ def _level(value: float, top: int) -> int:
     return min(top, int(top * value + 0.5))
 
 
-def _shown(number: int, excerpt: Excerpt, strings: Sequence[str], maximum: float) -> list[str]:
-    """An excerpt with what the neuron reacts to marked, and its strongest tokens."""
-    level = levels(excerpt.activations, maximum)  # [n]
-    marked = (level > 0) & (2 * level >= level.max(initial=0))
-    lines = [f"Excerpt {number}: {excerpt_text(excerpt.token_ids, strings, marked)}"]
-    strongest: dict[str, int] = {}
-    for place in np.argsort(-level, kind="stable"):
-        if marked[place] and len(strongest) < 4:
-            token = escaped(strings[int(excerpt.token_ids[place])])
-            strongest.setdefault(f"«{token}»", int(level[place]))
-    if strongest:
-        lines.append("Strongest: " + ", ".join(f"{t} {n}" for t, n in strongest.items()))
-    else:
-        lines.append("Strongest: none")
-    return lines
+def _marked(level: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[n] the tokens of an excerpt that count as reacted to: half its highest level or more."""
+    return (level > 0) & (2 * level >= level.max(initial=0))
+
+
+def _strongest(
+    shown: Sequence[Excerpt], level: Sequence[NDArray[np.int64]], strings: Sequence[str]
+) -> str:
+    """The tokens with the highest levels over all excerpts, each once."""
+    highest: dict[str, int] = {}
+    for excerpt, levels_ in zip(shown, level, strict=True):
+        for token_id, n in zip(excerpt.token_ids, levels_, strict=True):
+            token = f"«{escaped(strings[int(token_id)])}»"
+            highest[token] = max(highest.get(token, 0), int(n))
+    best = sorted(((n, t) for t, n in highest.items() if n), key=lambda pair: -pair[0])
+    return ", ".join(f"{token} {n}" for n, token in best[:MOST_LISTED]) or "nothing"

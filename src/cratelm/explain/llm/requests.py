@@ -31,6 +31,8 @@ class Chat:
     """0: the most likely token each time"""
     seed: int = 0
     """of the sampling, where the backend has one"""
+    stop: str = ""
+    """a text after which nothing is needed: a backend may stop there, and need not"""
 
 
 @dataclass(frozen=True)
