@@ -84,6 +84,7 @@ class DuplicateAudit:
     n_near_duplicates: int
     """of these, near-duplicates of one explained from"""
     examples: tuple[DuplicatePair, ...]
+    """a few, of different documents"""
     effects: tuple[DuplicateEffect, ...]
 
 
@@ -100,7 +101,8 @@ class NearDuplicates:
         self._known: dict[int, bool] = {}
         """the same by the position of an excerpt: scoring asks about each many times"""
         self._first = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)
-        self.examples: list[DuplicatePair] = []
+        self._pairs: dict[tuple[int, int], DuplicatePair] = {}
+        """the first found, by the ordinals of their documents"""
 
     def explained(self, excerpts: Iterable[Excerpt]) -> None:
         """Registers what was explained from; all of it before the first `is_duplicate`.
@@ -140,7 +142,7 @@ class NearDuplicates:
             n_passages_explained=len(self._explained),
             n_passages_scored=len(self._scored),
             n_near_duplicates=sum(self._scored.values()),
-            examples=tuple(self.examples),
+            examples=tuple(self._pairs.values()),
             effects=tuple(_effect(*kind, group) for kind, group in groups.items()),
         )
 
@@ -151,9 +153,10 @@ class NearDuplicates:
         similarity, other = max(near, default=(0.0, -1))
         if similarity < THRESHOLD:
             return False
-        if len(self.examples) < _EXAMPLES:
+        if len(self._pairs) < _EXAMPLES:
             (ordinal,) = self._store.split("fit").documents_at(np.array([other])).tolist()
-            self.examples.append(DuplicatePair(ordinal, document, round(similarity, 3)))
+            pair = DuplicatePair(ordinal, document, round(similarity, 3))
+            self._pairs.setdefault((ordinal, document), pair)
         return True
 
     def _passages(self, split: Split, positions: NDArray[np.int64]) -> NDArray[np.int64]:
