@@ -7,7 +7,7 @@ token that is marked most often.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class FakeModel:
     name = "fake"
     window = 256
     parallel = 1
+    reason = ""
 
     def __init__(
         self, *, reads: bool = True, fails: float = 0.0, dies_after: int = -1, ten: int = 2
@@ -42,7 +43,7 @@ class FakeModel:
         self.identity = {"backend": "fake"}
         self.asked: Counter[str] = Counter()
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Outcome]]]:
+    def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         for index, request in enumerate(requests):
             if self.dies_after == sum(self.asked.values()):
                 raise KeyboardInterrupt

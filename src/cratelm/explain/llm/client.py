@@ -5,6 +5,7 @@ portions that the budget allows; what comes back is committed before it is retur
 is used up it raises `BudgetReached`, with nothing lost: the same command goes on from the ledger.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -136,15 +137,16 @@ class Client:
     def _send(self, portion: list[tuple[str, Request]]) -> dict[str, Outcome]:
         requests = [request for _, request in portion]
         found: dict[str, Outcome] = {}
-        for group in self.backend.answer(requests):
-            rows = []
-            for index, outcome in group:
-                k, kind = portion[index][0], type(requests[index]).__name__
-                rows.append((k, kind, outcome))
-                found[k] = rounded(kind, outcome)
-                self._tried.add(k)
-                self._count(outcome)
-            self.ledger.write(self.backend.name, rows)
+        with contextlib.closing(self.backend.answer(requests)) as groups:
+            for group in groups:
+                rows = []
+                for index, outcome in group:
+                    k, kind = portion[index][0], type(requests[index]).__name__
+                    rows.append((k, kind, outcome))
+                    found[k] = rounded(kind, outcome)
+                    self._tried.add(k)
+                    self._count(outcome)
+                self.ledger.write(self.backend.name, rows)
         if len(found) != len(portion):
             raise InputError(
                 f"{self.backend.name} gave {len(found)} outcomes for {len(portion)} requests:"

@@ -41,7 +41,8 @@ class AskConfig:
     """name of the model in the run"""
     base_url: str = aside("")
     """for `openai:MODEL`: address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1;
-    left out: OpenAI's own. The key is read from the environment variable OPENAI_API_KEY alone"""
+    left out: OpenAI's own. The key is read from the environment variable OPENAI_API_KEY alone. Answers
+    are kept by the model's name, not by the address: give other weights another name"""
     device: str = aside("auto")
     """for `hf:`: device of the language model; `auto` takes a GPU where there is one"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -55,7 +56,8 @@ class AskConfig:
     method: Literal["auto", "logprobs", "json"] = "auto"
     """for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto` tries the first"""
     dry_run: bool = aside(False)
-    """ask nothing: print how many calls and tokens it would take, and an estimate of cost and time"""
+    """ask nothing but short trials: print how many calls and tokens it would take, and an estimate of cost
+    and time"""
     max_calls: int = aside(0)
     """stop before more calls than this, 0 = no limit; the same command goes on later"""
     max_tokens: int = aside(0)

@@ -22,7 +22,7 @@ import copy
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class LocalBackend:
     """
 
     reads = True
+    reason = ""
     parallel = 1
 
     def __init__(self, specification: str, *, device: str = "auto", dtype: str = "auto"):
@@ -136,7 +137,7 @@ class LocalBackend:
         return counts
 
     @torch.inference_mode()
-    def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Outcome]]]:
+    def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         """Readings of one context together, chats and embeddings in batches of equal settings."""
         groups: dict[Any, list[int]] = {}
         for index, request in enumerate(requests):

@@ -8,6 +8,9 @@ Control characters in tokens are shown as escapes, as in our own prompts: a raw 
 melt into the tab that separates it from its level.
 """
 
+# pyright: reportMissingImports=false
+# the package is in no environment with the rest
+
 from collections.abc import Sequence
 from functools import cache
 from typing import Any

@@ -36,10 +36,13 @@ class Preflight:
     """mean share of all probability that falls on the levels at the slots of two probes; None
     where nothing is read, or both probes failed"""
     lowest_mass: float | None
+    reason: str = ""
+    """why nothing is read"""
 
     def __str__(self) -> str:
         if not self.reads:
-            return f"levels 0..{self.top_level} by JSON: this model gives no log-probabilities"
+            why = f" ({self.reason})" if self.reason else ""
+            return f"levels 0..{self.top_level} by JSON: this model gives no log-probabilities{why}"
         split = "one token" if self.tokens_of_ten == 1 else f"{self.tokens_of_ten} tokens"
         told = f"levels 0..{self.top_level} ('10' is {split} of this model)"
         if self.mass is None:
@@ -61,11 +64,16 @@ def preflight(client: Client) -> Preflight:
     """
     backend, ledger = client.backend, client.ledger
     if not backend.reads:
-        return Preflight(False, MAX_LEVEL, None, None, None)
+        return Preflight(False, MAX_LEVEL, None, None, None, backend.reason)
     label = f"levels of {backend.name} {sorted(backend.identity.items())}"
     counts = (ledger.recall(label) or {}).get("counts")
     if counts is None:
         counts = backend.tokens_at_slot([str(n) for n in range(MAX_LEVEL + 1)], " word\t")
+        if not counts:
+            raise InputError(
+                f"{backend.name}: a trial call for how it tokenises the levels failed: type the command"
+                " again, or ask for levels by JSON with --method json"
+            )
         ledger.remember(label, {"counts": counts})
     top = top_level(counts)
     probes = [

@@ -8,7 +8,7 @@ Shapes: n slots of a prompt, O options at each, E width of an embedding.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -171,6 +171,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def reason(self) -> str:
+        """Why it does not answer `Read`, in words; empty where it does."""
+        ...
+
+    @property
     def window(self) -> int:
         """How many requests it likes to be given at a time, to be busy."""
         ...
@@ -180,8 +185,10 @@ class Backend(Protocol):
         """How many calls it has in flight at a time."""
         ...
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Outcome]]]:
+    def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         """Outcomes by the requests' index as they come, in groups that are to be kept together.
+
+        Closing the generator early ends what is in flight.
 
         Raises nothing for what concerns one request: that is a `Failure`. Raises `InputError` where
         no request can succeed (wrong key, no such model, no server).

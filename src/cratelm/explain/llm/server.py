@@ -21,7 +21,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -55,6 +55,8 @@ KEY = "OPENAI_API_KEY"
 TOP_LOGPROBS = (20, 5)
 """likeliest tokens asked for at each place: vLLM takes 20 unless told otherwise, OpenAI 5"""
 CONNECT_SECONDS = 10.0
+TRIALS = 5
+"""times that a call before the first request is tried, beside the retries of each"""
 BYTES_PER_TOKEN = 3.5
 LOST = 8
 """calls in a row without a connection, after all retries, after which a server counts as lost"""
@@ -119,7 +121,7 @@ class ServerBackend:
         self._concurrency, self._retries, self._deadline = concurrency, retries, deadline
         self._method: Method = method
         self.name = re.sub(r"[^A-Za-z0-9._-]", "-", _last(model)).strip(".-") or "model"
-        self.probe_reason = ""
+        self.reason = ""
         """why `reads` is False though `auto` was asked for; empty otherwise"""
         self._reached = False  # the server has answered a request
         self._lost = 0  # calls in a row without a connection
@@ -133,7 +135,6 @@ class ServerBackend:
         return {
             "backend": "openai",
             "model": self._model,
-            "server": self._server,
             "method": self._method,
         }
 
@@ -147,7 +148,7 @@ class ServerBackend:
 
     @property
     def reads(self) -> bool:
-        """Decided once, with `auto` by a trial call: see `probe_reason`.
+        """Decided once, with `auto` by a trial call: see `reason`.
 
         Raises `InputError` where the trial decides nothing: no connection, no answer in time.
         """
@@ -168,14 +169,14 @@ class ServerBackend:
                 f"{self._server} gave no answer to a trial call ({outcome.kind}: {outcome.reason}):"
                 " type the command again, with a longer --deadline or with --method json"
             )
-        self.probe_reason = f"{outcome.kind}: {outcome.reason}"
+        self.reason = f"{outcome.kind}: {outcome.reason}"
         return False
 
     def _trial(self) -> Outcome:
         ((_, outcome),) = [pair for group in self.answer([_PROBE]) for pair in group]
         return outcome
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Outcome]]]:
+    def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         """Outcomes one by one as they come. Closed early, it cancels the calls in flight.
 
         Raises `InputError` where, before anything was answered, the key or the model is refused or
@@ -193,24 +194,27 @@ class ServerBackend:
         return math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
-        """One echoed call an option; empty where the server does not tell.
+        """One echoed call an option, `TRIALS` at most; empty where the server does not tell.
 
         An option that is merged with its surroundings counts one token more.
         """
         if not self.reads:
             return []
         start = len(slot_before)
-        echoes = [Read("", slot_before, option + "\n", (), ()) for option in options]
-        begins: dict[int, Sequence[int]] = {}
+        counts: dict[str, int] = {}
         told = partial(self._outcome, value=_token_begins)
-        with contextlib.closing(self._each(echoes, told)) as outcomes:
-            for index, outcome in outcomes:
-                if isinstance(outcome, Failure):
-                    return []
-                begins[index] = outcome.value  # type: ignore[assignment]
-        return [
-            _n_tokens(begins[i], start, start + len(option)) for i, option in enumerate(options)
-        ]
+        for _ in range(TRIALS):
+            left = [option for option in options if option not in counts]
+            echoes = [Read("", slot_before, option + "\n", (), ()) for option in left]
+            with contextlib.closing(self._each(echoes, told)) as outcomes:
+                for index, outcome in outcomes:
+                    if isinstance(outcome, Answer):
+                        begins: Any = outcome.value
+                        end = start + len(left[index])
+                        counts[left[index]] = _n_tokens(begins, start, end)
+            if len(counts) == len(set(options)):
+                return [counts[option] for option in options]
+        return []
 
     # calls
 

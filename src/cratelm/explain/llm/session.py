@@ -1,7 +1,7 @@
 """Opening a language model for a verb: its backend, the run's ledger, the budget."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ class Recorded:
         self.name: str = facts["name"]
         self.identity: dict[str, str] = facts["identity"]
         self.reads: bool = facts["reads"]
+        self.reason: str = facts["reason"]
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Outcome]]]:
+    def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         raise InputError(
             f"--offline: {len(requests):,} answers of {self._label} are not in the ledger: type the"
             " command without --offline to ask for them"
@@ -73,7 +74,12 @@ def _recorded(ledger: Ledger, label: str) -> Backend:
 
 
 def _facts(backend: Backend) -> dict[str, Any]:
-    return {"name": backend.name, "identity": backend.identity, "reads": backend.reads}
+    return {
+        "name": backend.name,
+        "identity": backend.identity,
+        "reads": backend.reads,
+        "reason": backend.reason,
+    }
 
 
 def _backend(config: AskConfig, specification: str) -> Backend:
