@@ -62,7 +62,7 @@ class ScoreResult:
     means: dict[str, str]
     """by explainer and metric: own score and shuffled control, in words"""
     n_failed: int = 0
-    """scores that the explainer or the simulator failed to give"""
+    """scores, those of null controls too, that the explainer or the simulator failed to give"""
     calls: str = ""
     """what a language model was asked, in words"""
 
@@ -316,7 +316,7 @@ def _write_summary(
         "n_scores": len(scores),
         "n_neurons": len(selected),
         "n_dead": len({s.neuron for s in scores if s.score.status == Status.DEAD}),
-        "n_failed": sum(s.score.status == Status.FAILED for s in scores if s.control == "none"),
+        "n_failed": sum(s.score.status == Status.FAILED for s in scores),
         "shared_documents": len(checked.shared),
         "n_duplicates": near.n_near_duplicates,
         "means": means,
