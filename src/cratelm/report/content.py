@@ -6,24 +6,19 @@ from itertools import product
 
 import numpy as np
 
-from cratelm.errors import InputError
-from cratelm.records import Metric
+from cratelm.records import METRICS, Metric
+from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, without_score
+from cratelm.report.comparisons import model_less_free, twins, twins_with_model
 from cratelm.report.gather import MODEL_STAGES, ModelResults, RunResults
-from cratelm.report.tables import Cell, Column, Interval, PlusMinus, Table
-from cratelm.score.statistics import (
-    POLICIES,
-    Comparison,
-    LayerStatistics,
-    ModelStatistics,
-    compare_models,
+from cratelm.report.leakage import (
+    duplicate_effects,
+    duplicate_examples,
+    leakage,
+    near_duplicates,
 )
+from cratelm.report.tables import Cell, Column, PlusMinus, Table
+from cratelm.report.with_model import calls, preflights, side_by_side
 
-METRIC_NAMES: dict[Metric, str] = {
-    "top_and_random": "top-and-random",
-    "random_only": "random-only",
-    "anthropic": "Anthropic",
-}
-POLICY_NAMES = {"leave_out": "left out", "count_zero": "counted as 0"}
 PUBLISHED_LOSS = {
     "1l": (4.06, 3.83),
     "2l": (3.55, 3.23),
@@ -39,12 +34,8 @@ PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
     "6l": ((7.96, 2.29), (5.4, 20.85), (6.36, 1.87), (3.14, 18.39), (10.4, 2.01), (8.52, 32.56)),
     "12l": ((6.8, 7.09), (6.34, 11.35), (5.12, 2.83), (2.67, 7.48), (8.88, 18.3), (8.65, 24.65)),
 }
-"""by size: mean and variance over layers, CRATE then GPT-2, for each metric in the order of METRIC_NAMES
+"""by size: mean and variance over layers, CRATE then GPT-2, for each metric in the order of METRICS
 (arXiv 2410.16443, table of interpretability; last layer left out for 6l and 12l)"""
-_INTERVAL = (
-    "[ ]: 95% bootstrap interval over neurons, resampled within their layer. It does not cover another"
-    " training seed, corpus or draw of excerpts."
-)
 
 
 def comparison(results: RunResults) -> Table:
@@ -65,7 +56,7 @@ def comparison(results: RunResults) -> Table:
         tuple(columns),
         rows,
         "Scores are correlations × 100, mean over layers of the mean over neurons; neurons without a"
-        f" score are left out, and counted. {_INTERVAL} Validation loss: standard error over held-out"
+        f" score are left out, and counted. {INTERVAL_NOTE} Validation loss: standard error over held-out"
         " sequences. Random init: the same model before training, harvested, explained and scored alike."
         " Shuffled: explanations dealt to other neurons of the layer.",
         flipped=True,
@@ -97,12 +88,12 @@ def _comparison_row(results: RunResults, model: ModelResults) -> tuple[Cell, ...
     for metric, s in zip(results.metrics, own, strict=True):
         zero = model.figure(results.explainer, metric, policy="count_zero")
         cells += [
-            _mean(s),
+            mean_cell(s),
             s.variance if s else None,
-            _mean(zero),
-            _mean(model.figure(results.explainer, metric, "shuffled")),
-            _mean(null.figure(results.explainer, metric)) if null else None,
-            f"{s.counts.undefined:,} / {s.counts.dead:,} / {s.counts.failed:,}" if s else None,
+            mean_cell(zero),
+            mean_cell(model.figure(results.explainer, metric, "shuffled")),
+            mean_cell(null.figure(results.explainer, metric)) if null else None,
+            without_score(s.counts) if s else None,
         ]
     return tuple(cells)
 
@@ -124,6 +115,11 @@ def stages(results: RunResults) -> Table:
         done = [m.completions.get(stage) for stage in MODEL_STAGES]
         last = max((c.finished_at for c in done if c), default=None)
         rows.append((m.name, None, *(c.seconds if c else None for c in done), last))
+        for found in m.with_model:
+            made = [found.completions.get(stage) for stage in MODEL_STAGES]
+            last = max(c.finished_at for c in made if c)
+            seconds = (c.seconds if c else None for c in made)
+            rows.append((found.label(m.name), None, *seconds, last))
     return Table("stages", "Seconds of each stage", columns, tuple(rows))
 
 
@@ -189,14 +185,14 @@ def mean_and_variance(results: RunResults) -> Table:
         cells: list[Cell] = [explainer, m.name]
         for metric in results.metrics:
             s = m.figure(explainer, metric)
-            cells += [_mean(s), s.variance, s.counts.defined] if s else [None, None, None]
+            cells += [mean_cell(s), s.variance, s.counts.defined] if s else [None, None, None]
         rows.append(tuple(cells))
     return Table(
         "mean_and_variance",
         "Mean and variance over layers",
         tuple(columns),
         tuple(rows),
-        f"Variance: of the layer means over the layers, (× 100)². n: neurons with a score. {_INTERVAL}",
+        f"Variance: of the layer means over the layers, (× 100)². n: neurons with a score. {INTERVAL_NOTE}",
     )
 
 
@@ -222,14 +218,14 @@ def by_layer(results: RunResults) -> Table:
                     METRIC_NAMES[metric],
                     m.name,
                     layer.layer,
-                    _mean(layer),
-                    _mean(other),
+                    mean_cell(layer),
+                    mean_cell(other),
                     layer.counts.defined,
                     layer.counts.total,
                 )
             )
     title = f"Score by layer, explainer {results.explainer}"
-    return Table("by_layer", title, columns, tuple(rows), f"Layers count from 0. {_INTERVAL}")
+    return Table("by_layer", title, columns, tuple(rows), f"Layers count from 0. {INTERVAL_NOTE}")
 
 
 def nulls(results: RunResults) -> Table:
@@ -249,9 +245,9 @@ def nulls(results: RunResults) -> Table:
             (
                 METRIC_NAMES[metric],
                 m.name,
-                _mean(m.figure(results.explainer, metric)),
-                _mean(m.figure(results.explainer, metric, "shuffled")),
-                _mean(null.figure(results.explainer, metric)) if null else None,
+                mean_cell(m.figure(results.explainer, metric)),
+                mean_cell(m.figure(results.explainer, metric, "shuffled")),
+                mean_cell(null.figure(results.explainer, metric)) if null else None,
                 constant.counts.defined if constant else None,
             )
         )
@@ -263,74 +259,7 @@ def nulls(results: RunResults) -> Table:
         "Mean × 100. Shuffled: each neuron is simulated from the explanation of another neuron of its"
         " layer. Random init: the untrained model, with explanations of its own; what it scores needs no"
         " training. Constant simulation: its correlation cannot exist, so the"
-        f" count must be 0. {_INTERVAL}",
-    )
-
-
-def twins(results: RunResults, resamples: int, seed: int) -> Table:
-    """Each CRATE less its GPT-2, for every explainer, metric and policy."""
-    columns = (
-        Column("models", "a − b"),
-        Column("explainer", "explainer"),
-        Column("metric", "metric"),
-        Column("policy", "without a score"),
-        Column("mean_a", "mean a", ".1f"),
-        Column("mean_b", "mean b", ".1f"),
-        Column("difference", "difference [95%]", ".1f"),
-        Column("p_value", "p", ".2g"),
-        Column("cohens_d", "Cohen's\u00a0d [95%]", ".2f"),
-        Column("superiority", "P(a\u00a0>\u00a0b)", ".2f"),
-        Column("paired", "paired"),
-        Column("n_a", "n a", ",d"),
-        Column("n_b", "n b", ",d"),
-    )
-    rows = []
-    for (a, b), explainer, metric, policy in product(
-        results.twins(), results.explainers, results.metrics, POLICIES
-    ):
-        try:
-            found = compare_models(
-                a.scores,
-                b.scores,
-                metric,
-                explainer=explainer,
-                policy=policy,
-                resamples=resamples,
-                seed=seed,
-            )
-        except InputError:  # no layer where both have scores: nothing to compare, no row
-            continue
-        rows.append(_twins_row(found))
-    return Table(
-        "twins",
-        "CRATE less GPT-2",
-        columns,
-        tuple(rows),
-        "Difference × 100 over the layers where both have scores; [ ]: 95% bootstrap interval over neurons"
-        " (over pairs where paired). p: two-sided permutation test within layers, at least"
-        f" 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here. Paired: random-only, where neurons of the same layer and index"
-        " are scored on excerpts at the same positions; there only pairs with both values count, so the"
-        " means differ from those above. P(a > b): chance that a neuron of a scores higher, ties half."
-        " The neurons of two trained models are compared, not many trainings of each: a difference may"
-        " be one of these seeds.",
-    )
-
-
-def _twins_row(c: Comparison) -> tuple[Cell, ...]:
-    return (
-        f"{c.model_a} − {c.model_b}",
-        c.explainer,
-        METRIC_NAMES[c.metric],
-        POLICY_NAMES[c.policy],
-        c.mean_a,
-        c.mean_b,
-        _interval(c.difference, c.low, c.high),
-        c.p_value,
-        _interval(c.cohens_d, c.cohens_d_low, c.cohens_d_high),
-        c.superiority,
-        "yes" if c.paired else "no",
-        c.n_a,
-        c.n_b,
+        f" count must be 0. {INTERVAL_NOTE}",
     )
 
 
@@ -402,7 +331,9 @@ def ledger(results: RunResults) -> Table:
         zero = m.figure(explainer, metric, policy="count_zero")
         c = s.counts
         counts = (c.total, c.defined, c.undefined, c.dead, c.failed)
-        rows.append((m.name, explainer, METRIC_NAMES[metric], *counts, _mean(s), _mean(zero)))
+        rows.append(
+            (m.name, explainer, METRIC_NAMES[metric], *counts, mean_cell(s), mean_cell(zero))
+        )
     return Table(
         "ledger",
         "Neurons without a score",
@@ -410,7 +341,7 @@ def ledger(results: RunResults) -> Table:
         tuple(rows),
         "Undefined: the correlation does not exist, because the truth or the simulation is constant on"
         " the excerpts. Dead: never above 0 on the fit or on the held-out split. Failed: the explainer or"
-        f" the simulator did not answer. {_INTERVAL}",
+        f" the simulator did not answer. {INTERVAL_NOTE}",
     )
 
 
@@ -434,32 +365,12 @@ def reasons(results: RunResults) -> Table:
     return Table("reasons", "Why there is no score", columns, tuple(rows))
 
 
-def leakage(results: RunResults) -> Table:
-    columns = (
-        Column("model", "model"),
-        Column("explained", "documents explained from", ",d"),
-        Column("scored", "documents scored on", ",d"),
-        Column("shared", "in both", ",d"),
-    )
-    rows = tuple(
-        (m.name, m.audit["n_explained"], m.audit["n_scored"], len(m.audit["shared"]))
-        for m in results.models
-    )
-    return Table(
-        "leakage",
-        "Documents",
-        columns,
-        rows,
-        "From the document numbers that explanations and scores carry themselves, all neurons together.",
-    )
-
-
 def published(results: RunResults) -> Table:
     """Our means above those of the paper, all sizes."""
     columns = [Column("source", "source"), Column("model", "model")]
-    for metric, name in METRIC_NAMES.items():
+    for metric in METRICS:
         columns += [
-            Column(metric, f"{name}, mean × 100", ".2f"),
+            Column(metric, f"{METRIC_NAMES[metric]}, mean × 100", ".2f"),
             Column(f"{metric}_variance", "variance", ".2f"),
         ]
     columns.append(Column("validation_loss", "validation loss", ".2f"))
@@ -482,7 +393,7 @@ def published(results: RunResults) -> Table:
 
 def _our_row(results: RunResults, m: ModelResults) -> tuple[Cell, ...]:
     cells: list[Cell] = ["this run", m.name]
-    for metric in METRIC_NAMES:
+    for metric in METRICS:
         s = m.figure(results.explainer, metric)
         cells += [s.mean, s.variance] if s else [None, None]
     return (*cells, _training(m).get("validation_loss"))
@@ -491,10 +402,12 @@ def _our_row(results: RunResults, m: ModelResults) -> tuple[Cell, ...]:
 def all_tables(results: RunResults, resamples: int, seed: int) -> dict[str, Table]:
     """By name; tables without a row are left out."""
     makers = (comparison, models, mean_and_variance, by_layer, nulls, sparsity, ledger, reasons)
+    compared = (twins, side_by_side, model_less_free, twins_with_model)
+    checked = (preflights, calls, leakage, near_duplicates, duplicate_effects, duplicate_examples)
     made: Sequence[Table] = [
         *(make(results) for make in makers),
-        twins(results, resamples, seed),
-        leakage(results),
+        *(make(results, resamples, seed) for make in compared),
+        *(make(results) for make in checked),
         published(results),
         stages(results),
     ]
@@ -508,11 +421,3 @@ def _training(m: ModelResults) -> dict[str, int | float | None]:
 def _loss(trained: dict[str, int | float | None]) -> Cell:
     loss, error = trained.get("validation_loss"), trained.get("validation_standard_error")
     return loss if loss is None or error is None else PlusMinus(loss, error)
-
-
-def _mean(s: ModelStatistics | LayerStatistics | None) -> Cell:
-    return _interval(s.mean, s.low, s.high) if s else None
-
-
-def _interval(value: float | None, low: float | None, high: float | None) -> Cell:
-    return value if value is None or low is None or high is None else Interval(value, low, high)

@@ -15,20 +15,19 @@ from numpy.typing import NDArray
 
 from cratelm.activations.store import read_records
 from cratelm.records import Excerpt, Metric, NeuronId, NeuronRecord, NeuronScore
+from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
-from cratelm.report.content import METRIC_NAMES
-from cratelm.report.gather import ModelResults, RunResults
+from cratelm.report.gather import ModelResults, Place, RunResults
 from cratelm.report.shading import Piece, pieces
 from cratelm.report.tables import Cell, Column, Table
 from cratelm.report.text import printable
+from cratelm.report.told import Told, told
 from cratelm.score.selection import scored_on
 from cratelm.score.simulators import SIMULATORS, simulate
 from cratelm.tokens.shards import TokenStore
 
 BEFORE, AFTER = 24, 16
 """tokens shown before the peak of an excerpt, and from it on"""
-Place = tuple[int, int]
-"""layer and index of a neuron"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +51,8 @@ class Card:
     """largest raw activation on the held-out split"""
     text: str
     """the explanation; empty where there is none"""
+    told: tuple[Told, ...]
+    """what language models say of it"""
     excerpts: tuple[ShownExcerpt, ...]
 
     @property
@@ -77,7 +78,9 @@ def galleries(results: RunResults, config: ReportConfig) -> list[Gallery]:
         return []
     store = TokenStore(results.run.stage("tokens").path)
     shown = [
-        m for m in results.principal if {"activations", "explanations"} <= m.completions.keys()
+        m
+        for m in results.principal
+        if "activations" in m.completions and any("explanations" in s.completions for s in m.sets)
     ]
     made = [_gallery(results, m, config, store) for m in shown]
     return [g for g in made if any(cards for _, cards in g.groups)]
@@ -85,6 +88,7 @@ def galleries(results: RunResults, config: ReportConfig) -> list[Gallery]:
 
 def neuron_table(shown: Sequence[Gallery], metrics: Sequence[Metric]) -> Table:
     """The neurons shown, as a table."""
+    with_model = any(card.told for g in shown for _, cards in g.groups for card in cards)
     columns = (
         Column("model", "model"),
         Column("group", "chosen"),
@@ -94,8 +98,14 @@ def neuron_table(shown: Sequence[Gallery], metrics: Sequence[Metric]) -> Table:
         Column("firing_rate", "firing rate, %", ".3g"),
         Column("maximum", "largest activation", ".3g"),
         Column("explanation", "explanation"),
+        *([Column("told", "explanation by a language model")] if with_model else []),
     )
-    rows = [_table_row(card, metrics) for g in shown for _, cards in g.groups for card in cards]
+    rows = [
+        _table_row(card, metrics)[: len(columns)]
+        for g in shown
+        for _, cards in g.groups
+        for card in cards
+    ]
     return Table("neurons", "Neurons shown", columns, tuple(rows))
 
 
@@ -110,6 +120,7 @@ def _table_row(card: Card, metrics: Sequence[Metric]) -> tuple[Cell, ...]:
         100 * card.firing_rate,
         card.maximum,
         card.text,
+        "; ".join(f"{t.who}: {t.text}" for t in card.told),
     )
 
 
@@ -123,10 +134,16 @@ def _gallery(
         f"{config.neurons} best by {METRIC_NAMES[metric]}": _best(ranked, config.neurons),
         f"{config.neurons} at random": _random(ranked, config.neurons, config.seed),
     }
+    asked = [s for s in ranked if any(_at(s) in found.places for found in model.with_model)]
+    if asked:
+        group = f"{config.neurons} at random of those that a language model was asked about"
+        chosen[group] = _random(asked, config.neurons, config.seed)
     places = sorted({place for group in chosen.values() for place in group})
-    explained = _explanations(
-        results.run.stage("explanations", model.name).path, results.explainer, places
-    )
+    explained = {}
+    if "explanations" in model.completions:
+        folder = results.run.stage("explanations", model.name).path
+        explained = _explanations(folder, results.explainer, places)
+    by_model = told(results.run, model, places)
     harvest = results.run.stage("activations", model.name).path
     held_out, fit = (_records(harvest, split, places) for split in ("held_out", "fit"))
     scores: dict[Place, dict[Metric, NeuronScore]] = {place: {} for place in places}
@@ -146,11 +163,16 @@ def _gallery(
             firing_rate=record.summary.firing_rate,
             maximum=record.summary.maximum,
             text=printable(text),
+            told=by_model.get(place, ()),
             excerpts=tuple(excerpts),
         )
 
     groups = tuple((g, tuple(card(p, g) for p in members)) for g, members in chosen.items())
     return Gallery(model.name, groups)
+
+
+def _at(s: NeuronScore) -> Place:
+    return s.neuron.layer, s.neuron.index
 
 
 def _best(scores: Sequence[NeuronScore], n: int) -> list[Place]:

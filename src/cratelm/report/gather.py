@@ -1,15 +1,17 @@
 """What a report reads of a run: figures of every model, but excerpts of none (see `gallery`)."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
-from cratelm.records import METRICS, SPLITS, Metric, NeuronScore, NeuronSummary
+from cratelm.explain.store import set_of
+from cratelm.records import METRICS, SCORERS, SPLITS, Metric, NeuronScore, NeuronSummary
 from cratelm.report.config import ReportConfig
 from cratelm.runs import Completion, Run, StageName
 from cratelm.score.statistics import (
@@ -32,6 +34,46 @@ MODEL_STAGES: dict[StageName, str] = {
     "scores": "score",
 }
 """stages of one model, with the verb that makes each"""
+SET_STAGES: dict[StageName, str] = {"explanations": "explain", "scores": "score"}
+"""those of them that there are several of: one without a language model, one for each that was asked"""
+_T = TypeVar("_T", NeuronScore, ModelStatistics)
+Place = tuple[int, int]
+"""layer and index of a neuron"""
+
+
+@dataclass(frozen=True, eq=False)
+class ResultSet:
+    """What `explain` and `score` made of one model, without a language model or with one."""
+
+    name: str
+    """as in the folder MODEL@NAME; empty for the set without a language model"""
+    completions: dict[StageName, Completion]
+    """of `explanations` and `scores`, where they are there"""
+    calls: dict[str, dict[str, Any]]
+    """by verb: what the last command asked a language model"""
+    statistics: tuple[ModelStatistics, ...] = ()
+    """as `cratelm score` wrote them"""
+    scores: tuple[NeuronScore, ...] = ()
+    """of all controls"""
+    audit: dict[str, Any] | None = None
+    """documents explained from, scored on, and in both; None where there are no scores"""
+    near_duplicates: dict[str, Any] = field(default_factory=dict)
+    """`cratelm.score.duplicates.DuplicateAudit`; empty where it was not made"""
+    preflight: dict[str, Any] = field(default_factory=dict)
+    """`cratelm.explain.llm.preflight.Preflight`; empty without a language model"""
+
+    def label(self, model: str) -> str:
+        """The folder's name."""
+        return set_of(model, self.name)
+
+    @property
+    def explainers(self) -> list[str]:
+        return sorted({s.explainer for s in self.statistics})
+
+    @property
+    def places(self) -> frozenset[Place]:
+        """Neurons scored, those without a value too."""
+        return frozenset((s.neuron.layer, s.neuron.index) for s in self.scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +86,22 @@ class ModelResults:
     null_of: str
     """the model whose random initialisation this is; empty for others"""
     completions: dict[StageName, Completion]
-    """of the stages that are there"""
+    """of the stages that are there, without a language model"""
+    sets: tuple[ResultSet, ...]
+    """the one without a language model first, where it is there"""
     statistics: tuple[ModelStatistics, ...]
-    """as `cratelm score` wrote them"""
+    """of all sets"""
     scores: tuple[NeuronScore, ...]
-    """of the neurons' own explanations, no controls"""
+    """of all sets: of the neurons' own explanations, no controls"""
     summaries: tuple[NeuronSummary, ...]
     """over the held-out split; empty where the harvest is gone"""
     curve: list[dict[str, Any]]
     """lines of the training curve; empty where there is none"""
-    audit: dict[str, Any]
-    """documents explained from, scored on, and in both"""
+
+    @property
+    def with_model(self) -> list[ResultSet]:
+        """The sets for which a language model was asked."""
+        return [found for found in self.sets if found.name]
 
     @property
     def trained_here(self) -> bool:
@@ -88,7 +135,11 @@ class RunResults:
     explainer: str
     """of the comparison and of the neurons shown"""
     explainers: tuple[str, ...]
+    """those without a language model, and the one above"""
+    with_model: tuple[str, ...]
+    """those with one: their scores are of a sample of the neurons"""
     metrics: tuple[Metric, ...]
+    """of the comparison: those by simulation, or the others where a run has no simulation"""
     shared_ordinals: int
     """documents that are in more than one split: 0 where the shards are right, or are gone"""
 
@@ -115,13 +166,13 @@ class RunResults:
 
 def model_names(run: Run, config: ReportConfig) -> list[str]:
     """Models to show, in order. Raises `InputError` where none is scored, or one that was named is not."""
-    scored = run.models("scores")
+    scored = {name.partition("@")[0] for name in run.models("scores")}
     if not scored:
         raise InputError(
             f"no model of {run.path} is scored: type `cratelm score --run {run.path} --model NAME`"
             " first (before it, explain and harvest)"
         )
-    for name in config.models:
+    for name in set(config.models) - scored:
         run.stage("scores", name).require("score")
     return sorted(config.models or scored, key=_order)
 
@@ -133,6 +184,9 @@ def inputs_of(run: Run, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         for stage, done in _completions(run, name).items():
             found[f"{stage}/{name}"] = done.identity
+        for of_set in _set_names(run, name):
+            for stage, done in _completions(run, set_of(name, of_set), SET_STAGES).items():
+                found[f"{stage}/{set_of(name, of_set)}"] = done.identity
     return found
 
 
@@ -145,7 +199,9 @@ def gather(run: Run, config: ReportConfig) -> RunResults:
         for name in names
     )
     found = {s.explainer for m in models for s in m.statistics}
-    explainer = config.explainer or ("trie" if "trie" in found else min(found))
+    with_model = {e for m in models for of_set in m.with_model for e in of_set.explainers}
+    free = found - with_model
+    explainer = config.explainer or ("trie" if "trie" in found else min(free or found))
     if explainer not in found:
         raise InputError(
             f"--explainer is {explainer!r}, the scores have {', '.join(sorted(found))}:"
@@ -158,34 +214,82 @@ def gather(run: Run, config: ReportConfig) -> RunResults:
         tokens=tokens,
         models=models,
         explainer=explainer,
-        explainers=tuple(sorted(found, key=lambda e: (e != explainer, e))),
-        metrics=tuple(m for m in METRICS if m in metrics),
+        explainers=tuple(sorted(free | {explainer}, key=lambda e: (e != explainer, e))),
+        with_model=tuple(sorted(with_model)),
+        metrics=tuple(m for m in METRICS if m in metrics)
+        or tuple(m for m in SCORERS if m in metrics),
         shared_ordinals=_shared_ordinals(run) if tokens else 0,
     )
 
 
 def _read_model(run: Run, name: str, place: int, names: Sequence[str]) -> ModelResults:
     done = _completions(run, name)
-    summary = json.loads((run.stage("scores", name).path / "summary.json").read_text())
+    sets = tuple(_read_set(run, name, of_set) for of_set in ["", *_set_names(run, name)])
     harvest = run.stage("activations", name).path
     return ModelResults(
         name=name,
         place=place,
         null_of=_base(name) if _base(name) in names else "",
         completions=done,
-        statistics=tuple(_statistics(s) for s in summary["statistics"]),
-        scores=tuple(s for s in read_scores(run.stage("scores", name).path) if s.control == "none"),
+        sets=tuple(found for found in sets if found.completions),
+        statistics=tuple(s for found in sets for s in found.statistics),
+        scores=tuple(s for found in sets for s in found.scores if s.control == "none"),
         summaries=tuple(read_summaries(harvest, "held_out")) if "activations" in done else (),
         curve=read_metrics(run.stage("model", name).path) if "model" in done else [],
-        audit=summary["leakage_audit"],
     )
 
 
-def _completions(run: Run, name: str) -> dict[StageName, Completion]:
+def _read_set(run: Run, model: str, name: str) -> ResultSet:
+    done = _completions(run, set_of(model, name), SET_STAGES)
+    files = [(SET_STAGES[stage], run.stage(stage, c.name).path) for stage, c in done.items()]
+    calls = {verb: path / "calls.json" for verb, path in files}
+    found = ResultSet(
+        name, done, {verb: _json(path) for verb, path in calls.items() if path.is_file()}
+    )
+    if "scores" not in done:
+        return found
+    folder = run.stage("scores", set_of(model, name)).path
+    summary = _json(folder / "summary.json")
+    # Who scores the same explanations again under a name of his own gets rows of that name.
+    suffix = f" ({name})" if done["scores"].config.get("name") else ""
+    near = summary.get("near_duplicates", {})
+    if near:
+        effects = [{**e, "explainer": e["explainer"] + suffix} for e in near["effects"]]
+        near = {**near, "effects": effects}
+    return replace(
+        found,
+        statistics=_renamed(map(_statistics, summary["statistics"]), suffix),
+        scores=_renamed(read_scores(folder), suffix),
+        audit=summary["leakage_audit"],
+        near_duplicates=near,
+        preflight=summary.get("preflight", {}),
+    )
+
+
+def _renamed(found: Iterable[_T], suffix: str) -> tuple[_T, ...]:
+    if not suffix:
+        return tuple(found)
+    return tuple(replace(one, explainer=one.explainer + suffix) for one in found)
+
+
+def _set_names(run: Run, model: str) -> list[str]:
+    """Names of the sets of `model` for which a language model was asked, finished explanations or scores."""
+    prefix = f"{model}@"
+    found = {name for stage in SET_STAGES for name in run.models(stage)}
+    return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
+
+
+def _completions(
+    run: Run, name: str, stages: Iterable[StageName] = tuple(MODEL_STAGES)
+) -> dict[StageName, Completion]:
     found: dict[StageName, Completion | None] = {
-        stage: run.stage(stage, name).completion() for stage in MODEL_STAGES
+        stage: run.stage(stage, name).completion() for stage in stages
     }
     return {stage: done for stage, done in found.items() if done is not None}
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def missing(results: RunResults) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.records import Metric
-from cratelm.report.content import METRIC_NAMES
+from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.figures import Figure, Panel, Series, by_layer, curves, distributions, rows
 from cratelm.report.gather import ModelResults, RunResults
 from cratelm.score.statistics import Control, LayerStatistics, ModelStatistics

@@ -10,8 +10,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
-from cratelm.report.content import METRIC_NAMES, all_tables
+from cratelm.report.content import all_tables
 from cratelm.report.figures import Figure
 from cratelm.report.gallery import AFTER, BEFORE, Gallery, galleries, neuron_table
 from cratelm.report.gather import RunResults, gather, inputs_of, missing, model_names
@@ -28,6 +29,7 @@ _SECTIONS = (
     ("models", "Loss"),
     ("scores", "Scores"),
     ("twins", "Twins"),
+    ("with-model", "With a language model"),
     ("sparsity", "Sparsity"),
     ("neurons", "Neurons"),
     ("ledger", "Undefined"),
@@ -122,11 +124,13 @@ def _page(
     environment.filters["marks"] = faint_marks
     absent = {name for name in ("twins", "sparsity") if name not in tables}
     absent |= set() if shown else {"neurons"}
+    absent |= set() if any(m.with_model for m in results.models) else {"with-model"}
     return environment.from_string((here / "page.html.j2").read_text(encoding="utf-8")).render(
         css=Markup((here / "style.css").read_text(encoding="utf-8")),
         title=_title(results),
         lead=_lead(results),
         sections=[(anchor, name) for anchor, name in _SECTIONS if anchor not in absent],
+        with_model="with-model" not in absent,
         missing=missing(results),
         tables=tables,
         figures=figures,
@@ -148,9 +152,11 @@ def _title(results: RunResults) -> str:
 def _lead(results: RunResults) -> str:
     n = sum(len({s.neuron for s in m.scores}) for m in results.principal)
     count = f"{n:,} neurons of {len(results.principal)} model{'s' * (len(results.principal) > 1)}"
+    asked = [e for e in results.with_model if e not in results.explainers]
+    sample = f" ({' and '.join(asked)}: a sample of them)" if asked else ""
     return (
         f"Run {results.run.path.resolve().name}: {count}, explained from one set of documents by"
-        f" {' and '.join(results.explainers)}, and scored on documents that no explainer saw."
+        f" {' and '.join([*results.explainers, *asked])}{sample}, and scored on documents that no explainer saw."
     )
 
 
@@ -169,7 +175,8 @@ def _gallery_note(results: RunResults, config: ReportConfig) -> str:
 
 
 def _audit(results: RunResults) -> dict[str, Any]:
-    shared = sum(len(m.audit["shared"]) for m in results.models)
+    audits = [found.audit for m in results.models for found in m.sets if found.audit]
+    shared = sum(len(audit["shared"]) for audit in audits)
     if shared or results.shared_ordinals:
         verdict = (
             f"{shared:,} documents were both explained from and scored on, and"

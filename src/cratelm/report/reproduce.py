@@ -48,7 +48,7 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
     return [
         *(_corpus_facts(results.tokens) if results.tokens else []),
         ("Tokens searched", "; ".join(searched) or "unknown"),
-        ("Explainers", ", ".join(results.explainers)),
+        ("Explainers", ", ".join(dict.fromkeys([*results.explainers, *results.with_model]))),
         ("Seeds", ", ".join(f"{verb} {seed}" for verb, seed in seeds.items() if seed)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Source commit", _several(c.git_commit for c in done) or "not from a source tree"),
@@ -58,7 +58,9 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
 
 def _all(results: RunResults) -> list[Completion]:
     tokens = [results.tokens] if results.tokens else []
-    return tokens + [c for m in results.models for c in m.completions.values()]
+    free = [c for m in results.models for c in m.completions.values()]
+    sets = [found for m in results.models for found in m.with_model]
+    return [*tokens, *free, *(c for found in sets for c in found.completions.values())]
 
 
 def _settings(done: Completion) -> dict[str, Any]:
