@@ -178,7 +178,8 @@ class LocalBackend:
         readable = [i for i, p in enumerate(places) if p is not None and options is not None]
         found: dict[int, Reading] = {}
         if readable:
-            first = min(places[i][0] for i in readable)  # type: ignore[index]
+            # the token before the first slot is where that slot is predicted: it is not shared
+            first = min(places[i][0] for i in readable) - 1  # type: ignore[index]
             n_shared = min(_n_common([ids[i] for i in readable]), first)
             cache = self._context_cache(ids[readable[0]][:n_shared], requests[0])
             for batch in self._batches(readable, ids, n_shared):
@@ -220,6 +221,8 @@ class LocalBackend:
         """Keys and values of `ids`, the preamble's taken from the last call where they are the same."""
         from transformers import DynamicCache
 
+        if not ids:
+            return DynamicCache()
         known, cache = self._shared
         n = _n_common([known, ids]) if cache is not None else 0
         n_preamble = min(len(self.tokenizer(request.preamble).input_ids) - 1, len(ids) - 1)

