@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cratelm.errors import InputError
+from cratelm.explain.power import half_width, neurons_needed, pilot_sd, told
 from cratelm.records import NeuronId, NeuronScore, Score, Status
-from cratelm.score.power import half_width, neurons_needed, pilot_sd, told
 from cratelm.score.statistics import model_statistics
 
 

@@ -15,9 +15,11 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, gather
 from cratelm.explain.llm import openai_prompts
 from cratelm.explain.llm.client import Client, Plan, Shard, plan
+from cratelm.explain.llm.prompts import VERSION
 from cratelm.explain.llm.session import ledger_path, open_client
 from cratelm.explain.lookup import token_table
 from cratelm.explain.phrases import lookup_phrase, trie_phrase
+from cratelm.explain.power import told
 from cratelm.explain.store import (
     Selected,
     Unexplained,
@@ -92,11 +94,15 @@ def _explain_with_model(
         openai_prompts.require()
     with open_client(config, config.explainer) as client:
         name = config.name or client.backend.name
+        inputs["prompts"] = VERSION if config.prompts == "cratelm" else config.prompts
         stage = run.stage("explanations", set_of(config.model, name))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
             return ExplainResult(path=stage.path, **stage.require("explain").results)
+        if config.neurons:
+            layers = len({s.neuron.layer for s in selected})
+            print(told(len(selected) // layers, layers), flush=True)
         index, count = config.worker()
         asked = _questions(config, run, selected[index::count])
         if config.dry_run:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from cratelm.activations.store import read_records
 from cratelm.errors import InputError
-from cratelm.explain.llm import openai_prompts
+from cratelm.explain.llm import openai_prompts, prompts
 from cratelm.explain.llm.client import Client, Plan, Shard, plan
 from cratelm.explain.llm.preflight import Preflight, preflight
 from cratelm.explain.llm.session import ledger_path, open_client
@@ -22,6 +22,7 @@ from cratelm.explain.store import (
 )
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Split, Status
 from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.score import scorer_prompts
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import Audit, audit
 from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
@@ -126,6 +127,7 @@ def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | Plan | Sha
             "tokens": run.stage("tokens").require("tokenize").identity,
             "activations": harvest.require("harvest").identity,
             "explanations": explained.require("explain").identity,
+            "prompts": f"{prompts.VERSION} {scorer_prompts.VERSION}",
         }
         stage = run.stage("scores", set_of(config.model, name))
         redo = config.force or (config.retry_failed and _has_failed(stage))
