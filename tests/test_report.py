@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_llm import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +25,10 @@ from cratelm.activations.harvest import harvest
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
+from cratelm.explain.store import read_explanations
+from cratelm.records import CHANCE, METRICS, SCORERS
 from cratelm.report import gallery
+from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
 from cratelm.report.gather import gather
 from cratelm.report.report import ReportResult, comparison_table, report
@@ -527,3 +531,254 @@ def test_page_in_a_browser(chromium, written, tmp_path):
     size = ["--window-size=390,1600", f"--screenshot={picture}"]
     subprocess.run([*command, *size, address], capture_output=True, timeout=60, check=True)
     assert picture.stat().st_size > 20_000  # an empty page is 5 kB
+
+
+FAKE = "SmolLM2-135M-Instruct"
+PAPER = f"{FAKE}+paper-compat"
+_METRICS = {name: metric for metric, name in METRIC_NAMES.items()}
+
+
+@pytest.fixture(scope="module")
+def with_model(run, tmp_path_factory) -> Path:
+    """The run, and what a made-up language model says of three neurons a layer."""
+    path = _copy(run, tmp_path_factory.mktemp("asked"))
+    fake = FakeModel(fails=0.02)
+    fake.name = FAKE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: fake)
+        for name in MODELS:
+            ask: dict[str, Any] = {"run": path, "model": name, "quiet": True}
+            explain(ExplainConfig(**ask, explainer="hf:any", neurons=3))
+            few = ("top_and_random", "detection")
+            metrics = few if name.endswith("-init") else SCORERS
+            paper = name == "crate-2l"
+            score(
+                ScoreConfig(
+                    **ask, simulator="hf:any", metrics=metrics, paper_compat=paper, resamples=100
+                )
+            )
+    return path
+
+
+@pytest.fixture(scope="module")
+def asked(with_model) -> ReportResult:
+    return report(ReportConfig(**SETTINGS, run=with_model, force=True))
+
+
+def _scores(path: Path, folder: str, explainer: str, metric: str, control: str = "none") -> dict:
+    wanted = (explainer, metric, control)
+    return {
+        (s.neuron.layer, s.neuron.index): s.score
+        for s in read_scores(path / "scores" / folder)
+        if (s.explainer, s.metric, s.control) == wanted
+    }
+
+
+def _mean(scores: dict) -> float | None:
+    """x 100, over the layers of the mean over the neurons with a value."""
+    layers: dict[int, list[float]] = {}
+    for (layer, _), found in scores.items():
+        if found.value is not None:
+            layers.setdefault(layer, []).append(100 * found.value)
+    return float(np.mean([np.mean(values) for values in layers.values()])) if layers else None
+
+
+def _value(cell: Any) -> float | None:
+    return cell["value"] if isinstance(cell, dict) else cell
+
+
+def test_sets_are_no_models(with_model, asked, written):
+    """The comparison and the tables of the LLM-free scores are those of the run without the sets."""
+    assert asked.comparison == written.comparison
+    before, after = _tables(written), _tables(asked)
+    for name in ("mean_and_variance", "by_layer", "nulls", "twins", "models", "ledger"):
+        assert after[name] == before[name]
+    assert not [name for name in before if "with_model" in name or name == "side_by_side"]
+    inputs = Run(with_model).stage("report").completion()
+    assert inputs is not None
+    for stage in ("explanations", "scores"):
+        for name in MODELS:
+            assert {f"{stage}/{name}", f"{stage}/{name}@{FAKE}"} <= inputs.inputs.keys()
+
+
+def test_side_by_side_is_on_the_same_neurons(with_model, asked):
+    rows = _tables(asked)["side_by_side"]["rows"]
+    seen = set()
+    for row in rows:
+        model, metric = row["model"], _METRICS[row["metric"]]
+        free = row["explainer"] in ("lookup", "trie")
+        folder = model if free else f"{model}@{FAKE}"
+        sample = set(_scores(with_model, f"{model}@{FAKE}", FAKE, "detection"))
+        if row["neurons"] < len(sample):
+            sample &= set(_scores(with_model, model, "trie", "anthropic"))
+        assert row["neurons"] == len(sample)
+        for key, control in (("mean", "none"), ("shuffled", "shuffled")):
+            found = _scores(with_model, folder, row["explainer"], metric, control)
+            mine = {place: s for place, s in found.items() if place in sample}
+            expected = _mean(mine)
+            assert _value(row[key]) == (None if expected is None else pytest.approx(expected))
+            if control == "none":
+                counts = Counter(str(s.status) for s in mine.values())
+                shown = [str(counts[name]) for name in ("undefined", "dead", "failed")]
+                assert row["none"] == " / ".join(shown)
+        assert row["chance"] == 100 * CHANCE[metric]
+        seen.add((model, row["explainer"], row["neurons"] == 6, metric))
+    both = {
+        (m, e, False, metric) for m in MODELS[:2] for e in ("lookup", "trie") for metric in METRICS
+    }
+    assert both <= seen
+    assert {(m, FAKE, whole, metric) for m in MODELS[:2] for whole in (True, False) for metric in SCORERS} <= seen  # fmt: skip
+    assert ("crate-2l", PAPER, True, "anthropic") in seen
+    assert not [row for row in rows if row["explainer"] == PAPER and row["metric"] == "detection"]
+
+
+def test_side_by_side_has_the_untrained_model(with_model, asked):
+    rows = _tables(asked)["side_by_side"]["rows"]
+    found = {
+        (r["metric"], r["explainer"]): r["init"]
+        for r in rows
+        if r["model"] == "crate-2l" and r["neurons"] == 6
+    }
+    null = _mean(_scores(with_model, f"crate-2l-init@{FAKE}", FAKE, "detection"))
+    assert _value(found["detection", FAKE]) == pytest.approx(null)
+    assert found["intruder", FAKE] is None
+
+
+def test_language_model_less_free_is_paired_over_neurons(with_model, asked):
+    rows = _tables(asked)["model_less_free"]["rows"]
+    compared = 0
+    for row in rows:
+        a, b = row["explainers"].split(" − ")
+        metric = _METRICS[row["metric"]]
+        with_, without = (
+            _scores(with_model, f"{row['model']}@{FAKE}", a, metric),
+            _scores(with_model, row["model"], b, metric),
+        )
+        zero = row["policy"] == "counted as 0"
+        gaps: dict[int, list[float]] = {}
+        for place in with_.keys() & without.keys():
+            x, y = with_[place].value, without[place].value
+            if zero or (x is not None and y is not None):
+                gaps.setdefault(place[0], []).append(100 * ((x or 0) - (y or 0)))
+        expected = np.mean([np.mean(layer) for layer in gaps.values()])
+        assert _value(row["difference"]) == pytest.approx(expected)
+        assert row["paired"] == "yes"
+        assert row["n_a"] == row["n_b"] == sum(map(len, gaps.values()))
+        compared += 1
+    assert compared >= 2 * 2 * 3  # models, LLM-free explainers, metrics
+    assert {r["model"] for r in rows} == set(MODELS[:2])
+
+
+def test_twins_are_compared_under_every_scorer(with_model, asked):
+    rows = _tables(asked)["twins_with_model"]["rows"]
+    for row in rows:
+        assert row["models"] == "crate-2l − gpt2-2l"
+        metric = _METRICS[row["metric"]]
+        if row["paired"] == "no" and row["policy"] == "left out":
+            sides = [_mean(_scores(with_model, f"{m}@{FAKE}", FAKE, metric)) for m in MODELS[:2]]
+            if row["n_a"] + row["n_b"] == 12:  # else layers may have fallen out
+                assert [row["mean_a"], row["mean_b"]] == pytest.approx(sides)
+    assert {r["metric"] for r in rows} >= {METRIC_NAMES[m] for m in ("detection", "fuzzing")}
+    assert {r["explainer"] for r in rows} == {FAKE}  # the paper's variant was read of one alone
+
+
+def test_leakage_section_shows_near_duplicates(with_model, asked):
+    tables = _tables(asked)
+    for name in (f"{m}{suffix}" for m in MODELS for suffix in ("", f"@{FAKE}")):
+        audit = json.loads((with_model / "scores" / name / "summary.json").read_text())
+        near = audit["near_duplicates"]
+        (row,) = [r for r in tables["near_duplicates"]["rows"] if r["model"] == name]
+        assert row["near_duplicates"] == near["n_near_duplicates"]
+        assert (row["explained"], row["scored"]) == (
+            near["n_passages_explained"],
+            near["n_passages_scored"],
+        )
+        effects = [r for r in tables["duplicate_effects"]["rows"] if r["model"] == name]
+        assert [(r["neurons"], r["mean_with"], r["mean_without"]) for r in effects] == [
+            (e["n_neurons"], e["mean_with"], e["mean_without"]) for e in near["effects"]
+        ]
+        assert [r["shared"] for r in tables["leakage"]["rows"] if r["model"] == name] == [0]
+    page = Page(asked.page.read_text(encoding="utf-8"))
+    assert ("h2", "id", "with-model") in page.attributes
+    assert {"table-near_duplicates", "table-duplicate_effects", "table-calls"} <= page.tables.keys()
+
+
+def test_calls_and_preflight_are_shown(with_model, asked):
+    tables = _tables(asked)
+    for row in tables["calls"]["rows"]:
+        stage = {"explain": "explanations", "score": "scores"}[row["verb"]]
+        tally = json.loads((with_model / stage / row["model"] / "calls.json").read_text())
+        for key in ("calls", "known", "prompt_tokens", "completion_tokens", "seconds"):
+            assert row[key] == tally[key]
+        failed = ", ".join(f"{n} {kind}" for kind, n in tally["failed"].items())
+        assert row["failed"] == (failed or "none")
+    assert any("status" in row["failed"] for row in tables["calls"]["rows"])
+    assert len(tables["calls"]["rows"]) == 2 * len(MODELS)
+    assert [r["levels"] for r in tables["preflights"]["rows"]] == ["0 to 9"] * len(MODELS)
+    assert {r["remark"] for r in tables["preflights"]["rows"]} == {""}
+    assert tables["preflights"]["rows"][0]["mass"] == pytest.approx(90)
+
+
+def test_little_probability_on_the_levels_is_warned_of(with_model, tmp_path):
+    path = _copy(with_model, tmp_path)
+    summary = path / "scores" / f"gpt2-2l@{FAKE}" / "summary.json"
+    record = json.loads(summary.read_text())
+    record["preflight"]["mass"] = 0.49
+    summary.write_text(json.dumps(record))
+    tables = _tables(report(ReportConfig(run=path, neurons=0, resamples=100, force=True)))
+    remarks = {r["model"]: r["remark"] for r in tables["preflights"]["rows"]}
+    assert "WARNING" in remarks[f"gpt2-2l@{FAKE}"]
+    assert remarks[f"crate-2l@{FAKE}"] == ""
+
+
+def test_neurons_show_what_the_language_model_said(with_model, asked):
+    config = ReportConfig(**SETTINGS, run=with_model)
+    first = gallery.galleries(gather(Run(with_model), config), config)[0]
+    titles = [title for title, _ in first.groups]
+    assert titles[2] == "4 at random of those that a language model was asked about"
+    said = {
+        (e.neuron.layer, e.neuron.index, e.payload["evidence"]): printable(e.text)
+        for e in read_explanations(with_model / "explanations" / f"crate-2l@{FAKE}")
+    }
+    detection = _scores(with_model, f"crate-2l@{FAKE}", FAKE, "detection")
+    compat = _scores(with_model, f"crate-2l@{FAKE}", PAPER, "anthropic")
+    shown = 0
+    for card in first.groups[2][1]:
+        place = card.neuron.layer, card.neuron.index
+        for told in card.told:
+            assert told.text == said[*place, told.evidence]
+            top = told.evidence == "top"
+            value = (detection if top else compat)[place]
+            figure = value.status if value.value is None else f"{100 * value.value:.1f}"
+            before = "detection" if top else "paper-compat: Anthropic"
+            assert f"{before} {figure}" in told.figures
+            assert ("Anthropic" in told.figures) != top
+            shown += 1
+    assert shown >= 2
+    page = Page(asked.page.read_text(encoding="utf-8"))
+    assert f"{FAKE}, from its strongest excerpts" in page.words
+
+
+def test_language_model_alone(with_model, tmp_path):
+    """Scores of a language model without any others: it is the explainer, and nothing stands beside."""
+    path = _copy(with_model, tmp_path, *(f"scores/{m}" for m in MODELS))
+    written = report(ReportConfig(**SETTINGS, run=path, force=True))
+    assert [row["model"] for row in written.comparison] == ["crate-2l", "gpt2-2l"]
+    assert comparison_table(written).startswith(f"explainer: {FAKE}")
+    tables = _tables(written)
+    assert "model_less_free" not in tables
+    assert {r["neurons"] for r in tables["side_by_side"]["rows"]} == {6}
+    assert "cratelm score --run" in Page(written.page.read_text()).words
+
+
+def test_scores_under_another_name_have_rows_of_their_own(with_model, tmp_path, monkeypatch):
+    path = _copy(with_model, tmp_path)
+    fake = FakeModel()
+    fake.name = FAKE
+    monkeypatch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: fake)
+    ask: dict[str, Any] = {"run": path, "model": "gpt2-2l", "quiet": True, "name": "again"}
+    score(ScoreConfig(**ask, simulator="hf:any", metrics=("random_only",), resamples=100))
+    tables = _tables(report(ReportConfig(run=path, neurons=1, resamples=100, force=True)))
+    rows = [r for r in tables["side_by_side"]["rows"] if r["model"] == "gpt2-2l"]
+    random = [r for r in rows if r["metric"] == "random-only" and r["neurons"] == 6]
+    assert [r["explainer"] for r in random] == [FAKE, f"{FAKE} (again)"]

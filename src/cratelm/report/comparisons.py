@@ -87,7 +87,7 @@ def _twin_rows(
 def model_less_free(results: RunResults, resamples: int, seed: int) -> Table:
     """Within one model: each explainer with a language model less each without, on the same neurons."""
     rows: list[tuple[Cell, ...]] = []
-    for m in results.models:
+    for m in results.principal:
         with_model, free = _explainers(m)
         for metric, a, b, policy in product(SCORERS, with_model, free, POLICIES):
             c = _paired(m.scores, a, b, metric, policy, resamples, seed)

@@ -64,7 +64,7 @@ def duplicate_effects(results: RunResults) -> Table:
         Column("metric", "metric"),
         Column("neurons", "neurons affected", ",d"),
         Column("records", "excerpts left out", ",d"),
-        Column("mean_with", "mean × 100 with", ".1f"),
+        Column("mean_with", "mean ×\u00a0100 with", ".1f"),
         Column("mean_without", "without", ".1f"),
         Column("difference", "without − with", ".1f"),
     )

@@ -152,11 +152,11 @@ def _title(results: RunResults) -> str:
 def _lead(results: RunResults) -> str:
     n = sum(len({s.neuron for s in m.scores}) for m in results.principal)
     count = f"{n:,} neurons of {len(results.principal)} model{'s' * (len(results.principal) > 1)}"
-    asked = [e for e in results.with_model if e not in results.explainers]
-    sample = f" ({' and '.join(asked)}: a sample of them)" if asked else ""
+    asked = [e for e in results.with_model if e not in results.explainers and "+" not in e]
+    sample = f", some of them also by {' and '.join(asked)}" if asked else ""
     return (
         f"Run {results.run.path.resolve().name}: {count}, explained from one set of documents by"
-        f" {' and '.join([*results.explainers, *asked])}{sample}, and scored on documents that no explainer saw."
+        f" {' and '.join(results.explainers)}{sample}, and scored on documents that no explainer saw."
     )
 
 

@@ -34,8 +34,9 @@ def side_by_side(results: RunResults, resamples: int, seed: int) -> Table:
         "Scores on the same neurons",
         columns,
         tuple(rows),
-        "All rows of a model and scorer are of the same neurons: those that a language model was asked"
-        " about, and those without a language model are taken anew over these alone. Top-and-random,"
+        "Rows of one model with as many neurons are of the same neurons: those that a language model was asked"
+        " about; where the scores without a language model are of a part of them, that part stands below."
+        " Every mean is taken over these neurons alone. Top-and-random,"
         " random-only and Anthropic: correlation × 100 of simulated with true activations. Detection,"
         " fuzzing and embedding: area under the ROC curve × 100; intruder: trials won × 100. Chance: what an"
         " explanation that says nothing is worth. Shuffled: explanations dealt to other neurons of the"
@@ -120,8 +121,11 @@ def _init(
 
 
 def _samples(m: ModelResults) -> list[frozenset[Place]]:
-    """The samples of neurons that language models were asked about, each once, the largest first."""
-    found = {of_set.places for of_set in m.with_model if of_set.scores}
+    """The neurons that a language model was asked about, and those of them that the set without one has
+    where it has not all; each sample once, the largest first."""
+    asked = {of_set.places for of_set in m.with_model if of_set.scores}
+    free = {of_set.places for of_set in m.sets if of_set.scores and not of_set.name}
+    found = asked | {sample & other for sample in asked for other in free} - {frozenset()}
     return sorted(found, key=lambda places: (-len(places), sorted(places)))
 
 
