@@ -8,8 +8,10 @@ import pytest
 
 from cratelm.cli import VERBS, _parse
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-COMMANDS = re.findall(r"^cratelm +(?!VERB)(.+)$", README, re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+COMMANDS = [c for page in PAGES for c in re.findall(r"^cratelm +(?!VERB)(.+)$", page, re.MULTILINE)]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
