@@ -342,7 +342,7 @@ def test_only_the_excerpts_shown_are_read(run, monkeypatch):
     read = gallery.read_records
 
     def watched(folder, split, layers=None, indices=None):
-        asked.append(len(indices))
+        asked.append(len(indices or ()))
         return read(folder, split, layers=layers, indices=indices)
 
     monkeypatch.setattr(gallery, "read_records", watched)
@@ -535,7 +535,7 @@ def test_page_in_a_browser(chromium, written, tmp_path):
 
 FAKE = "SmolLM2-135M-Instruct"
 PAPER = f"{FAKE}+paper-compat"
-_METRICS = {name: metric for metric, name in METRIC_NAMES.items()}
+_METRICS: dict[str, Any] = {name: metric for metric, name in METRIC_NAMES.items()}
 
 
 @pytest.fixture(scope="module")
