@@ -139,7 +139,7 @@ def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | Plan | Sha
         found = preflight(client)
         print(f"{reader}: {found}", flush=True)
         duplicates = _near_duplicates(run, config, explanations, selected)
-        asked = _asked(config, run, client, found, selected, explanations, duplicates)
+        asked = _asked(config, run, client, found, explained.path, duplicates)
         if config.dry_run:
             return plan(client, (requests_of(some) for some in asked))
         scores = [s for some in asked for s in answered(some, client)]
@@ -179,11 +179,12 @@ def _asked(
     run: Run,
     client: Client,
     found: Preflight,
-    selected: Sequence[Selected],
-    explanations: Sequence[Explanation],
+    explained: Path,
     duplicates: NearDuplicates,
 ) -> Iterator[list[Asked]]:
-    """The scores in the making, some neurons at a time; those of this worker's shard."""
+    """The scores in the making of what is in the folder `explained`, some neurons at a time; those of
+    this worker's shard."""
+    selected, explanations = read_selected(explained), read_explanations(explained)
     store = TokenStore(run.stage("tokens").path)
     variants = {"": Simulator.of(found, config.prompts)}
     if config.paper_compat:
@@ -196,10 +197,7 @@ def _asked(
         is_duplicate=duplicates.is_duplicate,
         seed=config.seed,
     )
-    folder = run.stage(
-        "explanations", set_of(config.model, _explanation_set(run, config, reader.name))
-    ).path
-    known = Explanations(explanations, read_unexplained(folder), config.seed)
+    known = Explanations(explanations, read_unexplained(explained), config.seed)
     explainers = sorted({e.explainer for e in explanations}) or [config.explanations or reader.name]
     dead = {s.neuron for s in selected if s.dead}
     index, count = config.worker()
