@@ -260,3 +260,11 @@ def test_bad_configurations_are_named(fields, message):
 def test_missing_harvest_names_the_verb(tmp_path):
     with pytest.raises(InputError, match="cratelm tokenize"):
         explain(ExplainConfig(run=tmp_path, model="m"))
+
+
+def test_a_smaller_sample_is_part_of_a_larger_one(run):
+    harvest = run.stage("activations", "m").path
+    small, large = (select_neurons(harvest, n, seed=3) for n in (3, 7))
+    assert len(small) == 6
+    assert {s.neuron for s in small} < {s.neuron for s in large}
+    assert [s.neuron for s in small] != [s.neuron for s in select_neurons(harvest, 3, seed=4)]

@@ -174,7 +174,7 @@ def select_neurons(
     Raises `InputError` where the harvest has not one of `only`.
 
     The draw depends on the seed, the layer and how many neurons the layer has, and on nothing
-    else: twins draw the same indices.
+    else: twins draw the same indices, and a smaller sample is part of a larger one.
     """
     layers: dict[int, list[Selected]] = {}
     for summary in read_summaries(harvest, "fit"):
@@ -185,7 +185,7 @@ def select_neurons(
     for layer, neurons in sorted(layers.items()):
         if 0 < per_layer < len(neurons):
             draw = np.random.default_rng([seed, layer])
-            places = np.sort(draw.choice(len(neurons), per_layer, replace=False))
+            places = np.sort(draw.permutation(len(neurons))[:per_layer])
             neurons = [neurons[place] for place in places]
         chosen += neurons
     return chosen

@@ -75,11 +75,11 @@ def _score(row: dict) -> NeuronScore:
             reason=row["reason"],
             r2=row["r2"],
             absolute_deviation=row["absolute_deviation"],
-            accuracy=row["accuracy"],
+            accuracy=row.get("accuracy"),  # this and the next two: not in the first files
             n_tokens=row["n_tokens"],
             n_records=row["n_records"],
-            n_duplicates=row["n_duplicates"],
-            without_duplicates=row["without_duplicates"],
+            n_duplicates=row.get("n_duplicates", 0),
+            without_duplicates=row.get("without_duplicates"),
         ),
         documents=tuple(row["documents"]),
     )
