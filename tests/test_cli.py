@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 import cratelm
-from cratelm.cli import VERBS, config_class, main
+from cratelm.cli import VERBS, config_class, function_name, main
 
 
 def call(capsys, *arguments):
@@ -20,7 +20,7 @@ def call(capsys, *arguments):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_that_explains_every_option(verb, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert stop.value.code == 0
     told = capsys.readouterr().out
     for field in fields(config_class(verb)):
@@ -45,7 +45,8 @@ def test_every_option_is_documented(verb):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_a_python_function_of_the_same_arguments(verb):
-    function = getattr(cratelm, verb)
+    function = getattr(cratelm, function_name(verb))
+    assert function_name(verb) in dir(cratelm)
     names = list(inspect.signature(function).parameters)
     assert names == [f.name for f in fields(config_class(verb))]
     with pytest.raises(TypeError, match="nonsense"):
@@ -70,6 +71,11 @@ def _rooms():
     ("arguments", "status", "told"),
     [
         (["harvst"], 2, "did you mean harvest"),
+        (["import", "recrods"], 2, "did you mean records? Kinds are records"),
+        (["export", "--run", "{tmp}/nothing"], 2, "Kinds are records, neuronpedia"),
+        (["records"], 2, "Verbs are"),
+        (["import", "records", "--model", "m"], 2, "--files"),
+        (["export", "records", "--model", "m", "--out", "{tmp}/o", "--laiers", "1"], 2, "--layers"),
         (["harvest", "--tokenz", "3"], 2, "did you mean --tokens"),
         (["harvest", "--tokens", "three"], 2, "invalid literal"),
         (["harvest", "--tokens", "0"], 2, "--tokens is 0: 1 or more was expected"),
@@ -108,6 +114,27 @@ def test_unexpected_errors_are_told_and_can_be_traced(capsys, monkeypatch):
         main(["report"])
 
 
+@pytest.mark.parametrize("word", ["import", "export"])
+def test_a_verb_of_kinds_lists_them(word, capsys):
+    kinds = [verb for verb in VERBS if verb.startswith(f"{word} ")]
+    status, told, _ = call(capsys, word, "--help")
+    assert status == 0
+    assert kinds
+    assert [line.split("  ")[1] for line in told.splitlines() if line[:2] == "  "] == kinds
+    assert call(capsys, word)[0] == 2
+
+
+def test_a_limit_that_was_reached_has_a_status_of_its_own(capsys, monkeypatch):
+    import cratelm.report.report as module
+    from cratelm.errors import BudgetReached
+
+    def stopped(config):
+        raise BudgetReached("100 calls were made")
+
+    monkeypatch.setattr(module, "report", stopped)
+    assert call(capsys, "report") == (3, "", "cratelm report: 100 calls were made\n")
+
+
 def test_overview_and_version(capsys):
     status, out, _ = call(capsys, "--help")
     assert status == 0
@@ -116,7 +143,8 @@ def test_overview_and_version(capsys):
     assert call(capsys, "--version")[1].strip()
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize("verb", ["train", "import records", "export neuronpedia"])
+def test_help_imports_nothing_heavy(verb):
     """`--help` of a verb answers before torch would have been imported."""
-    code = "import sys; from cratelm.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"  # fmt: skip
+    code = f"import sys; from cratelm.cli import main\ntry: main([*{verb.split()}, '--help'])\nexcept SystemExit: pass\nassert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,6 +1,7 @@
 """cratelm: white-box language models whose neurons can be read.
 
-Every verb of the command line is a function here, with the same arguments:
+Every verb of the command line is a function here, with the same arguments (`import records` is
+`import_records`):
 
     import cratelm
 
@@ -64,17 +65,18 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("cratelm.models"), name)
     if name in _VERB_ROOMS:
         return importlib.import_module(f"cratelm.{name}")
-    from cratelm.cli import VERBS, verb_function
+    from cratelm.cli import VERBS, function_name, verb_function
 
-    if name in VERBS:
-        return verb_function(name)
+    for verb in VERBS:
+        if function_name(verb) == name:
+            return verb_function(verb)
     raise AttributeError(f"module 'cratelm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    from cratelm.cli import VERBS
+    from cratelm.cli import VERBS, function_name
 
-    return sorted({*globals(), *_MODELS, *VERBS})
+    return sorted({*globals(), *_MODELS, *map(function_name, VERBS)})
 
 
 sys.modules[__name__].__class__ = _Package

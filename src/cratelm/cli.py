@@ -1,7 +1,8 @@
 """The command line: a table of verbs, one a stage; each is also a Python function of the same name.
 
-A verb is a configuration dataclass, which is its `--help`, and a function of it. A failure prints one
-line and exits with a status other than 0; `CRATELM_TRACEBACK=1` shows where it came from.
+A verb is a configuration dataclass, which is its `--help`, and a function of it. A verb of two words,
+`import records`, is a kind of the first and the function `import_records`. A failure prints one line
+and exits with a status other than 0; `CRATELM_TRACEBACK=1` shows where it came from.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cratelm.errors import InputError
+from cratelm.errors import BudgetReached, InputError
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,27 @@ VERBS: dict[str, Verb] = {
         "cratelm.report.config:ReportConfig",
         "one page, tables and figures about a run",
     ),
+    "import records": Verb(
+        "cratelm.activations.import_records",
+        "cratelm.activations.import_config:ImportRecordsConfig",
+        "a run of activations harvested elsewhere, from OpenAI's NeuronRecord JSON",
+    ),
+    "export records": Verb(
+        "cratelm.report.export_records",
+        "cratelm.report.export_config:ExportRecordsConfig",
+        "excerpts of a harvest as OpenAI's NeuronRecord JSON",
+    ),
+    "export neuronpedia": Verb(
+        "cratelm.report.neuronpedia",
+        "cratelm.report.export_config:ExportNeuronpediaConfig",
+        "neurons, excerpts, explanations and scores in Neuronpedia's export format",
+    ),
 }
+
+
+def function_name(verb: str) -> str:
+    """Name of the verb as a Python function."""
+    return verb.replace(" ", "_")
 
 
 def config_class(verb: str) -> type:
@@ -84,9 +105,9 @@ def verb_function(verb: str) -> Callable[..., Any]:
     config = config_class(verb)
 
     def call(**fields: Any) -> Any:
-        return getattr(importlib.import_module(VERBS[verb].module), verb)(config(**fields))
+        return _run(verb, config(**fields))
 
-    call.__name__ = call.__qualname__ = verb
+    call.__name__ = call.__qualname__ = function_name(verb)
     call.__doc__ = f"{config.__doc__}\n\nArguments are the fields of `{config.__name__}`."
     parameters = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -94,6 +115,10 @@ def verb_function(verb: str) -> Callable[..., Any]:
     ]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
+
+
+def _run(verb: str, config: Any) -> Any:
+    return getattr(importlib.import_module(VERBS[verb].module), function_name(verb))(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,15 +132,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(version("cratelm"))
         return 0
-    verb, rest = given[0], given[1:]
+    verb, rest = split_words(given)
+    if verb in _groups():
+        asked = not rest or rest[0] in ("-h", "--help")
+        if asked:
+            print(_overview(verb))
+            return 0 if rest else 2
+        return _fail(verb, _unknown("kind", rest[0], _groups()[verb]), 2)
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return _fail("", f"there is no verb {verb!r}: {hint}Verbs are {', '.join(VERBS)}", 2)
+        return _fail("", _unknown("verb", verb, _words()), 2)
     try:
-        config = _parse(verb, rest)
-        result = getattr(importlib.import_module(VERBS[verb].module), verb)(config)
-        print(_told(result))
+        print(_told(_run(verb, _parse(verb, rest))))
     except KeyboardInterrupt:
         return _fail(verb, "interrupted; the same command goes on where it was", 130)
     except Exception as error:
@@ -123,6 +150,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(verb, *_explained(error))
     return 0
+
+
+def split_words(given: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or two, and its arguments; the first word where they name no verb."""
+    two = " ".join(given[:2])
+    return (two, list(given[2:])) if two in VERBS else (given[0], list(given[1:]))
+
+
+def _groups() -> dict[str, list[str]]:
+    """Kinds of each first word of the verbs of two words."""
+    groups: dict[str, list[str]] = {}
+    for first, _, second in (verb.partition(" ") for verb in VERBS):
+        if second:
+            groups.setdefault(first, []).append(second)
+    return groups
+
+
+def _words() -> list[str]:
+    """First words of all verbs, in the order of the table."""
+    return list(dict.fromkeys(verb.split()[0] for verb in VERBS))
+
+
+def _unknown(what: str, found: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(found, choices, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"there is no {what} {found!r}: {hint}{what.capitalize()}s are {', '.join(choices)}"
 
 
 def _parse(verb: str, arguments: list[str]) -> Any:
@@ -158,6 +211,8 @@ def _one_line(box: str, verb: str) -> str:
 def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, InputError):
         return str(error), 2
+    if isinstance(error, BudgetReached):
+        return str(error), 3
     told = " ".join(str(error).split())[:300]
     hint = "CRATELM_TRACEBACK=1 shows where"
     return f"{type(error).__name__}: {told} ({hint})", 1
@@ -187,17 +242,21 @@ def _value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _overview() -> str:
-    width = max(map(len, VERBS))
-    rows = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+def _overview(first: str = "") -> str:
+    """All verbs, or the kinds of a first word."""
+    told = {
+        v: found.summary for v, found in VERBS.items() if not first or v.startswith(f"{first} ")
+    }
+    width = max(map(len, told))
     return "\n".join(
         [
-            "usage: cratelm VERB [OPTIONS]",
+            f"usage: cratelm {f'{first} KIND' if first else 'VERB'} [OPTIONS]",
             "",
             "White-box language models whose neurons can be read: train, measure, compare.",
             "",
-            *rows,
+            *(f"  {name:<{width}}  {summary}" for name, summary in told.items()),
             "",
-            "`cratelm VERB --help` lists the options of a verb. Start with `cratelm demo`.",
+            f"`cratelm {first or 'VERB'}{' KIND' if first else ''} --help` lists the options."
+            + ("" if first else " Start with `cratelm demo`."),
         ]
     )

@@ -63,8 +63,8 @@ class ImportRecordsResult:
     repeated: int
     """activation records left out because their list holds the same text already"""
     without_random: int
-    """neurons with no random excerpt in a split: its statistics are those of all its excerpts"""
-    without_moments: int
+    """neurons, in each split, with no random excerpt: statistics are those of all their excerpts"""
+    without_mean: int
     """neurons whose file has no mean: it is that of the random sample"""
 
 

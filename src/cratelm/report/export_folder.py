@@ -1,0 +1,73 @@
+"""A folder that an export writes: whole or not at all, and nothing of others is replaced."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cratelm.activations.store import read_summaries
+from cratelm.errors import InputError
+from cratelm.records import NeuronSummary
+from cratelm.runs import write_json
+
+MARK = ".cratelm-export"
+"""file that says what wrote a folder; `--force` replaces no folder without it"""
+
+
+@contextlib.contextmanager
+def export_folder(out: Path, told: dict[str, str], *, force: bool) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `out` where no error is raised.
+
+    `told` is written into the mark. Raises `InputError` where `out` holds anything, unless it is an
+    export and `force` is given.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, a folder was expected: name another with --out")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARK).is_file():
+            raise InputError(f"{out} is not empty and no export: name another folder with --out")
+        if not force:
+            raise InputError(f"{out} holds an export: add --force to replace it, or name another")
+    # absolute, so that the name of `.` is known
+    out = out.absolute()
+    work = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        write_json(work / MARK, told)
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        work.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def chosen_neurons(
+    harvest: Path, layers: Sequence[int], neurons: Sequence[int]
+) -> dict[int, list[NeuronSummary]]:
+    """Fit summaries of the neurons to write, by layer and index; empty choices mean all.
+
+    Raises `InputError` for a layer or a neuron that the harvest has not.
+    """
+    there: dict[int, list[NeuronSummary]] = {}
+    for summary in read_summaries(harvest, "fit"):
+        there.setdefault(summary.neuron.layer, []).append(summary)
+    chosen = {}
+    for layer in sorted(set(layers)) or sorted(there):
+        if layer not in there:
+            raise InputError(
+                f"--layers {layer}: {harvest} has layers {', '.join(map(str, sorted(there)))}"
+            )
+        found = {s.neuron.index: s for s in there[layer]}
+        missing = sorted(set(neurons) - set(found))
+        if missing:
+            raise InputError(
+                f"--neurons {missing[0]}: layer {layer} of {harvest} has {len(found):,} neurons,"
+                f" {min(found)} to {max(found)}, and not this one"
+            )
+        chosen[layer] = [found[index] for index in sorted(set(neurons) or found)]
+    return chosen
