@@ -548,7 +548,8 @@ def with_model(run, tmp_path_factory) -> Path:
         patch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: fake)
         for name in MODELS:
             ask: dict[str, Any] = {"run": path, "model": name, "quiet": True}
-            explain(ExplainConfig(**ask, explainer="hf:any", neurons=3))
+            # Another seed than the LLM-free sample's, of which this would else be a part.
+            explain(ExplainConfig(**ask, explainer="hf:any", neurons=3, seed=1))
             few = ("top_and_random", "detection")
             metrics = few if name.endswith("-init") else SCORERS
             paper = name == "crate-2l"
