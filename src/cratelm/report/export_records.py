@@ -144,10 +144,10 @@ def pooled_moments(summaries: Sequence[NeuronSummary]) -> dict[str, Any]:
     centre = share @ mean
     off = mean - centre
     second = share @ (variance + off**2)
-    third = share @ (third + 3 * off * variance + off**3)
-    fourth = share @ (fourth + 6 * off**2 * variance + off**4)
+    skewed = share @ (third + 3 * off * variance + off**3)
+    fourth = share @ (fourth + 4 * off * third + 6 * off**2 * variance + off**4)
     spread = second if second > 0 else math.nan
-    found = (centre, second, third / spread**1.5, fourth / spread**2)
+    found = (centre, second, skewed / spread**1.5, fourth / spread**2)
     names = ("mean", "variance", "skewness", "kurtosis")
     return {name: _finite(float(value)) for name, value in zip(names, found, strict=True)}
 
