@@ -413,7 +413,7 @@ def _ask_a_model(run: Run) -> None:
     ]
     scores = [NeuronScore(neuron, e, m, c, s, (1,)) for e, m, c, s in rows]  # type: ignore[arg-type]
     with run.stage("scores", "m@tiny").write(
-        {"simulator": "hf:tiny"}, {"explanations": done.identity}
+        {"simulator": "hf:/home/me/models/tiny/"}, {"explanations": done.identity}
     ) as draft:
         write_scores(draft.path, scores)
 
@@ -652,7 +652,7 @@ def test_scores_belong_to_the_explanation_that_was_read(harvested, neuronpedia):
             r["value"],
         )
         for r in rows
-        if r["explanationScoreModelName"] == "hf:tiny"
+        if r["explanationScoreModelName"] == "tiny"
     }
     assert found == {
         ("cratelm_model_top", "cratelm_detection", "tiny", 0.75),

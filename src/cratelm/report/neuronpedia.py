@@ -160,11 +160,16 @@ def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
                 f"{stage.path} scores explanations that have changed since: type `cratelm score"
                 f" --force --run {run.path} --model {model}` with the options of its completed.json"
             )
-        scorer = str(done.config.get("simulator") or "")
+        scorer = _reader(str(done.config.get("simulator") or ""))
         for score in read_scores(stage.path):
             if score.control == "none":
                 of_set.scores.setdefault(score.neuron, []).append((scorer, score))
     return sets
+
+
+def _reader(given: str) -> str:
+    """A language model as `--simulator` names it, without its kind and without the folder it lies in."""
+    return given.partition(":")[2].rstrip("/").rpartition("/")[2]
 
 
 def _of_model(run: Run, stage: Any, model: str) -> list[str]:
