@@ -20,6 +20,10 @@ _HISTOGRAM_BINS = 64
 _OPENAI_EDGES, _ANTHROPIC_EDGES = 6, 13
 _LONGEST = np.iinfo(np.int16).max
 """tokens of an activation record: the offset of its peak is kept in 16 bits"""
+_MOST_RECORDS = 2**14
+"""activation records of a list: ranks, which count by two for `top`, are kept in 16 bits"""
+_MOST_BINS = 2**7
+"""quantiles: their numbers are kept in 8 bits"""
 
 
 @dataclass
@@ -35,13 +39,17 @@ class Counts:
 
 
 def check(listed: Listed, path: Path) -> None:
-    """Raises `InputError` for activations that float32 cannot hold, or too many."""
-    n = len(listed.record.tokens)
+    """Raises `InputError` for activations that float32 cannot hold, or for too many of something."""
     where = f"{path}: {listed.kind} {listed.rank}"
-    if n > _LONGEST:
-        raise InputError(
-            f"{where} has {n:,} tokens, at most {_LONGEST:,} were expected: leave it out of --files"
-        )
+    for found, most, what in (
+        (len(listed.record.tokens), _LONGEST, "tokens"),
+        (listed.rank + 1, _MOST_RECORDS, "activation records in its list"),
+        (listed.bin + 1, _MOST_BINS, "quantiles"),
+    ):
+        if found > most:
+            raise InputError(
+                f"{where}: {found:,} {what}, at most {most:,} were expected: leave it out of --files"
+            )
     try:
         finite = bool(np.isfinite(_float32(listed)).all())
     except OverflowError:
@@ -82,11 +90,12 @@ def _excerpts(record: OpenAIRecord, texts: Texts, counts: Counts) -> dict[Used, 
             continue
         seen.add((listed.kind, place.ordinal))
         cell = place.split, listed.kind, listed.bin
+        nth = ranks[cell]
         values = _float32(listed)
         peak = len(values) // 2 if listed.kind == "random" else int(values.argmax())
         excerpt = Excerpt(
             kind=listed.kind,
-            rank=listed.rank if listed.kind == "top" else ranks[cell],
+            rank=2 * nth + USED.index(place.split) if listed.kind == "top" else nth,
             bin=listed.bin,
             token_ids=np.array(texts.ids(listed.record), np.int32),
             activations=values,
@@ -129,7 +138,8 @@ def _summary(
 def _edges(record: OpenAIRecord) -> FloatArray:
     """The file's quantile boundaries [6]; NaN where there are none, or of other quantiles."""
     found = record.boundaries or ()
-    if len(found) != _OPENAI_EDGES:
+    n_bins = len(record.by_quantile or ()) or _OPENAI_EDGES - 1
+    if not len(found) == _OPENAI_EDGES == n_bins + 1:
         return np.full(_OPENAI_EDGES, np.nan, np.float32)
     return np.array([_number(edge, math.nan) for edge in found], np.float32)
 

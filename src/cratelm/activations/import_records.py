@@ -4,12 +4,13 @@ Each activation record becomes an excerpt and its text a document:
 
 | field of the file | kind of excerpt | rank | token it was chosen for |
 |---|---|---|---|
-| most_positive_activation_records | top | as in the file | the highest |
+| most_positive_activation_records | top | 0, 2, 4 ... in `fit`, 1, 3, 5 ... in `held_out` | the highest |
 | random_sample | random | within its split | the middle one |
 | random_sample_by_quantile | openai_bin | within bin and split | the highest |
 
 Even places of a list go to `fit` and odd ones to `held_out`. A text that several records show, of one
-neuron or of many, stays in the split where it was met first. The files hold no Anthropic bins, no
+neuron or of many, stays in the split where it was met first. So the ranks of `top` are the file's places
+where no text moved, and always those that `explain` and `score` take. The files hold no Anthropic bins, no
 tokens out of context and no range of the activation: those excerpts are absent, and the edges of the
 Anthropic bins NaN. The mean and the moments are the file's; where it has none, and for the firing
 rate and the histogram, those of the random sample of the split stand in. `n_tokens` counts that
