@@ -1,7 +1,9 @@
 """Files of others: OpenAI's NeuronRecord JSON in and out, Neuronpedia's exports."""
 
 import gzip
+import itertools
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from importlib import resources
@@ -429,7 +431,8 @@ def _ask_a_model(run: Run) -> None:
         Explanation(neuron, "tiny", f"of {evidence} </script>", {"evidence": evidence}, (0,))
         for evidence in ("top", "anthropic")
     ]
-    with run.stage("explanations", "m@tiny").write({}, {}) as draft:
+    harvest = {"activations": run.stage("activations", "m").require("harvest").identity}
+    with run.stage("explanations", "m@tiny").write({}, harvest) as draft:
         write_explanations(draft.path, made)
         write_selected(draft.path, [])
         write_unexplained(draft.path, [])
@@ -460,7 +463,7 @@ def both(run: Run, index: int) -> tuple[NeuronRecord, NeuronRecord]:
 
 def test_exported_excerpts_take_turns_and_are_those_of_the_harvest(harvested, tmp_path):
     result = cratelm.export_records(
-        run=harvested.path, model="m", out=tmp_path / "out", neurons=(5,), quiet=True
+        run=harvested.path, model="m", out=tmp_path / "out", only=("0:5",), quiet=True
     )
     assert [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.json")] == [
         Path("0/5.json")
@@ -569,8 +572,8 @@ FOLDERS = {
 }
 
 
-def rows_of(out: Path, name: str) -> list[dict]:
-    lines = gzip.decompress((out / "Tiny_1" / "0-ista" / name / "batch-0.jsonl.gz").read_bytes())
+def rows_of(out: Path, name: str, source: str = "0-ista") -> list[dict]:
+    lines = gzip.decompress((out / "Tiny_1" / source / name / "batch-0.jsonl.gz").read_bytes())
     return [json.loads(line) for line in lines.splitlines()]
 
 
@@ -710,9 +713,41 @@ def test_scores_belong_to_the_explanation_that_was_read(harvested, neuronpedia):
     assert names == {r["explanationScoreTypeName"] for r in rows}
 
 
-def test_scores_of_explanations_that_changed_are_an_error(harvested, tmp_path):
-    import shutil
+def test_bins_of_files_of_others_are_not_said_to_be_our_quantiles(tmp_path):
+    bins = [
+        [{"tokens": [f"{b}", f"{n}"], "activations": [n, b]} for n in range(4)] for b in range(5)
+    ]
+    edges = [0, 0.5, 1.5, 2.5, 3.5, 4.5]
+    for name, value in {
+        "five": minimal(random_sample_by_quantile=bins, quantile_boundaries=edges),
+        "four": minimal(random_sample_by_quantile=bins[:4], quantile_boundaries=edges),
+        "six": minimal(random_sample_by_quantile=[*bins, []], quantile_boundaries=edges),
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+        common = {"run": tmp_path / name, "model": "m", "quiet": True}
+        cratelm.import_records(files=(tmp_path / f"{name}.json",), **common)
+        cratelm.export_neuronpedia(out=tmp_path / f"{name}.out", model_id="Tiny_1", **common)
+        rows = rows_of(tmp_path / f"{name}.out", "activations", "0-mlp")
+        of_bins = [r for r in rows if r["dataSource"].endswith("openai_bin")]
+        assert len(of_bins) == 4 * min(len(value["random_sample_by_quantile"]), 5)
+        assert {r["binContains"] for r in of_bins} == {None}
+        known = dict(itertools.pairwise(edges)) if name == "five" else {None: None}
+        assert {r["binMin"]: r["binMax"] for r in of_bins} == known
+        for row in rows:
+            validator("activation").validate(row)
 
+
+def test_explanations_of_a_harvest_that_changed_are_an_error(harvested, tmp_path):
+    shutil.copytree(harvested.path, tmp_path / "run")
+    with Run(tmp_path / "run").stage("activations", "m").write({"again": 1}, {}) as draft:
+        for split in SPLITS:
+            write_records(draft.path, split, [_record(index, split) for index in NEURONS])
+    with pytest.raises(InputError, match="explains a harvest that has changed since"):
+        cratelm.export_neuronpedia(run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True)
+    assert not (tmp_path / "o").exists()
+
+
+def test_scores_of_explanations_that_changed_are_an_error(harvested, tmp_path):
     shutil.copytree(harvested.path, tmp_path / "run")
     cratelm.explain(run=tmp_path / "run", model="m", explainers=("lookup",), force=True, quiet=True)
     with pytest.raises(InputError, match="scores explanations that have changed since"):
@@ -728,7 +763,7 @@ EXPORTS = [cratelm.export_records, cratelm.export_neuronpedia]
 @pytest.mark.parametrize("export", EXPORTS)
 def test_the_same_export_has_the_same_bytes(export, harvested, tmp_path):
     for name in ("a", "b"):
-        export(run=harvested.path, model="m", out=tmp_path / name, neurons=(4,), quiet=True)
+        export(run=harvested.path, model="m", out=tmp_path / name, only=("0:4",), quiet=True)
     a, b = (
         {
             p.relative_to(tmp_path / n): p.read_bytes()
@@ -743,7 +778,7 @@ def test_the_same_export_has_the_same_bytes(export, harvested, tmp_path):
 
 @pytest.mark.parametrize("export", EXPORTS)
 def test_nothing_of_others_is_replaced(export, harvested, tmp_path):
-    config = {"run": harvested.path, "model": "m", "neurons": (4,), "quiet": True}
+    config = {"run": harvested.path, "model": "m", "only": ("0:4",), "quiet": True}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     with pytest.raises(InputError, match="is not empty and no export"):
@@ -765,9 +800,12 @@ def test_nothing_of_others_is_replaced(export, harvested, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"layers": (3,)}, "--layers 3: .* has layers 0"),
-        ({"neurons": (4, 99)}, "--neurons 99: layer 0 .* 4 to 9"),
-        ({"neurons": (-1,)}, "--neurons -1: numbers from 0"),
+        ({"layers": (3,)}, "--layers: layer 3 is not in .* has layers 0"),
+        ({"layers": (-1,)}, "--layers -1: numbers from 0"),
+        ({"only": ("3:4",)}, "--only: layer 3 is not in .* has layers 0"),
+        ({"only": ("0:4", "0:99")}, "--only 0:99: layer 0 .* 4 to 9"),
+        ({"only": ("4",)}, "--only 4: LAYER:INDEX was expected"),
+        ({"only": ("0:4",), "layers": (0,)}, "one of the two"),
         ({"model": "other"}, "cratelm harvest --run"),
     ],
 )

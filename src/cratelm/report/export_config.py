@@ -1,6 +1,7 @@
 """Configurations of `cratelm export`. Imports nothing heavy."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +23,15 @@ class ExportRecordsConfig:
     """run directory, holding the harvest of `--model`"""
     layers: tuple[int, ...] = ()
     """layers to write, from 0; left out: all"""
-    neurons: tuple[int, ...] = ()
-    """neurons of each layer to write, from 0; left out: all"""
+    only: tuple[str, ...] = ()
+    """these neurons alone, as LAYER:INDEX, such as 0:17 1:5"""
     force: bool = aside(False)
     """replace what an export wrote to `--out` before"""
     quiet: bool = aside(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        _check_places(self.layers, self.neurons)
+        _check_layers(self.layers, self.only)
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class ExportNeuronpediaConfig:
     """run directory, holding the harvest of `--model` and what explains and scores it"""
     layers: tuple[int, ...] = ()
     """layers to write, from 0; left out: all"""
-    neurons: tuple[int, ...] = ()
-    """neurons of each layer to write, from 0; left out: all"""
+    only: tuple[str, ...] = ()
+    """these neurons alone, as LAYER:INDEX, such as 0:17 1:5"""
     model_id: str = ""
     """id of the model in Neuronpedia: letters, digits, `-` and `_`; left out: the model's name, with
     other characters as `-`, in small letters"""
@@ -65,7 +66,7 @@ class ExportNeuronpediaConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        _check_places(self.layers, self.neurons)
+        _check_layers(self.layers, self.only)
         if self.excerpts < 1:
             raise InputError(f"--excerpts is {self.excerpts}: 1 or more was expected")
         for name in ("model_id", "source_set"):
@@ -77,8 +78,22 @@ class ExportNeuronpediaConfig:
                 )
 
 
-def _check_places(layers: tuple[int, ...], neurons: tuple[int, ...]) -> None:
-    for name, values in (("layers", layers), ("neurons", neurons)):
-        wrong = [value for value in values if value < 0]
-        if wrong:
-            raise InputError(f"--{name} {wrong[0]}: numbers from 0 were expected")
+def _check_layers(layers: tuple[int, ...], only: tuple[str, ...]) -> None:
+    """Raises `InputError` for a choice that no harvest can have."""
+    if layers and only:
+        raise InputError("--layers and --only: one of the two was expected")
+    wrong = [layer for layer in layers if layer < 0]
+    if wrong:
+        raise InputError(f"--layers {wrong[0]}: numbers from 0 were expected")
+    places(only)
+
+
+def places(only: Iterable[str]) -> list[tuple[int, int]]:
+    """(layer, index) of each `LAYER:INDEX`, sorted. Raises `InputError` for anything else."""
+    found = set()
+    for text in only:
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+        if match is None:
+            raise InputError(f"--only {text}: LAYER:INDEX was expected, such as 0:17")
+        found.add((int(match[1]), int(match[2])))
+    return sorted(found)

@@ -8,6 +8,7 @@ from pathlib import Path
 from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
 from cratelm.records import NeuronSummary
+from cratelm.report.export_config import places
 from cratelm.runs import write_json
 
 MARK = ".cratelm-export"
@@ -47,27 +48,36 @@ def export_folder(out: Path, told: dict[str, str], *, force: bool) -> Iterator[P
 
 
 def chosen_neurons(
-    harvest: Path, layers: Sequence[int], neurons: Sequence[int]
+    harvest: Path, layers: Sequence[int] = (), only: Sequence[str] = ()
 ) -> dict[int, list[NeuronSummary]]:
-    """Fit summaries of the neurons to write, by layer and index; empty choices mean all.
+    """Fit summaries of the neurons to write, by layer and index: those of `layers`, or `only` these
+    (`LAYER:INDEX`), or all.
 
     Raises `InputError` for a layer or a neuron that the harvest has not.
     """
-    there: dict[int, list[NeuronSummary]] = {}
+    there: dict[int, dict[int, NeuronSummary]] = {}
     for summary in read_summaries(harvest, "fit"):
-        there.setdefault(summary.neuron.layer, []).append(summary)
-    chosen = {}
-    for layer in sorted(set(layers)) or sorted(there):
-        if layer not in there:
+        there.setdefault(summary.neuron.layer, {})[summary.neuron.index] = summary
+    wanted = sorted(set(layers)) or sorted(there)
+    chosen = {layer: _layer(harvest, there, layer, "--layers") for layer in wanted}
+    if not only:
+        return {layer: list(found.values()) for layer, found in chosen.items()}
+    few: dict[int, list[NeuronSummary]] = {}
+    for layer, index in places(only):
+        found = _layer(harvest, there, layer, "--only")
+        if index not in found:
             raise InputError(
-                f"--layers {layer}: {harvest} has layers {', '.join(map(str, sorted(there)))}"
-            )
-        found = {s.neuron.index: s for s in there[layer]}
-        missing = sorted(set(neurons) - set(found))
-        if missing:
-            raise InputError(
-                f"--neurons {missing[0]}: layer {layer} of {harvest} has {len(found):,} neurons,"
+                f"--only {layer}:{index}: layer {layer} of {harvest} has {len(found):,} neurons,"
                 f" {min(found)} to {max(found)}, and not this one"
             )
-        chosen[layer] = [found[index] for index in sorted(set(neurons) or found)]
-    return chosen
+        few.setdefault(layer, []).append(found[index])
+    return few
+
+
+def _layer(
+    harvest: Path, there: dict[int, dict[int, NeuronSummary]], layer: int, option: str
+) -> dict[int, NeuronSummary]:
+    if layer not in there:
+        has = ", ".join(map(str, sorted(there)))
+        raise InputError(f"{option}: layer {layer} is not in {harvest}, which has layers {has}")
+    return there[layer]

@@ -65,7 +65,7 @@ def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
     tokens = run.stage("tokens").require("tokenize")
     stage = run.stage("activations", config.model)
     done = stage.require("harvest")
-    chosen = chosen_neurons(stage.path, config.layers, config.neurons)
+    chosen = chosen_neurons(stage.path, config.layers, config.only)
     told = {"format": "OpenAI NeuronRecord", "model": config.model, "activations": done.identity}
     told["tokens"] = tokens.identity
     places = {(s.neuron.layer, s.neuron.index) for s in chain.from_iterable(chosen.values())}

@@ -32,6 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cratelm.activations.openai_records import SOURCE
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
@@ -110,15 +111,17 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
     run.stage("tokens").require("tokenize")
     stage = run.stage("activations", config.model)
     done = stage.require("harvest")
-    chosen = chosen_neurons(stage.path, config.layers, config.neurons)
+    chosen = chosen_neurons(stage.path, config.layers, config.only)
     names = _names(config, next(iter(chosen.values()))[0].neuron)
-    sets = explanation_sets(run, config.model)
+    sets = explanation_sets(run, config.model, done.identity)
     told = {"format": "Neuronpedia export", "model": config.model, "activations": done.identity}
     counts: dict[str, int] = dict.fromkeys((*_FOLDERS, "without_value"), 0)
     with export_folder(config.out, told, force=config.force) as folder:
         _write_config(folder / "config", names, sets)
-        writer = _Writer(config, names, TokenStore(run.stage("tokens").path), sets, counts)
-        everywhere = chosen_neurons(stage.path, (), ())
+        store = TokenStore(run.stage("tokens").path)
+        imported = (stage.path / SOURCE).is_file()
+        writer = _Writer(config, names, store, sets, counts, imported)
+        everywhere = chosen_neurons(stage.path)
         widths = {layer: 1 + found[-1].neuron.index for layer, found in everywhere.items()}
         for layer, summaries in chosen.items():
             path = folder / names.model / names.source(layer)
@@ -141,16 +144,26 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
     )
 
 
-def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
-    """All finished explanations of a model, each with the scores that were made of it."""
+def explanation_sets(run: Run, model: str, harvest: str) -> list[ExplanationSet]:
+    """All finished explanations of a model, each with the scores that were made of it.
+
+    Raises `InputError` where they are of another harvest than the one of the identity `harvest`, or
+    scores of other explanations.
+    """
     sets, by_identity = [], {}
     for name in _of_model(run, "explanations", model):
         stage = run.stage("explanations", name)
+        made = stage.require("explain")
+        if made.inputs.get("activations") != harvest:
+            raise InputError(
+                f"{stage.path} explains a harvest that has changed since: type `cratelm explain"
+                f" --force --run {run.path} --model {model}` with the options of its completed.json"
+            )
         found: dict[NeuronId, list[Explanation]] = {}
         for explanation in read_explanations(stage.path):
             found.setdefault(explanation.neuron, []).append(explanation)
         sets.append(ExplanationSet(name.removeprefix(model).removeprefix("@"), found))
-        by_identity[stage.require("explain").identity] = sets[-1]
+        by_identity[made.identity] = sets[-1]
     for name in _of_model(run, "scores", model):
         stage = run.stage("scores", name)
         done = stage.require("score")
@@ -202,6 +215,8 @@ class _Writer:
     store: TokenStore
     sets: list[ExplanationSet]
     counts: dict[str, int]
+    imported: bool
+    """harvested elsewhere: which quantiles its bins stand for is not known"""
 
     def write(self, folder: Path, harvest: Path, chosen: dict[int, list[NeuronSummary]]) -> None:
         ((layer, summaries),) = chosen.items()
@@ -235,6 +250,8 @@ class _Writer:
                 if excerpt.kind in _KINDS and excerpt.rank < self.config.excerpts and len(excerpt):
                     tokens = self.store.decode_tokens(excerpt.token_ids)
                     row = activation_row(self.names, record.summary, excerpt, split, tokens)
+                    if self.imported and excerpt.kind == "openai_bin":
+                        row["binContains"] = None
                     yield "activations", row
         for of_set in self.sets:
             for explanation in of_set.explanations.get(fit.neuron, ()):
