@@ -11,6 +11,7 @@ import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -783,3 +784,16 @@ def test_scores_under_another_name_have_rows_of_their_own(with_model, tmp_path, 
     rows = [r for r in tables["side_by_side"]["rows"] if r["model"] == "gpt2-2l"]
     random = [r for r in rows if r["metric"] == "random-only" and r["neurons"] == 6]
     assert [r["explainer"] for r in random] == [FAKE, f"{FAKE} (again)"]
+
+
+def test_an_imported_run_is_reproduced_by_its_import(tmp_path):
+    from cratelm.report.reproduce import _command, _settings, _verb
+    from cratelm.runs import Completion
+
+    config = {"import": "records", "files": ["a.json", "b"], "name": "gpt2-mlp", "site": "mlp"}
+    done = Completion("activations", "gpt2-mlp", config, {}, {}, "", 0.0, "", {}, "")
+    results = SimpleNamespace(run=SimpleNamespace(path=tmp_path / "run"))
+    told = _command(*_verb(done), _settings(done), results)
+    assert told == (
+        f"cratelm import records --run {tmp_path / 'run'} --files a.json b --model gpt2-mlp"
+    )

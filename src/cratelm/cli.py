@@ -145,6 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_told(_run(verb, _parse(verb, rest))))
     except KeyboardInterrupt:
         return _fail(verb, "interrupted; the same command goes on where it was", 130)
+    except BrokenPipeError:  # whoever reads what is printed (`| head`) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         if os.environ.get("CRATELM_TRACEBACK"):
             raise

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cratelm.activations.config import HarvestConfig
+from cratelm.activations.import_config import ImportRecordsConfig
 from cratelm.explain.config import ExplainConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.gather import RunResults
@@ -14,6 +15,8 @@ from cratelm.score.config import ScoreConfig
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.train.config import TrainConfig
 
+_IMPORTED = "activation records"
+"""corpus of tokens that were made by an import of records"""
 _VERBS: dict[str, tuple[str, type]] = {
     "tokens": ("tokenize", TokenizeConfig),
     "model": ("train", TrainConfig),
@@ -25,8 +28,19 @@ _VERBS: dict[str, tuple[str, type]] = {
 
 def commands(results: RunResults, config: ReportConfig) -> str:
     """A command a stage, with every setting that is not the default."""
-    lines = [_command(*_VERBS[done.stage], _settings(done), results) for done in _all(results)]
+    lines = [
+        _command(*_verb(done), _settings(done), results)
+        for done in _all(results)
+        if not (done.stage == "tokens" and done.config.get("corpus") == _IMPORTED)
+    ]
     return "\n".join([*lines, _command("report", ReportConfig, config_dict(config), results)])
+
+
+def _verb(done: Completion) -> tuple[str, type]:
+    """The verb that made a stage, and its configuration."""
+    if done.config.get("import") == "records":
+        return "import records", ImportRecordsConfig  # makes the tokens too
+    return _VERBS[done.stage]
 
 
 def facts(results: RunResults) -> list[tuple[str, str]]:
@@ -68,11 +82,13 @@ def _settings(done: Completion) -> dict[str, Any]:
     if done.stage == "model":
         usual = f"{settings.get('model')}{'' if settings.get('steps') else '-init'}"
         settings["name"] = "" if done.name == usual else done.name
+    if done.config.get("import") == "records":
+        settings["model"] = done.name
     return settings
 
 
 def _command(verb: str, config: type, settings: dict[str, Any], results: RunResults) -> str:
-    words = ["cratelm", verb, "--run", str(results.run.path)]
+    words = ["cratelm", *verb.split(), "--run", str(results.run.path)]
     for field in dataclasses.fields(config):
         value = settings.get(field.name)
         default = None if field.default is dataclasses.MISSING else field.default
