@@ -13,6 +13,7 @@ import jsonschema
 import numpy as np
 import planted
 import pytest
+from fake_llm import FakeModel
 from shared import SHARED, needs_shared
 
 import cratelm
@@ -28,7 +29,16 @@ from cratelm.activations.store import read_records, read_summaries, write_record
 from cratelm.corpus.documents import Document
 from cratelm.errors import InputError
 from cratelm.explain.store import write_explanations, write_selected, write_unexplained
-from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Score, Status
+from cratelm.records import (
+    METRICS,
+    SCORERS,
+    Explanation,
+    NeuronId,
+    NeuronRecord,
+    NeuronScore,
+    Score,
+    Status,
+)
 from cratelm.report.export_records import openai_record, pooled_moments
 from cratelm.runs import Run
 from cratelm.score.store import read_scores, write_scores
@@ -188,6 +198,25 @@ def test_imported_neurons_are_explained_and_scored_by_the_usual_verbs(elsewhere)
     assert all(s.score.value > 0.9 for s in own), [s.score.value for s in own]
     assert all(s.score.value < 0.5 for s in scores if s.control == "shuffled")
     cratelm.report(run=run.path, neurons=2, excerpts=1, resamples=100)
+
+
+def test_imported_neurons_are_read_by_language_models(elsewhere, monkeypatch, tmp_path):
+    run, _, _ = elsewhere
+    fake = FakeModel()
+    monkeypatch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: fake)
+    common = {"run": run.path, "model": "m", "quiet": True}
+    cratelm.explain(explainer="hf:any", contrast=2, **common)
+    result = cratelm.score(simulator="hf:any", metrics=SCORERS, resamples=100, **common)
+    own = [s for s in read_scores(result.path) if s.control == "none"]
+    assert {s.metric for s in own} == set(SCORERS)
+    assert all(s.score.value > 0.9 for s in own if s.metric in METRICS)
+    assert min(s.score.n_records for s in own if s.metric == "top_and_random") >= 8
+    out = cratelm.export_neuronpedia(out=tmp_path / "o", model_id="Tiny_1", **common)
+    assert out.explanations >= 2 * len(NEURONS)
+    rows = rows_of(tmp_path / "o", "explanation-scores", "0-mlp")
+    assert len(
+        [r for r in rows if r["explanationScoreModelName"] == "any"]
+    ) + out.without_value >= len(own)
 
 
 def test_a_text_is_never_explained_from_and_scored_on(elsewhere):
@@ -392,7 +421,8 @@ def harvested(tmp_path_factory):
             for row in planted.corpus(split)[0].reshape(-1, planted.LENGTH):
                 writer.append(split, row.tolist(), Document("text", "made up", "", 0, ""))
         writer.close()
-    with run.stage("activations", "m").write({}, {}) as draft:
+    tokens = {"tokens": run.stage("tokens").require("tokenize").identity}
+    with run.stage("activations", "m").write({}, tokens) as draft:
         for split in SPLITS:
             write_records(draft.path, split, [_record(i, split) for i in NEURONS])
     cratelm.explain(run=run.path, model="m", quiet=True)
@@ -774,6 +804,16 @@ def test_the_same_export_has_the_same_bytes(export, harvested, tmp_path):
     )
     assert a == b
     assert a
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_a_harvest_of_other_tokens_is_an_error(export, harvested, tmp_path):
+    shutil.copytree(harvested.path, tmp_path / "run")
+    with Run(tmp_path / "run").stage("tokens").write({"again": 1}, {}) as draft:
+        shutil.copytree(harvested.path / "tokens", draft.path, dirs_exist_ok=True)
+    with pytest.raises(InputError, match="is of tokens that have changed since"):
+        export(run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("export", EXPORTS)

@@ -51,7 +51,11 @@ class ExplainResult:
     """what a language model was asked, in words"""
 
     def __str__(self) -> str:
-        failed = f", {self.n_failed:,} explanations failed" if self.n_failed else ""
+        failed = (
+            f", {self.n_failed:,} explanations failed (--retry-failed asks again)"
+            if self.n_failed
+            else ""
+        )
         calls = f"\n  {self.calls}" if self.calls else ""
         return (
             f"{self.n_explanations:,} explanations of {self.n_neurons - self.n_dead:,} neurons,"

@@ -9,7 +9,7 @@ from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
 from cratelm.records import NeuronSummary
 from cratelm.report.export_config import places
-from cratelm.runs import write_json
+from cratelm.runs import Run, Stage, write_json
 
 MARK = ".cratelm-export"
 """file that says what wrote a folder; `--force` replaces no folder without it"""
@@ -45,6 +45,22 @@ def export_folder(out: Path, told: dict[str, str], *, force: bool) -> Iterator[P
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def harvest_of(run: Run, model: str) -> tuple[Stage, dict[str, str]]:
+    """The harvest of a model, and the identities of what an export of it reads.
+
+    Raises `InputError` where there is none, or where it is of other tokens than those of the run.
+    """
+    tokens = run.stage("tokens").require("tokenize").identity
+    stage = run.stage("activations", model)
+    done = stage.require("harvest")
+    if done.inputs.get("tokens", tokens) != tokens:
+        raise InputError(
+            f"{stage.path} is of tokens that have changed since: type `cratelm harvest --force --run"
+            f" {run.path} --model {model}` with the options of its completed.json"
+        )
+    return stage, {"activations": done.identity, "tokens": tokens}
 
 
 def chosen_neurons(

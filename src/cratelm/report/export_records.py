@@ -39,7 +39,7 @@ from cratelm.activations.openai_records import (
 from cratelm.activations.store import read_records
 from cratelm.records import Excerpt, ExcerptKind, NeuronRecord, NeuronSummary
 from cratelm.report.export_config import ExportRecordsConfig
-from cratelm.report.export_folder import chosen_neurons, export_folder
+from cratelm.report.export_folder import chosen_neurons, export_folder, harvest_of
 from cratelm.runs import Run
 from cratelm.tokens.shards import TokenStore
 
@@ -62,12 +62,9 @@ def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
     where `--out` is not empty.
     """
     run = Run(config.run)
-    tokens = run.stage("tokens").require("tokenize")
-    stage = run.stage("activations", config.model)
-    done = stage.require("harvest")
+    stage, identities = harvest_of(run, config.model)
     chosen = chosen_neurons(stage.path, config.layers, config.only)
-    told = {"format": "OpenAI NeuronRecord", "model": config.model, "activations": done.identity}
-    told["tokens"] = tokens.identity
+    told = {"format": "OpenAI NeuronRecord", "model": config.model, **identities}
     places = {(s.neuron.layer, s.neuron.index) for s in chain.from_iterable(chosen.values())}
     n_left_out = 0
     with (

@@ -37,7 +37,7 @@ from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
 from cratelm.report.export_config import ExportNeuronpediaConfig
-from cratelm.report.export_folder import chosen_neurons, export_folder
+from cratelm.report.export_folder import chosen_neurons, export_folder, harvest_of
 from cratelm.report.export_records import both_splits
 from cratelm.report.export_rows import (
     METRIC_TEXTS,
@@ -108,13 +108,11 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
     scores are of explanations that have changed, or where `--out` is not empty.
     """
     run = Run(config.run)
-    run.stage("tokens").require("tokenize")
-    stage = run.stage("activations", config.model)
-    done = stage.require("harvest")
+    stage, identities = harvest_of(run, config.model)
     chosen = chosen_neurons(stage.path, config.layers, config.only)
     names = _names(config, next(iter(chosen.values()))[0].neuron)
-    sets = explanation_sets(run, config.model, done.identity)
-    told = {"format": "Neuronpedia export", "model": config.model, "activations": done.identity}
+    sets = explanation_sets(run, config.model, identities["activations"])
+    told = {"format": "Neuronpedia export", "model": config.model, **identities}
     counts: dict[str, int] = dict.fromkeys((*_FOLDERS, "without_value"), 0)
     with export_folder(config.out, told, force=config.force) as folder:
         _write_config(folder / "config", names, sets)

@@ -68,7 +68,11 @@ class ScoreResult:
     """what a language model was asked, in words"""
 
     def __str__(self) -> str:
-        failed = f", {self.n_failed:,} scores failed" if self.n_failed else ""
+        failed = (
+            f", {self.n_failed:,} scores failed (--retry-failed asks again)"
+            if self.n_failed
+            else ""
+        )
         calls = f"\n  {self.calls}" if self.calls else ""
         head = (
             f"{self.n_scores:,} scores of {self.n_neurons:,} neurons, {self.n_dead:,} dead,"
