@@ -15,6 +15,11 @@ Activation, Explanation, ExplanationScore, ...), of which its `export-data.py` a
 SAEDashboard's `neuronpedia_export.py` (jbloomAus/SAEDashboard at 3ea1249) write those given here.
 `neuronpedia.schema.json` states them as JSON Schema.
 
+A dashboard of SAEDashboard has the same columns under `NeuronpediaDashboardFeature`, and `bin_min` for
+`binMin` and so on in its activations (`sae_dashboard/neuronpedia/neuronpedia_dashboard.py`, 0.8.0). An
+export was read into these classes: they had all that they ask for but how many prompts of which
+data set were searched, which is a matter of the source here.
+
 Neuronpedia publishes no files of scores: `explanation-scores/` has the columns of its table
 ExplanationScore, and its importer passes it over. Only scores that have a value are in it, because a
 value is what the table demands; the others are counted. Effects on logits, vectors and correlations
