@@ -16,7 +16,7 @@ Anthropic bins NaN. The mean and the moments are the file's; where it has none, 
 rate and the histogram, those of the random sample of the split stand in. `n_tokens` counts that
 sample, because how many tokens were searched is not in the files.
 
-Files are read four times and one is held at a time, beside 0.4 kB a different text and the
+Files are read three times and one is held at a time, beside 0.4 kB a different text and the
 excerpts of 128 neurons.
 """
 
@@ -123,7 +123,7 @@ def _find(given: Iterable[Path]) -> list[Path]:
 
 def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[Texts, list[Path]]:
     """The texts of all files, and the files that can be used, by layer and index of their neurons."""
-    texts, places = Texts(), {}
+    texts, places, usable = Texts(), {}, {}
     for path in tqdm(paths, desc="read records", unit="file", disable=config.quiet):
         record = read_record(path)
         place = record.layer, record.index
@@ -136,14 +136,14 @@ def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[Texts, 
         for listed in listed_records(record):
             check(listed, path)
         texts.add(record)
-    order = [path for _, path in sorted(places.items())]
-    usable = [path for path in order if len(splits_of(read_record(path), texts)) == len(USED)]
+        if len(splits_of(record, texts)) == len(USED):
+            usable[place] = path
     if not usable:
         raise InputError(
             f"none of the {len(paths):,} neurons has two texts, one to explain from and one to score"
             " on: name records with more different texts with --files"
         )
-    return texts, usable
+    return texts, [path for _, path in sorted(usable.items())]
 
 
 def _write_tokens(
