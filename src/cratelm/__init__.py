@@ -28,15 +28,21 @@ _MODELS = (
     "load_authors_checkpoint",
     "site_of",
 )
-_VERB_ROOMS = ("train", "evaluate", "explain", "score", "report")
+_VERB_ROOMS = ("train", "evaluate", "explain", "score", "report", "steer")
 """rooms that bear the name of a verb"""
 
 
 class _Room(ModuleType):
-    """A room that is a verb too: `cratelm.train(...)` trains, `cratelm.train.config` is a module."""
+    """A room that is a verb too: `cratelm.train(...)` trains, `cratelm.train.config` is a module.
 
-    def __call__(self, **fields: Any) -> Any:
-        return _verb(self)(**fields)
+    `cratelm.steer(model, Edit(...), ...)`, with a model, is the context manager
+    `cratelm.steer.steering.steering`; with the verb's fields it is the verb.
+    """
+
+    def __call__(self, *given: Any, **fields: Any) -> Any:
+        if given and self.__name__ == "cratelm.steer":
+            return importlib.import_module("cratelm.steer.steering").steering(*given, **fields)
+        return _verb(self)(*given, **fields)
 
     @property
     def __signature__(self) -> Any:

@@ -49,7 +49,12 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(
         "cratelm.evaluate.loss",
         "cratelm.evaluate.config:EvaluateConfig",
-        "loss and perplexity of a model on a split",
+        "loss, perplexity and accuracy of models on the shards and on named sets",
+    ),
+    "predict": Verb(
+        "cratelm.evaluate.predict",
+        "cratelm.evaluate.predict_config:PredictConfig",
+        "next-token predictions of models on the same text, as a page",
     ),
     "harvest": Verb(
         "cratelm.activations.harvest",
@@ -71,10 +76,45 @@ VERBS: dict[str, Verb] = {
         "cratelm.report.config:ReportConfig",
         "one page, tables and figures about a run",
     ),
+    "analyze": Verb(
+        "cratelm.analysis.analyze",
+        "cratelm.analysis.config:AnalyzeConfig",
+        "what CRATE's derivation promises, measured layer by layer",
+    ),
+    "steer": Verb(
+        "cratelm.steer.steer",
+        "cratelm.steer.config:SteerConfig",
+        "set, add, scale or zero neurons; see the next token and the continuation change",
+    ),
+    "effects": Verb(
+        "cratelm.steer.effects",
+        "cratelm.steer.config:EffectsConfig",
+        "what each neuron writes to the vocabulary, and the loss without it",
+    ),
+    "intervene": Verb(
+        "cratelm.steer.intervene",
+        "cratelm.steer.config:InterveneConfig",
+        "does steering change the text as the explanation says? asked of a language model",
+    ),
+    "import authors": Verb(
+        "cratelm.models.import_authors",
+        "cratelm.models.import_config:ImportAuthorsConfig",
+        "a checkpoint of the paper's authors as a Hugging Face folder",
+    ),
+    "import sae": Verb(
+        "cratelm.sae.import_sae",
+        "cratelm.sae.config:ImportSaeConfig",
+        "a sparse autoencoder of the paper's authors as a folder",
+    ),
     "import records": Verb(
         "cratelm.activations.import_records",
         "cratelm.activations.import_config:ImportRecordsConfig",
         "a run of activations harvested elsewhere, from OpenAI's NeuronRecord JSON",
+    ),
+    "export model": Verb(
+        "cratelm.models.export_model",
+        "cratelm.models.export_config:ExportModelConfig",
+        "a folder that transformers loads without cratelm, ready for the Hub",
     ),
     "export records": Verb(
         "cratelm.report.export_records",

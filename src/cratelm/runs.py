@@ -5,6 +5,7 @@ runs/NAME/
   manifest.json                     every finished stage, gathered from the records below
   tokens/                           shards, tokenizer, documents
   model/MODEL/  activations/MODEL/  explanations/MODEL/  scores/MODEL/   one folder a model
+  steer/MODEL/  analysis/MODEL/                                          likewise
   report/
 ```
 A stage's folder is complete when it holds `completed.json`, written last. The record carries the
@@ -29,13 +30,17 @@ from typing import Any, Literal
 
 from cratelm.errors import InputError
 
-StageName = Literal["tokens", "model", "activations", "explanations", "scores", "report"]
+StageName = Literal[
+    "tokens", "model", "activations", "explanations", "scores", "steer", "analysis", "report"
+]
 STAGES: tuple[StageName, ...] = (
     "tokens",
     "model",
     "activations",
     "explanations",
     "scores",
+    "steer",
+    "analysis",
     "report",
 )
 RECORD = "completed.json"

@@ -1,0 +1,1 @@
+"""White-box reading: what the derivation of CRATE promises, measured."""

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the authors' files read and kept in an open format."""

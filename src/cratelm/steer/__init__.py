@@ -1,0 +1,1 @@
+"""Steering: neurons edited while a model runs, and what that does to its output."""
