@@ -27,6 +27,7 @@ from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
+from cratelm.models import load
 from cratelm.records import CHANCE, METRICS, SCORERS
 from cratelm.report import gallery
 from cratelm.report.cells import METRIC_NAMES
@@ -797,3 +798,18 @@ def test_an_imported_run_is_reproduced_by_its_import(tmp_path):
     assert told == (
         f"cratelm import records --run {tmp_path / 'run'} --files a.json b --model gpt2-mlp"
     )
+
+
+def test_a_model_without_a_live_neuron_has_a_report(run, tmp_path):
+    path = _copy(run, tmp_path, "activations", "explanations", "scores")
+    model = load(path / "model" / "gpt2-2l")
+    for block in model.transformer.h:
+        block.mlp.c_fc.weight.data.zero_()
+    model.save_pretrained(tmp_path / "dead")
+    shutil.copy(path / "tokens" / "tokenizer.json", tmp_path / "dead")
+    dead: dict[str, Any] = {"run": path, "model": str(tmp_path / "dead"), "name": "dead"}
+    harvest(HarvestConfig(**dead, tokens=2000, pilot_tokens=256, device="cpu"))
+    explain(ExplainConfig(run=path, model="dead", neurons=4, quiet=True))
+    score(ScoreConfig(run=path, model="dead", resamples=100, quiet=True))
+    found = _tables(report(ReportConfig(run=path, force=True, **SETTINGS)))
+    assert {row["dead"] for row in found["ledger"]["rows"]} == {8}

@@ -176,7 +176,8 @@ def by_layer(
         axes.set(xlabel="layer", ylabel=y, xticks=layers)
         if layers:
             axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
-        if log:
+        # of neurons that are all dead there is nothing to show, and a logarithm has no axis for it
+        if log and any(np.any(np.asarray(p[1], dtype=float) > 0) for p in points):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
