@@ -657,7 +657,7 @@ def test_language_model_less_free_is_paired_over_neurons(with_model, asked):
             _scores(with_model, f"{row['model']}@{FAKE}", a, metric),
             _scores(with_model, row["model"], b, metric),
         )
-        zero = row["policy"] == "counted as 0"
+        zero = row["policy"] == "counted as chance"
         gaps: dict[int, list[float]] = {}
         for place in with_.keys() & without.keys():
             x, y = with_[place].value, without[place].value

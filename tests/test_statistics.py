@@ -77,6 +77,13 @@ def test_nothing_defined_is_no_number():
     assert (zero.mean, zero.low, zero.high) == (0, 0, 0)
 
 
+def test_no_value_counts_as_chance():
+    """0 would be worse than an explanation that says nothing where chance is above 0."""
+    layers = scores([[0.9, "failed"]], metric="detection")
+    zero = model_statistics(layers, explainer="lookup", metric="detection", policy="count_zero")
+    assert zero.mean == pytest.approx(70)
+
+
 def test_layer_without_a_value_is_left_out_of_the_model():
     found = statistics([[0.2, 0.4], ["undefined", "undefined"]])
     assert found.mean == pytest.approx(30)

@@ -13,7 +13,7 @@ METRIC_NAMES: dict[Metric, str] = {
     "intruder": "intruder",
     "embedding": "embedding",
 }
-POLICY_NAMES = {"leave_out": "left out", "count_zero": "counted as 0"}
+POLICY_NAMES = {"leave_out": "left out", "count_zero": "counted as chance"}
 INTERVAL_NOTE = (
     "[ ]: 95% bootstrap interval over neurons, resampled within their layer. It does not cover another"
     " training seed, corpus or draw of excerpts."

@@ -99,7 +99,8 @@ def model_less_free(results: RunResults, resamples: int, seed: int) -> Table:
         (Column("model", "model"), Column("explainers", "a − b"), *_FIGURES),
         tuple(rows),
         "Difference × 100 of two explainers of the same neurons, on the same held-out excerpts: over the"
-        " neurons where both have a value (left out) or that both were to score (counted as 0). [ ]: 95%"
+        " neurons where both have a value (left out) or that both were to score (counted as chance, which is 0"
+        " for a correlation). [ ]: 95%"
         " bootstrap interval over neurons; p: two-sided test by random signs of the neurons' differences,"
         f" at least 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here.",
     )

@@ -23,7 +23,7 @@ def side_by_side(results: RunResults, resamples: int, seed: int) -> Table:
         Column("chance", "chance", ".0f"),
         Column("init", "random init", ".1f"),
         Column("none", "undefined / dead / failed"),
-        Column("count_zero", "mean with these as 0", ".1f"),
+        Column("count_zero", "mean with these as chance", ".1f"),
     )
     rows: list[tuple[Cell, ...]] = []
     for m in results.models:

@@ -6,7 +6,8 @@ are resampled with replacement within their layer (percentile bootstrap, Efron &
 chapter 13); layers are not resampled, a model has just these.
 
 A score without a value (undefined, dead, failed) is dealt with by one of two policies:
-`leave_out` takes the mean over the neurons that have one, `count_zero` counts the others as 0.
+`leave_out` takes the mean over the neurons that have one, `count_zero` counts the others as what an
+explanation is worth that says nothing: 0 for a correlation, chance for the other scorers.
 
 Shapes: n neurons of a layer, L layers, R resamples.
 """
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
-from cratelm.records import Metric, NeuronScore, Status
+from cratelm.records import CHANCE, Metric, NeuronScore, Status
 from cratelm.score.controls import Control
 
 Policy = Literal["leave_out", "count_zero"]
@@ -273,7 +274,7 @@ def _values(scores: Sequence[NeuronScore], policy: Policy) -> dict[tuple[str, in
         if s.score.value is not None:
             found[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * s.score.value
         elif policy == "count_zero":
-            found[s.neuron.site, s.neuron.layer, s.neuron.index] = 0.0
+            found[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * CHANCE[s.metric]
     return found
 
 
