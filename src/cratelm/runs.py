@@ -5,7 +5,7 @@ runs/NAME/
   manifest.json                     every finished stage, gathered from the records below
   tokens/                           shards, tokenizer, documents
   model/MODEL/  activations/MODEL/  explanations/MODEL/  scores/MODEL/   one folder a model
-  steer/MODEL/  analysis/MODEL/                                          likewise
+  steer/MODEL/  analysis/MODEL/  sae/MODEL@NAME/                         likewise
   report/
 ```
 A stage's folder is complete when it holds `completed.json`, written last. The record carries the
@@ -31,11 +31,20 @@ from typing import Any, Literal
 from cratelm.errors import InputError
 
 StageName = Literal[
-    "tokens", "model", "activations", "explanations", "scores", "steer", "analysis", "report"
+    "tokens",
+    "model",
+    "sae",
+    "activations",
+    "explanations",
+    "scores",
+    "steer",
+    "analysis",
+    "report",
 ]
 STAGES: tuple[StageName, ...] = (
     "tokens",
     "model",
+    "sae",
     "activations",
     "explanations",
     "scores",
