@@ -1,0 +1,112 @@
+"""Where an imported file lies: a local path, or a file of the Hugging Face Hub, fetched."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cratelm.errors import InputError
+
+_HUB = re.compile(
+    r"(?P<hub>hub:)?(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>.+))?"
+)
+FORMS = "a local path, or hub:OWNER/REPO[@REVISION][/FILE]"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that is here now, and how a model card names it."""
+
+    path: Path
+    name: str
+    """file name, or `hub:OWNER/REPO/FILE`; no path of this machine"""
+    revision: str = ""
+    """commit of the Hub's repository, empty for a local file"""
+
+    def beside(self, name: str) -> Path | None:
+        """The file called `name` in the same folder, here or on the Hub; None where there is none."""
+        if not self.revision:
+            path = self.path.with_name(name)
+            return path if path.is_file() else None
+        repository, _, file = _parts(self.name)
+        folder, slash, _ = (file or "").rpartition("/")
+        found = _listed(repository, self.revision)
+        wanted = f"{folder}{slash}{name}"
+        return _fetched(repository, self.revision, wanted).path if wanted in found else None
+
+
+def locate(reference: str, suffix: str = ".pt") -> Source:
+    """The file that `reference` names, fetched from the Hub where it names one of these.
+
+    `OWNER/REPO` and `OWNER/REPO/FILE` are of the Hub where no local file has that name; where no
+    file is named, the repository's one file that ends in `suffix` is taken. Raises `InputError`
+    where nothing is found, or several, or the Hub cannot be reached.
+    """
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return Source(path, path.name)
+    match = _HUB.fullmatch(reference)
+    only_local = match is None or (not match["hub"] and _looks_local(reference, suffix))
+    if only_local or path.exists():
+        raise InputError(f"{reference} is not a file: name {FORMS}")
+    repository, revision, file = _parts(reference)
+    if file is None:
+        file = _only(repository, revision, suffix)
+    return _fetched(repository, revision, file)
+
+
+def _looks_local(reference: str, suffix: str) -> bool:
+    """A path in a folder that is here, or of a file where a repository's name would stand."""
+    first, _, rest = reference.partition("/")
+    return (
+        first in (".", "..") or Path(first).is_dir() or ("/" not in rest and rest.endswith(suffix))
+    )
+
+
+def _parts(reference: str) -> tuple[str, str | None, str | None]:
+    """Repository, revision and file of a reference to the Hub."""
+    match = _HUB.fullmatch(reference)
+    assert match is not None
+    return match["repository"], match["revision"], match["file"]
+
+
+def _only(repository: str, revision: str | None, suffix: str) -> str:
+    found = [name for name in _listed(repository, revision) if name.endswith(suffix)]
+    if len(found) != 1:
+        named = ", ".join(found[:12]) + (" ..." if len(found) > 12 else "")
+        has = f"{len(found)} files {suffix} ({named})" if found else f"no file {suffix}"
+        raise InputError(f"hub:{repository} has {has}: name one as hub:{repository}/FILE")
+    return found[0]
+
+
+def _listed(repository: str, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        return sorted(HfApi().list_repo_files(repository, revision=revision))
+    except Exception as error:  # network libraries raise what they like
+        raise _unreached(repository, revision, error) from None
+
+
+def _fetched(repository: str, revision: str | None, file: str) -> Source:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(hf_hub_download(repository, file, revision=revision))
+    except Exception as error:  # likewise
+        raise _unreached(f"{repository}/{file}", revision, error) from None
+    return Source(path, f"hub:{repository}/{file}", _commit(path))
+
+
+def _commit(path: Path) -> str:
+    """The Hub's cache keeps a file as `.../snapshots/COMMIT/FILE`."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1]
+
+
+def _unreached(what: str, revision: str | None, error: Exception) -> InputError:
+    at = f"@{revision}" if revision else ""
+    told = " ".join(str(error).split())[:160]
+    return InputError(
+        f"hub:{what}{at} cannot be fetched ({type(error).__name__}: {told}): check the name and the"
+        " network, or name a local file"
+    )
