@@ -1,1 +1,1 @@
-"""Evaluation: loss, perplexity, bits per byte and accuracy of a model on a run's tokens."""
+"""Evaluation: loss, perplexity, bits per byte and accuracy of models; their predictions side by side."""

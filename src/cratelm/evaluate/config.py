@@ -10,23 +10,38 @@ from cratelm.runs import aside
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure a model's loss on one split of a run, every token once."""
+    """Measure models on a run's tokens and on named sets, every token once, and compare them."""
 
     run: Path = aside(Path("runs/default"))
-    """run directory, whose tokens are read"""
+    """run directory: its models, and the tokens of its splits"""
     model: str = "crate-2l"
     """name of a model in the run"""
     path: str | None = None
-    """a model folder or a Hub id to measure instead; its tokenizer must be the run's"""
+    """a model folder or a Hub id to measure instead"""
+    models: tuple[str, ...] = ()
+    """several to compare, instead of --model: names in the run, model folders, Hub ids (OWNER/NAME).
+    The first is compared with each of the others, document by document"""
+    on: tuple[str, ...] = ()
+    """what to measure on, one or several: the run's train, fit and held_out; lambada, lambada_raw,
+    wikitext2, wikitext103, ptb, openwebtext, pile, pile:SUBSET from the Hub; NAME=PATH reads a set
+    from a local file or folder, and under any other NAME its documents. Left out: --split"""
     split: Split = "held_out"
-    """train, fit or held_out"""
+    """train, fit or held_out, where --on is left out"""
     max_tokens: int | None = None
-    """stop after so many tokens; left out: the whole split"""
+    """stop after so many tokens of a set (of texts: after the document that reaches it); left out: all"""
+    max_documents: int | None = None
+    """first documents of each set of texts; left out: all, and 1,000 of openwebtext and of the Pile,
+    which are streamed"""
+    text_field: str | None = None
+    """field of local rows that holds the text; left out: the one that the set has on the Hub"""
     sequence_length: int | None = None
     """tokens of a sequence, the context a token can have; left out: the most that the model takes,
     1,024 where it names no limit"""
+    stride: int | None = None
+    """tokens that the window moves on by: each is still predicted once, from at least
+    sequence_length - stride tokens; left out: sequence_length, no overlap"""
     batch_size: int = 16
-    """sequences at a time"""
+    """sequences at a time, fewer where their logits would pass 1 GiB"""
     output: Path | None = aside(None)
     """also write the figures to this JSON file"""
     quiet: bool = aside(False)
@@ -35,7 +50,23 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
-        for field in ("max_tokens", "sequence_length", "batch_size"):
+        for field in ("max_tokens", "max_documents", "sequence_length", "stride", "batch_size"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"--{field.replace('_', '-')} is {value}, 1 or more was expected")
+        if self.models and self.path is not None:
+            raise InputError("--path and --models are both given: name the folder in --models")
+        for field in ("models", "on"):
+            given = getattr(self, field)
+            if len(set(given)) < len(given):
+                raise InputError(f"--{field} names the same thing twice: {' '.join(given)}")
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """What is measured, as it was named."""
+        return self.models or (self.path or self.model,)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """What it is measured on, as it was named."""
+        return self.on or (self.split,)

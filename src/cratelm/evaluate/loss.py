@@ -1,197 +1,175 @@
-"""Loss of a model on a split of a run's tokens.
+"""`cratelm evaluate`: models on splits of a run and on named sets, each figure with its error.
 
-The split is cut into sequences of T tokens as in training; the last one is shorter. Every token but
+A split is cut into sequences of T tokens as in training; the last one is shorter. Every token but
 the first of the split is predicted exactly once, from what precedes it in its sequence, which may
-include the end of another document.
-
-Shape legend: B sequences, T tokens of a sequence, N predicted tokens, C documents.
+include the end of another document. A text of a named set stands alone, after the token that texts
+begin with, and each model reads it in its own tokens.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.evaluate.config import EvaluateConfig
-from cratelm.models import load
+from cratelm.evaluate.estimates import Counts, Difference, Measurement, difference, measurement
+from cratelm.evaluate.scoring import Totals, score
+from cratelm.evaluate.sets import NamedSet, named_set
+from cratelm.evaluate.subjects import (
+    Subject,
+    check_store,
+    encoder_of,
+    open_subject,
+    sequence_length,
+)
+from cratelm.evaluate.table import differences_table, measurements_table
+from cratelm.evaluate.texts import Shards, Source, Texts, token_sizes
+from cratelm.records import SPLITS, Split
 from cratelm.runs import Run, write_json
-from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
-
-NO_LIMIT = 1024
-"""sequence length, in tokens, for models that name no longest one"""
+from cratelm.tokens.shards import TokenStore
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Figures of one model on one split."""
+    """Figures of every model on every set, and the first model against each of the others."""
 
-    model: str
-    split: str
-    tokens: int
-    """tokens predicted, <|endoftext|> included"""
-    documents: int
-    """documents that they belong to"""
-    sequence_length: int
-    loss: float
-    """nats a token"""
-    standard_error: float | None
-    """of the loss, over documents: tokens of one document are not independent (ratio estimator;
-    Cochran 1977, Sampling Techniques, section 6.4); None for a single document"""
-    perplexity: float
-    bits_per_byte: float | None
-    """of UTF-8 text, the bits of <|endoftext|> included; None for a text without a byte"""
-    accuracy: float
-    """part of the tokens that the model held for likeliest"""
+    measurements: tuple[Measurement, ...]
+    """set by set, in the order asked for"""
+    differences: tuple[Difference, ...]
+    """empty for a single model, and where the models were not measured on the same documents"""
 
     def __str__(self) -> str:
-        rows = {
-            "tokens": f"{self.tokens:,} in {self.documents:,} documents, T = {self.sequence_length}",
-            "loss": f"{self.loss:.4f} nats a token"
-            + (
-                ""
-                if self.standard_error is None
-                else f" (standard error {self.standard_error:.4f})"
-            ),
-            "perplexity": f"{self.perplexity:.2f}",
-            "bits per byte": "none" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f}",
-            "top-1 accuracy": f"{self.accuracy:.2%}",
-        }
-        lines = [f"{self.model} on {self.split}"]
-        return "\n".join(lines + [f"  {name:<15} {value}" for name, value in rows.items()])
+        tables = [measurements_table(self.measurements)]
+        if self.differences:
+            tables.append(differences_table(self.differences))
+        return "\n\n".join(tables)
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Measures a model of a run, or any other with the same tokenizer.
+    """Measures models of a run, or any other causal language models.
 
-    Raises `InputError` where model or tokens are missing, do not belong together, or are too few.
+    Raises `InputError` where a model, tokens or a set are missing, do not belong together, or are
+    too few, and where a loss is not a number.
     """
     run = Run(config.run)
-    run.stage("tokens").require("tokenize")
-    store = TokenStore(run.stage("tokens").path)
-    model = _model(config, run, store)
-    split, length = store.split(config.split), _sequence_length(config, model)
-    if split.n_tokens < 2:
-        raise InputError(f"the {config.split} split has {split.n_tokens} tokens, 2 were expected")
-    n = min(split.n_tokens - 1, config.max_tokens or split.n_tokens)
-    losses, hits = _losses(model, split, n, length, config)
+    sets = {name: _split_or_set(name, config) for name in config.sets}
+    store = None
+    if any(isinstance(found, str) for found in sets.values()):
+        run.stage("tokens").require("tokenize")
+        store = TokenStore(run.stage("tokens").path)
+    found: dict[tuple[str, str], tuple[Counts, Measurement]] = {}
+    for name in config.subjects:
+        subject = open_subject(run, name, from_run=config.path is None)
+        for on, what in sets.items():
+            found[on, name] = _measure(subject, on, what, run, store, config)
     result = EvaluateResult(
-        model=config.path or config.model,
-        split=config.split,
-        tokens=n,
-        sequence_length=length,
-        accuracy=float(hits.mean()),
-        bits_per_byte=_bits_per_byte(losses, split.read(1, n + 1), store),
-        **_mean_over_documents(losses, split),
+        tuple(found[on, name][1] for on in sets for name in config.subjects),
+        tuple(d for on in sets for d in _differences(on, config, found)),
     )
     if config.output is not None:
-        write_json(config.output, asdict(result))
+        write_json(config.output, _plain(asdict(result)))
     return result
 
 
-def _model(config: EvaluateConfig, run: Run, store: TokenStore) -> Any:
-    stage = run.stage("model", config.model)
-    if config.path is None:
-        stage.require("train")
-    source = stage.path if config.path is None else config.path
-    model: Any = load(source)
-    check_vocabulary(store, model.config.get_text_config().vocab_size)
-    own = Path(source) / "tokenizer.json"
-    if own.is_file() and Tokenizer.from_file(str(own)).get_vocab() != store.tokenizer.get_vocab():
+def _split_or_set(name: str, config: EvaluateConfig) -> Split | NamedSet:
+    for split in SPLITS:
+        if name == split:
+            return split
+    return named_set(name, config.max_documents, config.text_field)
+
+
+def _measure(
+    subject: Subject,
+    on: str,
+    what: Split | NamedSet,
+    run: Run,
+    store: TokenStore | None,
+    config: EvaluateConfig,
+) -> tuple[Counts, Measurement]:
+    """One model on one set."""
+    length = sequence_length(subject, config.sequence_length)
+    stride = _stride(config, length, subject)
+    if isinstance(what, NamedSet):
+        encoder = encoder_of(subject, run)
+        source: Source = Texts(what.passages(), encoder, what.kind.unit, config.max_tokens)
+        vocabulary, on, last_word = encoder.vocabulary, what.name, what.kind.last_word
+    else:
+        assert store is not None
+        check_store(subject, store, run)
+        source, vocabulary, last_word = _shards(store, what, config), "the run's", False
+    label = f"{subject.name} on {on}"
+    with tqdm(
+        total=source.n_tokens, desc=label, unit="token", unit_scale=True, disable=config.quiet
+    ) as bar:
+        windows = source.windows(length, stride)
+        totals = score(subject.model, label, windows, config.batch_size, bar)
+    if not totals.tokens.any():
+        raise InputError(f"{on} holds no token to predict: name another set with --on")
+    counts = _counts(totals, source, vocabulary, last_word)
+    return counts, measurement(
+        counts,
+        model=subject.name,
+        on=on,
+        unit=source.unit,
+        sequence_length=length,
+        stride=stride,
+    )
+
+
+def _stride(config: EvaluateConfig, length: int, subject: Subject) -> int:
+    if config.stride is not None and config.stride > length:
         raise InputError(
-            f"{own} is another tokenizer than that of the run {run.path}:"
-            " name a model trained on these tokens, or another --run"
+            f"--stride is {config.stride}, more than the {length} tokens of a sequence of"
+            f" {subject.name}: tokens would be left out"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return config.stride or length
 
 
-def _sequence_length(config: EvaluateConfig, model: Any) -> int:
-    most = getattr(model.config, "max_position_embeddings", None)
-    if config.sequence_length and most and config.sequence_length > most:
-        raise InputError(
-            f"--sequence-length is {config.sequence_length}, the model takes {most} tokens at most"
-        )
-    return config.sequence_length or most or NO_LIMIT
+def _shards(store: TokenStore, name: Split, config: EvaluateConfig) -> Shards:
+    split = store.split(name)
+    if split.n_tokens < 2:
+        raise InputError(f"the {name} split has {split.n_tokens} tokens, 2 were expected")
+    n = min(split.n_tokens - 1, config.max_tokens or split.n_tokens)
+    return Shards(split, n, token_sizes(store.tokenizer, store.eot_id))
 
 
-def _losses(
-    model: Any, split: TokenSplit, n: int, length: int, config: EvaluateConfig
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Loss of tokens 1..n of the split [N] in nats, and whether each was the likeliest [N]."""
-    losses, hits = np.empty(n, np.float32), np.empty(n, bool)
-    with tqdm(total=n, desc="evaluate", unit="token", unit_scale=True, disable=config.quiet) as bar:
-        for start, rows in _batches(split, n, length, config.batch_size):
-            tokens = torch.from_numpy(rows).to(model.device)  # [B, T + 1]
-            batch_losses, batch_hits = _token_losses(model, tokens[:, :-1], tokens[:, 1:])
-            stop = start + batch_losses.numel()
-            losses[start:stop] = batch_losses.flatten().cpu().numpy()
-            hits[start:stop] = batch_hits.flatten().cpu().numpy()
-            bar.update(stop - start)
-    return losses, hits
+def _counts(totals: Totals, source: Source, vocabulary: str, last_word: bool) -> Counts:
+    """By document, without those that hold no predicted token."""
+    kept = np.flatnonzero(totals.tokens)
+    totals = Totals(*(getattr(totals, name)[kept] for name in Totals.__dataclass_fields__))
+    words = source.n_words()
+    return Counts(
+        totals=totals,
+        bytes=source.n_bytes()[kept],
+        words=None if words is None else words[kept],
+        whole=(totals.top_1 == totals.tokens).astype(np.float64) if last_word else None,
+        vocabulary=vocabulary,
+    )
 
 
-@torch.no_grad()
-def _token_losses(
-    model: Any, tokens: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each target in nats [B, T], and whether it was the likeliest token [B, T]."""
-    logits = model(input_ids=tokens, use_cache=False).logits  # [B, T, V]
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return losses.view_as(targets), logits.argmax(-1) == targets
+def _differences(
+    on: str,
+    config: EvaluateConfig,
+    found: Mapping[tuple[str, str], tuple[Counts, Measurement]],
+) -> list[Difference]:
+    """The first model less each of the others on one set."""
+    first, *others = config.subjects
+    counts, shown = found[on, first]
+    pairs = [
+        difference(counts, found[on, other][0], model=first, less=other, on=shown.on)
+        for other in others
+    ]
+    return [pair for pair in pairs if pair is not None]
 
 
-def _batches(
-    split: TokenSplit, n: int, length: int, batch_size: int
-) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """First position and tokens [B, T + 1] of each batch; the last sequence comes alone, shorter."""
-    whole = n // length
-    for first in range(0, whole, batch_size):
-        rows = [split.sequence(i, length) for i in range(first, min(first + batch_size, whole))]
-        yield first * length, np.stack(rows)
-    if n % length:
-        yield whole * length, split.read(whole * length, n + 1)[None]
-
-
-def _mean_over_documents(losses: NDArray[np.float32], split: TokenSplit) -> dict[str, Any]:
-    """Loss, its standard error over documents, and perplexity; loss i belongs to token i + 1."""
-    positions = np.arange(1, len(losses) + 1)
-    document = np.searchsorted(split.starts, positions, side="right") - 1  # [N]
-    _, document = np.unique(document, return_inverse=True)
-    sums = np.bincount(document, weights=losses)  # [C] nats
-    counts = np.bincount(document)  # [C] tokens
-    mean, n_documents = sums.sum() / counts.sum(), len(counts)
-    error = None
-    if n_documents > 1:
-        residuals = sums - mean * counts
-        spread = n_documents / (n_documents - 1) * (residuals**2).sum()
-        error = float(np.sqrt(spread) / counts.sum())
-    return {
-        "loss": float(mean),
-        "standard_error": error,
-        "perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "documents": n_documents,
-    }
-
-
-def _bits_per_byte(
-    losses: NDArray[np.float32], targets: NDArray[np.int64], store: TokenStore
-) -> float | None:
-    """Total bits over the bytes of the predicted text.
-
-    In a byte-level BPE each character of a token's name stands for one byte; special tokens, of which
-    <|endoftext|> alone is in the shards, are no text.
-    """
-    sizes = np.zeros(store.vocab_size, np.int64)  # [V] bytes
-    for name, token in store.tokenizer.get_vocab().items():
-        sizes[token] = len(name)
-    sizes[store.eot_id] = 0
-    n_bytes = int(sizes[targets].sum())
-    return float(losses.sum(dtype=np.float64) / math.log(2) / n_bytes) if n_bytes else None
+def _plain(value: Any) -> Any:
+    """JSON values: a number that JSON cannot write becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
