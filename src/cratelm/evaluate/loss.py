@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     too few, and where a loss is not a number.
     """
     run = Run(config.run)
-    sets = {name: _split_or_set(name, config) for name in config.sets}
+    sets: dict[str, Split | NamedSet] = {n: _split_or_set(n, config) for n in config.sets}
     store = None
     if any(isinstance(found, str) for found in sets.values()):
         run.stage("tokens").require("tokenize")

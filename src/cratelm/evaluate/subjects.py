@@ -49,6 +49,8 @@ class Encoder:
     start: int
     """token before a text: beginning of text where the tokenizer has one, else end of text (GPT-2's
     are the same)"""
+    adds_start: bool
+    """the tokenizer sets it before every text by itself, as LLaMA's does and GPT-2's does not"""
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids of a text [n], without special tokens."""
@@ -109,7 +111,7 @@ def encoder_of(subject: Subject, run: Run) -> Encoder:
     found = _from_folder(own) if own.is_file() else _from_transformers(subject)
     if found is None and (run.path / "tokens" / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(run.path / "tokens" / "tokenizer.json")
-        found = Encoder(tokenizer, end_of_text_id(tokenizer))
+        found = Encoder(tokenizer, end_of_text_id(tokenizer), False)
         found = found if _fits(found, subject) else None
     if found is None or not _fits(found, subject):
         raise InputError(
@@ -124,7 +126,7 @@ def _from_folder(path: Path) -> Encoder:
 
     tokenizer = load_tokenizer(path)
     known = PreTrainedTokenizerFast.from_pretrained(path.parent)  # reads tokenizer_config.json, too
-    return Encoder(tokenizer, _start(known, tokenizer))
+    return _encoder(known, tokenizer)
 
 
 def _from_transformers(subject: Subject) -> Encoder | None:
@@ -139,15 +141,16 @@ def _from_transformers(subject: Subject) -> Encoder | None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-    found = Encoder(tokenizer, _start(known, tokenizer))
+    found = _encoder(known, tokenizer)
     return found if _fits(found, subject) else None
 
 
-def _start(known: Any, tokenizer: Tokenizer) -> int:
-    for token in (known.bos_token_id, known.eos_token_id):
-        if token is not None:
-            return token
-    return end_of_text_id(tokenizer)
+def _encoder(known: Any, tokenizer: Tokenizer) -> Encoder:
+    """From what transformers knows of the tokenizer: its special tokens, and what it adds."""
+    named = (known.bos_token_id, known.eos_token_id)
+    start = next((t for t in named if t is not None), None)
+    start = end_of_text_id(tokenizer) if start is None else start
+    return Encoder(tokenizer, start, known("a").input_ids[:1] == [start])
 
 
 def _fits(encoder: Encoder, subject: Subject) -> bool:

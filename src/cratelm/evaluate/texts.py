@@ -35,8 +35,10 @@ class Passage:
 class Source(Protocol):
     """Tokens to predict. `n_bytes` and `n_words` are known once the windows have been read."""
 
-    unit: str
-    """what its documents are, in the plural"""
+    @property
+    def unit(self) -> str:
+        """What its documents are, in the plural."""
+        ...
 
     @property
     def n_tokens(self) -> int | None:
@@ -95,7 +97,8 @@ class Shards:
 class Texts:
     """Texts in a model's own tokens, each after the token that a text begins with, and nothing else.
 
-    Memory: one text, and two numbers a document.
+    Before context that is not predicted that token stands only where the tokenizer sets it there
+    itself, as in EleutherAI's harness. Memory: one text, and two numbers a document.
     """
 
     passages: Iterable[Passage]
@@ -122,10 +125,11 @@ class Texts:
             document = len(self._bytes)
             self._bytes.append(len(predicted.encode()))
             self._words.append(len(predicted.split()))
-            tokens = np.concatenate([[self.encoder.start], self.encoder.encode(passage.text)])
-            known = self._context(passage)
-            n_tokens += len(tokens) - 1 - known
-            for start, stop, first in _cut(len(tokens) - 1, known, length, stride):
+            tokens, known = self._tokens(passage)
+            n = len(tokens) - 1
+            n_tokens += n - known
+            cuts = [_end(n, known, length)] if passage.predicted_from else cut(n, length, stride)
+            for start, stop, first in cuts:
                 documents = np.full(stop - first, document)
                 yield Window(tokens[start : stop + 1], first - start, documents)
 
@@ -135,22 +139,23 @@ class Texts:
     def n_words(self) -> NDArray[np.int64]:
         return np.array(self._words, np.int64)
 
-    def _context(self, passage: Passage) -> int:
-        """Tokens of the part that is not predicted."""
-        return len(self.encoder.encode(passage.text[: passage.predicted_from]))
+    def _tokens(self, passage: Passage) -> tuple[NDArray[np.int64], int]:
+        """Tokens of a passage, and the number of targets among them that are context alone."""
+        context = len(self.encoder.encode(passage.text[: passage.predicted_from]))
+        tokens = self.encoder.encode(passage.text)
+        if context and not self.encoder.adds_start:
+            return tokens, context - 1
+        return np.concatenate([[self.encoder.start], tokens]), context
 
 
-def _cut(n: int, known: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """As `cut`, where the first `known` tokens after the start are context: one window, for the end."""
-    if not known:
-        yield from cut(n, length, stride)
-    elif n - known > length:
+def _end(n: int, known: int, length: int) -> tuple[int, int, int]:
+    """One window for the last targets, as `cut` gives them; the first `known` are context alone."""
+    if n - known > length:
         raise InputError(
             f"a last word has {n - known} tokens, more than a sequence ({length}): raise"
             " --sequence-length, or take another model"
         )
-    else:
-        yield max(0, n - length), n, known
+    return max(0, n - length), n, known
 
 
 def whole(texts: Iterable[str]) -> Iterator[Passage]:
