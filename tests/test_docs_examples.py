@@ -9,6 +9,7 @@ How a page says what is to be done with its fences of `python`:
 - `<!-- not run: why -->` on the line before a fence: it is compiled, not run.
 """
 
+import json
 import os
 import re
 import shutil
@@ -90,6 +91,8 @@ def test_runs(example, finished, tmp_path, monkeypatch):
         pytest.importorskip(module, reason=f"{module} is not installed")
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    if "datasets" in example.needs:  # it leaves lock files in the user's cache
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     scope: dict = {"__name__": "example"}
     for number, (why, code) in enumerate(example.fences):
         file = tmp_path / f"example_{number}.py"  # a file: nnsight reads the source of its blocks
@@ -97,6 +100,25 @@ def test_runs(example, finished, tmp_path, monkeypatch):
         compiled = compile(code, str(file), "exec")
         if not why:
             exec(compiled, scope)
+
+
+def test_files_page_names_every_file(finished):
+    """And every key of the JSON lines and of the summary."""
+    page = (DOCS / "files.md").read_text()
+    run = finished / "runs" / "demo"
+    for path in run.rglob("*"):
+        if path.is_file() and "tensorboard" not in path.parts:
+            name = re.sub(r"(train|fit|held_out)(?=[-.])", "SPLIT", path.name)
+            assert f"`{name}`" in page or f" {name} " in page, path
+    model, scores = run / "model" / "crate-2l", run / "scores" / "crate-2l"
+    lines = [*_lines(model / "metrics.jsonl"), *_lines(model / "timing.jsonl")]
+    lines.append(json.loads((scores / "summary.json").read_text()))
+    lines.append(json.loads((run / "tokens" / "meta.json").read_text()))
+    assert {key for line in lines for key in line} <= set(re.findall(r"`(\w+)`", page))
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[p.relative_to(DOCS).as_posix() for p in PAGES])
