@@ -65,11 +65,6 @@ class SaeConfig:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}, one of {', '.join(DTYPES)} was expected")
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each weight."""
-        h, s = self.d_in, self.d_sae
-        return {"W_enc": (h, s), "b_enc": (s,), "W_dec": (s, h), "b_dec": (h,)}
-
 
 class Sae(nn.Module):
     """The standard sparse autoencoder: ReLU latents, made sparse in training by an l1 penalty.
@@ -84,9 +79,15 @@ class Sae(nn.Module):
     def __init__(self, config: SaeConfig):
         super().__init__()
         self.config = config
-        for name, shape in config.shapes().items():
-            tensor = torch.zeros(shape, dtype=DTYPES[config.dtype])
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        h, s, dtype = config.d_in, config.d_sae, DTYPES[config.dtype]
+        self.W_enc = nn.Parameter(torch.zeros(h, s, dtype=dtype))
+        """[H, S]"""
+        self.b_enc = nn.Parameter(torch.zeros(s, dtype=dtype))
+        """[S]"""
+        self.W_dec = nn.Parameter(torch.zeros(s, h, dtype=dtype))
+        """[S, H]: row i is what latent i writes"""
+        self.b_dec = nn.Parameter(torch.zeros(h, dtype=dtype))
+        """[H]"""
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., S], in the precision of the weights."""
@@ -140,28 +141,23 @@ class Sae(nn.Module):
     @classmethod
     def of(cls, config: SaeConfig, weights: Mapping[str, torch.Tensor], path: Path) -> "Sae":
         """An SAE with these weights. Raises `InputError` that names the key, and `path`."""
-        _check_weights(config.shapes(), weights, path)
+        with torch.device("meta"):  # shapes without memory
+            shapes = {key: tuple(own.shape) for key, own in cls(config).state_dict().items()}
+        for key, shape in shapes.items():
+            if key not in weights:
+                found = ", ".join(weights) or "none"
+                raise InputError(f"{path}: weight {key} is missing, found {found}")
+            if tuple(weights[key].shape) != shape:
+                raise InputError(
+                    f"{path}: weight {key} has shape {tuple(weights[key].shape)},"
+                    f" {shape} was expected"
+                )
+        surplus = sorted(weights.keys() - shapes.keys())
+        if surplus:
+            raise InputError(f"{path}: weight {surplus[0]} has no place in a standard autoencoder")
         sae = cls(config)
         sae.load_state_dict(dict(weights))
         return sae.eval()
-
-
-def _check_weights(
-    shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any], path: Path
-) -> None:
-    """Raises `InputError` where keys or shapes differ from those expected."""
-    for key in shapes:
-        if key not in weights:
-            raise InputError(
-                f"{path}: weight {key} is missing, found {', '.join(weights) or 'none'}"
-            )
-    for key, tensor in weights.items():
-        if key not in shapes:
-            raise InputError(f"{path}: weight {key} has no place in a standard autoencoder")
-        if tuple(tensor.shape) != shapes[key]:
-            raise InputError(
-                f"{path}: weight {key} has shape {tuple(tensor.shape)}, {shapes[key]} was expected"
-            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
