@@ -1,0 +1,140 @@
+"""The same as a figure: each model's shaded text, and what it expects after the end.
+
+The same text gives the same bytes: no dates.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from cratelm.evaluate.marks import visible
+from cratelm.evaluate.predict import Prediction, Text
+from cratelm.evaluate.predict_page import LEVELS, level, percent
+
+INK, SOFT, BAR, SHADE = "#1b1f24", "#57606a", "#0072b2", "#ff9224"
+_ALPHA = (0.0, 0.12, 0.22, 0.34, 0.46, 0.6, 0.78, 1.0)
+"""of each shade, as on the page"""
+_COLUMNS = 100
+"""characters of a line"""
+_LINE, _CHARACTER = 0.2, 0.078
+"""inches, of the monospaced font at 9 points"""
+_MARGIN = 0.15
+_STYLE: Any = {
+    "text.parse_math": False,
+    "pdf.fonttype": 42,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+def draw(text: Text, predictions: Sequence[Prediction], path: Path, form: str) -> None:
+    """Writes the figure as `form`, `png` or `pdf`."""
+    laid = [_lines(p) for p in predictions]
+    heights = [_LINE * (1 + max(row for row, *_ in lines)) for lines in laid]
+    bars = 0.35 + 0.22 * len(predictions[0].after)
+    width = _COLUMNS * _CHARACTER + 2 * _MARGIN
+    tall = sum(heights) + 0.42 * len(heights) + bars + 0.85
+    undated = {"CreationDate": None, "Producer": None} if form == "pdf" else {"Software": None}
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box: the page has it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(width, tall))
+        top = tall - 0.1
+        for prediction, lines, height in zip(predictions, laid, heights, strict=True):
+            _shaded(figure, prediction, lines, top, height)
+            top -= height + 0.42
+        _ends(figure, text, predictions, top)
+        figure.savefig(path, dpi=160, format=form, metadata=undated)
+
+
+def _lines(prediction: Prediction) -> list[tuple[int, int, str, int]]:
+    """Line, column, text and shade of each token; a token that does not fit begins a new line."""
+    found: list[tuple[int, int, str, int]] = []
+    row = column = 0
+    for step in prediction.steps:
+        shown = visible(step.token)
+        if column and column + len(shown) > _COLUMNS:
+            row, column = row + 1, 0
+        found.append((row, column, shown, level(step.probability)))
+        column += len(shown)
+    return found
+
+
+def _shaded(
+    figure: Figure,
+    prediction: Prediction,
+    lines: Sequence[tuple[int, int, str, int]],
+    top: float,
+    height: float,
+) -> None:
+    """One model's text; `top` and `height` in inches."""
+    axes = _axes(figure, _MARGIN, top - 0.28 - height, _COLUMNS * _CHARACTER, height)
+    axes.set(xlim=(0, _COLUMNS), ylim=(height / _LINE, 0))
+    axes.set_axis_off()
+    told = f"{prediction.model}: {prediction.loss:.3f} nats a token"
+    axes.set_title(told, loc="left", fontsize=9.5, fontweight="bold", pad=5)
+    for row, column, shown, shade in lines:
+        box = (column + 0.05, row + 0.08)
+        axes.add_patch(
+            Rectangle(box, len(shown) - 0.1, 0.84, color=SHADE, alpha=_ALPHA[shade], linewidth=0)
+        )
+        # a character a column, whatever the font thinks of its width
+        for place, character in enumerate(shown):
+            axes.text(
+                column + place + 0.5,
+                row + 0.54,
+                character,
+                family="monospace",
+                fontsize=9,
+                ha="center",
+                va="center",
+                color="#9aa1a9" if character in "␣⏎⇥" else INK,
+            )
+
+
+def _ends(figure: Figure, text: Text, predictions: Sequence[Prediction], top: float) -> None:
+    """What each model expects after the end, side by side; `top` in inches."""
+    width, height = figure.get_size_inches()
+    tail = visible(text.text[-48:])
+    figure.text(
+        _MARGIN / width, (top - 0.2) / height, f"After … {tail}", fontsize=9.5, fontweight="bold"
+    )
+    key = ", ".join(percent(least) for least in LEVELS)
+    told = f"Shade: probability of the token, steps at {key}"
+    figure.text(_MARGIN / width, 0.1 / height, told, fontsize=7.5, color=SOFT)
+    each = (width - 2 * _MARGIN) / len(predictions)
+    label = min(1.3, each / 2)
+    for place, p in enumerate(predictions):
+        bars = 0.22 * len(p.after)
+        left = _MARGIN + place * each + label
+        axes = _axes(figure, left, top - 0.55 - bars, each - label - 0.55, bars)
+        _bars(axes, p, max(c.probability for q in predictions for c in q.after))
+
+
+def _bars(axes: Axes, prediction: Prediction, most: float) -> None:
+    """Bars of one model, to a scale on which the likeliest token of all models fills the width."""
+    after = prediction.after
+    axes.barh(range(len(after)), [c.probability for c in after], height=0.7, color=BAR)
+    axes.set(xlim=(0, most), ylim=(len(after) - 0.5, -0.5))
+    names = [visible(c.token)[:14] for c in after]
+    axes.set_yticks(range(len(after)), names, family="monospace", fontsize=8.5)
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title(prediction.model, loc="left", fontsize=9, pad=3)
+    for place, c in enumerate(after):
+        axes.text(c.probability, place, f" {percent(c.probability)}", va="center", fontsize=8)
+
+
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
