@@ -9,6 +9,8 @@ from cratelm.errors import InputError
 _HUB = re.compile(
     r"(?P<hub>hub:)?(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>.+))?"
 )
+_SECONDS = 20
+"""how long the Hub may take to answer; its client waits for ever where it is not told"""
 FORMS = "a local path, or hub:OWNER/REPO[@REVISION][/FILE]"
 
 
@@ -82,9 +84,10 @@ def _listed(repository: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi
 
     try:
-        return sorted(HfApi().list_repo_files(repository, revision=revision))
+        told = HfApi().model_info(repository, revision=revision, timeout=_SECONDS)
     except Exception as error:  # network libraries raise what they like
         raise _unreached(repository, revision, error) from None
+    return sorted(file.rfilename for file in told.siblings or [])
 
 
 def _fetched(repository: str, revision: str | None, file: str) -> Source:
