@@ -1,0 +1,165 @@
+"""SAELens' trainable autoencoders under cratelm's names, and what is done for their dead latents.
+
+SAELens adds squared errors over the H inputs, cratelm's numbers stand against their mean, so that
+they are worth the same at every width: coefficients are multiplied by H here.
+
+What revives dead latents: of `topk` and `batchtopk` SAELens' auxiliary loss (Gao et al. 2024,
+appendix A.2); of `jumprelu` its loss on the pre-activations of dead latents; of `l1` and `gated`
+resampling (Bricken et al. 2023, "Towards Monosemanticity", appendix).
+
+Shape legend: B tokens of a batch, H inputs, S latents.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from cratelm.errors import InputError
+from cratelm.sae.train_config import L0_COEFFICIENT, L1, K, SaeTrainConfig
+
+RESAMPLED = ("l1", "gated")
+_RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
+"""parts of the run after which dead latents start again: as Bricken et al., 25,000 steps of 200,000"""
+_RESAMPLED_NORM = 0.2
+"""of a new encoder column, by the mean norm of the living ones (Bricken et al.)"""
+_WARM_UP = 20
+"""the sparsity's weight rises over this part of the steps, one twentieth"""
+_PRE_ACTIVATION_LOSS = 3e-6
+"""of dead latents in jumprelu, as SAELens gives it for Anthropic's setup"""
+
+
+def import_sae_lens() -> Any:
+    """The optional package. Raises `InputError` that names the extra where it is missing."""
+    # It imports wandb, which is to write nothing here and to reach nobody.
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    try:
+        import sae_lens
+    except ImportError:
+        raise InputError(
+            "sparse autoencoders are trained and measured with SAELens: type"
+            " `pip install 'cratelm[sae]'` first"
+        ) from None
+    return sae_lens
+
+
+def build_sae(config: SaeTrainConfig, d_in: int, layer: int, device: torch.device) -> Any:
+    """SAELens' `TrainingSAE` with fresh weights, which depend on seed and layer alone."""
+    lens = import_sae_lens()
+    name, kind = _KINDS[config.architecture]
+    common = {
+        "d_in": d_in,
+        "d_sae": latents(config, d_in),
+        "device": str(device),
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "expected_average_only_in" if config.normalize else "none",
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.SeedSequence((config.seed, layer)).generate_state(1)[0]))
+        settings = getattr(lens, f"{name}Config")(**common, **kind(config, d_in))
+        return getattr(lens, name)(settings).to(device)
+
+
+def latents(config: SaeTrainConfig, d_in: int) -> int:
+    """S. Raises `InputError` where `--k` asks for more than there are."""
+    found = config.d_sae if config.d_sae is not None else config.expansion * d_in
+    if config.architecture in ("topk", "batchtopk") and (config.k or K) > found:
+        raise InputError(
+            f"--k is {config.k or K}, the autoencoder has {found} latents: lower --k, or raise"
+            " --expansion"
+        )
+    return found
+
+
+def _l1(config: SaeTrainConfig, d_in: int) -> dict[str, Any]:
+    return {**_gated(config, d_in), "decoder_init_norm": 1.0}
+
+
+def _gated(config: SaeTrainConfig, d_in: int) -> dict[str, Any]:
+    weight = L1 if config.l1 is None else config.l1
+    return {"l1_coefficient": weight * d_in, "l1_warm_up_steps": config.steps // _WARM_UP}
+
+
+def _topk(config: SaeTrainConfig, d_in: int) -> dict[str, Any]:
+    return {"k": config.k or K}
+
+
+def _jumprelu(config: SaeTrainConfig, d_in: int) -> dict[str, Any]:
+    weight = L0_COEFFICIENT if config.l0_coefficient is None else config.l0_coefficient
+    return {
+        "l0_coefficient": weight * d_in,
+        "l0_warm_up_steps": config.steps // _WARM_UP,
+        "pre_act_loss_coefficient": _PRE_ACTIVATION_LOSS,
+    }
+
+
+_KINDS = {
+    "l1": ("StandardTrainingSAE", _l1),
+    "topk": ("TopKTrainingSAE", _topk),
+    "batchtopk": ("BatchTopKTrainingSAE", _topk),
+    "jumprelu": ("JumpReLUTrainingSAE", _jumprelu),
+    "gated": ("GatedTrainingSAE", _gated),
+}
+"""class in SAELens, and what its configuration takes beside the shape"""
+
+
+def keep_rows_at_norm_one(sae: Any, optimizer: torch.optim.Optimizer) -> None:
+    """From now on every step leaves the decoder's rows at norm 1.
+
+    The part of the gradient along a row is taken out first, for Adam not to gather what the
+    projection undoes (Bricken et al. 2023).
+    """
+
+    def before(*_: Any) -> None:
+        rows, gradient = sae.W_dec.detach(), sae.W_dec.grad  # [S, H] each
+        gradient -= (gradient * rows).sum(1, keepdim=True) * rows
+
+    def after(*_: Any) -> None:
+        with torch.no_grad():
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def resampling_steps(config: SaeTrainConfig) -> set[int]:
+    """Steps after which dead latents start again."""
+    if config.architecture not in RESAMPLED:
+        return set()
+    return {int(part * config.steps) for part in _RESAMPLE_AT}
+
+
+@torch.no_grad()
+def resample(trainer: Any, batch: torch.Tensor, generator: torch.Generator) -> int:
+    """Dead latents of SAELens' trainer start again from inputs that are rebuilt badly: their number.
+
+    Inputs are drawn from a batch [B, H] with a chance as the square of their squared error. Row and
+    column become the input's direction from `b_dec`, biases and Adam's memory become 0.
+    """
+    sae, dead = trainer.sae, trainer.dead_neurons.nonzero()[:, 0]  # [n]
+    if not len(dead):
+        return 0
+    x = trainer.activation_scaler(batch)
+    errors = (sae(x) - x).pow(2).sum(-1).double().cpu()  # [B]
+    drawn = torch.multinomial(errors.square(), len(dead), replacement=True, generator=generator)
+    away = x[drawn.to(x.device)] - sae.b_dec  # [n, H]
+    directions = away / away.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    alive = ~trainer.dead_neurons
+    columns = sae.W_enc[:, alive if alive.any() else ~alive]  # [H, living]
+    row_norm = sae.W_dec.norm(dim=1).mean()
+    sae.W_dec[dead] = directions * row_norm
+    sae.W_enc[:, dead] = directions.T * columns.norm(dim=0).mean() * _RESAMPLED_NORM
+    for name, parameter in sae.named_parameters():
+        if parameter.dim() == 1 and name != "b_dec":
+            parameter[dead] = 0
+        if name != "b_dec":
+            _forget(trainer.optimizer.state[parameter], dead, int(name == "W_enc"))
+    trainer.n_forward_passes_since_fired[dead] = 0
+    return len(dead)
+
+
+def _forget(state: dict[str, torch.Tensor], dead: torch.Tensor, axis: int) -> None:
+    """Adam's two moments of the latents `dead` along an axis become 0."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name].index_fill_(axis, dead, 0)

@@ -1,0 +1,362 @@
+"""`cratelm sae train`: sparse autoencoders on the activations of a model, SAELens' trainers underneath.
+
+```
+sae/MODEL@NAME/
+  layer-0/ layer-1/ ...   cfg.json, sae_weights.safetensors: SAELens' format, read by
+                          `sae_lens.SAE.load_from_disk`; decoder rows have norm 1
+  sae.json                what was trained on what, and each layer's last figures
+  metrics.jsonl           the curves, a line a layer and point
+  timing.jsonl            tokens a second (no part of the stage's identity)
+```
+Shape legend: B tokens of a batch, H inputs, S latents, L layers.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers.modeling_utils import PreTrainedModel
+
+from cratelm.activations.config import HarvestConfig
+from cratelm.activations.harvest import _load, _model_source
+from cratelm.errors import InputError
+from cratelm.evaluate.subjects import Subject, sequence_length
+from cratelm.models.sites import Site, site_of
+from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.sae import checkpoints
+from cratelm.sae.activations import Stream
+from cratelm.sae.architectures import (
+    RESAMPLED,
+    build_sae,
+    import_sae_lens,
+    keep_rows_at_norm_one,
+    latents,
+    resample,
+    resampling_steps,
+)
+from cratelm.sae.train_config import SaeTrainConfig
+from cratelm.tokens.shards import TokenStore, check_vocabulary
+from cratelm.train.log import METRICS, TIMING, Log, read_metrics
+
+DESCRIPTION = "sae.json"
+
+
+@dataclass(frozen=True)
+class SaeLayerResult:
+    """The last point of one layer's curve: figures of one batch of train tokens."""
+
+    layer: int
+    inputs: int
+    """H"""
+    latents: int
+    """S"""
+    explained_variance: float
+    l0: float
+    """latents on at a token, mean"""
+    dead: int
+    """latents that fired at no token of the last --dead-after"""
+    resampled: int
+    """dead latents that started again over the whole training; 0 where another means is used"""
+
+
+@dataclass(frozen=True)
+class SaeTrainResult:
+    """Trained autoencoders: where they lie and how far they came. `cratelm sae evaluate` measures them."""
+
+    name: str
+    """MODEL@NAME"""
+    path: Path
+    site: str
+    architecture: str
+    tokens: int
+    """tokens seen, repeats counted"""
+    layers: tuple[SaeLayerResult, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} on {self.site}, {self.tokens:,} tokens: {self.path}"]
+        lines += [
+            f"layer {r.layer}: {r.inputs:,} inputs, {r.latents:,} latents; last batch: explained"
+            f" variance {r.explained_variance:.1%}, {r.l0:.1f} on at a token, {r.dead:,} dead"
+            for r in self.layers
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """What the loop works with."""
+
+    config: SaeTrainConfig
+    site: Site
+    layers: tuple[int, ...]
+    stream: Stream
+    trainers: list[Any]
+    """SAELens' trainer of each layer"""
+    resampled: list[int]
+    """of each layer, so far"""
+    draft: Draft
+
+
+def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
+    """Trains the autoencoders of a site and saves them in `sae/MODEL@NAME` of the run.
+
+    Raises `InputError` for a model, site or layer that is not there, and where activations or the
+    loss stop being numbers (checkpoints are kept).
+    """
+    import_sae_lens()  # a missing package is told before anything is written
+    run = Run(config.run)
+    tokens = run.stage("tokens").require("tokenize")
+    asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
+    source, identity = _model_source(asked, run)
+    stage = run.stage("sae", config.folder)
+    inputs = {"tokens": tokens.identity, "model": identity}
+    if stage.is_finished(config, inputs, force=config.force):
+        return _result(stage)
+    model = _load(source, asked)
+    store = TokenStore(run.stage("tokens").path)
+    check_vocabulary(store, model.config.get_text_config().vocab_size)
+    site = site_of(model, config.site)
+    layers = _layers(config, site)
+    with stage.write(config, inputs, resume=True) as draft:
+        draft.scratch.add(checkpoints.FOLDER)
+        draft.unhashed.add(TIMING)
+        training = _prepare(config, model, store, site, layers, draft)
+        _take_steps(training, stage.label)
+        _write(training, inputs)
+    return _result(stage)
+
+
+def _layers(config: SaeTrainConfig, site: Site) -> tuple[int, ...]:
+    wanted = config.layers or tuple(range(site.n_layers))
+    beyond = [layer for layer in wanted if layer >= site.n_layers]
+    if beyond:
+        raise InputError(
+            f"--layers names {beyond[0]}, site {site.name} has layers 0 to {site.n_layers - 1}"
+        )
+    for layer in wanted:
+        latents(config, site.n_neurons[layer])
+    return tuple(sorted(wanted))
+
+
+def _prepare(
+    config: SaeTrainConfig,
+    model: PreTrainedModel,
+    store: TokenStore,
+    site: Site,
+    layers: tuple[int, ...],
+    draft: Draft,
+) -> _Training:
+    """Stream and trainers, as the last checkpoint left them where there is one."""
+    place, resampled = checkpoints.read_place(draft, len(layers))
+    length = sequence_length(Subject(config.model, "", model), config.sequence_length)
+    stream = Stream(
+        model,
+        site,
+        layers,
+        store.split("train"),
+        store.eot_id,
+        sequence_length=length,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+        buffer_bytes=config.buffer_mib * 2**20,
+        most_rows=config.steps * config.batch_size,
+        seed=config.seed,
+        place=place,
+    )
+    if not config.quiet:
+        print(_plan(config, site, layers, stream), flush=True)
+    saes = [build_sae(config, site.n_neurons[layer], layer, stream.device) for layer in layers]
+    trainers = [_trainer(config, sae) for sae in saes]
+    if not checkpoints.restore(draft, trainers):
+        _start_from_data(config, stream, trainers)
+    return _Training(config, site, layers, stream, trainers, resampled, draft)
+
+
+def _plan(config: SaeTrainConfig, site: Site, layers: tuple[int, ...], stream: Stream) -> str:
+    sizes = ", ".join(
+        f"{site.n_neurons[i]} -> {latents(config, site.n_neurons[i])}" for i in layers
+    )
+    return (
+        f"{config.folder}: {config.architecture} on {site.name}, inputs -> latents {sizes};"
+        f" {config.steps:,} steps of {config.batch_size:,} tokens, buffer"
+        f" {stream.n_bytes / 2**20:,.0f} MiB"
+    )
+
+
+def _trainer(config: SaeTrainConfig, sae: Any) -> Any:
+    """SAELens' trainer; its loop, its logging and its checkpoints are not used, its steps are."""
+    lens = import_sae_lens()
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    settings = SAETrainerConfig(
+        total_training_samples=config.steps * config.batch_size,
+        train_batch_size_samples=config.batch_size,
+        lr=config.lr,
+        lr_end=config.lr,
+        lr_decay_steps=int(config.lr_decay * config.steps),
+        device=str(sae.device),
+        dead_feature_window=config.dead_steps,
+        logger=lens.LoggingConfig(log_to_wandb=False),
+    )
+    trainer = SAETrainer(settings, sae, iter(()))
+    if config.architecture == "l1":
+        keep_rows_at_norm_one(sae, trainer.optimizer)
+    return trainer
+
+
+def _start_from_data(config: SaeTrainConfig, stream: Stream, trainers: list[Any]) -> None:
+    """Scale and `b_dec` from the first buffer: the mean, where Bricken et al. take the median."""
+    for trainer, mean, norm in zip(trainers, stream.means(), stream.mean_norms(), strict=True):
+        if config.normalize:
+            trainer.activation_scaler.scaling_factor = math.sqrt(len(mean)) / max(norm, 1e-12)
+        with torch.no_grad():
+            trainer.sae.b_dec.copy_(trainer.activation_scaler(mean))
+
+
+def _take_steps(training: _Training, label: str) -> None:
+    """All steps that are not taken yet."""
+    config, trainers = training.config, training.trainers
+    first = trainers[0].n_training_steps
+    log = Log(training.draft.path, first, tensorboard=False, wandb_name=None)
+    log.time(first, first * config.batch_size)
+    again = resampling_steps(config)
+    bar = tqdm(total=config.steps, initial=first, desc=label, unit="step", disable=config.quiet)
+    for step in range(first, config.steps):
+        done = step + 1
+        batch = training.stream.batch()  # [B, H] of each layer
+        outputs = [trainer.step(x) for trainer, x in zip(trainers, batch, strict=True)]
+        for trainer in trainers:
+            trainer.n_training_steps = done
+        logs = done % config.log_steps == 0 or done == config.steps
+        keeps = done % config.checkpoint_steps == 0 and done < config.steps
+        if logs or keeps:  # checked before a checkpoint, too: none holds weights gone bad
+            figures = [_figures(t, o) for t, o in zip(trainers, outputs, strict=True)]
+            _check(figures, training, done)
+            if logs:
+                _log(log, training, done, figures)
+                bar.set_postfix(explained=f"{figures[-1]['explained_variance']:.3f}", refresh=False)
+        if done in again:
+            _resample(training, batch, done)
+        if keeps:
+            checkpoints.save(
+                training.draft, done, trainers, training.stream.place, training.resampled
+            )
+        bar.update()
+    bar.close()
+    log.close()
+
+
+def _figures(trainer: Any, output: Any) -> dict[str, float]:
+    """SAELens' figures of one step under plain names."""
+    told = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+    losses = {k.removeprefix("losses/"): v for k, v in told.items() if k.startswith("losses/")}
+    losses["loss"] = losses.pop("overall_loss")
+    return {
+        "explained_variance": told["metrics/explained_variance"],
+        "l0": told["metrics/l0"],
+        "dead": told["sparsity/dead_features"],
+        "learning_rate": told["details/current_learning_rate"],
+        **losses,
+    }
+
+
+def _check(figures: list[dict[str, float]], training: _Training, step: int) -> None:
+    for layer, found in zip(training.layers, figures, strict=True):
+        if not math.isfinite(found["loss"]):
+            raise InputError(
+                f"the loss of layer {layer} is {found['loss']} at step {step}: training has diverged,"
+                f" lower --lr (now {training.config.lr:g}); checkpoints so far are kept"
+            )
+
+
+def _log(log: Log, training: _Training, step: int, figures: list[dict[str, float]]) -> None:
+    tokens = step * training.config.batch_size
+    rows = zip(training.layers, figures, training.resampled, strict=True)
+    for layer, found, resampled in rows:
+        log.write(step, tokens, layer=layer, resampled=resampled, **found)
+    log.time(step, tokens)
+
+
+def _resample(training: _Training, batch: list[torch.Tensor], step: int) -> None:
+    for index, (layer, x) in enumerate(zip(training.layers, batch, strict=True)):
+        seed = np.random.SeedSequence((training.config.seed, layer, step)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        training.resampled[index] += resample(training.trainers[index], x, generator)
+
+
+def _write(training: _Training, inputs: dict[str, str]) -> None:
+    """Autoencoders in SAELens' format and what was trained, into the draft."""
+    config, site, draft = training.config, training.site, training.draft
+    last = {line["layer"]: line for line in read_metrics(draft.path, METRICS)}
+    layers = []
+    for layer, trainer in zip(training.layers, training.trainers, strict=True):
+        sae = _finished(config, trainer)
+        for key, value in _provenance(config, site, layer, inputs).items():
+            sae.cfg.metadata[key] = value
+        sae.save_inference_model(draft.path / f"layer-{layer}")
+        layers.append(
+            {
+                "layer": layer,
+                "inputs": sae.cfg.d_in,
+                "latents": sae.cfg.d_sae,
+                **{k: last[layer][k] for k in ("explained_variance", "l0", "dead", "resampled")},
+            }
+        )
+    means = "resampling" if config.architecture in RESAMPLED else "auxiliary loss"
+    draft.results = {
+        "model": Path(config.model).name,
+        "site": site.name,
+        "architecture": config.architecture,
+        "tokens": config.steps * config.batch_size,
+        "revived_by": means,
+        "layers": layers,
+    }
+    write_json(draft.path / DESCRIPTION, {**draft.results, "inputs": inputs})
+
+
+@torch.no_grad()
+def _finished(config: SaeTrainConfig, trainer: Any) -> Any:
+    """The scale folded into the weights, rows of the decoder at norm 1; it computes the same."""
+    sae = trainer.sae.eval()
+    if trainer.activation_scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+    if config.architecture not in ("topk", "batchtopk"):  # SAELens folds these as it saves them
+        sae.fold_W_dec_norm()
+    return sae
+
+
+def _provenance(
+    config: SaeTrainConfig, site: Site, layer: int, inputs: dict[str, str]
+) -> dict[str, Any]:
+    """What SAELens' configuration has no field for, under the names that `cratelm import sae` uses."""
+    side = ":input" if site.side == "input" else ""
+    return {
+        "model_name": Path(config.model).name,
+        "site": site.name,
+        "layer": layer,
+        "hook_name": f"{site.paths[layer]}{side}",
+        "provenance": {
+            "source": "cratelm sae train",
+            "model_identity": inputs["model"],
+            "tokens_identity": inputs["tokens"],
+            "architecture": config.architecture,
+            "tokens": config.steps * config.batch_size,
+        },
+    }
+
+
+def _result(stage: Stage) -> SaeTrainResult:
+    found = stage.require("sae train").results
+    return SaeTrainResult(
+        name=stage.name,
+        path=stage.path,
+        site=found["site"],
+        architecture=found["architecture"],
+        tokens=found["tokens"],
+        layers=tuple(SaeLayerResult(**layer) for layer in found["layers"]),
+    )
