@@ -4,8 +4,10 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from torch.nn import functional as F
 from cratelm.errors import InputError
 from cratelm.evaluate import scoring
 from cratelm.evaluate.config import EvaluateConfig
-from cratelm.evaluate.estimates import Estimate, Measurement, perplexity, ratio
+from cratelm.evaluate.estimates import Counts, Estimate, Measurement, difference, perplexity, ratio
 from cratelm.evaluate.loss import EvaluateResult, evaluate
-from cratelm.evaluate.scoring import token_scores
+from cratelm.evaluate.scoring import Totals, token_scores
+from cratelm.evaluate.table import measurements_table
 from cratelm.evaluate.windows import cut
 from cratelm.models import build, load
 from cratelm.runs import Run
@@ -232,6 +235,27 @@ def test_a_forward_pass_is_cut_where_its_logits_are_too_many(
     assert min(sizes) < T * load(run / "model/crate-1l").config.vocab_size  # only what is asked for
 
 
+def test_a_model_is_asked_only_for_the_logits_that_count() -> None:
+    class Model:
+        kept = 0
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> Any:
+            self.kept = logits_to_keep
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 3)[:, -logits_to_keep:])
+
+        def __call__(self, **given: Any) -> Any:
+            return self.forward(**given)
+
+    class Deaf(Model):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:  # type: ignore[override]
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 3))
+
+    model, tokens = Model(), torch.zeros(2, 9, dtype=torch.long)
+    assert scoring.next_logits(model, tokens, 4).shape == (2, 4, 3)
+    assert model.kept == 4
+    assert scoring.next_logits(Deaf(), tokens, 4).shape == (2, 4, 3)
+
+
 def test_max_tokens_takes_the_first_ones(run: Path) -> None:
     losses, ranks = plain_scores(run, T)
     n = 2 * T + 5
@@ -289,6 +313,32 @@ def test_models_are_compared_document_by_document(run: Path) -> None:
     assert pair.loss.value == pytest.approx(first.loss.value - second.loss.value)
     assert first.loss.error is not None
     assert pair.loss.error < first.loss.error  # what is hard for both has gone
+
+
+def counts(vocabulary: str, n_bytes: int) -> Counts:
+    tokens = np.array([4.0, 6.0])
+    totals = Totals(tokens, loss=tokens * 2, top_1=tokens / 2, top_5=tokens)
+    return Counts(totals, np.array([9, n_bytes]), None, None, vocabulary)
+
+
+def test_only_what_predicts_the_same_is_compared() -> None:
+    names = {"model": "a", "less": "b", "on": "set"}
+    whole = difference(counts("x", 9), counts("x", 9), **names)
+    assert whole is not None
+    assert whole.loss == Estimate(0.0, 0.0)
+    by_byte = difference(counts("x", 9), counts("y", 9), **names)  # as many tokens, but others
+    assert by_byte is not None
+    assert (by_byte.loss, by_byte.top_1, by_byte.top_5) == (None, None, None)
+    assert by_byte.bits_per_byte == Estimate(0.0, 0.0)
+    assert difference(counts("x", 9), counts("x", 8), **names) is None  # other texts
+
+
+def test_a_perplexity_that_is_long_is_written_short(run: Path) -> None:
+    found = replace(measure(run), perplexity=Estimate(1.234e9, 5.6e8))
+    assert "1.23e+09 ± 5.6e+08" in measurements_table([found])
+    assert "1,234.50 ± 2.00" in measurements_table(
+        [replace(found, perplexity=Estimate(1234.5, 2.0))]
+    )
 
 
 def test_a_model_less_itself_is_nothing(run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ _FIGURES: tuple[tuple[str, str, str], ...] = (
 )
 """field, heading, format"""
 MISSING = "–"
+_LONG = 1e6
+"""a perplexity from here on is written with an exponent"""
 
 
 def measurements_table(measurements: Sequence[Measurement]) -> str:
@@ -65,4 +67,6 @@ def _grid(rows: Sequence[Any], label: Callable[[Any], str], sign: str) -> str:
 
 
 def _show(figure: Estimate | None, form: str) -> str:
-    return MISSING if figure is None else figure.show(form)
+    if figure is None:
+        return MISSING
+    return figure.show(form if abs(figure.value) < _LONG else ".3g")
