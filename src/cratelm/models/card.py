@@ -63,7 +63,7 @@ def usage(config: Any, *, tokenizer: bool) -> str:
     ]
     if tokenizer:
         lines += [
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER OR HUB ID")',
+            f'tokenizer = AutoTokenizer.from_pretrained("FOLDER OR HUB ID"{trust})',
             'ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]',
             "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))",
         ]
@@ -73,8 +73,9 @@ def usage(config: Any, *, tokenizer: bool) -> str:
         return f"```python\n{code}\n```\n\n{needs} The class is transformers' own."
     return (
         f"```python\n{code}\n```\n\n{needs} The model's code is `modeling_crate.py` in this folder,"
-        " which imports torch and transformers alone; `trust_remote_code=True` runs it. With cratelm"
-        ' installed, `cratelm.load("FOLDER")` runs cratelm\'s own instead.'
+        " which imports torch and transformers alone; `trust_remote_code=True` runs it (the tokenizer"
+        " needs the word too, because its loader reads config.json first). With cratelm installed,"
+        ' `cratelm.load("FOLDER")` runs cratelm\'s own instead.'
     )
 
 
