@@ -21,6 +21,7 @@ from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.estimates import Counts, Estimate, Measurement, difference, perplexity, ratio
 from cratelm.evaluate.loss import EvaluateResult, evaluate
 from cratelm.evaluate.scoring import Totals, token_scores
+from cratelm.evaluate.subjects import Subject, sequence_length
 from cratelm.evaluate.table import measurements_table
 from cratelm.evaluate.windows import cut
 from cratelm.models import build, load
@@ -380,6 +381,7 @@ def test_weights_that_are_no_numbers_are_told(run: Path, tmp_path: Path) -> None
         ({"batch_size": 0}, "--batch-size"),
         ({"split": "test"}, "--split"),
         ({"models": ("crate-1l", "crate-1l")}, "--models names the same thing twice"),
+        ({"on": ("mine=a.jsonl", "mine=b.jsonl")}, "--on names the same thing twice"),
         ({"models": ("crate-1l",), "path": "x"}, "--path and --models"),
     ],
 )
@@ -403,6 +405,18 @@ def test_a_model_of_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> N
     (copy / "tokenizer.json").write_text(swapped)
     with pytest.raises(InputError, match="another tokenizer"):
         measure(run, path=str(copy))
+
+
+@pytest.mark.parametrize(
+    ("most", "wanted", "expected"),
+    [(16, None, 16), (16, 8, 8), (131072, None, 2048), (131072, 4096, 4096), (None, None, 1024)],
+)
+def test_the_length_is_what_the_model_takes(
+    most: int | None, wanted: int | None, expected: int
+) -> None:
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=most))
+    subject = Subject("m", "m", SimpleNamespace(config=config))
+    assert sequence_length(subject, wanted) == expected
 
 
 def test_a_run_without_tokens_names_the_verb(tmp_path: Path) -> None:

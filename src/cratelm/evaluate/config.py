@@ -36,7 +36,7 @@ class EvaluateConfig:
     """field of local rows that holds the text; left out: the one that the set has on the Hub"""
     sequence_length: int | None = None
     """tokens of a sequence, the context a token can have; left out: the most that the model takes,
-    1,024 where it names no limit"""
+    2,048 at most, 1,024 where it names no limit"""
     stride: int | None = None
     """tokens that the window moves on by: each is still predicted once, from at least
     sequence_length - stride tokens; left out: sequence_length, no overlap"""
@@ -57,9 +57,11 @@ class EvaluateConfig:
         if self.models and self.path is not None:
             raise InputError("--path and --models are both given: name the folder in --models")
         for field in ("models", "on"):
-            given = getattr(self, field)
-            if len(set(given)) < len(given):
-                raise InputError(f"--{field} names the same thing twice: {' '.join(given)}")
+            names = [
+                given.split("=")[0] if field == "on" else given for given in getattr(self, field)
+            ]
+            if len(set(names)) < len(names):
+                raise InputError(f"--{field} names the same thing twice: {' '.join(names)}")
 
     @property
     def subjects(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ begin with, and each model reads it in its own tokens.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         tuple(d for on in sets for d in _differences(on, config, found)),
     )
     if config.output is not None:
-        write_json(config.output, _plain(asdict(result)))
+        write_json(Path(config.output), _plain(asdict(result)))
     return result
 
 

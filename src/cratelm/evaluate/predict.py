@@ -111,7 +111,7 @@ def predict(config: PredictConfig) -> PredictResult:
         for subject, encoder in zip(subjects, encoders, strict=True)
     )
     html = page(text, predictions)
-    out = config.out or run.path / PAGE
+    out = Path(config.out or run.path / PAGE)
     figures = tuple(out.with_suffix(suffix) for suffix in (".png", ".pdf"))
     for path in figures:
         with atomic_path(path) as temporary:
@@ -165,7 +165,7 @@ def _text(config: PredictConfig, run: Run, subjects: list[Subject]) -> Text:
         return Text(config.text, "A text of one's own", "")
     if config.text_file is not None:
         try:
-            found = config.text_file.read_text(encoding="utf-8")
+            found = Path(config.text_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{config.text_file} cannot be read as UTF-8 text ({error})") from None
         return Text(found, f"The text of {config.text_file}", "")

@@ -47,5 +47,5 @@ class PredictConfig:
             value = getattr(self, field)
             if value is not None and value < least:
                 raise InputError(f"--{field} is {value}, {least} or more was expected")
-        if self.out is not None and self.out.suffix != ".html":
+        if self.out is not None and Path(self.out).suffix != ".html":
             raise InputError(f"--out is {self.out}, a name that ends in .html was expected")

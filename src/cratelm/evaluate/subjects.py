@@ -20,6 +20,9 @@ from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_token
 
 NO_LIMIT = 1024
 """sequence length, in tokens, for models that name no longest one"""
+LONGEST = 2048
+"""longest sequence where none is asked for: the logits of 131,072 tokens, which some models take, are
+more than a machine holds"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +104,7 @@ def sequence_length(subject: Subject, wanted: int | None) -> int:
         raise InputError(
             f"--sequence-length is {wanted}, {subject.name} takes {most} tokens at most"
         )
-    return wanted or most or NO_LIMIT
+    return wanted or min(most or NO_LIMIT, LONGEST)
 
 
 def encoder_of(subject: Subject, run: Run) -> Encoder:
