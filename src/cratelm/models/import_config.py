@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -13,7 +14,7 @@ from cratelm.runs import aside
 class ImportAuthorsConfig:
     """Write a checkpoint of the paper's authors, CRATE or GPT-2, as a Hugging Face folder."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
     """local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] is of the Hub where no
     local file has that name. Nothing that the file carries is executed"""
     out: Path

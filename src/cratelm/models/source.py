@@ -108,8 +108,9 @@ def _commit(path: Path) -> str:
 
 def _unreached(what: str, revision: str | None, error: Exception) -> InputError:
     at = f"@{revision}" if revision else ""
-    told = " ".join(str(error).split())[:160]
+    told = " ".join(str(error).split())
+    told = told if len(told) <= 160 else f"{told[:159]}…"
     return InputError(
         f"hub:{what}{at} cannot be fetched ({type(error).__name__}: {told}): check the name and the"
-        " network, or name a local file"
+        " network, or name a file that is here"
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -13,7 +14,7 @@ from cratelm.runs import aside
 class ImportSaeConfig:
     """Write a sparse autoencoder of the paper's authors as a folder that SAELens reads too."""
 
-    file: tyro.conf.Positional[str]
+    file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]]
     """local file NAME.pt, or `hub:OWNER/REPO[@REVISION][/FILE]`. Nothing that it carries is executed"""
     out: Path
     """folder to write: cfg.json, sae_weights.safetensors, README.md"""
