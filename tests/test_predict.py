@@ -141,6 +141,11 @@ def test_a_document_can_be_chosen_and_is_cut_to_what_the_models_take(
     assert short.text.goes_on == ""
 
 
+def test_a_text_of_ones_own_is_shown_whole(run: Path, tmp_path: Path) -> None:
+    result = show(run, tmp_path, text="Q" * (T - 1), tokens=3)
+    assert [len(p.steps) for p in result.predictions] == [T - 1, T - 1]
+
+
 def test_models_read_in_their_own_tokens(run: Path, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["the stone the stone"] * 3, 265)
     size = max(tokenizer.get_vocab().values()) + 1
@@ -222,7 +227,7 @@ def test_a_file_is_read_and_the_page_lies_in_the_run(run: Path, tmp_path: Path) 
     ("fields", "said"),
     [
         ({"text": ""}, "the text has 0 tokens for crate-1l, 1 to 31 were expected"),
-        ({"text": "the red stone " * 40}, "1 to 31 were expected"),
+        ({"text": "Q" * T}, "the text has 32 tokens for crate-1l, 1 to 31 were expected"),
         ({"text": "a", "document": 1}, "--text and --document are both given"),
         ({"document": 1000}, "--document is 1000, the held_out split has"),
         ({"text_file": Path("/nowhere.txt")}, "/nowhere.txt cannot be read"),

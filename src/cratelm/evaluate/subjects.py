@@ -157,5 +157,6 @@ def _encoder(known: Any, tokenizer: Tokenizer) -> Encoder:
 
 
 def _fits(encoder: Encoder, subject: Subject) -> bool:
+    """Its tokens are rows of the model's embedding, nearly all of them, and it can read a letter."""
     unused = subject.vocab_size - max(encoder.tokenizer.get_vocab().values(), default=-1) - 1
-    return 0 <= unused <= MOST_UNUSED_ROWS
+    return 0 <= unused <= MOST_UNUSED_ROWS and len(encoder.encode("a")) > 0
