@@ -12,6 +12,7 @@ Shape legend: B tokens of a batch, H inputs, S latents, L layers.
 """
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,7 @@ def _trainer(config: SaeTrainConfig, sae: Any) -> Any:
         lr_end=config.lr,
         lr_decay_steps=int(config.lr_decay * config.steps),
         device=str(sae.device),
+        autocast=config.precision == "bf16",
         dead_feature_window=config.dead_steps,
         logger=lens.LoggingConfig(log_to_wandb=False),
     )
@@ -224,7 +226,7 @@ def _take_steps(training: _Training, label: str) -> None:
     first = trainers[0].n_training_steps
     log = Log(training.draft.path, first, tensorboard=False, wandb_name=None)
     log.time(first, first * config.batch_size)
-    again = resampling_steps(config)
+    again, kept = resampling_steps(config), time.monotonic()
     bar = tqdm(total=config.steps, initial=first, desc=label, unit="step", disable=config.quiet)
     for step in range(first, config.steps):
         done = step + 1
@@ -233,7 +235,7 @@ def _take_steps(training: _Training, label: str) -> None:
         for trainer in trainers:
             trainer.n_training_steps = done
         logs = done % config.log_steps == 0 or done == config.steps
-        keeps = done % config.checkpoint_steps == 0 and done < config.steps
+        keeps = time.monotonic() >= kept + 60 * config.checkpoint_minutes and done < config.steps
         if logs or keeps:  # checked before a checkpoint, too: none holds weights gone bad
             figures = [_figures(t, o) for t, o in zip(trainers, outputs, strict=True)]
             _check(figures, training, done)
@@ -243,6 +245,7 @@ def _take_steps(training: _Training, label: str) -> None:
         if done in again:
             _resample(training, batch, done)
         if keeps:
+            kept = time.monotonic()
             checkpoints.save(
                 training.draft, done, trainers, training.stream.place, training.resampled
             )

@@ -75,12 +75,14 @@ class SaeTrainConfig:
     """MiB of activations that are shuffled together, at least two batches"""
     batch_tokens: int = 8192
     """tokens that go through the model at once"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: products in 16 bits, weights stay in float32"""
     seed: int = 0
     """of the initial weights, the order of the tokens, and what dead latents start from again"""
     log_every: int | None = None
     """steps between two points of the curve; left out: a hundredth of the steps"""
-    checkpoint_every: int | None = aside(None)
-    """steps between two checkpoints; left out: a twentieth of the steps, at most 1,000"""
+    checkpoint_minutes: float = aside(2.0)
+    """minutes between two checkpoints; 0: one after every step"""
     device: str = aside("auto")
     """auto: the GPU where there is one; cpu, cuda, cuda:1, mps"""
     force: bool = aside(False)
@@ -95,9 +97,9 @@ class SaeTrainConfig:
             )
         for field in ("expansion", "d_sae", "k", "batch_size", "dead_after", "sequence_length"):
             self._at_least(1, field)
-        for field in ("buffer_mib", "batch_tokens", "log_every", "checkpoint_every"):
+        for field in ("buffer_mib", "batch_tokens", "log_every"):
             self._at_least(1, field)
-        for field in ("l1", "l0_coefficient", "seed"):
+        for field in ("l1", "l0_coefficient", "seed", "checkpoint_minutes"):
             self._at_least(0, field)
         if not self.lr > 0:
             raise InputError(f"--lr is {self.lr}, above 0 was expected")
@@ -140,10 +142,6 @@ class SaeTrainConfig:
     @property
     def log_steps(self) -> int:
         return self.log_every or max(1, self.steps // 100)
-
-    @property
-    def checkpoint_steps(self) -> int:
-        return self.checkpoint_every or max(1, min(1000, self.steps // 20))
 
     @property
     def folder(self) -> str:

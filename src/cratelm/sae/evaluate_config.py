@@ -1,0 +1,55 @@
+"""What `cratelm sae evaluate` can be told. Imports nothing heavy, so that `--help` is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cratelm.errors import InputError
+from cratelm.records import SPLITS, Split
+from cratelm.runs import aside
+
+
+@dataclass(frozen=True)
+class SaeEvaluateConfig:
+    """Measure sparse autoencoders on tokens they have not seen, beside the site's own activations."""
+
+    run: Path = aside(Path("runs/default"))
+    """run directory: its tokens, and the model where it is one of the run"""
+    model: str = "crate-2l"
+    """a model of the run, or a folder or Hub id with a causal language model of transformers"""
+    sae: str = ""
+    """NAME or MODEL@NAME of `cratelm sae train`, or a folder in SAELens' format, or one with folders
+    layer-0, layer-1, ...; left out: the model's only ones in the run"""
+    site: str | None = None
+    """where the activations live, for a folder that does not say it"""
+    layer: int | None = None
+    """from 0, likewise"""
+    split: Split = "held_out"
+    """train, fit or held_out"""
+    tokens: int = 100_000
+    """tokens measured on, a seeded sample of whole sequences; fewer where the split holds fewer"""
+    sequence_length: int | None = None
+    """T in tokens; left out: the model's longest, 1,024 where it names none"""
+    batch_tokens: int = 8192
+    """tokens that go through the model at once, fewer where their logits would pass 1 GiB"""
+    seed: int = 0
+    """of the sample of sequences"""
+    device: str = aside("auto")
+    """auto: the GPU where there is one; cpu, cuda, cuda:1, mps"""
+    output: Path | None = aside(None)
+    """also write the figures to this JSON file; those of autoencoders of the run always go to
+    evaluation.json in their folder"""
+    quiet: bool = aside(False)
+    """no progress bar"""
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
+        for field, least in (("tokens", 1), ("sequence_length", 2), ("batch_tokens", 1)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                flag = field.replace("_", "-")
+                raise InputError(f"--{flag} is {value}, {least} or more was expected")
+        for field in ("seed", "layer"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise InputError(f"--{field} is {value}, 0 or more was expected")

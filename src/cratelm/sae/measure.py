@@ -1,0 +1,309 @@
+"""Sums by document of what autoencoders rebuild, and of the loss with it in the place of activations.
+
+Two passes over the tokens. The first, without the head, gives each layer's mean activation and its
+autoencoder's L0; the second the rest. Only text is replaced: end marks keep their activations, which
+no autoencoder has seen. Loss is counted at every token but the first of a sequence.
+
+Memory: a few numbers a document and a latent, and the logits of one forward pass.
+
+Shape legend: b sequences of a forward pass, T tokens of a sequence, n text tokens of a forward pass,
+H inputs, S latents, C documents, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers.modeling_utils import PreTrainedModel
+
+from cratelm.activations.batches import Batch, SearchPlan
+from cratelm.errors import InputError
+from cratelm.models.sites import Site, hooked
+from cratelm.sae.activations import check_finite
+
+KINDS = ("zero", "mean", "reconstruction", "own_top", "own")
+"""what takes the place of the activations: 0, their mean, what the autoencoder makes of them, the
+strongest of themselves, as many as the autoencoder has latents on, and all of themselves"""
+_MOST_LOGITS = 2**28
+"""1 GiB at 32 bit"""
+Float = NDArray[np.float64]
+Replace = Callable[[torch.Tensor], torch.Tensor]
+"""activations of text [n, H] -> what takes their place [n, H]"""
+
+
+@dataclass(eq=False)
+class Firing:
+    """In which documents each latent fired: what a jackknife over documents needs to know."""
+
+    documents: NDArray[np.int64]
+    """[S] documents in which it fired"""
+    last: NDArray[np.int64]
+    """[S] the last of them, -1 for none"""
+
+    @classmethod
+    def of(cls, latents: int) -> "Firing":
+        return cls(np.zeros(latents, np.int64), np.full(latents, -1, np.int64))
+
+    def add(self, fired: NDArray[np.bool_], document: int) -> None:
+        """Latents that fired [S] somewhere in a document; documents come in ascending order."""
+        new = fired & (self.last != document)
+        self.documents += new
+        self.last[new] = document
+
+
+@dataclass(eq=False)
+class Sums:
+    """Sums over the tokens of each document [C], by name."""
+
+    documents: NDArray[np.int64]
+    """[C] places in the split's list of documents, ascending"""
+    by_name: dict[Any, Float] = field(default_factory=dict)
+
+    def add(self, name: Any, documents: NDArray[np.int64], values: torch.Tensor | float) -> None:
+        """Values [m], or one for all, of tokens whose documents are given [m]."""
+        rows = np.searchsorted(self.documents, documents)
+        weights = values.double().cpu().numpy() if isinstance(values, torch.Tensor) else values
+        np.add.at(self.by_name.setdefault(name, np.zeros(len(self.documents))), rows, weights)
+
+    def __getitem__(self, name: Any) -> Float:
+        return self.by_name[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """All sums. Names: `targets`, `text`, `loss`, (layer, figure), (layers, kind)."""
+
+    sums: Sums
+    firing: dict[int, Firing]
+    """by layer"""
+    kept: dict[int, int]
+    """own activations kept at a token, by layer: the autoencoder's L0, rounded, at least 1"""
+    groups: tuple[tuple[int, ...], ...]
+    """layers that were replaced at once: each alone, then all together where there are several"""
+
+
+def measure(
+    model: PreTrainedModel,
+    site: Site,
+    saes: Mapping[int, Any],
+    plan: SearchPlan,
+    batch_tokens: int,
+    *,
+    quiet: bool,
+) -> Measured:
+    """Everything about the autoencoders of some layers (SAELens' objects) on the tokens of a plan.
+
+    Raises `InputError` where an activation or a loss is not a finite number.
+    """
+    batch_tokens = min(
+        batch_tokens, max(1, _MOST_LOGITS // model.config.get_text_config().vocab_size)
+    )
+    layers = tuple(sorted(saes))
+    groups = (*((layer,) for layer in layers), *((layers,) if len(layers) > 1 else ()))
+    sums = Sums(_documents(plan))
+    total = plan.n_tokens()
+    bar = tqdm(
+        total=total * (2 + len(groups) * len(KINDS)), unit="tok", unit_scale=True, disable=quiet
+    )
+    with torch.no_grad(), bar:
+        first = _First(site, saes)
+        for batch in plan.batches(batch_tokens, model.device):
+            first.add(model, batch)
+            bar.update(batch.input_ids.numel())
+        kept = {layer: max(1, round(first.on[layer] / first.n_text)) for layer in layers}
+        means = {layer: (first.total[layer] / first.n_text).float() for layer in layers}
+        rebuilding = {layer: Rebuilding(saes[layer], layer, means[layer], sums) for layer in layers}
+        for batch in plan.batches(batch_tokens, model.device):
+            documents = _document_of(plan, batch)
+            sums.add("text", documents[_text(batch).cpu().numpy().ravel()], 1.0)
+            for part in _variants(groups, rebuilding, means, kept, documents):
+                _add_losses(model, site, batch, documents, part, sums)
+                bar.update(batch.input_ids.numel())
+    firing = {layer: found.firing for layer, found in rebuilding.items()}
+    return Measured(sums, firing, kept, groups)
+
+
+class _First:
+    """The first pass: total activation [H] and latents on, of each layer."""
+
+    def __init__(self, site: Site, saes: Mapping[int, Any]):
+        self.site, self.saes, self.n_text = site, saes, 0
+        self.total: dict[int, torch.Tensor] = {}
+        self.on = dict.fromkeys(saes, 0)
+
+    def add(self, model: PreTrainedModel, batch: Batch) -> None:
+        text = _text(batch)
+        self.n_text += int(text.sum())
+
+        def see(layer: int, activations: torch.Tensor) -> None:
+            if layer not in self.saes:
+                return
+            check_finite(activations, self.site, layer)
+            x = activations.float()[text]  # [n, H]
+            total = x.sum(0, dtype=torch.float64 if x.device.type != "mps" else torch.float32)
+            self.total[layer] = self.total.get(layer, torch.zeros_like(total)) + total
+            self.on[layer] += int((self.saes[layer].encode(x) != 0).sum())
+
+        with hooked(model, self.site, see):
+            model.base_model(input_ids=batch.input_ids, use_cache=False)
+
+
+class Rebuilding:
+    """Reconstructions of one layer, and sums about them."""
+
+    def __init__(self, sae: Any, layer: int, mean: torch.Tensor, sums: Sums):
+        self.sae, self.layer, self.mean, self.sums = sae, layer, mean, sums
+        self.firing = Firing.of(sae.cfg.d_sae)
+
+    def rebuild(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, H] -> [n, H]"""
+        return self.sae.decode(self.sae.encode(x))
+
+    def rebuild_and_count(self, x: torch.Tensor, documents: NDArray[np.int64]) -> torch.Tensor:
+        """The same, counted: documents [n] of the tokens."""
+        latents = self.sae.encode(x)  # [n, S]
+        y = self.sae.decode(latents)
+        on = latents != 0
+        figures = {
+            "error": (x - y).pow(2).sum(1),
+            "spread": (x - self.mean).pow(2).sum(1),
+            "on": on.sum(1),
+            "own_on": (x != 0).sum(1),
+            "norm": x.norm(dim=1),
+            "rebuilt_norm": y.norm(dim=1),
+            "rebuilt_square": y.pow(2).sum(1),
+            "product": (x * y).sum(1),
+        }
+        for name, values in figures.items():
+            self.sums.add((self.layer, name), documents, values)
+        for document in np.unique(documents):
+            here = torch.from_numpy(documents == document).to(on.device)
+            self.firing.add(on[here].any(0).cpu().numpy(), int(document))
+        return y
+
+
+def keep_strongest(x: torch.Tensor, k: int) -> torch.Tensor:
+    """x [n, H] with all but the k activations of largest size of each token set to 0."""
+    places = x.abs().topk(min(k, x.shape[1]), dim=1).indices
+    return torch.zeros_like(x).scatter(1, places, x.gather(1, places))
+
+
+@dataclass(frozen=True, eq=False)
+class _Variant:
+    """A way to run the model: its name among the sums, and what replaces which layer's activations."""
+
+    name: Any
+    replace: Mapping[int, Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor]]
+
+
+def _variants(
+    groups: tuple[tuple[int, ...], ...],
+    rebuilding: Mapping[int, Rebuilding],
+    means: Mapping[int, torch.Tensor],
+    kept: Mapping[int, int],
+    documents: NDArray[np.int64],
+) -> Iterator[_Variant]:
+    """The model as it is, then each kind of replacement in each group of layers."""
+    yield _Variant("loss", {})
+    for group in groups:
+        for kind in KINDS:
+            replace = {}
+            for layer in group:
+                counted = kind == "reconstruction" and len(group) == 1
+                replace[layer] = _replacement(
+                    kind, rebuilding[layer], means[layer], kept[layer], counted
+                )
+            yield _Variant((group, kind), replace)
+
+
+def _replacement(
+    kind: str, rebuilding: Rebuilding, mean: torch.Tensor, k: int, counted: bool
+) -> Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor]:
+    """Activations of text [n, H] and their documents [n] -> what takes their place."""
+    plain: dict[str, Replace] = {
+        "zero": torch.zeros_like,
+        "mean": lambda x: mean.expand_as(x),
+        "reconstruction": rebuilding.rebuild,
+        "own_top": lambda x: keep_strongest(x, k),
+        "own": lambda x: x,
+    }
+    if counted:
+        return rebuilding.rebuild_and_count
+    return lambda x, documents: plain[kind](x)
+
+
+@contextmanager
+def spliced(
+    model: PreTrainedModel, site: Site, text: torch.Tensor, replace: Mapping[int, Replace]
+) -> Iterator[None]:
+    """While open, activations of the tokens `text` [b, T] of some layers are replaced."""
+
+    def see(layer: int, activations: torch.Tensor) -> torch.Tensor | None:
+        if layer not in replace:
+            return None
+        changed = activations.clone()
+        changed[text] = replace[layer](activations[text].float()).to(activations.dtype)
+        return changed
+
+    with hooked(model, site, see):
+        yield
+
+
+def _add_losses(
+    model: PreTrainedModel,
+    site: Site,
+    batch: Batch,
+    documents: NDArray[np.int64],
+    variant: _Variant,
+    sums: Sums,
+) -> None:
+    """Loss at every token but the first of a sequence, added to its document's."""
+    text = _text(batch)
+    of_text = documents[text.cpu().numpy().ravel()]
+    replace = {
+        layer: (lambda x, f=function: f(x, of_text)) for layer, function in variant.replace.items()
+    }
+    with spliced(model, site, text, replace):
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]  # [b, T - 1, V]
+    targets = batch.input_ids[:, 1:]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    if not losses.isfinite().all():
+        where = (
+            "as it is"
+            if variant.name == "loss"
+            else f"with {variant.name[1]} in layers {variant.name[0]}"
+        )
+        raise InputError(
+            f"the loss of the model {where} is not a number: the model or the autoencoder is damaged,"
+            " or its training diverged"
+        )
+    of_target = documents.reshape(batch.input_ids.shape)[:, 1:].ravel()
+    sums.add(variant.name, of_target, losses)
+    if variant.name == "loss":
+        sums.add("targets", of_target, 1.0)
+
+
+def _text(batch: Batch) -> torch.Tensor:
+    """[b, T] True for text, False for end marks."""
+    return batch.is_text.reshape(batch.input_ids.shape) > 0
+
+
+def _document_of(plan: SearchPlan, batch: Batch) -> NDArray[np.int64]:
+    """[b * T] place in the split's list of the document of each token, end marks counted to theirs."""
+    return np.searchsorted(plan.split.starts, batch.position.cpu().numpy(), side="right") - 1
+
+
+def _documents(plan: SearchPlan) -> NDArray[np.int64]:
+    """[C] places in the split's list of all documents that a plan touches, ascending."""
+    found = set()
+    for sequence in plan.sequences:
+        start, stop = plan.bounds(sequence)
+        low, high = np.searchsorted(plan.split.starts, [start, stop - 1], side="right") - 1
+        found.update(range(low, high + 1))
+    return np.array(sorted(found), np.int64)
