@@ -17,10 +17,13 @@ class HarvestConfig:
     model: str = "crate-2l"
     """a model of the run by name, or any Hugging Face causal language model by folder or Hub id"""
     name: str | None = None
-    """name of the harvest in the run; default: the model's name"""
+    """name of the harvest in the run; default: the model's name, and of latents `MODEL+SAE`"""
     site: str | None = None
     """where neurons live: ista, mssa, heads, mlp, or a module path such as
     'gpt_neox.layers.*.mlp.dense_4h_to_h:input'; default: ista for CRATE, mlp for others"""
+    sae: str | None = None
+    """latents of sparse autoencoders in place of neurons: their name in the run (see `cratelm sae train`),
+    or a folder in SAELens' format; needs the extra `sae`"""
     tokens: int = 8_192_000
     """at most so many tokens are searched in each of the splits fit and held_out (the paper: 8,192,000)"""
     sequence_length: int | None = None
@@ -58,6 +61,10 @@ class HarvestConfig:
             raise InputError(
                 f"--short-context {self.short_context} is above --context {self.context}:"
                 " short excerpts are cut from long ones"
+            )
+        if self.sae and self.site:
+            raise InputError(
+                f"--site {self.site} beside --sae: autoencoders say what site they read"
             )
         if self.pilot_tokens < 16:
             raise InputError(f"--pilot-tokens is {self.pilot_tokens}: 16 or more was expected")

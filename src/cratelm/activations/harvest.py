@@ -3,7 +3,7 @@
 Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ from cratelm.activations.store import (
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.errors import InputError
 from cratelm.models import Site, load, site_of
+from cratelm.models.latents import latents_of
 from cratelm.models.sites import hooked
 from cratelm.records import Split
 from cratelm.runs import Draft, Run, hash_file, hash_json, write_json
@@ -57,18 +58,27 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
     source, identity = _model_source(config, run)
-    stage = run.stage("activations", config.name or Path(config.model).name)
+    stage = run.stage("activations", harvest_name(config))
     inputs = {"tokens": tokens.identity, "model": identity}
+    autoencoder = None
+    if config.sae:
+        autoencoder, inputs["sae"] = _sae_source(config, run, identity)
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage.path, stage.require("harvest").results)
     model = _load(source, config)
     store = TokenStore(run.path / "tokens")
     check_vocabulary(store, model.config.vocab_size)
-    site = site_of(model, config.site)
+    site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
     with stage.write(config, inputs) as draft:
         _write_splits(config, store, model, site, stage.name, draft)
         results = draft.results
     return _result(stage.path, results)
+
+
+def harvest_name(config: HarvestConfig) -> str:
+    """Name of the harvest in the run: of latents `MODEL+SAE`."""
+    model = Path(config.model).name
+    return config.name or (f"{model}+{Path(config.sae).name}" if config.sae else model)
 
 
 def harvest_split(
@@ -83,9 +93,9 @@ def harvest_split(
     spans = plan.text_spans()
     layers = [
         LayerHarvest(
-            pilot, random_positions(spans, i, site.n_neurons[i], sizes.random, plan.seed), sizes, i
+            pilot, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
         )
-        for i, pilot in enumerate(pilots)
+        for pilot, number, h in zip(pilots, site.layer_numbers, site.n_neurons, strict=True)
     ]
     progress = tqdm(total=plan.n_tokens(), desc=f"harvest {plan.name}", unit="tok", unit_scale=True)
     with torch.no_grad(), progress:
@@ -118,7 +128,9 @@ def _write_splits(
         results["tokens"][split] = layers[0].n_tokens
         results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
     draft.results.update(results, site=site.name, neurons=list(site.n_neurons))
-    write_json(draft.path / "sites.json", asdict(site))
+    told = asdict(replace(site, autoencoders=()))
+    del told["autoencoders"]
+    write_json(draft.path / "sites.json", {**told, "layers": site.layer_numbers})
 
 
 def _write(
@@ -137,13 +149,13 @@ def _write(
             excerpts_path(folder, plan.name), EXCERPT_SCHEMA, compression="zstd"
         ) as excerpts,
     ):
-        for layer, kept in enumerate(layers):
+        for place, (layer, kept) in enumerate(zip(site.layer_numbers, layers, strict=True)):
             summaries.write_table(summary_table(kept, name, site.name, layer))
             for low in range(0, kept.n_neurons, _NEURONS_A_GROUP):
                 high = min(low + _NEURONS_A_GROUP, kept.n_neurons)
                 rows = excerpt_rows(kept, low, high)
                 if alone is not None:
-                    rows.append(alone[layer].between(low, high))
+                    rows.append(alone[place].between(low, high))
                 excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
 
 
@@ -176,6 +188,28 @@ def _model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
         ]
         return folder, hash_json({p.name: hash_file(p) for p in weights})
     return config.model, f"hub:{config.model}"
+
+
+def _sae_source(config: HarvestConfig, run: Run, model: str) -> tuple[Path, str]:
+    """Where the autoencoders lie, and their identity: those of the run by name, or a folder."""
+    assert config.sae is not None
+    stage = run.stage("sae", f"{Path(config.model).name}@{Path(config.sae).name}")
+    done = stage.completion() if "/" not in config.sae else None
+    if done is not None:
+        if done.inputs.get("model") != model:
+            raise InputError(
+                f"{stage.path} was trained on another {config.model} than the one of today:"
+                " type `cratelm sae train` for it again, with --force"
+            )
+        return stage.path, done.identity
+    folder = Path(config.sae)
+    if not folder.is_dir():
+        raise InputError(
+            f"--sae {config.sae} is neither a folder nor finished in the run ({stage.path}):"
+            f" type `cratelm sae train --run {run.path} --model {config.model}` first"
+        )
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors"))
+    return folder, hash_json({str(p.relative_to(folder)): hash_file(p) for p in files})
 
 
 def _load(source: str | Path, config: HarvestConfig) -> PreTrainedModel:

@@ -4,13 +4,15 @@ A site is one tensor [B, T, H] a layer: what a module puts out, or what it takes
 `PATH`, `PATH:output` or `PATH:input`, with `*` in the place of the layer number, for instance
 `gpt_neox.layers.*.mlp.dense_4h_to_h:input`. Names stand for the usual ones: `ista`, `mssa` and
 `heads` in CRATE, `mlp` (activations of the MLP, what its last projection takes in) in the rest.
+
+On top of a site can stand the latents of sparse autoencoders (`cratelm.models.latents`).
 """
 
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -37,6 +39,18 @@ _NAMED: dict[str, tuple[str, ...]] = {
 _DEFAULTS = ("ista", "mlp")
 
 
+See = Callable[[int, torch.Tensor], torch.Tensor | None]
+"""what is called with the number of a place and its activations [B, T, H], and may return others"""
+
+
+class Autoencoder(Protocol):
+    """What stands between activations [..., H] and latents [..., S]."""
+
+    def encode(self, x: torch.Tensor, /) -> torch.Tensor: ...
+
+    def decode(self, latents: torch.Tensor, /) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Site:
     """One place a layer where neurons live."""
@@ -48,10 +62,19 @@ class Site:
     side: Side
     n_neurons: tuple[int, ...]
     """[L] H of each layer"""
+    layers: tuple[int, ...] = ()
+    """[L] numbers of the layers in the model; empty: 0, 1, 2 ..."""
+    autoencoders: tuple[Autoencoder, ...] = field(default=(), repr=False, compare=False)
+    """[L] those whose latents are the neurons; empty: the activations themselves are"""
 
     @property
     def n_layers(self) -> int:
         return len(self.paths)
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """[L] as the neurons are named by."""
+        return self.layers or tuple(range(self.n_layers))
 
 
 def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
@@ -75,14 +98,16 @@ def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
 
 
 @contextlib.contextmanager
-def hooked(
-    model: nn.Module, site: Site, see: Callable[[int, torch.Tensor], torch.Tensor | None]
-) -> Iterator[None]:
-    """While open, `see(layer, activations [B, T, H])` is called in every forward pass.
+def hooked(model: nn.Module, site: Site, see: See) -> Iterator[None]:
+    """While open, `see(place, activations [B, T, H])` is called in every forward pass.
 
-    What it returns, where not None, takes the place of the activations. Hooks are removed whatever
+    `place` counts the places of the site, which are its layers where it has them all. What `see`
+    returns, where not None, takes the place of the activations; of latents, their change is decoded
+    and added, so that what the autoencoder cannot rebuild stays as it is. Hooks are removed whatever
     happens inside.
     """
+    if site.autoencoders:
+        see = _through(site.autoencoders, see)
     handles = []
     try:
         for layer, path in enumerate(site.paths):
@@ -98,7 +123,21 @@ def hooked(
             handle.remove()
 
 
-def _output_hook(layer: int, see: Callable[[int, torch.Tensor], torch.Tensor | None]):
+def _through(autoencoders: tuple[Autoencoder, ...], see: See) -> See:
+    """`see` of latents as one of the activations below them."""
+
+    def see_below(place: int, activations: torch.Tensor) -> torch.Tensor | None:
+        autoencoder = autoencoders[place]
+        latents = autoencoder.encode(activations)  # [B, T, S]
+        changed = see(place, latents)
+        if changed is None:
+            return None
+        return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
+
+    return see_below
+
+
+def _output_hook(layer: int, see: See):
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tensor, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         changed = see(layer, tensor)
@@ -109,7 +148,7 @@ def _output_hook(layer: int, see: Callable[[int, torch.Tensor], torch.Tensor | N
     return hook
 
 
-def _input_hook(layer: int, see: Callable[[int, torch.Tensor], torch.Tensor | None]):
+def _input_hook(layer: int, see: See):
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
         changed = see(layer, args[0])
         return None if changed is None else (changed, *args[1:])

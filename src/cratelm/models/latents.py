@@ -1,0 +1,123 @@
+"""Latents of sparse autoencoders as a site: harvested, explained, scored and steered like neurons.
+
+An autoencoder is a folder in SAELens' format, written by `cratelm sae train`, `cratelm import sae` or
+SAELens itself; a folder of several holds `layer-0/`, `layer-1/` ... SAELens computes them, whatever
+their architecture.
+"""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from cratelm.errors import InputError
+from cratelm.models.sites import Site, site_of
+
+CONFIG = "cfg.json"
+
+
+def latents_of(model: PreTrainedModel, folder: str | Path) -> Site:
+    """The site of the latents of the autoencoder or autoencoders in `folder`, on `model`.
+
+    Raises `InputError` where SAELens is missing, the folder holds no autoencoder, or one does not
+    fit the model: another site, a layer that is not there, another width.
+    """
+    folder = Path(folder)
+    found = {_layer(path): path for path in _folders(folder)}
+    if -1 in found and len(found) == 1:
+        sae = _load(found[-1], model.device)
+        found = {_layer_of(sae, found[-1]): found[-1]}
+    saes = {layer: _load(path, model.device) for layer, path in sorted(found.items())}
+    below = _site_below(model, saes, folder)
+    for layer, sae in saes.items():
+        _check(layer, sae, below, found[layer])
+    return replace(
+        below,
+        name="latents",
+        paths=tuple(below.paths[layer] for layer in saes),
+        n_neurons=tuple(int(sae.cfg.d_sae) for sae in saes.values()),
+        layers=tuple(saes),
+        autoencoders=tuple(saes.values()),
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folder itself, or those of its layers."""
+    if (folder / CONFIG).is_file():
+        return [folder]
+    found = [p.parent for p in folder.glob(f"layer-*/{CONFIG}")]
+    if not found:
+        raise InputError(
+            f"{folder} holds no autoencoder ({CONFIG}, or layer-0/{CONFIG} ...): name a folder of"
+            " `cratelm sae train`, `cratelm import sae` or SAELens"
+        )
+    return found
+
+
+def _layer(folder: Path) -> int:
+    """The layer by the folder's name, -1 where it does not say."""
+    match = re.fullmatch(r"layer-(\d+)", folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def _layer_of(sae: Any, folder: Path) -> int:
+    """The layer by the configuration: cratelm's own entry, else the first number in the hook's name."""
+    told = sae.cfg.metadata.to_dict()
+    if isinstance(told.get("layer"), int):
+        return told["layer"]
+    match = re.search(r"\.(\d+)(?:\.|$)", str(told.get("hook_name", "")))
+    if match is None:
+        raise InputError(f"{folder / CONFIG} names no layer: rename the folder, such as layer-0")
+    return int(match.group(1))
+
+
+def _load(folder: Path, device: torch.device) -> Any:
+    os.environ.setdefault("WANDB_MODE", "disabled")  # SAELens imports it; nothing is sent
+    try:
+        from sae_lens import SAE
+    except ImportError:
+        raise InputError(
+            "latents are computed by SAELens, which is not installed: type"
+            " `pip install 'cratelm[sae]'`"
+        ) from None
+    try:
+        return SAE.load_from_disk(folder, device=str(device)).eval()
+    except Exception as error:  # SAELens raises whatever its parts do
+        told = " ".join(str(error).split())[:160]
+        raise InputError(f"{folder} cannot be read as an autoencoder ({told})") from None
+
+
+def _site_below(model: PreTrainedModel, saes: dict[int, Any], folder: Path) -> Site:
+    """The one site that all of them are of: by cratelm's entry, else by the hook's name."""
+    names = {_site_name(sae) for sae in saes.values()}
+    if len(names) > 1:
+        raise InputError(
+            f"{folder} holds autoencoders of several sites, {', '.join(sorted(map(str, names)))}:"
+            " name the folder of one"
+        )
+    return site_of(model, names.pop())
+
+
+def _site_name(sae: Any) -> str | None:
+    told = sae.cfg.metadata.to_dict()
+    if told.get("site"):
+        return str(told["site"])
+    hook = str(told.get("hook_name") or "")
+    return re.sub(r"\.\d+(?=\.|$)", ".*", hook, count=1) or None
+
+
+def _check(layer: int, sae: Any, below: Site, folder: Path) -> None:
+    if layer >= below.n_layers:
+        raise InputError(
+            f"{folder} is of layer {layer}, the model has layers 0 to {below.n_layers - 1}:"
+            " is it an autoencoder of another model?"
+        )
+    if sae.cfg.d_in != below.n_neurons[layer]:
+        raise InputError(
+            f"{folder} reads {sae.cfg.d_in} activations, site {below.name} of this model has"
+            f" {below.n_neurons[layer]}: is it an autoencoder of another model or site?"
+        )
