@@ -96,6 +96,16 @@ VERBS: dict[str, Verb] = {
         "cratelm.steer.config:InterveneConfig",
         "does steering change the text as the explanation says? asked of a language model",
     ),
+    "sae train": Verb(
+        "cratelm.sae.train",
+        "cratelm.sae.train_config:SaeTrainConfig",
+        "sparse autoencoders on a site of a model, with SAELens underneath",
+    ),
+    "sae evaluate": Verb(
+        "cratelm.sae.evaluate",
+        "cratelm.sae.evaluate_config:SaeEvaluateConfig",
+        "what autoencoders keep of the activations and of the loss, beside the site's own code",
+    ),
     "import authors": Verb(
         "cratelm.models.import_authors",
         "cratelm.models.import_config:ImportAuthorsConfig",
