@@ -24,7 +24,11 @@ def test_every_verb_has_help_that_explains_every_option(verb, capsys):
     assert stop.value.code == 0
     told = capsys.readouterr().out
     for field in fields(config_class(verb)):
-        assert f"--{field.name.replace('_', '-')}" in told or f"--no-{field.name}" in told
+        flag = field.name.replace("_", "-")
+        positional = flag.upper() if "Positional" in str(field.type) else None
+        assert (
+            f"--{flag}" in told or f"--no-{flag}" in told or bool(positional and positional in told)
+        )
     assert config_class(verb).__doc__.splitlines()[0][:40] in told
 
 
@@ -71,11 +75,25 @@ def _rooms():
     ("arguments", "status", "told"),
     [
         (["harvst"], 2, "did you mean harvest"),
-        (["import", "recrods"], 2, "did you mean records? Kinds are records"),
-        (["export", "--run", "{tmp}/nothing"], 2, "Kinds are records, neuronpedia"),
+        (["import", "recrods"], 2, "did you mean records? Kinds are authors"),
+        (["export", "--run", "{tmp}/nothing"], 2, "Kinds are model, records"),
         (["records"], 2, "Verbs are"),
         (["import", "records", "--model", "m"], 2, "--files"),
         (["export", "records", "--model", "m", "--out", "{tmp}/o", "--laiers", "1"], 2, "--layers"),
+        (["import", "authors", "{tmp}/absent.pt", "--out", "{tmp}/o"], 2, "absent.pt"),
+        (["import", "sae", "{tmp}/absent.pt", "--out", "{tmp}/o"], 2, "absent.pt"),
+        (
+            ["export", "model", "--run", "{tmp}/nothing", "--model", "m", "--out", "{tmp}/o"],
+            2,
+            "cratelm train",
+        ),
+        (["steer", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["effects", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["intervene", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["analyze", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["predict", "--run", "{tmp}/nothing"], 2, "cratelm"),
+        (["sae", "train", "--run", "{tmp}/nothing"], 2, "cratelm tokenize"),
+        (["sae", "evaluate", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["harvest", "--tokenz", "3"], 2, "did you mean --tokens"),
         (["harvest", "--tokens", "three"], 2, "invalid literal"),
         (["harvest", "--tokens", "0"], 2, "--tokens is 0: 1 or more was expected"),
