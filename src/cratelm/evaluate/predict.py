@@ -84,7 +84,8 @@ class PredictResult:
     predictions: tuple[Prediction, ...]
 
     def __str__(self) -> str:
-        lines = [self.text.origin, f"... {visible(self.text.text[-60:])}"]
+        cut = "… " if len(self.text.text) > 60 else ""
+        lines = [self.text.origin, cut + visible(self.text.text[-60:])]
         if self.text.goes_on:
             lines.append(f"goes on: {visible(self.text.goes_on[:40])}")
         for found in self.predictions:
@@ -162,7 +163,7 @@ def _shown(encoder: Encoder, token: int) -> str:
 
 def _text(config: PredictConfig, run: Run, subjects: list[Subject]) -> Text:
     if config.text is not None:
-        return Text(config.text, "A text of one's own", "")
+        return Text(config.text, "Your own text", "")
     if config.text_file is not None:
         try:
             found = Path(config.text_file).read_text(encoding="utf-8")

@@ -103,9 +103,9 @@ def _shaded(
 def _ends(figure: Figure, text: Text, predictions: Sequence[Prediction], top: float) -> None:
     """What each model expects after the end, side by side; `top` in inches."""
     width, height = figure.get_size_inches()
-    tail = visible(text.text[-48:])
+    tail = ("… " if len(text.text) > 48 else "") + visible(text.text[-48:])
     figure.text(
-        _MARGIN / width, (top - 0.2) / height, f"After … {tail}", fontsize=9.5, fontweight="bold"
+        _MARGIN / width, (top - 0.2) / height, f"After {tail}", fontsize=9.5, fontweight="bold"
     )
     key = ", ".join(percent(least) for least in LEVELS)
     told = f"Shade: probability of the token, steps at {key}"
