@@ -1,0 +1,245 @@
+"""`cratelm steer`: neurons edited while a model reads a text, and what becomes of its output.
+
+Shape legend: n tokens of the text (the first is the one that texts begin with), V vocabulary.
+"""
+
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from cratelm.errors import InputError
+from cratelm.evaluate.marks import visible
+from cratelm.evaluate.scoring import next_logits
+from cratelm.evaluate.subjects import Encoder, Subject, encoder_of, open_subject
+from cratelm.models.sites import Site
+from cratelm.runs import Run, write_json
+from cratelm.steer.config import Edit, SteerConfig
+from cratelm.steer.steering import chosen, steering
+from cratelm.steer.subjects import open_site
+from cratelm.tokens.shards import TokenStore
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the probability of a token that may come next changes."""
+
+    token: str
+    id: int
+    before: float
+    after: float
+    log_ratio: float
+    """ln(after / before), nats"""
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Next tokens after a text, with the edits and without."""
+
+    gains: tuple[Change, ...]
+    """the largest differences, in order; none that loses"""
+    losses: tuple[Change, ...]
+    """the most negative differences, in order; none that gains"""
+    total_variation: float
+    """half the sum of absolute differences, 0..1"""
+    kl: float
+    """Kullback-Leibler divergence of the edited distribution from the plain one, nats"""
+
+
+@dataclass(frozen=True)
+class SteerResult:
+    """What the edits do to the next token, and to the continuation."""
+
+    model: str
+    site: str
+    edits: str
+    """in words"""
+    text: str
+    n_tokens: int
+    """of the text, with the one that texts begin with"""
+    next_token: Steered
+    continuation: str
+    """without the edits; empty where none was asked for"""
+    steered_continuation: str
+
+    def __str__(self) -> str:
+        found = self.next_token
+        lines = [
+            f"{self.model}, {self.site}: {self.edits}",
+            f"text of {self.n_tokens} tokens: ... {visible(self.text[-60:])}",
+            f"next token: total variation {found.total_variation:.4f}, KL {found.kl:.4f} nats",
+            "",
+            *_table("gain most", found.gains),
+            "",
+            *_table("lose most", found.losses),
+        ]
+        if self.continuation or self.steered_continuation:
+            lines += ["", f"plain    {visible(self.continuation)}"]
+            lines += [f"steered  {visible(self.steered_continuation)}"]
+        return "\n".join(lines)
+
+
+def _table(heading: str, changes: tuple[Change, ...]) -> list[str]:
+    """One line a token, columns aligned."""
+    if not changes:
+        return [f"{heading}: none"]
+    shown = [visible(c.token) for c in changes]
+    width = max(len(heading), *map(len, shown))
+    lines = [f"{heading:<{width}}    before     after  difference  ln ratio"]
+    for text, c in zip(shown, changes, strict=True):
+        figures = f"{c.before:>8.4%}  {c.after:>8.4%}  {c.difference:>+10.4%}  {c.log_ratio:>+8.3f}"
+        lines.append(f"{text:<{width}}  {figures}")
+    return lines
+
+
+def steer(config: SteerConfig) -> SteerResult:
+    """Runs the model on the text with the edits and without.
+
+    Raises `InputError` where the model, the text, the site or a neuron is missing, the text is
+    longer than the model takes, or no token stands at the positions.
+    """
+    run = Run(config.run)
+    subject = open_subject(run, config.path or config.model, from_run=config.path is None)
+    encoder = encoder_of(subject, run)
+    text = _text(config, run)
+    ids = torch.tensor([[encoder.start, *encoder.encode(text)]], device=subject.model.device)
+    _check_length(ids, subject, config)
+    site = open_site(run, subject, config.site, config.sae)
+    edits = config.edits()
+    _check_positions(edits[0], ids, config.generate)
+    before = _next(subject, ids)
+    with steering(subject.model, *edits, site=site):
+        after = _next(subject, ids)
+    plain, steered = "", ""
+    if config.generate:
+        plain = _continued(subject, encoder, ids, config)
+        with steering(subject.model, *edits, site=site):
+            steered = _continued(subject, encoder, ids, config)
+    result = SteerResult(
+        model=subject.name,
+        site=site.name,
+        edits=_told(config, site),
+        text=text,
+        n_tokens=ids.shape[1],
+        next_token=compared(before, after, encoder.display, config.top),
+        continuation=plain,
+        steered_continuation=steered,
+    )
+    if config.output is not None:
+        write_json(Path(config.output), asdict(result))
+    return result
+
+
+def compared(before: torch.Tensor, after: torch.Tensor, display: list[str], top: int) -> Steered:
+    """From log-probabilities [V] without and with the edits; `display` shows each token."""
+    p, q = before.exp(), after.exp()
+    difference = q - p
+    order = difference.argsort(descending=True, stable=True).tolist()
+
+    def change(token: int) -> Change:
+        shown = display[token] if token < len(display) else f"[{token}]"
+        log_ratio = float(after[token] - before[token])
+        return Change(shown, token, float(p[token]), float(q[token]), log_ratio)
+
+    return Steered(
+        gains=tuple(change(i) for i in order[:top] if difference[i] > 0),
+        losses=tuple(change(i) for i in order[::-1][:top] if difference[i] < 0),
+        total_variation=float(difference.abs().sum() / 2),
+        kl=float((q * (after - before)).sum().clamp(min=0)),
+    )
+
+
+@torch.no_grad()
+def _next(subject: Subject, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [V] of the token after ids [1, n], at double precision."""
+    logits = next_logits(subject.model, ids, 1)[0, 0]
+    return logits.double().log_softmax(-1).cpu()
+
+
+def _continued(subject: Subject, encoder: Encoder, ids: torch.Tensor, config: SteerConfig) -> str:
+    """The text that follows ids [1, n]."""
+    made = continue_ids(
+        subject.model, ids, config.generate, config.temperature, config.seed, encoder.start
+    )
+    return encoder.tokenizer.decode(made[0].tolist(), skip_special_tokens=False)
+
+
+@torch.no_grad()
+def continue_ids(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    count: int,
+    temperature: float,
+    seed: int,
+    padding: int,
+) -> torch.Tensor:
+    """The `count` tokens [B, count] that follow ids [B, n]; the same seed draws alike, whatever the model.
+
+    The global random state is left as it was.
+    """
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    how = GenerationConfig(
+        max_new_tokens=count, min_new_tokens=count, pad_token_id=padding, **sampled
+    )
+    mask = torch.ones_like(ids)
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        made = model.generate(ids, attention_mask=mask, generation_config=how)  # type: ignore[operator]
+    return made[:, ids.shape[1] :]
+
+
+def _told(config: SteerConfig, site: Site) -> str:
+    operation, value = config.edits()[0].operation
+    done = "zero" if operation == "zero" else f"{operation} {value:g}"
+    many = "neuron" if len(config.neurons) == 1 else "neurons"
+    return f"{many} {' '.join(config.neurons)} {done} at positions {config.positions}"
+
+
+def _text(config: SteerConfig, run: Run) -> str:
+    """The text given, or the beginning of a held-out document."""
+    if config.text is not None:
+        return config.text
+    if config.text_file is not None:
+        try:
+            return Path(config.text_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{config.text_file} cannot be read as UTF-8 text ({error})") from None
+    run.stage("tokens").require("tokenize")
+    store = TokenStore(run.stage("tokens").path)
+    split = store.split("held_out")
+    if not split.n_documents:
+        raise InputError(f"{store.path} has no held-out document: give a text with --text")
+    number = random.Random(config.seed).randrange(split.n_documents)
+    start, stop = int(split.starts[number]), int(split.starts[number + 1]) - 1
+    ids = split.read(start, min(stop, start + config.tokens)).tolist()
+    return store.tokenizer.decode(ids, skip_special_tokens=False).strip("\ufffd")
+
+
+def _check_length(ids: torch.Tensor, subject: Subject, config: SteerConfig) -> None:
+    whole = ids.shape[1] + config.generate
+    if subject.longest is not None and whole > subject.longest:
+        raise InputError(
+            f"the text has {ids.shape[1]} tokens for {subject.name}, with --generate {config.generate}"
+            f" more than the {subject.longest} it takes: give a shorter text, or fewer to generate"
+        )
+
+
+def _check_positions(edit: Edit, ids: torch.Tensor, count: int) -> None:
+    """Raises `InputError` where no token of the text or the continuation stands at the positions.
+
+    The last token generated is read by no further pass.
+    """
+    n = ids.shape[1]
+    position = torch.arange(n + max(0, count - 1))[None]
+    if not chosen(edit.where, position, torch.tensor([[n]])).any():
+        raise InputError(
+            f"no token stands at the positions: the text has {n} tokens, numbered from 0, and"
+            f" {count} are generated"
+        )
