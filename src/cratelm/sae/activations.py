@@ -57,7 +57,6 @@ class Stream:
         buffer_bytes: int,
         most_rows: int,
         seed: int,
-        place: Place | None = None,
     ):
         self.model, self.site, self.layers, self.eot_id = model, site, layers, eot_id
         self.batch_size, self.seed = batch_size, seed
@@ -77,7 +76,7 @@ class Stream:
         self._buffers = [
             torch.empty(self._rows + extra, width, device=model.device) for width in widths
         ]
-        self._next = place or Place()
+        self._next = Place()
         self._passes = self._filled = 0
         self._order = np.empty(0, np.int64)
 
@@ -95,17 +94,22 @@ class Stream:
         """Where the next batch is."""
         return Place(self._next.first, self._next.served)
 
+    def seek(self, place: Place) -> None:
+        """Go to a place that `place` told before."""
+        self._next = Place(place.first, place.served)
+        self._filled = 0
+
     def batch(self) -> list[torch.Tensor]:
         """The next batch [B, H] of each layer."""
-        if self._filled and self._next.served == self._filled // self.batch_size:
-            self._next = Place(self._next.first + self._passes)
-            self._filled = 0
         if not self._filled:
             self._fill()
         start = self._next.served * self.batch_size
-        rows = torch.from_numpy(self._order[start : start + self.batch_size])
+        rows = torch.from_numpy(self._order[start : start + self.batch_size]).to(self.device)
         self._next.served += 1
-        return [buffer[rows.to(buffer.device)] for buffer in self._buffers]
+        batch = [buffer[rows] for buffer in self._buffers]
+        if self._next.served == self._filled // self.batch_size:
+            self.seek(Place(self._next.first + self._passes))
+        return batch
 
     def means(self) -> list[torch.Tensor]:
         """Mean activation [H] of each layer over the buffer at hand."""

@@ -8,7 +8,6 @@ stream of activations; nothing else is remembered between steps.
 import json
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from cratelm.runs import Draft, write_json
@@ -35,25 +34,16 @@ def save(draft: Draft, step: int, trainers: list[Any], place: Place, resampled: 
             shutil.rmtree(old)
 
 
-def read_place(draft: Draft, n_layers: int) -> tuple[Place, list[int]]:
-    """Place in the stream, and latents resampled so far of each layer; the start without a checkpoint."""
-    last = _last(draft)
-    if last is None:
-        return Place(), [0] * n_layers
-    told = json.loads((last / _PLACE).read_text())
-    return Place(**told["place"]), told["resampled"]
+def restore(draft: Draft, trainers: list[Any]) -> tuple[Place, list[int]] | None:
+    """Weights and trainers from the last whole checkpoint; None where there is none.
 
-
-def restore(draft: Draft, trainers: list[Any]) -> bool:
-    """Weights and trainers from the last whole checkpoint; False where there is none."""
-    last = _last(draft)
+    Returned: the place in the stream, and of each layer the latents resampled so far.
+    """
+    last = max((draft.path / FOLDER).glob("step-*"), default=None)
     if last is None:
-        return False
+        return None
     for index, trainer in enumerate(trainers):
         trainer.sae.load_weights_from_checkpoint(last / str(index))
         trainer.load_trainer_state(last / str(index))
-    return True
-
-
-def _last(draft: Draft) -> Path | None:
-    return max((draft.path / FOLDER).glob("step-*"), default=None)
+    told = json.loads((last / _PLACE).read_text())
+    return Place(**told["place"]), told["resampled"]

@@ -30,6 +30,8 @@ from cratelm.sae.activations import check_finite
 KINDS = ("zero", "mean", "reconstruction", "own_top", "own")
 """what takes the place of the activations: 0, their mean, what the autoencoder makes of them, the
 strongest of themselves, as many as the autoencoder has latents on, and all of themselves"""
+_NONE = -100
+"""a target that is not counted"""
 _MOST_LOGITS = 2**28
 """1 GiB at 32 bit"""
 Float = NDArray[np.float64]
@@ -270,9 +272,12 @@ def _add_losses(
         layer: (lambda x, f=function: f(x, of_text)) for layer, function in variant.replace.items()
     }
     with spliced(model, site, text, replace):
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]  # [b, T - 1, V]
-    targets = batch.input_ids[:, 1:]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits  # [b, T, V]
+    # the last token has no next one here; its logits stay where they are, for no copy to be made
+    targets = F.pad(batch.input_ids[:, 1:], (0, 1), value=_NONE)  # [b, T]
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=_NONE, reduction="none"
+    ).view_as(targets)[:, :-1]  # [b, T - 1]
     if not losses.isfinite().all():
         where = (
             "as it is"
@@ -284,7 +289,7 @@ def _add_losses(
             " or its training diverged"
         )
     of_target = documents.reshape(batch.input_ids.shape)[:, 1:].ravel()
-    sums.add(variant.name, of_target, losses)
+    sums.add(variant.name, of_target, losses.flatten())
     if variant.name == "loss":
         sums.add("targets", of_target, 1.0)
 

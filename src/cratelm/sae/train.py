@@ -122,10 +122,11 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = site_of(model, config.site)
     layers = _layers(config, site)
+    stream = _stream(config, model, store, site, layers)  # what cannot run is told before a write
     with stage.write(config, inputs, resume=True) as draft:
         draft.scratch.add(checkpoints.FOLDER)
         draft.unhashed.add(TIMING)
-        training = _prepare(config, model, store, site, layers, draft)
+        training = _prepare(config, site, layers, stream, draft)
         _take_steps(training, stage.label)
         _write(training, inputs)
     return _result(stage)
@@ -143,18 +144,15 @@ def _layers(config: SaeTrainConfig, site: Site) -> tuple[int, ...]:
     return tuple(sorted(wanted))
 
 
-def _prepare(
+def _stream(
     config: SaeTrainConfig,
     model: PreTrainedModel,
     store: TokenStore,
     site: Site,
     layers: tuple[int, ...],
-    draft: Draft,
-) -> _Training:
-    """Stream and trainers, as the last checkpoint left them where there is one."""
-    place, resampled = checkpoints.read_place(draft, len(layers))
+) -> Stream:
     length = sequence_length(Subject(config.model, "", model), config.sequence_length)
-    stream = Stream(
+    return Stream(
         model,
         site,
         layers,
@@ -166,14 +164,24 @@ def _prepare(
         buffer_bytes=config.buffer_mib * 2**20,
         most_rows=config.steps * config.batch_size,
         seed=config.seed,
-        place=place,
     )
+
+
+def _prepare(
+    config: SaeTrainConfig, site: Site, layers: tuple[int, ...], stream: Stream, draft: Draft
+) -> _Training:
+    """Stream and trainers as the last checkpoint left them, where there is one."""
     if not config.quiet:
         print(_plan(config, site, layers, stream), flush=True)
     saes = [build_sae(config, site.n_neurons[layer], layer, stream.device) for layer in layers]
     trainers = [_trainer(config, sae) for sae in saes]
-    if not checkpoints.restore(draft, trainers):
+    resampled = [0] * len(layers)
+    found = checkpoints.restore(draft, trainers)
+    if found is None:
         _start_from_data(config, stream, trainers)
+    else:
+        place, resampled = found
+        stream.seek(place)
     return _Training(config, site, layers, stream, trainers, resampled, draft)
 
 
