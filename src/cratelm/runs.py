@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cratelm.errors import InputError
 
@@ -41,17 +41,7 @@ StageName = Literal[
     "analysis",
     "report",
 ]
-STAGES: tuple[StageName, ...] = (
-    "tokens",
-    "model",
-    "sae",
-    "activations",
-    "explanations",
-    "scores",
-    "steer",
-    "analysis",
-    "report",
-)
+STAGES: tuple[StageName, ...] = get_args(StageName)
 RECORD = "completed.json"
 PLAN = ".plan.json"
 _VERSIONED = ("cratelm", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
