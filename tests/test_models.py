@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from shared import SHARED, needs_shared
 from torch.nn import functional as F
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
     GPT2LMHeadModel,
@@ -24,6 +25,7 @@ from cratelm.errors import InputError
 from cratelm.models import (
     CrateConfig,
     CrateForCausalLM,
+    CrateModel,
     build,
     capture,
     count_parameters,
@@ -506,3 +508,9 @@ def test_hooks_are_removed_whatever_happens():
     with pytest.raises(RuntimeError, match="stop"), hooked(model, site, lambda layer, a: None):
         raise RuntimeError("stop")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_auto_classes_know_crate(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is CrateModel
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is CrateForCausalLM

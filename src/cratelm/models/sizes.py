@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 
@@ -17,6 +17,7 @@ from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
 
 AutoConfig.register("crate", CrateConfig, exist_ok=True)
+AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
 AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)
 
 
