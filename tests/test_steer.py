@@ -418,6 +418,7 @@ def test_the_verbs_text_and_seed(run, tmp_path):
         "neurons": ("0:3",),
         "add": 5.0,
         "temperature": 1.0,
+        "generate": 8,
     }
     from_file = steer(SteerConfig(text_file=tmp_path / "text", **fields))
     assert "word1␣=␣4⏎word2" in str(from_file)
