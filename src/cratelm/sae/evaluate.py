@@ -17,10 +17,9 @@ as the autoencoder has latents on: the site's own code at the same L0; and all o
 
 import dataclasses
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -30,7 +29,8 @@ from cratelm.activations.harvest import _load, _model_source
 from cratelm.errors import InputError
 from cratelm.evaluate.estimates import Estimate, ratio
 from cratelm.evaluate.subjects import Subject, sequence_length
-from cratelm.models.sites import Site, site_of
+from cratelm.models.latents import latents_of
+from cratelm.models.sites import Site
 from cratelm.runs import Run, write_json
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
@@ -125,145 +125,62 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     run.stage("tokens").require("tokenize")
     asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
     source, identity = _model_source(asked, run)
-    name, folders, stage = _folders(config, run)
+    name, folder, is_own = _folder(config, run)
     model = _load(source, asked)
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
-    site, saes = _open(config, folders, model, identity)
+    site = _open(config, folder, model, identity)
     length = sequence_length(Subject(config.model, "", model), config.sequence_length)
     split = store.split(config.split)
     if split.n_tokens < 2:
         raise InputError(f"the {config.split} split has {split.n_tokens} tokens, 2 were expected")
     plan = SearchPlan.of(split, config.split, store.eot_id, length, config.tokens, config.seed)
-    found = measure(model, site, saes, plan, config.batch_tokens, quiet=config.quiet)
-    result = _result(config, name, site, saes, found)
-    for path in (stage / EVALUATION if stage else None, config.output):
+    found = measure(model, site, plan, config.batch_tokens, quiet=config.quiet)
+    result = _result(config, name, site, found)
+    for path in (folder / EVALUATION if is_own else None, config.output):
         if path is not None:
             write_json(path, {**asdict(result), "tokens_asked": config.tokens, "seed": config.seed})
     return result
 
 
-def _folders(config: SaeEvaluateConfig, run: Run) -> tuple[str, list[Path], Path | None]:
-    """Name, folders of the layers, and the stage's folder where they are the run's own."""
+def _folder(config: SaeEvaluateConfig, run: Run) -> tuple[str, Path, bool]:
+    """Name and folder of the autoencoders, and whether they are the run's own."""
     own = Path(config.model).name
     known = [name for name in run.models("sae") if name.split("@")[0] == own]
     if not config.sae and len(known) == 1:
-        named = known[0]
-    else:
-        named = config.sae if "@" in config.sae else f"{own}@{config.sae}"
+        return known[0], run.stage("sae", known[0]).path, True
+    named = config.sae if "@" in config.sae else f"{own}@{config.sae}"
     if named in run.models("sae"):
-        path = stage = run.stage("sae", named).path
-    else:
-        named, path, stage = config.sae, Path(config.sae), None
-    if (not config.sae and stage is None) or not path.is_dir():
-        has = f"the run has {', '.join(known)}" if known else f"the run has none of {own}"
-        raise InputError(
-            f"--sae {config.sae or 'is not given and'} names no folder and no autoencoders of the run"
-            f" ({has}): name one of them or a folder, or type"
-            f" `cratelm sae train --run {run.path} --model {config.model}` first"
-        )
-    folders = [path] if (path / "cfg.json").is_file() else _layer_folders(path)
-    return named, folders, stage
+        return named, run.stage("sae", named).path, True
+    if config.sae and Path(config.sae).is_dir():
+        return config.sae, Path(config.sae), False
+    has = f"the run has {', '.join(known)}" if known else f"the run has none of {own}"
+    told = f"--sae {config.sae} is no folder and" if config.sae else "--sae is not given and"
+    raise InputError(
+        f"{told} names no autoencoders of the run ({has}): name one of them or a folder, or type"
+        f" `cratelm sae train --run {run.path} --model {config.model}` first"
+    )
 
 
-def _layer_folders(path: Path) -> list[Path]:
-    found = [p for p in path.glob("layer-*") if (p / "cfg.json").is_file()]
-    if not found:
-        raise InputError(
-            f"{path} holds no autoencoder: cfg.json and sae_weights.safetensors were expected, there"
-            " or in folders layer-0, layer-1, ..."
-        )
-    return sorted(found, key=lambda p: int(p.name.removeprefix("layer-")))
-
-
-def _open(
-    config: SaeEvaluateConfig, folders: list[Path], model: Any, identity: str
-) -> tuple[Site, dict[int, Any]]:
-    """The site, and SAELens' autoencoder of each layer, all checked against the model."""
-    sites, saes = [], {}
-    for folder in folders:
-        sae = load_sae(folder, str(model.device))
-        site = _site(config, folder, sae, model)
-        layer = _layer(config, folder, sae)
-        _check(config, folder, sae, site, layer, identity)
-        sites.append(site)
-        saes[layer] = sae
-    if len({site.paths for site in sites}) > 1:
-        raise InputError(
-            f"{folders[0].parent} holds autoencoders of several sites:"
-            f" {', '.join(sorted({s.name for s in sites}))}; name one folder with --sae"
-        )
-    return sites[0], saes
-
-
-def load_sae(folder: Path, device: str = "cpu") -> Any:
-    """SAELens' object from a folder in its format. Raises `InputError` where it cannot be read."""
-    lens = import_sae_lens()
+def _open(config: SaeEvaluateConfig, folder: Path, model: Any, identity: str) -> Site:
+    """The site of the latents, checked against the model, under the name of what they are of."""
     try:
-        return lens.SAE.load_from_disk(folder, device=device).eval()
-    except (
-        Exception
-    ) as error:  # a damaged file fails in ways of json, safetensors, torch and SAELens
-        told = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"{folder} cannot be read as an autoencoder of SAELens ({type(error).__name__}: {told}):"
-            " cfg.json and sae_weights.safetensors as SAELens 6 writes them were expected"
-        ) from None
+        site = latents_of(model, folder)
+    except InputError as error:
+        raise InputError(f"{folder} cannot be measured on {config.model}: {error}") from None
+    metadata = [cast(Any, sae).cfg.metadata for sae in site.autoencoders]
+    for told in metadata:
+        if (told.provenance or {}).get("model_identity", identity) != identity:
+            raise InputError(
+                f"{folder} was trained on another model than {config.model} is now (it was called"
+                f" {told.model_name}): name that one, or type `cratelm sae train` again"
+            )
+    return dataclasses.replace(site, name=str(metadata[0].site or metadata[0].hook_name))
 
 
-def _site(config: SaeEvaluateConfig, folder: Path, sae: Any, model: Any) -> Site:
-    name = sae.cfg.metadata.site or config.site
-    if name is None:
-        raise InputError(f"{folder}/cfg.json names no site: name it with --site")
-    if config.site is not None and site_of(model, config.site).paths != site_of(model, name).paths:
-        raise InputError(f"{folder} is of site {name}, --site is {config.site}: leave --site out")
-    try:
-        return site_of(model, name)
-    except InputError:
-        raise InputError(
-            f"{folder} is of site {name}, which {config.model} ({type(model).__name__}) does not have:"
-            f" name the model that it was trained on ({sae.cfg.metadata.model_name or 'unknown'})"
-        ) from None
-
-
-def _layer(config: SaeEvaluateConfig, folder: Path, sae: Any) -> int:
-    found = sae.cfg.metadata.layer
-    if found is None:
-        match = re.search(r"\.(\d+)\.", f"{sae.cfg.metadata.hook_name or ''}.")
-        found = int(match[1]) if match else config.layer
-    if found is None:
-        raise InputError(f"{folder}/cfg.json names no layer: name it with --layer")
-    if config.layer is not None and config.layer != found:
-        raise InputError(f"{folder} is of layer {found}, --layer is {config.layer}: leave it out")
-    return found
-
-
-def _check(
-    config: SaeEvaluateConfig, folder: Path, sae: Any, site: Site, layer: int, identity: str
-) -> None:
-    """Raises `InputError` where an autoencoder cannot be this model's."""
-    origin = sae.cfg.metadata.provenance or {}
-    if layer >= site.n_layers:
-        raise InputError(
-            f"{folder} is of layer {layer}, {config.model} has {site.n_layers} at site {site.name}:"
-            " name the model that it was trained on"
-        )
-    if sae.cfg.d_in != site.n_neurons[layer]:
-        raise InputError(
-            f"{folder} takes {sae.cfg.d_in:,} inputs, site {site.name} of {config.model} has"
-            f" {site.n_neurons[layer]:,} in layer {layer}: name the model that it was trained on"
-        )
-    if origin.get("model_identity", identity) != identity:
-        raise InputError(
-            f"{folder} was trained on another model than {config.model} is now (it was called"
-            f" {sae.cfg.metadata.model_name}): name that one, or type `cratelm sae train` again"
-        )
-
-
-def _result(
-    config: SaeEvaluateConfig, name: str, site: Site, saes: dict[int, Any], found: Measured
-) -> SaeEvaluateResult:
+def _result(config: SaeEvaluateConfig, name: str, site: Site, found: Measured) -> SaeEvaluateResult:
     sums = found.sums
+    saes = cast(tuple[Any, ...], site.autoencoders)
     return SaeEvaluateResult(
         model=Path(config.model).name,
         sae=name,
@@ -272,13 +189,16 @@ def _result(
         documents=int((sums["targets"] > 0).sum()),
         tokens=int(sums["text"].sum()),
         loss=_ratio(sums["loss"], sums["targets"]),
-        layers=tuple(_layer_figures(layer, sae, found) for layer, sae in sorted(saes.items())),
-        places=tuple(_place_figures(group, found) for group in found.groups),
+        layers=tuple(
+            _layer_figures(place, site.layer_numbers[place], sae, found)
+            for place, sae in enumerate(saes)
+        ),
+        places=tuple(_place_figures(group, site, found) for group in found.groups),
     )
 
 
-def _layer_figures(layer: int, sae: Any, found: Measured) -> LayerFigures:
-    sums = {name[1]: values for name, values in found.sums.by_name.items() if name[0] == layer}
+def _layer_figures(place: int, layer: int, sae: Any, found: Measured) -> LayerFigures:
+    sums = {name[1]: values for name, values in found.sums.by_name.items() if name[0] == place}
     text = found.sums["text"]
     unexplained = _ratio(sums["error"], sums["spread"])
     return LayerFigures(
@@ -287,7 +207,7 @@ def _layer_figures(layer: int, sae: Any, found: Measured) -> LayerFigures:
         latents=sae.cfg.d_sae,
         explained_variance=dataclasses.replace(unexplained, value=1 - unexplained.value),
         l0=_ratio(sums["on"], text),
-        dead=dead_part(found.firing[layer], int((text > 0).sum())),
+        dead=dead_part(found.firing[place], int((text > 0).sum())),
         shrinkage=_ratio(sums["rebuilt_square"], sums["product"]),
         norm_ratio=_ratio(sums["rebuilt_norm"], sums["norm"]),
         own_l0=_ratio(sums["own_on"], text),
@@ -311,13 +231,13 @@ def dead_part(firing: Firing, documents: int) -> Estimate:
     return Estimate(dead, math.sqrt((documents - 1) / documents * spread))
 
 
-def _place_figures(group: tuple[int, ...], found: Measured) -> PlaceFigures:
+def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> PlaceFigures:
     def of(kind: str) -> Spliced:
         return _spliced(found, group, kind)
 
     return PlaceFigures(
-        layers=group,
-        own_kept=tuple(found.kept[layer] for layer in group),
+        layers=tuple(site.layer_numbers[place] for place in group),
+        own_kept=tuple(found.kept[place] for place in group),
         reconstruction=of("reconstruction"),
         own_top=of("own_top"),
         own=of("own"),

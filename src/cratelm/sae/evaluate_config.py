@@ -19,10 +19,6 @@ class SaeEvaluateConfig:
     sae: str = ""
     """NAME or MODEL@NAME of `cratelm sae train`, or a folder in SAELens' format, or one with folders
     layer-0, layer-1, ...; left out: the model's only ones in the run"""
-    site: str | None = None
-    """where the activations live, for a folder that does not say it"""
-    layer: int | None = None
-    """from 0, likewise"""
     split: Split = "held_out"
     """train, fit or held_out"""
     tokens: int = 100_000
@@ -49,7 +45,5 @@ class SaeEvaluateConfig:
             if value is not None and value < least:
                 flag = field.replace("_", "-")
                 raise InputError(f"--{flag} is {value}, {least} or more was expected")
-        for field in ("seed", "layer"):
-            value = getattr(self, field)
-            if value is not None and value < 0:
-                raise InputError(f"--{field} is {value}, 0 or more was expected")
+        if self.seed < 0:
+            raise InputError(f"--seed is {self.seed}, 0 or more was expected")

@@ -10,9 +10,9 @@ Shape legend: b sequences of a forward pass, T tokens of a sequence, n text toke
 H inputs, S latents, C documents, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ _MOST_LOGITS = 2**28
 Float = NDArray[np.float64]
 Replace = Callable[[torch.Tensor], torch.Tensor]
 """activations of text [n, H] -> what takes their place [n, H]"""
+ReplaceKnown = Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor]
+"""the same, told the documents [n] of the tokens"""
 
 
 @dataclass(eq=False)
@@ -79,88 +81,77 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """All sums. Names: `targets`, `text`, `loss`, (layer, figure), (layers, kind)."""
+    """All sums. Names: `targets`, `text`, `loss`, (place, figure), (places, kind)."""
 
     sums: Sums
-    firing: dict[int, Firing]
-    """by layer"""
-    kept: dict[int, int]
-    """own activations kept at a token, by layer: the autoencoder's L0, rounded, at least 1"""
+    firing: list[Firing]
+    """by place"""
+    kept: list[int]
+    """own activations kept at a token, by place: the autoencoder's L0, rounded, at least 1"""
     groups: tuple[tuple[int, ...], ...]
-    """layers that were replaced at once: each alone, then all together where there are several"""
+    """places that were replaced at once: each alone, then all together where there are several"""
 
 
 def measure(
-    model: PreTrainedModel,
-    site: Site,
-    saes: Mapping[int, Any],
-    plan: SearchPlan,
-    batch_tokens: int,
-    *,
-    quiet: bool,
+    model: PreTrainedModel, latents: Site, plan: SearchPlan, batch_tokens: int, *, quiet: bool
 ) -> Measured:
-    """Everything about the autoencoders of some layers (SAELens' objects) on the tokens of a plan.
+    """Everything about the autoencoders of a site of latents, on the tokens of a plan.
 
     Raises `InputError` where an activation or a loss is not a finite number.
     """
-    batch_tokens = min(
-        batch_tokens, max(1, _MOST_LOGITS // model.config.get_text_config().vocab_size)
-    )
-    layers = tuple(sorted(saes))
-    groups = (*((layer,) for layer in layers), *((layers,) if len(layers) > 1 else ()))
+    saes = latents.autoencoders
+    site = replace(latents, autoencoders=())  # the activations below
+    vocabulary = model.config.get_text_config().vocab_size
+    batch_tokens = min(batch_tokens, max(1, _MOST_LOGITS // vocabulary))
+    places = tuple(range(len(saes)))
+    groups = (*((place,) for place in places), *((places,) if len(places) > 1 else ()))
     sums = Sums(_documents(plan))
-    total = plan.n_tokens()
-    bar = tqdm(
-        total=total * (2 + len(groups) * len(KINDS)), unit="tok", unit_scale=True, disable=quiet
-    )
+    total = plan.n_tokens() * (2 + len(groups) * len(KINDS))
+    bar = tqdm(total=total, desc="sae evaluate", unit="tok", unit_scale=True, disable=quiet)
     with torch.no_grad(), bar:
         first = _First(site, saes)
         for batch in plan.batches(batch_tokens, model.device):
             first.add(model, batch)
             bar.update(batch.input_ids.numel())
-        kept = {layer: max(1, round(first.on[layer] / first.n_text)) for layer in layers}
-        means = {layer: (first.total[layer] / first.n_text).float() for layer in layers}
-        rebuilding = {layer: Rebuilding(saes[layer], layer, means[layer], sums) for layer in layers}
+        kept = [max(1, round(on / first.n_text)) for on in first.on]
+        means = [(first.total[place] / first.n_text).float() for place in places]
+        rebuilding = [Rebuilding(saes[place], place, means[place], sums) for place in places]
         for batch in plan.batches(batch_tokens, model.device):
             documents = _document_of(plan, batch)
             sums.add("text", documents[_text(batch).cpu().numpy().ravel()], 1.0)
-            for part in _variants(groups, rebuilding, means, kept, documents):
-                _add_losses(model, site, batch, documents, part, sums)
+            for variant in _variants(groups, rebuilding, kept):
+                _add_losses(model, site, batch, documents, variant, sums)
                 bar.update(batch.input_ids.numel())
-    firing = {layer: found.firing for layer, found in rebuilding.items()}
-    return Measured(sums, firing, kept, groups)
+    return Measured(sums, [found.firing for found in rebuilding], kept, groups)
 
 
 class _First:
-    """The first pass: total activation [H] and latents on, of each layer."""
+    """The first pass: total activation [H] and latents on, of each place."""
 
-    def __init__(self, site: Site, saes: Mapping[int, Any]):
+    def __init__(self, site: Site, saes: Sequence[Any]):
         self.site, self.saes, self.n_text = site, saes, 0
         self.total: dict[int, torch.Tensor] = {}
-        self.on = dict.fromkeys(saes, 0)
+        self.on = [0] * len(saes)
 
     def add(self, model: PreTrainedModel, batch: Batch) -> None:
         text = _text(batch)
         self.n_text += int(text.sum())
 
-        def see(layer: int, activations: torch.Tensor) -> None:
-            if layer not in self.saes:
-                return
-            check_finite(activations, self.site, layer)
+        def see(place: int, activations: torch.Tensor) -> None:
+            check_finite(activations, self.site, self.site.layer_numbers[place])
             x = activations.float()[text]  # [n, H]
-            total = x.sum(0, dtype=torch.float64 if x.device.type != "mps" else torch.float32)
-            self.total[layer] = self.total.get(layer, torch.zeros_like(total)) + total
-            self.on[layer] += int((self.saes[layer].encode(x) != 0).sum())
+            self.total[place] = self.total.get(place, 0) + x.sum(0)
+            self.on[place] += int((self.saes[place].encode(x) != 0).sum())
 
         with hooked(model, self.site, see):
             model.base_model(input_ids=batch.input_ids, use_cache=False)
 
 
 class Rebuilding:
-    """Reconstructions of one layer, and sums about them."""
+    """Reconstructions at one place, and sums about them."""
 
-    def __init__(self, sae: Any, layer: int, mean: torch.Tensor, sums: Sums):
-        self.sae, self.layer, self.mean, self.sums = sae, layer, mean, sums
+    def __init__(self, sae: Any, place: int, mean: torch.Tensor, sums: Sums):
+        self.sae, self.place, self.mean, self.sums = sae, place, mean, sums
         self.firing = Firing.of(sae.cfg.d_sae)
 
     def rebuild(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,7 +174,7 @@ class Rebuilding:
             "product": (x * y).sum(1),
         }
         for name, values in figures.items():
-            self.sums.add((self.layer, name), documents, values)
+            self.sums.add((self.place, name), documents, values)
         for document in np.unique(documents):
             here = torch.from_numpy(documents == document).to(on.device)
             self.firing.add(on[here].any(0).cpu().numpy(), int(document))
@@ -198,59 +189,51 @@ def keep_strongest(x: torch.Tensor, k: int) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Variant:
-    """A way to run the model: its name among the sums, and what replaces which layer's activations."""
+    """A way to run the model: its name among the sums, and what replaces which place's activations."""
 
     name: Any
-    replace: Mapping[int, Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor]]
+    replace: Mapping[int, ReplaceKnown]
 
 
 def _variants(
-    groups: tuple[tuple[int, ...], ...],
-    rebuilding: Mapping[int, Rebuilding],
-    means: Mapping[int, torch.Tensor],
-    kept: Mapping[int, int],
-    documents: NDArray[np.int64],
+    groups: tuple[tuple[int, ...], ...], rebuilding: Sequence[Rebuilding], kept: Sequence[int]
 ) -> Iterator[_Variant]:
-    """The model as it is, then each kind of replacement in each group of layers."""
+    """The model as it is, then each kind of replacement in each group of places."""
     yield _Variant("loss", {})
     for group in groups:
         for kind in KINDS:
-            replace = {}
-            for layer in group:
-                counted = kind == "reconstruction" and len(group) == 1
-                replace[layer] = _replacement(
-                    kind, rebuilding[layer], means[layer], kept[layer], counted
-                )
-            yield _Variant((group, kind), replace)
+            counted = kind == "reconstruction" and len(group) == 1
+            yield _Variant(
+                (group, kind),
+                {p: _replacement(kind, rebuilding[p], kept[p], counted) for p in group},
+            )
 
 
-def _replacement(
-    kind: str, rebuilding: Rebuilding, mean: torch.Tensor, k: int, counted: bool
-) -> Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor]:
-    """Activations of text [n, H] and their documents [n] -> what takes their place."""
+def _replacement(kind: str, rebuilding: Rebuilding, k: int, counted: bool) -> ReplaceKnown:
+    """What a kind puts into a place."""
+    if counted:
+        return rebuilding.rebuild_and_count
     plain: dict[str, Replace] = {
         "zero": torch.zeros_like,
-        "mean": lambda x: mean.expand_as(x),
+        "mean": lambda x: rebuilding.mean.expand_as(x),
         "reconstruction": rebuilding.rebuild,
         "own_top": lambda x: keep_strongest(x, k),
         "own": lambda x: x,
     }
-    if counted:
-        return rebuilding.rebuild_and_count
     return lambda x, documents: plain[kind](x)
 
 
 @contextmanager
 def spliced(
-    model: PreTrainedModel, site: Site, text: torch.Tensor, replace: Mapping[int, Replace]
+    model: PreTrainedModel, site: Site, text: torch.Tensor, replacements: Mapping[int, Replace]
 ) -> Iterator[None]:
-    """While open, activations of the tokens `text` [b, T] of some layers are replaced."""
+    """While open, activations of the tokens `text` [b, T] are replaced at some places of a site."""
 
-    def see(layer: int, activations: torch.Tensor) -> torch.Tensor | None:
-        if layer not in replace:
+    def see(place: int, activations: torch.Tensor) -> torch.Tensor | None:
+        if place not in replacements:
             return None
         changed = activations.clone()
-        changed[text] = replace[layer](activations[text].float()).to(activations.dtype)
+        changed[text] = replacements[place](activations[text].float()).to(activations.dtype)
         return changed
 
     with hooked(model, site, see):
@@ -268,10 +251,10 @@ def _add_losses(
     """Loss at every token but the first of a sequence, added to its document's."""
     text = _text(batch)
     of_text = documents[text.cpu().numpy().ravel()]
-    replace = {
-        layer: (lambda x, f=function: f(x, of_text)) for layer, function in variant.replace.items()
+    replacements = {
+        place: (lambda x, f=function: f(x, of_text)) for place, function in variant.replace.items()
     }
-    with spliced(model, site, text, replace):
+    with spliced(model, site, text, replacements):
         logits = model(input_ids=batch.input_ids, use_cache=False).logits  # [b, T, V]
     # the last token has no next one here; its logits stay where they are, for no copy to be made
     targets = F.pad(batch.input_ids[:, 1:], (0, 1), value=_NONE)  # [b, T]
@@ -279,11 +262,11 @@ def _add_losses(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=_NONE, reduction="none"
     ).view_as(targets)[:, :-1]  # [b, T - 1]
     if not losses.isfinite().all():
-        where = (
-            "as it is"
-            if variant.name == "loss"
-            else f"with {variant.name[1]} in layers {variant.name[0]}"
-        )
+        where = "as it is"
+        if variant.name != "loss":
+            places, kind = variant.name
+            layers = ", ".join(str(site.layer_numbers[place]) for place in places)
+            where = f"with {kind} in layers {layers}"
         raise InputError(
             f"the loss of the model {where} is not a number: the model or the autoencoder is damaged,"
             " or its training diverged"
