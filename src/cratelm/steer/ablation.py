@@ -206,7 +206,9 @@ def _measure(
         batch = _by_token(batch)
         delta, firing = (x.flatten(0, 1)[:, None] for x in (delta, firing))  # [B * T, 1, g]
     pairs = (delta != 0).any(1).T.nonzero()  # [n, 2] which neuron, which sequence
-    for some in pairs.split(rows_at_a_time(batch.rest, batch.targets.shape[1])):
+    step = rows_at_a_time(batch.rest, batch.targets.shape[1])
+    for at in range(0, len(pairs), step):
+        some = pairs[at : at + step]
         j, row = some.unbind(1)
         logits = batch.rest.edited(batch.trace, batch.place, row, neurons[j], delta[row, :, j])
         change = token_losses(logits, batch.targets[row]) - batch.losses[row]  # [n, T]
