@@ -221,6 +221,14 @@ def test_a_perfect_one_and_one_that_shrinks(run, tmp_path):
     assert not (tmp_path / "half" / "evaluation.json").exists()
 
 
+def test_what_has_no_value_is_left_out(run, tmp_path):
+    nothing = evaluated(run, sae=str(known(tmp_path / "nothing", scale=0.0)), output=tmp_path / "o")
+    assert nothing.layers[0].shrinkage is None
+    assert nothing.layers[0].norm_ratio.value == 0
+    assert json.loads((tmp_path / "o").read_text())["layers"][0]["shrinkage"] is None
+    assert " – " in str(nothing)
+
+
 def test_it_measures_every_architecture_and_other_sites(run):
     for options in ({"model": "gpt2", "architecture": "batchtopk", "k": 6}, {"architecture": "gated", "site": "model.layers.*", "layers": (1,)}):  # fmt: skip
         done = sae_train(SaeTrainConfig(run=run, **{"model": "crate", **SMALL, **options}))

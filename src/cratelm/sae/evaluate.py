@@ -63,11 +63,14 @@ class LayerFigures:
     """H"""
     latents: int
     """S"""
-    explained_variance: Estimate
+    explained_variance: Estimate | None
+    """None where all tokens have the same activations"""
     l0: Estimate
     dead: Estimate
-    shrinkage: Estimate
-    norm_ratio: Estimate
+    shrinkage: Estimate | None
+    """None where all reconstructions are 0"""
+    norm_ratio: Estimate | None
+    """None where all activations are 0"""
     own_l0: Estimate
     """activations of the site that are not 0 at a token"""
 
@@ -200,16 +203,18 @@ def _result(config: SaeEvaluateConfig, name: str, site: Site, found: Measured) -
 def _layer_figures(place: int, layer: int, sae: Any, found: Measured) -> LayerFigures:
     sums = {name[1]: values for name, values in found.sums.by_name.items() if name[0] == place}
     text = found.sums["text"]
-    unexplained = _ratio(sums["error"], sums["spread"])
+    unexplained = _over(sums["error"], sums["spread"])
+    if unexplained is not None:
+        unexplained = dataclasses.replace(unexplained, value=1 - unexplained.value)
     return LayerFigures(
         layer=layer,
         inputs=sae.cfg.d_in,
         latents=sae.cfg.d_sae,
-        explained_variance=dataclasses.replace(unexplained, value=1 - unexplained.value),
+        explained_variance=unexplained,
         l0=_ratio(sums["on"], text),
         dead=dead_part(found.firing[place], int((text > 0).sum())),
-        shrinkage=_ratio(sums["rebuilt_square"], sums["product"]),
-        norm_ratio=_ratio(sums["rebuilt_norm"], sums["norm"]),
+        shrinkage=_over(sums["rebuilt_square"], sums["product"]),
+        norm_ratio=_over(sums["rebuilt_norm"], sums["norm"]),
         own_l0=_ratio(sums["own_on"], text),
     )
 
@@ -252,7 +257,7 @@ def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> Spliced:
 
     def recovered(floor: str) -> Estimate | None:
         lost = sums[group, floor] - clean
-        return _ratio(sums[group, floor] - loss, lost) if lost.sum() > 0 else None
+        return _over(sums[group, floor] - loss, lost) if lost.sum() > 0 else None
 
     return Spliced(
         loss=_ratio(loss, targets),
@@ -265,7 +270,16 @@ def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> Spliced:
 def _ratio(x: np.ndarray, y: np.ndarray) -> Estimate:
     """sum(x) / sum(y) over the documents that have a token of either."""
     seen = (x != 0) | (y != 0)
-    return ratio(x[seen], y[seen]) if y.sum() else Estimate(math.nan, None)
+    return ratio(x[seen], y[seen])
+
+
+def _over(x: np.ndarray, y: np.ndarray) -> Estimate | None:
+    """The same, None where the second sum is 0."""
+    return _ratio(x, y) if y.sum() else None
+
+
+def _show(figure: Estimate | None, form: str) -> str:
+    return "–" if figure is None else figure.show(form)
 
 
 _LAYER_FIGURES = (
@@ -282,7 +296,7 @@ _LAYER_FIGURES = (
 def _layer_table(layers: tuple[LayerFigures, ...]) -> str:
     lines = [["", "inputs", "latents", *(heading for _, heading, _ in _LAYER_FIGURES)]]
     for f in layers:
-        shown = [getattr(f, name).show(form) for name, _, form in _LAYER_FIGURES]
+        shown = [_show(getattr(f, name), form) for name, _, form in _LAYER_FIGURES]
         lines.append([f"layer {f.layer}", f"{f.inputs:,}", f"{f.latents:,}", *shown])
     return _grid(lines)
 
@@ -300,10 +314,7 @@ def _place_table(result: SaeEvaluateResult) -> str:
             "zero": place.zero,
         }
         for told, s in rows.items():
-            parts = [
-                "–" if r is None else r.show(".2%")
-                for r in (s.recovered_from_zero, s.recovered_from_mean)
-            ]
+            parts = [_show(r, ".2%") for r in (s.recovered_from_zero, s.recovered_from_mean)]
             lines.append([f"{where}: {told}", s.added.show("+.4f"), *parts])
     return _grid(lines)
 
