@@ -211,9 +211,12 @@ def test_a_place_is_found_again(finished, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["l1", "batchtopk", "jumprelu"])
 def test_interrupted_training_ends_in_the_same_weights(run, tmp_path, monkeypatch, architecture):
-    options = {"architecture": architecture, "dead_after": 64, "buffer_mib": 1, "name": "x"}
+    options = {"architecture": architecture, "dead_after": 64, "buffer_mib": 1, "name": "x", "lr": 0.05}  # fmt: skip
+    if architecture == "l1":
+        options["l1"] = 0.05  # enough for latents to die
     shutil.copytree(run, tmp_path / "other")
     whole = trained(run, **options)
+    assert (min(layer.resampled for layer in whole.layers) > 0) == (architecture == "l1")
     step = train.Stream.batch
 
     def killed_at(number):
