@@ -1,0 +1,58 @@
+"""The model and the site that a harvest is of, opened again: for what is measured on the same neurons."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cratelm.errors import InputError
+from cratelm.evaluate.subjects import Subject, check_store, open_subject
+from cratelm.models.sites import Site, site_of
+from cratelm.runs import Run
+from cratelm.tokens.shards import TokenStore
+
+
+@dataclass(frozen=True, eq=False)
+class Harvested:
+    """A model of which a run has a harvest."""
+
+    subject: Subject
+    site: Site
+    store: TokenStore
+    folder: Path
+    """of the harvest"""
+    sequence_length: int
+    """tokens that it read at once"""
+
+
+def open_site(run: Run, subject: Subject, site: str | None, sae: str | None) -> Site:
+    """The site called `site`, or the latents of the autoencoders called `sae`: a name in the run, or a folder.
+
+    Raises `InputError` where there is none.
+    """
+    if sae is None:
+        return site_of(subject.model, site)
+    from cratelm.models.latents import latents_of
+
+    stage = run.stage("sae", f"{Path(subject.name).name}@{Path(sae).name}")
+    named = "/" not in sae and stage.completion() is not None
+    return latents_of(subject.model, stage.path if named else Path(sae))
+
+
+def open_harvested(run: Run, name: str) -> Harvested:
+    """The model, site and tokens of the harvest called `name`.
+
+    Raises `InputError` where the harvest is not finished, was imported, or its model is gone.
+    """
+    stage = run.stage("activations", name)
+    told: dict[str, Any] = stage.require("harvest").config
+    run.stage("tokens").require("tokenize")
+    if "model" not in told or not (stage.path / "sites.json").is_file():
+        raise InputError(
+            f"{stage.path} was imported, without a model that could be run: harvest a model"
+        )
+    subject = open_subject(run, told["model"], from_run=told["model"] in run.models())
+    store = TokenStore(run.stage("tokens").path)
+    check_store(subject, store, run)
+    length = told.get("sequence_length") or subject.longest or 1024
+    site = open_site(run, subject, told.get("site"), told.get("sae"))
+    return Harvested(subject, site, store, stage.path, int(length))

@@ -1,0 +1,99 @@
+"""Atoms of a dictionary and subspaces of heads: linear algebra on the weights alone.
+
+Shape legend: H atoms, D width, K heads, P width of a head.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import subspace_angles
+
+Array = NDArray[np.float64]
+DUPLICATE = 0.95
+"""cosine with another atom from which an atom counts as a duplicate"""
+_BLOCK = 1024
+"""atoms whose cosines with all others are held at a time: 25 MB at H = 3,072"""
+
+
+@dataclass(frozen=True, eq=False)
+class Coherence:
+    """How alike the atoms of one dictionary are."""
+
+    nearest: NDArray[np.int64]
+    """[H] the other atom with the largest |cosine|"""
+    cosine: Array
+    """[H] that |cosine|"""
+    signed: Array
+    """[H] the largest cosine with another atom: duplicates point the same way"""
+
+    @property
+    def mutual(self) -> float:
+        """Mutual coherence: the largest |cosine| of two atoms (Donoho & Elad 2003)."""
+        return float(self.cosine.max())
+
+    @property
+    def duplicated(self) -> NDArray[np.bool_]:
+        """[H]"""
+        return self.signed >= DUPLICATE
+
+
+def coherence(atoms: Array) -> Coherence:
+    """Of atoms [H, D], H at least 2; an atom of zeros is like no other."""
+    norm = np.linalg.norm(atoms, axis=1, keepdims=True)
+    unit = np.divide(atoms, norm, out=np.zeros_like(atoms), where=norm > 0)
+    nearest, cosine, signed = [], [], []
+    for low in range(0, len(unit), _BLOCK):
+        block = unit[low : low + _BLOCK] @ unit.T  # [block, H]
+        own = np.arange(len(block))
+        block[own, low + own] = 0
+        place = np.abs(block).argmax(1)
+        nearest.append(place)
+        cosine.append(np.abs(block)[own, place])
+        signed.append(block.max(1))
+    return Coherence(*map(np.concatenate, (nearest, cosine, signed)))  # type: ignore[arg-type]
+
+
+def welch_bound(n_atoms: int, width: int) -> float:
+    """The least mutual coherence that H atoms in D dimensions can have (Welch 1974); 0 up to H = D."""
+    if n_atoms <= width:
+        return 0.0
+    return float(np.sqrt((n_atoms - width) / (width * (n_atoms - 1))))
+
+
+def spectral_norm(matrix: Array) -> float:
+    """Largest singular value."""
+    return float(np.linalg.norm(matrix, 2))
+
+
+def stable_rank(matrix: Array) -> float:
+    """|M|_F^2 / |M|_2^2, at most the rank (Rudelson & Vershynin 2007)."""
+    return float(np.linalg.norm(matrix) ** 2 / spectral_norm(matrix) ** 2)
+
+
+def effective_rank(matrix: Array) -> float:
+    """exp of the entropy of the singular values, taken as shares (Roy & Vetterli 2007)."""
+    values = np.linalg.svd(matrix, compute_uv=False)
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def overlap(a: Array, b: Array) -> tuple[float, float]:
+    """Mean squared cosine and smallest of the principal angles, in degrees, of two row spaces [P, D].
+
+    Björck & Golub 1973. The mean squared cosine is 1 for equal subspaces, 0 for orthogonal ones, P/D for
+    random ones on average.
+    """
+    angles = subspace_angles(a.T, b.T)
+    return float(np.mean(np.cos(angles) ** 2)), float(np.degrees(angles.min()))
+
+
+def overlaps(bases: Array) -> Array:
+    """[pairs, 2] `overlap` of every two heads of [K, P, D]."""
+    pairs = [(i, j) for i in range(len(bases)) for j in range(i)]
+    return np.array([overlap(bases[i], bases[j]) for i, j in pairs]).reshape(-1, 2)
+
+
+def random_bases(shape: tuple[int, ...], seed: int) -> Array:
+    """Normal entries [K, P, D]: subspaces without a direction of their own."""
+    return np.random.default_rng(seed).standard_normal(shape)

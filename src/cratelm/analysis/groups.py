@@ -1,0 +1,71 @@
+"""Neurons grouped by how alike they fire: Pearson correlation over tokens, average linkage.
+
+Shape legend: N tokens, H neurons of a layer.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+
+TOGETHER = 0.5
+"""mean correlation from which neurons are a group"""
+NONE = -1
+
+
+class Moments:
+    """Sums over tokens that correlations come from: 8 H^2 bytes."""
+
+    def __init__(self, n_neurons: int) -> None:
+        self.n = 0
+        self.sum = torch.zeros(n_neurons, dtype=torch.float64)
+        self.products = torch.zeros(n_neurons, n_neurons, dtype=torch.float64)
+
+    def add(self, activations: torch.Tensor) -> None:
+        """Takes in activations [N, H]."""
+        self.n += len(activations)
+        self.sum += activations.sum(0, dtype=torch.float64).cpu()
+        self.products += (activations.T @ activations).double().cpu()
+
+    def correlation(self) -> NDArray[np.float64]:
+        """[H, H], 0 in the rows and columns of neurons that never vary, 1 on the diagonal."""
+        mean = self.sum / self.n
+        covariance = (self.products / self.n - mean[:, None] * mean).numpy()
+        deviation = np.sqrt(np.clip(np.diag(covariance), 0, None))
+        # what is left of a constant neuron is rounding
+        varies = deviation > 1e-6 * np.maximum(1, np.abs(mean.numpy()))
+        scale = np.outer(deviation, deviation)
+        found = np.divide(
+            covariance, scale, out=np.zeros_like(covariance), where=np.outer(varies, varies)
+        )
+        np.fill_diagonal(found, 1)
+        return np.clip(found, -1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Which neurons of a layer fire alike."""
+
+    group: NDArray[np.int64]
+    """[H] number of the group, from 0 with the largest; `NONE` for neurons that fire like no other"""
+    nearest: NDArray[np.int64]
+    """[H] the other neuron with the highest correlation"""
+    correlation: NDArray[np.float64]
+    """[H] that correlation"""
+
+
+def groups(correlation: NDArray[np.float64]) -> Groups:
+    """Average-linkage clusters of [H, H], H at least 2, cut where the mean correlation falls below `TOGETHER`."""
+    distance = squareform(1 - correlation, checks=False)
+    label = fcluster(linkage(distance, "average"), 1 - TOGETHER, "distance")  # [H] from 1
+    size = np.bincount(label)
+    by_size = [g for g in np.argsort(-size, kind="stable") if size[g] > 1]
+    number = np.full(len(size), NONE)
+    number[by_size] = np.arange(len(by_size))
+    others = correlation.copy()
+    np.fill_diagonal(others, -np.inf)
+    nearest = others.argmax(1)
+    return Groups(number[label], nearest, others[np.arange(len(others)), nearest])
