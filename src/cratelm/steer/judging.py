@@ -1,0 +1,119 @@
+"""Which of two continuations shows more of what an explanation says? Asked in both orders.
+
+Paulo et al. 2024 (arXiv 2410.13928) score an explanation of an effect by how much likelier a model
+finds the explanation after text made under the intervention than after clean text. The log-probability
+of a whole explanation is not among the requests that every backend here answers, so the judge is given
+the explanation and both continuations, and the probability of its one-token answer is read (where a
+server tells none, its answer is counted). Chance is 0.5 for every judge, whatever it prefers: both
+orders are asked, so that a liking for the first text cancels.
+
+The answer stands on a line of its own, as in `cratelm.score.scorer_prompts`. `VERSION` changes with any word.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cratelm.explain.llm.requests import Answer, Fill, Outcome, Read, Reading, Request, Role
+from cratelm.explain.llm.text import escaped
+from cratelm.records import Score, Status
+from cratelm.score.scorer_prompts import one_line
+from cratelm.score.tasks import Task, failed
+
+VERSION = "intervene-1"
+PLACES = ("1", "2")
+_SLOT = "More of it:\n"
+_PREAMBLE = """\
+Which of the two texts shows more of what the description says? Answer 1 or 2.
+
+Description: names of cities
+1:  took the night train from Vienna to Prague, then on to Paris
+2:  walked home in the rain and cooked for her sister that
+More of it:
+1
+
+Description: comparison operators in program code
+1:  def close(self):\\n        self.file.close()\\n
+2:  if x <= y and y != z or z >= 3:\\n    return x ==
+More of it:
+2
+
+Description: `in`, ` of` and ` at`
+1:  and he ran, and she ran, but nobody cared
+2:  in the middle of the town, at the end of
+More of it:
+2
+
+Description: numbers
+1:  1, 22, 340, 4 and 5000 in 1999
+2:  the old red house on the hill beside
+More of it:
+1
+
+"""
+_SYSTEM = """\
+You are given a description and two texts. Decide which of the two shows more of what the description \
+says. Line ends in the texts are written \\n. Answer with JSON alone: {"values": [N]}, N being 1 or 2."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two continuations of one beginning."""
+
+    plain: str
+    steered: str
+
+
+def task(explanation: str, pairs: Sequence[Pair], *, reads: bool, seed: int) -> Task | Score:
+    """What is asked about one neuron: each pair that differs in both orders.
+
+    Its value is the mean probability of naming the steered text, 0..1; `n_records` counts pairs.
+    UNDEFINED where no pair differs; FAILED where any request has no answer.
+    """
+    asked = [p for p in pairs if p.plain != p.steered]
+    if not asked:
+        return Score(None, Status.UNDEFINED, "every continuation is the same as without steering")
+    ask = _read if reads else _fill
+    requests: list[Request] = []
+    for pair in asked:
+        requests.append(ask(explanation, pair.steered, pair.plain, seed))
+        requests.append(ask(explanation, pair.plain, pair.steered, seed))
+
+    def grade(outcomes: Sequence[Outcome]) -> Score:
+        steered_is = [0, 1] * len(asked)
+        chances = [_chance(o, place) for o, place in zip(outcomes, steered_is, strict=True)]
+        return Score(float(np.mean(chances)), n_records=len(asked))
+
+    return Task(tuple(requests), lambda outcomes: failed(outcomes) or grade(outcomes))
+
+
+def mass(outcomes: Sequence[Outcome]) -> list[float]:
+    """Share of all probability on the two answers, of each reading."""
+    readings = [o.value for o in outcomes if isinstance(o, Answer) and isinstance(o.value, Reading)]
+    return [float(r.mass[0]) for r in readings if r.mass is not None]
+
+
+def _read(explanation: str, first: str, second: str, seed: int) -> Read:
+    body = f"{_both(first, second)}\n{_SLOT}"
+    context = f"Description: {one_line(explanation)}\n"
+    return Read(_PREAMBLE, context, body + PLACES[0], (len(body),), PLACES, full=True)
+
+
+def _fill(explanation: str, first: str, second: str, seed: int) -> Fill:
+    question = f"Description: {one_line(explanation)}\n\n{_both(first, second)}"
+    messages: tuple[tuple[Role, str], ...] = (("system", _SYSTEM), ("user", question))
+    return Fill(messages, 1, 1, len(PLACES), seed)
+
+
+def _both(first: str, second: str) -> str:
+    return f"1: {escaped(first)}\n2: {escaped(second)}"
+
+
+def _chance(outcome: Outcome, place: int) -> float:
+    """Probability of the answer `place` (0 or 1); of JSON 0 or 1."""
+    assert isinstance(outcome, Answer)
+    if isinstance(outcome.value, Reading):
+        return float(np.exp(outcome.value.log_probs[0, place]))
+    assert isinstance(outcome.value, tuple)
+    return float(outcome.value[0] == place + 1)
