@@ -109,7 +109,6 @@ def _measure(
     split = opened.store.split("held_out")
     plan = SearchPlan.of(split, "held_out", opened.store.eot_id, length, config.tokens, config.seed)
     model, site = opened.subject.model, opened.site
-    total = plan.n_tokens()
     with tqdm(desc="analyze", unit="tok", unit_scale=True, disable=config.quiet) as bar:
         gathered = gather(
             model,
@@ -129,7 +128,6 @@ def _measure(
                 progress=bar.update,
             )
         )
-        assert bar.n >= total
     figures, neurons = _figures(config, opened, gathered)
     summaries = summarise(read, config.resamples, config.seed)
     _write(folder, figures, neurons, read, summaries)
