@@ -141,6 +141,17 @@ def test_training_lowers_the_error_on_a_model(run):
         assert points[-1] > points[0] + 0.3
 
 
+def test_it_starts_from_the_mean(run):
+    done = trained(run, architecture="topk", k=8, lr=1e-9, layers=(0,))
+    model, split = load(run / "model" / "crate"), TokenStore(run / "tokens").split("train")
+    site, rows = site_of(model), split.n_sequences(LENGTH)
+    tokens = torch.tensor(split.read(0, rows * LENGTH)).view(rows, LENGTH)
+    with torch.no_grad():
+        found = activations.layer_activations(model, site, (0,), tokens)[0][tokens != EOT]
+    mean = found.mean(0)
+    assert (weights(done.path, 0)["b_dec"] - mean).norm() < 0.05 * mean.norm()
+
+
 # ---- the stream of activations --------------------------------------------------------------------
 
 
