@@ -16,6 +16,9 @@ from cratelm.cli import main
 from cratelm.errors import InputError
 from cratelm.models import build, site_of
 from cratelm.records import NeuronId
+from cratelm.report.effects import effects_figure, effects_table, interventions_table, promoted
+from cratelm.report.figures import Series
+from cratelm.runs import Run
 from cratelm.steer.ablation import Text, ablate
 from cratelm.steer.attribution import Effect, attribute, best, firing, rank_correlation
 from cratelm.steer.config import Edit, EffectsConfig
@@ -312,3 +315,51 @@ def test_mistakes(run, tmp_path, capsys):
         assert told in error
         assert error.count("\n") == 1
     assert not list((run / "steer").glob(".*"))
+
+
+# ---- the report -----------------------------------------------------------------------------------
+
+
+def test_what_the_report_reads(run, tmp_path):
+    models = ["crate-2l", "gpt2-2l", "nobody"]
+    assert effects_table(Run(tmp_path), models) is None
+    assert interventions_table(Run(tmp_path), models) is None
+    results = [effects(EffectsConfig(run=run, model=m, force=True, **SIZES)) for m in models[:2]]
+    table = effects_table(Run(run), models)
+    assert table is not None
+    assert [(r[0], r[1]) for r in table.rows] == [
+        (m, layer) for m in models[:2] for layer in (0, 1)
+    ]
+    size = results[1].layers[0].size
+    cell = table.records()[2]["size"]
+    assert size is not None
+    assert (cell["value"], cell["low"], cell["high"]) == (size.value, size.low, size.high)
+    table.to_latex()
+    assert "rank correlation" in table.to_text()
+    series = [(m, Series(m, place)) for place, m in enumerate(models)]
+    figure = effects_figure(Run(run), series)
+    assert figure is not None
+    figure.write(tmp_path)
+    assert (tmp_path / "effects.png").stat().st_size > 1000
+    assert [s.label for s in figure.series] == models[:2]
+    assert effects_figure(Run(run), series[2:]) is None
+    assert len(figure.svgs()) == 3
+
+
+def test_what_the_gallery_reads(run):
+    result = effects(EffectsConfig(run=run, model="gpt2-2l", force=True, **SIZES))
+    row = next(
+        r
+        for r in pq.read_table(result.path / "logit_effects.parquet").to_pylist()
+        if r["layer"] == 1 and r["kind"] == "exact"
+    )
+    neuron = NeuronId("gpt2-2l", "mlp", 1, row["index"])
+    found = promoted(result.path, neuron)
+    assert found is not None
+    assert list(found.promoted) == row["promoted"]
+    assert list(found.suppressed_values) == row["suppressed_values"]
+    plain = promoted(result.path, neuron, "first_order")
+    assert plain is not None
+    assert plain.promoted_values != found.promoted_values
+    assert promoted(result.path, NeuronId("gpt2-2l", "mlp", 1, 10**6)) is None
+    assert promoted(run / "steer" / "nobody", neuron) is None

@@ -26,6 +26,7 @@ from cratelm.explain.store import (  # fmt: skip
 )
 from cratelm.models import load
 from cratelm.records import Explanation, NeuronId, Score, Status
+from cratelm.report.effects import interventions_table
 from cratelm.runs import Run
 from cratelm.score.tasks import Task
 from cratelm.steer.config import Edit, InterveneConfig
@@ -156,6 +157,13 @@ def test_a_judge_that_knows_scores_high_and_the_nulls_at_chance(run, judge):
     assert json.loads((result.path / "summary.json").read_text())["n_neurons"] == 8
     texts = pq.read_table(result.path / "continuations.parquet").to_pylist()
     assert len(texts) == 8 * 3
+    table = interventions_table(Run(run), [MODEL])
+    assert table is not None
+    assert [r["mean"]["value"] for r in table.records()] == [
+        own.value,
+        shuffled.value,
+        random.value,
+    ]
     assert all(set(t) >= {"prompt", "plain", "steered", "random"} for t in texts)
 
 
