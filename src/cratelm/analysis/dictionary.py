@@ -51,7 +51,7 @@ def coherence(atoms: Array) -> Coherence:
         nearest.append(place)
         cosine.append(np.abs(block)[own, place])
         signed.append(block.max(1))
-    return Coherence(*map(np.concatenate, (nearest, cosine, signed)))  # type: ignore[arg-type]
+    return Coherence(np.concatenate(nearest), np.concatenate(cosine), np.concatenate(signed))
 
 
 def welch_bound(n_atoms: int, width: int) -> float:

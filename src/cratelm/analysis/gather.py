@@ -218,8 +218,8 @@ def _add(sums: LayerSums, key: Key, values: torch.Tensor, where: _Where, documen
     array = values.double().cpu().numpy()
     there = ~np.isnan(array)
     index = where.document[there]
-    total = np.bincount(index, array[there], documents)
-    count = np.bincount(index, minlength=documents).astype(np.float64)
+    total = np.bincount(index, array[there], documents).astype(np.float64)
+    count: Array = np.bincount(index, minlength=documents).astype(np.float64)
     if key not in sums.totals:
         sums.totals[key], sums.counts[key] = total, count
     else:
