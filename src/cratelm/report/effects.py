@@ -163,8 +163,9 @@ def interventions_table(run: Run, models: Sequence[str]) -> Table | None:
         tuple(rows),
         "A language model is given the explanation of a neuron and two continuations of one text, with"
         " the neuron set to its maximum and without, in both orders: mean probability that it names"
-        " the steered one (0.5: it cannot tell). The controls: another neuron's explanation of the"
-        " same continuations; the own explanation of continuations with another neuron steered as"
+        " the steered one. A judge that cannot tell is at 0.5, or where its liking for steered or plain"
+        " text puts it: read a model's first row against the other two, which are another neuron's"
+        " explanation of the same continuations, and continuations with another neuron steered as"
         " strongly. [ ]: 95% bootstrap interval over neurons.",
     )
 

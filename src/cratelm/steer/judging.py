@@ -4,8 +4,9 @@ Paulo et al. 2024 (arXiv 2410.13928) score an explanation of an effect by how mu
 finds the explanation after text made under the intervention than after clean text. The log-probability
 of a whole explanation is not among the requests that every backend here answers, so the judge is given
 the explanation and both continuations, and the probability of its one-token answer is read (where a
-server tells none, its answer is counted). Chance is 0.5 for every judge, whatever it prefers: both
-orders are asked, so that a liking for the first text cancels.
+server tells none, its answer is counted). Both orders are asked, so that a liking for the first text
+cancels. A liking for steered or for plain text, whatever the explanation, does not: it shows in the
+control with another neuron's explanation, and the own score is read against that.
 
 The answer stands on a line of its own, as in `cratelm.score.scorer_prompts`. `VERSION` changes with any word.
 """
