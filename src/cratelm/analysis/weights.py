@@ -57,11 +57,13 @@ def dictionary_figures(atoms: Array, found: Coherence) -> Figures:
 
 
 def step_figures(model: Any, layer: int, norm: float) -> Figures:
-    """The step size beside the largest that lowers the lasso objective for certain; CRATE alone."""
+    """Steps, and their size beside the largest that lowers the lasso objective for certain; CRATE alone."""
     if not isinstance(model, CrateForCausalLM):
         return {}
+    ista = _block(model, layer).ista
     return {
-        ("step_size", ""): float(_block(model, layer).ista.step_size),
+        ("ista_steps", ""): float(ista.steps),
+        ("step_size", ""): float(ista.step_size),
         ("step_size_bound", ""): norm**-2,
     }
 
