@@ -311,7 +311,7 @@ def run(tmp_path_factory) -> Path:
 
 # a seed whose sample leaves out the last sequence, which is shorter
 SMALL: dict[str, Any] = {
-    "seed": 2,
+    "seed": 1,
     "tokens": 600,
     "resamples": 100,
     "batch_tokens": 64,
