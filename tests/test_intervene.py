@@ -144,6 +144,8 @@ def test_a_judge_that_knows_scores_high_and_the_nulls_at_chance(run, judge):
     assert abs(random.value - 0.5) < 0.15
     assert result.over_shuffled.low > 0.3
     assert result.mass == pytest.approx(0.8)
+    assert result.known is not None
+    assert 0.5 < result.known < 1  # it reads what stands between backquotes, two pairs of five
     found = rows(result)
     assert {found["none", i]["explanation"] for i in PLANTED} == {found["shuffled", i]["explanation"] for i in PLANTED}  # fmt: skip
     for index in PLANTED:
@@ -169,7 +171,10 @@ def test_a_judge_that_knows_scores_high_and_the_nulls_at_chance(run, judge):
 
 def test_a_judge_that_prefers_the_first_text_is_at_chance(run, judge):
     judge.knows = False
-    for found in asked(run).controls:
+    result = asked(run)
+    assert result.known == pytest.approx(0.5, abs=1e-3)
+    assert "WARNING" in str(result)
+    for found in result.controls:
         assert found.mean.value == pytest.approx(0.5, abs=1e-3)
         assert found.mean.low == pytest.approx(0.5, abs=1e-3)
 

@@ -1,6 +1,7 @@
 """Steering against the oracle, against plain hooks, and with the cache against without it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,36 @@ def test_other_sites(name):
         assert not torch.allclose(logits(model, x), plain, atol=1e-3)
 
 
+class Rotation:
+    """An autoencoder whose latents are the activations in another basis."""
+
+    def __init__(self, size: int, seed: int):
+        noise = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+        self.basis = torch.linalg.qr(noise)[0]  # [S, H]
+
+    def encode(self, x):
+        return x @ self.basis.T
+
+    def decode(self, latents):
+        return latents @ self.basis
+
+
+def test_latents_of_one_layer():
+    """Only their decoded change is added; the layer goes by its number in the model."""
+    model, x = model_of("gpt2"), ids()
+    below = site_of(model)
+    rotation = Rotation(128, 0)
+    site = replace(below, name="latents", paths=below.paths[1:], n_neurons=(128,), layers=(1,), autoencoders=(rotation,))  # fmt: skip
+    plain = capture(model, below, x)[1]
+    with steering(model, Edit(1, 5, set=3.0, positions="4:"), site=site):
+        found = capture(model, below, x)[1]
+    wanted = plain.clone()
+    wanted[:, 4:] += (3.0 - plain @ rotation.basis[5])[:, 4:, None] * rotation.basis[5]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=r"has the layers 1$"), steering(model, Edit(0, 5, set=3.0), site=site):  # fmt: skip
+        pass
+
+
 def test_gradients_flow_through():
     model, x = model_of("crate").train(), ids()
     model.gradient_checkpointing_enable()
@@ -165,7 +196,8 @@ def test_the_model_is_as_before_whatever_happens(error):
 def test_contexts_nest():
     model, x = model_of("crate"), ids()
     plain = logits(model, x)
-    outer, inner = Edit(0, 1, set=3.0, positions=":4"), Edit(1, 2, set=5.0, positions="-2:")
+    outer, inner = Edit(0, 1, set=3.0, positions=":-2"), Edit(1, 2, set=5.0, positions="-2:")
+    options = {"max_new_tokens": 6, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
     with steering(model, outer, inner):
         both = logits(model, x)
         generated = model.generate(x, max_new_tokens=6, pad_token_id=0)
@@ -175,6 +207,11 @@ def test_contexts_nest():
             torch.testing.assert_close(logits(model, x), both)
             assert torch.equal(model.generate(x, max_new_tokens=6, pad_token_id=0), generated)
         assert torch.equal(logits(model, x), one)
+        # the outer one still knows the prompt, which the inner one's wrapper of `generate` passed on
+        cached = model.generate(x, use_cache=True, **options).logits
+        whole = model.generate(x, use_cache=False, **options).logits
+        for a, b in zip(cached, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
     assert torch.equal(logits(model, x), plain)
     assert not hooks_of(model)
     assert "generate" not in model.__dict__

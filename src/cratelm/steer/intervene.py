@@ -15,7 +15,7 @@ random. `summary.json`: the figures. `calls.json`: what was asked.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +51,8 @@ Control = Literal["none", "shuffled", "random"]
 CONTROLS: tuple[Control, ...] = ("none", "shuffled", "random")
 NEURONS_A_TIME = 16
 """neurons that are asked about together"""
+ABLE = 0.75
+"""below this on pairs whose answer is known, a judge's answers say little"""
 _PROMOTED_SHOWN = 6
 SCHEMA = pa.schema(
     [
@@ -104,16 +106,21 @@ class InterveneResult:
     """what steering does to the next token, nats"""
     mass: float | None
     """mean share of all probability that falls on the judge's two answers; None where none is told"""
+    known: float | None
+    """what the judge gives the right answer in made-up questions; None where a call failed. Near 0.5 it
+    cannot judge"""
     n_failed: int = 0
     calls: str = ""
 
     def __str__(self) -> str:
-        by = (
-            "" if self.mass is None else f" ({self.mass:.0%} of its probability on the two answers)"
-        )
+        by = "" if self.mass is None else f" ({self.mass:.0%} of its probability on the answers)"
+        known = "unknown" if self.known is None else f"{self.known:.2f}"
+        if self.known is not None and self.known < ABLE:
+            known += " - WARNING: it hardly can tell, and what follows says little"
         lines = [
             f"{self.model}, explained by {self.explainer}, judged by {self.judge}{by}:"
             f" {self.n_neurons} neurons, KL {_shown(self.kl, '.3f')} nats a token: {self.path}",
+            f"  the judge on made-up pairs, whose right answer is known: {known}",
             "chance that the steered text is named (0.5 where nothing is told):",
         ]
         for found in self.controls:
@@ -191,15 +198,18 @@ def intervene(config: InterveneConfig) -> InterveneResult | Plan | Shard:
         index, count = config.worker()
         mine = selected[index::count]
         asked = _asked(config, harvested, explained, selected, mine, client.backend.reads)
+        known = judging.known_task(reads=client.backend.reads, seed=config.seed)
         if config.dry_run:
-            return plan(client, ([r for a in some for r in a.requests] for some, _ in asked))
+            needed = ([r for a in some for r in a.requests] for some, _ in asked)
+            return plan(client, chain([known.requests], needed))
+        able = known.grade(client.ask(known.requests)).value
         rows, continuations, masses = _answers(config, client, asked, len(mine))
         if config.shard:
             return Shard(ledger_path(config), len(mine), str(client.tally))
         with stage.write(config, inputs) as draft:
             write_json(draft.path / "calls.json", client.tally.as_dict())
             draft.unhashed.add("calls.json")
-            _write(draft, config, judge, explained, rows, continuations, masses)
+            _write(draft, config, judge, explained, rows, continuations, masses, able)
             results = draft.results
     return _read(stage.path, results, str(client.tally))
 
@@ -464,6 +474,7 @@ def _write(
     rows: Sequence[dict[str, Any]],
     continuations: Sequence[dict[str, Any]],
     masses: Sequence[float],
+    able: float | None,
 ) -> None:
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), draft.path / "interventions.parquet")
     pq.write_table(
@@ -481,6 +492,7 @@ def _write(
         over_random=_plain(_gap(config, rows, "random")),
         kl=_plain(_mean(config, [row["kl"] for row in own])),
         mass=float(np.mean(masses)) if masses else None,
+        known=able,
         n_failed=sum(row["status"] == Status.FAILED for row in rows),
     )
     write_json(draft.path / "summary.json", draft.results)

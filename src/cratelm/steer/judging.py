@@ -57,6 +57,27 @@ _SYSTEM = """\
 You are given a description and two texts. Decide which of the two shows more of what the description \
 says. Line ends in the texts are written \\n. Answer with JSON alone: {"values": [N]}, N being 1 or 2."""
 
+_KNOWN = (
+    (
+        "days of the week",
+        " on Monday and Tuesday, then on Friday",
+        " with a spoon of salt in the pan",
+    ),
+    ("the tokens `import`, `from`", "\nimport os\nfrom sys import path\n", " = self.value + 1\n\n"),
+    (
+        "names of colours",
+        " a red coat, a blue hat, green shoes",
+        " seven pages of notes from the day",
+    ),
+    ("closing brackets", ")) + f(x)) * g(y)])) - (z))", " the train was late again, and then"),
+    (
+        "the word `not`",
+        " not now, not here and not like that",
+        " once a week at the end of the road",
+    ),
+)
+"""made-up descriptions, a text that shows each, and one that does not"""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -87,6 +108,22 @@ def task(explanation: str, pairs: Sequence[Pair], *, reads: bool, seed: int) -> 
         return Score(float(np.mean(chances)), n_records=len(asked))
 
     return Task(tuple(requests), lambda outcomes: failed(outcomes) or grade(outcomes))
+
+
+def known_task(*, reads: bool, seed: int) -> Task:
+    """Questions whose answers are known: what a judge that cannot answer them says is worth nothing."""
+    parts = [
+        task(what, [Pair(other, shown)], reads=reads, seed=seed) for what, shown, other in _KNOWN
+    ]
+    tasks = [part for part in parts if isinstance(part, Task)]
+
+    def grade(outcomes: Sequence[Outcome]) -> Score:
+        scores = [t.grade(outcomes[2 * i : 2 * i + 2]) for i, t in enumerate(tasks)]
+        values = [s.value for s in scores if s.value is not None]
+        return Score(float(np.mean(values)), n_records=len(values))
+
+    requests = tuple(r for t in tasks for r in t.requests)
+    return Task(requests, lambda outcomes: failed(outcomes) or grade(outcomes))
 
 
 def mass(outcomes: Sequence[Outcome]) -> list[float]:
