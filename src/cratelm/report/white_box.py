@@ -170,7 +170,7 @@ def distortion_table(found: Sequence[Analysed]) -> Table:
     )
     columns = [Column("model", "model"), Column("layer", "layer", "d")]
     columns += [
-        Column(f"{key}_{epsilon}", f"{label}, ε = {epsilon}", "+.1f")
+        Column(f"{key}_{epsilon}", f"{label}, ε = {epsilon}", ".1f")
         for key, label in _RATES.items()
         for epsilon in distortions
     ]
@@ -357,7 +357,7 @@ def readings_table(found: Sequence[Analysed]) -> Table:
         "Consistency and distinctiveness",
         columns,
         tuple(rows),
-        "On held-out tokens. An explanation covers a token where it predicts more than half of its largest"
+        "On held-out tokens. An explanation covers a token where it predicts at least half of its largest"
         " value (counted from its default). Consistency: part of the covered tokens at which the neuron is"
         " above a tenth of its maximum on the fit documents; evenness: 1 where it is equally strong at all"
         " of them; distinctiveness: part of the other tokens at which it is not above that tenth; AUROC:"
@@ -582,20 +582,16 @@ def lasso_figure(drawn: Drawn) -> Figure | None:
     def product(axes: Axes) -> None:
         by_layer(series, points, "step size × |D|²")(axes)
         axes.set_ylim(0, max(2.3, 1.05 * axes.get_ylim()[1]))
-        for bound, told in ((1, "never rises"), (2, "converges")):
+        for bound in (1, 2):
             axes.axhline(bound, color=INK, linewidth=0.7)
-            left = axes.get_xlim()[0]
-            axes.annotate(
-                f"below: {told}", (left, bound), (3, 2), textcoords="offset points", fontsize=7.5
-            )
 
     panels.append(Panel("Step size against its bounds", product))
     return Figure(
         "white_box_lasso",
         "The lasso objective along the unrolled steps",
         "Left: 1/2 |x − D A|² + λ |A|₁ over held-out tokens, as part of its value at A = 0, a line a layer;"
-        " filled markers: steps that the model takes, hollow ones: where the iteration would go. Right:"
-        " bounds below which no step can raise the objective, and below which the iteration converges.",
+        " later ones darker; markers: steps that the model takes. Right: at 1 and below no step can raise the"
+        " objective, below 2 the iteration converges; above, neither is promised.",
         tuple(panels),
         tuple(series),
     )
@@ -638,7 +634,7 @@ def readings_figure(drawn: Drawn) -> Figure | None:
 
     def panel(measure: str) -> Panel:
         points = [_measured(a, measure, control) for _, a, control in lines]
-        y = {"auroc": "chance that covered > other", "evenness": "1: equally strong at all covered"}
+        y = {"auroc": "chance, covered > other", "evenness": "evenness, 0 to 1"}
         return Panel(
             _plain_label(measure).capitalize() if measure != "auroc" else "AUROC",
             by_layer(series, points, y.get(measure, f"{_place(measure)} tokens, %")),
@@ -698,6 +694,7 @@ def _along_steps(series: Series, a: Analysed) -> Draw:
 
     def draw(axes: Axes) -> None:
         layers, steps = a.layers, a.steps()
+        ends: dict[int, float] = {}
         for place, layer in enumerate(layers):
             values = np.array([_first(a.at("lasso", str(step), layer)) for step in steps])
             part = 100 * values / values[0]
@@ -706,15 +703,26 @@ def _along_steps(series: Series, a: Analysed) -> Draw:
             axes.plot(steps, part, color=series.colour, linewidth=1.2, alpha=alpha)
             style = {**series.style(), "linestyle": "none", "alpha": alpha, "markersize": 4}
             axes.plot(steps[: taken + 1], part[: taken + 1], **style)
-            if place in (0, len(layers) - 1):
-                axes.annotate(
-                    f"layer {layer}", (steps[-1], part[-1]), (-2, 4), textcoords="offset points",
-                    ha="right", fontsize=7.5,
-                )  # fmt: skip
+            ends[layer] = float(part[-1])
+        _name_ends(axes, steps[-1], {layer: ends[layer] for layer in (layers[0], layers[-1])})
         axes.set(xlabel="step", ylabel="objective, % of that at A = 0", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return draw
+
+
+def _name_ends(axes: Axes, x: float, ends: dict[int, float]) -> None:
+    """Names the first and the last layer at their lines' ends: the upper line above it, the lower one below."""
+    for place, layer in enumerate(sorted(ends, key=lambda layer: -ends[layer])):
+        shift = 4 if place == 0 else -11
+        axes.annotate(
+            f"layer {layer}",
+            (x, ends[layer]),
+            (-2, shift),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7.5,
+        )
 
 
 def _first(value: Value | None) -> float:
@@ -736,7 +744,8 @@ def _by_layer_panel(
         by_layer([s for s, _ in own], points, y)(axes)
         if at_random and levels:
             axes.axhline(float(np.mean(levels)), color=INK, linewidth=0.7)
-        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        top = axes.get_ylim()[1]
+        axes.set_ylim(-0.03 * top, 1.08 * top)  # markers at 0 are seen whole
 
     return Panel(title, draw)
 
