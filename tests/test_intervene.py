@@ -30,7 +30,7 @@ from cratelm.report.effects import interventions_table
 from cratelm.runs import Run
 from cratelm.score.tasks import Task
 from cratelm.steer.config import Edit, InterveneConfig
-from cratelm.steer.continuations import as_strong, continued, divergence, log_probs, prompts
+from cratelm.steer.continuations import CLOSE, as_strong, continued, divergence, log_probs, prompts
 from cratelm.steer.intervene import InterveneResult, intervene
 from cratelm.steer.judging import Pair, mass, task
 from cratelm.steer.steering import steering
@@ -191,9 +191,10 @@ def test_strengths_are_matched(planted):
     given = prompts(harvested.store.split("held_out"), harvested.store.eot_id, 3, 8, 0, 1, 2)
     x = torch.from_numpy(given)
     plain = log_probs(harvested, x, None)
-    target = divergence(harvested, x, 1, 2, 1.5, plain)
-    found = as_strong(harvested, x, 1, 3, 0.01, target, plain)
-    assert found.kl == pytest.approx(target, rel=0.1)
+    target = divergence(harvested, x, 1, 2, 0.4, plain)
+    for first in (0.01, 0.013, 0.017, 9.0):  # too weak, and too strong
+        found = as_strong(harvested, x, 1, 3, first, target, plain)
+        assert found.kl == pytest.approx(target, rel=CLOSE)
     with steering(harvested.subject.model, Edit(1, 3, set=found.value)), torch.no_grad():
         logs = harvested.subject.model(x).logits.log_softmax(-1)
     assert float((logs.exp() * (logs - plain)).sum(-1).mean()) == pytest.approx(found.kl, rel=1e-4)
