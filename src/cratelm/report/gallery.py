@@ -17,6 +17,7 @@ from cratelm.activations.store import read_records
 from cratelm.records import Excerpt, Metric, NeuronId, NeuronRecord, NeuronScore
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
+from cratelm.report.effects import LogitEffect, promoted
 from cratelm.report.gather import ModelResults, Place, RunResults
 from cratelm.report.shading import Piece, pieces
 from cratelm.report.tables import Cell, Column, Table
@@ -54,6 +55,8 @@ class Card:
     told: tuple[Told, ...]
     """what language models say of it"""
     excerpts: tuple[ShownExcerpt, ...]
+    effect: LogitEffect | None = None
+    """what it writes to the vocabulary; None where that was not measured"""
 
     @property
     def score(self) -> str:
@@ -64,6 +67,14 @@ class Card:
         figures = [f"{METRIC_NAMES[m]} {_shown(s)}" for m, s in self.scores.items()]
         rate = f"above 0 on {100 * self.firing_rate:.3g}% of held-out tokens"
         return " · ".join([*figures, rate, f"largest activation {self.maximum:.3g}"])
+
+    @property
+    def effects(self) -> list[tuple[str, str]]:
+        """Tokens that it promotes and suppresses most where it fires."""
+        if self.effect is None:
+            return []
+        sides = (("promotes", self.effect.promoted), ("suppresses", self.effect.suppressed))
+        return [(name, "  ".join(tokens)) for name, tokens in sides if tokens]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +156,7 @@ def _gallery(
         explained = _explanations(folder, results.explainer, places)
     by_model = told(results.run, model, places)
     harvest = results.run.stage("activations", model.name).path
+    effects = results.run.stage("steer", model.name).path
     held_out, fit = (_records(harvest, split, places) for split in ("held_out", "fit"))
     scores: dict[Place, dict[Metric, NeuronScore]] = {place: {} for place in places}
     for s in mine:
@@ -165,6 +177,7 @@ def _gallery(
             text=printable(text),
             told=by_model.get(place, ()),
             excerpts=tuple(excerpts),
+            effect=promoted(effects, record.neuron),
         )
 
     groups = tuple((g, tuple(card(p, g) for p in members)) for g, members in chosen.items())

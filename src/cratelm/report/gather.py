@@ -36,6 +36,8 @@ MODEL_STAGES: dict[StageName, str] = {
 """stages of one model, with the verb that makes each"""
 SET_STAGES: dict[StageName, str] = {"explanations": "explain", "scores": "score"}
 """those of them that there are several of: one without a language model, one for each that was asked"""
+SIDE_STAGES: tuple[StageName, ...] = ("steer", "analysis")
+"""what the side rooms wrote about a model; it may be there, and need not"""
 _T = TypeVar("_T", NeuronScore, ModelStatistics)
 Place = tuple[int, int]
 """layer and index of a neuron"""
@@ -140,6 +142,8 @@ class RunResults:
     """those with one: their scores are of a sample of the neurons"""
     metrics: tuple[Metric, ...]
     """of the comparison: those by simulation, or the others where a run has no simulation"""
+    sides: tuple[Completion, ...]
+    """of `SIDE_STAGES`, of the models shown"""
     shared_ordinals: int
     """documents that are in more than one split: 0 where the shards are right, or are gone"""
 
@@ -187,7 +191,7 @@ def inputs_of(run: Run, names: Sequence[str]) -> dict[str, str]:
         for of_set in _set_names(run, name):
             for stage, done in _completions(run, set_of(name, of_set), SET_STAGES).items():
                 found[f"{stage}/{set_of(name, of_set)}"] = done.identity
-    return found
+    return found | {f"{done.stage}/{done.name}": done.identity for done in _sides(run, names)}
 
 
 def gather(run: Run, config: ReportConfig) -> RunResults:
@@ -218,6 +222,7 @@ def gather(run: Run, config: ReportConfig) -> RunResults:
         with_model=tuple(sorted(with_model)),
         metrics=tuple(m for m in METRICS if m in metrics)
         or tuple(m for m in SCORERS if m in metrics),
+        sides=_sides(run, names),
         shared_ordinals=_shared_ordinals(run) if tokens else 0,
     )
 
@@ -286,6 +291,12 @@ def _completions(
         stage: run.stage(stage, name).completion() for stage in stages
     }
     return {stage: done for stage, done in found.items() if done is not None}
+
+
+def _sides(run: Run, names: Sequence[str]) -> tuple[Completion, ...]:
+    found = (run.stage(stage, n) for stage in SIDE_STAGES for n in run.models(stage))
+    mine = (stage.completion() for stage in found if stage.name.partition("@")[0] in names)
+    return tuple(done for done in mine if done is not None)
 
 
 def _json(path: Path) -> Any:

@@ -52,7 +52,7 @@ def loss(results: RunResults) -> Figure | None:
     trained = [m for m in results.models if any("loss" in line for line in m.curve)]
     if not trained:
         return None
-    series = [_own(m) for m in trained]
+    series = [own_series(m) for m in trained]
     points = [(*_points(m, "loss"), *_points(m, "validation_loss")) for m in trained]
     return Figure(
         "loss",
@@ -84,7 +84,7 @@ def score_by_layer(results: RunResults) -> Figure:
 
 
 def score_distributions(results: RunResults) -> Figure:
-    series = [_own(m) for m in results.models]
+    series = [own_series(m) for m in results.models]
 
     def panel(metric: Metric) -> Panel:
         values = [_values(m, results.explainer, metric) for m in results.models]
@@ -105,7 +105,7 @@ def sparsity(results: RunResults) -> Figure | None:
     models = [m for m in results.models if m.summaries]
     if not models:
         return None
-    series = [_own(m) for m in models]
+    series = [own_series(m) for m in models]
     rates, dead = zip(*(_sparsity_points(m) for m in models), strict=True)
     return Figure(
         "sparsity",
@@ -121,17 +121,17 @@ def sparsity(results: RunResults) -> Figure | None:
     )
 
 
-def _own(m: ModelResults) -> Series:
+def own_series(m: ModelResults) -> Series:
     return Series(m.name, m.place, "init" if m.null_of else "")
 
 
 def _with_nulls(results: RunResults) -> list[_Drawn]:
     """Each model, then the shuffled null of the trained ones, then the random initialisations."""
-    drawn: list[_Drawn] = [(_own(m), m, "none") for m in results.principal]
+    drawn: list[_Drawn] = [(own_series(m), m, "none") for m in results.principal]
     for m in results.principal:
         series = Series(f"{m.name}, shuffled", m.place, "shuffled")
         drawn.append((series, m, "shuffled"))
-    return drawn + [(_own(m), m, "none") for m in results.models if m.null_of]
+    return drawn + [(own_series(m), m, "none") for m in results.models if m.null_of]
 
 
 def _bar(s: ModelStatistics | LayerStatistics | None) -> tuple[float, float, float] | None:

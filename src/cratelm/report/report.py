@@ -13,13 +13,15 @@ from markupsafe import Markup
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
 from cratelm.report.content import all_tables
+from cratelm.report.effects import effects_figure, effects_table, interventions_table
 from cratelm.report.figures import Figure
 from cratelm.report.gallery import AFTER, BEFORE, Gallery, galleries, neuron_table
 from cratelm.report.gather import RunResults, gather, inputs_of, missing, model_names
-from cratelm.report.plots import all_figures
+from cratelm.report.plots import all_figures, own_series
 from cratelm.report.reproduce import commands, facts
 from cratelm.report.shading import faint_marks
 from cratelm.report.tables import Table
+from cratelm.report.white_box import white_box_figures, white_box_tables
 from cratelm.runs import Run, versions, write_json
 
 PAGE, TABLES, COMPARISON = "report.html", "tables.json", "comparison.txt"
@@ -29,6 +31,8 @@ _SECTIONS = (
     ("models", "Loss"),
     ("scores", "Scores"),
     ("twins", "Twins"),
+    ("white-box", "White box"),
+    ("effects", "Effects"),
     ("with-model", "With a language model"),
     ("sparsity", "Sparsity"),
     ("neurons", "Neurons"),
@@ -74,6 +78,7 @@ def report(config: ReportConfig) -> ReportResult:
     if shown:
         tables["neurons"] = neuron_table(shown, results.metrics)
     figures = all_figures(results)
+    _add_sides(results, config, tables, figures)
     with stage.write(config, inputs) as draft:
         _write_tables(draft.path, tables)
         (draft.path / "figures").mkdir()
@@ -82,6 +87,22 @@ def report(config: ReportConfig) -> ReportResult:
         page = _page(results, config, tables, figures, shown)
         (draft.path / PAGE).write_text(page, encoding="utf-8")
     return _read(stage.path)
+
+
+def _add_sides(
+    results: RunResults, config: ReportConfig, tables: dict[str, Table], figures: dict[str, Figure]
+) -> None:
+    """What the side rooms measured, where it is there."""
+    run, names = results.run, [m.name for m in results.models]
+    series = [(m.name, own_series(m)) for m in results.models]
+    pairs = [(a.name, b.name) for a, b in results.twins()]
+    tables |= white_box_tables(run, names, pairs, resamples=config.resamples, seed=config.seed)
+    figures |= white_box_figures(run, series)
+    made = (effects_table(run, names), interventions_table(run, names))
+    tables |= {t.name: t for t in made if t is not None}
+    drawn = effects_figure(run, series)
+    if drawn is not None:
+        figures[drawn.name] = drawn
 
 
 def comparison_table(result: ReportResult) -> str:
@@ -124,6 +145,8 @@ def _page(
     environment.filters["marks"] = faint_marks
     absent = {name for name in ("twins", "sparsity") if name not in tables}
     absent |= set() if shown else {"neurons"}
+    absent |= set() if any(name.startswith("white_box") for name in tables) else {"white-box"}
+    absent |= set() if {"effects", "interventions"} & set(tables) else {"effects"}
     absent |= set() if any(m.with_model for m in results.models) else {"with-model"}
     return environment.from_string((here / "page.html.j2").read_text(encoding="utf-8")).render(
         css=Markup((here / "style.css").read_text(encoding="utf-8")),
@@ -131,6 +154,8 @@ def _page(
         lead=_lead(results),
         sections=[(anchor, name) for anchor, name in _SECTIONS if anchor not in absent],
         with_model="with-model" not in absent,
+        white_box="white-box" not in absent,
+        effects="effects" not in absent,
         missing=missing(results),
         tables=tables,
         figures=figures,

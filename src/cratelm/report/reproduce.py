@@ -33,7 +33,19 @@ def commands(results: RunResults, config: ReportConfig) -> str:
         for done in _all(results)
         if not (done.stage == "tokens" and done.config.get("corpus") == _IMPORTED)
     ]
+    lines += [_side_command(done, results) for done in results.sides]
     return "\n".join([*lines, _command("report", ReportConfig, config_dict(config), results)])
+
+
+def _side_command(done: Completion, results: RunResults) -> str:
+    """Of a stage whose room the report does not import: every setting that says something."""
+    judged = "intervene" if "@" in done.name else "effects"
+    verb = {"analysis": "analyze", "steer": judged}[done.stage]
+    words = ["cratelm", verb, "--run", str(results.run.path)]
+    for name, value in done.config.items():
+        if value not in (None, "", [], False):
+            words += _flag(name, value)
+    return shlex.join(words)
 
 
 def _verb(done: Completion) -> tuple[str, type]:
@@ -66,7 +78,10 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
         ("Seeds", ", ".join(f"{verb} {seed}" for verb, seed in seeds.items() if seed)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Source commit", _several(c.git_commit for c in done) or "not from a source tree"),
-        ("Time", f"{sum(c.seconds for c in done):,.0f} s over all stages shown here"),
+        (
+            "Time",
+            f"{sum(c.seconds for c in [*done, *results.sides]):,.0f} s over all stages shown here",
+        ),
     ]
 
 
@@ -74,7 +89,8 @@ def _all(results: RunResults) -> list[Completion]:
     tokens = [results.tokens] if results.tokens else []
     free = [c for m in results.models for c in m.completions.values()]
     sets = [found for m in results.models for found in m.with_model]
-    return [*tokens, *free, *(c for found in sets for c in found.completions.values())]
+    asked = [c for found in sets for c in found.completions.values()]
+    return [*tokens, *free, *asked]
 
 
 def _settings(done: Completion) -> dict[str, Any]:

@@ -26,7 +26,9 @@ EPSILON = "0.5"
 """distortion of the coding rates shown"""
 SHARE = 0.5
 """how far between the default and the largest value a token must be predicted to be covered"""
-MEASURES = ("consistency", "evenness", "distinctiveness", "auroc")
+MEASURES = ("consistency", "evenness", "distinctiveness", "contrast", "auroc")
+DRAWN = ("consistency", "evenness", "distinctiveness", "auroc")
+"""in the figure"""
 _RATES = {
     "compression_rate": "R^c, heads' projections",
     "subspace_rate": "R^c, heads' subspaces",
@@ -360,7 +362,8 @@ def readings_table(found: Sequence[Analysed]) -> Table:
         "On held-out tokens. An explanation covers a token where it predicts at least half of its largest"
         " value (counted from its default). Consistency: part of the covered tokens at which the neuron is"
         " above a tenth of its maximum on the fit documents; evenness: 1 where it is equally strong at all"
-        " of them; distinctiveness: part of the other tokens at which it is not above that tenth; AUROC:"
+        " of them; distinctiveness: part of the other tokens at which it is not above that tenth; contrast:"
+        " (m − m') / (m + m') of its mean activations m on covered and m' on other tokens; AUROC:"
         " chance that it is stronger at a covered token than at another. Shuffled: another neuron's"
         " explanation. Undefined: nothing is covered. [ ]: 95% bootstrap interval over neurons.",
     )
@@ -647,7 +650,7 @@ def readings_figure(drawn: Drawn) -> Figure | None:
         " fires; evenness: how equal its activations are there; distinctiveness: part of the other tokens at"
         " which it is silent. Mean over the neurons of a layer; bars: 95% bootstrap interval over them."
         " Shuffled: another neuron's explanation.",
-        tuple(panel(measure) for measure in MEASURES),
+        tuple(panel(measure) for measure in DRAWN),
         tuple(series),
     )
 
