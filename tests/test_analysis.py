@@ -16,7 +16,7 @@ from cratelm.activations.store import read_summaries
 from cratelm.analysis.analyze import analyze
 from cratelm.analysis.coding_rate import coding_rate, compression_rate, jackknife, orthonormal
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.consistency import Observed, covered, interval, others, read
+from cratelm.analysis.consistency import MEASURES, Observed, covered, interval, others, read
 from cratelm.analysis.dictionary import (
     coherence,
     effective_rank,
@@ -220,8 +220,7 @@ def test_a_neuron_of_one_token_is_perfect():
     found = read(Observed.of(activations, 5.0), TOKENS == 3)
     assert found.status is Status.DEFINED
     assert (found.n_covered, found.n_elsewhere) == (100, 900)
-    values = (found.consistency, found.evenness, found.distinctiveness, found.auroc)
-    assert values == pytest.approx((1, 1, 1, 1))
+    assert [getattr(found, measure) for measure in MEASURES] == pytest.approx([1, 1, 1, 1, 1])
 
 
 def test_a_neuron_at_random_is_at_chance():
@@ -242,6 +241,7 @@ def test_readings_by_hand():
     assert found.evenness == pytest.approx(6**2 / (3 * 20))
     assert found.distinctiveness == pytest.approx(2 / 3)
     assert found.any_distinctiveness == pytest.approx(1 / 3)
+    assert found.contrast == pytest.approx((2 - 1.1 / 3) / (2 + 1.1 / 3))
     # pairs won: 4 beats all three, 2 beats all three, 0 ties with one
     assert found.auroc == pytest.approx(6.5 / 9)
 
@@ -252,6 +252,8 @@ def test_what_has_no_value_has_none():
     assert read(Observed.of(activations, 1.0), none).status is Status.UNDEFINED
     assert read(Observed.of(activations, 1.0), ~none).auroc is None
     assert read(Observed.of(activations, 0.0), some).status is Status.DEAD
+    assert read(Observed.of(-activations, 1.0), some).contrast is None
+    assert read(Observed.of(np.zeros(3, np.float32), 1.0), some).contrast is None
     silent = read(Observed.of(activations, 1.0), some)
     assert (silent.consistency, silent.evenness) == (0, None)
 

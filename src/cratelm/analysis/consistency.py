@@ -12,6 +12,8 @@ counts as firing, a tenth of its largest activation there; everything below is c
     evenness          (sum a)^2 / (n sum a^2) over the n covered tokens: 1 where all activations are equal, 1/n
                       where one token has it all (participation ratio; 1 / (1 + squared variation coefficient))
     distinctiveness   part of the other tokens at which it does not fire
+    contrast          (m - m') / (m + m') of the mean activations m on covered and m' on other tokens, which hangs
+                      on no threshold: 1 for a neuron that is 0 elsewhere, 0 for one that makes no difference
     AUROC             chance that a covered token has the higher activation than another one, ties half
 
 The two ideas are those of Bai & Ma (arXiv 2410.16443, section 5); as numbers they are defined here.
@@ -35,7 +37,7 @@ SHARE = 0.5
 """the one that is shown"""
 FIRING = 0.1
 """of the largest activation on the fit split: above it a neuron fires"""
-MEASURES = ("consistency", "evenness", "distinctiveness", "auroc")
+MEASURES = ("consistency", "evenness", "distinctiveness", "contrast", "auroc")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Reading:
     evenness: float | None = None
     distinctiveness: float | None = None
     any_distinctiveness: float | None = None
+    contrast: float | None = None
+    """of activations that are never negative: None where one is, or all are 0"""
     auroc: float | None = None
 
 
@@ -101,8 +105,17 @@ def read(neuron: Observed, mask: NDArray[np.bool_]) -> Reading:
         evenness=float(inside.sum(dtype=np.float64) ** 2 / (n * energy)) if energy else None,
         distinctiveness=float((outside <= neuron.firing).mean()),
         any_distinctiveness=float((outside <= 0).mean()),
+        contrast=contrast(inside, outside),
         auroc=float(wins / (n * rest)),
     )
+
+
+def contrast(inside: NDArray[np.float32], outside: NDArray[np.float32]) -> float | None:
+    """Of activations on covered and on other tokens; None where one is negative or all are 0."""
+    if min(inside.min(), outside.min()) < 0:
+        return None
+    m, rest = (float(part.mean(dtype=np.float64)) for part in (inside, outside))
+    return (m - rest) / (m + rest) if m + rest else None
 
 
 def others(n: int, seed: int) -> NDArray[np.int64]:

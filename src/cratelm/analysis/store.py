@@ -56,6 +56,7 @@ READING_SCHEMA = pa.schema(
         ("evenness", pa.float64()),
         ("distinctiveness", pa.float64()),
         ("any_distinctiveness", pa.float64()),
+        ("contrast", pa.float64()),
         ("auroc", pa.float64()),
     ]
 )

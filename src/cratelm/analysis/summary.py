@@ -20,7 +20,7 @@ class Summary:
     control: Control
     share: float
     measure: str
-    """consistency, evenness, distinctiveness or auroc"""
+    """consistency, evenness, distinctiveness, contrast or auroc"""
     mean: float | None
     """None where no neuron has a value"""
     low: float | None
