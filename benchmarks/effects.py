@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cratelm.activations.subjects import open_harvested
 from cratelm.models import build, capture, site_of
 from cratelm.runs import Run
 from cratelm.steer import Edit
 from cratelm.steer.ablation import Text, ablate, rows_at_a_time, token_losses
 from cratelm.steer.rest import Rest
 from cratelm.steer.steering import steering
-from cratelm.steer.subjects import open_harvested
 
 
 class RandomSplit:

@@ -83,7 +83,7 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(corpus, tmp_path):
     assert str(whole / "report" / "report.html") in out
 
     broken = tmp_path / "broken"
-    for told in ("[2/18]", "[9/18]", "[18/18]"):
+    for told in ("[2/20]", "[9/20]", "[20/20]"):
         assert kill_when(start(broken, corpus), told), told
     last = start(broken, corpus)
     out, _ = last.communicate()

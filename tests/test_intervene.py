@@ -13,6 +13,7 @@ from fake_llm import FakeModel
 from test_steer import small_run
 
 import cratelm
+from cratelm.activations.subjects import open_harvested
 from cratelm.cli import main
 from cratelm.errors import BudgetReached, InputError
 from cratelm.explain.llm.client import Plan, Shard
@@ -34,7 +35,6 @@ from cratelm.steer.continuations import CLOSE, as_strong, continued, divergence,
 from cratelm.steer.intervene import InterveneResult, intervene
 from cratelm.steer.judging import Pair, mass, task
 from cratelm.steer.steering import steering
-from cratelm.steer.subjects import open_harvested
 
 MODEL = "gpt2-2l"
 PLANTED = {index: 40 + 7 * index for index in range(8)}

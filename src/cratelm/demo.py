@@ -11,6 +11,8 @@ import torch
 
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
+from cratelm.analysis.analyze import analyze
+from cratelm.analysis.config import AnalyzeConfig
 from cratelm.demo_config import DemoConfig
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
@@ -32,8 +34,10 @@ _HARVEST_COST = 2.0
 """seconds of a harvest by seconds of its forward passes, rounded up (benchmarks/harvest.py)"""
 _SECONDS_A_NEURON = 0.04
 """explaining and scoring a neuron on a core, three metrics and controls (benchmarks/explain_score.py)"""
-_FIXED_SECONDS = 45
-"""tokenizing the built-in corpus, loading libraries, drawing the report"""
+_ANALYZED = 20_000
+"""held-out tokens of the white-box reading, of each twin"""
+_FIXED_SECONDS = 65
+"""tokenizing the built-in corpus, loading libraries, white-box reading, drawing the report"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,9 @@ def _steps(config: DemoConfig) -> Iterator[_Step]:
         yield _Step("activations", name, lambda c=harvesting: harvest(c))
         yield _Step("explanations", name, lambda c=explaining: explain(c))
         yield _Step("scores", name, lambda c=scoring: score(c))
+    for name in twins:
+        analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
+        yield _Step("analysis", name, lambda c=analyzing: analyze(c))
     yield _Step("report", "", lambda: report(ReportConfig(**common, seed=config.seed)))
 
 

@@ -57,7 +57,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     """
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
-    source, identity = _model_source(config, run)
+    source, identity = model_source(config, run)
     stage = run.stage("activations", harvest_name(config))
     inputs = {"tokens": tokens.identity, "model": identity}
     autoencoder = None
@@ -65,7 +65,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
         autoencoder, inputs["sae"] = _sae_source(config, run, identity)
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage.path, stage.require("harvest").results)
-    model = _load(source, config)
+    model = load_for(source, config)
     store = TokenStore(run.path / "tokens")
     check_vocabulary(store, model.config.vocab_size)
     site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
@@ -174,7 +174,7 @@ def _plan(
     return SearchPlan.of(tokens, split, store.eot_id, length, config.tokens, config.seed)
 
 
-def _model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
+def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
     """Where to load the model from, and its identity: a model of the run, a folder, or a Hub id."""
     folder = Path(config.model)
     is_name = "/" not in config.model and not config.model.startswith(".")
@@ -212,7 +212,7 @@ def _sae_source(config: HarvestConfig, run: Run, model: str) -> tuple[Path, str]
     return folder, hash_json({str(p.relative_to(folder)): hash_file(p) for p in files})
 
 
-def _load(source: str | Path, config: HarvestConfig) -> PreTrainedModel:
+def load_for(source: str | Path, config: HarvestConfig) -> PreTrainedModel:
     device = config.device
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -25,7 +25,7 @@ import numpy as np
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import HarvestConfig
-from cratelm.activations.harvest import _load, _model_source
+from cratelm.activations.harvest import load_for, model_source
 from cratelm.errors import InputError
 from cratelm.evaluate.estimates import Estimate, ratio
 from cratelm.evaluate.subjects import Subject, sequence_length
@@ -127,9 +127,9 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     run = Run(config.run)
     run.stage("tokens").require("tokenize")
     asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, identity = _model_source(asked, run)
+    source, identity = model_source(asked, run)
     name, folder, is_own = _folder(config, run)
-    model = _load(source, asked)
+    model = load_for(source, asked)
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = _open(config, folder, model, identity)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.config import HarvestConfig
-from cratelm.activations.harvest import _load, _model_source
+from cratelm.activations.harvest import load_for, model_source
 from cratelm.errors import InputError
 from cratelm.evaluate.subjects import Subject, sequence_length
 from cratelm.models.sites import Site, site_of
@@ -112,12 +112,12 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
     asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, identity = _model_source(asked, run)
+    source, identity = model_source(asked, run)
     stage = run.stage("sae", config.folder)
     inputs = {"tokens": tokens.identity, "model": identity}
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage)
-    model = _load(source, asked)
+    model = load_for(source, asked)
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = site_of(model, config.site)

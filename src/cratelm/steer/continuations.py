@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from cratelm.activations.batches import SearchPlan
+from cratelm.activations.subjects import Harvested
 from cratelm.errors import InputError
 from cratelm.evaluate.scoring import next_logits
 from cratelm.steer.config import Edit
 from cratelm.steer.steer import continue_ids
 from cratelm.steer.steering import steering
-from cratelm.steer.subjects import Harvested
 from cratelm.tokens.shards import TokenSplit
 
 DOUBLINGS, HALVINGS = 12, 16

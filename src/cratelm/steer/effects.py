@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.store import NEURON_FIELDS, read_records, read_summaries
+from cratelm.activations.subjects import Harvested, open_harvested
 from cratelm.evaluate.estimates import Estimate
 from cratelm.explain.explain import select_neurons
 from cratelm.explain.store import Selected
@@ -42,7 +43,6 @@ from cratelm.steer.config import EffectsConfig, places
 from cratelm.steer.estimates import Mean, mean_of
 from cratelm.steer.readout import readout
 from cratelm.steer.rest import Rest
-from cratelm.steer.subjects import Harvested, open_harvested
 
 _IDS, _WORDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.string()), pa.list_(pa.float32())
 EFFECT_SCHEMA = pa.schema(

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.store import NEURON_FIELDS, read_summaries
+from cratelm.activations.subjects import Harvested, open_harvested
 from cratelm.errors import InputError
 from cratelm.explain.llm.client import Client, Plan, Shard, plan
 from cratelm.explain.llm.requests import Request
@@ -45,7 +46,6 @@ from cratelm.steer import judging
 from cratelm.steer.config import FREE, PROMOTED, InterveneConfig, places
 from cratelm.steer.continuations import Continuations, Push, continued, prompts
 from cratelm.steer.estimates import Mean, mean_of
-from cratelm.steer.subjects import Harvested, open_harvested
 
 Control = Literal["none", "shuffled", "random"]
 CONTROLS: tuple[Control, ...] = ("none", "shuffled", "random")

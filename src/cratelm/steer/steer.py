@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from cratelm.activations.subjects import open_site
 from cratelm.errors import InputError
 from cratelm.evaluate.marks import visible
 from cratelm.evaluate.scoring import next_logits
@@ -18,7 +19,6 @@ from cratelm.models.sites import Site
 from cratelm.runs import Run, write_json
 from cratelm.steer.config import Edit, SteerConfig
 from cratelm.steer.steering import chosen, steering
-from cratelm.steer.subjects import open_site
 from cratelm.tokens.shards import TokenStore
 
 
