@@ -27,6 +27,7 @@ from cratelm.analysis.dictionary import (
     stable_rank,
     welch_bound,
 )
+from cratelm.analysis.gather import LayerSums, _add_moments, _Where
 from cratelm.analysis.groups import NONE, Moments, groups
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
 from cratelm.errors import InputError
@@ -81,6 +82,21 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert found.value == pytest.approx(values.mean())
     assert found.error == pytest.approx(values.std(ddof=1) / np.sqrt(12))
     assert jackknife(lambda m: 1.0, np.ones((2, 1, 1)), np.array([3.0, 0.0])).error is None
+
+
+def test_one_wide_direction_does_not_drown_the_narrow_ones():
+    """Tokens of 1 narrow direction beside one 100,000 times as wide, neither along an axis."""
+    rng = np.random.default_rng(0)
+    spread = rng.standard_normal((500, 2)) * (1e3, 1e-2)
+    tokens = torch.from_numpy((spread @ np.array([[0.8, 0.6], [-0.6, 0.8]])).astype(np.float32))
+    sums, where = LayerSums(), _Where(torch.ones(500, dtype=torch.bool), np.arange(500))
+    _add_moments(sums, tokens, tokens, where)
+    assert sums.second is not None
+    moment = sums.second[:, 0].sum(0).numpy() / 500
+    exact = tokens.double().numpy()
+    assert coding_rate(moment, 0.01) == pytest.approx(
+        coding_rate(exact.T @ exact / 500, 0.01), rel=1e-6
+    )
 
 
 # ---- sparse coding --------------------------------------------------------------------------------

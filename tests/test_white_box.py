@@ -10,6 +10,7 @@ from matplotlib.figure import Figure as Canvas
 
 from cratelm.analysis.consistency import Reading
 from cratelm.analysis.store import (
+    Control,
     LayerFigure,
     NeuronReading,
     write_layers,
@@ -23,6 +24,7 @@ from cratelm.report.white_box import read_analyses, white_box_figures, white_box
 from cratelm.runs import Run, write_json
 
 MODELS = ("crate-2l", "gpt2-2l")
+SHOWN: tuple[tuple[Control, float], ...] = (("none", 0.5), ("none", 0.75), ("shuffled", 0.5))
 
 
 def _layers(crate: bool, n_layers: int) -> list[LayerFigure]:
@@ -68,7 +70,7 @@ def _readings(model: str, auroc: float, n_layers: int) -> list[NeuronReading]:
                 index, reading
             )
             place = NeuronId(model, "ista", layer, index)
-            for control, share in (("none", 0.5), ("none", 0.75), ("shuffled", 0.5)):
+            for control, share in SHOWN:
                 found.append(NeuronReading(place, "trie", control, share, reading))
     return found
 
@@ -187,7 +189,8 @@ def test_figures_are_drawn(tmp_path, n_layers):
 def _lines(panel) -> list[tuple[list[float], list[float]]]:
     axes = Canvas().subplots()
     panel.draw(axes)
-    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+    data = [line.get_xydata() for line in axes.get_lines()]
+    return [(np.array(d)[:, 0].tolist(), np.array(d)[:, 1].tolist()) for d in data]
 
 
 def test_figures_show_the_files_figures(run):

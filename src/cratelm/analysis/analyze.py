@@ -185,7 +185,7 @@ def _rates(sums: LayerSums, counts: np.ndarray, bases: np.ndarray | None) -> dic
     """Coding rates before and after the first step, their change, and those in the heads' subspaces."""
     if sums.second is None:
         return {}
-    second = sums.second.double().numpy()  # [G, 2, D, D]
+    second = sums.second.numpy()  # [G, 2, D, D]
     kinds: dict[str, Any] = {"coding_rate": coding_rate}
     if bases is not None:
         own, unit = bases, orthonormal(bases)

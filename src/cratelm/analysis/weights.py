@@ -20,12 +20,15 @@ from cratelm.models import CrateForCausalLM
 from cratelm.models.sites import Site
 
 Array = NDArray[np.float64]
+DRAWS = 5
+"""random subspaces that those of the heads are set beside"""
 Figures = dict[tuple[str, str], float]
 """by quantity and setting"""
 
 
 def atoms_of(model: Any, site: Site, layer: int) -> Array | None:
-    """[H, D] what each neuron writes: CRATE's dictionary, the rows of GPT-2's last projection; else None."""
+    """[H, D] the neurons' atoms: CRATE's dictionary (of a decoupled one the part that codes), the rows of GPT-2's
+    last projection; None for other models."""
     if isinstance(model, CrateForCausalLM) and site.name == "ista":
         return _array(_block(model, layer).ista.dictionary)
     if isinstance(model, GPT2LMHeadModel) and site.name == "mlp":
@@ -74,8 +77,9 @@ def head_figures(bases: Array, seed: int) -> Figures:
         ("head_stable_rank", ""): float(np.mean([stable_rank(u) for u in bases])),
         ("head_effective_rank", ""): float(np.mean([effective_rank(u) for u in bases])),
     }
-    for setting, these in (("", bases), ("random", random_bases(bases.shape, seed))):
-        pairs = overlaps(these)
+    drawn = [random_bases(bases.shape, seed + i) for i in range(DRAWS)]
+    for setting, those in (("", [bases]), ("random", drawn)):
+        pairs = np.concatenate([overlaps(these) for these in those])
         if len(pairs):
             found["head_overlap", setting] = float(pairs[:, 0].mean())
             found["head_angle", setting] = float(pairs[:, 1].mean())
