@@ -422,3 +422,11 @@ def test_the_length_is_what_the_model_takes(
 def test_a_run_without_tokens_names_the_verb(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cratelm tokenize"):
         evaluate(EvaluateConfig(run=Run(tmp_path).path))
+
+
+def test_a_wrong_name_is_told_before_another_model_is_measured(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cratelm.evaluate.loss._measure", lambda *_: pytest.fail("was measured"))
+    with pytest.raises(InputError, match="gpt2-9l is not there"):
+        result_of(run, models=("crate-1l", "gpt2-9l"))

@@ -26,6 +26,7 @@ from cratelm.evaluate.subjects import (
     encoder_of,
     open_subject,
     sequence_length,
+    source_of,
 )
 from cratelm.evaluate.table import differences_table, measurements_table
 from cratelm.evaluate.texts import Shards, Source, Texts, token_sizes
@@ -62,6 +63,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     if any(isinstance(found, str) for found in sets.values()):
         run.stage("tokens").require("tokenize")
         store = TokenStore(run.stage("tokens").path)
+    for name in config.subjects:  # a wrong name is told before another model is measured
+        source_of(run, name, from_run=config.path is None)
     found: dict[tuple[str, str], tuple[Counts, Measurement]] = {}
     for name in config.subjects:
         subject = open_subject(run, name, from_run=config.path is None)

@@ -76,14 +76,20 @@ def open_subject(run: Run, name: str, *, from_run: bool = True) -> Subject:
 
     With `from_run` False a folder or a Hub id of any form. Raises `InputError` where there is none.
     """
-    source: str | Path = name
+    source = source_of(run, name, from_run=from_run)
+    model: Any = load(source)
+    return Subject(name, source, model.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def source_of(run: Run, name: str, *, from_run: bool = True) -> str | Path:
+    """Where `name` lies, told before anything is loaded. Raises `InputError` for a model of the run that
+    is not trained."""
     elsewhere = not from_run or "/" in name or Path(name).is_dir()
     if from_run and (not elsewhere or name in run.models()):
         stage = run.stage("model", name)
         stage.require("train")
-        source = stage.path
-    model: Any = load(source)
-    return Subject(name, source, model.to("cuda" if torch.cuda.is_available() else "cpu"))
+        return stage.path
+    return name
 
 
 def check_store(subject: Subject, store: TokenStore, run: Run) -> None:
