@@ -12,6 +12,8 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import planted
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_llm import FakeModel
 from shared import SHARED, needs_shared
@@ -42,6 +44,7 @@ from cratelm.records import (
 from cratelm.report.export_records import openai_record, pooled_moments
 from cratelm.runs import Run
 from cratelm.score.store import read_scores, write_scores
+from cratelm.steer.effects import EFFECT_SCHEMA
 from cratelm.tokens.shards import TokenStore
 
 ORACLE = SHARED / "oracle" / "neuron-record.json"
@@ -668,6 +671,30 @@ def test_features_have_the_values_of_the_harvest(harvested, neuronpedia):
         assert sum(row["freq_hist_data_bar_heights"]) == n_fired
         assert row["freq_hist_data_bar_heights"][0] == 0, "zeros are not drawn"
         assert row["pos_str"] == row["neg_values"] == row["vector"] == []
+
+
+def test_features_have_the_tokens_that_neurons_promote(harvested, tmp_path):
+    """Where they were measured on this very harvest."""
+    path = tmp_path / "run"
+    shutil.copytree(harvested.path, path)
+    run = Run(path)
+    row = {"model": "m", "site": "ista", "layer": 0, "index": 5, "kind": "exact", "activation": 1.0}
+    row |= {"n_positions": 3, "promoted_ids": [4, 2], "promoted": ["e", "c"]}
+    row |= {"promoted_values": [2.5, 1.0], "suppressed_ids": [1], "suppressed": ["b"]}
+    row |= {"suppressed_values": [-1.5], "agreement": None, "overlap": None}
+    for number, harvest in enumerate((run.stage("activations", "m").require("").identity, "other")):
+        with run.stage("steer", "m").write({}, {"activations": harvest}) as draft:
+            table = pa.Table.from_pylist([row], schema=EFFECT_SCHEMA)
+            pq.write_table(table, draft.path / "logit_effects.parquet")
+        out = tmp_path / f"out-{number}"
+        cratelm.export_neuronpedia(
+            run=path, model="m", out=out, only=("0:5", "0:6"), model_id="Tiny_1", quiet=True
+        )
+        rows = {row["index"]: row for row in rows_of(out, "features")}
+        assert rows["6"]["pos_str"] == []
+        found = [rows["5"][name] for name in ("pos_str", "pos_values", "neg_str", "neg_values")]
+        assert found == ([["e", "c"], [2.5, 1.0], ["b"], [-1.5]] if not number else [[]] * 4)
+        validator("feature").validate(rows["5"])
 
 
 def test_activations_have_the_values_of_the_harvest(harvested, neuronpedia):

@@ -14,6 +14,7 @@ import numpy as np
 
 from cratelm.activations.pilot import OPENAI_QUANTILES
 from cratelm.records import Excerpt, Explanation, FloatArray, Metric, NeuronScore, NeuronSummary
+from cratelm.report.effects import LogitEffect
 
 Row = dict[str, Any]
 PREFIX = "cratelm_"
@@ -39,10 +40,6 @@ _LISTS_LEFT_EMPTY = (
     "correlated_features_indices",
     "correlated_features_pearson",
     "correlated_features_l1",
-    "neg_str",
-    "neg_values",
-    "pos_str",
-    "pos_values",
     "logits_hist_data_bar_heights",
     "logits_hist_data_bar_values",
     "decoder_weights_dist",
@@ -120,8 +117,13 @@ def source_row(names: Names, layer: int, notes: str) -> Row:
     }
 
 
-def feature_row(names: Names, summaries: Sequence[NeuronSummary], tokens: Sequence[int]) -> Row:
-    """A neuron, from its summaries of both splits, which weigh as their `tokens`."""
+def feature_row(
+    names: Names,
+    summaries: Sequence[NeuronSummary],
+    tokens: Sequence[int],
+    effect: LogitEffect | None = None,
+) -> Row:
+    """A neuron, from its summaries of both splits, which weigh as their `tokens`, and from its `effect`."""
     neuron = summaries[0].neuron
     heights, centres = _positive_histogram(summaries)
     rate = np.average([s.firing_rate for s in summaries], weights=tokens)
@@ -137,6 +139,10 @@ def feature_row(names: Names, summaries: Sequence[NeuronSummary], tokens: Sequen
         "vectorLabel": None,
         "vectorDefaultSteerStrength": None,
         "hookName": None,
+        "pos_str": list(effect.promoted) if effect else [],
+        "pos_values": list(effect.promoted_values) if effect else [],
+        "neg_str": list(effect.suppressed) if effect else [],
+        "neg_values": list(effect.suppressed_values) if effect else [],
         **{name: [] for name in _LISTS_LEFT_EMPTY},
     }
 

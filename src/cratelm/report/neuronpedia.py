@@ -22,8 +22,8 @@ data set were searched, which is a matter of the source here.
 
 Neuronpedia publishes no files of scores: `explanation-scores/` has the columns of its table
 ExplanationScore, and its importer passes it over. Only scores that have a value are in it, because a
-value is what the table demands; the others are counted. Effects on logits, vectors and correlations
-are empty lists: nothing here computes them.
+value is what the table demands; the others are counted. The tokens that a neuron promotes and suppresses
+are there where `cratelm effects` measured them on this harvest; vectors and correlations are empty lists.
 """
 
 import gzip
@@ -41,6 +41,7 @@ from cratelm.activations.openai_records import SOURCE
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
+from cratelm.report.effects import promoted
 from cratelm.report.export_config import ExportNeuronpediaConfig
 from cratelm.report.export_folder import chosen_neurons, export_folder, harvest_of
 from cratelm.report.export_records import both_splits
@@ -123,7 +124,8 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
         _write_config(folder / "config", names, sets)
         store = TokenStore(run.stage("tokens").path)
         imported = (stage.path / SOURCE).is_file()
-        writer = _Writer(config, names, store, sets, counts, imported)
+        effects = _effects(run, config.model, identities["activations"])
+        writer = _Writer(config, names, store, sets, counts, imported, effects)
         everywhere = chosen_neurons(stage.path)
         widths = {layer: 1 + found[-1].neuron.index for layer, found in everywhere.items()}
         for layer, summaries in chosen.items():
@@ -145,6 +147,14 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
         scores=counts["explanation-scores"],
         without_value=counts["without_value"],
     )
+
+
+def _effects(run: Run, model: str, harvest: str) -> Path | None:
+    """The folder of `cratelm effects`, where it is of this harvest."""
+    done = run.stage("steer", model).completion()
+    if done is None or done.inputs.get("activations") != harvest:
+        return None
+    return run.stage("steer", model).path
 
 
 def explanation_sets(run: Run, model: str, harvest: str) -> list[ExplanationSet]:
@@ -220,6 +230,8 @@ class _Writer:
     counts: dict[str, int]
     imported: bool
     """harvested elsewhere: which quantiles its bins stand for is not known"""
+    effects: Path | None
+    """folder of what the neurons write to the vocabulary; None where that was not measured"""
 
     def write(self, folder: Path, harvest: Path, chosen: dict[int, list[NeuronSummary]]) -> None:
         ((layer, summaries),) = chosen.items()
@@ -247,7 +259,9 @@ class _Writer:
         """All rows of a neuron, with the folder that each belongs to."""
         both = {"fit": fit, "held_out": held_out}
         summaries = [record.summary for record in both.values()]
-        yield "features", feature_row(self.names, summaries, [s.n_tokens for s in summaries])
+        effect = promoted(self.effects, fit.neuron) if self.effects else None
+        tokens_read = [s.n_tokens for s in summaries]
+        yield "features", feature_row(self.names, summaries, tokens_read, effect)
         for split, record in both.items():
             for excerpt in record.excerpts:
                 if excerpt.kind in _KINDS and excerpt.rank < self.config.excerpts and len(excerpt):
