@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_llm import FakeModel
 from hypothesis import given
@@ -41,6 +43,7 @@ from cratelm.runs import Run, config_dict
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
+from cratelm.steer.effects import EFFECT_SCHEMA
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -813,3 +816,23 @@ def test_a_model_without_a_live_neuron_has_a_report(run, tmp_path):
     score(ScoreConfig(run=path, model="dead", resamples=100, quiet=True))
     found = _tables(report(ReportConfig(run=path, force=True, **SETTINGS)))
     assert {row["dead"] for row in found["ledger"]["rows"]} == {8}
+
+
+def test_tokens_that_a_neuron_promotes_are_shown_with_their_spaces(run, tmp_path):
+    """And hostile ones are harmless."""
+    path = _copy(run, tmp_path, "report")
+    assert not gather(Run(path), ReportConfig(run=path)).sides
+    row = {"model": "crate-2l", "site": "ista", "kind": "exact", "activation": 1.0}
+    row |= {"n_positions": 3, "promoted_ids": [4, 2], "promoted": ["\n  x", "<script>alert(1)"]}
+    row |= {"promoted_values": [2.5, 1.0], "suppressed_ids": [1], "suppressed": [" b"]}
+    row |= {"suppressed_values": [-1.5]}
+    rows = [{**row, "layer": layer, "index": i} for layer in range(2) for i in range(64)]
+    with Run(path).stage("steer", "crate-2l").write({}, {}) as draft:
+        table = pa.Table.from_pylist(rows, schema=EFFECT_SCHEMA)
+        pq.write_table(table, draft.path / "logit_effects.parquet")
+        (draft.path / "summary.json").write_text('{"layers": [], "ablation": "zero"}')
+    page = report(ReportConfig(run=path, **SETTINGS)).page.read_text(encoding="utf-8")
+    assert "<dt>promotes</dt>" in page
+    assert "⏎" in page[page.index("<dt>promotes</dt>") :][:200]
+    assert "<script>alert(1)" not in page
+    assert "cratelm effects" in page

@@ -21,7 +21,7 @@ from cratelm.report.effects import LogitEffect, promoted
 from cratelm.report.gather import ModelResults, Place, RunResults
 from cratelm.report.shading import Piece, pieces
 from cratelm.report.tables import Cell, Column, Table
-from cratelm.report.text import printable
+from cratelm.report.text import printable, visible
 from cratelm.report.told import Told, told
 from cratelm.score.selection import scored_on
 from cratelm.score.simulators import SIMULATORS, simulate
@@ -74,7 +74,7 @@ class Card:
         if self.effect is None:
             return []
         sides = (("promotes", self.effect.promoted), ("suppresses", self.effect.suppressed))
-        return [(name, "  ".join(tokens)) for name, tokens in sides if tokens]
+        return [(name, "  ".join(map(visible, tokens))) for name, tokens in sides if tokens]
 
 
 @dataclass(frozen=True, eq=False)
