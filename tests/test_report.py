@@ -820,7 +820,7 @@ def test_a_model_without_a_live_neuron_has_a_report(run, tmp_path):
 
 def test_tokens_that_a_neuron_promotes_are_shown_with_their_spaces(run, tmp_path):
     """And hostile ones are harmless."""
-    path = _copy(run, tmp_path, "report")
+    path = _copy(run, tmp_path)
     assert not gather(Run(path), ReportConfig(run=path)).sides
     row = {"model": "crate-2l", "site": "ista", "kind": "exact", "activation": 1.0}
     row |= {"n_positions": 3, "promoted_ids": [4, 2], "promoted": ["\n  x", "<script>alert(1)"]}
@@ -831,7 +831,7 @@ def test_tokens_that_a_neuron_promotes_are_shown_with_their_spaces(run, tmp_path
         table = pa.Table.from_pylist(rows, schema=EFFECT_SCHEMA)
         pq.write_table(table, draft.path / "logit_effects.parquet")
         (draft.path / "summary.json").write_text('{"layers": [], "ablation": "zero"}')
-    page = report(ReportConfig(run=path, **SETTINGS)).page.read_text(encoding="utf-8")
+    page = report(ReportConfig(run=path, force=True, **SETTINGS)).page.read_text(encoding="utf-8")
     assert "<dt>promotes</dt>" in page
     assert "⏎" in page[page.index("<dt>promotes</dt>") :][:200]
     assert "<script>alert(1)" not in page
