@@ -364,3 +364,82 @@ def test_damage_is_told(run):
 def test_impossible_settings_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options)).replace("_", "-")):
         SaeEvaluateConfig(**options)
+
+
+# ---- steering with a reconstruction on the way ----------------------------------------------------
+
+
+def logits_with(model, ids, layer, change):
+    """[T, V] of one sequence, the codes of its text changed."""
+    code = model.model.layers[layer].ista.code
+    handle = code.register_forward_hook(lambda m, a, o: on_text(ids, o[0], change(o[0]))[None])
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0]
+    handle.remove()
+    return logits[ids != EOT].double()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_fidelity_of_steering_equals_a_plain_computation(finished, measured, layer):
+    found = measured.steering[layer]
+    model, split = load(finished / "model" / "crate"), TokenStore(finished / "tokens").split("held_out")  # fmt: skip
+    sae = sae_lens.SAE.load_from_disk(finished / "sae" / "crate@topk-2x" / f"layer-{layer}")
+    rows = torch.tensor(split.read(0, split.n_tokens)).split(LENGTH)
+    with torch.no_grad():
+        top = torch.cat([sae.encode(codes_of(model, ids)[layer][ids != EOT]) for ids in rows])
+    assert found.layer == layer
+    assert found.tokens == len(top)
+    assert len(set(found.steered)) == 8
+    fidelity, asked, rebuilt = [], [], 0.0
+    for latent in found.steered:
+        value = top[:, latent].max().item()
+        assert value > 0
+        sums = torch.zeros(3, dtype=torch.float64)
+        kl = 0.0
+        for ids in rows:
+
+            def steered(x, latent=latent, value=value):
+                z = sae.encode(x)
+                z[:, latent] = value
+                return sae.decode(z)
+
+            plain = logits_with(model, ids, layer, lambda x: x)
+            edit = logits_with(model, ids, layer, lambda x, f=steered: x - sae(x) + f(x))
+            done = logits_with(model, ids, layer, steered)
+            a, b = (d - plain - (d - plain).mean(1, keepdim=True) for d in (edit, done))
+            sums += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
+            p = plain.softmax(1)
+            kl += (p * (plain.log_softmax(1) - edit.log_softmax(1))).sum().item()
+            if latent == found.steered[0]:
+                other = logits_with(model, ids, layer, sae)
+                rebuilt += (p * (plain.log_softmax(1) - other.log_softmax(1))).sum().item()
+        fidelity.append(sums[0].item() / (sums[1] * sums[2]).sqrt().item())
+        asked.append(kl / len(top))
+    for shown, values in ((found.fidelity, fidelity), (found.edit, asked)):
+        assert shown.value == pytest.approx(np.mean(values), rel=1e-3)
+        assert shown.error == pytest.approx(np.std(values, ddof=1) / np.sqrt(8), rel=1e-2)
+    assert found.rebuilt == pytest.approx(rebuilt / len(top), rel=1e-3)
+    assert 0 < found.fidelity.value < 0.999
+
+
+def test_steering_a_neuron_of_the_site_needs_no_reconstruction(measured):
+    """The same code with nothing rebuilt: the edit alone, at no cost."""
+    for found in measured.own_steering:
+        assert found.rebuilt == 0
+        assert found.fidelity.value == pytest.approx(1, abs=1e-4)
+        assert found.edit.value > 0
+
+
+def test_steering_is_told_and_can_be_left_out(run, measured):
+    assert "layer 1: 8 latents" in str(measured)
+    few = evaluated(run, steered=2, steered_tokens=LENGTH)
+    assert len(few.steering[0].steered) == 2
+    assert few.steering[0].tokens < measured.steering[0].tokens
+    assert evaluated(run, steered=2, steered_tokens=LENGTH) == few
+    without = evaluated(run, steered=0)
+    assert without.steering == without.own_steering == ()
+    assert "steered" not in str(without)
+    told = json.loads((run / "sae" / "crate@topk-2x" / "evaluation.json").read_text())
+    assert told["steering"] == []
+    with pytest.raises(InputError, match=r"--steered is -1, 0 or more"):
+        SaeEvaluateConfig(steered=-1)

@@ -12,7 +12,8 @@ Figures are ratios of sums over documents with their standard errors (`cratelm.e
 
 x are the activations of a text token, y their reconstruction. Ablated: 0, or the mean over the tokens
 seen, in the place of x. In the place of y also stand the activations of x that are largest, as many
-as the autoencoder has latents on: the site's own code at the same L0; and all of x.
+as the autoencoder has latents on: the site's own code at the same L0; and all of x. How faithful
+steering is, with a reconstruction on the way and without: `cratelm.sae.fidelity`.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ from cratelm.models.sites import Site
 from cratelm.runs import Run, write_json
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
+from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
 from cratelm.sae.measure import Firing, Measured, measure
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 
@@ -108,13 +110,20 @@ class SaeEvaluateResult:
     layers: tuple[LayerFigures, ...]
     places: tuple[PlaceFigures, ...]
     """each layer alone, then all together where there are several"""
+    steering: tuple[SteeringFigures, ...] = ()
+    """latents, by layer; empty where none were steered"""
+    own_steering: tuple[SteeringFigures, ...] = ()
+    """neurons of the site itself, by layer"""
 
     def __str__(self) -> str:
         head = (
             f"{self.sae} on {self.site} of {self.model}, {self.split}: {self.tokens:,} tokens in"
             f" {self.documents:,} documents; loss {self.loss.show('.4f')} nats a token"
         )
-        return "\n\n".join([head, _layer_table(self.layers), _place_table(self)])
+        tables = [_layer_table(self.layers), _place_table(self)]
+        if self.steering:
+            tables.append(_steering_table(self))
+        return "\n\n".join([head, *tables])
 
 
 def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
@@ -137,9 +146,23 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     split = store.split(config.split)
     if split.n_tokens < 2:
         raise InputError(f"the {config.split} split has {split.n_tokens} tokens, 2 were expected")
-    plan = SearchPlan.of(split, config.split, store.eot_id, length, config.tokens, config.seed)
-    found = measure(model, site, plan, config.batch_tokens, quiet=config.quiet)
+
+    def plan(tokens: int) -> SearchPlan:
+        return SearchPlan.of(split, config.split, store.eot_id, length, tokens, config.seed)
+
+    found = measure(model, site, plan(config.tokens), config.batch_tokens, quiet=config.quiet)
     result = _result(config, name, site, found)
+    if config.steered:
+        steering, own = steering_fidelity(
+            model,
+            site,
+            plan(config.steered_tokens),
+            config.batch_tokens,
+            count=config.steered,
+            seed=config.seed,
+            quiet=config.quiet,
+        )
+        result = dataclasses.replace(result, steering=steering, own_steering=own)
     for path in (folder / EVALUATION if is_own else None, config.output):
         if path is not None:
             write_json(path, {**asdict(result), "tokens_asked": config.tokens, "seed": config.seed})
@@ -316,6 +339,16 @@ def _place_table(result: SaeEvaluateResult) -> str:
         for told, s in rows.items():
             parts = [_show(r, ".2%") for r in (s.recovered_from_zero, s.recovered_from_mean)]
             lines.append([f"{where}: {told}", s.added.show("+.4f"), *parts])
+    return _grid(lines)
+
+
+def _steering_table(result: SaeEvaluateResult) -> str:
+    lines = [["steered, one at a time", "fidelity", "KL of the edit", "KL of the reconstruction"]]
+    sides = (("latents", result.steering), ("neurons of the site", result.own_steering))
+    for told, figures in sides:
+        for f in figures:
+            shown = [_show(f.fidelity, ".3f"), f.edit.show(".4f"), f"{f.rebuilt:.4f}"]
+            lines.append([f"layer {f.layer}: {len(f.steered)} {told}", *shown])
     return _grid(lines)
 
 

@@ -27,8 +27,13 @@ class SaeEvaluateConfig:
     """T in tokens; left out: the model's longest, 1,024 where it names none"""
     batch_tokens: int = 8192
     """tokens that go through the model at once, fewer where their logits would pass 1 GiB"""
+    steered: int = 8
+    """latents, and neurons of the site below, of each layer that are set to their maximum one at a time
+    to see how faithful steering is; 0: leave this out"""
+    steered_tokens: int = 2048
+    """tokens that they are steered at, a seeded sample of whole sequences"""
     seed: int = 0
-    """of the sample of sequences"""
+    """of the samples of sequences, and of what is steered"""
     device: str = aside("auto")
     """auto: the GPU where there is one; cpu, cuda, cuda:1, mps"""
     output: Path | None = aside(None)
@@ -40,10 +45,15 @@ class SaeEvaluateConfig:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
-        for field, least in (("tokens", 1), ("sequence_length", 2), ("batch_tokens", 1)):
+        for field, least in (
+            ("tokens", 1),
+            ("sequence_length", 2),
+            ("batch_tokens", 1),
+            ("steered", 0),
+            ("steered_tokens", 1),
+            ("seed", 0),
+        ):
             value = getattr(self, field)
             if value is not None and value < least:
                 flag = field.replace("_", "-")
                 raise InputError(f"--{flag} is {value}, {least} or more was expected")
-        if self.seed < 0:
-            raise InputError(f"--seed is {self.seed}, 0 or more was expected")

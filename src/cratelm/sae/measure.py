@@ -32,7 +32,7 @@ KINDS = ("zero", "mean", "reconstruction", "own_top", "own")
 strongest of themselves, as many as the autoencoder has latents on, and all of themselves"""
 _NONE = -100
 """a target that is not counted"""
-_MOST_LOGITS = 2**28
+MOST_LOGITS = 2**28
 """1 GiB at 32 bit"""
 Float = NDArray[np.float64]
 Replace = Callable[[torch.Tensor], torch.Tensor]
@@ -102,7 +102,7 @@ def measure(
     saes = latents.autoencoders
     site = replace(latents, autoencoders=())  # the activations below
     vocabulary = model.config.get_text_config().vocab_size
-    batch_tokens = min(batch_tokens, max(1, _MOST_LOGITS // vocabulary))
+    batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // vocabulary))
     places = tuple(range(len(saes)))
     groups = (*((place,) for place in places), *((places,) if len(places) > 1 else ()))
     sums = Sums(_documents(plan))
@@ -118,7 +118,7 @@ def measure(
         rebuilding = [Rebuilding(saes[place], place, means[place], sums) for place in places]
         for batch in plan.batches(batch_tokens, model.device):
             documents = _document_of(plan, batch)
-            sums.add("text", documents[_text(batch).cpu().numpy().ravel()], 1.0)
+            sums.add("text", documents[text_of(batch).cpu().numpy().ravel()], 1.0)
             for variant in _variants(groups, rebuilding, kept):
                 _add_losses(model, site, batch, documents, variant, sums)
                 bar.update(batch.input_ids.numel())
@@ -134,7 +134,7 @@ class _First:
         self.on = [0] * len(saes)
 
     def add(self, model: PreTrainedModel, batch: Batch) -> None:
-        text = _text(batch)
+        text = text_of(batch)
         self.n_text += int(text.sum())
 
         def see(place: int, activations: torch.Tensor) -> None:
@@ -249,7 +249,7 @@ def _add_losses(
     sums: Sums,
 ) -> None:
     """Loss at every token but the first of a sequence, added to its document's."""
-    text = _text(batch)
+    text = text_of(batch)
     of_text = documents[text.cpu().numpy().ravel()]
     replacements = {
         place: (lambda x, f=function: f(x, of_text)) for place, function in variant.replace.items()
@@ -277,7 +277,7 @@ def _add_losses(
         sums.add("targets", of_target, 1.0)
 
 
-def _text(batch: Batch) -> torch.Tensor:
+def text_of(batch: Batch) -> torch.Tensor:
     """[b, T] True for text, False for end marks."""
     return batch.is_text.reshape(batch.input_ids.shape) > 0
 
