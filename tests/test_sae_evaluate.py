@@ -9,6 +9,7 @@ import torch
 from sae_runs import EOT, LENGTH, small_run
 from safetensors.torch import load_file, save_file
 
+from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models import load
 from cratelm.models.sites import site_of
@@ -219,6 +220,10 @@ def test_a_perfect_one_and_one_that_shrinks(run, tmp_path):
     assert layer.explained_variance.value < 1
     assert place.reconstruction.added.value > 1e-3
     assert not (tmp_path / "half" / "evaluation.json").exists()
+    kept = json.loads((run / "sae" / "crate@half.json").read_text())
+    assert kept["layers"][0]["shrinkage"]["value"] == layer.shrinkage.value
+    assert kept["identity"] == autoencoder_identity(tmp_path / "half")
+    assert kept["identity"] != autoencoder_identity(tmp_path / "perfect")
 
 
 def test_what_has_no_value_is_left_out(run, tmp_path):
@@ -280,6 +285,10 @@ def test_figures_are_written_and_shown(run, tmp_path):
     assert written["places"][2]["own"]["added"]["value"] == 0
     assert written["layers"][0]["l0"]["value"] == 8
     assert written["tokens"] == result.tokens < 160
+    assert written["config"]["tokens"] == 160
+    trained = json.loads((run / "sae" / "crate@topk-2x" / "completed.json").read_text())
+    assert written["identity"] == trained["identity"]
+    assert written["model_identity"] == trained["inputs"]["model"]
     shown = str(result)
     assert "crate@topk-2x on ista of crate, held_out" in shown
     assert "all layers: own code, strongest 8, 8" in shown

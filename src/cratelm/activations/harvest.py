@@ -208,8 +208,13 @@ def _sae_source(config: HarvestConfig, run: Run, model: str) -> tuple[Path, str]
             f"--sae {config.sae} is neither a folder nor finished in the run ({stage.path}):"
             f" type `cratelm sae train --run {run.path} --model {config.model}` first"
         )
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors"))
-    return folder, hash_json({str(p.relative_to(folder)): hash_file(p) for p in files})
+    return folder, autoencoder_identity(folder)
+
+
+def autoencoder_identity(folder: Path) -> str:
+    """sha256 over the configurations and weights of the autoencoders in a folder from elsewhere."""
+    files = [*folder.rglob("cfg.json"), *folder.rglob("*.safetensors")]
+    return hash_json({str(p.relative_to(folder)): hash_file(p) for p in sorted(files)})
 
 
 def load_for(source: str | Path, config: HarvestConfig) -> PreTrainedModel:

@@ -26,13 +26,13 @@ import numpy as np
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import HarvestConfig
-from cratelm.activations.harvest import load_for, model_source
+from cratelm.activations.harvest import autoencoder_identity, load_for, model_source
 from cratelm.errors import InputError
 from cratelm.evaluate.estimates import Estimate, ratio
 from cratelm.evaluate.subjects import Subject, sequence_length
 from cratelm.models.latents import latents_of
 from cratelm.models.sites import Site
-from cratelm.runs import Run, write_json
+from cratelm.runs import Run, config_dict, write_json
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
@@ -127,7 +127,7 @@ class SaeEvaluateResult:
 
 
 def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
-    """Measures the autoencoders; those of a run get `evaluation.json` in their folder.
+    """Measures the autoencoders; the figures are kept in the run, where a report finds them.
 
     Raises `InputError` for autoencoders that are not there, are of another model, site or width, and
     where activations or losses are not numbers.
@@ -137,11 +137,11 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     run.stage("tokens").require("tokenize")
     asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
     source, identity = model_source(asked, run)
-    name, folder, is_own = _folder(config, run)
+    asked_for = _autoencoders(config, run)
     model = load_for(source, asked)
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
-    site = _open(config, folder, model, identity)
+    site = _open(config, asked_for.folder, model, identity)
     length = sequence_length(Subject(config.model, "", model), config.sequence_length)
     split = store.split(config.split)
     if split.n_tokens < 2:
@@ -151,7 +151,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
         return SearchPlan.of(split, config.split, store.eot_id, length, tokens, config.seed)
 
     found = measure(model, site, plan(config.tokens), config.batch_tokens, quiet=config.quiet)
-    result = _result(config, name, site, found)
+    result = _result(config, asked_for.name, site, found)
     if config.steered:
         steering, own = steering_fidelity(
             model,
@@ -163,23 +163,38 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
             quiet=config.quiet,
         )
         result = dataclasses.replace(result, steering=steering, own_steering=own)
-    for path in (folder / EVALUATION if is_own else None, config.output):
-        if path is not None:
-            write_json(path, {**asdict(result), "tokens_asked": config.tokens, "seed": config.seed})
+    identities = {"identity": asked_for.identity, "model_identity": identity}
+    for path in filter(None, (asked_for.kept, config.output)):
+        write_json(path, {"config": config_dict(config), **identities, **asdict(result)})
     return result
 
 
-def _folder(config: SaeEvaluateConfig, run: Run) -> tuple[str, Path, bool]:
-    """Name and folder of the autoencoders, and whether they are the run's own."""
+@dataclass(frozen=True)
+class _Autoencoders:
+    """Those that were asked for."""
+
+    name: str
+    """as they are told"""
+    folder: Path
+    identity: str
+    kept: Path
+    """file of the run that keeps their figures"""
+
+
+def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
     own = Path(config.model).name
     known = [name for name in run.models("sae") if name.split("@")[0] == own]
-    if not config.sae and len(known) == 1:
-        return known[0], run.stage("sae", known[0]).path, True
     named = config.sae if "@" in config.sae else f"{own}@{config.sae}"
+    if not config.sae and len(known) == 1:
+        named = known[0]
     if named in run.models("sae"):
-        return named, run.stage("sae", named).path, True
-    if config.sae and Path(config.sae).is_dir():
-        return config.sae, Path(config.sae), False
+        stage = run.stage("sae", named)
+        identity = stage.require("sae train").identity
+        return _Autoencoders(named, stage.path, identity, stage.path / EVALUATION)
+    folder = Path(config.sae)
+    if config.sae and folder.is_dir():
+        kept = run.path / "sae" / f"{own}@{folder.name}.json"
+        return _Autoencoders(config.sae, folder, autoencoder_identity(folder), kept)
     has = f"the run has {', '.join(known)}" if known else f"the run has none of {own}"
     told = f"--sae {config.sae} is no folder and" if config.sae else "--sae is not given and"
     raise InputError(

@@ -37,8 +37,8 @@ class SaeEvaluateConfig:
     device: str = aside("auto")
     """auto: the GPU where there is one; cpu, cuda, cuda:1, mps"""
     output: Path | None = aside(None)
-    """also write the figures to this JSON file; those of autoencoders of the run always go to
-    evaluation.json in their folder"""
+    """also write the figures to this JSON file; the run keeps them in any case, as
+    sae/MODEL@NAME/evaluation.json, those of a folder from elsewhere as sae/MODEL@FOLDER.json"""
     quiet: bool = aside(False)
     """no progress bar"""
 
