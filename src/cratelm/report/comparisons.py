@@ -11,7 +11,7 @@ from cratelm.report.gather import ModelResults, RunResults
 from cratelm.report.tables import Cell, Column, Table
 from cratelm.score.statistics import POLICIES, Comparison, Policy, compare_models
 
-_FIGURES = (
+FIGURES = (
     Column("metric", "metric"),
     Column("policy", "without a score"),
     Column("mean_a", "mean a", ".1f"),
@@ -24,6 +24,7 @@ _FIGURES = (
     Column("n_a", "n a", ",d"),
     Column("n_b", "n b", ",d"),
 )
+"""of a comparison: what `figures_of` gives"""
 
 
 def twins(results: RunResults, resamples: int, seed: int) -> Table:
@@ -32,7 +33,7 @@ def twins(results: RunResults, resamples: int, seed: int) -> Table:
     return Table(
         "twins",
         "CRATE less GPT-2",
-        (Column("models", "a − b"), Column("explainer", "explainer"), *_FIGURES),
+        (Column("models", "a − b"), Column("explainer", "explainer"), *FIGURES),
         rows,
         "Difference × 100 over the layers where both have scores; [ ]: 95% bootstrap interval over neurons"
         " (over pairs where paired). p: two-sided permutation test within layers, at least"
@@ -50,7 +51,7 @@ def twins_with_model(results: RunResults, resamples: int, seed: int) -> Table:
     return Table(
         "twins_with_model",
         "CRATE less GPT-2, with a language model",
-        (Column("models", "a − b"), Column("explainer", "explainer"), *_FIGURES),
+        (Column("models", "a − b"), Column("explainer", "explainer"), *FIGURES),
         rows,
         "Each model's own sample of neurons. [ ], p, pairs and P(a > b) as in the table of twins above;"
         f" p not corrected for the {len(rows)} comparisons here.",
@@ -80,7 +81,7 @@ def _twin_rows(
             )
         except InputError:  # no layer where both have scores: nothing to compare, no row
             continue
-        rows.append((f"{c.model_a} − {c.model_b}", c.explainer, *_figures(c)))
+        rows.append((f"{c.model_a} − {c.model_b}", c.explainer, *figures_of(c)))
     return tuple(rows)
 
 
@@ -92,11 +93,11 @@ def model_less_free(results: RunResults, resamples: int, seed: int) -> Table:
         for metric, a, b, policy in product(SCORERS, with_model, free, POLICIES):
             c = _paired(m.scores, a, b, metric, policy, resamples, seed)
             if c is not None:
-                rows.append((m.name, f"{a} − {b}", *_figures(c)))
+                rows.append((m.name, f"{a} − {b}", *figures_of(c)))
     return Table(
         "model_less_free",
         "Language model less LLM-free",
-        (Column("model", "model"), Column("explainers", "a − b"), *_FIGURES),
+        (Column("model", "model"), Column("explainers", "a − b"), *FIGURES),
         tuple(rows),
         "Difference × 100 of two explainers of the same neurons, on the same held-out excerpts: over the"
         " neurons where both have a value (left out) or that both were to score (counted as chance, which is 0"
@@ -141,7 +142,7 @@ def _explainers(m: ModelResults) -> tuple[list[str], list[str]]:
     return with_model, sorted(free)
 
 
-def _figures(c: Comparison) -> tuple[Cell, ...]:
+def figures_of(c: Comparison) -> tuple[Cell, ...]:
     return (
         METRIC_NAMES[c.metric],
         POLICY_NAMES[c.policy],

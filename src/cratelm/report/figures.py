@@ -211,6 +211,33 @@ def rows(
     return draw
 
 
+def scatter(
+    series: Sequence[Series],
+    points: Sequence[tuple[tuple[float, float, float], tuple[float, float, float]] | None],
+    x: str,
+    y: str,
+) -> Callable[[Axes], None]:
+    """A point a series with a bar each way: value and ends along x and along y; none where there is None."""
+
+    def draw(axes: Axes) -> None:
+        for s, point in zip(series, points, strict=True):
+            if point is None:
+                continue
+            (a, a_low, a_high), (b, b_low, b_high) = point
+            axes.errorbar(
+                [a],
+                [b],
+                xerr=np.maximum([[a - a_low], [a_high - a]], 0),
+                yerr=np.maximum([[b - b_low], [b_high - b]], 0),
+                capsize=2,
+                **{**s.style(), "linestyle": "none"},
+            )
+        axes.set(xlabel=x, ylabel=y)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+
+    return draw
+
+
 def distributions(
     series: Sequence[Series], values: Sequence[Any], edges: Any, x: str
 ) -> Callable[[Axes], None]:

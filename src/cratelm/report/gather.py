@@ -36,7 +36,7 @@ MODEL_STAGES: dict[StageName, str] = {
 """stages of one model, with the verb that makes each"""
 SET_STAGES: dict[StageName, str] = {"explanations": "explain", "scores": "score"}
 """those of them that there are several of: one without a language model, one for each that was asked"""
-SIDE_STAGES: tuple[StageName, ...] = ("steer", "analysis")
+SIDE_STAGES: tuple[StageName, ...] = ("sae", "steer", "analysis")
 """what the side rooms wrote about a model; it may be there, and need not"""
 _T = TypeVar("_T", NeuronScore, ModelStatistics)
 Place = tuple[int, int]
@@ -104,6 +104,12 @@ class ModelResults:
     def with_model(self) -> list[ResultSet]:
         """The sets for which a language model was asked."""
         return [found for found in self.sets if found.name]
+
+    @property
+    def of_latents(self) -> bool:
+        """True where the neurons are latents of autoencoders."""
+        harvest = self.completions.get("activations")
+        return harvest is not None and bool(harvest.config.get("sae"))
 
     @property
     def trained_here(self) -> bool:
@@ -309,7 +315,9 @@ def missing(results: RunResults) -> list[str]:
     lines = [] if results.tokens else [f"the token shards (`cratelm tokenize --run {path}`)"]
     for m in results.models:
         gone = {s: verb for s, verb in MODEL_STAGES.items() if s not in m.completions}
-        if not m.trained_here:
+        if m.of_latents:
+            gone.pop("model", None)
+        elif not m.trained_here:
             gone.pop("model", None)
             lines.append(f"losses and parameters of {m.name}, which was not trained in this run")
         lines += [

@@ -10,6 +10,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from cratelm.report.autoencoders import (
+    autoencoder_figures,
+    autoencoder_tables,
+    evaluation_inputs,
+    missing_evaluations,
+)
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
 from cratelm.report.content import all_tables
@@ -31,6 +37,7 @@ _SECTIONS = (
     ("models", "Loss"),
     ("scores", "Scores"),
     ("twins", "Twins"),
+    ("autoencoders", "Autoencoders"),
     ("white-box", "White box"),
     ("effects", "Effects"),
     ("with-model", "With a language model"),
@@ -69,7 +76,8 @@ def report(config: ReportConfig) -> ReportResult:
     """
     run = Run(config.run)
     names = model_names(run, config)
-    stage, inputs = run.stage("report"), inputs_of(run, names)
+    stage = run.stage("report")
+    inputs = inputs_of(run, names) | evaluation_inputs(run, names)
     if stage.is_finished(config, inputs, force=config.force):
         return _read(stage.path)
     results = gather(run, config)
@@ -98,6 +106,8 @@ def _add_sides(
     pairs = [(a.name, b.name) for a, b in results.twins()]
     tables |= white_box_tables(run, names, pairs, resamples=config.resamples, seed=config.seed)
     figures |= white_box_figures(run, series)
+    tables |= autoencoder_tables(results, config.resamples, config.seed)
+    figures |= autoencoder_figures(results, series)
     made = (effects_table(run, names), interventions_table(run, names))
     tables |= {t.name: t for t in made if t is not None}
     drawn = effects_figure(run, series)
@@ -146,6 +156,7 @@ def _page(
     absent = {name for name in ("twins", "sparsity") if name not in tables}
     absent |= set() if shown else {"neurons"}
     absent |= set() if any(name.startswith("white_box") for name in tables) else {"white-box"}
+    absent |= set() if "sae_policies" in tables else {"autoencoders"}
     absent |= set() if {"effects", "interventions"} & set(tables) else {"effects"}
     absent |= set() if any(m.with_model for m in results.models) else {"with-model"}
     return environment.from_string((here / "page.html.j2").read_text(encoding="utf-8")).render(
@@ -156,7 +167,8 @@ def _page(
         with_model="with-model" not in absent,
         white_box="white-box" not in absent,
         effects="effects" not in absent,
-        missing=missing(results),
+        autoencoders="autoencoders" not in absent,
+        missing=missing(results) + missing_evaluations(results),
         tables=tables,
         figures=figures,
         facts=facts(results),

@@ -1,6 +1,7 @@
 """What was run, in words and as commands, from the completion records of the stages."""
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Iterable
 from typing import Any
@@ -28,21 +29,42 @@ _VERBS: dict[str, tuple[str, type]] = {
 
 def commands(results: RunResults, config: ReportConfig) -> str:
     """A command a stage, with every setting that is not the default."""
-    lines = [
-        _command(*_verb(done), _settings(done), results)
+    made = [
+        done
         for done in _all(results)
         if not (done.stage == "tokens" and done.config.get("corpus") == _IMPORTED)
     ]
-    lines += [_side_command(done, results) for done in results.sides]
+    first = [done for done in made if done.stage in ("tokens", "model")]
+    autoencoders = [done for done in results.sides if done.stage == "sae"]
+    lines = [_command(*_verb(done), _settings(done), results) for done in first]
+    for done in autoencoders:
+        lines += [_side_command(done, results), *_evaluated(done, results)]
+    rest = [done for done in made if done not in first]
+    lines += [_command(*_verb(done), _settings(done), results) for done in rest]
+    others = [done for done in results.sides if done not in autoencoders]
+    lines += [_side_command(done, results) for done in others]
     return "\n".join([*lines, _command("report", ReportConfig, config_dict(config), results)])
 
 
 def _side_command(done: Completion, results: RunResults) -> str:
     """Of a stage whose room the report does not import: every setting that says something."""
     judged = "intervene" if "@" in done.name else "effects"
-    verb = {"analysis": "analyze", "steer": judged}[done.stage]
-    words = ["cratelm", verb, "--run", str(results.run.path)]
-    for name, value in done.config.items():
+    verb = {"analysis": "analyze", "steer": judged, "sae": "sae train"}[done.stage]
+    return _words(verb, done.config, results)
+
+
+def _evaluated(done: Completion, results: RunResults) -> list[str]:
+    """The command that measured autoencoders of the run, where one did."""
+    told = results.run.stage("sae", done.name).path / "evaluation.json"
+    if not told.is_file():
+        return []
+    config = json.loads(told.read_text(encoding="utf-8"))["config"]
+    return [_words("sae evaluate", config, results)]
+
+
+def _words(verb: str, config: dict[str, Any], results: RunResults) -> str:
+    words = ["cratelm", *verb.split(), "--run", str(results.run.path)]
+    for name, value in config.items():
         if value not in (None, "", [], False):
             words += _flag(name, value)
     return shlex.join(words)

@@ -37,7 +37,7 @@ from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
 from cratelm.sae.measure import Firing, Measured, measure
-from cratelm.tokens.shards import TokenStore, check_vocabulary
+from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
 EVALUATION = "evaluation.json"
 
@@ -165,7 +165,8 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
         result = dataclasses.replace(result, steering=steering, own_steering=own)
     identities = {"identity": asked_for.identity, "model_identity": identity}
     for path in filter(None, (asked_for.kept, config.output)):
-        write_json(path, {"config": config_dict(config), **identities, **asdict(result)})
+        written = {"config": config_dict(config), **identities, **asdict(result)}
+        write_json(path, {**written, "by_document": _by_document(found, split)})
     return result
 
 
@@ -236,6 +237,19 @@ def _result(config: SaeEvaluateConfig, name: str, site: Site, found: Measured) -
         ),
         places=tuple(_place_figures(group, site, found) for group in found.groups),
     )
+
+
+def _by_document(found: Measured, split: TokenSplit) -> dict[str, list]:
+    """Sums of each document, for losses of several models to be compared on the same ones."""
+    sums = found.sums
+    seen = sums["targets"] > 0
+    whole = sums[found.groups[-1], "reconstruction"]
+    return {
+        "document": split.ordinals[sums.documents[seen]].tolist(),
+        "targets": sums["targets"][seen].astype(int).tolist(),
+        "loss": sums["loss"][seen].tolist(),
+        "reconstruction": whole[seen].tolist(),
+    }
 
 
 def _layer_figures(place: int, layer: int, sae: Any, found: Measured) -> LayerFigures:
