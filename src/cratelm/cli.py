@@ -106,6 +106,11 @@ VERBS: dict[str, Verb] = {
         "cratelm.sae.evaluate_config:SaeEvaluateConfig",
         "what autoencoders keep of the activations and of the loss, beside the site's own code",
     ),
+    "sae compare": Verb(
+        "cratelm.sae.compare",
+        "cratelm.sae.compare_config:SaeCompareConfig",
+        "neurons beside latents: all of it in one command, from training to the report",
+    ),
     "import authors": Verb(
         "cratelm.models.import_authors",
         "cratelm.models.import_config:ImportAuthorsConfig",

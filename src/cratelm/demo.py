@@ -19,7 +19,10 @@ from cratelm.explain.explain import explain
 from cratelm.models import build
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
-from cratelm.runs import Run, StageName
+from cratelm.runs import Run
+from cratelm.sae.architectures import import_sae_lens
+from cratelm.sae.compare import steps as autoencoder_steps
+from cratelm.sae.compare_config import SaeCompareConfig
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.tokens.config import TokenizeConfig
@@ -35,7 +38,11 @@ _HARVEST_COST = 2.0
 _SECONDS_A_NEURON = 0.04
 """explaining and scoring a neuron on a core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
-"""held-out tokens of the white-box reading, of each twin"""
+"""held-out tokens of the white-box reading, and of what autoencoders rebuild, of each twin"""
+_SAE_TOKENS = 204_800
+"""that an autoencoder is trained on"""
+_SAE_SECONDS = 55
+"""an autoencoder of one layer: trained, measured, its latents harvested, explained and scored; on 2 cores"""
 _FIXED_SECONDS = 65
 """tokenizing the built-in corpus, loading libraries, white-box reading, drawing the report"""
 
@@ -59,7 +66,7 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class _Step:
-    stage: StageName
+    stage: str
     model: str
     work: Callable[[], Any]
 
@@ -71,6 +78,8 @@ class _Step:
 def demo(config: DemoConfig) -> DemoResult:
     """Runs the whole line; finished stages are skipped. Raises `InputError` as the verbs do."""
     started = time.monotonic()
+    if config.sae:
+        import_sae_lens()  # a missing package is told before anything is trained
     print(_plan(config), flush=True)
     steps = list(_steps(config))
     done: Any = None
@@ -102,6 +111,10 @@ def _steps(config: DemoConfig) -> Iterator[_Step]:
         yield _Step("activations", name, lambda c=harvesting: harvest(c))
         yield _Step("explanations", name, lambda c=explaining: explain(c))
         yield _Step("scores", name, lambda c=scoring: score(c))
+    if config.sae:
+        for step in autoencoder_steps(_sae_config(config), twins):
+            stage, _, name = step.label.partition(" ")
+            yield _Step(stage, name, step.work)
     for name in twins:
         analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
         yield _Step("analysis", name, lambda c=analyzing: analyze(c))
@@ -131,10 +144,27 @@ def _train_config(config: DemoConfig, name: str) -> TrainConfig:
     )
 
 
+def _sae_config(config: DemoConfig) -> SaeCompareConfig:
+    """Small: 2 latents an input, 32 of them on, a twelfth of the twins' tokens."""
+    return SaeCompareConfig(
+        run=config.run,
+        architecture="topk",
+        k=32,
+        expansion=2,
+        train_tokens=_SAE_TOKENS,
+        lr=3e-3,
+        batch_size=1024,
+        evaluate_tokens=_ANALYZED,
+        seed=config.seed,
+        force=config.force,
+    )
+
+
 def _plan(config: DemoConfig) -> str:
     """What is going to happen and how long it may take, by a short measurement on this machine."""
     run, (twins, controls) = Run(config.run), _models(config)
-    training = harvesting = scoring = 0.0
+    training = harvesting = scoring = autoencoders = 0.0
+    layers = int(config.size.removesuffix("l"))
     for name in twins + controls:
         if config.force or name not in run.models("model") or name not in run.models("activations"):
             step, forward = _measure(name.removesuffix("-init"), config)
@@ -143,14 +173,17 @@ def _plan(config: DemoConfig) -> str:
             if config.force or name not in run.models("activations"):
                 harvesting += 2 * config.tokens * forward * _HARVEST_COST
         if config.force or name not in run.models("scores"):
-            layers = int(config.size.removesuffix("l"))
             scoring += _SECONDS_A_NEURON * layers * (config.neurons or 512)
-    minutes = [s / 60 for s in (training, harvesting, scoring)]
+        done = any(other.startswith(f"{name}+") for other in run.models("scores"))
+        if config.sae and name in twins and (config.force or not done):
+            autoencoders += _SAE_SECONDS * layers
+    minutes = [s / 60 for s in (training, harvesting, scoring, autoencoders)]
     whole = round(sum(minutes) + _FIXED_SECONDS / 60)
     return (
         f"expected: about {whole} minute{'s' * (whole != 1)} on this machine"
         f" ({os.cpu_count()} cores): training {minutes[0]:.1f}, harvest {minutes[1]:.1f},"
-        f" explaining and scoring {minutes[2]:.1f}; up to 4 GB of memory.\n"
+        f" explaining and scoring {minutes[2]:.1f}"
+        f"{f', autoencoders {minutes[3]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
         f"{' and '.join(twins)} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"
         f" controls {' and '.join(controls)}; everything goes to {config.run}"
     )

@@ -13,7 +13,7 @@ class DemoConfig:
     """The whole line on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
 
     Tokenizes, trains both on the same tokens in the same order, harvests, explains, scores and
-    reports, with two randomly initialised models as controls. Killed and started again with the
+    reports, with two randomly initialised models as controls; with --sae, autoencoders beside them. Killed and started again with the
     same command, it goes on where it was.
     """
 
@@ -32,6 +32,9 @@ class DemoConfig:
     """tokens searched in each of the splits fit and held_out"""
     neurons: int = 256
     """neurons explained and scored in each layer, drawn at random; 0 = all"""
+    sae: bool = False
+    """also train a small sparse autoencoder on both twins and compare its latents with the neurons; needs
+    the extra `sae`"""
     seed: int = 0
     """of initial weights, order of the data, samples and intervals"""
     force: bool = aside(False)

@@ -85,16 +85,16 @@ def evaluation_inputs(run: Run, names: Sequence[str]) -> dict[str, str]:
 
 
 def latents(results: RunResults) -> list[Latents]:
-    """All models of the report that are latents."""
+    """All models of the report that are latents, those of untrained models left out."""
     found = []
-    for m in results.models:
+    for m in results.principal:
         harvest = m.completions.get("activations")
         path = evaluation_path(results.run, harvest) if harvest else None
         if harvest is None or path is None:
             continue
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         # figures of autoencoders, or a model, that have been trained again since say nothing of these
-        if told and (told["identity"], told["model_identity"]) != (
+        if told and (told.get("identity"), told.get("model_identity")) != (
             harvest.inputs.get("sae"),
             harvest.inputs.get("model"),
         ):
@@ -114,6 +114,15 @@ def missing_evaluations(results: RunResults) -> list[str]:
                 f" --model {config['model']} --sae {config['sae']}`)"
             )
     return lines
+
+
+def reconstruction_costs(results: RunResults) -> dict[str, Cell]:
+    """Loss that the latents of each model add, nats a token, by their name."""
+    return {
+        one.results.name: estimate(whole["reconstruction"]["added"])
+        for one in latents(results)
+        if (whole := one.all_layers) is not None
+    }
 
 
 def autoencoder_tables(results: RunResults, resamples: int, seed: int) -> dict[str, Table]:
@@ -171,13 +180,15 @@ def _policies(results: RunResults, found: Sequence[Latents], resamples: int, see
         Column("leave_out", "mean × 100 of those with a score", ".1f"),
         Column("live", "per live one: undefined as 0", ".1f"),
         Column("all", "per one of all: dead as 0, too", ".1f"),
+        Column("shuffled", "null: shuffled explanations", ".1f"),
+        Column("init", "null: random init", ".1f"),
     )
     rows: list[tuple[Cell, ...]] = []
     for metric, m in product(results.metrics, _shown(results, found)):
         own = m.figure(results.explainer, metric)
         if own is None:
             continue
-        c = own.counts
+        c, null = own.counts, results.null(m)
         rows.append(
             (
                 METRIC_NAMES[metric],
@@ -186,6 +197,8 @@ def _policies(results: RunResults, found: Sequence[Latents], resamples: int, see
                 mean_cell(own),
                 mean_cell(_live(m, results.explainer, metric, resamples, seed)),
                 mean_cell(m.figure(results.explainer, metric, policy="count_zero")),
+                mean_cell(m.figure(results.explainer, metric, "shuffled")),
+                mean_cell(null.figure(results.explainer, metric)) if null else None,
             )
         )
     return Table(
@@ -196,7 +209,8 @@ def _policies(results: RunResults, found: Sequence[Latents], resamples: int, see
         "Latents and neurons are drawn, searched, explained and scored alike. A latent that hardly ever"
         " fires has no score where the excerpts drawn at random miss it: the first mean leaves it out,"
         " the second counts it as 0, the third counts those that never fired as 0 as well."
-        f" Undefined, dead, failed: as in the ledger below. {INTERVAL_NOTE}",
+        " Random init: the untrained model, and autoencoders trained on that; first mean. Undefined, dead,"
+        f" failed: as in the ledger below. {INTERVAL_NOTE}",
     )
 
 

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 
 from cratelm.records import METRICS, Metric
+from cratelm.report.autoencoders import reconstruction_costs
 from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, without_score
 from cratelm.report.comparisons import model_less_free, twins, twins_with_model
 from cratelm.report.gather import MODEL_STAGES, ModelResults, RunResults
@@ -45,11 +46,14 @@ def comparison(results: RunResults) -> Table:
         Column("parameters", "parameters", ",d"),
         Column("training_tokens", "training tokens", ",d"),
         Column("validation_loss", "validation loss ± se, nats a token", ".3f"),
-        Column("neurons", "neurons scored", ",d"),
     ]
+    costs = reconstruction_costs(results)
+    if costs:
+        columns.append(Column("added", "loss added by the reconstruction ± se", ".3f"))
+    columns.append(Column("neurons", "neurons scored", ",d"))
     for metric in results.metrics:
         columns += _metric_columns(metric)
-    rows = tuple(_comparison_row(results, m) for m in results.principal)
+    rows = tuple(_comparison_row(results, m, costs) for m in results.principal)
     return Table(
         "comparison",
         "Comparison",
@@ -58,7 +62,13 @@ def comparison(results: RunResults) -> Table:
         "Scores are correlations × 100, mean over layers of the mean over neurons; neurons without a"
         f" score are left out, and counted. {INTERVAL_NOTE} Validation loss: standard error over held-out"
         " sequences. Random init: the same model before training, harvested, explained and scored alike."
-        " Shuffled: explanations dealt to other neurons of the layer.",
+        " Shuffled: explanations dealt to other neurons of the layer."
+        + (
+            " MODEL+NAME: latents of autoencoders, with the loss that their reconstruction costs in the"
+            " place of the activations."
+            if costs
+            else ""
+        ),
         flipped=True,
     )
 
@@ -74,7 +84,9 @@ def _metric_columns(metric: Metric) -> list[Column]:
     ]
 
 
-def _comparison_row(results: RunResults, model: ModelResults) -> tuple[Cell, ...]:
+def _comparison_row(
+    results: RunResults, model: ModelResults, costs: dict[str, Cell]
+) -> tuple[Cell, ...]:
     trained = _training(model)
     own = [model.figure(results.explainer, metric) for metric in results.metrics]
     cells: list[Cell] = [
@@ -82,6 +94,7 @@ def _comparison_row(results: RunResults, model: ModelResults) -> tuple[Cell, ...
         trained.get("parameters"),
         trained.get("tokens"),
         _loss(trained),
+        *([costs.get(model.name)] if costs else []),
         max((s.counts.total for s in own if s), default=None),
     ]
     null = results.null(model)

@@ -353,8 +353,10 @@ def _shared_ordinals(run: Run) -> int:
 
 def _order(name: str) -> tuple[bool, int, str]:
     family = next((i for i, f in enumerate(_FAMILIES) if name.startswith(f)), len(_FAMILIES))
-    return name.endswith(_INIT), family, name
+    return bool(_base(name)), family, name
 
 
 def _base(name: str) -> str:
-    return name.removesuffix(_INIT) if name.endswith(_INIT) else ""
+    """The model whose untrained null a name is of: X of X-init, X+SAE of X-init+SAE; empty for others."""
+    model, plus, sae = name.partition("+")
+    return f"{model.removesuffix(_INIT)}{plus}{sae}" if model.endswith(_INIT) else ""

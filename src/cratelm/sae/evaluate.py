@@ -17,6 +17,7 @@ steering is, with a reconstruction on the way and without: `cratelm.sae.fidelity
 """
 
 import dataclasses
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,6 +169,21 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
         written = {"config": config_dict(config), **identities, **asdict(result)}
         write_json(path, {**written, "by_document": _by_document(found, split)})
     return result
+
+
+def is_evaluated(config: SaeEvaluateConfig) -> bool:
+    """True, and said so, where the run keeps figures of these very autoencoders and this configuration."""
+    run = Run(config.run)
+    asked_for = _autoencoders(config, run)
+    _, identity = model_source(HarvestConfig(run=config.run, model=config.model), run)
+    if not asked_for.kept.is_file():
+        return False
+    told = json.loads(asked_for.kept.read_text(encoding="utf-8"))
+    wanted = (config_dict(config), asked_for.identity, identity)
+    if (told.get("config"), told.get("identity"), told.get("model_identity")) != wanted:
+        return False
+    print(f"{asked_for.kept} is there, skipped (--force redoes it)", flush=True)
+    return True
 
 
 @dataclass(frozen=True)
