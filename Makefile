@@ -6,10 +6,14 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.installed-dev
 
-.PHONY: demo test lint docs format clean
+.PHONY: demo demo-sae test lint docs format clean
 
 demo: $(INSTALLED)  ## train CRATE and its GPT-2 twin on a laptop, compare their neurons
 	$(BIN)/cratelm demo
+
+demo-sae: $(INSTALLED)  ## the same with sparse autoencoders on both, beside the neurons
+	$(PIP) -e '.[sae]'
+	$(BIN)/cratelm demo --sae
 
 test: $(DEVELOPED)  ## all tests, offline, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2

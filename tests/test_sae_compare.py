@@ -340,6 +340,14 @@ def test_autoencoders_from_a_folder(compared, run, tmp_path):
     assert a["value"].equals(b["value"])
 
 
+def test_every_key_of_an_evaluation_is_documented(compared):
+    written = json.loads((compared / "sae" / "crate-2l@topk-2x" / "evaluation.json").read_text())
+    text = (Path(__file__).parents[1] / "docs" / "files.md").read_text()
+    section = text[text.index("### `evaluation.json`") :].partition("\n## ")[0]
+    keys = [ln.split("`")[1] for ln in section.splitlines() if ln.startswith("| `")]
+    assert sorted(keys) == sorted(written)
+
+
 # ---- bad input ------------------------------------------------------------------------------------
 
 
