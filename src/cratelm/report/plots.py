@@ -1,5 +1,6 @@
 """The figures of a report, from the figures of a run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def means(results: RunResults) -> Figure:
     def panel(metric: Metric) -> Panel:
         found = [m.figure(results.explainer, metric, control) for _, m, control in drawn]
         return Panel(
-            METRIC_NAMES[metric], rows(series, [_bar(f) for f in found], "mean score × 100")
+            METRIC_NAMES[metric], rows(series, [bar(f) for f in found], "mean score × 100")
         )
 
     return Figure(
@@ -69,9 +70,7 @@ def score_by_layer(results: RunResults) -> Figure:
 
     def panel(metric: Metric) -> Panel:
         found = [m.figure(results.explainer, metric, control) for _, m, control in drawn]
-        points = [_layer_bars(f.layers if f else ()) for f in found]
-        draw = by_layer(series, points, "mean score × 100", zero=True)
-        return Panel(METRIC_NAMES[metric], draw)
+        return layers_panel(metric, series, found)
 
     return Figure(
         "score_by_layer",
@@ -81,6 +80,14 @@ def score_by_layer(results: RunResults) -> Figure:
         tuple(panel(metric) for metric in results.metrics),
         tuple(series),
     )
+
+
+def layers_panel(
+    metric: Metric, series: Sequence[Series], found: Sequence[ModelStatistics | None]
+) -> Panel:
+    """Scores by layer of one metric."""
+    points = [_layer_bars(f.layers if f else ()) for f in found]
+    return Panel(METRIC_NAMES[metric], by_layer(series, points, "mean score × 100", zero=True))
 
 
 def score_distributions(results: RunResults) -> Figure:
@@ -134,15 +141,17 @@ def _with_nulls(results: RunResults) -> list[_Drawn]:
     return drawn + [(own_series(m), m, "none") for m in results.models if m.null_of]
 
 
-def _bar(s: ModelStatistics | LayerStatistics | None) -> tuple[float, float, float] | None:
+def bar(s: ModelStatistics | LayerStatistics | None) -> tuple[float, float, float] | None:
+    """A mean and the ends of its interval; the mean itself where there are none."""
     if s is None or s.mean is None:
         return None
     return s.mean, s.mean if s.low is None else s.low, s.mean if s.high is None else s.high
 
 
 def _layer_bars(layers: tuple[LayerStatistics, ...]) -> tuple[list, list, list, list]:
-    bars = [(layer.layer, bar) for layer in layers if (bar := _bar(layer)) is not None]
-    return ([at for at, _ in bars], *([bar[i] for _, bar in bars] for i in range(3)))  # type: ignore[return-value]
+    """Numbers of the layers that have a mean, the means, and the ends of their intervals."""
+    bars = [(layer.layer, found) for layer in layers if (found := bar(layer)) is not None]
+    return ([at for at, _ in bars], *([found[i] for _, found in bars] for i in range(3)))  # type: ignore[return-value]
 
 
 def _points(m: ModelResults, key: str) -> tuple[list[int], list[float]]:

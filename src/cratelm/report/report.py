@@ -10,12 +10,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from cratelm.report.autoencoders import (
-    autoencoder_figures,
-    autoencoder_tables,
-    evaluation_inputs,
-    missing_evaluations,
-)
+from cratelm.report.autoencoder_figures import autoencoder_figures
+from cratelm.report.autoencoder_tables import autoencoder_tables
+from cratelm.report.autoencoders import evaluation_inputs, missing_evaluations
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
 from cratelm.report.content import all_tables
