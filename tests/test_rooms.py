@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "cratelm"
 BASE = {"errors", "records", "runs"}
-LINE = ["corpus", "tokens", "models", "train", "evaluate", "activations", "explain", "score", "report"]  # fmt: skip
+LINE = ["corpus", "tokens", "models", "train", "evaluate", "activations", "explain", "score", "report", "viewer"]  # fmt: skip
 SIDE = {"sae", "steer", "analysis"}
 """rooms that import the line, and are imported by none but the top"""
 TOP = {"cli", "demo", "demo_config", "__main__", "__init__"}

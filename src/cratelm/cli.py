@@ -76,6 +76,11 @@ VERBS: dict[str, Verb] = {
         "cratelm.report.config:ReportConfig",
         "one page, tables and figures about a run",
     ),
+    "view": Verb(
+        "cratelm.viewer.view",
+        "cratelm.viewer.config:ViewConfig",
+        "browse neurons in a web browser, or write the pages into a folder",
+    ),
     "analyze": Verb(
         "cratelm.analysis.analyze",
         "cratelm.analysis.config:AnalyzeConfig",

@@ -18,6 +18,7 @@ from cratelm.activations.out_of_context import out_of_context_rows
 from cratelm.activations.pilot import Pilot, run_pilot
 from cratelm.activations.store import (
     EXCERPT_SCHEMA,
+    NEURONS_A_GROUP,
     SUMMARY_SCHEMA,
     excerpts_path,
     summaries_path,
@@ -30,9 +31,6 @@ from cratelm.models.sites import hooked
 from cratelm.records import Split
 from cratelm.runs import Draft, Run, hash_file, hash_json, write_json
 from cratelm.tokens.shards import TokenStore, check_vocabulary
-
-_NEURONS_A_GROUP = 128
-"""neurons in a row group of the excerpts: about 10 MB in memory when read"""
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,8 @@ def _write(
     ):
         for place, (layer, kept) in enumerate(zip(site.layer_numbers, layers, strict=True)):
             summaries.write_table(summary_table(kept, name, site.name, layer))
-            for low in range(0, kept.n_neurons, _NEURONS_A_GROUP):
-                high = min(low + _NEURONS_A_GROUP, kept.n_neurons)
+            for low in range(0, kept.n_neurons, NEURONS_A_GROUP):
+                high = min(low + NEURONS_A_GROUP, kept.n_neurons)
                 rows = excerpt_rows(kept, low, high)
                 if alone is not None:
                     rows.append(alone[place].between(low, high))

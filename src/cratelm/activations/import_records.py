@@ -36,6 +36,7 @@ from cratelm.activations.import_texts import USED, Texts, listed_records, splits
 from cratelm.activations.openai_records import read_record, source_writer
 from cratelm.activations.store import (
     EXCERPT_SCHEMA,
+    NEURONS_A_GROUP,
     SUMMARY_SCHEMA,
     excerpts_path,
     summaries_path,
@@ -44,8 +45,6 @@ from cratelm.activations.store import (
 from cratelm.errors import InputError
 from cratelm.records import SPLITS
 from cratelm.runs import Draft, Run, Stage, hash_file, hash_json
-
-_NEURONS_A_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _write_activations(
         keep = stack.enter_context(source_writer(draft.path))
         group = Path(stack.enter_context(TemporaryDirectory(dir=draft.path, prefix=".group")))
         tables = _open_tables(draft.path, stack)
-        while some := list(islice(records, _NEURONS_A_GROUP)):
+        while some := list(islice(records, NEURONS_A_GROUP)):
             made = [neuron_records(r, config.model, config.site, texts, counts) for r in some]
             for split in USED:
                 # written as the harvest's tables are, then added to them as one row group

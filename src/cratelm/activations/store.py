@@ -5,7 +5,7 @@ row an excerpt (fields of `Excerpt`, with model, site, layer and index of the ne
 layer and index, excerpts further by kind, bin and rank. A row group holds whole neurons.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from cratelm.errors import InputError
 from cratelm.records import EXCERPT_KINDS, Excerpt, NeuronId, NeuronRecord, NeuronSummary, Split
 
+Place = tuple[int, int]
+"""layer and index of a neuron"""
 NEURON_FIELDS = [
     ("model", pa.string()),
     ("site", pa.string()),
@@ -53,6 +55,10 @@ SUMMARY_SCHEMA = pa.schema(
         ("anthropic_edges", pa.list_(pa.float32())),
     ]
 )
+
+
+NEURONS_A_GROUP = 16
+"""neurons in a row group of excerpts: about 1 MB in memory, 10 ms to read one of them"""
 
 
 def excerpts_path(folder: Path, split: Split) -> Path:
@@ -97,20 +103,53 @@ def read_records(
         if (layers_wanted is None or s.neuron.layer in layers_wanted)
         and (indices_wanted is None or s.neuron.index in indices_wanted)
     }
-    file = pq.ParquetFile(_existing(excerpts_path(folder, split)))
-    for group in range(file.num_row_groups):
-        layer_low, layer_high, index_low, index_high = _bounds(file, group)
-        places = {
-            place
-            for place in wanted
-            if layer_low <= place[0] <= layer_high and index_low <= place[1] <= index_high
-        }
+    excerpts = ExcerptFile(folder, split)
+    for group in range(excerpts.n_groups):
+        places = excerpts.places_in(group, wanted)
         if places:
-            held = _by_neuron(file.read_row_group(group), places)
+            held = excerpts.read_group(group, places)
             for place in sorted(held):
                 yield NeuronRecord(wanted.pop(place), held[place])
     for summary in wanted.values():
         yield NeuronRecord(summary, ())
+
+
+class ExcerptFile:
+    """Excerpts of a split, by neuron; what is read is a row group at a time. Safe for several threads.
+
+    Raises `InputError` where the file is not there.
+    """
+
+    def __init__(self, folder: Path, split: Split):
+        self.path = _existing(excerpts_path(folder, split))
+        self._file = pq.ParquetFile(self.path)
+        self.n_groups = self._file.num_row_groups
+        bounds = [_bounds(self._file, group) for group in range(self.n_groups)]
+        self._bounds = np.array(bounds, np.int64).reshape(-1, 4)
+
+    def places_in(self, group: int, wanted: Iterable[Place]) -> set[Place]:
+        """Those of some neurons that may be in a row group."""
+        layer_low, layer_high, index_low, index_high = self._bounds[group].tolist()
+        return {
+            (layer, index)
+            for layer, index in wanted
+            if layer_low <= layer <= layer_high and index_low <= index <= index_high
+        }
+
+    def read_group(self, group: int, places: set[Place]) -> dict[Place, tuple[Excerpt, ...]]:
+        """Excerpts of some neurons of a row group; the footer is read once for all."""
+        with pq.ParquetFile(self.path, metadata=self._file.metadata) as file:
+            return _by_neuron(file.read_row_group(group, use_threads=False), places)
+
+    def of(self, layer: int, index: int) -> tuple[Excerpt, ...]:
+        """Excerpts of one neuron; none where the file has none."""
+        low, high = self._bounds[:, [0, 2]], self._bounds[:, [1, 3]]
+        inside = ((low <= (layer, index)) & ((layer, index) <= high)).all(1)
+        for group in np.flatnonzero(inside).tolist():
+            found = self.read_group(group, {(layer, index)})
+            if found:
+                return found[layer, index]
+        return ()
 
 
 def _existing(path: Path) -> Path:
@@ -130,28 +169,25 @@ def _bounds(file: pq.ParquetFile, group: int) -> tuple[int, int, int, int]:
     return tuple(found)  # type: ignore[return-value]
 
 
-def _by_neuron(
-    table: pa.Table, places: set[tuple[int, int]]
-) -> dict[tuple[int, int], tuple[Excerpt, ...]]:
+def _by_neuron(table: pa.Table, places: set[Place]) -> dict[Place, tuple[Excerpt, ...]]:
     """Excerpts of a row group by (layer, index). Lists are sliced from flat arrays: no Python per token."""
-    table = table.combine_chunks()
-    layer, index = (table[c].to_numpy() for c in ("layer", "index"))
-    kind = table["kind"].to_pylist()
-    small = [table[c].to_numpy() for c in ("bin", "rank", "peak", "document", "position")]
+    place = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
+    wanted = np.isin(place, [layer << 32 | index for layer, index in places])
+    table = table.filter(pa.array(wanted)).combine_chunks()
+    columns = ("layer", "index", "bin", "rank", "peak", "document", "position")
+    rows = zip(table["kind"].to_pylist(), *(table[c].to_pylist() for c in columns), strict=True)
+    if not len(table):
+        return {}
     ids, values = table["token_ids"].chunk(0), table["activations"].chunk(0)
     offsets = ids.offsets.to_numpy()
     flat_ids, flat_values = ids.values.to_numpy(), values.values.to_numpy()
-    found: dict[tuple[int, int], list[Excerpt]] = {}
-    for row in range(len(kind)):
-        place = (int(layer[row]), int(index[row]))
-        if place not in places:
-            continue
-        bin_, rank, peak, document, position = (int(column[row]) for column in small)
+    found: dict[Place, list[Excerpt]] = {}
+    for row, (kind, layer, index, bin_, rank, peak, document, position) in enumerate(rows):
         span = slice(offsets[row], offsets[row + 1])
         excerpt = Excerpt(
-            kind[row], rank, bin_, flat_ids[span], flat_values[span], peak, document, position
+            kind, rank, bin_, flat_ids[span], flat_values[span], peak, document, position
         )
-        found.setdefault(place, []).append(excerpt)
+        found.setdefault((layer, index), []).append(excerpt)
     return {place: tuple(excerpts) for place, excerpts in found.items()}
 
 

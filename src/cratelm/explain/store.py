@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from cratelm.errors import InputError
 from cratelm.records import Explanation, NeuronId
 
+_ROWS_A_GROUP = 256
+"""rows read for the payload of one neuron: some 1 MB"""
 _NEURON = [
     ("model", pa.string()),
     ("site", pa.string()),
@@ -75,7 +77,7 @@ def write_explanations(folder: Path, explanations: Sequence[Explanation]) -> Non
         for e in explanations
     ]
     table = pa.Table.from_pylist(rows, schema=_EXPLANATION_SCHEMA)
-    pq.write_table(table, folder / "explanations.parquet")
+    pq.write_table(table, folder / "explanations.parquet", row_group_size=_ROWS_A_GROUP)
 
 
 def read_explanations(folder: Path) -> list[Explanation]:

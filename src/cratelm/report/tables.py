@@ -118,7 +118,7 @@ class Table:
 
     def to_latex(self) -> str:
         """A `tabular` for the package booktabs, ASCII alone, so that every LaTeX engine reads it."""
-        header, *rows = self._indented(r"\quad ", [[_latex(c) for c in li] for li in self.grid()])
+        header, *rows = self._indented(r"\quad ", [[latex(c) for c in li] for li in self.grid()])
         align = "".join("r" if right else "l" for right in self.numeric())
         body = [" & ".join(row) + r" \\" for row in rows]
         lines = [
@@ -194,7 +194,7 @@ _LATEX = {
 }
 
 
-def _latex(text: str) -> str:
+def latex(text: str) -> str:
     """Escaped; a character beyond ASCII is named by its code point, for pdfLaTeX knows few of them."""
     return "".join(
         _LATEX.get(c) or (c if c.isascii() else rf"\texttt{{U+{ord(c):04X}}}") for c in text

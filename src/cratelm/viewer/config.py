@@ -1,0 +1,42 @@
+"""What `cratelm view` can be told. Imports nothing heavy, so that `--help` is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cratelm.errors import InputError
+from cratelm.runs import aside
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Browse the neurons of one run or several, in a web browser on this machine.
+
+    Serves pages until Ctrl-C, or writes them into a folder with --static.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = aside((Path("runs/demo"),))
+    """run directories"""
+    host: str = aside("127.0.0.1")
+    """address to listen on. Whoever reaches another one than this machine's own can read the runs and
+    use the model: nothing asks for a password"""
+    port: int = aside(8000)
+    """port to listen on"""
+    live: bool = aside(True)
+    """answer what needs the model itself: activations of a text that is typed, steering"""
+    static: Path | None = aside(None)
+    """write the pages into this new folder and stop: for any web host, or to be opened from disk"""
+    neurons: int = aside(64)
+    """with --static: neurons of each layer that get a page, the best explained ones first; 0: all"""
+    force: bool = aside(False)
+    """with --static: write over pages that are there"""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise InputError("no run is named: type `cratelm view runs/NAME`")
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"--port is {self.port}, 0 to 65535 was expected")
+        if self.neurons < 0:
+            raise InputError(f"--neurons is {self.neurons}, 0 or more was expected")

@@ -1,0 +1,246 @@
+"""The pages on a web server (FastAPI); each page is made in a worker thread."""
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from functools import cache
+from importlib import resources
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, FastAPI, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.exceptions import HTTPException
+
+from cratelm.errors import InputError
+from cratelm.viewer import drawings
+from cratelm.viewer.guard import (
+    HEADERS,
+    LONGEST_ADDRESS,
+    LONGEST_BODY,
+    Rate,
+    allowed_hosts,
+    is_allowed,
+    is_own,
+)
+from cratelm.viewer.library import Library
+from cratelm.viewer.pages import Pages
+from cratelm.viewer.records import LayerQuery, NeuronView, NotFound, plain
+
+ASSETS = {
+    "style.css": "text/css",
+    "app.js": "text/javascript",
+    "live.js": "text/javascript",
+}
+Words = Annotated[str, Query(max_length=200)]
+TokenText = Annotated[str, Query(max_length=100)]
+Layer = Annotated[int, Path(ge=0, le=100_000)]
+Neuron = Annotated[int, Path(ge=0, le=100_000_000)]
+_RATE = Rate(burst=120, per_second=40)
+"""requests of one client: a person who holds a key down, not a crawler"""
+
+
+def application(
+    library: Library, host: str = "127.0.0.1", live: APIRouter | None = None
+) -> FastAPI:
+    """The whole application over some runs; `live` answers what needs the model."""
+    app = FastAPI(title="cratelm", docs_url=None, redoc_url=None, openapi_url=None)
+    pages = Pages(library, live=live is not None)
+    app.include_router(_pages(library, pages))
+    app.include_router(_api(library), prefix="/api")
+    if live is not None:
+        app.include_router(live)
+    _guard(app, pages, host)
+    return app
+
+
+def _pages(library: Library, pages: Pages) -> APIRouter:
+    router = APIRouter(default_response_class=HTMLResponse)
+
+    @router.get("/")
+    def overview() -> Response:
+        if len(library.keys) == 1:
+            return HTMLResponse(pages.overview(library.keys[0]))
+        return HTMLResponse(pages.overview())
+
+    @router.get("/r/{run}")
+    def run_overview(run: str) -> Response:
+        return HTMLResponse(pages.overview(library.run(run).key))
+
+    @router.get("/r/{run}/layer/{model}/{layer}")
+    def layer(
+        run: str,
+        model: str,
+        layer: Layer,
+        q: Words = "",
+        token: TokenText = "",
+        only: Literal["all", "explained", "alive", "dead", ""] = "all",
+        sort: Annotated[str, Query(max_length=40)] = "index",
+        direction: Literal["", "ascending", "descending"] = "",
+        page: Annotated[int, Query(ge=1, le=10**7)] = 1,
+    ) -> Response:
+        order = sort if not token or sort != "index" else "token"
+        down = direction == "descending" or (order == "token" and not direction)
+        query = LayerQuery(order, down, q, token.replace("␣", " "), only or "all", page)
+        return HTMLResponse(pages.layer(run, model, layer, query))
+
+    @router.get("/r/{run}/neuron/{model}/{layer}/{index}")
+    def neuron(
+        run: str,
+        model: str,
+        layer: Layer,
+        index: Neuron,
+        split: Literal["held_out", "fit"] = "held_out",
+        explainer: Annotated[str, Query(max_length=100)] = "",
+        all: bool = False,
+    ) -> Response:
+        view = library.neuron(run, model, layer, index, split, explainer, everything=all)
+        return HTMLResponse(pages.neuron(view, everything=all))
+
+    @router.get("/r/{run}/search")
+    def search(run: str, q: Words = "", token: TokenText = "") -> Response:
+        return HTMLResponse(pages.search(run, q, token.replace("␣", " ")))
+
+    @router.get("/r/{run}/compare")
+    def compare(run: str, left: Words = "", right: Words = "") -> Response:
+        return HTMLResponse(pages.compare(run, left, right))
+
+    @router.get("/r/{run}/live")
+    def live(run: str) -> Response:
+        if not pages.live:
+            raise NotFound("the live page is switched off: start `cratelm view` without --no-live")
+        return HTMLResponse(pages.live_page(run))
+
+    @router.get("/assets/{name}")
+    def asset(name: str, request: Request) -> Response:
+        if name not in ASSETS:
+            raise NotFound(f"there is no file {name!r}")
+        content, tag = _asset(name)
+        headers = {"ETag": tag, "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=ASSETS[name], headers=headers)
+
+    @router.get("/favicon.ico")
+    def icon() -> Response:
+        return RedirectResponse("data:,")
+
+    return router
+
+
+def _api(library: Library) -> APIRouter:
+    """The same as JSON."""
+    router = APIRouter()
+
+    @router.get("/runs")
+    def runs() -> Response:
+        return JSONResponse([plain(library.run(key)) for key in library.keys])
+
+    @router.get("/r/{run}/layer/{model}/{layer}")
+    def layer(
+        run: str,
+        model: str,
+        layer: Layer,
+        q: Words = "",
+        token: TokenText = "",
+        sort: Annotated[str, Query(max_length=40)] = "index",
+        direction: Literal["", "ascending", "descending"] = "",
+        page: Annotated[int, Query(ge=1, le=10**7)] = 1,
+    ) -> Response:
+        query = LayerQuery(sort, direction == "descending", q, token, "all", page)
+        return JSONResponse(plain(library.layer(run, model, layer, query)))
+
+    @router.get("/r/{run}/search")
+    def search(run: str, q: Words = "", token: TokenText = "") -> Response:
+        return JSONResponse(plain(library.search(run, text=q, token=token)))
+
+    @router.get("/r/{run}/index")
+    def index_state(run: str) -> Response:
+        return JSONResponse(plain(library.index_state(run)))
+
+    def view(run: str, model: str, layer: int, index: int) -> NeuronView:
+        return library.neuron(run, model, layer, index)
+
+    @router.get("/r/{run}/neuron/{model}/{layer}/{index}")
+    def neuron(run: str, model: str, layer: Layer, index: Neuron) -> Response:
+        return JSONResponse(plain(view(run, model, layer, index)))
+
+    @router.get("/r/{run}/neuron/{model}/{layer}/{index}/card.svg")
+    def card(run: str, model: str, layer: Layer, index: Neuron) -> Response:
+        svg = drawings.card(view(run, model, layer, index))
+        headers = {"Content-Disposition": f'attachment; filename="neuron-{layer}-{index}.svg"'}
+        return Response(svg, media_type="image/svg+xml", headers=headers)
+
+    return router
+
+
+@cache
+def _asset(name: str) -> tuple[bytes, str]:
+    """Content and its tag."""
+    content = (resources.files("cratelm.viewer") / "assets" / name).read_bytes()
+    return content, f'"{hashlib.sha256(content).hexdigest()[:20]}"'
+
+
+def _guard(app: FastAPI, pages: Pages, host: str) -> None:
+    names, anywhere = allowed_hosts(host), host in ("0.0.0.0", "::")
+
+    def refused(request: Request) -> tuple[int, str] | None:
+        asked = request.headers.get("host", "")
+        origin = request.headers.get("origin")
+        client = request.client.host if request.client else ""
+        length = request.headers.get("content-length", "0")
+        if not is_allowed(asked, names, anywhere):
+            return 421, f"this server does not answer to the host {asked[:80]!r}"
+        if request.method not in ("GET", "HEAD") and (origin is None or not is_own(origin, asked)):
+            return 403, "requests of other sites are not answered"
+        if len(str(request.url)) > LONGEST_ADDRESS:
+            return 414, "the address is too long"
+        if not length.isdigit() or int(length) > LONGEST_BODY:
+            return 413, f"at most {LONGEST_BODY:,} bytes are taken"
+        if not request.url.path.startswith("/assets/") and not _RATE.take(client):
+            return 429, "too many requests at once: wait a second"
+        return None
+
+    @app.middleware("http")
+    async def guarded(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        problem = refused(request)
+        answer = _told(pages, request, *problem) if problem else await call_next(request)
+        for name, value in HEADERS.items():
+            answer.headers.setdefault(name, value)
+        answer.headers.setdefault("Cache-Control", "no-store")
+        return answer
+
+    @app.exception_handler(NotFound)
+    def not_found(request: Request, error: Exception) -> Response:
+        return _told(pages, request, 404, str(error))
+
+    @app.exception_handler(InputError)
+    def bad_input(request: Request, error: Exception) -> Response:
+        return _told(pages, request, 400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"][1:]) or "the request"
+        return _told(pages, request, 400, f"{where}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    def failed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _told(pages, request, error.status_code, "there is no such page")
+
+    @app.exception_handler(Exception)
+    def broken(request: Request, error: Exception) -> Response:
+        kind = type(error).__name__
+        return _told(
+            pages, request, 500, f"this page could not be made ({kind}): the terminal says more"
+        )
+
+
+def _told(pages: Pages, request: Request, status: int, message: str) -> Response:
+    """An error as a page, or as JSON where that was asked for."""
+    if request.url.path.startswith("/api/"):
+        return JSONResponse({"error": message}, status)
+    return HTMLResponse(pages.error(status, message), status)

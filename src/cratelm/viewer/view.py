@@ -1,0 +1,75 @@
+"""`cratelm view`: the neuron browser, on this machine or as a folder."""
+
+import errno
+import socket
+from typing import Any
+
+from cratelm.errors import InputError
+from cratelm.viewer.config import ViewConfig
+from cratelm.viewer.library import Library
+
+
+def view(config: ViewConfig) -> Any:
+    """Serves the runs until it is interrupted, or writes their pages into a folder.
+
+    Raises `InputError` where a run is not there, a port is taken, or the extra is missing.
+    """
+    library = Library(config.runs)
+    for key in library.keys:
+        library.run(key)  # what is wrong with a run is told before a browser opens
+    if config.static is not None:
+        from cratelm.viewer.static_site import export
+
+        for key in library.keys:
+            library.index_of(key).build()
+        return export(library, config.static, config.neurons, config.force)
+    _serve(config, library)
+    return ""
+
+
+def _serve(config: ViewConfig, library: Library) -> None:
+    try:
+        import uvicorn
+
+        from cratelm.viewer.server import application
+    except ImportError as error:
+        raise InputError(
+            f"the browser needs {error.name}: type `pip install 'cratelm[viewer]'`, or write pages with"
+            " --static"
+        ) from None
+    listening = _listen(config.host, config.port)
+    live = None
+    if config.live:
+        from cratelm.viewer.live import Live
+        from cratelm.viewer.live_api import router
+
+        live = router(Live(library))
+    library.start_indexing()
+    app = application(library, config.host, live)
+    port = listening.getsockname()[1]
+    shown = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"http://{shown}:{port}/  (Ctrl-C stops)", flush=True)
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+    )
+    uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket on the address; 0 takes any free port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise InputError(
+                f"port {port} of {host} is taken: type --port {port + 1}, or --port 0 for a free one"
+            ) from None
+        raise InputError(
+            f"cannot listen on {host}:{port} ({error}): name an address of this machine with --host"
+        ) from None
+    listening.listen(128)
+    return listening
