@@ -1,0 +1,133 @@
+// The live page: asks the model while a text is typed. All text from outside goes in as textContent.
+"use strict";
+(() => {
+  const get = (id) => document.getElementById(id);
+  const { run, models } = JSON.parse(get("data").textContent);
+  const fields = Object.fromEntries(["model", "layer", "neuron", "text", "operation", "value", "count"].map((id) => [id, get(id)]));
+  const marks = { " ": "␣", "\n": "⏎", "\t": "⇥" };
+  const seen = (text) => text.replace(/[ \n\t]/g, (c) => marks[c]).replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}]/gu, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
+  let maximum = 1, position = null, current = null;
+  get("live").hidden = false;
+
+  // ---- state in the address, so that it can be shared ----
+  const asked = new URLSearchParams(location.search);
+  if (asked.get("model") in models) fields.model.value = asked.get("model");
+  const fill = () => {
+    const layers = Object.keys(models[fields.model.value]);
+    const before = fields.layer.value || asked.get("layer");
+    fields.layer.replaceChildren(...layers.map((n) => new Option(n, n)));
+    if (layers.includes(before)) fields.layer.value = before;
+    fields.neuron.max = models[fields.model.value][fields.layer.value] - 1;
+  };
+  fill();
+  for (const id of ["neuron", "text", "operation", "value", "count"]) if (asked.has(id)) fields[id].value = asked.get(id);
+  const remember = () => {
+    const state = new URLSearchParams(Object.entries(fields).map(([id, field]) => [id, field.value]));
+    if (state.toString().length < 3000) history.replaceState(null, "", `?${state}`);
+    const place = [fields.model, fields.layer, fields.neuron].map((f) => encodeURIComponent(f.value));
+    get("page").href = `/r/${encodeURIComponent(run)}/neuron/${place.join("/")}`;
+  };
+
+  // ---- asking: one question of each kind at a time, a later one drops the earlier ----
+  const pending = {};
+  const ask = async (kind, body) => {
+    pending[kind]?.abort();
+    const control = (pending[kind] = new AbortController());
+    const answer = await fetch(`/api/r/${encodeURIComponent(run)}/live/${kind}`, {
+      method: "POST", headers: { "Content-Type": "application/json" }, signal: control.signal,
+      body: JSON.stringify({ model: fields.model.value, text: fields.text.value, ...body }),
+    });
+    const found = await answer.json();
+    if (!answer.ok) throw new Error(found.error ?? "the server did not answer");
+    return found;
+  };
+  const neuron = () => ({ layer: Number(fields.layer.value), neuron: Number(fields.neuron.value) });
+  const tried = async (work) => {
+    try { await work(); } catch (error) { if (error.name !== "AbortError") get("status").textContent = error.message; }
+  };
+  const level = (value, most) => (value > 0 && most > 0 ? Math.max(1, Math.min(10, Math.round((10 * value) / most))) : 0);
+  const element = (tag, text, kind) => { const made = document.createElement(tag); made.textContent = text; if (kind) made.className = kind; return made; };
+
+  const read = () => tried(async () => {
+    const found = await ask("activations", neuron());
+    const most = Math.max(found.maximum, ...found.values);
+    if (found.maximum !== maximum) { maximum = found.maximum; scale(); }
+    const spans = found.tokens.map((token, place) => {
+      const span = element("span", seen(token), level(found.values[place], most) ? `l${level(found.values[place], most)}` : "");
+      span.title = found.values[place].toPrecision(3);
+      span.tabIndex = 0;
+      span.setAttribute("role", "button");
+      span.setAttribute("aria-label", `token ${place}, ${seen(token)}, activation ${span.title}`);
+      if (place === position) span.classList.add("peak");
+      const choose = () => { position = place; read(); strongest(); };
+      span.addEventListener("click", choose);
+      span.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(); } });
+      return span;
+    });
+    current = found.tokens;
+    const focused = [...get("tokens").children].indexOf(document.activeElement);
+    get("tokens").replaceChildren(...spans);
+    if (focused >= 0) spans[Math.min(focused, spans.length - 1)]?.focus();
+    const top = Math.max(...found.values);
+    get("status").textContent = `${found.tokens.length} tokens${found.cut ? `, ${found.cut} more left out` : ""}; largest here ${top.toPrecision(3)}, ${found.maximum > 0 ? `${Math.round((100 * top) / found.maximum)}% of the neuron's largest` : "of a dead neuron"}`;
+  });
+
+  const strongest = () => tried(async () => {
+    if (!current?.length) return;
+    if (position === null || position >= current.length) position = current.length - 1;
+    const found = await ask("strongest", { position });
+    get("at").textContent = seen(current[position] ?? "");
+    get("strongest").replaceChildren(...found.map((n) => {
+      const row = document.createElement("tr");
+      const link = element("a", String(n.index));
+      link.href = `/r/${encodeURIComponent(run)}/neuron/${encodeURIComponent(fields.model.value)}/${n.layer}/${n.index}`;
+      const cell = element("td", "", "r");
+      cell.append(link);
+      row.append(element("td", String(n.layer), "r"), cell, element("td", (100 * n.share).toFixed(0), "r"), element("td", n.value.toPrecision(3), "r"), element("td", seen(n.explanation).replaceAll("␣", " ") || "–", "text wide"));
+      return row;
+    }));
+  });
+
+  const scale = () => {
+    const kind = fields.operation.value;
+    fields.value.disabled = kind === "zero";
+    const most = kind === "scale" ? 4 : 2 * Math.max(maximum, 1e-6);
+    const share = Number(fields.value.value) / Number(fields.value.max || 1);
+    Object.assign(fields.value, { min: kind === "add" ? -most : 0, max: most, step: most / 200 });
+    if (Number(fields.value.value) > most || share === 1) fields.value.value = most / 2;
+  };
+  const steer = () => tried(async () => {
+    get("shown").textContent = fields.operation.value === "zero" ? "0" : Number(fields.value.value).toPrecision(3);
+    const found = await ask("steer", { ...neuron(), operation: fields.operation.value, value: Number(fields.value.value), tokens: Math.min(64, Math.max(0, Math.round(Number(fields.count.value) || 0))) });
+    get("kl").textContent = `The next token changes by ${found.kl.toPrecision(3)} nats (KL divergence).`;
+    get("chances").replaceChildren(...found.chances.map((t) => {
+      const row = document.createElement("tr");
+      const bars = document.createElement("td");
+      bars.className = "bars";
+      for (const [value, kind] of [[t.before, "before"], [t.after, "after"]]) {
+        const bar = element("meter", "", kind);
+        Object.assign(bar, { min: 0, max: 1, value });
+        bar.setAttribute("aria-label", `${kind}, ${(100 * value).toFixed(1)}%`);
+        bars.append(bar);
+      }
+      row.append(element("td", seen(t.token), "token"), element("td", (100 * t.before).toFixed(2), "r"), element("td", (100 * t.after).toFixed(2), "r"), bars);
+      return row;
+    }));
+    get("plain").textContent = seen(found.plain);
+    let same = 0;
+    while (same < found.steered.length && found.steered[same] === found.plain[same]) same += 1;
+    get("steered").replaceChildren(document.createTextNode(seen(found.steered.slice(0, same))), element("mark", seen(found.steered.slice(same))));
+  });
+
+  // ---- when something changes ----
+  let timer = 0;
+  const later = (work, wait = 250) => { clearTimeout(timer); timer = setTimeout(work, wait); };
+  const all = async () => { remember(); await read(); await strongest(); await steer(); };
+  fields.text.addEventListener("input", () => { position = null; later(all, 350); });
+  fields.model.addEventListener("change", () => { fill(); later(all, 0); });
+  fields.layer.addEventListener("change", () => { fill(); later(all, 0); });
+  fields.neuron.addEventListener("input", () => later(all));
+  for (const id of ["operation", "value", "count"]) fields[id].addEventListener("input", () => { if (id === "operation") scale(); get("shown").textContent = Number(fields.value.value).toPrecision(3); later(() => { remember(); steer(); }, 200); });
+  scale();
+  all();
+})();
