@@ -93,14 +93,14 @@ class Run:
         root = self.path / stage
         if not root.is_dir():
             return []
-        return sorted(p.parent.name for p in root.glob(f"*/{RECORD}"))
+        return sorted(p.parent.name for p in root.glob(f"[!.]*/{RECORD}"))
 
     def completions(self) -> list[Completion]:
         """Records of all finished stages, in the order of the line."""
         found = []
         for stage in STAGES:
             root = self.path / stage
-            for record in [root / RECORD, *sorted(root.glob(f"*/{RECORD}"))]:
+            for record in [root / RECORD, *sorted(root.glob(f"[!.]*/{RECORD}"))]:
                 if record.is_file():
                     found.append(_read_record(record))
         return found

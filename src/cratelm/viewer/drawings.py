@@ -124,7 +124,7 @@ def _short(n: int) -> str:
 
 
 def layer_map(points: Sequence[MapPoint], address) -> Markup:
-    """A point a neuron, as a link; shade: its score."""
+    """A point a neuron, a link where it has an address; shade: its score."""
     width = height = 560
     dots = []
     for p in points:
@@ -132,10 +132,12 @@ def layer_map(points: Sequence[MapPoint], address) -> Markup:
         level = 0 if p.score is None else max(0, min(10, round(p.score / 10)))
         score = "no score" if p.score is None else f"{p.score:.0f}"
         label = escape(visible_line(f"{p.index} ({score}): {p.label or 'not explained'}", 160))
-        dots.append(
-            f'<a href="{escape(address(p.index))}" tabindex="-1"><circle class="point m{level}" cx="{x:.1f}"'
-            f' cy="{y:.1f}" r="4"><title>{label}</title></circle></a>'
+        dot = (
+            f'<circle class="point m{level}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
+            f"<title>{label}</title></circle>"
         )
+        where = address(p.index)
+        dots.append(f'<a href="{escape(where)}" tabindex="-1">{dot}</a>' if where else dot)
     return _svg(width, height, f"map of {len(points):,} neurons", "".join(dots), kind="map")
 
 

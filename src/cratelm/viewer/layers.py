@@ -1,6 +1,7 @@
 """The table of a layer: which neurons match, in which order."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ def layer_page(
     note: str,
 ) -> LayerPage:
     """The page of a layer's table that a query asks for."""
+    query = _ordered(query, columns, on_token is not None)
     here = columns.rows_of(layer)
     rows = np.arange(here.start, here.stop)
     texts = columns.text()
@@ -42,6 +44,14 @@ def layer_page(
         explainer=told[1] if told else "",
         note=note,
     )
+
+
+def _ordered(query: LayerQuery, columns: Columns, by_token: bool) -> LayerQuery:
+    """With an order: by the token that is searched for, else by the first metric, else by number."""
+    if query.sort:
+        return query
+    best = "token" if by_token else next(iter(columns.metrics), "index")
+    return replace(query, sort=best, descending=best != "index")
 
 
 def _matching(

@@ -78,13 +78,17 @@ class Pages:
 
     def layer(self, key: str, model: str, layer: int, query: LayerQuery) -> str:
         page = self.library.layer(key, model, layer, query)
+        query = page.query
         card = self.library.run(key).model(model)
         links = self._links(("r", key, "layer", model, str(layer)))
         points = self.library.map(key, model, layer)
-        address = _address(links, key, model, layer)
 
         def has_page(index: int) -> bool:
             return self.paged(key, model, layer, index)
+
+        def address(index: int) -> str:
+            at = ("r", key, "neuron", model, layer, index)
+            return links.to(*at) if has_page(index) else ""
 
         def asked(**changed: Any) -> str:
             told = {
@@ -211,9 +215,7 @@ class Pages:
         try:
             model, layer, index = _place(name)
             if index is None:
-                columns = self.library.columns(key, model)
-                sort = columns.metrics[0] if columns.metrics else "index"
-                query = LayerQuery(sort=sort, descending=sort != "index", per_page=_COMPARED)
+                query = LayerQuery(per_page=_COMPARED)
                 return side | {"layer": self.library.layer(key, model, layer, query)}
             view = self.library.neuron(key, model, layer, index)
             tops = [e for e in view.excerpts if e.kind == "top"]
@@ -358,10 +360,6 @@ def _place(name: str) -> tuple[str, int, int | None]:
     return parts[0], int(parts[1]), int(parts[2]) if len(parts) == 3 else None
 
 
-def _address(links: Links, key: str, model: str, layer: int) -> Callable[[int], str]:
-    return lambda index: links.to("r", key, "neuron", model, layer, index)
-
-
 _made: list[jinja2.Environment] = []
 
 
@@ -377,6 +375,7 @@ def _environment() -> jinja2.Environment:
             auto_reload=False,
         )
         environment.filters["seen"] = lambda text: printable(str(text)) if text else text
+        environment.filters["tenth"] = lambda x: f"{round(x, 1) + 0.0:.1f}"
         environment.filters["token"] = _token
         environment.filters["thousands"] = lambda n: "–" if n is None else f"{n:,}"
         _made.append(environment)

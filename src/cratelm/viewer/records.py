@@ -92,8 +92,8 @@ class RunCard:
 class LayerQuery:
     """Which neurons of a layer, in which order."""
 
-    sort: str = "index"
-    """`index`, `firing_rate`, `maximum`, or a metric"""
+    sort: str = ""
+    """`index`, `firing_rate`, `maximum`, `token` or a metric; empty: the best explained first"""
     descending: bool = False
     text: str = ""
     """words that the explanation holds"""

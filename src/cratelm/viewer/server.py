@@ -6,7 +6,7 @@ from functools import cache
 from importlib import resources
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, FastAPI, Path, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
@@ -35,6 +35,40 @@ Words = Annotated[str, Query(max_length=200)]
 TokenText = Annotated[str, Query(max_length=100)]
 Layer = Annotated[int, Path(ge=0, le=100_000)]
 Neuron = Annotated[int, Path(ge=0, le=100_000_000)]
+
+
+def _query(
+    q: Words = "",
+    token: TokenText = "",
+    only: Literal["all", "explained", "alive", "dead", ""] = "all",
+    sort: Annotated[str, Query(max_length=40)] = "",
+    direction: Literal["", "ascending", "descending"] = "",
+    page: Annotated[int, Query(ge=1, le=10**7)] = 1,
+) -> LayerQuery:
+    """␣ may be typed for a space, which a form or an address loses at an end."""
+    return LayerQuery(sort, direction == "descending", q, _spaced(token), only or "all", page)
+
+
+def _view(
+    request: Request,
+    run: str,
+    model: str,
+    layer: Layer,
+    index: Neuron,
+    split: Literal["held_out", "fit"] = "held_out",
+    explainer: Annotated[str, Query(max_length=100)] = "",
+    all: bool = False,
+) -> NeuronView:
+    library: Library = request.app.state.library
+    return library.neuron(run, model, layer, index, split, explainer, everything=all)
+
+
+def _spaced(token: str) -> str:
+    return token.replace("␣", " ")
+
+
+Asked = Annotated[LayerQuery, Depends(_query)]
+View = Annotated[NeuronView, Depends(_view)]
 _RATE = Rate(burst=120, per_second=40)
 """requests of one client: a person who holds a key down, not a crawler"""
 
@@ -44,6 +78,7 @@ def application(
 ) -> FastAPI:
     """The whole application over some runs; `live` answers what needs the model."""
     app = FastAPI(title="cratelm", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.library = library
     pages = Pages(library, live=live is not None)
     app.include_router(_pages(library, pages))
     app.include_router(_api(library), prefix="/api")
@@ -67,38 +102,16 @@ def _pages(library: Library, pages: Pages) -> APIRouter:
         return HTMLResponse(pages.overview(library.run(run).key))
 
     @router.get("/r/{run}/layer/{model}/{layer}")
-    def layer(
-        run: str,
-        model: str,
-        layer: Layer,
-        q: Words = "",
-        token: TokenText = "",
-        only: Literal["all", "explained", "alive", "dead", ""] = "all",
-        sort: Annotated[str, Query(max_length=40)] = "index",
-        direction: Literal["", "ascending", "descending"] = "",
-        page: Annotated[int, Query(ge=1, le=10**7)] = 1,
-    ) -> Response:
-        order = sort if not token or sort != "index" else "token"
-        down = direction == "descending" or (order == "token" and not direction)
-        query = LayerQuery(order, down, q, token.replace("␣", " "), only or "all", page)
+    def layer(run: str, model: str, layer: Layer, query: Asked) -> Response:
         return HTMLResponse(pages.layer(run, model, layer, query))
 
     @router.get("/r/{run}/neuron/{model}/{layer}/{index}")
-    def neuron(
-        run: str,
-        model: str,
-        layer: Layer,
-        index: Neuron,
-        split: Literal["held_out", "fit"] = "held_out",
-        explainer: Annotated[str, Query(max_length=100)] = "",
-        all: bool = False,
-    ) -> Response:
-        view = library.neuron(run, model, layer, index, split, explainer, everything=all)
+    def neuron(view: View, all: bool = False) -> Response:
         return HTMLResponse(pages.neuron(view, everything=all))
 
     @router.get("/r/{run}/search")
     def search(run: str, q: Words = "", token: TokenText = "") -> Response:
-        return HTMLResponse(pages.search(run, q, token.replace("␣", " ")))
+        return HTMLResponse(pages.search(run, q, _spaced(token)))
 
     @router.get("/r/{run}/compare")
     def compare(run: str, left: Words = "", right: Words = "") -> Response:
@@ -136,39 +149,26 @@ def _api(library: Library) -> APIRouter:
         return JSONResponse([plain(library.run(key)) for key in library.keys])
 
     @router.get("/r/{run}/layer/{model}/{layer}")
-    def layer(
-        run: str,
-        model: str,
-        layer: Layer,
-        q: Words = "",
-        token: TokenText = "",
-        sort: Annotated[str, Query(max_length=40)] = "index",
-        direction: Literal["", "ascending", "descending"] = "",
-        page: Annotated[int, Query(ge=1, le=10**7)] = 1,
-    ) -> Response:
-        query = LayerQuery(sort, direction == "descending", q, token, "all", page)
+    def layer(run: str, model: str, layer: Layer, query: Asked) -> Response:
         return JSONResponse(plain(library.layer(run, model, layer, query)))
 
     @router.get("/r/{run}/search")
     def search(run: str, q: Words = "", token: TokenText = "") -> Response:
-        return JSONResponse(plain(library.search(run, text=q, token=token)))
+        return JSONResponse(plain(library.search(run, text=q, token=_spaced(token))))
 
     @router.get("/r/{run}/index")
     def index_state(run: str) -> Response:
         return JSONResponse(plain(library.index_state(run)))
 
-    def view(run: str, model: str, layer: int, index: int) -> NeuronView:
-        return library.neuron(run, model, layer, index)
-
     @router.get("/r/{run}/neuron/{model}/{layer}/{index}")
-    def neuron(run: str, model: str, layer: Layer, index: Neuron) -> Response:
-        return JSONResponse(plain(view(run, model, layer, index)))
+    def neuron(view: View) -> Response:
+        return JSONResponse(plain(view))
 
     @router.get("/r/{run}/neuron/{model}/{layer}/{index}/card.svg")
-    def card(run: str, model: str, layer: Layer, index: Neuron) -> Response:
-        svg = drawings.card(view(run, model, layer, index))
-        headers = {"Content-Disposition": f'attachment; filename="neuron-{layer}-{index}.svg"'}
-        return Response(svg, media_type="image/svg+xml", headers=headers)
+    def card(view: View) -> Response:
+        name = f"neuron-{view.layer}-{view.index}.svg"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(drawings.card(view), media_type="image/svg+xml", headers=headers)
 
     return router
 

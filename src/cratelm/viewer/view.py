@@ -1,5 +1,6 @@
 """`cratelm view`: the neuron browser, on this machine or as a folder."""
 
+import contextlib
 import errno
 import socket
 from typing import Any
@@ -52,7 +53,8 @@ def _serve(config: ViewConfig, library: Library) -> None:
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
     )
-    uvicorn.Server(settings).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # told again once all is closed
+        uvicorn.Server(settings).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

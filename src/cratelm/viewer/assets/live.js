@@ -5,7 +5,8 @@
   const { run, models } = JSON.parse(get("data").textContent);
   const fields = Object.fromEntries(["model", "layer", "neuron", "text", "operation", "value", "count"].map((id) => [id, get(id)]));
   const marks = { " ": "␣", "\n": "⏎", "\t": "⇥" };
-  const seen = (text) => text.replace(/[ \n\t]/g, (c) => marks[c]).replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}]/gu, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
+  const shown = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}]/gu, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
+  const seen = (text) => shown(text.replace(/[ \n\t]/g, (c) => marks[c]));
   let maximum = 1, position = null, current = null;
   get("live").hidden = false;
 
@@ -83,7 +84,7 @@
       link.href = `/r/${encodeURIComponent(run)}/neuron/${encodeURIComponent(fields.model.value)}/${n.layer}/${n.index}`;
       const cell = element("td", "", "r");
       cell.append(link);
-      row.append(element("td", String(n.layer), "r"), cell, element("td", (100 * n.share).toFixed(0), "r"), element("td", n.value.toPrecision(3), "r"), element("td", seen(n.explanation).replaceAll("␣", " ") || "–", "text wide"));
+      row.append(element("td", String(n.layer), "r"), cell, element("td", (100 * n.share).toFixed(0), "r"), element("td", n.value.toPrecision(3), "r"), element("td", shown(n.explanation) || "–", "text wide"));
       return row;
     }));
   });
