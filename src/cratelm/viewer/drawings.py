@@ -194,6 +194,7 @@ def visible_line(text: str, most: int) -> str:
 
 
 def _svg(width: int, height: int, title: str, inside: str, kind: str = "chart") -> Markup:
+    role = "group" if kind == "map" else "img"
     return Markup(
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{inside}</svg>'
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="{role}" aria-label="{escape(title)}">{inside}</svg>'
     )

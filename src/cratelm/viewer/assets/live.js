@@ -123,7 +123,11 @@
   // ---- when something changes ----
   let timer = 0;
   const later = (work, wait = 250) => { clearTimeout(timer); timer = setTimeout(work, wait); };
-  const all = async () => { remember(); await read(); await strongest(); await steer(); };
+  const all = async () => {
+    remember();
+    if (!fields.text.value) { get("status").textContent = "Type a text."; return; }
+    await read(); await strongest(); await steer();
+  };
   fields.text.addEventListener("input", () => { position = null; later(all, 350); });
   fields.model.addEventListener("change", () => { fill(); later(all, 0); });
   fields.layer.addEventListener("change", () => { fill(); later(all, 0); });

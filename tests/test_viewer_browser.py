@@ -1,0 +1,331 @@
+"""The neuron browser in a real one: every page, sort and search, live text, steering, the export from disk.
+
+No console error, and no serious finding of axe-core, in both themes. With `SCREENSHOTS=FOLDER` the
+pages of `RUN` (a run directory) are kept as pictures: those in `docs/`.
+"""
+
+import os
+import re
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from viewer_runs import small_run
+
+from cratelm.viewer.library import Library
+from cratelm.viewer.static_site import export
+
+pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra `viewer` is not installed")
+
+
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+SERIOUS = {"serious", "critical"}
+TEXT = "river <script>alert(1)</script> import stone"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    given = os.environ.get("RUN")
+    return Path(given) if given else small_run(tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture(scope="module")
+def library(run) -> Library:
+    library = Library([run])
+    library.index_of(library.keys[0]).build()
+    return library
+
+
+@pytest.fixture(scope="module")
+def address(library):
+    """Of the real server, in a thread."""
+    from cratelm.viewer import server
+    from cratelm.viewer.live import Live
+    from cratelm.viewer.live_api import router
+
+    server._RATE.burst = server._RATE.per_second = 1e9
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    live = Live(library)
+    app = server.application(library, live=router(live))
+    serving = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    serving.should_exit = True
+    thread.join()
+    live.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as p:
+        path = next((p for p in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(p).exists()), None)  # fmt: skip
+        if path is None:
+            pytest.fail("no chromium found: `make test-browser` installs it")
+        browser = p.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """A page that fails the test on an error in the console, or a request elsewhere."""
+    context = chromium.new_context(viewport={"width": 1200, "height": 900})
+    page, problems = context.new_page(), []
+    page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") and "responded with a status of 4" not in m.text else None)  # fmt: skip
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda r: problems.append(r.url) if not re.match(r"(http://127\.0\.0\.1|file:|data:|blob:)", r.url) else None)  # fmt: skip
+    page.on("dialog", lambda d: problems.append(d.message))
+    yield page
+    context.close()
+    assert problems == []
+
+
+def serious_findings(page):
+    """Of axe-core: rule, element and why."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page, options={"preload": False}).response["violations"]
+    return [
+        (v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"][:300])
+        for v in found
+        if v["impact"] in SERIOUS
+    ]
+
+
+def names(library):
+    """Key of the run, a model, and a neuron of layer 1 that is explained, alive and not the last."""
+    key = library.keys[0]
+    columns = library.columns(key, "crate-2l")
+    here = columns.rows_of(1)
+    best = [int(columns.index[r]) for r in range(here.start + 1, here.stop - 1) if columns.text()[r] and columns.maximum[r] > 0]  # fmt: skip
+    return key, "crate-2l", best[0]
+
+
+def addresses(library):
+    key, model, index = names(library)
+    return {
+        "overview": "/",
+        "layer": f"/r/{key}/layer/{model}/1",
+        "neuron": f"/r/{key}/neuron/{model}/1/{index}",
+        "search": f"/r/{key}/search?q=fires",
+        "compare": f"/r/{key}/compare?left={model}/1/{index}&right=gpt2-2l/1/{index}",
+        "compare-layers": f"/r/{key}/compare?left={model}/1",
+        "live": f"/r/{key}/live?model={model}&layer=1&neuron={index}",
+        "error": f"/r/{key}/neuron/{model}/1/99999",
+    }
+
+
+PAGES = ("overview", "layer", "neuron", "search", "compare", "compare-layers", "live", "error")
+
+
+def until(page, expression, arg=None):
+    """Waits for it to be true: the pages' policy forbids what playwright waits with."""
+    for _ in range(100):
+        if page.evaluate(expression, arg):
+            return
+        page.wait_for_timeout(100)
+    pytest.fail(f"never true: {expression}")
+
+
+def settled(page, name):
+    if name == "live":
+        until(page, "document.querySelectorAll('#chances tr').length > 0")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_accessible(page, address, library, name, theme):
+    page.emulate_media(color_scheme=theme)
+    page.goto(address + addresses(library)[name])
+    settled(page, name)
+    assert serious_findings(page) == []
+    if os.environ.get("SCREENSHOTS") and name not in ("error", "compare-layers", "search"):
+        suffix = "" if theme == "light" else "-dark"
+        page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / f"view-{name}{suffix}.png")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_fit_a_phone(page, address, library, name):
+    page.set_viewport_size({"width": 360, "height": 700})
+    page.goto(address + addresses(library)[name])
+    settled(page, name)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_nothing_of_the_corpus_acts(page, address, library):
+    key, model, _ = names(library)
+    for index in range(12):
+        page.goto(f"{address}/r/{key}/neuron/{model}/1/{index}?all=1")
+    assert page.evaluate("document.querySelectorAll('main img, main iframe').length") == 0
+
+
+def test_sorting_and_filtering_a_layer(page, address, library):
+    key, model, _ = names(library)
+    page.goto(f"{address}/r/{key}/layer/{model}/1")
+    page.get_by_role("link", name="maximum").click()
+    values = page.eval_on_selector_all("tbody tr td:last-child", "cells => cells.map(c => Number(c.dataset.value))")  # fmt: skip
+    assert values == sorted(values, reverse=True)
+    assert page.locator("th[aria-sort=descending]").inner_text().startswith("maximum")
+    page.get_by_role("link", name="maximum").click()
+    values = page.eval_on_selector_all("tbody tr td:last-child", "cells => cells.map(c => Number(c.dataset.value))")  # fmt: skip
+    assert values == sorted(values)
+    page.get_by_label("show").select_option("explained")
+    page.get_by_role("button", name="filter").click()
+    assert "only=explained" in page.url
+    assert page.locator("tbody tr").count() > 0
+    page.locator("svg.map a").first.click(force=True)
+    assert "/neuron/" in page.url
+
+
+def test_searching_by_keyboard(page, address, library):
+    page.goto(address)
+    page.keyboard.press("/")
+    page.keyboard.type("fires")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/search?q=fires")
+    assert page.locator("tbody tr").count() > 0
+    page.get_by_label("fires on the token").fill("river")
+    page.get_by_label("explanation holds").fill("")
+    page.get_by_role("button", name="find").click()
+    page.wait_for_url("**/search?token=river*")
+    assert page.locator("tbody tr").count() > 0
+    page.locator("tbody a").first.click()
+    assert "/neuron/" in page.url
+
+
+def test_a_neuron_by_keyboard(page, address, library):
+    key, model, index = names(library)
+    page.goto(f"{address}/r/{key}/neuron/{model}/1/{index}")
+    line = page.locator(".excerpt").first
+    assert line.locator(".line.true").is_visible()
+    assert not line.locator(".line.simulated").is_visible()
+    page.keyboard.press("t")
+    assert line.locator(".line.simulated").is_visible()
+    assert not line.locator(".line.true").is_visible()
+    page.keyboard.press("t")
+    assert line.locator(".line.simulated").is_visible()
+    assert line.locator(".line.true").is_visible()
+    page.locator(".line.true .peak").first.click()
+    assert float(page.locator("#tip").inner_text()) > 0
+    page.keyboard.press("j")
+    page.wait_for_url(f"**/{index + 1}")
+    page.keyboard.press("k")
+    page.wait_for_url(f"**/{index}")
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("u")
+    page.wait_for_url(f"**/layer/{model}/1")
+
+
+def test_taking_a_neuron_along(chromium, page, address, library):
+    key, model, index = names(library)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
+    page.goto(f"{address}/r/{key}/neuron/{model}/1/{index}")
+    page.get_by_role("button", name="copy JSON").click()
+    page.get_by_text("copied").wait_for()
+    assert f'"index": {index}' in page.evaluate("navigator.clipboard.readText()")
+    page.get_by_role("button", name="copy LaTeX").click()
+    until(page, "navigator.clipboard.readText().then(t => t.includes('begin{figure}'))")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="save PNG").click()
+    assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="SVG card").click()
+    assert Path(download.value.path()).read_text().startswith("<svg")
+
+
+def test_the_theme_is_remembered(page, address):
+    page.goto(address)
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.get_by_role("button", name="dark theme").click()
+    after = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert before != after
+    page.reload()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == after
+
+
+def test_typing_a_text(page, address, library):
+    key, model, index = names(library)
+    page.goto(f"{address}/r/{key}/live?model={model}&layer=1&neuron={index}")
+    settled(page, "live")
+    page.get_by_label("Text").fill(TEXT)
+    until(page, "document.querySelector('#tokens').textContent.includes('stone')")
+    assert "<script>" in page.locator("#tokens").inner_text()
+    until(
+        page,
+        "document.querySelector('#at').textContent === [...document.querySelectorAll('#tokens [role=button]')].pop().textContent",
+    )
+    token = page.locator("#tokens [role=button]").nth(1)
+    token.focus()
+    page.keyboard.press("Enter")
+    until(page, "document.querySelectorAll('#strongest tr').length > 3")
+    until(page, "document.querySelectorAll('#tokens [role=button]')[1].className.includes('peak')")
+    until(
+        page,
+        "document.querySelector('#at').textContent === document.querySelectorAll('#tokens [role=button]')[1].textContent",
+    )
+    before = page.locator("#tokens [role=button]").evaluate_all("all => all.map(t => t.title)")
+    page.get_by_label("neuron").first.fill(str(index + 1))
+    until(page, "before => JSON.stringify([...document.querySelectorAll('#tokens [role=button]')].map(t => t.title)) !== JSON.stringify(before)", arg=before)  # fmt: skip
+    assert f"neuron={index + 1}" in page.url
+    page.reload()
+    settled(page, "live")
+    assert page.get_by_label("Text").input_value() == TEXT
+
+
+def test_steering_with_the_slider(page, address, library):
+    key, model, index = names(library)
+    page.goto(f"{address}/r/{key}/live?model={model}&layer=1&neuron={index}")
+    settled(page, "live")
+    page.get_by_label("Text").fill("river stone import")
+    kl = page.locator("#kl")
+    page.get_by_label("operation").select_option("add")
+    page.wait_for_timeout(600)
+    page.get_by_label("value").evaluate("s => { s.value = s.max; s.dispatchEvent(new Event('input', {bubbles: true})); }")  # fmt: skip
+    page.wait_for_timeout(600)
+    strong = float(re.search(r"by ([\d.e+-]+) nats", kl.inner_text()).group(1))
+    page.get_by_label("operation").select_option("scale")
+    page.get_by_label("value").evaluate("s => { s.value = 1; s.dispatchEvent(new Event('input', {bubbles: true})); }")  # fmt: skip
+    until(page, "document.querySelector('#kl').textContent.includes('by 0.00 nats')")
+    assert strong > 0
+    assert page.locator("#plain").inner_text() == page.locator("#steered").inner_text()
+
+
+def test_the_servers_sentence_is_shown(page, address, library):
+    key, model, _ = names(library)
+    page.goto(f"{address}/r/{key}/live?model={model}&layer=1")
+    settled(page, "live")
+    page.get_by_label("neuron").first.fill("99999")
+    until(page, "document.querySelector('#status').textContent.includes('has no neuron 99999')")
+    page.get_by_label("neuron").first.fill("1")
+    page.get_by_label("Text").fill("")
+    until(page, "document.querySelector('#status').textContent.includes('Type a text')")
+
+
+def test_an_export_from_disk(page, library, tmp_path):
+    export(library, tmp_path / "out", 6, False)
+    key, model, _ = names(library)
+    page.goto(f"file://{tmp_path / 'out' / 'index.html'}")
+    page.get_by_role("link", name=f"{model}, layer 1", exact=True).click()
+    page.get_by_role("button", name="maximum").click()
+    values = page.eval_on_selector_all("tbody tr td:last-child", "cells => cells.map(c => Number(c.dataset.value))")  # fmt: skip
+    assert values == sorted(values, reverse=True)
+    page.get_by_label("filter").fill("fires on")
+    shown = page.locator("tbody tr:visible").count()
+    assert 0 < shown < len(values)
+    page.locator("tbody tr:visible a").first.click()
+    assert page.locator(".excerpt").count() > 3
+    page.get_by_label("simulated by").check()
+    assert page.locator(".line.simulated").first.is_visible()
+    assert serious_findings(page) == []
+    assert key in page.url
