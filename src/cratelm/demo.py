@@ -1,6 +1,8 @@
 """`cratelm demo`: every verb in turn, on a scale that fits a laptop."""
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,8 +62,20 @@ class DemoResult:
     def __str__(self) -> str:
         return (
             f"{self.table}\n\nreport: {self.report}  (open it in a browser)\n"
-            f"{self.seconds / 60:.1f} minutes"
+            f"{self.seconds / 60:.1f} minutes\n\n"
+            f"browse the neurons: {_browse(self.report.parent.parent)}"
         )
+
+
+def _browse(run: Path) -> str:
+    """The command, as it is found from here: by its path where the environment is not activated."""
+    beside = Path(sys.executable).parent / "cratelm"
+    found = shutil.which("cratelm")
+    activated = found is not None and Path(found).samefile(beside) if beside.exists() else True
+    if activated:
+        return f"cratelm view {run}"
+    shown = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+    return f"{shown} view {run}"
 
 
 @dataclass(frozen=True)

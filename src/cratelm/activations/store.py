@@ -107,24 +107,25 @@ def read_records(
     for group in range(excerpts.n_groups):
         places = excerpts.places_in(group, wanted)
         if places:
-            held = excerpts.read_group(group, places)
+            held = _by_neuron(_of(excerpts.read_group(group), places))
             for place in sorted(held):
                 yield NeuronRecord(wanted.pop(place), held[place])
     for summary in wanted.values():
         yield NeuronRecord(summary, ())
 
 
-class ExcerptFile:
-    """Excerpts of a split, by neuron; what is read is a row group at a time. Safe for several threads.
+class NeuronFile:
+    """A Parquet file with columns `layer` and `index`, of which a neuron's rows are read alone.
 
-    Raises `InputError` where the file is not there.
+    The footer is read once. Safe for several threads. Raises `InputError` where the file is not there.
     """
 
-    def __init__(self, folder: Path, split: Split):
-        self.path = _existing(excerpts_path(folder, split))
-        self._file = pq.ParquetFile(self.path)
-        self.n_groups = self._file.num_row_groups
-        bounds = [_bounds(self._file, group) for group in range(self.n_groups)]
+    def __init__(self, path: Path):
+        self.path = _existing(path)
+        with pq.ParquetFile(path) as file:
+            self._metadata = file.metadata
+            bounds = [_bounds(file, group) for group in range(file.num_row_groups)]
+        self.n_groups = len(bounds)
         self._bounds = np.array(bounds, np.int64).reshape(-1, 4)
 
     def places_in(self, group: int, wanted: Iterable[Place]) -> set[Place]:
@@ -136,20 +137,29 @@ class ExcerptFile:
             if layer_low <= layer <= layer_high and index_low <= index <= index_high
         }
 
-    def read_group(self, group: int, places: set[Place]) -> dict[Place, tuple[Excerpt, ...]]:
-        """Excerpts of some neurons of a row group; the footer is read once for all."""
-        with pq.ParquetFile(self.path, metadata=self._file.metadata) as file:
-            return _by_neuron(file.read_row_group(group, use_threads=False), places)
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
+        with pq.ParquetFile(self.path, metadata=self._metadata) as file:
+            return file.read_row_group(group, columns=columns, use_threads=False)
+
+    def rows(self, layer: int, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of one neuron; `columns` must hold `layer` and `index`."""
+        low, high = self._bounds[:, [0, 2]], self._bounds[:, [1, 3]]
+        inside = ((low <= (layer, index)) & ((layer, index) <= high)).all(1)
+        tables = [self.read_group(g, columns) for g in np.flatnonzero(inside).tolist()]
+        if not tables:
+            return pa.table({})
+        return pa.concat_tables([_of(t, {(layer, index)}) for t in tables])
+
+
+class ExcerptFile(NeuronFile):
+    """Excerpts of a split, by neuron."""
+
+    def __init__(self, folder: Path, split: Split):
+        super().__init__(excerpts_path(folder, split))
 
     def of(self, layer: int, index: int) -> tuple[Excerpt, ...]:
         """Excerpts of one neuron; none where the file has none."""
-        low, high = self._bounds[:, [0, 2]], self._bounds[:, [1, 3]]
-        inside = ((low <= (layer, index)) & ((layer, index) <= high)).all(1)
-        for group in np.flatnonzero(inside).tolist():
-            found = self.read_group(group, {(layer, index)})
-            if found:
-                return found[layer, index]
-        return ()
+        return _by_neuron(self.rows(layer, index)).get((layer, index), ())
 
 
 def _existing(path: Path) -> Path:
@@ -169,15 +179,20 @@ def _bounds(file: pq.ParquetFile, group: int) -> tuple[int, int, int, int]:
     return tuple(found)  # type: ignore[return-value]
 
 
-def _by_neuron(table: pa.Table, places: set[Place]) -> dict[Place, tuple[Excerpt, ...]]:
-    """Excerpts of a row group by (layer, index). Lists are sliced from flat arrays: no Python per token."""
+def _of(table: pa.Table, places: set[Place]) -> pa.Table:
+    """The rows of some neurons."""
     place = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
     wanted = np.isin(place, [layer << 32 | index for layer, index in places])
-    table = table.filter(pa.array(wanted)).combine_chunks()
-    columns = ("layer", "index", "bin", "rank", "peak", "document", "position")
-    rows = zip(table["kind"].to_pylist(), *(table[c].to_pylist() for c in columns), strict=True)
+    return table.filter(pa.array(wanted))
+
+
+def _by_neuron(table: pa.Table) -> dict[Place, tuple[Excerpt, ...]]:
+    """Excerpts by (layer, index). Lists are sliced from flat arrays: no Python per token."""
     if not len(table):
         return {}
+    table = table.combine_chunks()
+    columns = ("layer", "index", "bin", "rank", "peak", "document", "position")
+    rows = zip(table["kind"].to_pylist(), *(table[c].to_pylist() for c in columns), strict=True)
     ids, values = table["token_ids"].chunk(0), table["activations"].chunk(0)
     offsets = ids.offsets.to_numpy()
     flat_ids, flat_values = ids.values.to_numpy(), values.values.to_numpy()

@@ -18,6 +18,8 @@ def printable(text: str) -> str:
     Escape codes of terminals, direction overrides, NUL and halves of surrogate pairs become \\x1b,
     \\u202e and the like, so that the result can be printed, encoded and put into a table.
     """
+    if text.isprintable():  # leaves out just the categories below, and spaces other than " "
+        return text
     return "".join(_escape(c) for c in text)
 
 

@@ -6,8 +6,9 @@ excerpt, payload or list of documents is read. 36,864 neurons with two explainer
 Shape legend: n neurons of a model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ class Columns:
     scores: Mapping[tuple[str, str, str], ScoreColumn]
     """by set, explainer and metric"""
     problems: tuple[str, ...]
+
+    @cached_property
+    def folded(self) -> list[str]:
+        """[n] explanations of the principal explainer, for a search that knows no case."""
+        return [str(text).casefold() for text in self.text()]
+
+    def holding(self, text: str, among: Sequence[int] | None = None) -> NDArray[np.int64]:
+        """Rows, of those given or of all, that have an explanation, and with all words of `text`."""
+        folded = self.folded
+        rows = [r for r in (range(len(folded)) if among is None else among) if folded[r]]
+        for word in text.casefold().split():
+            rows = [r for r in rows if word in folded[r]]
+        return np.array(rows, np.int64)
 
     @property
     def principal(self) -> Told | None:

@@ -17,7 +17,9 @@ class ViewConfig:
     Serves pages until Ctrl-C, or writes them into a folder with --static.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = aside((Path("runs/demo"),))
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUNS")]] = aside(
+        (Path("runs/demo"),)
+    )
     """run directories"""
     host: str = aside("127.0.0.1")
     """address to listen on. Whoever reaches another one than this machine's own can read the runs and

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-from cratelm.report.text import visible
+from cratelm.report.text import printable, visible
 from cratelm.viewer.records import ExcerptView, MapPoint, ModelCard, NeuronView, RunCard, Value
 
 _PAD = 30
+_TOLD = 1024
+"""neurons of a layer whose explanations a map carries: of more they would be most of the page"""
 
 
 def scores_by_layer(run: RunCard, metric: str) -> Markup:
@@ -124,20 +126,24 @@ def _short(n: int) -> str:
 
 
 def layer_map(points: Sequence[MapPoint], address) -> Markup:
-    """A point a neuron, a link where it has an address; shade: its score."""
+    """A point a neuron, a link where it has an address; shade: its score.
+
+    On hover its number and score, and in a layer of up to `_TOLD` neurons its explanation.
+    """
     width = height = 560
     dots = []
     for p in points:
         x, y = 12 + p.x * (width - 24), 12 + p.y * (height - 24)
         level = 0 if p.score is None else max(0, min(10, round(p.score / 10)))
-        score = "no score" if p.score is None else f"{p.score:.0f}"
-        label = escape(visible_line(f"{p.index} ({score}): {p.label or 'not explained'}", 160))
+        label = f"{p.index} ({'no score' if p.score is None else f'{p.score:.0f}'})"
+        if len(points) <= _TOLD:
+            label = escape(f"{label}: {visible_line(p.label, 100) or 'not explained'}")
         dot = (
             f'<circle class="point m{level}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
             f"<title>{label}</title></circle>"
         )
         where = address(p.index)
-        dots.append(f'<a href="{escape(where)}" tabindex="-1">{dot}</a>' if where else dot)
+        dots.append(f'<a href="{where}" tabindex="-1">{dot}</a>' if where else dot)
     return _svg(width, height, f"map of {len(points):,} neurons", "".join(dots), kind="map")
 
 
@@ -188,9 +194,8 @@ def _card_line(excerpt: ExcerptView, y: int) -> str:
 
 
 def visible_line(text: str, most: int) -> str:
-    """`text` on one line, at most so many characters."""
-    shown = "".join(c if c == " " else visible(c) for c in text[: most + 1])
-    return shown if len(text) <= most else shown[: most - 1] + "…"
+    """`text` on one line, at most so many of its characters."""
+    return printable(text) if len(text) <= most else printable(text[: most - 1]) + "…"
 
 
 def _svg(width: int, height: int, title: str, inside: str, kind: str = "chart") -> Markup:

@@ -69,10 +69,8 @@ def _first(excerpts: Sequence[Excerpt]) -> Iterator[Excerpt]:
 
 def _shaded(tokens: Sequence[str], values: Any, top: float) -> tuple[ShadedToken, ...]:
     shown = levels(np.asarray(values, np.float64), top) if top > 0 else np.zeros(len(tokens), int)
-    return tuple(
-        ShadedToken(text, float(value), int(level))
-        for text, value, level in zip(tokens, values, shown, strict=True)
-    )
+    told = np.asarray(values, np.float64).tolist()
+    return tuple(map(ShadedToken, tokens, told, shown.tolist()))
 
 
 def favourite_tokens(

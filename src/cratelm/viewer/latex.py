@@ -1,7 +1,7 @@
 """A neuron's excerpts as LaTeX: tokens on coloured boxes, as the paper prints them."""
 
 from cratelm.report.tables import latex
-from cratelm.report.text import visible
+from cratelm.report.text import printable, visible
 from cratelm.viewer.records import NeuronView
 
 _EXCERPTS, _BEFORE, _AFTER = 5, 12, 8
@@ -19,11 +19,7 @@ def figure(view: NeuronView) -> str:
         tokens = [_token(t.text, t.level) for t in shown]
         lines.append("  " + r"\allowbreak{}".join(tokens) + r" \\[2pt]")
     told = view.explanations[0] if view.explanations else None
-    said = (
-        latex("".join(c if c == " " else visible(c) for c in told.text))
-        if told
-        else "not explained"
-    )
+    said = latex(printable(told.text)) if told else "not explained"
     lines += [
         rf"  \caption{{Neuron {view.index} of layer {view.layer}, {latex(view.model)}: {said}}}",
         r"\end{figure}",

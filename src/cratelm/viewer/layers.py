@@ -26,7 +26,7 @@ def layer_page(
     here = columns.rows_of(layer)
     rows = np.arange(here.start, here.stop)
     texts = columns.text()
-    rows = _matching(rows, columns, query, texts)
+    rows = _matching(rows, columns, query)
     if on_token is not None:
         rows = np.array([r for r in rows if (layer, int(columns.index[r])) in on_token], int)
     rows = _sorted(rows, layer, columns, query, on_token)
@@ -54,21 +54,12 @@ def _ordered(query: LayerQuery, columns: Columns, by_token: bool) -> LayerQuery:
     return replace(query, sort=best, descending=best != "index")
 
 
-def _matching(
-    rows: NDArray[np.int64], columns: Columns, query: LayerQuery, texts: NDArray[np.object_]
-) -> NDArray[np.int64]:
+def _matching(rows: NDArray[np.int64], columns: Columns, query: LayerQuery) -> NDArray[np.int64]:
     if query.only in ("dead", "alive"):
         rows = rows[(columns.maximum[rows] <= 0) == (query.only == "dead")]
-    words = query.text.casefold().split()
-    if query.only == "explained" or words:
-        kept = [bool(texts[r]) and _holds(str(texts[r]), words) for r in rows]
-        rows = rows[np.array(kept, bool)]
+    if query.only == "explained" or query.text.strip():
+        return columns.holding(query.text, rows.tolist())
     return rows
-
-
-def _holds(text: str, words: list[str]) -> bool:
-    folded = text.casefold()
-    return all(word in folded for word in words)
 
 
 def _sorted(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow.parquet as pq
 
-from cratelm.activations.store import ExcerptFile, summaries_path
+from cratelm.activations.store import ExcerptFile, NeuronFile, summaries_path
 from cratelm.errors import InputError
 from cratelm.records import Split
 from cratelm.report.effects import promoted
@@ -153,7 +153,9 @@ class Library:
         chosen = explainer or (
             columns.principal[1] if columns.principal and not columns.principal[0] else ""
         )
-        payload = tried("the simulation", lambda: _payload(run, model, layer, index, chosen), None)
+        payload = tried(
+            "the simulation", lambda: self._payload(key, model, layer, index, chosen), None
+        )
         views, held_back = tried(
             "excerpts",
             lambda: excerpt_views(
@@ -161,7 +163,7 @@ class Library:
             ),
             ((), 0),
         )
-        summary = tried("statistics", lambda: _summary(harvest, split, layer, index), {})
+        summary = tried("statistics", lambda: self._summary(key, harvest, split, layer, index), {})
         effect = tried(
             "effects",
             lambda: promoted(
@@ -248,8 +250,9 @@ class Library:
         hits: list[SearchHit] = []
         notes: set[str] = set()
         for card in self.run(key).models:
+            if not card.neurons:
+                continue
             columns = self.columns(key, card.name)
-            texts = columns.text()
             if token:
                 found, note = self._indexes[key].on_token(card.name, token)
                 notes.add(note)
@@ -258,13 +261,12 @@ class Library:
                 hits += [_hit(card.name, columns, r, v, n) for r, (v, n) in rows if r is not None]
             else:
                 metric = columns.score(columns.metrics[0]) if columns.metrics else None
-                words = text.casefold().split()
-                rows_found = [
-                    i for i, t in enumerate(texts) if all(w in t.casefold() for w in words)
+                rows_found = columns.holding(text)
+                values = metric.values[rows_found] if metric else np.full(len(rows_found), np.nan)
+                order = np.lexsort((rows_found, -values))[:limit]  # without a value last
+                hits += [
+                    _hit(card.name, columns, int(rows_found[i]), float(values[i]), 0) for i in order
                 ]
-                for r in rows_found:
-                    value = float(metric.values[r]) if metric else float("nan")
-                    hits.append(_hit(card.name, columns, r, value, 0))
         hits.sort(key=lambda h: -h.value if h.value == h.value else 1e9)
         return SearchResults(tuple(hits[:limit]), " ".join(sorted(notes - {""})))
 
@@ -283,6 +285,29 @@ class Library:
         return self._cached(
             ("excerpts", harvest, split), state, lambda: ExcerptFile(harvest, split)
         )
+
+    def _file(self, key: str, path: Path) -> NeuronFile:
+        state = _state(self.run_of(key))
+        return self._cached(("file", path), state, lambda: NeuronFile(path))
+
+    def _payload(
+        self, key: str, model: str, layer: int, index: int, explainer: str
+    ) -> dict[str, Any] | None:
+        """What the simulator of an explainer needs; None where there is no such explanation."""
+        stage = self.run_of(key).stage("explanations", model)
+        if explainer not in SIMULATORS or stage.completion() is None:
+            return None
+        columns = ["layer", "index", "explainer", "payload"]
+        file = self._file(key, stage.path / "explanations.parquet")
+        rows = file.rows(layer, index, columns).to_pylist()
+        found = (json.loads(r["payload"]) for r in rows if r["explainer"] == explainer)
+        return next(found, None)
+
+    def _summary(
+        self, key: str, harvest: Path, split: Split, layer: int, index: int
+    ) -> dict[str, Any]:
+        rows = self._file(key, summaries_path(harvest, split)).rows(layer, index).to_pylist()
+        return rows[0] if rows else {}
 
     def _documents(self, key: str, excerpts: Sequence[Any]) -> Mapping[int, str]:
         path = self.run_of(key).path / "tokens" / "documents.parquet"
@@ -364,23 +389,6 @@ def _explanations(columns: Columns, row: int) -> tuple[ExplanationView, ...]:
         if text or scores:
             views.append(ExplanationView(explainer, name, text, scores))
     return tuple(views)
-
-
-def _payload(run: Run, model: str, layer: int, index: int, explainer: str) -> dict[str, Any] | None:
-    """What the simulator of an explainer needs; None where there is no such explanation."""
-    stage = run.stage("explanations", model)
-    if explainer not in SIMULATORS or stage.completion() is None:
-        return None
-    wanted = [("layer", "=", layer), ("index", "=", index), ("explainer", "=", explainer)]
-    path = stage.path / "explanations.parquet"
-    rows = pq.read_table(path, columns=["payload"], filters=wanted).to_pylist()
-    return json.loads(rows[0]["payload"]) if rows else None
-
-
-def _summary(harvest: Path, split: Split, layer: int, index: int) -> dict[str, Any]:
-    wanted = [("layer", "=", layer), ("index", "=", index)]
-    rows = pq.read_table(summaries_path(harvest, split), filters=wanted).to_pylist()
-    return rows[0] if rows else {}
 
 
 def _place_of(row: Mapping[str, Any]) -> str:

@@ -86,9 +86,11 @@ class Pages:
         def has_page(index: int) -> bool:
             return self.paged(key, model, layer, index)
 
+        stem = links.to("r", key, "neuron", model, layer, 0)  # numbers need no quoting
+
         def address(index: int) -> str:
-            at = ("r", key, "neuron", model, layer, index)
-            return links.to(*at) if has_page(index) else ""
+            end = "0.html" if self.static else "0"
+            return stem.removesuffix(end) + end.replace("0", str(index)) if has_page(index) else ""
 
         def asked(**changed: Any) -> str:
             told = {

@@ -5,7 +5,7 @@ Units: scores are x 100; activations are raw values of the neuron.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
 from cratelm.records import ExcerptKind, Split
@@ -139,8 +139,9 @@ class LayerPage:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class ShadedToken:
+class ShadedToken(NamedTuple):
+    """One of thousands on a page: a tuple is made in a third of the time."""
+
     text: str
     value: float
     """raw activation"""
@@ -274,6 +275,8 @@ def plain(value: Any) -> Any:
     """A record as JSON values."""
     if hasattr(value, "__dataclass_fields__"):
         return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if hasattr(value, "_asdict"):
+        return {name: plain(part) for name, part in value._asdict().items()}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
