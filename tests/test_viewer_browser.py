@@ -14,6 +14,7 @@ import pytest
 from viewer_runs import small_run
 
 from cratelm.viewer.library import Library
+from cratelm.viewer.records import LayerQuery
 from cratelm.viewer.static_site import export
 
 pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
@@ -102,12 +103,11 @@ def serious_findings(page):
 
 
 def names(library):
-    """Key of the run, a model, and a neuron of layer 1 that is explained, alive and not the last."""
+    """Key of the run, a model, and the best explained neuron of layer 1 that is neither first nor last."""
     key = library.keys[0]
-    columns = library.columns(key, "crate-2l")
-    here = columns.rows_of(1)
-    best = [int(columns.index[r]) for r in range(here.start + 1, here.stop - 1) if columns.text()[r] and columns.maximum[r] > 0]  # fmt: skip
-    return key, "crate-2l", best[0]
+    rows = library.layer(key, "crate-2l", 1, LayerQuery()).rows
+    inner = [r for r in rows if r.explanation and 0 < r.index < len(rows) - 1]
+    return key, "crate-2l", inner[0].index
 
 
 def addresses(library):
