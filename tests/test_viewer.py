@@ -31,7 +31,7 @@ from cratelm.viewer.config import ViewConfig
 from cratelm.viewer.guard import Rate, allowed_hosts, is_allowed, is_own
 from cratelm.viewer.index import profile_entries
 from cratelm.viewer.latex import figure
-from cratelm.viewer.library import Library
+from cratelm.viewer.library import RARELY, Library
 from cratelm.viewer.links import Links
 from cratelm.viewer.pages import Pages, as_data
 from cratelm.viewer.records import LayerQuery, NotFound
@@ -172,7 +172,7 @@ def test_a_layer_is_filtered_and_paged(run, library):
 @pytest.mark.parametrize("split", ["held_out", "fit"])
 def test_a_neuron_has_its_excerpts(run, library, split):
     index = a_neuron(library)
-    view = library.neuron("run", "crate-2l", 1, index, split, everything=True)
+    view = library.neuron("run", "crate-2l", 1, index, split, shown="all")
     (record,) = read_records(run / "activations" / "crate-2l", split, [1], [index])
     store = library.tokens("run")
     payload = next(e.payload for e in read_explanations(run / "explanations" / "crate-2l") if (e.neuron.layer, e.neuron.index, e.explainer) == (1, index, "trie"))  # fmt: skip
@@ -346,6 +346,28 @@ def test_the_index_is_made_once_and_again_when_the_harvest_changes(copy):
     assert other != folder
 
 
+def test_a_run_that_changes_while_it_is_served_is_indexed_again(copy):
+    library = Library([copy])
+    library.index_of("copy").build()
+    assert library.nearest("copy", "crate-2l", 1, 0)
+    manifest = copy / "manifest.json"
+
+    def touched() -> None:
+        os.utime(manifest, ns=(0, manifest.stat().st_mtime_ns + 10**9))
+
+    touched()  # another stage was finished: the index stays
+    assert library.index_state("copy").ready
+    shutil.rmtree(copy / "activations" / "gpt2-2l")
+    touched()
+    assert not library.index_state("copy").ready
+    deadline = time.monotonic() + 60
+    while not library.index_state("copy").ready:
+        assert time.monotonic() < deadline, library.index_state("copy").problem
+        time.sleep(0.05)
+    assert {n.model for n in library.nearest("copy", "crate-2l", 1, 0)} == {"crate-2l"}
+    assert len(list((copy / "viewer").glob("index-*"))) == 1
+
+
 def test_without_an_index_pages_say_so(run):
     library = Library([run])
     assert library.nearest("run", "crate-2l", 0, 0) == ()
@@ -456,7 +478,7 @@ def all_pages(library) -> dict[str, str]:
     for model in ("crate-2l", "gpt2-2l"):
         found[f"layer {model}"] = pages.layer("run", model, 1, LayerQuery(token="<script>"))
         for index in range(6):
-            view = library.neuron("run", model, 1, index, everything=True)
+            view = library.neuron("run", model, 1, index, shown="all")
             found[f"{model} {index}"] = pages.neuron(view)
     found["search"] = pages.search("run", "<script>alert(1)</script>", "")
     found["token"] = pages.search("run", "", "\u202e<img src=x>")
@@ -658,6 +680,56 @@ def test_layers_and_neurons_side_by_side(client):
     assert "crate-2l layer 1 neuron 2" in neurons
     assert "gpt2-2l layer 0 neuron 5" in neurons
     assert "was expected, such as" in client.get("/r/run/compare?left=x").text
+
+
+def test_beside_a_neuron_stands_the_twins_nearest(client, library):
+    index = a_neuron(library)
+    near = [n for n in library.nearest("run", "crate-2l", 1, index) if n.model == "gpt2-2l"]
+    best = max(near, key=lambda n: n.similarity)
+    shown = client.get("/r/run/compare", params={"left": f"crate-2l/1/{index}"}).text
+    assert f"gpt2-2l layer {best.layer} neuron {best.index}" in shown
+    assert f"cosine {best.similarity:.2f}" in shown
+    alone = client.get("/r/run/compare", params={"left": "crate-2l-init/1/2"}).text
+    assert "crate-2l-init has no twin in this run" in alone
+    assert "crate-2l-init layer 1 neuron 2" in alone
+
+
+def test_scores_of_layers_beside_each_other(run, library, client):
+    rows = [(index, value) for index, _, value, _, _ in brute(run) if value is not None]
+    found = next(s for s in library.spreads("run", "crate-2l", 1) if s.metric == "random_only")
+    assert found.defined == len(rows)
+    assert found.mean.mean == pytest.approx(np.mean([100 * v for _, v in rows]))
+    bins = np.clip([100 * v for _, v in rows], 0, 100) // 5
+    wanted = np.bincount(np.minimum(bins, 19).astype(int), minlength=20) / len(rows)
+    assert found.shares == pytest.approx(wanted.tolist())
+    told = {m: [s.metric for s in library.spreads("run", m, 0)] for m in ("crate-2l", "gpt2-2l")}
+    assert told["crate-2l"] == told["gpt2-2l"] == list(METRICS)
+    shown = client.get("/r/run/compare", params={"left": "crate-2l/1"}).text
+    assert shown.count("spread of") == len(METRICS)
+    assert f"{found.defined} of {found.neurons}" in shown
+
+
+def test_overview_begins_with_selective_neurons_that_are_explained_well(library, client):
+    for model in ("crate-2l", "gpt2-2l"):
+        columns = library.columns("run", model)
+        values = columns.score("top_and_random").values
+        rare = [(v, r) for r, v in enumerate(values.tolist()) if v > 0 and columns.firing_rate[r] < RARELY]  # fmt: skip
+        wanted = [(int(columns.layer[r]), int(columns.index[r])) for v, r in sorted(rare, key=lambda x: -x[0])[:5]]  # fmt: skip
+        assert [(h.layer, h.index) for h in library.best("run", model)] == wanted
+        page = client.get("/r/run").text
+        for layer, index in wanted:
+            assert f">{layer}:{index}</a>" in page
+    assert any(library.best("run", m) for m in ("crate-2l", "gpt2-2l"))
+
+
+def test_another_explainer_simulates_when_asked(library, client):
+    index = a_neuron(library)
+    page = client.get(f"/r/run/neuron/crate-2l/1/{index}").text
+    assert "simulated by trie" in page
+    link = re.search(r'<a href="([^"]*explainer=lookup)#exc">lookup</a>', page)
+    other = client.get(link[1].replace("&amp;", "&")).text
+    assert "simulated by lookup" in other
+    assert re.search(r'explainer=lookup&amp;all=1|explainer=lookup[^"]*all=1', other)
 
 
 # ---- the model ------------------------------------------------------------------------------------

@@ -155,6 +155,14 @@ def set_names(run: Run, model: str) -> list[str]:
     return ["", *sorted(n.removeprefix(prefix) for n in found if n.startswith(prefix))]
 
 
+def changed_at(run: Run) -> int:
+    """When a stage was finished last, in ns; 0 where none ever was."""
+    try:
+        return (run.path / "manifest.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -180,7 +188,9 @@ def _scores(folder: Path, places: NDArray[np.int64]) -> dict[tuple[str, str], Sc
     )
     found = {}
     explainers, metrics = (table[c].to_numpy() for c in ("explainer", "metric"))
-    for explainer, metric in sorted(set(zip(explainers, metrics, strict=True))):
+    usual = {m: place for place, m in enumerate(SCORERS)}
+    pairs = set(zip(explainers, metrics, strict=True))
+    for explainer, metric in sorted(pairs, key=lambda p: (p[0], usual.get(p[1], len(usual)), p)):
         mine = table.filter(pa.array((explainers == explainer) & (metrics == metric)))
         rows, known = _rows(mine, places)
         values = np.full(len(places), np.nan)

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup, escape
 
 from cratelm.report.text import printable, visible
-from cratelm.viewer.records import ExcerptView, MapPoint, ModelCard, NeuronView, RunCard, Value
+from cratelm.viewer.records import (
+    ExcerptView,
+    MapPoint,
+    ModelCard,
+    NeuronView,
+    RunCard,
+    Spread,
+    Value,
+)
 
 _PAD = 30
 _TOLD = 1024
@@ -82,6 +90,34 @@ def _line(by_layer: Mapping[int, Value], x, y, kind: str, shift: float, *, bars:
             parts.append(f'<line class="bar {kind}" x1="{a:.1f}" x2="{a:.1f}" {ends}/>')
         parts.append(f'<circle class="dot {kind}" cx="{a:.1f}" cy="{y(v.mean):.1f}" r="2.6"/>')
     return "".join(parts)
+
+
+def spread(sides: Sequence[Spread | None], metric: str) -> Markup:
+    """Share of each side's neurons by score, as outlines over each other."""
+    known = [(place, s) for place, s in enumerate(sides) if s is not None and s.defined]
+    if not known:
+        return Markup("")
+    width, height = 320, 130
+    top = max(max(s.shares) for _, s in known) * 1.1
+    parts = []
+    for value in _ticks(0.0, 100 * top):
+        y = 8 + (height - 28) * (1 - value / (100 * top))
+        parts.append(
+            f'<line class="grid" x1="{_PAD}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{_PAD - 5}" y="{y + 3.5:.1f}" text-anchor="end">{value:g}</text>'
+        )
+    for value in (0, 25, 50, 75, 100):
+        x = _PAD + (width - _PAD - 10) * value / 100
+        parts.append(f'<text x="{x:.1f}" y="{height - 5}" text-anchor="middle">{value}</text>')
+    for place, side in known:
+        step = (width - _PAD - 10) / len(side.shares)
+        points = []
+        for number, share in enumerate(side.shares):
+            y = 8 + (height - 28) * (1 - share / top)
+            x = _PAD + number * step
+            points += [f"{x:.1f},{y:.1f}", f"{x + step:.1f},{y:.1f}"]
+        parts.append(f'<polyline class="line c{place}" points="{" ".join(points)}"/>')
+    return _svg(width, height, f"spread of {metric} scores of both layers", "".join(parts))
 
 
 def histogram(view: NeuronView) -> Markup:

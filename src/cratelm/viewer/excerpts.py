@@ -11,7 +11,7 @@ from cratelm.records import EXCERPT_KINDS, Excerpt, ExcerptKind, NeuronRecord
 from cratelm.score.metrics import levels
 from cratelm.score.simulators import SIMULATORS, simulate
 from cratelm.tokens.shards import TokenStore
-from cratelm.viewer.records import ExcerptView, ShadedToken, TokenValue
+from cratelm.viewer.records import ExcerptView, ShadedToken, Shown, TokenValue
 
 _SHOWN: dict[ExcerptKind, int] = {
     "top": 12,
@@ -30,19 +30,19 @@ def excerpt_views(
     explainer: str,
     payload: Mapping[str, Any] | None,
     documents: Mapping[int, str],
-    everything: bool,
+    shown: Shown,
 ) -> tuple[tuple[ExcerptView, ...], int]:
     """The excerpts shown, and how many are held back."""
     if store is None:
         return (), len(excerpts)
-    shown = list(excerpts) if everything else list(_first(excerpts))
+    taken = list(excerpts) if shown == "all" else list(_first(excerpts, shown))
     simulated: list[NDArray[np.float64]] | None = None
-    if payload is not None and explainer in SIMULATORS and shown:
-        simulated = simulate(explainer, payload, [e.token_ids for e in shown])
-    top = max((float(e.activations.max()) for e in shown if len(e)), default=0.0)
+    if payload is not None and explainer in SIMULATORS and taken:
+        simulated = simulate(explainer, payload, [e.token_ids for e in taken])
+    top = max((float(e.activations.max()) for e in taken if len(e)), default=0.0)
     simulated_top = max((float(s.max()) for s in simulated or [] if len(s)), default=0.0)
     views = []
-    for place, e in enumerate(shown):
+    for place, e in enumerate(taken):
         tokens = store.decode_tokens(e.token_ids)
         other = simulated[place] if simulated else None
         views.append(
@@ -56,12 +56,12 @@ def excerpt_views(
                 simulated=() if other is None else _shaded(tokens, other, simulated_top),
             )
         )
-    return tuple(views), len(excerpts) - len(shown)
+    return tuple(views), len(excerpts) - len(taken)
 
 
-def _first(excerpts: Sequence[Excerpt]) -> Iterator[Excerpt]:
+def _first(excerpts: Sequence[Excerpt], shown: Shown) -> Iterator[Excerpt]:
     """By kind and bin, the first of each."""
-    for kind in EXCERPT_KINDS:
+    for kind in EXCERPT_KINDS if shown == "some" else ("top",):
         mine = [e for e in excerpts if e.kind == kind]
         for bin_ in sorted({e.bin for e in mine}):
             yield from [e for e in mine if e.bin == bin_][: _SHOWN[kind]]

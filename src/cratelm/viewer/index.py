@@ -13,6 +13,7 @@ neurons with 96 entries each, and some 200 bytes a neuron; when it is used, what
 Shape legend: N neurons of all models, V tokens of the vocabulary, E entries, D dimensions.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from cratelm.errors import InputError
 from cratelm.records import Split
 from cratelm.runs import Run, hash_json, write_json
 from cratelm.tokens.shards import TokenStore
-from cratelm.viewer.columns import DAMAGED, Columns, one_line, read_columns
+from cratelm.viewer.columns import DAMAGED, Columns, changed_at, one_line, read_columns
 from cratelm.viewer.records import IndexState
 
 _FORMAT = 1
@@ -54,14 +55,18 @@ class Index:
         self._meta: dict[str, Any] = {}
         self._texts: dict[str, list[int]] = {}
         self._arrays: dict[str, Any] = {}
+        self._seen: int | None = None
+        """when the run had changed last, as this index was built; None before"""
+        self._built = ""
 
     # ---- building ---------------------------------------------------------------------------------
 
     def build(self) -> None:
         """Opens the index, or makes it; what goes wrong is told in `state`."""
         with self._lock:
+            self._seen = changed_at(self.run)
             try:
-                key = self._key()
+                self._built = key = self._key()
                 folder = self._place() / f"index-{key[:16]}"
                 if not (folder / "meta.json").is_file():
                     self._make(folder)
@@ -70,6 +75,18 @@ class Index:
             except (*DAMAGED, InputError, MemoryError, ImportError) as error:
                 total = self.state.total
                 self.state = IndexState(self.state.ready, self.state.done, total, one_line(error))
+
+    def follow(self) -> None:
+        """Where harvests or tokens have changed since it was built, builds it again in the background."""
+        now = changed_at(self.run)
+        if self._seen in (None, now) or self._lock.locked():
+            return
+        self._seen = now
+        with contextlib.suppress(*DAMAGED, InputError):  # that is told by `build`
+            if self._key() == self._built:
+                return
+        self.state = IndexState(False, 0, 0)
+        threading.Thread(target=self.build, daemon=True).start()
 
     def _models(self) -> list[str]:
         return self.run.models("activations")
@@ -143,6 +160,7 @@ class Index:
         names = ("starts", "neurons", "values", "counts", "vectors")
         self._arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
         self._folder = folder
+        self._texts = {}
         self.state = IndexState(True, self.state.total, self.state.total)
 
     def _make_maps(self, folder: Path) -> None:

@@ -21,7 +21,7 @@ from cratelm.runs import Run
 from cratelm.score.simulators import SIMULATORS
 from cratelm.tokens.shards import TokenStore
 from cratelm.viewer.cards import run_card
-from cratelm.viewer.columns import DAMAGED, Columns, one_line, read_columns
+from cratelm.viewer.columns import DAMAGED, Columns, changed_at, one_line, read_columns
 from cratelm.viewer.excerpts import excerpt_views, favourite_tokens
 from cratelm.viewer.index import Index
 from cratelm.viewer.layers import layer_page
@@ -38,12 +38,17 @@ from cratelm.viewer.records import (
     ScoreView,
     SearchHit,
     SearchResults,
+    Shown,
+    Spread,
     TokenValue,
 )
 
 _KEPT = 64
 """open files and tables that are kept at a time, for all runs together"""
 _NEAREST = 8
+_SPREAD_BINS = 20
+RARELY = 0.2
+"""firing rate below which a neuron is selective enough to be shown first"""
 _T = TypeVar("_T")
 
 
@@ -84,7 +89,7 @@ class Library:
     def run(self, key: str) -> RunCard:
         """The run's models with their losses and scores."""
         run = self.run_of(key)
-        return self._cached(("card", key), _state(run), lambda: run_card(key, run))
+        return self._cached(("card", key), changed_at(run), lambda: run_card(key, run))
 
     def columns(self, key: str, model: str) -> Columns:
         """The neurons of a model as columns."""
@@ -94,7 +99,7 @@ class Library:
             raise NotFound(f"{key} has no finished harvest of {model}")
         try:
             return self._cached(
-                ("columns", key, model), _state(run), lambda: read_columns(run, model)
+                ("columns", key, model), changed_at(run), lambda: read_columns(run, model)
             )
         except DAMAGED as error:
             raise NotFound(
@@ -111,8 +116,37 @@ class Library:
             raise NotFound(f"{model} has no layer {layer}: it has {layers}")
         on_token, note = None, ""
         if query.token:
-            on_token, note = self._indexes[key].on_token(model, query.token)
+            on_token, note = self.index_of(key).on_token(model, query.token)
         return layer_page(model, layer, columns, query, on_token, note)
+
+    def spreads(self, key: str, model: str, layer: int) -> tuple[Spread, ...]:
+        """The scores of a layer by metric, as its principal explainer has them."""
+        columns = self.columns(key, model)
+        here = columns.rows_of(layer)
+        told = {m.metric: m.by_layer for m in self.run(key).model(model).metrics}
+        found = []
+        for metric in columns.metrics:
+            column = columns.score(metric)
+            assert column is not None
+            values = column.values[here]
+            known = values[~np.isnan(values)].clip(0, 100)
+            counts = np.histogram(known, _SPREAD_BINS, (0, 100))[0] / max(1, len(known))
+            scored = int((column.status[here] != "").sum())
+            mean = told.get(metric, {}).get(layer)
+            found.append(Spread(metric, mean, len(known), scored, tuple(counts.tolist())))
+        return tuple(found)
+
+    def best(self, key: str, model: str, n: int = 5) -> tuple[SearchHit, ...]:
+        """The best explained neurons of a model that fire on less than `RARELY` of the tokens."""
+        columns = self.columns(key, model)
+        column = columns.score(columns.metrics[0]) if columns.metrics else None
+        if column is None:
+            return ()
+        values = np.where(columns.firing_rate < RARELY, column.values, np.nan)
+        order = np.lexsort((np.arange(len(values)), -values))[:n]  # without a value last
+        return tuple(
+            _hit(model, columns, int(r), float(values[r]), 0) for r in order if values[r] > 0
+        )
 
     # ---- one neuron -------------------------------------------------------------------------------
 
@@ -124,7 +158,7 @@ class Library:
         index: int,
         split: Split = "held_out",
         explainer: str = "",
-        everything: bool = False,
+        shown: Shown = "some",
     ) -> NeuronView:
         """One neuron. `explainer` simulates, the principal one where it is left out."""
         run, columns = self.run_of(key), self.columns(key, model)
@@ -150,16 +184,15 @@ class Library:
         file = tried("excerpts", lambda: self._excerpts(key, harvest, split), None)
         found = tried("excerpts", lambda: file.of(layer, index), ()) if file is not None else ()
         store = tried("text", lambda: self._tokens(key), None)
-        chosen = explainer or (
-            columns.principal[1] if columns.principal and not columns.principal[0] else ""
-        )
+        told = columns.principal
+        chosen = explainer or (told[1] if told and not told[0] and shown != "top" else "")
         payload = tried(
             "the simulation", lambda: self._payload(key, model, layer, index, chosen), None
         )
         views, held_back = tried(
             "excerpts",
             lambda: excerpt_views(
-                found, store, chosen, payload, self._documents(key, found), everything
+                found, store, chosen, payload, self._documents(key, found), shown
             ),
             ((), 0),
         )
@@ -172,6 +205,10 @@ class Library:
             None,
         )
         here = columns.rows_of(layer)
+
+        def near() -> tuple[Neighbour, ...]:
+            return self.nearest(key, model, layer, index)
+
         return NeuronView(
             run=key,
             model=model,
@@ -190,7 +227,7 @@ class Library:
             tokens=tried("tokens", lambda: favourite_tokens(found, store), ()),
             promoted=_pairs(effect.promoted, effect.promoted_values) if effect else (),
             suppressed=_pairs(effect.suppressed, effect.suppressed_values) if effect else (),
-            nearest=tried("nearest neurons", lambda: self.nearest(key, model, layer, index), ()),
+            nearest=() if shown == "top" else tried("nearest neurons", near, ()),
             previous=int(columns.index[row - 1]) if row > here.start else None,
             following=int(columns.index[row + 1]) if row + 1 < here.stop else None,
             problems=(*columns.problems, *problems),
@@ -200,11 +237,12 @@ class Library:
         self, key: str, model: str, layer: int, index: int, n: int = _NEAREST
     ) -> tuple[Neighbour, ...]:
         """Neurons that fire on the same tokens: `n` of this model, `n` of its twin; none without the index."""
-        names = [model, *_twins(self.run(key), model)]
+        twin = self.run(key).twin(model)
+        names = [model, twin] if twin else [model]
         found: list[Neighbour] = []
         for name in names:
             columns = self.columns(key, name)
-            hits = self._indexes[key].nearest(
+            hits = self.index_of(key).nearest(
                 model, (layer, index), name, n, self.columns(key, model), columns
             )
             texts = columns.text()
@@ -217,8 +255,11 @@ class Library:
     # ---- the index --------------------------------------------------------------------------------
 
     def index_of(self, key: str) -> Index:
+        """The index of a run; of one that has changed since, it is built again in the background."""
         self.run_of(key)
-        return self._indexes[key]
+        index = self._indexes[key]
+        index.follow()
+        return index
 
     def index_state(self, key: str) -> IndexState:
         return self.index_of(key).state
@@ -233,9 +274,9 @@ class Library:
         """The neurons of a layer in a plane, those that fire on the same tokens near to each other."""
         columns = self.columns(key, model)
         places = self.index_of(key).map(model, layer, columns)
-        if places is None:
-            return None
         here = columns.rows_of(layer)
+        if places is None or len(places) != here.stop - here.start:
+            return None
         metrics = columns.metrics
         column = columns.score(metrics[0]) if metrics else None
         scores = column.values[here] if column else np.full(len(places), np.nan)
@@ -254,7 +295,7 @@ class Library:
                 continue
             columns = self.columns(key, card.name)
             if token:
-                found, note = self._indexes[key].on_token(card.name, token)
+                found, note = self.index_of(key).on_token(card.name, token)
                 notes.add(note)
                 ranked = sorted(found.items(), key=lambda hit: -hit[1][0])[:limit]
                 rows = [(columns.row(*place), told) for place, told in ranked]
@@ -278,16 +319,18 @@ class Library:
 
     def _tokens(self, key: str) -> TokenStore:
         run = self.run_of(key)
-        return self._cached(("tokens", key), _state(run), lambda: TokenStore(run.path / "tokens"))
+        return self._cached(
+            ("tokens", key), changed_at(run), lambda: TokenStore(run.path / "tokens")
+        )
 
     def _excerpts(self, key: str, harvest: Path, split: Split) -> ExcerptFile:
-        state = _state(self.run_of(key))
+        state = changed_at(self.run_of(key))
         return self._cached(
             ("excerpts", harvest, split), state, lambda: ExcerptFile(harvest, split)
         )
 
     def _file(self, key: str, path: Path) -> NeuronFile:
-        state = _state(self.run_of(key))
+        state = changed_at(self.run_of(key))
         return self._cached(("file", path), state, lambda: NeuronFile(path))
 
     def _payload(
@@ -337,23 +380,6 @@ class Library:
         return made
 
 
-def _state(run: Run) -> float:
-    """Changes when a stage is finished."""
-    try:
-        return (run.path / "manifest.json").stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def _twins(card: RunCard, model: str) -> list[str]:
-    """The model of the same size of the other family."""
-    for a, b in (("crate-", "gpt2-"), ("gpt2-", "crate-")):
-        other = b + model.removeprefix(a)
-        if model.startswith(a) and any(c.name == other for c in card.models):
-            return [other]
-    return []
-
-
 def _hit(model: str, columns: Columns, row: int, value: float, count: int) -> SearchHit:
     place = int(columns.layer[row]), int(columns.index[row])
     return SearchHit(model, *place, str(columns.text()[row]), value, count)
@@ -383,7 +409,7 @@ def _explanations(columns: Columns, row: int) -> tuple[ExplanationView, ...]:
                 str(c.status[row]),
                 str(c.reasons[row]),
             )
-            for (s, e, metric), c in sorted(columns.scores.items())
+            for (s, e, metric), c in columns.scores.items()
             if (s, e) == (name, explainer) and c.status[row]
         )
         if text or scores:

@@ -3,6 +3,7 @@
 Whatever a corpus holds is made visible (`cratelm.report.text`) and escaped: nothing in it acts.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from markupsafe import Markup, escape
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.shading import faint_marks
 from cratelm.report.text import printable, runs_right_to_left, visible
+from cratelm.score.simulators import SIMULATORS
 from cratelm.viewer import drawings, latex
-from cratelm.viewer.library import Library
+from cratelm.viewer.compare import compared
+from cratelm.viewer.library import RARELY, Library
 from cratelm.viewer.links import Links
 from cratelm.viewer.records import (
     ExcerptView,
@@ -28,12 +31,11 @@ from cratelm.viewer.records import (
     NeuronView,
     NotFound,
     RunCard,
+    SearchHit,
     plain,
 )
 
 SEARCH_LIMIT = 100
-_COMPARED = 25
-"""neurons of a layer shown beside another layer"""
 _KINDS = {
     "top": "Strongest",
     "openai_bin": "By quantile",
@@ -74,6 +76,8 @@ class Pages:
             card_metric=_card_metric,
             scores_by_layer=drawings.scores_by_layer,
             pairs=_pairs,
+            best=self._best,
+            rarely=RARELY,
         )
 
     def layer(self, key: str, model: str, layer: int, query: LayerQuery) -> str:
@@ -105,7 +109,7 @@ class Pages:
             down = name != "index" if query.sort != name else not query.descending
             return asked(sort=name, direction="descending" if down else "")
 
-        twin = next((n for n in _twin_names(self.library.run(key), model)), "")
+        twin = self.library.run(key).twin(model)
         return self._page(
             "layer.html",
             links.here,
@@ -122,7 +126,7 @@ class Pages:
             map_state=self._index_state(key, "The map"),
         )
 
-    def neuron(self, view: NeuronView, everything: bool = False) -> str:
+    def neuron(self, view: NeuronView) -> str:
         key, model, layer, index = view.run, view.model, view.layer, view.index
         here = ("r", key, "neuron", model, str(layer), str(index))
         links = self._links(here)
@@ -133,7 +137,14 @@ class Pages:
         other = "fit" if view.split == "held_out" else "held_out"
         split = "" if view.split == "held_out" else view.split
         up = links.to("r", key, "layer", model, layer)
-        api = f"/api{links.to(*here[0:])}" if not self.static else ""
+        api = f"/api{links.to(*here)}" if not self.static else ""
+        usual = view.explanations[0].explainer if view.explanations else ""
+        told = "" if view.explainer == usual else view.explainer
+        simulators = [
+            (e.explainer, links.to(*here, split=split, explainer=e.explainer))
+            for e in view.explanations
+            if e.explainer in SIMULATORS and not e.set_name and e.explainer != view.explainer
+        ]
         return self._page(
             "neuron.html",
             here,
@@ -144,16 +155,16 @@ class Pages:
             facts=_facts(view),
             histogram=drawings.histogram,
             excerpts=excerpts_html(view.excerpts),
-            more=links.to(*here, split=split, all=1),
-            other_split=links.to(*here, split=other if other != "held_out" else ""),
+            more=links.to(*here, split=split, explainer=told, all=1),
+            other_split=links.to(*here, split=other if other != "held_out" else "", explainer=told),
             index_state=self._index_state(key, "Nearest neurons"),
             run_path=self.library.run(key).path,
             api=api,
             svg=f"{api}/card.svg",
+            simulators=simulators,
             latex=latex.figure(view),
             data=as_data(plain(view)) if self.static else "",
             card=as_data({"svg": drawings.card(view), "name": f"{model}-{layer}-{index}.png"}),
-            everything=everything,
         )
 
     def search(self, key: str, text: str, token: str) -> str:
@@ -176,9 +187,7 @@ class Pages:
     def compare(self, key: str, left: str, right: str) -> str:
         """Two layers, or two neurons, as MODEL/LAYER or MODEL/LAYER/NEURON; without `right` the twin's."""
         card = self.library.run(key)
-        if left and not right:
-            right = _counterpart(card, left)
-        sides = [self._side(key, name) for name in (left, right) if name]
+        found = compared(self.library, key, left, right)
         links = self._links(("r", key, "compare"))
         places = [f"{m.name}/{layer}" for m in card.models for layer in m.neurons]
         return self._page(
@@ -186,11 +195,12 @@ class Pages:
             links.here,
             self._crumbs(links, key, ("compare", "")),
             key,
-            left=left,
-            right=right,
-            sides=sides,
+            found=found,
             places=places,
             histogram=drawings.histogram,
+            excerpts_html=excerpts_html,
+            spread=drawings.spread,
+            facts=_facts,
         )
 
     def live_page(self, key: str) -> str:
@@ -211,19 +221,17 @@ class Pages:
 
     # ---- parts ------------------------------------------------------------------------------------
 
-    def _side(self, key: str, name: str) -> dict[str, Any]:
-        """A layer, a neuron, or why there is neither."""
-        side: dict[str, Any] = {"name": name, "problem": "", "neuron": None, "layer": None}
-        try:
-            model, layer, index = _place(name)
-            if index is None:
-                query = LayerQuery(per_page=_COMPARED)
-                return side | {"layer": self.library.layer(key, model, layer, query)}
-            view = self.library.neuron(key, model, layer, index)
-            tops = [e for e in view.excerpts if e.kind == "top"]
-            return side | {"neuron": view, "excerpts": excerpts_html(tops)}
-        except NotFound as error:
-            return side | {"problem": str(error)}
+    def _best(self, run: RunCard) -> list[tuple[str, list[SearchHit]]]:
+        """Of each trained model, neurons to begin with that have a page."""
+        found = []
+        for card in run.models:
+            if not card.neurons or card.null_of:
+                continue
+            with contextlib.suppress(NotFound):  # damaged: the card says so
+                hits = self.library.best(run.key, card.name)
+                shown = [h for h in hits if self.paged(run.key, h.model, h.layer, h.index)]
+                found += [(card.name, shown)] if shown else []
+        return found
 
     def _index_state(self, key: str, what: str) -> str:
         state = self.library.index_state(key)
@@ -327,39 +335,10 @@ def _card_metric(card: ModelCard, metric: str) -> MetricCard | None:
     return next((m for m in card.metrics if m.metric == metric), None)
 
 
-def _twin_names(card: RunCard, model: str) -> list[str]:
-    names = {c.name for c in card.models}
-    for a, b in (("crate-", "gpt2-"), ("gpt2-", "crate-")):
-        if model.startswith(a) and b + model.removeprefix(a) in names:
-            return [b + model.removeprefix(a)]
-    return []
-
-
 def _pairs(card: RunCard) -> list[tuple[ModelCard, ModelCard]]:
     """CRATE models with a twin."""
-    found = []
-    for c in card.models:
-        twins = _twin_names(card, c.name) if c.family == "crate" and not c.null_of else []
-        found += [(c, card.model(name)) for name in twins if c.neurons and card.model(name).neurons]
-    return found
-
-
-def _counterpart(card: RunCard, left: str) -> str:
-    model, _, rest = left.partition("/")
-    twins = _twin_names(card, model)
-    return f"{twins[0]}/{rest}" if twins else ""
-
-
-def _place(name: str) -> tuple[str, int, int | None]:
-    """Raises `NotFound` for what is neither MODEL/LAYER nor MODEL/LAYER/NEURON."""
-    parts = name.split("/")
-    if len(parts) not in (2, 3) or not all(
-        p.isascii() and p.isdigit() and len(p) < 9 for p in parts[1:]
-    ):
-        raise NotFound(
-            f"{name!r}: MODEL/LAYER or MODEL/LAYER/NEURON was expected, such as crate-2l/0/17"
-        )
-    return parts[0], int(parts[1]), int(parts[2]) if len(parts) == 3 else None
+    trained = [c for c in card.models if c.family == "crate" and c.neurons and not c.null_of]
+    return [(c, card.model(twin)) for c in trained if (twin := card.twin(c.name))]
 
 
 _made: list[jinja2.Environment] = []

@@ -10,6 +10,9 @@ from typing import Any, Literal, NamedTuple
 from cratelm.errors import InputError
 from cratelm.records import ExcerptKind, Split
 
+Shown = Literal["some", "all", "top"]
+"""excerpts of a neuron: the first of each kind and bin, all, or the first of the strongest"""
+
 
 class NotFound(InputError):
     """A run, model, layer or neuron that is not there."""
@@ -87,6 +90,15 @@ class RunCard:
     def null(self, card: ModelCard) -> ModelCard | None:
         return next((c for c in self.models if c.null_of == card.name), None)
 
+    def twin(self, name: str) -> str:
+        """The model of the same size of the other family; empty where there is none."""
+        names = {c.name for c in self.models if c.neurons}
+        for a, b in (("crate-", "gpt2-"), ("gpt2-", "crate-")):
+            other = b + name.removeprefix(a)
+            if name.startswith(a) and other in names:
+                return other
+        return ""
+
 
 @dataclass(frozen=True)
 class LayerQuery:
@@ -137,6 +149,19 @@ class LayerPage:
     metrics: tuple[str, ...]
     explainer: str
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the scores of a layer under one metric are spread."""
+
+    metric: str
+    mean: Value | None
+    defined: int
+    neurons: int
+    """to be scored"""
+    shares: tuple[float, ...]
+    """of those defined, 0 to 1, in equal bins from 0 to 100; what is below 0 counts in the first"""
 
 
 class ShadedToken(NamedTuple):

@@ -60,7 +60,7 @@ def _view(
     all: bool = False,
 ) -> NeuronView:
     library: Library = request.app.state.library
-    return library.neuron(run, model, layer, index, split, explainer, everything=all)
+    return library.neuron(run, model, layer, index, split, explainer, "all" if all else "some")
 
 
 def _spaced(token: str) -> str:
@@ -106,8 +106,8 @@ def _pages(library: Library, pages: Pages) -> APIRouter:
         return HTMLResponse(pages.layer(run, model, layer, query))
 
     @router.get("/r/{run}/neuron/{model}/{layer}/{index}")
-    def neuron(view: View, all: bool = False) -> Response:
-        return HTMLResponse(pages.neuron(view, everything=all))
+    def neuron(view: View) -> Response:
+        return HTMLResponse(pages.neuron(view))
 
     @router.get("/r/{run}/search")
     def search(run: str, q: Words = "", token: TokenText = "") -> Response:
