@@ -380,7 +380,7 @@ def test_entries_of_a_row_group_are_those_of_its_neurons(run, library):
     columns = library.columns("run", "crate-2l")
     path = run / "activations" / "crate-2l" / "excerpts-fit.parquet"
     assert pq.ParquetFile(path).num_row_groups == LAYERS * NEURONS / 16
-    neurons, tokens, values, counts = profile_entries(path, 5, columns)
+    neurons, tokens, values, counts = profile_entries(pq.ParquetFile(path), 5, columns)
     assert set(neurons.tolist()) <= set(range(80, 96))
     for row in set(neurons.tolist()):
         mine = neurons == row

@@ -74,13 +74,13 @@ class Columns:
             rows = [r for r in rows if word in folded[r]]
         return np.array(rows, np.int64)
 
-    @property
+    @cached_property
     def principal(self) -> Told | None:
         """Whose explanations and scores tables show: the trie, or the first without a language model."""
         known = sorted({*self.texts, *((s, e) for s, e, _ in self.scores)})
         return min(known, key=lambda t: (t[0] != "", t[1] != "trie", t), default=None)
 
-    @property
+    @cached_property
     def metrics(self) -> tuple[str, ...]:
         """Of the principal explainer, in their usual order."""
         told = self.principal
@@ -89,9 +89,12 @@ class Columns:
 
     def text(self) -> NDArray[np.object_]:
         """[n] explanations of the principal explainer."""
-        told = self.principal
-        empty = np.full(len(self.layer), "", object)
-        return self.texts.get(told, empty) if told else empty
+        found = self.texts.get(self.principal) if self.principal else None
+        return self._empty if found is None else found
+
+    @cached_property
+    def _empty(self) -> NDArray[np.object_]:
+        return np.full(len(self.layer), "", object)
 
     def score(self, metric: str) -> ScoreColumn | None:
         told = self.principal
@@ -101,6 +104,11 @@ class Columns:
         """Where the neurons of a layer stand."""
         low, high = np.searchsorted(self.layer, [layer, layer + 1])
         return slice(int(low), int(high))
+
+    def rows(self, layers: NDArray[Any], indices: NDArray[Any]) -> NDArray[np.int64]:
+        """[e] rows of many neurons, -1 for those that are not there."""
+        at, known = _found(layers, indices, self.layer.astype(np.int64) << 32 | self.index)
+        return np.where(known, at, -1)
 
     def row(self, layer: int, index: int) -> int | None:
         here = self.rows_of(layer)
@@ -206,7 +214,15 @@ def _rows(
     table: pa.Table, places: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Row of each neuron of a table among the model's, and which rows of the table are of one of them."""
-    mine = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
+    at, known = _found(table["layer"].to_numpy(), table["index"].to_numpy(), places)
+    return at[known], known
+
+
+def _found(
+    layers: NDArray[Any], indices: NDArray[Any], places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where neurons stand among sorted `places`, and which are there at all. [e]"""
+    mine = layers.astype(np.int64) << 32 | indices
     at = np.searchsorted(places, mine).clip(0, max(0, len(places) - 1))
     known = places[at] == mine if len(places) else np.zeros(len(mine), bool)
-    return at[known], known
+    return at, known

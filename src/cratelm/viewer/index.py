@@ -35,7 +35,7 @@ from cratelm.tokens.shards import TokenStore
 from cratelm.viewer.columns import DAMAGED, Columns, changed_at, one_line, read_columns
 from cratelm.viewer.records import IndexState
 
-_FORMAT = 1
+_FORMAT = 2
 _TOKENS = 96
 _DIMENSIONS = 64
 _LEAST = 2
@@ -115,8 +115,8 @@ class Index:
 
     def _make(self, folder: Path) -> None:
         models = self._models()
-        files = {n: self._file(n) for n in models}
-        groups = {n: pq.ParquetFile(p).num_row_groups for n, p in files.items()}
+        files = {n: pq.ParquetFile(self._file(n)) for n in models}
+        groups = {n: f.num_row_groups for n, f in files.items()}
         self.state = IndexState(False, 0, sum(groups.values()))
         neurons, tokens, values, counts = [], [], [], []
         offsets, start = {}, 0
@@ -178,7 +178,7 @@ class Index:
 
     # ---- asking -----------------------------------------------------------------------------------
 
-    def _vectors(self, model: str) -> NDArray[np.float16]:
+    def _vectors(self, model: str) -> NDArray[np.float32]:
         """[n, D] of a model, unit length."""
         offsets = self._meta["offsets"]
         start = offsets[model]
@@ -257,13 +257,15 @@ class Index:
         offsets = self._meta["offsets"]
         if row is None or model not in offsets or other not in offsets:
             return []
-        vector = self._vectors(model)[row].astype(np.float32)
+        vector = np.asarray(self._vectors(model)[row])
         if not vector.any():
             return []
-        cosines = self._vectors(other).astype(np.float32) @ vector
+        cosines = np.asarray(self._vectors(other)) @ vector
         if other == model:
             cosines[row] = -2
-        best = np.argsort(-cosines, kind="stable")[:n]
+        least = np.partition(cosines, -n)[-n] if n < len(cosines) else -2
+        best = np.flatnonzero(cosines >= least)
+        best = best[np.argsort(-cosines[best], kind="stable")][:n]
         return [(int(r), float(cosines[r])) for r in best if cosines[r] > 0]
 
     def map(self, model: str, layer: int, columns: Columns) -> NDArray[np.float32] | None:
@@ -279,15 +281,11 @@ def map_name(model: str, layer: int) -> str:
 
 
 def profile_entries(
-    path: Path, group: int, columns: Columns
+    file: pq.ParquetFile, group: int, columns: Columns
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float16], NDArray[np.uint16]]:
     """Entries of the neurons of a row group: neuron (row of `columns`), token, value, count. [e]"""
     wanted = ["layer", "index", "kind", "peak", "position", "token_ids", "activations"]
-    table = (
-        pq.ParquetFile(path)
-        .read_row_group(group, columns=wanted, use_threads=False)
-        .combine_chunks()
-    )
+    table = file.read_row_group(group, columns=wanted, use_threads=False).combine_chunks()
     if not len(table):
         return (np.zeros(0, np.int32),) * 2 + (np.zeros(0, np.float16), np.zeros(0, np.uint16))  # type: ignore[return-value]
     ids, activations = table["token_ids"].chunk(0), table["activations"].chunk(0)
@@ -295,13 +293,8 @@ def profile_entries(
     inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     start = table["position"].to_numpy() - table["peak"].to_numpy()
     position = np.repeat(start, lengths) + inside
-    rows = np.array(
-        [
-            -1 if row is None else row
-            for row in map(columns.row, table["layer"].to_pylist(), table["index"].to_pylist())
-        ]
-    )
-    alone = np.array([k == "out_of_context" for k in table["kind"].to_pylist()])
+    rows = columns.rows(table["layer"].to_numpy(), table["index"].to_numpy())
+    alone = table["kind"].to_numpy() == "out_of_context"
     neuron = np.repeat(np.where(alone, -1, rows), lengths)
     first, last = ids.offsets[0].as_py(), ids.offsets[-1].as_py()
     token = ids.values.to_numpy()[first:last].astype(np.int64)
@@ -360,7 +353,7 @@ def _write(
 
 def vectors(
     neurons: NDArray[np.int32], tokens: NDArray[np.int32], values: NDArray[Any], n_neurons: int
-) -> NDArray[np.float16]:
+) -> NDArray[np.float32]:
     """[N, D] of unit length, 0 for neurons without entries."""
     from scipy.sparse import csr_matrix, diags
     from scipy.sparse.linalg import norm, svds
@@ -371,20 +364,20 @@ def vectors(
     profiles = diags(1 / np.maximum(lengths, 1e-12)) @ profiles
     dimensions = min(_DIMENSIONS, min(shape) - 1)
     if dimensions < 1 or not len(neurons):
-        return np.zeros((n_neurons, 1), np.float16)
+        return np.zeros((n_neurons, 1), np.float32)
     first = np.random.default_rng(_SEED).standard_normal(min(shape)).astype(np.float32)
     left, sizes, _ = svds(profiles, dimensions, v0=first)
     found = left * sizes
     sizes_of = np.linalg.norm(found, axis=1, keepdims=True)
     found = np.divide(found, sizes_of, out=np.zeros_like(found), where=sizes_of > 1e-6)
-    return found.astype(np.float16)
+    return found.astype(np.float32)
 
 
-def plane(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
+def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """[H, D] -> [H, 2], each axis in 0..1."""
     from sklearn.manifold import TSNE
 
-    points = vectors.astype(np.float32)
+    points = np.asarray(vectors)
     if len(points) < 5 or not points.any():
         found = np.zeros((len(points), 2), np.float32)
         found[:, 0] = np.arange(len(points))
