@@ -268,12 +268,15 @@ class Index:
         best = best[np.argsort(-cosines[best], kind="stable")][:n]
         return [(int(r), float(cosines[r])) for r in best if cosines[r] > 0]
 
-    def map(self, model: str, layer: int, columns: Columns) -> NDArray[np.float32] | None:
+    def map(self, model: str, layer: int) -> NDArray[np.float32] | None:
         """[H, 2] in 0..1, None where it is not made yet."""
-        if self._folder is None:
-            return None
-        path = self._folder / map_name(model, layer)
-        return np.load(path) if path.is_file() else None
+        path = self.map_path(model, layer)
+        return None if path is None else np.load(path)
+
+    def map_path(self, model: str, layer: int) -> Path | None:
+        """File of a map that is made."""
+        path = self._folder / map_name(model, layer) if self._folder is not None else None
+        return path if path is not None and path.is_file() else None
 
 
 def map_name(model: str, layer: int) -> str:

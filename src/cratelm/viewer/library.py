@@ -273,7 +273,7 @@ class Library:
     def map(self, key: str, model: str, layer: int) -> tuple[MapPoint, ...] | None:
         """The neurons of a layer in a plane, those that fire on the same tokens near to each other."""
         columns = self.columns(key, model)
-        places = self.index_of(key).map(model, layer, columns)
+        places = self.index_of(key).map(model, layer)
         here = columns.rows_of(layer)
         if places is None or len(places) != here.stop - here.start:
             return None
@@ -285,6 +285,21 @@ class Library:
             MapPoint(int(i), float(x), float(y), None if np.isnan(s) else float(s), str(t))
             for i, (x, y), s, t in zip(columns.index[here], places, scores, texts, strict=True)
         )
+
+    def drawn_map(
+        self, key: str, model: str, layer: int, draw: Callable[[Sequence[MapPoint]], _T]
+    ) -> _T | None:
+        """The map as `draw` makes it, which is kept: it is the same for every page of the layer."""
+        place = self.index_of(key).map_path(model, layer)
+        if place is None:
+            return None
+        state = (changed_at(self.run_of(key)), place)
+
+        def made() -> _T | None:
+            points = self.map(key, model, layer)
+            return draw(points) if points else None
+
+        return self._cached(("map", key, model, layer), state, made)
 
     def search(self, key: str, text: str = "", token: str = "", limit: int = 100) -> SearchResults:
         """Neurons of all models of a run: by words of their explanation, or by a token that they fire on."""

@@ -85,7 +85,6 @@ class Pages:
         query = page.query
         card = self.library.run(key).model(model)
         links = self._links(("r", key, "layer", model, str(layer)))
-        points = self.library.map(key, model, layer)
 
         def has_page(index: int) -> bool:
             return self.paged(key, model, layer, index)
@@ -122,7 +121,9 @@ class Pages:
             has_page=has_page,
             sorted_by=sorted_by,
             paged=lambda number: asked(page=number),
-            drawn=drawings.layer_map(points, address) if points else "",
+            drawn=self.library.drawn_map(
+                key, model, layer, lambda points: drawings.layer_map(points, address)
+            ),
             map_state=self._index_state(key, "The map"),
         )
 
