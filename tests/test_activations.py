@@ -410,7 +410,7 @@ def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, m
     ],
 )
 def test_mistakes_leave_nothing_behind(run, fields, told):
-    before = sorted(p.name for p in (run / "activations").iterdir())
+    before = sorted(p for p in run.rglob("*") if p.is_file())
     with pytest.raises(InputError, match=told):
         cratelm.harvest(run=run, name="other", **fields)
-    assert sorted(p.name for p in (run / "activations").iterdir()) == before
+    assert sorted(p for p in run.rglob("*") if p.is_file()) == before

@@ -137,18 +137,24 @@ class NeuronFile:
             if layer_low <= layer <= layer_high and index_low <= index <= index_high
         }
 
-    def read_group(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
+    def read_group(
+        self, group: int, columns: Sequence[str] | None = None, threads: bool = False
+    ) -> pa.Table:
         with pq.ParquetFile(self.path, metadata=self._metadata) as file:
-            return file.read_row_group(group, columns=columns, use_threads=False)
+            return file.read_row_group(group, columns=columns, use_threads=threads)
 
     def rows(self, layer: int, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of one neuron; `columns` must hold `layer` and `index`."""
         low, high = self._bounds[:, [0, 2]], self._bounds[:, [1, 3]]
         inside = ((low <= (layer, index)) & ((layer, index) <= high)).all(1)
-        tables = [self.read_group(g, columns) for g in np.flatnonzero(inside).tolist()]
+        tables = [self.read_group(g, columns, True) for g in np.flatnonzero(inside).tolist()]
         if not tables:
             return pa.table({})
-        return pa.concat_tables([_of(t, {(layer, index)}) for t in tables])
+        mine = [
+            t.filter(pa.array((t["layer"].to_numpy() == layer) & (t["index"].to_numpy() == index)))
+            for t in tables
+        ]
+        return pa.concat_tables(mine)
 
 
 class ExcerptFile(NeuronFile):
@@ -192,7 +198,9 @@ def _by_neuron(table: pa.Table) -> dict[Place, tuple[Excerpt, ...]]:
         return {}
     table = table.combine_chunks()
     columns = ("layer", "index", "bin", "rank", "peak", "document", "position")
-    rows = zip(table["kind"].to_pylist(), *(table[c].to_pylist() for c in columns), strict=True)
+    rows = zip(
+        table["kind"].to_pylist(), *(table[c].to_numpy().tolist() for c in columns), strict=True
+    )
     ids, values = table["token_ids"].chunk(0), table["activations"].chunk(0)
     offsets = ids.offsets.to_numpy()
     flat_ids, flat_values = ids.values.to_numpy(), values.values.to_numpy()

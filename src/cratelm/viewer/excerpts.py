@@ -1,6 +1,7 @@
 """Excerpts of one neuron as text, true activations beside simulated ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ _SHOWN: dict[ExcerptKind, int] = {
 }
 """excerpts of each kind, and bin, on a page that does not show all"""
 _FAVOURITES = 16
+_shaded_token: Callable[[tuple[str, float, int]], ShadedToken] = partial(tuple.__new__, ShadedToken)
+"""ShadedToken._make without its Python: thousands are made for a page"""
 
 
 def excerpt_views(
@@ -29,10 +32,10 @@ def excerpt_views(
     store: TokenStore | None,
     explainer: str,
     payload: Mapping[str, Any] | None,
-    documents: Mapping[int, str],
+    documents: Callable[[Collection[int]], Mapping[int, str]],
     shown: Shown,
 ) -> tuple[tuple[ExcerptView, ...], int]:
-    """The excerpts shown, and how many are held back."""
+    """The excerpts shown, and how many are held back. `documents` names documents by their ordinals."""
     if store is None:
         return (), len(excerpts)
     taken = list(excerpts) if shown == "all" else list(_first(excerpts, shown))
@@ -41,6 +44,7 @@ def excerpt_views(
         simulated = simulate(explainer, payload, [e.token_ids for e in taken])
     top = max((float(e.activations.max()) for e in taken if len(e)), default=0.0)
     simulated_top = max((float(s.max()) for s in simulated or [] if len(s)), default=0.0)
+    names = documents({e.document for e in taken})
     views = []
     for place, e in enumerate(taken):
         tokens = store.decode_tokens(e.token_ids)
@@ -51,7 +55,7 @@ def excerpt_views(
                 bin=e.bin,
                 rank=e.rank,
                 peak=e.peak,
-                document=documents.get(e.document, f"document {e.document}"),
+                document=names.get(e.document, f"document {e.document}"),
                 true=_shaded(tokens, e.activations, top),
                 simulated=() if other is None else _shaded(tokens, other, simulated_top),
             )
@@ -70,7 +74,7 @@ def _first(excerpts: Sequence[Excerpt], shown: Shown) -> Iterator[Excerpt]:
 def _shaded(tokens: Sequence[str], values: Any, top: float) -> tuple[ShadedToken, ...]:
     shown = levels(np.asarray(values, np.float64), top) if top > 0 else np.zeros(len(tokens), int)
     told = np.asarray(values, np.float64).tolist()
-    return tuple(map(ShadedToken, tokens, told, shown.tolist()))
+    return tuple(map(_shaded_token, zip(tokens, told, shown.tolist(), strict=True)))
 
 
 def favourite_tokens(

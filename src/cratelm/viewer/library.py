@@ -6,11 +6,13 @@ Files may be missing, half-finished or damaged; what is there is shown, and what
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratelm.activations.store import ExcerptFile, NeuronFile, summaries_path
@@ -192,7 +194,7 @@ class Library:
         views, held_back = tried(
             "excerpts",
             lambda: excerpt_views(
-                found, store, chosen, payload, self._documents(key, found), shown
+                found, store, chosen, payload, partial(self._documents, key), shown
             ),
             ((), 0),
         )
@@ -367,17 +369,24 @@ class Library:
         rows = self._file(key, summaries_path(harvest, split)).rows(layer, index).to_pylist()
         return rows[0] if rows else {}
 
-    def _documents(self, key: str, excerpts: Sequence[Any]) -> Mapping[int, str]:
-        path = self.run_of(key).path / "tokens" / "documents.parquet"
-        wanted = sorted({e.document for e in excerpts})
-        columns = ["ordinal", "source", "name", "line"]
+    def _documents(self, key: str, ordinals: Collection[int]) -> Mapping[int, str]:
+        """Where documents came from; nothing for those that the table has not, or cannot tell."""
+        run = self.run_of(key)
+        path, state = run.path / "tokens" / "documents.parquet", changed_at(run)
+        found: dict[int, str] = {}
         try:
-            rows = pq.read_table(
-                path, columns=columns, filters=[("ordinal", "in", wanted)]
-            ).to_pylist()
+            metadata = self._cached(("documents", path), state, lambda: pq.read_metadata(path))
+            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+            ends = np.cumsum(sizes)
+            for ordinal in sorted(o for o in ordinals if 0 <= o < metadata.num_rows):
+                group = int(np.searchsorted(ends, ordinal, "right"))
+                read = partial(_document_group, path, metadata, group)
+                table = self._cached(("documents", path, group), state, read)
+                row = ordinal - int(ends[group] - sizes[group])
+                found[ordinal] = _place_of(*(column[row].as_py() for column in table.columns))
         except DAMAGED:
-            return {}
-        return {r["ordinal"]: _place_of(r) for r in rows}
+            pass
+        return found
 
     def _cached(self, name: tuple, state: Any, read: Callable[[], _T]) -> _T:
         """What was read before, if the run is still as it was; the latest `_KEPT` things are kept."""
@@ -432,6 +441,11 @@ def _explanations(columns: Columns, row: int) -> tuple[ExplanationView, ...]:
     return tuple(views)
 
 
-def _place_of(row: Mapping[str, Any]) -> str:
-    line = f":{row['line']}" if row["line"] else ""
-    return f"{row['name'] or row['source']}{line}"
+def _document_group(path: Path, metadata: pq.FileMetaData, group: int) -> pa.Table:
+    with pq.ParquetFile(path, metadata=metadata) as file:
+        columns = ["source", "name", "line"]
+        return file.read_row_group(group, columns, use_threads=False).select(columns)
+
+
+def _place_of(source: str, name: str, line: int | None) -> str:
+    return f"{name or source}{f':{line}' if line else ''}"

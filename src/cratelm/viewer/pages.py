@@ -287,7 +287,8 @@ def _line(name: str, tokens: Sequence[Any], peak: int) -> str:
         tag, shown = _shown_token(t.text)
         kinds = [f"l{t.level}"] * (t.level > 0) + ["peak"] * (place == peak)
         label = f' class="{" ".join(kinds)}"' if kinds else ""
-        spans.append(f'<{tag}{label} title="{t.value:.3g}">{shown}</{tag}>')
+        value = f"{t.value:.3g}" if t.value else "0"
+        spans.append(f'<{tag}{label} title="{value}">{shown}</{tag}>')
     return (
         f'<div class="line {name}" dir="ltr"><span class="side">{name}</span>{"".join(spans)}</div>'
     )
