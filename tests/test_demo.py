@@ -81,9 +81,11 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(corpus, tmp_path):
     assert out.startswith("expected: about")
     assert "top-and-random" in out
     assert str(whole / "report" / "report.html") in out
+    assert out.splitlines()[-1].startswith("browse the neurons: ")
+    assert out.splitlines()[-1].endswith(f"cratelm view {whole}")
 
     broken = tmp_path / "broken"
-    for told in ("[2/20]", "[9/20]", "[20/20]"):
+    for told in ("[2/22]", "[9/22]", "[22/22]"):
         assert kill_when(start(broken, corpus), told), told
     last = start(broken, corpus)
     out, _ = last.communicate()
@@ -94,7 +96,7 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(corpus, tmp_path):
         {(c.stage, c.name): c.identity for c in Run(path).completions() if c.stage != "report"}
         for path in (whole, broken)
     )
-    assert len(first) == 19
+    assert len(first) == 21
     assert first == second
     tables = [path / "report" / "tables" / "mean_and_variance.csv" for path in (whole, broken)]
     assert tables[0].read_text() == tables[1].read_text()  # the page itself tells paths and times

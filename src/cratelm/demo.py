@@ -27,6 +27,8 @@ from cratelm.sae.compare import steps as autoencoder_steps
 from cratelm.sae.compare_config import SaeCompareConfig
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
+from cratelm.steer.config import EffectsConfig
+from cratelm.steer.effects import effects
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -41,6 +43,10 @@ _SECONDS_A_NEURON = 0.04
 """explaining and scoring a neuron on a core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
 """held-out tokens of the white-box reading, and of what autoencoders rebuild, of each twin"""
+_ABLATED = 2048
+"""held-out tokens on which the loss is measured without each neuron: few, what neurons write needs none"""
+_SECONDS_AN_EFFECT = 0.025
+"""what a neuron writes and the loss without it, for each layer that runs, on 2 cores"""
 _SAE_TOKENS = 204_800
 """that an autoencoder is trained on"""
 _SAE_SECONDS = 55
@@ -131,7 +137,11 @@ def _steps(config: DemoConfig) -> Iterator[_Step]:
             yield _Step(stage, name, step.work)
     for name in twins:
         analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
+        writing = EffectsConfig(
+            **common, model=name, tokens=_ABLATED, neurons=config.neurons, seed=config.seed
+        )
         yield _Step("analysis", name, lambda c=analyzing: analyze(c))
+        yield _Step("steer", name, lambda c=writing: effects(c))
     yield _Step("report", "", lambda: report(ReportConfig(**common, seed=config.seed)))
 
 
@@ -177,7 +187,7 @@ def _sae_config(config: DemoConfig) -> SaeCompareConfig:
 def _plan(config: DemoConfig) -> str:
     """What is going to happen and how long it may take, by a short measurement on this machine."""
     run, (twins, controls) = Run(config.run), _models(config)
-    training = harvesting = scoring = autoencoders = 0.0
+    training = harvesting = scoring = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
     for name in twins + controls:
         if config.force or name not in run.models("model") or name not in run.models("activations"):
@@ -188,16 +198,18 @@ def _plan(config: DemoConfig) -> str:
                 harvesting += 2 * config.tokens * forward * _HARVEST_COST
         if config.force or name not in run.models("scores"):
             scoring += _SECONDS_A_NEURON * layers * (config.neurons or 512)
+        if name in twins and (config.force or name not in run.models("steer")):
+            writing += _SECONDS_AN_EFFECT * layers**2 * (config.neurons or 512)
         done = any(other.startswith(f"{name}+") for other in run.models("scores"))
         if config.sae and name in twins and (config.force or not done):
             autoencoders += _SAE_SECONDS * layers
-    minutes = [s / 60 for s in (training, harvesting, scoring, autoencoders)]
+    minutes = [s / 60 for s in (training, harvesting, scoring, writing, autoencoders)]
     whole = round(sum(minutes) + _FIXED_SECONDS / 60)
     return (
         f"expected: about {whole} minute{'s' * (whole != 1)} on this machine"
         f" ({os.cpu_count()} cores): training {minutes[0]:.1f}, harvest {minutes[1]:.1f},"
-        f" explaining and scoring {minutes[2]:.1f}"
-        f"{f', autoencoders {minutes[3]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
+        f" explaining and scoring {minutes[2]:.1f}, effects {minutes[3]:.1f}"
+        f"{f', autoencoders {minutes[4]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
         f"{' and '.join(twins)} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"
         f" controls {' and '.join(controls)}; everything goes to {config.run}"
     )

@@ -12,9 +12,10 @@ from cratelm.runs import aside
 class DemoConfig:
     """The whole line on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
 
-    Tokenizes, trains both on the same tokens in the same order, harvests, explains, scores and
-    reports, with two randomly initialised models as controls; with --sae, autoencoders beside them. Killed and started again with the
-    same command, it goes on where it was.
+    Tokenizes, trains both on the same tokens in the same order, harvests, explains, scores, measures
+    what neurons write to the vocabulary and reports, with two randomly initialised models as controls;
+    with --sae, autoencoders beside them. Killed and started again with the same command, it goes on
+    where it was.
     """
 
     run: Path = aside(Path("runs/demo"))
