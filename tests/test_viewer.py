@@ -275,6 +275,28 @@ def test_neurons_that_fire_on_a_token(run, library):
     assert (("crate-2l", 1, index) in {(h.model, h.layer, h.index) for h in hits})  # fmt: skip
 
 
+def test_search_leaves_untrained_controls_out_unless_asked(library):
+    cards = {m.name: m.null_of for m in library.run("run").models}
+    controls = {name for name, of in cards.items() if of}
+    assert controls
+    for asked in ({"text": "fires"}, {"token": "river"}):
+        found = {h.model for h in library.search("run", limit=10**6, **asked).hits}
+        assert found
+        assert not found & controls
+        for model in cards:
+            hits = library.search("run", limit=10**6, model=model, **asked).hits
+            assert {h.model for h in hits} <= {model}
+            assert hits or model not in found
+            columns = library.columns("run", model)
+            for hit in hits[:5]:
+                row = columns.row(hit.layer, hit.index)
+                assert hit.firing_rate == columns.firing_rate[row]
+    control = min(controls)
+    assert library.search("run", token="river", model=control).hits
+    with pytest.raises(NotFound, match="no harvest of nothing"):
+        library.search("run", token="river", model="nothing")
+
+
 def test_a_token_is_found_without_its_spaces(library):
     found, note = library.index_of("run").on_token("crate-2l", "river")
     assert found
@@ -643,6 +665,12 @@ def test_a_bug_is_one_sentence(library, monkeypatch):
 def test_a_body_that_is_too_long_is_refused(client):
     answer = client.post("/api/r/run/live/steer", content=b"x" * 70_000, headers={"origin": "http://127.0.0.1"})  # fmt: skip
     assert answer.status_code == 413
+
+
+def test_a_body_of_unknown_length_is_refused(client):
+    answer = client.post("/api/r/run/live/steer", content=iter([b"{}"]), headers={"origin": "http://127.0.0.1"})  # fmt: skip
+    assert answer.status_code == 411
+    assert "length" in answer.json()["error"]
 
 
 def test_rates():

@@ -281,6 +281,12 @@ def test_typing_a_text(page, address, library):
     page.reload()
     settled(page, "live")
     assert page.get_by_label("Text").input_value() == TEXT
+    until(page, "document.querySelectorAll('#strongest tr').length > 3")
+    chosen = page.locator("#strongest tr").nth(2).locator("td")
+    layer, neuron = (chosen.nth(n).inner_text() for n in (0, 1))
+    page.locator("#strongest tr").nth(2).get_by_role("button").click()
+    until(page, "n => location.search.includes(n)", arg=f"layer={layer}&neuron={neuron}&")
+    until(page, "n => document.querySelector('#page').href.endsWith(n)", arg=f"/{layer}/{neuron}")
 
 
 def test_steering_with_the_slider(page, address, library):

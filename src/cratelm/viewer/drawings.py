@@ -1,7 +1,7 @@
 """Small drawings as SVG: classes and attributes only, for pages that allow no inline style."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup, escape
 
@@ -9,28 +9,30 @@ from cratelm.report.text import printable, visible
 from cratelm.viewer.records import (
     ExcerptView,
     MapPoint,
-    ModelCard,
     NeuronView,
     RunCard,
     Spread,
     Value,
 )
 
+_Scale = Callable[[float], float]
+"""from a value to a place in the drawing"""
 _PAD = 30
 _TOLD = 1024
 """neurons of a layer whose explanations a map carries: of more they would be most of the page"""
 
 
 def scores_by_layer(run: RunCard, metric: str) -> Markup:
-    """Mean by layer of every trained model with its interval; dotted: the shuffled null, and the untrained one."""
-    cards = [c for c in run.models if not c.null_of and _metric(c, metric)]
-    layers = sorted({n for c in cards for n in _metric(c, metric).by_layer})  # type: ignore[union-attr]
+    """Mean by layer of every trained model with its interval; dotted: the same model untrained."""
+    found = [(c, own) for c in run.models if not c.null_of and (own := c.metric(metric))]
+    layers = sorted({n for _, own in found for n in own.by_layer})
     if not layers:
         return Markup("")
     width, height = 320, 170
-    tops = [v.high or v.mean for c in cards for v in _metric(c, metric).by_layer.values()]  # type: ignore[union-attr]
-    bottom = min([0.0, *(v.mean for c in cards for v in _metric(c, metric).by_layer.values())])  # type: ignore[union-attr]
-    top = max(100.0 if max(tops) > 60 else max(tops) * 1.15, 1.0)
+    means = [v for _, own in found for v in own.by_layer.values()]
+    bottom = min(0.0, *(v.mean for v in means))
+    highest = max(v.high or v.mean for v in means)
+    top = max(100.0 if highest > 60 else highest * 1.15, 1.0)
 
     def x(layer: float) -> float:
         place = layers.index(int(layer)) if layer in layers else 0
@@ -39,27 +41,28 @@ def scores_by_layer(run: RunCard, metric: str) -> Markup:
     def y(value: float) -> float:
         return 8 + (height - 28) * (top - value) / (top - bottom)
 
-    parts = [_axes(width, height, layers, x, y, bottom, top)]
-    for place, card in enumerate(cards):
-        shift = (place - (len(cards) - 1) / 2) * 5
-        own = _metric(card, metric)
-        assert own is not None
+    parts = [_axes(width, height, layers, x, y, (bottom, top))]
+    for place, (card, own) in enumerate(found):
+        shift = (place - (len(found) - 1) / 2) * 5
         null = run.null(card)
-        untrained = _metric(null, metric) if null else None
+        untrained = null.metric(metric) if null else None
         if untrained:
             parts.append(_line(untrained.by_layer, x, y, f"c{place} null", shift, bars=False))
         parts.append(_line(own.by_layer, x, y, f"c{place}", shift, bars=True))
-    title = f"{metric} by layer: {', '.join(c.name for c in cards)}"
+    title = f"{metric} by layer: {', '.join(c.name for c, _ in found)}"
     return _svg(width, height, title, "".join(parts))
 
 
-def _metric(card: ModelCard, metric: str):
-    return next((m for m in card.metrics if m.metric == metric), None)
-
-
-def _axes(width, height, layers, x, y, bottom, top) -> str:
+def _axes(
+    width: int,
+    height: int,
+    layers: Sequence[int],
+    x: _Scale,
+    y: _Scale,
+    ends: tuple[float, float],
+) -> str:
     lines = []
-    for value in _ticks(bottom, top):
+    for value in _ticks(*ends):
         at = y(value)
         lines.append(
             f'<line class="grid" x1="{_PAD}" x2="{width - 8}" y1="{at:.1f}" y2="{at:.1f}"/>'
@@ -80,7 +83,9 @@ def _ticks(bottom: float, top: float) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(top / step) + 1)]
 
 
-def _line(by_layer: Mapping[int, Value], x, y, kind: str, shift: float, *, bars: bool) -> str:
+def _line(
+    by_layer: Mapping[int, Value], x: _Scale, y: _Scale, kind: str, shift: float, *, bars: bool
+) -> str:
     points = [(x(n) + shift, v) for n, v in sorted(by_layer.items())]
     path = " ".join(f"{a:.1f},{y(v.mean):.1f}" for a, v in points)
     parts = [f'<polyline class="line {kind}" points="{path}"/>']
@@ -161,7 +166,7 @@ def _short(n: int) -> str:
     return f"{n // 1_000_000}M" if n >= 1_000_000 else f"{n // 1000}k" if n >= 1000 else str(n)
 
 
-def layer_map(points: Sequence[MapPoint], address) -> Markup:
+def layer_map(points: Sequence[MapPoint], address: Callable[[int], str]) -> Markup:
     """A point a neuron, a link where it has an address; shade: its score.
 
     On hover its number and score, and in a layer of up to `_TOLD` neurons its explanation.

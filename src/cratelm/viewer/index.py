@@ -164,7 +164,7 @@ class Index:
         self.state = IndexState(True, self.state.total, self.state.total)
 
     def _make_maps(self, folder: Path) -> None:
-        """Of trained models' layers, one after another; those that are there are kept."""
+        """Of all layers, one after another; those that are there are kept."""
         for name in self._models():
             columns = read_columns(self.run, name)
             for layer in np.unique(columns.layer).tolist():

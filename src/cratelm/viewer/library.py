@@ -303,11 +303,18 @@ class Library:
 
         return self._cached(("map", key, model, layer), state, made)
 
-    def search(self, key: str, text: str = "", token: str = "", limit: int = 100) -> SearchResults:
-        """Neurons of all models of a run: by words of their explanation, or by a token that they fire on."""
+    def search(
+        self, key: str, text: str = "", token: str = "", limit: int = 100, model: str = ""
+    ) -> SearchResults:
+        """Neurons by words of their explanation, or by a token that they fire on.
+
+        Of one model, or of all but the untrained controls.
+        """
         hits: list[SearchHit] = []
         notes: set[str] = set()
-        for card in self.run(key).models:
+        run = self.run(key)
+        searched = [run.model(model)] if model else [m for m in run.models if not m.null_of]
+        for card in searched:
             if not card.neurons:
                 continue
             columns = self.columns(key, card.name)
@@ -406,7 +413,8 @@ class Library:
 
 def _hit(model: str, columns: Columns, row: int, value: float, count: int) -> SearchHit:
     place = int(columns.layer[row]), int(columns.index[row])
-    return SearchHit(model, *place, str(columns.text()[row]), value, count)
+    fires = float(columns.firing_rate[row])
+    return SearchHit(model, *place, str(columns.text()[row]), value, count, fires)
 
 
 def _pairs(tokens: Sequence[str], values: Sequence[float]) -> tuple[TokenValue, ...]:

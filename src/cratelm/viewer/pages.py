@@ -26,7 +26,6 @@ from cratelm.viewer.links import Links
 from cratelm.viewer.records import (
     ExcerptView,
     LayerQuery,
-    MetricCard,
     ModelCard,
     NeuronView,
     NotFound,
@@ -73,7 +72,6 @@ class Pages:
             title=title,
             runs=runs,
             metrics_of=_metrics_of,
-            card_metric=_card_metric,
             scores_by_layer=drawings.scores_by_layer,
             pairs=_pairs,
             best=self._best,
@@ -124,7 +122,9 @@ class Pages:
             drawn=self.library.drawn_map(
                 key, model, layer, lambda points: drawings.layer_map(points, address)
             ),
-            map_state=self._index_state(key, "The map"),
+            map_state=self._index_state(
+                key, "The map", "The map of this layer is being drawn: load the page again."
+            ),
         )
 
     def neuron(self, view: NeuronView) -> str:
@@ -158,7 +158,9 @@ class Pages:
             excerpts=excerpts_html(view.excerpts),
             more=links.to(*here, split=split, explainer=told, all=1),
             other_split=links.to(*here, split=other if other != "held_out" else "", explainer=told),
-            index_state=self._index_state(key, "Nearest neurons"),
+            index_state=self._index_state(
+                key, "Nearest neurons", "None: it fires on no token that was seen twice."
+            ),
             run_path=self.library.run(key).path,
             api=api,
             svg=f"{api}/card.svg",
@@ -168,10 +170,13 @@ class Pages:
             card=as_data({"svg": drawings.card(view), "name": f"{model}-{layer}-{index}.png"}),
         )
 
-    def search(self, key: str, text: str, token: str) -> str:
+    def search(self, key: str, text: str, token: str, model: str = "") -> str:
         found = None
         if text or token:
-            found = self.library.search(key, text=text, token=token, limit=SEARCH_LIMIT)
+            found = self.library.search(
+                key, text=text, token=token, limit=SEARCH_LIMIT, model=model
+            )
+        models = [m for m in self.library.run(key).models if m.neurons]
         links = self._links(("r", key, "search"))
         crumbs = self._crumbs(links, key, ("search", ""))
         return self._page(
@@ -182,6 +187,8 @@ class Pages:
             found=found,
             text=text,
             token=token,
+            model=model,
+            models=models,
             limit=SEARCH_LIMIT,
         )
 
@@ -234,12 +241,13 @@ class Pages:
                 found += [(card.name, shown)] if shown else []
         return found
 
-    def _index_state(self, key: str, what: str) -> str:
+    def _index_state(self, key: str, what: str, otherwise: str) -> str:
+        """Why something that needs the index is not there; `otherwise` where the index is."""
         state = self.library.index_state(key)
         if state.problem:
             return f"{what} cannot be shown: the index could not be built ({state.problem})."
         if state.ready:
-            return f"{what}: not there yet, or this neuron fires on nothing that was seen twice."
+            return otherwise
         return f"{what} will be here when the index is built ({state.done} of {state.total} parts): load again."
 
     def _links(self, here: tuple[str, ...]) -> Links:
@@ -331,10 +339,6 @@ def _facts(view: NeuronView) -> list[tuple[str, str]]:
 def _metrics_of(cards: Sequence[ModelCard]) -> list[str]:
     found = {m.metric for c in cards for m in c.metrics}
     return [m for m in METRIC_NAMES if m in found]
-
-
-def _card_metric(card: ModelCard, metric: str) -> MetricCard | None:
-    return next((m for m in card.metrics if m.metric == metric), None)
 
 
 def _pairs(card: RunCard) -> list[tuple[ModelCard, ModelCard]]:

@@ -68,6 +68,10 @@ class ModelCard:
     missing: tuple[str, ...]
     """what a full run would have, with the command that makes it"""
 
+    def metric(self, name: str) -> MetricCard | None:
+        """Under a metric; None where it was not scored by it."""
+        return next((m for m in self.metrics if m.metric == name), None)
+
 
 @dataclass(frozen=True)
 class RunCard:
@@ -277,6 +281,8 @@ class SearchHit:
     """of the token: mean activation on it over the neuron's maximum; of words: the first score"""
     count: int
     """times that the token was seen; 0 for words"""
+    firing_rate: float
+    """0 to 1, held-out: one that is always on fires on every token"""
 
 
 @dataclass(frozen=True)

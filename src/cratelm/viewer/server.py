@@ -110,8 +110,8 @@ def _pages(library: Library, pages: Pages) -> APIRouter:
         return HTMLResponse(pages.neuron(view))
 
     @router.get("/r/{run}/search")
-    def search(run: str, q: Words = "", token: TokenText = "") -> Response:
-        return HTMLResponse(pages.search(run, q, _spaced(token)))
+    def search(run: str, q: Words = "", token: TokenText = "", model: Words = "") -> Response:
+        return HTMLResponse(pages.search(run, q, _spaced(token), model))
 
     @router.get("/r/{run}/compare")
     def compare(run: str, left: Words = "", right: Words = "") -> Response:
@@ -153,8 +153,9 @@ def _api(library: Library) -> APIRouter:
         return JSONResponse(plain(library.layer(run, model, layer, query)))
 
     @router.get("/r/{run}/search")
-    def search(run: str, q: Words = "", token: TokenText = "") -> Response:
-        return JSONResponse(plain(library.search(run, text=q, token=_spaced(token))))
+    def search(run: str, q: Words = "", token: TokenText = "", model: Words = "") -> Response:
+        found = library.search(run, text=q, token=_spaced(token), model=model)
+        return JSONResponse(plain(found))
 
     @router.get("/r/{run}/index")
     def index_state(run: str) -> Response:
@@ -187,13 +188,16 @@ def _guard(app: FastAPI, pages: Pages, host: str) -> None:
         asked = request.headers.get("host", "")
         origin = request.headers.get("origin")
         client = request.client.host if request.client else ""
-        length = request.headers.get("content-length", "0")
+        asks = request.method in ("GET", "HEAD")
+        length = request.headers.get("content-length", "0" if asks else "")
         if not is_allowed(asked, names, anywhere):
             return 421, f"this server does not answer to the host {asked[:80]!r}"
-        if request.method not in ("GET", "HEAD") and (origin is None or not is_own(origin, asked)):
+        if not asks and (origin is None or not is_own(origin, asked)):
             return 403, "requests of other sites are not answered"
         if len(str(request.url)) > LONGEST_ADDRESS:
             return 414, "the address is too long"
+        if not length:  # in pieces: it could go on for ever
+            return 411, "the length of what is sent must be told"
         if not length.isdigit() or int(length) > LONGEST_BODY:
             return 413, f"at most {LONGEST_BODY:,} bytes are taken"
         if not request.url.path.startswith("/assets/") and not _RATE.take(client):

@@ -85,6 +85,13 @@
       const cell = element("td", "", "r");
       cell.append(link);
       row.append(element("td", String(n.layer), "r"), cell, element("td", (100 * n.share).toFixed(0), "r"), element("td", n.value.toPrecision(3), "r"), element("td", shown(n.explanation) || "–", "text wide"));
+      const take = element("button", "take");
+      take.type = "button";
+      take.setAttribute("aria-label", `take neuron ${n.index} of layer ${n.layer}`);
+      take.addEventListener("click", () => { fields.layer.value = n.layer; fill(); fields.neuron.value = n.index; get("neuron").focus(); all(); });
+      const last = document.createElement("td");
+      last.append(take);
+      row.append(last);
       return row;
     }));
   });
