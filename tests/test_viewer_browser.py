@@ -284,9 +284,24 @@ def test_typing_a_text(page, address, library):
     until(page, "document.querySelectorAll('#strongest tr').length > 3")
     chosen = page.locator("#strongest tr").nth(2).locator("td")
     layer, neuron = (chosen.nth(n).inner_text() for n in (0, 1))
+    neuron = neuron.split()[0]  # then the button's name
     page.locator("#strongest tr").nth(2).get_by_role("button").click()
     until(page, "n => location.search.includes(n)", arg=f"layer={layer}&neuron={neuron}&")
     until(page, "n => document.querySelector('#page').href.endsWith(n)", arg=f"/{layer}/{neuron}")
+
+
+def test_without_a_neuron_the_strongest_at_the_last_token_is_taken(page, address, library):
+    key, model, index = names(library)
+    page.goto(f"{address}/r/{key}/live?model={model}")
+    settled(page, "live")
+    first = page.locator("#strongest tr").first.locator("td")
+    place = [first.nth(0).inner_text(), first.nth(1).inner_text().split()[0]]
+    assert [page.locator(f"#{name}").input_value() for name in ("layer", "neuron")] == place
+    shaded = page.locator("#tokens [role=button]").last
+    assert float(shaded.get_attribute("title")) == pytest.approx(float(first.nth(3).inner_text()))
+    page.goto(f"{address}/r/{key}/live?model={model}&layer=1&neuron={index}")
+    settled(page, "live")
+    assert page.locator("#neuron").input_value() == str(index)
 
 
 def test_steering_with_the_slider(page, address, library):

@@ -126,7 +126,7 @@ def spread(sides: Sequence[Spread | None], metric: str) -> Markup:
 
 
 def histogram(view: NeuronView) -> Markup:
-    """Counts of tokens over equal bins of the activation, logarithmic."""
+    """Counts of tokens over equal bins of the activation, logarithmic; the last bin is open."""
     counts = view.histogram
     if not counts or not max(counts):
         return Markup("")
@@ -150,8 +150,9 @@ def histogram(view: NeuronView) -> Markup:
     for where, value in ((0.0, view.histogram_low), (1.0, view.histogram_high)):
         x = _PAD + where * (width - _PAD - 8)
         anchor = "start" if where == 0 else "end"
+        beyond = " or more" if where and view.statistics.get("maximum", value) > value else ""
         labels.append(
-            f'<text x="{x:.1f}" y="{height - 4}" text-anchor="{anchor}">{value:.3g}</text>'
+            f'<text x="{x:.1f}" y="{height - 4}" text-anchor="{anchor}">{value:.3g}{beyond}</text>'
         )
     rows = sum(counts)
     return _svg(

@@ -21,6 +21,7 @@
     fields.neuron.max = models[fields.model.value][fields.layer.value] - 1;
   };
   fill();
+  let chosen = asked.has("neuron");  // else the strongest at the last token is taken first
   for (const id of ["neuron", "text", "operation", "value", "count"]) if (asked.has(id)) fields[id].value = asked.get(id);
   const remember = () => {
     const state = new URLSearchParams(Object.entries(fields).map(([id, field]) => [id, field.value]));
@@ -73,10 +74,12 @@
     get("status").textContent = `${found.tokens.length} tokens${found.cut ? `, ${found.cut} more left out` : ""}; largest here ${top.toPrecision(3)}, ${found.maximum > 0 ? `${Math.round((100 * top) / found.maximum)}% of the neuron's largest` : "of a dead neuron"}`;
   });
 
+  const take = (n) => { chosen = true; fields.layer.value = n.layer; fill(); fields.neuron.value = n.index; };
   const strongest = () => tried(async () => {
     if (!current?.length) return;
     if (position === null || position >= current.length) position = current.length - 1;
     const found = await ask("strongest", { position });
+    if (!chosen && found.length) take(found[0]);
     get("at").textContent = seen(current[position] ?? "");
     get("strongest").replaceChildren(...found.map((n) => {
       const row = document.createElement("tr");
@@ -85,13 +88,11 @@
       const cell = element("td", "", "r");
       cell.append(link);
       row.append(element("td", String(n.layer), "r"), cell, element("td", (100 * n.share).toFixed(0), "r"), element("td", n.value.toPrecision(3), "r"), element("td", shown(n.explanation) || "–", "text wide"));
-      const take = element("button", "take");
-      take.type = "button";
-      take.setAttribute("aria-label", `take neuron ${n.index} of layer ${n.layer}`);
-      take.addEventListener("click", () => { fields.layer.value = n.layer; fill(); fields.neuron.value = n.index; get("neuron").focus(); all(); });
-      const last = document.createElement("td");
-      last.append(take);
-      row.append(last);
+      const button = element("button", "take", "take");
+      button.type = "button";
+      button.setAttribute("aria-label", `take neuron ${n.index} of layer ${n.layer}`);
+      button.addEventListener("click", () => { take(n); get("neuron").focus(); all(); });
+      cell.append(" ", button);
       return row;
     }));
   });
@@ -133,12 +134,15 @@
   const all = async () => {
     remember();
     if (!fields.text.value) { get("status").textContent = "Type a text."; return; }
-    await read(); await strongest(); await steer();
+    const before = chosen;
+    await read(); await strongest();
+    if (chosen !== before) { remember(); await read(); }
+    await steer();
   };
   fields.text.addEventListener("input", () => { position = null; later(all, 350); });
   fields.model.addEventListener("change", () => { fill(); later(all, 0); });
-  fields.layer.addEventListener("change", () => { fill(); later(all, 0); });
-  fields.neuron.addEventListener("input", () => later(all));
+  fields.layer.addEventListener("change", () => { chosen = true; fill(); later(all, 0); });
+  fields.neuron.addEventListener("input", () => { chosen = true; later(all); });
   for (const id of ["operation", "value", "count"]) fields[id].addEventListener("input", () => { if (id === "operation") scale(); get("shown").textContent = Number(fields.value.value).toPrecision(3); later(() => { remember(); steer(); }, 200); });
   scale();
   all();
