@@ -8,7 +8,7 @@ Maps are by t-SNE (van der Maaten & Hinton 2008) on the same vectors.
 
 It is built once, in `viewer/` of the run, from one row group of excerpts at a time, and again when a
 harvest or the tokens have changed. Memory while it is built: 14 bytes an entry, 50 MB for 36,864
-neurons with 96 entries each, and some 200 bytes a neuron; when it is used, what is asked for.
+neurons with 96 entries each, and some 300 bytes a neuron; when it is used, what is asked for.
 
 Shape legend: N neurons of all models, V tokens of the vocabulary, E entries, D dimensions.
 """
