@@ -691,7 +691,11 @@ def test_json_is_the_same_as_the_page(client, library):
     told = client.get("/api/r/run/neuron/crate-2l/1/3").json()
     view = library.neuron("run", "crate-2l", 1, 3)
     assert told["statistics"] == pytest.approx(dict(view.statistics), nan_ok=True)
-    assert len(told["excerpts"]) == len(view.excerpts)
+    for e, shown in zip(told["excerpts"], view.excerpts, strict=True):
+        assert e["tokens"] == [t.text for t in shown.true]
+        assert e["activations"] == pytest.approx([t.value for t in shown.true], rel=1e-5)
+        assert e["simulated"] == pytest.approx([t.value for t in shown.simulated], rel=1e-5)
+        assert (e["kind"], e["bin"], e["peak"]) == (shown.kind, shown.bin, shown.peak)
     assert client.get("/api/r/run/index").json()["ready"] is True
     card = client.get("/api/r/run/neuron/crate-2l/1/3/card.svg")
     assert card.headers["content-type"].startswith("image/svg+xml")

@@ -191,6 +191,19 @@ class ExcerptView:
     simulated: tuple[ShadedToken, ...]
     """empty where no simulator ran"""
 
+    def plain(self) -> dict[str, Any]:
+        """Tokens, activations and simulated ones as lists of one length, to six digits."""
+        return {
+            "kind": self.kind,
+            "bin": self.bin,
+            "rank": self.rank,
+            "peak": self.peak,
+            "document": self.document,
+            "tokens": [t.text for t in self.true],
+            "activations": [float(f"{t.value:.6g}") for t in self.true],
+            "simulated": [float(f"{t.value:.6g}") for t in self.simulated],
+        }
+
 
 @dataclass(frozen=True)
 class ScoreView:
@@ -304,6 +317,8 @@ class IndexState:
 
 def plain(value: Any) -> Any:
     """A record as JSON values."""
+    if isinstance(value, ExcerptView):
+        return value.plain()
     if hasattr(value, "__dataclass_fields__"):
         return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if hasattr(value, "_asdict"):
