@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from html.parser import HTMLParser
@@ -203,6 +204,13 @@ def test_neighbours_in_the_layer_and_effects(library):
     views = [library.neuron("run", "crate-2l", 0, i) for i in range(NEURONS)]
     assert any(v.promoted and v.suppressed for v in views)
     assert not any(library.neuron("run", "gpt2-2l", 0, i).promoted for i in range(3))
+    left_out = next(v for v in views if not v.promoted)
+    pages, command = Pages(library), "cratelm effects --run"
+    assert "--neurons 0 --force` measures it" in pages.neuron(left_out)
+    assert command not in pages.neuron(next(v for v in views if v.promoted))
+    never = pages.neuron(library.neuron("run", "gpt2-2l", 0, 0))
+    assert command in never
+    assert "--force" not in never
 
 
 def test_a_dead_neuron_and_one_without_explanation(library):
@@ -935,6 +943,22 @@ def test_an_export_replaces_only_its_own(run, library, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
         export(library, tmp_path / "file", 1, True)
+
+
+def test_without_the_extra_it_says_so_and_pages_can_be_written(copy, tmp_path, monkeypatch, capsys):
+    for name in ("fastapi", "uvicorn", "sklearn", "sklearn.manifold"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("server", "live_api"):
+        monkeypatch.delitem(sys.modules, f"cratelm.viewer.{name}", raising=False)
+    assert main(["view", str(copy)]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told
+    assert "pip install 'cratelm[viewer]'" in told
+    assert main(["view", str(copy), "--static", str(tmp_path / "out"), "--neurons", "2"]) == 0
+    page = (tmp_path / "out/r/copy/layer/crate-2l/0.html").read_text()
+    assert "The map cannot be drawn (it needs scikit-learn: type `pip install" in page
+    neuron = next((tmp_path / "out/r/copy/neuron/crate-2l/0").iterdir()).read_text()
+    assert "By the tokens they fire on: cosine" in neuron
 
 
 def test_an_export_that_fails_leaves_nothing(library, tmp_path, monkeypatch):

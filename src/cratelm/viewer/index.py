@@ -377,9 +377,11 @@ def vectors(
 
 
 def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[H, D] -> [H, 2], each axis in 0..1."""
-    from sklearn.manifold import TSNE
-
+    """[H, D] -> [H, 2], each axis in 0..1. Raises `InputError` without scikit-learn."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise InputError("it needs scikit-learn: type `pip install 'cratelm[viewer]'`") from None
     points = np.asarray(vectors)
     if len(points) < 5 or not points.any():
         found = np.zeros((len(points), 2), np.float32)

@@ -235,6 +235,12 @@ class Library:
             problems=(*columns.problems, *problems),
         )
 
+    def effects_command(self, key: str, model: str) -> str:
+        """What measures what a neuron writes; where some neurons were drawn for it, all of them."""
+        run = self.run_of(key)
+        again = " --neurons 0 --force" if model in run.models("steer") else ""
+        return f"cratelm effects --run {run.path} --model {model}{again}"
+
     def nearest(
         self, key: str, model: str, layer: int, index: int, n: int = _NEAREST
     ) -> tuple[Neighbour, ...]:

@@ -122,9 +122,7 @@ class Pages:
             drawn=self.library.drawn_map(
                 key, model, layer, lambda points: drawings.layer_map(points, address)
             ),
-            map_state=self._index_state(
-                key, "The map", "The map of this layer is being drawn: load the page again."
-            ),
+            map_state=self._no_map(key),
         )
 
     def neuron(self, view: NeuronView) -> str:
@@ -161,7 +159,7 @@ class Pages:
             index_state=self._index_state(
                 key, "Nearest neurons", "None: it fires on no token that was seen twice."
             ),
-            run_path=self.library.run(key).path,
+            effects=self.library.effects_command(key, model),
             api=api,
             svg=f"{api}/card.svg",
             simulators=simulators,
@@ -244,11 +242,17 @@ class Pages:
     def _index_state(self, key: str, what: str, otherwise: str) -> str:
         """Why something that needs the index is not there; `otherwise` where the index is."""
         state = self.library.index_state(key)
-        if state.problem:
-            return f"{what} cannot be shown: the index could not be built ({state.problem})."
         if state.ready:
             return otherwise
+        if state.problem:
+            return f"{what} cannot be shown: the index could not be built ({state.problem})."
         return f"{what} will be here when the index is built ({state.done} of {state.total} parts): load again."
+
+    def _no_map(self, key: str) -> str:
+        problem = self.library.index_state(key).problem
+        later = "The map of this layer is being drawn: load the page again."
+        told = f"The map cannot be drawn ({problem})." if problem else later
+        return self._index_state(key, "The map", told)
 
     def _links(self, here: tuple[str, ...]) -> Links:
         return Links(tuple(here), self.static)
