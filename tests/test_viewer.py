@@ -189,12 +189,27 @@ def test_a_neuron_has_its_excerpts(run, library, split):
     top = max(e.activations.max() for e in record.excerpts)
     levels = {t.level for e in view.excerpts for t in e.true if t.value == top}
     assert levels == {10}
+    top = max(s.max() for s in simulated)
+    assert {t.level for e in view.excerpts for t in e.simulated if t.value == top} == {10}
+    rows = pq.read_table(run / "tokens" / "documents.parquet").to_pylist()
+    names = [f"{r['name'] or r['source']}{':' + str(r['line']) if r['line'] else ''}" for r in rows]
+    assert [e.document for e in view.excerpts] == [names[e.document] for e in record.excerpts]
+    assert len({e.document for e in view.excerpts}) > 5
     assert view.statistics["firing_rate"] == record.summary.firing_rate
     assert sum(view.histogram) == record.summary.histogram.sum()
     assert view.tokens[0].value > 0
     less = library.neuron("run", "crate-2l", 1, index, split)
     assert len(less.excerpts) + less.held_back == len(view.excerpts)
     assert {e.kind for e in less.excerpts} == {e.kind for e in view.excerpts}
+
+
+def test_documents_are_named_from_any_row_group(copy):
+    path = copy / "tokens" / "documents.parquet"
+    table = pq.read_table(path)
+    whole = Library([copy])._documents("copy", range(len(table)))
+    assert len(set(whole.values())) > 5
+    pq.write_table(table, path, row_group_size=3)
+    assert Library([copy])._documents("copy", range(-1, len(table) + 1)) == whole
 
 
 def test_neighbours_in_the_layer_and_effects(library):
