@@ -836,6 +836,12 @@ def test_steering_is_that_of_the_verb(run, live, operation):
     assert plain.plain == plain.steered == found.plain
 
 
+def test_texts_that_the_model_is_not_asked_about(live):
+    for text, told in (("x" * (LONGEST_TEXT + 1), "4,001 characters, at most 4,000"), ("", "empty")):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            live.activations("run", "crate-2l", text, 1, 7)
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
