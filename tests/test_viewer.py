@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from cratelm.score.simulators import simulate
 from cratelm.score.store import read_scores
 from cratelm.steer.config import Edit, SteerConfig
 from cratelm.steer.steer import steer
+from cratelm.viewer import drawings
 from cratelm.viewer.config import ViewConfig
 from cratelm.viewer.guard import Rate, allowed_hosts, is_allowed, is_own
 from cratelm.viewer.index import profile_entries
@@ -35,7 +37,7 @@ from cratelm.viewer.latex import figure
 from cratelm.viewer.library import RARELY, Library
 from cratelm.viewer.links import Links
 from cratelm.viewer.pages import Pages, as_data
-from cratelm.viewer.records import LayerQuery, NotFound
+from cratelm.viewer.records import LayerQuery, MapPoint, NotFound
 from cratelm.viewer.static_site import export
 from cratelm.viewer.view import view
 
@@ -567,6 +569,33 @@ def test_latex_is_ascii_and_balanced(library):
         assert plain.count("{") == plain.count("}")
         assert r"\begin{figure}" in told
         assert "\x1b" not in told
+
+
+def test_latex_has_the_strongest_excerpts_alone(library):
+    view = library.neuron("run", "crate-2l", 1, a_neuron(library))
+    assert len({e.kind for e in view.excerpts}) > 2
+    backwards = replace(view, excerpts=view.excerpts[::-1])
+    tops = [e for e in view.excerpts if e.kind == "top"]
+    assert figure(backwards) == figure(replace(view, excerpts=tuple(tops[::-1])))
+    assert figure(view).count("[2pt]") == min(5, len(tops)) > 0
+
+
+def test_an_open_last_bin_is_told(library):
+    view = library.neuron("run", "crate-2l", 1, a_neuron(library))
+    high = view.statistics["maximum"]
+    assert f">{high:.3g}<" in drawings.histogram(replace(view, histogram_high=high))
+    assert f">{high / 2:.3g} or more<" in drawings.histogram(replace(view, histogram_high=high / 2))
+
+
+def test_a_large_map_carries_no_explanations():
+    def points(n):
+        return [MapPoint(i, i / n, 0.5, None if i else 73.4, f"text {i}") for i in range(n)]
+
+    drawn = drawings.layer_map(points(1024), lambda i: f"/n/{i}" if i % 2 else "")
+    assert "<title>0 (73): text 0</title>" in drawn
+    assert "<title>1023 (no score): text 1023</title>" in drawn
+    assert drawn.count("<a ") == 512
+    assert "text" not in drawings.layer_map(points(1025), lambda i: "")
 
 
 # ---- the server -----------------------------------------------------------------------------------
