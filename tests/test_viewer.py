@@ -33,9 +33,11 @@ from cratelm.viewer import drawings
 from cratelm.viewer.config import ViewConfig
 from cratelm.viewer.guard import Rate, allowed_hosts, is_allowed, is_own
 from cratelm.viewer.index import profile_entries
+from cratelm.viewer.kept import Kept
 from cratelm.viewer.latex import figure
 from cratelm.viewer.library import RARELY, Library
 from cratelm.viewer.links import Links
+from cratelm.viewer.neurons import NeuronFiles
 from cratelm.viewer.pages import Pages, as_data
 from cratelm.viewer.records import LayerQuery, MapPoint, NotFound
 from cratelm.viewer.static_site import export
@@ -208,10 +210,10 @@ def test_a_neuron_has_its_excerpts(run, library, split):
 def test_documents_are_named_from_any_row_group(copy):
     path = copy / "tokens" / "documents.parquet"
     table = pq.read_table(path)
-    whole = Library([copy])._documents("copy", range(len(table)))
+    whole = NeuronFiles(Run(copy), Kept()).documents(range(len(table)))
     assert len(set(whole.values())) > 5
     pq.write_table(table, path, row_group_size=3)
-    assert Library([copy])._documents("copy", range(-1, len(table) + 1)) == whole
+    assert NeuronFiles(Run(copy), Kept()).documents(range(-1, len(table) + 1)) == whole
 
 
 def test_neighbours_in_the_layer_and_effects(library):
@@ -996,6 +998,7 @@ def test_an_export_replaces_only_its_own(run, library, tmp_path):
 
 
 def test_without_the_extra_it_says_so_and_pages_can_be_written(copy, tmp_path, monkeypatch, capsys):
+    shutil.rmtree(copy / "viewer", ignore_errors=True)  # maps that are there need nothing
     for name in ("fastapi", "uvicorn", "sklearn", "sklearn.manifold"):
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("server", "live_api"):

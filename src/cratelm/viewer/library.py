@@ -3,32 +3,24 @@
 Files may be missing, half-finished or damaged; what is there is shown, and what is not is said.
 """
 
-import json
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cratelm.activations.store import ExcerptFile, NeuronFile, summaries_path
 from cratelm.errors import InputError
 from cratelm.records import Split
-from cratelm.report.effects import promoted
 from cratelm.runs import Run
-from cratelm.score.simulators import SIMULATORS
 from cratelm.tokens.shards import TokenStore
 from cratelm.viewer.cards import run_card
 from cratelm.viewer.columns import DAMAGED, Columns, changed_at, one_line, read_columns
-from cratelm.viewer.excerpts import excerpt_views, favourite_tokens
 from cratelm.viewer.index import Index
+from cratelm.viewer.kept import Kept
 from cratelm.viewer.layers import layer_page
+from cratelm.viewer.neurons import NeuronFiles, NeuronQuery, neuron_view
 from cratelm.viewer.records import (
-    ExplanationView,
     IndexState,
     LayerPage,
     LayerQuery,
@@ -37,16 +29,12 @@ from cratelm.viewer.records import (
     NeuronView,
     NotFound,
     RunCard,
-    ScoreView,
     SearchHit,
     SearchResults,
     Shown,
     Spread,
-    TokenValue,
 )
 
-_KEPT = 64
-"""open files and tables that are kept at a time, for all runs together"""
 _NEAREST = 8
 _SPREAD_BINS = 20
 RARELY = 0.2
@@ -73,8 +61,7 @@ class Library:
                 number += 1
                 key = f"{name}-{number}"
             self._runs[key] = Run(Path(path))
-        self._kept: OrderedDict[tuple, tuple[Any, Any]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept = Kept()
         self._indexes = {key: Index(run) for key, run in self._runs.items()}
 
     # ---- what there is ----------------------------------------------------------------------------
@@ -91,7 +78,7 @@ class Library:
     def run(self, key: str) -> RunCard:
         """The run's models with their losses and scores."""
         run = self.run_of(key)
-        return self._cached(("card", key), changed_at(run), lambda: run_card(key, run))
+        return self._kept.get(("card", key), changed_at(run), lambda: run_card(key, run))
 
     def columns(self, key: str, model: str) -> Columns:
         """The neurons of a model as columns."""
@@ -100,7 +87,7 @@ class Library:
             self.run(key).model(model)
             raise NotFound(f"{key} has no finished harvest of {model}")
         try:
-            return self._cached(
+            return self._kept.get(
                 ("columns", key, model), changed_at(run), lambda: read_columns(run, model)
             )
         except DAMAGED as error:
@@ -163,76 +150,12 @@ class Library:
         shown: Shown = "some",
     ) -> NeuronView:
         """One neuron. `explainer` simulates, the principal one where it is left out."""
-        run, columns = self.run_of(key), self.columns(key, model)
-        row = columns.row(layer, index)
-        if row is None:
-            here = columns.rows_of(layer)
-            there = (
-                f"it has 0 to {here.stop - here.start - 1}"
-                if here.stop > here.start
-                else "no such layer"
-            )
-            raise NotFound(f"{model} has no neuron {index} in layer {layer}: {there}")
-        problems: list[str] = []
-
-        def tried(what: str, read: Callable[[], _T], otherwise: _T) -> _T:
-            try:
-                return read()
-            except (*DAMAGED, InputError) as error:
-                problems.append(f"{what} cannot be shown ({one_line(error)})")
-                return otherwise
-
-        harvest = run.stage("activations", model).path
-        file = tried("excerpts", lambda: self._excerpts(key, harvest, split), None)
-        found = tried("excerpts", lambda: file.of(layer, index), ()) if file is not None else ()
-        store = tried("text", lambda: self._tokens(key), None)
-        told = columns.principal
-        chosen = explainer or (told[1] if told and not told[0] and shown != "top" else "")
-        payload = tried(
-            "the simulation", lambda: self._payload(key, model, layer, index, chosen), None
-        )
-        views, held_back = tried(
-            "excerpts",
-            lambda: excerpt_views(
-                found, store, chosen, payload, partial(self._documents, key), shown
-            ),
-            ((), 0),
-        )
-        summary = tried("statistics", lambda: self._summary(key, harvest, split, layer, index), {})
-        effect = tried(
-            "effects",
-            lambda: promoted(
-                run.stage("steer", model).path, _neuron_id(model, columns, layer, index)
-            ),
-            None,
-        )
-        here = columns.rows_of(layer)
-
-        def near() -> tuple[Neighbour, ...]:
-            return self.nearest(key, model, layer, index)
-
-        return NeuronView(
-            run=key,
-            model=model,
-            site=columns.site,
-            layer=layer,
-            index=index,
-            split=split,
-            explainer=chosen if payload is not None and chosen in SIMULATORS else "",
-            explanations=_explanations(columns, row),
-            statistics={k: v for k, v in summary.items() if isinstance(v, int | float)},
-            histogram=tuple(summary.get("histogram", ())),
-            histogram_low=summary.get("histogram_low", 0.0),
-            histogram_high=summary.get("histogram_high", 0.0),
-            excerpts=views,
-            held_back=held_back,
-            tokens=tried("tokens", lambda: favourite_tokens(found, store), ()),
-            promoted=_pairs(effect.promoted, effect.promoted_values) if effect else (),
-            suppressed=_pairs(effect.suppressed, effect.suppressed_values) if effect else (),
-            nearest=() if shown == "top" else tried("nearest neurons", near, ()),
-            previous=int(columns.index[row - 1]) if row > here.start else None,
-            following=int(columns.index[row + 1]) if row + 1 < here.stop else None,
-            problems=(*columns.problems, *problems),
+        asked = NeuronQuery(key, model, layer, index, split, explainer, shown)
+        return neuron_view(
+            self._files(key),
+            self.columns(key, model),
+            asked,
+            lambda: self.nearest(key, model, layer, index),
         )
 
     def effects_command(self, key: str, model: str) -> str:
@@ -307,7 +230,7 @@ class Library:
             points = self.map(key, model, layer)
             return draw(points) if points else None
 
-        return self._cached(("map", key, model, layer), state, made)
+        return self._kept.get(("map", key, model, layer), state, made)
 
     def search(
         self, key: str, text: str = "", token: str = "", limit: int = 100, model: str = ""
@@ -345,121 +268,13 @@ class Library:
 
     def tokens(self, key: str) -> TokenStore:
         """Raises `InputError` where the shards are gone or damaged."""
-        return self._tokens(key)
+        return self._files(key).tokens()
 
-    def _tokens(self, key: str) -> TokenStore:
-        run = self.run_of(key)
-        return self._cached(
-            ("tokens", key), changed_at(run), lambda: TokenStore(run.path / "tokens")
-        )
-
-    def _excerpts(self, key: str, harvest: Path, split: Split) -> ExcerptFile:
-        state = changed_at(self.run_of(key))
-        return self._cached(
-            ("excerpts", harvest, split), state, lambda: ExcerptFile(harvest, split)
-        )
-
-    def _file(self, key: str, path: Path) -> NeuronFile:
-        state = changed_at(self.run_of(key))
-        return self._cached(("file", path), state, lambda: NeuronFile(path))
-
-    def _payload(
-        self, key: str, model: str, layer: int, index: int, explainer: str
-    ) -> dict[str, Any] | None:
-        """What the simulator of an explainer needs; None where there is no such explanation."""
-        stage = self.run_of(key).stage("explanations", model)
-        if explainer not in SIMULATORS or stage.completion() is None:
-            return None
-        columns = ["layer", "index", "explainer", "payload"]
-        file = self._file(key, stage.path / "explanations.parquet")
-        rows = file.rows(layer, index, columns).to_pylist()
-        found = (json.loads(r["payload"]) for r in rows if r["explainer"] == explainer)
-        return next(found, None)
-
-    def _summary(
-        self, key: str, harvest: Path, split: Split, layer: int, index: int
-    ) -> dict[str, Any]:
-        rows = self._file(key, summaries_path(harvest, split)).rows(layer, index).to_pylist()
-        return rows[0] if rows else {}
-
-    def _documents(self, key: str, ordinals: Collection[int]) -> Mapping[int, str]:
-        """Where documents came from; nothing for those that the table has not, or cannot tell."""
-        run = self.run_of(key)
-        path, state = run.path / "tokens" / "documents.parquet", changed_at(run)
-        found: dict[int, str] = {}
-        try:
-            metadata = self._cached(("documents", path), state, lambda: pq.read_metadata(path))
-            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-            ends = np.cumsum(sizes)
-            for ordinal in sorted(o for o in ordinals if 0 <= o < metadata.num_rows):
-                group = int(np.searchsorted(ends, ordinal, "right"))
-                read = partial(_document_group, path, metadata, group)
-                table = self._cached(("documents", path, group), state, read)
-                row = ordinal - int(ends[group] - sizes[group])
-                found[ordinal] = _place_of(*(column[row].as_py() for column in table.columns))
-        except DAMAGED:
-            pass
-        return found
-
-    def _cached(self, name: tuple, state: Any, read: Callable[[], _T]) -> _T:
-        """What was read before, if the run is still as it was; the latest `_KEPT` things are kept."""
-        with self._lock:
-            held = self._kept.get(name)
-            if held is not None and held[0] == state:
-                self._kept.move_to_end(name)
-                return held[1]
-        made = read()
-        with self._lock:
-            self._kept[name] = (state, made)
-            self._kept.move_to_end(name)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        return made
+    def _files(self, key: str) -> NeuronFiles:
+        return NeuronFiles(self.run_of(key), self._kept)
 
 
 def _hit(model: str, columns: Columns, row: int, value: float, count: int) -> SearchHit:
     place = int(columns.layer[row]), int(columns.index[row])
     fires = float(columns.firing_rate[row])
     return SearchHit(model, *place, str(columns.text()[row]), value, count, fires)
-
-
-def _pairs(tokens: Sequence[str], values: Sequence[float]) -> tuple[TokenValue, ...]:
-    return tuple(TokenValue(t, float(v)) for t, v in zip(tokens, values, strict=True))
-
-
-def _neuron_id(model: str, columns: Columns, layer: int, index: int) -> Any:
-    from cratelm.records import NeuronId
-
-    return NeuronId(model, columns.site, layer, index)
-
-
-def _explanations(columns: Columns, row: int) -> tuple[ExplanationView, ...]:
-    told = sorted({*columns.texts, *((s, e) for s, e, _ in columns.scores)})
-    principal = columns.principal
-    views = []
-    for name, explainer in sorted(told, key=lambda t: (t != principal, t)):
-        column = columns.texts.get((name, explainer))
-        text = str(column[row]) if column is not None else ""
-        scores = tuple(
-            ScoreView(
-                metric,
-                None if np.isnan(c.values[row]) else float(c.values[row]),
-                str(c.status[row]),
-                str(c.reasons[row]),
-            )
-            for (s, e, metric), c in columns.scores.items()
-            if (s, e) == (name, explainer) and c.status[row]
-        )
-        if text or scores:
-            views.append(ExplanationView(explainer, name, text, scores))
-    return tuple(views)
-
-
-def _document_group(path: Path, metadata: pq.FileMetaData, group: int) -> pa.Table:
-    with pq.ParquetFile(path, metadata=metadata) as file:
-        columns = ["source", "name", "line"]
-        return file.read_row_group(group, columns, use_threads=False).select(columns)
-
-
-def _place_of(source: str, name: str, line: int | None) -> str:
-    return f"{name or source}{f':{line}' if line else ''}"

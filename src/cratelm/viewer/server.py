@@ -85,6 +85,7 @@ def application(
     if live is not None:
         app.include_router(live)
     _guard(app, pages, host)
+    _errors(app, pages)
     return app
 
 
@@ -182,6 +183,7 @@ def _asset(name: str) -> tuple[bytes, str]:
 
 
 def _guard(app: FastAPI, pages: Pages, host: str) -> None:
+    """Refuses what `cratelm.viewer.guard` says is not to be answered, and sets its headers."""
     names, anywhere = allowed_hosts(host), host in ("0.0.0.0", "::")
 
     def refused(request: Request) -> tuple[int, str] | None:
@@ -214,6 +216,10 @@ def _guard(app: FastAPI, pages: Pages, host: str) -> None:
             answer.headers.setdefault(name, value)
         answer.headers.setdefault("Cache-Control", "no-store")
         return answer
+
+
+def _errors(app: FastAPI, pages: Pages) -> None:
+    """What goes wrong is told in a sentence, as a page or as JSON."""
 
     @app.exception_handler(NotFound)
     def not_found(request: Request, error: Exception) -> Response:
