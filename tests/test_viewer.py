@@ -867,6 +867,47 @@ def test_steering_is_that_of_the_verb(run, live, operation):
     assert plain.plain == plain.steered == found.plain
 
 
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda model: shutil.rmtree(model), "cratelm train"),
+        (lambda model: (model / "model.safetensors").unlink(), "no model can be loaded from"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"cut"), "no model can be loaded from"),
+        (lambda model: (model / "config.json").write_text("{"), "no model can be loaded from"),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_is_told_at_once(copy, monkeypatch, damage, told):
+    def asked(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", asked)
+    damage(copy / "model" / "gpt2-2l")
+    live = Live(Library([copy]))
+    with pytest.raises(InputError, match=told) as error:
+        live.activations("copy", "gpt2-2l", "stone", 1, 7)
+    assert "\n" not in str(error.value)
+    assert live.activations("copy", "crate-2l", "stone", 1, 7).values
+    live.close()
+
+
+def test_a_folder_that_was_harvested_and_is_gone_is_told_at_once(copy, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    done = copy / "activations" / "gpt2-2l" / "completed.json"
+    told = json.loads(done.read_text())
+    done.write_text(json.dumps(told | {"config": told["config"] | {"model": "models/mine"}}))
+    with pytest.raises(InputError, match="models/mine is not there"):
+        open_harvested(Run(copy), "gpt2-2l")
+
+
+def test_overview_colours_are_those_of_the_table(copy):
+    shutil.rmtree(copy / "scores" / "crate-2l")
+    card = Library([copy]).run("copy")
+    assert [c.name for c in card.models if not c.null_of] == ["crate-2l", "gpt2-2l"]
+    drawn = drawings.scores_by_layer(card, "top_and_random")
+    assert "line c1" in drawn
+    assert "c0" not in drawn
+
+
 def test_texts_that_the_model_is_not_asked_about(live):
     for text, told in (("x" * (LONGEST_TEXT + 1), "4,001 characters, at most 4,000"), ("", "empty")):  # fmt: skip
         with pytest.raises(InputError, match=told):

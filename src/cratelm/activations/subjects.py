@@ -38,19 +38,34 @@ def open_site(run: Run, subject: Subject, site: str | None, sae: str | None) -> 
     return latents_of(subject.model, stage.path if named else Path(sae))
 
 
+def _opened(run: Run, model: str, identity: str) -> Subject:
+    """The model that was harvested, from where it was then: never asked of the Hub if it was not from there."""
+    if identity.startswith("hub:"):
+        return open_subject(run, model, from_run=False)
+    folder = Path(model)
+    if folder.is_dir() and model not in run.models():
+        return open_subject(run, model, from_run=False)
+    if len(folder.parts) > 1:
+        raise InputError(
+            f"{model} is not there: put the folder of the model back, or harvest it again"
+        )
+    return open_subject(run, model)
+
+
 def open_harvested(run: Run, name: str) -> Harvested:
     """The model, site and tokens of the harvest called `name`.
 
     Raises `InputError` where the harvest is not finished, was imported, or its model is gone.
     """
     stage = run.stage("activations", name)
-    told: dict[str, Any] = stage.require("harvest").config
+    harvest = stage.require("harvest")
+    told: dict[str, Any] = harvest.config
     run.stage("tokens").require("tokenize")
     if "model" not in told or not (stage.path / "sites.json").is_file():
         raise InputError(
             f"{stage.path} was imported, without a model that could be run: harvest a model"
         )
-    subject = open_subject(run, told["model"], from_run=told["model"] in run.models())
+    subject = _opened(run, told["model"], harvest.inputs.get("model", ""))
     store = TokenStore(run.stage("tokens").path)
     check_store(subject, store, run)
     length = told.get("sequence_length") or subject.longest or 1024

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
@@ -105,7 +106,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     with _quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(
                 f"no model can be loaded from {path} ({_one_line(error)}):"
                 " name a folder written by `cratelm train` or a Hub id"

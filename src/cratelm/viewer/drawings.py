@@ -24,12 +24,13 @@ _TOLD = 1024
 
 def scores_by_layer(run: RunCard, metric: str) -> Markup:
     """Mean by layer of every trained model with its interval; dotted: the same model untrained."""
-    found = [(c, own) for c in run.models if not c.null_of and (own := c.metric(metric))]
-    layers = sorted({n for _, own in found for n in own.by_layer})
+    shown = enumerate(c for c in run.models if not c.null_of)
+    found = [(place, c, own) for place, c in shown if (own := c.metric(metric))]
+    layers = sorted({n for _, _, own in found for n in own.by_layer})
     if not layers:
         return Markup("")
     width, height = 320, 170
-    means = [v for _, own in found for v in own.by_layer.values()]
+    means = [v for _, _, own in found for v in own.by_layer.values()]
     bottom = min(0.0, *(v.mean for v in means))
     highest = max(v.high or v.mean for v in means)
     top = max(100.0 if highest > 60 else highest * 1.15, 1.0)
@@ -42,14 +43,14 @@ def scores_by_layer(run: RunCard, metric: str) -> Markup:
         return 8 + (height - 28) * (top - value) / (top - bottom)
 
     parts = [_axes(width, height, layers, x, y, (bottom, top))]
-    for place, (card, own) in enumerate(found):
-        shift = (place - (len(found) - 1) / 2) * 5
+    for number, (place, card, own) in enumerate(found):
+        shift = (number - (len(found) - 1) / 2) * 5
         null = run.null(card)
         untrained = null.metric(metric) if null else None
         if untrained:
             parts.append(_line(untrained.by_layer, x, y, f"c{place} null", shift, bars=False))
         parts.append(_line(own.by_layer, x, y, f"c{place}", shift, bars=True))
-    title = f"{metric} by layer: {', '.join(c.name for c, _ in found)}"
+    title = f"{metric} by layer: {', '.join(c.name for _, c, _ in found)}"
     return _svg(width, height, title, "".join(parts))
 
 

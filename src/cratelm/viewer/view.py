@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import socket
 from typing import Any
 
@@ -29,6 +30,7 @@ def view(config: ViewConfig) -> Any:
 
 
 def _serve(config: ViewConfig, library: Library) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a page must not wait for the network
     try:
         import uvicorn
 

@@ -135,12 +135,13 @@
     remember();
     if (!fields.text.value) { get("status").textContent = "Type a text."; return; }
     const before = chosen;
+    if (!current) get("status").textContent = "The model is being opened …";
     await read(); await strongest();
     if (chosen !== before) { remember(); await read(); }
     await steer();
   };
   fields.text.addEventListener("input", () => { position = null; later(all, 350); });
-  fields.model.addEventListener("change", () => { fill(); later(all, 0); });
+  fields.model.addEventListener("change", () => { current = null; fill(); later(all, 0); });
   fields.layer.addEventListener("change", () => { chosen = true; fill(); later(all, 0); });
   fields.neuron.addEventListener("input", () => { chosen = true; later(all); });
   for (const id of ["operation", "value", "count"]) fields[id].addEventListener("input", () => { if (id === "operation") scale(); get("shown").textContent = Number(fields.value.value).toPrecision(3); later(() => { remember(); steer(); }, 200); });
