@@ -293,14 +293,26 @@ def excerpts_html(excerpts: Sequence[ExcerptView]) -> Markup:
 
 
 def _line(name: str, tokens: Sequence[Any], peak: int) -> str:
-    """One excerpt, a span a token; its value is told on hover and focus by `title` and `data-v`."""
-    spans = []
+    """One excerpt, a span a token with its value on hover and tap (`title`); tokens at 0 share one."""
+    spans: list[str] = []
+    zeros: list[str] = []
+
+    def told(content: str, value: str, tag: str = "span", label: str = "") -> None:
+        spans.append(f'<{tag}{label} title="{value}">{content}</{tag}>')
+
     for place, t in enumerate(tokens):
         tag, shown = _shown_token(t.text)
+        if not t.value and place != peak and tag == "span":
+            zeros.append(shown)
+            continue
+        if zeros:
+            told("".join(zeros), "0")
+            zeros.clear()
         kinds = [f"l{t.level}"] * (t.level > 0) + ["peak"] * (place == peak)
         label = f' class="{" ".join(kinds)}"' if kinds else ""
-        value = f"{t.value:.3g}" if t.value else "0"
-        spans.append(f'<{tag}{label} title="{value}">{shown}</{tag}>')
+        told(shown, f"{t.value:.3g}", tag, label)
+    if zeros:
+        told("".join(zeros), "0")
     return (
         f'<div class="line {name}" dir="ltr"><span class="side">{name}</span>{"".join(spans)}</div>'
     )
