@@ -38,8 +38,8 @@ from cratelm.viewer.latex import figure
 from cratelm.viewer.library import RARELY, Library
 from cratelm.viewer.links import Links
 from cratelm.viewer.neurons import NeuronFiles
-from cratelm.viewer.pages import Pages, as_data
-from cratelm.viewer.records import LayerQuery, MapPoint, NotFound
+from cratelm.viewer.pages import Pages, as_data, excerpts_html
+from cratelm.viewer.records import ExcerptView, LayerQuery, MapPoint, NotFound, ShadedToken
 from cratelm.viewer.static_site import export
 from cratelm.viewer.view import view
 
@@ -214,6 +214,16 @@ def test_documents_are_named_from_any_row_group(copy):
     assert len(set(whole.values())) > 5
     pq.write_table(table, path, row_group_size=3)
     assert NeuronFiles(Run(copy), Kept()).documents(range(-1, len(table) + 1)) == whole
+
+
+def test_tokens_at_zero_share_one_span():
+    true = [("a", 0.0, 0), ("b", 0.0, 0), ("c", 1.25, 5), ("d", 2.5, 10), ("e", -0.0, 0), ("א", -0.0, 0), ("f", 0.0, 0), ("g", 0.0, 0)]  # fmt: skip
+    view = ExcerptView("top", 0, 0, 7, "name", tuple(ShadedToken(*t) for t in true), ())
+    assert (
+        '<span title="0">ab</span><span class="l5" title="1.25">c</span>'
+        '<span class="l10" title="2.5">d</span><span title="0">e</span><bdi title="0">א</bdi>'
+        '<span title="0">f</span><span class="peak" title="0">g</span></div>'
+    ) in excerpts_html([view])
 
 
 def test_neighbours_in_the_layer_and_effects(library):
@@ -475,6 +485,17 @@ def test_a_damaged_run_shows_what_is_there(copy, file, how):
         if answer.status_code == 404:
             assert "summaries" in file or "completed" in file
             assert "cratelm harvest" in answer.text or "cannot" in answer.text
+
+
+@pytest.mark.parametrize("how", ["gone", "garbage"])
+def test_without_the_names_of_documents_excerpts_are_there(copy, how):
+    path = copy / "tokens" / "documents.parquet"
+    path.unlink() if how == "gone" else path.write_bytes(b"{garbage" * 30)
+    view = Library([copy]).neuron("copy", "crate-2l", 0, 3)
+    assert [p for p in view.problems if p.startswith("names of documents cannot be shown")]
+    assert len(view.problems) == 1
+    assert view.excerpts
+    assert all(re.fullmatch(r"document \d+", e.document) for e in view.excerpts)
 
 
 def test_a_half_finished_run_says_what_is_missing(copy):

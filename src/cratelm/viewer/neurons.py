@@ -90,21 +90,18 @@ class NeuronFiles:
         return promoted(self.run.stage("steer", asked.model).path, neuron)
 
     def documents(self, ordinals: Collection[int]) -> Mapping[int, str]:
-        """Where documents came from; nothing for those that the table has not, or cannot tell."""
+        """Where documents came from; nothing for those that the table has not."""
         path = self.run.path / "tokens" / "documents.parquet"
         found: dict[int, str] = {}
-        try:
-            metadata = self._get(("documents", path), lambda: pq.read_metadata(path))
-            sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-            ends = np.cumsum(sizes)
-            for ordinal in sorted(o for o in ordinals if 0 <= o < metadata.num_rows):
-                group = int(np.searchsorted(ends, ordinal, "right"))
-                read = partial(_document_group, path, metadata, group)
-                table = self._get(("documents", path, group), read)
-                row = ordinal - int(ends[group] - sizes[group])
-                found[ordinal] = _place_of(*(column[row].as_py() for column in table.columns))
-        except DAMAGED:
-            pass
+        metadata = self._get(("documents", path), lambda: pq.read_metadata(path))
+        sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        for ordinal in sorted(o for o in ordinals if 0 <= o < metadata.num_rows):
+            group = int(np.searchsorted(ends, ordinal, "right"))
+            read = partial(_document_group, path, metadata, group)
+            table = self._get(("documents", path, group), read)
+            row = ordinal - int(ends[group] - sizes[group])
+            found[ordinal] = _place_of(*(column[row].as_py() for column in table.columns))
         return found
 
     def _folder(self, asked: NeuronQuery) -> Path:
@@ -193,9 +190,13 @@ def _excerpts(
     usual = told[1] if told and not told[0] and asked.shown != "top" else ""
     explainer = asked.explainer or usual
     payload = tried("the simulation", lambda: files.payload(asked, explainer), None)
+
+    def documents(ordinals: Collection[int]) -> Mapping[int, str]:
+        return tried("names of documents", lambda: files.documents(ordinals), {})
+
     views, held_back = tried(
         "excerpts",
-        lambda: excerpt_views(found, store, explainer, payload, files.documents, asked.shown),
+        lambda: excerpt_views(found, store, explainer, payload, documents, asked.shown),
         ((), 0),
     )
     return explainer if payload is not None else "", views, held_back

@@ -31,6 +31,7 @@ from cratelm.viewer.records import (
     NotFound,
     RunCard,
     SearchHit,
+    ShadedToken,
     plain,
 )
 
@@ -292,27 +293,22 @@ def excerpts_html(excerpts: Sequence[ExcerptView]) -> Markup:
     return Markup("".join(parts))
 
 
-def _line(name: str, tokens: Sequence[Any], peak: int) -> str:
+def _line(name: str, tokens: Sequence[ShadedToken], peak: int) -> str:
     """One excerpt, a span a token with its value on hover and tap (`title`); tokens at 0 share one."""
-    spans: list[str] = []
-    zeros: list[str] = []
-
-    def told(content: str, value: str, tag: str = "span", label: str = "") -> None:
-        spans.append(f'<{tag}{label} title="{value}">{content}</{tag}>')
-
-    for place, t in enumerate(tokens):
-        tag, shown = _shown_token(t.text)
-        if not t.value and place != peak and tag == "span":
-            zeros.append(shown)
+    shown = [_shown_token(t.text) for t in tokens]
+    zero = [
+        not t.value and place != peak and shown[place][0] == "span"
+        for place, t in enumerate(tokens)
+    ]
+    spans = []
+    for alike, group in groupby(range(len(tokens)), lambda place: -1 if zero[place] else place):
+        if alike < 0:
+            spans.append(f'<span title="0">{"".join(shown[p][1] for p in group)}</span>')
             continue
-        if zeros:
-            told("".join(zeros), "0")
-            zeros.clear()
-        kinds = [f"l{t.level}"] * (t.level > 0) + ["peak"] * (place == peak)
+        (tag, text), (_, value, level) = shown[alike], tokens[alike]
+        kinds = [f"l{level}"] * (level > 0) + ["peak"] * (alike == peak)
         label = f' class="{" ".join(kinds)}"' if kinds else ""
-        told(shown, f"{t.value:.3g}", tag, label)
-    if zeros:
-        told("".join(zeros), "0")
+        spans.append(f'<{tag}{label} title="{value or 0:.3g}">{text}</{tag}>')
     return (
         f'<div class="line {name}" dir="ltr"><span class="side">{name}</span>{"".join(spans)}</div>'
     )
