@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from cratelm.activations.batches import SearchPlan, random_positions
-from cratelm.activations.layer import ExcerptSizes, LayerHarvest
-from cratelm.activations.pilot import run_pilot
+from cratelm.activations.calibration import calibrate
+from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.models import Site, build, site_of
 from cratelm.models.sites import hooked
 
@@ -80,7 +80,7 @@ class Setting:
         split = RandomSplit(arguments.tokens, 4096)
         self.plan = SearchPlan.of(split, "fit", 0, length, arguments.tokens, 0)
         self.batch_tokens = arguments.batch_tokens
-        pilots = run_pilot(self.model, self.site, self.plan, 8_192, self.batch_tokens)
+        pilots = calibrate(self.model, self.site, self.plan, 8_192, self.batch_tokens)
         spans = self.plan.text_spans()
         self.layers = [
             LayerHarvest(p, random_positions(spans, i, len(p.mean), 50, 0), ExcerptSizes(), i)
@@ -133,10 +133,10 @@ def against_sorting(arguments: argparse.Namespace) -> None:
     plan = SearchPlan.of(split, "fit", 0, 1024, tokens, 0)
     generator = torch.Generator().manual_seed(0)
     sample = (torch.randn(batch_tokens, n_neurons, generator=generator) - 1).relu()
-    from cratelm.activations.pilot import Pilot
+    from cratelm.activations.calibration import Calibration
 
     kept = LayerHarvest(
-        Pilot.of(sample),
+        Calibration.of(sample),
         random_positions(plan.text_spans(), 0, n_neurons, 50, 0),
         ExcerptSizes(),
         0,

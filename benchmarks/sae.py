@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cratelm.models import build, site_of
-from cratelm.sae.activations import Stream
+from cratelm.sae.activations import ActivationBuffer
 from cratelm.sae.architectures import build_sae
 from cratelm.sae.train import _trainer
 from cratelm.sae.train_config import ARCHITECTURES, SaeTrainConfig
@@ -64,7 +64,7 @@ def measure(architecture: str, arguments: argparse.Namespace) -> str:
         _trainer(config, build_sae(config, site.n_neurons[layer], layer, device))
         for layer in layers
     ]
-    stream = Stream(
+    stream = ActivationBuffer(
         model,
         site,
         layers,

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from cratelm.activations.store import read_records
-from cratelm.explain.llm.local import LocalBackend
-from cratelm.explain.llm.prompts import simulate_read
-from cratelm.explain.llm.requests import Answer, Read, Reading
+from cratelm.llm.backends.transformers import LocalBackend
+from cratelm.llm.prompts.neurons import simulate_read
+from cratelm.llm.requests import Answer, LogprobQuery, OptionLogprobs
 from cratelm.records import METRICS
 from cratelm.score.selection import scored_on
 from cratelm.tokens.shards import TokenStore
@@ -28,7 +28,7 @@ from cratelm.tokens.shards import TokenStore
 EXPLANATION = "names of things in program code, and quotes around them"
 
 
-def requests_of(run: Path, model: str, n_neurons: int) -> list[list[Read]]:
+def requests_of(run: Path, model: str, n_neurons: int) -> list[list[LogprobQuery]]:
     """Per neuron, the requests of all three metrics, shared ones as often as metrics hold them."""
     store = TokenStore(run / "tokens")
     strings = store.decode_tokens(range(store.vocab_size))
@@ -42,7 +42,7 @@ def requests_of(run: Path, model: str, n_neurons: int) -> list[list[Read]]:
 
 
 @torch.inference_mode()
-def plain(backend: LocalBackend, requests: list[Read]) -> list[np.ndarray]:
+def plain(backend: LocalBackend, requests: list[LogprobQuery]) -> list[np.ndarray]:
     """[n, O] of each request: a whole prompt at a time, all logits."""
     ids = [backend.tokenizer(f"\t{level}\n").input_ids[1] for level in range(10)]
     read = []
@@ -55,14 +55,14 @@ def plain(backend: LocalBackend, requests: list[Read]) -> list[np.ndarray]:
     return read
 
 
-def ours(backend: LocalBackend, requests: list[Read]) -> list[np.ndarray]:
+def ours(backend: LocalBackend, requests: list[LogprobQuery]) -> list[np.ndarray]:
     """[n, O] of each request; equal ones are asked once, as the client does."""
     distinct = list(dict.fromkeys(requests))
-    found: dict[Read, np.ndarray] = {}
+    found: dict[LogprobQuery, np.ndarray] = {}
     for group in backend.answer(distinct):
         for index, outcome in group:
             assert isinstance(outcome, Answer)
-            assert isinstance(outcome.value, Reading)
+            assert isinstance(outcome.value, OptionLogprobs)
             found[distinct[index]] = outcome.value.log_probs
     return [found[request] for request in requests]
 

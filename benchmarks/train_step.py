@@ -27,7 +27,7 @@ from cratelm.models import build
 from cratelm.models.crate import CrateConfig, Ista
 from cratelm.runs import Draft
 from cratelm.train.config import TrainConfig
-from cratelm.train.data import Feed
+from cratelm.train.data import BatchSampler
 from cratelm.train.log import read_metrics
 from cratelm.train.loop import Ready, _accelerator, _take_steps
 from cratelm.train.losses import NextTokenLoss, Validation
@@ -154,7 +154,7 @@ def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
 def _ready(name: str, config: TrainConfig, options: argparse.Namespace) -> Ready:
     split, numbers = RandomSplit(options.vocab, options.length), config.numbers()
     accelerator = _accelerator(config)
-    feed = Feed(
+    feed = BatchSampler(
         split,  # pyright: ignore[reportArgumentType]
         batch_size=options.batch,
         micro_batch_size=options.batch,

@@ -19,8 +19,8 @@ import numpy as np
 from fastapi.testclient import TestClient
 
 from cratelm.viewer import server
-from cratelm.viewer.library import Library
 from cratelm.viewer.live import Live
+from cratelm.viewer.run_reader import Library
 
 
 def shown(name: str, seconds: list[float]) -> None:

@@ -11,16 +11,16 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from cratelm.explain.llm.requests import (
+from cratelm.llm.requests import (
     Answer,
     Chat,
     Embed,
     Failure,
     FailureKind,
-    Fill,
+    JsonQuery,
+    LogprobQuery,
+    OptionLogprobs,
     Outcome,
-    Read,
-    Reading,
     Request,
     key,
 )
@@ -66,11 +66,11 @@ class FakeModel:
             return f"the token `{Counter(marked).most_common(1)[0][0]}`" if marked else "nothing"
         if isinstance(request, Embed):
             return np.array([len(request.text), request.text.count("import"), 1], np.float32)
-        if isinstance(request, Fill):
+        if isinstance(request, JsonQuery):
             return tuple(self._levels(request.messages[-1][1], request.n, request.high))
         return self._reading(request)
 
-    def _reading(self, request: Read) -> Reading:
+    def _reading(self, request: LogprobQuery) -> OptionLogprobs:
         wanted = re.findall("`([^`]*)`", request.context)
         log_probs = np.full((len(request.slots), len(request.options)), -9.0, np.float32)
         for row, slot in enumerate(request.slots):
@@ -78,9 +78,9 @@ class FakeModel:
             log_probs[row, -1 if line in wanted else 0] = 0.0
         log_probs -= np.log(np.exp(log_probs).sum(axis=1, keepdims=True))
         if not request.full:
-            return Reading(log_probs)
+            return OptionLogprobs(log_probs)
         ranks = np.argsort(np.argsort(-log_probs, axis=1), axis=1).astype(np.uint16)
-        return Reading(log_probs, np.full(len(request.slots), 0.9, np.float32), ranks)
+        return OptionLogprobs(log_probs, np.full(len(request.slots), 0.9, np.float32), ranks)
 
     def _levels(self, asked: str, n: int, top: int) -> list[int]:
         wanted = re.findall("`([^`]*)`", asked.partition("\n")[0])

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cratelm
-from cratelm.activations import cells
+from cratelm.activations import topk as cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
-from cratelm.activations.layer import ExcerptSizes, LayerHarvest, bytes_a_neuron
-from cratelm.activations.pilot import Pilot
+from cratelm.activations.calibration import Calibration
+from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_a_neuron
 from cratelm.activations.store import read_records, write_records
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.errors import InputError
@@ -50,7 +50,7 @@ class MemorySplit:
 def run_harvest(split, activations, length, sizes, batch_tokens, seed):
     """Feeds activations [n_tokens, H] through the harvest of one layer, as a model would."""
     plan = SearchPlan.of(split, "fit", EOT, length, split.n_tokens + length, seed)
-    pilot = Pilot.of(activations[split.tokens != EOT][: max(1, split.n_tokens // 3)])
+    pilot = Calibration.of(activations[split.tokens != EOT][: max(1, split.n_tokens // 3)])
     places = random_positions(plan.text_spans(), 1, activations.shape[1], sizes.random, seed)
     kept = LayerHarvest(pilot, places, sizes, 1)
     for batch in plan.batches(batch_tokens, torch.device("cpu")):
@@ -186,7 +186,7 @@ def test_statistics_equal_brute_force(case):
 def test_pilot_sets_the_edges():
     """Quantiles of 0..1000 in any order; 12 equal bins up to the maximum; a dead neuron has none."""
     values = torch.randperm(1001).float()
-    pilot = Pilot.of(torch.stack([values, torch.zeros(1001), values - 2000], 1))
+    pilot = Calibration.of(torch.stack([values, torch.zeros(1001), values - 2000], 1))
     assert pilot.openai_edges[0].tolist() == [0, 500, 900, 990, 999, 1000]
     np.testing.assert_allclose(pilot.anthropic_edges[0], np.arange(13) * 1000 / 12, rtol=1e-6)
     assert pilot.anthropic_edges[1:].abs().max() == 0
@@ -242,8 +242,8 @@ import torch
 from test_activations import EOT, MemorySplit
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.harvest import harvest_split
-from cratelm.activations.layer import ExcerptSizes
-from cratelm.activations.pilot import run_pilot
+from cratelm.activations.layer_harvest import ExcerptSizes
+from cratelm.activations.calibration import run_pilot
 from cratelm.models import build, site_of
 
 torch.set_num_threads(1)

@@ -27,8 +27,8 @@ from cratelm.analysis.dictionary import (
     stable_rank,
     welch_bound,
 )
-from cratelm.analysis.gather import LayerSums, _add_moments, _Where
 from cratelm.analysis.groups import NONE, Moments, groups
+from cratelm.analysis.layer_sums import LayerSums, _add_moments, _Where
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cratelm.corpus import formats
-from cratelm.corpus.documents import Document, Fault
+from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import Fields
 from cratelm.corpus.sources import open_corpus
 from cratelm.errors import InputError
@@ -41,7 +41,7 @@ WRITERS: dict[str, Callable[[Path, list[Any]], Any]] = {
 }
 
 
-def read(corpus: Path | str, fields: Fields | None = None) -> list[Document | Fault]:
+def read(corpus: Path | str, fields: Fields | None = None) -> list[Document | ReadError]:
     return list(open_corpus(str(corpus), fields))
 
 
@@ -52,7 +52,7 @@ def documents(corpus: Path | str, fields: Fields | None = None) -> list[Document
 
 
 def fault(corpus: Path | str, fields: Fields | None = None) -> str:
-    (found,) = [f for f in read(corpus, fields) if isinstance(f, Fault)]
+    (found,) = [f for f in read(corpus, fields) if isinstance(f, ReadError)]
     assert "\n" not in found.message
     return found.message
 
@@ -184,7 +184,7 @@ def test_the_builtin_corpus_is_the_standard_library_without_tests() -> None:
     corpus = open_corpus("builtin")
     found = list(corpus)
     assert corpus.n_documents == len(found)
-    assert not [f for f in found if isinstance(f, Fault)]
+    assert not [f for f in found if isinstance(f, ReadError)]
     by_name = {d.name: d for d in found if isinstance(d, Document)}
     assert list(by_name) == sorted(by_name)
     assert by_name["asyncio/events.py"].subset == "asyncio"

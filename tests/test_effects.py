@@ -15,17 +15,22 @@ import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
 from cratelm.models import build, site_of
+from cratelm.models.partial_forward import PartialForward
 from cratelm.records import NeuronId
-from cratelm.report.effects import effects_figure, effects_table, interventions_table, promoted
-from cratelm.report.figures import Series
+from cratelm.report.drawing import Series
+from cratelm.report.sections.effects import (
+    effects_figure,
+    effects_table,
+    interventions_table,
+    promoted,
+)
 from cratelm.runs import Run
+from cratelm.stats.intervals import mean_of
 from cratelm.steer.ablation import Text, ablate
 from cratelm.steer.attribution import Effect, attribute, best, firing, rank_correlation
 from cratelm.steer.config import Edit, EffectsConfig
+from cratelm.steer.direct_logit_attribution import direct_logit_attribution
 from cratelm.steer.effects import effects
-from cratelm.steer.estimates import mean_of
-from cratelm.steer.readout import readout
-from cratelm.steer.rest import Rest
 from cratelm.steer.steering import steering
 from cratelm.tokens.shards import TokenStore
 
@@ -90,7 +95,7 @@ CASES = [
 def test_ablation_equals_the_naive_way(kind, name, direct, put):
     model = model_of(kind) if kind in KINDS else variant(kind)
     site = site_of(model, name)
-    rest = Rest(model, site)
+    rest = PartialForward(model, site)
     assert [w is not None for w in rest.writes] == [direct] * site.n_layers
     text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     chosen = np.array([1, 5, 11])
@@ -114,7 +119,7 @@ def test_ablation_equals_the_naive_way(kind, name, direct, put):
 def test_the_error_is_over_documents():
     """Paired: se of sum(x)/sum(n) over documents (Cochran 1977, 6.4)."""
     model = model_of("crate")
-    rest = Rest(model, site_of(model))
+    rest = PartialForward(model, site_of(model))
     text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     ours = ablate(rest, text, [np.array([5]), np.array([5])], None, 40, tqdm(disable=True))
     change, _, documents = naive(model, rest.site, 0, 5, 0.0)
@@ -131,7 +136,7 @@ def test_a_silent_neuron_changes_nothing():
     model = model_of("gpt2")
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[:, 3] = 0  # type: ignore[union-attr]
-    rest = Rest(model, site_of(model))
+    rest = PartialForward(model, site_of(model))
     text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     found = ablate(rest, text, [np.array([3]), np.array([3])], None, 96, tqdm(disable=True))
     silent = found.neurons[0][0]
@@ -149,9 +154,9 @@ def test_the_first_order_reading_is_the_derivative_at_fixed_scale(kind):
     for name, parameter in model.named_parameters():
         if "norm" in name.lower() or "ln_" in name:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.manual_seed(0))
-    rest = Rest(model, site_of(model))
+    rest = PartialForward(model, site_of(model))
     trace = rest.trace(ids(1, 1))
-    matrix = readout(rest, trace)
+    matrix = direct_logit_attribution(rest, trace)
     assert matrix is not None
     hidden = trace.outputs[1][0, 0]
     change = torch.randn(len(hidden), generator=torch.manual_seed(1))
@@ -170,8 +175,8 @@ def test_the_first_order_reading_is_the_derivative_at_fixed_scale(kind):
 
 def test_no_reading_where_the_site_is_followed_by_more():
     model = model_of("crate")
-    heads = Rest(model, site_of(model, "heads"))
-    assert readout(heads, heads.trace(ids(1, 4))) is not None  # of the model's end
+    heads = PartialForward(model, site_of(model, "heads"))
+    assert direct_logit_attribution(heads, heads.trace(ids(1, 4))) is not None  # of the model's end
     assert heads.writes == [None, None]  # of the neurons there is none
 
 
@@ -265,7 +270,7 @@ def test_an_exact_effect_is_that_of_steering(run):
     from cratelm.activations.store import read_records
 
     record = next(r for r in read_records(run / "activations" / "crate-2l", "fit", [0]) if len(firing(r, 3, 0)) == 3)  # fmt: skip
-    rest, size = Rest(model, site), store.vocab_size
+    rest, size = PartialForward(model, site), store.vocab_size
     found = next(attribute(rest, 0, [record], None, vocabulary=size, positions=3, seed=0))
     assert isinstance(found, Effect)
     differences = []

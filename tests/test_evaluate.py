@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from cratelm.errors import InputError
 from cratelm.evaluate import scoring
 from cratelm.evaluate.config import EvaluateConfig
-from cratelm.evaluate.estimates import Counts, Estimate, Measurement, difference, perplexity, ratio
-from cratelm.evaluate.loss import EvaluateResult, evaluate
+from cratelm.evaluate.evaluate import EvaluateResult, evaluate
 from cratelm.evaluate.scoring import Totals, token_scores
-from cratelm.evaluate.subjects import Subject, sequence_length
 from cratelm.evaluate.table import measurements_table
 from cratelm.evaluate.windows import cut
 from cratelm.models import build, load
+from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.runs import Run
+from cratelm.stats.ratio import Counts, Estimate, Measurement, difference, perplexity, ratio
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize
@@ -415,7 +415,7 @@ def test_the_length_is_what_the_model_takes(
     most: int | None, wanted: int | None, expected: int
 ) -> None:
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=most))
-    subject = Subject("m", "m", SimpleNamespace(config=config))
+    subject = LoadedModel("m", "m", SimpleNamespace(config=config))
     assert sequence_length(subject, wanted) == expected
 
 
@@ -427,6 +427,8 @@ def test_a_run_without_tokens_names_the_verb(tmp_path: Path) -> None:
 def test_a_wrong_name_is_told_before_another_model_is_measured(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cratelm.evaluate.loss._measure", lambda *_: pytest.fail("was measured"))
+    monkeypatch.setattr(
+        "cratelm.evaluate.evaluate._measure", lambda *_: pytest.fail("was measured")
+    )
     with pytest.raises(InputError, match="gpt2-9l is not there"):
         result_of(run, models=("crate-1l", "gpt2-9l"))

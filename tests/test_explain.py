@@ -11,7 +11,7 @@ from planted import STRINGS, corpus, harvested, on_pair, on_token
 
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
-from cratelm.explain.evidence import NO_TOKEN, Evidence, contexts_of, gather
+from cratelm.explain.evidence import NO_TOKEN, Evidence, collect_evidence, contexts_of
 from cratelm.explain.explain import explain, explain_neuron, select_neurons
 from cratelm.explain.lookup import token_table
 from cratelm.explain.phrases import visible
@@ -145,7 +145,7 @@ def test_each_position_counts_once_with_most_context():
             excerpt("random", 103, [3, 4, 5], [7, 0, 1], peak=1),  # positions 102..104
         ),
     )
-    found = gather(record, depth=2, weight=0.25)
+    found = collect_evidence(record, depth=2, weight=0.25)
     assert found.contexts.tolist() == [[1, -1], [2, 1], [3, 2], [4, 3], [5, 4]]
     assert found.activations.tolist() == [0, 0, 7, 0, 1]
     assert found.weights.tolist() == [0.25, 0.25, 1, 1, 1]

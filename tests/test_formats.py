@@ -19,18 +19,19 @@ from fake_llm import FakeModel
 from shared import SHARED, needs_shared
 
 import cratelm
-from cratelm.activations.import_texts import Texts
-from cratelm.activations.openai_records import (
+from cratelm.activations.store import read_records, read_summaries, write_records
+from cratelm.corpus.documents import Document
+from cratelm.errors import InputError
+from cratelm.explain.store import write_explanations, write_selected, write_unexplained
+from cratelm.interop.export_records import openai_record, pooled_moments
+from cratelm.interop.imported_texts import Texts
+from cratelm.interop.openai_records import (
     ActivationRecord,
     OpenAIRecord,
     encode_record,
     parse_record,
     read_record,
 )
-from cratelm.activations.store import read_records, read_summaries, write_records
-from cratelm.corpus.documents import Document
-from cratelm.errors import InputError
-from cratelm.explain.store import write_explanations, write_selected, write_unexplained
 from cratelm.records import (
     METRICS,
     SCORERS,
@@ -41,7 +42,6 @@ from cratelm.records import (
     Score,
     Status,
 )
-from cratelm.report.export_records import openai_record, pooled_moments
 from cratelm.runs import Run
 from cratelm.score.store import read_scores, write_scores
 from cratelm.steer.effects import EFFECT_SCHEMA
@@ -206,7 +206,7 @@ def test_imported_neurons_are_explained_and_scored_by_the_usual_verbs(elsewhere)
 def test_imported_neurons_are_read_by_language_models(elsewhere, monkeypatch, tmp_path):
     run, _, _ = elsewhere
     fake = FakeModel()
-    monkeypatch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: fake)
+    monkeypatch.setattr("cratelm.llm.session._backend", lambda config, spec: fake)
     common = {"run": run.path, "model": "m", "quiet": True}
     cratelm.explain(explainer="hf:any", contrast=2, **common)
     result = cratelm.score(simulator="hf:any", metrics=SCORERS, resamples=100, **common)
@@ -610,7 +610,7 @@ def rows_of(out: Path, name: str, source: str = "0-ista") -> list[dict]:
 
 
 def validator(name: str) -> jsonschema.Draft202012Validator:
-    text = (resources.files("cratelm.report") / "neuronpedia.schema.json").read_text()
+    text = (resources.files("cratelm.interop") / "neuronpedia.schema.json").read_text()
     schema = json.loads(text)
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator({**schema, "$ref": f"#/$defs/{name}"})
@@ -887,7 +887,7 @@ def test_an_error_half_way_leaves_nothing(harvested, tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr("cratelm.report.export_records.encode_record", broken)
+    monkeypatch.setattr("cratelm.interop.export_records.encode_record", broken)
     with pytest.raises(RuntimeError):
         cratelm.export_records(run=harvested.path, model="m", out=tmp_path / "o", quiet=True)
     assert not list(tmp_path.iterdir())

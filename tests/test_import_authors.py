@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
-from cratelm.models import build, import_authors, load, load_authors_checkpoint
-from cratelm.models.authors import read_authors_checkpoint
+from cratelm.interop import import_authors
+from cratelm.interop.authors_checkpoint import read_authors_checkpoint
+from cratelm.interop.source_file import locate
+from cratelm.models import build, load, load_authors_checkpoint
 from cratelm.models.gpt2 import gpt2_config
-from cratelm.models.source import locate
 from cratelm.tokens.tokenizer import train_tokenizer
 
 ORACLE = SHARED / "oracle"

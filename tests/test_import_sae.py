@@ -12,8 +12,8 @@ from shared import SHARED, needs_shared
 import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
+from cratelm.interop.import_sae import _SITES
 from cratelm.models import build, site_of
-from cratelm.sae.import_sae import _SITES
 from cratelm.sae.sae import Sae
 
 ORACLE = SHARED / "oracle"

@@ -13,25 +13,39 @@ from fake_llm import FakeModel
 from test_steer import small_run
 
 import cratelm
-from cratelm.activations.subjects import open_harvested
+from cratelm.activations.open_harvest import open_harvested
 from cratelm.cli import main
 from cratelm.errors import BudgetReached, InputError
-from cratelm.explain.llm.client import Plan, Shard
-from cratelm.explain.llm.requests import Answer, Failure, FailureKind, Fill, Read, Reading
 from cratelm.explain.store import (  # fmt: skip
-    Selected,
-    Unexplained,
+    ExplanationFailure,
+    SampledNeuron,
     write_explanations,
     write_selected,
     write_unexplained,
 )
+from cratelm.llm.client import DryRun, WorkerResult
+from cratelm.llm.requests import (
+    Answer,
+    Failure,
+    FailureKind,
+    JsonQuery,
+    LogprobQuery,
+    OptionLogprobs,
+)
 from cratelm.models import load
 from cratelm.records import Explanation, NeuronId, Score, Status
-from cratelm.report.effects import interventions_table
+from cratelm.report.sections.effects import interventions_table
 from cratelm.runs import Run
 from cratelm.score.tasks import Task
 from cratelm.steer.config import Edit, InterveneConfig
-from cratelm.steer.continuations import CLOSE, as_strong, continued, divergence, log_probs, prompts
+from cratelm.steer.continuations import (
+    CLOSE,
+    continued,
+    divergence,
+    log_probs,
+    match_strength,
+    prompts,
+)
 from cratelm.steer.intervene import InterveneResult, intervene
 from cratelm.steer.judging import Pair, mass, task
 from cratelm.steer.steering import steering
@@ -55,12 +69,12 @@ class Judge(FakeModel):
         super().__init__(**fields)
         self.knows = knows
 
-    def _reading(self, request: Read) -> Reading:
+    def _reading(self, request: LogprobQuery) -> OptionLogprobs:
         leaning = self._more(request.context, request.body)
         log_probs = np.array(
             [[-np.log1p(np.exp(-leaning)), -np.log1p(np.exp(leaning))]], np.float32
         )
-        return Reading(log_probs, np.array([0.8], np.float32), np.array([[0, 1]], np.uint16))
+        return OptionLogprobs(log_probs, np.array([0.8], np.float32), np.array([[0, 1]], np.uint16))
 
     def _levels(self, asked: str, n: int, top: int) -> list[int]:
         context, _, body = asked.partition("\n\n")
@@ -105,7 +119,7 @@ def write_truth(path: Path) -> None:
     ]
     with run.stage("explanations", f"{MODEL}@truth").write({}, {}) as draft:
         write_explanations(draft.path, explanations)
-        write_selected(draft.path, [Selected(n, False) for n in neurons])
+        write_selected(draft.path, [SampledNeuron(n, False) for n in neurons])
         write_unexplained(draft.path, [])
 
 
@@ -119,7 +133,7 @@ def run(planted, tmp_path) -> Path:
 @pytest.fixture
 def judge(monkeypatch) -> Judge:
     made = Judge()
-    monkeypatch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: made)
+    monkeypatch.setattr("cratelm.llm.session._backend", lambda config, spec: made)
     return made
 
 
@@ -193,7 +207,7 @@ def test_strengths_are_matched(planted):
     plain = log_probs(harvested, x, None)
     target = divergence(harvested, x, 1, 2, 0.4, plain)
     for first in (0.01, 0.013, 0.017, 9.0):  # too weak, and too strong
-        found = as_strong(harvested, x, 1, 3, first, target, plain)
+        found = match_strength(harvested, x, 1, 3, first, target, plain)
         assert found.kl == pytest.approx(target, rel=CLOSE)
     with steering(harvested.subject.model, Edit(1, 3, set=found.value)), torch.no_grad():
         logs = harvested.subject.model(x).logits.log_softmax(-1)
@@ -226,12 +240,12 @@ def test_what_is_counted_and_never_scored(run, judge):
     """Dead, unexplained, failed and undefined are different."""
     folder = run / "explanations" / f"{MODEL}@truth"
     neurons = [NeuronId(MODEL, "mlp", 1, index) for index in PLANTED]
-    write_selected(folder, [Selected(n, n.index == 0) for n in neurons])
+    write_selected(folder, [SampledNeuron(n, n.index == 0) for n in neurons])
     from cratelm.explain.store import read_explanations
 
     kept = [e for e in read_explanations(folder) if e.neuron.index > 1]
     write_explanations(folder, kept)
-    write_unexplained(folder, [Unexplained(neurons[1], "top", "status: 500")])
+    write_unexplained(folder, [ExplanationFailure(neurons[1], "top", "status: 500")])
     judge.fails = 0.1
     result = asked(run)
     found = rows(result)
@@ -264,15 +278,15 @@ def test_both_orders_and_no_half_answers():
     made = task("a `b`\nMore of it:", [Pair("plain\n", "steered")], reads=True, seed=0)
     assert isinstance(made, Task)
     first, second = made.requests
-    assert isinstance(first, Read)
-    assert isinstance(second, Read)
+    assert isinstance(first, LogprobQuery)
+    assert isinstance(second, LogprobQuery)
     assert "1: steered\n2: plain\\n\n" in first.body
     assert "1: plain\\n\n2: steered\n" in second.body
     assert first.context == "Description: a `b` More of it:\n"
     assert first.text[first.offsets[0] - 1] == "\n"
 
     def answer(p):
-        return Answer(Reading(np.log([[p, 1 - p]]).astype(np.float32), np.array([0.5], np.float32)), 1, 1)  # fmt: skip
+        return Answer(OptionLogprobs(np.log([[p, 1 - p]]).astype(np.float32), np.array([0.5], np.float32)), 1, 1)  # fmt: skip
 
     assert made.grade([answer(0.9), answer(0.3)]).value == pytest.approx((0.9 + 0.7) / 2)
     assert made.grade([answer(0.9), answer(0.9)]).value == pytest.approx(0.5)
@@ -281,21 +295,21 @@ def test_both_orders_and_no_half_answers():
     asked_json = task("x", [Pair("a", "b")], reads=False, seed=0)
     assert isinstance(asked_json, Task)
     assert all(
-        isinstance(r, Fill) and (r.n, r.low, r.high) == (1, 1, 2) for r in asked_json.requests
+        isinstance(r, JsonQuery) and (r.n, r.low, r.high) == (1, 1, 2) for r in asked_json.requests
     )
     assert asked_json.grade([Answer((1,), 1, 1), Answer((1,), 1, 1)]).value == 0.5
 
 
 def test_planned_sharded_bounded_and_continued(run, judge):
     planned = intervene(InterveneConfig(run=run, dry_run=True, **FIELDS))
-    assert isinstance(planned, Plan)
+    assert isinstance(planned, DryRun)
     assert planned.calls == planned.requests > 0
     assert not judge.asked
     with pytest.raises(BudgetReached):
         asked(run, max_calls=20)
     assert not (run / "steer").exists()
     shards = [intervene(InterveneConfig(run=run, shard=f"{i}/2", **FIELDS)) for i in (0, 1)]
-    assert all(isinstance(s, Shard) for s in shards)
+    assert all(isinstance(s, WorkerResult) for s in shards)
     before = sum(judge.asked.values())
     whole = asked(run)
     assert sum(judge.asked.values()) == before  # the shards had asked all

@@ -9,24 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratelm.errors import BudgetReached, InputError
-from cratelm.explain.llm.client import Client, plan
-from cratelm.explain.llm.config import Budget
-from cratelm.explain.llm.ledger import Ledger, decode, encode
-from cratelm.explain.llm.requests import (
+from cratelm.llm.client import Client, dry_run
+from cratelm.llm.config import Budget
+from cratelm.llm.ledger import Ledger, decode, encode
+from cratelm.llm.requests import (
     NO_RANK,
     Answer,
     Chat,
     Embed,
     Failure,
     FailureKind,
-    Fill,
-    Read,
-    Reading,
+    JsonQuery,
+    LogprobQuery,
+    OptionLogprobs,
     key,
 )
 
 CHATS = [Chat((("user", f"question {i}"),)) for i in range(20)]
-READ = Read("pre\n", "the token ` a`\n", " a\t?\n b\t?\n", (3, 8), ("0", "1"))
+READ = LogprobQuery("pre\n", "the token ` a`\n", " a\t?\n b\t?\n", (3, 8), ("0", "1"))
 
 
 def client_of(folder, model: FakeModel, **fields) -> Client:
@@ -131,7 +131,7 @@ def test_a_plan_sends_nothing_and_knows_what_is_there(tmp_path):
     client_of(tmp_path, FakeModel()).ask(CHATS[:5])
     model = FakeModel()
     client = client_of(tmp_path, model, price_prompt=1e6, price_completion=0)
-    found = plan(client, [CHATS[:10], CHATS[10:]])
+    found = dry_run(client, [CHATS[:10], CHATS[10:]])
     assert (found.requests, found.known, found.calls) == (20, 5, 15)
     assert found.prompt_tokens == 15 * (2 + 4)
     assert found.completion_tokens == 15 * 60
@@ -172,14 +172,14 @@ def test_a_ledger_holds_no_text_of_requests(tmp_path):
 
 
 def test_keys_depend_on_all_that_is_asked_and_not_on_how_it_is_cut():
-    whole = Read("", "", READ.text, tuple(READ.offsets), READ.options)
+    whole = LogprobQuery("", "", READ.text, tuple(READ.offsets), READ.options)
     assert key(whole, {}) == key(READ, {})
     others = [
-        Read("pre\n", "x", READ.body, READ.slots, READ.options),
-        Read(READ.preamble, READ.context, READ.body, (3,), READ.options),
-        Read(READ.preamble, READ.context, READ.body, READ.slots, ("0", "2")),
-        Read(READ.preamble, READ.context, READ.body, READ.slots, READ.options, full=True),
-        Fill((("user", "x"),), 2, 0, 9),
+        LogprobQuery("pre\n", "x", READ.body, READ.slots, READ.options),
+        LogprobQuery(READ.preamble, READ.context, READ.body, (3,), READ.options),
+        LogprobQuery(READ.preamble, READ.context, READ.body, READ.slots, ("0", "2")),
+        LogprobQuery(READ.preamble, READ.context, READ.body, READ.slots, READ.options, full=True),
+        JsonQuery((("user", "x"),), 2, 0, 9),
         Embed(READ.text),
     ]
     keys = {key(r, {}) for r in [READ, *others]} | {key(READ, {"weights": "other"})}
@@ -190,14 +190,16 @@ def test_keys_depend_on_all_that_is_asked_and_not_on_how_it_is_cut():
 @given(st.text(), st.lists(st.integers(0, 10), max_size=70), st.integers(0, 2**32 - 1))
 def test_values_survive_the_ledger(text, integers, seed):
     assert decode("Chat", encode(text)) == text
-    assert decode("Fill", encode(tuple(integers))) == tuple(integers)
+    assert decode("JsonQuery", encode(tuple(integers))) == tuple(integers)
     rng = np.random.default_rng(seed)
     vector = rng.normal(size=7).astype(np.float32)
     np.testing.assert_allclose(decode("Embed", encode(vector)), vector, rtol=1e-5)
     log_probs = np.log(rng.dirichlet(np.ones(5), 3)).astype(np.float32)
     log_probs[0, 0] = -np.inf
     ranks = np.array([[0, 3, NO_RANK, 1, 2]] * 3, np.uint16)
-    found = decode("Read", encode(Reading(log_probs, np.float32([0.1, 0.5, 1]), ranks)))
+    found = decode(
+        "LogprobQuery", encode(OptionLogprobs(log_probs, np.float32([0.1, 0.5, 1]), ranks))
+    )
     np.testing.assert_allclose(found.log_probs, log_probs, atol=6e-4)
     np.testing.assert_array_equal(found.ranks, ranks)
-    assert decode("Read", encode(Reading(log_probs))).mass is None
+    assert decode("LogprobQuery", encode(OptionLogprobs(log_probs))).mass is None

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cratelm.errors import InputError
-from cratelm.explain.llm import local
-from cratelm.explain.llm.local import LocalBackend
-from cratelm.explain.llm.preflight import top_level
-from cratelm.explain.llm.prompts import simulate_read
-from cratelm.explain.llm.requests import NO_RANK, Answer, Chat, Embed, Failure, Fill, Read
-from cratelm.explain.llm.text import escaped
+from cratelm.llm.backends import transformers as local
+from cratelm.llm.backends.transformers import LocalBackend
+from cratelm.llm.probe import top_level
+from cratelm.llm.prompts.excerpts import escaped
+from cratelm.llm.prompts.neurons import simulate_read
+from cratelm.llm.requests import NO_RANK, Answer, Chat, Embed, Failure, JsonQuery, LogprobQuery
 
 LEVELS = tuple(map(str, range(10)))
 TEXT = (
@@ -68,7 +68,7 @@ def outcomes(backend: LocalBackend, requests):
     return [found[i] for i in range(len(requests))]
 
 
-def plain(backend: LocalBackend, request: Read) -> torch.Tensor:
+def plain(backend: LocalBackend, request: LogprobQuery) -> torch.Tensor:
     """[n, V] logits that decide what stands at each slot, from one whole forward pass."""
     encoded = backend.tokenizer(request.text, return_offsets_mapping=True, return_tensors="pt")
     with torch.inference_mode():
@@ -81,7 +81,7 @@ def ids_of(backend: LocalBackend) -> list[int]:
     return [backend.tokenizer(f"\t{n}\n").input_ids[1] for n in range(10)]
 
 
-def simulations(explanations=("names of cities", "numbers"), full=False) -> list[Read]:
+def simulations(explanations=("names of cities", "numbers"), full=False) -> list[LogprobQuery]:
     strings = [" Lyon", ",", "\n", "\t", " 1", " 10", ' "', " Café", "\\xe4", " os"]
     draws = np.random.default_rng(0)
     return [
@@ -125,7 +125,10 @@ def test_readings_do_not_depend_on_what_is_asked_beside(backend):
 
 
 def test_a_slot_after_the_very_first_token_is_read(backend):
-    for request in (Read("", "", "\t?\n", (1,), LEVELS), Read("", "", "b\t?\n", (2,), LEVELS)):
+    for request in (
+        LogprobQuery("", "", "\t?\n", (1,), LEVELS),
+        LogprobQuery("", "", "b\t?\n", (2,), LEVELS),
+    ):
         expected = plain(backend, request)[:, ids_of(backend)].log_softmax(-1)
         found = outcomes(backend, [request])[0].value.log_probs
         np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -180,12 +183,12 @@ def test_any_tokens_are_read_at_their_own_slots(backend, strings, explanation):
 
 def test_a_slot_inside_a_token_is_a_failure_not_a_number(backend):
     good = simulations()[0]
-    bad = Read(good.preamble, good.context, good.body, (good.slots[0] + 1,), LEVELS)
+    bad = LogprobQuery(good.preamble, good.context, good.body, (good.slots[0] + 1,), LEVELS)
     ok, failed = outcomes(backend, [good, bad])
     assert isinstance(ok, Answer)
     assert isinstance(failed, Failure)
     assert "no token begins" in failed.reason
-    two = outcomes(backend, [Read("a\n", "", "b\t?\n", (2,), ("0", "10"))])[0]
+    two = outcomes(backend, [LogprobQuery("a\n", "", "b\t?\n", (2,), ("0", "10"))])[0]
     assert "not a single token" in two.reason
 
 
@@ -235,7 +238,7 @@ def test_embeddings_are_means_of_hidden_states(backend):
 
 
 def test_json_is_not_asked_of_a_local_model(backend):
-    assert isinstance(outcomes(backend, [Fill((("user", "x"),), 2, 0, 9)])[0], Failure)
+    assert isinstance(outcomes(backend, [JsonQuery((("user", "x"),), 2, 0, 9)])[0], Failure)
 
 
 def test_identity_follows_the_weights_and_the_precision(folder, tmp_path):

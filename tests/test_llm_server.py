@@ -20,22 +20,22 @@ from hypothesis import strategies as st
 from llm_server import MODEL, RETRIED, Fault, LLMServer, always, embedding, likely, storm
 
 from cratelm.errors import InputError
-from cratelm.explain.llm import server as server_module
-from cratelm.explain.llm.prompts import simulate_fill, simulate_read
-from cratelm.explain.llm.requests import (
+from cratelm.llm.backends import openai as server_module
+from cratelm.llm.backends.openai import LOST, ServerBackend
+from cratelm.llm.prompts.neurons import simulate_fill, simulate_read
+from cratelm.llm.requests import (
     NO_RANK,
     Answer,
     Chat,
     Embed,
     Failure,
     FailureKind,
-    Fill,
+    JsonQuery,
+    LogprobQuery,
+    OptionLogprobs,
     Outcome,
-    Read,
-    Reading,
     Request,
 )
-from cratelm.explain.llm.server import LOST, ServerBackend
 
 SECRET = "sk-local-4f1d2c3b5a69788796a5b4c3d2e1f0"
 STRINGS = ["The", " fox", " and", "é", " 中", "😀", "\n", "\t", '"', " fox", ""]
@@ -123,7 +123,7 @@ def test_mass_and_ranks_are_those_of_the_server():
         full, plain = ask(
             backend(server),
             READ,
-            Read("", READ.preamble + READ.context, READ.body, READ.slots, DIGITS),
+            LogprobQuery("", READ.preamble + READ.context, READ.body, READ.slots, DIGITS),
         )
     reading = answered(full)
     for n, offset in enumerate(READ.offsets):
@@ -138,7 +138,9 @@ def test_mass_and_ranks_are_those_of_the_server():
 
 
 def test_token_that_stands_there_has_no_rank_beyond_the_likeliest():
-    read = Read("", "", "Neuron reacts to: the token fox\nfox\t0\n", (36,), DIGITS, full=True)
+    read = LogprobQuery(
+        "", "", "Neuron reacts to: the token fox\nfox\t0\n", (36,), DIGITS, full=True
+    )
     assert read.text[36] == "0"
     with LLMServer(max_logprobs=5) as server:
         reading = answered(ask(backend(server), read)[0])
@@ -149,7 +151,7 @@ def test_token_that_stands_there_has_no_rank_beyond_the_likeliest():
 
 
 def test_fewer_log_probabilities_are_asked_for_where_twenty_are_refused():
-    other = Read("", "", "a\t1\nb\t2\n", (6,), DIGITS)
+    other = LogprobQuery("", "", "a\t1\nb\t2\n", (6,), DIGITS)
     with LLMServer(max_logprobs=5) as server:
         model = backend(server)
         reading = answered(ask(model, READ)[0])
@@ -164,7 +166,7 @@ def test_schema_is_given_up_once_where_it_is_refused():
         model = backend(server)
         values = answered(ask(model, FILL)[0])
         assert len(values) == len(STRINGS)
-        answered(ask(model, Fill((*FILL.messages, ("user", "Give 11 integers")), 11, 0, 9))[0])
+        answered(ask(model, JsonQuery((*FILL.messages, ("user", "Give 11 integers")), 11, 0, 9))[0])
         assert ["response_format" in call.body for call in server.calls] == [True, False, False]
 
 
@@ -268,7 +270,7 @@ CONTENTS = {
 def test_filled_values_are_taken_strictly(monkeypatch, content):
     monkeypatch.setattr(LLMServer, "_values", lambda *_: content)
     with LLMServer() as server:
-        failure = failed(ask(backend(server), Fill((("user", "?"),), 2, 0, 9))[0])
+        failure = failed(ask(backend(server), JsonQuery((("user", "?"),), 2, 0, 9))[0])
     assert (failure.kind, failure.reason) == (FailureKind.MALFORMED, CONTENTS[content])
 
 
@@ -276,7 +278,7 @@ def test_filled_values_are_taken_strictly(monkeypatch, content):
 def test_values_may_be_fenced(monkeypatch, content):
     monkeypatch.setattr(LLMServer, "_values", lambda *_: content)
     with LLMServer() as server:
-        assert answered(ask(backend(server), Fill((("user", "?"),), 2, 0, 9))[0]) == (0, 9)
+        assert answered(ask(backend(server), JsonQuery((("user", "?"),), 2, 0, 9))[0]) == (0, 9)
 
 
 def test_half_a_surrogate_pair_is_not_kept(monkeypatch):
@@ -323,8 +325,8 @@ def test_bodies_of_another_form_are_failures(monkeypatch, body):
 
 def test_storm_of_all_faults_gives_every_request_one_outcome():
     chats = [Chat((("user", f"«word{i}»"),)) for i in range(50)]
-    fills = [Fill((("user", f"{i}"),), 8, 0, 9) for i in range(50)]
-    reads = [Read("", f"Description: {i}\n", "Answer:1\n", (7,), DIGITS) for i in range(50)]
+    fills = [JsonQuery((("user", f"{i}"),), 8, 0, 9) for i in range(50)]
+    reads = [LogprobQuery("", f"Description: {i}\n", "Answer:1\n", (7,), DIGITS) for i in range(50)]
     embeds = [Embed(f"text {i}") for i in range(50)]
     requests = [*chats, *fills, *reads, *embeds]
     with LLMServer(storm(0.5), seed=0) as server:
@@ -709,7 +711,7 @@ def test_slots_that_no_token_begins_at_are_told():
     with LLMServer() as server:
         begins = {begin for begin, _ in server.tokenizer.encode(text).offsets}
         inside = [offset for offset in range(1, len(text)) if offset not in begins]
-        read = Read("", "", text, (min(begins - {0}), *inside[:2]), DIGITS)
+        read = LogprobQuery("", "", text, (min(begins - {0}), *inside[:2]), DIGITS)
         failure = failed(ask(backend(server), read)[0])
     assert (failure.kind, failure.reason) == (
         FailureKind.UNREADABLE,
@@ -718,7 +720,7 @@ def test_slots_that_no_token_begins_at_are_told():
 
 
 def test_slots_without_an_option_are_told():
-    read = Read("", "", READ.text, READ.offsets, ("yes", "no"))
+    read = LogprobQuery("", "", READ.text, READ.offsets, ("yes", "no"))
     with LLMServer() as server:
         failure = failed(ask(backend(server), read)[0])
     told = f"none of the options is among the 20 likeliest tokens at 11 of {len(STRINGS)} slots"
@@ -741,7 +743,7 @@ def test_a_drift_that_is_made_up_for_later_is_seen():
     tops = [None, *({"1": -1.0, "2": -2.0} for _ in tokens[1:])]
     told = {"text_offset": offsets, "tokens": tokens, "top_logprobs": tops}
     body = {"choices": [{"logprobs": told}]}
-    at_tab = Read("", "", "中\t?\na", (2,), ("1", "2"))
+    at_tab = LogprobQuery("", "", "中\t?\na", (2,), ("1", "2"))
     with pytest.raises(server_module._Unusable, match="no token begins at 1 of 1 slots"):
         server_module._reading(at_tab, body, 20)
     told["text_offset"] = [0, 0, 1, 2, 3, 4, 5]
@@ -772,7 +774,7 @@ def test_every_reading_is_that_of_its_slot(servers, kind, preamble, lines):
     body = "".join(f"{line}\t?\n" for line in lines)
     ends = np.cumsum([len(line) + 3 for line in lines])
     slots = tuple(int(end) - 2 for end in ends)
-    read = Read(preamble, "c\n", body, slots, DIGITS)
+    read = LogprobQuery(preamble, "c\n", body, slots, DIGITS)
     server = servers[kind]
     outcome = ask(backend(server), read)[0]
     spans = server.tokenizer.encode(read.text).offsets
@@ -782,7 +784,7 @@ def test_every_reading_is_that_of_its_slot(servers, kind, preamble, lines):
     if isinstance(outcome, Failure):
         assert outcome.kind == FailureKind.UNREADABLE
         return
-    assert isinstance(outcome.value, Reading)
+    assert isinstance(outcome.value, OptionLogprobs)
     for log_probs, offset in zip(outcome.value.log_probs, read.offsets, strict=True):
         top = likely(read.text[:offset], 20, "?")
         expected = np.array([top.get(digit, -np.inf) for digit in DIGITS])

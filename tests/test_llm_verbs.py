@@ -12,8 +12,8 @@ from fake_llm import FakeModel
 from cratelm.errors import BudgetReached, InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
-from cratelm.explain.llm.client import Plan, Shard
 from cratelm.explain.store import read_explanations, read_selected, read_unexplained
+from cratelm.llm.client import DryRun, WorkerResult
 from cratelm.records import METRICS, SCORERS, Status
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
 def model(monkeypatch) -> FakeModel:
     """The language model that every specification names."""
     fake = FakeModel()
-    monkeypatch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: fake)
+    monkeypatch.setattr("cratelm.llm.session._backend", lambda config, spec: fake)
     return fake
 
 
@@ -129,7 +129,7 @@ def test_limits_stop_cleanly_and_resume(run, model):
 
 def test_a_dry_run_asks_and_writes_nothing_and_counts_right(run, model):
     planned = explained(run, dry_run=True)
-    assert isinstance(planned, Plan)
+    assert isinstance(planned, DryRun)
     assert (planned.calls, sum(model.asked.values())) == (14, 0)  # the two layers are alike
     assert not (run / "explanations" / "m@fake").exists()
     explained(run)
@@ -171,7 +171,7 @@ def test_shards_fill_ledgers_of_their_own_and_merge_into_the_same_files(run, mod
     whole = [read_explanations(run / "explanations/m@fake"), read_scores(run / "scores/m@fake")]
     other = planned_again(tmp_path / "other")
     for shard in ("0/3", "2/3", "1/3"):
-        assert isinstance(explained(other, shard=shard), Shard)
+        assert isinstance(explained(other, shard=shard), WorkerResult)
     model.asked.clear()
     explained(other)
     assert not model.asked
@@ -197,7 +197,7 @@ def test_rescoring_offline_needs_no_model(run, model, monkeypatch):
     def no_model(config, specification):
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr("cratelm.explain.llm.session._backend", no_model)
+    monkeypatch.setattr("cratelm.llm.session._backend", no_model)
     scored(run, offline=True, force=True)
     assert read_scores(run / "scores/m@fake") == first
     with pytest.raises(InputError, match=r"--offline: [\d,]+ answers"):
@@ -302,7 +302,7 @@ def test_bad_scoring_options_are_named(fields, message):
 
 def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
     """With other activations of the same excerpts the requests are the same."""
-    from cratelm.score import with_model
+    from cratelm.score import llm_pipeline as with_model
 
     seen: list[list] = []
     original = with_model.requests_of

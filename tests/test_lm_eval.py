@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from cratelm.evaluate import lm_eval as ours
 from cratelm.evaluate.config import EvaluateConfig
-from cratelm.evaluate.estimates import Measurement
-from cratelm.evaluate.loss import evaluate
+from cratelm.evaluate.evaluate import evaluate
+from cratelm.interop import lm_eval as ours
 from cratelm.models import build, load
+from cratelm.stats.ratio import Measurement
 from cratelm.tokens.tokenizer import hf_tokenizer, train_tokenizer
 
 needed = pytest.mark.skipif(
@@ -118,7 +118,7 @@ def test_the_figures_of_a_model_object_are_ours(
 @needed
 def test_the_command_line_knows_crate_by_its_folder(folder: Path) -> None:
     out = folder / "out"
-    command = [sys.executable, "-m", "cratelm.evaluate.lm_eval", "run", "--model", "hf"]
+    command = [sys.executable, "-m", "cratelm.interop.lm_eval", "run", "--model", "hf"]
     command += ["--model_args", f"pretrained={folder / 'model'}", "--device", "cpu"]
     command += ["--tasks", "last_word", "--include_path", str(folder / "tasks")]
     done = subprocess.run(

@@ -7,8 +7,8 @@ import pytest
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
-from cratelm.explain.llm import openai_prompts
 from cratelm.explain.selection import explained_from
+from cratelm.llm.prompts import openai as openai_prompts
 
 
 def test_without_the_package_the_extra_is_named(tmp_path):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cratelm.errors import InputError
-from cratelm.explain.power import half_width, neurons_needed, pilot_sd, told
 from cratelm.records import NeuronId, NeuronScore, Score, Status
-from cratelm.score.statistics import model_statistics
+from cratelm.stats.sample_size import half_width, neurons_needed, pilot_sd, told
+from cratelm.stats.scores import model_statistics
 
 
 def scored(values: np.ndarray) -> list[NeuronScore]:

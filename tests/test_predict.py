@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from cratelm.errors import InputError
-from cratelm.evaluate.marks import laid_out, visible
 from cratelm.evaluate.predict import PredictResult, predict
 from cratelm.evaluate.predict_config import PredictConfig
 from cratelm.evaluate.predict_page import level, percent
 from cratelm.models import build, load
+from cratelm.text.display import laid_out, visible
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize

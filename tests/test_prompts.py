@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import planted
 
-from cratelm.explain.llm import prompts
-from cratelm.explain.llm.requests import Answer, Failure, FailureKind, key
-from cratelm.explain.llm.text import escaped, excerpt_text
+from cratelm.explain.llm_explainer import parse_explanation
 from cratelm.explain.selection import contrasting, explained_from
-from cratelm.explain.with_model import said
+from cratelm.llm.prompts import neurons as prompts
+from cratelm.llm.prompts import scorers as scorer_prompts
+from cratelm.llm.prompts.excerpts import escaped, excerpt_text
+from cratelm.llm.requests import Answer, Failure, FailureKind, key
 from cratelm.records import Excerpt
-from cratelm.score import scorer_prompts
 
 DOCS = Path(__file__).parents[1] / "docs" / "prompts.md"
 
@@ -96,7 +96,7 @@ def test_escapes_keep_a_text_on_its_line():
 
 def test_an_answer_is_its_first_line_that_says_something():
     def of(text: str):
-        return said(Answer(text, 1, 1))
+        return parse_explanation(Answer(text, 1, 1))
 
     assert of('\n\n "names of cities." \nand more') == "names of cities."
     assert of("The neuron reacts to the token ` import`") == "the token ` import`"
@@ -105,4 +105,4 @@ def test_an_answer_is_its_first_line_that_says_something():
     for nothing in ("...", "\n-\n", "«»"):
         assert isinstance(of(nothing), Failure)
     failure = Failure(FailureKind.STATUS, "status 500")
-    assert said(failure) is failure
+    assert parse_explanation(failure) is failure

@@ -34,16 +34,16 @@ from cratelm.records import CHANCE, METRICS, SCORERS
 from cratelm.report import gallery
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
-from cratelm.report.gather import gather
 from cratelm.report.report import ReportResult, comparison_table, report
-from cratelm.report.shading import pieces
-from cratelm.report.tables import Column, Interval, PlusMinus, Table
-from cratelm.report.text import printable, visible
+from cratelm.results.run_results import gather
 from cratelm.runs import Run, config_dict
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
 from cratelm.steer.effects import EFFECT_SCHEMA
+from cratelm.text.printable import printable, visible
+from cratelm.text.shading import pieces
+from cratelm.text.table import Column, Interval, PlusMinus, Table
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -550,7 +550,7 @@ def with_model(run, tmp_path_factory) -> Path:
     fake = FakeModel(fails=0.02)
     fake.name = FAKE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: fake)
+        patch.setattr("cratelm.llm.session._backend", lambda config, spec: fake)
         for name in MODELS:
             ask: dict[str, Any] = {"run": path, "model": name, "quiet": True}
             # Another seed than the LLM-free sample's, of which this would else be a part.
@@ -781,7 +781,7 @@ def test_scores_under_another_name_have_rows_of_their_own(with_model, tmp_path, 
     path = _copy(with_model, tmp_path)
     fake = FakeModel()
     fake.name = FAKE
-    monkeypatch.setattr("cratelm.explain.llm.session._backend", lambda config, spec: fake)
+    monkeypatch.setattr("cratelm.llm.session._backend", lambda config, spec: fake)
     ask: dict[str, Any] = {"run": path, "model": "gpt2-2l", "quiet": True, "name": "again"}
     score(ScoreConfig(**ask, simulator="hf:any", metrics=("random_only",), resamples=100))
     tables = _tables(report(ReportConfig(run=path, neurons=1, resamples=100, force=True)))

@@ -15,20 +15,20 @@ import pytest
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
 from cratelm.cli import config_class, main, split_words
-from cratelm.demo_config import DemoConfig
 from cratelm.errors import InputError
-from cratelm.evaluate.estimates import ratio
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
+from cratelm.pipelines.demo_config import DemoConfig
+from cratelm.pipelines.sae_compare import sae_compare
+from cratelm.pipelines.sae_compare_config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.runs import Run
-from cratelm.sae.compare import sae_compare
-from cratelm.sae.compare_config import SaeCompareConfig
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
-from cratelm.score.statistics import compare_models
 from cratelm.score.store import read_scores
+from cratelm.stats.ratio import ratio
+from cratelm.stats.scores import compare_models
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -391,7 +391,7 @@ def test_latents_of_latents_are_refused(compared):
 
 @pytest.mark.slow
 def test_demo_with_autoencoders(tmp_path, monkeypatch, capsys):
-    demo_module = importlib.import_module("cratelm.demo")
+    demo_module = importlib.import_module("cratelm.pipelines.demo")
     monkeypatch.setattr(demo_module, "_SAE_TOKENS", 2048)
     corpus = write_corpus(tmp_path / "corpus.jsonl", 300)
     result = demo_module.demo(DemoConfig(

@@ -16,7 +16,7 @@ from cratelm.models.sites import site_of
 from cratelm.runs import write_json
 from cratelm.sae.evaluate import dead_part, sae_evaluate
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
-from cratelm.sae.measure import Firing, keep_strongest, spliced
+from cratelm.sae.reconstruction import Firing, keep_strongest, spliced
 from cratelm.sae.sae import Sae, SaeConfig
 from cratelm.sae.train import sae_train
 from cratelm.sae.train_config import SaeTrainConfig

@@ -168,7 +168,9 @@ def token_stream(finished, monkeypatch, **options):
     object.__setattr__(site, "n_neurons", (2, 2))
     split = TokenStore(finished.path / "tokens").split("train")
     settings = {"sequence_length": LENGTH, "batch_size": 10, "batch_tokens": 40, "buffer_bytes": 2000, "most_rows": 10_000, "seed": 1}  # fmt: skip
-    return split, activations.Stream(model, site, (0,), split, EOT, **{**settings, **options})
+    return split, activations.ActivationBuffer(
+        model, site, (0,), split, EOT, **{**settings, **options}
+    )
 
 
 def test_text_tokens_are_served_once_each(finished, monkeypatch):

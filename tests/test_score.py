@@ -17,11 +17,11 @@ from cratelm.explain.explain import explain, explain_neuron
 from cratelm.records import METRICS, Excerpt, Explanation, NeuronId, Status
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import audit, shuffled
+from cratelm.score.pipeline import score_neuron
 from cratelm.score.score import score
 from cratelm.score.selection import scored_on
 from cratelm.score.simulators import simulate, simulate_constant
 from cratelm.score.store import read_scores
-from cratelm.score.without_model import score_neuron
 
 
 def held_out(token: int):

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import STRINGS, corpus, harvested, on_pair
 
-from cratelm.explain.llm.requests import (
+from cratelm.llm.requests import (
     Answer,
     Embed,
     Failure,
     FailureKind,
-    Fill,
+    JsonQuery,
+    LogprobQuery,
+    OptionLogprobs,
     Outcome,
-    Read,
-    Reading,
     Request,
 )
 from cratelm.records import CHANCE, Excerpt, NeuronRecord, Score, Status
@@ -61,10 +61,10 @@ def task(
 
 def judged(request: Request) -> list[str]:
     """The texts that a request asks about."""
-    if isinstance(request, Read):
+    if isinstance(request, LogprobQuery):
         lines = request.body.splitlines()
         return [line.partition(": ")[2] for line in lines if line[:2] in ("Te", *NUMBERED)]
-    assert isinstance(request, Fill)
+    assert isinstance(request, JsonQuery)
     lines = request.messages[1][1].splitlines()
     return [line.partition(": ")[2] for line in lines if line.partition(":")[0].isdigit()]
 
@@ -77,16 +77,16 @@ def answers(asked: Task, leaning: Answerer) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for request in asked.requests:
         leans = np.array([leaning(text) for text in judged(request)])
-        if isinstance(request, Fill):
+        if isinstance(request, JsonQuery):
             several = request.high > 1
             values = (int(leans.argmax()) + 1,) if several else tuple(int(x > 0) for x in leans)
             assert len(values) == request.n
             outcomes.append(Answer(values, 1, 1))
             continue
-        assert isinstance(request, Read)
+        assert isinstance(request, LogprobQuery)
         row = leans if len(request.options) > 2 else np.array([0.0, leans[0]])
         row = row - np.logaddexp.reduce(row)
-        outcomes.append(Answer(Reading(row[None].astype(np.float32)), 1, 0))
+        outcomes.append(Answer(OptionLogprobs(row[None].astype(np.float32)), 1, 0))
     return outcomes
 
 
@@ -137,7 +137,7 @@ def test_intruder_found_missed_and_places(reads):
     for place in range(5):  # a model that always names one place wins one trial of five
         row = np.full((1, 5), -9, np.float32)
         row[0, place] = 0
-        value = Reading(row) if reads else (place + 1,)
+        value = OptionLogprobs(row) if reads else (place + 1,)
         assert made.grade([Answer(value, 1, 1)] * 5).value == pytest.approx(0.2)
 
 
@@ -321,7 +321,7 @@ pieces = st.text(max_size=5) | st.sampled_from(
 def test_slots_stand_on_the_answer(strings, metric, text):
     made = task(metric, record(), strings=strings, text=text)
     for request in made.requests:
-        assert isinstance(request, Read)
+        assert isinstance(request, LogprobQuery)
         (slot,), (offset,) = request.slots, request.offsets
         assert request.body[slot:] == request.options[0]
         assert request.text[offset:] == request.options[0]
@@ -385,8 +385,8 @@ def test_same_draws_each_time_and_others_for_another_seed(metric):
     assert one.requests == task(metric, record(), reads=False).requests
     if metric != "embedding":
         other = task(metric, record(), reads=False, seed=1).requests
-        assert {r.seed for r in other if isinstance(r, Fill)} == {1}
-        unseeded = [dataclasses.replace(r, seed=0) for r in other if isinstance(r, Fill)]
+        assert {r.seed for r in other if isinstance(r, JsonQuery)} == {1}
+        unseeded = [dataclasses.replace(r, seed=0) for r in other if isinstance(r, JsonQuery)]
         assert list(one.requests) != unseeded
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
-from cratelm.score.statistics import Counts, all_statistics, compare_models, model_statistics
+from cratelm.stats.scores import Counts, all_statistics, compare_models, model_statistics
 
 NO_VALUE = {
     "undefined": Score(None, Status.UNDEFINED, "the truth is constant"),

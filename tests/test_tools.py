@@ -25,13 +25,13 @@ from cratelm.activations.store import (
     read_summaries,
 )
 from cratelm.analysis.store import LAYER_SCHEMA, NEURON_SCHEMA, READING_SCHEMA
-from cratelm.explain.llm.ledger import _COLUMNS
 from cratelm.explain.store import (
     _EXPLANATION_SCHEMA,
     _SELECTED_SCHEMA,
     _UNEXPLAINED_SCHEMA,
     write_explanations,
 )
+from cratelm.llm.ledger import _COLUMNS
 from cratelm.models.sites import Site, hooked
 from cratelm.records import Explanation, NeuronId, NeuronScore, Score, Status
 from cratelm.runs import Completion
@@ -245,7 +245,7 @@ def test_sae_lens_runner_and_evaluation(sae_lens, tmp_path):
 @pytest.fixture
 def bridge():
     pytest.importorskip("transformer_lens", reason="transformer-lens is not installed")
-    from cratelm.models.transformer_lens import bridge
+    from cratelm.interop.transformer_lens import bridge
 
     return bridge
 

@@ -26,7 +26,7 @@ from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import LAPTOP, PAPER, TrainConfig
-from cratelm.train.data import Feed, spread
+from cratelm.train.data import BatchSampler, spread
 from cratelm.train.log import Log, read_metrics
 from cratelm.train.loop import train
 from cratelm.train.losses import NextTokenLoss
@@ -101,9 +101,9 @@ class CountingSplit:
         return np.arange(index * length, (index + 1) * length + 1)
 
 
-def make_feed(n_tokens: int = 401, **options: Any) -> Feed:
+def make_feed(n_tokens: int = 401, **options: Any) -> BatchSampler:
     defaults = {"batch_size": 8, "micro_batch_size": 2, "sequence_length": 4, "seed": 0}
-    return Feed(CountingSplit(n_tokens), **{**defaults, **options})  # pyright: ignore
+    return BatchSampler(CountingSplit(n_tokens), **{**defaults, **options})  # pyright: ignore
 
 
 # Configuration
@@ -369,14 +369,14 @@ def test_twins_see_the_same_tokens_in_the_same_order(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
-    original = Feed.micro_batches
+    original = BatchSampler.micro_batches
 
-    def spy(feed: Feed, step: int, device: torch.device) -> Iterator[Any]:
+    def spy(feed: BatchSampler, step: int, device: torch.device) -> Iterator[Any]:
         for tokens, targets in original(feed, step, device):
             seen[name].append(tokens)
             yield tokens, targets
 
-    monkeypatch.setattr(Feed, "micro_batches", spy)
+    monkeypatch.setattr(BatchSampler, "micro_batches", spy)
     for name in ("crate-1l", "gpt2-1l"):
         seen[name] = []
         train(TrainConfig(run=run, model=name, **{**SMALL, "name": f"twin-{name}"}))

@@ -17,29 +17,29 @@ import pytest
 import torch
 from viewer_runs import LAYERS, NEURONS, small_run
 
+from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, read_summaries
-from cratelm.activations.subjects import open_harvested
 from cratelm.cli import main
 from cratelm.errors import InputError
-from cratelm.evaluate.subjects import encoder_of
 from cratelm.explain.store import read_explanations
+from cratelm.models.open import encoder_of
 from cratelm.models.sites import capture
+from cratelm.results.neuron_view import NeuronFiles
+from cratelm.results.views import ExcerptView, LayerQuery, MapPoint, NotFound, ShadedToken
 from cratelm.runs import Run
 from cratelm.score.simulators import simulate
 from cratelm.score.store import read_scores
 from cratelm.steer.config import Edit, SteerConfig
 from cratelm.steer.steer import steer
 from cratelm.viewer import drawings
+from cratelm.viewer.cache import Kept
 from cratelm.viewer.config import ViewConfig
-from cratelm.viewer.guard import Rate, allowed_hosts, is_allowed, is_own
 from cratelm.viewer.index import profile_entries
-from cratelm.viewer.kept import Kept
 from cratelm.viewer.latex import figure
-from cratelm.viewer.library import RARELY, Library
 from cratelm.viewer.links import Links
-from cratelm.viewer.neurons import NeuronFiles
 from cratelm.viewer.pages import Pages, as_data, excerpts_html
-from cratelm.viewer.records import ExcerptView, LayerQuery, MapPoint, NotFound, ShadedToken
+from cratelm.viewer.run_reader import RARELY, Library
+from cratelm.viewer.security import Rate, allowed_hosts, is_allowed, is_own
 from cratelm.viewer.static_site import export
 from cratelm.viewer.view import view
 

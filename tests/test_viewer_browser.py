@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from viewer_runs import small_run
 
-from cratelm.viewer.library import Library
-from cratelm.viewer.records import LayerQuery
+from cratelm.results.views import LayerQuery
+from cratelm.viewer.run_reader import Library
 from cratelm.viewer.static_site import export
 
 pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")

@@ -18,10 +18,10 @@ from cratelm.analysis.store import (
 )
 from cratelm.analysis.summary import summarise
 from cratelm.records import NeuronId, Status
-from cratelm.report.figures import Series
-from cratelm.report.tables import Interval, PlusMinus
-from cratelm.report.white_box import read_analyses, white_box_figures, white_box_tables
+from cratelm.report.drawing import Series
+from cratelm.report.sections.white_box import read_analyses, white_box_figures, white_box_tables
 from cratelm.runs import Run, write_json
+from cratelm.text.table import Interval, PlusMinus
 
 MODELS = ("crate-2l", "gpt2-2l")
 SHOWN: tuple[tuple[Control, float], ...] = (("none", 0.5), ("none", 0.75), ("shuffled", 0.5))

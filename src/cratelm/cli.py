@@ -34,8 +34,8 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "demo": Verb(
-        "cratelm.demo",
-        "cratelm.demo_config:DemoConfig",
+        "cratelm.pipelines.demo",
+        "cratelm.pipelines.demo_config:DemoConfig",
         "the whole line on a small scale: train twins, harvest, explain, score, report",
     ),
     "tokenize": Verb(
@@ -47,7 +47,7 @@ VERBS: dict[str, Verb] = {
         "cratelm.train.loop", "cratelm.train.config:TrainConfig", "train a model on the shards"
     ),
     "evaluate": Verb(
-        "cratelm.evaluate.loss",
+        "cratelm.evaluate.evaluate",
         "cratelm.evaluate.config:EvaluateConfig",
         "loss, perplexity and accuracy of models on the shards and on named sets",
     ),
@@ -112,38 +112,38 @@ VERBS: dict[str, Verb] = {
         "what autoencoders keep of the activations and of the loss, beside the site's own code",
     ),
     "sae compare": Verb(
-        "cratelm.sae.compare",
-        "cratelm.sae.compare_config:SaeCompareConfig",
+        "cratelm.pipelines.sae_compare",
+        "cratelm.pipelines.sae_compare_config:SaeCompareConfig",
         "neurons beside latents: all of it in one command, from training to the report",
     ),
     "import authors": Verb(
-        "cratelm.models.import_authors",
-        "cratelm.models.import_config:ImportAuthorsConfig",
+        "cratelm.interop.import_authors",
+        "cratelm.interop.import_authors_config:ImportAuthorsConfig",
         "a checkpoint of the paper's authors as a Hugging Face folder",
     ),
     "import sae": Verb(
-        "cratelm.sae.import_sae",
-        "cratelm.sae.config:ImportSaeConfig",
+        "cratelm.interop.import_sae",
+        "cratelm.interop.import_sae_config:ImportSaeConfig",
         "a sparse autoencoder of the paper's authors as a folder",
     ),
     "import records": Verb(
-        "cratelm.activations.import_records",
-        "cratelm.activations.import_config:ImportRecordsConfig",
+        "cratelm.interop.import_records",
+        "cratelm.interop.import_records_config:ImportRecordsConfig",
         "a run of activations harvested elsewhere, from OpenAI's NeuronRecord JSON",
     ),
     "export model": Verb(
-        "cratelm.models.export_model",
-        "cratelm.models.export_config:ExportModelConfig",
+        "cratelm.interop.export_model",
+        "cratelm.interop.export_model_config:ExportModelConfig",
         "a folder that transformers loads without cratelm, ready for the Hub",
     ),
     "export records": Verb(
-        "cratelm.report.export_records",
-        "cratelm.report.export_config:ExportRecordsConfig",
+        "cratelm.interop.export_records",
+        "cratelm.interop.export_config:ExportRecordsConfig",
         "excerpts of a harvest as OpenAI's NeuronRecord JSON",
     ),
     "export neuronpedia": Verb(
-        "cratelm.report.neuronpedia",
-        "cratelm.report.export_config:ExportNeuronpediaConfig",
+        "cratelm.interop.neuronpedia",
+        "cratelm.interop.export_config:ExportNeuronpediaConfig",
         "neurons, excerpts, explanations and scores in Neuronpedia's export format",
     ),
 }

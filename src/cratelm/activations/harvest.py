@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import SearchPlan, random_positions
+from cratelm.activations.calibration import Calibration, calibrate
 from cratelm.activations.config import HarvestConfig
-from cratelm.activations.layer import ExcerptSizes, LayerHarvest
+from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
-from cratelm.activations.pilot import Pilot, run_pilot
 from cratelm.activations.store import (
     EXCERPT_SCHEMA,
     NEURONS_A_GROUP,
@@ -83,7 +83,7 @@ def harvest_split(
     model: PreTrainedModel,
     site: Site,
     plan: SearchPlan,
-    pilots: list[Pilot],
+    pilots: list[Calibration],
     sizes: ExcerptSizes,
     batch_tokens: int = 8_192,
 ) -> list[LayerHarvest]:
@@ -115,12 +115,12 @@ def _write_splits(
     sizes = ExcerptSizes(
         config.top, config.random, config.per_bin, config.context, config.short_context
     )
-    pilots: list[Pilot] = []
+    pilots: list[Calibration] = []
     results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
     for split in ("fit", "held_out"):
         plan = _plan(config, store, split, model)
         # both splits share the bins that the first one's pilot set
-        pilots = pilots or run_pilot(model, site, plan, config.pilot_tokens, config.batch_tokens)
+        pilots = pilots or calibrate(model, site, plan, config.pilot_tokens, config.batch_tokens)
         layers = harvest_split(model, site, plan, pilots, sizes, config.batch_tokens)
         _write(draft.path, plan, layers, model, site, name)
         results["tokens"][split] = layers[0].n_tokens

@@ -10,7 +10,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.activations.layer import LayerHarvest
+from cratelm.activations.layer_harvest import LayerHarvest
 from cratelm.activations.tables import Rows, excerpt_rows, tokens_at
 from cratelm.models.sites import Site, hooked
 

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cratelm.activations.cells import EMPTY, BestCells
-from cratelm.activations.layer import HISTOGRAM_BINS, LayerHarvest
+from cratelm.activations.layer_harvest import HISTOGRAM_BINS, LayerHarvest
 from cratelm.activations.store import EXCERPT_SCHEMA, SUMMARY_SCHEMA
+from cratelm.activations.topk import EMPTY, TopKBuffers
 from cratelm.records import EXCERPT_KINDS, ExcerptKind
 from cratelm.tokens.shards import TokenSplit
 
@@ -78,7 +78,7 @@ def excerpt_rows(harvest: LayerHarvest, low: int, high: int) -> list[Rows]:
     ]
 
 
-def _cell_rows(kind: ExcerptKind, cells: BestCells, low: int, high: int, bins: int) -> Rows:
+def _cell_rows(kind: ExcerptKind, cells: TopKBuffers, low: int, high: int, bins: int) -> Rows:
     some = slice(low * bins, high * bins)
     key, position = cells.key[some].cpu().numpy(), cells.position[some].cpu().numpy()
     cell, place = np.nonzero(key < EMPTY)

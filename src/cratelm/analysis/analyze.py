@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cratelm.activations.batches import SearchPlan
+from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.activations.store import read_summaries
-from cratelm.activations.subjects import Harvested, open_harvested
 from cratelm.analysis.coding_rate import (
     EPSILONS,
     coding_rate,
@@ -20,8 +20,8 @@ from cratelm.analysis.coding_rate import (
 )
 from cratelm.analysis.config import AnalyzeConfig
 from cratelm.analysis.explained import Subject, readings
-from cratelm.analysis.gather import Gathered, LayerSums, gather
 from cratelm.analysis.groups import NONE, Groups, groups
+from cratelm.analysis.layer_sums import Gathered, LayerSums, gather
 from cratelm.analysis.store import (
     LayerFigure,
     NeuronFacts,
@@ -102,7 +102,7 @@ def _explanations(run: Run, config: AnalyzeConfig, there: bool) -> list[Explanat
 
 
 def _measure(
-    config: AnalyzeConfig, opened: Harvested, explanations: list[Explanation], folder: Path
+    config: AnalyzeConfig, opened: HarvestContext, explanations: list[Explanation], folder: Path
 ) -> dict[str, Any]:
     """Writes the files; returns what the completion record tells."""
     length = config.sequence_length or opened.sequence_length
@@ -156,7 +156,7 @@ def _fit_maximum(folder: Path) -> dict[tuple[int, int], float]:
 
 
 def _figures(
-    config: AnalyzeConfig, opened: Harvested, gathered: Gathered
+    config: AnalyzeConfig, opened: HarvestContext, gathered: Gathered
 ) -> tuple[list[LayerFigure], list[NeuronFacts]]:
     """Figures of all layers, and of each neuron."""
     figures: list[LayerFigure] = []

@@ -20,7 +20,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Fault:
+class ReadError:
     """A place where a document was expected and could not be read: never taken for a document."""
 
     message: str

@@ -1,6 +1,6 @@
 """Readers of one file: plain text, JSON lines (plain or zstd, the Pile's format) and Parquet.
 
-Each yields `Document`s and, where something cannot be read, a `Fault` with file and line; whether a
+Each yields `Document`s and, where something cannot be read, a `ReadError` with file and line; whether a
 fault stops the run or is counted is the caller's business. Memory: one document and a read buffer
 of 128 KiB (Parquet: 64 rows and the column chunk that they are in).
 """
@@ -13,9 +13,9 @@ from typing import Any
 
 import zstandard
 
-from cratelm.corpus.documents import Document, Fault, is_encodable
+from cratelm.corpus.documents import Document, ReadError, is_encodable
 
-Found = Iterator[Document | Fault]
+Found = Iterator[Document | ReadError]
 
 _CHUNK = 1 << 17
 _LARGEST_WINDOW = 2**31
@@ -48,7 +48,7 @@ def read_text(file: CorpusFile, fields: Fields) -> Found:
     try:
         text = file.path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        yield Fault(f"{file.path}: {_reason(error)}")
+        yield ReadError(f"{file.path}: {_reason(error)}")
     else:
         yield Document(text, file.source, file.name, 0, file.subset)
 
@@ -75,32 +75,32 @@ def read_parquet(file: CorpusFile, fields: Fields) -> Found:
             wanted = {fields.text, fields.subset.split(".")[0]}
             columns = [name for name in table.schema_arrow.names if name in wanted]
             if fields.text not in columns:
-                yield Fault(f"{file.path}: {_missing(fields.text, table.schema_arrow.names)}")
+                yield ReadError(f"{file.path}: {_missing(fields.text, table.schema_arrow.names)}")
                 return
             for batch in table.iter_batches(batch_size=64, columns=columns):
                 for values in batch.to_pylist():
                     row += 1
                     yield row_document(values, fields, file, row, "row")
     except (OSError, pa.ArrowException) as error:
-        yield Fault(f"{file.path}, row {row + 1}: {_reason(error)}")
+        yield ReadError(f"{file.path}, row {row + 1}: {_reason(error)}")
 
 
 def row_document(
     row: Mapping[str, Any], fields: Fields, file: CorpusFile, number: int, unit: str
-) -> Document | Fault:
+) -> Document | ReadError:
     """The document in a row of JSON or of a table."""
     place = f"{file.path}, {unit} {number}"
     if not isinstance(row, Mapping):
-        return Fault(f"{place}: {type(row).__name__} found, a JSON object was expected")
+        return ReadError(f"{place}: {type(row).__name__} found, a JSON object was expected")
     if fields.text not in row:
-        return Fault(f"{place}: {_missing(fields.text, list(row))}")
+        return ReadError(f"{place}: {_missing(fields.text, list(row))}")
     text = row[fields.text]
     if not isinstance(text, str):
-        return Fault(
+        return ReadError(
             f"{place}: field {fields.text!r} holds {type(text).__name__}, a string was expected"
         )
     if not is_encodable(text):
-        return Fault(f"{place}: a lone surrogate found, valid Unicode was expected")
+        return ReadError(f"{place}: a lone surrogate found, valid Unicode was expected")
     return Document(text, file.source, file.name, number, _subset(row, fields.subset))
 
 
@@ -114,11 +114,11 @@ def _json_documents(lines: Iterator[bytes] | Any, file: CorpusFile, fields: Fiel
                 encoding = "utf-8-sig" if number == 1 else "utf-8"
                 row = json.loads(line.decode(encoding))
             except (ValueError, RecursionError) as error:
-                yield Fault(f"{file.path}, line {number}: {_reason(error)}")
+                yield ReadError(f"{file.path}, line {number}: {_reason(error)}")
             else:
                 yield row_document(row, fields, file, number, "line")
     except (OSError, EOFError, zstandard.ZstdError) as error:
-        yield Fault(f"{file.path}, after line {number}: {_reason(error)}")
+        yield ReadError(f"{file.path}, after line {number}: {_reason(error)}")
 
 
 def _zst_lines(path: Path) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cratelm.corpus.documents import Document, Fault
+from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import CorpusFile, Fields, row_document
 from cratelm.errors import InputError
 
@@ -40,7 +40,7 @@ class HubCorpus:
         """The name itself: a dataset is noticed to have changed only where @REVISION pins it."""
         return self.corpus
 
-    def __iter__(self) -> Iterator[Document | Fault]:
+    def __iter__(self) -> Iterator[Document | ReadError]:
         place = CorpusFile(Path(self.corpus), self.corpus, "")
         number = 0
         try:

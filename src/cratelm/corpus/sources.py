@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cratelm.corpus.documents import Document, Fault
+from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import (
     CorpusFile,
     Fields,
@@ -55,7 +55,7 @@ class Corpus(Protocol):
         """A hash that changes when the corpus does."""
         ...
 
-    def __iter__(self) -> Iterator[Document | Fault]: ...
+    def __iter__(self) -> Iterator[Document | ReadError]: ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def read_python(file: CorpusFile, fields: Fields) -> Found:
         with python_source.open(file.path) as stream:
             text = stream.read()
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        yield Fault(f"{file.path}: cannot be read as Python source ({error})")
+        yield ReadError(f"{file.path}: cannot be read as Python source ({error})")
     else:
         yield Document(text, file.source, file.name, 0, file.subset)
 

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import torch
 
 from cratelm.errors import InputError
-from cratelm.evaluate.marks import visible
 from cratelm.evaluate.predict_config import PredictConfig
 from cratelm.evaluate.scoring import next_logits
-from cratelm.evaluate.subjects import Encoder, Subject, encoder_of, open_subject
+from cratelm.models.open import Encoder, LoadedModel, encoder_of, open_model
 from cratelm.runs import Run, atomic_path
+from cratelm.text.display import visible
 from cratelm.tokens.shards import TokenStore
 
 PAGE = "predictions.html"
@@ -104,7 +104,7 @@ def predict(config: PredictConfig) -> PredictResult:
     from cratelm.evaluate.predict_page import page
 
     run = Run(config.run)
-    subjects = [open_subject(run, name) for name in config.models]
+    subjects = [open_model(run, name) for name in config.models]
     encoders = [encoder_of(subject, run) for subject in subjects]
     text = _text(config, run, subjects)
     predictions = tuple(
@@ -123,7 +123,7 @@ def predict(config: PredictConfig) -> PredictResult:
 
 
 @torch.no_grad()
-def read(subject: Subject, encoder: Encoder, text: str, k: int) -> Prediction:
+def read(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> Prediction:
     """What a model expects before each token of a text, and after the last.
 
     Raises `InputError` where the text has no token, or more than the model takes.
@@ -161,7 +161,7 @@ def _shown(encoder: Encoder, token: int) -> str:
     return encoder.display[token] if token < len(encoder.display) else f"[{token}]"
 
 
-def _text(config: PredictConfig, run: Run, subjects: list[Subject]) -> Text:
+def _text(config: PredictConfig, run: Run, subjects: list[LoadedModel]) -> Text:
     if config.text is not None:
         return Text(config.text, "Your own text", "")
     if config.text_file is not None:

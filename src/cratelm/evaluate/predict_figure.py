@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cratelm.evaluate.marks import visible
 from cratelm.evaluate.predict import Prediction, Text
 from cratelm.evaluate.predict_page import LEVELS, level, percent
+from cratelm.text.display import visible
 
 INK, SOFT, BAR, SHADE = "#1b1f24", "#57606a", "#0072b2", "#ff9224"
 _ALPHA = (0.0, 0.12, 0.22, 0.34, 0.46, 0.6, 0.78, 1.0)

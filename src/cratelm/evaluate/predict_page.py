@@ -6,8 +6,8 @@ from importlib import resources
 
 import jinja2
 
-from cratelm.evaluate.marks import laid_out, visible
 from cratelm.evaluate.predict import Prediction, Text
+from cratelm.text.display import laid_out, visible
 
 LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9)
 """least probability of each shade from 1 on; below the first a token has none"""

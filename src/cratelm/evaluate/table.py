@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from cratelm.evaluate.estimates import Difference, Estimate, Measurement
+from cratelm.stats.ratio import Difference, Estimate, Measurement
 
 _FIGURES: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss (nats)", ".4f"),

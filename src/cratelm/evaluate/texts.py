@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cratelm.errors import InputError
-from cratelm.evaluate.subjects import Encoder
 from cratelm.evaluate.windows import Window, cut
+from cratelm.models.open import Encoder
 from cratelm.tokens.shards import TokenSplit
 
 _PIECE = 2**20

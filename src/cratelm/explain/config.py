@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.explain.llm.config import AskConfig, check_specification
+from cratelm.llm.config import AskConfig, check_specification
 
 ExplainerName = Literal["lookup", "trie"]
 EXPLAINERS: tuple[ExplainerName, ...] = ("lookup", "trie")

@@ -31,7 +31,7 @@ class Evidence:
     """[N], how much a token counts: 1 in a random excerpt, less in one that was chosen for its peak"""
 
 
-def gather(record: NeuronRecord, depth: int, weight: float) -> Evidence:
+def collect_evidence(record: NeuronRecord, depth: int, weight: float) -> Evidence:
     """The evidence of all excerpts of `record`, `depth` tokens of context each.
 
     Excerpts of several kinds overlap, so each position of the split is kept once, where it has the

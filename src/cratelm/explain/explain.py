@@ -12,26 +12,26 @@ from tqdm import tqdm
 from cratelm.activations.store import read_records, read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
-from cratelm.explain.evidence import WEIGHT, gather
-from cratelm.explain.llm import openai_prompts
-from cratelm.explain.llm.client import Client, Plan, Shard, plan
-from cratelm.explain.llm.prompts import VERSION
-from cratelm.explain.llm.session import ledger_path, open_client
+from cratelm.explain.evidence import WEIGHT, collect_evidence
+from cratelm.explain.llm_explainer import ExplanationRequest, ask, explanation_requests
 from cratelm.explain.lookup import token_table
 from cratelm.explain.phrases import lookup_phrase, trie_phrase
-from cratelm.explain.power import told
 from cratelm.explain.store import (
-    Selected,
-    Unexplained,
-    set_of,
+    ExplanationFailure,
+    SampledNeuron,
+    explanation_set_name,
     write_explanations,
     write_selected,
     write_unexplained,
 )
 from cratelm.explain.trie import context_trie
-from cratelm.explain.with_model import Question, ask, questions
+from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
+from cratelm.llm.prompts import openai as openai_prompts
+from cratelm.llm.prompts.neurons import VERSION
+from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import Explanation, NeuronRecord
 from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.stats.sample_size import told
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class ExplainResult:
         )
 
 
-def explain(config: ExplainConfig) -> ExplainResult | Plan | Shard:
+def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     """Explains the neurons of one model of a run.
 
     Writes `explanations/MODEL/`, or `explanations/MODEL@NAME/` where a language model called NAME
-    explains. With `--dry-run` nothing is asked or written and the `Plan` is returned; with
+    explains. With `--dry-run` nothing is asked or written and the `DryRun` is returned; with
     `--shard` answers go to the worker's ledger alone.
 
     Raises `InputError` where the run has no tokens or no harvest of the model, or the language model
@@ -92,14 +92,14 @@ def explain(config: ExplainConfig) -> ExplainResult | Plan | Shard:
 
 
 def _explain_with_model(
-    config: ExplainConfig, run: Run, inputs: dict[str, str], selected: list[Selected]
-) -> ExplainResult | Plan | Shard:
+    config: ExplainConfig, run: Run, inputs: dict[str, str], selected: list[SampledNeuron]
+) -> ExplainResult | DryRun | WorkerResult:
     if config.prompts == "openai":
         openai_prompts.require()
     with open_client(config, config.explainer) as client:
         name = config.name or client.backend.name
         inputs["prompts"] = VERSION if config.prompts == "cratelm" else config.prompts
-        stage = run.stage("explanations", set_of(config.model, name))
+        stage = run.stage("explanations", explanation_set_name(config.model, name))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
@@ -110,12 +110,12 @@ def _explain_with_model(
         index, count = config.worker()
         asked = _questions(config, run, selected[index::count])
         if config.dry_run:
-            return plan(client, ([q.request] for q in asked))
+            return dry_run(client, ([q.request] for q in asked))
         answers = list(_answers(config, client, name, asked, len(selected[index::count])))
         if config.shard:
-            return Shard(ledger_path(config), len(selected[index::count]), str(client.tally))
+            return WorkerResult(ledger_path(config), len(selected[index::count]), str(client.tally))
         explanations = [a for a in answers if isinstance(a, Explanation)]
-        failures = [a for a in answers if isinstance(a, Unexplained)]
+        failures = [a for a in answers if isinstance(a, ExplanationFailure)]
         with stage.write(config, inputs) as draft:
             write_json(draft.path / "calls.json", client.tally.as_dict())
             draft.unhashed.add("calls.json")
@@ -123,16 +123,22 @@ def _explain_with_model(
     return ExplainResult(path=stage.path, calls=str(client.tally), **counts)
 
 
-def _questions(config: ExplainConfig, run: Run, selected: Sequence[Selected]) -> Iterator[Question]:
+def _questions(
+    config: ExplainConfig, run: Run, selected: Sequence[SampledNeuron]
+) -> Iterator[ExplanationRequest]:
     """In the order of `selected`."""
     strings = _token_strings(run)
     for record in _records(run.stage("activations", config.model).path, selected):
-        yield from questions(record, config, strings)
+        yield from explanation_requests(record, config, strings)
 
 
 def _answers(
-    config: ExplainConfig, client: Client, name: str, asked: Iterator[Question], n_neurons: int
-) -> Iterator[Explanation | Unexplained]:
+    config: ExplainConfig,
+    client: Client,
+    name: str,
+    asked: Iterator[ExplanationRequest],
+    n_neurons: int,
+) -> Iterator[Explanation | ExplanationFailure]:
     with tqdm(
         total=n_neurons * len(config.evidence),
         desc=f"explain {config.model} by {name}",
@@ -152,9 +158,9 @@ def _has_failed(stage: Stage) -> bool:
 
 def _write(
     draft: Draft,
-    selected: Sequence[Selected],
+    selected: Sequence[SampledNeuron],
     explanations: Sequence[Explanation],
-    failures: Sequence[Unexplained],
+    failures: Sequence[ExplanationFailure],
 ) -> dict[str, Any]:
     """Writes the files of the stage; returns the figures of `ExplainResult`."""
     write_explanations(draft.path, explanations)
@@ -172,7 +178,7 @@ def _write(
 
 def select_neurons(
     harvest: Path, per_layer: int, seed: int, only: Sequence[tuple[int, int]] = ()
-) -> list[Selected]:
+) -> list[SampledNeuron]:
     """`per_layer` neurons of each layer, 0 for all, by layer and index; or `only` these (layer, index).
 
     Raises `InputError` where the harvest has not one of `only`.
@@ -180,9 +186,11 @@ def select_neurons(
     The draw depends on the seed, the layer and how many neurons the layer has, and on nothing
     else: twins draw the same indices, and a smaller sample is part of a larger one.
     """
-    layers: dict[int, list[Selected]] = {}
+    layers: dict[int, list[SampledNeuron]] = {}
     for summary in read_summaries(harvest, "fit"):
-        layers.setdefault(summary.neuron.layer, []).append(Selected(summary.neuron, summary.dead))
+        layers.setdefault(summary.neuron.layer, []).append(
+            SampledNeuron(summary.neuron, summary.dead)
+        )
     if only:
         return _named(harvest, layers, only)
     chosen = []
@@ -196,8 +204,8 @@ def select_neurons(
 
 
 def _named(
-    harvest: Path, layers: dict[int, list[Selected]], only: Sequence[tuple[int, int]]
-) -> list[Selected]:
+    harvest: Path, layers: dict[int, list[SampledNeuron]], only: Sequence[tuple[int, int]]
+) -> list[SampledNeuron]:
     there = {(s.neuron.layer, s.neuron.index): s for found in layers.values() for s in found}
     missing = [place for place in only if place not in there]
     if missing:
@@ -224,7 +232,7 @@ def explain_neuron(
             f"{record.neuron} has no excerpts to explain from, or those of the held_out split:"
             " harvest it again"
         )
-    evidence = gather(record, depth=max(config.depth, 2), weight=WEIGHT)
+    evidence = collect_evidence(record, depth=max(config.depth, 2), weight=WEIGHT)
     documents = tuple(sorted({e.document for e in record.excerpts}))
     mean = record.summary.mean
     explanations = []
@@ -241,7 +249,7 @@ def explain_neuron(
 
 
 def _explain_all(
-    config: ExplainConfig, run: Run, harvest: Path, selected: Sequence[Selected]
+    config: ExplainConfig, run: Run, harvest: Path, selected: Sequence[SampledNeuron]
 ) -> Iterator[Explanation]:
     strings = _token_strings(run)
     with tqdm(
@@ -252,7 +260,7 @@ def _explain_all(
             bar.update()
 
 
-def _records(harvest: Path, selected: Sequence[Selected]) -> Iterator[NeuronRecord]:
+def _records(harvest: Path, selected: Sequence[SampledNeuron]) -> Iterator[NeuronRecord]:
     """Fit records of the selected neurons, by layer and index."""
     wanted: dict[int, list[int]] = {}
     for neuron in (s.neuron for s in selected):

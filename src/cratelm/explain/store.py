@@ -42,7 +42,7 @@ _SELECTED_SCHEMA = pa.schema([*_NEURON, ("dead", pa.bool_())])
 
 
 @dataclass(frozen=True)
-class Selected:
+class SampledNeuron:
     """A neuron that was to be explained."""
 
     neuron: NeuronId
@@ -51,7 +51,7 @@ class Selected:
 
 
 @dataclass(frozen=True)
-class Unexplained:
+class ExplanationFailure:
     """A neuron that a language model gave no explanation of."""
 
     neuron: NeuronId
@@ -59,7 +59,7 @@ class Unexplained:
     reason: str
 
 
-def set_of(model: str, name: str) -> str:
+def explanation_set_name(model: str, name: str) -> str:
     """The folder of what a language model (or a pair of them) called `name` says of `model`."""
     return f"{model}@{name}" if name else model
 
@@ -94,30 +94,30 @@ def read_explanations(folder: Path) -> list[Explanation]:
     ]
 
 
-def write_selected(folder: Path, selected: Sequence[Selected]) -> None:
+def write_selected(folder: Path, selected: Sequence[SampledNeuron]) -> None:
     """Writes `neurons.parquet` into `folder`."""
     rows = [{**vars(s.neuron), "dead": s.dead} for s in selected]
     table = pa.Table.from_pylist(rows, schema=_SELECTED_SCHEMA)
     pq.write_table(table, folder / "neurons.parquet")
 
 
-def read_selected(folder: Path) -> list[Selected]:
+def read_selected(folder: Path) -> list[SampledNeuron]:
     """The neurons that were to be explained, dead ones too, by layer and index."""
-    return [Selected(_neuron(row), row["dead"]) for row in _rows(folder / "neurons.parquet")]
+    return [SampledNeuron(_neuron(row), row["dead"]) for row in _rows(folder / "neurons.parquet")]
 
 
-def write_unexplained(folder: Path, failures: Sequence[Unexplained]) -> None:
+def write_unexplained(folder: Path, failures: Sequence[ExplanationFailure]) -> None:
     """Writes `unexplained.parquet` into `folder`."""
     rows = [{**vars(f.neuron), "evidence": f.evidence, "reason": f.reason} for f in failures]
     table = pa.Table.from_pylist(rows, schema=_UNEXPLAINED_SCHEMA)
     pq.write_table(table, folder / "unexplained.parquet")
 
 
-def read_unexplained(folder: Path) -> list[Unexplained]:
+def read_unexplained(folder: Path) -> list[ExplanationFailure]:
     """What a language model did not explain, in the order written; nothing where it was not asked."""
     path = folder / "unexplained.parquet"
     rows = _rows(path) if path.is_file() else []
-    return [Unexplained(_neuron(row), row["evidence"], row["reason"]) for row in rows]
+    return [ExplanationFailure(_neuron(row), row["evidence"], row["reason"]) for row in rows]
 
 
 def _rows(path: Path) -> list[dict]:

@@ -1,6 +1,6 @@
 """Models: CRATE in one file, its GPT-2 twin, sizes by name, and where neurons live in any model."""
 
-from cratelm.models.authors import load_authors_checkpoint
+from cratelm.interop.authors_checkpoint import load_authors_checkpoint
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.sites import Site, capture, site_of
 from cratelm.models.sizes import SIZES, build, config_of, count_parameters, load

@@ -39,7 +39,7 @@ _NAMED: dict[str, tuple[str, ...]] = {
 _DEFAULTS = ("ista", "mlp")
 
 
-See = Callable[[int, torch.Tensor], torch.Tensor | None]
+Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
 """what is called with the number of a place and its activations [B, T, H], and may return others"""
 
 
@@ -98,7 +98,7 @@ def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, site: Site, see: See) -> Iterator[None]:
+def hooked(model: nn.Module, site: Site, see: Hook) -> Iterator[None]:
     """While open, `see(place, activations [B, T, H])` is called in every forward pass.
 
     `place` counts the places of the site, which are its layers where it has them all. What `see`
@@ -123,7 +123,7 @@ def hooked(model: nn.Module, site: Site, see: See) -> Iterator[None]:
             handle.remove()
 
 
-def _through(autoencoders: tuple[Autoencoder, ...], see: See) -> See:
+def _through(autoencoders: tuple[Autoencoder, ...], see: Hook) -> Hook:
     """`see` of latents as one of the activations below them."""
 
     def see_below(place: int, activations: torch.Tensor) -> torch.Tensor | None:
@@ -137,7 +137,7 @@ def _through(autoencoders: tuple[Autoencoder, ...], see: See) -> See:
     return see_below
 
 
-def _output_hook(layer: int, see: See):
+def _output_hook(layer: int, see: Hook):
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tensor, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         changed = see(layer, tensor)
@@ -148,7 +148,7 @@ def _output_hook(layer: int, see: See):
     return hook
 
 
-def _input_hook(layer: int, see: See):
+def _input_hook(layer: int, see: Hook):
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
         changed = see(layer, args[0])
         return None if changed is None else (changed, *args[1:])

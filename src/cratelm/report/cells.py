@@ -1,8 +1,8 @@
 """Names and cells that the tables of a report share."""
 
 from cratelm.records import Metric
-from cratelm.report.tables import Cell, Interval
-from cratelm.score.statistics import Counts, LayerStatistics, ModelStatistics
+from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
+from cratelm.text.table import Cell, Interval
 
 METRIC_NAMES: dict[Metric, str] = {
     "top_and_random": "top-and-random",

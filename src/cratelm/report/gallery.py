@@ -17,14 +17,14 @@ from cratelm.activations.store import read_records
 from cratelm.records import Excerpt, Metric, NeuronId, NeuronRecord, NeuronScore
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
-from cratelm.report.effects import LogitEffect, promoted
-from cratelm.report.gather import ModelResults, Place, RunResults
-from cratelm.report.shading import Piece, pieces
-from cratelm.report.tables import Cell, Column, Table
-from cratelm.report.text import printable, visible
-from cratelm.report.told import Told, told
+from cratelm.report.llm_explanations import Told, told
+from cratelm.report.sections.effects import LogitEffect, promoted
+from cratelm.results.run_results import ModelResults, Place, RunResults
 from cratelm.score.selection import scored_on
 from cratelm.score.simulators import SIMULATORS, simulate
+from cratelm.text.printable import printable, visible
+from cratelm.text.shading import Piece, pieces
+from cratelm.text.table import Cell, Column, Table
 from cratelm.tokens.shards import TokenStore
 
 BEFORE, AFTER = 24, 16

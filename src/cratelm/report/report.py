@@ -10,22 +10,22 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from cratelm.report.autoencoder_figures import autoencoder_figures
-from cratelm.report.autoencoder_tables import autoencoder_tables
-from cratelm.report.autoencoders import evaluation_inputs, missing_evaluations
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
-from cratelm.report.content import all_tables
-from cratelm.report.effects import effects_figure, effects_table, interventions_table
-from cratelm.report.figures import Figure
+from cratelm.report.drawing import Figure
+from cratelm.report.figures import all_figures, own_series
 from cratelm.report.gallery import AFTER, BEFORE, Gallery, galleries, neuron_table
-from cratelm.report.gather import RunResults, gather, inputs_of, missing, model_names
-from cratelm.report.plots import all_figures, own_series
 from cratelm.report.reproduce import commands, facts
-from cratelm.report.shading import faint_marks
-from cratelm.report.tables import Table
-from cratelm.report.white_box import white_box_figures, white_box_tables
+from cratelm.report.sections.autoencoder_figures import autoencoder_figures
+from cratelm.report.sections.autoencoder_tables import autoencoder_tables
+from cratelm.report.sections.autoencoders import evaluation_inputs, missing_evaluations
+from cratelm.report.sections.effects import effects_figure, effects_table, interventions_table
+from cratelm.report.sections.white_box import white_box_figures, white_box_tables
+from cratelm.report.tables import all_tables
+from cratelm.results.run_results import RunResults, gather, inputs_of, missing, model_names
 from cratelm.runs import Run, versions, write_json
+from cratelm.text.shading import faint_marks
+from cratelm.text.table import Table
 
 PAGE, TABLES, COMPARISON = "report.html", "tables.json", "comparison.txt"
 _SECTIONS = (

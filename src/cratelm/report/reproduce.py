@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from cratelm.activations.config import HarvestConfig
-from cratelm.activations.import_config import ImportRecordsConfig
 from cratelm.explain.config import ExplainConfig
+from cratelm.interop.import_records_config import ImportRecordsConfig
 from cratelm.report.config import ReportConfig
-from cratelm.report.gather import RunResults
+from cratelm.results.run_results import RunResults
 from cratelm.runs import Completion, config_dict
 from cratelm.score.config import ScoreConfig
 from cratelm.tokens.config import TokenizeConfig

@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from cratelm.errors import InputError
 from cratelm.models.sites import Site, hooked
 from cratelm.tokens.shards import TokenSplit
-from cratelm.train.data import Feed, read_batch
+from cratelm.train.data import BatchSampler, read_batch
 
 _FLOAT_BYTES = 4
 
@@ -37,7 +37,7 @@ class Place:
     """batches served of it"""
 
 
-class Stream:
+class ActivationBuffer:
     """Batches of activations of some layers, the same tokens for each.
 
     Raises `InputError` where the split holds no sequence, and where an activation is not a number.
@@ -61,7 +61,7 @@ class Stream:
         self.model, self.site, self.layers, self.eot_id = model, site, layers, eot_id
         self.batch_size, self.seed = batch_size, seed
         b = max(1, batch_tokens // sequence_length)
-        self.feed = Feed(
+        self.feed = BatchSampler(
             split,
             batch_size=b,
             micro_batch_size=b,

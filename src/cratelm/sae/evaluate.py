@@ -1,6 +1,6 @@
 """`cratelm sae evaluate`: what autoencoders rebuild, and what the model loses by it.
 
-Figures are ratios of sums over documents with their standard errors (`cratelm.evaluate.estimates`):
+Figures are ratios of sums over documents with their standard errors (`cratelm.stats.ratio`):
 
     explained variance   1 - sum |x - y|^2 / sum |x - mean|^2
     L0                   latents on at a token
@@ -29,15 +29,15 @@ from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import autoencoder_identity, load_for, model_source
 from cratelm.errors import InputError
-from cratelm.evaluate.estimates import Estimate, ratio
-from cratelm.evaluate.subjects import Subject, sequence_length
 from cratelm.models.latents import latents_of
+from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.models.sites import Site
 from cratelm.runs import Run, config_dict, write_json
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
-from cratelm.sae.measure import Firing, Measured, measure
+from cratelm.sae.reconstruction import Firing, Measured, measure
+from cratelm.stats.ratio import Estimate, ratio
 from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
 EVALUATION = "evaluation.json"
@@ -143,7 +143,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = _open(config, asked_for.folder, model, identity)
-    length = sequence_length(Subject(config.model, "", model), config.sequence_length)
+    length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
     split = store.split(config.split)
     if split.n_tokens < 2:
         raise InputError(f"the {config.split} split has {split.n_tokens} tokens, 2 were expected")

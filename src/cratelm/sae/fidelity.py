@@ -33,9 +33,9 @@ from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import Batch, SearchPlan
-from cratelm.evaluate.estimates import Estimate
 from cratelm.models.sites import Autoencoder, Site, hooked
-from cratelm.sae.measure import MOST_LOGITS, Replace, spliced, text_of
+from cratelm.sae.reconstruction import MOST_LOGITS, Replace, spliced, text_of
+from cratelm.stats.ratio import Estimate
 
 
 @dataclass(frozen=True)

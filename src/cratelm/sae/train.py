@@ -25,11 +25,11 @@ from transformers.modeling_utils import PreTrainedModel
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import load_for, model_source
 from cratelm.errors import InputError
-from cratelm.evaluate.subjects import Subject, sequence_length
+from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.models.sites import Site, site_of
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.sae import checkpoints
-from cratelm.sae.activations import Stream
+from cratelm.sae.activations import ActivationBuffer
 from cratelm.sae.architectures import (
     RESAMPLED,
     build_sae,
@@ -94,7 +94,7 @@ class _Training:
     config: SaeTrainConfig
     site: Site
     layers: tuple[int, ...]
-    stream: Stream
+    stream: ActivationBuffer
     trainers: list[Any]
     """SAELens' trainer of each layer"""
     resampled: list[int]
@@ -150,9 +150,9 @@ def _stream(
     store: TokenStore,
     site: Site,
     layers: tuple[int, ...],
-) -> Stream:
-    length = sequence_length(Subject(config.model, "", model), config.sequence_length)
-    return Stream(
+) -> ActivationBuffer:
+    length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
+    return ActivationBuffer(
         model,
         site,
         layers,
@@ -168,7 +168,11 @@ def _stream(
 
 
 def _prepare(
-    config: SaeTrainConfig, site: Site, layers: tuple[int, ...], stream: Stream, draft: Draft
+    config: SaeTrainConfig,
+    site: Site,
+    layers: tuple[int, ...],
+    stream: ActivationBuffer,
+    draft: Draft,
 ) -> _Training:
     """Stream and trainers as the last checkpoint left them, where there is one."""
     if not config.quiet:
@@ -185,7 +189,9 @@ def _prepare(
     return _Training(config, site, layers, stream, trainers, resampled, draft)
 
 
-def _plan(config: SaeTrainConfig, site: Site, layers: tuple[int, ...], stream: Stream) -> str:
+def _plan(
+    config: SaeTrainConfig, site: Site, layers: tuple[int, ...], stream: ActivationBuffer
+) -> str:
     sizes = ", ".join(
         f"{site.n_neurons[i]} -> {latents(config, site.n_neurons[i])}" for i in layers
     )
@@ -219,7 +225,7 @@ def _trainer(config: SaeTrainConfig, sae: Any) -> Any:
     return trainer
 
 
-def _start_from_data(config: SaeTrainConfig, stream: Stream, trainers: list[Any]) -> None:
+def _start_from_data(config: SaeTrainConfig, stream: ActivationBuffer, trainers: list[Any]) -> None:
     """Scale and `b_dec` from the first buffer: the mean, where Bricken et al. take the median."""
     for trainer, mean, norm in zip(trainers, stream.means(), stream.mean_norms(), strict=True):
         if config.normalize:

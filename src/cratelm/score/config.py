@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
-from cratelm.explain.llm.config import AskConfig, check_specification
+from cratelm.llm.config import AskConfig, check_specification
 from cratelm.records import METRICS, SCORERS, Metric
 
 

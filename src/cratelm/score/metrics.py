@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cratelm.errors import InputError
-from cratelm.explain.levels import levels as levels  # part of what a score is made of
 from cratelm.records import Score, Status
+from cratelm.stats.levels import levels as levels  # part of what a score is made of
 
 
 def correlation_score(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike]) -> Score:

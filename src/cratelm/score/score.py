@@ -9,36 +9,37 @@ from tqdm import tqdm
 
 from cratelm.activations.store import read_records
 from cratelm.errors import InputError
-from cratelm.explain.llm import openai_prompts, prompts
-from cratelm.explain.llm.client import Client, Plan, Shard, plan
-from cratelm.explain.llm.preflight import Preflight, preflight
-from cratelm.explain.llm.session import ledger_path, open_client
 from cratelm.explain.store import (
-    Selected,
+    SampledNeuron,
+    explanation_set_name,
     read_explanations,
     read_selected,
     read_unexplained,
-    set_of,
 )
+from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
+from cratelm.llm.probe import Preflight, preflight
+from cratelm.llm.prompts import neurons as prompts
+from cratelm.llm.prompts import openai as openai_prompts
+from cratelm.llm.prompts import scorers as scorer_prompts
+from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Split, Status
 from cratelm.runs import Draft, Run, Stage, write_json
-from cratelm.score import scorer_prompts
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import Audit, audit
 from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
-from cratelm.score.simulation import COMPAT, Simulator
-from cratelm.score.statistics import ModelStatistics, all_statistics
-from cratelm.score.store import write_scores
-from cratelm.score.with_model import (
-    Asked,
+from cratelm.score.llm_pipeline import (
     Explanations,
+    PendingScore,
     Reader,
     answered,
     asked_about,
     requests_of,
     windows,
 )
-from cratelm.score.without_model import score_all
+from cratelm.score.pipeline import score_all
+from cratelm.score.simulation import COMPAT, Simulator
+from cratelm.score.store import write_scores
+from cratelm.stats.scores import ModelStatistics, all_statistics
 from cratelm.tokens.shards import TokenStore
 
 FREE = "free"
@@ -82,11 +83,11 @@ class ScoreResult:
         return "\n".join([head, *(f"  {name:<24} {text}" for name, text in self.means.items())])
 
 
-def score(config: ScoreConfig) -> ScoreResult | Plan | Shard:
+def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     """Scores the explanations of one model of a run.
 
     Writes `scores/MODEL/`, or `scores/MODEL@NAME/` where a language model reads the explanations
-    called NAME. With `--dry-run` nothing is asked or written and the `Plan` is returned; with
+    called NAME. With `--dry-run` nothing is asked or written and the `DryRun` is returned; with
     `--shard` answers go to the worker's ledger alone.
 
     Raises `InputError` where the run has no harvest or no explanations of the model, where a
@@ -118,14 +119,14 @@ def score(config: ScoreConfig) -> ScoreResult | Plan | Shard:
     return ScoreResult(path=stage.path, **results)
 
 
-def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | Plan | Shard:
+def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | WorkerResult:
     if config.prompts == "openai":
         openai_prompts.require()
     with open_client(config, config.simulator) as client:
         reader = client.backend.name
         source = _explanation_set(run, config, reader)
         name = config.name or (reader if source == reader else f"{source or FREE}-by-{reader}")
-        explained = run.stage("explanations", set_of(config.model, source))
+        explained = run.stage("explanations", explanation_set_name(config.model, source))
         harvest = run.stage("activations", config.model)
         inputs = {
             "tokens": run.stage("tokens").require("tokenize").identity,
@@ -133,7 +134,7 @@ def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | Plan | Sha
             "explanations": explained.require("explain").identity,
             "prompts": f"{prompts.VERSION} {scorer_prompts.VERSION}",
         }
-        stage = run.stage("scores", set_of(config.model, name))
+        stage = run.stage("scores", explanation_set_name(config.model, name))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
@@ -145,10 +146,10 @@ def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | Plan | Sha
         duplicates = _near_duplicates(run, config, explanations, selected)
         asked = _asked(config, run, client, found, explained.path, duplicates)
         if config.dry_run:
-            return plan(client, (requests_of(some) for some in asked))
+            return dry_run(client, (requests_of(some) for some in asked))
         scores = [s for some in asked for s in answered(some, client)]
         if config.shard:
-            return Shard(ledger_path(config), len(selected), str(client.tally))
+            return WorkerResult(ledger_path(config), len(selected), str(client.tally))
         with stage.write(config, inputs) as draft:
             write_json(draft.path / "calls.json", client.tally.as_dict())
             draft.unhashed.add("calls.json")
@@ -162,7 +163,7 @@ def _explanation_set(run: Run, config: ScoreConfig, reader: str) -> str:
     if config.explanations == FREE:
         return ""
     wanted = config.explanations or reader
-    if run.stage("explanations", set_of(config.model, wanted)).completion() is None:
+    if run.stage("explanations", explanation_set_name(config.model, wanted)).completion() is None:
         prefix = f"{config.model}@"
         there = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
         raise InputError(
@@ -185,7 +186,7 @@ def _asked(
     found: Preflight,
     explained: Path,
     duplicates: NearDuplicates,
-) -> Iterator[list[Asked]]:
+) -> Iterator[list[PendingScore]]:
     """The scores in the making of what is in the folder `explained`, some neurons at a time; those of
     this worker's shard."""
     selected, explanations = read_selected(explained), read_explanations(explained)
@@ -214,7 +215,7 @@ def _near_duplicates(
     run: Run,
     config: ScoreConfig,
     explanations: Sequence[Explanation],
-    selected: Sequence[Selected],
+    selected: Sequence[SampledNeuron],
 ) -> NearDuplicates:
     """Knows all that the explainers were shown: excerpts of the fit split from the documents they name."""
     duplicates = NearDuplicates(TokenStore(run.stage("tokens").path))
@@ -231,7 +232,7 @@ def _near_duplicates(
 def _finish(
     draft: Draft,
     config: ScoreConfig,
-    selected: Sequence[Selected],
+    selected: Sequence[SampledNeuron],
     explanations: Sequence[Explanation],
     scores: Sequence[NeuronScore],
     duplicates: NearDuplicates,
@@ -247,7 +248,7 @@ def _finish(
 
 
 def _held_out(
-    config: ScoreConfig, harvest: Path, selected: Sequence[Selected]
+    config: ScoreConfig, harvest: Path, selected: Sequence[SampledNeuron]
 ) -> Iterator[NeuronRecord]:
     """Held-out records of the selected neurons, with a progress bar."""
     with tqdm(
@@ -258,7 +259,9 @@ def _held_out(
             bar.update()
 
 
-def _records(harvest: Path, split: Split, selected: Sequence[Selected]) -> Iterator[NeuronRecord]:
+def _records(
+    harvest: Path, split: Split, selected: Sequence[SampledNeuron]
+) -> Iterator[NeuronRecord]:
     """Records of the selected neurons, by layer and index; `InputError` where one is missing."""
     layers: dict[int, list[int]] = {}
     for s in selected:
@@ -288,7 +291,7 @@ def _disjoint(checked: Audit, config: ScoreConfig) -> Audit:
 def _write_summary(
     folder: Path,
     config: ScoreConfig,
-    selected: Sequence[Selected],
+    selected: Sequence[SampledNeuron],
     scores: Sequence[NeuronScore],
     checked: Audit,
     near: DuplicateAudit,

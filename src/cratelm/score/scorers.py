@@ -26,12 +26,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from cratelm.explain.llm.requests import Answer, Embed, Outcome, Reading, Request
-from cratelm.explain.llm.text import excerpt_text
-from cratelm.records import Excerpt, Metric, NeuronRecord, Score, Status
-from cratelm.score.controls import Control
-from cratelm.score.metrics import levels
-from cratelm.score.scorer_prompts import (
+from cratelm.llm.prompts.excerpts import excerpt_text
+from cratelm.llm.prompts.scorers import (
     DETECTION,
     FUZZING,
     PLACES,
@@ -42,6 +38,10 @@ from cratelm.score.scorer_prompts import (
     read_intruder,
     read_yes_no,
 )
+from cratelm.llm.requests import Answer, Embed, OptionLogprobs, Outcome, Request
+from cratelm.records import Excerpt, Metric, NeuronRecord, Score, Status
+from cratelm.score.controls import Control
+from cratelm.score.metrics import levels
 from cratelm.score.selection import scored_on
 from cratelm.score.tasks import Task, failed
 
@@ -374,7 +374,7 @@ def _answer(outcome: Outcome) -> object:
 
 def _leaning(value: object) -> NDArray[np.float64]:
     """How much each answer leans to yes, above 0 for yes: log-odds of a reading, +-1/2 of a 0 or 1."""
-    if isinstance(value, Reading):
+    if isinstance(value, OptionLogprobs):
         no, yes = value.log_probs[0].astype(np.float64)
         return np.array([yes - no])
     assert isinstance(value, tuple)
@@ -383,7 +383,7 @@ def _leaning(value: object) -> NDArray[np.float64]:
 
 def _won(value: object, place: int) -> float:
     """1 where `place` (from 0) is the likeliest alone, 1 / m where it is one of m, else 0."""
-    if isinstance(value, Reading):
+    if isinstance(value, OptionLogprobs):
         row = value.log_probs[0]
         likeliest = np.flatnonzero(row == row.max())
         return float(place in likeliest) / len(likeliest)

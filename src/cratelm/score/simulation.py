@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
-from cratelm.explain.levels import MAX_LEVEL
-from cratelm.explain.llm.openai_prompts import openai_simulate_read
-from cratelm.explain.llm.preflight import Preflight
-from cratelm.explain.llm.prompts import simulate_fill, simulate_read
-from cratelm.explain.llm.requests import Answer, Outcome, Reading, Request
+from cratelm.llm.probe import Preflight
+from cratelm.llm.prompts.neurons import simulate_fill, simulate_read
+from cratelm.llm.prompts.openai import openai_simulate_read
+from cratelm.llm.requests import Answer, OptionLogprobs, Outcome, Request
 from cratelm.records import Excerpt, Score
 from cratelm.score.metrics import correlation_score
 from cratelm.score.tasks import Task, failed
+from cratelm.stats.levels import MAX_LEVEL
 
 COMPAT_SEARCHED = 5
 """likeliest tokens in which the paper's code looks for a level"""
@@ -76,7 +76,7 @@ class Simulator:
         """[n] simulated levels, 0..top_level."""
         if isinstance(answer.value, tuple):
             return np.array(answer.value, dtype=np.float64)
-        assert isinstance(answer.value, Reading)
+        assert isinstance(answer.value, OptionLogprobs)
         shares = np.exp(answer.value.log_probs.astype(np.float64))  # [n, O]
         if self.paper_compat:
             assert answer.value.ranks is not None

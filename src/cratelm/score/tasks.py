@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cratelm.explain.llm.requests import Failure, Outcome, Request
+from cratelm.llm.requests import Failure, Outcome, Request
 from cratelm.records import Score, Status
 
 

@@ -2,7 +2,7 @@
 
 A neuron is put to 0 (or to its mean) at every token, and the loss of every next token is measured
 again, paired with the loss of the same token in the plain model. What comes before the neuron is
-computed once (`cratelm.steer.rest`); a sequence in which the edit changes nothing is left out, for its
+computed once (`cratelm.models.partial_forward`); a sequence in which the edit changes nothing is left out, for its
 change is 0, and after the last block a token is, for the same reason.
 
 Memory: the activations and block outputs of `batch_tokens` tokens, `MOST_LOGITS` logits (or those of one
@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cratelm.errors import InputError
-from cratelm.evaluate.estimates import Estimate, ratio
-from cratelm.steer.rest import Rest, Trace
+from cratelm.models.partial_forward import PartialForward, Trace
+from cratelm.stats.ratio import Estimate, ratio
 from cratelm.tokens.shards import TokenSplit
 
 MOST_LOGITS = 2**24
@@ -93,7 +93,7 @@ class Ablations:
 
 
 def ablate(
-    rest: Rest,
+    rest: PartialForward,
     text: Text,
     neurons: Sequence[NDArray[np.int64]],
     means: Sequence[NDArray[np.float64]] | None,
@@ -137,7 +137,7 @@ def ablate(
 class _Batch:
     """What is the same for all neurons of a place in a batch of sequences."""
 
-    rest: Rest
+    rest: PartialForward
     trace: Trace
     place: int
     targets: torch.Tensor
@@ -169,7 +169,7 @@ class _Sums:
         table.view(-1).index_add_(0, place, values.flatten().double().cpu())
 
 
-def _plain_losses(rest: Rest, trace: Trace, targets: torch.Tensor) -> torch.Tensor:
+def _plain_losses(rest: PartialForward, trace: Trace, targets: torch.Tensor) -> torch.Tensor:
     """[B, T], as many sequences at a time as fit."""
     step = rows_at_a_time(rest, trace.ids.shape[1])
     parts = []
@@ -180,7 +180,7 @@ def _plain_losses(rest: Rest, trace: Trace, targets: torch.Tensor) -> torch.Tens
     return torch.cat(parts)
 
 
-def rows_at_a_time(rest: Rest, length: int) -> int:
+def rows_at_a_time(rest: PartialForward, length: int) -> int:
     """Rows of `length` positions whose logits fit."""
     vocabulary = rest.model.config.get_text_config().vocab_size
     return max(1, MOST_LOGITS // (length * vocabulary))

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from cratelm.explain.evidence import WEIGHT, gather
+from cratelm.explain.evidence import WEIGHT, collect_evidence
 from cratelm.explain.lookup import token_table
+from cratelm.models.partial_forward import PartialForward
 from cratelm.records import Excerpt, ExcerptKind, NeuronId, NeuronRecord
 from cratelm.steer.ablation import MOST_LOGITS
-from cratelm.steer.rest import Rest
 
 KINDS: tuple[ExcerptKind, ...] = ("top", "random", "openai_bin")
 """excerpts that tokens are drawn from: those with most text before the token"""
@@ -83,7 +83,7 @@ def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | 
 
 
 def attribute(
-    rest: Rest,
+    rest: PartialForward,
     place: int,
     records: Iterable[NeuronRecord],
     matrix: torch.Tensor | None,
@@ -109,7 +109,7 @@ def attribute(
 
 
 def _some(
-    rest: Rest,
+    rest: PartialForward,
     place: int,
     records: Sequence[NeuronRecord],
     matrix: torch.Tensor | None,
@@ -159,7 +159,7 @@ def firing(record: NeuronRecord, count: int, seed: int) -> list[Excerpt]:
 
 
 def _of_one_length(
-    drawn: Sequence[tuple[int, Excerpt]], rest: Rest
+    drawn: Sequence[tuple[int, Excerpt]], rest: PartialForward
 ) -> Iterator[list[tuple[int, Excerpt]]]:
     """Rows with as many tokens up to the one meant, as many at a time as fit."""
     most = max(1, MOST_LOGITS // rest.model.config.get_text_config().vocab_size)
@@ -172,7 +172,11 @@ def _of_one_length(
 
 
 def _effects(
-    rest: Rest, place: int, ids: NDArray[np.int64], neurons: NDArray[np.int64], vocabulary: int
+    rest: PartialForward,
+    place: int,
+    ids: NDArray[np.int64],
+    neurons: NDArray[np.int64],
+    vocabulary: int,
 ) -> tuple[torch.Tensor, NDArray[np.float64]]:
     """Effects [n, V] of neurons [n] at the last token of ids [n, T], and their activations there [n]."""
     trace = rest.trace(torch.from_numpy(ids).to(rest.model.device))
@@ -188,7 +192,7 @@ def _effects(
 
 
 def _first_order(
-    rest: Rest,
+    rest: PartialForward,
     place: int,
     index: int,
     activation: float,
@@ -205,7 +209,7 @@ def _first_order(
 
 def _named(record: NeuronRecord, vocabulary: int) -> NDArray[np.int64]:
     """The tokens with the highest values in the look-up's table, above the neuron's mean."""
-    evidence = gather(record, depth=1, weight=WEIGHT)
+    evidence = collect_evidence(record, depth=1, weight=WEIGHT)
     table = token_table(evidence, record.summary.mean, _ENTRIES)
     tokens = table.tokens[table.values > record.summary.mean][:NAMED]
     return tokens[tokens < vocabulary]

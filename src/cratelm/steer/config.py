@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.explain.llm.config import AskConfig, check_specification
+from cratelm.llm.config import AskConfig, check_specification
 from cratelm.runs import aside
 
 Operation = Literal["set", "add", "scale", "zero"]

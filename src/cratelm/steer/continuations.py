@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.activations.subjects import Harvested
+from cratelm.activations.open_harvest import HarvestContext
 from cratelm.errors import InputError
 from cratelm.evaluate.scoring import next_logits
 from cratelm.steer.config import Edit
@@ -28,7 +28,7 @@ CLOSE = 0.05
 
 
 @dataclass(frozen=True)
-class Push:
+class SteeringStrength:
     """One neuron set to a value at all positions, and how much that does."""
 
     index: int
@@ -50,8 +50,8 @@ class Continuations:
     """[B, G]"""
     random: NDArray[np.int64] | None
     """[B, G] with another neuron steered; None where the layer has no other"""
-    push: Push
-    other: Push | None
+    push: SteeringStrength
+    other: SteeringStrength | None
 
 
 def prompts(
@@ -77,7 +77,7 @@ def prompts(
 
 
 def continued(
-    harvested: Harvested,
+    harvested: HarvestContext,
     layer: int,
     index: int,
     value: float,
@@ -96,16 +96,18 @@ def continued(
     ids = torch.from_numpy(given).to(model.device)
     plain_logs = log_probs(harvested, ids, None)
 
-    def made(push: Push | None) -> NDArray[np.int64]:
+    def made(push: SteeringStrength | None) -> NDArray[np.int64]:
         edits = [] if push is None else [Edit(layer, push.index, set=push.value)]
         with steering(model, *edits, site=harvested.site):
             padding = harvested.store.eot_id
             return continue_ids(model, ids, count, temperature, seed, padding).cpu().numpy()
 
-    push = Push(index, value, divergence(harvested, ids, layer, index, value, plain_logs))
+    push = SteeringStrength(
+        index, value, divergence(harvested, ids, layer, index, value, plain_logs)
+    )
     match = None
     if other is not None:
-        match = as_strong(harvested, ids, layer, other, value, push.kl, plain_logs)
+        match = match_strength(harvested, ids, layer, other, value, push.kl, plain_logs)
     return Continuations(
         prompts=given,
         plain=made(None),
@@ -117,7 +119,7 @@ def continued(
 
 
 @torch.no_grad()
-def log_probs(harvested: Harvested, ids: torch.Tensor, edit: Edit | None) -> torch.Tensor:
+def log_probs(harvested: HarvestContext, ids: torch.Tensor, edit: Edit | None) -> torch.Tensor:
     """[B, T, V] of the tokens that follow each of ids [B, T]."""
     model = harvested.subject.model
     with steering(model, *([edit] if edit else []), site=harvested.site):
@@ -125,7 +127,7 @@ def log_probs(harvested: Harvested, ids: torch.Tensor, edit: Edit | None) -> tor
 
 
 def divergence(
-    harvested: Harvested,
+    harvested: HarvestContext,
     ids: torch.Tensor,
     layer: int,
     index: int,
@@ -137,22 +139,24 @@ def divergence(
     return float((steered.exp() * (steered - plain)).sum(-1).mean().clamp(min=0))
 
 
-def as_strong(
-    harvested: Harvested,
+def match_strength(
+    harvested: HarvestContext,
     ids: torch.Tensor,
     layer: int,
     index: int,
     first: float,
     target: float,
     plain: torch.Tensor,
-) -> Push:
+) -> SteeringStrength:
     """The neuron set to the value, among those tried, whose divergence is nearest to `target`.
 
     Tried are doublings of `first` until the divergence is reached, then halvings of the interval.
     """
 
-    def tried(value: float) -> Push:
-        return Push(index, value, divergence(harvested, ids, layer, index, value, plain))
+    def tried(value: float) -> SteeringStrength:
+        return SteeringStrength(
+            index, value, divergence(harvested, ids, layer, index, value, plain)
+        )
 
     low, high = 0.0, tried(first)
     best = high

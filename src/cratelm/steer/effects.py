@@ -29,20 +29,20 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.activations.store import NEURON_FIELDS, read_records, read_summaries
-from cratelm.activations.subjects import Harvested, open_harvested
-from cratelm.evaluate.estimates import Estimate
 from cratelm.explain.explain import select_neurons
-from cratelm.explain.store import Selected
+from cratelm.explain.store import SampledNeuron
+from cratelm.models.partial_forward import PartialForward
 from cratelm.records import NeuronId
 from cratelm.runs import Draft, Run, write_json
 from cratelm.score.controls import shuffled
+from cratelm.stats.intervals import Mean, mean_of
+from cratelm.stats.ratio import Estimate
 from cratelm.steer.ablation import Ablation, Ablations, Text, ablate
 from cratelm.steer.attribution import Effect, attribute, best
 from cratelm.steer.config import EffectsConfig, places
-from cratelm.steer.estimates import Mean, mean_of
-from cratelm.steer.readout import readout
-from cratelm.steer.rest import Rest
+from cratelm.steer.direct_logit_attribution import direct_logit_attribution
 
 _IDS, _WORDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.string()), pa.list_(pa.float32())
 EFFECT_SCHEMA = pa.schema(
@@ -176,7 +176,7 @@ def effects(config: EffectsConfig) -> EffectsResult:
     harvested = open_harvested(run, config.model)
     chosen = places("--only", config.only) if config.only else ()
     selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
-    rest = Rest(harvested.subject.model, harvested.site)
+    rest = PartialForward(harvested.subject.model, harvested.site)
     length = config.sequence_length or harvested.sequence_length
     text = Text.of(harvested.store.split("held_out"), length, config.tokens, config.seed)
     with stage.write(config, inputs) as draft:
@@ -187,7 +187,9 @@ def effects(config: EffectsConfig) -> EffectsResult:
     return _read(stage.path, results)
 
 
-def _by_place(harvested: Harvested, selected: Sequence[Selected]) -> list[NDArray[np.int64]]:
+def _by_place(
+    harvested: HarvestContext, selected: Sequence[SampledNeuron]
+) -> list[NDArray[np.int64]]:
     """[L][k] indices of the neurons of each place."""
     return [
         np.array([s.neuron.index for s in selected if s.neuron.layer == layer], np.int64)
@@ -197,14 +199,14 @@ def _by_place(harvested: Harvested, selected: Sequence[Selected]) -> list[NDArra
 
 def _effects(
     config: EffectsConfig,
-    harvested: Harvested,
-    rest: Rest,
-    selected: Sequence[Selected],
+    harvested: HarvestContext,
+    rest: PartialForward,
+    selected: Sequence[SampledNeuron],
     text: Text,
 ) -> dict[NeuronId, Effect]:
     tokens, _ = next(text.batches(config.batch_tokens))
     sample = rest.trace(torch.from_numpy(tokens[:, :-1]).to(rest.model.device))
-    matrix = readout(rest, sample)
+    matrix = direct_logit_attribution(rest, sample)
     found = {}
     with tqdm(
         total=len(selected), desc=f"logits {config.model}", unit="neuron", disable=config.quiet
@@ -229,9 +231,9 @@ def _effects(
 
 def _ablations(
     config: EffectsConfig,
-    harvested: Harvested,
-    rest: Rest,
-    selected: Sequence[Selected],
+    harvested: HarvestContext,
+    rest: PartialForward,
+    selected: Sequence[SampledNeuron],
     text: Text,
 ) -> Ablations:
     neurons = _by_place(harvested, selected)
@@ -255,8 +257,8 @@ def _ablations(
 def _write(
     draft: Draft,
     config: EffectsConfig,
-    harvested: Harvested,
-    selected: Sequence[Selected],
+    harvested: HarvestContext,
+    selected: Sequence[SampledNeuron],
     found: dict[NeuronId, Effect],
     ablations: Ablations,
     text: Text,
@@ -288,7 +290,7 @@ def _write(
 
 
 def _lost(
-    harvested: Harvested, selected: Sequence[Selected], ablations: Ablations
+    harvested: HarvestContext, selected: Sequence[SampledNeuron], ablations: Ablations
 ) -> dict[NeuronId, Ablation]:
     found = {}
     for layer, of_layer in zip(harvested.site.layer_numbers, ablations.neurons, strict=True):
@@ -333,7 +335,7 @@ def _effect_row(
     }
 
 
-def _ablation_row(selected: Selected, lost: Ablation) -> dict[str, Any]:
+def _ablation_row(selected: SampledNeuron, lost: Ablation) -> dict[str, Any]:
     firing = lost.where_firing
     return {
         **vars(selected.neuron),

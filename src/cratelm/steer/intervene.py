@@ -25,27 +25,27 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.activations.store import NEURON_FIELDS, read_summaries
-from cratelm.activations.subjects import Harvested, open_harvested
 from cratelm.errors import InputError
-from cratelm.explain.llm.client import Client, Plan, Shard, plan
-from cratelm.explain.llm.requests import Request
-from cratelm.explain.llm.session import ledger_path, open_client
 from cratelm.explain.store import (
-    Selected,
+    SampledNeuron,
+    explanation_set_name,
     read_explanations,
     read_selected,
     read_unexplained,
-    set_of,
 )
+from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
+from cratelm.llm.requests import Request
+from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import NeuronId, Score, Status
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.score.controls import shuffled
 from cratelm.score.tasks import Task
+from cratelm.stats.intervals import Mean, mean_of
 from cratelm.steer import judging
 from cratelm.steer.config import FREE, PROMOTED, InterveneConfig, places
-from cratelm.steer.continuations import Continuations, Push, continued, prompts
-from cratelm.steer.estimates import Mean, mean_of
+from cratelm.steer.continuations import Continuations, SteeringStrength, continued, prompts
 
 Control = Literal["none", "shuffled", "random"]
 CONTROLS: tuple[Control, ...] = ("none", "shuffled", "random")
@@ -148,7 +148,7 @@ class Explained:
     """What is judged: the explanations of one explainer."""
 
     explainer: str
-    selected: list[Selected]
+    selected: list[SampledNeuron]
     """neurons that were to be explained"""
     texts: dict[NeuronId, str]
     reasons: dict[NeuronId, str]
@@ -156,7 +156,7 @@ class Explained:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class JudgeRequest:
     """One row in the making."""
 
     row: dict[str, Any]
@@ -167,10 +167,10 @@ class Asked:
         return self.made.requests if isinstance(self.made, Task) else ()
 
 
-def intervene(config: InterveneConfig) -> InterveneResult | Plan | Shard:
+def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResult:
     """Steers neurons of a model and asks the judge.
 
-    Writes `steer/MODEL@NAME/`. With `--dry-run` nothing is asked or written and the `Plan` is
+    Writes `steer/MODEL@NAME/`. With `--dry-run` nothing is asked or written and the `DryRun` is
     returned; with `--shard` answers go to the worker's ledger alone.
 
     Raises `InputError` where the run has no harvest or no such explanations of the model, or the
@@ -186,7 +186,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | Plan | Shard:
     with open_client(config, config.judge) as client:
         judge = client.backend.name
         made_by = judge if config.explanations == FREE else f"{config.explanations}-by-{judge}"
-        stage = run.stage("steer", set_of(config.model, config.name or made_by))
+        stage = run.stage("steer", explanation_set_name(config.model, config.name or made_by))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
@@ -201,11 +201,11 @@ def intervene(config: InterveneConfig) -> InterveneResult | Plan | Shard:
         known = judging.known_task(reads=client.backend.reads, seed=config.seed)
         if config.dry_run:
             needed = ([r for a in some for r in a.requests] for some, _ in asked)
-            return plan(client, chain([known.requests], needed))
+            return dry_run(client, chain([known.requests], needed))
         able = known.grade(client.ask(known.requests)).value
         rows, continuations, masses = _answers(config, client, asked, len(mine))
         if config.shard:
-            return Shard(ledger_path(config), len(mine), str(client.tally))
+            return WorkerResult(ledger_path(config), len(mine), str(client.tally))
         with stage.write(config, inputs) as draft:
             write_json(draft.path / "calls.json", client.tally.as_dict())
             draft.unhashed.add("calls.json")
@@ -221,7 +221,7 @@ def _source(run: Run, config: InterveneConfig) -> Stage:
         stage.require("effects")
         return stage
     name = "" if config.explanations == FREE else config.explanations
-    stage = run.stage("explanations", set_of(config.model, name))
+    stage = run.stage("explanations", explanation_set_name(config.model, name))
     if stage.completion() is None:
         prefix = f"{config.model}@"
         there = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
@@ -269,10 +269,10 @@ def _promoted(folder: Path) -> Explained:
         if row["kind"] == "exact"
     }
     selected = pq.read_table(folder / "ablation.parquet").to_pylist()
-    return Explained(PROMOTED, [Selected(neuron(r), r["dead"]) for r in selected], texts, {})
+    return Explained(PROMOTED, [SampledNeuron(neuron(r), r["dead"]) for r in selected], texts, {})
 
 
-def _chosen(config: InterveneConfig, selected: Sequence[Selected]) -> list[Selected]:
+def _chosen(config: InterveneConfig, selected: Sequence[SampledNeuron]) -> list[SampledNeuron]:
     """`--only`, or some of each layer drawn by seed and layer. Raises `InputError` for one not explained."""
     there = {(s.neuron.layer, s.neuron.index): s for s in selected}
     if config.only:
@@ -292,7 +292,7 @@ def _chosen(config: InterveneConfig, selected: Sequence[Selected]) -> list[Selec
     return chosen
 
 
-def _check_length(config: InterveneConfig, harvested: Harvested) -> None:
+def _check_length(config: InterveneConfig, harvested: HarvestContext) -> None:
     whole, most = config.prompt_tokens + config.generate, harvested.subject.longest
     if most is not None and whole > most:
         raise InputError(
@@ -303,12 +303,12 @@ def _check_length(config: InterveneConfig, harvested: Harvested) -> None:
 
 def _asked(
     config: InterveneConfig,
-    harvested: Harvested,
+    harvested: HarvestContext,
     explained: Explained,
-    selected: Sequence[Selected],
-    mine: Sequence[Selected],
+    selected: Sequence[SampledNeuron],
+    mine: Sequence[SampledNeuron],
     reads: bool,
-) -> Iterator[tuple[list[Asked], list[dict[str, Any]]]]:
+) -> Iterator[tuple[list[JudgeRequest], list[dict[str, Any]]]]:
     """The rows in the making of each of `mine`, and its continuations."""
     strings: list[str] = harvested.store.decode_tokens(range(harvested.store.vocab_size))
     known = {s.neuron: s for s in read_summaries(harvested.folder, "fit")}
@@ -335,7 +335,7 @@ def _asked(
 
 def _continuations(
     config: InterveneConfig,
-    harvested: Harvested,
+    harvested: HarvestContext,
     neuron: NeuronId,
     value: float,
     alive: Sequence[int],
@@ -388,7 +388,7 @@ def _judged(
     made: Continuations,
     texts: Sequence[Mapping[str, str]],
     reads: bool,
-) -> Asked:
+) -> JudgeRequest:
     """One control of one neuron."""
     which = "random" if control == "random" else "steered"
     pairs = [judging.Pair(t["plain"], t[which]) for t in texts]
@@ -413,9 +413,9 @@ def _row(
     control: Control,
     text: str,
     made: Task | Score,
-    push: Push | None,
+    push: SteeringStrength | None,
     same: int,
-) -> Asked:
+) -> JudgeRequest:
     row = {
         **vars(neuron),
         "explainer": explained.explainer,
@@ -426,13 +426,13 @@ def _row(
         "setting": push.value if push else None,
         "kl": push.kl if push else None,
     }
-    return Asked(row, made)
+    return JudgeRequest(row, made)
 
 
 def _answers(
     config: InterveneConfig,
     client: Client,
-    asked: Iterator[tuple[list[Asked], list[dict[str, Any]]]],
+    asked: Iterator[tuple[list[JudgeRequest], list[dict[str, Any]]]],
     n_neurons: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[float]]:
     """Rows of both files, and the share of probability on the answers of each reading."""

@@ -8,7 +8,7 @@ server tells none, its answer is counted). Both orders are asked, so that a liki
 cancels. A liking for steered or for plain text, whatever the explanation, does not: it shows in the
 control with another neuron's explanation, and the own score is read against that.
 
-The answer stands on a line of its own, as in `cratelm.score.scorer_prompts`. `VERSION` changes with any word.
+The answer stands on a line of its own, as in `cratelm.llm.prompts.scorers`. `VERSION` changes with any word.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cratelm.explain.llm.requests import Answer, Fill, Outcome, Read, Reading, Request, Role
-from cratelm.explain.llm.text import escaped
+from cratelm.llm.prompts.excerpts import escaped
+from cratelm.llm.prompts.scorers import one_line
+from cratelm.llm.requests import (
+    Answer,
+    JsonQuery,
+    LogprobQuery,
+    OptionLogprobs,
+    Outcome,
+    Request,
+    Role,
+)
 from cratelm.records import Score, Status
-from cratelm.score.scorer_prompts import one_line
 from cratelm.score.tasks import Task, failed
 
 VERSION = "intervene-1"
@@ -128,20 +136,22 @@ def known_task(*, reads: bool, seed: int) -> Task:
 
 def mass(outcomes: Sequence[Outcome]) -> list[float]:
     """Share of all probability on the two answers, of each reading."""
-    readings = [o.value for o in outcomes if isinstance(o, Answer) and isinstance(o.value, Reading)]
+    readings = [
+        o.value for o in outcomes if isinstance(o, Answer) and isinstance(o.value, OptionLogprobs)
+    ]
     return [float(r.mass[0]) for r in readings if r.mass is not None]
 
 
-def _read(explanation: str, first: str, second: str, seed: int) -> Read:
+def _read(explanation: str, first: str, second: str, seed: int) -> LogprobQuery:
     body = f"{_both(first, second)}\n{_SLOT}"
     context = f"Description: {one_line(explanation)}\n"
-    return Read(_PREAMBLE, context, body + PLACES[0], (len(body),), PLACES, full=True)
+    return LogprobQuery(_PREAMBLE, context, body + PLACES[0], (len(body),), PLACES, full=True)
 
 
-def _fill(explanation: str, first: str, second: str, seed: int) -> Fill:
+def _fill(explanation: str, first: str, second: str, seed: int) -> JsonQuery:
     question = f"Description: {one_line(explanation)}\n\n{_both(first, second)}"
     messages: tuple[tuple[Role, str], ...] = (("system", _SYSTEM), ("user", question))
-    return Fill(messages, 1, 1, len(PLACES), seed)
+    return JsonQuery(messages, 1, 1, len(PLACES), seed)
 
 
 def _both(first: str, second: str) -> str:
@@ -151,7 +161,7 @@ def _both(first: str, second: str) -> str:
 def _chance(outcome: Outcome, place: int) -> float:
     """Probability of the answer `place` (0 or 1); of JSON 0 or 1."""
     assert isinstance(outcome, Answer)
-    if isinstance(outcome.value, Reading):
+    if isinstance(outcome.value, OptionLogprobs):
         return float(np.exp(outcome.value.log_probs[0, place]))
     assert isinstance(outcome.value, tuple)
     return float(outcome.value[0] == place + 1)

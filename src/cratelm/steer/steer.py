@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from cratelm.activations.subjects import open_site
+from cratelm.activations.open_harvest import open_site
 from cratelm.errors import InputError
-from cratelm.evaluate.marks import visible
 from cratelm.evaluate.scoring import next_logits
-from cratelm.evaluate.subjects import Encoder, Subject, encoder_of, open_subject
+from cratelm.models.open import Encoder, LoadedModel, encoder_of, open_model
 from cratelm.models.sites import Site
 from cratelm.runs import Run, write_json
 from cratelm.steer.config import Edit, SteerConfig
 from cratelm.steer.steering import chosen, steering
+from cratelm.text.display import visible
 from cratelm.tokens.shards import TokenStore
 
 
@@ -105,7 +105,7 @@ def steer(config: SteerConfig) -> SteerResult:
     longer than the model takes, or no token stands at the positions.
     """
     run = Run(config.run)
-    subject = open_subject(run, config.path or config.model, from_run=config.path is None)
+    subject = open_model(run, config.path or config.model, from_run=config.path is None)
     encoder = encoder_of(subject, run)
     text = _text(config, run)
     ids = torch.tensor([[encoder.start, *encoder.encode(text)]], device=subject.model.device)
@@ -156,13 +156,15 @@ def compared(before: torch.Tensor, after: torch.Tensor, display: list[str], top:
 
 
 @torch.no_grad()
-def _next(subject: Subject, ids: torch.Tensor) -> torch.Tensor:
+def _next(subject: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [V] of the token after ids [1, n], at double precision."""
     logits = next_logits(subject.model, ids, 1)[0, 0]
     return logits.double().log_softmax(-1).cpu()
 
 
-def _continued(subject: Subject, encoder: Encoder, ids: torch.Tensor, config: SteerConfig) -> str:
+def _continued(
+    subject: LoadedModel, encoder: Encoder, ids: torch.Tensor, config: SteerConfig
+) -> str:
     """The text that follows ids [1, n]."""
     made = continue_ids(
         subject.model, ids, config.generate, config.temperature, config.seed, encoder.start
@@ -222,7 +224,7 @@ def _text(config: SteerConfig, run: Run) -> str:
     return store.tokenizer.decode(ids, skip_special_tokens=False).strip("\ufffd")
 
 
-def _check_length(ids: torch.Tensor, subject: Subject, config: SteerConfig) -> None:
+def _check_length(ids: torch.Tensor, subject: LoadedModel, config: SteerConfig) -> None:
     whole = ids.shape[1] + config.generate
     if subject.longest is not None and whole > subject.longest:
         raise InputError(

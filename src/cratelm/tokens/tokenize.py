@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
-from cratelm.corpus.documents import Document, Fault
+from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import Fields
 from cratelm.corpus.sources import Corpus, open_corpus
 from cratelm.errors import InputError
@@ -105,7 +105,7 @@ class _Reading:
     def __iter__(self) -> Iterator[tuple[Split, Document]]:
         n = 0
         for found in self.corpus:
-            if isinstance(found, Fault):
+            if isinstance(found, ReadError):
                 self._skip(found)
             elif not found.text:
                 self.empty += 1
@@ -115,7 +115,7 @@ class _Reading:
                 if n == self.config.max_documents:
                     return
 
-    def _skip(self, fault: Fault) -> None:
+    def _skip(self, fault: ReadError) -> None:
         if self.config.on_error == "stop":
             raise InputError(f"{fault.message} (--on-error skip leaves such documents out)")
         self.skipped += 1

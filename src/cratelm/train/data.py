@@ -16,7 +16,7 @@ from cratelm.errors import InputError
 from cratelm.tokens.shards import TokenSplit
 
 
-class Feed:
+class BatchSampler:
     """Reads the share of one rank of each step's batch from memory-mapped shards.
 
     An epoch is a permutation of all sequences of the split (8 bytes a sequence in memory: 0.8 GB for

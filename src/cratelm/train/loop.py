@@ -20,7 +20,7 @@ from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenizer import hf_tokenizer
 from cratelm.train import checkpoints
 from cratelm.train.config import TrainConfig
-from cratelm.train.data import Feed
+from cratelm.train.data import BatchSampler
 from cratelm.train.log import UNHASHED, Log, draw, import_wandb, last, read_metrics
 from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import learning_rate, make_optimizers, set_learning_rate
@@ -53,7 +53,7 @@ class Ready:
     model: torch.nn.Module
     """`NextTokenLoss` of the model, as Accelerate wraps it"""
     optimizers: list[torch.optim.Optimizer]
-    feed: Feed
+    feed: BatchSampler
     validation: Validation
     parameters: int
 
@@ -147,7 +147,7 @@ def _prepare(config: TrainConfig, store: TokenStore) -> Ready:
     """Devices, model, optimizers and data, in this order."""
     numbers = config.numbers()
     accelerator = _accelerator(config)
-    feed = Feed(
+    feed = BatchSampler(
         store.split("train"),
         batch_size=numbers.batch_size,
         micro_batch_size=numbers.micro_batch_size,

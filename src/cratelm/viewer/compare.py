@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from cratelm.viewer.library import Library
-from cratelm.viewer.records import LayerPage, LayerQuery, NeuronView, NotFound, Spread
+from cratelm.results.views import LayerPage, LayerQuery, NeuronView, NotFound, ScoreHistogram
+from cratelm.viewer.run_reader import Library
 
 _BEST = 25
 """neurons of a layer that are shown"""
@@ -17,12 +17,12 @@ class Side:
     problem: str = ""
     neuron: NeuronView | None = None
     layer: LayerPage | None = None
-    spreads: tuple[Spread, ...] = ()
+    spreads: tuple[ScoreHistogram, ...] = ()
     firing: float | None = None
     """mean firing rate of the layer, 0 to 1"""
     dead: int = 0
 
-    def spread(self, metric: str) -> Spread | None:
+    def spread(self, metric: str) -> ScoreHistogram | None:
         return next((s for s in self.spreads if s.metric == metric), None)
 
 
@@ -39,7 +39,7 @@ class Compared:
         """Under which layers have scores."""
         return tuple(dict.fromkeys(s.metric for side in self.sides for s in side.spreads))
 
-    def spreads(self, metric: str) -> tuple[Spread | None, ...]:
+    def spreads(self, metric: str) -> tuple[ScoreHistogram | None, ...]:
         return tuple(side.spread(metric) for side in self.sides)
 
 

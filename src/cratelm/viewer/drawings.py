@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup, escape
 
-from cratelm.report.text import printable, visible
-from cratelm.viewer.records import (
+from cratelm.results.views import (
     ExcerptView,
     MapPoint,
     NeuronView,
     RunCard,
-    Spread,
+    ScoreHistogram,
     Value,
 )
+from cratelm.text.printable import printable, visible
 
 _Scale = Callable[[float], float]
 """from a value to a place in the drawing"""
@@ -98,7 +98,7 @@ def _line(
     return "".join(parts)
 
 
-def spread(sides: Sequence[Spread | None], metric: str) -> Markup:
+def spread(sides: Sequence[ScoreHistogram | None], metric: str) -> Markup:
     """Share of each side's neurons by score, as outlines over each other."""
     known = [(place, s) for place, s in enumerate(sides) if s is not None and s.defined]
     if not known:

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from cratelm.activations.store import excerpts_path
 from cratelm.errors import InputError
 from cratelm.records import Split
+from cratelm.results.neuron_table import READ_ERRORS, Columns, changed_at, one_line, read_columns
+from cratelm.results.views import IndexState
 from cratelm.runs import Run, hash_json, write_json
 from cratelm.tokens.shards import TokenStore
-from cratelm.viewer.columns import DAMAGED, Columns, changed_at, one_line, read_columns
-from cratelm.viewer.records import IndexState
 
 _FORMAT = 2
 _TOKENS = 96
@@ -72,7 +72,7 @@ class Index:
                     self._make(folder)
                 self._open(folder)
                 self._make_maps(folder)
-            except (*DAMAGED, InputError, MemoryError, ImportError) as error:
+            except (*READ_ERRORS, InputError, MemoryError, ImportError) as error:
                 total = self.state.total
                 self.state = IndexState(self.state.ready, self.state.done, total, one_line(error))
 
@@ -82,7 +82,7 @@ class Index:
         if self._seen in (None, now) or self._lock.locked():
             return
         self._seen = now
-        with contextlib.suppress(*DAMAGED, InputError):  # that is told by `build`
+        with contextlib.suppress(*READ_ERRORS, InputError):  # that is told by `build`
             if self._key() == self._built:
                 return
         self.state = IndexState(False, 0, 0)

@@ -1,8 +1,8 @@
 """A neuron's excerpts as LaTeX: tokens on coloured boxes, as the paper prints them."""
 
-from cratelm.report.tables import latex
-from cratelm.report.text import printable, visible
-from cratelm.viewer.records import NeuronView
+from cratelm.results.views import NeuronView
+from cratelm.text.printable import printable, visible
+from cratelm.text.table import latex
 
 _EXCERPTS, _BEFORE, _AFTER = 5, 12, 8
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.viewer.columns import Columns
-from cratelm.viewer.records import LayerPage, LayerQuery, NeuronRow
+from cratelm.results.neuron_table import Columns
+from cratelm.results.views import LayerPage, LayerQuery, NeuronRow
 
 OnToken = Mapping[tuple[int, int], tuple[float, int]]
 """by layer and index: mean activation on a token over the maximum, and how often the token was seen"""

@@ -18,15 +18,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from cratelm.activations.subjects import Harvested, open_harvested
+from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
 from cratelm.evaluate.scoring import next_logits
-from cratelm.evaluate.subjects import Encoder, encoder_of
+from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
 from cratelm.steer.config import Edit
 from cratelm.steer.steer import compared, continue_ids
 from cratelm.steer.steering import steering
-from cratelm.viewer.library import Library
+from cratelm.viewer.run_reader import Library
 
 LONGEST_TEXT = 4000
 """characters"""
@@ -59,7 +59,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Strong:
+class TopNeuron:
     """A neuron that is strong at a token."""
 
     layer: int
@@ -80,7 +80,7 @@ class TokenChance:
 
 
 @dataclass(frozen=True)
-class Changed:
+class SteeringEffect:
     """What an edit does to the next token and to the continuation."""
 
     chances: tuple[TokenChance, ...]
@@ -98,7 +98,7 @@ class Live:
         self.library = library
         self._worker = ThreadPoolExecutor(1, "model")
         self._waiting = threading.BoundedSemaphore(_WAITING)
-        self._held: tuple[tuple[str, str, str], Harvested, Encoder] | None = None
+        self._held: tuple[tuple[str, str, str], HarvestContext, Encoder] | None = None
         self._seen: tuple[tuple[str, str, str], _Captured] | None = None
         """the last text, for several questions about it"""
         self._answers: OrderedDict[tuple, Any] = OrderedDict()
@@ -123,11 +123,11 @@ class Live:
 
         return self._ask(("activations", run, model, text, layer, index), work)
 
-    def strongest(self, run: str, model: str, text: str, position: int) -> tuple[Strong, ...]:
+    def strongest(self, run: str, model: str, text: str, position: int) -> tuple[TopNeuron, ...]:
         """The neurons of all layers that are strongest at a token, each against its own largest value."""
         columns = self.library.columns(run, model)
 
-        def work() -> tuple[Strong, ...]:
+        def work() -> tuple[TopNeuron, ...]:
             tokens, _, found = self._captured(run, model, text)
             if not 0 <= position < len(tokens):
                 raise InputError(f"token {position}: the text has tokens 0 to {len(tokens) - 1}")
@@ -141,19 +141,19 @@ class Live:
                 for i in np.argsort(-share, kind="stable")[:_STRONGEST].tolist():
                     if share[i] > 0:
                         told = str(texts[here.start + i])
-                        strong.append(Strong(layer, i, float(values[i]), float(share[i]), told))
+                        strong.append(TopNeuron(layer, i, float(values[i]), float(share[i]), told))
             return tuple(sorted(strong, key=lambda s: -s.share)[:_STRONGEST])
 
         return self._ask(("strongest", run, model, text, position), work)
 
-    def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> Changed:
+    def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> SteeringEffect:
         """The next token and `count` more with an edit at every token and without; greedy."""
         if not 0 <= count <= _MOST_GENERATED:
             raise InputError(f"{count} tokens: 0 to {_MOST_GENERATED} can be generated")
         for index in edit.indices:
             self._maximum(run, model, edit.layer, index)
 
-        def work() -> Changed:
+        def work() -> SteeringEffect:
             held, encoder = self._open(run, model)
             ids, _ = self._ids(held, encoder, text, count)
             before = _chances(held, ids)
@@ -162,7 +162,9 @@ class Live:
                 after = _chances(held, ids)
                 steered = _continued(held, encoder, ids, count)
             found = compared(before, after, encoder.display, _TOKENS_SHOWN)
-            return Changed(_shown(before, after, found, encoder.display), found.kl, plain, steered)
+            return SteeringEffect(
+                _shown(before, after, found, encoder.display), found.kl, plain, steered
+            )
 
         return self._ask(
             ("steer", run, model, text, edit.layer, edit.indices, edit.operation, count), work
@@ -193,7 +195,7 @@ class Live:
                 self._answers.popitem(last=False)
         return answer
 
-    def _open(self, run: str, model: str) -> tuple[Harvested, Encoder]:
+    def _open(self, run: str, model: str) -> tuple[HarvestContext, Encoder]:
         """The model, opened where it is not the one that is held."""
         path = self.library.run_of(run)
         harvest = path.stage("activations", model).require("harvest").identity
@@ -210,7 +212,7 @@ class Live:
         return held.site.layer_numbers.index(layer)
 
     def _ids(
-        self, held: Harvested, encoder: Encoder, text: str, room: int
+        self, held: HarvestContext, encoder: Encoder, text: str, room: int
     ) -> tuple[torch.Tensor, int]:
         """Token ids [1, 1 + T] with the one that texts begin with, and how many were cut."""
         ids = encoder.encode(checked(text)).tolist()
@@ -255,13 +257,13 @@ def checked(text: str) -> str:
 
 
 @torch.no_grad()
-def _chances(held: Harvested, ids: torch.Tensor) -> torch.Tensor:
+def _chances(held: HarvestContext, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [V] of the next token, at double precision."""
     logits = next_logits(held.subject.model, ids, 1)[0, 0]
     return logits.double().log_softmax(-1).cpu()
 
 
-def _continued(held: Harvested, encoder: Encoder, ids: torch.Tensor, count: int) -> str:
+def _continued(held: HarvestContext, encoder: Encoder, ids: torch.Tensor, count: int) -> str:
     if not count:
         return ""
     made = continue_ids(held.subject.model, ids, count, 0.0, 0, encoder.start)

@@ -7,10 +7,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from cratelm.errors import InputError
+from cratelm.results.views import NotFound, plain
 from cratelm.steer.config import Edit
-from cratelm.viewer.guard import Rate
 from cratelm.viewer.live import LONGEST_TEXT, Busy, Live
-from cratelm.viewer.records import NotFound, plain
+from cratelm.viewer.security import Rate
 
 _RATE = Rate(burst=30, per_second=8)
 """questions to the model by one client"""

@@ -1,6 +1,6 @@
 """Pages as HTML, from records: the same for the server and for an exported folder.
 
-Whatever a corpus holds is made visible (`cratelm.report.text`) and escaped: nothing in it acts.
+Whatever a corpus holds is made visible (`cratelm.text.printable`) and escaped: nothing in it acts.
 """
 
 import contextlib
@@ -16,14 +16,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from cratelm.report.cells import METRIC_NAMES
-from cratelm.report.shading import faint_marks
-from cratelm.report.text import printable, runs_right_to_left, visible
-from cratelm.score.simulators import SIMULATORS
-from cratelm.viewer import drawings, latex
-from cratelm.viewer.compare import compared
-from cratelm.viewer.library import RARELY, Library
-from cratelm.viewer.links import Links
-from cratelm.viewer.records import (
+from cratelm.results.views import (
     ExcerptView,
     LayerQuery,
     ModelCard,
@@ -34,6 +27,13 @@ from cratelm.viewer.records import (
     ShadedToken,
     plain,
 )
+from cratelm.score.simulators import SIMULATORS
+from cratelm.text.printable import printable, runs_right_to_left, visible
+from cratelm.text.shading import faint_marks
+from cratelm.viewer import drawings, latex
+from cratelm.viewer.compare import compared
+from cratelm.viewer.links import Links
+from cratelm.viewer.run_reader import RARELY, Library
 
 SEARCH_LIMIT = 100
 _KINDS = {

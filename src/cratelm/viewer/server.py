@@ -12,8 +12,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Resp
 from starlette.exceptions import HTTPException
 
 from cratelm.errors import InputError
+from cratelm.results.views import LayerQuery, NeuronView, NotFound, plain
 from cratelm.viewer import drawings
-from cratelm.viewer.guard import (
+from cratelm.viewer.pages import Pages
+from cratelm.viewer.run_reader import Library
+from cratelm.viewer.security import (
     HEADERS,
     LONGEST_ADDRESS,
     LONGEST_BODY,
@@ -22,9 +25,6 @@ from cratelm.viewer.guard import (
     is_allowed,
     is_own,
 )
-from cratelm.viewer.library import Library
-from cratelm.viewer.pages import Pages
-from cratelm.viewer.records import LayerQuery, NeuronView, NotFound, plain
 
 ASSETS = {
     "style.css": "text/css",
@@ -183,7 +183,7 @@ def _asset(name: str) -> tuple[bytes, str]:
 
 
 def _guard(app: FastAPI, pages: Pages, host: str) -> None:
-    """Refuses what `cratelm.viewer.guard` says is not to be answered, and sets its headers."""
+    """Refuses what `cratelm.viewer.security` says is not to be answered, and sets its headers."""
     names, anywhere = allowed_hosts(host), host in ("0.0.0.0", "::")
 
     def refused(request: Request) -> tuple[int, str] | None:

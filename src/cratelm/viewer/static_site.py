@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from cratelm.errors import InputError
-from cratelm.viewer.library import Library
+from cratelm.results.views import LayerQuery
 from cratelm.viewer.links import file_of
 from cratelm.viewer.pages import Pages
-from cratelm.viewer.records import LayerQuery
+from cratelm.viewer.run_reader import Library
 
 _MARK = "cratelm-view.txt"
 """by which a folder is known as one of ours"""

@@ -8,7 +8,7 @@ from typing import Any
 
 from cratelm.errors import InputError
 from cratelm.viewer.config import ViewConfig
-from cratelm.viewer.library import Library
+from cratelm.viewer.run_reader import Library
 
 
 def view(config: ViewConfig) -> Any:

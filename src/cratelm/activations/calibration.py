@@ -1,0 +1,112 @@
+"""A short pilot over some tokens: edges of the bins, range of the histogram, centre of the moments."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from cratelm.activations.batches import SearchPlan
+from cratelm.models.sites import Site, hooked
+
+OPENAI_QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
+"""bins of the OpenAI metrics (Bills et al. 2023, as arXiv 2410.16443 takes them)"""
+ANTHROPIC_BINS = 12
+"""equal bins of the activation range (Bricken et al. 2023)"""
+_PILOT_BYTES = 256 * 2**20
+"""how much of the pilot is held at once; layers that do not fit together are run one after another"""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the pilot learned of one layer of H neurons."""
+
+    mean: torch.Tensor
+    """[H]"""
+    low: torch.Tensor
+    """[H] lower end of the histogram: the minimum, at most 0"""
+    high: torch.Tensor
+    """[H] upper end of the histogram: the maximum, or low + 1 where that is not above low"""
+    openai_edges: torch.Tensor
+    """[H, 6]"""
+    anthropic_edges: torch.Tensor
+    """[H, 13], all 0 where no activation was above 0"""
+    openai_reach: torch.Tensor
+    """[H, 5] share of the pilot's tokens at or above the lower edge of each bin"""
+    anthropic_reach: torch.Tensor
+    """[H, 12]"""
+
+    @classmethod
+    def of(cls, activations: torch.Tensor) -> "Calibration":
+        """From activations [P, H] of the pilot's tokens."""
+        ordered = activations.sort(0).values
+        ranks = [int(q * (len(ordered) - 1)) for q in OPENAI_QUANTILES]
+        low, high = ordered[0].clamp(max=0), ordered[-1]
+        steps = torch.arange(ANTHROPIC_BINS + 1, device=high.device) / ANTHROPIC_BINS
+        openai_edges = ordered[ranks].T.contiguous()
+        anthropic_edges = high.clamp(min=0)[:, None] * steps
+        return cls(
+            mean=activations.mean(0),
+            low=low,
+            high=torch.where(high > low, high, low + 1),
+            openai_edges=openai_edges,
+            anthropic_edges=anthropic_edges,
+            openai_reach=_reach(activations, openai_edges),
+            anthropic_reach=_reach(activations, anthropic_edges),
+        )
+
+
+def _reach(activations: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """Share of activations [P, H] that are at or above each of the lower edges [H, bins + 1], above 0 for edge 0."""
+    reached = [
+        (activations >= lower if (lower != 0).any() else activations > 0).float().mean(0)
+        for lower in edges[:, :-1].T
+    ]
+    return torch.stack(reached, 1)
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel, site: Site, plan: SearchPlan, tokens: int, batch_tokens: int
+) -> list[Calibration]:
+    """A `Calibration` for each layer, from about `tokens` tokens in sequences spread evenly over the plan.
+
+    Memory: the larger of 256 MiB and tokens * H * 4 bytes of one layer.
+    """
+    wanted = min(len(plan.sequences), max(1, tokens // plan.sequence_length))
+    chosen = plan.sequences[:: max(1, len(plan.sequences) // wanted)][:wanted]
+    small = SearchPlan(plan.split, plan.name, plan.eot_id, plan.sequence_length, chosen, plan.seed)
+    pilots: dict[int, Calibration] = {}
+    for layers in _groups(site.n_neurons, small.n_tokens()):
+        for layer, activations in _activations(model, site, small, layers, batch_tokens).items():
+            pilots[layer] = Calibration.of(torch.cat(activations))
+    return [pilots[layer] for layer in range(site.n_layers)]
+
+
+def _groups(widths: tuple[int, ...], tokens: int) -> list[list[int]]:
+    """Layers that fit into the pilot's memory together."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for layer, width in enumerate(widths):
+        size = 4 * width * tokens
+        if groups[-1] and held + size > _PILOT_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(layer)
+        held += size
+    return groups
+
+
+def _activations(
+    model: PreTrainedModel, site: Site, plan: SearchPlan, layers: list[int], batch_tokens: int
+) -> dict[int, list[torch.Tensor]]:
+    found: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    for batch in plan.batches(batch_tokens, model.device):
+
+        def see(layer: int, activations: torch.Tensor, text: torch.Tensor = batch.is_text) -> None:
+            if layer in found:
+                flat = activations.reshape(-1, activations.shape[-1]).float()
+                found[layer].append(flat[text > 0])
+
+        with hooked(model, site, see):
+            model.base_model(input_ids=batch.input_ids, use_cache=False)
+    return found

@@ -1,0 +1,73 @@
+"""The model and the site that a harvest is of, opened again: for what is measured on the same neurons."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cratelm.errors import InputError
+from cratelm.models.open import LoadedModel, check_store, open_model
+from cratelm.models.sites import Site, site_of
+from cratelm.runs import Run
+from cratelm.tokens.shards import TokenStore
+
+
+@dataclass(frozen=True, eq=False)
+class HarvestContext:
+    """A model of which a run has a harvest."""
+
+    subject: LoadedModel
+    site: Site
+    store: TokenStore
+    folder: Path
+    """of the harvest"""
+    sequence_length: int
+    """tokens that it read at once"""
+
+
+def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None) -> Site:
+    """The site called `site`, or the latents of the autoencoders called `sae`: a name in the run, or a folder.
+
+    Raises `InputError` where there is none.
+    """
+    if sae is None:
+        return site_of(subject.model, site)
+    from cratelm.models.latents import latents_of
+
+    stage = run.stage("sae", f"{Path(subject.name).name}@{Path(sae).name}")
+    named = "/" not in sae and stage.completion() is not None
+    return latents_of(subject.model, stage.path if named else Path(sae))
+
+
+def _opened(run: Run, model: str, identity: str) -> LoadedModel:
+    """The model that was harvested, from where it was then: never asked of the Hub if it was not from there."""
+    if identity.startswith("hub:"):
+        return open_model(run, model, from_run=False)
+    folder = Path(model)
+    if folder.is_dir() and model not in run.models():
+        return open_model(run, model, from_run=False)
+    if len(folder.parts) > 1:
+        raise InputError(
+            f"{model} is not there: put the folder of the model back, or harvest it again"
+        )
+    return open_model(run, model)
+
+
+def open_harvested(run: Run, name: str) -> HarvestContext:
+    """The model, site and tokens of the harvest called `name`.
+
+    Raises `InputError` where the harvest is not finished, was imported, or its model is gone.
+    """
+    stage = run.stage("activations", name)
+    harvest = stage.require("harvest")
+    told: dict[str, Any] = harvest.config
+    run.stage("tokens").require("tokenize")
+    if "model" not in told or not (stage.path / "sites.json").is_file():
+        raise InputError(
+            f"{stage.path} was imported, without a model that could be run: harvest a model"
+        )
+    subject = _opened(run, told["model"], harvest.inputs.get("model", ""))
+    store = TokenStore(run.stage("tokens").path)
+    check_store(subject, store, run)
+    length = told.get("sequence_length") or subject.longest or 1024
+    site = open_site(run, subject, told.get("site"), told.get("sae"))
+    return HarvestContext(subject, site, store, stage.path, int(length))

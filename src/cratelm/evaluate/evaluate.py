@@ -1,0 +1,179 @@
+"""`cratelm evaluate`: models on splits of a run and on named sets, each figure with its error.
+
+A split is cut into sequences of T tokens as in training; the last one is shorter. Every token but
+the first of the split is predicted exactly once, from what precedes it in its sequence, which may
+include the end of another document. A text of a named set stands alone, after the token that texts
+begin with, and each model reads it in its own tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cratelm.errors import InputError
+from cratelm.evaluate.config import EvaluateConfig
+from cratelm.evaluate.named_sets import NamedSet, named_set
+from cratelm.evaluate.scoring import Totals, score
+from cratelm.evaluate.table import differences_table, measurements_table
+from cratelm.evaluate.texts import Shards, Source, Texts, token_sizes
+from cratelm.models.open import (
+    LoadedModel,
+    check_store,
+    encoder_of,
+    open_model,
+    sequence_length,
+    source_of,
+)
+from cratelm.records import SPLITS, Split
+from cratelm.runs import Run, write_json
+from cratelm.stats.ratio import Counts, Difference, Measurement, difference, measurement
+from cratelm.tokens.shards import TokenStore
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Figures of every model on every set, and the first model against each of the others."""
+
+    measurements: tuple[Measurement, ...]
+    """set by set, in the order asked for"""
+    differences: tuple[Difference, ...]
+    """empty for a single model, and where the models were not measured on the same documents"""
+
+    def __str__(self) -> str:
+        tables = [measurements_table(self.measurements)]
+        if self.differences:
+            tables.append(differences_table(self.differences))
+        return "\n\n".join(tables)
+
+
+def evaluate(config: EvaluateConfig) -> EvaluateResult:
+    """Measures models of a run, or any other causal language models.
+
+    Raises `InputError` where a model, tokens or a set are missing, do not belong together, or are
+    too few, and where a loss is not a number.
+    """
+    run = Run(config.run)
+    sets: dict[str, Split | NamedSet] = {n: _split_or_set(n, config) for n in config.sets}
+    store = None
+    if any(isinstance(found, str) for found in sets.values()):
+        run.stage("tokens").require("tokenize")
+        store = TokenStore(run.stage("tokens").path)
+    for name in config.subjects:  # a wrong name is told before another model is measured
+        source_of(run, name, from_run=config.path is None)
+    found: dict[tuple[str, str], tuple[Counts, Measurement]] = {}
+    for name in config.subjects:
+        subject = open_model(run, name, from_run=config.path is None)
+        for on, what in sets.items():
+            found[on, name] = _measure(subject, on, what, run, store, config)
+    result = EvaluateResult(
+        tuple(found[on, name][1] for on in sets for name in config.subjects),
+        tuple(d for on in sets for d in _differences(on, config, found)),
+    )
+    if config.output is not None:
+        write_json(Path(config.output), _plain(asdict(result)))
+    return result
+
+
+def _split_or_set(name: str, config: EvaluateConfig) -> Split | NamedSet:
+    for split in SPLITS:
+        if name == split:
+            return split
+    return named_set(name, config.max_documents, config.text_field)
+
+
+def _measure(
+    subject: LoadedModel,
+    on: str,
+    what: Split | NamedSet,
+    run: Run,
+    store: TokenStore | None,
+    config: EvaluateConfig,
+) -> tuple[Counts, Measurement]:
+    """One model on one set."""
+    length = sequence_length(subject, config.sequence_length)
+    stride = _stride(config, length, subject)
+    if isinstance(what, NamedSet):
+        encoder = encoder_of(subject, run)
+        source: Source = Texts(what.passages(), encoder, what.kind.unit, config.max_tokens)
+        vocabulary, on, last_word = encoder.vocabulary, what.name, what.kind.last_word
+    else:
+        assert store is not None
+        check_store(subject, store, run)
+        source, vocabulary, last_word = _shards(store, what, config), "the run's", False
+    label = f"{subject.name} on {on}"
+    with tqdm(
+        total=source.n_tokens, desc=label, unit="token", unit_scale=True, disable=config.quiet
+    ) as bar:
+        windows = source.windows(length, stride)
+        totals = score(subject.model, label, windows, config.batch_size, bar)
+    if not totals.tokens.any():
+        raise InputError(f"{on} holds no token to predict: name another set with --on")
+    counts = _counts(totals, source, vocabulary, last_word)
+    return counts, measurement(
+        counts,
+        model=subject.name,
+        on=on,
+        unit=source.unit,
+        sequence_length=length,
+        stride=stride,
+    )
+
+
+def _stride(config: EvaluateConfig, length: int, subject: LoadedModel) -> int:
+    if config.stride is not None and config.stride > length:
+        raise InputError(
+            f"--stride is {config.stride}, more than the {length} tokens of a sequence of"
+            f" {subject.name}: tokens would be left out"
+        )
+    return config.stride or length
+
+
+def _shards(store: TokenStore, name: Split, config: EvaluateConfig) -> Shards:
+    split = store.split(name)
+    if split.n_tokens < 2:
+        raise InputError(f"the {name} split has {split.n_tokens} tokens, 2 were expected")
+    n = min(split.n_tokens - 1, config.max_tokens or split.n_tokens)
+    return Shards(split, n, token_sizes(store.tokenizer, store.eot_id))
+
+
+def _counts(totals: Totals, source: Source, vocabulary: str, last_word: bool) -> Counts:
+    """By document, without those that hold no predicted token."""
+    kept = np.flatnonzero(totals.tokens)
+    totals = Totals(*(getattr(totals, name)[kept] for name in Totals.__dataclass_fields__))
+    words = source.n_words()
+    return Counts(
+        totals=totals,
+        bytes=source.n_bytes()[kept],
+        words=None if words is None else words[kept],
+        whole=(totals.top_1 == totals.tokens).astype(np.float64) if last_word else None,
+        vocabulary=vocabulary,
+    )
+
+
+def _differences(
+    on: str,
+    config: EvaluateConfig,
+    found: Mapping[tuple[str, str], tuple[Counts, Measurement]],
+) -> list[Difference]:
+    """The first model less each of the others on one set."""
+    first, *others = config.subjects
+    counts, shown = found[on, first]
+    pairs = [
+        difference(counts, found[on, other][0], model=first, less=other, on=shown.on)
+        for other in others
+    ]
+    return [pair for pair in pairs if pair is not None]
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: a number that JSON cannot write becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,333 @@
+"""`cratelm export neuronpedia`: neurons in the format of Neuronpedia's exports.
+
+The layout is the one that docs.neuronpedia.org ("Exports") publishes, and that a Neuronpedia of one's
+own imports from its admin panel:
+
+```
+OUT/config/{explanation_type,explanation_model_type,explanation_score_type,explanation_score_model}.jsonl
+OUT/MODEL_ID/SOURCE_ID/{release,model,sourceset,source}.jsonl
+OUT/MODEL_ID/SOURCE_ID/{features,activations,explanations}/batch-0.jsonl.gz ...
+OUT/MODEL_ID/SOURCE_ID/explanation-scores/batch-0.jsonl.gz ...
+```
+A source is a layer, `LAYER-SET`; a batch holds 1,024 neurons. Columns and types are Neuronpedia's:
+repository hijohnnylin/neuronpedia, `apps/webapp/prisma/schema.prisma` at 008d504 (tables Neuron,
+Activation, Explanation, ExplanationScore, ...), of which its `export-data.py` at 1a80fe9 and
+SAEDashboard's `neuronpedia_export.py` (jbloomAus/SAEDashboard at 3ea1249) write those given here.
+`neuronpedia.schema.json` states them as JSON Schema.
+
+A dashboard of SAEDashboard has the same columns under `NeuronpediaDashboardFeature`, and `bin_min` for
+`binMin` and so on in its activations (`sae_dashboard/neuronpedia/neuronpedia_dashboard.py`, 0.8.0). An
+export was read into these classes: they had all that they ask for but how many prompts of which
+data set were searched, which is a matter of the source here.
+
+Neuronpedia publishes no files of scores: `explanation-scores/` has the columns of its table
+ExplanationScore, and its importer passes it over. Only scores that have a value are in it, because a
+value is what the table demands; the others are counted. The tokens that a neuron promotes and suppresses
+are there where `cratelm effects` measured them on this harvest; vectors and correlations are empty lists.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cratelm.errors import InputError
+from cratelm.explain.store import read_explanations
+from cratelm.interop.export_config import ExportNeuronpediaConfig
+from cratelm.interop.export_folder import chosen_neurons, export_folder, harvest_of
+from cratelm.interop.export_records import both_splits
+from cratelm.interop.neuronpedia_rows import (
+    METRIC_TEXTS,
+    PREFIX,
+    Names,
+    Row,
+    activation_row,
+    explanation_row,
+    feature_row,
+    metadata,
+    score_row,
+    source_row,
+    type_name,
+    type_row,
+)
+from cratelm.interop.openai_records import SOURCE
+from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
+from cratelm.report.sections.effects import promoted
+from cratelm.runs import Run
+from cratelm.score.simulation import COMPAT
+from cratelm.score.store import read_scores
+from cratelm.tokens.shards import TokenStore
+
+BATCH = 1024
+"""neurons of a file, as in Neuronpedia's own exports"""
+_KINDS = ("top", "random", "openai_bin")
+
+
+@dataclass(frozen=True)
+class ExportNeuronpediaResult:
+    """What was written."""
+
+    path: Path
+    model_id: str
+    sources: tuple[str, ...]
+    """a layer each"""
+    features: int
+    activations: int
+    """excerpts"""
+    explanations: int
+    scores: int
+    without_value: int
+    """scores that are undefined, dead or failed: left out"""
+
+
+@dataclass(frozen=True, eq=False)
+class ExplanationSet:
+    """Explanations of a model by one name, and all scores of them."""
+
+    name: str
+    """of the language model's set; empty for those without a language model"""
+    explanations: dict[NeuronId, list[Explanation]]
+    scores: dict[NeuronId, list[tuple[str, NeuronScore]]] = field(default_factory=dict)
+    """with what read the explanation: a language model, or the explainer itself"""
+
+    def scores_of(self, explanation: Explanation) -> Iterator[tuple[str, NeuronScore]]:
+        """Those of its explainer and, where it was made for some metrics, of these."""
+        evidence = explanation.payload.get("evidence")
+        for scorer, score in self.scores.get(explanation.neuron, ()):
+            same = score.explainer.removesuffix(COMPAT) == explanation.explainer
+            if same and (
+                evidence is None or (evidence == "anthropic") == (score.metric == "anthropic")
+            ):
+                yield scorer or explanation.explainer, score
+
+
+def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResult:
+    """Writes the harvest of a model with all explanations and scores that the run has of it.
+
+    Raises `InputError` where the run has no harvest of the model or not the neurons asked for, where
+    scores are of explanations that have changed, or where `--out` is not empty.
+    """
+    run = Run(config.run)
+    stage, identities = harvest_of(run, config.model)
+    chosen = chosen_neurons(stage.path, config.layers, config.only)
+    names = _names(config, next(iter(chosen.values()))[0].neuron)
+    sets = explanation_sets(run, config.model, identities["activations"])
+    told = {"format": "Neuronpedia export", "model": config.model, **identities}
+    counts: dict[str, int] = dict.fromkeys((*_FOLDERS, "without_value"), 0)
+    with export_folder(config.out, told, force=config.force) as folder:
+        _write_config(folder / "config", names, sets)
+        store = TokenStore(run.stage("tokens").path)
+        imported = (stage.path / SOURCE).is_file()
+        effects = _effects(run, config.model, identities["activations"])
+        writer = _Writer(config, names, store, sets, counts, imported, effects)
+        everywhere = chosen_neurons(stage.path)
+        widths = {layer: 1 + found[-1].neuron.index for layer, found in everywhere.items()}
+        for layer, summaries in chosen.items():
+            path = folder / names.model / names.source(layer)
+            rows = metadata(names, widths, f"Neurons of {config.model}, by cratelm")
+            rows["source"] = [
+                source_row(names, layer, f"{summaries[0].neuron.site}, layer {layer}")
+            ]
+            for name, found in rows.items():
+                _write_lines(path / f"{name}.jsonl", found)
+            writer.write(path, stage.path, {layer: summaries})
+    return ExportNeuronpediaResult(
+        path=config.out,
+        model_id=names.model,
+        sources=tuple(map(names.source, chosen)),
+        features=counts["features"],
+        activations=counts["activations"],
+        explanations=counts["explanations"],
+        scores=counts["explanation-scores"],
+        without_value=counts["without_value"],
+    )
+
+
+def _effects(run: Run, model: str, harvest: str) -> Path | None:
+    """The folder of `cratelm effects`, where it is of this harvest."""
+    done = run.stage("steer", model).completion()
+    if done is None or done.inputs.get("activations") != harvest:
+        return None
+    return run.stage("steer", model).path
+
+
+def explanation_sets(run: Run, model: str, harvest: str) -> list[ExplanationSet]:
+    """All finished explanations of a model, each with the scores that were made of it.
+
+    Raises `InputError` where they are of another harvest than the one of the identity `harvest`, or
+    scores of other explanations.
+    """
+    sets, by_identity = [], {}
+    for name in _of_model(run, "explanations", model):
+        stage = run.stage("explanations", name)
+        made = stage.require("explain")
+        if made.inputs.get("activations") != harvest:
+            raise InputError(
+                f"{stage.path} explains a harvest that has changed since: type `cratelm explain"
+                f" --force --run {run.path} --model {model}` with the options of its completed.json"
+            )
+        found: dict[NeuronId, list[Explanation]] = {}
+        for explanation in read_explanations(stage.path):
+            found.setdefault(explanation.neuron, []).append(explanation)
+        sets.append(ExplanationSet(name.removeprefix(model).removeprefix("@"), found))
+        by_identity[made.identity] = sets[-1]
+    for name in _of_model(run, "scores", model):
+        stage = run.stage("scores", name)
+        done = stage.require("score")
+        of_set = by_identity.get(done.inputs["explanations"])
+        if of_set is None:
+            raise InputError(
+                f"{stage.path} scores explanations that have changed since: type `cratelm score"
+                f" --force --run {run.path} --model {model}` with the options of its completed.json"
+            )
+        scorer = _reader(str(done.config.get("simulator") or ""))
+        for score in read_scores(stage.path):
+            if score.control == "none":
+                of_set.scores.setdefault(score.neuron, []).append((scorer, score))
+    return sets
+
+
+def _reader(given: str) -> str:
+    """A language model as `--simulator` names it, without its kind and without the folder it lies in."""
+    return given.partition(":")[2].rstrip("/").rpartition("/")[2]
+
+
+def _of_model(run: Run, stage: Any, model: str) -> list[str]:
+    return [n for n in run.models(stage) if n == model or n.startswith(f"{model}@")]
+
+
+def _names(config: ExportNeuronpediaConfig, neuron: NeuronId) -> Names:
+    return Names(
+        model=config.model_id or _slug(config.model).lower(),
+        source_set=config.source_set or _slug(neuron.site),
+        creator=config.creator_id,
+        creator_name=config.creator_name,
+    )
+
+
+def _slug(name: str) -> str:
+    """The characters that an id may have; the others as one dash each run."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:128] or "model"
+
+
+_FOLDERS = ("features", "activations", "explanations", "explanation-scores")
+
+
+@dataclass(frozen=True, eq=False)
+class _Writer:
+    """Writes the batches of one layer after another; adds to `counts`."""
+
+    config: ExportNeuronpediaConfig
+    names: Names
+    store: TokenStore
+    sets: list[ExplanationSet]
+    counts: dict[str, int]
+    imported: bool
+    """harvested elsewhere: which quantiles its bins stand for is not known"""
+    effects: Path | None
+    """folder of what the neurons write to the vocabulary; None where that was not measured"""
+
+    def write(self, folder: Path, harvest: Path, chosen: dict[int, list[NeuronSummary]]) -> None:
+        ((layer, summaries),) = chosen.items()
+        bar = tqdm(
+            total=len(summaries),
+            desc=f"export layer {layer}",
+            unit="neuron",
+            disable=self.config.quiet,
+        )
+        with bar:
+            for batch, first in enumerate(range(0, len(summaries), BATCH)):
+                some = {layer: summaries[first : first + BATCH]}
+                with ExitStack() as stack:
+                    opened = {
+                        name: stack.enter_context(_lines(folder / name / f"batch-{batch}.jsonl.gz"))
+                        for name in _FOLDERS
+                    }
+                    for fit, held_out in both_splits(harvest, some):
+                        for name, row in self.rows(fit, held_out):
+                            opened[name].write(_line(row))
+                            self.counts[name] += 1
+                        bar.update()
+
+    def rows(self, fit: NeuronRecord, held_out: NeuronRecord) -> Iterator[tuple[str, Row]]:
+        """All rows of a neuron, with the folder that each belongs to."""
+        both = {"fit": fit, "held_out": held_out}
+        summaries = [record.summary for record in both.values()]
+        effect = promoted(self.effects, fit.neuron) if self.effects else None
+        tokens_read = [s.n_tokens for s in summaries]
+        yield "features", feature_row(self.names, summaries, tokens_read, effect)
+        for split, record in both.items():
+            for excerpt in record.excerpts:
+                if excerpt.kind in _KINDS and excerpt.rank < self.config.excerpts and len(excerpt):
+                    tokens = self.store.decode_tokens(excerpt.token_ids)
+                    row = activation_row(self.names, record.summary, excerpt, split, tokens)
+                    if self.imported and excerpt.kind == "openai_bin":
+                        row["binContains"] = None
+                    yield "activations", row
+        for of_set in self.sets:
+            for explanation in of_set.explanations.get(fit.neuron, ()):
+                row = explanation_row(self.names, explanation, of_set.name)
+                yield "explanations", row
+                yield from self.scores(of_set, explanation, row)
+
+    def scores(
+        self, of_set: ExplanationSet, explanation: Explanation, row: Row
+    ) -> Iterator[tuple[str, Row]]:
+        for scorer, score in of_set.scores_of(explanation):
+            if score.score.value is None:
+                self.counts["without_value"] += 1
+            else:
+                yield "explanation-scores", score_row(self.names, row, scorer, score)
+
+
+def _write_config(folder: Path, names: Names, sets: list[ExplanationSet]) -> None:
+    """The explainers and scorers that rows refer to by name."""
+    explained = [(e, s.name) for s in sets for rows in s.explanations.values() for e in rows]
+    scored = [found for s in sets for rows in s.scores.values() for found in rows]
+    tables: dict[str, tuple[set[str], Callable[[str], str], bool]] = {
+        "explanation_type": ({type_name(*e) for e in explained}, _explainer_text, True),
+        "explanation_model_type": ({name for _, name in explained if name}, _model_text, False),
+        "explanation_score_type": ({PREFIX + s.metric for _, s in scored}, _metric_text, True),
+        "explanation_score_model": (
+            {scorer or s.explainer for scorer, s in scored},
+            _model_text,
+            False,
+        ),
+    }
+    for table, (found, text_of, owned) in tables.items():
+        rows = [type_row(names, name, text_of(name), owned=owned) for name in sorted(found)]
+        _write_lines(folder / f"{table}.jsonl", rows)
+
+
+def _explainer_text(name: str) -> str:
+    return f"cratelm's explainer {name.removeprefix(PREFIX)}"
+
+
+def _model_text(name: str) -> str:
+    return f"{name}, as cratelm was told it"
+
+
+def _metric_text(name: str) -> str:
+    return next(text for metric, text in METRIC_TEXTS.items() if PREFIX + metric == name)
+
+
+def _write_lines(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(map(_line, rows)))
+
+
+def _lines(path: Path) -> gzip.GzipFile:
+    """A compressed file without the time, so that the same export has the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return gzip.GzipFile(path, "wb", 6, mtime=0)
+
+
+def _line(row: Row) -> bytes:
+    """JSON on one line. Raises ValueError for a number that JSON cannot write."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"

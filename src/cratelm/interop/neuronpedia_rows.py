@@ -1,0 +1,276 @@
+"""Rows of Neuronpedia's tables, made of our records. Names of columns are Neuronpedia's.
+
+`cratelm.interop.neuronpedia` says where the columns come from; `neuronpedia.schema.json` holds them.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cratelm.activations.calibration import OPENAI_QUANTILES
+from cratelm.records import Excerpt, Explanation, FloatArray, Metric, NeuronScore, NeuronSummary
+from cratelm.report.sections.effects import LogitEffect
+
+Row = dict[str, Any]
+PREFIX = "cratelm_"
+"""before the names of our explainers and metrics: they are not those that Neuronpedia computes"""
+METRIC_TEXTS: dict[Metric, str] = {
+    "top_and_random": "Correlation of simulated with true activations, top and random excerpts",
+    "random_only": "Correlation of simulated with true activations, random excerpts",
+    "anthropic": "Correlation of simulated with true activations, short excerpts of all levels",
+    "detection": "Area under the ROC curve: which excerpts the neuron fires in",
+    "fuzzing": "Area under the ROC curve: whether the right tokens are marked",
+    "intruder": "Share of trials in which the excerpt that does not belong was found",
+    "embedding": "Area under the ROC curve of the similarity of excerpt and explanation",
+}
+_LISTS_LEFT_EMPTY = (
+    "topkCosSimIndices",
+    "topkCosSimValues",
+    "neuron_alignment_indices",
+    "neuron_alignment_values",
+    "neuron_alignment_l1",
+    "correlated_neurons_indices",
+    "correlated_neurons_pearson",
+    "correlated_neurons_l1",
+    "correlated_features_indices",
+    "correlated_features_pearson",
+    "correlated_features_l1",
+    "logits_hist_data_bar_heights",
+    "logits_hist_data_bar_values",
+    "decoder_weights_dist",
+    "vector",
+)
+"""columns of a feature that cratelm has no values for"""
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a model's neurons are called in Neuronpedia."""
+
+    model: str
+    """`modelId`"""
+    source_set: str
+    creator: str
+    """`creatorId`, and `authorId` of explanations"""
+    creator_name: str
+
+    def source(self, layer: int) -> str:
+        """`layer` of a row, the id of a source."""
+        return f"{layer}-{self.source_set}"
+
+    def place(self, layer: int, index: int) -> Row:
+        return {"modelId": self.model, "layer": self.source(layer), "index": str(index)}
+
+
+def identifier(*parts: object) -> str:
+    """An id of 25 letters and digits that is the same for the same parts."""
+    return "c" + hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()[:24]
+
+
+def metadata(names: Names, widths: dict[int, int], text: str) -> dict[str, list[Row]]:
+    """Rows of release, model and source set, by file; `widths` has the neurons of each layer."""
+    creator = {"creatorId": names.creator, "visibility": "PUBLIC"}
+    release = f"cratelm-{names.model}"
+    credit = {**creator, "creatorName": names.creator_name, "description": text, "urls": []}
+    model = {
+        **creator,
+        "id": names.model,
+        "displayName": names.model,
+        "displayNameShort": names.model,
+        "layers": max(widths) + 1,
+        "neuronsPerLayer": max(widths.values()),
+        "owner": names.creator_name,
+        "inferenceEnabled": False,
+        "instruct": False,
+    }
+    sourceset = {
+        **credit,
+        "modelId": names.model,
+        "name": names.source_set,
+        "type": "",
+        "releaseName": release,
+        "hasDashboards": True,
+    }
+    return {
+        "release": [{**credit, "name": release, "descriptionShort": None}],
+        "model": [model],
+        "sourceset": [sourceset],
+    }
+
+
+def source_row(names: Names, layer: int, notes: str) -> Row:
+    return {
+        "id": names.source(layer),
+        "modelId": names.model,
+        "setName": names.source_set,
+        "creatorId": names.creator,
+        "visibility": "PUBLIC",
+        "hasDashboards": True,
+        "inferenceEnabled": False,
+        "dataset": None,
+        "notes": notes,
+    }
+
+
+def feature_row(
+    names: Names,
+    summaries: Sequence[NeuronSummary],
+    tokens: Sequence[int],
+    effect: LogitEffect | None = None,
+) -> Row:
+    """A neuron, from its summaries of both splits, which weigh as their `tokens`, and from its `effect`."""
+    neuron = summaries[0].neuron
+    heights, centres = _positive_histogram(summaries)
+    rate = np.average([s.firing_rate for s in summaries], weights=tokens)
+    return {
+        **names.place(neuron.layer, neuron.index),
+        "creatorId": names.creator,
+        "sourceSetName": names.source_set,
+        "maxActApprox": max(s.maximum for s in summaries),
+        "frac_nonzero": float(rate),
+        "freq_hist_data_bar_heights": heights,
+        "freq_hist_data_bar_values": centres,
+        "hasVector": False,
+        "vectorLabel": None,
+        "vectorDefaultSteerStrength": None,
+        "hookName": None,
+        "pos_str": list(effect.promoted) if effect else [],
+        "pos_values": list(effect.promoted_values) if effect else [],
+        "neg_str": list(effect.suppressed) if effect else [],
+        "neg_values": list(effect.suppressed_values) if effect else [],
+        **{name: [] for name in _LISTS_LEFT_EMPTY},
+    }
+
+
+def activation_row(
+    names: Names, summary: NeuronSummary, excerpt: Excerpt, split: str, tokens: list[str]
+) -> Row:
+    """An excerpt with the `tokens` [n] as shown."""
+    neuron, values = summary.neuron, [_shortest(a) for a in excerpt.activations]
+    highest = int(np.argmax(values))
+    place = names.place(neuron.layer, neuron.index)
+    return {
+        "id": identifier(
+            "activation", *place.values(), split, excerpt.kind, excerpt.bin, excerpt.rank
+        ),
+        **place,
+        "creatorId": names.creator,
+        "dataSource": f"{split}, {excerpt.kind}",
+        "tokens": tokens,
+        "values": values,
+        "maxValue": values[highest],
+        "maxValueTokenIndex": highest,
+        "minValue": min(values),
+        "qualifyingTokenIndex": excerpt.peak,
+        **_bin(summary, excerpt),
+        "dfaValues": [],
+        "dfaTargetIndex": None,
+        "dfaMaxValue": None,
+    }
+
+
+def explanation_row(names: Names, explanation: Explanation, of_set: str) -> Row:
+    """`of_set` is the name of a set by a language model, empty for those without one."""
+    place = names.place(explanation.neuron.layer, explanation.neuron.index)
+    kind = type_name(explanation, of_set)
+    return {
+        "id": identifier("explanation", *place.values(), of_set, kind),
+        **place,
+        "authorId": names.creator,
+        "description": explanation.text,
+        "typeName": kind,
+        "explanationModelName": of_set or None,
+        "embedding": None,
+        "umap_x": None,
+        "umap_y": None,
+        "umap_cluster": None,
+        "umap_log_feature_sparsity": None,
+    }
+
+
+def type_name(explanation: Explanation, of_set: str) -> str:
+    """How an explanation was made: the explainer, or from which excerpts a language model was asked."""
+    evidence = explanation.payload.get("evidence", "")
+    return PREFIX + (f"model_{evidence}".rstrip("_") if of_set else explanation.explainer)
+
+
+def score_row(names: Names, explanation: Row, scorer: str, score: NeuronScore) -> Row:
+    """A score that has a value; `scorer` is what read the explanation."""
+    found = score.score
+    details = {
+        "explainer": score.explainer,
+        "n_tokens": found.n_tokens,
+        "n_records": found.n_records,
+        "n_duplicates": found.n_duplicates,
+        "without_duplicates": found.without_duplicates,
+        "r2": found.r2,
+        "absolute_deviation": found.absolute_deviation,
+        "accuracy": found.accuracy,
+    }
+    return {
+        "id": identifier("score", explanation["id"], scorer, score.explainer, score.metric),
+        "explanationId": explanation["id"],
+        "initiatedByUserId": names.creator,
+        "value": found.value,
+        "explanationScoreTypeName": PREFIX + score.metric,
+        "explanationScoreModelName": scorer,
+        "jsonDetails": json.dumps(details),
+    }
+
+
+def type_row(names: Names, name: str, text: str, *, owned: bool) -> Row:
+    """A row of the tables of explainers, scorers and their models; those of models have no owner."""
+    row = {
+        "name": name,
+        "displayName": name,
+        "description": text,
+        "featured": False,
+        "url": None,
+        "creatorName": names.creator_name,
+    }
+    return {**row, "isAttention": False, "creatorId": names.creator} if owned else row
+
+
+def _positive_histogram(summaries: Sequence[NeuronSummary]) -> tuple[list[float], list[float]]:
+    """Counts and centres of the histogram's bins over the tokens on which the neuron was above 0.
+
+    Bins are those of both splits; what is not above 0 is taken out of the bin that 0 lies in, for
+    otherwise it would be the only bar to be seen. Empty where the splits were cut differently.
+    """
+    ranges = {(s.histogram_low, s.histogram_high) for s in summaries}
+    if len(ranges) > 1:
+        return [], []
+    ((low, high),) = ranges
+    counts = np.sum([s.histogram for s in summaries], axis=0)  # [64]
+    edges = np.linspace(low, high, len(counts) + 1)
+    above = edges[1:] > 0
+    fired = sum(round(s.firing_rate * s.n_tokens) for s in summaries)
+    heights = np.where(above, counts, 0)[above]
+    heights[:1] -= heights.sum() - fired
+    centres = (edges[:-1] + edges[1:])[above] / 2
+    return [float(h) for h in heights], [float(c) for c in centres]
+
+
+def _bin(summary: NeuronSummary, excerpt: Excerpt) -> Row:
+    """As dashboards have it: -1 for the top, else the bin's edges and its share of the (pilot's) tokens."""
+    if excerpt.kind == "top":
+        return {"binMin": -1.0, "binMax": float(summary.maximum), "binContains": -1.0}
+    edges: FloatArray = summary.openai_edges
+    if excerpt.kind != "openai_bin" or not np.isfinite(edges).all():
+        return {"binMin": None, "binMax": None, "binContains": None}
+    low, high = edges[excerpt.bin], edges[excerpt.bin + 1]
+    begin = OPENAI_QUANTILES[int(np.flatnonzero(edges == low)[0])]
+    share = round(OPENAI_QUANTILES[excerpt.bin + 1] - begin, 6)
+    return {"binMin": _shortest(low), "binMax": _shortest(high), "binContains": share}
+
+
+def _shortest(value: np.float32) -> float:
+    """The double with the fewest digits that is this float32."""
+    found = float(str(value))
+    assert math.isfinite(found), "harvested activations are finite"
+    return found

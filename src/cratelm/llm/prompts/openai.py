@@ -1,0 +1,118 @@
+"""OpenAI's published few-shot prompts (Bills et al. 2023), from their own package, word for word.
+
+The package `automated-interpretability` wants NumPy below 2: install cratelm with the extra
+`openai-prompts` in an environment of its own. Its prompts are made by its own functions; nothing of
+it is sent or scored by it.
+
+Control characters in tokens are shown as escapes, as in our own prompts: a raw tab in a token would
+melt into the tab that separates it from its level.
+"""
+
+# pyright: reportMissingImports=false
+# the package is in no environment with the rest
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cratelm.errors import InputError
+from cratelm.llm.prompts.excerpts import escaped
+from cratelm.llm.requests import Chat, LogprobQuery
+from cratelm.records import Excerpt
+from cratelm.stats.levels import MAX_LEVEL
+
+VERSION = "openai"
+
+
+def openai_explain_request(
+    shown: Sequence[Excerpt],
+    strings: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Chat:
+    """Asks what a neuron reacts to, in the words of OpenAI's token-and-activation explainer."""
+    from neuron_explainer.activations.activation_records import calculate_max_activation
+    from neuron_explainer.activations.activations import ActivationRecord
+
+    records = [
+        ActivationRecord(_tokens(e.token_ids, strings), [float(a) for a in e.activations])
+        for e in shown
+    ]
+    messages = _explainer().make_explanation_prompt(
+        all_activation_records=records,
+        max_activation=calculate_max_activation(records),
+        max_tokens_for_completion=max_tokens,
+    )
+    said = tuple((str(getattr(m["role"], "value", m["role"])), m["content"]) for m in messages)
+    return Chat(said, max_tokens, temperature, seed)  # type: ignore[arg-type]
+
+
+def openai_simulate_read(
+    explanation: str, token_ids: NDArray, strings: Sequence[str], *, full: bool = False
+) -> LogprobQuery:
+    """Asks for the level 0..10 of each token of one excerpt, in the words of OpenAI's simulator."""
+    from neuron_explainer.activations.activation_records import (
+        UNKNOWN_ACTIVATION_STRING,
+        format_sequences_for_simulation,
+    )
+
+    tokens = _tokens(token_ids, strings)
+    simulator = _simulator(escaped(explanation))
+    prompt = simulator.make_simulation_prompt(tokens)
+    body = format_sequences_for_simulation([tokens])
+    assert prompt.endswith(body)
+    context = len(prompt) - len(body)
+    preamble = prompt.rindex("\n\nNeuron ", 0, context)
+    lengths = np.array([len(t) + len(f"\t{UNKNOWN_ACTIVATION_STRING}\n") for t in tokens])
+    begins = body.index("<start>\n") + len("<start>\n") + np.cumsum(lengths) - lengths
+    slots = [int(b) + len(t) + 1 for b, t in zip(begins, tokens, strict=True)]
+    assert all(body.startswith(UNKNOWN_ACTIVATION_STRING, slot) for slot in slots)
+    return LogprobQuery(
+        preamble=prompt[:preamble],
+        context=prompt[preamble:context],
+        body=body,
+        slots=tuple(slots),
+        options=tuple(map(str, range(MAX_LEVEL + 1))),
+        full=full,
+    )
+
+
+def require() -> None:
+    """Raises `InputError` where the package is not there."""
+    try:
+        import neuron_explainer  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "--prompts openai needs the package automated-interpretability, which wants numpy < 2:"
+            " in an environment of its own, pip install 'cratelm[openai-prompts]'"
+        ) from None
+
+
+@cache
+def _explainer() -> Any:
+    from neuron_explainer.explanations.explainer import TokenActivationPairExplainer
+
+    class Explainer(TokenActivationPairExplainer):
+        """Makes prompts only: whether they are too long is for the model that is asked to say, and
+        finding out here would fetch a tokenizer."""
+
+        def _prompt_is_too_long(self, prompt_builder: Any, max_tokens_for_completion: int) -> bool:
+            return False
+
+    return Explainer(model_name="", override_api_key="none")
+
+
+def _simulator(explanation: str) -> Any:
+    from neuron_explainer.explanations.prompt_builder import PromptFormat
+    from neuron_explainer.explanations.simulator import ExplanationNeuronSimulator
+
+    return ExplanationNeuronSimulator("", explanation, prompt_format=PromptFormat.NONE)
+
+
+def _tokens(token_ids: NDArray, strings: Sequence[str]) -> list[str]:
+    return [escaped(strings[int(t)]) for t in token_ids]

@@ -1,0 +1,1 @@
+"""Pipelines: several verbs in one command."""

@@ -1,0 +1,238 @@
+"""`cratelm demo`: every verb in turn, on a scale that fits a laptop."""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cratelm.activations.config import HarvestConfig
+from cratelm.activations.harvest import harvest
+from cratelm.analysis.analyze import analyze
+from cratelm.analysis.config import AnalyzeConfig
+from cratelm.explain.config import ExplainConfig
+from cratelm.explain.explain import explain
+from cratelm.models import build
+from cratelm.pipelines.demo_config import DemoConfig
+from cratelm.pipelines.sae_compare import steps as autoencoder_steps
+from cratelm.pipelines.sae_compare_config import SaeCompareConfig
+from cratelm.report.config import ReportConfig
+from cratelm.report.report import ReportResult, comparison_table, report
+from cratelm.runs import Run
+from cratelm.sae.architectures import import_sae_lens
+from cratelm.score.config import ScoreConfig
+from cratelm.score.score import score
+from cratelm.steer.config import EffectsConfig
+from cratelm.steer.effects import effects
+from cratelm.tokens.config import TokenizeConfig
+from cratelm.tokens.tokenize import tokenize
+from cratelm.train.config import TrainConfig
+from cratelm.train.loop import train
+
+_HELD_BACK = 0.15
+"""share of the documents in each of fit and held_out: enough for 50 top excerpts of 50 documents"""
+_SEQUENCE = 256
+_HARVEST_COST = 2.0
+"""seconds of a harvest by seconds of its forward passes, rounded up (benchmarks/harvest.py)"""
+_SECONDS_A_NEURON = 0.04
+"""explaining and scoring a neuron on a core, three metrics and controls (benchmarks/explain_score.py)"""
+_ANALYZED = 20_000
+"""held-out tokens of the white-box reading, and of what autoencoders rebuild, of each twin"""
+_ABLATED = 2048
+"""held-out tokens on which the loss is measured without each neuron: few, what neurons write needs none"""
+_SECONDS_AN_EFFECT = 0.025
+"""what a neuron writes and the loss without it, for each layer that runs, on 2 cores"""
+_SAE_TOKENS = 204_800
+"""that an autoencoder is trained on"""
+_SAE_SECONDS = 55
+"""an autoencoder of one layer: trained, measured, its latents harvested, explained and scored; on 2 cores"""
+_FIXED_SECONDS = 65
+"""tokenizing the built-in corpus, loading libraries, white-box reading, drawing the report"""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the demo's results are."""
+
+    report: Path
+    """the page"""
+    table: str
+    """the comparison, as text"""
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.table}\n\nreport: {self.report}  (open it in a browser)\n"
+            f"{self.seconds / 60:.1f} minutes\n\n"
+            f"browse the neurons: {_browse(self.report.parent.parent)}"
+        )
+
+
+def _browse(run: Path) -> str:
+    """The command, as it is found from here: by its path where the environment is not activated."""
+    beside = Path(sys.executable).parent / "cratelm"
+    found = shutil.which("cratelm")
+    activated = found is not None and Path(found).samefile(beside) if beside.exists() else True
+    if activated:
+        return f"cratelm view {run}"
+    shown = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
+    return f"{shown} view {run}"
+
+
+@dataclass(frozen=True)
+class _Step:
+    stage: str
+    model: str
+    work: Callable[[], Any]
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage} {self.model}".strip()
+
+
+def demo(config: DemoConfig) -> DemoResult:
+    """Runs the whole line; finished stages are skipped. Raises `InputError` as the verbs do."""
+    started = time.monotonic()
+    if config.sae:
+        import_sae_lens()  # a missing package is told before anything is trained
+    print(_plan(config), flush=True)
+    steps = list(_steps(config))
+    done: Any = None
+    for number, step in enumerate(steps, 1):
+        print(f"[{number}/{len(steps)}] {step.label}", flush=True)
+        done = step.work()
+    assert isinstance(done, ReportResult)
+    return DemoResult(done.page, comparison_table(done), round(time.monotonic() - started, 1))
+
+
+def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
+    """The twins, and their randomly initialised controls."""
+    twins = [f"crate-{config.size}", f"gpt2-{config.size}"]
+    return twins, [f"{name}-init" for name in twins]
+
+
+def _steps(config: DemoConfig) -> Iterator[_Step]:
+    common = {"run": config.run, "force": config.force}
+    yield _Step("tokens", "", lambda: tokenize(_tokenize_config(config)))
+    twins, controls = _models(config)
+    for name in twins + controls:
+        yield _Step("model", name, lambda name=name: train(_train_config(config, name)))
+    for name in twins + controls:
+        harvesting = HarvestConfig(
+            **common, model=name, tokens=config.tokens, sequence_length=_SEQUENCE, seed=config.seed
+        )
+        explaining = ExplainConfig(**common, model=name, neurons=config.neurons, seed=config.seed)
+        scoring = ScoreConfig(**common, model=name, seed=config.seed)
+        yield _Step("activations", name, lambda c=harvesting: harvest(c))
+        yield _Step("explanations", name, lambda c=explaining: explain(c))
+        yield _Step("scores", name, lambda c=scoring: score(c))
+    if config.sae:
+        for step in autoencoder_steps(_sae_config(config), twins):
+            stage, _, name = step.label.partition(" ")
+            yield _Step(stage, name, step.work)
+    for name in twins:
+        analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
+        writing = EffectsConfig(
+            **common, model=name, tokens=_ABLATED, neurons=config.neurons, seed=config.seed
+        )
+        yield _Step("analysis", name, lambda c=analyzing: analyze(c))
+        yield _Step("steer", name, lambda c=writing: effects(c))
+    yield _Step("report", "", lambda: report(ReportConfig(**common, seed=config.seed)))
+
+
+def _tokenize_config(config: DemoConfig) -> TokenizeConfig:
+    return TokenizeConfig(
+        run=config.run,
+        force=config.force,
+        corpus=config.corpus,
+        vocab_size=config.vocab_size,
+        fit=_HELD_BACK,
+        held_out=_HELD_BACK,
+        sequence_length=_SEQUENCE,
+    )
+
+
+def _train_config(config: DemoConfig, name: str) -> TrainConfig:
+    return TrainConfig(
+        run=config.run,
+        force=config.force,
+        model=name.removesuffix("-init"),
+        steps=0 if name.endswith("-init") else config.steps,
+        sequence_length=_SEQUENCE,
+        seed=config.seed,
+    )
+
+
+def _sae_config(config: DemoConfig) -> SaeCompareConfig:
+    """Small: 2 latents an input, 32 of them on, a twelfth of the twins' tokens."""
+    return SaeCompareConfig(
+        run=config.run,
+        architecture="topk",
+        k=32,
+        expansion=2,
+        train_tokens=_SAE_TOKENS,
+        lr=3e-3,
+        batch_size=1024,
+        evaluate_tokens=_ANALYZED,
+        seed=config.seed,
+        force=config.force,
+    )
+
+
+def _plan(config: DemoConfig) -> str:
+    """What is going to happen and how long it may take, by a short measurement on this machine."""
+    run, (twins, controls) = Run(config.run), _models(config)
+    training = harvesting = scoring = writing = autoencoders = 0.0
+    layers = int(config.size.removesuffix("l"))
+    for name in twins + controls:
+        if config.force or name not in run.models("model") or name not in run.models("activations"):
+            step, forward = _measure(name.removesuffix("-init"), config)
+            if name in twins and (config.force or name not in run.models("model")):
+                training += step * config.steps
+            if config.force or name not in run.models("activations"):
+                harvesting += 2 * config.tokens * forward * _HARVEST_COST
+        if config.force or name not in run.models("scores"):
+            scoring += _SECONDS_A_NEURON * layers * (config.neurons or 512)
+        if name in twins and (config.force or name not in run.models("steer")):
+            writing += _SECONDS_AN_EFFECT * layers**2 * (config.neurons or 512)
+        done = any(other.startswith(f"{name}+") for other in run.models("scores"))
+        if config.sae and name in twins and (config.force or not done):
+            autoencoders += _SAE_SECONDS * layers
+    minutes = [s / 60 for s in (training, harvesting, scoring, writing, autoencoders)]
+    whole = round(sum(minutes) + _FIXED_SECONDS / 60)
+    return (
+        f"expected: about {whole} minute{'s' * (whole != 1)} on this machine"
+        f" ({os.cpu_count()} cores): training {minutes[0]:.1f}, harvest {minutes[1]:.1f},"
+        f" explaining and scoring {minutes[2]:.1f}, effects {minutes[3]:.1f}"
+        f"{f', autoencoders {minutes[4]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
+        f"{' and '.join(twins)} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"
+        f" controls {' and '.join(controls)}; everything goes to {config.run}"
+    )
+
+
+def _measure(name: str, config: DemoConfig) -> tuple[float, float]:
+    """Seconds of a training step, and of the forward pass of one token."""
+    model = build(name, vocab_size=config.vocab_size, max_position_embeddings=_SEQUENCE)
+    ids = torch.randint(config.vocab_size, (16, _SEQUENCE))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.base_model(input_ids=ids, use_cache=False)
+
+    return _seconds(step), _seconds(forward) / ids.numel()
+
+
+def _seconds(work: Callable[[], None], turns: int = 3) -> float:
+    work()
+    start = time.perf_counter()
+    for _ in range(turns):
+        work()
+    return (time.perf_counter() - start) / turns

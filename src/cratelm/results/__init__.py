@@ -1,0 +1,1 @@
+"""The one reader of a finished run: typed records for the report, the viewer and the exports."""

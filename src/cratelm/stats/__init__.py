@@ -1,0 +1,1 @@
+"""Statistics shared by the rooms: intervals, ratios, scores by layer; pure NumPy and SciPy."""

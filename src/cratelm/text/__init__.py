@@ -1,0 +1,1 @@
+"""Text for people: tokens and corpus text made visible, and tables written once for every format."""
