@@ -15,9 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from cratelm.corpus.documents import Document
-from cratelm.records import Excerpt, NeuronId, NeuronScore, Score, Split
+from cratelm.records import Control, Excerpt, NeuronId, NeuronScore, Score, Split
 from cratelm.score import duplicates
-from cratelm.score.controls import Control
 from cratelm.score.duplicates import GRID, PASSAGE, THRESHOLD, NearDuplicates
 from cratelm.score.simulation import graded
 from cratelm.tokens.shards import StoreWriter, TokenStore

@@ -24,8 +24,9 @@ from cratelm.evaluate.table import measurements_table
 from cratelm.evaluate.windows import cut
 from cratelm.models import build, load
 from cratelm.models.open import LoadedModel, sequence_length
+from cratelm.records import Estimate
 from cratelm.runs import Run
-from cratelm.stats.ratio import Counts, Estimate, Measurement, difference, perplexity, ratio
+from cratelm.stats.ratio import Counts, Measurement, difference, perplexity, ratio
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize

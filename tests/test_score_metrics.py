@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from shared import SHARED, needs_shared
 
 from cratelm.errors import InputError
-from cratelm.records import Status
-from cratelm.score.metrics import correlation_score, levels
+from cratelm.records import Status, levels
+from cratelm.score.metrics import correlation_score
 
 ORACLE = SHARED / "oracle" / "scoring.json"
 CASES = json.loads(ORACLE.read_text()) if ORACLE.is_file() else {"scores": [], "normalization": []}

@@ -24,8 +24,7 @@ from cratelm.llm.requests import (
     Outcome,
     Request,
 )
-from cratelm.records import CHANCE, Excerpt, NeuronRecord, Score, Status
-from cratelm.score.controls import Control
+from cratelm.records import CHANCE, Control, Excerpt, NeuronRecord, Score, Status
 from cratelm.score.scorers import MOST_MARKED, TASKS, roc_area, shown
 from cratelm.score.selection import scored_on
 from cratelm.score.tasks import Task

@@ -2,15 +2,17 @@
 
 Shape legend: n tokens of an excerpt, N tokens of a corpus split, H neurons of a layer.
 Units: an *activation* is the raw value of a neuron at one token; a *level* is the integer 0..10
-that a language model is shown (`cratelm.score.metrics.levels`).
+that a language model is shown (`levels`).
 """
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from cratelm.errors import InputError
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
@@ -53,6 +55,72 @@ CHANCE: dict[Metric, float] = {
 }
 """what an explanation that says nothing is worth under each"""
 
+Control = Literal["none", "shuffled", "constant"]
+CONTROLS: tuple[Control, ...] = ("none", "shuffled", "constant")
+"""`none`: the neuron's own explanation; `shuffled`: that of another neuron of its layer; `constant`: a
+simulation that is the same at every token, whose correlation is undefined by construction"""
+
+MAX_LEVEL = 10
+"""highest integer level that a language model is shown"""
+
+
+def levels(activations: ArrayLike, max_activation: float) -> NDArray[np.int64]:
+    """Return the integers 0..10 that a language model is shown: min(10, floor(10 relu(a) / max)).
+
+    The discretisation of Bills et al. (2023). All 0 where `max_activation` is not above 0. Raises
+    `InputError` on a value that is not finite.
+    """
+    raw = np.asarray(activations, dtype=np.float64)
+    if not (np.isfinite(raw).all() and np.isfinite(max_activation)):
+        raise InputError("activations hold NaN or infinity: finite values were expected")
+    if max_activation <= 0:
+        return np.zeros(raw.shape, dtype=np.int64)
+    with np.errstate(over="ignore"):  # beyond the largest float is above 10 as well
+        scaled = np.floor(MAX_LEVEL * np.maximum(raw, 0) / max_activation)
+    return np.minimum(MAX_LEVEL, scaled).astype(np.int64)
+
+
+class NeuronKey(NamedTuple):
+    """A neuron within one site of one model: layer and index, both from 0."""
+
+    layer: int
+    index: int  # type: ignore[assignment]  (hides tuple.index, which nobody needs of a key)
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.index}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with the bounds of its 95% interval; the field or the caller says over what."""
+
+    value: float
+    low: float | None
+    """None where there is no interval, as for a single value"""
+    high: float | None
+
+    def show(self, form: str) -> str:
+        """Return the figure and its bounds in a format such as `.2f`."""
+        if self.low is None or self.high is None:
+            return format(self.value, form)
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error; the field or the caller says over what."""
+
+    value: float
+    error: float | None
+    """None where there is none, as for a single document"""
+
+    def show(self, form: str) -> str:
+        """Return both in a format such as `.4f` or `.2%`."""
+        shown = format(self.value, form)
+        if self.error is None:
+            return shown
+        return f"{shown} ± {format(self.error, form.removeprefix('+')).removesuffix('%')}"
+
 
 @dataclass(frozen=True, order=True)
 class NeuronId:
@@ -64,6 +132,11 @@ class NeuronId:
     """where in the layer the neuron lives: `ista`, `mssa`, `mlp` or a module path"""
     layer: int
     index: int
+
+    @property
+    def key(self) -> NeuronKey:
+        """Layer and index: what names the neuron within its model and site."""
+        return NeuronKey(self.layer, self.index)
 
     def __str__(self) -> str:
         return f"{self.model}/{self.site}.{self.layer}.{self.index}"
@@ -214,7 +287,7 @@ class NeuronScore:
     neuron: NeuronId
     explainer: str
     metric: Metric
-    control: Literal["none", "shuffled", "constant"]
+    control: Control
     """`none`: the neuron's own explanation; else which null control"""
     score: Score
     documents: tuple[int, ...] = field(default=())

@@ -13,7 +13,7 @@ Shape legend: G groups of documents, D width, K heads, P = D/K width of a head.
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.stats.ratio import Estimate
+from cratelm.records import Estimate
 
 EPSILONS = (0.1, 0.5, 1.0)
 """distortions eps; tokens come from a LayerNorm, so that their entries have variance 1"""

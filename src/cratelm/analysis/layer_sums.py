@@ -23,7 +23,8 @@ from cratelm.analysis.groups import Moments
 from cratelm.analysis.sparse_coding import objectives, sparsity
 from cratelm.models import CrateForCausalLM
 from cratelm.models.sites import Site, hooked
-from cratelm.stats.ratio import Estimate, ratio
+from cratelm.records import Estimate
+from cratelm.stats.ratio import ratio
 
 GROUPS = 20
 """groups of documents, one of which is left out at a time for the errors of coding rates"""

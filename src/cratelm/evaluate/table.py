@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
-from cratelm.stats.ratio import Difference, Estimate, Measurement
+from cratelm.records import Estimate
+from cratelm.stats.ratio import Difference, Measurement
 
 _FIGURES: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss (nats)", ".4f"),

@@ -12,7 +12,7 @@ from cratelm.errors import InputError
 from cratelm.llm.client import Client
 from cratelm.llm.prompts.neurons import simulate_read
 from cratelm.llm.requests import Answer, OptionLogprobs
-from cratelm.stats.levels import MAX_LEVEL
+from cratelm.records import MAX_LEVEL
 
 LOW_MASS = 0.5
 """below this share of all probability on the levels, what is read says little about the model's answer"""

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.explain.evidence import WEIGHT, collect_evidence
-from cratelm.records import EXCERPT_KINDS, Excerpt, ExcerptKind, NeuronRecord
+from cratelm.records import EXCERPT_KINDS, Excerpt, ExcerptKind, NeuronRecord, levels
 from cratelm.results.views import ExcerptView, ShadedToken, Shown, TokenValue
-from cratelm.score.metrics import levels
 from cratelm.score.simulators import SIMULATORS, simulate
 from cratelm.tokens.shards import TokenStore
 

@@ -32,12 +32,13 @@ from cratelm.errors import InputError
 from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.models.sites import Site
+from cratelm.records import Estimate
 from cratelm.runs import Run, config_dict, write_json
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
 from cratelm.sae.reconstruction import Firing, Measured, measure
-from cratelm.stats.ratio import Estimate, ratio
+from cratelm.stats.ratio import ratio
 from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
 EVALUATION = "evaluation.json"

@@ -34,8 +34,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import Batch, SearchPlan
 from cratelm.models.sites import Autoencoder, Site, hooked
+from cratelm.records import Estimate
 from cratelm.sae.reconstruction import MOST_LOGITS, Replace, spliced, text_of
-from cratelm.stats.ratio import Estimate
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from cratelm.records import Explanation, NeuronId, NeuronScore
-
-Control = Literal["none", "shuffled", "constant"]
-CONTROLS: tuple[Control, ...] = ("none", "shuffled", "constant")
-"""`none`: the neuron's own explanation; `shuffled`: that of another neuron of its layer; `constant`: a
-simulation that is the same at every token, whose correlation is undefined by construction"""
 
 
 @dataclass(frozen=True)

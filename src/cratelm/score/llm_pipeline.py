@@ -9,6 +9,7 @@ from cratelm.llm.client import Client
 from cratelm.llm.requests import Request
 from cratelm.records import (
     METRICS,
+    Control,
     Explanation,
     Metric,
     NeuronId,
@@ -17,7 +18,7 @@ from cratelm.records import (
     Score,
     Status,
 )
-from cratelm.score.controls import Control, shuffled
+from cratelm.score.controls import shuffled
 from cratelm.score.scorers import TASKS
 from cratelm.score.selection import scored_on
 from cratelm.score.simulation import COMPAT, IsDuplicate, Simulator, simulation_task

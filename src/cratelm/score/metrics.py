@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cratelm.errors import InputError
 from cratelm.records import Score, Status
-from cratelm.stats.levels import levels as levels  # part of what a score is made of
+from cratelm.records import levels as levels
 
 
 def correlation_score(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike]) -> Score:

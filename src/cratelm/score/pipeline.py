@@ -6,6 +6,8 @@ from numpy.typing import NDArray
 
 from cratelm.explain.store import SampledNeuron
 from cratelm.records import (
+    CONTROLS,
+    Control,
     Excerpt,
     Explanation,
     Metric,
@@ -16,7 +18,7 @@ from cratelm.records import (
     Status,
 )
 from cratelm.score.config import ScoreConfig
-from cratelm.score.controls import CONTROLS, Control, shuffled
+from cratelm.score.controls import shuffled
 from cratelm.score.selection import scored_on
 from cratelm.score.simulation import IsDuplicate, graded
 from cratelm.score.simulators import simulate, simulate_constant

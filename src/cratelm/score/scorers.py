@@ -39,9 +39,7 @@ from cratelm.llm.prompts.scorers import (
     read_yes_no,
 )
 from cratelm.llm.requests import Answer, Embed, OptionLogprobs, Outcome, Request
-from cratelm.records import Excerpt, Metric, NeuronRecord, Score, Status
-from cratelm.score.controls import Control
-from cratelm.score.metrics import levels
+from cratelm.records import Control, Excerpt, Metric, NeuronRecord, Score, Status, levels
 from cratelm.score.selection import scored_on
 from cratelm.score.tasks import Task, failed
 

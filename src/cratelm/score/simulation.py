@@ -20,10 +20,9 @@ from cratelm.llm.probe import Preflight
 from cratelm.llm.prompts.neurons import simulate_fill, simulate_read
 from cratelm.llm.prompts.openai import openai_simulate_read
 from cratelm.llm.requests import Answer, OptionLogprobs, Outcome, Request
-from cratelm.records import Excerpt, Score
+from cratelm.records import MAX_LEVEL, Excerpt, Score
 from cratelm.score.metrics import correlation_score
 from cratelm.score.tasks import Task, failed
-from cratelm.stats.levels import MAX_LEVEL
 
 COMPAT_SEARCHED = 5
 """likeliest tokens in which the paper's code looks for a level"""

@@ -19,22 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cratelm.evaluate.scoring import Totals
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its standard error."""
-
-    value: float
-    error: float | None
-    """None for a single document"""
-
-    def show(self, form: str) -> str:
-        """Both in a format such as `.4f` or `.2%`."""
-        shown = format(self.value, form)
-        if self.error is None:
-            return shown
-        return f"{shown} ± {format(self.error, form.removeprefix('+')).removesuffix('%')}"
+from cratelm.records import Estimate
 
 
 @dataclass(frozen=True)

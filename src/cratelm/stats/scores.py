@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
-from cratelm.records import CHANCE, Metric, NeuronScore, Status
-from cratelm.score.controls import Control
+from cratelm.records import CHANCE, Control, Metric, NeuronScore, Status
 
 Policy = Literal["leave_out", "count_zero"]
 POLICIES: tuple[Policy, ...] = ("leave_out", "count_zero")

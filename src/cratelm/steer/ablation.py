@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.models.partial_forward import PartialForward, Trace
-from cratelm.stats.ratio import Estimate, ratio
+from cratelm.records import Estimate
+from cratelm.stats.ratio import ratio
 from cratelm.tokens.shards import TokenSplit
 
 MOST_LOGITS = 2**24

@@ -34,11 +34,10 @@ from cratelm.activations.store import NEURON_FIELDS, read_records, read_summarie
 from cratelm.explain.explain import select_neurons
 from cratelm.explain.store import SampledNeuron
 from cratelm.models.partial_forward import PartialForward
-from cratelm.records import NeuronId
+from cratelm.records import Estimate, NeuronId
 from cratelm.runs import Draft, Run, write_json
 from cratelm.score.controls import shuffled
 from cratelm.stats.intervals import Mean, mean_of
-from cratelm.stats.ratio import Estimate
 from cratelm.steer.ablation import Ablation, Ablations, Text, ablate
 from cratelm.steer.attribution import Effect, attribute, best
 from cratelm.steer.config import EffectsConfig, places

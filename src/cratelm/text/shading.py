@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import ArrayLike
 
-from cratelm.score.metrics import levels
+from cratelm.records import levels
 from cratelm.text.printable import runs_right_to_left, visible
 
 _WHITESPACE = re.compile("[␣⏎⇥]+")
@@ -24,7 +24,7 @@ class Piece:
     text: str
     """visible: nothing in it acts on a page or a terminal"""
     level: int
-    """0..10 of the largest activation shown (`cratelm.score.metrics.levels`)"""
+    """0..10 of the largest activation shown (`cratelm.records.levels`)"""
     peak: bool
     """the token that the excerpt was chosen for"""
     activation: float

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from cratelm.llm.prompts.excerpts import escaped, excerpt_text
 from cratelm.llm.requests import Chat, JsonQuery, LogprobQuery, Role
-from cratelm.records import Excerpt
-from cratelm.stats.levels import levels
+from cratelm.records import Excerpt, levels
 
 VERSION = "1"
 UNKNOWN = "unknown"

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from cratelm.errors import InputError
 from cratelm.llm.prompts.excerpts import escaped
 from cratelm.llm.requests import Chat, LogprobQuery
-from cratelm.records import Excerpt
-from cratelm.stats.levels import MAX_LEVEL
+from cratelm.records import MAX_LEVEL, Excerpt
 
 VERSION = "openai"
 

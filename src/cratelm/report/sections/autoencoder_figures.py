@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cratelm.records import Metric
+from cratelm.records import Estimate, Metric
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.drawing import Figure, Panel, Series, scatter
 from cratelm.report.figures import bar, layers_panel
@@ -14,7 +14,6 @@ from cratelm.report.sections.autoencoders import (
     shown_models,
 )
 from cratelm.results.run_results import RunResults
-from cratelm.stats.ratio import Estimate
 
 _Z95 = 1.959964
 """standard errors in half a 95% interval of a normal distribution"""

@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any
 
 from cratelm.errors import InputError
-from cratelm.records import Metric, Status
+from cratelm.records import Estimate, Metric, Status
 from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell
 from cratelm.report.sections.autoencoders import (
     Latents,
@@ -18,7 +18,6 @@ from cratelm.report.sections.autoencoders import (
 from cratelm.report.sections.comparisons import FIGURES, figures_of
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.runs import Completion
-from cratelm.stats.ratio import Estimate
 from cratelm.stats.scores import (
     POLICIES,
     ModelStatistics,

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cratelm.records import Estimate
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.runs import Completion, Run, hash_file
-from cratelm.stats.ratio import Estimate, ratio
+from cratelm.stats.ratio import ratio
 from cratelm.text.table import Cell, PlusMinus
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from cratelm.llm.probe import LOW_MASS
-from cratelm.records import CHANCE, SCORERS, Metric, NeuronScore
+from cratelm.records import CHANCE, SCORERS, Control, Metric, NeuronScore
 from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, without_score
 from cratelm.results.run_results import ModelResults, Place, ResultSet, RunResults
-from cratelm.score.controls import Control
 from cratelm.stats.scores import ModelStatistics, Policy, model_statistics
 from cratelm.text.table import Cell, Column, Table
 
