@@ -86,12 +86,12 @@ def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
         "site": config.site,
     }
     if tokens.is_finished(corpus, inputs, force=config.force):
-        done = {**inputs, "tokens": tokens.require("import records").identity}
+        done = {**inputs, "tokens": tokens.require("import records")}
         if harvest.is_finished(settings, done, force=config.force):
             return ImportRecordsResult(harvest.path, **harvest.require("import records").results)
     texts, order = _survey(paths, config)
     _write_tokens(tokens, corpus, inputs, texts, order)
-    inputs["tokens"] = tokens.require("import records").identity
+    inputs["tokens"] = tokens.require("import records")
     with harvest.write(settings, inputs) as draft:
         counts = _write_activations(draft, config, texts, order)
         draft.results = {

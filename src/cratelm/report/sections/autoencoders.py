@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.runs import Completion, Run, hash_file
+from cratelm.runs.names import set_name
 from cratelm.stats.ratio import Estimate, ratio
 from cratelm.text.table import Cell, PlusMinus
 
@@ -41,7 +42,7 @@ def evaluation_path(run: Run, harvest: Completion) -> Path | None:
     sae = harvest.config.get("sae")
     if not sae:
         return None
-    name = f"{Path(harvest.config['model']).name}@{Path(sae).name}"
+    name = set_name(Path(harvest.config["model"]).name, Path(sae).name)
     own = run.path / "sae" / name
     return own / "evaluation.json" if own.is_dir() else own.with_name(f"{name}.json")
 
