@@ -9,7 +9,7 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.llm.config import AskConfig, check_specification
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 Operation = Literal["set", "add", "scale", "zero"]
 FREE = "free"
@@ -149,7 +149,7 @@ class SteerConfig:
 
     neurons: tuple[str, ...]
     """which, as LAYER:INDEX, such as 1:32 0:7"""
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     model: str = "crate-2l"
     """name of a model in the run"""
@@ -198,7 +198,7 @@ class SteerConfig:
             raise InputError(
                 f"--site {self.site} beside --sae: autoencoders say what site they read"
             )
-        _at_least(self, {"tokens": 1, "top": 1, "generate": 0, "temperature": 0, "seed": 0})
+        at_least(self, {"tokens": 1, "top": 1, "generate": 0, "temperature": 0, "seed": 0})
 
     def edits(self) -> list[Edit]:
         """One edit a layer."""
@@ -215,7 +215,7 @@ class SteerConfig:
 class EffectsConfig:
     """Measure what each neuron writes to the vocabulary, and the loss on held-out text without it."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, holding the harvest of `--model`"""
     model: str = "crate-2l"
     """name of the harvest, which is the model's name"""
@@ -235,15 +235,15 @@ class EffectsConfig:
     """tokens that the model sees at once; left out: as in the harvest"""
     seed: int = 0
     """draws neurons, positions, held-out sequences, shuffled explanations and resamples"""
-    batch_tokens: int = aside(4096)
+    batch_tokens: int = not_in_identity(4096)
     """held-out tokens whose activations are held at a time"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self,
             {"neurons": 0, "top": 1, "positions": 1, "tokens": 1, "sequence_length": 2, "seed": 0,
              "batch_tokens": 1},
@@ -293,7 +293,7 @@ class InterveneConfig(AskConfig):
         check_specification("--judge", self.judge)
         if self.only:
             places("--only", self.only)
-        _at_least(
+        at_least(
             self,
             {"neurons": 0, "texts": 1, "prompt_tokens": 1, "generate": 1, "temperature": 0,
              "resamples": 1, "seed": 0},
@@ -313,11 +313,3 @@ def places(option: str, given: Sequence[str]) -> list[tuple[int, int]]:
     if not found:
         raise InputError(f"{option} names no neuron: LAYER:INDEX was expected, such as 1:32")
     return sorted(set(found))
-
-
-def _at_least(config: object, lowest: dict[str, float]) -> None:
-    for name, least in lowest.items():
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {value}: {least} or more was expected")

@@ -166,8 +166,8 @@ def effects(config: EffectsConfig) -> EffectsResult:
     """
     run = Run(config.run)
     inputs = {
-        "tokens": run.stage("tokens").require("tokenize").identity,
-        "activations": run.stage("activations", config.model).require("harvest").identity,
+        "tokens": run.stage("tokens").require("tokenize"),
+        "activations": run.stage("activations", config.model).require("harvest"),
     }
     stage = run.stage("steer", config.model)
     if stage.is_finished(config, inputs, force=config.force):

@@ -30,7 +30,6 @@ from cratelm.activations.store import NEURON_FIELDS, read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.store import (
     SampledNeuron,
-    explanation_set_name,
     read_explanations,
     read_selected,
     read_unexplained,
@@ -40,6 +39,7 @@ from cratelm.llm.requests import Request
 from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import NeuronId, Score, Status
 from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.runs.names import set_name, sets_of
 from cratelm.score.controls import shuffled
 from cratelm.score.tasks import Task
 from cratelm.stats.intervals import Mean, mean_of
@@ -179,14 +179,14 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
     run = Run(config.run)
     source = _source(run, config)
     inputs = {
-        "activations": run.stage("activations", config.model).require("harvest").identity,
-        "explanations": source.require("explain").identity,
+        "activations": run.stage("activations", config.model).require("harvest"),
+        "explanations": source.require("explain"),
         "prompts": judging.VERSION,
     }
     with open_client(config, config.judge) as client:
         judge = client.backend.name
         made_by = judge if config.explanations == FREE else f"{config.explanations}-by-{judge}"
-        stage = run.stage("steer", explanation_set_name(config.model, config.name or made_by))
+        stage = run.stage("steer", set_name(config.model, config.name or made_by))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
@@ -221,10 +221,9 @@ def _source(run: Run, config: InterveneConfig) -> Stage:
         stage.require("effects")
         return stage
     name = "" if config.explanations == FREE else config.explanations
-    stage = run.stage("explanations", explanation_set_name(config.model, name))
+    stage = run.stage("explanations", set_name(config.model, name))
     if stage.completion() is None:
-        prefix = f"{config.model}@"
-        there = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
+        there = sets_of(run.models("explanations"), config.model)
         if run.stage("explanations", config.model).completion():
             there.append(FREE)
         raise InputError(
