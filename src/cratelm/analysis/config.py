@@ -36,6 +36,8 @@ class AnalyzeConfig:
     """tokens a forward pass"""
     memory_mib: int = aside(512)
     """activations held at a time for consistency, in MiB; more neurons take more passes"""
+    device: str = aside("auto")
+    """cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too"""
     force: bool = aside(False)
     """redo the stage even if it is finished"""
     quiet: bool = aside(False)

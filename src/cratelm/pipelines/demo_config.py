@@ -40,6 +40,8 @@ class DemoConfig:
     """of initial weights, order of the data, samples and intervals"""
     force: bool = aside(False)
     """redo every stage"""
+    quiet: bool = aside(False)
+    """no progress bars, and no word of what is to be done and at which step it is"""
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("tokens", 1), ("neurons", 0), ("seed", 0)):

@@ -49,7 +49,7 @@ class SaeCompareConfig:
     force: bool = aside(False)
     """do every part again"""
     quiet: bool = aside(False)
-    """no progress bars while training and measuring"""
+    """no progress bars"""
 
     def __post_init__(self) -> None:
         if self.evaluate_tokens < 1:

@@ -45,5 +45,5 @@ def restore(draft: Draft, trainers: list[Any]) -> tuple[Place, list[int]] | None
     for index, trainer in enumerate(trainers):
         trainer.sae.load_weights_from_checkpoint(last / str(index))
         trainer.load_trainer_state(last / str(index))
-    told = json.loads((last / _PLACE).read_text())
+    told = json.loads((last / _PLACE).read_text(encoding="utf-8"))
     return Place(**told["place"]), told["resampled"]

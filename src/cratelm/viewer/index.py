@@ -156,7 +156,7 @@ class Index:
         )
 
     def _open(self, folder: Path) -> None:
-        self._meta = json.loads((folder / "meta.json").read_text())
+        self._meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         names = ("starts", "neurons", "values", "counts", "vectors")
         self._arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
         self._folder = folder

@@ -235,4 +235,4 @@ def _interventions(run: Run, models: Sequence[str]) -> list[tuple[str, dict[str,
 
 
 def _summary(run: Run, name: str) -> dict[str, Any]:
-    return json.loads((run.stage("steer", name).path / "summary.json").read_text())
+    return json.loads((run.stage("steer", name).path / "summary.json").read_text(encoding="utf-8"))
