@@ -185,6 +185,10 @@ class SteerConfig:
     """of the continuation; 0: the likeliest token each time"""
     seed: int = 0
     """draws the document, and the tokens at a temperature above 0: the same draws with and without"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
     output: Path | None = None
     """write the figures as JSON to this file, too"""
 
@@ -237,6 +241,8 @@ class EffectsConfig:
     """draws neurons, positions, held-out sequences, shuffled explanations and resamples"""
     batch_tokens: int = not_in_identity(4096)
     """held-out tokens whose activations are held at a time"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -256,6 +262,9 @@ class EffectsConfig:
 class InterveneConfig(AskConfig):
     """Ask a language model whether steering each neuron changes the text as its explanation says."""
 
+    device: str = not_in_identity("auto")
+    """of the steered model, and of a judge `hf:`; auto: as in the harvest, and for the judge a GPU where
+    there is one. The steered model's precision is the harvest's, --dtype is the judge's"""
     judge: str = ""
     """language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at --base-url"""
     explanations: str = FREE

@@ -191,7 +191,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
             return _read(stage.path, stage.require("intervene").results)
-        harvested = open_harvested(run, config.model)
+        harvested = open_harvested(run, config.model, config.device)
         _check_length(config, harvested)
         explained = _explained(config, source.path)
         selected = _chosen(config, explained.selected)
