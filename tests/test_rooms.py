@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "cratelm"
-BASE = {"errors", "records", "runs"}
+BASE = {"columns", "errors", "records", "runs"}
 LINE = ["corpus", "tokens", "models", "train", "evaluate", "activations", "explain", "score", "report", "viewer"]  # fmt: skip
 SIDE = {"sae", "steer", "analysis"}
 """rooms that import the line, and are imported by none but the top"""

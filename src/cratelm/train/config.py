@@ -129,10 +129,10 @@ class TrainConfig:
     """fields of the model's configuration as key=value, such as ista_residual=true ista_steps=3"""
     device: Literal["auto", "cpu"] = aside("auto")
     """auto: the GPU where there is one; several by `torchrun` or `accelerate launch`"""
-    tensorboard: bool = aside(True)
-    """curves for TensorBoard in the model's folder"""
+    tensorboard: bool = aside(False)
+    """curves for TensorBoard in the model's folder as well (needs the extra `tensorboard`)"""
     wandb: bool = aside(False)
-    """curves to Weights & Biases as well (needs cratelm[wandb])"""
+    """curves to Weights & Biases as well (needs the extra `wandb`)"""
     force: bool = aside(False)
     """train again where this was finished already"""
     quiet: bool = aside(False)
