@@ -29,7 +29,7 @@ lint: $(DEVELOPED)  ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(DEVELOPED)  ## the documentation's site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/build.py
 
 format: $(DEVELOPED)
 	$(BIN)/ruff check --fix .
@@ -49,4 +49,4 @@ $(DEVELOPED): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site .cache .pytest_cache .ruff_cache .hypothesis

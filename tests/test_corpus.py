@@ -369,7 +369,7 @@ def test_hub_corpora_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_hub_corpora_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r'pip install "cratelm\[hub\]"'):
+    with pytest.raises(InputError, match=r"pip install '\.\[hub\]'"):
         read("hub:some/dataset")
 
 

@@ -589,7 +589,7 @@ def test_missing_library_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"pip install 'cratelm\[openai\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[openai\]'"):
         ServerBackend("m", "http://h/v1")
 
 

@@ -342,7 +342,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, fold
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    with pytest.raises(InputError, match=r"cratelm\[hub\]"):
+    with pytest.raises(InputError, match=r"pip install '\.\[hub\]'"):
         measure(folder, "wikitext2")
 
 

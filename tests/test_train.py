@@ -454,13 +454,19 @@ def test_divergence_says_what_to_try_and_keeps_finite_checkpoints(run: Path) -> 
         ({"model_overrides": ("ista_step=3",)}, "did you mean"),
         ({"sequence_length": 100_000}, "--sequence-length"),
         ({"batch_size": 9, "micro_batch_size": 2}, "--batch-size"),
-        ({"wandb": True}, r"cratelm\[wandb\]"),
+        ({"tensorboard": True}, r"pip install '\.\[tensorboard\]'"),
+        ({"wandb": True}, r"pip install '\.\[wandb\]'"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(
     run: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    for package in (
+        "tensorboard",
+        "torch.utils.tensorboard",
+        "wandb",
+    ):  # as where it is not installed
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=said):
         train(TrainConfig(run=run, **{**SMALL, "name": "mistake", **fields}))
     assert not (run / "model" / "mistake").exists()
@@ -470,6 +476,17 @@ def test_mistakes_are_told_before_anything_is_written(
 def test_a_run_without_tokens_names_the_verb(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cratelm tokenize"):
         train(TrainConfig(run=tmp_path / "none"))
+
+
+def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, 0, tensorboard=True, wandb_name=None)
+    log.write(1, 10, loss=3.5)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.5)]
 
 
 def test_curves_drop_what_comes_again_after_a_kill(tmp_path: Path) -> None:

@@ -1145,10 +1145,13 @@ def test_without_the_extra_it_says_so_and_pages_can_be_written(copy, tmp_path, m
     assert main(["view", str(copy)]) == 2
     told = capsys.readouterr().err.strip()
     assert "\n" not in told
-    assert "pip install 'cratelm[viewer]'" in told
+    assert "pip install '.[viewer]'" in told
     assert main(["view", str(copy), "--static", str(tmp_path / "out"), "--neurons", "2"]) == 0
     page = (tmp_path / "out/r/copy/layer/crate-2l/0.html").read_text()
-    assert "The map cannot be drawn (it needs scikit-learn: type `pip install" in page
+    assert (
+        "The map cannot be drawn (it needs the package scikit-learn, which is not installed: type `pip install"
+        in page
+    )
     neuron = next((tmp_path / "out/r/copy/neuron/crate-2l/0").iterdir()).read_text()
     assert "By the tokens they fire on: cosine" in neuron
 

@@ -16,7 +16,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cratelm.errors import BudgetReached, InputError
 
@@ -165,7 +166,7 @@ def verb_function(verb: str) -> Callable[..., Any]:
     config = config_class(verb)
 
     def call(**fields: Any) -> Any:
-        return _run(verb, config(**fields))
+        return _run(verb, config(**_with_paths(config, fields)))
 
     call.__name__ = call.__qualname__ = function_name(verb)
     call.__doc__ = f"{config.__doc__}\n\nArguments are the fields of `{config.__name__}`."
@@ -175,6 +176,19 @@ def verb_function(verb: str) -> Callable[..., Any]:
     ]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
+
+
+def _with_paths(config: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with a `Path` wherever the configuration takes one and a string was given."""
+    hints = get_type_hints(config)
+
+    def converted(name: str, value: Any) -> Any:
+        hint, one = hints.get(name), isinstance(value, str | Path)
+        if get_origin(hint) is tuple and Path in get_args(hint):
+            return tuple(map(Path, [value] if one else value))
+        return Path(value) if one and Path in (hint, *get_args(hint)) else value
+
+    return {name: converted(name, value) for name, value in fields.items()}
 
 
 def _run(verb: str, config: Any) -> Any:

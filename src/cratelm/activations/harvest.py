@@ -17,9 +17,9 @@ from cratelm.activations.config import HarvestConfig, last_name
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
 from cratelm.activations.store import (
-    EXCERPT_SCHEMA,
+    EXCERPTS,
     NEURONS_A_GROUP,
-    SUMMARY_SCHEMA,
+    SUMMARIES,
     excerpts_path,
     summaries_path,
 )
@@ -160,9 +160,9 @@ def _write(
     """Writes a split. Held-out excerpts are joined by top tokens out of their context."""
     alone = out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
     with (
-        pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARY_SCHEMA) as summaries,
+        pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARIES.schema) as summaries,
         pq.ParquetWriter(
-            excerpts_path(folder, plan.name), EXCERPT_SCHEMA, compression="zstd"
+            excerpts_path(folder, plan.name), EXCERPTS.schema, compression="zstd"
         ) as excerpts,
     ):
         for place, (layer, kept) in enumerate(zip(site.layer_numbers, layers, strict=True)):

@@ -16,44 +16,71 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import EXCERPT_KINDS, Excerpt, NeuronId, NeuronRecord, NeuronSummary, Split
+from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
 
 Place = tuple[int, int]
 """layer and index of a neuron"""
-NEURON_FIELDS = [
-    ("model", pa.string()),
-    ("site", pa.string()),
-    ("layer", pa.int32()),
-    ("index", pa.int32()),
-]
-EXCERPT_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("kind", pa.dictionary(pa.int8(), pa.string())),
-        ("bin", pa.int8()),
-        ("rank", pa.int16()),
-        ("peak", pa.int16()),
-        ("document", pa.int64()),
-        ("position", pa.int64()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("activations", pa.list_(pa.float32())),
-    ]
+EXCERPTS = TableFile(
+    "activations/MODEL/excerpts-SPLIT.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column(
+            "kind",
+            pa.dictionary(pa.int8(), pa.string()),
+            "`top`, `random`, `openai_bin`, `anthropic_bin` or `out_of_context`",
+        ),
+        Column("bin", pa.int8(), "bin it was drawn from, -1 where the kind has none"),
+        Column("rank", pa.int16(), "`top`: 0 is the strongest; others: order of drawing"),
+        Column(
+            "peak", pa.int16(), "offset in the excerpt, in tokens, of the token it was chosen for"
+        ),
+        Column("document", pa.int64(), "`ordinal` of its document"),
+        Column(
+            "position", pa.int64(), "position of the token it was chosen for in the split, tokens"
+        ),
+        Column("token_ids", pa.list_(pa.int32()), "n tokens"),
+        Column("activations", pa.list_(pa.float32()), "n raw activations"),
+    ),
 )
-SUMMARY_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("n_tokens", pa.int64()),
-        ("mean", pa.float64()),
-        ("variance", pa.float64()),
-        ("skew", pa.float64()),
-        ("kurtosis", pa.float64()),
-        ("firing_rate", pa.float64()),
-        ("maximum", pa.float32()),
-        ("histogram", pa.list_(pa.int64())),
-        ("histogram_low", pa.float32()),
-        ("histogram_high", pa.float32()),
-        ("openai_edges", pa.list_(pa.float32())),
-        ("anthropic_edges", pa.list_(pa.float32())),
-    ]
+SUMMARIES = TableFile(
+    "activations/MODEL/summaries-SPLIT.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("n_tokens", pa.int64(), "tokens searched"),
+        Column("mean", pa.float64(), "raw activation"),
+        Column("variance", pa.float64(), "of the population, raw activation squared"),
+        Column("skew", pa.float64(), "standardised third moment; NaN where the variance is 0"),
+        Column(
+            "kurtosis",
+            pa.float64(),
+            "standardised fourth moment, 3 for a normal distribution; NaN where the variance is 0",
+        ),
+        Column("firing_rate", pa.float64(), "fraction of tokens with an activation above 0"),
+        Column(
+            "maximum", pa.float32(), "raw activation; 0 or less: the neuron is dead on the split"
+        ),
+        Column("histogram", pa.list_(pa.int64()), "64 counts of tokens over equal bins"),
+        Column(
+            "histogram_low",
+            pa.float32(),
+            "lower edge of the first bin, raw activation; the bin also takes what lies below",
+        ),
+        Column(
+            "histogram_high",
+            pa.float32(),
+            "upper edge of the last bin, raw activation; the bin also takes what lies above",
+        ),
+        Column(
+            "openai_edges",
+            pa.list_(pa.float32()),
+            "6 raw activations at the quantiles 0, .5, .9, .99, .999, 1 of a pilot sample",
+        ),
+        Column(
+            "anthropic_edges",
+            pa.list_(pa.float32()),
+            "13 raw activations: edges of 12 equal bins of the pilot sample's range",
+        ),
+    ),
 )
 
 
@@ -61,32 +88,32 @@ NEURONS_A_GROUP = 16
 """neurons in a row group of excerpts: about 1 MB in memory, 10 ms to read one of them"""
 
 
-def excerpts_path(folder: Path, split: Split) -> Path:
-    return folder / f"excerpts-{split}.parquet"
+def excerpts_path(folder: str | Path, split: Split) -> Path:
+    return Path(folder) / f"excerpts-{split}.parquet"
 
 
-def summaries_path(folder: Path, split: Split) -> Path:
-    return folder / f"summaries-{split}.parquet"
+def summaries_path(folder: str | Path, split: Split) -> Path:
+    return Path(folder) / f"summaries-{split}.parquet"
 
 
-def write_records(folder: Path, split: Split, records: Sequence[NeuronRecord]) -> None:
+def write_records(folder: str | Path, split: Split, records: Sequence[NeuronRecord]) -> None:
     """Writes records, sorted by layer and index, as one row group a file."""
     with (
-        pq.ParquetWriter(summaries_path(folder, split), SUMMARY_SCHEMA) as summaries,
-        pq.ParquetWriter(excerpts_path(folder, split), EXCERPT_SCHEMA) as excerpts,
+        pq.ParquetWriter(summaries_path(folder, split), SUMMARIES.schema) as summaries,
+        pq.ParquetWriter(excerpts_path(folder, split), EXCERPTS.schema) as excerpts,
     ):
         summaries.write_table(_summary_table([r.summary for r in records]))
         excerpts.write_table(_excerpt_table(records))
 
 
-def read_summaries(folder: Path, split: Split) -> list[NeuronSummary]:
+def read_summaries(folder: str | Path, split: Split) -> list[NeuronSummary]:
     """Summaries of all neurons of a harvest, by layer and index."""
     table = pq.read_table(_existing(summaries_path(folder, split)))
     return [_summary(row) for row in table.to_pylist()]
 
 
 def read_records(
-    folder: Path,
+    folder: str | Path,
     split: Split,
     layers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
@@ -120,9 +147,9 @@ class NeuronFile:
     The footer is read once. Safe for several threads. Raises `InputError` where the file is not there.
     """
 
-    def __init__(self, path: Path):
-        self.path = _existing(path)
-        with pq.ParquetFile(path) as file:
+    def __init__(self, path: str | Path):
+        self.path = _existing(Path(path))
+        with pq.ParquetFile(self.path) as file:
             self._metadata = file.metadata
             bounds = [_bounds(file, group) for group in range(file.num_row_groups)]
         self.n_groups = len(bounds)
@@ -160,7 +187,7 @@ class NeuronFile:
 class ExcerptFile(NeuronFile):
     """Excerpts of a split, by neuron."""
 
-    def __init__(self, folder: Path, split: Split):
+    def __init__(self, folder: str | Path, split: Split):
         super().__init__(excerpts_path(folder, split))
 
     def of(self, layer: int, index: int) -> tuple[Excerpt, ...]:
@@ -233,7 +260,7 @@ def _summary_table(summaries: Sequence[NeuronSummary]) -> pa.Table:
         }
         for s in summaries
     ]
-    return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=SUMMARIES.schema)
 
 
 def _excerpt_table(records: Sequence[NeuronRecord]) -> pa.Table:
@@ -243,4 +270,4 @@ def _excerpt_table(records: Sequence[NeuronRecord]) -> pa.Table:
         for record in records
         for excerpt in sorted(record.excerpts, key=lambda e: (order[e.kind], e.bin, e.rank))
     ]
-    return pa.Table.from_pylist(rows, schema=EXCERPT_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=EXCERPTS.schema)

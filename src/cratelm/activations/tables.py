@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from cratelm.activations.layer_harvest import HISTOGRAM_BINS, LayerHarvest
-from cratelm.activations.store import EXCERPT_SCHEMA, SUMMARY_SCHEMA
+from cratelm.activations.store import EXCERPTS, SUMMARIES
 from cratelm.activations.topk import EMPTY, TopKBuffers
 from cratelm.records import EXCERPT_KINDS, ExcerptKind
 from cratelm.tokens.shards import TokenSplit
@@ -42,7 +42,7 @@ class Rows:
         return Rows(**{k: v if k == "kind" else v[chosen] for k, v in columns.items()})
 
     def table(self, split: TokenSplit) -> pa.Table:
-        """Columns of `EXCERPT_SCHEMA` less model, site and layer."""
+        """Columns of `EXCERPTS` less model, site and layer."""
         context = self.window.shape[1] // 2
         columns = np.arange(self.window.shape[1]) - context
         positions = self.position[:, None] + columns
@@ -120,18 +120,18 @@ def _random_rows(harvest: LayerHarvest, low: int, high: int) -> Rows:
 def excerpt_table(
     rows: list[Rows], split: TokenSplit, model: str, site: str, layer: int
 ) -> pa.Table:
-    """Rows of some neurons of one layer as a table of `EXCERPT_SCHEMA`, sorted."""
+    """Rows of some neurons of one layer as a table of `EXCERPTS`, sorted."""
     kinds = np.concatenate([np.full(len(r.neuron), EXCERPT_KINDS.index(r.kind)) for r in rows])
     neuron, bins, rank = (
         np.concatenate([getattr(r, name) for r in rows]) for name in ("neuron", "bin", "rank")
     )
     table = pa.concat_tables([r.table(split) for r in rows]).unify_dictionaries()
     table = table.take(pa.array(np.lexsort((rank, bins, kinds, neuron))))
-    return _named(table, EXCERPT_SCHEMA, model, site, layer)
+    return _named(table, EXCERPTS.schema, model, site, layer)
 
 
 def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> pa.Table:
-    """A row a neuron of `SUMMARY_SCHEMA`, from the sums of the harvest."""
+    """A row a neuron of `SUMMARIES`, from the sums of the harvest."""
     n, pilot = harvest.n_tokens, harvest.pilot
     p1, p2, p3, p4 = (p / n for p in harvest.powers.cpu().numpy())
     variance = np.maximum(p2 - p1**2, 0)
@@ -156,7 +156,7 @@ def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> p
             "anthropic_edges": _lists(pilot.anthropic_edges.cpu().numpy()),
         }
     )
-    return _named(table, SUMMARY_SCHEMA, model, site, layer)
+    return _named(table, SUMMARIES.schema, model, site, layer)
 
 
 def tokens_at(split: TokenSplit, positions: np.ndarray) -> np.ndarray:

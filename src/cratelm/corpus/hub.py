@@ -8,7 +8,7 @@ from typing import Any
 
 from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import CorpusFile, Fields, row_document
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 
 _NAME = re.compile(r"hub:(?P<path>[^:@]+)(:(?P<name>[^@]+))?(@(?P<revision>.+))?")
 
@@ -63,8 +63,5 @@ class HubCorpus:
         try:
             from datasets import load_dataset
         except ImportError:
-            raise InputError(
-                f"{self.corpus} needs the package `datasets`, which is not installed:"
-                ' type pip install "cratelm[hub]"'
-            ) from None
+            raise missing_extra("hub", self.corpus, "datasets") from None
         return load_dataset(**self._options, split="train", streaming=True)

@@ -20,7 +20,7 @@ from typing import Any
 from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import CorpusFile, Fields, row_document
 from cratelm.corpus.sources import HUB, open_corpus
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.evaluate.texts import Passage, articles, blocks, last_words, whole
 from cratelm.records import SPLITS
 
@@ -169,10 +169,8 @@ def _load(name: str, kind: Kind) -> Any:
         from datasets import load_dataset
         from huggingface_hub.utils import logging
     except ImportError:
-        raise InputError(
-            f"{name} needs the package `datasets`, which is not installed: type"
-            f' pip install "cratelm[hub]", or name a local copy, --on {name}=PATH'
-        ) from None
+        otherwise = f", or name a local copy, --on {name}=PATH"
+        raise missing_extra("hub", name, "datasets", otherwise) from None
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # without a network: twelve lines about retries before our one
     try:

@@ -177,7 +177,7 @@ def _write(
 
 
 def select_neurons(
-    harvest: Path, per_layer: int, seed: int, only: Sequence[tuple[int, int]] = ()
+    harvest: str | Path, per_layer: int, seed: int, only: Sequence[tuple[int, int]] = ()
 ) -> list[SampledNeuron]:
     """`per_layer` neurons of each layer, 0 for all, by layer and index; or `only` these (layer, index).
 
@@ -204,7 +204,7 @@ def select_neurons(
 
 
 def _named(
-    harvest: Path, layers: dict[int, list[SampledNeuron]], only: Sequence[tuple[int, int]]
+    harvest: str | Path, layers: dict[int, list[SampledNeuron]], only: Sequence[tuple[int, int]]
 ) -> list[SampledNeuron]:
     there = {(s.neuron.layer, s.neuron.index): s for found in layers.values() for s in found}
     missing = [place for place in only if place not in there]

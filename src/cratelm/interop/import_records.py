@@ -31,9 +31,9 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cratelm.activations.store import (
-    EXCERPT_SCHEMA,
+    EXCERPTS,
     NEURONS_A_GROUP,
-    SUMMARY_SCHEMA,
+    SUMMARIES,
     excerpts_path,
     summaries_path,
     write_records,
@@ -188,8 +188,8 @@ def _open_tables(folder: Path, stack: ExitStack) -> dict[Path, pq.ParquetWriter]
     opened = {}
     for split in USED:
         for path, schema in (
-            (summaries_path(folder, split), SUMMARY_SCHEMA),
-            (excerpts_path(folder, split), EXCERPT_SCHEMA),
+            (summaries_path(folder, split), SUMMARIES.schema),
+            (excerpts_path(folder, split), EXCERPTS.schema),
         ):
             opened[path] = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
     return opened

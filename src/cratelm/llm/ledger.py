@@ -83,9 +83,9 @@ class Ledger:
     Raises `InputError` where the file is not a ledger.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._database = sqlite3.connect(path, timeout=60)
             with self._database:
@@ -144,7 +144,7 @@ class Ledger:
                 rows,
             )
 
-    def merge(self, other: Path) -> int:
+    def merge(self, other: str | Path) -> int:
         """Takes over what another ledger has and this one lacks; returns how many rows that were.
 
         An answer replaces a failure, never the reverse.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.models.sites import Site, site_of
 
 CONFIG = "cfg.json"
@@ -80,10 +80,7 @@ def _load(folder: Path, device: torch.device) -> Any:
     try:
         from sae_lens import SAE
     except ImportError:
-        raise InputError(
-            "latents are computed by SAELens, which is not installed: type"
-            " `pip install 'cratelm[sae]'`"
-        ) from None
+        raise missing_extra("sae", "an autoencoder", "sae-lens") from None
     try:
         return SAE.load_from_disk(folder, device=str(device)).eval()
     except Exception as error:  # SAELens raises whatever its parts do

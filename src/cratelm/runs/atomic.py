@@ -170,13 +170,13 @@ def _beat(file: Path, stop: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty draft that becomes the folder `path` where no error is raised.
 
     On an error the draft is removed and `path` stays as it was. Raises `InputError` where another
     process writes `path`.
     """
-    path = path.resolve()  # so that `.` has a name, and a link's own folder is replaced
+    path = Path(path).resolve()  # so that `.` has a name, and a link's own folder is replaced
     with lock(path):
         recover(path)
         remove_drafts(path)
@@ -332,13 +332,13 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a name next to `path`; the file written there becomes `path`, or nothing does on an error.
 
     Writers of one file wait for each other. Use it for files that are written at once: a writer
     that takes longer than 10 seconds has the others give up with an `InputError`.
     """
-    path = path.resolve()
+    path = Path(path).resolve()
     # A draft has one writer, and is synced as a whole when it is put in place.
     in_draft = any(_DRAFT.fullmatch(part) for part in path.parts)
     with contextlib.nullcontext() if in_draft else lock(path, wait=_FILE_WAIT):
@@ -356,13 +356,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file: it is the old or the new one, whenever the process is killed."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Write JSON that every reader takes, atomically.
 
     JSON has no NaN and no infinity: they become `null`, which says that there is no such number. Text

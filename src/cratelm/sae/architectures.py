@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.sae.train_config import L0_COEFFICIENT, L1, K, SaeTrainConfig
 
 RESAMPLED = ("l1", "gated")
@@ -37,10 +37,7 @@ def import_sae_lens() -> Any:
     try:
         import sae_lens
     except ImportError:
-        raise InputError(
-            "sparse autoencoders are trained and measured with SAELens: type"
-            " `pip install 'cratelm[sae]'` first"
-        ) from None
+        raise missing_extra("sae", "an autoencoder", "sae-lens") from None
     return sae_lens
 
 

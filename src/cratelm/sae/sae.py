@@ -109,9 +109,9 @@ class Sae(nn.Module):
         """Reconstruction [..., H] of activations [..., H]."""
         return self.decode(self.encode(x))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Writes `cfg.json` and `sae_weights.safetensors` into a folder that is there."""
-        c = self.config
+        folder, c = Path(folder), self.config
         told = ("model_name", "hook_name", "site", "layer", "provenance")
         metadata = {name: getattr(c, name) for name in told}
         metadata["sae_lens_version"] = metadata["sae_lens_training_version"] = FORMAT_VERSION

@@ -2,19 +2,9 @@
 
 Writes `steer/MODEL/`:
 
-`logit_effects.parquet`, a row a neuron and kind (`exact`, `first_order`), none for dead neurons:
-model, site, layer, index; kind; activation (mean at the tokens it is taken over); n_positions;
-promoted_ids, promoted, promoted_values and suppressed_ids, suppressed, suppressed_values (ids, strings
-and logits less their mean over the vocabulary, strongest first); agreement (rank correlation of the two
-kinds over the vocabulary), overlap (part of the promoted that both name), named (chance that a token
-it fires on is promoted more than another), named_shuffled (the same of another neuron's tokens): these
-four in rows `exact` alone.
-
-`ablation.parquet`, a row a neuron: model, site, layer, index; dead (on the fit split); change and
-change_error (loss without it less loss with it, nats a token, and its standard error over documents);
-firing_change and firing_error (over tokens predicted from where it fires); n_tokens, n_firing, n_documents.
-
-`summary.json`: the figures by layer.
+`logit_effects.parquet`   a row a neuron and kind (`exact`, `first_order`), none for dead neurons
+`ablation.parquet`        a row a neuron: the loss without it less the loss with it
+`summary.json`            the figures by layer
 """
 
 from collections.abc import Sequence
@@ -30,12 +20,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
-from cratelm.activations.store import NEURON_FIELDS, read_records, read_summaries
+from cratelm.activations.store import read_records, read_summaries
 from cratelm.explain.explain import select_neurons
 from cratelm.explain.store import SampledNeuron
 from cratelm.models.partial_forward import PartialForward
 from cratelm.records import Estimate, NeuronId
 from cratelm.runs import Draft, Run, write_json
+from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
 from cratelm.score.controls import shuffled
 from cratelm.stats.intervals import Mean, mean_of
 from cratelm.steer.ablation import Ablation, Ablations, Text, ablate
@@ -43,37 +34,62 @@ from cratelm.steer.attribution import Effect, attribute, best
 from cratelm.steer.config import EffectsConfig, places
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
 
-_IDS, _WORDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.string()), pa.list_(pa.float32())
-EFFECT_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("kind", pa.string()),
-        ("activation", pa.float64()),
-        ("n_positions", pa.int32()),
-        ("promoted_ids", _IDS),
-        ("promoted", _WORDS),
-        ("promoted_values", _VALUES),
-        ("suppressed_ids", _IDS),
-        ("suppressed", _WORDS),
-        ("suppressed_values", _VALUES),
-        ("agreement", pa.float64()),
-        ("overlap", pa.float64()),
-        ("named", pa.float64()),
-        ("named_shuffled", pa.float64()),
-    ]
+LOGIT_EFFECTS = TableFile(
+    "steer/MODEL/logit_effects.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column(
+            "kind",
+            pa.string(),
+            "`exact`: through all that follows, where it fires; `first_order`: its column through the last norm and the unembedding",
+        ),
+        Column("activation", pa.float64(), "raw activation, mean over the tokens it is taken at"),
+        Column("n_positions", pa.int32(), "how many tokens these are"),
+        Column("promoted_ids", pa.list_(pa.int32()), "token ids that gain most, strongest first"),
+        Column("promoted", pa.list_(pa.string()), "the same as text"),
+        Column(
+            "promoted_values", pa.list_(pa.float32()), "logits, less their mean over the vocabulary"
+        ),
+        Column("suppressed_ids", pa.list_(pa.int32()), "token ids that lose most"),
+        Column("suppressed", pa.list_(pa.string()), "the same as text"),
+        Column("suppressed_values", pa.list_(pa.float32()), "likewise"),
+        Column(
+            "agreement",
+            pa.float64(),
+            "of `exact`: rank correlation over the vocabulary with the first-order reading, -1 to 1",
+        ),
+        Column(
+            "overlap",
+            pa.float64(),
+            "of `exact`: part of the promoted tokens that both have, 0 to 1",
+        ),
+        Column(
+            "named",
+            pa.float64(),
+            "of `exact`: chance that a token it fires on is promoted more than another, 0 to 1",
+        ),
+        Column("named_shuffled", pa.float64(), "the same of another neuron's tokens"),
+    ),
 )
-ABLATION_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("dead", pa.bool_()),
-        ("change", pa.float64()),
-        ("change_error", pa.float64()),
-        ("firing_change", pa.float64()),
-        ("firing_error", pa.float64()),
-        ("n_tokens", pa.int64()),
-        ("n_firing", pa.int64()),
-        ("n_documents", pa.int64()),
-    ]
+ABLATION = TableFile(
+    "steer/MODEL/ablation.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("dead", pa.bool_(), "never above 0 on the fit split"),
+        Column(
+            "change",
+            pa.float64(),
+            "held-out loss without the neuron less that with it, nats a token",
+        ),
+        Column("change_error", pa.float64(), "its standard error, over documents"),
+        Column(
+            "firing_change", pa.float64(), "the same over the tokens predicted from where it fires"
+        ),
+        Column("firing_error", pa.float64(), "its standard error"),
+        Column("n_tokens", pa.int64(), "tokens measured on"),
+        Column("n_firing", pa.int64(), "of these, predicted from where it fires"),
+        Column("n_documents", pa.int64(), "documents that they belong to"),
+    ),
 )
 CLEAR = 2
 """standard errors beyond which a change counts as clear"""
@@ -268,10 +284,12 @@ def _write(
     for neuron, effect in found.items():
         other = found[donors[neuron]].named if neuron in donors else np.zeros(0, np.int64)
         rows += _effect_rows(effect, other, config.top, strings)
-    pq.write_table(pa.Table.from_pylist(rows, EFFECT_SCHEMA), draft.path / "logit_effects.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(rows, LOGIT_EFFECTS.schema), draft.path / "logit_effects.parquet"
+    )
     lost = _lost(harvested, selected, ablations)
     without = [_ablation_row(s, lost[s.neuron]) for s in selected]
-    pq.write_table(pa.Table.from_pylist(without, ABLATION_SCHEMA), draft.path / "ablation.parquet")
+    pq.write_table(pa.Table.from_pylist(without, ABLATION.schema), draft.path / "ablation.parquet")
     exact = [row for row in rows if row["kind"] == "exact"]
     some = next(iter(lost.values()))
     draft.results.update(

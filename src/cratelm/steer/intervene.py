@@ -2,15 +2,10 @@
 
 Writes `steer/MODEL@NAME/`:
 
-`interventions.parquet`, a row a neuron and control: model, site, layer, index; explainer; control
-(`none`: own explanation, own continuations; `shuffled`: another neuron's explanation of the layer, own
-continuations; `random`: own explanation, continuations with another neuron of the layer steered as
-strongly); explanation (the text judged by); value (mean probability that the judge names the steered
-text, 0..1, chance 0.5); status and reason; pairs (judged) and same (left out, since steering changed
-nothing); steered (index of the neuron that was steered), setting (its activation) and kl (nats a token).
-
-`continuations.parquet`, a row a neuron and text: model, site, layer, index; prompt, plain, steered,
-random. `summary.json`: the figures. `calls.json`: what was asked.
+`interventions.parquet`   a row a neuron and control (own explanation, another neuron's, another neuron steered)
+`continuations.parquet`   a row a neuron and text: plain and steered continuations
+`summary.json`            the figures
+`calls.json`              what was asked
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
-from cratelm.activations.store import NEURON_FIELDS, read_summaries
+from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.store import (
     SampledNeuron,
@@ -39,6 +34,7 @@ from cratelm.llm.requests import Request
 from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import NeuronId, Score, Status
 from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
 from cratelm.runs.names import set_name, sets_of
 from cratelm.score.controls import shuffled
 from cratelm.score.tasks import Task
@@ -54,24 +50,44 @@ NEURONS_A_TIME = 16
 ABLE = 0.75
 """below this on pairs whose answer is known, a judge's answers say little"""
 _PROMOTED_SHOWN = 6
-SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("explainer", pa.string()),
-        ("control", pa.string()),
-        ("explanation", pa.string()),
-        ("value", pa.float64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("pairs", pa.int32()),
-        ("same", pa.int32()),
-        ("steered", pa.int32()),
-        ("setting", pa.float64()),
-        ("kl", pa.float64()),
-    ]
+INTERVENTIONS = TableFile(
+    "steer/MODEL/interventions.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("explainer", pa.string(), "whose explanation the judge was given"),
+        Column(
+            "control",
+            pa.string(),
+            "`none`, `shuffled` (another neuron's explanation) or `random` (another neuron steered as strongly)",
+        ),
+        Column("explanation", pa.string(), "as the judge read it"),
+        Column(
+            "value",
+            pa.float64(),
+            "mean probability that the judge names the steered text, 0 to 1, chance 0.5; null where there is none",
+        ),
+        Column("status", pa.string(), "`defined`, `undefined`, `dead` or `failed`"),
+        Column("reason", pa.string(), "why there is no value"),
+        Column("pairs", pa.int32(), "pairs of continuations judged"),
+        Column("same", pa.int32(), "pairs left out because both are equal"),
+        Column("steered", pa.int32(), "index of the neuron that was steered"),
+        Column("setting", pa.float64(), "raw activation it was set to"),
+        Column(
+            "kl",
+            pa.float64(),
+            "strength: divergence of the steered from the plain predictions, nats a token",
+        ),
+    ),
 )
-CONTINUATIONS_SCHEMA = pa.schema(
-    [*NEURON_FIELDS, *((name, pa.string()) for name in ("prompt", "plain", "steered", "random"))]
+CONTINUATIONS = TableFile(
+    "steer/MODEL/continuations.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("prompt", pa.string(), "the text that is continued"),
+        Column("plain", pa.string(), "its continuation"),
+        Column("steered", pa.string(), "with the neuron steered"),
+        Column("random", pa.string(), "with another neuron steered as strongly"),
+    ),
 )
 
 
@@ -475,9 +491,11 @@ def _write(
     masses: Sequence[float],
     able: float | None,
 ) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), draft.path / "interventions.parquet")
     pq.write_table(
-        pa.Table.from_pylist(continuations, CONTINUATIONS_SCHEMA),
+        pa.Table.from_pylist(rows, INTERVENTIONS.schema), draft.path / "interventions.parquet"
+    )
+    pq.write_table(
+        pa.Table.from_pylist(continuations, CONTINUATIONS.schema),
         draft.path / "continuations.parquet",
     )
     own = [row for row in rows if row["control"] == "none"]

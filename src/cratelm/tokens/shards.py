@@ -29,6 +29,7 @@ from cratelm.corpus.documents import Document
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
 from cratelm.runs import write_json
+from cratelm.runs.columns import Column, TableFile
 from cratelm.tokens.tokenizer import display_strings, load_tokenizer, vocabulary_size
 
 FORMAT = 1
@@ -41,18 +42,31 @@ MOST_UNUSED_ROWS = 1024
 _ROWS_PER_GROUP = 8192
 """documents kept in memory before a row group of documents.parquet is written"""
 
-_DOCUMENTS = pa.schema(
-    [
-        ("ordinal", pa.int64()),
-        ("split", pa.string()),
-        ("source", pa.string()),
-        ("subset", pa.string()),
-        ("name", pa.string()),
-        ("line", pa.int64()),
-        ("start", pa.int64()),
-        ("n_tokens", pa.int64()),
-        ("characters", pa.int64()),
-    ]
+DOCUMENTS = TableFile(
+    "tokens/documents.parquet",
+    (
+        Column(
+            "ordinal",
+            pa.int64(),
+            "number of the document, over all splits; the other files name documents by it",
+        ),
+        Column("split", pa.string(), "`train`, `fit` or `held_out`, by the hash of the text"),
+        Column("source", pa.string(), "the corpus as it was named: `builtin`, a path, `hub:ID`"),
+        Column(
+            "subset",
+            pa.string(),
+            "part of the corpus, such as `pile_set_name`; empty where not known",
+        ),
+        Column("name", pa.string(), "file in the corpus, relative to its folder"),
+        Column(
+            "line",
+            pa.int64(),
+            "line or row in the file, from 1; 0 where the document is the whole file",
+        ),
+        Column("start", pa.int64(), "position of its first token in the split, tokens"),
+        Column("n_tokens", pa.int64(), "tokens, the end-of-text token counted"),
+        Column("characters", pa.int64(), "characters of the text"),
+    ),
 )
 
 
@@ -189,7 +203,7 @@ class StoreWriter:
         self.tokens_per_file = tokens_per_file
         self.n_documents = 0
         self._splits = {name: _SplitWriter(folder, name, tokens_per_file) for name in SPLITS}
-        self._table = pq.ParquetWriter(folder / "documents.parquet", _DOCUMENTS)
+        self._table = pq.ParquetWriter(folder / "documents.parquet", DOCUMENTS.schema)
         self._rows: list[tuple[Any, ...]] = []
         tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -248,8 +262,8 @@ class StoreWriter:
     def _write_rows(self) -> None:
         if self._rows:
             columns = zip(*self._rows, strict=True)
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, _DOCUMENTS, strict=True)]
-            self._table.write_table(pa.Table.from_arrays(arrays, schema=_DOCUMENTS))
+            arrays = [pa.array(c, f.type) for c, f in zip(columns, DOCUMENTS.schema, strict=True)]
+            self._table.write_table(pa.Table.from_arrays(arrays, schema=DOCUMENTS.schema))
             self._rows.clear()
 
 

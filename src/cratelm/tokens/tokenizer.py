@@ -43,9 +43,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _plain(tokenizer)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json` file. Raises `InputError` where it cannot be read."""
-    if not path.is_file():
+    if not Path(path).is_file():
         raise InputError(f"{path} is not a file: name a tokenizer.json with --tokenizer")
     try:
         return _plain(Tokenizer.from_file(str(path)))

@@ -130,10 +130,10 @@ class TrainConfig:
     """fields of the model's configuration as key=value, such as ista_residual=true ista_steps=3"""
     device: Literal["auto", "cpu"] = not_in_identity("auto")
     """auto: the GPU where there is one; several by `torchrun` or `accelerate launch`"""
-    tensorboard: bool = not_in_identity(True)
-    """curves for TensorBoard in the model's folder"""
+    tensorboard: bool = not_in_identity(False)
+    """curves for TensorBoard in the model's folder as well (needs the extra `tensorboard`)"""
     wandb: bool = not_in_identity(False)
-    """curves to Weights & Biases as well (needs cratelm[wandb])"""
+    """curves to Weights & Biases as well (needs the extra `wandb`)"""
     force: bool = not_in_identity(False)
     """train again where this was finished already"""
     quiet: bool = not_in_identity(False)

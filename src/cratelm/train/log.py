@@ -2,7 +2,7 @@
 
 metrics.jsonl   step, tokens, loss, learning_rate, gradient_norm; validation_loss and its error
 timing.jsonl    tokens a second (differs from run to run: no part of the stage's identity)
-tensorboard/    both
+tensorboard/    both, with --tensorboard
 loss.png        loss over tokens
 """
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cratelm.errors import InputError
+from cratelm.errors import missing_extra
 from cratelm.runs import atomic_path
 
 METRICS, TIMING, TENSORBOARD, FIGURE = "metrics.jsonl", "timing.jsonl", "tensorboard", "loss.png"
@@ -34,9 +34,7 @@ class Log:
         for name in (METRICS, TIMING):
             _truncate(folder / name, step)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+            self._writer = import_tensorboard()(str(folder / TENSORBOARD), purge_step=step + 1)
         if wandb_name:
             self._wandb = import_wandb().init(project="cratelm", name=wandb_name, dir=str(folder))
 
@@ -73,9 +71,9 @@ class Log:
             self._wandb.log(figures, step=step)
 
 
-def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
+def read_metrics(folder: str | Path, name: str = METRICS) -> list[dict[str, Any]]:
     """Lines of a curve file, in order of steps; a last line that was cut by a kill is left out."""
-    path = folder / name
+    path = Path(folder) / name
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
@@ -110,12 +108,20 @@ def _truncate(path: Path, step: int) -> None:
         temporary.write_text(lines, encoding="utf-8")
 
 
+def import_tensorboard() -> Any:
+    """Return TensorBoard's writer; raises `InputError` that names the extra where it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    except ImportError:
+        otherwise = ", or leave it out: the curves are in metrics.jsonl and loss.png too"
+        raise missing_extra("tensorboard", "--tensorboard", "tensorboard", otherwise) from None
+    return SummaryWriter
+
+
 def import_wandb() -> Any:
     """The optional package; raises `InputError` that names the extra where it is missing."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise InputError(
-            "--wandb needs the package wandb: type `pip install 'cratelm[wandb]'`, or leave it out"
-        ) from None
+        raise missing_extra("wandb", "--wandb", "wandb", ", or leave it out") from None
     return wandb

@@ -21,7 +21,15 @@ from cratelm.tokens.tokenizer import hf_tokenizer
 from cratelm.train import checkpoints
 from cratelm.train.config import TrainConfig
 from cratelm.train.data import BatchSampler
-from cratelm.train.log import UNHASHED, Log, draw, import_wandb, last, read_metrics
+from cratelm.train.log import (
+    UNHASHED,
+    Log,
+    draw,
+    import_tensorboard,
+    import_wandb,
+    last,
+    read_metrics,
+)
 from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import learning_rate, make_optimizers, set_learning_rate
 
@@ -70,8 +78,10 @@ def train(config: TrainConfig) -> TrainResult:
     if stage.is_finished(config.settings(), inputs, force=config.force):
         return _read_result(stage)
 
+    if config.tensorboard:
+        import_tensorboard()  # a missing package is reported before anything is written
     if config.wandb:
-        import_wandb()  # a missing package is told before anything is written
+        import_wandb()
     store = TokenStore(run.stage("tokens").path)
     ready = _prepare(config, store)
     if ready.accelerator.is_main_process and not config.quiet:

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import excerpts_path
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.records import Split
 from cratelm.results.neuron_table import READ_ERRORS, Columns, changed_at, one_line, read_columns
 from cratelm.results.views import IndexState
@@ -374,7 +374,7 @@ def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        raise InputError("it needs scikit-learn: type `pip install 'cratelm[viewer]'`") from None
+        raise missing_extra("viewer", "it", "scikit-learn") from None
     points = np.asarray(vectors)
     if len(points) < 5 or not points.any():
         found = np.zeros((len(points), 2), np.float32)

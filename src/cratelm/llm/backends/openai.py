@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.llm.client import completion_tokens, prompt_tokens
 from cratelm.llm.requests import (
     NO_RANK,
@@ -694,9 +694,7 @@ def _require_openai() -> None:
     try:
         import openai  # noqa: F401
     except ImportError:
-        raise InputError(
-            "openai: models need the package openai: pip install 'cratelm[openai]'"
-        ) from None
+        raise missing_extra("openai", "openai:MODEL", "openai") from None
 
 
 def _key(*, needed: bool) -> str:

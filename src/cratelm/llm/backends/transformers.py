@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.llm.requests import (
     CHAT_IDENTITY,
     NO_RANK,
@@ -603,7 +603,7 @@ def _require_gguf() -> None:
     import importlib.util
 
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("GGUF files need the package gguf: pip install 'cratelm[gguf]'")
+        raise missing_extra("gguf", "a GGUF file", "gguf")
 
 
 def _slug(specification: str, source: _Source) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.errors import InputError
+from cratelm.errors import missing_extra
 from cratelm.llm.prompts.excerpts import escaped
 from cratelm.llm.requests import Chat, LogprobQuery
 from cratelm.records import MAX_LEVEL, Excerpt
@@ -86,10 +86,11 @@ def require() -> None:
     try:
         import neuron_explainer  # noqa: F401
     except ImportError:
-        raise InputError(
-            "--prompts openai needs the package automated-interpretability, which wants numpy < 2:"
-            " in an environment of its own, pip install 'cratelm[openai-prompts]'"
-        ) from None
+        package, otherwise = (
+            "automated-interpretability",
+            ", in an environment of its own: it needs numpy < 2",
+        )
+        raise missing_extra("openai-prompts", "--prompts openai", package, otherwise) from None
 
 
 @cache

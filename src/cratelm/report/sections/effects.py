@@ -45,12 +45,12 @@ class LogitEffect:
     n_positions: int
 
 
-def promoted(folder: Path, neuron: NeuronId, kind: str = "exact") -> LogitEffect | None:
+def promoted(folder: str | Path, neuron: NeuronId, kind: str = "exact") -> LogitEffect | None:
     """The effect of one neuron, from the folder `steer/MODEL`; `kind` may be `first_order`.
 
     None where it was not measured: no such file, another neuron, a dead one.
     """
-    path = folder / "logit_effects.parquet"
+    path = Path(folder) / "logit_effects.parquet"
     if not path.is_file():
         return None
     wanted = [("layer", "=", neuron.layer), ("index", "=", neuron.index), ("kind", "=", kind)]
