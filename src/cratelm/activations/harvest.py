@@ -183,11 +183,14 @@ def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, Completio
         stage = run.stage("model", config.model)
         return stage.path, stage.require("train")
     if folder.is_dir():
-        weights = [
-            p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")
-        ]
-        return folder, hash_json({p.name: hash_file(p) for p in weights})
+        return folder, folder_identity(folder)
     return config.model, f"hub:{config.model}"
+
+
+def folder_identity(folder: Path) -> str:
+    """sha256 over the configuration and weights of a model in a folder from elsewhere."""
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
+    return hash_json({p.name: hash_file(p) for p in files})
 
 
 def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str]:

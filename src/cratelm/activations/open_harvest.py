@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cratelm.activations.harvest import autoencoder_identity, folder_identity
 from cratelm.errors import InputError
 from cratelm.models.open import LoadedModel, check_store, open_model
 from cratelm.models.sites import Site, site_of
@@ -34,19 +35,27 @@ def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None)
         return site_of(subject.model, site)
     from cratelm.models.latents import latents_of
 
-    stage = run.stage("sae", set_name(Path(subject.name).name, Path(sae).name))
+    stage = run.stage("sae", _sae_name(subject, sae))
     if "/" in sae or stage.completion() is None:
         return latents_of(subject.model, Path(sae))
     stage.require("sae train")
     return latents_of(subject.model, stage.path)
 
 
-def _opened(run: Run, model: str, identity: str) -> LoadedModel:
+def _sae_name(subject: LoadedModel, sae: str) -> str:
+    return set_name(Path(subject.name).name, Path(sae).name)
+
+
+def _opened(run: Run, model: str, identity: str, again: str) -> LoadedModel:
     """The model that was harvested, from where it was then: never asked of the Hub if it was not from there."""
     if identity.startswith("hub:"):
         return open_model(run, model, from_run=False)
     folder = Path(model)
     if folder.is_dir() and model not in run.models():
+        if folder_identity(folder) != identity:
+            raise InputError(
+                f"{folder} holds another model than the one that was harvested: {again}"
+            )
         return open_model(run, model, from_run=False)
     if len(folder.parts) > 1:
         raise InputError(
@@ -58,7 +67,8 @@ def _opened(run: Run, model: str, identity: str) -> LoadedModel:
 def open_harvested(run: Run, name: str) -> HarvestContext:
     """The model, site and tokens of the harvest called `name`.
 
-    Raises `InputError` where the harvest is not finished, was imported, or its model is gone.
+    Raises `InputError` where the harvest is not finished, stale or imported, or its model is gone or
+    another one. Models and autoencoders from a folder are compared here, by their content.
     """
     stage = run.stage("activations", name)
     harvest = stage.require("harvest")
@@ -68,9 +78,15 @@ def open_harvested(run: Run, name: str) -> HarvestContext:
         raise InputError(
             f"{stage.path} was imported, without a model that could be run: harvest a model"
         )
-    subject = _opened(run, told["model"], harvest.inputs.get("model", ""))
+    again = f"type `{stage.command()}`"
+    subject = _opened(run, told["model"], harvest.inputs.get("model", ""), again)
     store = TokenStore(run.stage("tokens").path)
     check_store(subject, store, run)
     length = told.get("sequence_length") or subject.longest or 1024
-    site = open_site(run, subject, told.get("site"), told.get("sae"))
+    sae = told.get("sae")
+    site = open_site(run, subject, told.get("site"), sae)
+    named = run.stage("sae", _sae_name(subject, sae)) if sae and "/" not in sae else None
+    from_folder = sae and (named is None or named.completion() is None)
+    if from_folder and autoencoder_identity(Path(sae)) != harvest.inputs.get("sae"):
+        raise InputError(f"{sae} holds other autoencoders than those that were harvested: {again}")
     return HarvestContext(subject, site, store, stage.path, int(length))
