@@ -196,12 +196,6 @@ def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, Completio
     return config.model, f"{HUB}{config.model}@{hub_commit(config.model)}"
 
 
-def folder_identity(folder: Path) -> str:
-    """sha256 over the configuration and weight files of a model's folder."""
-    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
-    return hash_json({p.name: hash_file(p) for p in files})
-
-
 def revision_of(identity: str) -> str | None:
     """The commit in the identity of a Hub model; None for other models, and in runs of version 0.1.0."""
     return (
@@ -209,6 +203,12 @@ def revision_of(identity: str) -> str | None:
         if identity.startswith(HUB) and "@" in identity
         else None
     )
+
+
+def folder_identity(folder: Path) -> str:
+    """sha256 over the configuration and weights of a model in a folder from elsewhere."""
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
+    return hash_json({p.name: hash_file(p) for p in files})
 
 
 def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str]:

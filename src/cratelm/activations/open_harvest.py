@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cratelm.activations.harvest import HUB, folder_identity, revision_of
+from cratelm.activations.harvest import HUB, folder_identity, revision_of, autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models.open import (
     LoadedModel,
@@ -41,14 +41,18 @@ def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None)
         return site_of(subject.model, site)
     from cratelm.models.latents import latents_of
 
-    stage = run.stage("sae", set_name(Path(subject.name).name, Path(sae).name))
+    stage = run.stage("sae", _sae_name(subject, sae))
     if "/" in sae or stage.completion() is None:
         return latents_of(subject.model, Path(sae))
     stage.require("sae train")
     return latents_of(subject.model, stage.path)
 
 
-def _opened(run: Run, harvest: Completion, device: str) -> LoadedModel:
+def _sae_name(subject: LoadedModel, sae: str) -> str:
+    return set_name(Path(subject.name).name, Path(sae).name)
+
+
+def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedModel:
     """The model that was harvested, from where it was then, in the same precision: never asked of the
     Hub if it was not from there, and of the Hub at the same commit."""
     model: str = harvest.config["model"]
@@ -61,8 +65,8 @@ def _opened(run: Run, harvest: Completion, device: str) -> LoadedModel:
     if folder.is_dir() and model not in run.models():
         if identity not in ("", folder_identity(folder)):
             raise InputError(
-                f"{model} is not the model that was harvested: put its files back, or type"
-                f" `cratelm harvest --run {run.path} --model {model} --force`"
+                f"{folder} holds another model than the one that was harvested: put its files back, or"
+                f" {again}"
             )
         return open_model(run, model, from_run=False, **how)
     if len(folder.parts) > 1:
@@ -85,7 +89,9 @@ def _device(harvest: Completion) -> str:
 def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     """The model, site and tokens of the harvest called `name`, in the harvest's precision.
 
-    `device` `auto`: that of the harvest, where this machine has it. Raises `InputError` where the harvest is not finished, was imported, or its model is gone.
+    `device` `auto`: that of the harvest, where this machine has it. Raises `InputError`
+    where the harvest is not finished, stale or imported, or its model is gone or another one. Models
+    and autoencoders from a folder are compared here, by their content.
     """
     stage = run.stage("activations", name)
     harvest = stage.require("harvest")
@@ -95,11 +101,18 @@ def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
         raise InputError(
             f"{stage.path} was imported, without a model that could be run: harvest a model"
         )
-    subject = _opened(run, harvest, _device(harvest) if device == "auto" else device)
+    again = f"type `{stage.command()}`"
+    wanted = _device(harvest) if device == "auto" else device
+    subject = _opened(run, harvest, wanted, again)
     store = TokenStore(run.stage("tokens").path)
     check_store(subject, store, run)
     # what the harvest read at once; not in runs of version 0.1.0
     length = harvest.results.get("sequence_length")
     length = length or sequence_length(subject, told.get("sequence_length"))
-    site = open_site(run, subject, told.get("site"), told.get("sae"))
+    sae = told.get("sae")
+    site = open_site(run, subject, told.get("site"), sae)
+    named = run.stage("sae", _sae_name(subject, sae)) if sae and "/" not in sae else None
+    from_folder = sae and (named is None or named.completion() is None)
+    if from_folder and autoencoder_identity(Path(sae)) != harvest.inputs.get("sae"):
+        raise InputError(f"{sae} holds other autoencoders than those that were harvested: {again}")
     return HarvestContext(subject, site, store, stage.path, length)

@@ -70,13 +70,14 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model).require("harvest")
-    explained = run.stage("explanations", config.model).completion()
+    explained = run.stage("explanations", config.model)
+    known = explained.completion() is not None
     stage = run.stage("analysis", config.model)
-    inputs = {"activations": harvest.identity}
-    if explained is not None:
-        inputs["explanations"] = explained.identity
+    inputs = {"activations": harvest}
+    if known:
+        inputs["explanations"] = explained.require("explain")
     if not stage.is_finished(config, inputs, force=config.force):
-        explanations = _explanations(run, config, explained is not None)
+        explanations = _explanations(run, config, known)
         opened = open_harvested(run, config.model, config.device)
         with stage.write(config, inputs) as draft:
             draft.results.update(_measure(config, opened, explanations, draft.path))

@@ -1,6 +1,7 @@
 """`cratelm explain`: from the fit excerpts of each neuron to what it responds to."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -96,14 +97,17 @@ def _explain_with_model(
 ) -> ExplainResult | DryRun | WorkerResult:
     if config.prompts == "openai":
         openai_prompts.require()
-    with open_client(config, config.explainer) as client:
+    with open_client(config, config.explainer) as client, ExitStack() as held:
         name = config.name or client.backend.name
-        inputs = {**inputs, "prompts": VERSION if config.prompts == "cratelm" else config.prompts}
+        prompts = VERSION if config.prompts == "cratelm" else config.prompts
+        inputs = {**inputs, "prompts": prompts}
         stage = run.stage("explanations", set_name(config.model, name))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
             return ExplainResult(path=stage.path, **stage.require("explain").results)
+        if ahead:  # nobody else asks the same while this one does
+            held.enter_context(stage.lock())
         if config.neurons:
             layers = len({s.neuron.layer for s in selected})
             print(told(len(selected) // layers, layers), flush=True)

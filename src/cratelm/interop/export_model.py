@@ -99,10 +99,7 @@ def _origin(config: ExportModelConfig) -> _Origin:
     run = Run(config.run)
     stage = run.stage("model", config.model)
     trained = stage.require("train")
-    tokens = run.stage("tokens").completion()
-    if tokens is not None and tokens.identity != trained.inputs.get("tokens"):
-        tokens = None  # tokenized anew since: not what this model saw
-    return _Origin(stage.path, config.model, trained, tokens)
+    return _Origin(stage.path, config.model, trained, run.stage("tokens").completion())
 
 
 def _kept_apart(config: ExportModelConfig, origin: _Origin) -> tuple[Path, ...]:

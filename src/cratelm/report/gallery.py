@@ -91,7 +91,10 @@ def galleries(results: RunResults, config: ReportConfig) -> list[Gallery]:
     shown = [
         m
         for m in results.principal
-        if "activations" in m.completions and any("explanations" in s.completions for s in m.sets)
+        if "activations" in m.completions
+        and any("explanations" in s.completions for s in m.sets)
+        # The token ids of other tokens would be spelled as other words.
+        and m.completions["activations"].inputs.get("tokens") in (None, results.tokens.identity)
     ]
     made = [_gallery(results, m, config, store) for m in shown]
     return [g for g in made if any(cards for _, cards in g.groups)]

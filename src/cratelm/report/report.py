@@ -21,6 +21,7 @@ from cratelm.report.sections.autoencoder_tables import autoencoder_tables
 from cratelm.report.sections.autoencoders import evaluation_inputs, missing_evaluations
 from cratelm.report.sections.effects import effects_figure, effects_table, interventions_table
 from cratelm.report.sections.white_box import white_box_figures, white_box_tables
+from cratelm.report.stale import Stale
 from cratelm.report.tables import all_tables
 from cratelm.results.run_results import RunResults, gather, inputs_of, missing, model_names
 from cratelm.runs import Run, versions, write_json
@@ -84,12 +85,14 @@ def report(config: ReportConfig) -> ReportResult:
         tables["neurons"] = neuron_table(shown, results.metrics)
     figures = all_figures(results)
     _add_sides(results, config, tables, figures)
+    stale = Stale(run, names)
+    tables, figures, shown = stale.tables(tables), stale.figures(figures), stale.galleries(shown)
     with stage.write(config, inputs) as draft:
-        _write_tables(draft.path, tables)
+        _write_tables(draft.path, tables, stale.lines)
         (draft.path / "figures").mkdir()
         for figure in figures.values():
             figure.write(draft.path / "figures")
-        page = _page(results, config, tables, figures, shown)
+        page = _page(results, config, tables, figures, shown, stale.lines)
         (draft.path / PAGE).write_text(page, encoding="utf-8")
     return _read(stage.path)
 
@@ -113,7 +116,7 @@ def _add_sides(
 
 
 def comparison_table(result: ReportResult) -> str:
-    """The comparison of the models as plain text: losses, scores with intervals, nulls, counts."""
+    """The comparison of the models as plain text: losses, scores with intervals, nulls, counts; what is stale."""
     return (result.path / COMPARISON).read_text(encoding="utf-8").rstrip("\n")
 
 
@@ -128,9 +131,10 @@ def _read(folder: Path) -> ReportResult:
     )
 
 
-def _write_tables(folder: Path, tables: dict[str, Table]) -> None:
+def _write_tables(folder: Path, tables: dict[str, Table], stale: Sequence[str]) -> None:
     write_json(folder / TABLES, {name: table.to_json() for name, table in tables.items()})
-    (folder / COMPARISON).write_text(tables["comparison"].to_text() + "\n", encoding="utf-8")
+    lines = [tables["comparison"].to_text(), *([""] if stale else []), *stale]
+    (folder / COMPARISON).write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tables").mkdir()
     for name, table in tables.items():
         (folder / "tables" / f"{name}.csv").write_text(table.to_csv(), encoding="utf-8")
@@ -143,6 +147,7 @@ def _page(
     tables: dict[str, Table],
     figures: dict[str, Figure],
     shown: Sequence[Gallery],
+    stale: Sequence[str],
 ) -> str:
     """The page. Every value is escaped but our own CSS and SVG."""
     here = resources.files("cratelm.report")
@@ -165,6 +170,7 @@ def _page(
         white_box="white-box" not in absent,
         effects="effects" not in absent,
         autoencoders="autoencoders" not in absent,
+        stale=stale,
         missing=missing(results) + missing_evaluations(results),
         tables=tables,
         figures=figures,

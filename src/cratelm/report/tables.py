@@ -1,7 +1,7 @@
 """The tables of a report, from the figures of a run."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 import numpy as np
@@ -18,6 +18,7 @@ from cratelm.report.sections.leakage import (
 )
 from cratelm.report.sections.llm import calls, preflights, side_by_side
 from cratelm.results.run_results import MODEL_STAGES, ModelResults, RunResults
+from cratelm.runs import Completion
 from cratelm.text.table import Cell, Column, PlusMinus, Table
 
 PUBLISHED_LOSS = {
@@ -119,21 +120,29 @@ def stages(results: RunResults) -> Table:
         Column("tokenize", "tokenize", ",.1f"),
         *(Column(verb, verb, ",.1f") for verb in verbs),
         Column("finished_at", "finished (UTC)"),
+        Column("state", "inputs"),
     )
     none = [None] * len(verbs)
     rows: list[tuple[Cell, ...]] = []
     if results.tokens:
-        rows.append(("all", results.tokens.seconds, *none, results.tokens.finished_at))
+        rows.append(("all", results.tokens.seconds, *none, results.tokens.finished_at, "fresh"))
     for m in results.models:
         done = [m.completions.get(stage) for stage in MODEL_STAGES]
         last = max((c.finished_at for c in done if c), default=None)
-        rows.append((m.name, None, *(c.seconds if c else None for c in done), last))
+        seconds = (c.seconds if c else None for c in done)
+        rows.append((m.name, None, *seconds, last, _state(results, done)))
         for found in m.with_model:
             made = [found.completions.get(stage) for stage in MODEL_STAGES]
             last = max(c.finished_at for c in made if c)
             seconds = (c.seconds if c else None for c in made)
-            rows.append((found.label(m.name), None, *seconds, last))
+            rows.append((found.label(m.name), None, *seconds, last, _state(results, made)))
     return Table("stages", "Seconds of each stage", columns, tuple(rows))
+
+
+def _state(results: RunResults, done: Iterable[Completion | None]) -> str:
+    """`fresh`, or the stages that are not of today's inputs."""
+    stale = [c.stage for c in done if c and results.run.labelled(c.label).freshness().is_stale]
+    return f"stale: {', '.join(stale)}" if stale else "fresh"
 
 
 def models(results: RunResults) -> Table:

@@ -129,7 +129,7 @@ def read_columns(run: Run, model: str) -> Columns:
     places = layer.astype(np.int64) << 32 | index
     texts: dict[Told, Any] = {}
     scores: dict[tuple[str, str, str], ScoreColumn] = {}
-    problems: list[str] = []
+    problems = run.stale_lines(model)
     for name in set_names(run, model):
         explained, scored = (run.stage(s, set_name(model, name)) for s in _SET_STAGES)
         try:

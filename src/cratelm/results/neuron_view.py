@@ -62,6 +62,15 @@ class NeuronFiles:
         path = self.run.path / "tokens"
         return self._get(("tokens", path), lambda: TokenStore(path))
 
+    def tokens_of(self, model: str) -> TokenStore:
+        """The tokens that a harvest has read. Raises `InputError` where they were made again since: its
+        token ids would be spelled as other words."""
+        read = self.run.stage("activations", model).completion()
+        tokens = self.run.stage("tokens").completion()
+        if read and tokens and read.inputs.get("tokens", tokens.identity) != tokens.identity:
+            raise InputError(f"{model} was harvested from earlier tokens")
+        return self.tokens()
+
     def excerpts(self, asked: NeuronQuery) -> tuple[Excerpt, ...]:
         folder = self._folder(asked)
         name = ("excerpts", folder, asked.split)
@@ -137,7 +146,7 @@ def neuron_view(
     """What is there of a neuron; `problems` says what is not. Raises `NotFound` for one that is not there."""
     row, here, tried = _row(columns, asked), columns.rows_of(asked.layer), _Tried()
     found = tried("excerpts", lambda: files.excerpts(asked), ())
-    store = tried("text", files.tokens, None)
+    store = tried("text", lambda: files.tokens_of(asked.model), None)
     explainer, views, held_back = _excerpts(files, columns, asked, found, store, tried)
     summary = tried("statistics", lambda: files.summary(asked), {})
     effect = tried("effects", lambda: files.effect(asked, columns.site), None)

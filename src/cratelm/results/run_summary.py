@@ -59,6 +59,7 @@ def _card(run: Run, name: str, null_of: str, problems: list[str]) -> ModelCard:
         firing=firing,
         dead=dead,
         missing=_missing(run, name, done, bool(metrics)),
+        stale=tuple(run.stale_lines(name)),
     )
 
 

@@ -68,6 +68,8 @@ class ModelCard:
     """neurons of a layer never above 0, held-out"""
     missing: tuple[str, ...]
     """what a full run would have, with the command that makes it"""
+    stale: tuple[str, ...] = ()
+    """what is not of today's inputs, with the command that makes it again"""
 
     def metric(self, name: str) -> MetricCard | None:
         """Under a metric; None where it was not scored by it."""

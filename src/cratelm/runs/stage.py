@@ -152,6 +152,16 @@ class Freshness:
         return f"{self.reason}: type {self.to_type}" if self.is_stale else self.state
 
 
+def stale_lines(stale: Mapping[str, Freshness]) -> list[str]:
+    """Return a line for each stale stage: why it is stale, and what to type that no line before names."""
+    lines, typed = [], set()
+    for label, found in stale.items():
+        new = [command for command in found.commands if command not in typed]
+        typed.update(new)
+        lines.append(f"{label} is stale, {dataclasses.replace(found, commands=tuple(new))}")
+    return lines
+
+
 class Run:
     """A run directory. Creating the object writes nothing.
 
@@ -198,6 +208,16 @@ class Run:
             with contextlib.suppress(InputError):
                 found.append(self.labelled(label).completion())
         return [done for done in found if done is not None]
+
+    def stale(self, model: str) -> dict[str, Freshness]:
+        """The stale stages of a model, of its sets and its autoencoders, by label, in the order of the line."""
+        labels = [label for label in self.labels() if _model_of(label) == model]
+        found = {label: self.labelled(label).freshness() for label in labels}
+        return {label: freshness for label, freshness in found.items() if freshness.is_stale}
+
+    def stale_lines(self, model: str) -> list[str]:
+        """What is stale of a model and what to type, a line a stage; each command once, in order."""
+        return stale_lines(self.stale(model))
 
     def null_controls(self, models: list[str] | set[str]) -> dict[str, str]:
         """The null controls among `models`, each with the trained model that it belongs to."""
@@ -274,9 +294,12 @@ class Stage:
 
     def freshness(self) -> Freshness:
         """Whether all that the stage was made from is as it was, up to the tokens."""
-        if self.completion() is None:
-            return Freshness("missing")
-        stale = self._stale()
+        try:
+            if self.completion() is None:
+                return Freshness("missing")
+            stale = self._stale()
+        except InputError as error:
+            return Freshness("stale", f"because {error}", (self.command(),))
         if not stale:
             return Freshness("fresh")
         return Freshness("stale", next(iter(stale.values())), tuple(_commands(self.run, stale)))
@@ -451,6 +474,10 @@ class Draft:
         self.started = time.monotonic()
 
 
+def _model_of(label: str) -> str:
+    return names.split_set(label.partition("/")[2])[0]
+
+
 def _tidy(folder: Path) -> None:
     """Remove what only the making of a stage needed."""
     plan = _json(folder / PLAN) or {}
@@ -584,12 +611,12 @@ def _commands(run: Run, stale: Mapping[str, str]) -> list[str]:
 
 def _command(stage: Stage, done: Completion, *, force: bool) -> str:
     words = ["cratelm", *done.verb.split(), "--run", str(stage.run.path)]
-    words += done.options if done.format > 1 else _options_of_format_1(done)
+    words += done.options or _options_in(done)
     return shlex.join(words + ["--force"] * force)
 
 
-def _options_of_format_1(done: Completion) -> list[str]:
-    """Every option that the configuration has a value for."""
+def _options_in(done: Completion) -> list[str]:
+    """Every option that the configuration has a value for: records of format 1 keep no options."""
     config = dict(done.config)
     if config.pop("import", None):
         config["model"] = config.pop("name")

@@ -1,6 +1,7 @@
 """`cratelm score`: how well explanations predict their neurons on held-out excerpts, beside null controls."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
 def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | WorkerResult:
     if config.prompts == "openai":
         openai_prompts.require()
-    with open_client(config, config.simulator) as client:
+    with open_client(config, config.simulator) as client, ExitStack() as held:
         reader = client.backend.name
         source = _explanation_set(run, config, reader)
         name = config.name or (reader if source == reader else f"{source or FREE}-by-{reader}")
@@ -139,6 +140,8 @@ def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | W
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
             return ScoreResult(path=stage.path, **stage.require("score").results)
+        if ahead:  # nobody else asks the same while this one does
+            held.enter_context(stage.lock())
         selected = read_selected(explained.path)
         explanations = read_explanations(explained.path)
         found = preflight(client)

@@ -9,6 +9,7 @@ Writes `steer/MODEL@NAME/`:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -199,7 +200,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         "explanations": source.require("explain"),
         "prompts": judging.VERSION,
     }
-    with open_client(config, config.judge) as client:
+    with open_client(config, config.judge) as client, ExitStack() as held:
         judge = client.backend.name
         made_by = judge if config.explanations == FREE else f"{config.explanations}-by-{judge}"
         stage = run.stage("steer", set_name(config.model, config.name or made_by))
@@ -207,6 +208,8 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
             return _read(stage.path, stage.require("intervene").results)
+        if ahead:  # nobody else asks the same while this one does
+            held.enter_context(stage.lock())
         harvested = open_harvested(run, config.model, config.device)
         _check_length(config, harvested)
         explained = _explained(config, source.path)

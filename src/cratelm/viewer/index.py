@@ -89,7 +89,16 @@ class Index:
         threading.Thread(target=self.build, daemon=True).start()
 
     def _models(self) -> list[str]:
-        return self.run.models("activations")
+        """Those whose harvest has read today's tokens: the ids of others would be spelled wrongly."""
+        tokens = self.run.stage("tokens").completion()
+        found = {
+            n: self.run.stage("activations", n).completion() for n in self.run.models("activations")
+        }
+        return [
+            name
+            for name, done in found.items()
+            if tokens is None or (done and done.inputs.get("tokens") in (None, tokens.identity))
+        ]
 
     def _key(self) -> str:
         tokens = self.run.stage("tokens").completion()

@@ -248,6 +248,7 @@ class Library:
             if not card.neurons:
                 continue
             columns = self.columns(key, card.name)
+            notes.update(f"{card.name}: {line}." for line in card.stale)
             if token:
                 found, note = self.index_of(key).on_token(card.name, token)
                 notes.add(note)
