@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cratelm.activations.layer_harvest import HISTOGRAM_BINS, LayerHarvest
+from cratelm.activations.layer_harvest import LayerHarvest
 from cratelm.activations.store import EXCERPT_SCHEMA, SUMMARY_SCHEMA
 from cratelm.activations.topk import EMPTY, TopKBuffers
-from cratelm.records import EXCERPT_KINDS, ExcerptKind
+from cratelm.records import EXCERPT_KINDS, HISTOGRAM_BINS, ExcerptKind
 from cratelm.tokens.shards import TokenSplit
 
 _READ = 2**20

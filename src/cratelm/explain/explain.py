@@ -98,7 +98,8 @@ def _explain_with_model(
         openai_prompts.require()
     with open_client(config, config.explainer) as client:
         name = config.name or client.backend.name
-        inputs["prompts"] = VERSION if config.prompts == "cratelm" else config.prompts
+        version = VERSION if config.prompts == "cratelm" else config.prompts
+        inputs = {**inputs, "prompts": version}
         stage = run.stage("explanations", explanation_set_name(config.model, name))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
