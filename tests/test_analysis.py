@@ -16,7 +16,7 @@ from cratelm.activations.store import read_summaries
 from cratelm.analysis.analyze import analyze
 from cratelm.analysis.coding_rate import coding_rate, compression_rate, jackknife, orthonormal
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.consistency import MEASURES, Observed, covered, interval, others, read
+from cratelm.analysis.consistency import Observed, covered, interval, others, read
 from cratelm.analysis.dictionary import (
     coherence,
     effective_rank,
@@ -36,7 +36,7 @@ from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models import capture, load, site_of
 from cratelm.models.crate import CrateConfig, Ista
-from cratelm.records import Status
+from cratelm.records import READING_MEASURES, Status
 from cratelm.score.simulators import simulate
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
@@ -236,7 +236,9 @@ def test_a_neuron_of_one_token_is_perfect():
     found = read(Observed.of(activations, 5.0), TOKENS == 3)
     assert found.status is Status.DEFINED
     assert (found.n_covered, found.n_elsewhere) == (100, 900)
-    assert [getattr(found, measure) for measure in MEASURES] == pytest.approx([1, 1, 1, 1, 1])
+    assert [getattr(found, measure) for measure in READING_MEASURES] == pytest.approx(
+        [1, 1, 1, 1, 1]
+    )
 
 
 def test_a_neuron_at_random_is_at_chance():

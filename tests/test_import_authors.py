@@ -299,6 +299,15 @@ def with_weight(key, tensor):
     return lambda c: c["model"].update({key: tensor})
 
 
+def with_prefix(prefix):
+    """As DistributedDataParallel names weights."""
+
+    def change(checkpoint):
+        checkpoint["model"] = {f"{prefix}{k}": v for k, v in checkpoint["model"].items()}
+
+    return change
+
+
 def with_argument(name, value):
     return lambda c: c["model_args"].update({name: value})
 
@@ -317,6 +326,7 @@ def with_argument(name, value):
         (with_weight("lm_head.weight", torch.ones(301, 32)), r"lm_head\.weight differs"),
         (with_argument("n_layer", 3), r"n_layer 3.*layers 0, 1"),
         (with_argument("n_layer", 10**9), r"n_layer 1000000000.*layers 0, 1"),
+        (with_prefix("module."), r"layers none: keys begin with 'module\.', save the weights"),
         (with_argument("n_embd", 48), r"has shape .*model_args ask for"),
         (with_argument("n_embd", "48"), "n_embd '48'"),
         (with_argument("n_head", 5), "32 is not a multiple"),

@@ -22,6 +22,10 @@ from llm_server import MODEL, RETRIED, Fault, LLMServer, always, embedding, like
 from cratelm.errors import InputError
 from cratelm.llm.backends import openai as server_module
 from cratelm.llm.backends.openai import LOST, ServerBackend
+from cratelm.llm.client import Client
+from cratelm.llm.config import Budget
+from cratelm.llm.ledger import Ledger
+from cratelm.llm.probe import preflight
 from cratelm.llm.prompts.neurons import simulate_fill, simulate_read
 from cratelm.llm.requests import (
     NO_RANK,
@@ -704,6 +708,15 @@ def test_tokens_at_a_slot_are_unknown_without_an_echo():
     with LLMServer(echo=False) as server:
         assert backend(server).tokens_at_slot(["1"], "a\t") == []
         assert backend(server, method="json").tokens_at_slot(["1"], "a\t") == []
+
+
+def test_why_levels_cannot_be_read_is_told(tmp_path):
+    with LLMServer(echo=False) as server, Ledger(tmp_path / "ledger.sqlite") as ledger:
+        client = Client(backend(server, method="logprobs"), ledger, Budget())
+        with pytest.raises(
+            InputError, match=r"levels failed \(.*no echo is supported.*--method json"
+        ):
+            preflight(client)
 
 
 def test_slots_that_no_token_begins_at_are_told():

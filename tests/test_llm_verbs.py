@@ -1,6 +1,7 @@
 """`cratelm explain` and `cratelm score` with a language model, on planted neurons and a made-up model."""
 
 import gzip
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from cratelm.interop.export_config import ExportNeuronpediaConfig
 from cratelm.interop.neuronpedia import export_neuronpedia
 from cratelm.llm.client import DryRun, WorkerResult
 from cratelm.records import METRICS, SCORERS, Status
+from cratelm.runs import Run
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
@@ -108,6 +110,20 @@ def test_finished_stages_are_skipped_and_the_free_ones_are_beside(run, model, ca
     score(ScoreConfig(run=run, resamples=100, **ASK))
     scored(run)
     assert sorted(p.name for p in (run / "scores").iterdir()) == ["m", "m@fake"]
+
+
+def test_the_inputs_that_explain_is_given_stay_as_they_are(run, model):
+    room = importlib.import_module("cratelm.explain.explain")
+    harvest = Run(run).stage("activations", "m")
+    inputs = {"tokens": "t", "activations": harvest.require("harvest").identity}
+    before = dict(inputs)
+    config = ExplainConfig(run=run, explainer="hf:any", only=("0:5",), **ASK)
+    selected = room.select_neurons(harvest.path, 0, 0, config.places())
+    result = room._explain_with_model(config, Run(run), inputs, selected)
+    assert inputs == before
+    done = Run(run).stage("explanations", "m@fake").require("explain")
+    assert set(done.inputs) == {"tokens", "activations", "prompts"}
+    assert result.n_neurons == 1
 
 
 def test_a_killed_command_goes_on_from_the_ledger(run, model):

@@ -52,6 +52,14 @@ def ids(batch=2, length=24, seed=0):
     return torch.randint(0, 101, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def test_a_site_can_be_captured_by_its_name():
+    model = tiny()
+    by_name = capture(model, "ista", ids())
+    assert len(by_name) == 2
+    for a, b in zip(by_name, capture(model, site_of(model, "ista"), ids()), strict=True):
+        assert torch.equal(a, b)
+
+
 def close(found, expected):
     return (found - expected).abs().max() <= RELATIVE * expected.abs().max()
 

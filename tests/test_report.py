@@ -184,6 +184,12 @@ def _tables(written: ReportResult) -> dict[str, Any]:
     return json.loads(written.tables.read_text(encoding="utf-8"))
 
 
+def test_what_was_chosen_on_held_out_scores_is_said_beside_them(written):
+    """Of the explainers without a language model, which have such constants."""
+    note = _tables(written)["comparison"]["note"]
+    assert "were chosen on held-out scores of two small models" in note
+
+
 def test_page_shows_the_figures_of_the_json_file(written, page):
     """Cell by cell, to the last digit that is shown."""
     compared = 0

@@ -156,7 +156,6 @@ def test_difference_effect_and_superiority_of_a_known_case():
     assert found.cohens_d == pytest.approx(20 / np.sqrt(2000 / 4))
     # Layer 0: 0.5 beats 0.2; 0.7 beats both. Layer 1: 0.4 beats 0.1; 0.6 beats both.
     assert found.superiority == 0.75
-    assert found.cliffs_delta == 0.5
     assert (found.paired, found.n_a, found.n_b, found.n_layers) == (False, 4, 4, 2)
     assert found.low < 20 < found.high
 

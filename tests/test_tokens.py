@@ -404,6 +404,12 @@ def test_bad_documents_stop_or_are_counted(tmp_path: Path, kind: str, expected: 
     assert done.results["skipped"] == 1
 
 
+def test_a_folder_with_a_tokenizer_is_told_by_the_path_of_its_file(tmp_path: Path) -> None:
+    train_tokenizer(sentences(50), 300).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"is a folder: type --tokenizer .*/tokenizer\.json$"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("tokenizer", ["train", "file"])
 def test_files_that_cannot_be_opened_stop_or_are_counted(tmp_path: Path, tokenizer: str) -> None:
     corpus = tmp_path / "corpus"

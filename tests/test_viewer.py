@@ -479,7 +479,7 @@ def test_a_damaged_run_shows_what_is_there(copy, file, how):
     else:
         path.write_bytes(path.read_bytes()[:40] if how == "cut" else b"{garbage" * 30)
     library = Library([copy])
-    client = TestClient(server.application(library), "http://127.0.0.1", raise_server_exceptions=True)  # fmt: skip
+    client = TestClient(server.application(library, rate=Rate(1e9, 1e9)), "http://127.0.0.1", raise_server_exceptions=True)  # fmt: skip
     overview = client.get("/")
     assert overview.status_code == 200
     assert "gpt2-2l" in overview.text
@@ -639,10 +639,35 @@ def live(library):
 
 @pytest.fixture(scope="module")
 def client(library, live):
-    server._RATE.burst = server._RATE.per_second = 1e9
-    app = server.application(library, live=router(live))
+    app = server.application(library, live=router(live), rate=Rate(1e9, 1e9))
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client
+
+
+def test_every_server_counts_requests_of_its_own(library, live):
+    first, second = (
+        TestClient(server.application(library, live=router(live)), "http://127.0.0.1")
+        for _ in range(2)
+    )
+    found = [first.get("/api/nothing").status_code for _ in range(server.BURST + 200)]
+    assert found[0] == 404
+    assert 429 in found
+    assert second.get("/api/nothing").status_code == 404
+    question = {"model": "crate-2l", "text": "stone", "layer": 0, "neuron": 0}
+    mine = {"origin": "http://127.0.0.1"}
+    strict = [
+        TestClient(
+            server.application(library, live=router(live, Rate(1, 0)), rate=Rate(1e9, 1e9)),
+            "http://127.0.0.1",
+        )
+        for _ in range(2)
+    ]
+    for client in strict:
+        status = [
+            client.post("/api/r/run/live/activations", json=question, headers=mine).status_code
+            for _ in range(2)
+        ]
+        assert status == [200, 429]
 
 
 def test_every_link_leads_somewhere(client):
@@ -737,7 +762,7 @@ def test_a_bug_is_one_sentence(library, monkeypatch):
         raise RuntimeError("secret")
 
     monkeypatch.setattr(Library, "run", broken)
-    client = TestClient(server.application(library), "http://127.0.0.1", raise_server_exceptions=False)  # fmt: skip
+    client = TestClient(server.application(library, rate=Rate(1e9, 1e9)), "http://127.0.0.1", raise_server_exceptions=False)  # fmt: skip
     answer = client.get("/")
     assert answer.status_code == 500
     assert "secret" not in answer.text

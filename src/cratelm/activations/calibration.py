@@ -7,11 +7,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.models.sites import Site, hooked
+from cratelm.records import ANTHROPIC_BINS, OPENAI_QUANTILES
 
-OPENAI_QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
-"""bins of the OpenAI metrics (Bills et al. 2023, as arXiv 2410.16443 takes them)"""
-ANTHROPIC_BINS = 12
-"""equal bins of the activation range (Bricken et al. 2023)"""
 _PILOT_BYTES = 256 * 2**20
 """how much of the pilot is held at once; layers that do not fit together are run one after another"""
 

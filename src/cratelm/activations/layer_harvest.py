@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from cratelm.activations.batches import NEVER, Batch
-from cratelm.activations.calibration import ANTHROPIC_BINS, Calibration
+from cratelm.activations.calibration import Calibration
 from cratelm.activations.topk import Candidates, TopKBuffers
 from cratelm.errors import InputError
+from cratelm.records import ANTHROPIC_BINS, HISTOGRAM_BINS
 
-HISTOGRAM_BINS = 64
 _PREFIX = 16
 """at least half as many tokens, those with the lowest keys, are looked at in full in each batch"""
 _HISTOGRAM_BLOCK = 64

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cratelm.activations.harvest import HUB, folder_identity, revision_of, autoencoder_identity
+from cratelm.activations.harvest import HUB, autoencoder_identity, folder_identity, revision_of
 from cratelm.errors import InputError
 from cratelm.models.open import (
     LoadedModel,

@@ -12,7 +12,7 @@ import torch
 from cratelm.activations.layer_harvest import HISTOGRAM_BINS, LayerHarvest
 from cratelm.activations.store import EXCERPTS, SUMMARIES
 from cratelm.activations.topk import EMPTY, TopKBuffers
-from cratelm.records import EXCERPT_KINDS, ExcerptKind
+from cratelm.records import EXCERPT_KINDS, HISTOGRAM_BINS, ExcerptKind
 from cratelm.tokens.shards import TokenSplit
 
 _READ = 2**20

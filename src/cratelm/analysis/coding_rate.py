@@ -17,8 +17,6 @@ from cratelm.records import Estimate
 
 EPSILONS = (0.1, 0.5, 1.0)
 """distortions eps; tokens come from a LayerNorm, so that their entries have variance 1"""
-EPSILON = 0.5
-"""the one that is shown"""
 Array = NDArray[np.float64]
 
 

@@ -33,11 +33,8 @@ from cratelm.records import Status
 
 SHARES = (0.25, 0.5, 0.75)
 """x: how far between the default and the largest value a token must be predicted to be covered"""
-SHARE = 0.5
-"""the one that is shown"""
 FIRING = 0.1
 """of the largest activation on the fit split: above it a neuron fires"""
-MEASURES = ("consistency", "evenness", "distinctiveness", "contrast", "auroc")
 
 
 @dataclass(frozen=True)

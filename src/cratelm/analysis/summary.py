@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cratelm.analysis.coding_rate import EPSILON
-from cratelm.analysis.consistency import MEASURES, SHARE, Reading, interval
+from cratelm.analysis.consistency import Reading, interval
 from cratelm.analysis.store import Control, LayerFigure, NeuronReading
-from cratelm.records import Status
+from cratelm.records import READING_MEASURES, SHOWN_EPSILON, SHOWN_SHARE, Status
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def summarise(read: Sequence[NeuronReading], resamples: int, seed: int) -> list[
     return [
         _summary(*cell, measure, found, resamples, seed)
         for cell, found in sorted(cells.items())
-        for measure in MEASURES
+        for measure in READING_MEASURES
     ]
 
 
@@ -65,10 +64,10 @@ def _summary(
 
 
 _SHOWN = (
-    ("compression rate before MSSA, nats", "compression_rate_before", f"{EPSILON:g}", ".1f"),
-    ("compression rate after", "compression_rate_after", f"{EPSILON:g}", ".1f"),
-    ("coding rate before, nats", "coding_rate_before", f"{EPSILON:g}", ".1f"),
-    ("coding rate after", "coding_rate_after", f"{EPSILON:g}", ".1f"),
+    ("compression rate before MSSA, nats", "compression_rate_before", f"{SHOWN_EPSILON:g}", ".1f"),
+    ("compression rate after", "compression_rate_after", f"{SHOWN_EPSILON:g}", ".1f"),
+    ("coding rate before, nats", "coding_rate_before", f"{SHOWN_EPSILON:g}", ".1f"),
+    ("coding rate after", "coding_rate_after", f"{SHOWN_EPSILON:g}", ".1f"),
     ("not 0 before, %", "nonzero", "before", ".1%"),
     ("not 0 after, %", "nonzero", "after", ".1%"),
     ("above a tenth of the largest, %", "above_tenth", "after", ".1%"),
@@ -96,12 +95,13 @@ def show(figures: Sequence[LayerFigure], summaries: Sequence[Summary]) -> str:
         if any(cells):
             lines.append((label, [_cell(cell, form) for cell in cells]))
     for control in ("none", "shuffled"):
-        for measure in MEASURES:
+        for measure in READING_MEASURES:
             cells = [
                 s
                 for layer in layers
                 for s in summaries
-                if (s.layer, s.control, s.share, s.measure) == (layer, control, SHARE, measure)
+                if (s.layer, s.control, s.share, s.measure)
+                == (layer, control, SHOWN_SHARE, measure)
             ]
             if cells:
                 name = measure if control == "none" else f"{measure}, shuffled explanations"

@@ -20,7 +20,7 @@ from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.named_sets import NamedSet, named_set
 from cratelm.evaluate.scoring import Totals, score
 from cratelm.evaluate.table import differences_table, measurements_table
-from cratelm.evaluate.texts import Shards, Source, Texts, token_sizes
+from cratelm.evaluate.texts import Shards, Source, Texts, Windows, token_sizes
 from cratelm.models.open import (
     LoadedModel,
     check_store,
@@ -119,7 +119,7 @@ def _measure(
         totals = score(subject.model, label, windows, config.batch_size, bar)
     if not totals.tokens.any():
         raise InputError(f"{on} holds no token to predict: name another set with --on")
-    counts = _counts(totals, source, vocabulary, last_word)
+    counts = _counts(totals, windows, vocabulary, last_word)
     return counts, measurement(
         counts,
         model=subject.name,
@@ -147,14 +147,14 @@ def _shards(store: TokenStore, name: Split, config: EvaluateConfig) -> Shards:
     return Shards(split, n, token_sizes(store.tokenizer, store.eot_id))
 
 
-def _counts(totals: Totals, source: Source, vocabulary: str, last_word: bool) -> Counts:
+def _counts(totals: Totals, windows: Windows, vocabulary: str, last_word: bool) -> Counts:
     """By document, without those that hold no predicted token."""
     kept = np.flatnonzero(totals.tokens)
     totals = Totals(*(getattr(totals, name)[kept] for name in Totals.__dataclass_fields__))
-    words = source.n_words()
+    words = windows.n_words()
     return Counts(
         totals=totals,
-        bytes=source.n_bytes()[kept],
+        bytes=windows.n_bytes()[kept],
         words=None if words is None else words[kept],
         whole=(totals.top_1 == totals.tokens).astype(np.float64) if last_word else None,
         vocabulary=vocabulary,

@@ -12,8 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from cratelm.activations.calibration import OPENAI_QUANTILES
-from cratelm.records import Excerpt, Explanation, FloatArray, Metric, NeuronScore, NeuronSummary
+from cratelm.records import (
+    OPENAI_QUANTILES,
+    Excerpt,
+    Explanation,
+    FloatArray,
+    Metric,
+    NeuronScore,
+    NeuronSummary,
+)
 from cratelm.report.sections.effects import LogitEffect
 
 Row = dict[str, Any]

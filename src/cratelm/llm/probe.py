@@ -70,9 +70,10 @@ def preflight(client: Client) -> Preflight:
     if counts is None:
         counts = backend.tokens_at_slot([str(n) for n in range(MAX_LEVEL + 1)], " word\t")
         if not counts:
+            why = f" ({backend.reason})" if backend.reason else ""
             raise InputError(
-                f"{backend.name}: a trial call for how it tokenises the levels failed: type the command"
-                " again, or ask for levels by JSON with --method json"
+                f"{backend.name}: a trial call for how it tokenises the levels failed{why}: type the"
+                " command again, or ask for levels by JSON with --method json"
             )
         ledger.remember(label, {"counts": counts})
     top = top_level(counts)

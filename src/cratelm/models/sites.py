@@ -157,8 +157,14 @@ def _input_hook(layer: int, see: Hook):
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, site: Site, input_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Activations [B, T, H] of every layer on input_ids [B, T], the head left out; all kept in memory."""
+def capture(
+    model: PreTrainedModel, site: Site | str, input_ids: torch.Tensor
+) -> list[torch.Tensor]:
+    """Activations [B, T, H] of every layer on input_ids [B, T], the head left out; all kept in memory.
+
+    `site`: a site, or its name as `site_of` takes it.
+    """
+    site = site_of(model, site) if isinstance(site, str) else site
     found: list[torch.Tensor] = []
     with hooked(model, site, lambda layer, a: found.append(a.detach().clone())):
         model.base_model(input_ids=input_ids, use_cache=False)

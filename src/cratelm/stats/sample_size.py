@@ -12,20 +12,15 @@ other neurons of the same kind would give, and not what this layer's other neuro
 """
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 from scipy.stats import norm
 
 from cratelm.errors import InputError
-from cratelm.records import NeuronScore
 
 DEFAULT_SD = 15.0
-"""standard deviation of scores within a layer, x 100, where there is no pilot. Simulated correlations
+"""standard deviation of scores within a layer, x 100, where it is not known. Simulated correlations
 of the demo's models have 8 to 18 by model, layer and metric. Detection, fuzzing and embedding rest on
-ten texts a neuron at most and vary more (12 to 35 with a small model): give a pilot's"""
-FEWEST = 2
-"""neurons of a layer, below which there is no interval"""
+ten texts a neuron at most and vary more (12 to 35 with a small model): give your own"""
 
 
 def half_width(
@@ -48,44 +43,6 @@ def half_width(
         raise InputError(f"{n_per_layer:,} neurons of a layer were asked for: give {most}")
     left = 1 - n_per_layer / population_per_layer if population_per_layer else 1.0
     return _quantile(confidence) * sd * math.sqrt(left / (n_per_layer * n_layers))
-
-
-def neurons_needed(
-    wanted: float,
-    n_layers: int,
-    sd: float,
-    population_per_layer: int | None = None,
-    confidence: float = 0.95,
-) -> int:
-    """Fewest neurons per layer whose interval has a half-width of `wanted` (unit of `sd`) or less.
-
-    At least two, or what the layer has.
-
-    Raises `InputError` on numbers that make no sense.
-    """
-    _check(n_layers, sd, population_per_layer, confidence)
-    if not (math.isfinite(wanted) and wanted > 0):
-        raise InputError(f"a half-width of {wanted:g} was asked for: give one above 0")
-    unlimited = (_quantile(confidence) * sd / wanted) ** 2 / n_layers
-    if population_per_layer is None:
-        return max(FEWEST, math.ceil(unlimited))
-    corrected = math.ceil(unlimited / (1 + unlimited / population_per_layer))
-    return min(population_per_layer, max(FEWEST, corrected))
-
-
-def pilot_sd(scores: Sequence[NeuronScore]) -> float | None:
-    """Standard deviation of `scores`, x 100, pooled within layers; those without a value are left out.
-
-    Give those of one model, explainer, metric and control. None where no layer has two values.
-    """
-    layers: dict[int, list[float]] = {}
-    for s in scores:
-        if s.score.value is not None:
-            layers.setdefault(s.neuron.layer, []).append(100 * s.score.value)
-    freedom = sum(len(v) - 1 for v in layers.values())
-    if freedom == 0:
-        return None
-    return math.sqrt(sum(float(np.var(v)) * len(v) for v in layers.values()) / freedom)
 
 
 def told(

@@ -118,11 +118,6 @@ class Comparison:
     where paired, than its twin. Mean over layers"""
     confidence: float
 
-    @property
-    def cliffs_delta(self) -> float:
-        """2 superiority - 1, -1..1 (Cliff 1993)."""
-        return 2 * self.superiority - 1
-
 
 def model_statistics(
     scores: Sequence[NeuronScore],

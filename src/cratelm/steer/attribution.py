@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, collect_evidence
 from cratelm.explain.lookup import token_table
 from cratelm.models.partial_forward import PartialForward
@@ -29,8 +30,6 @@ NEURONS_A_TIME = 64
 """neurons whose effects on the whole vocabulary are held at a time"""
 NAMED = 10
 """tokens that a look-up explanation names"""
-_ENTRIES = 200
-"""rows of the look-up's table, as `cratelm explain` has it"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +209,6 @@ def _first_order(
 def _named(record: NeuronRecord, vocabulary: int) -> NDArray[np.int64]:
     """The tokens with the highest values in the look-up's table, above the neuron's mean."""
     evidence = collect_evidence(record, depth=1, weight=WEIGHT)
-    table = token_table(evidence, record.summary.mean, _ENTRIES)
+    table = token_table(evidence, record.summary.mean, ExplainConfig.max_entries)
     tokens = table.tokens[table.values > record.summary.mean][:NAMED]
     return tokens[tokens < vocabulary]

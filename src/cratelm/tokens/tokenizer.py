@@ -45,7 +45,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json` file. Raises `InputError` where it cannot be read."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
+        inside = path / "tokenizer.json"
+        if inside.is_file():
+            raise InputError(f"{path} is a folder: type --tokenizer {inside}")
         raise InputError(f"{path} is not a file: name a tokenizer.json with --tokenizer")
     try:
         return _plain(Tokenizer.from_file(str(path)))

@@ -12,7 +12,7 @@ from cratelm.steer.config import Edit
 from cratelm.viewer.live import LONGEST_TEXT, Busy, Live
 from cratelm.viewer.security import Rate
 
-_RATE = Rate(burst=30, per_second=8)
+BURST, PER_SECOND = 30, 8
 """questions to the model by one client"""
 Index = Annotated[int, Field(ge=0, le=100_000_000)]
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
@@ -48,13 +48,15 @@ class SteerAsked(Asked):
         return Edit(self.layer, self.neuron, **{self.operation: value})
 
 
-def router(live: Live) -> APIRouter:
-    """The endpoints; each is answered in a worker thread, the event loop stays free."""
+def router(live: Live, rate: Rate | None = None) -> APIRouter:
+    """The endpoints; each is answered in a worker thread, the event loop stays free. `rate`: questions
+    that one client may ask, 30 at once and 8 a second where it is not given."""
+    allowed = rate or Rate(burst=BURST, per_second=PER_SECOND)
     made = APIRouter(prefix="/api/r/{run}/live")
 
     def answer(request: Request, ask: Any) -> Response:
         client = request.client.host if request.client else ""
-        if not _RATE.take(client):
+        if not allowed.take(client):
             return JSONResponse({"error": "too many questions at once: wait a second"}, 429)
         try:
             return JSONResponse(plain(ask()))

@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import resources
 from itertools import groupby
 from typing import Any
@@ -359,26 +359,23 @@ def _pairs(card: RunCard) -> list[tuple[ModelCard, ModelCard]]:
     return [(c, card.model(twin)) for c in trained if (twin := card.twin(c.name))]
 
 
-_made: list[jinja2.Environment] = []
-
-
+@cache
 def _environment() -> jinja2.Environment:
-    if not _made:
-        folder = resources.files("cratelm.viewer") / "templates"
-        environment = jinja2.Environment(
-            loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            auto_reload=False,
-        )
-        environment.filters["seen"] = lambda text: printable(str(text)) if text else text
-        environment.filters["tenth"] = lambda x: f"{round(x, 1) + 0.0:.1f}"
-        environment.filters["token"] = _token
-        environment.filters["thousands"] = lambda n: "–" if n is None else f"{n:,}"
-        _made.append(environment)
-    return _made[0]
+    """The templates, compiled once a process."""
+    folder = resources.files("cratelm.viewer") / "templates"
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    environment.filters["seen"] = lambda text: printable(str(text)) if text else text
+    environment.filters["tenth"] = lambda x: f"{round(x, 1) + 0.0:.1f}"
+    environment.filters["token"] = _token
+    environment.filters["thousands"] = lambda n: "–" if n is None else f"{n:,}"
+    return environment
 
 
 def _token(text: str) -> Markup:

@@ -69,14 +69,18 @@ def _spaced(token: str) -> str:
 
 Asked = Annotated[LayerQuery, Depends(_query)]
 View = Annotated[NeuronView, Depends(_view)]
-_RATE = Rate(burst=120, per_second=40)
+BURST, PER_SECOND = 120, 40
 """requests of one client: a person who holds a key down, not a crawler"""
 
 
 def application(
-    library: Library, host: str = "127.0.0.1", live: APIRouter | None = None
+    library: Library,
+    host: str = "127.0.0.1",
+    live: APIRouter | None = None,
+    rate: Rate | None = None,
 ) -> FastAPI:
-    """The whole application over some runs; `live` answers what needs the model."""
+    """The whole application over some runs; `live` answers what needs the model; `rate`: requests that
+    one client may make, 120 at once and 40 a second where it is not given."""
     app = FastAPI(title="cratelm", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.library = library
     pages = Pages(library, live=live is not None)
@@ -84,7 +88,7 @@ def application(
     app.include_router(_api(library), prefix="/api")
     if live is not None:
         app.include_router(live)
-    _guard(app, pages, host)
+    _guard(app, pages, host, rate or Rate(burst=BURST, per_second=PER_SECOND))
     _errors(app, pages)
     return app
 
@@ -182,7 +186,7 @@ def _asset(name: str) -> tuple[bytes, str]:
     return content, f'"{hashlib.sha256(content).hexdigest()[:20]}"'
 
 
-def _guard(app: FastAPI, pages: Pages, host: str) -> None:
+def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
     """Refuses what `cratelm.viewer.security` says is not to be answered, and sets its headers."""
     names, anywhere = allowed_hosts(host), host in ("0.0.0.0", "::")
 
@@ -202,7 +206,7 @@ def _guard(app: FastAPI, pages: Pages, host: str) -> None:
             return 411, "the length of what is sent must be told"
         if not length.isdigit() or int(length) > LONGEST_BODY:
             return 413, f"at most {LONGEST_BODY:,} bytes are taken"
-        if not request.url.path.startswith("/assets/") and not _RATE.take(client):
+        if not request.url.path.startswith("/assets/") and not rate.take(client):
             return 429, "too many requests at once: wait a second"
         return None
 

@@ -122,7 +122,8 @@ class ServerBackend:
         self._method: Method = method
         self.name = re.sub(r"[^A-Za-z0-9._-]", "-", _last(model)).strip(".-") or "model"
         self.reason = ""
-        """why `reads` is False though `auto` was asked for; empty otherwise"""
+        """why `reads` is False though `auto` was asked for, or why `tokens_at_slot` gave nothing; empty
+        otherwise"""
         self._reached = False  # the server has answered a request
         self._lost = 0  # calls in a row without a connection
         self._gone = False  # too many of them: what is left is not sent
@@ -208,11 +209,14 @@ class ServerBackend:
             echoes = [LogprobQuery("", slot_before, option + "\n", (), ()) for option in left]
             with contextlib.closing(self._each(echoes, told)) as outcomes:
                 for index, outcome in outcomes:
-                    if isinstance(outcome, Answer):
+                    if isinstance(outcome, Failure):
+                        self.reason = f"{outcome.kind}: {outcome.reason}"
+                    else:
                         begins: Any = outcome.value
                         end = start + len(left[index])
                         counts[left[index]] = _n_tokens(begins, start, end)
             if len(counts) == len(set(options)):
+                self.reason = ""
                 return [counts[option] for option in options]
         return []
 

@@ -17,16 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cratelm.records import READING_MEASURES, SHOWN_EPSILON, SHOWN_SHARE
 from cratelm.report.cells import interval_cell
 from cratelm.report.drawing import INK, Figure, Panel, Series, by_layer
 from cratelm.runs import Run
 from cratelm.text.table import Cell, Column, PlusMinus, Table
 
-EPSILON = "0.5"
-"""distortion of the coding rates shown"""
-SHARE = 0.5
-"""how far between the default and the largest value a token must be predicted to be covered"""
-MEASURES = ("consistency", "evenness", "distinctiveness", "contrast", "auroc")
+_EPSILON = f"{SHOWN_EPSILON:g}"
+"""as the files of `cratelm analyze` write it"""
 DRAWN = ("consistency", "evenness", "distinctiveness", "auroc")
 """in the figure"""
 _RATES = {
@@ -63,7 +61,7 @@ class Analysed:
         return sorted(int(setting) for quantity, setting in self.figures if quantity == "lasso")
 
     def mean(
-        self, measure: str, layer: int, control: str = "none", share: float = SHARE
+        self, measure: str, layer: int, control: str = "none", share: float = SHOWN_SHARE
     ) -> dict[str, Any] | None:
         wanted = (measure, layer, control, share)
         for found in self.means:
@@ -143,21 +141,21 @@ def rates_table(found: Sequence[Analysed]) -> Table:
             a.name,
             layer,
             *(
-                _plus(a.at(f"{key}_{when}", EPSILON, layer))
+                _plus(a.at(f"{key}_{when}", _EPSILON, layer))
                 for key in _RATES
                 for when in ("before", "after", "change")
             ),
         )
         for a in found
         for layer in a.layers
-        if a.at("coding_rate_before", EPSILON, layer)
+        if a.at("coding_rate_before", _EPSILON, layer)
     ]
     return Table(
         "white_box_rates",
         "Coding rates before and after attention",
         tuple(columns),
         tuple(rows),
-        f"Nats, at distortion ε = {EPSILON}, of held-out tokens as attention takes them in (after its"
+        f"Nats, at distortion ε = {_EPSILON}, of held-out tokens as attention takes them in (after its"
         " LayerNorm), and of the residual stream behind it put through the same LayerNorm. R^c: the"
         " compression term, whose descent MSSA is derived from, in the heads' own projections (their scale"
         " counts) and in orthonormal bases of the same subspaces (it does not). R: the expansion term."
@@ -184,7 +182,7 @@ def distortion_table(found: Sequence[Analysed]) -> Table:
         )
         for a in found
         for layer in a.layers
-        if a.at("coding_rate_before", EPSILON, layer)
+        if a.at("coding_rate_before", _EPSILON, layer)
     ]
     return Table(
         "white_box_distortion",
@@ -343,7 +341,7 @@ def readings_table(found: Sequence[Analysed]) -> Table:
         Column("model", "model"),
         Column("layer", "layer", "d"),
         Column("explanations", "explanations"),
-        *(Column(m, _label(m), _form(m)) for m in MEASURES),
+        *(Column(m, _label(m), _form(m)) for m in READING_MEASURES),
         Column("defined", "neurons", ",d"),
         Column("none", "undefined / dead"),
     )
@@ -370,14 +368,14 @@ def readings_table(found: Sequence[Analysed]) -> Table:
 
 
 def _readings_row(a: Analysed, layer: int, control: str) -> tuple[Cell, ...]:
-    told = [a.mean(m, layer, control) for m in MEASURES]
+    told = [a.mean(m, layer, control) for m in READING_MEASURES]
     own = a.mean("auroc", layer, control)
     assert own is not None
     return (
         a.name,
         layer,
         "own" if control == "none" else control,
-        *(_interval(m, told_m) for m, told_m in zip(MEASURES, told, strict=True)),
+        *(_interval(m, told_m) for m, told_m in zip(READING_MEASURES, told, strict=True)),
         own["defined"],
         f"{own['undefined']:,} / {own['dead']:,}",
     )
@@ -390,16 +388,16 @@ def share_table(found: Sequence[Analysed]) -> Table:
         Column("model", "model"),
         Column("layer", "layer", "d"),
         Column("share", "covered from", ".2f"),
-        *(Column(m, _label(m), _form(m)) for m in MEASURES),
+        *(Column(m, _label(m), _form(m)) for m in READING_MEASURES),
         Column("defined", "neurons", ",d"),
     )
     rows = []
     for a in found:
         for layer in a.layers:
             for share in shares:
-                told = [a.mean(m, layer, share=share) for m in MEASURES]
+                told = [a.mean(m, layer, share=share) for m in READING_MEASURES]
                 if told[-1] is not None:
-                    cells = (_interval(m, t) for m, t in zip(MEASURES, told, strict=True))
+                    cells = (_interval(m, t) for m, t in zip(READING_MEASURES, told, strict=True))
                     rows.append((a.name, layer, share, *cells, told[-1]["defined"]))
     return Table(
         "white_box_shares",
@@ -425,7 +423,7 @@ def twins_table(pairs: Sequence[tuple[Analysed, Analysed]], resamples: int, seed
     )
     rows: list[tuple[Cell, ...]] = []
     for a, b in pairs:
-        for measure in MEASURES:
+        for measure in READING_MEASURES:
             rows += _twin_rows(a, b, measure, resamples, seed)
     return Table(
         "white_box_twins",
@@ -470,7 +468,7 @@ def _values(a: Analysed, measure: str) -> dict[int, NDArray[np.float64]]:
     """By layer, of the neurons that have a value under their own explanation."""
     if not a.readings.is_file():
         return {}
-    wanted = [("control", "=", "none"), ("share", "=", SHARE)]
+    wanted = [("control", "=", "none"), ("share", "=", SHOWN_SHARE)]
     table = pq.read_table(a.readings, columns=["layer", measure], filters=wanted)
     layer, value = table["layer"].to_numpy(), table[measure].to_numpy().astype(float)
     found = {number: value[(layer == number) & ~np.isnan(value)] for number in np.unique(layer)}
@@ -531,16 +529,16 @@ def rates_figure(drawn: Drawn) -> Figure | None:
     }
     panels = tuple(
         Panel(
-            title, _before_after(drawn, f"{key}_before", f"{key}_after", EPSILON, EPSILON, "nats")
+            title, _before_after(drawn, f"{key}_before", f"{key}_after", _EPSILON, _EPSILON, "nats")
         )
         for key, title in titles.items()
-        if any((f"{key}_before", EPSILON) in a.figures for _, a in drawn)
+        if any((f"{key}_before", _EPSILON) in a.figures for _, a in drawn)
     )
     return _figure(
         drawn,
         "white_box_rates",
         "Coding rates around attention",
-        f"Dash: before; marker: after, at distortion ε = {EPSILON}, of held-out tokens as MSSA (or GPT-2's"
+        f"Dash: before; marker: after, at distortion ε = {_EPSILON}, of held-out tokens as MSSA (or GPT-2's"
         " attention) takes them in. The derivation wants R^c, the cost of telling tokens apart inside the"
         " heads' subspaces, to fall; it exists for CRATE alone, whose heads have one subspace each. In"
         " orthonormal bases the scale of the projections does not count. R, the cost of telling them apart"
