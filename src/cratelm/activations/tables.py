@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cratelm.activations.layer_harvest import HISTOGRAM_BINS, LayerHarvest
+from cratelm.activations.layer_harvest import LayerHarvest
 from cratelm.activations.store import EXCERPTS, SUMMARIES
 from cratelm.activations.topk import EMPTY, TopKBuffers
 from cratelm.records import EXCERPT_KINDS, HISTOGRAM_BINS, ExcerptKind
