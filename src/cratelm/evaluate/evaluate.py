@@ -27,7 +27,7 @@ from cratelm.evaluate.measurements import (
 from cratelm.evaluate.named_sets import NamedSet, named_set
 from cratelm.evaluate.scoring import Totals, score
 from cratelm.evaluate.table import differences_table, measurements_table
-from cratelm.evaluate.texts import Shards, Source, Texts, token_sizes
+from cratelm.evaluate.texts import Shards, Source, Texts
 from cratelm.models.open import (
     LoadedModel,
     check_store,
@@ -39,6 +39,7 @@ from cratelm.models.open import (
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Run, write_json
 from cratelm.tokens.shards import TokenStore
+from cratelm.tokens.tokenizer import token_sizes
 
 
 @dataclass(frozen=True)

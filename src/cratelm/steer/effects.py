@@ -42,6 +42,7 @@ from cratelm.steer.ablation import Ablation, Ablations, Text, ablate
 from cratelm.steer.attribution import Effect, attribute, best
 from cratelm.steer.config import EffectsConfig, places
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
+from cratelm.text.table import align
 
 _IDS, _WORDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.string()), pa.list_(pa.float32())
 EFFECT_SCHEMA = pa.schema(
@@ -151,8 +152,7 @@ def _table(layers: Sequence[LayerEffects]) -> list[str]:
     for found in layers:
         shown = [_shown(getattr(found, name), form) for name, _, form in _COLUMNS]
         rows.append([str(found.layer), str(found.neurons), str(found.dead), *shown])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+    return align(rows, [True] * len(header))
 
 
 def _shown(found: Interval | None, form: str) -> str:

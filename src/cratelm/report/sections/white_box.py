@@ -17,11 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cratelm.records import Estimate
 from cratelm.report.cells import interval_cell
 from cratelm.report.drawing import INK, Figure, Panel, Series, by_layer
 from cratelm.runs import Run
 from cratelm.stats.intervals import resampled_means
-from cratelm.text.table import Cell, Column, PlusMinus, Table
+from cratelm.text.table import Cell, Column, Table
 
 EPSILON = "0.5"
 """distortion of the coding rates shown"""
@@ -483,7 +484,7 @@ def _plus(value: Value | None, by: float = 1) -> Cell:
     """A figure with its standard error, times `by`."""
     if value is None:
         return None
-    return by * value[0] if value[1] is None else PlusMinus(by * value[0], by * value[1])
+    return by * value[0] if value[1] is None else Estimate(by * value[0], by * value[1])
 
 
 def _interval(measure: str, told: dict[str, Any] | None) -> Cell:
