@@ -16,13 +16,16 @@ import torch
 from torch.nn import functional as F
 
 from cratelm.errors import InputError
-from cratelm.evaluate import scoring
+from cratelm.evaluate import windows
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.evaluate import EvaluateResult, evaluate
-from cratelm.evaluate.measurements import DocumentTotals, Measurement, difference
-from cratelm.evaluate.scoring import Totals, token_scores
-from cratelm.evaluate.table import measurements_table
-from cratelm.evaluate.windows import cut
+from cratelm.evaluate.measurements import (
+    DocumentTotals,
+    Measurement,
+    difference,
+    measurements_table,
+)
+from cratelm.evaluate.windows import Totals, cut, token_scores
 from cratelm.models import build, load
 from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.records import Estimate
@@ -221,16 +224,16 @@ def test_a_forward_pass_is_cut_where_its_logits_are_too_many(
 ) -> None:
     whole = measure(run)
     sizes: list[int] = []
-    forward = scoring.next_logits
+    forward = windows.next_logits
 
     def watched(model: Any, tokens: torch.Tensor, last: int) -> torch.Tensor:
         logits = forward(model, tokens, last)
         sizes.append(logits.numel())
         return logits
 
-    monkeypatch.setattr(scoring, "next_logits", watched)
+    monkeypatch.setattr(windows, "next_logits", watched)
     most = 2 * T * load(run / "model/crate-1l").config.vocab_size
-    monkeypatch.setattr(scoring, "MOST_LOGITS", most)
+    monkeypatch.setattr(windows, "MOST_LOGITS", most)
     assert measure(run).loss.value == pytest.approx(whole.loss.value, rel=1e-6)
     assert max(sizes) == most
     sizes.clear()
@@ -254,9 +257,9 @@ def test_a_model_is_asked_only_for_the_logits_that_count() -> None:
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 3))
 
     model, tokens = Model(), torch.zeros(2, 9, dtype=torch.long)
-    assert scoring.next_logits(model, tokens, 4).shape == (2, 4, 3)
+    assert windows.next_logits(model, tokens, 4).shape == (2, 4, 3)
     assert model.kept == 4
-    assert scoring.next_logits(Deaf(), tokens, 4).shape == (2, 4, 3)
+    assert windows.next_logits(Deaf(), tokens, 4).shape == (2, 4, 3)
 
 
 def test_max_tokens_takes_the_first_ones(run: Path) -> None:

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.nn import functional as F
 
 from cratelm.errors import InputError
-from cratelm.evaluate import named_sets as sets
+from cratelm.evaluate import text_sets as sets
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.evaluate import EvaluateResult, evaluate
 from cratelm.evaluate.measurements import Measurement
-from cratelm.evaluate.named_sets import named_set
+from cratelm.evaluate.text_sets import named_set
 from cratelm.models import build, load
 from cratelm.tokens.tokenizer import hf_tokenizer, token_sizes, train_tokenizer
 

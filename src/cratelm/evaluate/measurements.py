@@ -1,17 +1,34 @@
-"""Figures of models on sets, each with its standard error, and differences of two models.
+"""Figures of models on sets with their standard errors, differences of two models, and both as text.
 
 Shape legend: C documents.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.evaluate.scoring import Totals
+from cratelm.evaluate.windows import Totals
 from cratelm.records import Estimate
 from cratelm.stats.ratio import perplexity, ratio
+from cratelm.text.table import MISSING, align
+
+_FIGURES: tuple[tuple[str, str, str], ...] = (
+    ("loss", "loss (nats)", ".4f"),
+    ("perplexity", "perplexity", ",.2f"),
+    ("bits_per_byte", "bits per byte", ".4f"),
+    ("top_1", "top-1", ".2%"),
+    ("top_5", "top-5", ".2%"),
+    ("word_perplexity", "word perplexity", ",.1f"),
+    ("last_word", "last word", ".2%"),
+)
+"""field, heading, format"""
+_LONG = 1e6
+"""from here on a perplexity is written with an exponent"""
 
 
 @dataclass(frozen=True)
@@ -136,3 +153,49 @@ def _over(x: NDArray[np.float64] | None, y: NDArray | None) -> Estimate | None:
 def _word_perplexity(totals: Totals, words: NDArray[np.int64] | None) -> Estimate | None:
     loss = _over(totals.loss, words)
     return None if loss is None else perplexity(loss)
+
+
+def measurements_table(measurements: Sequence[Measurement]) -> str:
+    """Return a block per set: what was predicted, and a line per model."""
+    blocks = []
+    for on, group in groupby(measurements, key=lambda m: m.on):
+        models = list(group)
+        amounts = list(dict.fromkeys(map(_amount, models)))
+        heading = [f"{on}: {amounts[0]}"]
+        if len(amounts) > 1:
+            heading = [on, *(f"  {m.model}: {_amount(m)}" for m in models)]
+        blocks.append("\n".join([*heading, _figures(models, lambda m: m.model, "")]))
+    return "\n\n".join(blocks)
+
+
+def differences_table(differences: Sequence[Difference]) -> str:
+    """Return a line per pair and set: the first model minus the other."""
+    shown = _figures(differences, lambda d: f"{d.on}: {d.model} - {d.less}", "+")
+    return "\n".join(["difference on the same documents, ± standard error over them", shown])
+
+
+def _amount(m: Measurement) -> str:
+    """Return what was predicted, in words."""
+    words = "" if m.words is None else f", {m.words:,} words"
+    moved = "" if m.stride == m.sequence_length else f", stride {m.stride}"
+    return (
+        f"{m.tokens:,} tokens{words}, {m.bytes:,} bytes in {m.documents:,} {m.unit},"
+        f" T = {m.sequence_length}{moved}"
+    )
+
+
+def _figures(rows: Sequence[Any], label: Callable[[Any], str], sign: str) -> str:
+    """Return aligned columns of the figures that any row has."""
+    figures = [f for f in _FIGURES if any(getattr(row, f[0], None) for row in rows)]
+    lines = [["", *(heading for _, heading, _ in figures)]]
+    lines += [
+        [label(row), *(_show(getattr(row, name), sign + form) for name, _, form in figures)]
+        for row in rows
+    ]
+    return "\n".join(align(lines))
+
+
+def _show(figure: Estimate | None, form: str) -> str:
+    if figure is None:
+        return MISSING
+    return figure.show(form if abs(figure.value) < _LONG else ".3g")

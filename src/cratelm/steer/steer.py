@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 
 from cratelm.activations.open_harvest import open_site
 from cratelm.errors import InputError
-from cratelm.evaluate.scoring import next_logits
 from cratelm.models.open import Encoder, LoadedModel, encoder_of, open_model
+from cratelm.models.partial_forward import next_logits
 from cratelm.models.sites import Site
 from cratelm.runs import Run, write_json
 from cratelm.steer.config import Edit, SteerConfig
