@@ -1,4 +1,4 @@
-"""`cratelm harvest`: excerpts and statistics of every neuron of a model, from one pass over tokens.
+"""`cratelm harvest`: collect excerpts and statistics of every neuron of a model in one pass over tokens.
 
 Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 """
@@ -18,7 +18,7 @@ from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
 from cratelm.activations.store import (
     EXCERPT_SCHEMA,
-    NEURONS_A_GROUP,
+    NEURONS_PER_GROUP,
     SUMMARY_SCHEMA,
     excerpts_path,
     summaries_path,
@@ -35,7 +35,7 @@ from cratelm.tokens.shards import TokenStore, check_vocabulary
 
 @dataclass(frozen=True)
 class HarvestResult:
-    """What a harvest found."""
+    """What a harvest wrote, in figures."""
 
     path: Path
     """folder of the files (`cratelm.activations.store` reads them)"""
@@ -49,7 +49,7 @@ class HarvestResult:
 
 
 def harvest(config: HarvestConfig) -> HarvestResult:
-    """Runs the stage; a finished one is read back.
+    """Run the stage, or read its result if it is finished.
 
     Raises `InputError` for a model, site or tokenizer that does not fit.
     """
@@ -74,7 +74,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
 
 
 def harvest_name(config: HarvestConfig) -> str:
-    """Name of the harvest in the run: of latents `MODEL+SAE`."""
+    """Return the name of the harvest in the run; of latents it is `MODEL+SAE`."""
     model = Path(config.model).name
     return config.name or (f"{model}+{Path(config.sae).name}" if config.sae else model)
 
@@ -83,17 +83,19 @@ def harvest_split(
     model: PreTrainedModel,
     site: Site,
     plan: SearchPlan,
-    pilots: list[Calibration],
+    calibrations: list[Calibration],
     sizes: ExcerptSizes,
     batch_tokens: int = 8_192,
 ) -> list[LayerHarvest]:
-    """One pass over the tokens of `plan`, the head left out: what is kept of each layer [L]."""
+    """Return what is kept of each layer [L] in one pass over the tokens of `plan`, without the head."""
     spans = plan.text_spans()
     layers = [
         LayerHarvest(
-            pilot, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
+            calibration, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
         )
-        for pilot, number, h in zip(pilots, site.layer_numbers, site.n_neurons, strict=True)
+        for calibration, number, h in zip(
+            calibrations, site.layer_numbers, site.n_neurons, strict=True
+        )
     ]
     progress = tqdm(total=plan.n_tokens(), desc=f"harvest {plan.name}", unit="tok", unit_scale=True)
     with torch.no_grad(), progress:
@@ -115,13 +117,15 @@ def _write_splits(
     sizes = ExcerptSizes(
         config.top, config.random, config.per_bin, config.context, config.short_context
     )
-    pilots: list[Calibration] = []
+    calibrations: list[Calibration] = []
     results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
     for split in ("fit", "held_out"):
         plan = _plan(config, store, split, model)
-        # both splits share the bins that the first one's pilot set
-        pilots = pilots or calibrate(model, site, plan, config.pilot_tokens, config.batch_tokens)
-        layers = harvest_split(model, site, plan, pilots, sizes, config.batch_tokens)
+        # Both splits share the bins that were set on the first one.
+        calibrations = calibrations or calibrate(
+            model, site, plan, config.pilot_tokens, config.batch_tokens
+        )
+        layers = harvest_split(model, site, plan, calibrations, sizes, config.batch_tokens)
         _write(draft.path, plan, layers, model, site, name)
         results["tokens"][split] = layers[0].n_tokens
         results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
@@ -139,21 +143,23 @@ def _write(
     site: Site,
     name: str,
 ) -> None:
-    """Writes a split. Held-out excerpts are joined by top tokens out of their context."""
-    alone = out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
+    """Write a split; to held-out excerpts, top tokens out of their context are added."""
+    out_of_context = (
+        out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
+    )
     with (
         pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARY_SCHEMA) as summaries,
         pq.ParquetWriter(
             excerpts_path(folder, plan.name), EXCERPT_SCHEMA, compression="zstd"
         ) as excerpts,
     ):
-        for place, (layer, kept) in enumerate(zip(site.layer_numbers, layers, strict=True)):
-            summaries.write_table(summary_table(kept, name, site.name, layer))
-            for low in range(0, kept.n_neurons, NEURONS_A_GROUP):
-                high = min(low + NEURONS_A_GROUP, kept.n_neurons)
-                rows = excerpt_rows(kept, low, high)
-                if alone is not None:
-                    rows.append(alone[place].between(low, high))
+        for place, (layer, harvested) in enumerate(zip(site.layer_numbers, layers, strict=True)):
+            summaries.write_table(summary_table(harvested, name, site.name, layer))
+            for low in range(0, harvested.n_neurons, NEURONS_PER_GROUP):
+                high = min(low + NEURONS_PER_GROUP, harvested.n_neurons)
+                rows = excerpt_rows(harvested, low, high)
+                if out_of_context is not None:
+                    rows.append(out_of_context[place].between(low, high))
                 excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
 
 
