@@ -19,7 +19,11 @@ import cratelm
 from cratelm.activations import topk as cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
 from cratelm.activations.calibration import Calibration
-from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_a_neuron
+from cratelm.activations.layer_harvest import (
+    ExcerptSizes,
+    LayerHarvest,
+    bytes_per_neuron,
+)
 from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, write_records
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
@@ -223,7 +227,7 @@ def test_memory_is_the_formula_whatever_the_tokens():
         split = MemorySplit([30] * documents)
         activations = torch.randn(split.n_tokens, neurons).relu()
         kept, _, _ = run_harvest(split, activations, 16, sizes, 64, 0)
-        assert held_bytes(kept) == neurons * bytes_a_neuron(sizes)
+        assert held_bytes(kept) == neurons * bytes_per_neuron(sizes)
 
 
 @pytest.mark.slow
@@ -246,7 +250,7 @@ from test_activations import EOT, MemorySplit
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.harvest import harvest_split
 from cratelm.activations.layer_harvest import ExcerptSizes
-from cratelm.activations.calibration import run_pilot
+from cratelm.activations.calibration import calibrate
 from cratelm.models import build, site_of
 
 torch.set_num_threads(1)
@@ -254,7 +258,7 @@ model = build("crate-2l", vocab_size=64, max_position_embeddings=32, hidden_size
 split = MemorySplit([249] * (int(sys.argv[1]) // 250))
 site = site_of(model)
 plan = SearchPlan.of(split, "fit", EOT, 32, split.n_tokens, 0)
-pilots = run_pilot(model, site, plan, 2048, 4096)
+pilots = calibrate(model, site, plan, 2048, 4096)
 kept = harvest_split(model, site, plan, pilots, ExcerptSizes(), 4096)
 assert kept[0].n_tokens == int(sys.argv[1]) // 250 * 249
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -7,7 +7,10 @@ import pytest
 
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score
-from cratelm.stats.sample_size import half_width, told
+from cratelm.stats.sample_size import (
+    half_width,
+    precision_statement,
+)
 from cratelm.stats.scores import model_statistics
 
 
@@ -57,11 +60,11 @@ def test_all_neurons_leave_nothing_open():
 
 
 def test_told_in_one_sentence():
-    assert told(64, 2, 15.0, 256) == (
+    assert precision_statement(64, 2, 15.0, 256) == (
         "64 of 256 neurons of each of 2 layers give an interval of +-2.3 around the model's mean"
         " (x 100, 95%), if scores vary by 15.0 within a layer"
     )
-    assert "64 neurons of the one layer" in told(64, 1)
+    assert "64 neurons of the one layer" in precision_statement(64, 1)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ VERBS: dict[str, Verb] = {
     ),
     "predict": Verb(
         "cratelm.evaluate.predict",
-        "cratelm.evaluate.predict_config:PredictConfig",
+        "cratelm.evaluate.config:PredictConfig",
         "next-token predictions of models on the same text, as a page",
     ),
     "harvest": Verb(

@@ -1,4 +1,4 @@
-"""`cratelm harvest`: excerpts and statistics of every neuron of a model, from one pass over tokens.
+"""`cratelm harvest`: collect excerpts and statistics of every neuron of a model in one pass over tokens.
 
 Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 """
@@ -18,7 +18,7 @@ from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
 from cratelm.activations.store import (
     EXCERPTS,
-    NEURONS_A_GROUP,
+    NEURONS_PER_GROUP,
     SUMMARIES,
     excerpts_path,
     summaries_path,
@@ -41,7 +41,7 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class HarvestResult:
-    """What a harvest found."""
+    """What a harvest wrote, in figures."""
 
     path: Path
     """folder of the files (`cratelm.activations.store` reads them)"""
@@ -55,7 +55,7 @@ class HarvestResult:
 
 
 def harvest(config: HarvestConfig) -> HarvestResult:
-    """Runs the stage; a finished one is read back.
+    """Run the stage, or read its result if it is finished.
 
     Raises `InputError` for a model, site or tokenizer that does not fit.
     """
@@ -80,7 +80,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
 
 
 def harvest_name(config: HarvestConfig) -> str:
-    """Name of the harvest in the run: of latents `MODEL+SAE`."""
+    """Return the name of the harvest in the run; of latents it is `MODEL+SAE`."""
     if config.name:
         return config.name
     model = last_name("--model", config.model)
@@ -91,18 +91,20 @@ def harvest_split(
     model: PreTrainedModel,
     site: Site,
     plan: SearchPlan,
-    pilots: list[Calibration],
+    calibrations: list[Calibration],
     sizes: ExcerptSizes,
     batch_tokens: int = 8_192,
     quiet: bool = False,
 ) -> list[LayerHarvest]:
-    """One pass over the tokens of `plan`, the head left out: what is kept of each layer [L]."""
+    """Return what is kept of each layer [L] in one pass over the tokens of `plan`, without the head."""
     spans = plan.text_spans()
     layers = [
         LayerHarvest(
-            pilot, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
+            calibration, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
         )
-        for pilot, number, h in zip(pilots, site.layer_numbers, site.n_neurons, strict=True)
+        for calibration, number, h in zip(
+            calibrations, site.layer_numbers, site.n_neurons, strict=True
+        )
     ]
     progress = tqdm(
         total=plan.n_tokens(),
@@ -130,14 +132,18 @@ def _write_splits(
     sizes = ExcerptSizes(
         config.top, config.random, config.per_bin, config.context, config.short_context
     )
-    pilots: list[Calibration] = []
+    calibrations: list[Calibration] = []
     results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
     length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
     for split in ("fit", "held_out"):
         plan = _plan(config, store, split, length)
-        # both splits share the bins that the first one's pilot set
-        pilots = pilots or calibrate(model, site, plan, config.pilot_tokens, config.batch_tokens)
-        layers = harvest_split(model, site, plan, pilots, sizes, config.batch_tokens, config.quiet)
+        # Both splits share the bins that were set on the first one.
+        calibrations = calibrations or calibrate(
+            model, site, plan, config.pilot_tokens, config.batch_tokens
+        )
+        layers = harvest_split(
+            model, site, plan, calibrations, sizes, config.batch_tokens, config.quiet
+        )
         _write(draft.path, plan, layers, model, site, name)
         results["tokens"][split] = layers[0].n_tokens
         results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
@@ -157,21 +163,23 @@ def _write(
     site: Site,
     name: str,
 ) -> None:
-    """Writes a split. Held-out excerpts are joined by top tokens out of their context."""
-    alone = out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
+    """Write a split; to held-out excerpts, top tokens out of their context are added."""
+    out_of_context = (
+        out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
+    )
     with (
         pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARIES.schema) as summaries,
         pq.ParquetWriter(
             excerpts_path(folder, plan.name), EXCERPTS.schema, compression="zstd"
         ) as excerpts,
     ):
-        for place, (layer, kept) in enumerate(zip(site.layer_numbers, layers, strict=True)):
-            summaries.write_table(summary_table(kept, name, site.name, layer))
-            for low in range(0, kept.n_neurons, NEURONS_A_GROUP):
-                high = min(low + NEURONS_A_GROUP, kept.n_neurons)
-                rows = excerpt_rows(kept, low, high)
-                if alone is not None:
-                    rows.append(alone[place].between(low, high))
+        for place, (layer, harvested) in enumerate(zip(site.layer_numbers, layers, strict=True)):
+            summaries.write_table(summary_table(harvested, name, site.name, layer))
+            for low in range(0, harvested.n_neurons, NEURONS_PER_GROUP):
+                high = min(low + NEURONS_PER_GROUP, harvested.n_neurons)
+                rows = excerpt_rows(harvested, low, high)
+                if out_of_context is not None:
+                    rows.append(out_of_context[place].between(low, high))
                 excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
 
 

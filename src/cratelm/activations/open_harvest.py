@@ -112,7 +112,7 @@ def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     sae = told.get("sae")
     site = open_site(run, subject, told.get("site"), sae)
     named = run.stage("sae", _sae_name(subject, sae)) if sae and "/" not in sae else None
-    from_folder = sae and (named is None or named.completion() is None)
-    if from_folder and autoencoder_identity(Path(sae)) != harvest.inputs.get("sae"):
+    from_folder = named is None or named.completion() is None
+    if sae and from_folder and autoencoder_identity(Path(sae)) != harvest.inputs.get("sae"):
         raise InputError(f"{sae} holds other autoencoders than those that were harvested: {again}")
     return HarvestContext(subject, site, store, stage.path, length)

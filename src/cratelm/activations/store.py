@@ -1,7 +1,7 @@
-"""Harvested neurons on disk: two Parquet files a split, read lazily.
+"""Harvested neurons on disk: two Parquet files per split, read lazily.
 
-`summaries-SPLIT.parquet` has a row a neuron (fields of `NeuronSummary`), `excerpts-SPLIT.parquet` a
-row an excerpt (fields of `Excerpt`, with model, site, layer and index of the neuron), both sorted by
+`summaries-SPLIT.parquet` has a row per neuron (fields of `NeuronSummary`), `excerpts-SPLIT.parquet` a
+row per excerpt (fields of `Excerpt`, with model, site, layer and index of the neuron), both sorted by
 layer and index, excerpts further by kind, bin and rank. A row group holds whole neurons.
 """
 
@@ -15,11 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
-from cratelm.records import EXCERPT_KINDS, Excerpt, NeuronId, NeuronRecord, NeuronSummary, Split
+from cratelm.records import (
+    EXCERPT_KINDS,
+    Excerpt,
+    NeuronId,
+    NeuronKey,
+    NeuronRecord,
+    NeuronSummary,
+    Split,
+)
 from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
 
-Place = tuple[int, int]
-"""layer and index of a neuron"""
 EXCERPTS = TableFile(
     "activations/MODEL/excerpts-SPLIT.parquet",
     (
@@ -84,20 +90,22 @@ SUMMARIES = TableFile(
 )
 
 
-NEURONS_A_GROUP = 16
+NEURONS_PER_GROUP = 16
 """neurons in a row group of excerpts: about 1 MB in memory, 10 ms to read one of them"""
 
 
 def excerpts_path(folder: str | Path, split: Split) -> Path:
+    """Return the path of the excerpts of a split in a harvest's folder."""
     return Path(folder) / f"excerpts-{split}.parquet"
 
 
 def summaries_path(folder: str | Path, split: Split) -> Path:
+    """Return the path of the summaries of a split in a harvest's folder."""
     return Path(folder) / f"summaries-{split}.parquet"
 
 
 def write_records(folder: str | Path, split: Split, records: Sequence[NeuronRecord]) -> None:
-    """Writes records, sorted by layer and index, as one row group a file."""
+    """Write records, sorted by layer and index, as one row group per file."""
     with (
         pq.ParquetWriter(summaries_path(folder, split), SUMMARIES.schema) as summaries,
         pq.ParquetWriter(excerpts_path(folder, split), EXCERPTS.schema) as excerpts,
@@ -107,7 +115,7 @@ def write_records(folder: str | Path, split: Split, records: Sequence[NeuronReco
 
 
 def read_summaries(folder: str | Path, split: Split) -> list[NeuronSummary]:
-    """Summaries of all neurons of a harvest, by layer and index."""
+    """Return the summaries of all neurons of a harvest, by layer and index."""
     table = pq.read_table(_existing(summaries_path(folder, split)))
     return [_summary(row) for row in table.to_pylist()]
 
@@ -118,33 +126,34 @@ def read_records(
     layers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[NeuronRecord]:
-    """Neurons of a harvest, by layer and index, with their excerpts; a row group is held at a time.
+    """Yield the neurons of a harvest with their excerpts, by layer and index; holds one row group.
 
-    `layers` and `indices` restrict which; row groups that hold none of them are not read.
+    `layers` and `indices` restrict them; row groups that hold none of them are not read.
     """
     layers_wanted = None if layers is None else set(layers)
     indices_wanted = None if indices is None else set(indices)
     wanted = {
-        (s.neuron.layer, s.neuron.index): s
+        s.neuron.key: s
         for s in read_summaries(folder, split)
         if (layers_wanted is None or s.neuron.layer in layers_wanted)
         and (indices_wanted is None or s.neuron.index in indices_wanted)
     }
     excerpts = ExcerptFile(folder, split)
     for group in range(excerpts.n_groups):
-        places = excerpts.places_in(group, wanted)
-        if places:
-            held = _by_neuron(_of(excerpts.read_group(group), places))
-            for place in sorted(held):
-                yield NeuronRecord(wanted.pop(place), held[place])
+        keys = excerpts.keys_in(group, wanted)
+        if keys:
+            by_key = _by_neuron(_rows_of(excerpts.read_group(group), keys))
+            for key in sorted(by_key):
+                yield NeuronRecord(wanted.pop(key), by_key[key])
     for summary in wanted.values():
         yield NeuronRecord(summary, ())
 
 
 class NeuronFile:
-    """A Parquet file with columns `layer` and `index`, of which a neuron's rows are read alone.
+    """A Parquet file with columns `layer` and `index`, from which one neuron's rows can be read.
 
-    The footer is read once. Safe for several threads. Raises `InputError` where the file is not there.
+    The footer, with the bounds of each row group, is read once; the file is opened for each reading, so
+    that threads do not share a position in it. Raises `InputError` where the file is not there.
     """
 
     def __init__(self, path: str | Path):
@@ -155,33 +164,34 @@ class NeuronFile:
         self.n_groups = len(bounds)
         self._bounds = np.array(bounds, np.int64).reshape(-1, 4)
 
-    def places_in(self, group: int, wanted: Iterable[Place]) -> set[Place]:
-        """Those of some neurons that may be in a row group."""
+    def keys_in(self, group: int, wanted: Iterable[NeuronKey]) -> set[NeuronKey]:
+        """Return those of the wanted neurons that may be in a row group, by its bounds."""
         layer_low, layer_high, index_low, index_high = self._bounds[group].tolist()
         return {
-            (layer, index)
-            for layer, index in wanted
-            if layer_low <= layer <= layer_high and index_low <= index <= index_high
+            key
+            for key in wanted
+            if layer_low <= key.layer <= layer_high and index_low <= key.index <= index_high
         }
 
     def read_group(
         self, group: int, columns: Sequence[str] | None = None, threads: bool = False
     ) -> pa.Table:
+        """Return a row group, or some of its columns."""
         with pq.ParquetFile(self.path, metadata=self._metadata) as file:
             return file.read_row_group(group, columns=columns, use_threads=threads)
 
     def rows(self, layer: int, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of one neuron; `columns` must hold `layer` and `index`."""
+        """Return the rows of one neuron; `columns` must hold `layer` and `index`."""
         low, high = self._bounds[:, [0, 2]], self._bounds[:, [1, 3]]
         inside = ((low <= (layer, index)) & ((layer, index) <= high)).all(1)
         tables = [self.read_group(g, columns, True) for g in np.flatnonzero(inside).tolist()]
         if not tables:
             return pa.table({})
-        mine = [
+        rows = [
             t.filter(pa.array((t["layer"].to_numpy() == layer) & (t["index"].to_numpy() == index)))
             for t in tables
         ]
-        return pa.concat_tables(mine)
+        return pa.concat_tables(rows)
 
 
 class ExcerptFile(NeuronFile):
@@ -191,8 +201,8 @@ class ExcerptFile(NeuronFile):
         super().__init__(excerpts_path(folder, split))
 
     def of(self, layer: int, index: int) -> tuple[Excerpt, ...]:
-        """Excerpts of one neuron; none where the file has none."""
-        return _by_neuron(self.rows(layer, index)).get((layer, index), ())
+        """Return the excerpts of one neuron; none where the file has none."""
+        return _by_neuron(self.rows(layer, index)).get(NeuronKey(layer, index), ())
 
 
 def _existing(path: Path) -> Path:
@@ -202,25 +212,27 @@ def _existing(path: Path) -> Path:
 
 
 def _bounds(file: pq.ParquetFile, group: int) -> tuple[int, int, int, int]:
-    """Lowest and highest layer, lowest and highest index of the neurons in a row group."""
+    """Return lowest and highest layer, lowest and highest index of the neurons in a row group."""
     columns = [file.metadata.row_group(group).column(number) for number in (2, 3)]
-    found = []
+    bounds = []
     for column in columns:
         statistics = column.statistics
         assert statistics is not None, "written without statistics"
-        found += [statistics.min, statistics.max]
-    return tuple(found)  # type: ignore[return-value]
+        bounds += [statistics.min, statistics.max]
+    return tuple(bounds)  # type: ignore[return-value]
 
 
-def _of(table: pa.Table, places: set[Place]) -> pa.Table:
-    """The rows of some neurons."""
-    place = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
-    wanted = np.isin(place, [layer << 32 | index for layer, index in places])
+def _rows_of(table: pa.Table, keys: set[NeuronKey]) -> pa.Table:
+    """Return the rows of some neurons."""
+    # Layer and index in one integer: one `isin` over the table, where a filter on pairs would need two
+    # columns and a join.
+    packed = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
+    wanted = np.isin(packed, [key.layer << 32 | key.index for key in keys])
     return table.filter(pa.array(wanted))
 
 
-def _by_neuron(table: pa.Table) -> dict[Place, tuple[Excerpt, ...]]:
-    """Excerpts by (layer, index). Lists are sliced from flat arrays: no Python per token."""
+def _by_neuron(table: pa.Table) -> dict[NeuronKey, tuple[Excerpt, ...]]:
+    """Return excerpts by neuron. Lists are sliced from flat arrays: no Python object per token."""
     if not len(table):
         return {}
     table = table.combine_chunks()
@@ -231,14 +243,14 @@ def _by_neuron(table: pa.Table) -> dict[Place, tuple[Excerpt, ...]]:
     ids, values = table["token_ids"].chunk(0), table["activations"].chunk(0)
     offsets = ids.offsets.to_numpy()
     flat_ids, flat_values = ids.values.to_numpy(), values.values.to_numpy()
-    found: dict[Place, list[Excerpt]] = {}
+    by_key: dict[NeuronKey, list[Excerpt]] = {}
     for row, (kind, layer, index, bin_, rank, peak, document, position) in enumerate(rows):
         span = slice(offsets[row], offsets[row + 1])
         excerpt = Excerpt(
             kind, rank, bin_, flat_ids[span], flat_values[span], peak, document, position
         )
-        found.setdefault((layer, index), []).append(excerpt)
-    return {place: tuple(excerpts) for place, excerpts in found.items()}
+        by_key.setdefault(NeuronKey(layer, index), []).append(excerpt)
+    return {key: tuple(excerpts) for key, excerpts in by_key.items()}
 
 
 def _summary(row: dict[str, Any]) -> NeuronSummary:
@@ -264,7 +276,7 @@ def _summary_table(summaries: Sequence[NeuronSummary]) -> pa.Table:
 
 
 def _excerpt_table(records: Sequence[NeuronRecord]) -> pa.Table:
-    order = {kind: place for place, kind in enumerate(EXCERPT_KINDS)}
+    order = {kind: number for number, kind in enumerate(EXCERPT_KINDS)}
     rows = [
         {**vars(record.neuron), **vars(excerpt)}
         for record in records

@@ -32,7 +32,7 @@ from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import Explanation, NeuronRecord
 from cratelm.runs import Draft, Inputs, Run, Stage, write_json
 from cratelm.runs.names import set_name
-from cratelm.stats.sample_size import told
+from cratelm.stats.sample_size import precision_statement
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _explain_with_model(
             held.enter_context(stage.lock())
         if config.neurons:
             layers = len({s.neuron.layer for s in selected})
-            print(told(len(selected) // layers, layers), flush=True)
+            print(precision_statement(len(selected) // layers, layers), flush=True)
         index, count = config.worker()
         asked = _questions(config, run, selected[index::count])
         if config.dry_run:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from cratelm.activations.store import (
     EXCERPTS,
-    NEURONS_A_GROUP,
+    NEURONS_PER_GROUP,
     SUMMARIES,
     excerpts_path,
     summaries_path,
@@ -170,7 +170,7 @@ def _write_activations(
         keep = stack.enter_context(source_writer(draft.path))
         group = Path(stack.enter_context(TemporaryDirectory(dir=draft.path, prefix=".group")))
         tables = _open_tables(draft.path, stack)
-        while some := list(islice(records, NEURONS_A_GROUP)):
+        while some := list(islice(records, NEURONS_PER_GROUP)):
             made = [neuron_records(r, config.model, config.site, texts, counts) for r in some]
             for split in USED:
                 # written as the harvest's tables are, then added to them as one row group

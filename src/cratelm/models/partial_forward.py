@@ -14,6 +14,7 @@ with one neuron edited).
 """
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,12 +25,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cratelm.errors import InputError
-from cratelm.evaluate.scoring import next_logits
 from cratelm.models.crate import Ista
 from cratelm.models.sites import Site, hooked
 
 TOLERANCE = 1e-3
 """largest difference between the rank-one change and the hook, relative to what the edit changes"""
+
+
+def next_logits(model: Any, tokens: torch.Tensor, last: int) -> torch.Tensor:
+    """Return logits [B, last, V] after each of the last `last` tokens of [B, n].
+
+    The others are not computed where the model takes `logits_to_keep`.
+    """
+    takes_it = "logits_to_keep" in inspect.signature(model.forward).parameters
+    keep = {"logits_to_keep": last} if takes_it else {}
+    return model(input_ids=tokens, use_cache=False, **keep).logits[:, -last:]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,14 @@
-"""How many neurons are enough: the interval that a random sample of them will give. Pure arithmetic.
+"""How many neurons to score: the interval that a random sample of them will give.
 
 A model's figure is the mean over its layers of the mean over the neurons sampled in each
 (`cratelm.stats.scores`), so with n of the N neurons of each of L layers, drawn without
 replacement, and a standard deviation s of the scores within a layer, its standard error is
-s sqrt((1 - n / N) / (n L)) (Cochran 1977, sections 2.6 and 5.3) and the interval's half-width is
-that times the normal quantile.
+s sqrt((1 - n / N) / (n L)) (Cochran 1977, sections 2.6 and 5.3), and the half-width of the interval
+is that times the normal quantile.
 
-The bootstrap of the statistics room draws with replacement and so leaves out 1 - n / N: where the
-sample is a large part of the layer, its interval is the wider one. It answers another question, what
-other neurons of the same kind would give, and not what this layer's other neurons would.
+The bootstrap (`cratelm.stats.intervals`) draws with replacement, which omits the factor 1 - n / N:
+where the sample is a large fraction of the layer, the bootstrap interval is wider. It answers another
+question: what other neurons of the same kind would give, not what the rest of this layer would.
 """
 
 import math
@@ -20,7 +20,7 @@ from cratelm.errors import InputError
 DEFAULT_SD = 15.0
 """standard deviation of scores within a layer, x 100, where it is not known. Simulated correlations
 of the demo's models have 8 to 18 by model, layer and metric. Detection, fuzzing and embedding rest on
-ten texts a neuron at most and vary more (12 to 35 with a small model): give your own"""
+ at most ten texts per neuron and vary more (12 to 35 with a small model): give your own"""
 
 
 def half_width(
@@ -30,7 +30,7 @@ def half_width(
     population_per_layer: int | None = None,
     confidence: float = 0.95,
 ) -> float:
-    """Half-width of the interval of the model's mean, in the unit of `sd`; 0 where all neurons are scored.
+    """Return the half-width of the interval of the model's mean, in the unit of `sd`; 0 if all are scored.
 
     `sd`: sample standard deviation of scores within a layer. `population_per_layer`: neurons that
     each layer has, None for the interval that the bootstrap gives (no correction for a large sample).
@@ -45,14 +45,14 @@ def half_width(
     return _quantile(confidence) * sd * math.sqrt(left / (n_per_layer * n_layers))
 
 
-def told(
+def precision_statement(
     n_per_layer: int,
     n_layers: int,
     sd: float = DEFAULT_SD,
     population_per_layer: int | None = None,
     confidence: float = 0.95,
 ) -> str:
-    """The power of a sample in one sentence; `sd` and what is told are x 100.
+    """Return in one sentence how wide the interval of a sample of neurons will be; figures are x 100.
 
     Raises `InputError` on numbers that make no sense.
     """

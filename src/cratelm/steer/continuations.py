@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.open_harvest import HarvestContext
 from cratelm.errors import InputError
-from cratelm.evaluate.scoring import next_logits
+from cratelm.models.partial_forward import next_logits
 from cratelm.steer.config import Edit
 from cratelm.steer.steer import continue_ids
 from cratelm.steer.steering import steering

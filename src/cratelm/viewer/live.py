@@ -20,8 +20,8 @@ import torch
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
-from cratelm.evaluate.scoring import next_logits
 from cratelm.models.open import Encoder, encoder_of
+from cratelm.models.partial_forward import next_logits
 from cratelm.models.sites import capture
 from cratelm.results.neuron_table import changed_at
 from cratelm.steer.config import Edit

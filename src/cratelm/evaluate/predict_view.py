@@ -1,21 +1,75 @@
-"""The same as a figure: each model's shaded text, and what it expects after the end.
+"""Predictions as a page and as a figure.
 
-The same text gives the same bytes: no dates.
+The page opens from disk, loads nothing, and everything in it is escaped. The figure has each model's
+shaded text and what it expects after the end; the same text gives the same bytes, without dates.
 """
 
+import bisect
 import warnings
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cratelm.evaluate.predict import Prediction, Text
-from cratelm.evaluate.predict_page import LEVELS, level, percent
-from cratelm.text.display import visible
+from cratelm.evaluate.predictions import PredictedText, Prediction
+from cratelm.text.display import laid_out, visible
+
+LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9)
+"""lowest probability of each shade from 1 on; below the first a token has no shade"""
+
+
+def level(probability: float) -> int:
+    """Return the shade of a token, 0 to 7, in steps of a factor of about 3."""
+    return bisect.bisect_right(LEVELS, probability)
+
+
+def percent(probability: float) -> str:
+    """Return a probability as people read it: 38%, 2.1%, 0.03%."""
+    share = 100 * probability
+    return "<0.01%" if share < 0.01 else f"{share:.{2 if share < 1 else 1 if share < 10 else 0}f}%"
+
+
+def page(text: PredictedText, predictions: Sequence[Prediction]) -> str:
+    """Return the page as HTML."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        visible=visible, laid_out=laid_out, level=level, percent=percent, width=_width
+    )
+    template = resources.files("cratelm.evaluate") / "predict.html.j2"
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        title=f"Next-token predictions of {_listed([p.model for p in predictions])}",
+        text=text,
+        predictions=predictions,
+        groups=_groups(predictions),
+        levels=LEVELS,
+    )
+
+
+def _groups(predictions: Sequence[Prediction]) -> list[list[Prediction]]:
+    """Return the models grouped by how they tokenize the text, so that their tokens line up."""
+    groups: dict[tuple[str, ...], list[Prediction]] = {}
+    for prediction in predictions:
+        groups.setdefault(tuple(s.token for s in prediction.steps), []).append(prediction)
+    return list(groups.values())
+
+
+def _width(probability: float) -> str:
+    return f"{100 * probability:.1f}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# --- the figure ------------------------------------------------------------------------------------
 
 INK, SOFT, BAR, SHADE = "#1b1f24", "#57606a", "#0072b2", "#ff9224"
 _ALPHA = (0.0, 0.12, 0.22, 0.34, 0.46, 0.6, 0.78, 1.0)
@@ -35,8 +89,8 @@ _STYLE: Any = {
 }
 
 
-def draw(text: Text, predictions: Sequence[Prediction], path: Path, form: str) -> None:
-    """Writes the figure as `form`, `png` or `pdf`."""
+def draw(text: PredictedText, predictions: Sequence[Prediction], path: Path, form: str) -> None:
+    """Write the figure as `form`, `png` or `pdf`."""
     laid = [_lines(p) for p in predictions]
     heights = [_LINE * (1 + max(row for row, *_ in lines)) for lines in laid]
     bars = 0.35 + 0.22 * len(predictions[0].after)
@@ -56,16 +110,16 @@ def draw(text: Text, predictions: Sequence[Prediction], path: Path, form: str) -
 
 
 def _lines(prediction: Prediction) -> list[tuple[int, int, str, int]]:
-    """Line, column, text and shade of each token; a token that does not fit begins a new line."""
-    found: list[tuple[int, int, str, int]] = []
+    """Return line, column, text and shade of each token; one that does not fit begins a new line."""
+    lines: list[tuple[int, int, str, int]] = []
     row = column = 0
     for step in prediction.steps:
         shown = visible(step.token)
         if column and column + len(shown) > _COLUMNS:
             row, column = row + 1, 0
-        found.append((row, column, shown, level(step.probability)))
+        lines.append((row, column, shown, level(step.probability)))
         column += len(shown)
-    return found
+    return lines
 
 
 def _shaded(
@@ -75,12 +129,12 @@ def _shaded(
     top: float,
     height: float,
 ) -> None:
-    """One model's text; `top` and `height` in inches."""
+    """Draw one model's text; `top` and `height` in inches."""
     axes = _axes(figure, _MARGIN, top - 0.28 - height, _COLUMNS * _CHARACTER, height)
     axes.set(xlim=(0, _COLUMNS), ylim=(height / _LINE, 0))
     axes.set_axis_off()
-    told = f"{prediction.model}: {prediction.loss:.3f} nats a token"
-    axes.set_title(told, loc="left", fontsize=9.5, fontweight="bold", pad=5)
+    title = f"{prediction.model}: {prediction.loss:.3f} nats per token"
+    axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", pad=5)
     for row, column, shown, shade in lines:
         box = (column + 0.05, row + 0.08)
         axes.add_patch(
@@ -100,16 +154,18 @@ def _shaded(
             )
 
 
-def _ends(figure: Figure, text: Text, predictions: Sequence[Prediction], top: float) -> None:
-    """What each model expects after the end, side by side; `top` in inches."""
+def _ends(
+    figure: Figure, text: PredictedText, predictions: Sequence[Prediction], top: float
+) -> None:
+    """Draw what each model expects after the end, side by side; `top` in inches."""
     width, height = figure.get_size_inches()
     tail = ("… " if len(text.text) > 48 else "") + visible(text.text[-48:])
     figure.text(
         _MARGIN / width, (top - 0.2) / height, f"After {tail}", fontsize=9.5, fontweight="bold"
     )
     key = ", ".join(percent(least) for least in LEVELS)
-    told = f"Shade: probability of the token, steps at {key}"
-    figure.text(_MARGIN / width, 0.1 / height, told, fontsize=7.5, color=SOFT)
+    legend = f"Shade: probability of the token, steps at {key}"
+    figure.text(_MARGIN / width, 0.1 / height, legend, fontsize=7.5, color=SOFT)
     each = (width - 2 * _MARGIN) / len(predictions)
     label = min(1.3, each / 2)
     for place, p in enumerate(predictions):
@@ -120,7 +176,7 @@ def _ends(figure: Figure, text: Text, predictions: Sequence[Prediction], top: fl
 
 
 def _bars(axes: Axes, prediction: Prediction, most: float) -> None:
-    """Bars of one model, to a scale on which the likeliest token of all models fills the width."""
+    """Draw the bars of one model; the most likely token of all models fills the width."""
     after = prediction.after
     axes.barh(range(len(after)), [c.probability for c in after], height=0.7, color=BAR)
     axes.set(xlim=(0, most), ylim=(len(after) - 0.5, -0.5))
@@ -135,6 +191,6 @@ def _bars(axes: Axes, prediction: Prediction, most: float) -> None:
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches."""
+    """Return axes at a position in inches."""
     across, up = figure.get_size_inches()
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
