@@ -19,11 +19,14 @@ from cratelm.errors import InputError
 from cratelm.evaluate import windows
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.evaluate import EvaluateResult, evaluate
-from cratelm.evaluate.measurements import DocumentTotals, Measurement, difference
-from cratelm.evaluate.scoring import Totals, token_scores
-from cratelm.evaluate.table import measurements_table
-from cratelm.evaluate.texts import Passage, Texts
-from cratelm.evaluate.windows import cut
+from cratelm.evaluate.measurements import (
+    DocumentTotals,
+    Measurement,
+    difference,
+    measurements_table,
+)
+from cratelm.evaluate.text_sets import Passage, Texts
+from cratelm.evaluate.windows import Totals, cut, token_scores
 from cratelm.models import build, load
 from cratelm.models.open import LoadedModel, encoder_of, open_model, sequence_length
 from cratelm.records import Estimate

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import cratelm.runs.atomic as atomic
+import cratelm.runs.names as names
 from cratelm.errors import InputError
-from cratelm.runs import atomic, names
 from cratelm.runs.config import Settings, settings_of
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
 
