@@ -285,10 +285,10 @@ def run(tmp_path_factory):
             text = " ".join(generator.choice(words, 60)) + "."
             file.write(json.dumps({"text": text}) + "\n")
     path = folder / "run"
-    cratelm.tokenize(run=path, corpus=str(texts), vocab_size=280, fit=0.3, held_out=0.3, sequence_length=32, quiet=True)  # fmt: skip
+    cratelm.api.tokenize(run=path, corpus=str(texts), vocab_size=280, fit=0.3, held_out=0.3, sequence_length=32, quiet=True)  # fmt: skip
     small = ("hidden_size=16", "num_attention_heads=2")
     for model in ("crate-2l", "gpt2-2l"):
-        cratelm.train(run=path, model=model, steps=0, sequence_length=32, model_overrides=small, name=model, validation_sequences=2, tensorboard=False, quiet=True)  # fmt: skip
+        cratelm.api.train(run=path, model=model, steps=0, sequence_length=32, model_overrides=small, name=model, validation_sequences=2, tensorboard=False, quiet=True)  # fmt: skip
     return path
 
 
@@ -296,7 +296,7 @@ OPTIONS = {"top": 12, "random": 6, "per_bin": 4, "pilot_tokens": 512, "batch_tok
 
 
 def test_harvest_verb_writes_what_the_model_does(run):
-    result = cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    result = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     assert result.site == "ista"
     assert result.neurons == (64, 64)
     model = cratelm.load(run / "model" / "crate-2l")
@@ -336,7 +336,7 @@ def test_harvest_verb_writes_what_the_model_does(run):
 def test_twins_share_random_positions(run):
     places = []
     for model in ("crate-2l", "gpt2-2l"):
-        path = cratelm.harvest(run=run, model=model, **OPTIONS).path
+        path = cratelm.api.harvest(run=run, model=model, **OPTIONS).path
         places.append(
             [[e.position for e in r.of_kind("random")] for r in read_records(path, "fit")]
         )
@@ -345,7 +345,7 @@ def test_twins_share_random_positions(run):
 
 
 def test_one_neuron_can_be_read_alone(run):
-    path = cratelm.harvest(run=run, model="crate-2l", **OPTIONS).path
+    path = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
     (alone,) = read_records(path, "fit", layers=[1], indices=[9])
     everything = {r.neuron: r for r in read_records(path, "fit")}
     same = everything[alone.neuron]
@@ -355,7 +355,7 @@ def test_one_neuron_can_be_read_alone(run):
 
 
 def test_records_round_trip(run, tmp_path):
-    path = cratelm.harvest(run=run, model="crate-2l", **OPTIONS).path
+    path = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
     records = list(read_records(path, "held_out"))
     write_records(tmp_path, "held_out", records)
     for before, after in zip(records, read_records(tmp_path, "held_out"), strict=True):
@@ -368,13 +368,13 @@ def test_records_round_trip(run, tmp_path):
 
 def test_finished_is_skipped_changed_is_told_same_command_same_files(run):
     first = Run(run).stage("activations", "crate-2l")
-    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     before = first.require("harvest")
-    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     assert first.require("harvest") == before
     with pytest.raises(InputError, match=r"seed=0, now 3.*--force"):
-        cratelm.harvest(run=run, model="crate-2l", seed=3, **OPTIONS)
-    cratelm.harvest(run=run, model="crate-2l", force=True, **OPTIONS)
+        cratelm.api.harvest(run=run, model="crate-2l", seed=3, **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", force=True, **OPTIONS)
     assert first.require("harvest").outputs == before.outputs
 
 
@@ -387,7 +387,7 @@ def test_other_peoples_models(run, tmp_path):
         ("llama", llama, "model.layers.*.self_attn.o_proj:input", (16,)),
     ):
         model.save_pretrained(tmp_path / name)
-        result = cratelm.harvest(run=run, model=str(tmp_path / name), site=site, **OPTIONS)
+        result = cratelm.api.harvest(run=run, model=str(tmp_path / name), site=site, **OPTIONS)
         assert result.neurons == neurons
         records = list(read_records(result.path, "held_out", layers=[0], indices=[5]))
         assert records[0].of_kind("random")
@@ -396,7 +396,7 @@ def test_other_peoples_models(run, tmp_path):
 def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, monkeypatch):
     (tmp_path / "crate-2l").mkdir()
     monkeypatch.chdir(tmp_path)
-    result = cratelm.harvest(run=run, model="crate-2l", name="again", **OPTIONS)
+    result = cratelm.api.harvest(run=run, model="crate-2l", name="again", **OPTIONS)
     assert result.neurons == (64, 64)
 
 
@@ -412,5 +412,5 @@ def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, m
 def test_mistakes_leave_nothing_behind(run, fields, told):
     before = sorted(p for p in run.rglob("*") if p.is_file())
     with pytest.raises(InputError, match=told):
-        cratelm.harvest(run=run, name="other", **fields)
+        cratelm.api.harvest(run=run, name="other", **fields)
     assert sorted(p for p in run.rglob("*") if p.is_file()) == before

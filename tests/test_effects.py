@@ -226,7 +226,7 @@ def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("effects") / "run"
     small_run(path)
     for model in ("crate-2l", "gpt2-2l"):
-        cratelm.harvest(run=path, model=model, tokens=3000)
+        cratelm.api.harvest(run=path, model=model, tokens=3000)
     return path
 
 

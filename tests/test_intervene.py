@@ -103,7 +103,7 @@ def planted(tmp_path_factory) -> Path:
             rows[token] = 8 * torch.eye(32)[index]
             last[index] = 10 * torch.eye(32)[index]
     model.save_pretrained(path / "model" / MODEL)
-    cratelm.harvest(run=path, model=MODEL, tokens=2000)
+    cratelm.api.harvest(run=path, model=MODEL, tokens=2000)
     write_truth(path)
     return path
 
@@ -319,7 +319,7 @@ def test_planned_sharded_bounded_and_continued(run, judge):
 
 
 def test_promoted_tokens_as_explanations(run, judge):
-    cratelm.effects(run=run, model=MODEL, only=tuple(f"1:{i}" for i in PLANTED), tokens=200, positions=4, quiet=True)  # fmt: skip
+    cratelm.api.effects(run=run, model=MODEL, only=tuple(f"1:{i}" for i in PLANTED), tokens=200, positions=4, quiet=True)  # fmt: skip
     result = asked(run, explanations="promoted")
     assert result.explainer == "promoted"
     assert result.controls[0].mean.value > result.controls[1].mean.value
@@ -327,7 +327,7 @@ def test_promoted_tokens_as_explanations(run, judge):
 
 
 def test_the_explanations_made_without_a_model(run, judge):
-    cratelm.explain(run=run, model=MODEL, neurons=3, quiet=True)
+    cratelm.api.explain(run=run, model=MODEL, neurons=3, quiet=True)
     result = asked(run, explanations="free", explainer="trie", neurons=2)
     assert (result.explainer, result.n_neurons) == ("trie", 4)
     assert result.path.name == f"{MODEL}@judge"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
-from cratelm.interop.export_config import places
+from cratelm.interop.config import places
 from cratelm.records import NeuronSummary
 from cratelm.runs import Run, Stage, write_json
 

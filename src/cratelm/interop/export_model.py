@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cratelm.errors import InputError
-from cratelm.interop.export_model_config import ExportModelConfig
+from cratelm.interop.config import ExportModelConfig
 from cratelm.interop.model_card import PAPER, architecture, code_block, usage, write_card
 from cratelm.interop.model_folder import PROVENANCE, check_out, new_folder, save_model
 from cratelm.models.crate import CrateForCausalLM

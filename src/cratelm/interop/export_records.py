@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cratelm.activations.store import read_records
-from cratelm.interop.export_config import ExportRecordsConfig
+from cratelm.interop.config import ExportRecordsConfig
 from cratelm.interop.export_folder import chosen_neurons, export_folder, harvest_of
 from cratelm.interop.openai_records import (
     SOURCE,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cratelm.errors import InputError
 from cratelm.interop.authors_checkpoint import AuthorsCheckpoint, read_authors_checkpoint
-from cratelm.interop.import_authors_config import ImportAuthorsConfig
+from cratelm.interop.config import ImportAuthorsConfig
 from cratelm.interop.model_card import PAPER, architecture, code_block, items, usage, write_card
 from cratelm.interop.model_folder import check_out, new_folder, save_model
 from cratelm.interop.source_file import Source, locate

@@ -14,7 +14,7 @@ import torch
 
 from cratelm.errors import InputError
 from cratelm.interop.authors_checkpoint import check_tensor, read_torch_file
-from cratelm.interop.import_sae_config import ImportSaeConfig
+from cratelm.interop.config import ImportSaeConfig
 from cratelm.interop.model_card import PAPER, code_block, write_card
 from cratelm.interop.model_folder import check_out, new_folder
 from cratelm.interop.source_file import Source, locate

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
-from cratelm.interop.export_config import ExportNeuronpediaConfig
+from cratelm.interop.config import ExportNeuronpediaConfig
 from cratelm.interop.export_folder import chosen_neurons, export_folder, harvest_of
 from cratelm.interop.export_records import both_splits
 from cratelm.interop.neuronpedia_rows import (

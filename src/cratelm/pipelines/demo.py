@@ -18,9 +18,8 @@ from cratelm.analysis.config import AnalyzeConfig
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.models import build
-from cratelm.pipelines.demo_config import DemoConfig
+from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
 from cratelm.pipelines.sae_compare import steps as autoencoder_steps
-from cratelm.pipelines.sae_compare_config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Run

@@ -14,7 +14,7 @@ from cratelm.activations.harvest import harvest, harvest_name
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
-from cratelm.pipelines.sae_compare_config import SaeCompareConfig
+from cratelm.pipelines.config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Completion, Run
