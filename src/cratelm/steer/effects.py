@@ -17,10 +17,10 @@ from cratelm.activations.store import read_records, read_summaries
 from cratelm.explain.explain import select_neurons
 from cratelm.explain.store import SampledNeuron
 from cratelm.models.partial_forward import PartialForward
-from cratelm.records import NeuronId
+from cratelm.records import Interval, NeuronId
 from cratelm.runs import Draft, Run
 from cratelm.score.controls import shuffled
-from cratelm.stats.intervals import Mean, mean_of
+from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import Ablations, Text, ablate
 from cratelm.steer.attribution import VocabularyEffect, attribute, best
 from cratelm.steer.config import EffectsConfig, places
@@ -81,7 +81,7 @@ def _table(layers: Sequence[LayerEffects]) -> list[str]:
     return ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
 
 
-def _shown(found: Mean | None, form: str) -> str:
+def _shown(found: Interval | None, form: str) -> str:
     return "-" if found is None else found.show(form)
 
 
@@ -277,8 +277,8 @@ def _layer(
     # change and standard error of the neurons that have one
     judged = [(a.change.value, a.change.error) for a in alive if a.change.error is not None]
 
-    def mean(values: Sequence[float | None]) -> Mean | None:
-        return mean_of([v for v in values if v is not None], seed)
+    def mean(values: Sequence[float | None]) -> Interval | None:
+        return bootstrap([v for v in values if v is not None], seed)
 
     return LayerEffects(
         layer=layer,

@@ -21,11 +21,11 @@ from cratelm.explain.store import SampledNeuron
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
 from cratelm.llm.requests import Request
 from cratelm.llm.session import ledger_path, open_client
-from cratelm.records import NeuronId, NeuronKey, Score, Status
+from cratelm.records import Interval, NeuronId, NeuronKey, Score, Status
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.score.controls import shuffled
 from cratelm.score.tasks import Task
-from cratelm.stats.intervals import Mean, mean_of
+from cratelm.stats.intervals import bootstrap
 from cratelm.steer import judging
 from cratelm.steer.config import FREE, InterveneConfig
 from cratelm.steer.continuations import (
@@ -92,7 +92,7 @@ class InterveneResult(InterventionSummary):
         return "\n".join([*lines, *([f"  {self.calls}"] if self.calls else [])])
 
 
-def _show(mean: Mean | None, form: str) -> str:
+def _show(mean: Interval | None, form: str) -> str:
     return "-" if mean is None else mean.show(form)
 
 
@@ -384,7 +384,7 @@ def _control(
 
 def _own_minus(
     config: InterveneConfig, rows: Sequence[Intervention], control: SteeringControl
-) -> Mean | None:
+) -> Interval | None:
     """Own minus a control, over the neurons that have a value under both."""
     values: dict[NeuronKey, dict[SteeringControl, float]] = {}
     for row in rows:
@@ -394,8 +394,8 @@ def _own_minus(
     return _mean(config, [v["none"] - v[control] for v in both])
 
 
-def _mean(config: InterveneConfig, values: Sequence[float | None]) -> Mean | None:
-    return mean_of([v for v in values if v is not None], config.seed, config.resamples)
+def _mean(config: InterveneConfig, values: Sequence[float | None]) -> Interval | None:
+    return bootstrap([v for v in values if v is not None], config.seed, config.resamples)
 
 
 def _result(folder: Path, calls: str = "") -> InterveneResult:

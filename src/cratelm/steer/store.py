@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 
 from cratelm.columns import NEURON_COLUMNS, Column, TableFile
 from cratelm.explain.store import explanation_set_name
-from cratelm.records import Estimate, NeuronId
+from cratelm.records import Estimate, Interval, NeuronId
 from cratelm.runs import Run, Stage, write_json
-from cratelm.stats.intervals import Mean
 
 EffectKind = Literal["exact", "first_order"]
 """`exact`: through everything that follows the neuron; `first_order`: through the last norm and the
@@ -199,23 +198,23 @@ class LayerEffects:
     """never above 0 on the fit split"""
     silent: int
     """of the others, those that fire at no token drawn, so that no effect on the logits is known"""
-    size: Mean | None
+    size: Interval | None
     """mean absolute change of the loss, nats per token"""
-    rise: Mean | None
+    rise: Interval | None
     """mean change of the loss"""
-    firing_rise: Mean | None
+    firing_rise: Interval | None
     """mean change over tokens predicted from where the neuron fires"""
-    raises: Mean | None
+    raises: Interval | None
     """fraction of the neurons without which the loss is higher by more than two standard errors"""
-    lowers: Mean | None
+    lowers: Interval | None
     """fraction without which it is lower by more than two"""
-    agreement: Mean | None
+    agreement: Interval | None
     """rank correlation over the vocabulary of the first-order reading with the exact effect"""
-    overlap: Mean | None
+    overlap: Interval | None
     """fraction of the tokens promoted most that both readings have"""
-    named: Mean | None
+    named: Interval | None
     """chance that a token that the neuron fires on is promoted more than another"""
-    named_shuffled: Mean | None
+    named_shuffled: Interval | None
     """the same for tokens that another neuron of the layer fires on"""
 
 
@@ -321,7 +320,7 @@ def read_effects_summary(folder: Path) -> EffectsSummary:
     """Return `summary.json` of a folder that `cratelm effects` wrote."""
     content = _read_json(folder / SUMMARY)
     layers = [
-        {name: Mean(**v) if isinstance(v, dict) else v for name, v in layer.items()}
+        {name: Interval(**v) if isinstance(v, dict) else v for name, v in layer.items()}
         for layer in content.pop("layers")
     ]
     loss = Estimate(**content.pop("loss"))
@@ -374,7 +373,7 @@ class ControlSummary:
     """One control over all neurons."""
 
     control: SteeringControl
-    mean: Mean | None
+    mean: Interval | None
     """probability of naming the steered text; interval over neurons"""
     defined: int
     undefined: int
@@ -391,11 +390,11 @@ class InterventionSummary:
     explainer: str
     n_neurons: int
     controls: tuple[ControlSummary, ...]
-    over_shuffled: Mean | None
+    over_shuffled: Interval | None
     """own minus shuffled explanation, paired by neuron"""
-    over_random: Mean | None
+    over_random: Interval | None
     """own minus another neuron steered, paired by neuron"""
-    kl: Mean | None
+    kl: Interval | None
     """what steering does to the next token, nats"""
     mass: float | None
     """mean fraction of all probability that falls on the judge's two answers; None where the judge reports
@@ -459,8 +458,8 @@ def read_intervention_summary(folder: Path) -> InterventionSummary:
 # ---- files ----------------------------------------------------------------------------------------
 
 
-def _mean(found: dict[str, Any] | None) -> Mean | None:
-    return None if found is None else Mean(**found)
+def _mean(found: dict[str, Any] | None) -> Interval | None:
+    return None if found is None else Interval(**found)
 
 
 def _path(file: TableFile, folder: Path) -> Path:
