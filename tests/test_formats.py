@@ -44,7 +44,7 @@ from cratelm.records import (
 )
 from cratelm.runs import Run
 from cratelm.score.store import read_scores, write_scores
-from cratelm.steer.effects import EFFECT_SCHEMA
+from cratelm.steer.store import LOGIT_EFFECTS
 from cratelm.tokens.shards import TokenStore
 
 ORACLE = SHARED / "oracle" / "neuron-record.json"
@@ -684,7 +684,7 @@ def test_features_have_the_tokens_that_neurons_promote(harvested, tmp_path):
     row |= {"suppressed_values": [-1.5], "agreement": None, "overlap": None}
     for number, harvest in enumerate((run.stage("activations", "m").require("").identity, "other")):
         with run.stage("steer", "m").write({}, {"activations": harvest}) as draft:
-            table = pa.Table.from_pylist([row], schema=EFFECT_SCHEMA)
+            table = pa.Table.from_pylist([row], schema=LOGIT_EFFECTS.schema)
             pq.write_table(table, draft.path / "logit_effects.parquet")
         out = tmp_path / f"out-{number}"
         cratelm.api.export_neuronpedia(

@@ -37,15 +37,16 @@ from cratelm.records import Explanation, NeuronId, Score, Status
 from cratelm.report.sections.effects import interventions_table
 from cratelm.runs import Run
 from cratelm.score.tasks import Task
-from cratelm.steer.config import Edit, InterveneConfig
+from cratelm.steer.config import InterveneConfig
 from cratelm.steer.continuations import (
     CLOSE,
-    continued,
+    continue_prompts,
     divergence,
+    draw_prompts,
     log_probs,
     match_strength,
-    prompts,
 )
+from cratelm.steer.edits import Edit
 from cratelm.steer.intervene import InterveneResult, intervene
 from cratelm.steer.judging import Pair, mass, task
 from cratelm.steer.steering import steering
@@ -202,7 +203,7 @@ def test_json_where_nothing_is_read(run, judge):
 
 def test_strengths_are_matched(planted):
     harvested = open_harvested(Run(planted), MODEL)
-    given = prompts(harvested.store.split("held_out"), harvested.store.eot_id, 3, 8, 0, 1, 2)
+    given = draw_prompts(harvested.store.split("held_out"), harvested.store.eot_id, 3, 8, 0, 1, 2)
     x = torch.from_numpy(given)
     plain = log_probs(harvested, x, None)
     target = divergence(harvested, x, 1, 2, 0.4, plain)
@@ -217,15 +218,15 @@ def test_strengths_are_matched(planted):
 def test_the_same_beginnings_and_draws(planted):
     harvested = open_harvested(Run(planted), MODEL)
     split = harvested.store.split("held_out")
-    given = prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2)
+    given = draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2)
     assert given.shape == (3, 8)
     assert harvested.store.eot_id not in given
-    assert np.array_equal(given, prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2))
-    assert not np.array_equal(given, prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 3))
+    assert np.array_equal(given, draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2))
+    assert not np.array_equal(given, draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 3))
     options = {"count": 6, "temperature": 1.0, "seed": 5}
     torch.manual_seed(1)
-    first = continued(harvested, 1, 2, 0.0, None, given, **options)
-    second = continued(harvested, 1, 2, 3.0, 4, given, **options)
+    first = continue_prompts(harvested, 1, 2, 0.0, None, given, **options)
+    second = continue_prompts(harvested, 1, 2, 3.0, 4, given, **options)
     assert np.array_equal(first.plain, second.plain)
     assert first.random is None
     assert not np.array_equal(second.plain, second.steered)
@@ -233,7 +234,7 @@ def test_the_same_beginnings_and_draws(planted):
     torch.manual_seed(1)
     assert torch.equal(state, torch.get_rng_state())  # the global draws are left alone
     with pytest.raises(InputError, match="--prompt-tokens"):
-        prompts(split, harvested.store.eot_id, 3, 10**6, 0, 1, 2)
+        draw_prompts(split, harvested.store.eot_id, 3, 10**6, 0, 1, 2)
 
 
 def test_what_is_counted_and_never_scored(run, judge):

@@ -40,7 +40,7 @@ from cratelm.runs import Run, config_dict
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
-from cratelm.steer.effects import EFFECT_SCHEMA
+from cratelm.steer.store import LOGIT_EFFECTS
 from cratelm.text.printable import printable, visible
 from cratelm.text.shading import pieces
 from cratelm.text.table import Column, Interval, PlusMinus, Table
@@ -828,7 +828,7 @@ def test_tokens_that_a_neuron_promotes_are_shown_with_their_spaces(run, tmp_path
     row |= {"suppressed_values": [-1.5]}
     rows = [{**row, "layer": layer, "index": i} for layer in range(2) for i in range(64)]
     with Run(path).stage("steer", "crate-2l").write({}, {}) as draft:
-        table = pa.Table.from_pylist(rows, schema=EFFECT_SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=LOGIT_EFFECTS.schema)
         pq.write_table(table, draft.path / "logit_effects.parquet")
         (draft.path / "summary.json").write_text('{"layers": [], "ablation": "zero"}')
     page = report(ReportConfig(run=path, force=True, **SETTINGS)).page.read_text(encoding="utf-8")

@@ -36,9 +36,7 @@ from cratelm.models.sites import Site, hooked
 from cratelm.records import Explanation, NeuronId, NeuronScore, Score, Status
 from cratelm.runs import Completion
 from cratelm.score.store import _SCHEMA, write_scores
-from cratelm.steer.effects import ABLATION_SCHEMA, EFFECT_SCHEMA
-from cratelm.steer.intervene import CONTINUATIONS_SCHEMA
-from cratelm.steer.intervene import SCHEMA as INTERVENTIONS_SCHEMA
+from cratelm.steer.store import ABLATION, CONTINUATIONS, INTERVENTIONS, LOGIT_EFFECTS
 from cratelm.tokens.shards import _DOCUMENTS
 
 VOCABULARY, WIDTH, HEADS, LAYERS = 101, 32, 4, 2
@@ -492,10 +490,10 @@ SCHEMAS = {
     "neurons.parquet": _SELECTED_SCHEMA,
     "unexplained.parquet": _UNEXPLAINED_SCHEMA,
     "scores.parquet": _SCHEMA,
-    "logit_effects.parquet": EFFECT_SCHEMA,
-    "ablation.parquet": ABLATION_SCHEMA,
-    "interventions.parquet": INTERVENTIONS_SCHEMA,
-    "continuations.parquet": CONTINUATIONS_SCHEMA,
+    "logit_effects.parquet": LOGIT_EFFECTS.schema,
+    "ablation.parquet": ABLATION.schema,
+    "interventions.parquet": INTERVENTIONS.schema,
+    "continuations.parquet": CONTINUATIONS.schema,
     "layers.parquet": LAYER_SCHEMA,
     "analysis/MODEL/neurons.parquet": NEURON_SCHEMA,
     "readings.parquet": READING_SCHEMA,

@@ -4,12 +4,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from cratelm.analysis.coding_rate import EPSILON
-from cratelm.analysis.consistency import MEASURES, SHARE, Reading, interval
+from cratelm.analysis.consistency import MEASURES, SHARE, Reading
 from cratelm.analysis.store import Control, LayerFigure, NeuronReading
 from cratelm.records import Status
+from cratelm.stats.intervals import bootstrap
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,10 @@ def _summary(
 ) -> Summary:
     values = [v for r in found if (v := getattr(r, measure)) is not None]
     dead = sum(r.status is Status.DEAD for r in found)
-    mean = low = high = None
-    if values:
-        mean, low, high = interval(np.array(values), resamples, seed)
+    mean = bootstrap(values, seed, resamples)
     undefined = len(found) - len(values) - dead
-    return Summary(layer, control, share, measure, mean, low, high, len(values), undefined, dead)
+    bounds = (None, None, None) if mean is None else (mean.value, mean.low, mean.high)
+    return Summary(layer, control, share, measure, *bounds, len(values), undefined, dead)
 
 
 _SHOWN = (

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+from cratelm.evaluate.measurements import Difference, Measurement
 from cratelm.records import Estimate
-from cratelm.stats.ratio import Difference, Measurement
 
 _FIGURES: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss (nats)", ".4f"),

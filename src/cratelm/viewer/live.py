@@ -23,7 +23,7 @@ from cratelm.errors import InputError
 from cratelm.evaluate.scoring import next_logits
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
-from cratelm.steer.config import Edit
+from cratelm.steer.edits import Edit
 from cratelm.steer.steer import compared, continue_ids
 from cratelm.steer.steering import steering
 from cratelm.viewer.run_reader import Library

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cratelm.report.cells import interval_cell
 from cratelm.report.drawing import INK, Figure, Panel, Series, by_layer
 from cratelm.runs import Run
+from cratelm.stats.intervals import resampled_means
 from cratelm.text.table import Cell, Column, PlusMinus, Table
 
 EPSILON = "0.5"
@@ -446,7 +447,8 @@ def _twin_rows(
     layers = sorted(sides[0].keys() & sides[1].keys())
     rng = np.random.default_rng(seed)
     drawn = {
-        layer: tuple(_resampled(side[layer], resamples, rng) for side in sides) for layer in layers
+        layer: tuple(resampled_means(side[layer], resamples, rng) for side in sides)
+        for layer in layers
     }
     rows: list[tuple[Cell, ...]] = []
     means = [[float(side[layer].mean()) for layer in layers] for side in sides]
@@ -475,13 +477,6 @@ def _values(a: Analysed, measure: str) -> dict[int, NDArray[np.float64]]:
     layer, value = table["layer"].to_numpy(), table[measure].to_numpy().astype(float)
     found = {number: value[(layer == number) & ~np.isnan(value)] for number in np.unique(layer)}
     return {int(number): values for number, values in found.items() if len(values)}
-
-
-def _resampled(
-    values: NDArray[np.float64], resamples: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """[resamples] means of neurons drawn with replacement (Efron & Tibshirani 1993, chapter 13)."""
-    return values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
 
 
 def _plus(value: Value | None, by: float = 1) -> Cell:
