@@ -819,7 +819,7 @@ def test_scores_of_explanations_that_changed_are_an_error(harvested, tmp_path):
 
 # --- folders ------------------------------------------------------------------------------------
 
-EXPORTS = [cratelm.export_records, cratelm.export_neuronpedia]
+EXPORTS = [cratelm.api.export_records, cratelm.api.export_neuronpedia]
 
 
 @pytest.mark.parametrize("export", EXPORTS)
@@ -853,7 +853,7 @@ def test_nothing_of_others_is_replaced(export, harvested, tmp_path):
     config = {"run": harvested.path, "model": "m", "only": ("0:4",), "quiet": True}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(InputError, match="is not empty and no export"):
+    with pytest.raises(InputError, match="is not empty and was not written by an import or export"):
         export(out=tmp_path / "mine", force=True, **config)
     with pytest.raises(InputError, match="is a file"):
         export(out=tmp_path / "mine" / "thesis.txt", **config)

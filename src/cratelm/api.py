@@ -686,33 +686,33 @@ def steer(
     seed: int = 0,
     output: str | Path | None = None,
 ) -> "SteerResult":
-    """Edit neurons while a model reads a text: what becomes of the next token, and of the continuation.
+    """Edit neurons while a model reads a text, and show how the next token and the continuation change.
 
     Args:
-        neurons: which, as LAYER:INDEX, such as 1:32 0:7
+        neurons: neurons to edit, as LAYER:INDEX, such as 1:32 0:7
         run: run directory
         model: name of a model in the run
-        path: a model folder or Hub id in its place
+        path: a model folder or Hub id, instead of a model of the run
         site: where neurons live: ista, mssa, heads, mlp, or a module path with * for the layer;
-            left out: ista for CRATE, mlp for others
-        sae: steer latents of sparse autoencoders in place of neurons: their name in the run, or a
+            default: ista for CRATE, mlp for others
+        sae: steer latents of sparse autoencoders instead of neurons: their name in the run, or a
             folder
-        set: the activation becomes this
-        add: so much is added to the activation
-        scale: the activation is multiplied by this
-        zero: the activation becomes 0
-        positions: tokens at which: all, last, generated, a span such as 5: or -3:, or numbers such
-            as 2,5. 0 is the token that texts begin with; negative ones count from the end of the
-            text
-        text: the text; left out: the beginning of a held-out document of the run
-        text_file: a UTF-8 file with the text
-        tokens: first tokens of the held-out document that are read
-        top: tokens shown that gain most, and that lose most
-        generate: tokens that the text is continued by, with and without; 0 = none
-        temperature: of the continuation; 0: the likeliest token each time
-        seed: draws the document, and the tokens at a temperature above 0: the same draws with and
-            without
-        output: write the figures as JSON to this file, too
+        set: value that the activation is set to
+        add: value that is added to the activation
+        scale: factor that the activation is multiplied by
+        zero: set the activation to 0
+        positions: tokens at which neurons are edited: all, last, generated, a span such as 5: or
+            -3:, or numbers such as 2,5. Position 0 is the token that every text begins with;
+            negative positions count from the end of the text
+        text: the text; default: the beginning of a held-out document of the run
+        text_file: UTF-8 file with the text
+        tokens: tokens read from the beginning of the held-out document
+        top: how many of the tokens that gain most, and of those that lose most, are shown
+        generate: tokens generated after the text, with the edits and without; 0 = none
+        temperature: sampling temperature of the continuation; 0: the most likely token each time
+        seed: seed of the document drawn, and of the tokens at a temperature above 0: both
+            continuations use the same random numbers
+        output: also write the figures to this JSON file
     """
     return _run("steer", locals())
 
@@ -737,17 +737,19 @@ def effects(
 
     Args:
         run: run directory, holding the harvest of `--model`
-        model: name of the harvest, which is the model's name
+        model: name of the harvest, which is the name of the model
         neurons: neurons per layer, drawn at random as `cratelm explain` draws them; 0 = all
-        only: these neurons alone, as LAYER:INDEX, such as 0:17 1:5
-        top: tokens kept that each neuron promotes most, and suppresses most
-        positions: tokens of the fit split at which a neuron fires, over which its exact effect is
-            averaged
-        tokens: held-out tokens on which the loss is measured without each neuron
-        ablation: what a neuron is put to: 0, or its mean on the fit split
-        sequence_length: tokens that the model sees at once; left out: as in the harvest
-        seed: draws neurons, positions, held-out sequences, shuffled explanations and resamples
-        batch_tokens: held-out tokens whose activations are held at a time
+        only: measure only these neurons, as LAYER:INDEX, such as 0:17 1:5
+        top: how many of the tokens that a neuron promotes most, and of those it suppresses most,
+            are stored
+        positions: tokens of the fit split, of those where a neuron fires, over which its exact
+            effect is averaged
+        tokens: held-out tokens on which the loss without each neuron is measured
+        ablation: what a neuron is set to: 0, or its mean on the fit split
+        sequence_length: tokens that the model reads at once; default: as in the harvest
+        seed: seed of neurons, positions and held-out sequences drawn, of shuffled explanations and
+            of resamples
+        batch_tokens: held-out tokens whose activations are held in memory at a time
         force: redo the stage even if it is finished
         quiet: no progress bar
     """
@@ -822,22 +824,22 @@ def intervene(
         quiet: no progress bar
         judge: language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at
             --base-url
-        explanations: which: `free`, made without a language model; the name of a language model
-            whose set `explanations/MODEL@NAME` is there; or `promoted`, the tokens that `cratelm
-            effects` found
-        explainer: of that set, by name; left out: its first by name
-        neurons: neurons per layer, drawn at random of those explained; 0 = all
-        only: these neurons alone, as LAYER:INDEX
-        texts: held-out texts that are continued, a neuron
+        explanations: explanations to judge: `free`, made without a language model; NAME of the set
+            `explanations/MODEL@NAME`, made by a language model; or `promoted`, the tokens that
+            `cratelm effects` found each neuron to promote
+        explainer: explainer whose explanations are judged; default: the first of the set by name
+        neurons: neurons per layer, drawn at random from those explained; 0 = all
+        only: judge only these neurons, as LAYER:INDEX
+        texts: held-out texts that are continued, per neuron
         prompt_tokens: tokens of each text
-        generate: tokens that each text is continued by, with the neuron steered and without
-        strength: the neuron is set to so many times its maximum on the fit split, at all positions
-        temperature: of the continuations; 0: the likeliest token each time
-        name: what the judgements are called: the folder is steer/MODEL@NAME; left out: the judge's
-            name
+        generate: tokens generated after each text, with the neuron steered and without
+        strength: the neuron is set to this multiple of its maximum on the fit split, at all
+            positions
+        temperature: sampling temperature of the continuations; 0: the most likely token each time
+        name: NAME of the results, in the folder steer/MODEL@NAME; default: the name of the judge
         resamples: bootstrap resamples over neurons
-        seed: draws neurons, texts, continuations, shuffled explanations, random neurons and
-            resamples
+        seed: seed of neurons, texts and continuations drawn, of shuffled explanations, random
+            neurons and resamples
     """
     return _run("intervene", locals())
 
