@@ -91,26 +91,25 @@ def demo(
     seed: int = 0,
     force: bool = False,
 ) -> "DemoResult":
-    """The whole line on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
+    """Run every stage on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
 
-    Tokenizes, trains both on the same tokens in the same order, harvests, explains, scores, measures
-    what neurons write to the vocabulary and reports, with two randomly initialised models as controls;
-    with --sae, autoencoders beside them. Killed and started again with the same command, it goes on
-    where it was.
+    Tokenizes a corpus, trains both models on the same tokens in the same order, harvests, explains and
+    scores their neurons, measures which tokens these promote, and writes a report. Two randomly
+    initialised models are controls. After an interruption the same command resumes.
 
     Args:
         run: run directory
-        corpus: `builtin` (the Python standard library's sources), a file, a folder or `hub:ID`; see
-            `cratelm tokenize --help`
+        corpus: `builtin` (the source files of the Python standard library), a file, a folder or
+            `hub:ID`; see `cratelm tokenize --help`
         size: layers of the twins (width 128, 512 neurons a layer)
-        vocab_size: tokens of the vocabulary, trained on the corpus
-        steps: training steps of 16 sequences of 256 tokens, for each twin
-        tokens: tokens searched in each of the splits fit and held_out
-        neurons: neurons explained and scored in each layer, drawn at random; 0 = all
-        sae: also train a small sparse autoencoder on both twins and compare its latents with the
+        vocab_size: number of tokens in the vocabulary, which is trained on the corpus
+        steps: training steps of each twin, 16 sequences of 256 tokens per step
+        tokens: tokens harvested from each of the splits fit and held_out
+        neurons: neurons per layer that are explained and scored, drawn at random; 0 = all
+        sae: also train small sparse autoencoders on both twins and compare their latents with the
             neurons; needs the extra `sae`
-        seed: of initial weights, order of the data, samples and intervals
-        force: redo every stage
+        seed: seed of the initial weights, the order of the data, samples and intervals
+        force: redo every stage, even if it is finished
     """
     return _run("demo", locals())
 
@@ -985,30 +984,32 @@ def sae_compare(
     force: bool = False,
     quiet: bool = False,
 ) -> "SaeCompareResult":
-    """Neurons beside latents: train autoencoders on scored models, measure, harvest, explain, score, report.
+    """Compare neurons with latents: train autoencoders on scored models, and score their latents alike.
 
-    Latents are searched, explained and scored exactly as the model's own neurons were: the same tokens,
-    excerpts, explainers and seeds, as many of them a layer. Finished parts are skipped, so that the
-    same command goes on where it was.
+    Latents are harvested, explained and scored exactly as the model's own neurons were: the same tokens,
+    excerpts, explainers and seeds, and as many per layer. Finished stages are skipped, so that the same
+    command resumes after an interruption.
 
     Args:
-        run: run directory, in which the models are scored
-        models: models by their names in the run; left out: all that are scored, untrained ones not
-        sae: autoencoders that are there: their NAME in the run (`cratelm sae train`), for every
-            model, or a folder in SAELens' format, for one; left out: trained with what follows
-        architecture: as in `cratelm sae train`, like all down to the batch size; for more give
-            --sae
-        expansion: latents by inputs
-        l1: of l1 and gated
-        k: of topk and batchtopk
-        l0_coefficient: of jumprelu
-        train_tokens: tokens trained on
-        lr: learning rate
-        batch_size: tokens of a step
-        evaluate_tokens: held-out tokens that reconstructions are measured on
-        seed: of training and measuring; harvest, explanations and scores take those of the neurons
-        device: auto: the GPU where there is one; cpu, cuda, cuda:1, mps
-        force: do every part again
+        run: run directory with the scored models
+        models: names of models in the run; default: all that are scored, without untrained ones
+        sae: autoencoders to use: their NAME in the run (`cratelm sae train`), for every model, or a
+            folder in SAELens' format, for one model; default: new ones are trained with the options
+            below
+        architecture: see `cratelm sae train --help`, as for all options down to --batch-size; its
+            other options need --sae
+        expansion: number of latents divided by number of inputs
+        l1: sparsity weight of l1 and gated
+        k: active latents per token of topk and batchtopk
+        l0_coefficient: sparsity weight of jumprelu
+        train_tokens: tokens that each autoencoder is trained on
+        lr: learning rate of Adam
+        batch_size: tokens per training step
+        evaluate_tokens: held-out tokens on which reconstructions are measured
+        seed: seed of training and measuring; harvest, explanations and scores use those of the
+            neurons
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1 or mps
+        force: redo every stage, even if it is finished
         quiet: no progress bars while training and measuring
     """
     return _run("sae compare", locals())
@@ -1024,12 +1025,12 @@ def import_authors(
     """Write a checkpoint of the paper's authors, CRATE or GPT-2, as a Hugging Face folder.
 
     Args:
-        checkpoint: local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] is of the
-            Hub where no local file has that name. Nothing that the file carries is executed
+        checkpoint: local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] is looked
+            up on the Hub if no local file has that name. Nothing in the file is executed
         out: folder to write: config.json, model.safetensors, the tokenizer, README.md
-        tokenizer: `gpt2` (fetched from the Hub, else through tiktoken; what the authors' models
-            use), the path of a tokenizer.json, or `none`
-        force: replace what an import or export wrote to `--out` before
+        tokenizer: `gpt2`, which the authors' models use (fetched from the Hub, else through
+            tiktoken), the path of a tokenizer.json, or `none`
+        force: replace the folder `--out` if an earlier import or export wrote it
     """
     return _run("import authors", locals())
 
@@ -1045,13 +1046,13 @@ def import_sae(
     """Write a sparse autoencoder of the paper's authors as a folder that SAELens reads too.
 
     Args:
-        file: local file NAME.pt, or `hub:OWNER/REPO[@REVISION][/FILE]`. Nothing that it carries is
+        file: local file NAME.pt, or `hub:OWNER/REPO[@REVISION][/FILE]`. Nothing in the file is
             executed
         out: folder to write: cfg.json, sae_weights.safetensors, README.md
-        config: its settings; left out: NAME_cfg.json beside the file
-        site: where in the model its inputs live, as `cratelm harvest --site` takes it; left out:
-            from the settings' act_name
-        force: replace what an import or export wrote to `--out` before
+        config: JSON file with its settings; default: NAME_cfg.json next to the file
+        site: site of its inputs in the model, as for `cratelm harvest --site`; default: that of
+            `act_name` in the settings
+        force: replace the folder `--out` if an earlier import or export wrote it
     """
     return _run("import sae", locals())
 
@@ -1065,15 +1066,15 @@ def import_records(
     force: bool = False,
     quiet: bool = False,
 ) -> "ImportRecordsResult":
-    """Make a run of activations that were harvested elsewhere: OpenAI's NeuronRecord JSON files.
+    """Make a run from activations that were harvested elsewhere: OpenAI's NeuronRecord JSON files.
 
     Args:
-        files: files, or folders that are searched for .json files at any depth; one neuron a file
-        model: name that the model gets in the run
-        run: run directory, in which `tokens/` and `activations/MODEL/` are written; one import a
-            run
-        site: where in a layer these neurons live: the files do not say
-        force: import again where it was done before
+        files: files with one neuron each, or folders that are searched for .json files at any depth
+        model: name of the model in the run
+        run: run directory in which `tokens/` and `activations/MODEL/` are written; a run holds one
+            import
+        site: site of these neurons, which the files do not name
+        force: redo the import even if it is finished
         quiet: no progress bar
     """
     return _run("import records", locals())
@@ -1095,12 +1096,12 @@ def export_model(
         out: folder to write: config.json, model.safetensors, the model's code, the tokenizer,
             README.md
         model: name of the model in the run
-        run: run directory, holding `--model`
-        path: a model folder, in place of `--run` and `--model`
-        dtype: precision of the weights; left out: as they are
-        push: OWNER/REPO of the Hub to which the folder is sent as well; a repository that is not
-            there is made, private
-        force: replace what an import or export wrote to `--out` before
+        run: run directory with `--model`
+        path: a model folder to export instead of `--model` of `--run`
+        dtype: precision of the weights; default: unchanged
+        push: OWNER/REPO on the Hub to upload the folder to as well; a repository that does not
+            exist is created, private
+        force: replace the folder `--out` if an earlier import or export wrote it
     """
     return _run("export model", locals())
 
@@ -1115,15 +1116,15 @@ def export_records(
     force: bool = False,
     quiet: bool = False,
 ) -> "ExportRecordsResult":
-    """Write the excerpts of a harvest as OpenAI's NeuronRecord JSON, a file a neuron.
+    """Write the excerpts of a harvest as OpenAI's NeuronRecord JSON, one file per neuron.
 
     Args:
         model: name of the model in the run
         out: folder to write, as LAYER/NEURON.json
-        run: run directory, holding the harvest of `--model`
-        layers: layers to write, from 0; left out: all
-        only: these neurons alone, as LAYER:INDEX, such as 0:17 1:5
-        force: replace what an export wrote to `--out` before
+        run: run directory with the harvest of `--model`
+        layers: layers to write, counted from 0; default: all
+        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5
+        force: replace the folder `--out` if an earlier export wrote it
         quiet: no progress bar
     """
     return _run("export records", locals())
@@ -1149,18 +1150,19 @@ def export_neuronpedia(
     Args:
         model: name of the model in the run
         out: folder to write, as MODEL_ID/SOURCE_ID/..., and config/
-        run: run directory, holding the harvest of `--model` and what explains and scores it
-        layers: layers to write, from 0; left out: all
-        only: these neurons alone, as LAYER:INDEX, such as 0:17 1:5
-        model_id: id of the model in Neuronpedia: letters, digits, `-` and `_`; left out: the
-            model's name, with other characters as `-`, in small letters
-        source_set: name of the neurons' set; a layer of it is the source LAYER-SET; left out: the
-            site
-        excerpts: excerpts written of each kind, bin and split: the highest, or the first drawn
-        creator_id: id of a user in the Neuronpedia that imports; the default is the one that
+        run: run directory with the harvest of `--model`, its explanations and scores
+        layers: layers to write, counted from 0; default: all
+        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5
+        model_id: id of the model in Neuronpedia, of letters, digits, `-` and `_`; default: the
+            model's name in lowercase, with `-` for other characters
+        source_set: name of the set of neurons, whose layers become the sources LAYER-SET; default:
+            the site
+        excerpts: excerpts per kind, bin and split: those with the highest activation, or the first
+            drawn
+        creator_id: id of a user in the importing Neuronpedia; the default is the one that
             Neuronpedia's own conversion of dashboards falls back to
-        creator_name: who is shown as the creator
-        force: replace what an export wrote to `--out` before
+        creator_name: name shown as the creator
+        force: replace the folder `--out` if an earlier export wrote it
         quiet: no progress bar
     """
     return _run("export neuronpedia", locals())

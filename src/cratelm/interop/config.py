@@ -1,4 +1,4 @@
-"""Options of `cratelm import ...` and `cratelm export ...`. Imports nothing heavy, so that `--help` is quick."""
+"""Options of `cratelm import` and `cratelm export`, a class per kind. Imports nothing heavy, so that `--help` is quick."""
 
 import re
 from dataclasses import dataclass
@@ -19,21 +19,23 @@ class ImportAuthorsConfig:
     """Write a checkpoint of the paper's authors, CRATE or GPT-2, as a Hugging Face folder."""
 
     checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
-    """local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] is of the Hub where no
-    local file has that name. Nothing that the file carries is executed"""
+    """local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] is looked up on the Hub if no
+    local file has that name. Nothing in the file is executed"""
     out: Path
     """folder to write: config.json, model.safetensors, the tokenizer, README.md"""
     tokenizer: str = "gpt2"
-    """`gpt2` (fetched from the Hub, else through tiktoken; what the authors' models use), the path of
-    a tokenizer.json, or `none`"""
+    """`gpt2`, which the authors' models use (fetched from the Hub, else through tiktoken), the path of a
+    tokenizer.json, or `none`"""
     force: bool = aside(False)
-    """replace what an import or export wrote to `--out` before"""
+    """replace the folder `--out` if an earlier import or export wrote it"""
 
     def __post_init__(self) -> None:
         if not self.checkpoint.strip():
-            raise InputError("the checkpoint is empty: a file or a name of the Hub was expected")
+            raise InputError("the checkpoint is empty: name a file, or a repository of the Hub")
         if not self.tokenizer.strip():
-            raise InputError("--tokenizer is empty: gpt2, a tokenizer.json or none was expected")
+            raise InputError(
+                "--tokenizer is empty: expected gpt2, the path of a tokenizer.json, or none"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,45 +43,45 @@ class ImportSaeConfig:
     """Write a sparse autoencoder of the paper's authors as a folder that SAELens reads too."""
 
     file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]]
-    """local file NAME.pt, or `hub:OWNER/REPO[@REVISION][/FILE]`. Nothing that it carries is executed"""
+    """local file NAME.pt, or `hub:OWNER/REPO[@REVISION][/FILE]`. Nothing in the file is executed"""
     out: Path
     """folder to write: cfg.json, sae_weights.safetensors, README.md"""
     config: Path | None = None
-    """its settings; left out: NAME_cfg.json beside the file"""
+    """JSON file with its settings; default: NAME_cfg.json next to the file"""
     site: str = ""
-    """where in the model its inputs live, as `cratelm harvest --site` takes it; left out: from the
-    settings' act_name"""
+    """site of its inputs in the model, as for `cratelm harvest --site`; default: that of `act_name` in the
+    settings"""
     force: bool = aside(False)
-    """replace what an import or export wrote to `--out` before"""
+    """replace the folder `--out` if an earlier import or export wrote it"""
 
     def __post_init__(self) -> None:
         if not self.file.strip():
-            raise InputError("the file is empty: NAME.pt or a name of the Hub was expected")
+            raise InputError("the file is empty: name a file NAME.pt, or a repository of the Hub")
 
 
 @dataclass(frozen=True)
 class ImportRecordsConfig:
-    """Make a run of activations that were harvested elsewhere: OpenAI's NeuronRecord JSON files."""
+    """Make a run from activations that were harvested elsewhere: OpenAI's NeuronRecord JSON files."""
 
     files: tuple[Path, ...]
-    """files, or folders that are searched for .json files at any depth; one neuron a file"""
+    """files with one neuron each, or folders that are searched for .json files at any depth"""
     model: str
-    """name that the model gets in the run"""
+    """name of the model in the run"""
     run: Path = aside(Path("runs/elsewhere"))
-    """run directory, in which `tokens/` and `activations/MODEL/` are written; one import a run"""
+    """run directory in which `tokens/` and `activations/MODEL/` are written; a run holds one import"""
     site: str = "mlp"
-    """where in a layer these neurons live: the files do not say"""
+    """site of these neurons, which the files do not name"""
     force: bool = aside(False)
-    """import again where it was done before"""
+    """redo the import even if it is finished"""
     quiet: bool = aside(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
         if not self.files:
-            raise InputError("--files names nothing: a file or a folder of records was expected")
+            raise InputError("--files is empty: name a file or a folder of records")
         for name in ("model", "site"):
             if not getattr(self, name).strip():
-                raise InputError(f"--{name} is empty: a name was expected")
+                raise InputError(f"--{name} is empty: give a name")
 
 
 @dataclass(frozen=True)
@@ -91,40 +93,40 @@ class ExportModelConfig:
     model: str = ""
     """name of the model in the run"""
     run: Path = aside(Path("runs/default"))
-    """run directory, holding `--model`"""
+    """run directory with `--model`"""
     path: Path | None = None
-    """a model folder, in place of `--run` and `--model`"""
+    """a model folder to export instead of `--model` of `--run`"""
     dtype: Literal["fp32", "bf16"] | None = None
-    """precision of the weights; left out: as they are"""
+    """precision of the weights; default: unchanged"""
     push: str = aside("")
-    """OWNER/REPO of the Hub to which the folder is sent as well; a repository that is not there is
-    made, private"""
+    """OWNER/REPO on the Hub to upload the folder to as well; a repository that does not exist is created,
+    private"""
     force: bool = aside(False)
-    """replace what an import or export wrote to `--out` before"""
+    """replace the folder `--out` if an earlier import or export wrote it"""
 
     def __post_init__(self) -> None:
         if bool(self.model) == (self.path is not None):
-            raise InputError("one of --model (with --run) and --path was expected")
+            raise InputError("give either --model (with --run) or --path")
         if self.push and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push):
             raise InputError(f"--push is {self.push!r}: OWNER/REPO was expected")
 
 
 @dataclass(frozen=True)
 class ExportRecordsConfig:
-    """Write the excerpts of a harvest as OpenAI's NeuronRecord JSON, a file a neuron."""
+    """Write the excerpts of a harvest as OpenAI's NeuronRecord JSON, one file per neuron."""
 
     model: str
     """name of the model in the run"""
     out: Path
     """folder to write, as LAYER/NEURON.json"""
     run: Path = aside(Path("runs/default"))
-    """run directory, holding the harvest of `--model`"""
+    """run directory with the harvest of `--model`"""
     layers: tuple[int, ...] = ()
-    """layers to write, from 0; left out: all"""
+    """layers to write, counted from 0; default: all"""
     only: tuple[str, ...] = ()
-    """these neurons alone, as LAYER:INDEX, such as 0:17 1:5"""
+    """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
     force: bool = aside(False)
-    """replace what an export wrote to `--out` before"""
+    """replace the folder `--out` if an earlier export wrote it"""
     quiet: bool = aside(False)
     """no progress bar"""
 
@@ -141,46 +143,46 @@ class ExportNeuronpediaConfig:
     out: Path
     """folder to write, as MODEL_ID/SOURCE_ID/..., and config/"""
     run: Path = aside(Path("runs/default"))
-    """run directory, holding the harvest of `--model` and what explains and scores it"""
+    """run directory with the harvest of `--model`, its explanations and scores"""
     layers: tuple[int, ...] = ()
-    """layers to write, from 0; left out: all"""
+    """layers to write, counted from 0; default: all"""
     only: tuple[str, ...] = ()
-    """these neurons alone, as LAYER:INDEX, such as 0:17 1:5"""
+    """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
     model_id: str = ""
-    """id of the model in Neuronpedia: letters, digits, `-` and `_`; left out: the model's name, with
-    other characters as `-`, in small letters"""
+    """id of the model in Neuronpedia, of letters, digits, `-` and `_`; default: the model's name in
+    lowercase, with `-` for other characters"""
     source_set: str = ""
-    """name of the neurons' set; a layer of it is the source LAYER-SET; left out: the site"""
+    """name of the set of neurons, whose layers become the sources LAYER-SET; default: the site"""
     excerpts: int = 20
-    """excerpts written of each kind, bin and split: the highest, or the first drawn"""
+    """excerpts per kind, bin and split: those with the highest activation, or the first drawn"""
     creator_id: str = "clkht01d40000jv08hvalcvly"
-    """id of a user in the Neuronpedia that imports; the default is the one that Neuronpedia's own
+    """id of a user in the importing Neuronpedia; the default is the one that Neuronpedia's own
     conversion of dashboards falls back to"""
     creator_name: str = "cratelm"
-    """who is shown as the creator"""
+    """name shown as the creator"""
     force: bool = aside(False)
-    """replace what an export wrote to `--out` before"""
+    """replace the folder `--out` if an earlier export wrote it"""
     quiet: bool = aside(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
         _check_layers(self.layers, self.only)
         if self.excerpts < 1:
-            raise InputError(f"--excerpts is {self.excerpts}: 1 or more was expected")
+            raise InputError(f"--excerpts is {self.excerpts}: must be at least 1")
         for name in ("model_id", "source_set"):
             value = getattr(self, name)
             if value and not _ID.fullmatch(value):
                 flag = name.replace("_", "-")
                 raise InputError(
-                    f"--{flag} is {value!r}: 1 to 128 letters, digits, '-' or '_' were expected"
+                    f"--{flag} is {value!r}: expected 1 to 128 letters, digits, '-' or '_'"
                 )
 
 
 def _check_layers(layers: tuple[int, ...], only: tuple[str, ...]) -> None:
     """Raises `InputError` for a choice that no harvest can have."""
     if layers and only:
-        raise InputError("--layers and --only: one of the two was expected")
+        raise InputError("--layers and --only cannot be combined")
     wrong = [layer for layer in layers if layer < 0]
     if wrong:
-        raise InputError(f"--layers {wrong[0]}: numbers from 0 were expected")
+        raise InputError(f"--layers {wrong[0]}: layers are counted from 0")
     parse_neuron_keys("--only", only)

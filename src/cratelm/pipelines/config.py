@@ -11,91 +11,88 @@ from cratelm.sae.train_config import Architecture, SaeTrainConfig
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole line on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
+    """Run every stage on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
 
-    Tokenizes, trains both on the same tokens in the same order, harvests, explains, scores, measures
-    what neurons write to the vocabulary and reports, with two randomly initialised models as controls;
-    with --sae, autoencoders beside them. Killed and started again with the same command, it goes on
-    where it was.
+    Tokenizes a corpus, trains both models on the same tokens in the same order, harvests, explains and
+    scores their neurons, measures which tokens these promote, and writes a report. Two randomly
+    initialised models are controls. After an interruption the same command resumes.
     """
 
     run: Path = aside(Path("runs/demo"))
     """run directory"""
     corpus: str = "builtin"
-    """`builtin` (the Python standard library's sources), a file, a folder or `hub:ID`; see
+    """`builtin` (the source files of the Python standard library), a file, a folder or `hub:ID`; see
     `cratelm tokenize --help`"""
     size: Literal["1l", "2l", "3l"] = "2l"
     """layers of the twins (width 128, 512 neurons a layer)"""
     vocab_size: int = 4096
-    """tokens of the vocabulary, trained on the corpus"""
+    """number of tokens in the vocabulary, which is trained on the corpus"""
     steps: int = 600
-    """training steps of 16 sequences of 256 tokens, for each twin"""
+    """training steps of each twin, 16 sequences of 256 tokens per step"""
     tokens: int = 200_000
-    """tokens searched in each of the splits fit and held_out"""
+    """tokens harvested from each of the splits fit and held_out"""
     neurons: int = 256
-    """neurons explained and scored in each layer, drawn at random; 0 = all"""
+    """neurons per layer that are explained and scored, drawn at random; 0 = all"""
     sae: bool = False
-    """also train a small sparse autoencoder on both twins and compare its latents with the neurons; needs
+    """also train small sparse autoencoders on both twins and compare their latents with the neurons; needs
     the extra `sae`"""
     seed: int = 0
-    """of initial weights, order of the data, samples and intervals"""
+    """seed of the initial weights, the order of the data, samples and intervals"""
     force: bool = aside(False)
-    """redo every stage"""
+    """redo every stage, even if it is finished"""
 
     def __post_init__(self) -> None:
         for field, least in (("steps", 1), ("tokens", 1), ("neurons", 0), ("seed", 0)):
             if getattr(self, field) < least:
-                raise InputError(
-                    f"--{field} is {getattr(self, field)}: {least} or more was expected"
-                )
+                raise InputError(f"--{field} is {getattr(self, field)}: must be at least {least}")
 
 
 @dataclass(frozen=True)
 class SaeCompareConfig:
-    """Neurons beside latents: train autoencoders on scored models, measure, harvest, explain, score, report.
+    """Compare neurons with latents: train autoencoders on scored models, and score their latents alike.
 
-    Latents are searched, explained and scored exactly as the model's own neurons were: the same tokens,
-    excerpts, explainers and seeds, as many of them a layer. Finished parts are skipped, so that the
-    same command goes on where it was.
+    Latents are harvested, explained and scored exactly as the model's own neurons were: the same tokens,
+    excerpts, explainers and seeds, and as many per layer. Finished stages are skipped, so that the same
+    command resumes after an interruption.
     """
 
     run: Path = aside(Path("runs/default"))
-    """run directory, in which the models are scored"""
+    """run directory with the scored models"""
     models: tuple[str, ...] = ()
-    """models by their names in the run; left out: all that are scored, untrained ones not"""
+    """names of models in the run; default: all that are scored, without untrained ones"""
     sae: str = ""
-    """autoencoders that are there: their NAME in the run (`cratelm sae train`), for every model, or a
-    folder in SAELens' format, for one; left out: trained with what follows"""
+    """autoencoders to use: their NAME in the run (`cratelm sae train`), for every model, or a folder in
+    SAELens' format, for one model; default: new ones are trained with the options below"""
     architecture: Architecture = SaeTrainConfig.architecture
-    """as in `cratelm sae train`, like all down to the batch size; for more give --sae"""
+    """see `cratelm sae train --help`, as for all options down to --batch-size; its other options need --sae"""
     expansion: int = SaeTrainConfig.expansion
-    """latents by inputs"""
+    """number of latents divided by number of inputs"""
     l1: float | None = None
-    """of l1 and gated"""
+    """sparsity weight of l1 and gated"""
     k: int | None = None
-    """of topk and batchtopk"""
+    """active latents per token of topk and batchtopk"""
     l0_coefficient: float | None = None
-    """of jumprelu"""
+    """sparsity weight of jumprelu"""
     train_tokens: int = SaeTrainConfig.tokens
-    """tokens trained on"""
+    """tokens that each autoencoder is trained on"""
     lr: float = SaeTrainConfig.lr
-    """learning rate"""
+    """learning rate of Adam"""
     batch_size: int = SaeTrainConfig.batch_size
-    """tokens of a step"""
+    """tokens per training step"""
     evaluate_tokens: int = 100_000
-    """held-out tokens that reconstructions are measured on"""
+    """held-out tokens on which reconstructions are measured"""
     seed: int = 0
-    """of training and measuring; harvest, explanations and scores take those of the neurons"""
+    """seed of training and measuring; harvest, explanations and scores use those of the neurons"""
     device: str = aside("auto")
-    """auto: the GPU where there is one; cpu, cuda, cuda:1, mps"""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 or mps"""
     force: bool = aside(False)
-    """do every part again"""
+    """redo every stage, even if it is finished"""
     quiet: bool = aside(False)
     """no progress bars while training and measuring"""
 
     def __post_init__(self) -> None:
         if self.evaluate_tokens < 1:
-            raise InputError(f"--evaluate-tokens is {self.evaluate_tokens}, 1 or more was expected")
+            raise InputError(f"--evaluate-tokens is {self.evaluate_tokens}: must be at least 1")
         if len(set(self.models)) < len(self.models):
             raise InputError(f"--models {' '.join(self.models)}: name each once")
         if self.train_tokens < self.batch_size:
@@ -106,7 +103,7 @@ class SaeCompareConfig:
         self.training("")
 
     def training(self, model: str) -> SaeTrainConfig:
-        """What `cratelm sae train` is told for one model."""
+        """Return the options of `cratelm sae train` for one model."""
         return SaeTrainConfig(
             run=self.run,
             model=model,
