@@ -92,13 +92,13 @@ class NeuronKey(NamedTuple):
         return f"{self.layer}:{self.index}"
 
 
-def parse_neuron_keys(option: str, given: Iterable[str]) -> list[NeuronKey]:
-    """Return the neurons named as `LAYER:INDEX`, sorted, each once.
+def parse_neuron_ids(option: str, texts: Iterable[str]) -> list[NeuronKey]:
+    """Return the neurons that texts such as `0:17` name, sorted, each once.
 
-    Raises `InputError`, naming the command-line `option`, for text of another form.
+    Raises `InputError` naming `option` for any other form than LAYER:INDEX.
     """
     keys = set()
-    for text in given:
+    for text in texts:
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
         if match is None:
             raise InputError(f"{option} {text}: LAYER:INDEX was expected, such as 0:17")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from cratelm.errors import InputError
-from cratelm.records import parse_neuron_keys
+from cratelm.records import parse_neuron_ids
 from cratelm.runs import aside
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -185,4 +185,4 @@ def _check_layers(layers: tuple[int, ...], only: tuple[str, ...]) -> None:
     wrong = [layer for layer in layers if layer < 0]
     if wrong:
         raise InputError(f"--layers {wrong[0]}: layers are counted from 0")
-    parse_neuron_keys("--only", only)
+    parse_neuron_ids("--only", only)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cratelm.activations.store import read_records, read_summaries
 from cratelm.errors import InputError
-from cratelm.records import NeuronRecord, NeuronSummary, parse_neuron_keys
+from cratelm.records import NeuronRecord, NeuronSummary, parse_neuron_ids
 from cratelm.runs import Run, Stage
 
 
@@ -41,7 +41,7 @@ def chosen_neurons(
     if not only:
         return {layer: list(summaries.values()) for layer, summaries in chosen.items()}
     named: dict[int, list[NeuronSummary]] = {}
-    for key in parse_neuron_keys("--only", only):
+    for key in parse_neuron_ids("--only", only):
         summaries = _layer(harvest, harvested, key.layer, "--only")
         if key.index not in summaries:
             raise InputError(
