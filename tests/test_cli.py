@@ -96,14 +96,14 @@ def _rooms():
         (["sae", "evaluate", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["harvest", "--tokenz", "3"], 2, "did you mean --tokens"),
         (["harvest", "--tokens", "three"], 2, "invalid literal"),
-        (["harvest", "--tokens", "0"], 2, "--tokens is 0: 1 or more was expected"),
+        (["harvest", "--tokens", "0"], 2, "--tokens must be at least 1, not 0"),
         (["train", "--run", "{tmp}/nothing"], 2, "cratelm tokenize --run"),
         (["explain", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["score", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["report", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["evaluate", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["tokenize", "--run", "{tmp}/run", "--corpus", "{tmp}/absent.jsonl"], 2, "absent.jsonl"),
-        (["demo", "--steps", "0"], 2, "--steps is 0"),
+        (["demo", "--steps", "0"], 2, "--steps must be at least 1, not 0"),
     ],
 )
 def test_failures_are_one_line_and_a_status(arguments, status, told, capsys, tmp_path):

@@ -450,5 +450,5 @@ def test_steering_is_told_and_can_be_left_out(run, measured):
     assert "steered" not in str(without)
     told = json.loads((run / "sae" / "crate@topk-2x" / "evaluation.json").read_text())
     assert told["steering"] == []
-    with pytest.raises(InputError, match=r"--steered is -1, 0 or more"):
+    with pytest.raises(InputError, match=r"--steered must be at least 0, not -1"):
         SaeEvaluateConfig(steered=-1)

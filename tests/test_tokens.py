@@ -427,7 +427,7 @@ def test_a_corpus_or_tokenizer_that_will_not_do_writes_nothing(
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"vocab_size": 256}, "--vocab-size is 256, 257 or more"),
+        ({"vocab_size": 256}, "--vocab-size must be at least 257, not 256"),
         ({"fit": 0.0}, "--fit is 0.0"),
         ({"held_out": 1.2}, "--held-out is 1.2"),
         ({"fit": 0.5, "held_out": 0.5}, "nothing to train on"),

@@ -1138,7 +1138,7 @@ def test_the_command_serves_until_it_is_interrupted(run):
     [
         (["nothing/here"], "nothing/here is not there: a run directory was expected"),
         (["--port", "99999"], "--port is 99999"),
-        (["--neurons", "-1"], "--neurons is -1"),
+        (["--neurons", "-1"], "--neurons must be at least 0, not -1"),
     ],
 )
 def test_bad_commands_are_told(run, words, told, capsys):

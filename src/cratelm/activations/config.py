@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
 class HarvestConfig:
     """Collect, in one pass over held-back tokens, the excerpts and statistics of every neuron."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     model: str = "crate-2l"
     """a model of the run by name, or any Hugging Face causal language model by folder or Hub id"""
@@ -42,21 +42,21 @@ class HarvestConfig:
     """tokens of the pilot that sets the edges of the bins"""
     seed: int = 0
     """draws random excerpts and the order within bins; twins need the same"""
-    batch_tokens: int = aside(8_192)
+    batch_tokens: int = not_in_identity(8_192)
     """tokens a forward pass; more is faster and takes more memory"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the model; statistics are always kept in float32 or more"""
-    device: str = aside("auto")
+    device: str = not_in_identity("auto")
     """cpu, cuda, ...; auto takes an accelerator where there is one"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
 
     def __post_init__(self) -> None:
-        for field in ("tokens", "top", "random", "per_bin", "context", "short_context"):
-            if getattr(self, field) < 1:
-                raise InputError(
-                    f"--{field.replace('_', '-')} is {getattr(self, field)}: 1 or more was expected"
-                )
+        at_least(
+            self,
+            {"tokens": 1, "top": 1, "random": 1, "per_bin": 1, "context": 1, "short_context": 1,
+             "pilot_tokens": 16},
+        )  # fmt: skip
         if self.short_context > self.context:
             raise InputError(
                 f"--short-context {self.short_context} is above --context {self.context}:"
@@ -66,5 +66,3 @@ class HarvestConfig:
             raise InputError(
                 f"--site {self.site} beside --sae: autoencoders say what site they read"
             )
-        if self.pilot_tokens < 16:
-            raise InputError(f"--pilot-tokens is {self.pilot_tokens}: 16 or more was expected")

@@ -29,7 +29,8 @@ from cratelm.models import Site, load, site_of
 from cratelm.models.latents import latents_of
 from cratelm.models.sites import hooked
 from cratelm.records import Split
-from cratelm.runs import Draft, Run, hash_file, hash_json, write_json
+from cratelm.runs import Completion, Draft, Run, hash_file, hash_json, write_json
+from cratelm.runs.names import latents_name, set_name
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 
 
@@ -55,12 +56,12 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     """
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
-    source, identity = model_source(config, run)
+    source, made = model_source(config, run)
     stage = run.stage("activations", harvest_name(config))
-    inputs = {"tokens": tokens.identity, "model": identity}
+    inputs: dict[str, Completion | str] = {"tokens": tokens, "model": made}
     autoencoder = None
     if config.sae:
-        autoencoder, inputs["sae"] = _sae_source(config, run, identity)
+        autoencoder, inputs["sae"] = _sae_source(config, run)
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage.path, stage.require("harvest").results)
     model = load_for(source, config)
@@ -76,7 +77,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
 def harvest_name(config: HarvestConfig) -> str:
     """Name of the harvest in the run: of latents `MODEL+SAE`."""
     model = Path(config.model).name
-    return config.name or (f"{model}+{Path(config.sae).name}" if config.sae else model)
+    return config.name or (latents_name(model, Path(config.sae).name) if config.sae else model)
 
 
 def harvest_split(
@@ -172,14 +173,15 @@ def _plan(
     return SearchPlan.of(tokens, split, store.eot_id, length, config.tokens, config.seed)
 
 
-def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
-    """Where to load the model from, and its identity: a model of the run, a folder, or a Hub id."""
+def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, Completion | str]:
+    """Where to load the model from, and the record of a model of the run, else the identity of a
+    folder or a Hub id."""
     folder = Path(config.model)
     is_name = "/" not in config.model and not config.model.startswith(".")
     # a model of the run goes before a folder of the same name that happens to lie here
     if is_name and (run.stage("model", config.model).completion() or not folder.is_dir()):
         stage = run.stage("model", config.model)
-        return stage.path, stage.require("train").identity
+        return stage.path, stage.require("train")
     if folder.is_dir():
         weights = [
             p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")
@@ -188,18 +190,12 @@ def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
     return config.model, f"hub:{config.model}"
 
 
-def _sae_source(config: HarvestConfig, run: Run, model: str) -> tuple[Path, str]:
-    """Where the autoencoders lie, and their identity: those of the run by name, or a folder."""
+def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str]:
+    """Where the autoencoders lie, and the record of those of the run, else the identity of a folder."""
     assert config.sae is not None
-    stage = run.stage("sae", f"{Path(config.model).name}@{Path(config.sae).name}")
-    done = stage.completion() if "/" not in config.sae else None
-    if done is not None:
-        if done.inputs.get("model") != model:
-            raise InputError(
-                f"{stage.path} was trained on another {config.model} than the one of today:"
-                " type `cratelm sae train` for it again, with --force"
-            )
-        return stage.path, done.identity
+    stage = run.stage("sae", set_name(Path(config.model).name, Path(config.sae).name))
+    if "/" not in config.sae and stage.completion() is not None:
+        return stage.path, stage.require("sae train")
     folder = Path(config.sae)
     if not folder.is_dir():
         raise InputError(

@@ -8,6 +8,7 @@ from cratelm.errors import InputError
 from cratelm.models.open import LoadedModel, check_store, open_model
 from cratelm.models.sites import Site, site_of
 from cratelm.runs import Run
+from cratelm.runs.names import set_name
 from cratelm.tokens.shards import TokenStore
 
 
@@ -33,9 +34,11 @@ def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None)
         return site_of(subject.model, site)
     from cratelm.models.latents import latents_of
 
-    stage = run.stage("sae", f"{Path(subject.name).name}@{Path(sae).name}")
-    named = "/" not in sae and stage.completion() is not None
-    return latents_of(subject.model, stage.path if named else Path(sae))
+    stage = run.stage("sae", set_name(Path(subject.name).name, Path(sae).name))
+    if "/" in sae or stage.completion() is None:
+        return latents_of(subject.model, Path(sae))
+    stage.require("sae train")
+    return latents_of(subject.model, stage.path)
 
 
 def _opened(run: Run, model: str, identity: str) -> LoadedModel:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
@@ -19,15 +19,15 @@ class ExportRecordsConfig:
     """name of the model in the run"""
     out: Path
     """folder to write, as LAYER/NEURON.json"""
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, holding the harvest of `--model`"""
     layers: tuple[int, ...] = ()
     """layers to write, from 0; left out: all"""
     only: tuple[str, ...] = ()
     """these neurons alone, as LAYER:INDEX, such as 0:17 1:5"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace what an export wrote to `--out` before"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class ExportNeuronpediaConfig:
     """name of the model in the run"""
     out: Path
     """folder to write, as MODEL_ID/SOURCE_ID/..., and config/"""
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, holding the harvest of `--model` and what explains and scores it"""
     layers: tuple[int, ...] = ()
     """layers to write, from 0; left out: all"""
@@ -60,15 +60,14 @@ class ExportNeuronpediaConfig:
     conversion of dashboards falls back to"""
     creator_name: str = "cratelm"
     """who is shown as the creator"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace what an export wrote to `--out` before"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
         _check_layers(self.layers, self.only)
-        if self.excerpts < 1:
-            raise InputError(f"--excerpts is {self.excerpts}: 1 or more was expected")
+        at_least(self, {"excerpts": 1})
         for name in ("model_id", "source_set"):
             value = getattr(self, name)
             if value and not _ID.fullmatch(value):

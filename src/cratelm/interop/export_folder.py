@@ -1,7 +1,6 @@
 """A folder that an export writes: whole or not at all, and nothing of others is replaced."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
 from cratelm.interop.export_config import places
 from cratelm.records import NeuronSummary
-from cratelm.runs import Run, Stage, write_json
+from cratelm.runs import Run, Stage, atomic_folder, write_json
 
 MARK = ".cratelm-export"
 """file that says what wrote a folder; `--force` replaces no folder without it"""
@@ -29,38 +28,20 @@ def export_folder(out: Path, told: dict[str, str], *, force: bool) -> Iterator[P
             raise InputError(f"{out} is not empty and no export: name another folder with --out")
         if not force:
             raise InputError(f"{out} holds an export: add --force to replace it, or name another")
-    # absolute, so that the name of `.` is known
-    out = out.absolute()
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as work:
         yield work
         write_json(work / MARK, told)
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def harvest_of(run: Run, model: str) -> tuple[Stage, dict[str, str]]:
     """The harvest of a model, and the identities of what an export of it reads.
 
-    Raises `InputError` where there is none, or where it is of other tokens than those of the run.
+    Raises `InputError` where there is none, or where it is stale.
     """
-    tokens = run.stage("tokens").require("tokenize").identity
+    tokens = run.stage("tokens").require("tokenize")
     stage = run.stage("activations", model)
     done = stage.require("harvest")
-    if done.inputs.get("tokens", tokens) != tokens:
-        raise InputError(
-            f"{stage.path} is of tokens that have changed since: type `cratelm harvest --force --run"
-            f" {run.path} --model {model}` with the options of its completed.json"
-        )
-    return stage, {"activations": done.identity, "tokens": tokens}
+    return stage, {"activations": done.identity, "tokens": tokens.identity}
 
 
 def chosen_neurons(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import not_in_identity
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class ExportModelConfig:
     """folder to write: config.json, model.safetensors, the model's code, the tokenizer, README.md"""
     model: str = ""
     """name of the model in the run"""
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, holding `--model`"""
     path: Path | None = None
     """a model folder, in place of `--run` and `--model`"""
     dtype: Literal["fp32", "bf16"] | None = None
     """precision of the weights; left out: as they are"""
-    push: str = aside("")
+    push: str = not_in_identity("")
     """OWNER/REPO of the Hub to which the folder is sent as well; a repository that is not there is
     made, private"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace what an import or export wrote to `--out` before"""
 
     def __post_init__(self) -> None:

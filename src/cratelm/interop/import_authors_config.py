@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import not_in_identity
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ImportAuthorsConfig:
     tokenizer: str = "gpt2"
     """`gpt2` (fetched from the Hub, else through tiktoken; what the authors' models use), the path of
     a tokenizer.json, or `none`"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace what an import or export wrote to `--out` before"""
 
     def __post_init__(self) -> None:

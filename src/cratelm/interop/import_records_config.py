@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import not_in_identity
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class ImportRecordsConfig:
     """files, or folders that are searched for .json files at any depth; one neuron a file"""
     model: str
     """name that the model gets in the run"""
-    run: Path = aside(Path("runs/elsewhere"))
+    run: Path = not_in_identity(Path("runs/elsewhere"))
     """run directory, in which `tokens/` and `activations/MODEL/` are written; one import a run"""
     site: str = "mlp"
     """where in a layer these neurons live: the files do not say"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """import again where it was done before"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:

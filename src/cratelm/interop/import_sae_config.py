@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import not_in_identity
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ImportSaeConfig:
     site: str = ""
     """where in the model its inputs live, as `cratelm harvest --site` takes it; left out: from the
     settings' act_name"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace what an import or export wrote to `--out` before"""
 
     def __post_init__(self) -> None:

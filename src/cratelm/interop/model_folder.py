@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cratelm.errors import InputError
-from cratelm.runs import versions, write_json
+from cratelm.runs import atomic_folder, versions, write_json
 
 PROVENANCE = "cratelm.json"
 """where a folder comes from; `--force` replaces no folder without it"""
@@ -42,20 +42,9 @@ def check_out(out: Path, sources: tuple[Path, ...], *, force: bool) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path, provenance: Mapping[str, Any]) -> Iterator[Path]:
     """Yields a temporary folder that becomes `out`, with `provenance`, where no error is raised."""
-    out = out.absolute()  # so that the name of `.` is known
-    work, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as work:
         yield work
         write_json(work / PROVENANCE, {**provenance, "versions": versions()})
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def save_model(model: Any, folder: Path) -> None:

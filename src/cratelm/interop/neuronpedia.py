@@ -60,6 +60,7 @@ from cratelm.interop.openai_records import SOURCE
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
 from cratelm.report.sections.effects import promoted
 from cratelm.runs import Run
+from cratelm.runs.names import split_set
 from cratelm.score.simulation import COMPAT
 from cratelm.score.store import read_scores
 from cratelm.tokens.shards import TokenStore
@@ -117,7 +118,7 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
     stage, identities = harvest_of(run, config.model)
     chosen = chosen_neurons(stage.path, config.layers, config.only)
     names = _names(config, next(iter(chosen.values()))[0].neuron)
-    sets = explanation_sets(run, config.model, identities["activations"])
+    sets = explanation_sets(run, config.model)
     told = {"format": "Neuronpedia export", "model": config.model, **identities}
     counts: dict[str, int] = dict.fromkeys((*_FOLDERS, "without_value"), 0)
     with export_folder(config.out, told, force=config.force) as folder:
@@ -157,25 +158,19 @@ def _effects(run: Run, model: str, harvest: str) -> Path | None:
     return run.stage("steer", model).path
 
 
-def explanation_sets(run: Run, model: str, harvest: str) -> list[ExplanationSet]:
+def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
     """All finished explanations of a model, each with the scores that were made of it.
 
-    Raises `InputError` where they are of another harvest than the one of the identity `harvest`, or
-    scores of other explanations.
+    Raises `InputError` where explanations or scores are stale, or the scores' explanations are gone.
     """
     sets, by_identity = [], {}
     for name in _of_model(run, "explanations", model):
         stage = run.stage("explanations", name)
         made = stage.require("explain")
-        if made.inputs.get("activations") != harvest:
-            raise InputError(
-                f"{stage.path} explains a harvest that has changed since: type `cratelm explain"
-                f" --force --run {run.path} --model {model}` with the options of its completed.json"
-            )
         found: dict[NeuronId, list[Explanation]] = {}
         for explanation in read_explanations(stage.path):
             found.setdefault(explanation.neuron, []).append(explanation)
-        sets.append(ExplanationSet(name.removeprefix(model).removeprefix("@"), found))
+        sets.append(ExplanationSet(split_set(name)[1], found))
         by_identity[made.identity] = sets[-1]
     for name in _of_model(run, "scores", model):
         stage = run.stage("scores", name)
@@ -183,8 +178,8 @@ def explanation_sets(run: Run, model: str, harvest: str) -> list[ExplanationSet]
         of_set = by_identity.get(done.inputs["explanations"])
         if of_set is None:
             raise InputError(
-                f"{stage.path} scores explanations that have changed since: type `cratelm score"
-                f" --force --run {run.path} --model {model}` with the options of its completed.json"
+                f"{stage.path} scores explanations that are not in {run.path} any more: type"
+                f" `{stage.command()}` after `cratelm explain`, or delete the folder"
             )
         scorer = _reader(str(done.config.get("simulator") or ""))
         for score in read_scores(stage.path):
@@ -199,7 +194,7 @@ def _reader(given: str) -> str:
 
 
 def _of_model(run: Run, stage: Any, model: str) -> list[str]:
-    return [n for n in run.models(stage) if n == model or n.startswith(f"{model}@")]
+    return [n for n in run.models(stage) if split_set(n)[0] == model]
 
 
 def _names(config: ExportNeuronpediaConfig, neuron: NeuronId) -> Names:

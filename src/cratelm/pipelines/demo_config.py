@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class DemoConfig:
     where it was.
     """
 
-    run: Path = aside(Path("runs/demo"))
+    run: Path = not_in_identity(Path("runs/demo"))
     """run directory"""
     corpus: str = "builtin"
     """`builtin` (the Python standard library's sources), a file, a folder or `hub:ID`; see
@@ -38,12 +37,8 @@ class DemoConfig:
     the extra `sae`"""
     seed: int = 0
     """of initial weights, order of the data, samples and intervals"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """redo every stage"""
 
     def __post_init__(self) -> None:
-        for field, least in (("steps", 1), ("tokens", 1), ("neurons", 0), ("seed", 0)):
-            if getattr(self, field) < least:
-                raise InputError(
-                    f"--{field} is {getattr(self, field)}: {least} or more was expected"
-                )
+        at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0})

@@ -18,6 +18,7 @@ from cratelm.pipelines.sae_compare_config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Completion, Run
+from cratelm.runs.names import latents_name, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate import is_evaluated, sae_evaluate
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
@@ -69,7 +70,7 @@ def sae_compare(config: SaeCompareConfig) -> SaeCompareResult:
         step.work()
     print(f"[{len(work) + 1}/{len(work) + 1}] report", flush=True)
     made = _report(run)
-    names = [name for m in models for name in (m, f"{m}+{_name(config, m)}")]
+    names = [name for m in models for name in (m, latents_name(m, _name(config, m)))]
     seconds = round(time.monotonic() - started, 1)
     return SaeCompareResult(made.page, tuple(names), comparison_table(made), seconds)
 
@@ -81,7 +82,8 @@ def scored_models(run: Run, asked: Sequence[str]) -> list[str]:
             run.stage("scores", name).require("score")
         found = list(asked)
     else:
-        scored = (n for n in run.models("scores") if "@" not in n and not n.endswith("-init"))
+        free = [n for n in run.models("scores") if not split_set(n)[1]]
+        scored = [n for n in free if n not in run.null_controls(free)]
         found = [n for n in scored if not _config_of(run, "activations", n).get("sae")]
     if not found:
         raise InputError(
@@ -104,7 +106,7 @@ def steps(config: SaeCompareConfig, models: Sequence[str]) -> list[Step]:
 
 
 def _steps_of(config: SaeCompareConfig, model: str) -> Iterator[Step]:
-    run, latents = Run(config.run), f"{model}+{_name(config, model)}"
+    run, latents = Run(config.run), latents_name(model, _name(config, model))
     if not config.sae:
         yield Step(f"sae {model}", lambda: sae_train(_training(config, run, model)))
     yield Step(f"evaluation {latents}", lambda: _evaluate(config, run, model))
@@ -117,7 +119,7 @@ def _name(config: SaeCompareConfig, model: str) -> str:
     """Of the autoencoders, in the names of stages."""
     if config.sae:
         return Path(config.sae).name
-    return config.training(model).folder.partition("@")[2]
+    return split_set(config.training(model).folder)[1]
 
 
 def _training(config: SaeCompareConfig, run: Run, model: str) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 from cratelm.sae.train_config import Architecture, SaeTrainConfig
 
 
@@ -17,7 +17,7 @@ class SaeCompareConfig:
     same command goes on where it was.
     """
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, in which the models are scored"""
     models: tuple[str, ...] = ()
     """models by their names in the run; left out: all that are scored, untrained ones not"""
@@ -44,16 +44,15 @@ class SaeCompareConfig:
     """held-out tokens that reconstructions are measured on"""
     seed: int = 0
     """of training and measuring; harvest, explanations and scores take those of the neurons"""
-    device: str = aside("auto")
+    device: str = not_in_identity("auto")
     """auto: the GPU where there is one; cpu, cuda, cuda:1, mps"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """do every part again"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bars while training and measuring"""
 
     def __post_init__(self) -> None:
-        if self.evaluate_tokens < 1:
-            raise InputError(f"--evaluate-tokens is {self.evaluate_tokens}, 1 or more was expected")
+        at_least(self, {"evaluate_tokens": 1})
         if len(set(self.models)) < len(self.models):
             raise InputError(f"--models {' '.join(self.models)}: name each once")
         if self.train_tokens < self.batch_size:

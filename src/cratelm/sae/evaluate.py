@@ -32,7 +32,8 @@ from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.models.sites import Site
 from cratelm.records import Estimate
-from cratelm.runs import Run, config_dict
+from cratelm.runs import Run, config_dict, identity_of
+from cratelm.runs.names import set_name, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.fidelity import steering_fidelity
@@ -76,7 +77,8 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     run = Run(config.run)
     run.stage("tokens").require("tokenize")
     asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, identity = model_source(asked, run)
+    source, made = model_source(asked, run)
+    identity = identity_of(made)
     asked_for = _autoencoders(config, run)
     model = load_for(source, asked)
     store = TokenStore(run.stage("tokens").path)
@@ -119,14 +121,16 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     """True, and said so, where the run keeps figures of these very autoencoders and this configuration."""
     run = Run(config.run)
     asked_for = _autoencoders(config, run)
-    _, identity = model_source(HarvestConfig(run=config.run, model=config.model), run)
+    _, made = model_source(HarvestConfig(run=config.run, model=config.model), run)
     if not asked_for.kept.is_file():
         return False
     try:
         stored = read_evaluation(asked_for.kept)
     except InputError:
         return False  # of another version
-    if stored.config != config_dict(config) or not stored.is_of(asked_for.identity, identity):
+    if stored.config != config_dict(config) or not stored.is_of(
+        asked_for.identity, identity_of(made)
+    ):
         return False
     print(f"{asked_for.kept} is there, skipped (--force redoes it)", flush=True)
     return True
@@ -146,8 +150,8 @@ class _Autoencoders:
 
 def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
     own = Path(config.model).name
-    known = [name for name in run.models("sae") if name.split("@")[0] == own]
-    named = config.sae if "@" in config.sae else f"{own}@{config.sae}"
+    known = [name for name in run.models("sae") if split_set(name)[0] == own]
+    named = config.sae if split_set(config.sae)[1] else set_name(own, config.sae)
     if not config.sae and len(known) == 1:
         named = known[0]
     if named in run.models("sae"):
@@ -156,7 +160,7 @@ def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
         return _Autoencoders(named, stage.path, identity, stage.path / EVALUATION)
     folder = Path(config.sae)
     if config.sae and folder.is_dir():
-        kept = run.path / "sae" / f"{own}@{folder.name}.json"
+        kept = run.path / "sae" / f"{set_name(own, folder.name)}.json"
         return _Autoencoders(config.sae, folder, autoencoder_identity(folder), kept)
     has = f"the run has {', '.join(known)}" if known else f"the run has none of {own}"
     told = f"--sae {config.sae} is no folder and" if config.sae else "--sae is not given and"

@@ -18,6 +18,7 @@ from typing import Any
 from cratelm.errors import InputError
 from cratelm.records import Estimate
 from cratelm.runs import Run, write_json
+from cratelm.runs.names import set_name
 
 DESCRIPTION, EVALUATION = "sae.json", "evaluation.json"
 
@@ -214,7 +215,7 @@ def evaluation_path(run: Run, model: str, sae: str) -> Path:
 
     `model` is a name in the run, or a folder or Hub id. The file need not be there.
     """
-    name = f"{Path(model).name}@{Path(sae).name}"
+    name = set_name(Path(model).name, Path(sae).name)
     trained_here = run.path / "sae" / name
     return (
         trained_here / EVALUATION

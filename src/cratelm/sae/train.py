@@ -27,7 +27,7 @@ from cratelm.activations.harvest import load_for, model_source
 from cratelm.errors import InputError
 from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.models.sites import Site, site_of
-from cratelm.runs import Draft, Run, Stage
+from cratelm.runs import Draft, Run, Stage, identity_of
 from cratelm.sae import checkpoints
 from cratelm.sae.activations import ActivationBuffer
 from cratelm.sae.architectures import (
@@ -88,9 +88,9 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
     asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, identity = model_source(asked, run)
+    source, made = model_source(asked, run)
     stage = run.stage("sae", config.folder)
-    inputs = {"tokens": tokens.identity, "model": identity}
+    inputs = {"tokens": tokens, "model": made}
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage)
     model = load_for(source, asked)
@@ -104,7 +104,7 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
         draft.unhashed.add(TIMING)
         training = _prepare(config, site, layers, stream, draft)
         _take_steps(training, stage.label)
-        _write(training, inputs)
+        _write(training, {role: identity_of(value) for role, value in inputs.items()})
     return _result(stage)
 
 

@@ -92,8 +92,8 @@ def effects(config: EffectsConfig) -> EffectsResult:
     """
     run = Run(config.run)
     inputs = {
-        "tokens": run.stage("tokens").require("tokenize").identity,
-        "activations": run.stage("activations", config.model).require("harvest").identity,
+        "tokens": run.stage("tokens").require("tokenize"),
+        "activations": run.stage("activations", config.model).require("harvest"),
     }
     stage = effects_stage(run, config.model)
     if stage.is_finished(config, inputs, force=config.force):

@@ -135,8 +135,8 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
     run = Run(config.run)
     source = explanation_source(run, config)
     inputs = {
-        "activations": run.stage("activations", config.model).require("harvest").identity,
-        "explanations": source.require("explain").identity,
+        "activations": run.stage("activations", config.model).require("harvest"),
+        "explanations": source.require("explain"),
         "prompts": judging.VERSION,
     }
     with open_client(config, config.judge) as client:

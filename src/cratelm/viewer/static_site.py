@@ -1,6 +1,5 @@
 """The pages as a folder that any web host serves, or that a browser opens from disk."""
 
-import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.results.views import LayerQuery
+from cratelm.runs import atomic_folder
 from cratelm.viewer.links import file_of
 from cratelm.viewer.pages import Pages
 from cratelm.viewer.run_reader import Library
@@ -48,10 +48,7 @@ def export(library: Library, folder: Path, neurons: int, force: bool) -> Exporte
     Raises `InputError` where the folder holds something else, or something and not `force`.
     """
     _check(folder, force)
-    draft = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with atomic_folder(folder) as draft:
         chosen = {place: _chosen(library, *place, neurons) for place in _layers(library)}
         pages = Pages(
             library,
@@ -59,14 +56,8 @@ def export(library: Library, folder: Path, neurons: int, force: bool) -> Exporte
             paged=lambda run, model, layer, index: index in chosen.get((run, model, layer), ()),
         )
         count = _write_all(library, pages, chosen, draft)
-        (draft / _MARK).write_text("Written by `cratelm view --static`.\n")
+        (draft / _MARK).write_text("Written by `cratelm view --static`.\n", encoding="utf-8")
         size = sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     total = sum(library.run(r).model(m).neurons[layer] for r, m, layer in chosen)
     return Exported(folder, count, size, sum(map(len, chosen.values())), total)
 
