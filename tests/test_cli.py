@@ -57,6 +57,28 @@ def test_every_verb_is_a_python_function_of_the_same_arguments(verb):
         function(nonsense=1)
 
 
+MODEL_VERBS = (
+    "harvest", "evaluate", "predict", "steer", "effects", "intervene", "analyze", "explain", "score",
+    "sae train", "sae evaluate", "sae compare",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", MODEL_VERBS)
+def test_every_verb_that_runs_a_model_takes_a_device_that_changes_no_identity(verb):
+    (device,) = [f for f in fields(config_class(verb)) if f.name == "device"]
+    assert device.default == "auto"
+    assert device.metadata == {"identity": False}
+
+
+@pytest.mark.parametrize(
+    "verb", [*MODEL_VERBS[:3], "effects", "analyze", "report", "demo", "view", "tokenize", "train"]
+)
+def test_every_verb_that_takes_long_can_be_quiet(verb):
+    (quiet,) = [f for f in fields(config_class(verb)) if f.name == "quiet"]
+    assert quiet.default is False
+    assert quiet.metadata == {"identity": False}
+
+
 def test_rooms_that_are_verbs_stay_modules():
     import cratelm.score.metrics
 

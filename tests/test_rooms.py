@@ -90,6 +90,60 @@ def test_every_folder_is_a_room():
     assert folders == set().union(*LINE) | {"llm", "runs", "stats", "text"}
 
 
+def without_encoding(tree: ast.AST) -> list[str]:
+    """Calls that read or write text in the encoding of the locale, which need not be UTF-8."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+            continue
+        named = {k.arg: k.value for k in node.keywords}
+        is_method = isinstance(node.func, ast.Attribute)
+        name = getattr(node.func, "attr", "") if is_method else getattr(node.func, "id", "")
+        if is_method and getattr(node.func.value, "id", "") in ("os", "python_source"):
+            continue  # no text, and `tokenize.open`, which reads the encoding that a file declares
+        if name == "open":
+            at = 0 if is_method else 1
+            mode = node.args[at] if len(node.args) > at else named.get("mode")
+            is_text = mode is None or (isinstance(mode, ast.Constant) and "b" not in mode.value)
+        else:
+            is_text = (name in ("read_text", "write_text") and is_method) or (
+                name in ("run", "Popen", "check_output") and bool({"text"} & set(named))
+            )
+        if is_text:
+            found.append(f"line {node.lineno}: {ast.unparse(node)[:80]}")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_text_is_read_and_written_as_utf8(path):
+    if path == Path("runs.py"):
+        pytest.skip("mended where this module becomes a room")
+    assert without_encoding(ast.parse((SOURCE / path).read_text(encoding="utf-8"))) == []
+
+
+def test_calls_without_an_encoding_are_seen():
+    bad = [
+        "path.read_text()",
+        "(a / b).write_text(text)",
+        "open(path)",
+        "open(path, 'w')",
+        "path.open('a')",
+        "path.open()",
+        "subprocess.run(c, text=True)",
+    ]
+    good = [
+        "path.read_text(encoding='utf-8')",
+        "open(path, 'rb')",
+        "path.open('wb')",
+        "write_text(path, text)",
+        "path.open(mode='rb')",
+        "os.open(path, 0)",
+        "subprocess.run(c)",
+    ]
+    assert [len(without_encoding(ast.parse(line))) for line in bad] == [1] * len(bad)
+    assert [len(without_encoding(ast.parse(line))) for line in good] == [0] * len(good)
+
+
 def test_crate_stands_alone():
     """A saved model can carry `crate.py`: it imports torch and transformers, nothing of ours."""
     assert not any(n.split(".")[0] == "cratelm" for n in imports(Path("models/crate.py")))

@@ -8,6 +8,19 @@ from cratelm.errors import InputError
 from cratelm.runs import at_least, not_in_identity
 
 
+def last_name(option: str, path: str) -> str:
+    """Return the last name of a path or Hub id, by which results are called.
+
+    Raises `InputError` where it has none, as `.`, `..` and `/`.
+    """
+    name = Path(path).name
+    if name in ("", ".."):
+        whole = Path(path).resolve()
+        instead = f"type {option} {whole}" if whole.name else "name another folder"
+        raise InputError(f"{option} {path} has no name to call results by: {instead}")
+    return name
+
+
 @dataclass(frozen=True)
 class HarvestConfig:
     """Collect, in one pass over held-back tokens, the excerpts and statistics of every neuron."""
@@ -27,7 +40,8 @@ class HarvestConfig:
     tokens: int = 8_192_000
     """at most so many tokens are searched in each of the splits fit and held_out (the paper: 8,192,000)"""
     sequence_length: int | None = None
-    """tokens the model sees at once; default: as many as its position embedding has"""
+    """tokens the model sees at once; default: the most that the model takes, 2,048 at most, 1,024
+    where it names no limit"""
     top: int = 50
     """excerpts with the highest activation, one a document"""
     random: int = 50
@@ -50,6 +64,8 @@ class HarvestConfig:
     """cpu, cuda, ...; auto takes an accelerator where there is one"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """no progress bar"""
 
     def __post_init__(self) -> None:
         at_least(

@@ -79,7 +79,7 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
         inputs["explanations"] = explained.identity
     if not stage.is_finished(config, inputs, force=config.force):
         explanations = _explanations(run, config, explained is not None)
-        opened = open_harvested(run, config.model)
+        opened = open_harvested(run, config.model, config.device)
         with stage.write(config, inputs) as draft:
             draft.results.update(_measure(config, opened, explanations, draft.path))
     found = stage.require("analyze").results

@@ -35,6 +35,8 @@ class AnalyzeConfig:
     """tokens a forward pass"""
     memory_mib: int = not_in_identity(512)
     """activations held at a time for consistency, in MiB; more neurons take more passes"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
@@ -42,6 +43,10 @@ class EvaluateConfig:
     sequence_length - stride tokens; left out: sequence_length, no overlap"""
     batch_size: int = 16
     """sequences at a time, fewer where their logits would pass 1 GiB"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
     output: Path | None = not_in_identity(None)
     """also write the figures to this JSON file"""
     quiet: bool = not_in_identity(False)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
@@ -31,8 +32,14 @@ class PredictConfig:
     is shown whole"""
     top: int = 5
     """likeliest next tokens shown at each place"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
     out: Path | None = not_in_identity(None)
     """the page; left out: predictions.html in the run. A PNG and a PDF of its name go beside it"""
+    quiet: bool = not_in_identity(False)
+    """no progress bar: this verb has none, and takes the option as all verbs do"""
 
     def __post_init__(self) -> None:
         given = [f for f in ("text", "text_file", "document") if getattr(self, f) is not None]

@@ -30,7 +30,7 @@ def write_card(
     parts = [f"---\n{ModelCardData(**metadata).to_yaml()}\n---", f"# {_line(title)}", summary]
     parts.append(f"| | |\n|---|---|\n{rows}")
     parts += [f"## {head}\n\n{text}" for head, text in sections.items()]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def architecture(config: Any) -> str:

@@ -61,7 +61,6 @@ from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Ne
 from cratelm.report.sections.effects import promoted
 from cratelm.runs import Run
 from cratelm.runs.names import split_set
-from cratelm.score.simulation import COMPAT
 from cratelm.score.store import read_scores
 from cratelm.tokens.shards import TokenStore
 
@@ -84,7 +83,8 @@ class ExportNeuronpediaResult:
     explanations: int
     scores: int
     without_value: int
-    """scores that are undefined, dead or failed: left out"""
+    """scores of these neurons that are left out: undefined, dead or failed, or of no explanation (a
+    failed explanation's intruder test)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +101,7 @@ class ExplanationSet:
         """Those of its explainer and, where it was made for some metrics, of these."""
         evidence = explanation.payload.get("evidence")
         for scorer, score in self.scores.get(explanation.neuron, ()):
-            same = score.explainer.removesuffix(COMPAT) == explanation.explainer
-            if same and (
+            if score.explained_by == explanation.explainer and (
                 evidence is None or (evidence == "anthropic") == (score.metric == "anthropic")
             ):
                 yield scorer or explanation.explainer, score
@@ -266,19 +265,15 @@ class _Writer:
                         row["binContains"] = None
                     yield "activations", row
         for of_set in self.sets:
+            n_written = 0
             for explanation in of_set.explanations.get(fit.neuron, ()):
                 row = explanation_row(self.names, explanation, of_set.name)
                 yield "explanations", row
-                yield from self.scores(of_set, explanation, row)
-
-    def scores(
-        self, of_set: ExplanationSet, explanation: Explanation, row: Row
-    ) -> Iterator[tuple[str, Row]]:
-        for scorer, score in of_set.scores_of(explanation):
-            if score.score.value is None:
-                self.counts["without_value"] += 1
-            else:
-                yield "explanation-scores", score_row(self.names, row, scorer, score)
+                for scorer, score in of_set.scores_of(explanation):
+                    if score.score.value is not None:
+                        yield "explanation-scores", score_row(self.names, row, scorer, score)
+                        n_written += 1
+            self.counts["without_value"] += len(of_set.scores.get(fit.neuron, ())) - n_written
 
 
 def _write_config(folder: Path, names: Names, sets: list[ExplanationSet]) -> None:

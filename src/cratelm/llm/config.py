@@ -14,7 +14,7 @@ from cratelm.runs import at_least, not_in_identity
 
 @dataclass(frozen=True)
 class Budget:
-    """What one command may spend; 0 = no limit."""
+    """What may be spent for a run, by all commands that wrote its ledger; 0 = no limit."""
 
     max_calls: int = 0
     max_tokens: int = 0
@@ -24,6 +24,15 @@ class Budget:
     price_prompt: float = 0.0
     """US dollars for a million prompt tokens"""
     price_completion: float = 0.0
+
+    @property
+    def is_limited(self) -> bool:
+        return bool(self.max_calls or self.max_tokens or self.max_cost)
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """US dollars for a million prompt tokens, and for a million completion tokens."""
+        return self.price_prompt, self.price_completion
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """US dollars."""
@@ -59,11 +68,13 @@ class AskConfig:
     """ask nothing but short trials: print how many calls and tokens it would take, and an estimate of cost
     and time"""
     max_calls: int = not_in_identity(0)
-    """stop before more calls than this, 0 = no limit; the same command goes on later"""
+    """stop before the run's ledger holds more calls than this, those of all earlier commands counted;
+    0 = no limit. With a higher limit the same command resumes; with --shard the ledger is the worker's own"""
     max_tokens: int = not_in_identity(0)
-    """stop before more tokens than this, prompt and completion together, 0 = no limit"""
+    """likewise for tokens, prompt and completion together"""
     max_cost: float = not_in_identity(0.0)
-    """stop before costs above this many US dollars, 0 = no limit; needs the prices"""
+    """likewise for US dollars; needs the prices. Earlier calls cost what their own prices said, and those
+    of this model for which none were given what they cost at these"""
     price_prompt: float = not_in_identity(0.0)
     """US dollars for a million prompt tokens"""
     price_completion: float = not_in_identity(0.0)

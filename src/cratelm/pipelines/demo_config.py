@@ -39,6 +39,8 @@ class DemoConfig:
     """of initial weights, order of the data, samples and intervals"""
     force: bool = not_in_identity(False)
     """redo every stage"""
+    quiet: bool = not_in_identity(False)
+    """no progress bars, and no word of what is to be done and at which step it is"""
 
     def __post_init__(self) -> None:
         at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0})

@@ -153,7 +153,9 @@ def _harvesting(config: SaeCompareConfig, run: Run, model: str) -> HarvestConfig
     told = _config_of(run, "activations", model)
     sae = config.sae or _name(config, model)
     alike = _read(HarvestConfig, {**told, "site": None, "name": None, "sae": sae})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _explaining(config: SaeCompareConfig, run: Run, model: str, latents: str) -> ExplainConfig:
@@ -162,12 +164,16 @@ def _explaining(config: SaeCompareConfig, run: Run, model: str, latents: str) ->
         run.stage("activations", model).require("harvest").results["neurons"]
     )
     alike = _read(ExplainConfig, {**told, "model": latents, "neurons": explained})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _scoring(config: SaeCompareConfig, run: Run, model: str, latents: str) -> ScoreConfig:
     alike = _read(ScoreConfig, {**_config_of(run, "scores", model), "model": latents})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _report(run: Run) -> ReportResult:

@@ -49,7 +49,7 @@ class SaeCompareConfig:
     force: bool = not_in_identity(False)
     """do every part again"""
     quiet: bool = not_in_identity(False)
-    """no progress bars while training and measuring"""
+    """no progress bars"""
 
     def __post_init__(self) -> None:
         at_least(self, {"evaluate_tokens": 1})

@@ -33,6 +33,8 @@ class ReportConfig:
     """draws the random neurons, and those resamples"""
     force: bool = not_in_identity(False)
     """write the report again where it was finished already"""
+    quiet: bool = not_in_identity(False)
+    """no progress bar: this verb has none, and takes the option as all verbs do"""
 
     def __post_init__(self) -> None:
         at_least(self, {"neurons": 0, "excerpts": 0, "resamples": 100, "seed": 0})

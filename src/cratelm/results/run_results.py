@@ -69,6 +69,8 @@ class ResultSet:
     """`cratelm.score.duplicates.DuplicateAudit`; empty where it was not made"""
     preflight: dict[str, Any] = field(default_factory=dict)
     """`cratelm.llm.probe.Preflight`; empty without a language model"""
+    suffix: str = ""
+    """after the explainers' labels: the set's name in brackets, where the scores were given one"""
 
     def label(self, model: str) -> str:
         """The folder's name."""
@@ -283,6 +285,7 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
         audit=summary["leakage_audit"],
         near_duplicates=near,
         preflight=summary.get("preflight", {}),
+        suffix=suffix,
     )
 
 

@@ -208,9 +208,14 @@ def put_in_place(draft: Path, path: Path) -> None:
     """Make the folder `draft` the folder `path`, replacing one that is there.
 
     From the first rename on the new folder stands: whatever kills the process then, `recover` ends
-    what was begun. Two renames are needed because no system replaces a folder that is not empty.
+    what was begun. Two renames are needed because no system replaces a folder that is not empty. The
+    working directory and the root of a mounted disk are emptied and filled, not replaced: a shell
+    would stay in the folder that is gone, and a mounted one cannot be renamed.
     """
     sync_folder(draft)
+    if path.is_dir() and (path == Path.cwd() or path.is_mount()):
+        _fill(draft, path)
+        return
     if not path.exists():
         draft.rename(path)
         _sync(path.parent)
@@ -291,6 +296,15 @@ def _swap(new: Path, path: Path) -> None:
     new.rename(path)
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(draft: Path, path: Path) -> None:
+    for old in path.iterdir():
+        _remove(old)
+    for new in draft.iterdir():
+        shutil.move(new, path / new.name)
+    draft.rmdir()
+    _sync(path)
 
 
 def _temporary(path: Path) -> Path:

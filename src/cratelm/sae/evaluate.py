@@ -25,7 +25,7 @@ from typing import Any, cast
 import numpy as np
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.activations.config import HarvestConfig
+from cratelm.activations.config import HarvestConfig, last_name
 from cratelm.activations.harvest import autoencoder_identity, load_for, model_source
 from cratelm.errors import InputError
 from cratelm.models.latents import latents_of
@@ -80,7 +80,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     source, made = model_source(asked, run)
     identity = identity_of(made)
     asked_for = _autoencoders(config, run)
-    model = load_for(source, asked)
+    model = load_for(source, identity, asked)
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = _open(config, asked_for.folder, model, identity)
@@ -149,7 +149,7 @@ class _Autoencoders:
 
 
 def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
-    own = Path(config.model).name
+    own = last_name("--model", config.model)
     known = [name for name in run.models("sae") if split_set(name)[0] == own]
     named = config.sae if split_set(config.sae)[1] else set_name(own, config.sae)
     if not config.sae and len(known) == 1:
@@ -160,7 +160,7 @@ def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
         return _Autoencoders(named, stage.path, identity, stage.path / EVALUATION)
     folder = Path(config.sae)
     if config.sae and folder.is_dir():
-        kept = run.path / "sae" / f"{set_name(own, folder.name)}.json"
+        kept = run.path / "sae" / f"{set_name(own, last_name('--sae', config.sae))}.json"
         return _Autoencoders(config.sae, folder, autoencoder_identity(folder), kept)
     has = f"the run has {', '.join(known)}" if known else f"the run has none of {own}"
     told = f"--sae {config.sae} is no folder and" if config.sae else "--sae is not given and"

@@ -24,7 +24,7 @@ class SaeEvaluateConfig:
     tokens: int = 100_000
     """tokens measured on, a seeded sample of whole sequences; fewer where the split holds fewer"""
     sequence_length: int | None = None
-    """T in tokens; left out: the model's longest, 1,024 where it names none"""
+    """T in tokens; left out: the model's longest, 2,048 at most, 1,024 where it names none"""
     batch_tokens: int = 8192
     """tokens that go through the model at once, fewer where their logits would pass 1 GiB"""
     steered: int = 8

@@ -93,7 +93,7 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     inputs = {"tokens": tokens, "model": made}
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage)
-    model = load_for(source, asked)
+    model = load_for(source, identity_of(made), asked)
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = site_of(model, config.site)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cratelm.activations.config import last_name
 from cratelm.errors import InputError
 from cratelm.runs import at_least, not_in_identity
 from cratelm.runs.names import set_name
@@ -71,7 +72,7 @@ class SaeTrainConfig:
     """tokens without a firing after which a latent counts as dead, is told so in the curve, and is
     revived; left out: a twentieth of --tokens, at most 10 million"""
     sequence_length: int | None = None
-    """T in tokens; left out: the model's longest, 1,024 where it names none"""
+    """T in tokens; left out: the model's longest, 2,048 at most, 1,024 where it names none"""
     buffer_mib: int = 512
     """MiB of activations that are shuffled together, at least two batches"""
     batch_tokens: int = 8192
@@ -144,4 +145,4 @@ class SaeTrainConfig:
         size = f"d{self.d_sae}" if self.d_sae is not None else f"{self.expansion}x"
         place = re.sub(r"[^a-z0-9]+", "-", (self.site or "").lower()).strip("-")
         name = self.name or "-".join(filter(None, [self.architecture, size, place]))
-        return set_name(Path(self.model).name, name)
+        return set_name(last_name("--model", self.model), name)

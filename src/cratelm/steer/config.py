@@ -62,6 +62,10 @@ class SteerConfig:
     seed: int = 0
     """seed of the document drawn, and of the tokens at a temperature above 0: both continuations use the same
     random numbers"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
     output: Path | None = None
     """also write the figures to this JSON file"""
 
@@ -114,6 +118,8 @@ class EffectsConfig:
     """seed of neurons, positions and held-out sequences drawn, of shuffled explanations and of resamples"""
     batch_tokens: int = not_in_identity(4096)
     """held-out tokens whose activations are held in memory at a time"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -133,6 +139,9 @@ class EffectsConfig:
 class InterveneConfig(AskConfig):
     """Ask a language model whether steering each neuron changes the text as its explanation says."""
 
+    device: str = not_in_identity("auto")
+    """of the steered model, and of a judge `hf:`; auto: as in the harvest, and for the judge a GPU where
+    there is one. The steered model's precision is the harvest's, --dtype is the judge's"""
     judge: str = ""
     """language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at --base-url"""
     explanations: str = FREE

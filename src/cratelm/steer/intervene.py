@@ -147,7 +147,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         writes = not (config.dry_run or config.shard)
         if writes and stage.is_finished(config, inputs, force=redo):
             return _result(stage.path)
-        harvested = open_harvested(run, config.model)
+        harvested = open_harvested(run, config.model, config.device)
         _check_length(config, harvested)
         explained = read_judged_explanations(config, source.path)
         selected = choose_neurons(config, explained.selected)

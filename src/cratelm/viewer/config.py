@@ -34,6 +34,8 @@ class ViewConfig:
     """with --static: neurons of each layer that get a page, the best explained ones first; 0: all"""
     force: bool = not_in_identity(False)
     """with --static: write over pages that are there"""
+    quiet: bool = not_in_identity(False)
+    """with --static: no progress bar"""
 
     def __post_init__(self) -> None:
         if not self.runs:
