@@ -95,12 +95,14 @@ def large(source: Path, out: Path, layers: int, neurons: int, names: tuple[str, 
                 path = f"{file}.parquet"
                 write_tiled(paths[stage] / path, draft.path / path, layers, neurons, name)
                 if stage == "scores":
-                    told = json.loads((paths["scores"] / "summary.json").read_text())
+                    told = json.loads(
+                        (paths["scores"] / "summary.json").read_text(encoding="utf-8")
+                    )
                     for s in told["statistics"]:
                         s["layers"] = [
                             {**s["layers"][n % len(s["layers"])], "layer": n} for n in range(layers)
                         ]
-                    (draft.path / "summary.json").write_text(json.dumps(told))
+                    (draft.path / "summary.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from cratelm.activations.store import read_summaries
 from cratelm.analysis.analyze import analyze
 from cratelm.analysis.coding_rate import coding_rate, compression_rate, orthonormal
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.consistency import MEASURES, Observed, covered, others, read
+from cratelm.analysis.consistency import Observed, covered, others, read
 from cratelm.analysis.dictionary import (
     coherence,
     effective_rank,
@@ -30,6 +30,7 @@ from cratelm.analysis.dictionary import (
 from cratelm.analysis.groups import NONE, Moments, groups
 from cratelm.analysis.layer_sums import LayerSums, _add_moments, _Where
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
+from cratelm.analysis.store import MEASURES
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain

@@ -219,6 +219,28 @@ def test_names_of_the_package():
         getattr(cratelm, "nonsense")  # noqa: B009
 
 
+MODEL_VERBS = (
+    "harvest", "evaluate", "predict", "steer", "effects", "intervene", "analyze", "explain", "score",
+    "sae train", "sae evaluate", "sae compare",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", MODEL_VERBS)
+def test_every_verb_that_runs_a_model_takes_a_device_that_changes_no_identity(verb):
+    (device,) = [f for f in fields(config_class(verb)) if f.name == "device"]
+    assert device.default == "auto"
+    assert device.metadata == {"identity": False}
+
+
+@pytest.mark.parametrize(
+    "verb", [*MODEL_VERBS[:3], "effects", "analyze", "report", "demo", "view", "tokenize", "train"]
+)
+def test_every_verb_that_takes_long_can_be_quiet(verb):
+    (quiet,) = [f for f in fields(config_class(verb)) if f.name == "quiet"]
+    assert quiet.default is False
+    assert quiet.metadata == {"identity": False}
+
+
 def test_rooms_that_are_verbs_stay_modules():
     import cratelm.score.metrics
 
@@ -268,14 +290,14 @@ def _bare_modules() -> set[str]:
         (["sae", "evaluate", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["harvest", "--tokenz", "3"], 2, "did you mean --tokens"),
         (["harvest", "--tokens", "three"], 2, "invalid literal"),
-        (["harvest", "--tokens", "0"], 2, "--tokens is 0: 1 or more was expected"),
+        (["harvest", "--tokens", "0"], 2, "--tokens must be at least 1, not 0"),
         (["train", "--run", "{tmp}/nothing"], 2, "cratelm tokenize --run"),
         (["explain", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["score", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["report", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["evaluate", "--run", "{tmp}/nothing"], 2, "cratelm"),
         (["tokenize", "--run", "{tmp}/run", "--corpus", "{tmp}/absent.jsonl"], 2, "absent.jsonl"),
-        (["demo", "--steps", "0"], 2, "--steps is 0"),
+        (["demo", "--steps", "0"], 2, "--steps must be at least 1, not 0"),
     ],
 )
 def test_failures_are_one_line_and_a_status(arguments, status, told, capsys, tmp_path):

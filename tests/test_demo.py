@@ -1,5 +1,6 @@
 """The whole line on a very small scale: from text to report, and killed on the way."""
 
+import importlib
 import json
 import os
 import signal
@@ -101,6 +102,38 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(corpus, tmp_path):
     tables = [path / "report" / "tables" / "mean_and_variance.csv" for path in (whole, broken)]
     assert tables[0].read_text() == tables[1].read_text()  # the page itself tells paths and times
     assert not [p for p in broken.rglob(".*") if "partial" in p.name]
+
+
+def test_a_quiet_demo_says_nothing_and_tells_every_verb_so(tmp_path, monkeypatch, capfd):
+    room = importlib.import_module("cratelm.pipelines.demo")
+    from cratelm.pipelines.demo_config import DemoConfig
+
+    told = []
+
+    def verb(config):
+        told.append(config.quiet)
+        return room.ReportResult(tmp_path, tmp_path, tmp_path, (), ())
+
+    for name in (
+        "tokenize",
+        "train",
+        "harvest",
+        "explain",
+        "score",
+        "analyze",
+        "effects",
+        "report",
+    ):
+        monkeypatch.setattr(room, name, verb)
+    config = DemoConfig(run=tmp_path, quiet=True)
+    for step in room._steps(config):
+        step.work()
+    assert len(told) == 22
+    assert all(told)
+    assert room._sae_config(config).quiet
+    monkeypatch.setattr(room, "comparison_table", lambda _: "")
+    room.demo(config)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow

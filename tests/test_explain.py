@@ -246,10 +246,10 @@ def test_sample_is_the_same_for_twins(run):
         ({"explainers": ()}, "--explainers"),
         ({"explainers": ("lookup", "oracle")}, "--explainers lookup oracle"),
         ({"explainers": ("trie", "trie")}, "each once"),
-        ({"max_entries": 0}, "--max-entries 0"),
-        ({"depth": 0}, "--depth 0"),
-        ({"neurons": -1}, "--neurons -1"),
-        ({"seed": -1}, "--seed -1"),
+        ({"max_entries": 0}, "--max-entries must be at least 1, not 0"),
+        ({"depth": 0}, "--depth must be at least 1, not 0"),
+        ({"neurons": -1}, "--neurons must be at least 0, not -1"),
+        ({"seed": -1}, "--seed must be at least 0, not -1"),
     ],
 )
 def test_bad_configurations_are_named(fields, message):

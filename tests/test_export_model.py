@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     corpus = {"corpus": "/home/somebody/texts.jsonl", "tokenizer": "train"}
     with stages.stage("tokens").write(corpus, {"corpus": "c0ffee"}) as draft:
         draft.results = {"tokens": {"train": 4444}}
-    inputs = {"tokens": stages.stage("tokens").require("tokenize").identity}
+    inputs = {"tokens": stages.stage("tokens").require("tokenize")}
     for name in ("crate-2l", "gpt2-2l"):
         model = build(name, vocab_size=300, max_position_embeddings=64, hidden_size=32, seed=3)
         with torch.no_grad():

@@ -423,7 +423,7 @@ def harvested(tmp_path_factory):
             for row in planted.corpus(split)[0].reshape(-1, planted.LENGTH):
                 writer.append(split, row.tolist(), Document("text", "made up", "", 0, ""))
         writer.close()
-    tokens = {"tokens": run.stage("tokens").require("tokenize").identity}
+    tokens = {"tokens": run.stage("tokens").require("tokenize")}
     with run.stage("activations", "m").write({}, tokens) as draft:
         for split in SPLITS:
             write_records(draft.path, split, [_record(i, split) for i in NEURONS])
@@ -463,7 +463,7 @@ def _ask_a_model(run: Run) -> None:
         Explanation(neuron, "tiny", f"of {evidence} </script>", {"evidence": evidence}, (0,))
         for evidence in ("top", "anthropic")
     ]
-    harvest = {"activations": run.stage("activations", "m").require("harvest").identity}
+    harvest = {"activations": run.stage("activations", "m").require("harvest")}
     with run.stage("explanations", "m@tiny").write({}, harvest) as draft:
         write_explanations(draft.path, made)
         write_selected(draft.path, [])
@@ -479,7 +479,7 @@ def _ask_a_model(run: Run) -> None:
     ]
     scores = [NeuronScore(neuron, e, m, c, s, (1,)) for e, m, c, s in rows]  # type: ignore[arg-type]
     with run.stage("scores", "m@tiny").write(
-        {"simulator": "hf:/home/me/models/tiny/"}, {"explanations": done.identity}
+        {"simulator": "hf:/home/me/models/tiny/"}, {"explanations": done}
     ) as draft:
         write_scores(draft.path, scores)
 
@@ -798,7 +798,7 @@ def test_explanations_of_a_harvest_that_changed_are_an_error(harvested, tmp_path
     with Run(tmp_path / "run").stage("activations", "m").write({"again": 1}, {}) as draft:
         for split in SPLITS:
             write_records(draft.path, split, [_record(index, split) for index in NEURONS])
-    with pytest.raises(InputError, match="explains a harvest that has changed since"):
+    with pytest.raises(InputError, match="explanations/m was made from an earlier activations/m"):
         cratelm.api.export_neuronpedia(
             run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True
         )
@@ -810,7 +810,7 @@ def test_scores_of_explanations_that_changed_are_an_error(harvested, tmp_path):
     cratelm.api.explain(
         run=tmp_path / "run", model="m", explainers=("lookup",), force=True, quiet=True
     )
-    with pytest.raises(InputError, match="scores explanations that have changed since"):
+    with pytest.raises(InputError, match="scores/m was made from an earlier explanations/m"):
         cratelm.api.export_neuronpedia(
             run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True
         )
@@ -843,7 +843,7 @@ def test_a_harvest_of_other_tokens_is_an_error(export, harvested, tmp_path):
     shutil.copytree(harvested.path, tmp_path / "run")
     with Run(tmp_path / "run").stage("tokens").write({"again": 1}, {}) as draft:
         shutil.copytree(harvested.path / "tokens", draft.path, dirs_exist_ok=True)
-    with pytest.raises(InputError, match="is of tokens that have changed since"):
+    with pytest.raises(InputError, match="activations/m was made from an earlier tokens"):
         export(run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True)
     assert not (tmp_path / "o").exists()
 
@@ -877,7 +877,7 @@ def test_nothing_of_others_is_replaced(export, harvested, tmp_path):
         ({"only": ("3:4",)}, "--only: layer 3 is not in .* has layers 0"),
         ({"only": ("0:4", "0:99")}, "--only 0:99: layer 0 .* 4 to 9"),
         ({"only": ("4",)}, "--only 4: LAYER:INDEX was expected"),
-        ({"only": ("0:4",), "layers": (0,)}, "one of the two"),
+        ({"only": ("0:4",), "layers": (0,)}, "cannot be combined"),
         ({"model": "other"}, "cratelm harvest --run"),
     ],
 )

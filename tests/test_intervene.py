@@ -138,6 +138,11 @@ def judge(monkeypatch) -> Judge:
     return made
 
 
+def test_the_steered_model_is_on_the_device_that_is_named(run, judge):
+    with pytest.raises(InputError, match=r"--device cuda:99 cannot be used"):
+        intervene(InterveneConfig(run=run, model=MODEL, judge="hf:any", explanations="truth", device="cuda:99"))  # fmt: skip
+
+
 def rows(result: InterveneResult) -> dict[tuple[str, int], dict]:
     found = pq.read_table(result.path / "interventions.parquet").to_pylist()
     return {(row["control"], row["index"]): row for row in found}

@@ -1,11 +1,13 @@
 """`cratelm explain` and `cratelm score` with a language model, on planted neurons and a made-up model."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import planted
+import pyarrow.parquet as pq
 import pytest
 from fake_llm import FakeModel
 
@@ -13,6 +15,8 @@ from cratelm.errors import BudgetReached, InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations, read_selected, read_unexplained
+from cratelm.interop.export_config import ExportNeuronpediaConfig
+from cratelm.interop.neuronpedia import export_neuronpedia
 from cratelm.llm.client import DryRun, WorkerResult
 from cratelm.records import METRICS, SCORERS, Status
 from cratelm.score.config import ScoreConfig
@@ -234,7 +238,57 @@ def test_phrases_made_without_a_model_can_be_read_by_one(run, model):
     explain(ExplainConfig(run=run, **ASK))
     result = scored(run, explanations="free", metrics=("top_and_random",))
     assert result.path.name == "m@free-by-fake"
-    assert {s.explainer for s in read_scores(result.path)} == {"lookup/fake", "trie/fake"}
+    found = read_scores(result.path)
+    assert {s.explainer for s in found} == {"lookup/fake", "trie/fake"}
+    assert {(s.explained_by, s.simulator, s.variant) for s in found} == {
+        ("lookup", "fake", ""),
+        ("trie", "fake", ""),
+    }
+
+
+def test_scores_by_another_model_are_exported_to_neuronpedia(run, model, tmp_path):
+    explain(ExplainConfig(run=run, **ASK))
+    explained(run, name="mine")  # a name of its own: the reader goes by another
+    for explanations in ("free", "mine"):
+        scored(run, explanations=explanations, metrics=("top_and_random", "intruder"))
+    result = export_neuronpedia(
+        ExportNeuronpediaConfig(run=run, model="m", out=tmp_path / "out", quiet=True)
+    )
+    folders = [run / "scores" / f"m@{name}" for name in ("free-by-fake", "mine-by-fake")]
+    own = [s for f in folders for s in read_scores(f) if s.control == "none"]
+    with_value = [s for s in own if s.score.value is not None]
+    rows = [
+        json.loads(line)
+        for path in (tmp_path / "out").rglob("explanation-scores/*.gz")
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+    found = sorted((json.loads(r["jsonDetails"])["explainer"], r["value"]) for r in rows)
+    of_dead = [s for s in own if s.score.status == Status.DEAD]
+    assert {label for label, _ in found} == {"lookup/fake", "trie/fake", "mine/fake"}
+    assert found == sorted((s.explainer, s.score.value) for s in with_value)
+    assert (result.scores, result.without_value) == (len(with_value), len(own) - len(with_value))
+    assert of_dead
+
+
+def test_score_files_of_version_0_1_0_are_read(run, model):
+    """They have the label alone."""
+    explain(ExplainConfig(run=run, **ASK))
+    path = scored(run, explanations="free", metrics=("top_and_random",)).path
+    found = read_scores(path)
+    table = pq.read_table(path / "scores.parquet")
+    old = table.drop_columns(["explained_by", "simulator", "variant"])
+    pq.write_table(old, path / "scores.parquet")
+    assert read_scores(path) == found
+    labels = ["mine", "mine+paper-compat", "mine/other+paper-compat"]
+    place = old.schema.get_field_index("explainer")
+    pq.write_table(
+        old.slice(0, 3).set_column(place, "explainer", [labels]), path / "scores.parquet"
+    )
+    assert [(s.explained_by, s.simulator, s.variant) for s in read_scores(path)] == [
+        ("mine", "", ""),
+        ("mine", "", "+paper-compat"),
+        ("mine", "other", "+paper-compat"),
+    ]
 
 
 def test_a_list_of_neurons_and_a_sample(run, model):

@@ -233,7 +233,7 @@ def test_a_file_is_read_and_the_page_lies_in_the_run(run: Path, tmp_path: Path) 
         ({"text_file": Path("/nowhere.txt")}, "/nowhere.txt cannot be read"),
         ({"models": ()}, "--models is empty"),
         ({"models": ("crate-9l",)}, "cratelm train"),
-        ({"top": 0}, "--top is 0"),
+        ({"top": 0}, "--top must be at least 1, not 0"),
         ({"split": "test"}, "--split is 'test'"),
         ({"out": Path("page.htm")}, r"ends in \.html"),
     ],

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import pytest
 
 from cratelm.errors import InputError
-from cratelm.runs import RECORD, Run, aside
+from cratelm.runs import RECORD, Run, not_in_identity
 
 
 @dataclass(frozen=True)
 class Config:
     size: int = 3
-    where: str = aside("here")
+    where: str = not_in_identity("here")
 
 
 class Killed(Exception):

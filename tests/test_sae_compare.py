@@ -358,7 +358,7 @@ def test_every_key_of_an_evaluation_is_documented(compared):
         ({"sae": "l1-16x"}, "names no autoencoders of the run"),
         ({"train_tokens": 8, "batch_size": 64}, "--train-tokens 8 is less than one batch"),
         ({"architecture": "l1", "k": 3}, "--k is of topk and batchtopk"),
-        ({"evaluate_tokens": 0}, "--evaluate-tokens is 0, 1 or more"),
+        ({"evaluate_tokens": 0}, "--evaluate-tokens must be at least 1, not 0"),
     ],
 )
 def test_what_cannot_be_compared_is_told(run, options, told):

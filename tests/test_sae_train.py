@@ -230,7 +230,7 @@ def test_interrupted_training_ends_in_the_same_weights(run, tmp_path, monkeypatc
     shutil.copytree(run, tmp_path / "other")
     whole = trained(run, **options)
     assert (min(layer.resampled for layer in whole.layers) > 0) == (architecture == "l1")
-    step = train.Stream.batch
+    step = train.ActivationBuffer.batch
 
     def killed_at(number):
         count = 0
@@ -245,11 +245,11 @@ def test_interrupted_training_ends_in_the_same_weights(run, tmp_path, monkeypatc
         return batch
 
     for number in (4, 9):  # the second attempt starts from step 3 and comes to step 11
-        monkeypatch.setattr(train.Stream, "batch", killed_at(number))
+        monkeypatch.setattr(train.ActivationBuffer, "batch", killed_at(number))
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "other", checkpoint_minutes=0, **options)
         assert not (tmp_path / "other" / "sae" / "crate@x").exists()
-    monkeypatch.setattr(train.Stream, "batch", step)
+    monkeypatch.setattr(train.ActivationBuffer, "batch", step)
     resumed = trained(tmp_path / "other", checkpoint_minutes=0, **options)
     for layer in (0, 1):
         a, b = weights(whole.path, layer), weights(resumed.path, layer)
@@ -387,11 +387,11 @@ def test_what_does_not_fit_is_refused(run, options, told):
         ({"architecture": "l2"}, "choose from l1, topk"),
         ({"architecture": "topk", "l1": 1e-3}, "--l1 is of l1 and gated, .* give --k"),
         ({"k": 3}, "--k is of topk and batchtopk, .* give --l1"),
-        ({"expansion": 0}, "--expansion is 0"),
+        ({"expansion": 0}, "--expansion must be at least 1, not 0"),
         ({"tokens": 100}, "less than one batch"),
         ({"lr": 0.0}, "--lr is 0"),
         ({"lr_decay": 1.0}, "--lr-decay"),
-        ({"l1": -1.0}, "--l1 is -1"),
+        ({"l1": -1.0}, "--l1 must be at least 0, not -1"),
         ({"layers": (1, 1)}, "each once"),
         ({"layers": (-1,)}, "from 0"),
     ],

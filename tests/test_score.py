@@ -318,8 +318,8 @@ def test_shared_documents_stop_the_scoring(tmp_path, monkeypatch):
     [
         ({"metrics": ()}, "--metrics"),
         ({"metrics": ("random_only", "magic")}, "--metrics random_only magic"),
-        ({"resamples": 3}, "--resamples 3"),
-        ({"seed": -1}, "--seed -1"),
+        ({"resamples": 3}, "--resamples must be at least 100, not 3"),
+        ({"seed": -1}, "--seed must be at least 0, not -1"),
     ],
 )
 def test_bad_configurations_are_named(fields, message):

@@ -24,7 +24,7 @@ from cratelm.activations.store import (
     read_records,
     read_summaries,
 )
-from cratelm.analysis.store import LAYER_SCHEMA, NEURON_SCHEMA, READING_SCHEMA
+from cratelm.analysis.store import LAYER_FIGURES, NEURON_FACTS, NEURON_READINGS
 from cratelm.explain.store import (
     _EXPLANATION_SCHEMA,
     _SELECTED_SCHEMA,
@@ -494,9 +494,9 @@ SCHEMAS = {
     "ablation.parquet": ABLATION.schema,
     "interventions.parquet": INTERVENTIONS.schema,
     "continuations.parquet": CONTINUATIONS.schema,
-    "layers.parquet": LAYER_SCHEMA,
-    "analysis/MODEL/neurons.parquet": NEURON_SCHEMA,
-    "readings.parquet": READING_SCHEMA,
+    "layers.parquet": LAYER_FIGURES.schema,
+    "analysis/MODEL/neurons.parquet": NEURON_FACTS.schema,
+    "readings.parquet": NEURON_READINGS.schema,
 }
 
 

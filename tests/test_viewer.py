@@ -17,10 +17,14 @@ import pytest
 import torch
 from viewer_runs import LAYERS, NEURONS, small_run
 
+from cratelm.activations.config import HarvestConfig
+from cratelm.activations.harvest import harvest
 from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, read_summaries
 from cratelm.cli import main
 from cratelm.errors import InputError
+from cratelm.explain.config import ExplainConfig
+from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models.open import encoder_of
 from cratelm.models.sites import capture
@@ -32,6 +36,8 @@ from cratelm.score.store import read_scores
 from cratelm.steer.config import SteerConfig
 from cratelm.steer.edits import Edit
 from cratelm.steer.steer import steer
+from cratelm.train.config import TrainConfig
+from cratelm.train.loop import train
 from cratelm.viewer import drawings
 from cratelm.viewer.cache import Kept
 from cratelm.viewer.config import ViewConfig
@@ -840,6 +846,48 @@ def test_another_explainer_simulates_when_asked(library, client):
     assert re.search(r'explainer=lookup&amp;all=1|explainer=lookup[^"]*all=1', other)
 
 
+def test_pages_are_written_into_any_folder_that_is_empty(library, tmp_path, monkeypatch, capfd):
+    def written(named: str) -> None:
+        result = export(library, Path(named), 1, force=False)
+        assert result.path == Path(named) or named.startswith("made")
+        assert (result.path / "index.html").is_file()
+
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    written(".")
+    assert (Path.cwd() / "index.html").is_file()  # the shell's folder is still this one
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "empty").mkdir()
+    for named in ("link/", "new/", "made/../other", "empty/../empty2/"):
+        written(named)
+    assert (tmp_path / "link").is_symlink()
+    first = (tmp_path / "new" / "index.html").read_bytes()
+    (tmp_path / "new" / "stale.html").write_text("of before")
+    capfd.readouterr()
+    export(library, Path("new"), 1, force=True, quiet=True)
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "new" / "index.html").read_bytes() == first
+    assert not (tmp_path / "new" / "stale.html").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_pages_are_written_into_no_other_folder(library, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "below")
+    for named, told in (
+        ("..", "holds other files"),
+        ("/", "holds other files"),
+        ("../file", "is a file"),
+        ("../file/pages", "is a file, a folder was expected"),
+    ):
+        with pytest.raises(InputError, match=told) as error:
+            export(library, Path(named), 1, force=True)
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 # ---- the model ------------------------------------------------------------------------------------
 
 TEXT = "the river <script>alert('corpus')</script> import stone 🙂\n\t  x"
@@ -887,6 +935,35 @@ def test_steering_is_that_of_the_verb(run, live, operation):
     plain = live.steer("run", "crate-2l", TEXT, Edit(1, 7, add=0.0), 5)
     assert plain.kl == 0
     assert plain.plain == plain.steered == found.plain
+
+
+def test_answers_are_those_of_the_harvest_and_explanations_of_now(copy):
+    live = Live(Library([copy]))
+    edit = Edit(1, 7, add=3.0)
+
+    def asked():
+        return (
+            live.activations("copy", "gpt2-2l", TEXT, 1, 7),
+            live.strongest("copy", "gpt2-2l", TEXT, 2),
+            live.steer("copy", "gpt2-2l", TEXT, edit, 2),
+        )
+
+    before = asked()
+    assert all(a is b for a, b in zip(before, asked(), strict=True))  # remembered
+    explain(ExplainConfig(run=copy, model="gpt2-2l", neurons=40, quiet=True, explainers=("trie",), max_entries=1, force=True))  # fmt: skip
+    texts = live.library.columns("copy", "gpt2-2l").text()
+    for s in live.strongest("copy", "gpt2-2l", TEXT, 2):
+        assert s.explanation == texts[NEURONS * s.layer + s.index]
+    train(TrainConfig(run=copy, model="gpt2-2l", steps=2, seed=1, quiet=True, tensorboard=False, force=True, validate_every=2, model_overrides=("hidden_size=16", "num_attention_heads=2"), sequence_length=64, validation_sequences=8, batch_size=4))  # fmt: skip
+    harvest(HarvestConfig(run=copy, model="gpt2-2l", tokens=2500, pilot_tokens=256, device="cpu", force=True))  # fmt: skip
+    other = Live(Library([copy]))  # which remembers nothing
+    after = asked()
+    assert after[0] == other.activations("copy", "gpt2-2l", TEXT, 1, 7)
+    assert after[1] == other.strongest("copy", "gpt2-2l", TEXT, 2)
+    assert after[2] == other.steer("copy", "gpt2-2l", TEXT, edit, 2)
+    assert all(a != b for a, b in zip(before, after, strict=True))
+    live.close()
+    other.close()
 
 
 @pytest.mark.parametrize(
@@ -1138,7 +1215,7 @@ def test_the_command_serves_until_it_is_interrupted(run):
     [
         (["nothing/here"], "nothing/here is not there: a run directory was expected"),
         (["--port", "99999"], "--port is 99999"),
-        (["--neurons", "-1"], "--neurons is -1"),
+        (["--neurons", "-1"], "--neurons must be at least 0, not -1"),
     ],
 )
 def test_bad_commands_are_told(run, words, told, capsys):

@@ -90,6 +90,7 @@ def demo(
     sae: bool = False,
     seed: int = 0,
     force: bool = False,
+    quiet: bool = False,
 ) -> "DemoResult":
     """Run every stage on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
 
@@ -110,6 +111,7 @@ def demo(
             neurons; needs the extra `sae`
         seed: seed of the initial weights, the order of the data, samples and intervals
         force: redo every stage, even if it is finished
+        quiet: no progress bars, no plan and no names of the stages
     """
     return _run("demo", locals())
 
@@ -254,6 +256,8 @@ def evaluate(
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     output: str | Path | None = None,
     quiet: bool = False,
 ) -> "EvaluateResult":
@@ -281,6 +285,8 @@ def evaluate(
         stride: tokens that the window moves on by: each is still predicted once, from at least
             sequence_length - stride tokens; left out: sequence_length, no overlap
         batch_size: sequences at a time, fewer where their logits would pass 1 GiB
+        device: cpu, cuda, ...; auto takes an accelerator where there is one
+        dtype: precision of the models; auto: that of their files
         output: also write the figures to this JSON file
         quiet: no progress bar
     """
@@ -298,7 +304,10 @@ def predict(
     seed: int = 0,
     tokens: int = 96,
     top: int = 5,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     out: str | Path | None = None,
+    quiet: bool = False,
 ) -> "PredictResult":
     """Show what models predict after each token of the same text, as a page and a figure.
 
@@ -313,8 +322,11 @@ def predict(
         tokens: first tokens of the document that are shown, in the first model's tokenizer; a text
             of your own is shown whole
         top: likeliest next tokens shown at each place
+        device: cpu, cuda, ...; auto takes an accelerator where there is one
+        dtype: precision of the models; auto: that of their files
         out: the page; left out: predictions.html in the run. A PNG and a PDF of its name go beside
             it
+        quiet: no progress bar: this verb has none, and takes the option as all verbs do
     """
     return _run("predict", locals())
 
@@ -339,6 +351,7 @@ def harvest(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
     force: bool = False,
+    quiet: bool = False,
 ) -> "HarvestResult":
     """Collect, in one pass over held-back tokens, the excerpts and statistics of every neuron.
 
@@ -353,8 +366,8 @@ def harvest(
             sae train`), or a folder in SAELens' format; needs the extra `sae`
         tokens: at most so many tokens are searched in each of the splits fit and held_out (the
             paper: 8,192,000)
-        sequence_length: tokens the model sees at once; default: as many as its position embedding
-            has
+        sequence_length: tokens the model sees at once; default: the most that the model takes,
+            2,048 at most, 1,024 where it names no limit
         top: excerpts with the highest activation, one a document
         random: excerpts around random tokens
         per_bin: excerpts from each bin of both binnings
@@ -366,6 +379,7 @@ def harvest(
         dtype: precision of the model; statistics are always kept in float32 or more
         device: cpu, cuda, ...; auto takes an accelerator where there is one
         force: redo the stage even if it is finished
+        quiet: no progress bar
     """
     return _run("harvest", locals())
 
@@ -425,9 +439,12 @@ def explain(
             tries the first
         dry_run: ask nothing but short trials: print how many calls and tokens it would take, and an
             estimate of cost and time
-        max_calls: stop before more calls than this, 0 = no limit; the same command goes on later
-        max_tokens: stop before more tokens than this, prompt and completion together, 0 = no limit
-        max_cost: stop before costs above this many US dollars, 0 = no limit; needs the prices
+        max_calls: stop before the run's ledger holds more calls than this, those of all earlier
+            commands counted; 0 = no limit. With a higher limit the same command resumes; with
+            --shard the ledger is the worker's own
+        max_tokens: likewise for tokens, prompt and completion together
+        max_cost: likewise for US dollars; needs the prices. Earlier calls cost what their own
+            prices said, and those of this model for which none were given what they cost at these
         price_prompt: US dollars for a million prompt tokens
         price_completion: US dollars for a million completion tokens
         retry_failed: ask again what failed in an earlier command
@@ -521,9 +538,12 @@ def score(
             tries the first
         dry_run: ask nothing but short trials: print how many calls and tokens it would take, and an
             estimate of cost and time
-        max_calls: stop before more calls than this, 0 = no limit; the same command goes on later
-        max_tokens: stop before more tokens than this, prompt and completion together, 0 = no limit
-        max_cost: stop before costs above this many US dollars, 0 = no limit; needs the prices
+        max_calls: stop before the run's ledger holds more calls than this, those of all earlier
+            commands counted; 0 = no limit. With a higher limit the same command resumes; with
+            --shard the ledger is the worker's own
+        max_tokens: likewise for tokens, prompt and completion together
+        max_cost: likewise for US dollars; needs the prices. Earlier calls cost what their own
+            prices said, and those of this model for which none were given what they cost at these
         price_prompt: US dollars for a million prompt tokens
         price_completion: US dollars for a million completion tokens
         retry_failed: ask again what failed in an earlier command
@@ -571,6 +591,7 @@ def report(
     resamples: int = 2000,
     seed: int = 0,
     force: bool = False,
+    quiet: bool = False,
 ) -> "ReportResult":
     """Write one page, tables and figures about all models of a run that have been scored.
 
@@ -589,6 +610,7 @@ def report(
             intervals are those that `cratelm score` wrote
         seed: draws the random neurons, and those resamples
         force: write the report again where it was finished already
+        quiet: no progress bar: this verb has none, and takes the option as all verbs do
     """
     return _run("report", locals())
 
@@ -602,6 +624,7 @@ def view(
     static: str | Path | None = None,
     neurons: int = 64,
     force: bool = False,
+    quiet: bool = False,
 ) -> "Any":
     """Browse the neurons of one run or several, in a web browser on this machine.
 
@@ -618,6 +641,7 @@ def view(
         neurons: with --static: neurons of each layer that get a page, the best explained ones
             first; 0: all
         force: with --static: write over pages that are there
+        quiet: with --static: no progress bar
     """
     return _run("view", locals())
 
@@ -634,6 +658,7 @@ def analyze(
     seed: int = 0,
     batch_tokens: int = 8192,
     memory_mib: int = 512,
+    device: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> "AnalyzeResult":
@@ -657,6 +682,7 @@ def analyze(
         batch_tokens: tokens a forward pass
         memory_mib: activations held at a time for consistency, in MiB; more neurons take more
             passes
+        device: cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too
         force: redo the stage even if it is finished
         quiet: no progress bar
     """
@@ -683,6 +709,8 @@ def steer(
     generate: int = 32,
     temperature: float = 0.0,
     seed: int = 0,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     output: str | Path | None = None,
 ) -> "SteerResult":
     """Edit neurons while a model reads a text, and show how the next token and the continuation change.
@@ -711,6 +739,8 @@ def steer(
         temperature: sampling temperature of the continuation; 0: the most likely token each time
         seed: seed of the document drawn, and of the tokens at a temperature above 0: both
             continuations use the same random numbers
+        device: cpu, cuda, ...; auto takes an accelerator where there is one
+        dtype: precision of the models; auto: that of their files
         output: also write the figures to this JSON file
     """
     return _run("steer", locals())
@@ -729,6 +759,7 @@ def effects(
     sequence_length: int | None = None,
     seed: int = 0,
     batch_tokens: int = 4096,
+    device: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> "EffectsResult":
@@ -749,6 +780,7 @@ def effects(
         seed: seed of neurons, positions and held-out sequences drawn, of shuffled explanations and
             of resamples
         batch_tokens: held-out tokens whose activations are held in memory at a time
+        device: cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too
         force: redo the stage even if it is finished
         quiet: no progress bar
     """
@@ -800,7 +832,9 @@ def intervene(
             http://127.0.0.1:8000/v1; left out: OpenAI's own. The key is read from the environment
             variable OPENAI_API_KEY alone. Answers are kept by the model's name, not by the address:
             give other weights another name
-        device: for `hf:`: device of the language model; `auto` takes a GPU where there is one
+        device: of the steered model, and of a judge `hf:`; auto: as in the harvest, and for the
+            judge a GPU where there is one. The steered model's precision is the harvest's, --dtype
+            is the judge's
         dtype: for `hf:`: its precision; `auto` takes bfloat16 where the machine computes in it
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
@@ -810,9 +844,12 @@ def intervene(
             tries the first
         dry_run: ask nothing but short trials: print how many calls and tokens it would take, and an
             estimate of cost and time
-        max_calls: stop before more calls than this, 0 = no limit; the same command goes on later
-        max_tokens: stop before more tokens than this, prompt and completion together, 0 = no limit
-        max_cost: stop before costs above this many US dollars, 0 = no limit; needs the prices
+        max_calls: stop before the run's ledger holds more calls than this, those of all earlier
+            commands counted; 0 = no limit. With a higher limit the same command resumes; with
+            --shard the ledger is the worker's own
+        max_tokens: likewise for tokens, prompt and completion together
+        max_cost: likewise for US dollars; needs the prices. Earlier calls cost what their own
+            prices said, and those of this model for which none were given what they cost at these
         price_prompt: US dollars for a million prompt tokens
         price_completion: US dollars for a million completion tokens
         retry_failed: ask again what failed in an earlier command
@@ -907,7 +944,8 @@ def sae_train(
             the end
         dead_after: tokens without a firing after which a latent counts as dead, is told so in the
             curve, and is revived; left out: a twentieth of --tokens, at most 10 million
-        sequence_length: T in tokens; left out: the model's longest, 1,024 where it names none
+        sequence_length: T in tokens; left out: the model's longest, 2,048 at most, 1,024 where it
+            names none
         buffer_mib: MiB of activations that are shuffled together, at least two batches
         batch_tokens: tokens that go through the model at once
         precision: bf16: products in 16 bits, weights stay in float32
@@ -949,7 +987,8 @@ def sae_evaluate(
         split: train, fit or held_out
         tokens: tokens measured on, a seeded sample of whole sequences; fewer where the split holds
             fewer
-        sequence_length: T in tokens; left out: the model's longest, 1,024 where it names none
+        sequence_length: T in tokens; left out: the model's longest, 2,048 at most, 1,024 where it
+            names none
         batch_tokens: tokens that go through the model at once, fewer where their logits would pass
             1 GiB
         steered: latents, and neurons of the site below, of each layer that are set to their maximum
@@ -1010,7 +1049,7 @@ def sae_compare(
             neurons
         device: auto (a GPU if there is one), cpu, cuda, cuda:1 or mps
         force: redo every stage, even if it is finished
-        quiet: no progress bars while training and measuring
+        quiet: no progress bars
     """
     return _run("sae compare", locals())
 

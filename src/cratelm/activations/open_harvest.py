@@ -4,10 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cratelm.activations.harvest import HUB, folder_identity, revision_of
 from cratelm.errors import InputError
-from cratelm.models.open import LoadedModel, check_store, open_model
+from cratelm.models.open import (
+    LoadedModel,
+    check_store,
+    device_of,
+    open_model,
+    sequence_length,
+)
 from cratelm.models.sites import Site, site_of
-from cratelm.runs import Run
+from cratelm.runs import Completion, Run
+from cratelm.runs.names import set_name
 from cratelm.tokens.shards import TokenStore
 
 
@@ -33,29 +41,51 @@ def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None)
         return site_of(subject.model, site)
     from cratelm.models.latents import latents_of
 
-    stage = run.stage("sae", f"{Path(subject.name).name}@{Path(sae).name}")
-    named = "/" not in sae and stage.completion() is not None
-    return latents_of(subject.model, stage.path if named else Path(sae))
+    stage = run.stage("sae", set_name(Path(subject.name).name, Path(sae).name))
+    if "/" in sae or stage.completion() is None:
+        return latents_of(subject.model, Path(sae))
+    stage.require("sae train")
+    return latents_of(subject.model, stage.path)
 
 
-def _opened(run: Run, model: str, identity: str) -> LoadedModel:
-    """The model that was harvested, from where it was then: never asked of the Hub if it was not from there."""
-    if identity.startswith("hub:"):
-        return open_model(run, model, from_run=False)
+def _opened(run: Run, harvest: Completion, device: str) -> LoadedModel:
+    """The model that was harvested, from where it was then, in the same precision: never asked of the
+    Hub if it was not from there, and of the Hub at the same commit."""
+    model: str = harvest.config["model"]
+    identity = harvest.inputs.get("model", "")
+    how = {"device": device, "dtype": harvest.config.get("dtype", "float32")}
+    if identity.startswith(HUB):
+        revision = revision_of(identity)
+        return open_model(run, model, from_run=False, revision=revision, **how)
     folder = Path(model)
     if folder.is_dir() and model not in run.models():
-        return open_model(run, model, from_run=False)
+        if identity not in ("", folder_identity(folder)):
+            raise InputError(
+                f"{model} is not the model that was harvested: put its files back, or type"
+                f" `cratelm harvest --run {run.path} --model {model} --force`"
+            )
+        return open_model(run, model, from_run=False, **how)
     if len(folder.parts) > 1:
         raise InputError(
             f"{model} is not there: put the folder of the model back, or harvest it again"
         )
-    return open_model(run, model)
+    return open_model(run, model, **how)
 
 
-def open_harvested(run: Run, name: str) -> HarvestContext:
-    """The model, site and tokens of the harvest called `name`.
+def _device(harvest: Completion) -> str:
+    """As the harvest was told, where this machine has that device."""
+    wanted = harvest.results.get("device", "auto")  # not in runs of version 0.1.0
+    try:
+        device_of(wanted)
+    except InputError:
+        return "auto"
+    return wanted
 
-    Raises `InputError` where the harvest is not finished, was imported, or its model is gone.
+
+def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
+    """The model, site and tokens of the harvest called `name`, in the harvest's precision.
+
+    `device` `auto`: that of the harvest, where this machine has it. Raises `InputError` where the harvest is not finished, was imported, or its model is gone.
     """
     stage = run.stage("activations", name)
     harvest = stage.require("harvest")
@@ -65,9 +95,11 @@ def open_harvested(run: Run, name: str) -> HarvestContext:
         raise InputError(
             f"{stage.path} was imported, without a model that could be run: harvest a model"
         )
-    subject = _opened(run, told["model"], harvest.inputs.get("model", ""))
+    subject = _opened(run, harvest, _device(harvest) if device == "auto" else device)
     store = TokenStore(run.stage("tokens").path)
     check_store(subject, store, run)
-    length = told.get("sequence_length") or subject.longest or 1024
+    # what the harvest read at once; not in runs of version 0.1.0
+    length = harvest.results.get("sequence_length")
+    length = length or sequence_length(subject, told.get("sequence_length"))
     site = open_site(run, subject, told.get("site"), told.get("sae"))
-    return HarvestContext(subject, site, store, stage.path, int(length))
+    return HarvestContext(subject, site, store, stage.path, length)

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class AnalyzeConfig:
     groups of neurons, consistency and distinctiveness for others.
     """
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, holding the harvest of `--model`"""
     model: str = "crate-2l"
     """name of the harvest, which is the model's name"""
@@ -32,20 +31,20 @@ class AnalyzeConfig:
     """bootstrap resamples over neurons"""
     seed: int = 0
     """draws held-out sequences, shuffled explanations, random subspaces and resamples"""
-    batch_tokens: int = aside(8192)
+    batch_tokens: int = not_in_identity(8192)
     """tokens a forward pass"""
-    memory_mib: int = aside(512)
+    memory_mib: int = not_in_identity(512)
     """activations held at a time for consistency, in MiB; more neurons take more passes"""
-    force: bool = aside(False)
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too"""
+    force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        least = {"tokens": 1, "sequence_length": 2, "ista_steps": 1, "resamples": 100, "seed": 0}
-        least |= {"batch_tokens": 1, "memory_mib": 1}
-        for field, lowest in least.items():
-            value = getattr(self, field)
-            if value is not None and value < lowest:
-                option = field.replace("_", "-")
-                raise InputError(f"--{option} is {value}: {lowest} or more was expected")
+        at_least(
+            self,
+            {"tokens": 1, "sequence_length": 2, "ista_steps": 1, "resamples": 100, "seed": 0,
+             "batch_tokens": 1, "memory_mib": 1},
+        )  # fmt: skip

@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measure models on a run's tokens and on named sets, every token once, and compare them."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory: its models, and the tokens of its splits"""
     model: str = "crate-2l"
     """name of a model in the run"""
@@ -42,18 +43,23 @@ class EvaluateConfig:
     sequence_length - stride tokens; left out: sequence_length, no overlap"""
     batch_size: int = 16
     """sequences at a time, fewer where their logits would pass 1 GiB"""
-    output: Path | None = aside(None)
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
+    output: Path | None = not_in_identity(None)
     """also write the figures to this JSON file"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
-        for field in ("max_tokens", "max_documents", "sequence_length", "stride", "batch_size"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise InputError(f"--{field.replace('_', '-')} is {value}, 1 or more was expected")
+        at_least(
+            self,
+            {"max_tokens": 1, "max_documents": 1, "sequence_length": 1, "stride": 1,
+             "batch_size": 1},
+        )  # fmt: skip
         if self.models and self.path is not None:
             raise InputError("--path and --models are both given: name the folder in --models")
         for field in ("models", "on"):

@@ -73,7 +73,13 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         source_of(run, name, from_run=config.path is None)
     found: dict[tuple[str, str], tuple[DocumentTotals, Measurement]] = {}
     for name in config.subjects:
-        subject = open_model(run, name, from_run=config.path is None)
+        subject = open_model(
+            run,
+            name,
+            from_run=config.path is None,
+            device=config.device,
+            dtype=config.dtype,
+        )
         for on, what in sets.items():
             found[on, name] = _measure(subject, on, what, run, store, config)
     result = EvaluateResult(

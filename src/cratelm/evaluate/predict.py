@@ -104,7 +104,9 @@ def predict(config: PredictConfig) -> PredictResult:
     from cratelm.evaluate.predict_page import page
 
     run = Run(config.run)
-    subjects = [open_model(run, name) for name in config.models]
+    subjects = [
+        open_model(run, name, device=config.device, dtype=config.dtype) for name in config.models
+    ]
     encoders = [encoder_of(subject, run) for subject in subjects]
     text = _text(config, run, subjects)
     predictions = tuple(

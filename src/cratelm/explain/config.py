@@ -6,6 +6,7 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.llm.config import AskConfig, check_specification
+from cratelm.runs import at_least
 
 ExplainerName = Literal["lookup", "trie"]
 EXPLAINERS: tuple[ExplainerName, ...] = ("lookup", "trie")
@@ -54,14 +55,11 @@ class ExplainConfig(AskConfig):
         _each_once("--evidence", self.evidence, EVIDENCE)
         if self.explainer:
             check_specification("--explainer", self.explainer)
-        lowest = {
-            "max_entries": 1, "depth": 1, "neurons": 0, "seed": 0, "contrast": 0,
-            "answer_tokens": 1, "temperature": 0,
-        }  # fmt: skip
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} {getattr(self, name)}: {least} or more was expected")
+        at_least(
+            self,
+            {"max_entries": 1, "depth": 1, "neurons": 0, "seed": 0, "contrast": 0,
+             "answer_tokens": 1, "temperature": 0},
+        )  # fmt: skip
         if self.prompts == "openai" and self.contrast:
             raise InputError("--contrast: OpenAI's prompts have no place for it, leave it out")
         if self.only and self.neurons:

@@ -19,7 +19,6 @@ from cratelm.explain.phrases import lookup_phrase, trie_phrase
 from cratelm.explain.store import (
     ExplanationFailure,
     SampledNeuron,
-    explanation_set_name,
     write_explanations,
     write_selected,
     write_unexplained,
@@ -30,7 +29,8 @@ from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts.neurons import VERSION
 from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import Explanation, NeuronRecord
-from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.runs import Draft, Inputs, Run, Stage, write_json
+from cratelm.runs.names import set_name
 from cratelm.stats.sample_size import precision_statement
 
 
@@ -76,8 +76,8 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     run = Run(config.run)
     harvest = run.stage("activations", config.model)
     inputs = {
-        "tokens": run.stage("tokens").require("tokenize").identity,
-        "activations": harvest.require("harvest").identity,
+        "tokens": run.stage("tokens").require("tokenize"),
+        "activations": harvest.require("harvest"),
     }
     selected = select_neurons(harvest.path, config.neurons, config.seed, config.places())
     if config.explainer:
@@ -92,14 +92,14 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
 
 
 def _explain_with_model(
-    config: ExplainConfig, run: Run, inputs: dict[str, str], selected: list[SampledNeuron]
+    config: ExplainConfig, run: Run, inputs: Inputs, selected: list[SampledNeuron]
 ) -> ExplainResult | DryRun | WorkerResult:
     if config.prompts == "openai":
         openai_prompts.require()
     with open_client(config, config.explainer) as client:
         name = config.name or client.backend.name
-        inputs["prompts"] = VERSION if config.prompts == "cratelm" else config.prompts
-        stage = run.stage("explanations", explanation_set_name(config.model, name))
+        inputs = {**inputs, "prompts": VERSION if config.prompts == "cratelm" else config.prompts}
+        stage = run.stage("explanations", set_name(config.model, name))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):

@@ -59,11 +59,6 @@ class ExplanationFailure:
     reason: str
 
 
-def explanation_set_name(model: str, name: str) -> str:
-    """The folder of what a language model (or a pair of them) called `name` says of `model`."""
-    return f"{model}@{name}" if name else model
-
-
 def write_explanations(folder: Path, explanations: Sequence[Explanation]) -> None:
     """Writes `explanations.parquet` into `folder`, in the order given."""
     rows = [

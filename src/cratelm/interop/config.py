@@ -9,7 +9,7 @@ import tyro
 
 from cratelm.errors import InputError
 from cratelm.records import parse_neuron_ids
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
@@ -26,7 +26,7 @@ class ImportAuthorsConfig:
     tokenizer: str = "gpt2"
     """`gpt2`, which the authors' models use (fetched from the Hub, else through tiktoken), the path of a
     tokenizer.json, or `none`"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier import or export wrote it"""
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class ImportSaeConfig:
     site: str = ""
     """site of its inputs in the model, as for `cratelm harvest --site`; default: that of `act_name` in the
     settings"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier import or export wrote it"""
 
     def __post_init__(self) -> None:
@@ -67,13 +67,13 @@ class ImportRecordsConfig:
     """files with one neuron each, or folders that are searched for .json files at any depth"""
     model: str
     """name of the model in the run"""
-    run: Path = aside(Path("runs/elsewhere"))
+    run: Path = not_in_identity(Path("runs/elsewhere"))
     """run directory in which `tokens/` and `activations/MODEL/` are written; a run holds one import"""
     site: str = "mlp"
     """site of these neurons, which the files do not name"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """redo the import even if it is finished"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
@@ -92,21 +92,21 @@ class ExportModelConfig:
     """folder to write: config.json, model.safetensors, the model's code, the tokenizer, README.md"""
     model: str = ""
     """name of the model in the run"""
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory with `--model`"""
     path: Path | None = None
     """a model folder to export instead of `--model` of `--run`"""
     dtype: Literal["fp32", "bf16"] | None = None
     """precision of the weights; default: unchanged"""
-    push: str = aside("")
+    push: str = not_in_identity("")
     """OWNER/REPO on the Hub to upload the folder to as well; a repository that does not exist is created,
     private"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier import or export wrote it"""
 
     def __post_init__(self) -> None:
         if bool(self.model) == (self.path is not None):
-            raise InputError("give either --model (with --run) or --path")
+            raise InputError("exactly one of --model (with --run) and --path must be given")
         if self.push and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push):
             raise InputError(f"--push is {self.push!r}: OWNER/REPO was expected")
 
@@ -119,15 +119,15 @@ class ExportRecordsConfig:
     """name of the model in the run"""
     out: Path
     """folder to write, as LAYER/NEURON.json"""
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory with the harvest of `--model`"""
     layers: tuple[int, ...] = ()
     """layers to write, counted from 0; default: all"""
     only: tuple[str, ...] = ()
     """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier export wrote it"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class ExportNeuronpediaConfig:
     """name of the model in the run"""
     out: Path
     """folder to write, as MODEL_ID/SOURCE_ID/..., and config/"""
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory with the harvest of `--model`, its explanations and scores"""
     layers: tuple[int, ...] = ()
     """layers to write, counted from 0; default: all"""
@@ -160,15 +160,14 @@ class ExportNeuronpediaConfig:
     conversion of dashboards falls back to"""
     creator_name: str = "cratelm"
     """name shown as the creator"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier export wrote it"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
         _check_layers(self.layers, self.only)
-        if self.excerpts < 1:
-            raise InputError(f"--excerpts is {self.excerpts}: must be at least 1")
+        at_least(self, {"excerpts": 1})
         for name in ("model_id", "source_set"):
             value = getattr(self, name)
             if value and not _ID.fullmatch(value):

@@ -95,7 +95,7 @@ def _origin(config: ExportModelConfig) -> _Origin:
         if not (config.path / "config.json").is_file():
             raise InputError(f"--path {config.path} holds no config.json: name a model folder")
         told = config.path / PROVENANCE
-        before = json.loads(told.read_text()) if told.is_file() else {}
+        before = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
         return _Origin(config.path, config.path.resolve().name, None, None, before)
     run = Run(config.run)
     stage = run.stage("model", config.model)

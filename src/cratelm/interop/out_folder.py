@@ -1,13 +1,12 @@
 """The folders that imports and exports write: complete or absent, and never over what others wrote."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cratelm.errors import InputError
-from cratelm.runs import versions, write_json
+from cratelm.runs import atomic_folder, versions, write_json
 
 PROVENANCE = "cratelm.json"
 """mark of a folder with a model or an autoencoder: what it was made of"""
@@ -47,19 +46,9 @@ def check_out(
 def out_folder(out: Path, content: Mapping[str, Any], *, mark: str = PROVENANCE) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` if no error is raised.
 
-    `content` and the versions of the packages are written into its `mark`.
+    `content` and the versions of the packages are written into its `mark`. Raises `InputError` where
+    another process writes `out`.
     """
-    out = out.absolute()  # so that the name of `.` is known
-    work, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        write_json(work / mark, {**content, "versions": versions()})
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with atomic_folder(out) as draft:
+        yield draft
+        write_json(draft / mark, {**content, "versions": versions()})

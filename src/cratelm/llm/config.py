@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one command may spend; 0 = no limit."""
+    """What may be spent for a run, by all commands that wrote its ledger; 0 = no limit."""
 
     max_calls: int = 0
     max_tokens: int = 0
@@ -24,6 +24,15 @@ class Budget:
     price_prompt: float = 0.0
     """US dollars for a million prompt tokens"""
     price_completion: float = 0.0
+
+    @property
+    def is_limited(self) -> bool:
+        return bool(self.max_calls or self.max_tokens or self.max_cost)
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """US dollars for a million prompt tokens, and for a million completion tokens."""
+        return self.price_prompt, self.price_completion
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """US dollars."""
@@ -35,60 +44,59 @@ class Budget:
 class AskConfig:
     """A run, a model of it, and how to ask the language model that reads its neurons."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, holding the harvest of `--model`"""
     model: str = "crate-2l"
     """name of the model in the run"""
-    base_url: str = aside("")
+    base_url: str = not_in_identity("")
     """for `openai:MODEL`: address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1;
     left out: OpenAI's own. The key is read from the environment variable OPENAI_API_KEY alone. Answers
     are kept by the model's name, not by the address: give other weights another name"""
-    device: str = aside("auto")
+    device: str = not_in_identity("auto")
     """for `hf:`: device of the language model; `auto` takes a GPU where there is one"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """for `hf:`: its precision; `auto` takes bfloat16 where the machine computes in it"""
-    concurrency: int = aside(8)
+    concurrency: int = not_in_identity(8)
     """for `openai:`: calls in flight at a time"""
-    deadline: float = aside(120.0)
+    deadline: float = not_in_identity(120.0)
     """for `openai:`: seconds that a call may take, retries included"""
-    retries: int = aside(4)
+    retries: int = not_in_identity(4)
     """for `openai:`: times a call is repeated after 429, 5xx, a time-out or a lost connection"""
     method: Literal["auto", "logprobs", "json"] = "auto"
     """for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto` tries the first"""
-    dry_run: bool = aside(False)
+    dry_run: bool = not_in_identity(False)
     """ask nothing but short trials: print how many calls and tokens it would take, and an estimate of cost
     and time"""
-    max_calls: int = aside(0)
-    """stop before more calls than this, 0 = no limit; the same command goes on later"""
-    max_tokens: int = aside(0)
-    """stop before more tokens than this, prompt and completion together, 0 = no limit"""
-    max_cost: float = aside(0.0)
-    """stop before costs above this many US dollars, 0 = no limit; needs the prices"""
-    price_prompt: float = aside(0.0)
+    max_calls: int = not_in_identity(0)
+    """stop before the run's ledger holds more calls than this, those of all earlier commands counted;
+    0 = no limit. With a higher limit the same command resumes; with --shard the ledger is the worker's own"""
+    max_tokens: int = not_in_identity(0)
+    """likewise for tokens, prompt and completion together"""
+    max_cost: float = not_in_identity(0.0)
+    """likewise for US dollars; needs the prices. Earlier calls cost what their own prices said, and those
+    of this model for which none were given what they cost at these"""
+    price_prompt: float = not_in_identity(0.0)
     """US dollars for a million prompt tokens"""
-    price_completion: float = aside(0.0)
+    price_completion: float = not_in_identity(0.0)
     """US dollars for a million completion tokens"""
-    retry_failed: bool = aside(False)
+    retry_failed: bool = not_in_identity(False)
     """ask again what failed in an earlier command"""
-    offline: bool = aside(False)
+    offline: bool = not_in_identity(False)
     """ask nothing, and load no model: answers come from the ledger alone"""
-    shard: str = aside("")
+    shard: str = not_in_identity("")
     """`I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger of its own;
     the command without --shard then merges the ledgers and finishes the stage"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """do it again where it was done before"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        lowest = {
-            "concurrency": 1, "retries": 0, "max_calls": 0, "max_tokens": 0, "max_cost": 0,
-            "price_prompt": 0, "price_completion": 0,
-        }  # fmt: skip
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} {getattr(self, name)}: {least} or more was expected")
+        at_least(
+            self,
+            {"concurrency": 1, "retries": 0, "max_calls": 0, "max_tokens": 0, "max_cost": 0,
+             "price_prompt": 0, "price_completion": 0},
+        )  # fmt: skip
         if self.deadline <= 0:
             raise InputError(f"--deadline {self.deadline}: more than 0 seconds was expected")
         if self.max_cost and not (self.price_prompt or self.price_completion):

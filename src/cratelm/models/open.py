@@ -33,6 +33,8 @@ class LoadedModel:
     source: str | Path
     """folder or Hub id"""
     model: Any
+    revision: str | None = None
+    """commit of the Hub's repository, where it was asked for"""
 
     @property
     def vocab_size(self) -> int:
@@ -71,14 +73,54 @@ class Encoder:
         return display_strings(self.tokenizer)
 
 
-def open_model(run: Run, name: str, *, from_run: bool = True) -> LoadedModel:
+def open_model(
+    run: Run,
+    name: str,
+    *,
+    from_run: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> LoadedModel:
     """The model that `name` names: one of the run, else a folder or a Hub id OWNER/NAME.
 
-    With `from_run` False a folder or a Hub id of any form. Raises `InputError` where there is none.
+    With `from_run` False a folder or a Hub id of any form. `revision`: commit of the Hub's repository.
+    Raises `InputError` where there is none, or the device is not on this machine.
     """
     source = source_of(run, name, from_run=from_run)
-    model: Any = load(source)
-    return LoadedModel(name, source, model.to("cuda" if torch.cuda.is_available() else "cpu"))
+    return LoadedModel(name, source, load_on(source, device, dtype, revision), revision)
+
+
+def load_on(
+    source: str | Path, device: str = "auto", dtype: str = "auto", revision: str | None = None
+) -> Any:
+    """A model on a device, in a precision (`float32`, `bfloat16`; `auto`: that of its files)."""
+    where = device_of(device)  # told before anything is loaded
+    options: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    if revision:
+        options["revision"] = revision
+    model: Any = load(source, **options)
+    return model.to(where)
+
+
+def device_of(wanted: str) -> torch.device:
+    """The device called `wanted`; `auto`: an accelerator where there is one, else the CPU.
+
+    Raises `InputError` for one that is not on this machine.
+    """
+    if wanted == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        # statistics are sums in float64, which MPS does not have
+        return torch.device("cpu" if found is None or found.type == "mps" else found.type)
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--device {wanted} cannot be used on this machine ({reason}): type --device auto"
+        ) from None
+    return device
 
 
 def source_of(run: Run, name: str, *, from_run: bool = True) -> str | Path:
@@ -108,7 +150,7 @@ def sequence_length(subject: LoadedModel, wanted: int | None) -> int:
     most = subject.longest
     if wanted and most and wanted > most:
         raise InputError(
-            f"--sequence-length is {wanted}, {subject.name} takes {most} tokens at most"
+            f"--sequence-length is {wanted}, longer than the {most} positions of {subject.name}"
         )
     return wanted or min(most or NO_LIMIT, LONGEST)
 
@@ -143,7 +185,7 @@ def _from_transformers(subject: LoadedModel) -> Encoder | None:
     from transformers import AutoTokenizer
 
     try:
-        known = AutoTokenizer.from_pretrained(subject.source)
+        known = AutoTokenizer.from_pretrained(subject.source, revision=subject.revision or "main")
         tokenizer = Tokenizer.from_str(known.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return None

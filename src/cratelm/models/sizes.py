@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from cratelm.errors import InputError
+from cratelm.interop.source_file import commit_of
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
 
@@ -103,17 +105,32 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError` where
     nothing can be loaded from it.
     """
-    with _quiet():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InputError(
-                f"no model can be loaded from {path} ({_one_line(error)}):"
-                " name a folder written by `cratelm train` or a Hub id"
-            ) from None
+    with _quiet(), _loading(path):
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if isinstance(model, GPT2LMHeadModel):
         as_twin(model)
     return model.eval()
+
+
+def hub_commit(name: str) -> str:
+    """Commit of the Hub's repository that `load` would read now, without a network that of the local
+    cache. Raises `InputError` as `load` does."""
+    with _loading(name):
+        path = cached_file(name, "config.json")
+    assert path is not None, "cached_file raises where there is none"
+    return commit_of(Path(path))
+
+
+@contextlib.contextmanager
+def _loading(path: str | Path):
+    """Turn what transformers raises where nothing can be loaded into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"no model can be loaded from {path} ({_one_line(error)}):"
+            " name a folder written by `cratelm train` or a Hub id"
+        ) from None
 
 
 def count_parameters(model: PreTrainedModel) -> int:

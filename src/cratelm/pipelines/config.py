@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 from cratelm.sae.train_config import Architecture, SaeTrainConfig
 
 
@@ -18,7 +18,7 @@ class DemoConfig:
     initialised models are controls. After an interruption the same command resumes.
     """
 
-    run: Path = aside(Path("runs/demo"))
+    run: Path = not_in_identity(Path("runs/demo"))
     """run directory"""
     corpus: str = "builtin"
     """`builtin` (the source files of the Python standard library), a file, a folder or `hub:ID`; see
@@ -38,13 +38,13 @@ class DemoConfig:
     the extra `sae`"""
     seed: int = 0
     """seed of the initial weights, the order of the data, samples and intervals"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """redo every stage, even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """no progress bars, no plan and no names of the stages"""
 
     def __post_init__(self) -> None:
-        for field, least in (("steps", 1), ("tokens", 1), ("neurons", 0), ("seed", 0)):
-            if getattr(self, field) < least:
-                raise InputError(f"--{field} is {getattr(self, field)}: must be at least {least}")
+        at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0})
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SaeCompareConfig:
     command resumes after an interruption.
     """
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory with the scored models"""
     models: tuple[str, ...] = ()
     """names of models in the run; default: all that are scored, without untrained ones"""
@@ -83,16 +83,15 @@ class SaeCompareConfig:
     """held-out tokens on which reconstructions are measured"""
     seed: int = 0
     """seed of training and measuring; harvest, explanations and scores use those of the neurons"""
-    device: str = aside("auto")
+    device: str = not_in_identity("auto")
     """auto (a GPU if there is one), cpu, cuda, cuda:1 or mps"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """redo every stage, even if it is finished"""
-    quiet: bool = aside(False)
-    """no progress bars while training and measuring"""
+    quiet: bool = not_in_identity(False)
+    """no progress bars"""
 
     def __post_init__(self) -> None:
-        if self.evaluate_tokens < 1:
-            raise InputError(f"--evaluate-tokens is {self.evaluate_tokens}: must be at least 1")
+        at_least(self, {"evaluate_tokens": 1})
         if len(set(self.models)) < len(self.models):
             raise InputError(f"--models {' '.join(self.models)}: name each once")
         if self.train_tokens < self.batch_size:

@@ -92,11 +92,13 @@ def demo(config: DemoConfig) -> DemoResult:
     started = time.monotonic()
     if config.sae:
         import_sae_lens()  # a missing package is reported before anything is trained
-    print(_plan(config), flush=True)
+    if not config.quiet:
+        print(_plan(config), flush=True)
     steps = list(_steps(config))
     done: Any = None
     for number, step in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {step.label}", flush=True)
+        if not config.quiet:
+            print(f"[{number}/{len(steps)}] {step.label}", flush=True)
         done = step.work()
     assert isinstance(done, ReportResult)
     return DemoResult(done.page, comparison_table(done), round(time.monotonic() - started, 1))
@@ -109,7 +111,7 @@ def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
 
 
 def _steps(config: DemoConfig) -> Iterator[Step]:
-    common = {"run": config.run, "force": config.force}
+    common = {"run": config.run, "force": config.force, "quiet": config.quiet}
     yield Step("tokens", "", lambda: tokenize(_tokenize_config(config)))
     twins, controls = _models(config)
     for name in twins + controls:
@@ -139,6 +141,7 @@ def _tokenize_config(config: DemoConfig) -> TokenizeConfig:
     return TokenizeConfig(
         run=config.run,
         force=config.force,
+        quiet=config.quiet,
         corpus=config.corpus,
         vocab_size=config.vocab_size,
         fit=_HELD_BACK,
@@ -151,6 +154,7 @@ def _train_config(config: DemoConfig, name: str) -> TrainConfig:
     return TrainConfig(
         run=config.run,
         force=config.force,
+        quiet=config.quiet,
         model=name.removesuffix("-init"),
         steps=0 if name.endswith("-init") else config.steps,
         sequence_length=_SEQUENCE,
@@ -171,6 +175,7 @@ def _sae_config(config: DemoConfig) -> SaeCompareConfig:
         evaluate_tokens=_ANALYZED,
         seed=config.seed,
         force=config.force,
+        quiet=config.quiet,
     )
 
 

@@ -18,6 +18,7 @@ from cratelm.pipelines.config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Completion, Run
+from cratelm.runs.names import latents_name, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate import is_evaluated, sae_evaluate
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
@@ -76,7 +77,7 @@ def sae_compare(config: SaeCompareConfig) -> SaeCompareResult:
         step.work()
     print(f"[{len(work) + 1}/{len(work) + 1}] report", flush=True)
     made = _report(run)
-    names = [name for m in models for name in (m, f"{m}+{_name(config, m)}")]
+    names = [name for m in models for name in (m, latents_name(m, _name(config, m)))]
     seconds = round(time.monotonic() - started, 1)
     return SaeCompareResult(made.page, tuple(names), comparison_table(made), seconds)
 
@@ -91,7 +92,8 @@ def scored_models(run: Run, named: Sequence[str]) -> list[str]:
             run.stage("scores", name).require("score")
         found = list(named)
     else:
-        scored = (n for n in run.models("scores") if "@" not in n and not n.endswith("-init"))
+        free = [n for n in run.models("scores") if not split_set(n)[1]]
+        scored = [n for n in free if n not in run.null_controls(free)]
         found = [n for n in scored if not _config_of(run, "activations", n).get("sae")]
     if not found:
         raise InputError(
@@ -114,7 +116,7 @@ def steps(config: SaeCompareConfig, models: Sequence[str]) -> list[Step]:
 
 
 def _steps_of(config: SaeCompareConfig, model: str) -> Iterator[Step]:
-    run, latents = Run(config.run), f"{model}+{_name(config, model)}"
+    run, latents = Run(config.run), latents_name(model, _name(config, model))
     if not config.sae:
         yield Step("sae", model, lambda: sae_train(_training(config, run, model)))
     yield Step("evaluation", latents, lambda: _evaluate(config, run, model))
@@ -127,7 +129,7 @@ def _name(config: SaeCompareConfig, model: str) -> str:
     """Name of the autoencoders in the names of stages."""
     if config.sae:
         return Path(config.sae).name
-    return config.training(model).folder.partition("@")[2]
+    return split_set(config.training(model).folder)[1]
 
 
 def _training(config: SaeCompareConfig, run: Run, model: str) -> Any:
@@ -161,7 +163,9 @@ def _harvesting(config: SaeCompareConfig, run: Run, model: str) -> HarvestConfig
     neurons = _config_of(run, "activations", model)
     sae = config.sae or _name(config, model)
     alike = _read(HarvestConfig, {**neurons, "site": None, "name": None, "sae": sae})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _explaining(config: SaeCompareConfig, run: Run, model: str, latents: str) -> ExplainConfig:
@@ -170,12 +174,16 @@ def _explaining(config: SaeCompareConfig, run: Run, model: str, latents: str) ->
         run.stage("activations", model).require("harvest").results["neurons"]
     )
     alike = _read(ExplainConfig, {**neurons, "model": latents, "neurons": explained})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _scoring(config: SaeCompareConfig, run: Run, model: str, latents: str) -> ScoreConfig:
     alike = _read(ScoreConfig, {**_config_of(run, "scores", model), "model": latents})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _report(run: Run) -> ReportResult:

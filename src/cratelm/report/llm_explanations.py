@@ -40,10 +40,11 @@ class Told:
 def told(run: Run, model: ModelResults, places: Sequence[Place]) -> dict[Place, tuple[Told, ...]]:
     """By neuron: what each set of explanations by a language model has of these neurons."""
     wanted = set(places)
-    scores: dict[Place, list[NeuronScore]] = {place: [] for place in places}
-    for s in (s for found in model.with_model for s in found.scores if s.control == "none"):
-        if (s.neuron.layer, s.neuron.index) in wanted:
-            scores[s.neuron.layer, s.neuron.index].append(s)
+    scores: dict[Place, list[tuple[NeuronScore, str]]] = {place: [] for place in places}
+    for found in model.with_model:
+        for s in found.scores:
+            if s.control == "none" and (s.neuron.layer, s.neuron.index) in wanted:
+                scores[s.neuron.layer, s.neuron.index].append((s, found.suffix))
     result: dict[Place, tuple[Told, ...]] = {}
     for found in model.with_model:
         if "explanations" in found.completions:
@@ -70,19 +71,20 @@ def _rows(folder: Path, wanted: set[Place]) -> list[tuple[Place, str, str, str]]
     ]
 
 
-def _figures(scores: Sequence[NeuronScore], explainer: str, evidence: str) -> str:
-    """Scores x 100 of this explanation, by every model that read it."""
+def _figures(scores: Sequence[tuple[NeuronScore, str]], explainer: str, evidence: str) -> str:
+    """Scores x 100 of this explanation, by every model that read it; each score comes with the suffix
+    of its set's labels."""
     shown: dict[str, list[str]] = {}
-    for s in scores:
+    for s, suffix in scores:
         from_range = s.metric == "anthropic"
-        reader = s.explainer.removeprefix(explainer)
-        of_this = s.explainer.startswith(explainer) and (not reader or reader[0] in "/+ ")
-        if of_this and from_range == (evidence == "anthropic"):
+        if s.explained_by == explainer and from_range == (evidence == "anthropic"):
+            simulator = "" if s.simulator == explainer else s.simulator
+            reader = f"{simulator}{s.variant}{suffix}".strip("+ ")
             value = str(s.score.status)
             if s.score.value is not None:
                 value = f"{100 * s.score.value:.1f}"
             shown.setdefault(reader, []).append(f"{METRIC_NAMES[s.metric]} {value}")
     return "; ".join(
-        f"{reader.strip('/+ ')}: {' · '.join(parts)}" if reader else " · ".join(parts)
+        f"{reader}: {' · '.join(parts)}" if reader else " · ".join(parts)
         for reader, parts in shown.items()
     )

@@ -12,6 +12,7 @@ from cratelm.interop.config import ImportRecordsConfig
 from cratelm.report.config import ReportConfig
 from cratelm.results.run_results import RunResults
 from cratelm.runs import Completion, config_dict
+from cratelm.runs.names import untrained_name
 from cratelm.score.config import ScoreConfig
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.train.config import TrainConfig
@@ -118,7 +119,8 @@ def _all(results: RunResults) -> list[Completion]:
 def _settings(done: Completion) -> dict[str, Any]:
     settings = dict(done.config)
     if done.stage == "model":
-        usual = f"{settings.get('model')}{'' if settings.get('steps') else '-init'}"
+        usual = str(settings.get("model"))
+        usual = usual if settings.get("steps") else untrained_name(usual)
         settings["name"] = "" if done.name == usual else done.name
     if done.config.get("import") == "records":
         settings["model"] = done.name

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
 from cratelm.errors import InputError
-from cratelm.explain.store import explanation_set_name
 from cratelm.records import SCORERS
 from cratelm.runs import Run, StageName
+from cratelm.runs.names import set_name, sets_of
 
 Told = tuple[str, str]
 """name of the set (empty without a language model), explainer"""
@@ -131,7 +131,7 @@ def read_columns(run: Run, model: str) -> Columns:
     scores: dict[tuple[str, str, str], ScoreColumn] = {}
     problems: list[str] = []
     for name in set_names(run, model):
-        explained, scored = (run.stage(s, explanation_set_name(model, name)) for s in _SET_STAGES)
+        explained, scored = (run.stage(s, set_name(model, name)) for s in _SET_STAGES)
         try:
             if explained.completion() is not None:
                 found = _texts(explained.path, places)
@@ -158,9 +158,7 @@ def read_columns(run: Run, model: str) -> Columns:
 
 def set_names(run: Run, model: str) -> list[str]:
     """Names of the sets of explanations and scores; the empty one is that without a language model."""
-    found = {name for stage in _SET_STAGES for name in run.models(stage)}
-    prefix = f"{model}@"
-    return ["", *sorted(n.removeprefix(prefix) for n in found if n.startswith(prefix))]
+    return ["", *sets_of((n for stage in _SET_STAGES for n in run.models(stage)), model)]
 
 
 def changed_at(run: Run) -> int:

@@ -1,7 +1,7 @@
 """What a report reads of a run: figures of every model, but excerpts of none (see `gallery`)."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +10,18 @@ import numpy as np
 
 from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
-from cratelm.explain.store import explanation_set_name
 from cratelm.records import METRICS, SCORERS, SPLITS, Metric, NeuronScore, NeuronSummary
 from cratelm.report.config import ReportConfig
 from cratelm.runs import Completion, Run, StageName
+from cratelm.runs.names import (
+    FAMILIES,
+    family_of,
+    set_name,
+    sets_of,
+    split_set,
+    twin_name,
+    untrained_name,
+)
 from cratelm.score.store import read_scores
 from cratelm.stats.scores import (
     Control,
@@ -25,8 +33,6 @@ from cratelm.stats.scores import (
 from cratelm.tokens.shards import TokenStore
 from cratelm.train.log import read_metrics
 
-_INIT = "-init"
-_FAMILIES = ("crate", "gpt2")
 MODEL_STAGES: dict[StageName, str] = {
     "model": "train",
     "activations": "harvest",
@@ -63,10 +69,12 @@ class ResultSet:
     """`cratelm.score.duplicates.DuplicateAudit`; empty where it was not made"""
     preflight: dict[str, Any] = field(default_factory=dict)
     """`cratelm.llm.probe.Preflight`; empty without a language model"""
+    suffix: str = ""
+    """after the explainers' labels: the set's name in brackets, where the scores were given one"""
 
     def label(self, model: str) -> str:
         """The folder's name."""
-        return explanation_set_name(model, self.name)
+        return set_name(model, self.name)
 
     @property
     def explainers(self) -> list[str]:
@@ -169,14 +177,14 @@ class RunResults:
     def twins(self) -> list[tuple[ModelResults, ModelResults]]:
         """CRATE and GPT-2 of the same size."""
         by_name = {m.name: m for m in self.models}
-        crate, gpt2 = (f"{family}-" for family in _FAMILIES)
-        pairs = [(m, by_name.get(gpt2 + m.name.removeprefix(crate))) for m in self.principal]
-        return [(a, b) for a, b in pairs if a.name.startswith(crate) and b is not None]
+        crates = [m for m in self.principal if family_of(m.name) == FAMILIES[0]]
+        pairs = [(m, by_name.get(twin_name(m.name))) for m in crates]
+        return [(a, b) for a, b in pairs if b is not None]
 
 
 def model_names(run: Run, config: ReportConfig) -> list[str]:
     """Models to show, in order. Raises `InputError` where none is scored, or one that was named is not."""
-    scored = {name.partition("@")[0] for name in run.models("scores")}
+    scored = {split_set(name)[0] for name in run.models("scores")}
     if not scored:
         raise InputError(
             f"no model of {run.path} is scored: type `cratelm score --run {run.path} --model NAME`"
@@ -184,7 +192,9 @@ def model_names(run: Run, config: ReportConfig) -> list[str]:
         )
     for name in set(config.models) - scored:
         run.stage("scores", name).require("score")
-    return sorted(config.models or scored, key=_order)
+    shown = list(config.models or scored)
+    nulls = run.null_controls(shown)
+    return sorted(shown, key=lambda name: _order(name, nulls))
 
 
 def inputs_of(run: Run, names: Sequence[str]) -> dict[str, str]:
@@ -195,19 +205,18 @@ def inputs_of(run: Run, names: Sequence[str]) -> dict[str, str]:
         for stage, done in _completions(run, name).items():
             found[f"{stage}/{name}"] = done.identity
         for of_set in _set_names(run, name):
-            for stage, done in _completions(
-                run, explanation_set_name(name, of_set), SET_STAGES
-            ).items():
-                found[f"{stage}/{explanation_set_name(name, of_set)}"] = done.identity
+            for stage, done in _completions(run, set_name(name, of_set), SET_STAGES).items():
+                found[f"{stage}/{set_name(name, of_set)}"] = done.identity
     return found | {f"{done.stage}/{done.name}": done.identity for done in _sides(run, names)}
 
 
 def gather(run: Run, config: ReportConfig) -> RunResults:
     """Reads the figures of a run. Raises `InputError` for an explainer that no model was scored with."""
     names = model_names(run, config)
-    bases = [n for n in names if _base(n) not in names]
+    nulls = run.null_controls(names)
+    principal = [n for n in names if n not in nulls]
     models = tuple(
-        _read_model(run, name, bases.index(_base(name) if name not in bases else name), names)
+        _read_model(run, name, principal.index(nulls.get(name, name)), nulls.get(name, ""))
         for name in names
     )
     found = {s.explainer for m in models for s in m.statistics}
@@ -235,14 +244,14 @@ def gather(run: Run, config: ReportConfig) -> RunResults:
     )
 
 
-def _read_model(run: Run, name: str, place: int, names: Sequence[str]) -> ModelResults:
+def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
     done = _completions(run, name)
     sets = tuple(_read_set(run, name, of_set) for of_set in ["", *_set_names(run, name)])
     harvest = run.stage("activations", name).path
     return ModelResults(
         name=name,
         place=place,
-        null_of=_base(name) if _base(name) in names else "",
+        null_of=null_of,
         completions=done,
         sets=tuple(found for found in sets if found.completions),
         statistics=tuple(s for found in sets for s in found.statistics),
@@ -253,7 +262,7 @@ def _read_model(run: Run, name: str, place: int, names: Sequence[str]) -> ModelR
 
 
 def _read_set(run: Run, model: str, name: str) -> ResultSet:
-    done = _completions(run, explanation_set_name(model, name), SET_STAGES)
+    done = _completions(run, set_name(model, name), SET_STAGES)
     files = [(SET_STAGES[stage], run.stage(stage, c.name).path) for stage, c in done.items()]
     calls = {verb: path / "calls.json" for verb, path in files}
     found = ResultSet(
@@ -261,7 +270,7 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
     )
     if "scores" not in done:
         return found
-    folder = run.stage("scores", explanation_set_name(model, name)).path
+    folder = run.stage("scores", set_name(model, name)).path
     summary = _json(folder / "summary.json")
     # Who scores the same explanations again under a name of his own gets rows of that name.
     suffix = f" ({name})" if done["scores"].config.get("name") else ""
@@ -276,6 +285,7 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
         audit=summary["leakage_audit"],
         near_duplicates=near,
         preflight=summary.get("preflight", {}),
+        suffix=suffix,
     )
 
 
@@ -287,9 +297,7 @@ def _renamed(found: Iterable[_T], suffix: str) -> tuple[_T, ...]:
 
 def _set_names(run: Run, model: str) -> list[str]:
     """Names of the sets of `model` for which a language model was asked, finished explanations or scores."""
-    prefix = f"{model}@"
-    found = {name for stage in SET_STAGES for name in run.models(stage)}
-    return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
+    return sets_of((name for stage in SET_STAGES for name in run.models(stage)), model)
 
 
 def _completions(
@@ -303,7 +311,7 @@ def _completions(
 
 def _sides(run: Run, names: Sequence[str]) -> tuple[Completion, ...]:
     found = (run.stage(stage, n) for stage in SIDE_STAGES for n in run.models(stage))
-    mine = (stage.completion() for stage in found if stage.name.partition("@")[0] in names)
+    mine = (stage.completion() for stage in found if split_set(stage.name)[0] in names)
     return tuple(done for done in mine if done is not None)
 
 
@@ -328,7 +336,7 @@ def missing(results: RunResults) -> list[str]:
         ]
     lines += [
         f"the randomly initialised null of {m.name} (`cratelm train --run {path} --model {m.name}"
-        f" --steps 0`, then harvest, explain and score {m.name}{_INIT})"
+        f" --steps 0`, then harvest, explain and score {untrained_name(m.name)})"
         for m in results.principal
         if results.null(m) is None and m.trained_here
     ]
@@ -353,12 +361,6 @@ def _shared_ordinals(run: Run) -> int:
     return len(ordinals) - len(np.unique(ordinals))
 
 
-def _order(name: str) -> tuple[bool, int, str]:
-    family = next((i for i, f in enumerate(_FAMILIES) if name.startswith(f)), len(_FAMILIES))
-    return bool(_base(name)), family, name
-
-
-def _base(name: str) -> str:
-    """The model whose untrained null a name is of: X of X-init, X+SAE of X-init+SAE; empty for others."""
-    model, plus, sae = name.partition("+")
-    return f"{model.removesuffix(_INIT)}{plus}{sae}" if model.endswith(_INIT) else ""
+def _order(name: str, nulls: Mapping[str, str]) -> tuple[bool, int, str]:
+    family = next((i for i, f in enumerate(FAMILIES) if name.startswith(f)), len(FAMILIES))
+    return name in nulls, family, name

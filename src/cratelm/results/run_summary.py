@@ -12,8 +12,8 @@ from cratelm.records import SCORERS
 from cratelm.results.neuron_table import READ_ERRORS, one_line
 from cratelm.results.views import MetricCard, ModelCard, RunCard, Value
 from cratelm.runs import Completion, Run, StageName
+from cratelm.runs.names import family_of, split_set
 
-_INIT = "-init"
 _VERBS: dict[StageName, str] = {
     "model": "train",
     "activations": "harvest",
@@ -25,8 +25,9 @@ _VERBS: dict[StageName, str] = {
 def run_card(key: str, run: Run) -> RunCard:
     """Every model of a run of which anything is there, trained ones first, CRATE before others."""
     problems: list[str] = []
-    names = {n.partition("@")[0] for stage in _VERBS for n in run.models(stage)}
-    cards = [_card(run, name, sorted(names), problems) for name in sorted(names)]
+    names = {split_set(n)[0] for stage in _VERBS for n in run.models(stage)}
+    nulls = run.null_controls(names)
+    cards = [_card(run, name, nulls.get(name, ""), problems) for name in sorted(names)]
     cards.sort(key=lambda c: (bool(c.null_of), c.family != "crate", c.family != "gpt2", c.name))
     if not names:
         problems.append(
@@ -36,7 +37,7 @@ def run_card(key: str, run: Run) -> RunCard:
     return RunCard(key, str(run.path), tuple(cards), tuple(problems))
 
 
-def _card(run: Run, name: str, names: list[str], problems: list[str]) -> ModelCard:
+def _card(run: Run, name: str, null_of: str, problems: list[str]) -> ModelCard:
     done: dict[StageName, Completion | None] = {
         stage: _completion(run, stage, name, problems) for stage in _VERBS
     }
@@ -44,13 +45,12 @@ def _card(run: Run, name: str, names: list[str], problems: list[str]) -> ModelCa
     neurons, firing, dead, site = _summaries(run, name, harvest, problems)
     explainer, metrics = _metrics(run, name, problems)
     results = trained.results if trained else {}
-    base = _null_of(name)
     return ModelCard(
         name=name,
-        family=next((f for f in ("crate", "gpt2") if name.startswith(f"{f}-")), ""),
+        family=family_of(name),
         site=site,
         neurons=neurons,
-        null_of=base if base in names else "",
+        null_of=null_of,
         parameters=results.get("parameters"),
         loss=results.get("validation_loss"),
         loss_error=results.get("validation_standard_error"),
@@ -60,12 +60,6 @@ def _card(run: Run, name: str, names: list[str], problems: list[str]) -> ModelCa
         dead=dead,
         missing=_missing(run, name, done, bool(metrics)),
     )
-
-
-def _null_of(name: str) -> str:
-    """X of X-init, X+SAE of X-init+SAE; empty for others."""
-    model, plus, sae = name.partition("+")
-    return f"{model.removesuffix(_INIT)}{plus}{sae}" if model.endswith(_INIT) else ""
 
 
 def _completion(run: Run, stage: StageName, name: str, problems: list[str]) -> Completion | None:
@@ -103,7 +97,7 @@ def _summaries(
 
 def _metrics(run: Run, name: str, problems: list[str]) -> tuple[str, tuple[MetricCard, ...]]:
     """Of the set without a language model, else of the first one with."""
-    sets = [n for n in run.models("scores") if n.partition("@")[0] == name]
+    sets = [n for n in run.models("scores") if split_set(n)[0] == name]
     for found in sorted(sets):
         path = run.stage("scores", found).path / "summary.json"
         try:
@@ -150,7 +144,7 @@ def _missing(
     lines = []
     for stage, verb in _VERBS.items():
         elsewhere = stage == "model" and harvest is not None and harvest.config.get("model") != name
-        by_model = any(n.partition("@")[0] == name for n in run.models(stage))
+        by_model = any(split_set(n)[0] == name for n in run.models(stage))
         if done[stage] is None and not elsewhere and not by_model:
             lines.append(f"{stage}: `cratelm {verb} --run {run.path} --model {name}`")
     if not scored and done["scores"] is not None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
 from cratelm.records import ExcerptKind, Split
+from cratelm.runs.names import twin_name
 
 Shown = Literal["some", "all", "top"]
 """excerpts of a neuron: the first of each kind and bin, all, or the first of the strongest"""
@@ -96,12 +97,8 @@ class RunCard:
 
     def twin(self, name: str) -> str:
         """The model of the same size of the other family; empty where there is none."""
-        names = {c.name for c in self.models if c.neurons}
-        for a, b in (("crate-", "gpt2-"), ("gpt2-", "crate-")):
-            other = b + name.removeprefix(a)
-            if name.startswith(a) and other in names:
-                return other
-        return ""
+        other = twin_name(name)
+        return other if any(c.name == other and c.neurons for c in self.models) else ""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cratelm.runs import Draft, write_json
+from cratelm.runs.atomic import put_in_place
 from cratelm.sae.activations import Place
 
 FOLDER = "checkpoints"
@@ -26,9 +27,7 @@ def save(draft: Draft, step: int, trainers: list[Any], place: Place, resampled: 
         trainer.sae.save_model(partial / str(index))
         trainer.save_trainer_state(partial / str(index))
     write_json(partial / _PLACE, {"place": asdict(place), "resampled": resampled})
-    # Left by an attempt that was killed after the rename: the same state.
-    shutil.rmtree(whole, ignore_errors=True)
-    partial.rename(whole)
+    put_in_place(partial, whole)
     for old in folder.glob("step-*"):
         if old != whole:
             shutil.rmtree(old)
@@ -45,5 +44,5 @@ def restore(draft: Draft, trainers: list[Any]) -> tuple[Place, list[int]] | None
     for index, trainer in enumerate(trainers):
         trainer.sae.load_weights_from_checkpoint(last / str(index))
         trainer.load_trainer_state(last / str(index))
-    told = json.loads((last / _PLACE).read_text())
+    told = json.loads((last / _PLACE).read_text(encoding="utf-8"))
     return Place(**told["place"]), told["resampled"]

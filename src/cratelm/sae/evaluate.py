@@ -17,105 +17,44 @@ steering is, with a reconstruction on the way and without: `cratelm.sae.fidelity
 """
 
 import dataclasses
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.activations.config import HarvestConfig
+from cratelm.activations.config import HarvestConfig, last_name
 from cratelm.activations.harvest import autoencoder_identity, load_for, model_source
 from cratelm.errors import InputError
 from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.models.sites import Site
 from cratelm.records import Estimate
-from cratelm.runs import Run, config_dict, write_json
+from cratelm.runs import Run, config_dict, identity_of
+from cratelm.runs.names import set_name, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
-from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
+from cratelm.sae.fidelity import steering_fidelity
 from cratelm.sae.reconstruction import Firing, Measured, measure
+from cratelm.sae.store import (
+    EVALUATION,
+    DocumentLosses,
+    LayerReconstruction,
+    LayerReplacements,
+    ReplacedLoss,
+    SaeEvaluation,
+    StoredEvaluation,
+    read_evaluation,
+    write_evaluation,
+)
 from cratelm.stats.ratio import ratio
 from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
-EVALUATION = "evaluation.json"
 
-
-@dataclass(frozen=True)
-class Spliced:
-    """The model with something in the place of its activations."""
-
-    loss: Estimate
-    """nats a token"""
-    added: Estimate
-    """loss less that of the model as it is, on the same tokens"""
-    recovered_from_zero: Estimate | None
-    """1: nothing is lost, 0: as bad as zeros; None where zeros do not raise the loss"""
-    recovered_from_mean: Estimate | None
-    """likewise with the mean"""
-
-
-@dataclass(frozen=True)
-class LayerFigures:
-    """How well one layer's autoencoder rebuilds its inputs."""
-
-    layer: int
-    inputs: int
-    """H"""
-    latents: int
-    """S"""
-    explained_variance: Estimate | None
-    """None where all tokens have the same activations"""
-    l0: Estimate
-    dead: Estimate
-    shrinkage: Estimate | None
-    """None where all reconstructions are 0"""
-    norm_ratio: Estimate | None
-    """None where all activations are 0"""
-    own_l0: Estimate
-    """activations of the site that are not 0 at a token"""
-
-
-@dataclass(frozen=True)
-class PlaceFigures:
-    """What the model loses where the activations of some layers are replaced at once."""
-
-    layers: tuple[int, ...]
-    own_kept: tuple[int, ...]
-    """activations kept at a token in `own_top`, by layer"""
-    reconstruction: Spliced
-    own_top: Spliced
-    """the site's own code at the autoencoder's L0"""
-    own: Spliced
-    """all of the site's own code: nothing is lost"""
-    mean: Spliced
-    zero: Spliced
-
-
-@dataclass(frozen=True)
-class SaeEvaluateResult:
-    """Figures of the autoencoders of one site."""
-
-    model: str
-    sae: str
-    """as it was named"""
-    site: str
-    split: str
-    documents: int
-    tokens: int
-    """text tokens seen"""
-    loss: Estimate
-    """of the model as it is, nats a token"""
-    layers: tuple[LayerFigures, ...]
-    places: tuple[PlaceFigures, ...]
-    """each layer alone, then all together where there are several"""
-    steering: tuple[SteeringFigures, ...] = ()
-    """latents, by layer; empty where none were steered"""
-    own_steering: tuple[SteeringFigures, ...] = ()
-    """neurons of the site itself, by layer"""
+class SaeEvaluateResult(SaeEvaluation):
+    """Figures of the autoencoders of one site; printed as tables."""
 
     def __str__(self) -> str:
         head = (
@@ -138,9 +77,10 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     run = Run(config.run)
     run.stage("tokens").require("tokenize")
     asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, identity = model_source(asked, run)
+    source, made = model_source(asked, run)
+    identity = identity_of(made)
     asked_for = _autoencoders(config, run)
-    model = load_for(source, asked)
+    model = load_for(source, identity, asked)
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = _open(config, asked_for.folder, model, identity)
@@ -165,10 +105,15 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
             quiet=config.quiet,
         )
         result = dataclasses.replace(result, steering=steering, own_steering=own)
-    identities = {"identity": asked_for.identity, "model_identity": identity}
+    stored = StoredEvaluation(
+        figures=result,
+        config=config_dict(config),
+        identity=asked_for.identity,
+        model_identity=identity,
+        by_document=_by_document(found, split),
+    )
     for path in filter(None, (asked_for.kept, config.output)):
-        written = {"config": config_dict(config), **identities, **asdict(result)}
-        write_json(path, {**written, "by_document": _by_document(found, split)})
+        write_evaluation(Path(path), stored)
     return result
 
 
@@ -176,12 +121,16 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     """True, and said so, where the run keeps figures of these very autoencoders and this configuration."""
     run = Run(config.run)
     asked_for = _autoencoders(config, run)
-    _, identity = model_source(HarvestConfig(run=config.run, model=config.model), run)
+    _, made = model_source(HarvestConfig(run=config.run, model=config.model), run)
     if not asked_for.kept.is_file():
         return False
-    told = json.loads(asked_for.kept.read_text(encoding="utf-8"))
-    wanted = (config_dict(config), asked_for.identity, identity)
-    if (told.get("config"), told.get("identity"), told.get("model_identity")) != wanted:
+    try:
+        stored = read_evaluation(asked_for.kept)
+    except InputError:
+        return False  # of another version
+    if stored.config != config_dict(config) or not stored.is_of(
+        asked_for.identity, identity_of(made)
+    ):
         return False
     print(f"{asked_for.kept} is there, skipped (--force redoes it)", flush=True)
     return True
@@ -200,9 +149,9 @@ class _Autoencoders:
 
 
 def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
-    own = Path(config.model).name
-    known = [name for name in run.models("sae") if name.split("@")[0] == own]
-    named = config.sae if "@" in config.sae else f"{own}@{config.sae}"
+    own = last_name("--model", config.model)
+    known = [name for name in run.models("sae") if split_set(name)[0] == own]
+    named = config.sae if split_set(config.sae)[1] else set_name(own, config.sae)
     if not config.sae and len(known) == 1:
         named = known[0]
     if named in run.models("sae"):
@@ -211,7 +160,7 @@ def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
         return _Autoencoders(named, stage.path, identity, stage.path / EVALUATION)
     folder = Path(config.sae)
     if config.sae and folder.is_dir():
-        kept = run.path / "sae" / f"{own}@{folder.name}.json"
+        kept = run.path / "sae" / f"{set_name(own, last_name('--sae', config.sae))}.json"
         return _Autoencoders(config.sae, folder, autoencoder_identity(folder), kept)
     has = f"the run has {', '.join(known)}" if known else f"the run has none of {own}"
     told = f"--sae {config.sae} is no folder and" if config.sae else "--sae is not given and"
@@ -252,30 +201,30 @@ def _result(config: SaeEvaluateConfig, name: str, site: Site, found: Measured) -
             _layer_figures(place, site.layer_numbers[place], sae, found)
             for place, sae in enumerate(saes)
         ),
-        places=tuple(_place_figures(group, site, found) for group in found.groups),
+        replacements=tuple(_place_figures(group, site, found) for group in found.groups),
     )
 
 
-def _by_document(found: Measured, split: TokenSplit) -> dict[str, list]:
-    """Sums of each document, for losses of several models to be compared on the same ones."""
+def _by_document(found: Measured, split: TokenSplit) -> DocumentLosses:
+    """Sums of each document that has a predicted token."""
     sums = found.sums
     seen = sums["targets"] > 0
     whole = sums[found.groups[-1], "reconstruction"]
-    return {
-        "document": split.ordinals[sums.documents[seen]].tolist(),
-        "targets": sums["targets"][seen].astype(int).tolist(),
-        "loss": sums["loss"][seen].tolist(),
-        "reconstruction": whole[seen].tolist(),
-    }
+    return DocumentLosses(
+        document=tuple(split.ordinals[sums.documents[seen]].tolist()),
+        targets=tuple(sums["targets"][seen].astype(int).tolist()),
+        loss=tuple(sums["loss"][seen].tolist()),
+        reconstruction=tuple(whole[seen].tolist()),
+    )
 
 
-def _layer_figures(place: int, layer: int, sae: Any, found: Measured) -> LayerFigures:
+def _layer_figures(place: int, layer: int, sae: Any, found: Measured) -> LayerReconstruction:
     sums = {name[1]: values for name, values in found.sums.by_name.items() if name[0] == place}
     text = found.sums["text"]
     unexplained = _over(sums["error"], sums["spread"])
     if unexplained is not None:
         unexplained = dataclasses.replace(unexplained, value=1 - unexplained.value)
-    return LayerFigures(
+    return LayerReconstruction(
         layer=layer,
         inputs=sae.cfg.d_in,
         latents=sae.cfg.d_sae,
@@ -305,11 +254,11 @@ def dead_part(firing: Firing, documents: int) -> Estimate:
     return Estimate(dead, math.sqrt((documents - 1) / documents * spread))
 
 
-def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> PlaceFigures:
-    def of(kind: str) -> Spliced:
+def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> LayerReplacements:
+    def of(kind: str) -> ReplacedLoss:
         return _spliced(found, group, kind)
 
-    return PlaceFigures(
+    return LayerReplacements(
         layers=tuple(site.layer_numbers[place] for place in group),
         own_kept=tuple(found.kept[place] for place in group),
         reconstruction=of("reconstruction"),
@@ -320,7 +269,7 @@ def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> Place
     )
 
 
-def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> Spliced:
+def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> ReplacedLoss:
     sums = found.sums
     loss, clean, targets = sums[group, kind], sums["loss"], sums["targets"]
 
@@ -328,7 +277,7 @@ def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> Spliced:
         lost = sums[group, floor] - clean
         return _over(sums[group, floor] - loss, lost) if lost.sum() > 0 else None
 
-    return Spliced(
+    return ReplacedLoss(
         loss=_ratio(loss, targets),
         added=_ratio(loss - clean, targets),
         recovered_from_zero=recovered("zero"),
@@ -362,7 +311,7 @@ _LAYER_FIGURES = (
 """field, heading, format"""
 
 
-def _layer_table(layers: tuple[LayerFigures, ...]) -> str:
+def _layer_table(layers: tuple[LayerReconstruction, ...]) -> str:
     lines = [["", "inputs", "latents", *(heading for _, heading, _ in _LAYER_FIGURES)]]
     for f in layers:
         shown = [_show(getattr(f, name), form) for name, _, form in _LAYER_FIGURES]
@@ -372,7 +321,7 @@ def _layer_table(layers: tuple[LayerFigures, ...]) -> str:
 
 def _place_table(result: SaeEvaluateResult) -> str:
     lines = [["in the place of activations", "loss added", "from zero", "from mean"]]
-    for place in result.places:
+    for place in result.replacements:
         where = f"layer {place.layers[0]}" if len(place.layers) == 1 else "all layers"
         kept = ", ".join(map(str, place.own_kept))
         rows = {

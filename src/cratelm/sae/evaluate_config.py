@@ -5,14 +5,14 @@ from pathlib import Path
 
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
 class SaeEvaluateConfig:
     """Measure sparse autoencoders on tokens they have not seen, beside the site's own activations."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory: its tokens, and the model where it is one of the run"""
     model: str = "crate-2l"
     """a model of the run, or a folder or Hub id with a causal language model of transformers"""
@@ -24,7 +24,7 @@ class SaeEvaluateConfig:
     tokens: int = 100_000
     """tokens measured on, a seeded sample of whole sequences; fewer where the split holds fewer"""
     sequence_length: int | None = None
-    """T in tokens; left out: the model's longest, 1,024 where it names none"""
+    """T in tokens; left out: the model's longest, 2,048 at most, 1,024 where it names none"""
     batch_tokens: int = 8192
     """tokens that go through the model at once, fewer where their logits would pass 1 GiB"""
     steered: int = 8
@@ -34,26 +34,19 @@ class SaeEvaluateConfig:
     """tokens that they are steered at, a seeded sample of whole sequences"""
     seed: int = 0
     """of the samples of sequences, and of what is steered"""
-    device: str = aside("auto")
+    device: str = not_in_identity("auto")
     """auto: the GPU where there is one; cpu, cuda, cuda:1, mps"""
-    output: Path | None = aside(None)
+    output: Path | None = not_in_identity(None)
     """also write the figures to this JSON file; the run keeps them in any case, as
     sae/MODEL@NAME/evaluation.json, those of a folder from elsewhere as sae/MODEL@FOLDER.json"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
-        for field, least in (
-            ("tokens", 1),
-            ("sequence_length", 2),
-            ("batch_tokens", 1),
-            ("steered", 0),
-            ("steered_tokens", 1),
-            ("seed", 0),
-        ):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                flag = field.replace("_", "-")
-                raise InputError(f"--{flag} is {value}, {least} or more was expected")
+        at_least(
+            self,
+            {"tokens": 1, "sequence_length": 2, "batch_tokens": 1, "steered": 0,
+             "steered_tokens": 1, "seed": 0},
+        )  # fmt: skip

@@ -165,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} is not a file: a configuration in JSON was expected")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
     if not isinstance(found, dict):

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cratelm.activations.config import last_name
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
+from cratelm.runs.names import set_name
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "gated"]
 ARCHITECTURES: tuple[Architecture, ...] = ("l1", "topk", "batchtopk", "jumprelu", "gated")
@@ -28,7 +30,7 @@ class SaeTrainConfig:
     Killed and started again with the same command, training goes on where it was.
     """
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     model: str = "crate-2l"
     """a model of the run, or a folder or Hub id with a causal language model of transformers"""
@@ -70,7 +72,7 @@ class SaeTrainConfig:
     """tokens without a firing after which a latent counts as dead, is told so in the curve, and is
     revived; left out: a twentieth of --tokens, at most 10 million"""
     sequence_length: int | None = None
-    """T in tokens; left out: the model's longest, 1,024 where it names none"""
+    """T in tokens; left out: the model's longest, 2,048 at most, 1,024 where it names none"""
     buffer_mib: int = 512
     """MiB of activations that are shuffled together, at least two batches"""
     batch_tokens: int = 8192
@@ -81,13 +83,13 @@ class SaeTrainConfig:
     """of the initial weights, the order of the tokens, and what dead latents start from again"""
     log_every: int | None = None
     """steps between two points of the curve; left out: a hundredth of the steps"""
-    checkpoint_minutes: float = aside(2.0)
+    checkpoint_minutes: float = not_in_identity(2.0)
     """minutes between two checkpoints; 0: one after every step"""
-    device: str = aside("auto")
+    device: str = not_in_identity("auto")
     """auto: the GPU where there is one; cpu, cuda, cuda:1, mps"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """train again where this was finished already"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
@@ -95,12 +97,12 @@ class SaeTrainConfig:
             raise InputError(
                 f"--architecture is {self.architecture!r}: choose from {', '.join(ARCHITECTURES)}"
             )
-        for field in ("expansion", "d_sae", "k", "batch_size", "dead_after", "sequence_length"):
-            self._at_least(1, field)
-        for field in ("buffer_mib", "batch_tokens", "log_every"):
-            self._at_least(1, field)
-        for field in ("l1", "l0_coefficient", "seed", "checkpoint_minutes"):
-            self._at_least(0, field)
+        at_least(
+            self,
+            {"expansion": 1, "d_sae": 1, "k": 1, "batch_size": 1, "dead_after": 1,
+             "sequence_length": 1, "buffer_mib": 1, "batch_tokens": 1, "log_every": 1,
+             "l1": 0, "l0_coefficient": 0, "seed": 0, "checkpoint_minutes": 0},
+        )  # fmt: skip
         if not self.lr > 0:
             raise InputError(f"--lr is {self.lr}, above 0 was expected")
         if not 0 <= self.lr_decay < 1:
@@ -113,12 +115,6 @@ class SaeTrainConfig:
         if len(set(self.layers)) < len(self.layers) or min(self.layers, default=0) < 0:
             raise InputError(f"--layers {' '.join(map(str, self.layers))}: name each once, from 0")
         self._check_sparsity()
-
-    def _at_least(self, least: int, field: str) -> None:
-        value = getattr(self, field)
-        if value is not None and not value >= least:
-            flag = field.replace("_", "-")
-            raise InputError(f"--{flag} is {value}, {least} or more was expected")
 
     def _check_sparsity(self) -> None:
         for field, owners in _SPARSITY.items():
@@ -149,4 +145,4 @@ class SaeTrainConfig:
         size = f"d{self.d_sae}" if self.d_sae is not None else f"{self.expansion}x"
         place = re.sub(r"[^a-z0-9]+", "-", (self.site or "").lower()).strip("-")
         name = self.name or "-".join(filter(None, [self.architecture, size, place]))
-        return f"{Path(self.model).name}@{name}"
+        return set_name(last_name("--model", self.model), name)

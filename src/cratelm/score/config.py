@@ -6,6 +6,7 @@ from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
 from cratelm.llm.config import AskConfig, check_specification
 from cratelm.records import METRICS, SCORERS, Metric
+from cratelm.runs import at_least
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,4 @@ class ScoreConfig(AskConfig):
                 "--explanations, --name and --paper-compat are about a language model that simulates:"
                 " add --simulator hf:ID_OR_PATH or openai:MODEL"
             )
-        if self.resamples < 100:
-            raise InputError(f"--resamples {self.resamples}: 100 or more was expected")
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed}: 0 or more was expected")
+        at_least(self, {"resamples": 100, "seed": 0})

@@ -113,7 +113,10 @@ def asked_about(
                         record, dead, explainer, metric, control, explanations, reader, simulator
                     )
                     ready = made if isinstance(made, Score) else Score(None)
-                    row = NeuronScore(record.neuron, label, metric, control, ready, documents)
+                    row = NeuronScore(
+                        record.neuron, label, metric, control, ready, documents,
+                        explained_by=explainer, simulator=reader.name, variant=variant,
+                    )  # fmt: skip
                     yield PendingScore(row, made if isinstance(made, Task) else None)
 
 

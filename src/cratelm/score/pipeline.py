@@ -55,7 +55,17 @@ def score_neuron(
         documents = tuple(sorted({e.document for e in excerpts}))
         for control, used in uses.items():
             value = _score_one(control, used, excerpts, is_duplicate)
-            scores.append(NeuronScore(record.neuron, explainer, metric, control, value, documents))
+            scores.append(
+                NeuronScore(
+                    record.neuron,
+                    explainer,
+                    metric,
+                    control,
+                    value,
+                    documents,
+                    explained_by=explainer,
+                )
+            )
     return scores
 
 
@@ -79,7 +89,11 @@ def _score_one(
 def _without_value(
     neuron: NeuronId, explainer: str, metrics: Iterable[Metric], none: Score
 ) -> list[NeuronScore]:
-    return [NeuronScore(neuron, explainer, m, c, none) for m in metrics for c in CONTROLS]
+    return [
+        NeuronScore(neuron, explainer, m, c, none, explained_by=explainer)
+        for m in metrics
+        for c in CONTROLS
+    ]
 
 
 def score_all(

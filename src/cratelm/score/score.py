@@ -11,7 +11,6 @@ from cratelm.activations.store import read_records
 from cratelm.errors import InputError
 from cratelm.explain.store import (
     SampledNeuron,
-    explanation_set_name,
     read_explanations,
     read_selected,
     read_unexplained,
@@ -24,6 +23,7 @@ from cratelm.llm.prompts import scorers as scorer_prompts
 from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Split, Status
 from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.runs.names import set_name, sets_of
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import Audit, audit
 from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
@@ -100,8 +100,8 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     harvest = run.stage("activations", config.model)
     explained = run.stage("explanations", config.model)
     inputs = {
-        "activations": harvest.require("harvest").identity,
-        "explanations": explained.require("explain").identity,
+        "activations": harvest.require("harvest"),
+        "explanations": explained.require("explain"),
     }
     stage = run.stage("scores", config.model)
     if stage.is_finished(config, inputs, force=config.force):
@@ -126,15 +126,15 @@ def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | W
         reader = client.backend.name
         source = _explanation_set(run, config, reader)
         name = config.name or (reader if source == reader else f"{source or FREE}-by-{reader}")
-        explained = run.stage("explanations", explanation_set_name(config.model, source))
+        explained = run.stage("explanations", set_name(config.model, source))
         harvest = run.stage("activations", config.model)
         inputs = {
-            "tokens": run.stage("tokens").require("tokenize").identity,
-            "activations": harvest.require("harvest").identity,
-            "explanations": explained.require("explain").identity,
+            "tokens": run.stage("tokens").require("tokenize"),
+            "activations": harvest.require("harvest"),
+            "explanations": explained.require("explain"),
             "prompts": f"{prompts.VERSION} {scorer_prompts.VERSION}",
         }
-        stage = run.stage("scores", explanation_set_name(config.model, name))
+        stage = run.stage("scores", set_name(config.model, name))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
         if ahead and stage.is_finished(config, inputs, force=redo):
@@ -163,9 +163,8 @@ def _explanation_set(run: Run, config: ScoreConfig, reader: str) -> str:
     if config.explanations == FREE:
         return ""
     wanted = config.explanations or reader
-    if run.stage("explanations", explanation_set_name(config.model, wanted)).completion() is None:
-        prefix = f"{config.model}@"
-        there = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
+    if run.stage("explanations", set_name(config.model, wanted)).completion() is None:
+        there = sets_of(run.models("explanations"), config.model)
         raise InputError(
             f"{run.path} has no explanations of {config.model} by {wanted}: those by"
             f" {', '.join([*there, FREE])} can be named with --explanations; or type `cratelm explain"

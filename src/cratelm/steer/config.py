@@ -9,7 +9,7 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.llm.config import AskConfig, check_specification
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 from cratelm.steer.edits import Edit, Positions, one_operation
 
 FREE = "free"
@@ -24,7 +24,7 @@ class SteerConfig:
 
     neurons: tuple[str, ...]
     """neurons to edit, as LAYER:INDEX, such as 1:32 0:7"""
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     model: str = "crate-2l"
     """name of a model in the run"""
@@ -62,6 +62,10 @@ class SteerConfig:
     seed: int = 0
     """seed of the document drawn, and of the tokens at a temperature above 0: both continuations use the same
     random numbers"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
     output: Path | None = None
     """also write the figures to this JSON file"""
 
@@ -75,7 +79,7 @@ class SteerConfig:
             raise InputError(
                 f"--site {self.site} and --sae cannot be combined: autoencoders name the site that they read"
             )
-        _at_least(self, {"tokens": 1, "top": 1, "generate": 0, "temperature": 0, "seed": 0})
+        at_least(self, {"tokens": 1, "top": 1, "generate": 0, "temperature": 0, "seed": 0})
 
     def edits(self) -> list[Edit]:
         """Return the edits that the options ask for, one per layer."""
@@ -92,7 +96,7 @@ class SteerConfig:
 class EffectsConfig:
     """Measure what each neuron writes to the vocabulary, and the loss on held-out text without it."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, holding the harvest of `--model`"""
     model: str = "crate-2l"
     """name of the harvest, which is the name of the model"""
@@ -112,15 +116,17 @@ class EffectsConfig:
     """tokens that the model reads at once; default: as in the harvest"""
     seed: int = 0
     """seed of neurons, positions and held-out sequences drawn, of shuffled explanations and of resamples"""
-    batch_tokens: int = aside(4096)
+    batch_tokens: int = not_in_identity(4096)
     """held-out tokens whose activations are held in memory at a time"""
-    force: bool = aside(False)
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too"""
+    force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             self,
             {"neurons": 0, "top": 1, "positions": 1, "tokens": 1, "sequence_length": 2, "seed": 0,
              "batch_tokens": 1},
@@ -133,6 +139,9 @@ class EffectsConfig:
 class InterveneConfig(AskConfig):
     """Ask a language model whether steering each neuron changes the text as its explanation says."""
 
+    device: str = not_in_identity("auto")
+    """of the steered model, and of a judge `hf:`; auto: as in the harvest, and for the judge a GPU where
+    there is one. The steered model's precision is the harvest's, --dtype is the judge's"""
     judge: str = ""
     """language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at --base-url"""
     explanations: str = FREE
@@ -171,7 +180,7 @@ class InterveneConfig(AskConfig):
         check_specification("--judge", self.judge)
         if self.only:
             places("--only", self.only)
-        _at_least(
+        at_least(
             self,
             {"neurons": 0, "texts": 1, "prompt_tokens": 1, "generate": 1, "temperature": 0,
              "resamples": 1, "seed": 0},
@@ -191,11 +200,3 @@ def places(option: str, given: Sequence[str]) -> list[tuple[int, int]]:
     if not found:
         raise InputError(f"{option} names no neuron: LAYER:INDEX was expected, such as 1:32")
     return sorted(set(found))
-
-
-def _at_least(config: object, lowest: dict[str, float]) -> None:
-    for name, least in lowest.items():
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {value}: {least} or more was expected")

@@ -92,13 +92,13 @@ def effects(config: EffectsConfig) -> EffectsResult:
     """
     run = Run(config.run)
     inputs = {
-        "tokens": run.stage("tokens").require("tokenize").identity,
-        "activations": run.stage("activations", config.model).require("harvest").identity,
+        "tokens": run.stage("tokens").require("tokenize"),
+        "activations": run.stage("activations", config.model).require("harvest"),
     }
     stage = effects_stage(run, config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage.path)
-    harvested = open_harvested(run, config.model)
+    harvested = open_harvested(run, config.model, config.device)
     chosen = places("--only", config.only) if config.only else ()
     selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
     rest = PartialForward(harvested.subject.model, harvested.site)

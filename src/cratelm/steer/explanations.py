@@ -9,13 +9,13 @@ import numpy as np
 from cratelm.errors import InputError
 from cratelm.explain.store import (
     SampledNeuron,
-    explanation_set_name,
     read_explanations,
     read_selected,
     read_unexplained,
 )
 from cratelm.records import NeuronId, NeuronKey
 from cratelm.runs import Run, Stage
+from cratelm.runs.names import set_name, sets_of
 from cratelm.steer.config import FREE, PROMOTED, InterveneConfig, places
 from cratelm.steer.store import effects_stage, read_ablations, read_logit_effects
 
@@ -45,10 +45,9 @@ def explanation_source(run: Run, config: InterveneConfig) -> Stage:
         stage.require("effects")
         return stage
     name = "" if config.explanations == FREE else config.explanations
-    stage = run.stage("explanations", explanation_set_name(config.model, name))
+    stage = run.stage("explanations", set_name(config.model, name))
     if stage.completion() is None:
-        prefix = f"{config.model}@"
-        sets = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
+        sets = sets_of(run.models("explanations"), config.model)
         if run.stage("explanations", config.model).completion():
             sets.append(FREE)
         raise InputError(

@@ -135,8 +135,8 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
     run = Run(config.run)
     source = explanation_source(run, config)
     inputs = {
-        "activations": run.stage("activations", config.model).require("harvest").identity,
-        "explanations": source.require("explain").identity,
+        "activations": run.stage("activations", config.model).require("harvest"),
+        "explanations": source.require("explain"),
         "prompts": judging.VERSION,
     }
     with open_client(config, config.judge) as client:
@@ -147,7 +147,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         writes = not (config.dry_run or config.shard)
         if writes and stage.is_finished(config, inputs, force=redo):
             return _result(stage.path)
-        harvested = open_harvested(run, config.model)
+        harvested = open_harvested(run, config.model, config.device)
         _check_length(config, harvested)
         explained = read_judged_explanations(config, source.path)
         selected = choose_neurons(config, explained.selected)

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratelm.columns import NEURON_COLUMNS, Column, TableFile
-from cratelm.explain.store import explanation_set_name
 from cratelm.records import Estimate, Interval, NeuronId
 from cratelm.runs import Run, Stage, write_json
+from cratelm.runs.names import set_name, sets_of, split_set
 
 EffectKind = Literal["exact", "first_order"]
 """`exact`: through everything that follows the neuron; `first_order`: through the last norm and the
@@ -239,7 +239,7 @@ def effects_stage(run: Run, model: str) -> Stage:
 
 def models_with_effects(run: Run) -> list[str]:
     """Return the models for which `cratelm effects` has finished, sorted."""
-    return [name for name in run.models("steer") if "@" not in name]
+    return [name for name in run.models("steer") if not split_set(name)[1]]
 
 
 def write_logit_effects(folder: Path, effects: Sequence[LogitEffect]) -> None:
@@ -408,13 +408,12 @@ class InterventionSummary:
 
 def interventions_stage(run: Run, model: str, name: str) -> Stage:
     """Return the stage that `cratelm intervene` writes about a model under a name."""
-    return run.stage("steer", explanation_set_name(model, name))
+    return run.stage("steer", set_name(model, name))
 
 
 def intervention_names(run: Run, model: str) -> list[str]:
     """Return the names under which `cratelm intervene` has finished for a model, sorted."""
-    prefix = f"{model}@"
-    return [name.removeprefix(prefix) for name in run.models("steer") if name.startswith(prefix)]
+    return sets_of(run.models("steer"), model)
 
 
 def write_interventions(folder: Path, rows: Sequence[Intervention]) -> None:

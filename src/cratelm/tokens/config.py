@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 LEAST_VOCABULARY = 257
 """256 bytes and the end-of-text token"""
@@ -15,7 +15,7 @@ LEAST_VOCABULARY = 257
 class TokenizeConfig:
     """Turn a corpus into token shards with document borders, split by the hash of each document."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, in which `tokens/` is written"""
     corpus: str = "builtin"
     """`builtin` (the Python standard library's sources, about 12 MB), a file (.txt .text .md .rst
@@ -42,21 +42,18 @@ class TokenizeConfig:
     """stop after so many documents; left out: all"""
     max_tokens: int | None = None
     """stop after the document that reaches so many tokens; left out: all"""
-    sequence_length: int = aside(128)
+    sequence_length: int = not_in_identity(128)
     """tokens; every split must hold one sequence of this length at least, and one token more"""
     on_error: Literal["stop", "skip"] = "stop"
     """what to do at a document that cannot be read: stop with its file and line, or skip and count"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """tokenize again although it is finished"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < LEAST_VOCABULARY:
-            raise InputError(
-                f"--vocab-size is {self.vocab_size}, {LEAST_VOCABULARY} or more was expected:"
-                " 256 bytes and the end-of-text token"
-            )
+        least = {"vocab_size": LEAST_VOCABULARY}
+        at_least(self, least, "256 bytes and the end-of-text token")
         for name in ("fit", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 flag = name.replace("_", "-")

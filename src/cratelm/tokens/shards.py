@@ -322,7 +322,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             f"{folder} holds no token shards: type `cratelm tokenize --run {folder.parent}` first"
         )
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] == FORMAT and set(meta["splits"]) == set(SPLITS):
             return meta
     except (ValueError, KeyError, TypeError):

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import logging as transformers_logging
 
-from cratelm.runs import Draft, Stage
+from cratelm.runs import Completion, Draft, Settings, Stage
+from cratelm.runs.atomic import put_in_place
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -27,11 +28,14 @@ logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 @contextlib.contextmanager
 def shared_draft(
-    accelerator: Accelerator, stage: Stage, identity: Mapping[str, Any], inputs: Mapping[str, str]
+    accelerator: Accelerator,
+    stage: Stage,
+    settings: Settings,
+    inputs: Mapping[str, Completion | str],
 ) -> Iterator[Draft]:
     """The stage's draft: the main process opens and finishes it, the others learn its path."""
     if accelerator.is_main_process:
-        with stage.write(identity, inputs, resume=True) as draft:
+        with stage.write(settings, inputs, resume=True) as draft:
             draft.scratch.add(FOLDER)
             broadcast_object_list([str(draft.path)])
             yield draft
@@ -52,9 +56,7 @@ def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        # Left by an attempt that was killed after the rename: the same state.
-        shutil.rmtree(folder / f"step-{step:09d}", ignore_errors=True)
-        partial.rename(folder / f"step-{step:09d}")
+        put_in_place(partial, folder / f"step-{step:09d}")
         for old in found(draft)[:-KEPT]:
             shutil.rmtree(old)
 

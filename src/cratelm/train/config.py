@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside, config_dict
+from cratelm.runs import Settings, at_least, config_dict, not_in_identity, options_of
+from cratelm.runs.names import untrained_name
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class TrainConfig:
     same order. Killed and started again with the same command, training goes on where it was.
     """
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory; its tokens must have been made by `cratelm tokenize`"""
     model: str = "crate-2l"
     """size by name: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l"""
@@ -121,33 +122,32 @@ class TrainConfig:
     """steps between two points of the validation curve (paper 1,000; laptop 100)"""
     validation_sequences: int | None = None
     """sequences of the held-out split, always the same ones (paper 1,024; laptop 128)"""
-    checkpoint_every: int | None = aside(None)
+    checkpoint_every: int | None = not_in_identity(None)
     """steps between two checkpoints (paper 1,000; laptop 50)"""
     seed: int = 0
     """of the initial weights, and of the order of the sequences"""
     model_overrides: tuple[str, ...] = ()
     """fields of the model's configuration as key=value, such as ista_residual=true ista_steps=3"""
-    device: Literal["auto", "cpu"] = aside("auto")
+    device: Literal["auto", "cpu"] = not_in_identity("auto")
     """auto: the GPU where there is one; several by `torchrun` or `accelerate launch`"""
-    tensorboard: bool = aside(True)
+    tensorboard: bool = not_in_identity(True)
     """curves for TensorBoard in the model's folder"""
-    wandb: bool = aside(False)
+    wandb: bool = not_in_identity(False)
     """curves to Weights & Biases as well (needs cratelm[wandb])"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """train again where this was finished already"""
-    quiet: bool = aside(False)
+    quiet: bool = not_in_identity(False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
         numbers = self.numbers()
-        for field in ("batch_size", "micro_batch_size", "sequence_length", "log_every"):
-            _at_least(1, field, getattr(numbers, field))
-        for field in ("validate_every", "validation_sequences", "checkpoint_every"):
-            _at_least(1, field, getattr(numbers, field))
-        for field in ("steps", "warmup"):
-            _at_least(0, field, getattr(numbers, field))
-        for field in ("weight_decay", "clip", "seed"):
-            _at_least(0, field, getattr(self, field))
+        at_least(
+            numbers,
+            {"batch_size": 1, "micro_batch_size": 1, "sequence_length": 1, "log_every": 1,
+             "validate_every": 1, "validation_sequences": 1, "checkpoint_every": 1,
+             "steps": 0, "warmup": 0},
+        )  # fmt: skip
+        at_least(self, {"weight_decay": 0, "clip": 0, "seed": 0})
         if not numbers.learning_rate > 0:
             raise InputError(f"--learning-rate is {numbers.learning_rate}, above 0 was expected")
         if not 0 <= self.minimum_ratio <= 1:
@@ -186,7 +186,13 @@ class TrainConfig:
     @property
     def folder(self) -> str:
         """Name of the model in its run."""
-        return self.name or (f"{self.model}-init" if self.numbers().steps == 0 else self.model)
+        usual = untrained_name(self.model) if self.numbers().steps == 0 else self.model
+        return self.name or usual
+
+    def settings(self) -> Settings:
+        """What a completion record keeps: `identity`, and what it is where nothing is given."""
+        usual = TrainConfig(model=self.model, recipe=self.recipe)
+        return Settings(self.identity(), usual.identity(), options_of(self))
 
     def identity(self) -> dict[str, Any]:
         """All that decides the weights, each number by its value wherever it came from."""
@@ -201,9 +207,3 @@ def _value(text: str) -> Any:
         return json.loads(text.lower() if text in ("True", "False") else text)
     except ValueError:
         return text
-
-
-def _at_least(least: int, field: str, value: float) -> None:
-    if not value >= least:
-        flag = field.replace("_", "-")
-        raise InputError(f"--{flag} is {value}, {least} or more was expected")

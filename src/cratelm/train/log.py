@@ -62,7 +62,7 @@ class Log:
 
     def _line(self, name: str, value: dict[str, Any]) -> None:
         if self.folder is not None:
-            with (self.folder / name).open("a") as file:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(value) + "\n")
 
     def _show(self, step: int, figures: dict[str, float]) -> None:
@@ -76,7 +76,7 @@ class Log:
 def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
     """Lines of a curve file, in order of steps; a last line that was cut by a kill is left out."""
     path = folder / name
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
@@ -106,7 +106,8 @@ def draw(folder: Path, title: str) -> None:
 def _truncate(path: Path, step: int) -> None:
     kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        lines = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary.write_text(lines, encoding="utf-8")
 
 
 def import_wandb() -> Any:

@@ -66,8 +66,8 @@ def train(config: TrainConfig) -> TrainResult:
     """
     run = Run(config.run)
     stage = run.stage("model", config.folder)
-    inputs = {"tokens": run.stage("tokens").require("tokenize").identity}
-    if stage.is_finished(config.identity(), inputs, force=config.force):
+    inputs = {"tokens": run.stage("tokens").require("tokenize")}
+    if stage.is_finished(config.settings(), inputs, force=config.force):
         return _read_result(stage)
 
     if config.wandb:
@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> TrainResult:
     ready = _prepare(config, store)
     if ready.accelerator.is_main_process and not config.quiet:
         print(_plan(config, ready, stage.label))
-    with checkpoints.shared_draft(ready.accelerator, stage, config.identity(), inputs) as draft:
+    with checkpoints.shared_draft(ready.accelerator, stage, config.settings(), inputs) as draft:
         _take_steps(ready, config, draft, stage.label)
         checkpoints.save_model(ready.accelerator, ready.model, draft.path)
         if ready.accelerator.is_main_process:

@@ -32,7 +32,7 @@ from cratelm.errors import InputError
 from cratelm.records import Split
 from cratelm.results.neuron_table import READ_ERRORS, Columns, changed_at, one_line, read_columns
 from cratelm.results.views import IndexState
-from cratelm.runs import Run, hash_json, write_json
+from cratelm.runs import Run, atomic_folder, atomic_path, hash_json, write_json
 from cratelm.tokens.shards import TokenStore
 
 _FORMAT = 2
@@ -93,9 +93,8 @@ class Index:
 
     def _key(self) -> str:
         tokens = self.run.stage("tokens").completion()
-        told = {
-            n: self.run.stage("activations", n).require("harvest").identity for n in self._models()
-        }
+        harvests = {n: self.run.stage("activations", n).completion() for n in self._models()}
+        told = {n: done.identity for n, done in harvests.items() if done is not None}
         return hash_json(
             {"format": _FORMAT, "tokens": tokens.identity if tokens else "", "of": told}
         )
@@ -135,13 +134,9 @@ class Index:
             np.concatenate(parts) if parts else np.zeros(0)
             for parts in (neurons, tokens, values, counts)
         ]
-        draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _write(draft, *arrays, n_neurons=start)
-        write_json(draft / "meta.json", {"offsets": offsets, "neurons": start})
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        with atomic_folder(folder) as draft:
+            _write(draft, *arrays, n_neurons=start)
+            write_json(draft / "meta.json", {"offsets": offsets, "neurons": start})
         for old in folder.parent.glob("index-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
@@ -156,7 +151,7 @@ class Index:
         )
 
     def _open(self, folder: Path) -> None:
-        self._meta = json.loads((folder / "meta.json").read_text())
+        self._meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         names = ("starts", "neurons", "values", "counts", "vectors")
         self._arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
         self._folder = folder
@@ -171,10 +166,8 @@ class Index:
                 path = folder / map_name(name, layer)
                 if not path.is_file():
                     places = plane(self._vectors(name)[columns.rows_of(layer)])
-                    temporary = path.with_name(f".{path.name}")
-                    with temporary.open("wb") as file:
+                    with atomic_path(path) as temporary, temporary.open("wb") as file:
                         np.save(file, places)
-                    temporary.replace(path)
 
     # ---- asking -----------------------------------------------------------------------------------
 

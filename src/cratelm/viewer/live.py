@@ -23,6 +23,7 @@ from cratelm.errors import InputError
 from cratelm.evaluate.scoring import next_logits
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
+from cratelm.results.neuron_table import changed_at
 from cratelm.steer.edits import Edit
 from cratelm.steer.steer import compared, continue_ids
 from cratelm.steer.steering import steering
@@ -114,6 +115,7 @@ class Live:
 
         Raises `InputError` for a text or a neuron that cannot be, `Busy` where too many wait.
         """
+        state = self._state(run, model)
         maximum = self._maximum(run, model, layer, index)
 
         def work() -> Reading:
@@ -121,10 +123,11 @@ class Live:
             values = found[self._place(run, model, layer)][:, index]
             return Reading(tokens, cut, layer, index, tuple(values.tolist()), maximum)
 
-        return self._ask(("activations", run, model, text, layer, index), work)
+        return self._ask(("activations", *state, text, layer, index), work)
 
     def strongest(self, run: str, model: str, text: str, position: int) -> tuple[TopNeuron, ...]:
         """The neurons of all layers that are strongest at a token, each against its own largest value."""
+        state = self._state(run, model)
         columns = self.library.columns(run, model)
 
         def work() -> tuple[TopNeuron, ...]:
@@ -144,12 +147,13 @@ class Live:
                         strong.append(TopNeuron(layer, i, float(values[i]), float(share[i]), told))
             return tuple(sorted(strong, key=lambda s: -s.share)[:_STRONGEST])
 
-        return self._ask(("strongest", run, model, text, position), work)
+        return self._ask(("strongest", *state, text, position), work)
 
     def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> SteeringEffect:
         """The next token and `count` more with an edit at every token and without; greedy."""
         if not 0 <= count <= _MOST_GENERATED:
             raise InputError(f"{count} tokens: 0 to {_MOST_GENERATED} can be generated")
+        state = self._state(run, model)
         for index in edit.indices:
             self._maximum(run, model, edit.layer, index)
 
@@ -167,10 +171,18 @@ class Live:
             )
 
         return self._ask(
-            ("steer", run, model, text, edit.layer, edit.indices, edit.operation, count), work
+            ("steer", *state, text, edit.layer, edit.indices, edit.operation, count), work
         )
 
     # ---- in the worker ----------------------------------------------------------------------------
+
+    def _state(self, run: str, model: str) -> tuple[str, str, str, int]:
+        """What an answer is about, read before anything else: an answer that is remembered holds only
+        while the harvest, and what was explained since, is the same. Raises `NotFound`."""
+        self.library.columns(run, model)
+        path = self.library.run_of(run)
+        harvest = path.stage("activations", model).require("harvest").identity
+        return run, model, harvest, changed_at(path)
 
     def _ask(self, name: tuple, work: Callable[[], _T]) -> _T:
         """The answer, remembered or from the worker."""

@@ -56,7 +56,8 @@ class Library:
                     f"{path} is not there: a run directory was expected, such as one that `cratelm demo`"
                     " makes in runs/demo"
                 )
-            name, key, number = Path(path).resolve().name, Path(path).resolve().name, 1
+            name = Path(path).resolve().name or "run"  # "/" has none
+            key, number = name, 1
             while key in self._runs:
                 number += 1
                 key = f"{name}-{number}"

@@ -24,7 +24,7 @@ def view(config: ViewConfig) -> Any:
 
         for key in library.keys:
             library.index_of(key).build()
-        return export(library, config.static, config.neurons, config.force)
+        return export(library, config.static, config.neurons, config.force, quiet=config.quiet)
     _serve(config, library)
     return ""
 

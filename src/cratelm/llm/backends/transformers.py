@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from cratelm.errors import InputError
 from cratelm.llm.requests import (
+    CHAT_IDENTITY,
     NO_RANK,
     Answer,
     Chat,
@@ -55,6 +56,8 @@ BATCH_TOKENS = 4096
 CHAT_BATCH = 8
 RANKED = 20
 """likeliest tokens of a place whose rank is told"""
+DECODING = "the likeliest token; at a temperature with Gumbel noise of the request's own seed"
+"""how chats are answered, for the identity: nothing of a model's own generation settings enters"""
 _HEAD_BYTES = 1 << 20
 """of each weight file that enters the model's identity, at its begin and at its end"""
 
@@ -84,6 +87,7 @@ class LocalBackend:
             "backend": "hf",
             "weights": self._fingerprint,
             "dtype": str(self._dtype).removeprefix("torch."),
+            CHAT_IDENTITY: DECODING,
         }
 
     @cached_property
@@ -100,7 +104,7 @@ class LocalBackend:
 
         with _readable(self._source):
             tokenizer = AutoTokenizer.from_pretrained(
-                *self._source.arguments, **self._source.options
+                *self._source.arguments, **self._source.pinned
             )
         if not tokenizer.is_fast:
             raise InputError(
@@ -111,12 +115,17 @@ class LocalBackend:
 
     @cached_property
     def model(self) -> Any:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         with _readable(self._source):
             model = AutoModelForCausalLM.from_pretrained(
-                *self._source.arguments, dtype=self._dtype, **self._source.options
+                *self._source.arguments, dtype=self._dtype, **self._source.pinned
             )
+        # `generate` takes from here whatever it is not given: a model's own repetition penalty or beams
+        # would change answers. Its special tokens are all that stays.
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ours = {name: getattr(model.generation_config, name) for name in special}
+        model.generation_config = GenerationConfig(**ours)
         return model.to(device=self._device, dtype=self._dtype).eval()  # type: ignore[arg-type]
 
     def count_tokens(self, text: str) -> int:
@@ -288,26 +297,29 @@ class LocalBackend:
 
     def _chat(self, requests: list[Chat]) -> list[Outcome]:
         """Continuations of conversations with the same settings, padded on the left."""
+        from transformers import GenerationConfig, LogitsProcessorList
+
         started = time.monotonic()
         tokenizer, settings = self.tokenizer, requests[0]
         rows = [tokenizer(self._template(r), add_special_tokens=False).input_ids for r in requests]
         ids, mask, cache = self._after_shared(rows)
-        sampled = settings.temperature > 0
-        with torch.random.fork_rng():
-            torch.manual_seed(int(key(settings, self.identity)[:15], 16))
-            produced = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
+        noise = LogitsProcessorList()
+        if settings.temperature > 0:
+            seeds = [int(key(r, self.identity)[:15], 16) for r in requests]
+            noise.append(_GumbelNoise(seeds, settings.temperature))
+        produced = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=GenerationConfig(
                 max_new_tokens=settings.max_tokens,
-                do_sample=sampled,
-                temperature=settings.temperature if sampled else None,
-                top_p=None,
-                top_k=None,
+                do_sample=False,
                 pad_token_id=self._pad,
                 stop_strings=[settings.stop] if settings.stop else None,
-                tokenizer=tokenizer,
-            )
+            ),
+            logits_processor=noise,
+            tokenizer=tokenizer,
+        )
         new = produced[:, ids.shape[1] :]
         seconds = (time.monotonic() - started) / len(requests)
         outcomes: list[Outcome] = []
@@ -382,6 +394,25 @@ class LocalBackend:
             Answer(o.value, o.prompt_tokens, 0, seconds) if isinstance(o, Answer) else o
             for o in outcomes
         ]
+
+
+class _GumbelNoise:
+    """Makes greedy decoding a draw from the softmax at a temperature: the largest of logits / temperature
+    plus Gumbel noise is such a draw (Gumbel 1954). Each row has a generator of its own, so that an
+    answer is the same whatever is asked in the same batch; `generate` draws from one for all rows.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float):
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shape = scores.shape[1:]  # [B, V] without B
+        uniform = torch.stack(
+            [torch.rand(shape, generator=g, dtype=torch.float64) for g in self._generators]
+        )
+        gumbel = -(-uniform.log()).log()  # [B, V]; -inf where 0 was drawn
+        return scores / self._temperature + gumbel.to(scores)
 
 
 class _Head:
@@ -512,6 +543,20 @@ class _Source:
         self.options = {"gguf_file": gguf} if gguf else {}
         self.files = sorted(p for p in Path(folder_or_id).glob(gguf or "*") if p.is_file())
 
+    @cached_property
+    def commit(self) -> str:
+        """Of a Hub model: the commit that is read now, without a network that of the local cache."""
+        from transformers.utils.hub import cached_file
+
+        with _readable(self):
+            parts = Path(cached_file(*self.arguments, "config.json") or "").parts
+        return parts[parts.index("snapshots") + 1]  # the cache's .../snapshots/COMMIT/config.json
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """Options of `from_pretrained`, by which a Hub model is that of its identity."""
+        return self.options if self.files else {**self.options, "revision": self.commit}
+
     def __str__(self) -> str:
         return "/".join([*self.arguments, *self.options.values()])
 
@@ -571,11 +616,7 @@ def _slug(specification: str, source: _Source) -> str:
 def _fingerprint(source: _Source) -> str:
     """sha256 over the files' names, sizes, first and last MiB; of a Hub model, its id and commit."""
     if not source.files:
-        from transformers import AutoConfig
-
-        with _readable(source):
-            config = AutoConfig.from_pretrained(*source.arguments)
-        return f"{source}@{getattr(config, '_commit_hash', None) or 'unknown'}"
+        return f"{source}@{source.commit}"
     digest = hashlib.sha256()
     for path in source.files:
         size = path.stat().st_size
@@ -610,7 +651,7 @@ def _dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return torch.float32
     return torch.bfloat16 if re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) else torch.float32

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cratelm.records import Estimate
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.runs import Completion, Run, hash_file
+from cratelm.runs.names import set_name
 from cratelm.stats.ratio import ratio
 from cratelm.text.table import Cell, PlusMinus
 
@@ -42,7 +43,7 @@ def evaluation_path(run: Run, harvest: Completion) -> Path | None:
     sae = harvest.config.get("sae")
     if not sae:
         return None
-    name = f"{Path(harvest.config['model']).name}@{Path(sae).name}"
+    name = set_name(Path(harvest.config["model"]).name, Path(sae).name)
     own = run.path / "sae" / name
     return own / "evaluation.json" if own.is_dir() else own.with_name(f"{name}.json")
 

@@ -16,6 +16,7 @@ from cratelm.records import NeuronId
 from cratelm.report.cells import interval_cell
 from cratelm.report.drawing import Figure, Panel, Series, by_layer
 from cratelm.runs import Run
+from cratelm.runs.names import split_set
 from cratelm.text.table import Cell, Column, PlusMinus, Table
 
 _NAMES = {
@@ -230,9 +231,9 @@ def _interventions(run: Run, models: Sequence[str]) -> list[tuple[str, dict[str,
         (model, _summary(run, name))
         for model in models
         for name in there
-        if name.startswith(f"{model}@")
+        if split_set(name)[0] == model and name != model
     ]
 
 
 def _summary(run: Run, name: str) -> dict[str, Any]:
-    return json.loads((run.stage("steer", name).path / "summary.json").read_text())
+    return json.loads((run.stage("steer", name).path / "summary.json").read_text(encoding="utf-8"))

@@ -123,7 +123,7 @@ def _read(name: str, folder: Path) -> Analysed:
     for row in pq.read_table(folder / "layers.parquet").to_pylist():
         place = figures.setdefault((row["quantity"], row["setting"]), {})
         place[row["layer"]] = (row["value"], row["error"])
-    means = json.loads((folder / "summary.json").read_text())["readings"]
+    means = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["readings"]
     return Analysed(name, figures, tuple(means), folder / "readings.parquet")
 
 
