@@ -292,10 +292,10 @@ def run(tmp_path_factory):
             text = " ".join(generator.choice(words, 60)) + "."
             file.write(json.dumps({"text": text}) + "\n")
     path = folder / "run"
-    cratelm.tokenize(run=path, corpus=str(texts), vocab_size=280, fit=0.3, held_out=0.3, sequence_length=32, quiet=True)  # fmt: skip
+    cratelm.api.tokenize(run=path, corpus=str(texts), vocab_size=280, fit=0.3, held_out=0.3, sequence_length=32, quiet=True)  # fmt: skip
     small = ("hidden_size=16", "num_attention_heads=2")
     for model in ("crate-2l", "gpt2-2l"):
-        cratelm.train(run=path, model=model, steps=0, sequence_length=32, model_overrides=small, name=model, validation_sequences=2, tensorboard=False, quiet=True)  # fmt: skip
+        cratelm.api.train(run=path, model=model, steps=0, sequence_length=32, model_overrides=small, name=model, validation_sequences=2, tensorboard=False, quiet=True)  # fmt: skip
     return path
 
 
@@ -303,7 +303,7 @@ OPTIONS = {"top": 12, "random": 6, "per_bin": 4, "pilot_tokens": 512, "batch_tok
 
 
 def test_harvest_verb_writes_what_the_model_does(run):
-    result = cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    result = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     assert result.site == "ista"
     assert result.neurons == (64, 64)
     model = cratelm.load(run / "model" / "crate-2l")
@@ -343,7 +343,7 @@ def test_harvest_verb_writes_what_the_model_does(run):
 def test_twins_share_random_positions(run):
     places = []
     for model in ("crate-2l", "gpt2-2l"):
-        path = cratelm.harvest(run=run, model=model, **OPTIONS).path
+        path = cratelm.api.harvest(run=run, model=model, **OPTIONS).path
         places.append(
             [[e.position for e in r.of_kind("random")] for r in read_records(path, "fit")]
         )
@@ -352,7 +352,7 @@ def test_twins_share_random_positions(run):
 
 
 def test_one_neuron_can_be_read_alone(run):
-    path = cratelm.harvest(run=run, model="crate-2l", **OPTIONS).path
+    path = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
     (alone,) = read_records(path, "fit", layers=[1], indices=[9])
     everything = {r.neuron: r for r in read_records(path, "fit")}
     same = everything[alone.neuron]
@@ -362,7 +362,7 @@ def test_one_neuron_can_be_read_alone(run):
 
 
 def test_records_round_trip(run, tmp_path):
-    path = cratelm.harvest(run=run, model="crate-2l", **OPTIONS).path
+    path = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
     records = list(read_records(path, "held_out"))
     write_records(tmp_path, "held_out", records)
     for before, after in zip(records, read_records(tmp_path, "held_out"), strict=True):
@@ -375,13 +375,13 @@ def test_records_round_trip(run, tmp_path):
 
 def test_finished_is_skipped_changed_is_told_same_command_same_files(run):
     first = Run(run).stage("activations", "crate-2l")
-    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     before = first.require("harvest")
-    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     assert first.require("harvest") == before
     with pytest.raises(InputError, match=r"seed=0, now 3.*--force"):
-        cratelm.harvest(run=run, model="crate-2l", seed=3, **OPTIONS)
-    cratelm.harvest(run=run, model="crate-2l", force=True, **OPTIONS)
+        cratelm.api.harvest(run=run, model="crate-2l", seed=3, **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", force=True, **OPTIONS)
     assert first.require("harvest").outputs == before.outputs
 
 
@@ -394,7 +394,7 @@ def test_other_peoples_models(run, tmp_path):
         ("llama", llama, "model.layers.*.self_attn.o_proj:input", (16,)),
     ):
         model.save_pretrained(tmp_path / name)
-        result = cratelm.harvest(run=run, model=str(tmp_path / name), site=site, **OPTIONS)
+        result = cratelm.api.harvest(run=run, model=str(tmp_path / name), site=site, **OPTIONS)
         assert result.neurons == neurons
         records = list(read_records(result.path, "held_out", layers=[0], indices=[5]))
         assert records[0].of_kind("random")
@@ -404,12 +404,12 @@ def test_the_default_length_is_the_one_rule_for_all_verbs(run, tmp_path):
     long = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_position_embeddings=8192))  # fmt: skip
     long.save_pretrained(tmp_path / "long")
     options = {**OPTIONS, "sequence_length": None}
-    cratelm.harvest(run=run, model=str(tmp_path / "long"), name="long", **options)
+    cratelm.api.harvest(run=run, model=str(tmp_path / "long"), name="long", **options)
     assert (
         Run(run).stage("activations", "long").require("harvest").results["sequence_length"] == 2048
     )
     assert open_harvested(Run(run), "long").sequence_length == 2048
-    cratelm.harvest(run=run, model="crate-2l", name="short", **options)
+    cratelm.api.harvest(run=run, model="crate-2l", name="short", **options)
     assert open_harvested(Run(run), "short").sequence_length == 32
 
 
@@ -417,7 +417,9 @@ def test_a_harvest_is_opened_as_it_was_made(run, tmp_path):
     """In its precision, on its device where there is one, and only if the folder is still the same."""
     shutil.copytree(run / "model" / "crate-2l", tmp_path / "mine")
     model = str(tmp_path / "mine")
-    cratelm.harvest(run=run, model=model, name="mine", dtype="bfloat16", device="cpu", **OPTIONS)
+    cratelm.api.harvest(
+        run=run, model=model, name="mine", dtype="bfloat16", device="cpu", **OPTIONS
+    )
     held = open_harvested(Run(run), "mine")
     assert held.subject.model.dtype == torch.bfloat16
     assert held.subject.model.device.type == "cpu"
@@ -436,7 +438,7 @@ def test_a_harvest_is_opened_as_it_was_made(run, tmp_path):
 
 @pytest.mark.parametrize("verb", ["harvest", "evaluate", "predict", "steer", "effects", "analyze"])
 def test_a_device_that_is_not_there_is_told(run, verb):
-    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     fields = {
         "harvest": {"model": "crate-2l", "name": "elsewhere"},
         "predict": {"models": ("crate-2l",), "text": "a"},
@@ -459,7 +461,7 @@ from cratelm.runs import Run
 
 run, cache = Path(sys.argv[1]), Path(sys.argv[2]) / "models--me--tiny"
 def harvest(**more):
-    cratelm.harvest(run=run, model="me/tiny", tokens=500, pilot_tokens=64, quiet=True, **more)
+    cratelm.api.harvest(run=run, model="me/tiny", tokens=500, pilot_tokens=64, quiet=True, **more)
 def identity():
     return Run(run).stage("activations", "tiny").require("harvest").inputs["model"]
 def first_weight():
@@ -508,7 +510,7 @@ def test_a_model_of_the_hub_is_identified_by_its_commit(run, tmp_path):
 
 
 def test_a_quiet_harvest_shows_no_bar(run, capsys):
-    cratelm.harvest(run=run, model="crate-2l", name="quiet", quiet=True, **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", name="quiet", quiet=True, **OPTIONS)
     assert capsys.readouterr().err == ""
 
 
@@ -518,17 +520,17 @@ def test_a_model_without_a_name_takes_no_folder_of_the_run(run, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     before = sorted(run.rglob("*"))
     with pytest.raises(InputError, match=r"has no name to call results by: ") as error:
-        cratelm.harvest(run=run, model=named)
+        cratelm.api.harvest(run=run, model=named)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"--sae .* has no name to call results by"):
-        cratelm.harvest(run=run, model="crate-2l", sae=named)
+        cratelm.api.harvest(run=run, model="crate-2l", sae=named)
     assert sorted(run.rglob("*")) == before
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, monkeypatch):
     (tmp_path / "crate-2l").mkdir()
     monkeypatch.chdir(tmp_path)
-    result = cratelm.harvest(run=run, model="crate-2l", name="again", **OPTIONS)
+    result = cratelm.api.harvest(run=run, model="crate-2l", name="again", **OPTIONS)
     assert result.neurons == (64, 64)
 
 
@@ -544,5 +546,5 @@ def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, m
 def test_mistakes_leave_nothing_behind(run, fields, told):
     before = sorted(p for p in run.rglob("*") if p.is_file())
     with pytest.raises(InputError, match=told):
-        cratelm.harvest(run=run, name="other", **fields)
+        cratelm.api.harvest(run=run, name="other", **fields)
     assert sorted(p for p in run.rglob("*") if p.is_file()) == before

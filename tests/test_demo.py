@@ -142,7 +142,7 @@ def test_twins_see_the_same_tokens_and_results_can_be_read(corpus, tmp_path):
     import cratelm
     from cratelm.score.store import read_scores
 
-    cratelm.pipelines.demo(run=tmp_path, corpus=str(corpus), size="1l", vocab_size=300, steps=3, tokens=2000, neurons=4)  # fmt: skip
+    cratelm.api.demo(run=tmp_path, corpus=str(corpus), size="1l", vocab_size=300, steps=3, tokens=2000, neurons=4)  # fmt: skip
     models = Run(tmp_path).models("scores")
     assert models == ["crate-1l", "crate-1l-init", "gpt2-1l", "gpt2-1l-init"]
     trained = {c.name: c for c in Run(tmp_path).completions() if c.stage == "model"}

@@ -74,14 +74,14 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     run = folder / "runs" / "demo"
     corpus = str(texts(folder / "texts"))
-    cratelm.tokenize(run=run, corpus=corpus, vocab_size=512, fit=0.15, held_out=0.15)
+    cratelm.api.tokenize(run=run, corpus=corpus, vocab_size=512, fit=0.15, held_out=0.15)
     for model in ("crate-2l", "gpt2-2l"):
-        cratelm.train(run=run, model=model, steps=2, batch_size=4, sequence_length=128)
-        cratelm.harvest(
+        cratelm.api.train(run=run, model=model, steps=2, batch_size=4, sequence_length=128)
+        cratelm.api.harvest(
             run=run, model=model, tokens=3000, sequence_length=64, top=12, random=10, per_bin=2
         )
-        cratelm.explain(run=run, model=model, neurons=4)
-        cratelm.score(run=run, model=model)
+        cratelm.api.explain(run=run, model=model, neurons=4)
+        cratelm.api.score(run=run, model=model)
     return folder
 
 

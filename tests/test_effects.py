@@ -27,9 +27,10 @@ from cratelm.report.sections.effects import (
 from cratelm.runs import Run
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import Text, ablate
-from cratelm.steer.attribution import Effect, attribute, best, firing, rank_correlation
-from cratelm.steer.config import Edit, EffectsConfig
+from cratelm.steer.attribution import VocabularyEffect, attribute, best, firing, rank_correlation
+from cratelm.steer.config import EffectsConfig
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
+from cratelm.steer.edits import Edit
 from cratelm.steer.effects import effects
 from cratelm.steer.steering import steering
 from cratelm.tokens.shards import TokenStore
@@ -183,17 +184,19 @@ def test_no_reading_where_the_site_is_followed_by_more():
 def effect(exact, first=None, named=()):
     neuron = NeuronId("m", "ista", 0, 0)
     first = None if first is None else np.array(first, float)
-    return Effect(neuron, np.array(exact, float), first, 1.0, 4, np.array(named, np.int64))
+    return VocabularyEffect(
+        neuron, np.array(exact, float), first, 1.0, 4, np.array(named, np.int64)
+    )
 
 
 def test_agreement_overlap_and_place():
     found = effect([3, 1, -1, -3], [30, 2, -2, -9], named=[0])
     assert found.agreement == pytest.approx(1)
     assert found.overlap(2) == 1
-    assert found.place_of(found.named) == 1
-    assert found.place_of(np.array([3])) == 0
-    assert found.place_of(np.array([0, 3])) == 0.5
-    assert found.place_of(np.array([], np.int64)) is None
+    assert found.promotes(found.named) == 1
+    assert found.promotes(np.array([3])) == 0
+    assert found.promotes(np.array([0, 3])) == 0.5
+    assert found.promotes(np.array([], np.int64)) is None
     assert effect([3, 1, -1, -3], [-3, -1, 1, 3]).agreement == pytest.approx(-1)
     assert effect([1, 1, 1, 1], [1, 2, 3, 4]).agreement is None
     assert effect([1, 2]).agreement is None
@@ -226,7 +229,7 @@ def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("effects") / "run"
     small_run(path)
     for model in ("crate-2l", "gpt2-2l"):
-        cratelm.harvest(run=path, model=model, tokens=3000)
+        cratelm.api.harvest(run=path, model=model, tokens=3000)
     return path
 
 
@@ -272,7 +275,7 @@ def test_an_exact_effect_is_that_of_steering(run):
     record = next(r for r in read_records(run / "activations" / "crate-2l", "fit", [0]) if len(firing(r, 3, 0)) == 3)  # fmt: skip
     rest, size = PartialForward(model, site), store.vocab_size
     found = next(attribute(rest, 0, [record], None, vocabulary=size, positions=3, seed=0))
-    assert isinstance(found, Effect)
+    assert isinstance(found, VocabularyEffect)
     differences = []
     for excerpt in firing(record, 3, 0):
         x = torch.from_numpy(excerpt.token_ids[: excerpt.peak + 1].astype(np.int64))[None]

@@ -45,7 +45,7 @@ def written(folder, held=None, name="0", **changes):
 @torch.no_grad()
 def test_imported_folder_equals_the_oracle_here_and_in_saelens(tmp_path):
     sae_lens = pytest.importorskip("sae_lens")
-    done = cratelm.import_sae(file=str(ORACLE / "sae-0.pt"), out=tmp_path / "sae")
+    done = cratelm.api.import_sae(file=str(ORACLE / "sae-0.pt"), out=tmp_path / "sae")
     assert (done.model_name, done.site, done.layer, done.inputs, done.latents) == ("gpt-2l", "mlp", 0, 256, 512)  # fmt: skip
     expected = load_file(ORACLE / "sae-0-expected.safetensors")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "sae")
@@ -69,7 +69,7 @@ def test_it_computes_the_formula(tmp_path):
 
 
 def import_here(file, out, **more):
-    return cratelm.import_sae(file=str(file), out=out, **more)
+    return cratelm.api.import_sae(file=str(file), out=out, **more)
 
 
 def test_saved_by_saelens_is_read_here(tmp_path):

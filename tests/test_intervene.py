@@ -37,15 +37,16 @@ from cratelm.records import Explanation, NeuronId, Score, Status
 from cratelm.report.sections.effects import interventions_table
 from cratelm.runs import Run
 from cratelm.score.tasks import Task
-from cratelm.steer.config import Edit, InterveneConfig
+from cratelm.steer.config import InterveneConfig
 from cratelm.steer.continuations import (
     CLOSE,
-    continued,
+    continue_prompts,
     divergence,
+    draw_prompts,
     log_probs,
     match_strength,
-    prompts,
 )
+from cratelm.steer.edits import Edit
 from cratelm.steer.intervene import InterveneResult, intervene
 from cratelm.steer.judging import Pair, mass, task
 from cratelm.steer.steering import steering
@@ -103,7 +104,7 @@ def planted(tmp_path_factory) -> Path:
             rows[token] = 8 * torch.eye(32)[index]
             last[index] = 10 * torch.eye(32)[index]
     model.save_pretrained(path / "model" / MODEL)
-    cratelm.harvest(run=path, model=MODEL, tokens=2000)
+    cratelm.api.harvest(run=path, model=MODEL, tokens=2000)
     write_truth(path)
     return path
 
@@ -207,7 +208,7 @@ def test_json_where_nothing_is_read(run, judge):
 
 def test_strengths_are_matched(planted):
     harvested = open_harvested(Run(planted), MODEL)
-    given = prompts(harvested.store.split("held_out"), harvested.store.eot_id, 3, 8, 0, 1, 2)
+    given = draw_prompts(harvested.store.split("held_out"), harvested.store.eot_id, 3, 8, 0, 1, 2)
     x = torch.from_numpy(given)
     plain = log_probs(harvested, x, None)
     target = divergence(harvested, x, 1, 2, 0.4, plain)
@@ -222,15 +223,15 @@ def test_strengths_are_matched(planted):
 def test_the_same_beginnings_and_draws(planted):
     harvested = open_harvested(Run(planted), MODEL)
     split = harvested.store.split("held_out")
-    given = prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2)
+    given = draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2)
     assert given.shape == (3, 8)
     assert harvested.store.eot_id not in given
-    assert np.array_equal(given, prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2))
-    assert not np.array_equal(given, prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 3))
+    assert np.array_equal(given, draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2))
+    assert not np.array_equal(given, draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 3))
     options = {"count": 6, "temperature": 1.0, "seed": 5}
     torch.manual_seed(1)
-    first = continued(harvested, 1, 2, 0.0, None, given, **options)
-    second = continued(harvested, 1, 2, 3.0, 4, given, **options)
+    first = continue_prompts(harvested, 1, 2, 0.0, None, given, **options)
+    second = continue_prompts(harvested, 1, 2, 3.0, 4, given, **options)
     assert np.array_equal(first.plain, second.plain)
     assert first.random is None
     assert not np.array_equal(second.plain, second.steered)
@@ -238,7 +239,7 @@ def test_the_same_beginnings_and_draws(planted):
     torch.manual_seed(1)
     assert torch.equal(state, torch.get_rng_state())  # the global draws are left alone
     with pytest.raises(InputError, match="--prompt-tokens"):
-        prompts(split, harvested.store.eot_id, 3, 10**6, 0, 1, 2)
+        draw_prompts(split, harvested.store.eot_id, 3, 10**6, 0, 1, 2)
 
 
 def test_what_is_counted_and_never_scored(run, judge):
@@ -324,7 +325,7 @@ def test_planned_sharded_bounded_and_continued(run, judge):
 
 
 def test_promoted_tokens_as_explanations(run, judge):
-    cratelm.effects(run=run, model=MODEL, only=tuple(f"1:{i}" for i in PLANTED), tokens=200, positions=4, quiet=True)  # fmt: skip
+    cratelm.api.effects(run=run, model=MODEL, only=tuple(f"1:{i}" for i in PLANTED), tokens=200, positions=4, quiet=True)  # fmt: skip
     result = asked(run, explanations="promoted")
     assert result.explainer == "promoted"
     assert result.controls[0].mean.value > result.controls[1].mean.value
@@ -332,7 +333,7 @@ def test_promoted_tokens_as_explanations(run, judge):
 
 
 def test_the_explanations_made_without_a_model(run, judge):
-    cratelm.explain(run=run, model=MODEL, neurons=3, quiet=True)
+    cratelm.api.explain(run=run, model=MODEL, neurons=3, quiet=True)
     result = asked(run, explanations="free", explainer="trie", neurons=2)
     assert (result.explainer, result.n_neurons) == ("trie", 4)
     assert result.path.name == f"{MODEL}@judge"

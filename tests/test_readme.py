@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cratelm.cli import VERBS, _parse, config_class, split_words
+from cratelm.cli import VERBS, config_class, parse_options, split_words
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +20,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
     verb, arguments = split_words(shlex.split(command))
-    assert _parse(verb, arguments)
+    assert parse_options(verb, arguments)
 
 
 def test_every_verb_is_in_the_table():

@@ -18,9 +18,8 @@ from cratelm.cli import config_class, main, split_words
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
-from cratelm.pipelines.demo_config import DemoConfig
+from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
 from cratelm.pipelines.sae_compare import sae_compare
-from cratelm.pipelines.sae_compare_config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.runs import Run

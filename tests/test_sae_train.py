@@ -230,7 +230,7 @@ def test_interrupted_training_ends_in_the_same_weights(run, tmp_path, monkeypatc
     shutil.copytree(run, tmp_path / "other")
     whole = trained(run, **options)
     assert (min(layer.resampled for layer in whole.layers) > 0) == (architecture == "l1")
-    step = train.Stream.batch
+    step = train.ActivationBuffer.batch
 
     def killed_at(number):
         count = 0
@@ -245,11 +245,11 @@ def test_interrupted_training_ends_in_the_same_weights(run, tmp_path, monkeypatc
         return batch
 
     for number in (4, 9):  # the second attempt starts from step 3 and comes to step 11
-        monkeypatch.setattr(train.Stream, "batch", killed_at(number))
+        monkeypatch.setattr(train.ActivationBuffer, "batch", killed_at(number))
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "other", checkpoint_minutes=0, **options)
         assert not (tmp_path / "other" / "sae" / "crate@x").exists()
-    monkeypatch.setattr(train.Stream, "batch", step)
+    monkeypatch.setattr(train.ActivationBuffer, "batch", step)
     resumed = trained(tmp_path / "other", checkpoint_minutes=0, **options)
     for layer in (0, 1):
         a, b = weights(whole.path, layer), weights(resumed.path, layer)

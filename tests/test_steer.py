@@ -74,7 +74,7 @@ def test_the_oracles_steered_logits():
     expected = load_file(ORACLE / "crate-expected.safetensors")
     told = json.loads((ORACLE / "crate-expected.json").read_text())["steer"]
     edit = Edit(layer=told["layer"], neurons=told["neuron"], set=told["value"])
-    with cratelm.steer(model, edit):
+    with cratelm.steering(model, edit):
         found = logits(model, expected["input_ids"])[:, -1:]
     wanted = expected["steered_next_logits"]
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -221,10 +221,10 @@ def test_contexts_nest():
 def test_the_package_is_the_context_manager_and_the_verb():
     model, x = model_of("crate"), ids()
     plain = logits(model, x)
-    with cratelm.steer(model, Edit(layer=1, neurons=[3], set=10.0), site="ista"):
+    with cratelm.steering(model, Edit(layer=1, neurons=[3], set=10.0), site="ista"):
         assert not torch.equal(logits(model, x), plain)
     with pytest.raises(InputError, match="LAYER:INDEX"):
-        cratelm.steer(neurons=("one",), set=1.0)
+        cratelm.api.steer(neurons=("one",), set=1.0)
 
 
 # ---- positions ------------------------------------------------------------------------------------
@@ -399,13 +399,13 @@ def small_run(path: Path) -> Run:
     for n in range(60):
         words = " ".join(f"word{(n * k) % 17} = {k}" for k in range(60))
         (corpus / f"{n}.txt").write_text(words + "\n")
-    cratelm.tokenize(
+    cratelm.api.tokenize(
         run=path, corpus=str(corpus), vocab_size=300, fit=0.3, held_out=0.3, sequence_length=64,
         quiet=True,
     )  # fmt: skip
     overrides = ("hidden_size=32", "num_attention_heads=4")
     for name in ("crate-2l", "gpt2-2l"):
-        cratelm.train(
+        cratelm.api.train(
             run=path, model=name, steps=20, sequence_length=64, batch_size=4, learning_rate=0.01,
             model_overrides=overrides, device="cpu", tensorboard=False, quiet=True,
         )  # fmt: skip

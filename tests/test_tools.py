@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import cratelm
 from cratelm.activations.store import read_records, read_summaries
-from cratelm.explain.store import write_explanations
+from cratelm.explain.store import (
+    write_explanations,
+)
 from cratelm.llm.ledger import _COLUMNS
 from cratelm.models.sites import Site, hooked
 from cratelm.records import Explanation, NeuronId, NeuronScore, Score, Status

@@ -33,7 +33,8 @@ from cratelm.results.views import ExcerptView, LayerQuery, MapPoint, NotFound, S
 from cratelm.runs import Run
 from cratelm.score.simulators import simulate
 from cratelm.score.store import read_scores
-from cratelm.steer.config import Edit, SteerConfig
+from cratelm.steer.config import SteerConfig
+from cratelm.steer.edits import Edit
 from cratelm.steer.steer import steer
 from cratelm.train.config import TrainConfig
 from cratelm.train.loop import train

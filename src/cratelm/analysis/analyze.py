@@ -12,7 +12,6 @@ from cratelm.activations.batches import SearchPlan
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.activations.store import read_summaries
 from cratelm.analysis.coding_rate import (
-    EPSILONS,
     coding_rate,
     compression_rate,
     orthonormal,
@@ -22,14 +21,17 @@ from cratelm.analysis.explained import Subject, readings
 from cratelm.analysis.groups import NONE, Groups, groups
 from cratelm.analysis.layer_sums import Gathered, LayerSums, gather
 from cratelm.analysis.store import (
+    EPSILONS,
     LayerFigure,
+    MeasureSummary,
+    NeuronCoverage,
     NeuronFacts,
-    NeuronReading,
     write_layers,
+    write_measure_summaries,
     write_neurons,
     write_readings,
 )
-from cratelm.analysis.summary import Summary, show, summarise
+from cratelm.analysis.summary import show, summarise
 from cratelm.analysis.weights import (
     atoms_of,
     bases_of,
@@ -41,7 +43,7 @@ from cratelm.analysis.weights import (
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
 from cratelm.records import Explanation, NeuronId
-from cratelm.runs import Run, write_json
+from cratelm.runs import Run
 from cratelm.stats.intervals import jackknife
 
 
@@ -140,14 +142,14 @@ def _write(
     folder: Path,
     figures: Sequence[LayerFigure],
     neurons: Sequence[NeuronFacts],
-    read: Sequence[NeuronReading],
-    summaries: Sequence[Summary],
+    read: Sequence[NeuronCoverage],
+    summaries: Sequence[MeasureSummary],
 ) -> None:
     write_layers(folder, figures)
     write_neurons(folder, neurons)
     if read:
         write_readings(folder, read)
-    write_json(folder / "summary.json", {"readings": [vars(s) for s in summaries]})
+    write_measure_summaries(folder, summaries)
 
 
 def _fit_maximum(folder: Path) -> dict[tuple[int, int], float]:

@@ -13,8 +13,6 @@ Shape legend: G groups of documents, D width, K heads, P = D/K width of a head.
 import numpy as np
 from numpy.typing import NDArray
 
-EPSILONS = (0.1, 0.5, 1.0)
-"""distortions eps; tokens come from a LayerNorm, so that their entries have variance 1"""
 Array = NDArray[np.float64]
 
 

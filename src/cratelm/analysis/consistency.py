@@ -29,32 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from cratelm.analysis.store import CoverageMeasures
 from cratelm.records import Status
 from cratelm.stats.auc import roc_area_of_ranks
 
-SHARES = (0.25, 0.5, 0.75)
-"""x: how far between the default and the largest value a token must be predicted to be covered"""
 FIRING = 0.1
 """of the largest activation on the fit split: above it a neuron fires"""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One neuron against the tokens that one explanation covers. None where there is no value."""
-
-    status: Status
-    n_covered: int
-    """tokens"""
-    n_elsewhere: int
-    consistency: float | None = None
-    any_consistency: float | None = None
-    """the same with every activation above 0 as firing"""
-    evenness: float | None = None
-    distinctiveness: float | None = None
-    any_distinctiveness: float | None = None
-    contrast: float | None = None
-    """of activations that are never negative: None where one is, or all are 0"""
-    auroc: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +64,16 @@ def covered(
     return simulated >= default + share * (top - default)
 
 
-def read(neuron: Observed, mask: NDArray[np.bool_]) -> Reading:
+def read(neuron: Observed, mask: NDArray[np.bool_]) -> CoverageMeasures:
     """The neuron against covered tokens [N]."""
     n, rest = int(mask.sum()), int((~mask).sum())
     if neuron.firing <= 0:
-        return Reading(Status.DEAD, n, rest)
+        return CoverageMeasures(Status.DEAD, n, rest)
     if not n or not rest:
-        return Reading(Status.UNDEFINED, n, rest)
+        return CoverageMeasures(Status.UNDEFINED, n, rest)
     inside, outside = neuron.activations[mask], neuron.activations[~mask]
     energy = float((inside.astype(np.float64) ** 2).sum())
-    return Reading(
+    return CoverageMeasures(
         status=Status.DEFINED,
         n_covered=n,
         n_elsewhere=rest,

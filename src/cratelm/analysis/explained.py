@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.analysis.consistency import SHARES, Observed, covered, others, read
-from cratelm.analysis.store import Control, NeuronReading
+from cratelm.analysis.consistency import Observed, covered, others, read
+from cratelm.analysis.store import SHARES, CoverageControl, NeuronCoverage
 from cratelm.models.sites import Site, hooked
 from cratelm.records import Explanation
 from cratelm.score.simulators import simulate
@@ -43,7 +43,7 @@ def readings(
     memory_bytes: int,
     seed: int,
     progress: Callable[[int], Any],
-) -> Iterator[NeuronReading]:
+) -> Iterator[NeuronCoverage]:
     """Of every neuron explained, against its own explanation and against another one's of its layer.
 
     Neurons of a layer are read together where they fit into `memory_bytes`; the null takes another
@@ -59,13 +59,13 @@ def readings(
         partner = others(len(lot), seed) if len(lot) > 1 else None
         for i, explanation in enumerate(lot):
             observed = Observed.of(activations[i], fit_maximum[places[i]])
-            controls: list[tuple[Control, int]] = [("none", i)]
+            controls: list[tuple[CoverageControl, int]] = [("none", i)]
             if partner is not None:
                 controls.append(("shuffled", int(partner[i])))
             for control, whose in controls:
                 for share, mask in zip(SHARES, masks[whose], strict=True):
                     found = read(observed, mask)
-                    yield NeuronReading(
+                    yield NeuronCoverage(
                         explanation.neuron, explanation.explainer, control, share, found
                     )
 

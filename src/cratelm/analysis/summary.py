@@ -2,42 +2,24 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from cratelm.analysis.consistency import Reading
-from cratelm.analysis.store import Control, LayerFigure, NeuronReading
+from cratelm.analysis.store import (
+    CoverageControl,
+    CoverageMeasures,
+    LayerFigure,
+    MeasureSummary,
+    NeuronCoverage,
+)
 from cratelm.records import READING_MEASURES, SHOWN_EPSILON, SHOWN_SHARE, Status
 from cratelm.stats.intervals import bootstrap
 from cratelm.text.table import align
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Mean of one measure over the neurons of a layer."""
-
-    layer: int
-    control: Control
-    share: float
-    measure: str
-    """consistency, evenness, distinctiveness, contrast or auroc"""
-    mean: float | None
-    """None where no neuron has a value"""
-    low: float | None
-    """95% bootstrap interval over neurons; None below two"""
-    high: float | None
-    defined: int
-    """neurons with a value"""
-    undefined: int
-    """the explanation covers no held-out token, or all; or no covered token has an activation (evenness)"""
-    dead: int
-    """never above 0 on the fit split"""
-
-
-def summarise(read: Sequence[NeuronReading], resamples: int, seed: int) -> list[Summary]:
+def summarise(read: Sequence[NeuronCoverage], resamples: int, seed: int) -> list[MeasureSummary]:
     """By layer, control, share and measure."""
-    cells: dict[tuple[int, Control, float], list[Reading]] = defaultdict(list)
+    cells: dict[tuple[int, CoverageControl, float], list[CoverageMeasures]] = defaultdict(list)
     for r in read:
-        cells[r.neuron.layer, r.control, r.share].append(r.reading)
+        cells[r.neuron.layer, r.control, r.share].append(r.measures)
     return [
         _summary(*cell, measure, found, resamples, seed)
         for cell, found in sorted(cells.items())
@@ -47,19 +29,19 @@ def summarise(read: Sequence[NeuronReading], resamples: int, seed: int) -> list[
 
 def _summary(
     layer: int,
-    control: Control,
+    control: CoverageControl,
     share: float,
     measure: str,
-    found: Sequence[Reading],
+    found: Sequence[CoverageMeasures],
     resamples: int,
     seed: int,
-) -> Summary:
+) -> MeasureSummary:
     values = [v for r in found if (v := getattr(r, measure)) is not None]
     dead = sum(r.status is Status.DEAD for r in found)
     mean = bootstrap(values, seed, resamples)
     undefined = len(found) - len(values) - dead
     bounds = (None, None, None) if mean is None else (mean.value, mean.low, mean.high)
-    return Summary(layer, control, share, measure, *bounds, len(values), undefined, dead)
+    return MeasureSummary(layer, control, share, measure, *bounds, len(values), undefined, dead)
 
 
 _SHOWN = (
@@ -84,7 +66,7 @@ _SHOWN = (
 )
 
 
-def show(figures: Sequence[LayerFigure], summaries: Sequence[Summary]) -> str:
+def show(figures: Sequence[LayerFigure], summaries: Sequence[MeasureSummary]) -> str:
     """A line a quantity, a column a layer; quantities that the model has not are left out."""
     layers = sorted({f.layer for f in figures})
     by_place = {(f.layer, f.quantity, f.setting): f for f in figures}
@@ -115,7 +97,7 @@ def _cell(figure: LayerFigure | None, form: str) -> str:
     return shown if figure.error is None else f"{shown} ± {format(figure.error, form)}"
 
 
-def _mean(found: Summary) -> str:
+def _mean(found: MeasureSummary) -> str:
     if found.mean is None:
         return "–"
     bounds = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from cratelm.errors import InputError
-from cratelm.interop.export_model_config import ExportModelConfig
-from cratelm.interop.model_card import PAPER, architecture, code_block, usage, write_card
-from cratelm.interop.model_folder import PROVENANCE, check_out, new_folder, save_model
+from cratelm.interop.config import ExportModelConfig
+from cratelm.interop.model_card import PAPER, code_block, write_card
+from cratelm.interop.model_folder import architecture, save_model, usage
+from cratelm.interop.out_folder import PROVENANCE, check_out, out_folder
 from cratelm.models.crate import CrateForCausalLM
 from cratelm.models.sizes import count_parameters, load
 from cratelm.runs import Completion, Run, hash_file
@@ -73,7 +74,7 @@ def export_model(config: ExportModelConfig) -> ExportModelResult:
     model = load(origin.folder)
     if config.dtype is not None:
         model.to(_DTYPES[config.dtype])  # pyright: ignore[reportCallIssue, reportArgumentType]
-    with new_folder(config.out, _provenance(origin)) as folder:
+    with out_folder(config.out, _provenance(origin)) as folder:
         save_model(model, folder)
         for name in _TOKENIZER:
             if (origin.folder / name).is_file():

@@ -39,7 +39,7 @@ from cratelm.activations.store import (
     write_records,
 )
 from cratelm.errors import InputError
-from cratelm.interop.import_records_config import ImportRecordsConfig
+from cratelm.interop.config import ImportRecordsConfig
 from cratelm.interop.imported_neuron import Counts, check, neuron_records
 from cratelm.interop.imported_texts import USED, Texts, listed_records, splits_of
 from cratelm.interop.openai_records import read_record, source_writer

@@ -39,9 +39,8 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
-from cratelm.interop.export_config import ExportNeuronpediaConfig
-from cratelm.interop.export_folder import chosen_neurons, export_folder, harvest_of
-from cratelm.interop.export_records import both_splits
+from cratelm.interop.config import ExportNeuronpediaConfig
+from cratelm.interop.harvested_neurons import both_splits, chosen_neurons, harvest_of
 from cratelm.interop.neuronpedia_rows import (
     METRIC_TEXTS,
     PREFIX,
@@ -57,11 +56,12 @@ from cratelm.interop.neuronpedia_rows import (
     type_row,
 )
 from cratelm.interop.openai_records import SOURCE
+from cratelm.interop.out_folder import EXPORT_MARK, check_out, out_folder
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
-from cratelm.report.sections.effects import promoted
 from cratelm.runs import Run
 from cratelm.runs.names import split_set
 from cratelm.score.store import read_scores
+from cratelm.steer.store import effects_stage, read_logit_effect
 from cratelm.tokens.shards import TokenStore
 
 BATCH = 1024
@@ -118,9 +118,10 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
     chosen = chosen_neurons(stage.path, config.layers, config.only)
     names = _names(config, next(iter(chosen.values()))[0].neuron)
     sets = explanation_sets(run, config.model)
-    told = {"format": "Neuronpedia export", "model": config.model, **identities}
+    check_out(config.out, force=config.force, mark=EXPORT_MARK)
+    content = {"format": "Neuronpedia export", "model": config.model, **identities}
     counts: dict[str, int] = dict.fromkeys((*_FOLDERS, "without_value"), 0)
-    with export_folder(config.out, told, force=config.force) as folder:
+    with out_folder(config.out, content, mark=EXPORT_MARK) as folder:
         _write_config(folder / "config", names, sets)
         store = TokenStore(run.stage("tokens").path)
         imported = (stage.path / SOURCE).is_file()
@@ -151,10 +152,11 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
 
 def _effects(run: Run, model: str, harvest: str) -> Path | None:
     """The folder of `cratelm effects`, where it is of this harvest."""
-    done = run.stage("steer", model).completion()
+    stage = effects_stage(run, model)
+    done = stage.completion()
     if done is None or done.inputs.get("activations") != harvest:
         return None
-    return run.stage("steer", model).path
+    return stage.path
 
 
 def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
@@ -253,7 +255,7 @@ class _Writer:
         """All rows of a neuron, with the folder that each belongs to."""
         both = {"fit": fit, "held_out": held_out}
         summaries = [record.summary for record in both.values()]
-        effect = promoted(self.effects, fit.neuron) if self.effects else None
+        effect = read_logit_effect(self.effects, fit.neuron) if self.effects else None
         tokens_read = [s.n_tokens for s in summaries]
         yield "features", feature_row(self.names, summaries, tokens_read, effect)
         for split, record in both.items():

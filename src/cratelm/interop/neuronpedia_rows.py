@@ -5,13 +5,13 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cratelm.interop.openai_records import shortest_float
 from cratelm.records import (
     OPENAI_QUANTILES,
     Excerpt,
@@ -21,7 +21,7 @@ from cratelm.records import (
     NeuronScore,
     NeuronSummary,
 )
-from cratelm.report.sections.effects import LogitEffect
+from cratelm.steer.store import LogitEffect
 
 Row = dict[str, Any]
 PREFIX = "cratelm_"
@@ -158,7 +158,7 @@ def activation_row(
     names: Names, summary: NeuronSummary, excerpt: Excerpt, split: str, tokens: list[str]
 ) -> Row:
     """An excerpt with the `tokens` [n] as shown."""
-    neuron, values = summary.neuron, [_shortest(a) for a in excerpt.activations]
+    neuron, values = summary.neuron, [shortest_float(a) for a in excerpt.activations]
     highest = int(np.argmax(values))
     place = names.place(neuron.layer, neuron.index)
     return {
@@ -273,11 +273,4 @@ def _bin(summary: NeuronSummary, excerpt: Excerpt) -> Row:
     low, high = edges[excerpt.bin], edges[excerpt.bin + 1]
     begin = OPENAI_QUANTILES[int(np.flatnonzero(edges == low)[0])]
     share = round(OPENAI_QUANTILES[excerpt.bin + 1] - begin, 6)
-    return {"binMin": _shortest(low), "binMax": _shortest(high), "binContains": share}
-
-
-def _shortest(value: np.float32) -> float:
-    """The double with the fewest digits that is this float32."""
-    found = float(str(value))
-    assert math.isfinite(found), "harvested activations are finite"
-    return found
+    return {"binMin": shortest_float(low), "binMax": shortest_float(high), "binContains": share}

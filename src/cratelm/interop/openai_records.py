@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cratelm.errors import InputError
 
 SOURCE = "records.jsonl.gz"
@@ -145,6 +147,11 @@ def encode_record(record: OpenAIRecord) -> bytes:
     text = json.dumps(record.as_json(), separators=(",", ":"), ensure_ascii=False)
     # half of a surrogate pair cannot be UTF-8: Python's escape of it is JSON's
     return text.encode("utf-8", "backslashreplace")
+
+
+def shortest_float(value: np.float32) -> float:
+    """Return the number with the fewest digits that is this float32: 0.1, not 0.10000000149."""
+    return float(str(value))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from cratelm.activations.config import HarvestConfig
 from cratelm.explain.config import ExplainConfig
-from cratelm.interop.import_records_config import ImportRecordsConfig
+from cratelm.interop.config import ImportRecordsConfig
 from cratelm.report.config import ReportConfig
 from cratelm.results.run_results import RunResults
 from cratelm.runs import Completion, config_dict

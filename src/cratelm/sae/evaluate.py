@@ -17,9 +17,8 @@ steering is, with a reconstruction on the way and without: `cratelm.sae.fidelity
 """
 
 import dataclasses
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,91 +32,30 @@ from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.models.sites import Site
 from cratelm.records import Estimate
-from cratelm.runs import Run, config_dict, identity_of, write_json
+from cratelm.runs import Run, config_dict, identity_of
 from cratelm.runs.names import set_name, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
-from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
+from cratelm.sae.fidelity import steering_fidelity
 from cratelm.sae.reconstruction import Firing, Measured, measure
+from cratelm.sae.store import (
+    EVALUATION,
+    DocumentLosses,
+    LayerReconstruction,
+    LayerReplacements,
+    ReplacedLoss,
+    SaeEvaluation,
+    StoredEvaluation,
+    read_evaluation,
+    write_evaluation,
+)
 from cratelm.stats.ratio import ratio
 from cratelm.text.table import align
 from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
-EVALUATION = "evaluation.json"
 
-
-@dataclass(frozen=True)
-class Spliced:
-    """The model with something in the place of its activations."""
-
-    loss: Estimate
-    """nats a token"""
-    added: Estimate
-    """loss less that of the model as it is, on the same tokens"""
-    recovered_from_zero: Estimate | None
-    """1: nothing is lost, 0: as bad as zeros; None where zeros do not raise the loss"""
-    recovered_from_mean: Estimate | None
-    """likewise with the mean"""
-
-
-@dataclass(frozen=True)
-class LayerFigures:
-    """How well one layer's autoencoder rebuilds its inputs."""
-
-    layer: int
-    inputs: int
-    """H"""
-    latents: int
-    """S"""
-    explained_variance: Estimate | None
-    """None where all tokens have the same activations"""
-    l0: Estimate
-    dead: Estimate
-    shrinkage: Estimate | None
-    """None where all reconstructions are 0"""
-    norm_ratio: Estimate | None
-    """None where all activations are 0"""
-    own_l0: Estimate
-    """activations of the site that are not 0 at a token"""
-
-
-@dataclass(frozen=True)
-class PlaceFigures:
-    """What the model loses where the activations of some layers are replaced at once."""
-
-    layers: tuple[int, ...]
-    own_kept: tuple[int, ...]
-    """activations kept at a token in `own_top`, by layer"""
-    reconstruction: Spliced
-    own_top: Spliced
-    """the site's own code at the autoencoder's L0"""
-    own: Spliced
-    """all of the site's own code: nothing is lost"""
-    mean: Spliced
-    zero: Spliced
-
-
-@dataclass(frozen=True)
-class SaeEvaluateResult:
-    """Figures of the autoencoders of one site."""
-
-    model: str
-    sae: str
-    """as it was named"""
-    site: str
-    split: str
-    documents: int
-    tokens: int
-    """text tokens seen"""
-    loss: Estimate
-    """of the model as it is, nats a token"""
-    layers: tuple[LayerFigures, ...]
-    places: tuple[PlaceFigures, ...]
-    """each layer alone, then all together where there are several"""
-    steering: tuple[SteeringFigures, ...] = ()
-    """latents, by layer; empty where none were steered"""
-    own_steering: tuple[SteeringFigures, ...] = ()
-    """neurons of the site itself, by layer"""
+class SaeEvaluateResult(SaeEvaluation):
+    """Figures of the autoencoders of one site; printed as tables."""
 
     def __str__(self) -> str:
         head = (
@@ -168,10 +106,15 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
             quiet=config.quiet,
         )
         result = dataclasses.replace(result, steering=steering, own_steering=own)
-    identities = {"identity": asked_for.identity, "model_identity": identity}
+    stored = StoredEvaluation(
+        figures=result,
+        config=config_dict(config),
+        identity=asked_for.identity,
+        model_identity=identity,
+        by_document=_by_document(found, split),
+    )
     for path in filter(None, (asked_for.kept, config.output)):
-        written = {"config": config_dict(config), **identities, **asdict(result)}
-        write_json(path, {**written, "by_document": _by_document(found, split)})
+        write_evaluation(Path(path), stored)
     return result
 
 
@@ -182,9 +125,13 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     _, made = model_source(HarvestConfig(run=config.run, model=config.model), run)
     if not asked_for.kept.is_file():
         return False
-    told = json.loads(asked_for.kept.read_text(encoding="utf-8"))
-    wanted = (config_dict(config), asked_for.identity, identity_of(made))
-    if (told.get("config"), told.get("identity"), told.get("model_identity")) != wanted:
+    try:
+        stored = read_evaluation(asked_for.kept)
+    except InputError:
+        return False  # of another version
+    if stored.config != config_dict(config) or not stored.is_of(
+        asked_for.identity, identity_of(made)
+    ):
         return False
     print(f"{asked_for.kept} is there, skipped (--force redoes it)", flush=True)
     return True
@@ -255,30 +202,30 @@ def _result(config: SaeEvaluateConfig, name: str, site: Site, found: Measured) -
             _layer_figures(place, site.layer_numbers[place], sae, found)
             for place, sae in enumerate(saes)
         ),
-        places=tuple(_place_figures(group, site, found) for group in found.groups),
+        replacements=tuple(_place_figures(group, site, found) for group in found.groups),
     )
 
 
-def _by_document(found: Measured, split: TokenSplit) -> dict[str, list]:
-    """Sums of each document, for losses of several models to be compared on the same ones."""
+def _by_document(found: Measured, split: TokenSplit) -> DocumentLosses:
+    """Sums of each document that has a predicted token."""
     sums = found.sums
     seen = sums["targets"] > 0
     whole = sums[found.groups[-1], "reconstruction"]
-    return {
-        "document": split.ordinals[sums.documents[seen]].tolist(),
-        "targets": sums["targets"][seen].astype(int).tolist(),
-        "loss": sums["loss"][seen].tolist(),
-        "reconstruction": whole[seen].tolist(),
-    }
+    return DocumentLosses(
+        document=tuple(split.ordinals[sums.documents[seen]].tolist()),
+        targets=tuple(sums["targets"][seen].astype(int).tolist()),
+        loss=tuple(sums["loss"][seen].tolist()),
+        reconstruction=tuple(whole[seen].tolist()),
+    )
 
 
-def _layer_figures(place: int, layer: int, sae: Any, found: Measured) -> LayerFigures:
+def _layer_figures(place: int, layer: int, sae: Any, found: Measured) -> LayerReconstruction:
     sums = {name[1]: values for name, values in found.sums.by_name.items() if name[0] == place}
     text = found.sums["text"]
     unexplained = _over(sums["error"], sums["spread"])
     if unexplained is not None:
         unexplained = dataclasses.replace(unexplained, value=1 - unexplained.value)
-    return LayerFigures(
+    return LayerReconstruction(
         layer=layer,
         inputs=sae.cfg.d_in,
         latents=sae.cfg.d_sae,
@@ -308,11 +255,11 @@ def dead_part(firing: Firing, documents: int) -> Estimate:
     return Estimate(dead, math.sqrt((documents - 1) / documents * spread))
 
 
-def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> PlaceFigures:
-    def of(kind: str) -> Spliced:
+def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> LayerReplacements:
+    def of(kind: str) -> ReplacedLoss:
         return _spliced(found, group, kind)
 
-    return PlaceFigures(
+    return LayerReplacements(
         layers=tuple(site.layer_numbers[place] for place in group),
         own_kept=tuple(found.kept[place] for place in group),
         reconstruction=of("reconstruction"),
@@ -323,7 +270,7 @@ def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> Place
     )
 
 
-def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> Spliced:
+def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> ReplacedLoss:
     sums = found.sums
     loss, clean, targets = sums[group, kind], sums["loss"], sums["targets"]
 
@@ -331,7 +278,7 @@ def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> Spliced:
         lost = sums[group, floor] - clean
         return _over(sums[group, floor] - loss, lost) if lost.sum() > 0 else None
 
-    return Spliced(
+    return ReplacedLoss(
         loss=_ratio(loss, targets),
         added=_ratio(loss - clean, targets),
         recovered_from_zero=recovered("zero"),
@@ -365,7 +312,7 @@ _LAYER_FIGURES = (
 """field, heading, format"""
 
 
-def _layer_table(layers: tuple[LayerFigures, ...]) -> str:
+def _layer_table(layers: tuple[LayerReconstruction, ...]) -> str:
     lines = [["", "inputs", "latents", *(heading for _, heading, _ in _LAYER_FIGURES)]]
     for f in layers:
         shown = [_show(getattr(f, name), form) for name, _, form in _LAYER_FIGURES]
@@ -375,7 +322,7 @@ def _layer_table(layers: tuple[LayerFigures, ...]) -> str:
 
 def _place_table(result: SaeEvaluateResult) -> str:
     lines = [["in the place of activations", "loss added", "from zero", "from mean"]]
-    for place in result.places:
+    for place in result.replacements:
         where = f"layer {place.layers[0]}" if len(place.layers) == 1 else "all layers"
         kept = ", ".join(map(str, place.own_kept))
         rows = {

@@ -36,23 +36,7 @@ from cratelm.activations.batches import Batch, SearchPlan
 from cratelm.models.sites import Autoencoder, Site, hooked
 from cratelm.records import Estimate
 from cratelm.sae.reconstruction import MOST_LOGITS, Replace, spliced, text_of
-
-
-@dataclass(frozen=True)
-class SteeringFigures:
-    """Latents of one layer, or neurons of the site below, set to their maximum one at a time."""
-
-    layer: int
-    steered: tuple[int, ...]
-    """which, drawn from those that fire on the tokens"""
-    tokens: int
-    """text tokens steered at"""
-    fidelity: Estimate | None
-    """mean over those steered, -1 to 1, its standard error over them; None where no edit changes anything"""
-    edit: Estimate
-    """KL(plain | edit), nats a token, likewise"""
-    rebuilt: float
-    """KL(plain | rebuilt), nats a token: what steering costs before anything is steered"""
+from cratelm.sae.store import SteeringFidelity
 
 
 class Identity:
@@ -81,12 +65,12 @@ class _Steered:
     rebuilt: float = 0.0
     tokens: int = 0
 
-    def figures(self, layer: int) -> SteeringFigures:
+    def figures(self, layer: int) -> SteeringFidelity:
         crossed, edits, steered = self.products.T
         # an edit that changes nothing has no direction that could be kept
         moved = (edits > 0) & (steered > 0)
         fidelity = crossed[moved] / np.sqrt(edits[moved] * steered[moved])
-        return SteeringFigures(
+        return SteeringFidelity(
             layer=layer,
             steered=tuple(self.indices),
             tokens=self.tokens,
@@ -105,7 +89,7 @@ def steering_fidelity(
     count: int,
     seed: int,
     quiet: bool,
-) -> tuple[tuple[SteeringFigures, ...], tuple[SteeringFigures, ...]]:
+) -> tuple[tuple[SteeringFidelity, ...], tuple[SteeringFidelity, ...]]:
     """Figures of `count` latents of each layer, and of as many neurons of the site below.
 
     Layers where nothing fires on the tokens of the plan are left out.

@@ -27,7 +27,7 @@ from cratelm.activations.harvest import load_for, model_source
 from cratelm.errors import InputError
 from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.models.sites import Site, site_of
-from cratelm.runs import Draft, Run, Stage, identity_of, write_json
+from cratelm.runs import Draft, Run, Stage, identity_of
 from cratelm.sae import checkpoints
 from cratelm.sae.activations import ActivationBuffer
 from cratelm.sae.architectures import (
@@ -39,43 +39,19 @@ from cratelm.sae.architectures import (
     resample,
     resampling_steps,
 )
+from cratelm.sae.store import SaeLayerTraining, SaeTraining, read_training, write_training
 from cratelm.sae.train_config import SaeTrainConfig
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 from cratelm.train.log import METRICS, TIMING, Log, read_metrics
 
-DESCRIPTION = "sae.json"
 
-
-@dataclass(frozen=True)
-class SaeLayerResult:
-    """The last point of one layer's curve: figures of one batch of train tokens."""
-
-    layer: int
-    inputs: int
-    """H"""
-    latents: int
-    """S"""
-    explained_variance: float
-    l0: float
-    """latents on at a token, mean"""
-    dead: int
-    """latents that fired at no token of the last --dead-after"""
-    resampled: int
-    """dead latents that started again over the whole training; 0 where another means is used"""
-
-
-@dataclass(frozen=True)
-class SaeTrainResult:
-    """Trained autoencoders: where they lie and how far they came. `cratelm sae evaluate` measures them."""
+@dataclass(frozen=True, kw_only=True)
+class SaeTrainResult(SaeTraining):
+    """Trained autoencoders and where they are. `cratelm sae evaluate` measures them."""
 
     name: str
     """MODEL@NAME"""
     path: Path
-    site: str
-    architecture: str
-    tokens: int
-    """tokens seen, repeats counted"""
-    layers: tuple[SaeLayerResult, ...]
 
     def __str__(self) -> str:
         lines = [f"{self.name} on {self.site}, {self.tokens:,} tokens: {self.path}"]
@@ -316,24 +292,19 @@ def _write(training: _Training, inputs: dict[str, str]) -> None:
         for key, value in _provenance(config, site, layer, inputs).items():
             sae.cfg.metadata[key] = value
         sae.save_inference_model(draft.path / f"layer-{layer}")
+        line = {k: last[layer][k] for k in ("explained_variance", "l0", "dead", "resampled")}
         layers.append(
-            {
-                "layer": layer,
-                "inputs": sae.cfg.d_in,
-                "latents": sae.cfg.d_sae,
-                **{k: last[layer][k] for k in ("explained_variance", "l0", "dead", "resampled")},
-            }
+            SaeLayerTraining(layer=layer, inputs=sae.cfg.d_in, latents=sae.cfg.d_sae, **line)
         )
-    means = "resampling" if config.architecture in RESAMPLED else "auxiliary loss"
-    draft.results = {
-        "model": Path(config.model).name,
-        "site": site.name,
-        "architecture": config.architecture,
-        "tokens": config.steps * config.batch_size,
-        "revived_by": means,
-        "layers": layers,
-    }
-    write_json(draft.path / DESCRIPTION, {**draft.results, "inputs": inputs})
+    description = SaeTraining(
+        model=Path(config.model).name,
+        site=site.name,
+        architecture=config.architecture,
+        tokens=config.steps * config.batch_size,
+        revived_by="resampling" if config.architecture in RESAMPLED else "auxiliary loss",
+        layers=tuple(layers),
+    )
+    draft.results = write_training(draft.path, description, inputs)
 
 
 @torch.no_grad()
@@ -368,12 +339,4 @@ def _provenance(
 
 
 def _result(stage: Stage) -> SaeTrainResult:
-    found = stage.require("sae train").results
-    return SaeTrainResult(
-        name=stage.name,
-        path=stage.path,
-        site=found["site"],
-        architecture=found["architecture"],
-        tokens=found["tokens"],
-        layers=tuple(SaeLayerResult(**layer) for layer in found["layers"]),
-    )
+    return SaeTrainResult(name=stage.name, path=stage.path, **vars(read_training(stage.path)))

@@ -1,5 +1,5 @@
 """Steering: neurons edited while a model runs, and what that does to its output."""
 
-from cratelm.steer.config import Edit, Positions
+from cratelm.steer.edits import Edit, Positions
 
 __all__ = ["Edit", "Positions"]

@@ -25,6 +25,7 @@ from cratelm.errors import InputError
 from cratelm.models.partial_forward import PartialForward, Trace
 from cratelm.records import Estimate
 from cratelm.stats.ratio import ratio
+from cratelm.steer.store import Ablation
 from cratelm.tokens.shards import TokenSplit
 
 MOST_LOGITS = 2**24
@@ -70,19 +71,6 @@ class Text:
             positions = some[:, None] * self.length + np.arange(1, self.length + 1)
             documents = self.split.documents_at(positions.ravel()).reshape(positions.shape)
             yield tokens, documents
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """The loss without one neuron less the loss with it, nats a token."""
-
-    change: Estimate
-    """over all tokens; its error over documents"""
-    where_firing: Estimate | None
-    """over the tokens predicted from where the neuron is above 0; None where it never is"""
-    n_tokens: int
-    n_firing: int
-    n_documents: int
 
 
 @dataclass(frozen=True)

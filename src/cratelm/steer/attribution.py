@@ -34,7 +34,7 @@ NAMED = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Effect:
+class VocabularyEffect:
     """What one neuron does to the logits."""
 
     neuron: NeuronId
@@ -60,7 +60,7 @@ class Effect:
         sides = [set(best(side, top).tolist()) for side in (self.exact, self.first_order)]
         return len(sides[0] & sides[1]) / min(top, len(self.exact))
 
-    def place_of(self, tokens: NDArray[np.int64]) -> float | None:
+    def promotes(self, tokens: NDArray[np.int64]) -> float | None:
         """Chance that a token of `tokens` is promoted more than one drawn from the rest, 0..1 (ties
         half): the area under the ROC curve. None where there are none, or no others."""
         n, m = len(tokens), len(self.exact) - len(tokens)
@@ -90,7 +90,7 @@ def attribute(
     vocabulary: int,
     positions: int,
     seed: int,
-) -> Iterator[Effect | NeuronId]:
+) -> Iterator[VocabularyEffect | NeuronId]:
     """Effects of neurons of one place, in order; the id alone of one that fires at no token drawn.
 
     `records` are of the fit split; `matrix` [V', D] is the first-order reading, of which, as of the
@@ -115,7 +115,7 @@ def _some(
     vocabulary: int,
     positions: int,
     seed: int,
-) -> Iterator[Effect | NeuronId]:
+) -> Iterator[VocabularyEffect | NeuronId]:
     sums = torch.zeros(len(records), vocabulary, dtype=torch.double)
     activation, count = np.zeros(len(records)), np.zeros(len(records), np.int64)
     drawn = [(j, e) for j, r in enumerate(records) for e in firing(r, positions, seed)]
@@ -133,7 +133,7 @@ def _some(
             yield record.neuron
             continue
         mean = float(activation[j] / count[j])
-        yield Effect(
+        yield VocabularyEffect(
             neuron=record.neuron,
             exact=(sums[j] / count[j]).numpy(),
             first_order=_first_order(rest, place, record.neuron.index, mean, matrix, vocabulary),

@@ -1,20 +1,13 @@
 """`cratelm effects`: what each neuron writes to the vocabulary, and the loss without it.
 
-Writes `steer/MODEL/`:
-
-`logit_effects.parquet`   a row a neuron and kind (`exact`, `first_order`), none for dead neurons
-`ablation.parquet`        a row a neuron: the loss without it less the loss with it
-`summary.json`            the figures by layer
+Writes the folder `steer/MODEL/` of the run; `cratelm.steer.store` documents its files and reads them.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -24,122 +17,39 @@ from cratelm.activations.store import read_records, read_summaries
 from cratelm.explain.explain import select_neurons
 from cratelm.explain.store import SampledNeuron
 from cratelm.models.partial_forward import PartialForward
-from cratelm.records import Estimate, Interval, NeuronId
-from cratelm.runs import Draft, Run, write_json
-from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+from cratelm.records import Interval, NeuronId
+from cratelm.runs import Draft, Run
 from cratelm.score.controls import shuffled
 from cratelm.stats.intervals import bootstrap
-from cratelm.steer.ablation import Ablation, Ablations, Text, ablate
-from cratelm.steer.attribution import Effect, attribute, best
+from cratelm.steer.ablation import Ablations, Text, ablate
+from cratelm.steer.attribution import VocabularyEffect, attribute, best
 from cratelm.steer.config import EffectsConfig, places
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
+from cratelm.steer.store import (
+    Ablation,
+    EffectKind,
+    EffectsSummary,
+    LayerEffects,
+    LogitEffect,
+    NeuronAblation,
+    effects_stage,
+    read_effects_summary,
+    write_ablations,
+    write_effects_summary,
+    write_logit_effects,
+)
 from cratelm.text.table import align
 
-LOGIT_EFFECTS = TableFile(
-    "steer/MODEL/logit_effects.parquet",
-    (
-        *NEURON_COLUMNS,
-        Column(
-            "kind",
-            pa.string(),
-            "`exact`: through all that follows, where it fires; `first_order`: its column through the last norm and the unembedding",
-        ),
-        Column("activation", pa.float64(), "raw activation, mean over the tokens it is taken at"),
-        Column("n_positions", pa.int32(), "how many tokens these are"),
-        Column("promoted_ids", pa.list_(pa.int32()), "token ids that gain most, strongest first"),
-        Column("promoted", pa.list_(pa.string()), "the same as text"),
-        Column(
-            "promoted_values", pa.list_(pa.float32()), "logits, less their mean over the vocabulary"
-        ),
-        Column("suppressed_ids", pa.list_(pa.int32()), "token ids that lose most"),
-        Column("suppressed", pa.list_(pa.string()), "the same as text"),
-        Column("suppressed_values", pa.list_(pa.float32()), "likewise"),
-        Column(
-            "agreement",
-            pa.float64(),
-            "of `exact`: rank correlation over the vocabulary with the first-order reading, -1 to 1",
-        ),
-        Column(
-            "overlap",
-            pa.float64(),
-            "of `exact`: part of the promoted tokens that both have, 0 to 1",
-        ),
-        Column(
-            "named",
-            pa.float64(),
-            "of `exact`: chance that a token it fires on is promoted more than another, 0 to 1",
-        ),
-        Column("named_shuffled", pa.float64(), "the same of another neuron's tokens"),
-    ),
-)
-ABLATION = TableFile(
-    "steer/MODEL/ablation.parquet",
-    (
-        *NEURON_COLUMNS,
-        Column("dead", pa.bool_(), "never above 0 on the fit split"),
-        Column(
-            "change",
-            pa.float64(),
-            "held-out loss without the neuron less that with it, nats a token",
-        ),
-        Column("change_error", pa.float64(), "its standard error, over documents"),
-        Column(
-            "firing_change", pa.float64(), "the same over the tokens predicted from where it fires"
-        ),
-        Column("firing_error", pa.float64(), "its standard error"),
-        Column("n_tokens", pa.int64(), "tokens measured on"),
-        Column("n_firing", pa.int64(), "of these, predicted from where it fires"),
-        Column("n_documents", pa.int64(), "documents that they belong to"),
-    ),
-)
 CLEAR = 2
-"""standard errors beyond which a change counts as clear"""
+"""standard errors beyond which a change of the loss counts in `raises` and `lowers`"""
 
 
-@dataclass(frozen=True)
-class LayerEffects:
-    """Figures of one layer; intervals are over its neurons."""
-
-    layer: int
-    neurons: int
-    dead: int
-    """never above 0 on the fit split"""
-    silent: int
-    """of the others, those that fire at no token drawn, so that no effect on the logits is known"""
-    size: Interval | None
-    """mean absolute change of the loss, nats a token"""
-    rise: Interval | None
-    """mean change of the loss"""
-    firing_rise: Interval | None
-    """mean change over tokens predicted from where the neuron fires"""
-    raises: Interval | None
-    """part of the neurons without which the loss is higher by more than two standard errors"""
-    lowers: Interval | None
-    """part without which it is lower by more than two"""
-    agreement: Interval | None
-    """rank correlation over the vocabulary of the first-order reading with the exact effect"""
-    overlap: Interval | None
-    """part of the tokens promoted most that both name"""
-    named: Interval | None
-    """chance that a token that the neuron fires on is promoted more than another"""
-    named_shuffled: Interval | None
-    """the same of tokens that another neuron of the layer fires on"""
-
-
-@dataclass(frozen=True)
-class EffectsResult:
-    """What `effects` measured."""
+@dataclass(frozen=True, kw_only=True)
+class EffectsResult(EffectsSummary):
+    """What `cratelm effects` measured, and where it is."""
 
     path: Path
     """folder of `logit_effects.parquet`, `ablation.parquet` and `summary.json`"""
-    model: str
-    ablation: str
-    """what neurons are put to"""
-    loss: Estimate
-    """of the plain model on the same tokens, nats a token"""
-    n_tokens: int
-    n_documents: int
-    layers: tuple[LayerEffects, ...]
 
     def __str__(self) -> str:
         put = "its mean" if self.ablation == "mean" else "0"
@@ -185,9 +95,9 @@ def effects(config: EffectsConfig) -> EffectsResult:
         "tokens": run.stage("tokens").require("tokenize"),
         "activations": run.stage("activations", config.model).require("harvest"),
     }
-    stage = run.stage("steer", config.model)
+    stage = effects_stage(run, config.model)
     if stage.is_finished(config, inputs, force=config.force):
-        return _read(stage.path, stage.require("effects").results)
+        return _result(stage.path)
     harvested = open_harvested(run, config.model, config.device)
     chosen = places("--only", config.only) if config.only else ()
     selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
@@ -198,8 +108,7 @@ def effects(config: EffectsConfig) -> EffectsResult:
         found = _effects(config, harvested, rest, selected, text)
         ablations = _ablations(config, harvested, rest, selected, text)
         _write(draft, config, harvested, selected, found, ablations, text)
-        results = draft.results
-    return _read(stage.path, results)
+    return _result(stage.path)
 
 
 def _by_place(
@@ -218,7 +127,7 @@ def _effects(
     rest: PartialForward,
     selected: Sequence[SampledNeuron],
     text: Text,
-) -> dict[NeuronId, Effect]:
+) -> dict[NeuronId, VocabularyEffect]:
     tokens, _ = next(text.batches(config.batch_tokens))
     sample = rest.trace(torch.from_numpy(tokens[:, :-1]).to(rest.model.device))
     matrix = direct_logit_attribution(rest, sample)
@@ -239,7 +148,7 @@ def _effects(
                 seed=config.seed,
             ):
                 bar.update()
-                if isinstance(effect, Effect):
+                if isinstance(effect, VocabularyEffect):
                     found[effect.neuron] = effect
     return found
 
@@ -274,136 +183,119 @@ def _write(
     config: EffectsConfig,
     harvested: HarvestContext,
     selected: Sequence[SampledNeuron],
-    found: dict[NeuronId, Effect],
+    found: dict[NeuronId, VocabularyEffect],
     ablations: Ablations,
     text: Text,
 ) -> None:
     strings = harvested.store.decode_tokens(range(harvested.store.vocab_size))
     donors = shuffled(list(found), config.seed)
-    rows: list[dict[str, Any]] = []
+    effects: list[LogitEffect] = []
     for neuron, effect in found.items():
         other = found[donors[neuron]].named if neuron in donors else np.zeros(0, np.int64)
-        rows += _effect_rows(effect, other, config.top, strings)
-    pq.write_table(
-        pa.Table.from_pylist(rows, LOGIT_EFFECTS.schema), draft.path / "logit_effects.parquet"
-    )
-    lost = _lost(harvested, selected, ablations)
-    without = [_ablation_row(s, lost[s.neuron]) for s in selected]
-    pq.write_table(pa.Table.from_pylist(without, ABLATION.schema), draft.path / "ablation.parquet")
-    exact = [row for row in rows if row["kind"] == "exact"]
-    some = next(iter(lost.values()))
-    draft.results.update(
+        effects += _logit_effects(effect, other, config.top, strings)
+    write_logit_effects(draft.path, effects)
+    without = _neuron_ablations(harvested, selected, ablations)
+    write_ablations(draft.path, without)
+    exact = [effect for effect in effects if effect.kind == "exact"]
+    summary = EffectsSummary(
         model=config.model,
         ablation=config.ablation,
-        loss=asdict(ablations.base),
+        loss=ablations.base,
         n_tokens=text.n_tokens,
-        n_documents=some.n_documents,
-        layers=[
-            asdict(_layer(layer, without, exact, config.seed))
+        n_documents=without[0].ablation.n_documents,
+        layers=tuple(
+            _layer(layer, without, exact, config.seed)
             for layer in sorted({s.neuron.layer for s in selected})
-        ],
+        ),
     )
-    write_json(draft.path / "summary.json", draft.results)
+    draft.results.update(write_effects_summary(draft.path, summary))
 
 
-def _lost(
+def _neuron_ablations(
     harvested: HarvestContext, selected: Sequence[SampledNeuron], ablations: Ablations
-) -> dict[NeuronId, Ablation]:
-    found = {}
+) -> list[NeuronAblation]:
+    """The ablations under the names of their neurons, in the order of `selected`."""
+    by_neuron: dict[NeuronId, Ablation] = {}
     for layer, of_layer in zip(harvested.site.layer_numbers, ablations.neurons, strict=True):
-        mine = [s.neuron for s in selected if s.neuron.layer == layer]
-        found |= dict(zip(mine, of_layer, strict=True))
-    return found
+        neurons = [s.neuron for s in selected if s.neuron.layer == layer]
+        by_neuron |= dict(zip(neurons, of_layer, strict=True))
+    return [NeuronAblation(s.neuron, s.dead, by_neuron[s.neuron]) for s in selected]
 
 
-def _effect_rows(
-    effect: Effect, other: NDArray[np.int64], top: int, strings: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One row for the exact effect, one for the first-order reading where there is one."""
-    rows = [
-        {
-            **_effect_row(effect, "exact", effect.exact, top, strings),
-            "agreement": effect.agreement,
-            "overlap": effect.overlap(top),
-            "named": effect.place_of(effect.named),
-            "named_shuffled": effect.place_of(other),
-        }
+def _logit_effects(
+    effect: VocabularyEffect, other: NDArray[np.int64], top: int, strings: Sequence[str]
+) -> list[LogitEffect]:
+    """The exact effect, and the first-order reading where there is one.
+
+    `other` are the tokens that another neuron of the layer fires on: the null of `named`.
+    """
+    effects = [
+        replace(
+            _strongest(effect, "exact", effect.exact, top, strings),
+            agreement=effect.agreement,
+            overlap=effect.overlap(top),
+            named=effect.promotes(effect.named),
+            named_shuffled=effect.promotes(other),
+        )
     ]
     if effect.first_order is not None:
-        rows.append(_effect_row(effect, "first_order", effect.first_order, top, strings))
-    return rows
+        effects.append(_strongest(effect, "first_order", effect.first_order, top, strings))
+    return effects
 
 
-def _effect_row(
-    effect: Effect, kind: str, values: NDArray[np.float64], top: int, strings: Sequence[str]
-) -> dict[str, Any]:
+def _strongest(
+    effect: VocabularyEffect,
+    kind: EffectKind,
+    values: NDArray[np.float64],
+    top: int,
+    strings: Sequence[str],
+) -> LogitEffect:
+    """The `top` tokens that gain most of `values` [V], and those that lose most."""
     up, down = best(values, top), best(-values, top)
-    return {
-        **vars(effect.neuron),
-        "kind": kind,
-        "activation": effect.activation,
-        "n_positions": effect.n_positions,
-        "promoted_ids": up.tolist(),
-        "promoted": [strings[i] for i in up],
-        "promoted_values": values[up].tolist(),
-        "suppressed_ids": down.tolist(),
-        "suppressed": [strings[i] for i in down],
-        "suppressed_values": values[down].tolist(),
-    }
-
-
-def _ablation_row(selected: SampledNeuron, lost: Ablation) -> dict[str, Any]:
-    firing = lost.where_firing
-    return {
-        **vars(selected.neuron),
-        "dead": selected.dead,
-        "change": lost.change.value,
-        "change_error": lost.change.error,
-        "firing_change": firing.value if firing else None,
-        "firing_error": firing.error if firing else None,
-        "n_tokens": lost.n_tokens,
-        "n_firing": lost.n_firing,
-        "n_documents": lost.n_documents,
-    }
+    return LogitEffect(
+        neuron=effect.neuron,
+        kind=kind,
+        activation=effect.activation,
+        n_positions=effect.n_positions,
+        promoted_ids=tuple(up.tolist()),
+        promoted=tuple(strings[int(i)] for i in up),
+        promoted_values=tuple(values[up].tolist()),
+        suppressed_ids=tuple(down.tolist()),
+        suppressed=tuple(strings[int(i)] for i in down),
+        suppressed_values=tuple(values[down].tolist()),
+    )
 
 
 def _layer(
-    layer: int, without: Sequence[dict[str, Any]], exact: Sequence[dict[str, Any]], seed: int
+    layer: int, without: Sequence[NeuronAblation], exact: Sequence[LogitEffect], seed: int
 ) -> LayerEffects:
-    """Figures of one layer; dead neurons are counted and left out of every mean."""
-    mine = [row for row in without if row["layer"] == layer]
-    alive = [row for row in mine if not row["dead"]]
-    known = [row for row in exact if row["layer"] == layer]
-    change = [row["change"] for row in alive]
-    judged = [row for row in alive if row["change_error"] is not None]
+    """Figures of one layer; dead neurons are counted and enter no mean."""
+    of_layer = [row for row in without if row.neuron.layer == layer]
+    alive = [row.ablation for row in of_layer if not row.dead]
+    effects = [effect for effect in exact if effect.neuron.layer == layer]
+    changes = [ablation.change.value for ablation in alive]
+    # change and standard error of the neurons that have one
+    judged = [(a.change.value, a.change.error) for a in alive if a.change.error is not None]
 
     def mean(values: Sequence[float | None]) -> Interval | None:
         return bootstrap([v for v in values if v is not None], seed)
 
     return LayerEffects(
         layer=layer,
-        neurons=len(mine),
-        dead=len(mine) - len(alive),
-        silent=len(alive) - len(known),
-        size=mean([abs(v) for v in change]),
-        rise=mean(change),
-        firing_rise=mean([row["firing_change"] for row in alive]),
-        raises=mean([float(r["change"] > CLEAR * r["change_error"]) for r in judged]),
-        lowers=mean([float(-r["change"] > CLEAR * r["change_error"]) for r in judged]),
-        agreement=mean([row["agreement"] for row in known]),
-        overlap=mean([row["overlap"] for row in known]),
-        named=mean([row["named"] for row in known]),
-        named_shuffled=mean([row["named_shuffled"] for row in known]),
+        neurons=len(of_layer),
+        dead=len(of_layer) - len(alive),
+        silent=len(alive) - len(effects),
+        size=mean([abs(change) for change in changes]),
+        rise=mean(changes),
+        firing_rise=mean([a.where_firing.value if a.where_firing else None for a in alive]),
+        raises=mean([float(change > CLEAR * error) for change, error in judged]),
+        lowers=mean([float(-change > CLEAR * error) for change, error in judged]),
+        agreement=mean([effect.agreement for effect in effects]),
+        overlap=mean([effect.overlap for effect in effects]),
+        named=mean([effect.named for effect in effects]),
+        named_shuffled=mean([effect.named_shuffled for effect in effects]),
     )
 
 
-def _read(path: Path, results: dict[str, Any]) -> EffectsResult:
-    def layer(found: dict[str, Any]) -> LayerEffects:
-        known: dict[str, Any] = {
-            k: Interval(**v) if isinstance(v, dict) else v for k, v in found.items()
-        }
-        return LayerEffects(**known)
-
-    told = dict(results)
-    layers = tuple(layer(found) for found in told.pop("layers"))
-    return EffectsResult(path=path, loss=Estimate(**told.pop("loss")), layers=layers, **told)
+def _result(folder: Path) -> EffectsResult:
+    return EffectsResult(path=folder, **vars(read_effects_summary(folder)))

@@ -19,7 +19,8 @@ from cratelm.models.open import Encoder, LoadedModel, encoder_of, open_model
 from cratelm.models.partial_forward import next_logits
 from cratelm.models.sites import Site
 from cratelm.runs import Run, write_json
-from cratelm.steer.config import Edit, SteerConfig
+from cratelm.steer.config import SteerConfig
+from cratelm.steer.edits import Edit
 from cratelm.steer.steering import chosen, steering
 from cratelm.text.display import visible
 from cratelm.text.table import align

@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
 from cratelm.models.sites import Site, hooked, site_of
-from cratelm.steer.config import Edit, Positions
+from cratelm.steer.edits import Edit, Positions
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.partial_forward import next_logits
 from cratelm.models.sites import capture
 from cratelm.results.neuron_table import changed_at
-from cratelm.steer.config import Edit
+from cratelm.steer.edits import Edit
 from cratelm.steer.steer import compared, continue_ids
 from cratelm.steer.steering import steering
 from cratelm.viewer.run_reader import Library

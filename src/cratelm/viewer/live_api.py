@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cratelm.errors import InputError
 from cratelm.results.views import NotFound, plain
-from cratelm.steer.config import Edit
+from cratelm.steer.edits import Edit
 from cratelm.viewer.live import LONGEST_TEXT, Busy, Live
 from cratelm.viewer.security import Rate
 
