@@ -1,6 +1,8 @@
 """The harvest against a brute-force reference, its bounds, and the models it runs on."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from cratelm.activations import topk as cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
 from cratelm.activations.calibration import Calibration
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_per_neuron
+from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, write_records
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.errors import InputError
@@ -391,6 +394,111 @@ def test_other_peoples_models(run, tmp_path):
         assert result.neurons == neurons
         records = list(read_records(result.path, "held_out", layers=[0], indices=[5]))
         assert records[0].of_kind("random")
+
+
+def test_the_default_length_is_the_one_rule_for_all_verbs(run, tmp_path):
+    long = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_position_embeddings=8192))  # fmt: skip
+    long.save_pretrained(tmp_path / "long")
+    options = {**OPTIONS, "sequence_length": None}
+    cratelm.harvest(run=run, model=str(tmp_path / "long"), name="long", **options)
+    assert (
+        Run(run).stage("activations", "long").require("harvest").results["sequence_length"] == 2048
+    )
+    assert open_harvested(Run(run), "long").sequence_length == 2048
+    cratelm.harvest(run=run, model="crate-2l", name="short", **options)
+    assert open_harvested(Run(run), "short").sequence_length == 32
+
+
+def test_a_harvest_is_opened_as_it_was_made(run, tmp_path):
+    """In its precision, on its device where there is one, and only if the folder is still the same."""
+    shutil.copytree(run / "model" / "crate-2l", tmp_path / "mine")
+    model = str(tmp_path / "mine")
+    cratelm.harvest(run=run, model=model, name="mine", dtype="bfloat16", device="cpu", **OPTIONS)
+    held = open_harvested(Run(run), "mine")
+    assert held.subject.model.dtype == torch.bfloat16
+    assert held.subject.model.device.type == "cpu"
+    record = run / "activations" / "mine" / "completed.json"
+    told = json.loads(record.read_text())
+    assert told["results"]["device"] == "cpu"
+    assert "device" not in told["config"]
+    told["results"]["device"] = "cuda:99"  # harvested on another machine
+    record.write_text(json.dumps(told))
+    assert open_harvested(Run(run), "mine").subject.model.dtype == torch.bfloat16
+    saved = json.loads((tmp_path / "mine" / "config.json").read_text())
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({**saved, "bos_token_id": 1}))
+    with pytest.raises(InputError, match=r"is not the model that was harvested.*--force"):
+        open_harvested(Run(run), "mine")
+
+
+@pytest.mark.parametrize("verb", ["harvest", "evaluate", "predict"])
+def test_a_device_that_is_not_there_is_told(run, verb):
+    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    fields = {
+        "harvest": {"model": "crate-2l", "name": "elsewhere"},
+        "predict": {"models": ("crate-2l",), "text": "a"},
+    }.get(verb, {"model": "crate-2l"})
+    with pytest.raises(InputError, match=r"--device cuda:99 cannot be used .*--device auto") as e:
+        getattr(cratelm, verb)(run=run, device="cuda:99", **fields)
+    assert "\n" not in str(e.value)
+
+
+_OF_THE_HUB = """
+import sys
+from pathlib import Path
+import torch
+import cratelm
+from cratelm.activations.open_harvest import open_harvested
+from cratelm.errors import InputError
+from cratelm.runs import Run
+
+run, cache = Path(sys.argv[1]), Path(sys.argv[2]) / "models--me--tiny"
+def harvest(**more):
+    cratelm.harvest(run=run, model="me/tiny", tokens=500, pilot_tokens=64, quiet=True, **more)
+def identity():
+    return Run(run).stage("activations", "tiny").require("harvest").inputs["model"]
+def first_weight():
+    return float(next(open_harvested(Run(run), "tiny").subject.model.parameters()).sum())
+
+harvest()
+assert identity() == "hub:me/tiny@" + "1" * 40, identity()
+before = first_weight()
+harvest()  # finished
+(cache / "refs" / "main").write_text("2" * 40)
+try:
+    harvest()
+except InputError as error:
+    assert "input model that has changed since" in str(error), error
+else:
+    raise AssertionError("other weights were taken for the same")
+assert first_weight() == before  # of the commit that was harvested
+harvest(force=True)
+assert identity() == "hub:me/tiny@" + "2" * 40
+assert first_weight() != before
+print("all is well")
+"""
+
+
+def test_a_model_of_the_hub_is_identified_by_its_commit(run, tmp_path):
+    cache = tmp_path / "hub" / "models--me--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("1" * 40)
+    for commit in ("1" * 40, "2" * 40):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, max_position_embeddings=32))  # fmt: skip
+        model.save_pretrained(cache / "snapshots" / commit)
+    done = subprocess.run(
+        [sys.executable, "-c", _OF_THE_HUB, str(run), str(tmp_path / "hub")],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.endswith("all is well\n"), done.stderr
+
+
+def test_a_quiet_harvest_shows_no_bar(run, capsys):
+    cratelm.harvest(run=run, model="crate-2l", name="quiet", quiet=True, **OPTIONS)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, monkeypatch):

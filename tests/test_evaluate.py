@@ -25,9 +25,10 @@ from cratelm.evaluate.measurements import (
     difference,
     measurements_table,
 )
+from cratelm.evaluate.text_sets import Passage, Texts
 from cratelm.evaluate.windows import Totals, cut, token_scores
 from cratelm.models import build, load
-from cratelm.models.open import LoadedModel, sequence_length
+from cratelm.models.open import LoadedModel, encoder_of, open_model, sequence_length
 from cratelm.records import Estimate
 from cratelm.runs import Run
 from cratelm.stats.ratio import perplexity, ratio
@@ -193,6 +194,19 @@ def test_windows_count_every_token_once_and_keep_the_context(n: int, stride: int
             assert context >= min(target, length - stride + 1)
             counted.append(target)
     assert counted == list(range(1, n + 1))
+
+
+def test_passes_over_texts_do_not_disturb_each_other(run: Path) -> None:
+    encoder = encoder_of(open_model(Run(run), "crate-1l"), Run(run))
+    texts = Texts([Passage("stone and river"), Passage("ä")], encoder, "documents", None)
+    first, second = texts.windows(4, 4), texts.windows(4, 4)
+    assert first.n_bytes().tolist() == []
+    assert len(list(first)) > 1
+    assert (first.n_bytes().tolist(), first.n_words().tolist()) == ([15, 2], [3, 1])
+    assert second.n_bytes().tolist() == []
+    next(iter(second))
+    assert second.n_bytes().tolist() == [15]
+    assert first.n_bytes().tolist() == [15, 2]
 
 
 @pytest.mark.parametrize("max_tokens", [None, 3 * T, 3 * T + 1, 4 * T - 1, T - 1])

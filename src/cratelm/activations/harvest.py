@@ -25,8 +25,9 @@ from cratelm.activations.store import (
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.errors import InputError
-from cratelm.models import Site, load, site_of
+from cratelm.models import Site, site_of
 from cratelm.models.latents import latents_of
+from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import hooked
 from cratelm.records import Split
 from cratelm.runs import Draft, Run, hash_file, hash_json, write_json
@@ -55,7 +56,8 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     """
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
-    source, identity = model_source(config, run)
+    source = find_model(run, config.model).pinned()
+    identity = source.identity
     stage = run.stage("activations", harvest_name(config))
     inputs = {"tokens": tokens.identity, "model": identity}
     autoencoder = None
@@ -63,12 +65,13 @@ def harvest(config: HarvestConfig) -> HarvestResult:
         autoencoder, inputs["sae"] = _sae_source(config, run, identity)
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage.path, stage.require("harvest").results)
-    model = load_for(source, config)
+    loaded = source.load(config.device, config.dtype)
+    model = loaded.model
     store = TokenStore(run.path / "tokens")
     check_vocabulary(store, model.config.vocab_size)
     site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
     with stage.write(config, inputs) as draft:
-        _write_splits(config, store, model, site, stage.name, draft)
+        _write_splits(config, store, loaded, site, stage.name, draft)
         results = draft.results
     return _result(stage.path, results)
 
@@ -86,6 +89,7 @@ def harvest_split(
     calibrations: list[Calibration],
     sizes: ExcerptSizes,
     batch_tokens: int = 8_192,
+    quiet: bool = False,
 ) -> list[LayerHarvest]:
     """Return what is kept of each layer [L] in one pass over the tokens of `plan`, without the head."""
     spans = plan.text_spans()
@@ -97,7 +101,13 @@ def harvest_split(
             calibrations, site.layer_numbers, site.n_neurons, strict=True
         )
     ]
-    progress = tqdm(total=plan.n_tokens(), desc=f"harvest {plan.name}", unit="tok", unit_scale=True)
+    progress = tqdm(
+        total=plan.n_tokens(),
+        desc=f"harvest {plan.name}",
+        unit="tok",
+        unit_scale=True,
+        disable=quiet,
+    )
     with torch.no_grad(), progress:
         for batch in plan.batches(batch_tokens, model.device):
             with hooked(model, site, lambda layer, a, b=batch: layers[layer].add(a, b)):
@@ -109,7 +119,7 @@ def harvest_split(
 def _write_splits(
     config: HarvestConfig,
     store: TokenStore,
-    model: PreTrainedModel,
+    loaded: LoadedModel,
     site: Site,
     name: str,
     draft: Draft,
@@ -117,22 +127,28 @@ def _write_splits(
     sizes = ExcerptSizes(
         config.top, config.random, config.per_bin, config.context, config.short_context
     )
+    model = loaded.model
+    length = sequence_length(loaded, config.sequence_length)
     calibrations: list[Calibration] = []
     results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
     for split in ("fit", "held_out"):
-        plan = _plan(config, store, split, model)
+        plan = _plan(config, store, split, length)
         # Both splits share the bins that were set on the first one.
         calibrations = calibrations or calibrate(
             model, site, plan, config.pilot_tokens, config.batch_tokens
         )
-        layers = harvest_split(model, site, plan, calibrations, sizes, config.batch_tokens)
+        layers = harvest_split(
+            model, site, plan, calibrations, sizes, config.batch_tokens, config.quiet
+        )
         _write(draft.path, plan, layers, model, site, name)
         results["tokens"][split] = layers[0].n_tokens
         results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
     draft.results.update(results, site=site.name, neurons=list(site.n_neurons))
-    told = asdict(replace(site, autoencoders=()))
-    del told["autoencoders"]
-    write_json(draft.path / "sites.json", {**told, "layers": site.layer_numbers})
+    # For what is measured on the same neurons later (`open_harvest`).
+    draft.results.update(sequence_length=length, device=config.device)
+    fields = asdict(replace(site, autoencoders=()))
+    del fields["autoencoders"]
+    write_json(draft.path / "sites.json", {**fields, "layers": site.layer_numbers})
 
 
 def _write(
@@ -163,39 +179,15 @@ def _write(
                 excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
 
 
-def _plan(
-    config: HarvestConfig, store: TokenStore, split: Split, model: PreTrainedModel
-) -> SearchPlan:
-    length = config.sequence_length or getattr(model.config, "max_position_embeddings", 1024)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise InputError(
-            f"--sequence-length {length} is longer than the {longest} positions of the model"
-        )
+def _plan(config: HarvestConfig, store: TokenStore, split: Split, length: int) -> SearchPlan:
     tokens = store.split(split)
     if tokens.n_tokens == 0:
         raise InputError(f"split {split} holds no tokens: tokenize more text or raise its share")
     return SearchPlan.of(tokens, split, store.eot_id, length, config.tokens, config.seed)
 
 
-def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
-    """Where to load the model from, and its identity: a model of the run, a folder, or a Hub id."""
-    folder = Path(config.model)
-    is_name = "/" not in config.model and not config.model.startswith(".")
-    # a model of the run goes before a folder of the same name that happens to lie here
-    if is_name and (run.stage("model", config.model).completion() or not folder.is_dir()):
-        stage = run.stage("model", config.model)
-        return stage.path, stage.require("train").identity
-    if folder.is_dir():
-        weights = [
-            p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")
-        ]
-        return folder, hash_json({p.name: hash_file(p) for p in weights})
-    return config.model, f"hub:{config.model}"
-
-
 def _sae_source(config: HarvestConfig, run: Run, model: str) -> tuple[Path, str]:
-    """Where the autoencoders lie, and their identity: those of the run by name, or a folder."""
+    """Return where the autoencoders are, and their identity: those of the run by name, or a folder."""
     assert config.sae is not None
     stage = run.stage("sae", f"{Path(config.model).name}@{Path(config.sae).name}")
     done = stage.completion() if "/" not in config.sae else None
@@ -216,19 +208,9 @@ def _sae_source(config: HarvestConfig, run: Run, model: str) -> tuple[Path, str]
 
 
 def autoencoder_identity(folder: Path) -> str:
-    """sha256 over the configurations and weights of the autoencoders in a folder from elsewhere."""
+    """Return the sha256 over configurations and weights of the autoencoders in a folder."""
     files = [*folder.rglob("cfg.json"), *folder.rglob("*.safetensors")]
     return hash_json({str(p.relative_to(folder)): hash_file(p) for p in sorted(files)})
-
-
-def load_for(source: str | Path, config: HarvestConfig) -> PreTrainedModel:
-    device = config.device
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = accelerator.type if accelerator is not None else "cpu"
-    model = load(source, dtype=getattr(torch, config.dtype))
-    model.to(torch.device(device))  # type: ignore[arg-type]  (a decorator hides the signature)
-    return model
 
 
 def _result(path: Path, results: dict) -> HarvestResult:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
@@ -42,6 +43,10 @@ class EvaluateConfig:
     sequence_length - stride tokens. Default: sequence_length, no overlap"""
     batch_size: int = 16
     """sequences at a time; fewer if their logits would exceed 1 GiB"""
+    device: str = aside("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
     output: Path | None = aside(None)
     """also write the figures to this JSON file"""
     quiet: bool = aside(False)
@@ -96,9 +101,15 @@ class PredictConfig:
     """number of tokens of the document to show, in the run's tokenizer; your own text is shown whole"""
     top: int = 5
     """most likely next tokens shown for each token"""
+    device: str = aside("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
     out: Path | None = aside(None)
     """path of the page. Default: predictions.html in the run. A PNG and a PDF of the same name go into
     the same folder"""
+    quiet: bool = aside(False)
+    """show no progress bar; `predict` has none and takes the option as all verbs do"""
 
     def __post_init__(self) -> None:
         given = [f for f in ("text", "text_file", "document") if getattr(self, f) is not None]

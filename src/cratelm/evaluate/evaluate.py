@@ -26,15 +26,15 @@ from cratelm.evaluate.measurements import (
     measurement,
     measurements_table,
 )
-from cratelm.evaluate.text_sets import NamedSet, Shards, Source, Texts, named_set
+from cratelm.evaluate.text_sets import NamedSet, Shards, Source, Texts, Windows, named_set
 from cratelm.evaluate.windows import Totals, score
 from cratelm.models.open import (
     LoadedModel,
     check_store,
     encoder_of,
+    find_model,
     open_model,
     sequence_length,
-    source_of,
 )
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Run, write_json
@@ -71,10 +71,16 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         run.stage("tokens").require("tokenize")
         store = TokenStore(run.stage("tokens").path)
     for name in config.subjects:  # a wrong name is reported before any model is measured
-        source_of(run, name, from_run=config.path is None)
+        find_model(run, name, from_run=config.path is None)
     measured: dict[tuple[str, str], tuple[DocumentTotals, Measurement]] = {}
     for name in config.subjects:
-        subject = open_model(run, name, from_run=config.path is None)
+        subject = open_model(
+            run,
+            name,
+            from_run=config.path is None,
+            device=config.device,
+            dtype=config.dtype,
+        )
         for on, documents in sets.items():
             measured[on, name] = _measure(subject, on, documents, run, store, config)
     result = EvaluateResult(
@@ -123,7 +129,7 @@ def _measure(
         totals = score(subject.model, label, windows, config.batch_size, bar)
     if not totals.tokens.any():
         raise InputError(f"{on} holds no token to predict: name another set with --on")
-    sums = _by_document(totals, source, vocabulary, last_word)
+    sums = _by_document(totals, windows, vocabulary, last_word)
     return sums, measurement(
         sums,
         model=subject.name,
@@ -152,15 +158,15 @@ def _shards(store: TokenStore, name: Split, config: EvaluateConfig) -> Shards:
 
 
 def _by_document(
-    totals: Totals, source: Source, vocabulary: str, last_word: bool
+    totals: Totals, windows: Windows, vocabulary: str, last_word: bool
 ) -> DocumentTotals:
     """Return the sums of the documents that have a predicted token."""
     counted = np.flatnonzero(totals.tokens)
     totals = Totals(*(getattr(totals, name)[counted] for name in Totals.__dataclass_fields__))
-    words = source.n_words()
+    words = windows.n_words()
     return DocumentTotals(
         totals=totals,
-        bytes=source.n_bytes()[counted],
+        bytes=windows.n_bytes()[counted],
         words=None if words is None else words[counted],
         whole=(totals.top_1 == totals.tokens).astype(np.float64) if last_word else None,
         vocabulary=vocabulary,

@@ -53,7 +53,9 @@ def predict(config: PredictConfig) -> PredictResult:
     from cratelm.evaluate.predict_view import draw, page  # matplotlib: slow to import
 
     run = Run(config.run)
-    subjects = [open_model(run, name) for name in config.models]
+    subjects = [
+        open_model(run, name, device=config.device, dtype=config.dtype) for name in config.models
+    ]
     encoders = [encoder_of(subject, run) for subject in subjects]
     text = _text(config, run, subjects)
     predictions = tuple(

@@ -54,8 +54,22 @@ class Passage:
     """first character that is predicted; what precedes it is only context"""
 
 
+class Windows(Protocol):
+    """One pass over tokens to predict. Sizes of documents are those of the windows read so far."""
+
+    def __iter__(self) -> Iterator[Window]: ...
+
+    def n_bytes(self) -> NDArray[np.int64]:
+        """Return the UTF-8 bytes of the predicted text of each document [C]."""
+        ...
+
+    def n_words(self) -> NDArray[np.int64] | None:
+        """Return the predicted words of each document [C], between white space; None if unknown."""
+        ...
+
+
 class Source(Protocol):
-    """Tokens to predict. `n_bytes` and `n_words` are known once the windows have been read."""
+    """Tokens to predict, any number of times."""
 
     @property
     def unit(self) -> str:
@@ -67,16 +81,8 @@ class Source(Protocol):
         """Return how many tokens will be predicted, None where only reading tells."""
         ...
 
-    def windows(self, length: int, stride: int) -> Iterator[Window]:
-        """Yield all windows of at most `length` tokens, each later one moved on by `stride`."""
-        ...
-
-    def n_bytes(self) -> NDArray[np.int64]:
-        """Return the UTF-8 bytes of the predicted text of each document [C]."""
-        ...
-
-    def n_words(self) -> NDArray[np.int64] | None:
-        """Return the predicted words of each document [C], between white space; None if unknown."""
+    def windows(self, length: int, stride: int) -> Windows:
+        """Return windows of at most `length` tokens, each later one moved on by `stride`."""
         ...
 
 
@@ -93,31 +99,48 @@ class Shards:
     """[V] bytes of each token (`cratelm.tokens.tokenizer.token_sizes`)"""
     unit: str = "documents"
 
-    def windows(self, length: int, stride: int) -> Iterator[Window]:
-        """Yield windows over the stream, whatever documents they span."""
-        for start, stop, first in cut(self.n_tokens, length, stride):
-            tokens = self.split.read(start, stop + 1)
-            yield Window(tokens, first - start, self._documents(first, stop))
+    def windows(self, length: int, stride: int) -> "ShardWindows":
+        """Return windows over the stream, whatever documents they span."""
+        return ShardWindows(self, length, stride)
 
     def n_bytes(self) -> NDArray[np.int64]:
-        """Return the bytes of the predicted tokens of each document of the split [C]."""
+        """Return the UTF-8 bytes of the predicted text of each document [C]."""
         total = np.zeros(self.split.n_documents, np.int64)
         for first in range(0, self.n_tokens, _PIECE):
             stop = min(first + _PIECE, self.n_tokens)
             sizes = self.sizes[self.split.read(first + 1, stop + 1)]
             total += np.bincount(
-                self._documents(first, stop), sizes, self.split.n_documents
+                self.documents_of(first, stop), sizes, self.split.n_documents
             ).astype(np.int64)
         return total
+
+    def documents_of(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Return the document of each of tokens `first` + 1 to `stop`, by its number in the split."""
+        positions = np.arange(first + 1, stop + 1)
+        return np.searchsorted(self.split.starts, positions, side="right") - 1
+
+
+@dataclass(frozen=True, eq=False)
+class ShardWindows:
+    """Windows over shards, whose documents have the same sizes before they are read as after."""
+
+    shards: Shards
+    length: int
+    stride: int
+
+    def __iter__(self) -> Iterator[Window]:
+        split = self.shards.split
+        for start, stop, first in cut(self.shards.n_tokens, self.length, self.stride):
+            tokens = split.read(start, stop + 1)
+            yield Window(tokens, first - start, self.shards.documents_of(first, stop))
+
+    def n_bytes(self) -> NDArray[np.int64]:
+        """Return the bytes of the predicted tokens of each document [C]."""
+        return self.shards.n_bytes()
 
     def n_words(self) -> None:
         """Return None: tokens of a split are not counted in words."""
         return
-
-    def _documents(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Document of each of tokens `first` + 1 to `stop`, by its place in the split."""
-        positions = np.arange(first + 1, stop + 1)
-        return np.searchsorted(self.split.starts, positions, side="right") - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,57 +148,71 @@ class Texts:
     """Texts in a model's own tokens, each after the token that a text begins with, and nothing else.
 
     Before context that is not predicted that token stands only where the tokenizer sets it there
-    itself, as in EleutherAI's harness. Memory: one text, and two numbers a document.
+    itself, as in EleutherAI's harness. Memory: one text, and two numbers per document of each pass.
     """
 
     passages: Iterable[Passage]
     encoder: Encoder
     unit: str
     max_tokens: int | None
-    _bytes: list[int] = field(default_factory=list)
-    _words: list[int] = field(default_factory=list)
 
     @property
     def n_tokens(self) -> None:
         """Return None: texts are tokenized while they are read."""
         return None
 
-    def windows(self, length: int, stride: int) -> Iterator[Window]:
-        """Yield the windows of each text. Raises `InputError` where a predicted end is longer than one."""
-        self._bytes.clear()
-        self._words.clear()
-        n_tokens = 0
-        for passage in self.passages:
-            if not (predicted := passage.text[passage.predicted_from :]):
-                continue
-            if n_tokens >= (self.max_tokens or n_tokens + 1):
-                break
-            document = len(self._bytes)
-            self._bytes.append(len(predicted.encode()))
-            self._words.append(len(predicted.split()))
-            tokens, known = self._tokens(passage)
-            n = len(tokens) - 1
-            n_tokens += n - known
-            cuts = [_end(n, known, length)] if passage.predicted_from else cut(n, length, stride)
-            for start, stop, first in cuts:
-                documents = np.full(stop - first, document)
-                yield Window(tokens[start : stop + 1], first - start, documents)
+    def windows(self, length: int, stride: int) -> "TextWindows":
+        """Return one pass over the windows of each text."""
+        return TextWindows(self, length, stride)
 
-    def n_bytes(self) -> NDArray[np.int64]:
-        """Return the bytes of the texts whose windows were read last [C]."""
-        return np.array(self._bytes, np.int64)
-
-    def n_words(self) -> NDArray[np.int64]:
-        """Return the words of the texts whose windows were read last [C]."""
-        return np.array(self._words, np.int64)
-
-    def _tokens(self, passage: Passage) -> tuple[NDArray[np.int64], int]:
+    def tokens_of(self, passage: Passage) -> tuple[NDArray[np.int64], int]:
         """Return the tokens of a passage, and how many targets among them are only context."""
         context = len(self.encoder.encode(passage.text[: passage.predicted_from]))
         tokens = self.encoder.encode(passage.text)
         if context and not self.encoder.adds_start:
             return tokens, context - 1
         return np.concatenate([[self.encoder.start], tokens]), context
+
+
+class TextWindows:
+    """One pass over texts, with the sizes of the documents read so far.
+
+    Raises `InputError` where a predicted end is longer than a window.
+    """
+
+    def __init__(self, texts: Texts, length: int, stride: int):
+        self._bytes: list[int] = []
+        self._words: list[int] = []
+        self._windows = self._read(texts, length, stride)
+
+    def __iter__(self) -> Iterator[Window]:
+        return self._windows
+
+    def n_bytes(self) -> NDArray[np.int64]:
+        """Return the bytes of the texts read so far [C]."""
+        return np.array(self._bytes, np.int64)
+
+    def n_words(self) -> NDArray[np.int64]:
+        """Return the words of the texts read so far [C]."""
+        return np.array(self._words, np.int64)
+
+    def _read(self, texts: Texts, length: int, stride: int) -> Iterator[Window]:
+        n_tokens = 0
+        for passage in texts.passages:
+            if not (predicted := passage.text[passage.predicted_from :]):
+                continue
+            if n_tokens >= (texts.max_tokens or n_tokens + 1):
+                break
+            document = len(self._bytes)
+            self._bytes.append(len(predicted.encode()))
+            self._words.append(len(predicted.split()))
+            tokens, known = texts.tokens_of(passage)
+            n = len(tokens) - 1
+            n_tokens += n - known
+            cuts = [_end(n, known, length)] if passage.predicted_from else cut(n, length, stride)
+            for start, stop, first in cuts:
+                documents = np.full(stop - first, document)
+                yield Window(tokens[start : stop + 1], first - start, documents)
 
 
 def _end(n: int, known: int, length: int) -> tuple[int, int, int]:

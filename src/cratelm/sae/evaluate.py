@@ -26,11 +26,10 @@ from typing import Any, cast
 import numpy as np
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.activations.config import HarvestConfig
-from cratelm.activations.harvest import autoencoder_identity, load_for, model_source
+from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models.latents import latents_of
-from cratelm.models.open import LoadedModel, sequence_length
+from cratelm.models.open import find_model, sequence_length
 from cratelm.models.sites import Site
 from cratelm.records import Estimate
 from cratelm.runs import Run, config_dict, write_json
@@ -138,14 +137,15 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     import_sae_lens()
     run = Run(config.run)
     run.stage("tokens").require("tokenize")
-    asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, identity = model_source(asked, run)
+    source = find_model(run, config.model).pinned()
+    identity = source.identity
     asked_for = _autoencoders(config, run)
-    model = load_for(source, asked)
+    loaded = source.load(config.device, "float32")
+    model = loaded.model
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = _open(config, asked_for.folder, model, identity)
-    length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
+    length = sequence_length(loaded, config.sequence_length)
     split = store.split(config.split)
     if split.n_tokens < 2:
         raise InputError(f"the {config.split} split has {split.n_tokens} tokens, 2 were expected")
@@ -177,7 +177,7 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     """True, and said so, where the run keeps figures of these very autoencoders and this configuration."""
     run = Run(config.run)
     asked_for = _autoencoders(config, run)
-    _, identity = model_source(HarvestConfig(run=config.run, model=config.model), run)
+    identity = find_model(run, config.model).identity
     if not asked_for.kept.is_file():
         return False
     told = json.loads(asked_for.kept.read_text(encoding="utf-8"))
