@@ -19,11 +19,7 @@ import cratelm
 from cratelm.activations import topk as cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
 from cratelm.activations.calibration import Calibration
-from cratelm.activations.layer_harvest import (
-    ExcerptSizes,
-    LayerHarvest,
-    bytes_per_neuron,
-)
+from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_per_neuron
 from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, write_records
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table

@@ -1,4 +1,4 @@
-"""Configuration of `cratelm harvest`."""
+"""Options of `cratelm harvest`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,34 +30,34 @@ class HarvestConfig:
     model: str = "crate-2l"
     """a model of the run by name, or any Hugging Face causal language model by folder or Hub id"""
     name: str | None = None
-    """name of the harvest in the run; default: the model's name, and of latents `MODEL+SAE`"""
+    """name of the harvest in the run. Default: the model's name; of latents `MODEL+SAE`"""
     site: str | None = None
     """where neurons live: ista, mssa, heads, mlp, or a module path such as
-    'gpt_neox.layers.*.mlp.dense_4h_to_h:input'; default: ista for CRATE, mlp for others"""
+    'gpt_neox.layers.*.mlp.dense_4h_to_h:input'. Default: ista for CRATE, mlp for others"""
     sae: str | None = None
-    """latents of sparse autoencoders in place of neurons: their name in the run (see `cratelm sae train`),
+    """latents of sparse autoencoders instead of neurons: their name in the run (see `cratelm sae train`),
     or a folder in SAELens' format; needs the extra `sae`"""
     tokens: int = 8_192_000
-    """at most so many tokens are searched in each of the splits fit and held_out (the paper: 8,192,000)"""
+    """most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)"""
     sequence_length: int | None = None
-    """tokens the model sees at once; default: the most that the model takes, 2,048 at most, 1,024
-    where it names no limit"""
+    """tokens the model sees at once. Default: the most that it takes, at most 2,048; 1,024 where it names
+    no limit"""
     top: int = 50
-    """excerpts with the highest activation, one a document"""
+    """excerpts with the highest activation, one per document"""
     random: int = 50
     """excerpts around random tokens"""
     per_bin: int = 20
     """excerpts from each bin of both binnings"""
     context: int = 32
-    """tokens before the chosen token in a long excerpt, and from it on"""
+    """tokens before the chosen token in a long excerpt, and as many from it on"""
     short_context: int = 4
     """the same in a short excerpt (Anthropic metric)"""
     pilot_tokens: int = 8_192
-    """tokens of the pilot that sets the edges of the bins"""
+    """tokens of the pilot sample that sets the edges of the bins"""
     seed: int = 0
     """draws random excerpts and the order within bins; twins need the same"""
     batch_tokens: int = not_in_identity(8_192)
-    """tokens a forward pass; more is faster and takes more memory"""
+    """tokens per forward pass; more is faster and takes more memory"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the model; statistics are always kept in float32 or more"""
     device: str = not_in_identity("auto")
@@ -65,7 +65,7 @@ class HarvestConfig:
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
-    """no progress bar"""
+    """show no progress bar"""
 
     def __post_init__(self) -> None:
         at_least(
@@ -80,5 +80,5 @@ class HarvestConfig:
             )
         if self.sae and self.site:
             raise InputError(
-                f"--site {self.site} beside --sae: autoencoders say what site they read"
+                f"--site {self.site} and --sae cannot be combined: autoencoders say what site they read"
             )

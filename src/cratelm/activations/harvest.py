@@ -27,16 +27,12 @@ from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_tabl
 from cratelm.errors import InputError
 from cratelm.models import Site, site_of
 from cratelm.models.latents import latents_of
-from cratelm.models.open import LoadedModel, load_on, sequence_length
+from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import hooked
-from cratelm.models.sizes import hub_commit
 from cratelm.records import Split
-from cratelm.runs import Completion, Draft, Run, hash_file, hash_json, identity_of, write_json
+from cratelm.runs import Completion, Draft, Run, hash_file, hash_json, write_json
 from cratelm.runs.names import latents_name, set_name
 from cratelm.tokens.shards import TokenStore, check_vocabulary
-
-HUB = "hub:"
-"""begins the identity of a Hub model, hub:NAME@COMMIT"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,8 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     """
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
-    source, made = model_source(config, run)
+    source = find_model(run, config.model).pinned()
+    made = source.record or source.identity
     stage = run.stage("activations", harvest_name(config))
     inputs: dict[str, Completion | str] = {"tokens": tokens, "model": made}
     autoencoder = None
@@ -69,12 +66,13 @@ def harvest(config: HarvestConfig) -> HarvestResult:
         autoencoder, inputs["sae"] = _sae_source(config, run)
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage.path, stage.require("harvest").results)
-    model = load_for(source, identity_of(made), config)
+    loaded = source.load(config.device, config.dtype)
+    model = loaded.model
     store = TokenStore(run.path / "tokens")
     check_vocabulary(store, model.config.vocab_size)
     site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
     with stage.write(config, inputs) as draft:
-        _write_splits(config, store, model, site, stage.name, draft)
+        _write_splits(config, store, loaded, site, stage.name, draft)
         results = draft.results
     return _result(stage.path, results)
 
@@ -124,7 +122,7 @@ def harvest_split(
 def _write_splits(
     config: HarvestConfig,
     store: TokenStore,
-    model: PreTrainedModel,
+    loaded: LoadedModel,
     site: Site,
     name: str,
     draft: Draft,
@@ -132,9 +130,10 @@ def _write_splits(
     sizes = ExcerptSizes(
         config.top, config.random, config.per_bin, config.context, config.short_context
     )
+    model = loaded.model
+    length = sequence_length(loaded, config.sequence_length)
     calibrations: list[Calibration] = []
     results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
-    length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
     for split in ("fit", "held_out"):
         plan = _plan(config, store, split, length)
         # Both splits share the bins that were set on the first one.
@@ -148,11 +147,11 @@ def _write_splits(
         results["tokens"][split] = layers[0].n_tokens
         results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
     draft.results.update(results, site=site.name, neurons=list(site.n_neurons))
-    # for what is measured on the same neurons later
+    # For what is measured on the same neurons later (`open_harvest`).
     draft.results.update(sequence_length=length, device=config.device)
-    told = asdict(replace(site, autoencoders=()))
-    del told["autoencoders"]
-    write_json(draft.path / "sites.json", {**told, "layers": site.layer_numbers})
+    fields = asdict(replace(site, autoencoders=()))
+    del fields["autoencoders"]
+    write_json(draft.path / "sites.json", {**fields, "layers": site.layer_numbers})
 
 
 def _write(
@@ -190,37 +189,8 @@ def _plan(config: HarvestConfig, store: TokenStore, split: Split, length: int) -
     return SearchPlan.of(tokens, split, store.eot_id, length, config.tokens, config.seed)
 
 
-def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, Completion | str]:
-    """Where to load the model from, and the record of a model of the run, else the identity of a
-    folder or a Hub id."""
-    folder = Path(config.model)
-    is_name = "/" not in config.model and not config.model.startswith(".")
-    # a model of the run goes before a folder of the same name that happens to lie here
-    if is_name and (run.stage("model", config.model).completion() or not folder.is_dir()):
-        stage = run.stage("model", config.model)
-        return stage.path, stage.require("train")
-    if folder.is_dir():
-        return folder, folder_identity(folder)
-    return config.model, f"{HUB}{config.model}@{hub_commit(config.model)}"
-
-
-def revision_of(identity: str) -> str | None:
-    """The commit in the identity of a Hub model; None for other models, and in runs of version 0.1.0."""
-    return (
-        (identity.rpartition("@")[2] or None)
-        if identity.startswith(HUB) and "@" in identity
-        else None
-    )
-
-
-def folder_identity(folder: Path) -> str:
-    """sha256 over the configuration and weights of a model in a folder from elsewhere."""
-    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
-    return hash_json({p.name: hash_file(p) for p in files})
-
-
 def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str]:
-    """Where the autoencoders lie, and the record of those of the run, else the identity of a folder."""
+    """Return where the autoencoders are, and the record of those of the run or the identity of a folder."""
     assert config.sae is not None
     stage = run.stage(
         "sae", set_name(last_name("--model", config.model), last_name("--sae", config.sae))
@@ -237,14 +207,9 @@ def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str
 
 
 def autoencoder_identity(folder: Path) -> str:
-    """sha256 over the configurations and weights of the autoencoders in a folder from elsewhere."""
+    """Return the sha256 over configurations and weights of the autoencoders in a folder."""
     files = [*folder.rglob("cfg.json"), *folder.rglob("*.safetensors")]
     return hash_json({str(p.relative_to(folder)): hash_file(p) for p in sorted(files)})
-
-
-def load_for(source: str | Path, identity: str, config: HarvestConfig) -> PreTrainedModel:
-    """The model that `model_source` gave, of the Hub at the commit of its identity."""
-    return load_on(source, config.device, config.dtype, revision_of(identity))
 
 
 def _result(path: Path, results: dict) -> HarvestResult:

@@ -1,7 +1,7 @@
 """Readers of one file: plain text, JSON lines (plain or zstd, the Pile's format) and Parquet.
 
-Each yields `Document`s and, where something cannot be read, a `ReadError` with file and line; whether a
-fault stops the run or is counted is the caller's business. Memory: one document and a read buffer
+Each yields `Document`s and, where something cannot be read, a `ReadError` with file and line; the
+caller decides whether that stops the run or is counted. Memory: one document and a read buffer
 of 128 KiB (Parquet: 64 rows and the column chunk that they are in).
 """
 
@@ -65,7 +65,7 @@ def why_unreadable(path: Path) -> str:
 
 
 def read_text(file: CorpusFile, fields: Fields) -> Found:
-    """The whole file as one document."""
+    """Yield the whole file as one document."""
     try:
         text = file.path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -75,17 +75,17 @@ def read_text(file: CorpusFile, fields: Fields) -> Found:
 
 
 def read_jsonl(file: CorpusFile, fields: Fields) -> Found:
-    """A JSON object a line."""
+    """Yield a document per line, each a JSON object."""
     yield from _json_documents(_lines(file.path), file, fields)
 
 
 def read_jsonl_zst(file: CorpusFile, fields: Fields) -> Found:
-    """A JSON object a line, compressed with zstd; a file cut short is a fault, as is a damaged one."""
+    """Yield a document per line of a file compressed with zstd; a file cut short is a read error."""
     yield from _json_documents(_zst_lines(file.path), file, fields)
 
 
 def read_parquet(file: CorpusFile, fields: Fields) -> Found:
-    """A row of a Parquet table a document."""
+    """Yield a document per row of a Parquet table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -114,7 +114,7 @@ def read_parquet(file: CorpusFile, fields: Fields) -> Found:
 def row_document(
     row: Mapping[str, Any], fields: Fields, file: CorpusFile, number: int, unit: str
 ) -> Document | ReadError:
-    """The document in a row of JSON or of a table."""
+    """Return the document in a row of JSON or of a table."""
     place = f"{readable(file.path)}, {unit} {number}"
     if not isinstance(row, Mapping):
         return ReadError(f"{place}: {type(row).__name__} found, a JSON object was expected")
@@ -179,8 +179,10 @@ def _zst_lines(path: Path) -> Iterator[bytes]:
 
 
 def _zst_chunks(path: Path) -> Iterator[bytes]:
-    """Decompressed pieces. Raises EOFError for a file cut short, which the stream reader of the
-    library takes for the end."""
+    """Yield decompressed pieces. Raises EOFError for a file cut short.
+
+    The library's stream reader takes that for the end of the file, hence frame by frame.
+    """
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
     frame, begun = decompressor.decompressobj(), False
     with path.open("rb") as stream:

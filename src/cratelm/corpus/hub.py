@@ -32,12 +32,12 @@ class HubCorpus:
         if match is None:
             raise InputError(
                 f"corpus {self.corpus!r} is not of the form hub:ID[:CONFIGURATION][@REVISION]:"
-                " type --corpus hub:monology/pile-uncopyrighted, for one"
+                " type, for example, --corpus hub:monology/pile-uncopyrighted"
             )
         object.__setattr__(self, "_options", match.groupdict())
 
     def identity(self) -> str:
-        """The name itself: a dataset is noticed to have changed only where @REVISION pins it."""
+        """Return the name itself: only @REVISION pins a dataset, so a change without it is not noticed."""
         return self.corpus
 
     def __iter__(self) -> Iterator[Document | ReadError]:

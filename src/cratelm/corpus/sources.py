@@ -36,7 +36,7 @@ READERS: dict[str, Reader] = {
     ".jsonl.zst": read_jsonl_zst,
     ".parquet": read_parquet,
 }
-"""how a file is read, by the end of its name; in a folder, files that end otherwise are passed over"""
+"""how a file is read, by the end of its name; in a folder, files that end otherwise are skipped"""
 
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 """folders of the standard library that differ most between installations"""
@@ -50,11 +50,11 @@ class Corpus(Protocol):
 
     @property
     def n_documents(self) -> int | None:
-        """Number of documents, None where only reading tells."""
+        """Return the number of documents, None where only reading tells."""
         ...
 
     def identity(self) -> str:
-        """A hash that changes when the corpus does."""
+        """Return a hash that changes when the corpus does."""
         ...
 
     def __iter__(self) -> Iterator[Document | ReadError]: ...
@@ -74,11 +74,12 @@ class FileCorpus:
 
     @property
     def n_documents(self) -> int | None:
+        """Return the number of files where each is one document, else None."""
         whole = all(_reader_of(f.path) in (read_text, None) for f in self.files)
         return len(self.files) if whole or self.reader else None
 
     def identity(self) -> str:
-        """Hash over each file's name, size and content.
+        """Return a hash over each file's name, size and content.
 
         Of a file above 16 MiB, 16 evenly spread samples of 1 MiB stand for the content, so that a
         corpus of terabytes is checked in seconds; a change between the samples that leaves the size
@@ -103,7 +104,7 @@ class FileCorpus:
 
 
 def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
-    """The corpus that `corpus` names. Raises `InputError` where there is none, or nothing in it."""
+    """Return the corpus that `corpus` names. Raises `InputError` where there is none, or it is empty."""
     fields = fields or Fields()
     if corpus == BUILTIN:
         return builtin_corpus(fields)
@@ -129,9 +130,9 @@ def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
 
 
 def builtin_corpus(fields: Fields) -> FileCorpus:
-    """The Python standard library's own source files, about 12 MB; subset = top-level module.
+    """Return the Python standard library's own source files, about 12 MB; subset = top-level module.
 
-    Left out: installed packages, test folders, and the build's own settings (`_sysconfigdata*`).
+    Without installed packages, test folders, and the build's own settings (`_sysconfigdata*`).
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple(
@@ -145,7 +146,7 @@ def builtin_corpus(fields: Fields) -> FileCorpus:
 
 
 def read_python(file: CorpusFile, fields: Fields) -> Found:
-    """A Python file in the encoding that it declares (PEP 263), with `\\n` as line end."""
+    """Yield a Python file in the encoding that it declares (PEP 263), with `\\n` as line end."""
     try:
         with python_source.open(file.path) as stream:
             text = stream.read()
@@ -170,8 +171,8 @@ def _folder_files(folder: Path, source: str) -> tuple[CorpusFile, ...]:
 
 
 def _walk(root: Path, left_out: frozenset[str]) -> list[tuple[Path, str]]:
-    """Files under `root`, hidden ones left out, by their path; and folders that cannot be listed,
-    with the reason (empty for files)."""
+    """Return the files under `root` by their path, without hidden ones, and the folders that cannot be
+    listed, each with the reason (empty for files)."""
     found: list[tuple[Path, str]] = []
 
     def unlisted(error: OSError) -> None:

@@ -110,7 +110,7 @@ class PredictConfig:
     """path of the page. Default: predictions.html in the run. A PNG and a PDF of the same name go into
     the same folder"""
     quiet: bool = not_in_identity(False)
-    """show no progress bar; this verb has none, and takes the option as all verbs do"""
+    """show no progress bar; `predict` has none and takes the option as all verbs do"""
 
     def __post_init__(self) -> None:
         given = [f for f in ("text", "text_file", "document") if getattr(self, f) is not None]

@@ -32,9 +32,9 @@ from cratelm.models.open import (
     LoadedModel,
     check_store,
     encoder_of,
+    find_model,
     open_model,
     sequence_length,
-    source_of,
 )
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Run, write_json
@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         run.stage("tokens").require("tokenize")
         store = TokenStore(run.stage("tokens").path)
     for name in config.subjects:  # a wrong name is reported before any model is measured
-        source_of(run, name, from_run=config.path is None)
+        find_model(run, name, from_run=config.path is None)
     measured: dict[tuple[str, str], tuple[DocumentTotals, Measurement]] = {}
     for name in config.subjects:
         subject = open_model(

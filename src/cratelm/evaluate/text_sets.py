@@ -55,7 +55,7 @@ class Passage:
 
 
 class Windows(Protocol):
-    """One pass over tokens to predict. The sizes of documents are those of the windows read so far."""
+    """One pass over tokens to predict. Sizes of documents are those of the windows read so far."""
 
     def __iter__(self) -> Iterator[Window]: ...
 
@@ -82,7 +82,7 @@ class Source(Protocol):
         ...
 
     def windows(self, length: int, stride: int) -> Windows:
-        """Return a pass over windows of at most `length` tokens, each later one moved on by `stride`."""
+        """Return windows of at most `length` tokens, each later one moved on by `stride`."""
         ...
 
 
@@ -100,22 +100,22 @@ class Shards:
     unit: str = "documents"
 
     def windows(self, length: int, stride: int) -> "ShardWindows":
-        """Return a pass over windows of the stream, whatever documents they span."""
+        """Return windows over the stream, whatever documents they span."""
         return ShardWindows(self, length, stride)
 
     def n_bytes(self) -> NDArray[np.int64]:
-        """Return the UTF-8 bytes of the predicted text of each document of the split [C]."""
+        """Return the UTF-8 bytes of the predicted text of each document [C]."""
         total = np.zeros(self.split.n_documents, np.int64)
         for first in range(0, self.n_tokens, _PIECE):
             stop = min(first + _PIECE, self.n_tokens)
             sizes = self.sizes[self.split.read(first + 1, stop + 1)]
             total += np.bincount(
-                self._documents(first, stop), sizes, self.split.n_documents
+                self.documents_of(first, stop), sizes, self.split.n_documents
             ).astype(np.int64)
         return total
 
-    def _documents(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Document of each of tokens `first` + 1 to `stop`, by its place in the split."""
+    def documents_of(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Return the document of each of tokens `first` + 1 to `stop`, by its number in the split."""
         positions = np.arange(first + 1, stop + 1)
         return np.searchsorted(self.split.starts, positions, side="right") - 1
 
@@ -132,10 +132,10 @@ class ShardWindows:
         split = self.shards.split
         for start, stop, first in cut(self.shards.n_tokens, self.length, self.stride):
             tokens = split.read(start, stop + 1)
-            yield Window(tokens, first - start, self.shards._documents(first, stop))
+            yield Window(tokens, first - start, self.shards.documents_of(first, stop))
 
     def n_bytes(self) -> NDArray[np.int64]:
-        """Return the UTF-8 bytes of the predicted text of each document [C]."""
+        """Return the bytes of the predicted tokens of each document [C]."""
         return self.shards.n_bytes()
 
     def n_words(self) -> None:
@@ -148,7 +148,7 @@ class Texts:
     """Texts in a model's own tokens, each after the token that a text begins with, and nothing else.
 
     Before context that is not predicted that token stands only where the tokenizer sets it there
-    itself, as in EleutherAI's harness. Memory: one text, and two numbers a document of each pass.
+    itself, as in EleutherAI's harness. Memory: one text, and two numbers per document of each pass.
     """
 
     passages: Iterable[Passage]
@@ -162,10 +162,10 @@ class Texts:
         return None
 
     def windows(self, length: int, stride: int) -> "TextWindows":
-        """Return a pass over the windows of each text."""
+        """Return one pass over the windows of each text."""
         return TextWindows(self, length, stride)
 
-    def _tokens(self, passage: Passage) -> tuple[NDArray[np.int64], int]:
+    def tokens_of(self, passage: Passage) -> tuple[NDArray[np.int64], int]:
         """Return the tokens of a passage, and how many targets among them are only context."""
         context = len(self.encoder.encode(passage.text[: passage.predicted_from]))
         tokens = self.encoder.encode(passage.text)
@@ -175,7 +175,7 @@ class Texts:
 
 
 class TextWindows:
-    """One pass over texts, with the sizes of the documents that it has come to.
+    """One pass over texts, with the sizes of the documents read so far.
 
     Raises `InputError` where a predicted end is longer than a window.
     """
@@ -189,11 +189,11 @@ class TextWindows:
         return self._windows
 
     def n_bytes(self) -> NDArray[np.int64]:
-        """Return the UTF-8 bytes of the predicted text of each document so far [C]."""
+        """Return the bytes of the texts read so far [C]."""
         return np.array(self._bytes, np.int64)
 
     def n_words(self) -> NDArray[np.int64]:
-        """Return the predicted words of each document so far [C], between white space."""
+        """Return the words of the texts read so far [C]."""
         return np.array(self._words, np.int64)
 
     def _read(self, texts: Texts, length: int, stride: int) -> Iterator[Window]:
@@ -206,7 +206,7 @@ class TextWindows:
             document = len(self._bytes)
             self._bytes.append(len(predicted.encode()))
             self._words.append(len(predicted.split()))
-            tokens, known = texts._tokens(passage)
+            tokens, known = texts.tokens_of(passage)
             n = len(tokens) - 1
             n_tokens += n - known
             cuts = [_end(n, known, length)] if passage.predicted_from else cut(n, length, stride)

@@ -25,14 +25,14 @@ from typing import Any, cast
 import numpy as np
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.activations.config import HarvestConfig, last_name
-from cratelm.activations.harvest import autoencoder_identity, load_for, model_source
+from cratelm.activations.config import last_name
+from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models.latents import latents_of
-from cratelm.models.open import LoadedModel, sequence_length
+from cratelm.models.open import find_model, sequence_length
 from cratelm.models.sites import Site
 from cratelm.records import Estimate
-from cratelm.runs import Run, config_dict, identity_of
+from cratelm.runs import Run, config_dict
 from cratelm.runs.names import set_name, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
@@ -77,15 +77,15 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     import_sae_lens()
     run = Run(config.run)
     run.stage("tokens").require("tokenize")
-    asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, made = model_source(asked, run)
-    identity = identity_of(made)
+    source = find_model(run, config.model).pinned()
+    identity = source.identity
     asked_for = _autoencoders(config, run)
-    model = load_for(source, identity, asked)
+    loaded = source.load(config.device, "float32")
+    model = loaded.model
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = _open(config, asked_for.folder, model, identity)
-    length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
+    length = sequence_length(loaded, config.sequence_length)
     split = store.split(config.split)
     if split.n_tokens < 2:
         raise InputError(f"the {config.split} split has {split.n_tokens} tokens, 2 were expected")
@@ -122,16 +122,14 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     """True, and said so, where the run keeps figures of these very autoencoders and this configuration."""
     run = Run(config.run)
     asked_for = _autoencoders(config, run)
-    _, made = model_source(HarvestConfig(run=config.run, model=config.model), run)
+    identity = find_model(run, config.model).identity
     if not asked_for.kept.is_file():
         return False
     try:
         stored = read_evaluation(asked_for.kept)
     except InputError:
         return False  # of another version
-    if stored.config != config_dict(config) or not stored.is_of(
-        asked_for.identity, identity_of(made)
-    ):
+    if stored.config != config_dict(config) or not stored.is_of(asked_for.identity, identity):
         return False
     print(f"{asked_for.kept} is there, skipped (--force redoes it)", flush=True)
     return True

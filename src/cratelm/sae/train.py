@@ -22,10 +22,8 @@ import torch
 from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
-from cratelm.activations.config import HarvestConfig
-from cratelm.activations.harvest import load_for, model_source
 from cratelm.errors import InputError
-from cratelm.models.open import LoadedModel, sequence_length
+from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import Site, site_of
 from cratelm.runs import Draft, Run, Stage, identity_of
 from cratelm.sae import checkpoints
@@ -87,13 +85,12 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     import_sae_lens()  # a missing package is told before anything is written
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
-    asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, made = model_source(asked, run)
+    source = find_model(run, config.model).pinned()
     stage = run.stage("sae", config.folder)
-    inputs = {"tokens": tokens, "model": made}
+    inputs = {"tokens": tokens, "model": source.record or source.identity}
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage)
-    model = load_for(source, identity_of(made), asked)
+    model = source.load(config.device, "float32").model
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = site_of(model, config.site)

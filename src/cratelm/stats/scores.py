@@ -45,6 +45,7 @@ class Counts:
 
     @property
     def total(self) -> int:
+        """Return the number of neurons."""
         return self.defined + self.undefined + self.dead + self.failed
 
 

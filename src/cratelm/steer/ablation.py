@@ -207,7 +207,7 @@ def _measure(
 
 
 def _by_token(batch: _Batch) -> _Batch:
-    block = batch.rest.numbers[batch.place]
+    block = batch.rest.block_numbers[batch.place]
     flat = (x.reshape(-1, 1) for x in (batch.targets, batch.losses, batch.columns))
     return _Batch(batch.rest, batch.trace.by_token(block), batch.place, *flat)
 

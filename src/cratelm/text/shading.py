@@ -1,4 +1,4 @@
-"""Excerpts as runs of text with a level 0..10 each, for a page that shades them.
+"""Excerpts as pieces of text with a level 0..10 each, for a page that shades them.
 
 Shape legend: n tokens of an excerpt.
 """
@@ -36,26 +36,26 @@ class Piece:
 def pieces(
     tokens: Sequence[str], activations: ArrayLike, maximum: float, peak: int
 ) -> tuple[Piece, ...]:
-    """Pieces of an excerpt: `tokens` [n] as text, `activations` [n] raw, `maximum` the raw value of level 10."""
+    """Return an excerpt as pieces: `tokens` [n] as text, `activations` [n] raw, `maximum` is level 10."""
     values = np.asarray(activations, dtype=np.float64)
-    shown = levels(values, maximum)
-    found: list[Piece] = []
-    for place, (token, level) in enumerate(zip(tokens, shown, strict=True)):
+    level_of = levels(values, maximum)
+    shaded: list[Piece] = []
+    for number, (token, level) in enumerate(zip(tokens, level_of, strict=True)):
         piece = Piece(
             visible(token),
             int(level),
-            place == peak,
-            float(values[place]),
+            number == peak,
+            float(values[number]),
             runs_right_to_left(token),
         )
-        if found and _plain(found[-1]) and _plain(piece):
-            piece = Piece(found.pop().text + piece.text, 0, False, 0.0, False)
-        found.append(piece)
-    return tuple(found)
+        if shaded and _plain(shaded[-1]) and _plain(piece):
+            piece = Piece(shaded.pop().text + piece.text, 0, False, 0.0, False)
+        shaded.append(piece)
+    return tuple(shaded)
 
 
 def faint_marks(text: str) -> Markup:
-    """Escaped `text`, whose marks of whitespace are set faint and let a line break after them."""
+    """Return `text` escaped, its marks of white space faint and with a possible line break after them."""
     return Markup(_WHITESPACE.sub(lambda m: f"<i>{m.group()}</i><wbr>", str(escape(text))))
 
 

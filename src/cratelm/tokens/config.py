@@ -1,4 +1,4 @@
-"""What `cratelm tokenize` can be told. Imports nothing heavy, so that `--help` is quick."""
+"""Options of `cratelm tokenize`. Imports nothing heavy, so that `--help` is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,37 +19,37 @@ class TokenizeConfig:
     """run directory, in which `tokens/` is written"""
     corpus: str = "builtin"
     """`builtin` (the Python standard library's sources, about 12 MB), a file (.txt .text .md .rst
-    .tex .py: one document; .jsonl .jsonl.zst .parquet: one a row), a folder of such files, or
+    .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of such files, or
     `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the extra `hub`)"""
     text_field: str = "text"
     """field of a row that holds the text"""
     subset_field: str = "meta.pile_set_name"
     """field of a row that names its part of the corpus, kept with the document; a dot leads into a
-    nested field; rows without it are fine"""
+    nested field; rows may lack it"""
     tokenizer: str = "train"
-    """`train` (byte-level BPE, trained on documents of the train split alone), `gpt2` (fetched from
+    """`train` (byte-level BPE, trained on documents of the train split only), `gpt2` (fetched from
     the Hub, else through tiktoken), or the path of a tokenizer.json"""
     vocab_size: int = 4096
-    """tokens of a trained vocabulary, `<|endoftext|>` among them; other tokenizers bring their own"""
+    """size of a trained vocabulary, `<|endoftext|>` included; other tokenizers bring their own"""
     sample_megabytes: float = 64.0
-    """a tokenizer is trained on so many megabytes (10^6 bytes of text): the first of the train split"""
+    """megabytes (10^6 bytes) of text that a tokenizer is trained on: the first of the train split"""
     fit: float = 0.05
     """fraction of the documents from which neurons are explained"""
     held_out: float = 0.05
     """fraction of the documents on which explanations are scored and the loss is measured; the rest
     trains"""
     max_documents: int | None = None
-    """stop after so many documents; left out: all"""
+    """stop after this many documents. Default: all"""
     max_tokens: int | None = None
-    """stop after the document that reaches so many tokens; left out: all"""
+    """stop after the document that reaches this many tokens. Default: all"""
     sequence_length: int = not_in_identity(128)
-    """tokens; every split must hold one sequence of this length at least, and one token more"""
+    """in tokens; every split must hold at least one sequence of this length, and one token more"""
     on_error: Literal["stop", "skip"] = "stop"
-    """what to do at a document that cannot be read: stop with its file and line, or skip and count"""
+    """what to do with a document that cannot be read: stop with its file and line, or skip and count it"""
     force: bool = not_in_identity(False)
-    """tokenize again although it is finished"""
+    """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
-    """no progress bar"""
+    """show no progress bar"""
 
     def __post_init__(self) -> None:
         least = {"vocab_size": LEAST_VOCABULARY}

@@ -25,10 +25,9 @@ _NAMED_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, `<|endoftext|>` being token 0.
+    """Return a byte-level BPE of at most `vocab_size` tokens, `<|endoftext|>` being token 0.
 
-    Pairs are merged while one occurs at least twice, so that little text gives fewer tokens than
-    asked for. Pre-tokenization is GPT-2's (Radford et al. 2019, section 2.2).
+    Pairs are merged while one occurs at least twice, so little text gives fewer tokens. Pre-tokenization is GPT-2's (Radford et al. 2019, section 2.2).
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -47,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` file. Raises `InputError` where it cannot be read."""
+    """Return the tokenizer of a `tokenizer.json` file. Raises `InputError` where it cannot be read."""
     path = Path(path)
     if not path.is_file():
         inside = path / "tokenizer.json"
@@ -64,17 +63,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def fetch_gpt2() -> Tokenizer:
-    """GPT-2's tokenizer through tiktoken, else from the Hub.
+    """Return GPT-2's tokenizer through tiktoken, else from the Hub.
 
     tiktoken goes first because it fails at once without a network, the Hub after 23 s of retries.
-    Both give the same ids (a test holds the conversion to it). Raises `InputError` out of reach of
-    both.
+    Both give the same ids (a test checks the conversion). Raises `InputError` where neither can
+    be reached.
     """
     reasons = []
     for fetch in (_fetch_tiktoken, _fetch_hub):
         try:
             return _plain(fetch())
-        except Exception as error:  # network libraries raise what they like
+        except Exception as error:  # network libraries share no base exception
             reasons.append(f"{fetch.__name__.removeprefix('_fetch_')}: {type(error).__name__}")
     raise InputError(
         f"GPT-2's tokenizer cannot be fetched ({'; '.join(reasons)}): name a copy of its"
@@ -83,7 +82,7 @@ def fetch_gpt2() -> Tokenizer:
 
 
 def from_tiktoken(encoding: Any) -> Tokenizer:
-    """A `tiktoken.Encoding` in the `tokenizers` library's format."""
+    """Return a `tiktoken.Encoding` in the `tokenizers` library's format."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class FromRanks(TikTokenConverter):
@@ -101,7 +100,7 @@ def from_tiktoken(encoding: Any) -> Tokenizer:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Token that ends a document. Raises `InputError` where the tokenizer has none."""
+    """Return the token that ends a document. Raises `InputError` where the tokenizer has none."""
     for token in END_TOKENS:
         found = tokenizer.token_to_id(token)
         if found is not None:
@@ -113,7 +112,7 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token id, so that any id can index an embedding of this size."""
+    """Return one more than the largest token id: any id can index an embedding of this size."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -177,7 +176,7 @@ def _added_tokens(tokenizer: Tokenizer) -> set[str]:
 
 
 def hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
-    """The same tokenizer for `transformers`, with its end-of-text token set; for model folders."""
+    """Return the same tokenizer for `transformers`, with its end-of-text token; for model folders."""
     from transformers import PreTrainedTokenizerFast
 
     end = tokenizer.id_to_token(end_of_text_id(tokenizer))
@@ -207,7 +206,7 @@ def _fetch_hub() -> Tokenizer:
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Encodes whole texts, and a text that says `<|endoftext|>` as the characters that it is."""
+    """Return a tokenizer that encodes whole texts, and `<|endoftext|>` in a text as its characters."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

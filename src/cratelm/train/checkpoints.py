@@ -1,7 +1,7 @@
-"""Checkpoints that a kill at any moment leaves usable.
+"""Checkpoints that stay usable if the process is killed at any moment.
 
-A checkpoint is written under a temporary name and renamed when it is whole; the last two are kept.
-The data feed needs nothing but the step, so model, optimizers and random states are the whole state.
+A checkpoint is written under a temporary name and renamed when it is complete; the last two are kept.
+The batch sampler needs only the number of the step, so model, optimizers and random states are all.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def shared_draft(
     settings: Settings,
     inputs: Mapping[str, Completion | str],
 ) -> Iterator[Draft]:
-    """The stage's draft: the main process opens and finishes it, the others learn its path."""
+    """Open the stage's draft on the main process, which finishes it too; the others receive its path."""
     if accelerator.is_main_process:
         with stage.write(settings, inputs, resume=True) as draft:
             draft.scratch.add(FOLDER)
@@ -46,7 +46,7 @@ def shared_draft(
 
 
 def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
-    """Writes the state after `step` steps, then drops the oldest checkpoints."""
+    """Write the state after `step` steps, then drop the oldest checkpoints."""
     folder = draft.path / FOLDER
     partial = folder / "partial"
     if accelerator.is_main_process:
@@ -62,7 +62,7 @@ def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
 
 
 def restore(accelerator: Accelerator, draft: Draft) -> int:
-    """Loads the last whole checkpoint; the number of steps it had taken, 0 where there is none."""
+    """Load the last complete checkpoint and return its number of steps; 0 if there is none."""
     checkpoints = found(draft)
     if not checkpoints:
         return 0
@@ -71,12 +71,12 @@ def restore(accelerator: Accelerator, draft: Draft) -> int:
 
 
 def found(draft: Draft) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return sorted((draft.path / FOLDER).glob("step-*"))
 
 
 def save_model(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
-    """`save_pretrained` of the model in a `NextTokenLoss`, its weights gathered from all ranks."""
+    """Save the model in a `NextTokenLoss` by `save_pretrained`, its weights gathered from all ranks."""
     state = accelerator.get_state_dict(model)
     state = {name.removeprefix("model."): weight for name, weight in state.items()}
     bare: Any = accelerator.unwrap_model(model).model

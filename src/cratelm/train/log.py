@@ -1,7 +1,7 @@
 """Curves of a training run: JSON lines that two equal runs share to the byte, and views of them.
 
 metrics.jsonl   step, tokens, loss, learning_rate, gradient_norm; validation_loss and its error
-timing.jsonl    tokens a second (differs from run to run: no part of the stage's identity)
+timing.jsonl    tokens per second (differs from run to run: no part of the stage's identity)
 tensorboard/    both, with --tensorboard
 loss.png        loss over tokens
 """
@@ -39,12 +39,12 @@ class Log:
             self._wandb = import_wandb().init(project="cratelm", name=wandb_name, dir=str(folder))
 
     def write(self, step: int, tokens: int, **figures: float) -> None:
-        """Figures after `step` steps and `tokens` tokens."""
+        """Append figures after `step` steps and `tokens` tokens."""
         self._line(METRICS, {"step": step, "tokens": tokens, **figures})
         self._show(step, figures)
 
     def time(self, step: int, tokens: int) -> None:
-        """Tokens a second since the last call."""
+        """Append the tokens per second since the last call."""
         now = time.monotonic()
         if self._tokens_before is not None:
             speed = round((tokens - self._tokens_before) / max(now - self._before, 1e-9), 1)
@@ -53,6 +53,7 @@ class Log:
         self._before, self._tokens_before = now, tokens
 
     def close(self) -> None:
+        """Finish the views of the curves."""
         if self._writer:
             self._writer.close()
         if self._wandb:
@@ -72,19 +73,19 @@ class Log:
 
 
 def read_metrics(folder: str | Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """Lines of a curve file, in order of steps; a last line that was cut by a kill is left out."""
+    """Return the lines of a curve file in order of steps, without a last line that was not finished."""
     path = Path(folder) / name
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def last(metrics: list[dict[str, Any]], key: str) -> float | None:
-    """The last value of `key`, None where no line has it."""
+    """Return the last value of `key`, None where no line has it."""
     return next((line[key] for line in reversed(metrics) if key in line), None)
 
 
 def draw(folder: Path, title: str) -> None:
-    """`loss.png`: training and validation loss over tokens."""
+    """Draw `loss.png`: training and validation loss over tokens."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     metrics = read_metrics(folder)
@@ -96,7 +97,7 @@ def draw(folder: Path, title: str) -> None:
     ):
         points = [(line["tokens"], line[key]) for line in metrics if key in line]
         axes.plot(*zip(*points, strict=True), **style) if points else None
-    axes.set(xlabel="tokens", ylabel="loss, nats a token", title=title)
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
     axes.legend(frameon=False)
     figure.savefig(folder / FIGURE)
 
@@ -119,7 +120,7 @@ def import_tensorboard() -> Any:
 
 
 def import_wandb() -> Any:
-    """The optional package; raises `InputError` that names the extra where it is missing."""
+    """Return the optional package. Raises `InputError` that names the extra where it is missing."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
