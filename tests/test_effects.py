@@ -26,7 +26,7 @@ from cratelm.report.sections.effects import (
 )
 from cratelm.runs import Run
 from cratelm.stats.intervals import bootstrap
-from cratelm.steer.ablation import Text, ablate
+from cratelm.steer.ablation import HeldOutText, ablate
 from cratelm.steer.attribution import VocabularyEffect, attribute, best, firing, rank_correlation
 from cratelm.steer.config import EffectsConfig
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
@@ -64,7 +64,7 @@ def variant(name: str):
 
 def naive(model, site, layer, neuron, put):
     """Loss without a neuron less loss with it, and its activations, token by token: [n, T] each."""
-    text, split = Text.of(Split(), T, 96, 0), Split()  # type: ignore[arg-type]
+    text, split = HeldOutText.of(Split(), T, 96, 0), Split()  # type: ignore[arg-type]
     tokens = torch.from_numpy(np.stack([split.sequence(i, T) for i in text.sequences]))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
 
@@ -98,7 +98,7 @@ def test_ablation_equals_the_naive_way(kind, name, direct, put):
     site = site_of(model, name)
     rest = PartialForward(model, site)
     assert [w is not None for w in rest.writes] == [direct] * site.n_layers
-    text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
+    text = HeldOutText.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     chosen = np.array([1, 5, 11])
     means = None if put == 0 else [np.full(3, put)] * 2
     found = ablate(rest, text, [chosen, chosen], means, 40, tqdm(disable=True))
@@ -121,7 +121,7 @@ def test_the_error_is_over_documents():
     """Paired: se of sum(x)/sum(n) over documents (Cochran 1977, 6.4)."""
     model = model_of("crate")
     rest = PartialForward(model, site_of(model))
-    text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
+    text = HeldOutText.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     ours = ablate(rest, text, [np.array([5]), np.array([5])], None, 40, tqdm(disable=True))
     change, _, documents = naive(model, rest.site, 0, 5, 0.0)
     ordinals = np.unique(documents)
@@ -138,7 +138,7 @@ def test_a_silent_neuron_changes_nothing():
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[:, 3] = 0  # type: ignore[union-attr]
     rest = PartialForward(model, site_of(model))
-    text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
+    text = HeldOutText.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     found = ablate(rest, text, [np.array([3]), np.array([3])], None, 96, tqdm(disable=True))
     silent = found.neurons[0][0]
     assert (silent.change.value, silent.n_firing, silent.where_firing) == (0.0, 0, None)
@@ -305,13 +305,13 @@ def test_finished_is_skipped_and_forced_is_redone_the_same(run, capsys):
         effects(EffectsConfig(run=run, model="gpt2-2l", **{**SIZES, "top": 5}))
 
 
-def test_named_neurons_put_to_their_mean(run):
+def test_named_neurons_set_to_their_mean(run):
     fields = {**SIZES, "neurons": 0, "only": ("1:7", "0:3"), "force": True}
     zero = effects(EffectsConfig(run=run, model="gpt2-2l", **fields))
     rows = pq.read_table(zero.path / "ablation.parquet").to_pylist()
     assert [(r["layer"], r["index"]) for r in rows] == [(0, 3), (1, 7)]
     mean = effects(EffectsConfig(run=run, model="gpt2-2l", ablation="mean", **fields))
-    assert "put to its mean" in str(mean)
+    assert "set to its mean" in str(mean)
     assert [found.size for found in mean.layers] != [found.size for found in zero.layers]
 
 

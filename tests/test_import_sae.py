@@ -149,7 +149,7 @@ class Hostile:
         (weights(b_dec=torch.full((12,), torch.inf)), "b_dec .* not finite"),
         (weights(b_dec=[0.0]), "b_dec is a list"),
         (weights(b_dec=torch.zeros(12).double()), "weights are torch.float32, torch.float64"),
-        (weights(surplus=torch.zeros(1)), "surplus has no place"),
+        (weights(surplus=torch.zeros(1)), "surplus does not belong"),
         ({"model": weights(), "model_args": {}}, "cratelm import authors"),
         ([1, 2], "W_enc is missing"),
     ],
@@ -205,7 +205,7 @@ def test_damaged_and_hostile_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda c: c.update(architecture="topk"), "architecture 'topk', 'standard' alone"),
+        (lambda c: c.update(architecture="topk"), "architecture 'topk', only 'standard' is"),
         (lambda c: c.update(normalize_activations="layer_norm"), "normalize_activations"),
         (lambda c: c.update(apply_b_dec_to_input=False), "apply_b_dec_to_input"),
         (lambda c: c.update(d_in=11), r"W_enc has shape \(12, 40\), \(11, 40\)"),

@@ -14,7 +14,7 @@ from cratelm.errors import InputError
 from cratelm.models import load
 from cratelm.models.sites import site_of
 from cratelm.runs import write_json
-from cratelm.sae.evaluate import dead_part, sae_evaluate
+from cratelm.sae.evaluate import dead_fraction, sae_evaluate
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.reconstruction import Firing, keep_strongest, spliced
 from cratelm.sae.sae import Sae, SaeConfig
@@ -266,13 +266,13 @@ def test_end_marks_keep_their_activations(finished):
     assert seen[0][1].abs().max() > 0
 
 
-def test_dead_part_of_one_document_has_no_error():
+def test_dead_fraction_of_one_document_has_no_error():
     firing = Firing.of(4)
     firing.add(np.array([True, False, True, False]), 2)
     firing.add(np.array([True, False, False, False]), 2)
     assert firing.documents.tolist() == [1, 0, 1, 0]
-    assert dead_part(firing, 1).error is None
-    assert dead_part(firing, 1).value == 0.5
+    assert dead_fraction(firing, 1).error is None
+    assert dead_fraction(firing, 1).value == 0.5
 
 
 # ---- what is written ------------------------------------------------------------------------------
@@ -340,11 +340,15 @@ def test_what_does_not_fit_is_refused(run, tmp_path, options, told):
         evaluated(run, sae=str(path))
 
 
-def test_a_model_trained_anew_is_told(run):
+def test_a_model_trained_anew_is_told(run, tmp_path):
+    """Autoencoders of the run by the chain of its stages, others by what their files say."""
     record = run / "model" / "crate" / "completed.json"
     write_json(record, {**json.loads(record.read_text()), "identity": "another"})
-    with pytest.raises(InputError, match="trained on another model than crate is now"):
+    with pytest.raises(InputError, match="made from an earlier model/crate"):
         evaluated(run, sae="topk-2x")
+    shutil.copytree(run / "sae" / "crate@topk-2x", tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="trained on another model than crate is now"):
+        evaluated(run, sae=str(tmp_path / "elsewhere"))
 
 
 def test_damage_is_told(run):

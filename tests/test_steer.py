@@ -25,7 +25,7 @@ from cratelm.models.sites import hooked
 from cratelm.runs import Run
 from cratelm.steer import Edit, Positions
 from cratelm.steer.config import EffectsConfig, SteerConfig
-from cratelm.steer.steer import compared, steer
+from cratelm.steer.steer import compare_next_tokens, steer
 from cratelm.steer.steering import chosen, steering
 
 ORACLE = SHARED / "oracle"
@@ -363,10 +363,10 @@ def test_a_static_cache_steers_everywhere_or_says_why_not():
         (lambda m: SteerConfig(neurons=("1:2",), set=1, add=2), "--set and --add"),
         (lambda m: SteerConfig(neurons=("1.2",), set=1), "--neurons 1.2"),
         (lambda m: SteerConfig(neurons=(), set=1), "names no neuron"),
-        (lambda m: SteerConfig(neurons=("1:2",), set=1, top=0), "--top 0"),
+        (lambda m: SteerConfig(neurons=("1:2",), set=1, top=0), "--top must be at least 1, not 0"),
         (lambda m: SteerConfig(neurons=("1:2",), set=1, temperature=float("nan")), "--temperature"),
         (lambda m: EffectsConfig(only=("x",)), "--only x"),
-        (lambda m: EffectsConfig(sequence_length=1), "--sequence-length 1"),
+        (lambda m: EffectsConfig(sequence_length=1), "--sequence-length must be at least 2, not 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(call, told):
@@ -440,7 +440,7 @@ def test_the_verb_shows_what_changes(run, tmp_path):
 def test_what_is_compared():
     before = torch.tensor([0.5, 0.25, 0.25], dtype=torch.double).log()
     after = torch.tensor([0.25, 0.5, 0.25], dtype=torch.double).log()
-    found = compared(before, after, ["a", "b", "c"], 2)
+    found = compare_next_tokens(before, after, ["a", "b", "c"], 2)
     assert [c.token for c in found.gains] == ["b"]
     assert [c.token for c in found.losses] == ["a"]
     assert found.total_variation == pytest.approx(0.25)

@@ -204,13 +204,6 @@ OPENAI_QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
 """bins of the OpenAI metrics (Bills et al. 2023, as arXiv 2410.16443 takes them)"""
 ANTHROPIC_BINS = 12
 """equal bins of the activation range (Bricken et al. 2023)"""
-SHOWN_EPSILON = 0.5
-"""distortion of the coding rates that are shown, of those that `cratelm analyze` measures"""
-SHOWN_SHARE = 0.5
-"""how far between the default and the largest value a token must be predicted to count as covered by an
-explanation, where consistency and distinctiveness are shown"""
-READING_MEASURES = ("consistency", "evenness", "distinctiveness", "contrast", "auroc")
-"""what `cratelm analyze` measures of a neuron against the tokens that its explanation covers"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,13 @@
-"""Coding rates: how many nats it takes to tell tokens apart, up to a distortion.
+"""Coding rates: how many nats it takes to encode a token, up to a distortion.
 
     R(Z)        = 1/2 logdet(I + p / (N eps^2) Z Z^T)          Z [p, N], N tokens
     R^c(Z; U)   = sum_k R(U_k^T Z)
 
 Source: Yu et al. 2023, "White-Box Transformers via Sparse Rate Reduction" (arXiv 2306.01129), equations
 2 and 5. MSSA is derived as a gradient step on R^c: tokens are to be compressed towards the subspaces.
-Both depend on Z only through its second moment C = Z Z^T / N, and that is what is gathered.
+Both depend on Z only through its second moment Z Z^T / N, so only that is summed over the text.
 
-Shape legend: G groups of documents, D width, K heads, P = D/K width of a head.
+Shape legend: D width, K heads, P = D/K width of a head, p either of these.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 def coding_rate(moment: Array, epsilon: float) -> float:
-    """R in nats, from the second moment Z Z^T / N [p, p]."""
+    """Return R in nats, from the second moment Z Z^T / N [p, p]."""
     p = len(moment)
     sign, value = np.linalg.slogdet(np.eye(p) + p / epsilon**2 * moment)
     assert sign > 0, "a second moment has no negative eigenvalue"
@@ -25,10 +25,10 @@ def coding_rate(moment: Array, epsilon: float) -> float:
 
 
 def compression_rate(moment: Array, bases: Array, epsilon: float) -> float:
-    """R^c in nats, from the second moment [D, D] and the projections U_k^T [K, P, D]."""
+    """Return R^c in nats, from the second moment [D, D] and the projections U_k^T [K, P, D]."""
     return sum(coding_rate(u @ moment @ u.T, epsilon) for u in bases)
 
 
 def orthonormal(bases: Array) -> Array:
-    """Bases of the same subspaces [K, P, D], rows orthonormal: what is left of U when its scale is not counted."""
+    """Return bases [K, P, D] of the same subspaces with orthonormal rows: U without its scale."""
     return np.stack([np.linalg.qr(u.T)[0].T for u in bases])

@@ -1,29 +1,32 @@
-"""Readings of neurons as means with intervals, and the table that `cratelm analyze` prints."""
+"""Measures of neurons as means with intervals, and the table that `cratelm analyze` prints."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 
 from cratelm.analysis.store import (
+    EPSILON,
+    MEASURES,
+    SHARE,
     CoverageControl,
     CoverageMeasures,
     LayerFigure,
     MeasureSummary,
     NeuronCoverage,
 )
-from cratelm.records import READING_MEASURES, SHOWN_EPSILON, SHOWN_SHARE, Status
+from cratelm.records import Status
 from cratelm.stats.intervals import bootstrap
 from cratelm.text.table import align
 
 
-def summarise(read: Sequence[NeuronCoverage], resamples: int, seed: int) -> list[MeasureSummary]:
-    """By layer, control, share and measure."""
+def summarise(rows: Sequence[NeuronCoverage], resamples: int, seed: int) -> list[MeasureSummary]:
+    """Return the mean of each measure over the neurons of a layer, by layer, control, share and measure."""
     cells: dict[tuple[int, CoverageControl, float], list[CoverageMeasures]] = defaultdict(list)
-    for r in read:
-        cells[r.neuron.layer, r.control, r.share].append(r.measures)
+    for row in rows:
+        cells[row.neuron.layer, row.control, row.share].append(row.measures)
     return [
-        _summary(*cell, measure, found, resamples, seed)
-        for cell, found in sorted(cells.items())
-        for measure in READING_MEASURES
+        _summary(*cell, measure, neurons, resamples, seed)
+        for cell, neurons in sorted(cells.items())
+        for measure in MEASURES
     ]
 
 
@@ -32,23 +35,23 @@ def _summary(
     control: CoverageControl,
     share: float,
     measure: str,
-    found: Sequence[CoverageMeasures],
+    neurons: Sequence[CoverageMeasures],
     resamples: int,
     seed: int,
 ) -> MeasureSummary:
-    values = [v for r in found if (v := getattr(r, measure)) is not None]
-    dead = sum(r.status is Status.DEAD for r in found)
+    values = [v for n in neurons if (v := getattr(n, measure)) is not None]
+    dead = sum(n.status is Status.DEAD for n in neurons)
     mean = bootstrap(values, seed, resamples)
-    undefined = len(found) - len(values) - dead
+    undefined = len(neurons) - len(values) - dead
     bounds = (None, None, None) if mean is None else (mean.value, mean.low, mean.high)
     return MeasureSummary(layer, control, share, measure, *bounds, len(values), undefined, dead)
 
 
-_SHOWN = (
-    ("compression rate before MSSA, nats", "compression_rate_before", f"{SHOWN_EPSILON:g}", ".1f"),
-    ("compression rate after", "compression_rate_after", f"{SHOWN_EPSILON:g}", ".1f"),
-    ("coding rate before, nats", "coding_rate_before", f"{SHOWN_EPSILON:g}", ".1f"),
-    ("coding rate after", "coding_rate_after", f"{SHOWN_EPSILON:g}", ".1f"),
+_ROWS = (
+    ("compression rate before MSSA, nats", "compression_rate_before", f"{EPSILON:g}", ".1f"),
+    ("compression rate after", "compression_rate_after", f"{EPSILON:g}", ".1f"),
+    ("coding rate before, nats", "coding_rate_before", f"{EPSILON:g}", ".1f"),
+    ("coding rate after", "coding_rate_after", f"{EPSILON:g}", ".1f"),
     ("not 0 before, %", "nonzero", "before", ".1%"),
     ("not 0 after, %", "nonzero", "after", ".1%"),
     ("above a tenth of the largest, %", "above_tenth", "after", ".1%"),
@@ -64,25 +67,25 @@ _SHOWN = (
     ("of random subspaces", "head_overlap", "random", ".3f"),
     ("neurons in groups", "grouped", "", ".1%"),
 )
+"""label, quantity, setting and format of each line of the table"""
 
 
 def show(figures: Sequence[LayerFigure], summaries: Sequence[MeasureSummary]) -> str:
-    """A line a quantity, a column a layer; quantities that the model has not are left out."""
+    """Return a text table: a line per quantity that the model has, a column per layer."""
     layers = sorted({f.layer for f in figures})
-    by_place = {(f.layer, f.quantity, f.setting): f for f in figures}
+    by_quantity = {(f.layer, f.quantity, f.setting): f for f in figures}
     lines = [["layer", *(str(layer) for layer in layers)]]
-    for label, quantity, setting, form in _SHOWN:
-        cells = [by_place.get((layer, quantity, setting)) for layer in layers]
+    for label, quantity, setting, form in _ROWS:
+        cells = [by_quantity.get((layer, quantity, setting)) for layer in layers]
         if any(cells):
             lines.append([label, *(_cell(cell, form) for cell in cells)])
     for control in ("none", "shuffled"):
-        for measure in READING_MEASURES:
+        for measure in MEASURES:
             cells = [
                 s
                 for layer in layers
                 for s in summaries
-                if (s.layer, s.control, s.share, s.measure)
-                == (layer, control, SHOWN_SHARE, measure)
+                if (s.layer, s.control, s.share, s.measure) == (layer, control, SHARE, measure)
             ]
             if cells:
                 name = measure if control == "none" else f"{measure}, shuffled explanations"
@@ -97,8 +100,8 @@ def _cell(figure: LayerFigure | None, form: str) -> str:
     return shown if figure.error is None else f"{shown} ± {format(figure.error, form)}"
 
 
-def _mean(found: MeasureSummary) -> str:
-    if found.mean is None:
+def _mean(summary: MeasureSummary) -> str:
+    if summary.mean is None:
         return "–"
-    bounds = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
-    return f"{found.mean:.3f}{bounds}"
+    bounds = "" if summary.low is None else f" [{summary.low:.3f}, {summary.high:.3f}]"
+    return f"{summary.mean:.3f}{bounds}"

@@ -21,7 +21,7 @@ from cratelm.records import Interval, NeuronId
 from cratelm.runs import Draft, Run
 from cratelm.score.controls import shuffled
 from cratelm.stats.intervals import bootstrap
-from cratelm.steer.ablation import Ablations, Text, ablate
+from cratelm.steer.ablation import Ablations, HeldOutText, ablate
 from cratelm.steer.attribution import VocabularyEffect, attribute, best
 from cratelm.steer.config import EffectsConfig, places
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
@@ -52,10 +52,10 @@ class EffectsResult(EffectsSummary):
     """folder of `logit_effects.parquet`, `ablation.parquet` and `summary.json`"""
 
     def __str__(self) -> str:
-        put = "its mean" if self.ablation == "mean" else "0"
+        value = "its mean" if self.ablation == "mean" else "0"
         head = (
-            f"{self.model}: loss {self.loss.show('.4f')} nats a token on {self.n_tokens:,} held-out"
-            f" tokens of {self.n_documents} documents; each neuron put to {put}: {self.path}"
+            f"{self.model}: loss {self.loss.show('.4f')} nats per token on {self.n_tokens:,} held-out"
+            f" tokens of {self.n_documents} documents; each neuron set to {value}: {self.path}"
         )
         return "\n".join([head, *_table(self.layers)])
 
@@ -75,18 +75,20 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 def _table(layers: Sequence[LayerEffects]) -> list[str]:
     header = ["layer", "neurons", "dead", *(label for _, label, _ in _COLUMNS)]
     rows = [header]
-    for found in layers:
-        shown = [_shown(getattr(found, name), form) for name, _, form in _COLUMNS]
-        rows.append([str(found.layer), str(found.neurons), str(found.dead), *shown])
+    for layer in layers:
+        means = [_show(getattr(layer, name), form) for name, _, form in _COLUMNS]
+        rows.append([str(layer.layer), str(layer.neurons), str(layer.dead), *means])
     return align(rows, [True] * len(header))
 
 
-def _shown(found: Interval | None, form: str) -> str:
-    return "-" if found is None else found.show(form)
+def _show(mean: Interval | None, form: str) -> str:
+    return "-" if mean is None else mean.show(form)
 
 
 def effects(config: EffectsConfig) -> EffectsResult:
-    """Runs the stage; a finished one is read back.
+    """Measure the effects of single neurons on logits and loss, and write `steer/MODEL/`.
+
+    A finished stage is read back.
 
     Raises `InputError` where the run has no harvest of the model, or too little held-out text.
     """
@@ -101,20 +103,20 @@ def effects(config: EffectsConfig) -> EffectsResult:
     harvested = open_harvested(run, config.model, config.device)
     chosen = places("--only", config.only) if config.only else ()
     selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
-    rest = PartialForward(harvested.subject.model, harvested.site)
+    partial = PartialForward(harvested.subject.model, harvested.site)
     length = config.sequence_length or harvested.sequence_length
-    text = Text.of(harvested.store.split("held_out"), length, config.tokens, config.seed)
+    text = HeldOutText.of(harvested.store.split("held_out"), length, config.tokens, config.seed)
     with stage.write(config, inputs) as draft:
-        found = _effects(config, harvested, rest, selected, text)
-        ablations = _ablations(config, harvested, rest, selected, text)
-        _write(draft, config, harvested, selected, found, ablations, text)
+        effects_by_neuron = _effects(config, harvested, partial, selected, text)
+        ablations = _ablations(config, harvested, partial, selected, text)
+        _write(draft, config, harvested, selected, effects_by_neuron, ablations, text)
     return _result(stage.path)
 
 
-def _by_place(
+def _by_layer(
     harvested: HarvestContext, selected: Sequence[SampledNeuron]
 ) -> list[NDArray[np.int64]]:
-    """[L][k] indices of the neurons of each place."""
+    """[L][k] indices of the neurons of each layer of the site."""
     return [
         np.array([s.neuron.index for s in selected if s.neuron.layer == layer], np.int64)
         for layer in harvested.site.layer_numbers
@@ -124,23 +126,24 @@ def _by_place(
 def _effects(
     config: EffectsConfig,
     harvested: HarvestContext,
-    rest: PartialForward,
+    partial: PartialForward,
     selected: Sequence[SampledNeuron],
-    text: Text,
+    text: HeldOutText,
 ) -> dict[NeuronId, VocabularyEffect]:
+    """The effects on the logits of all selected neurons that fire at a token drawn."""
     tokens, _ = next(text.batches(config.batch_tokens))
-    sample = rest.trace(torch.from_numpy(tokens[:, :-1]).to(rest.model.device))
-    matrix = direct_logit_attribution(rest, sample)
-    found = {}
+    sample = partial.trace(torch.from_numpy(tokens[:, :-1]).to(partial.model.device))
+    matrix = direct_logit_attribution(partial, sample)
+    effects_by_neuron = {}
     with tqdm(
         total=len(selected), desc=f"logits {config.model}", unit="neuron", disable=config.quiet
     ) as bar:
-        for place, indices in enumerate(_by_place(harvested, selected)):
-            layer = harvested.site.layer_numbers[place]
+        for site_layer, indices in enumerate(_by_layer(harvested, selected)):
+            layer = harvested.site.layer_numbers[site_layer]
             records = read_records(harvested.folder, "fit", [layer], indices.tolist())
             for effect in attribute(
-                rest,
-                place,
+                partial,
+                site_layer,
                 records,
                 matrix,
                 vocabulary=harvested.store.vocab_size,
@@ -149,25 +152,27 @@ def _effects(
             ):
                 bar.update()
                 if isinstance(effect, VocabularyEffect):
-                    found[effect.neuron] = effect
-    return found
+                    effects_by_neuron[effect.neuron] = effect
+    return effects_by_neuron
 
 
 def _ablations(
     config: EffectsConfig,
     harvested: HarvestContext,
-    rest: PartialForward,
+    partial: PartialForward,
     selected: Sequence[SampledNeuron],
-    text: Text,
+    text: HeldOutText,
 ) -> Ablations:
-    neurons = _by_place(harvested, selected)
+    """The loss without each selected neuron."""
+    neurons = _by_layer(harvested, selected)
     means = None
     if config.ablation == "mean":
-        known = {s.neuron: s.mean for s in read_summaries(harvested.folder, "fit")}
+        mean_of = {s.neuron: s.mean for s in read_summaries(harvested.folder, "fit")}
         means = [
-            np.array([known[s.neuron] for s in selected if s.neuron.layer == layer])
+            np.array([mean_of[s.neuron] for s in selected if s.neuron.layer == layer])
             for layer in harvested.site.layer_numbers
         ]
+    # rounded up, as `HeldOutText.batches` makes them
     batches = -(-len(text.sequences) // max(1, config.batch_tokens // text.length))
     with tqdm(
         total=len(selected) * batches,
@@ -175,7 +180,7 @@ def _ablations(
         unit="neuron and batch",
         disable=config.quiet,
     ) as bar:
-        return ablate(rest, text, neurons, means, config.batch_tokens, bar)
+        return ablate(partial, text, neurons, means, config.batch_tokens, bar)
 
 
 def _write(
@@ -183,15 +188,17 @@ def _write(
     config: EffectsConfig,
     harvested: HarvestContext,
     selected: Sequence[SampledNeuron],
-    found: dict[NeuronId, VocabularyEffect],
+    effects_by_neuron: dict[NeuronId, VocabularyEffect],
     ablations: Ablations,
-    text: Text,
+    text: HeldOutText,
 ) -> None:
     strings = harvested.store.decode_tokens(range(harvested.store.vocab_size))
-    donors = shuffled(list(found), config.seed)
+    donors = shuffled(list(effects_by_neuron), config.seed)
     effects: list[LogitEffect] = []
-    for neuron, effect in found.items():
-        other = found[donors[neuron]].named if neuron in donors else np.zeros(0, np.int64)
+    for neuron, effect in effects_by_neuron.items():
+        other = np.zeros(0, np.int64)
+        if neuron in donors:
+            other = effects_by_neuron[donors[neuron]].named
         effects += _logit_effects(effect, other, config.top, strings)
     write_logit_effects(draft.path, effects)
     without = _neuron_ablations(harvested, selected, ablations)

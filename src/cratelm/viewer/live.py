@@ -25,7 +25,7 @@ from cratelm.models.partial_forward import next_logits
 from cratelm.models.sites import capture
 from cratelm.results.neuron_table import changed_at
 from cratelm.steer.edits import Edit
-from cratelm.steer.steer import compared, continue_ids
+from cratelm.steer.steer import compare_next_tokens, continue_ids
 from cratelm.steer.steering import steering
 from cratelm.viewer.run_reader import Library
 
@@ -165,7 +165,7 @@ class Live:
             with steering(held.subject.model, edit, site=held.site):
                 after = _chances(held, ids)
                 steered = _continued(held, encoder, ids, count)
-            found = compared(before, after, encoder.display, _TOKENS_SHOWN)
+            found = compare_next_tokens(before, after, encoder.display, _TOKENS_SHOWN)
             return SteeringEffect(
                 _shown(before, after, found, encoder.display), found.kl, plain, steered
             )

@@ -17,14 +17,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from cratelm.records import READING_MEASURES, SHOWN_EPSILON, SHOWN_SHARE, Estimate
+from cratelm.analysis.store import EPSILON, MEASURES, SHARE
+from cratelm.records import Estimate
 from cratelm.report.cells import interval_cell
 from cratelm.report.drawing import INK, Figure, Panel, Series, by_layer
 from cratelm.runs import Run
 from cratelm.stats.intervals import resampled_means
 from cratelm.text.table import Cell, Column, Table
 
-_EPSILON = f"{SHOWN_EPSILON:g}"
+_EPSILON = f"{EPSILON:g}"
 """as the files of `cratelm analyze` write it"""
 DRAWN = ("consistency", "evenness", "distinctiveness", "auroc")
 """in the figure"""
@@ -62,7 +63,7 @@ class Analysed:
         return sorted(int(setting) for quantity, setting in self.figures if quantity == "lasso")
 
     def mean(
-        self, measure: str, layer: int, control: str = "none", share: float = SHOWN_SHARE
+        self, measure: str, layer: int, control: str = "none", share: float = SHARE
     ) -> dict[str, Any] | None:
         wanted = (measure, layer, control, share)
         for found in self.means:
@@ -342,7 +343,7 @@ def readings_table(found: Sequence[Analysed]) -> Table:
         Column("model", "model"),
         Column("layer", "layer", "d"),
         Column("explanations", "explanations"),
-        *(Column(m, _label(m), _form(m)) for m in READING_MEASURES),
+        *(Column(m, _label(m), _form(m)) for m in MEASURES),
         Column("defined", "neurons", ",d"),
         Column("none", "undefined / dead"),
     )
@@ -369,14 +370,14 @@ def readings_table(found: Sequence[Analysed]) -> Table:
 
 
 def _readings_row(a: Analysed, layer: int, control: str) -> tuple[Cell, ...]:
-    told = [a.mean(m, layer, control) for m in READING_MEASURES]
+    told = [a.mean(m, layer, control) for m in MEASURES]
     own = a.mean("auroc", layer, control)
     assert own is not None
     return (
         a.name,
         layer,
         "own" if control == "none" else control,
-        *(_interval(m, told_m) for m, told_m in zip(READING_MEASURES, told, strict=True)),
+        *(_interval(m, told_m) for m, told_m in zip(MEASURES, told, strict=True)),
         own["defined"],
         f"{own['undefined']:,} / {own['dead']:,}",
     )
@@ -389,16 +390,16 @@ def share_table(found: Sequence[Analysed]) -> Table:
         Column("model", "model"),
         Column("layer", "layer", "d"),
         Column("share", "covered from", ".2f"),
-        *(Column(m, _label(m), _form(m)) for m in READING_MEASURES),
+        *(Column(m, _label(m), _form(m)) for m in MEASURES),
         Column("defined", "neurons", ",d"),
     )
     rows = []
     for a in found:
         for layer in a.layers:
             for share in shares:
-                told = [a.mean(m, layer, share=share) for m in READING_MEASURES]
+                told = [a.mean(m, layer, share=share) for m in MEASURES]
                 if told[-1] is not None:
-                    cells = (_interval(m, t) for m, t in zip(READING_MEASURES, told, strict=True))
+                    cells = (_interval(m, t) for m, t in zip(MEASURES, told, strict=True))
                     rows.append((a.name, layer, share, *cells, told[-1]["defined"]))
     return Table(
         "white_box_shares",
@@ -424,7 +425,7 @@ def twins_table(pairs: Sequence[tuple[Analysed, Analysed]], resamples: int, seed
     )
     rows: list[tuple[Cell, ...]] = []
     for a, b in pairs:
-        for measure in READING_MEASURES:
+        for measure in MEASURES:
             rows += _twin_rows(a, b, measure, resamples, seed)
     return Table(
         "white_box_twins",
@@ -470,7 +471,7 @@ def _values(a: Analysed, measure: str) -> dict[int, NDArray[np.float64]]:
     """By layer, of the neurons that have a value under their own explanation."""
     if not a.readings.is_file():
         return {}
-    wanted = [("control", "=", "none"), ("share", "=", SHOWN_SHARE)]
+    wanted = [("control", "=", "none"), ("share", "=", SHARE)]
     table = pq.read_table(a.readings, columns=["layer", measure], filters=wanted)
     layer, value = table["layer"].to_numpy(), table[measure].to_numpy().astype(float)
     found = {number: value[(layer == number) & ~np.isnan(value)] for number in np.unique(layer)}
