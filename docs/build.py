@@ -88,7 +88,7 @@ def options(verb: str) -> str:
         f"| {_flag(field)} | {_default(field)} | {meanings.get(field.name, '')} |"
         for field in dataclasses.fields(config)
     ]
-    return "\n".join(["| option | default | |", "|---|---|---|", *rows])
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
 
 
 def field_docstrings(config: type) -> dict[str, str]:
