@@ -194,7 +194,7 @@ def test_a_judge_that_prefers_the_first_text_is_at_chance(run, judge):
 
 
 def test_json_where_nothing_is_read(run, judge):
-    judge.reads = False
+    judge.supports_logprobs = False
     result = asked(run)
     assert result.controls[0].mean.value > 0.85
     assert result.mass is None
@@ -266,16 +266,16 @@ def test_what_is_counted_and_never_scored(run, judge):
 
 
 def test_nothing_changed_is_undefined():
-    made = task("`x`", [Pair("same", "same")], reads=True, seed=0)
+    made = task("`x`", [Pair("same", "same")], supports_logprobs=True, seed=0)
     assert isinstance(made, Score)
     assert made.status == Status.UNDEFINED
-    made = task("`x`", [Pair("same", "same"), Pair("a", "b")], reads=True, seed=0)
+    made = task("`x`", [Pair("same", "same"), Pair("a", "b")], supports_logprobs=True, seed=0)
     assert isinstance(made, Task)
     assert len(made.requests) == 2
 
 
 def test_both_orders_and_no_half_answers():
-    made = task("a `b`\nMore of it:", [Pair("plain\n", "steered")], reads=True, seed=0)
+    made = task("a `b`\nMore of it:", [Pair("plain\n", "steered")], supports_logprobs=True, seed=0)
     assert isinstance(made, Task)
     first, second = made.requests
     assert isinstance(first, LogprobQuery)
@@ -292,7 +292,7 @@ def test_both_orders_and_no_half_answers():
     assert made.grade([answer(0.9), answer(0.9)]).value == pytest.approx(0.5)
     assert made.grade([answer(0.9), Failure(FailureKind.EMPTY, "no")]).status == Status.FAILED
     assert mass([answer(0.9), Failure(FailureKind.EMPTY, "no")]) == [0.5]
-    asked_json = task("x", [Pair("a", "b")], reads=False, seed=0)
+    asked_json = task("x", [Pair("a", "b")], supports_logprobs=False, seed=0)
     assert isinstance(asked_json, Task)
     assert all(
         isinstance(r, JsonQuery) and (r.n, r.low, r.high) == (1, 1, 2) for r in asked_json.requests

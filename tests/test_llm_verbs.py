@@ -217,7 +217,7 @@ def test_the_paper_variant_stands_beside_ours(run, model):
 
 
 def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
-    model.reads = False
+    model.supports_logprobs = False
     explained(run)
     result = scored(run, metrics=SCORERS)
     assert values(result.path, "top_and_random")[0, 5].value > 0.97

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.llm.config import AskConfig, check_specification
+from cratelm.llm.config import LLMConfig, check_specification
 
 ExplainerName = Literal["lookup", "trie"]
 EXPLAINERS: tuple[ExplainerName, ...] = ("lookup", "trie")
@@ -15,7 +15,7 @@ Prompts = Literal["cratelm", "openai"]
 
 
 @dataclass(frozen=True)
-class ExplainConfig(AskConfig):
+class ExplainConfig(LLMConfig):
     """Explain the neurons of one model from the excerpts of its fit split, with or without a language model."""
 
     explainer: str = ""

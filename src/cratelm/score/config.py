@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
-from cratelm.llm.config import AskConfig, check_specification
+from cratelm.llm.config import LLMConfig, check_specification
 from cratelm.records import METRICS, SCORERS, Metric
 
 
 @dataclass(frozen=True)
-class ScoreConfig(AskConfig):
+class ScoreConfig(LLMConfig):
     """Score the explanations of one model on held-out excerpts, with null controls."""
 
     simulator: str = ""

@@ -44,9 +44,9 @@ class Reader:
     seed: int
 
     @property
-    def reads(self) -> bool:
+    def supports_logprobs(self) -> bool:
         """True where log-probabilities are read, else JSON is asked for."""
-        return self.simulators[""].reads
+        return self.simulators[""].supports_logprobs
 
 
 class Explanations:
@@ -139,7 +139,12 @@ def _made(
         return Score(None, Status.UNDEFINED, "the simulation is constant")
     if metric not in METRICS:
         return TASKS[metric](
-            record, text, control, strings=reader.strings, reads=reader.reads, seed=reader.seed
+            record,
+            text,
+            control,
+            strings=reader.strings,
+            supports_logprobs=reader.supports_logprobs,
+            seed=reader.seed,
         )
     excerpts = scored_on(record, metric)
     return simulation_task(text, excerpts, simulator, reader.strings, reader.is_duplicate)

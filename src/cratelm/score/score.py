@@ -17,7 +17,7 @@ from cratelm.explain.store import (
     read_unexplained,
 )
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
-from cratelm.llm.probe import Preflight, preflight
+from cratelm.llm.probe import ProbeResult, probe_levels
 from cratelm.llm.prompts import neurons as prompts
 from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts import scorers as scorer_prompts
@@ -141,7 +141,7 @@ def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | W
             return ScoreResult(path=stage.path, **stage.require("score").results)
         selected = read_selected(explained.path)
         explanations = read_explanations(explained.path)
-        found = preflight(client)
+        found = probe_levels(client)
         print(f"{reader}: {found}", flush=True)
         duplicates = _near_duplicates(run, config, explanations, selected)
         asked = _asked(config, run, client, found, explained.path, duplicates)
@@ -153,7 +153,7 @@ def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | W
         with stage.write(config, inputs) as draft:
             write_json(draft.path / "calls.json", client.tally.as_dict())
             draft.unhashed.add("calls.json")
-            more = {"preflight": asdict(found)}
+            more = {"preflight": found.as_dict()}
             results = _finish(draft, config, selected, explanations, scores, duplicates, more)
     return ScoreResult(path=stage.path, calls=str(client.tally), **results)
 
@@ -183,7 +183,7 @@ def _asked(
     config: ScoreConfig,
     run: Run,
     client: Client,
-    found: Preflight,
+    found: ProbeResult,
     explained: Path,
     duplicates: NearDuplicates,
 ) -> Iterator[list[PendingScore]]:

@@ -59,7 +59,7 @@ class ScorerTask(Protocol):
         control: Control,
         *,
         strings: Sequence[str],
-        reads: bool,
+        supports_logprobs: bool,
         seed: int,
     ) -> Task | Score:
         """`explanation`: the text scored, the donor's for the control `shuffled` (`constant` does not
@@ -75,7 +75,7 @@ def detection(
     control: Control,
     *,
     strings: Sequence[str],
-    reads: bool,
+    supports_logprobs: bool,
     seed: int,
 ) -> Task | Score:
     """Does the explanation tell texts in which the neuron is active from those in which it is not?
@@ -90,7 +90,7 @@ def detection(
         (shown(e.token_ids, strings), active) for e, active in _drawn_order(record, split, seed)
     ]
     n_tokens = sum(len(e) for side in split for e in side)
-    return _yes_no_task(DETECTION, explanation, [items], n_tokens, reads, seed)
+    return _yes_no_task(DETECTION, explanation, [items], n_tokens, supports_logprobs, seed)
 
 
 def fuzzing(
@@ -99,7 +99,7 @@ def fuzzing(
     control: Control,
     *,
     strings: Sequence[str],
-    reads: bool,
+    supports_logprobs: bool,
     seed: int,
 ) -> Task | Score:
     """Does the explanation tell the tokens that activate the neuron from others of the same text?
@@ -130,7 +130,7 @@ def fuzzing(
         for half, marks in enumerate((right, wrong) if turn % 2 else (wrong, right)):
             halves[half].append((shown(excerpt.token_ids, strings, marks), marks is right))
     n_tokens = 2 * sum(len(excerpt) for excerpt, _, _ in marked)
-    return _yes_no_task(FUZZING, explanation, halves, n_tokens, reads, seed)
+    return _yes_no_task(FUZZING, explanation, halves, n_tokens, supports_logprobs, seed)
 
 
 def intruder(
@@ -139,7 +139,7 @@ def intruder(
     control: Control,
     *,
     strings: Sequence[str],
-    reads: bool,
+    supports_logprobs: bool,
     seed: int,
 ) -> Task | Score:
     """Do the neuron's active texts have enough in common to find one that is not of them?
@@ -164,7 +164,7 @@ def intruder(
     for place, (others, odd) in zip(places, trials, strict=True):
         texts = _intruder_texts(others, odd, strings, rng, at_random=control == "shuffled")
         texts.insert(place, texts.pop())
-        requests.append(read_intruder(texts) if reads else fill_intruder(texts, seed))
+        requests.append(read_intruder(texts) if supports_logprobs else fill_intruder(texts, seed))
     n_tokens = sum(len(e.narrowed(*WINDOW)) for others, odd in trials for e in (*others, odd))
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
@@ -180,7 +180,7 @@ def embedding(
     control: Control,
     *,
     strings: Sequence[str],
-    reads: bool,
+    supports_logprobs: bool,
     seed: int,
 ) -> Task | Score:
     """Is the explanation closer (cosine of embeddings) to active texts than to inactive ones?"""
@@ -333,14 +333,14 @@ def _yes_no_task(
     explanation: str,
     groups: Sequence[Sequence[tuple[str, bool]]],
     n_tokens: int,
-    reads: bool,
+    supports_logprobs: bool,
     seed: int,
 ) -> Task:
     """`groups`: (text, whether yes is right) of each request, where a request takes several."""
     items = [item for group in groups for item in group]
     right = np.array([yes for _, yes in items])
     requests: list[Request]
-    if reads:
+    if supports_logprobs:
         requests = [read_yes_no(wording, explanation, text) for text, _ in items]
     else:
         requests = [

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
-from cratelm.llm.probe import Preflight
+from cratelm.llm.probe import ProbeResult
 from cratelm.llm.prompts.neurons import simulate_fill, simulate_read
 from cratelm.llm.prompts.openai import openai_simulate_read
 from cratelm.llm.requests import Answer, OptionLogprobs, Outcome, Request
@@ -36,7 +36,7 @@ IsDuplicate = Callable[[Excerpt], bool]
 class Simulator:
     """How levels are asked for and read."""
 
-    reads: bool
+    supports_logprobs: bool
     """log-probabilities; else JSON"""
     top_level: int
     """levels 0..top_level are asked for"""
@@ -47,22 +47,22 @@ class Simulator:
 
     @classmethod
     def of(
-        cls, found: Preflight, prompts: Prompts = "cratelm", *, paper_compat: bool = False
+        cls, found: ProbeResult, prompts: Prompts = "cratelm", *, paper_compat: bool = False
     ) -> "Simulator":
         """Raises `InputError` where the model gives no log-probabilities and these are needed."""
         needs = "--paper-compat" if paper_compat else "--prompts openai"
-        if not found.reads and (paper_compat or prompts == "openai"):
+        if not found.supports_logprobs and (paper_compat or prompts == "openai"):
             raise InputError(
                 f"{needs} reads log-probabilities, which this server does not give: leave it out"
             )
         # OpenAI's prompts speak of 0..10 whatever the model's tokens
         ten = paper_compat or prompts == "openai"
         top = MAX_LEVEL if ten else found.top_level
-        return cls(found.reads, top, found.top_level + 1, paper_compat, prompts)
+        return cls(found.supports_logprobs, top, found.top_level + 1, paper_compat, prompts)
 
     def request(self, explanation: str, excerpt: Excerpt, strings: Sequence[str]) -> Request:
         """What asks for the levels of one excerpt; `strings` [V] shows each token."""
-        if not self.reads:
+        if not self.supports_logprobs:
             return simulate_fill(explanation, excerpt.token_ids, strings, self.top_level)
         ids, full = excerpt.token_ids, self.paper_compat
         if self.prompts == "openai":

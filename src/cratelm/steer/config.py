@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.llm.config import AskConfig, check_specification
+from cratelm.llm.config import LLMConfig, check_specification
 from cratelm.runs import aside
 
 Operation = Literal["set", "add", "scale", "zero"]
@@ -253,7 +253,7 @@ class EffectsConfig:
 
 
 @dataclass(frozen=True)
-class InterveneConfig(AskConfig):
+class InterveneConfig(LLMConfig):
     """Ask a language model whether steering each neuron changes the text as its explanation says."""
 
     judge: str = ""

@@ -197,8 +197,8 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         selected = _chosen(config, explained.selected)
         index, count = config.worker()
         mine = selected[index::count]
-        asked = _asked(config, harvested, explained, selected, mine, client.backend.reads)
-        known = judging.known_task(reads=client.backend.reads, seed=config.seed)
+        asked = _asked(config, harvested, explained, selected, mine, client.backend.supports_logprobs)
+        known = judging.known_task(supports_logprobs=client.backend.supports_logprobs, seed=config.seed)
         if config.dry_run:
             needed = ([r for a in some for r in a.requests] for some, _ in asked)
             return dry_run(client, chain([known.requests], needed))
@@ -307,7 +307,7 @@ def _asked(
     explained: Explained,
     selected: Sequence[SampledNeuron],
     mine: Sequence[SampledNeuron],
-    reads: bool,
+    supports_logprobs: bool,
 ) -> Iterator[tuple[list[JudgeRequest], list[dict[str, Any]]]]:
     """The rows in the making of each of `mine`, and its continuations."""
     strings: list[str] = harvested.store.decode_tokens(range(harvested.store.vocab_size))
@@ -327,7 +327,7 @@ def _asked(
         made = _continuations(config, harvested, neuron, value, alive[neuron.layer])
         texts = _texts(made, strings)
         rows = [
-            _judged(config, neuron, explained, control, donors, made, texts, reads)
+            _judged(config, neuron, explained, control, donors, made, texts, supports_logprobs)
             for control in CONTROLS
         ]
         yield rows, [{**vars(neuron), **text} for text in texts]
@@ -387,7 +387,7 @@ def _judged(
     donors: Mapping[NeuronId, NeuronId],
     made: Continuations,
     texts: Sequence[Mapping[str, str]],
-    reads: bool,
+    supports_logprobs: bool,
 ) -> JudgeRequest:
     """One control of one neuron."""
     which = "random" if control == "random" else "steered"
@@ -403,7 +403,7 @@ def _judged(
     elif giver is None or push is None:
         score = Score(None, Status.UNDEFINED, "the layer has no other neuron to compare with")
     else:
-        score = judging.task(text, pairs, reads=reads, seed=config.seed)
+        score = judging.task(text, pairs, supports_logprobs=supports_logprobs, seed=config.seed)
     return _row(neuron, explained, control, text, score, push, same)
 
 

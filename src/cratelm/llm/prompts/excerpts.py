@@ -1,4 +1,4 @@
-"""Tokens as a language model is shown them."""
+"""Write tokens as a language model sees them in prompts."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def escaped(text: str) -> str:
-    """`text` on one line: what is no printable character and no space is written as an escape."""
+    """Return `text` on one line: characters that do not print are written as escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _NAMED.get(c) or _code(c) for c in text)
@@ -19,7 +19,7 @@ def escaped(text: str) -> str:
 def excerpt_text(
     token_ids: NDArray, strings: Sequence[str], marked: Sequence[bool] | NDArray = ()
 ) -> str:
-    """The tokens of an excerpt as one line, runs of `marked` tokens inside guillemets.
+    """Return the tokens of an excerpt as one line, runs of `marked` tokens inside guillemets.
 
     `strings` [V] shows each token (`TokenStore.decode_tokens`); `marked` [n] or empty for none.
     """
