@@ -14,9 +14,9 @@ from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
 from cratelm.activations.store import read_summaries
 from cratelm.analysis.analyze import analyze
-from cratelm.analysis.coding_rate import coding_rate, compression_rate, jackknife, orthonormal
+from cratelm.analysis.coding_rate import coding_rate, compression_rate, orthonormal
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.consistency import MEASURES, Observed, covered, interval, others, read
+from cratelm.analysis.consistency import MEASURES, Observed, covered, others, read
 from cratelm.analysis.dictionary import (
     coherence,
     effective_rank,
@@ -36,8 +36,9 @@ from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models import capture, load, site_of
 from cratelm.models.crate import CrateConfig, Ista
-from cratelm.records import Status
+from cratelm.records import Interval, Status
 from cratelm.score.simulators import simulate
+from cratelm.stats.intervals import bootstrap, jackknife
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize
@@ -294,12 +295,13 @@ def test_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
     for trial in range(200):
-        _, low, high = interval(rng.exponential(1.0, 60), 400, trial)
-        assert low is not None
-        assert high is not None
-        hits += low <= 1.0 <= high
+        found = bootstrap(rng.exponential(1.0, 60), trial, 400)
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= 1.0 <= found.high
     assert 0.87 <= hits / 200 <= 0.99
-    assert interval(np.array([0.3]), 100, 0) == (0.3, None, None)
+    assert bootstrap([0.3], 0, 100) == Interval(0.3, None, None, 1)
 
 
 # ---- the verb -------------------------------------------------------------------------------------

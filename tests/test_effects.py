@@ -25,7 +25,7 @@ from cratelm.report.sections.effects import (
     promoted,
 )
 from cratelm.runs import Run
-from cratelm.stats.intervals import mean_of
+from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import Text, ablate
 from cratelm.steer.attribution import Effect, attribute, best, firing, rank_correlation
 from cratelm.steer.config import Edit, EffectsConfig
@@ -205,17 +205,17 @@ def test_agreement_overlap_and_place():
 
 
 def test_a_mean_and_its_interval():
-    assert mean_of([], 0) is None
-    assert mean_of([2.0], 0).low is None  # type: ignore[union-attr]
+    assert bootstrap([], 0) is None
+    assert bootstrap([2.0], 0).low is None  # type: ignore[union-attr]
     values = np.random.default_rng(0).normal(5, 2, 400)
-    found = mean_of(values.tolist(), 0)
+    found = bootstrap(values.tolist(), 0)
     assert found is not None
     assert found.low is not None
     assert found.high is not None
     assert found.value == pytest.approx(values.mean())
     width = 2 * 1.96 * values.std() / 20
     assert found.high - found.low == pytest.approx(width, rel=0.1)
-    assert found == mean_of(values.tolist(), 0)
+    assert found == bootstrap(values.tolist(), 0)
 
 
 # ---- the verb -------------------------------------------------------------------------------------

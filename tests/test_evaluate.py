@@ -19,6 +19,7 @@ from cratelm.errors import InputError
 from cratelm.evaluate import scoring
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.evaluate import EvaluateResult, evaluate
+from cratelm.evaluate.measurements import DocumentTotals, Measurement, difference
 from cratelm.evaluate.scoring import Totals, token_scores
 from cratelm.evaluate.table import measurements_table
 from cratelm.evaluate.windows import cut
@@ -26,7 +27,7 @@ from cratelm.models import build, load
 from cratelm.models.open import LoadedModel, sequence_length
 from cratelm.records import Estimate
 from cratelm.runs import Run
-from cratelm.stats.ratio import Counts, Measurement, difference, perplexity, ratio
+from cratelm.stats.ratio import perplexity, ratio
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize
@@ -317,10 +318,10 @@ def test_models_are_compared_document_by_document(run: Path) -> None:
     assert pair.loss.error < first.loss.error  # what is hard for both has gone
 
 
-def counts(vocabulary: str, n_bytes: int) -> Counts:
+def counts(vocabulary: str, n_bytes: int) -> DocumentTotals:
     tokens = np.array([4.0, 6.0])
     totals = Totals(tokens, loss=tokens * 2, top_1=tokens / 2, top_5=tokens)
-    return Counts(totals, np.array([9, n_bytes]), None, None, vocabulary)
+    return DocumentTotals(totals, np.array([9, n_bytes]), None, None, vocabulary)
 
 
 def test_only_what_predicts_the_same_is_compared() -> None:

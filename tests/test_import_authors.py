@@ -23,9 +23,9 @@ import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
 from cratelm.interop import import_authors
-from cratelm.interop.authors_checkpoint import read_authors_checkpoint
+from cratelm.interop.authors_checkpoint import load_authors_checkpoint, read_authors_checkpoint
 from cratelm.interop.source_file import locate
-from cratelm.models import build, load, load_authors_checkpoint
+from cratelm.models import build, load
 from cratelm.models.gpt2 import gpt2_config
 from cratelm.tokens.tokenizer import train_tokenizer
 

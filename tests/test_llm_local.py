@@ -15,9 +15,9 @@ from cratelm.errors import InputError
 from cratelm.llm.backends import transformers as local
 from cratelm.llm.backends.transformers import LocalBackend
 from cratelm.llm.probe import top_level
-from cratelm.llm.prompts.excerpts import escaped
 from cratelm.llm.prompts.neurons import simulate_read
 from cratelm.llm.requests import NO_RANK, Answer, Chat, Embed, Failure, JsonQuery, LogprobQuery
+from cratelm.text.display import printable
 
 LEVELS = tuple(map(str, range(10)))
 TEXT = (
@@ -174,7 +174,7 @@ def test_any_tokens_are_read_at_their_own_slots(backend, strings, explanation):
     strings = [*strings, "\t", '"', "\\xf0", "a\tb\n"]
     request = simulate_read(explanation, np.arange(len(strings)), strings, 9)
     lines = [request.text[:offset].rpartition("\n")[2] for offset in request.offsets]
-    assert lines == [f"{escaped(s)}\t" for s in strings]
+    assert lines == [f"{printable(s)}\t" for s in strings]
     found = outcomes(backend, [request])[0]
     assert isinstance(found, Answer)
     expected = plain(backend, request)[:, ids_of(backend)].log_softmax(-1)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from cratelm.errors import InputError
+from cratelm.interop.authors_checkpoint import load_authors_checkpoint
 from cratelm.models import (
     CrateConfig,
     CrateForCausalLM,
@@ -30,7 +31,6 @@ from cratelm.models import (
     capture,
     count_parameters,
     load,
-    load_authors_checkpoint,
     site_of,
 )
 from cratelm.models.crate import CrateCache, Ista

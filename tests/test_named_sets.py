@@ -20,11 +20,10 @@ from cratelm.errors import InputError
 from cratelm.evaluate import named_sets as sets
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.evaluate import EvaluateResult, evaluate
+from cratelm.evaluate.measurements import Measurement
 from cratelm.evaluate.named_sets import named_set
-from cratelm.evaluate.texts import token_sizes
 from cratelm.models import build, load
-from cratelm.stats.ratio import Measurement
-from cratelm.tokens.tokenizer import hf_tokenizer, train_tokenizer
+from cratelm.tokens.tokenizer import hf_tokenizer, token_sizes, train_tokenizer
 
 T = 32
 TEXTS = [

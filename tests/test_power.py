@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
-from cratelm.stats.sample_size import half_width, neurons_needed, pilot_sd, told
+from cratelm.stats.sample_size import half_width, neurons_needed, pilot_sd, precision_statement
 from cratelm.stats.scores import model_statistics
 
 
@@ -82,11 +82,11 @@ def test_pilot_is_pooled_within_layers_and_leaves_out_what_has_no_value():
 
 
 def test_told_in_one_sentence():
-    assert told(64, 2, 15.0, 256) == (
+    assert precision_statement(64, 2, 15.0, 256) == (
         "64 of 256 neurons of each of 2 layers give an interval of +-2.3 around the model's mean"
         " (x 100, 95%), if scores vary by 15.0 within a layer"
     )
-    assert "64 neurons of the one layer" in told(64, 1)
+    assert "64 neurons of the one layer" in precision_statement(64, 1)
 
 
 @pytest.mark.parametrize(

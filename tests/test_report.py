@@ -30,7 +30,7 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models import load
-from cratelm.records import CHANCE, METRICS, SCORERS
+from cratelm.records import CHANCE, METRICS, SCORERS, Estimate, Interval
 from cratelm.report import gallery
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
@@ -41,9 +41,9 @@ from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
 from cratelm.steer.effects import EFFECT_SCHEMA
-from cratelm.text.printable import printable, visible
+from cratelm.text.display import printable, visible
 from cratelm.text.shading import pieces
-from cratelm.text.table import Column, Interval, PlusMinus, Table
+from cratelm.text.table import Column, Table
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -495,7 +495,7 @@ def test_pieces_hold_the_levels_of_each_token():
 def test_cells():
     number, whole = Column("x", "x", ".1f"), Column("x", "x", ",d")
     assert number.show(Interval(1.25, -0.04, 2.06)) == "1.2 [0.0, 2.1]"
-    assert number.show(PlusMinus(3.0, 0.5)) == "3.0 ± 0.5"
+    assert number.show(Estimate(3.0, 0.5)) == "3.0 ± 0.5"
     assert number.show(None) == number.show(float("nan")) == "–"
     assert whole.show(12345) == "12,345"
     assert Column("x", "x").show("a\x1bb") == r"a\x1bb"

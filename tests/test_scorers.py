@@ -25,9 +25,10 @@ from cratelm.llm.requests import (
     Request,
 )
 from cratelm.records import CHANCE, Control, Excerpt, NeuronRecord, Score, Status
-from cratelm.score.scorers import MOST_MARKED, TASKS, roc_area, shown
+from cratelm.score.scorers import MOST_MARKED, TASKS, shown
 from cratelm.score.selection import scored_on
 from cratelm.score.tasks import Task
+from cratelm.stats.auc import roc_area
 
 TOKENS, _ = corpus("held_out")
 YES_NO = ("detection", "fuzzing")

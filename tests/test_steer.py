@@ -19,7 +19,8 @@ from transformers import (
 import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
-from cratelm.models import build, capture, load_authors_checkpoint, site_of
+from cratelm.interop.authors_checkpoint import load_authors_checkpoint
+from cratelm.models import build, capture, site_of
 from cratelm.models.sites import hooked
 from cratelm.runs import Run
 from cratelm.steer import Edit, Positions

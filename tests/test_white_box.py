@@ -17,11 +17,10 @@ from cratelm.analysis.store import (
     write_readings,
 )
 from cratelm.analysis.summary import summarise
-from cratelm.records import NeuronId, Status
+from cratelm.records import Estimate, Interval, NeuronId, Status
 from cratelm.report.drawing import Series
 from cratelm.report.sections.white_box import read_analyses, white_box_figures, white_box_tables
 from cratelm.runs import Run, write_json
-from cratelm.text.table import Interval, PlusMinus
 
 MODELS = ("crate-2l", "gpt2-2l")
 SHOWN: tuple[tuple[Control, float], ...] = (("none", 0.5), ("none", 0.75), ("shuffled", 0.5))
@@ -106,7 +105,7 @@ def test_cells_are_the_files_figures(run):
     found = _cell(rates, "coding_rate_before", model="crate-2l", layer=1)
     assert (found.value, found.error) == (301, 1)
     after = _cell(tables["white_box_sparsity"], "nonzero_after", model="gpt2-2l", layer=0)
-    assert isinstance(after, PlusMinus)
+    assert isinstance(after, Estimate)
     assert (after.value, after.error) == (25, 1)
     assert _cell(weights, "product", model="crate-2l", layer=0) == pytest.approx(0.9)
     assert _cell(weights, "groups", model="gpt2-2l", layer=1) == 2

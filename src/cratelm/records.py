@@ -98,6 +98,8 @@ class Interval:
     low: float | None
     """None where there is no interval, as for a single value"""
     high: float | None
+    n: int | None = None
+    """values that the figure is the mean of; None where it does not say"""
 
     def show(self, form: str) -> str:
         """Return the figure and its bounds in a format such as `.2f`."""

@@ -15,7 +15,6 @@ from cratelm.analysis.coding_rate import (
     EPSILONS,
     coding_rate,
     compression_rate,
-    jackknife,
     orthonormal,
 )
 from cratelm.analysis.config import AnalyzeConfig
@@ -43,6 +42,7 @@ from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
 from cratelm.records import Explanation, NeuronId
 from cratelm.runs import Run, write_json
+from cratelm.stats.intervals import jackknife
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ Shape legend: G groups of documents, D width, K heads, P = D/K width of a head.
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.records import Estimate
-
 EPSILONS = (0.1, 0.5, 1.0)
 """distortions eps; tokens come from a LayerNorm, so that their entries have variance 1"""
 EPSILON = 0.5
@@ -38,21 +36,3 @@ def compression_rate(moment: Array, bases: Array, epsilon: float) -> float:
 def orthonormal(bases: Array) -> Array:
     """Bases of the same subspaces [K, P, D], rows orthonormal: what is left of U when its scale is not counted."""
     return np.stack([np.linalg.qr(u.T)[0].T for u in bases])
-
-
-def jackknife(rate, sums: Array, counts: Array) -> Estimate:
-    """`rate` of the second moment of all tokens, its standard error by leaving out a group at a time.
-
-    `sums` [G, D, D] are Z Z^T of each group, `counts` [G] its tokens. Grouped jackknife: Efron & Tibshirani
-    1993, chapter 11.
-    """
-    used = counts > 0
-    sums, counts = sums[used], counts[used]
-    whole, n = sums.sum(0), counts.sum()
-    value = rate(whole / n)
-    groups = len(counts)
-    if groups < 2:
-        return Estimate(value, None)
-    left = np.array([rate((whole - s) / (n - c)) for s, c in zip(sums, counts, strict=True)])
-    spread = (groups - 1) / groups * ((left - left.mean()) ** 2).sum()
-    return Estimate(value, float(np.sqrt(spread)))

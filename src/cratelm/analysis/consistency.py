@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from cratelm.records import Status
+from cratelm.stats.auc import roc_area_of_ranks
 
 SHARES = (0.25, 0.5, 0.75)
 """x: how far between the default and the largest value a token must be predicted to be covered"""
@@ -95,7 +96,6 @@ def read(neuron: Observed, mask: NDArray[np.bool_]) -> Reading:
         return Reading(Status.UNDEFINED, n, rest)
     inside, outside = neuron.activations[mask], neuron.activations[~mask]
     energy = float((inside.astype(np.float64) ** 2).sum())
-    wins = neuron.ranks[mask].sum() - n * (n + 1) / 2
     return Reading(
         status=Status.DEFINED,
         n_covered=n,
@@ -106,7 +106,7 @@ def read(neuron: Observed, mask: NDArray[np.bool_]) -> Reading:
         distinctiveness=float((outside <= neuron.firing).mean()),
         any_distinctiveness=float((outside <= 0).mean()),
         contrast=contrast(inside, outside),
-        auroc=float(wins / (n * rest)),
+        auroc=roc_area_of_ranks(neuron.ranks[mask], rest),
     )
 
 
@@ -124,21 +124,3 @@ def others(n: int, seed: int) -> NDArray[np.int64]:
     partner = np.empty(n, np.int64)
     partner[order] = np.roll(order, 1)
     return partner
-
-
-def interval(
-    values: NDArray[np.float64], resamples: int, seed: int
-) -> tuple[float, float | None, float | None]:
-    """Mean of [n] and its 95% percentile bootstrap interval over neurons; no interval below two."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, None, None
-    means = resampled(values, resamples, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return mean, float(low), float(high)
-
-
-def resampled(values: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """[resamples] means of n neurons drawn with replacement (Efron & Tibshirani 1993)."""
-    drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    return values[drawn].mean(1)

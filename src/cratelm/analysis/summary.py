@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from cratelm.analysis.coding_rate import EPSILON
-from cratelm.analysis.consistency import MEASURES, SHARE, Reading, interval
+from cratelm.analysis.consistency import MEASURES, SHARE, Reading
 from cratelm.analysis.store import Control, LayerFigure, NeuronReading
 from cratelm.records import Status
+from cratelm.stats.intervals import bootstrap
+from cratelm.text.table import align
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,10 @@ def _summary(
 ) -> Summary:
     values = [v for r in found if (v := getattr(r, measure)) is not None]
     dead = sum(r.status is Status.DEAD for r in found)
-    mean = low = high = None
-    if values:
-        mean, low, high = interval(np.array(values), resamples, seed)
+    mean = bootstrap(values, seed, resamples)
     undefined = len(found) - len(values) - dead
-    return Summary(layer, control, share, measure, mean, low, high, len(values), undefined, dead)
+    bounds = (None, None, None) if mean is None else (mean.value, mean.low, mean.high)
+    return Summary(layer, control, share, measure, *bounds, len(values), undefined, dead)
 
 
 _SHOWN = (
@@ -90,11 +89,11 @@ def show(figures: Sequence[LayerFigure], summaries: Sequence[Summary]) -> str:
     """A line a quantity, a column a layer; quantities that the model has not are left out."""
     layers = sorted({f.layer for f in figures})
     by_place = {(f.layer, f.quantity, f.setting): f for f in figures}
-    lines = [("layer", [str(layer) for layer in layers])]
+    lines = [["layer", *(str(layer) for layer in layers)]]
     for label, quantity, setting, form in _SHOWN:
         cells = [by_place.get((layer, quantity, setting)) for layer in layers]
         if any(cells):
-            lines.append((label, [_cell(cell, form) for cell in cells]))
+            lines.append([label, *(_cell(cell, form) for cell in cells)])
     for control in ("none", "shuffled"):
         for measure in MEASURES:
             cells = [
@@ -105,14 +104,8 @@ def show(figures: Sequence[LayerFigure], summaries: Sequence[Summary]) -> str:
             ]
             if cells:
                 name = measure if control == "none" else f"{measure}, shuffled explanations"
-                lines.append((name, [_mean(s) for s in cells]))
-    width = max(len(label) for label, _ in lines)
-    columns = [max(len(cells[i]) for _, cells in lines) for i in range(len(layers))]
-    return "\n".join(
-        f"  {label:<{width}}  "
-        + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, columns, strict=True))
-        for label, cells in lines
-    )
+                lines.append([name, *map(_mean, cells)])
+    return "\n".join(f"  {line}" for line in align(lines))
 
 
 def _cell(figure: LayerFigure | None, form: str) -> str:

@@ -17,10 +17,17 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.evaluate.config import EvaluateConfig
+from cratelm.evaluate.measurements import (
+    Difference,
+    DocumentTotals,
+    Measurement,
+    difference,
+    measurement,
+)
 from cratelm.evaluate.named_sets import NamedSet, named_set
 from cratelm.evaluate.scoring import Totals, score
 from cratelm.evaluate.table import differences_table, measurements_table
-from cratelm.evaluate.texts import Shards, Source, Texts, token_sizes
+from cratelm.evaluate.texts import Shards, Source, Texts
 from cratelm.models.open import (
     LoadedModel,
     check_store,
@@ -31,8 +38,8 @@ from cratelm.models.open import (
 )
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Run, write_json
-from cratelm.stats.ratio import Counts, Difference, Measurement, difference, measurement
 from cratelm.tokens.shards import TokenStore
+from cratelm.tokens.tokenizer import token_sizes
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         store = TokenStore(run.stage("tokens").path)
     for name in config.subjects:  # a wrong name is told before another model is measured
         source_of(run, name, from_run=config.path is None)
-    found: dict[tuple[str, str], tuple[Counts, Measurement]] = {}
+    found: dict[tuple[str, str], tuple[DocumentTotals, Measurement]] = {}
     for name in config.subjects:
         subject = open_model(run, name, from_run=config.path is None)
         for on, what in sets.items():
@@ -93,7 +100,7 @@ def _measure(
     run: Run,
     store: TokenStore | None,
     config: EvaluateConfig,
-) -> tuple[Counts, Measurement]:
+) -> tuple[DocumentTotals, Measurement]:
     """One model on one set."""
     length = sequence_length(subject, config.sequence_length)
     stride = _stride(config, length, subject)
@@ -141,12 +148,12 @@ def _shards(store: TokenStore, name: Split, config: EvaluateConfig) -> Shards:
     return Shards(split, n, token_sizes(store.tokenizer, store.eot_id))
 
 
-def _counts(totals: Totals, source: Source, vocabulary: str, last_word: bool) -> Counts:
+def _counts(totals: Totals, source: Source, vocabulary: str, last_word: bool) -> DocumentTotals:
     """By document, without those that hold no predicted token."""
     kept = np.flatnonzero(totals.tokens)
     totals = Totals(*(getattr(totals, name)[kept] for name in Totals.__dataclass_fields__))
     words = source.n_words()
-    return Counts(
+    return DocumentTotals(
         totals=totals,
         bytes=source.n_bytes()[kept],
         words=None if words is None else words[kept],
@@ -158,7 +165,7 @@ def _counts(totals: Totals, source: Source, vocabulary: str, last_word: bool) ->
 def _differences(
     on: str,
     config: EvaluateConfig,
-    found: Mapping[tuple[str, str], tuple[Counts, Measurement]],
+    found: Mapping[tuple[str, str], tuple[DocumentTotals, Measurement]],
 ) -> list[Difference]:
     """The first model less each of the others on one set."""
     first, *others = config.subjects

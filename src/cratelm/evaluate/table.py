@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+from cratelm.evaluate.measurements import Difference, Measurement
 from cratelm.records import Estimate
-from cratelm.stats.ratio import Difference, Measurement
+from cratelm.text.table import MISSING, align
 
 _FIGURES: tuple[tuple[str, str, str], ...] = (
     ("loss", "loss (nats)", ".4f"),
@@ -17,7 +18,6 @@ _FIGURES: tuple[tuple[str, str, str], ...] = (
     ("last_word", "last word", ".2%"),
 )
 """field, heading, format"""
-MISSING = "–"
 _LONG = 1e6
 """a perplexity from here on is written with an exponent"""
 
@@ -60,11 +60,7 @@ def _grid(rows: Sequence[Any], label: Callable[[Any], str], sign: str) -> str:
         [label(row), *(_show(getattr(row, name), sign + form) for name, _, form in figures)]
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    )
+    return "\n".join(align(lines))
 
 
 def _show(figure: Estimate | None, form: str) -> str:

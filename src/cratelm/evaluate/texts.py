@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from cratelm.errors import InputError
 from cratelm.evaluate.windows import Window, cut
@@ -20,7 +19,6 @@ from cratelm.tokens.shards import TokenSplit
 
 _PIECE = 2**20
 """tokens of a split that are read at a time"""
-_NAMED_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Shards:
     split: TokenSplit
     n_tokens: int
     sizes: NDArray[np.int64]
-    """[V] bytes of each token (`token_sizes`)"""
+    """[V] bytes of each token (`cratelm.tokens.tokenizer.token_sizes`)"""
     unit: str = "documents"
 
     def windows(self, length: int, stride: int) -> Iterator[Window]:
@@ -204,19 +202,3 @@ def blocks(texts: Iterable[str], size: int = 50) -> Iterator[Passage]:
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         yield from text.removesuffix("\n").split("\n")
-
-
-def token_sizes(tokenizer: Tokenizer, special: int) -> NDArray[np.int64]:
-    """UTF-8 bytes that each token stands for [V]; the special one is no text.
-
-    In a byte-level BPE each character of a token's name stands for one byte; SentencePiece writes a
-    space as U+2581 and a single byte as <0xNN>.
-    """
-    vocabulary = tokenizer.get_vocab()
-    pieces = any(name.startswith("\u2581") for name in vocabulary)
-    sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
-    for name, token in vocabulary.items():
-        text = _NAMED_BYTE.sub("?", name.replace("\u2581", " "))
-        sizes[token] = len(text.encode()) if pieces else len(name)
-    sizes[special] = 0
-    return sizes

@@ -31,7 +31,7 @@ from cratelm.llm.prompts.neurons import VERSION
 from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import Explanation, NeuronRecord
 from cratelm.runs import Draft, Run, Stage, write_json
-from cratelm.stats.sample_size import told
+from cratelm.stats.sample_size import precision_statement
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _explain_with_model(
             return ExplainResult(path=stage.path, **stage.require("explain").results)
         if config.neurons:
             layers = len({s.neuron.layer for s in selected})
-            print(told(len(selected) // layers, layers), flush=True)
+            print(precision_statement(len(selected) // layers, layers), flush=True)
         index, count = config.worker()
         asked = _questions(config, run, selected[index::count])
         if config.dry_run:

@@ -4,7 +4,6 @@ Tokens stand between backticks, white space is visible (␣ space, ⏎ line brea
 activating token of an example between « and ».
 """
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from cratelm.explain.evidence import NO_TOKEN, Evidence
 from cratelm.explain.lookup import TokenTable
 from cratelm.explain.trie import ROOT, Trie
 from cratelm.records import Excerpt, NeuronRecord
+from cratelm.text.display import visible_folded
 
 N_NAMED = 4
 """tokens or contexts named in a phrase"""
@@ -23,16 +23,6 @@ MIN_SEEN = 5
 """tokens of evidence before a phrase says what comes before them"""
 BEFORE, AFTER = 6, 4
 """tokens of the example before the activating one, and from it"""
-
-_VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-
-
-def visible(text: str) -> str:
-    """`text` with white space shown and what cannot be printed escaped; long runs as `␣×12`."""
-    shown = "".join(
-        _VISIBLE.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text
-    )
-    return re.sub(r"([␣⏎⇥])\1{3,}", lambda m: f"{m[1]}×{len(m[0])}", shown)
 
 
 def lookup_phrase(
@@ -86,7 +76,7 @@ def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
     peak = int(excerpt.activations.argmax())
 
     def shown(start: int, stop: int) -> str:
-        return visible("".join(token_strings[int(t)] for t in excerpt.token_ids[start:stop]))
+        return visible_folded("".join(token_strings[int(t)] for t in excerpt.token_ids[start:stop]))
 
     return (
         f"{shown(max(0, peak - BEFORE), peak)}«{shown(peak, peak + 1)}»"
@@ -115,7 +105,7 @@ def _in_context(context: list[int], token_strings: Sequence[str]) -> str:
 
 
 def _quoted(ids: Sequence[int], token_strings: Sequence[str]) -> str:
-    return "`" + visible("".join(token_strings[t] for t in ids)) + "`"
+    return "`" + visible_folded("".join(token_strings[t] for t in ids)) + "`"
 
 
 def _listed(names: list[str]) -> str:

@@ -1,8 +1,8 @@
 """Names and cells that the tables of a report share."""
 
-from cratelm.records import Metric
+from cratelm.records import Interval, Metric
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
-from cratelm.text.table import Cell, Interval
+from cratelm.text.table import Cell
 
 METRIC_NAMES: dict[Metric, str] = {
     "top_and_random": "top-and-random",

@@ -22,7 +22,7 @@ from cratelm.report.sections.effects import LogitEffect, promoted
 from cratelm.results.run_results import ModelResults, Place, RunResults
 from cratelm.score.selection import scored_on
 from cratelm.score.simulators import SIMULATORS, simulate
-from cratelm.text.printable import printable, visible
+from cratelm.text.display import printable, visible
 from cratelm.text.shading import Piece, pieces
 from cratelm.text.table import Cell, Column, Table
 from cratelm.tokens.shards import TokenStore

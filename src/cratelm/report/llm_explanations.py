@@ -11,7 +11,7 @@ from cratelm.records import NeuronScore
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.results.run_results import ModelResults, Place
 from cratelm.runs import Run
-from cratelm.text.printable import printable
+from cratelm.text.display import printable
 
 _FROM = {"top": "from its strongest excerpts", "anthropic": "from its whole range"}
 

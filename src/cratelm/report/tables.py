@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 
-from cratelm.records import METRICS, Metric
+from cratelm.records import METRICS, Estimate, Metric
 from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, without_score
 from cratelm.report.sections.autoencoders import reconstruction_costs
 from cratelm.report.sections.comparisons import model_less_free, twins, twins_with_model
@@ -18,7 +18,7 @@ from cratelm.report.sections.leakage import (
 )
 from cratelm.report.sections.llm import calls, preflights, side_by_side
 from cratelm.results.run_results import MODEL_STAGES, ModelResults, RunResults
-from cratelm.text.table import Cell, Column, PlusMinus, Table
+from cratelm.text.table import Cell, Column, Table
 
 PUBLISHED_LOSS = {
     "1l": (4.06, 3.83),
@@ -433,4 +433,4 @@ def _training(m: ModelResults) -> dict[str, int | float | None]:
 
 def _loss(trained: dict[str, int | float | None]) -> Cell:
     loss, error = trained.get("validation_loss"), trained.get("validation_standard_error")
-    return loss if loss is None or error is None else PlusMinus(loss, error)
+    return loss if loss is None or error is None else Estimate(loss, error)

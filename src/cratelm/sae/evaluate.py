@@ -39,6 +39,7 @@ from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
 from cratelm.sae.reconstruction import Firing, Measured, measure
 from cratelm.stats.ratio import ratio
+from cratelm.text.table import align
 from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
 EVALUATION = "evaluation.json"
@@ -367,7 +368,7 @@ def _layer_table(layers: tuple[LayerFigures, ...]) -> str:
     for f in layers:
         shown = [_show(getattr(f, name), form) for name, _, form in _LAYER_FIGURES]
         lines.append([f"layer {f.layer}", f"{f.inputs:,}", f"{f.latents:,}", *shown])
-    return _grid(lines)
+    return "\n".join(align(lines))
 
 
 def _place_table(result: SaeEvaluateResult) -> str:
@@ -385,7 +386,7 @@ def _place_table(result: SaeEvaluateResult) -> str:
         for told, s in rows.items():
             parts = [_show(r, ".2%") for r in (s.recovered_from_zero, s.recovered_from_mean)]
             lines.append([f"{where}: {told}", s.added.show("+.4f"), *parts])
-    return _grid(lines)
+    return "\n".join(align(lines))
 
 
 def _steering_table(result: SaeEvaluateResult) -> str:
@@ -395,12 +396,4 @@ def _steering_table(result: SaeEvaluateResult) -> str:
         for f in figures:
             shown = [_show(f.fidelity, ".3f"), f.edit.show(".4f"), f"{f.rebuilt:.4f}"]
             lines.append([f"layer {f.layer}: {len(f.steered)} {told}", *shown])
-    return _grid(lines)
-
-
-def _grid(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    )
+    return "\n".join(align(lines))

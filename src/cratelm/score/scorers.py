@@ -23,8 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
+from numpy.typing import NDArray
 
 from cratelm.llm.prompts.excerpts import excerpt_text
 from cratelm.llm.prompts.scorers import (
@@ -42,6 +41,7 @@ from cratelm.llm.requests import Answer, Embed, OptionLogprobs, Outcome, Request
 from cratelm.records import Control, Excerpt, Metric, NeuronRecord, Score, Status, levels
 from cratelm.score.selection import scored_on
 from cratelm.score.tasks import Task, failed
+from cratelm.stats.auc import roc_area
 
 MOST_MARKED = 8
 """tokens marked in a text: marks on half of it would point at nothing"""
@@ -227,16 +227,6 @@ def shown(
     mask = np.zeros(len(ids), dtype=bool)
     mask[np.asarray(list(marked), dtype=np.intp)] = True
     return excerpt_text(ids, strings, mask)
-
-
-def roc_area(positive: ArrayLike, negative: ArrayLike) -> float:
-    """Chance that one of `positive` [P] is above one of `negative` [Q], a tie counting half.
-
-    The area under the ROC curve, by ranks (Hanley & McNeil 1982). P and Q are at least 1.
-    """
-    a, b = np.asarray(positive), np.asarray(negative)
-    ranks = rankdata(np.concatenate([a, b]))
-    return float((ranks[: len(a)].sum() - len(a) * (len(a) + 1) / 2) / (len(a) * len(b)))
 
 
 # --- which excerpts --------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
-"""How many neurons are enough: the interval that a random sample of them will give. Pure arithmetic.
+"""How many neurons to score: the interval that a random sample of them will give.
 
 A model's figure is the mean over its layers of the mean over the neurons sampled in each
 (`cratelm.stats.scores`), so with n of the N neurons of each of L layers, drawn without
 replacement, and a standard deviation s of the scores within a layer, its standard error is
-s sqrt((1 - n / N) / (n L)) (Cochran 1977, sections 2.6 and 5.3) and the interval's half-width is
-that times the normal quantile.
+s sqrt((1 - n / N) / (n L)) (Cochran 1977, sections 2.6 and 5.3), and the half-width of the interval
+is that times the normal quantile.
 
-The bootstrap of the statistics room draws with replacement and so leaves out 1 - n / N: where the
-sample is a large part of the layer, its interval is the wider one. It answers another question, what
-other neurons of the same kind would give, and not what this layer's other neurons would.
+The bootstrap (`cratelm.stats.intervals`) draws with replacement, which omits the factor 1 - n / N:
+where the sample is a large fraction of the layer, the bootstrap interval is wider. It answers another
+question: what other neurons of the same kind would give, not what the rest of this layer would.
 """
 
 import math
@@ -23,9 +23,9 @@ from cratelm.records import NeuronScore
 DEFAULT_SD = 15.0
 """standard deviation of scores within a layer, x 100, where there is no pilot. Simulated correlations
 of the demo's models have 8 to 18 by model, layer and metric. Detection, fuzzing and embedding rest on
-ten texts a neuron at most and vary more (12 to 35 with a small model): give a pilot's"""
+at most ten texts per neuron and vary more (12 to 35 with a small model): estimate it with `pilot_sd`"""
 FEWEST = 2
-"""neurons of a layer, below which there is no interval"""
+"""neurons per layer; below that there is no interval"""
 
 
 def half_width(
@@ -35,7 +35,7 @@ def half_width(
     population_per_layer: int | None = None,
     confidence: float = 0.95,
 ) -> float:
-    """Half-width of the interval of the model's mean, in the unit of `sd`; 0 where all neurons are scored.
+    """Return the half-width of the interval of the model's mean, in the unit of `sd`; 0 if all are scored.
 
     `sd`: sample standard deviation of scores within a layer. `population_per_layer`: neurons that
     each layer has, None for the interval that the bootstrap gives (no correction for a large sample).
@@ -57,9 +57,11 @@ def neurons_needed(
     population_per_layer: int | None = None,
     confidence: float = 0.95,
 ) -> int:
-    """Fewest neurons per layer whose interval has a half-width of `wanted` (unit of `sd`) or less.
+    """Return the fewest neurons per layer whose interval has a half-width of at most `wanted`.
 
-    At least two, or what the layer has.
+    `wanted` has the unit of `sd`.
+
+    At least two, or all that the layer has.
 
     Raises `InputError` on numbers that make no sense.
     """
@@ -74,7 +76,7 @@ def neurons_needed(
 
 
 def pilot_sd(scores: Sequence[NeuronScore]) -> float | None:
-    """Standard deviation of `scores`, x 100, pooled within layers; those without a value are left out.
+    """Return the standard deviation of `scores`, x 100, pooled within layers, over those with a value.
 
     Give those of one model, explainer, metric and control. None where no layer has two values.
     """
@@ -88,14 +90,14 @@ def pilot_sd(scores: Sequence[NeuronScore]) -> float | None:
     return math.sqrt(sum(float(np.var(v)) * len(v) for v in layers.values()) / freedom)
 
 
-def told(
+def precision_statement(
     n_per_layer: int,
     n_layers: int,
     sd: float = DEFAULT_SD,
     population_per_layer: int | None = None,
     confidence: float = 0.95,
 ) -> str:
-    """The power of a sample in one sentence; `sd` and what is told are x 100.
+    """Return in one sentence how wide the interval of a sample of neurons will be; figures are x 100.
 
     Raises `InputError` on numbers that make no sense.
     """

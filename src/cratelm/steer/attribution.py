@@ -21,6 +21,7 @@ from cratelm.explain.evidence import WEIGHT, collect_evidence
 from cratelm.explain.lookup import token_table
 from cratelm.models.partial_forward import PartialForward
 from cratelm.records import Excerpt, ExcerptKind, NeuronId, NeuronRecord
+from cratelm.stats.auc import roc_area_of_ranks
 from cratelm.steer.ablation import MOST_LOGITS
 
 KINDS: tuple[ExcerptKind, ...] = ("top", "random", "openai_bin")
@@ -66,8 +67,7 @@ class Effect:
         n, m = len(tokens), len(self.exact) - len(tokens)
         if not n or not m:
             return None
-        ranks = rankdata(self.exact)[tokens].sum()
-        return float((ranks - n * (n + 1) / 2) / (n * m))
+        return roc_area_of_ranks(rankdata(self.exact)[tokens], m)
 
 
 def best(effect: NDArray[np.float64], top: int) -> NDArray[np.int64]:

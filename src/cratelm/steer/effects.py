@@ -34,14 +34,15 @@ from cratelm.activations.store import NEURON_FIELDS, read_records, read_summarie
 from cratelm.explain.explain import select_neurons
 from cratelm.explain.store import SampledNeuron
 from cratelm.models.partial_forward import PartialForward
-from cratelm.records import Estimate, NeuronId
+from cratelm.records import Estimate, Interval, NeuronId
 from cratelm.runs import Draft, Run, write_json
 from cratelm.score.controls import shuffled
-from cratelm.stats.intervals import Mean, mean_of
+from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import Ablation, Ablations, Text, ablate
 from cratelm.steer.attribution import Effect, attribute, best
 from cratelm.steer.config import EffectsConfig, places
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
+from cratelm.text.table import align
 
 _IDS, _WORDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.string()), pa.list_(pa.float32())
 EFFECT_SCHEMA = pa.schema(
@@ -89,23 +90,23 @@ class LayerEffects:
     """never above 0 on the fit split"""
     silent: int
     """of the others, those that fire at no token drawn, so that no effect on the logits is known"""
-    size: Mean | None
+    size: Interval | None
     """mean absolute change of the loss, nats a token"""
-    rise: Mean | None
+    rise: Interval | None
     """mean change of the loss"""
-    firing_rise: Mean | None
+    firing_rise: Interval | None
     """mean change over tokens predicted from where the neuron fires"""
-    raises: Mean | None
+    raises: Interval | None
     """part of the neurons without which the loss is higher by more than two standard errors"""
-    lowers: Mean | None
+    lowers: Interval | None
     """part without which it is lower by more than two"""
-    agreement: Mean | None
+    agreement: Interval | None
     """rank correlation over the vocabulary of the first-order reading with the exact effect"""
-    overlap: Mean | None
+    overlap: Interval | None
     """part of the tokens promoted most that both name"""
-    named: Mean | None
+    named: Interval | None
     """chance that a token that the neuron fires on is promoted more than another"""
-    named_shuffled: Mean | None
+    named_shuffled: Interval | None
     """the same of tokens that another neuron of the layer fires on"""
 
 
@@ -151,11 +152,10 @@ def _table(layers: Sequence[LayerEffects]) -> list[str]:
     for found in layers:
         shown = [_shown(getattr(found, name), form) for name, _, form in _COLUMNS]
         rows.append([str(found.layer), str(found.neurons), str(found.dead), *shown])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+    return align(rows, [True] * len(header))
 
 
-def _shown(found: Mean | None, form: str) -> str:
+def _shown(found: Interval | None, form: str) -> str:
     return "-" if found is None else found.show(form)
 
 
@@ -359,8 +359,8 @@ def _layer(
     change = [row["change"] for row in alive]
     judged = [row for row in alive if row["change_error"] is not None]
 
-    def mean(values: Sequence[float | None]) -> Mean | None:
-        return mean_of([v for v in values if v is not None], seed)
+    def mean(values: Sequence[float | None]) -> Interval | None:
+        return bootstrap([v for v in values if v is not None], seed)
 
     return LayerEffects(
         layer=layer,
@@ -382,7 +382,7 @@ def _layer(
 def _read(path: Path, results: dict[str, Any]) -> EffectsResult:
     def layer(found: dict[str, Any]) -> LayerEffects:
         known: dict[str, Any] = {
-            k: Mean(**v) if isinstance(v, dict) else v for k, v in found.items()
+            k: Interval(**v) if isinstance(v, dict) else v for k, v in found.items()
         }
         return LayerEffects(**known)
 

@@ -38,11 +38,11 @@ from cratelm.explain.store import (
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
 from cratelm.llm.requests import Request
 from cratelm.llm.session import ledger_path, open_client
-from cratelm.records import NeuronId, Score, Status
+from cratelm.records import Interval, NeuronId, Score, Status
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.score.controls import shuffled
 from cratelm.score.tasks import Task
-from cratelm.stats.intervals import Mean, mean_of
+from cratelm.stats.intervals import bootstrap
 from cratelm.steer import judging
 from cratelm.steer.config import FREE, PROMOTED, InterveneConfig, places
 from cratelm.steer.continuations import Continuations, SteeringStrength, continued, prompts
@@ -80,7 +80,7 @@ class ControlResult:
     """One control over all neurons."""
 
     control: Control
-    mean: Mean | None
+    mean: Interval | None
     """chance of naming the steered text; interval over neurons"""
     defined: int
     undefined: int
@@ -98,11 +98,11 @@ class InterveneResult:
     explainer: str
     n_neurons: int
     controls: tuple[ControlResult, ...]
-    over_shuffled: Mean | None
+    over_shuffled: Interval | None
     """own less shuffled explanation, paired by neuron"""
-    over_random: Mean | None
+    over_random: Interval | None
     """own less another neuron steered, paired by neuron"""
-    kl: Mean | None
+    kl: Interval | None
     """what steering does to the next token, nats"""
     mass: float | None
     """mean share of all probability that falls on the judge's two answers; None where none is told"""
@@ -139,7 +139,7 @@ _NAMES: dict[Control, str] = {
 }
 
 
-def _shown(found: Mean | None, form: str) -> str:
+def _shown(found: Interval | None, form: str) -> str:
     return "-" if found is None else found.show(form)
 
 
@@ -513,7 +513,9 @@ def _control(
     )
 
 
-def _gap(config: InterveneConfig, rows: Sequence[dict[str, Any]], control: Control) -> Mean | None:
+def _gap(
+    config: InterveneConfig, rows: Sequence[dict[str, Any]], control: Control
+) -> Interval | None:
     """Own less a control, over the neurons that have both."""
     found: dict[tuple[int, int], dict[str, float]] = {}
     for row in rows:
@@ -523,20 +525,20 @@ def _gap(config: InterveneConfig, rows: Sequence[dict[str, Any]], control: Contr
     return _mean(config, [v["none"] - v[control] for v in both])
 
 
-def _mean(config: InterveneConfig, values: Sequence[float | None]) -> Mean | None:
-    return mean_of([v for v in values if v is not None], config.seed, config.resamples)
+def _mean(config: InterveneConfig, values: Sequence[float | None]) -> Interval | None:
+    return bootstrap([v for v in values if v is not None], config.seed, config.resamples)
 
 
-def _plain(found: Mean | None) -> dict[str, Any] | None:
+def _plain(found: Interval | None) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
 
 def _read(path: Path, results: dict[str, Any], calls: str = "") -> InterveneResult:
     told = dict(results)
     for name in ("over_shuffled", "over_random", "kl"):
-        told[name] = None if told[name] is None else Mean(**told[name])
+        told[name] = None if told[name] is None else Interval(**told[name])
     controls = tuple(
-        ControlResult(**{**c, "mean": None if c["mean"] is None else Mean(**c["mean"])})
+        ControlResult(**{**c, "mean": None if c["mean"] is None else Interval(**c["mean"])})
         for c in told.pop("controls")
     )
     return InterveneResult(path=path, controls=controls, calls=calls, **told)

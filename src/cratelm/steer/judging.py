@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cratelm.llm.prompts.excerpts import escaped
 from cratelm.llm.prompts.scorers import one_line
 from cratelm.llm.requests import (
     Answer,
@@ -29,6 +28,7 @@ from cratelm.llm.requests import (
 )
 from cratelm.records import Score, Status
 from cratelm.score.tasks import Task, failed
+from cratelm.text.display import printable
 
 VERSION = "intervene-1"
 PLACES = ("1", "2")
@@ -155,7 +155,7 @@ def _fill(explanation: str, first: str, second: str, seed: int) -> JsonQuery:
 
 
 def _both(first: str, second: str) -> str:
-    return f"1: {escaped(first)}\n2: {escaped(second)}"
+    return f"1: {printable(first)}\n2: {printable(second)}"
 
 
 def _chance(outcome: Outcome, place: int) -> float:

@@ -19,6 +19,7 @@ from cratelm.runs import Run, write_json
 from cratelm.steer.config import Edit, SteerConfig
 from cratelm.steer.steering import chosen, steering
 from cratelm.text.display import visible
+from cratelm.text.table import align
 from cratelm.tokens.shards import TokenStore
 
 
@@ -89,13 +90,13 @@ def _table(heading: str, changes: tuple[Change, ...]) -> list[str]:
     """One line a token, columns aligned."""
     if not changes:
         return [f"{heading}: none"]
-    shown = [visible(c.token) for c in changes]
-    width = max(len(heading), *map(len, shown))
-    lines = [f"{heading:<{width}}    before     after  difference  ln ratio"]
-    for text, c in zip(shown, changes, strict=True):
-        figures = f"{c.before:>8.4%}  {c.after:>8.4%}  {c.difference:>+10.4%}  {c.log_ratio:>+8.3f}"
-        lines.append(f"{text:<{width}}  {figures}")
-    return lines
+    header = [heading, "  before", "   after", "difference", "ln ratio"]
+    rows = [
+        (visible(c.token), *map(str.format, ("{:.4%}", "{:.4%}", "{:+.4%}", "{:+.3f}"), figures))
+        for c in changes
+        for figures in [(c.before, c.after, c.difference, c.log_ratio)]
+    ]
+    return align([header, *rows])
 
 
 def steer(config: SteerConfig) -> SteerResult:

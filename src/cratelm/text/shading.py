@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from numpy.typing import ArrayLike
 
 from cratelm.records import levels
-from cratelm.text.printable import runs_right_to_left, visible
+from cratelm.text.display import runs_right_to_left, visible
 
 _WHITESPACE = re.compile("[␣⏎⇥]+")
 

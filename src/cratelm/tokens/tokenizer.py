@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
@@ -110,22 +113,63 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def display_strings(tokenizer: Tokenizer) -> list[str]:
-    r"""A string for each token id, [vocab_size]: bytes that are part of a character show as \xNN."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+# --- how tokens are spelled: here and nowhere else ---------------------------------------------------
+#
+# A byte-level BPE (GPT-2's way) names each token by one character per byte, from a table of 256; a
+# SentencePiece vocabulary writes a space as U+2581 and a single byte as <0xNN>.
 
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    vocabulary = tokenizer.get_vocab()
-    byte_level = all(c in byte_of for token in vocabulary if token not in added for c in token)
+
+def display_strings(tokenizer: Tokenizer) -> list[str]:
+    r"""Return a string for each token id, [vocab_size]; bytes that are part of a character show as \xNN."""
+    byte_of = {character: byte for byte, character in _characters_of_bytes().items()}
+    added, byte_level = _added_tokens(tokenizer), is_byte_level(tokenizer)
     shown = [""] * vocabulary_size(tokenizer)
-    for token, index in vocabulary.items():
+    for token, index in tokenizer.get_vocab().items():
         if token not in added and byte_level:
             token = bytes(byte_of[c] for c in token).decode("utf-8", "backslashreplace")
-        elif token not in added:  # SentencePiece: a mark for the space, names for bytes
+        elif token not in added:
             token = _NAMED_BYTE.sub(r"\\x\1", token.replace("\u2581", " "))
         shown[index] = token
     return shown
+
+
+def token_sizes(tokenizer: Tokenizer, special: int) -> NDArray[np.int64]:
+    """Return the UTF-8 bytes that each token id stands for, [vocab_size]; 0 for the `special` one."""
+    byte_level = is_byte_level(tokenizer)
+    sizes = np.zeros(vocabulary_size(tokenizer), np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        spelled = _NAMED_BYTE.sub("?", token.replace("\u2581", " "))
+        sizes[index] = len(token) if byte_level else len(spelled.encode())
+    sizes[special] = 0
+    return sizes
+
+
+def byte_level_name(text: str) -> str:
+    """Return `text` as a byte-level BPE names a token: one character per UTF-8 byte."""
+    character_of = _characters_of_bytes()
+    return "".join(character_of[byte] for byte in text.encode())
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Return whether every token that was not added by hand is spelled in the characters of bytes."""
+    characters = set(_characters_of_bytes().values())
+    return all(
+        characters.issuperset(t) for t in tokenizer.get_vocab().keys() - _added_tokens(tokenizer)
+    )
+
+
+@cache
+def _characters_of_bytes() -> dict[int, str]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return bytes_to_unicode()
+
+
+def _added_tokens(tokenizer: Tokenizer) -> set[str]:
+    return {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+
+
+# -----------------------------------------------------------------------------------------------------
 
 
 def hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":

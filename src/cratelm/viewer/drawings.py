@@ -13,7 +13,7 @@ from cratelm.results.views import (
     ScoreHistogram,
     Value,
 )
-from cratelm.text.printable import printable, visible
+from cratelm.text.display import printable, visible
 
 _Scale = Callable[[float], float]
 """from a value to a place in the drawing"""

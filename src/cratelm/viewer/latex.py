@@ -1,7 +1,7 @@
 """A neuron's excerpts as LaTeX: tokens on coloured boxes, as the paper prints them."""
 
 from cratelm.results.views import NeuronView
-from cratelm.text.printable import printable, visible
+from cratelm.text.display import printable, visible
 from cratelm.text.table import latex
 
 _EXCERPTS, _BEFORE, _AFTER = 5, 12, 8

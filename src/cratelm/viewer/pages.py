@@ -1,6 +1,6 @@
 """Pages as HTML, from records: the same for the server and for an exported folder.
 
-Whatever a corpus holds is made visible (`cratelm.text.printable`) and escaped: nothing in it acts.
+Whatever a corpus holds is made visible (`cratelm.text.display`) and escaped: nothing in it acts.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from cratelm.results.views import (
     plain,
 )
 from cratelm.score.simulators import SIMULATORS
-from cratelm.text.printable import printable, runs_right_to_left, visible
+from cratelm.text.display import printable, runs_right_to_left, visible
 from cratelm.text.shading import faint_marks
 from cratelm.viewer import drawings, latex
 from cratelm.viewer.compare import compared

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.llm.prompts.excerpts import escaped, excerpt_text
+from cratelm.llm.prompts.excerpts import excerpt_text
 from cratelm.llm.requests import Chat, JsonQuery, LogprobQuery, Role
 from cratelm.records import Excerpt, levels
+from cratelm.text.display import printable
 
 VERSION = "1"
 UNKNOWN = "unknown"
@@ -117,14 +118,14 @@ def simulate_preamble(top: int) -> str:
 
 def simulate_context(explanation: str) -> str:
     """Return the line that names the explanation."""
-    return f"\nNeuron reacts to: {escaped(explanation)}\n"
+    return f"\nNeuron reacts to: {printable(explanation)}\n"
 
 
 def simulate_read(
     explanation: str, token_ids: NDArray, strings: Sequence[str], top: int, *, full: bool = False
 ) -> LogprobQuery:
     """Return the request for the level of each token of one excerpt, all in one pass: n slots."""
-    lines = [f"{escaped(strings[int(t)])}\t{UNKNOWN}\n" for t in token_ids]
+    lines = [f"{printable(strings[int(t)])}\t{UNKNOWN}\n" for t in token_ids]
     ends = np.cumsum([len(line) for line in lines])
     return LogprobQuery(
         preamble=simulate_preamble(top),
@@ -153,7 +154,7 @@ def simulate_fill(
         values = ", ".join(str(_level(value, top)) for _, value in tokens)
         messages.append(("user", _simulation_question(example, [token for token, _ in tokens])))
         messages.append(("assistant", f'{{"values": [{values}]}}'))
-    shown = [escaped(strings[int(t)]) for t in token_ids]
+    shown = [printable(strings[int(t)]) for t in token_ids]
     messages.append(("user", _simulation_question(explanation, shown)))
     return JsonQuery(tuple(messages), n, 0, top)
 
@@ -161,7 +162,7 @@ def simulate_fill(
 def _simulation_question(explanation: str, tokens: Sequence[str]) -> str:
     numbered = "\n".join(f"{i}\t{token}" for i, token in enumerate(tokens, 1))
     return (
-        f"Neuron reacts to: {escaped(explanation)}\nThe {len(tokens)} tokens:\n{numbered}\n"
+        f"Neuron reacts to: {printable(explanation)}\nThe {len(tokens)} tokens:\n{numbered}\n"
         f"Give {len(tokens)} integers."
     )
 
@@ -182,7 +183,7 @@ def _strongest(
     highest: dict[str, int] = {}
     for excerpt, levels_ in zip(shown, level, strict=True):
         for token_id, n in zip(excerpt.token_ids, levels_, strict=True):
-            token = f"«{escaped(strings[int(token_id)])}»"
+            token = f"«{printable(strings[int(token_id)])}»"
             highest[token] = max(highest.get(token, 0), int(n))
     best = sorted(((n, t) for t, n in highest.items() if n), key=lambda pair: -pair[0])
     return ", ".join(f"{token} {n}" for n, token in best[:MOST_LISTED]) or "nothing"

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
-from cratelm.llm.prompts.excerpts import escaped
 from cratelm.llm.requests import Chat, LogprobQuery
 from cratelm.records import MAX_LEVEL, Excerpt
+from cratelm.text.display import printable
 
 VERSION = "openai"
 
@@ -60,7 +60,7 @@ def openai_simulate_read(
     )
 
     tokens = _tokens(token_ids, strings)
-    simulator = _simulator(escaped(explanation))
+    simulator = _simulator(printable(explanation))
     prompt = simulator.make_simulation_prompt(tokens)
     body = format_sequences_for_simulation([tokens])
     assert prompt.endswith(body)
@@ -113,4 +113,4 @@ def _simulator(explanation: str) -> Any:
 
 
 def _tokens(token_ids: NDArray, strings: Sequence[str]) -> list[str]:
-    return [escaped(strings[int(t)]) for t in token_ids]
+    return [printable(strings[int(t)]) for t in token_ids]

@@ -24,7 +24,7 @@ from cratelm.stats.scores import (
     compare_models,
     model_statistics,
 )
-from cratelm.text.table import Cell, Column, PlusMinus, Table
+from cratelm.text.table import Cell, Column, Table
 
 _BUDGET = (
     "tokens",
@@ -353,4 +353,4 @@ def _steering(found: Sequence[Latents]) -> Table:
 
 
 def _plus_minus(e: Estimate) -> Cell:
-    return e.value if e.error is None else PlusMinus(e.value, e.error)
+    return e.value if e.error is None else Estimate(e.value, e.error)

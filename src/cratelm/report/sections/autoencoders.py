@@ -18,7 +18,7 @@ from cratelm.records import Estimate
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.runs import Completion, Run, hash_file
 from cratelm.stats.ratio import ratio
-from cratelm.text.table import Cell, PlusMinus
+from cratelm.text.table import Cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,4 +165,4 @@ def estimate(told: dict[str, Any] | None, by: float = 1) -> Cell:
         return None
     if told["error"] is None:
         return by * told["value"]
-    return PlusMinus(by * told["value"], by * told["error"])
+    return Estimate(by * told["value"], by * told["error"])

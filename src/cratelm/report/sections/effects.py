@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cratelm.records import NeuronId
+from cratelm.records import Estimate, NeuronId
 from cratelm.report.cells import interval_cell
 from cratelm.report.drawing import Figure, Panel, Series, by_layer
 from cratelm.runs import Run
-from cratelm.text.table import Cell, Column, PlusMinus, Table
+from cratelm.text.table import Cell, Column, Table
 
 _NAMES = {
     "none": "own explanation",
@@ -109,7 +109,7 @@ def effects_table(run: Run, models: Sequence[str]) -> Table | None:
 
 def _effects_row(name: str, told: dict[str, Any], layer: dict[str, Any]) -> tuple[Cell, ...]:
     loss = told["loss"]
-    plain = loss["value"] if loss["error"] is None else PlusMinus(loss["value"], loss["error"])
+    plain = loss["value"] if loss["error"] is None else Estimate(loss["value"], loss["error"])
     return (
         name,
         layer["layer"],

@@ -17,10 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cratelm.records import Estimate
 from cratelm.report.cells import interval_cell
 from cratelm.report.drawing import INK, Figure, Panel, Series, by_layer
 from cratelm.runs import Run
-from cratelm.text.table import Cell, Column, PlusMinus, Table
+from cratelm.stats.intervals import resampled_means
+from cratelm.text.table import Cell, Column, Table
 
 EPSILON = "0.5"
 """distortion of the coding rates shown"""
@@ -446,7 +448,8 @@ def _twin_rows(
     layers = sorted(sides[0].keys() & sides[1].keys())
     rng = np.random.default_rng(seed)
     drawn = {
-        layer: tuple(_resampled(side[layer], resamples, rng) for side in sides) for layer in layers
+        layer: tuple(resampled_means(side[layer], resamples, rng) for side in sides)
+        for layer in layers
     }
     rows: list[tuple[Cell, ...]] = []
     means = [[float(side[layer].mean()) for layer in layers] for side in sides]
@@ -477,18 +480,11 @@ def _values(a: Analysed, measure: str) -> dict[int, NDArray[np.float64]]:
     return {int(number): values for number, values in found.items() if len(values)}
 
 
-def _resampled(
-    values: NDArray[np.float64], resamples: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """[resamples] means of neurons drawn with replacement (Efron & Tibshirani 1993, chapter 13)."""
-    return values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
-
-
 def _plus(value: Value | None, by: float = 1) -> Cell:
     """A figure with its standard error, times `by`."""
     if value is None:
         return None
-    return by * value[0] if value[1] is None else PlusMinus(by * value[0], by * value[1])
+    return by * value[0] if value[1] is None else Estimate(by * value[0], by * value[1])
 
 
 def _interval(measure: str, told: dict[str, Any] | None) -> Cell:
