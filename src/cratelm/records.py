@@ -5,6 +5,8 @@ Units: an *activation* is the raw value of a neuron at one token; a *level* is t
 that a language model is shown (`levels`).
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, NamedTuple
@@ -88,6 +90,20 @@ class NeuronKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.layer}:{self.index}"
+
+
+def parse_neuron_ids(option: str, texts: Iterable[str]) -> list[NeuronKey]:
+    """Return the neurons that texts such as `0:17` name, sorted, each once.
+
+    Raises `InputError` naming `option` for any other form than LAYER:INDEX.
+    """
+    keys = set()
+    for text in texts:
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+        if match is None:
+            raise InputError(f"{option} {text}: LAYER:INDEX was expected, such as 0:17")
+        keys.add(NeuronKey(int(match[1]), int(match[2])))
+    return sorted(keys)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Explanations on disk: open columns, one row per neuron and explainer.
+"""Read and write explanations: Parquet files, one row per neuron and explainer.
 
 `explanations.parquet`: model, site, layer, index, explainer, text, payload (JSON), documents.
 `neurons.parquet`: model, site, layer, index, dead: every neuron that was to be explained, dead ones too.
-`unexplained.parquet`: model, site, layer, index, evidence, reason: what a language model was asked for
-and did not give.
+`unexplained.parquet`: model, site, layer, index, evidence, reason: explanations that a language model was
+asked for and did not give.
 
 The folder is `explanations/MODEL/` without a language model and `explanations/MODEL@NAME/` with one.
 A language model explains a neuron once for each kind of evidence; `payload` says from which.
@@ -52,7 +52,7 @@ class SampledNeuron:
 
 @dataclass(frozen=True)
 class ExplanationFailure:
-    """A neuron that a language model gave no explanation of."""
+    """An explanation that a language model was asked for and did not give."""
 
     neuron: NeuronId
     evidence: str
@@ -60,12 +60,12 @@ class ExplanationFailure:
 
 
 def explanation_set_name(model: str, name: str) -> str:
-    """The folder of what a language model (or a pair of them) called `name` says of `model`."""
+    """Return the folder's name of results by a language model (or a pair of them) called `name`."""
     return f"{model}@{name}" if name else model
 
 
 def write_explanations(folder: Path, explanations: Sequence[Explanation]) -> None:
-    """Writes `explanations.parquet` into `folder`, in the order given."""
+    """Write `explanations.parquet` into `folder`, in the order given."""
     rows = [
         {
             **vars(e.neuron),
@@ -81,7 +81,7 @@ def write_explanations(folder: Path, explanations: Sequence[Explanation]) -> Non
 
 
 def read_explanations(folder: Path) -> list[Explanation]:
-    """The explanations in `folder`, in the order written; `InputError` where there are none."""
+    """Return the explanations in `folder`, in the order written; `InputError` where there are none."""
     return [
         Explanation(
             _neuron(row),
@@ -95,26 +95,26 @@ def read_explanations(folder: Path) -> list[Explanation]:
 
 
 def write_selected(folder: Path, selected: Sequence[SampledNeuron]) -> None:
-    """Writes `neurons.parquet` into `folder`."""
+    """Write `neurons.parquet` into `folder`."""
     rows = [{**vars(s.neuron), "dead": s.dead} for s in selected]
     table = pa.Table.from_pylist(rows, schema=_SELECTED_SCHEMA)
     pq.write_table(table, folder / "neurons.parquet")
 
 
 def read_selected(folder: Path) -> list[SampledNeuron]:
-    """The neurons that were to be explained, dead ones too, by layer and index."""
+    """Return the neurons that were to be explained, dead ones too, by layer and index."""
     return [SampledNeuron(_neuron(row), row["dead"]) for row in _rows(folder / "neurons.parquet")]
 
 
 def write_unexplained(folder: Path, failures: Sequence[ExplanationFailure]) -> None:
-    """Writes `unexplained.parquet` into `folder`."""
+    """Write `unexplained.parquet` into `folder`."""
     rows = [{**vars(f.neuron), "evidence": f.evidence, "reason": f.reason} for f in failures]
     table = pa.Table.from_pylist(rows, schema=_UNEXPLAINED_SCHEMA)
     pq.write_table(table, folder / "unexplained.parquet")
 
 
 def read_unexplained(folder: Path) -> list[ExplanationFailure]:
-    """What a language model did not explain, in the order written; nothing where it was not asked."""
+    """Return the explanations that a language model did not give; none where it was not asked."""
     path = folder / "unexplained.parquet"
     rows = _rows(path) if path.is_file() else []
     return [ExplanationFailure(_neuron(row), row["evidence"], row["reason"]) for row in rows]

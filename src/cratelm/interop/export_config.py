@@ -1,11 +1,11 @@
 """Configurations of `cratelm export`. Imports nothing heavy."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.errors import InputError
+from cratelm.records import parse_neuron_ids
 from cratelm.runs import aside
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -85,15 +85,4 @@ def _check_layers(layers: tuple[int, ...], only: tuple[str, ...]) -> None:
     wrong = [layer for layer in layers if layer < 0]
     if wrong:
         raise InputError(f"--layers {wrong[0]}: numbers from 0 were expected")
-    places(only)
-
-
-def places(only: Iterable[str]) -> list[tuple[int, int]]:
-    """(layer, index) of each `LAYER:INDEX`, sorted. Raises `InputError` for anything else."""
-    found = set()
-    for text in only:
-        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
-        if match is None:
-            raise InputError(f"--only {text}: LAYER:INDEX was expected, such as 0:17")
-        found.add((int(match[1]), int(match[2])))
-    return sorted(found)
+    parse_neuron_ids("--only", only)

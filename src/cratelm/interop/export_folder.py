@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
-from cratelm.interop.export_config import places
-from cratelm.records import NeuronSummary
+from cratelm.records import NeuronSummary, parse_neuron_ids
 from cratelm.runs import Run, Stage, write_json
 
 MARK = ".cratelm-export"
@@ -79,7 +78,7 @@ def chosen_neurons(
     if not only:
         return {layer: list(found.values()) for layer, found in chosen.items()}
     few: dict[int, list[NeuronSummary]] = {}
-    for layer, index in places(only):
+    for layer, index in parse_neuron_ids("--only", only):
         found = _layer(harvest, there, layer, "--only")
         if index not in found:
             raise InputError(

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.llm.config import LLMConfig, check_specification
+from cratelm.llm.config import NO_LLM, LLMConfig, check_specification
+from cratelm.records import parse_neuron_ids
 from cratelm.runs import aside
 
 Operation = Literal["set", "add", "scale", "zero"]
-FREE = "free"
-"""names the explanations made without a language model"""
 PROMOTED = "promoted"
 """names the explanations that `cratelm effects` gives: the tokens that the neuron promotes"""
 
@@ -191,7 +190,8 @@ class SteerConfig:
     def __post_init__(self) -> None:
         _one_operation(self.set, self.add, self.scale, self.zero, "--")
         Positions.of(self.positions)
-        places("--neurons", self.neurons)
+        if not parse_neuron_ids("--neurons", self.neurons):
+            raise InputError("--neurons names no neuron: LAYER:INDEX was expected, such as 0:17")
         if self.text is not None and self.text_file is not None:
             raise InputError("--text and --text-file are both given: one text was expected")
         if self.sae and self.site:
@@ -203,7 +203,7 @@ class SteerConfig:
     def edits(self) -> list[Edit]:
         """One edit a layer."""
         layers: dict[int, list[int]] = {}
-        for layer, index in places("--neurons", self.neurons):
+        for layer, index in parse_neuron_ids("--neurons", self.neurons):
             layers.setdefault(layer, []).append(index)
         return [
             Edit(layer, indices, self.set, self.add, self.scale, self.zero, self.positions)
@@ -248,8 +248,7 @@ class EffectsConfig:
             {"neurons": 0, "top": 1, "positions": 1, "tokens": 1, "sequence_length": 2, "seed": 0,
              "batch_tokens": 1},
         )  # fmt: skip
-        if self.only:
-            places("--only", self.only)
+        parse_neuron_ids("--only", self.only)
 
 
 @dataclass(frozen=True)
@@ -258,8 +257,8 @@ class InterveneConfig(LLMConfig):
 
     judge: str = ""
     """language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at --base-url"""
-    explanations: str = FREE
-    """which: `free`, made without a language model; the name of a language model whose set
+    explanations: str = NO_LLM
+    """which: `llm-free`, made without a language model; the name of a language model whose set
     `explanations/MODEL@NAME` is there; or `promoted`, the tokens that `cratelm effects` found"""
     explainer: str = ""
     """of that set, by name; left out: its first by name"""
@@ -291,8 +290,7 @@ class InterveneConfig(LLMConfig):
                 "--judge is missing: hf:ID_OR_PATH (hf:smollm2 needs no network) or openai:MODEL"
             )
         check_specification("--judge", self.judge)
-        if self.only:
-            places("--only", self.only)
+        parse_neuron_ids("--only", self.only)
         _at_least(
             self,
             {"neurons": 0, "texts": 1, "prompt_tokens": 1, "generate": 1, "temperature": 0,
@@ -300,19 +298,6 @@ class InterveneConfig(LLMConfig):
         )  # fmt: skip
         if not (math.isfinite(self.strength) and self.strength > 0):
             raise InputError(f"--strength {self.strength}: a number above 0 was expected")
-
-
-def places(option: str, given: Sequence[str]) -> list[tuple[int, int]]:
-    """(layer, index) of LAYER:INDEX, sorted, each once. Raises `InputError` for another form."""
-    found = []
-    for text in given:
-        match = re.fullmatch(r"(\d+):(\d+)", text)
-        if match is None:
-            raise InputError(f"{option} {text}: LAYER:INDEX was expected, such as 1:32")
-        found.append((int(match[1]), int(match[2])))
-    if not found:
-        raise InputError(f"{option} names no neuron: LAYER:INDEX was expected, such as 1:32")
-    return sorted(set(found))
 
 
 def _at_least(config: object, lowest: dict[str, float]) -> None:

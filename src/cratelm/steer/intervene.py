@@ -36,15 +36,16 @@ from cratelm.explain.store import (
     read_unexplained,
 )
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
+from cratelm.llm.config import NO_LLM
 from cratelm.llm.requests import Request
 from cratelm.llm.session import ledger_path, open_client
-from cratelm.records import Interval, NeuronId, Score, Status
+from cratelm.records import Interval, NeuronId, Score, Status, parse_neuron_ids
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.score.controls import shuffled
 from cratelm.score.tasks import Task
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer import judging
-from cratelm.steer.config import FREE, PROMOTED, InterveneConfig, places
+from cratelm.steer.config import PROMOTED, InterveneConfig
 from cratelm.steer.continuations import Continuations, SteeringStrength, continued, prompts
 
 Control = Literal["none", "shuffled", "random"]
@@ -185,7 +186,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
     }
     with open_client(config, config.judge) as client:
         judge = client.backend.name
-        made_by = judge if config.explanations == FREE else f"{config.explanations}-by-{judge}"
+        made_by = judge if config.explanations == NO_LLM else f"{config.explanations}-by-{judge}"
         stage = run.stage("steer", explanation_set_name(config.model, config.name or made_by))
         redo = config.force or (config.retry_failed and _has_failed(stage))
         ahead = not (config.dry_run or config.shard)
@@ -197,8 +198,12 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         selected = _chosen(config, explained.selected)
         index, count = config.worker()
         mine = selected[index::count]
-        asked = _asked(config, harvested, explained, selected, mine, client.backend.supports_logprobs)
-        known = judging.known_task(supports_logprobs=client.backend.supports_logprobs, seed=config.seed)
+        asked = _asked(
+            config, harvested, explained, selected, mine, client.backend.supports_logprobs
+        )
+        known = judging.known_task(
+            supports_logprobs=client.backend.supports_logprobs, seed=config.seed
+        )
         if config.dry_run:
             needed = ([r for a in some for r in a.requests] for some, _ in asked)
             return dry_run(client, chain([known.requests], needed))
@@ -220,13 +225,13 @@ def _source(run: Run, config: InterveneConfig) -> Stage:
         stage = run.stage("steer", config.model)
         stage.require("effects")
         return stage
-    name = "" if config.explanations == FREE else config.explanations
+    name = "" if config.explanations == NO_LLM else config.explanations
     stage = run.stage("explanations", explanation_set_name(config.model, name))
     if stage.completion() is None:
         prefix = f"{config.model}@"
         there = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
         if run.stage("explanations", config.model).completion():
-            there.append(FREE)
+            there.append(NO_LLM)
         raise InputError(
             f"{run.path} has no explanations of {config.model} called {config.explanations}: those"
             f" there are {', '.join(there) or 'none'}; type `cratelm explain --run {run.path} --model"
@@ -276,7 +281,7 @@ def _chosen(config: InterveneConfig, selected: Sequence[SampledNeuron]) -> list[
     """`--only`, or some of each layer drawn by seed and layer. Raises `InputError` for one not explained."""
     there = {(s.neuron.layer, s.neuron.index): s for s in selected}
     if config.only:
-        wanted = places("--only", config.only)
+        wanted = parse_neuron_ids("--only", config.only)
         missing = [place for place in wanted if place not in there]
         if missing:
             layer, index = missing[0]

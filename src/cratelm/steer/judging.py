@@ -95,7 +95,9 @@ class Pair:
     steered: str
 
 
-def task(explanation: str, pairs: Sequence[Pair], *, supports_logprobs: bool, seed: int) -> Task | Score:
+def task(
+    explanation: str, pairs: Sequence[Pair], *, supports_logprobs: bool, seed: int
+) -> Task | Score:
     """What is asked about one neuron: each pair that differs in both orders.
 
     Its value is the mean probability of naming the steered text, 0..1; `n_records` counts pairs.
@@ -121,7 +123,8 @@ def task(explanation: str, pairs: Sequence[Pair], *, supports_logprobs: bool, se
 def known_task(*, supports_logprobs: bool, seed: int) -> Task:
     """Questions whose answers are known: what a judge that cannot answer them says is worth nothing."""
     parts = [
-        task(what, [Pair(other, shown)], supports_logprobs=supports_logprobs, seed=seed) for what, shown, other in _KNOWN
+        task(what, [Pair(other, shown)], supports_logprobs=supports_logprobs, seed=seed)
+        for what, shown, other in _KNOWN
     ]
     tasks = [part for part in parts if isinstance(part, Task)]
 
