@@ -36,7 +36,7 @@ from cratelm.models import load
 from cratelm.records import Explanation, NeuronId, Score, Status
 from cratelm.report.sections.effects import interventions_table
 from cratelm.runs import Run
-from cratelm.score.tasks import Task
+from cratelm.score.scorers import Task
 from cratelm.steer.config import Edit, InterveneConfig
 from cratelm.steer.continuations import (
     CLOSE,
@@ -328,10 +328,10 @@ def test_promoted_tokens_as_explanations(run, judge):
 
 def test_the_explanations_made_without_a_model(run, judge):
     cratelm.explain(run=run, model=MODEL, neurons=3, quiet=True)
-    result = asked(run, explanations="free", explainer="trie", neurons=2)
+    result = asked(run, explanations="llm-free", explainer="trie", neurons=2)
     assert (result.explainer, result.n_neurons) == ("trie", 4)
     assert result.path.name == f"{MODEL}@judge"
-    assert asked(run, explanations="free", neurons=2, name="mine").explainer == "lookup"
+    assert asked(run, explanations="llm-free", neurons=2, name="mine").explainer == "lookup"
 
 
 def test_mistakes(run, judge, capsys):
@@ -340,7 +340,7 @@ def test_mistakes(run, judge, capsys):
         ([], "--judge is missing"),
         (["--judge", "nothing"], "hf:ID_OR_PATH"),
         (["--judge", "hf:x", "--explanations", "nobody"], "truth"),
-        (["--judge", "hf:x"], "called free"),
+        (["--judge", "hf:x"], "called llm-free"),
         (["--judge", "hf:x", "--explanations", "truth", "--explainer", "no"], "--explainer no"),
         (["--judge", "hf:x", "--explanations", "truth", "--only", "0:1"], "--only 0:1"),
         (["--judge", "hf:x", "--explanations", "truth", "--generate", "900"], "give fewer"),

@@ -232,8 +232,8 @@ def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
 
 def test_phrases_made_without_a_model_can_be_read_by_one(run, model):
     explain(ExplainConfig(run=run, **ASK))
-    result = scored(run, explanations="free", metrics=("top_and_random",))
-    assert result.path.name == "m@free-by-fake"
+    result = scored(run, explanations="llm-free", metrics=("top_and_random",))
+    assert result.path.name == "m@llm-free-by-fake"
     assert {s.explainer for s in read_scores(result.path)} == {"lookup/fake", "trie/fake"}
 
 
@@ -260,7 +260,9 @@ def test_contrast_excerpts_are_shown_and_audited(run, model):
 
 def test_missing_explanations_say_what_there_is(run, model):
     explained(run, name="mine")
-    with pytest.raises(InputError, match="those by mine, free can be named with --explanations"):
+    with pytest.raises(
+        InputError, match="those by mine, llm-free can be named with --explanations"
+    ):
         scored(run)
 
 
@@ -302,7 +304,7 @@ def test_bad_scoring_options_are_named(fields, message):
 
 def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
     """With other activations of the same excerpts the requests are the same."""
-    from cratelm.score import llm_pipeline as with_model
+    from cratelm.score import pipeline as with_model
 
     seen: list[list] = []
     original = with_model.requests_of
@@ -313,7 +315,7 @@ def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
     scored(run)
     from cratelm.score import score as module
 
-    real = module._records
+    real = module.read_selected_records
 
     def disturbed(harvest, split, selected):
         for record in real(harvest, split, selected):
@@ -328,7 +330,7 @@ def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
                 )
             yield record
 
-    monkeypatch.setattr(module, "_records", disturbed)
+    monkeypatch.setattr(module, "read_selected_records", disturbed)
     n = len(seen)
     scored(run, force=True)
     assert seen[n:] == seen[:n]

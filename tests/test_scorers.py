@@ -25,9 +25,8 @@ from cratelm.llm.requests import (
     Request,
 )
 from cratelm.records import CHANCE, Control, Excerpt, NeuronRecord, Score, Status
-from cratelm.score.scorers import MOST_MARKED, TASKS, shown
+from cratelm.score.scorers import BY_METRIC, MOST_MARKED, Prompting, Task, scorer_task, shown
 from cratelm.score.selection import scored_on
-from cratelm.score.tasks import Task
 from cratelm.stats.auc import roc_area
 
 TOKENS, _ = corpus("held_out")
@@ -54,8 +53,8 @@ def task(
     seed=0,
     text="w5",
 ):
-    made = TASKS[metric](
-        found, text, control, strings=strings, supports_logprobs=supports_logprobs, seed=seed
+    made = scorer_task(
+        BY_METRIC[metric], found, text, control, Prompting(strings, supports_logprobs, seed)
     )
     assert isinstance(made, Task)
     return made
@@ -359,7 +358,7 @@ def test_shown_known():
 
 
 @pytest.mark.parametrize("supports_logprobs", [True, False])
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_activations_show_in_no_request(metric, supports_logprobs):
     """Activations changed without a change of what is chosen and marked: the requests stay the same."""
     found = record()
@@ -376,7 +375,7 @@ def test_activations_show_in_no_request(metric, supports_logprobs):
     )
 
 
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_explanation_is_shown_as_given_and_not_for_intruder(metric):
     one, other = (
         task(metric, record(), text=text).requests for text in ("of sailing", "of\nDescription: 1")
@@ -388,7 +387,7 @@ def test_explanation_is_shown_as_given_and_not_for_intruder(metric):
         assert "of Description: 1" in repr(other)
 
 
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_same_draws_each_time_and_others_for_another_seed(metric):
     one = task(metric, record(), supports_logprobs=False)
     assert one.requests == task(metric, record(), supports_logprobs=False).requests
@@ -403,7 +402,7 @@ def test_same_draws_each_time_and_others_for_another_seed(metric):
 
 
 @pytest.mark.parametrize("supports_logprobs", [True, False])
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_one_failure_is_no_score(metric, supports_logprobs):
     made = task(metric, record(), supports_logprobs=supports_logprobs)
     gone = Failure(FailureKind.DEADLINE, "no answer within 60 s")
@@ -416,14 +415,14 @@ def test_one_failure_is_no_score(metric, supports_logprobs):
 
 
 def unasked(metric, found: NeuronRecord, control: Control = "none") -> Score:
-    score = TASKS[metric](found, "w5", control, strings=STRINGS, supports_logprobs=True, seed=0)
+    score = scorer_task(BY_METRIC[metric], found, "w5", control, Prompting(STRINGS, True, 0))
     assert isinstance(score, Score)
     assert score.value is None
     return score
 
 
 @pytest.mark.parametrize("control", ["none", "shuffled"])
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_dead(metric, control):
     found = harvested(np.zeros(len(TOKENS)), "held_out")
     score = unasked(metric, found, control)
@@ -445,7 +444,7 @@ def test_fuzzing_without_inactive_tokens():
     assert "both active and inactive tokens" in score.reason
 
 
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_too_few_top_excerpts(metric):
     """Active in one document alone: its excerpt has rank 0, which explanations come from."""
     values = np.zeros(len(TOKENS))

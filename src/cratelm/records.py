@@ -304,9 +304,17 @@ class NeuronScore:
 
     neuron: NeuronId
     explainer: str
+    """label in tables: the explainer, `/` and the simulator where another language model read the
+    explanation, and the variant; to be shown and compared, never to be taken apart"""
     metric: Metric
     control: Control
     """`none`: the neuron's own explanation; else which null control"""
     score: Score
     documents: tuple[int, ...] = field(default=())
     """ordinals of the documents of the excerpts scored, for the leakage audit"""
+    explained_by: str = ""
+    """the explainer whose explanation was read: `Explanation.explainer`"""
+    simulator: str = ""
+    """name of the language model that read it; empty where the explainer's own simulator did"""
+    variant: str = ""
+    """way of reading where there are several: empty, or `+paper-compat`"""

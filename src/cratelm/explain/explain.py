@@ -110,10 +110,11 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     if stage.is_finished(config, inputs, force=config.force):
         return ExplainResult(path=stage.path, **stage.require("explain").results)
     explainer = CountingExplainer(config, _token_strings(run))
+    n_expected = len(config.explainers) * sum(not s.dead for s in selected)
     with stage.write(config, inputs) as draft:
-        outcomes = _explain_all(
-            explainer, harvest.path, selected, config, len(config.explainers), config.model
-        )
+        records = read_selected_records(harvest.path, "fit", selected)
+        stream = explainer.explain(records)
+        outcomes = list(_progress(stream, n_expected, config.model, config.quiet))
         counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, **counts)
 
@@ -136,38 +137,28 @@ def _explain_with_llm(
             layers = len({s.neuron.layer for s in selected})
             print(precision_statement(len(selected) // layers, layers), flush=True)
         explainer = LLMExplainer(client, name, config, _token_strings(run))
+        records = read_selected_records(harvest, "fit", of_worker)
         if config.dry_run:
-            asked = explainer.requests(read_selected_records(harvest, "fit", of_worker))
-            return dry_run(client, ([a.request] for a in asked))
+            return dry_run(client, ([asked.request] for asked in explainer.requests(records)))
+        n_expected = len(config.evidence) * sum(not s.dead for s in of_worker)
         label = f"{config.model} by {name}"
-        outcomes = _explain_all(explainer, harvest, of_worker, config, len(config.evidence), label)
+        stream = _progress(explainer.explain(records), n_expected, label, config.quiet)
         if config.shard:
+            for _ in stream:
+                pass  # answers are in the ledger; the command that merges the workers writes them
             return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
         with stage.write(config, inputs) as draft:
+            outcomes = list(stream)
             write_calls(draft, client)
             counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, calls=str(client.tally), **counts)
 
 
-def _explain_all(
-    explainer: Explainer,
-    harvest: Path,
-    selected: Sequence[SampledNeuron],
-    config: ExplainConfig,
-    per_neuron: int,
-    label: str,
-) -> list[Explanation | ExplanationFailure]:
-    """Explain the selected neurons, with a progress bar; `per_neuron`: outcomes of a live neuron."""
-    outcomes = explainer.explain(read_selected_records(harvest, "fit", selected))
-    total = per_neuron * sum(not s.dead for s in selected)
-    return list(
-        tqdm(
-            outcomes,
-            total=total,
-            desc=f"explain {label}",
-            unit="explanation",
-            disable=config.quiet,
-        )
+def _progress(
+    outcomes: Iterator[Explanation | ExplanationFailure], n_expected: int, label: str, quiet: bool
+) -> Iterable[Explanation | ExplanationFailure]:
+    return tqdm(
+        outcomes, total=n_expected, desc=f"explain {label}", unit="explanation", disable=quiet
     )
 
 

@@ -60,7 +60,7 @@ from cratelm.interop.openai_records import SOURCE
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
 from cratelm.report.sections.effects import promoted
 from cratelm.runs import Run
-from cratelm.score.simulation import COMPAT
+from cratelm.score.simulators import COMPAT
 from cratelm.score.store import read_scores
 from cratelm.tokens.shards import TokenStore
 

@@ -1,8 +1,9 @@
-"""Scores on disk: `scores.parquet`, one row per neuron, explainer, metric and control.
+"""Read and write scores: `scores.parquet`, one row per neuron, explainer, metric and control.
 
 Columns: model, site, layer, index, explainer, metric, control, value, status, reason, r2,
-absolute_deviation, accuracy, n_tokens, n_records, n_duplicates, without_duplicates, documents. A value that does not exist is null, and
-`status` with `reason` says why.
+absolute_deviation, accuracy, n_tokens, n_records, n_duplicates, without_duplicates, documents,
+explained_by, simulator, variant. A value that does not exist is null, and `status` with `reason` says
+why.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
+from cratelm.score.simulators import COMPAT
 
 _SCHEMA = pa.schema(
     [
@@ -34,12 +36,15 @@ _SCHEMA = pa.schema(
         ("n_duplicates", pa.int64()),
         ("without_duplicates", pa.float64()),
         ("documents", pa.list_(pa.int64())),
+        ("explained_by", pa.string()),
+        ("simulator", pa.string()),
+        ("variant", pa.string()),
     ]
 )
 
 
 def write_scores(folder: Path, scores: Sequence[NeuronScore]) -> None:
-    """Writes `scores.parquet` into `folder`, in the order given."""
+    """Write `scores.parquet` into `folder`, in the order given."""
     rows = [
         {
             **vars(s.neuron),
@@ -49,6 +54,9 @@ def write_scores(folder: Path, scores: Sequence[NeuronScore]) -> None:
             **vars(s.score),
             "status": str(s.score.status),
             "documents": s.documents,
+            "explained_by": s.explained_by,
+            "simulator": s.simulator,
+            "variant": s.variant,
         }
         for s in scores
     ]
@@ -56,7 +64,7 @@ def write_scores(folder: Path, scores: Sequence[NeuronScore]) -> None:
 
 
 def read_scores(folder: Path) -> list[NeuronScore]:
-    """The scores in `folder`, in the order written; `InputError` where there are none."""
+    """Return the scores in `folder`, in the order written; `InputError` where there are none."""
     path = folder / "scores.parquet"
     if not path.is_file():
         raise InputError(f"{path} is not there: type `cratelm score` for this model first")
@@ -64,6 +72,7 @@ def read_scores(folder: Path) -> list[NeuronScore]:
 
 
 def _score(row: dict) -> NeuronScore:
+    explained_by, simulator, variant = _names(row)
     return NeuronScore(
         neuron=NeuronId(row["model"], row["site"], row["layer"], row["index"]),
         explainer=row["explainer"],
@@ -82,4 +91,20 @@ def _score(row: dict) -> NeuronScore:
             without_duplicates=row.get("without_duplicates"),
         ),
         documents=tuple(row["documents"]),
+        explained_by=explained_by,
+        simulator=simulator,
+        variant=variant,
     )
+
+
+def _names(row: dict) -> tuple[str, str, str]:
+    """Return explainer, simulator and variant of a row.
+
+    Files of version 0.1.0 have the label alone, made of names without a slash.
+    """
+    if row.get("explained_by"):
+        return row["explained_by"], row["simulator"], row["variant"]
+    label: str = row["explainer"]
+    plain = label.removesuffix(COMPAT)
+    explained_by, _, simulator = plain.partition("/")
+    return explained_by, simulator, label[len(plain) :]

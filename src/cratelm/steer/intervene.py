@@ -38,11 +38,11 @@ from cratelm.explain.store import (
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
 from cratelm.llm.config import NO_LLM
 from cratelm.llm.requests import Request
-from cratelm.llm.session import ledger_path, open_client
+from cratelm.llm.session import is_finished, open_client, write_calls
 from cratelm.records import Interval, NeuronId, Score, Status, parse_neuron_ids
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.score.controls import shuffled
-from cratelm.score.tasks import Task
+from cratelm.score.scorers import Task
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer import judging
 from cratelm.steer.config import PROMOTED, InterveneConfig
@@ -188,9 +188,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         judge = client.backend.name
         made_by = judge if config.explanations == NO_LLM else f"{config.explanations}-by-{judge}"
         stage = run.stage("steer", explanation_set_name(config.model, config.name or made_by))
-        redo = config.force or (config.retry_failed and _has_failed(stage))
-        ahead = not (config.dry_run or config.shard)
-        if ahead and stage.is_finished(config, inputs, force=redo):
+        if is_finished(config, stage, inputs):
             return _read(stage.path, stage.require("intervene").results)
         harvested = open_harvested(run, config.model)
         _check_length(config, harvested)
@@ -210,10 +208,9 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         able = known.grade(client.ask(known.requests)).value
         rows, continuations, masses = _answers(config, client, asked, len(mine))
         if config.shard:
-            return WorkerResult(ledger_path(config), len(mine), str(client.tally))
+            return WorkerResult(client.ledger.path, len(mine), str(client.tally))
         with stage.write(config, inputs) as draft:
-            write_json(draft.path / "calls.json", client.tally.as_dict())
-            draft.unhashed.add("calls.json")
+            write_calls(draft, client)
             _write(draft, config, judge, explained, rows, continuations, masses, able)
             results = draft.results
     return _read(stage.path, results, str(client.tally))
@@ -547,8 +544,3 @@ def _read(path: Path, results: dict[str, Any], calls: str = "") -> InterveneResu
         for c in told.pop("controls")
     )
     return InterveneResult(path=path, controls=controls, calls=calls, **told)
-
-
-def _has_failed(stage: Stage) -> bool:
-    done = stage.completion()
-    return done is not None and bool(done.results.get("n_failed"))

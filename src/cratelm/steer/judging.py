@@ -27,7 +27,7 @@ from cratelm.llm.requests import (
     Role,
 )
 from cratelm.records import Score, Status
-from cratelm.score.tasks import Task, failed
+from cratelm.score.scorers import Task, failed
 from cratelm.text.display import printable
 
 VERSION = "intervene-1"
