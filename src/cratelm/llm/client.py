@@ -2,7 +2,8 @@
 
 `Client.ask` takes from the ledger what was answered before and sends the other requests to the
 backend, in portions that the budget allows; outcomes are committed before they are returned. When the
-budget is used up it raises `BudgetReached`, with nothing lost: the same command resumes from the ledger.
+budget is used up it raises `BudgetReached`, with nothing lost: the same command with a higher limit
+resumes from the ledger. A budget is that of a run: everything that its ledger says was spent counts.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from cratelm.errors import BudgetReached, InputError
 from cratelm.llm.config import Budget
-from cratelm.llm.ledger import Ledger, rounded
+from cratelm.llm.ledger import Bill, Ledger, rounded
 from cratelm.llm.requests import (
     Answer,
     Backend,
@@ -68,6 +69,9 @@ class Client:
         self._retry_failed = retry_failed
         self.identity = dict(backend.identity)
         self._tried: set[str] = set()
+        self._prices = budget.prices
+        # limits are those of the run, not of this command: a command typed again spends no new budget
+        self._before = ledger.bill(backend.name, self._prices) if budget.is_limited else Bill()
 
     def ask(self, requests: Sequence[Request]) -> list[Outcome]:
         """Return one outcome per request, in order; equal requests are sent once.
@@ -108,32 +112,45 @@ class Client:
 
     def _room(self, wanted: list[tuple[str, Request]]) -> int:
         """How many of `wanted` fit: never more than the limits, by the backend's count of tokens."""
-        budget, tally = self.budget, self.tally
+        budget, spent = self.budget, self._spent()
         n = len(wanted)
         if budget.max_calls:
-            n = min(n, budget.max_calls - tally.calls)
+            n = min(n, budget.max_calls - spent.calls)
         if not (budget.max_tokens or budget.max_cost):
             return max(n, 0)
-        prompt, completion = tally.prompt_tokens, tally.completion_tokens
+        prompt = completion = 0
         for place, (_, request) in enumerate(wanted[: max(n, 0)]):
             prompt += prompt_tokens(request, self.backend)
             completion += completion_tokens(request)
-            over_tokens = budget.max_tokens and prompt + completion > budget.max_tokens
-            over_cost = budget.max_cost and budget.cost(prompt, completion) > budget.max_cost
+            tokens = spent.tokens + prompt + completion
+            cost = spent.cost + budget.cost(prompt, completion)
+            over_tokens = budget.max_tokens and tokens > budget.max_tokens
+            over_cost = budget.max_cost and cost > budget.max_cost
             if over_tokens or over_cost:
                 return place
         return max(n, 0)
 
+    def _spent(self) -> Bill:
+        """Return what is spent for this run: by earlier commands, as the ledger says, and by this one."""
+        tally = self.tally
+        return Bill(
+            self._before.calls + tally.calls,
+            self._before.tokens + tally.prompt_tokens + tally.completion_tokens,
+            self._before.cost + self.budget.cost(tally.prompt_tokens, tally.completion_tokens),
+        )
+
     def _limit(self, n_left: int) -> str:
-        budget = self.budget
+        budget, spent = self.budget, self._spent()
         limits = [
             f"--max-calls {budget.max_calls}" if budget.max_calls else "",
             f"--max-tokens {budget.max_tokens}" if budget.max_tokens else "",
             f"--max-cost {budget.max_cost:g}" if budget.max_cost else "",
         ]
         return (
-            f"stopped at {' '.join(filter(None, limits))}: {self.tally}; {n_left:,} or more calls are"
-            " left. Type the same command again to resume from the ledger"
+            f"stopped at {' '.join(filter(None, limits))}: {spent.calls:,} calls, {spent.tokens:,}"
+            f" tokens{f', ${spent.cost:,.4f}' if any(self._prices) else ''} are spent in"
+            f" {self.ledger.path}, of which this command: {self.tally}. {n_left:,} or more calls are"
+            " left: raise the limit and type the same command again, it resumes from the ledger"
         )
 
     def _send(self, portion: list[tuple[str, Request]]) -> dict[str, Outcome]:
@@ -148,7 +165,9 @@ class Client:
                     found[k] = rounded(kind, outcome)
                     self._tried.add(k)
                     self._count(outcome)
-                self.ledger.write(self.backend.name, rows)
+                self.ledger.write(
+                    self.backend.name, rows, self._prices if any(self._prices) else None
+                )
         if len(found) != len(portion):
             raise InputError(
                 f"{self.backend.name} gave {len(found)} outcomes for {len(portion)} requests:"

@@ -26,7 +26,7 @@ def option(default: Any, group: Group = "what to run", *, in_identity: bool = Tr
 
 @dataclass(frozen=True)
 class Budget:
-    """What one command may spend; 0 = no limit."""
+    """What may be spent for a run, by all commands that wrote its ledger; 0 = no limit."""
 
     max_calls: int = 0
     max_tokens: int = 0
@@ -37,6 +37,16 @@ class Budget:
     """US dollars per million prompt tokens"""
     price_completion: float = 0.0
     """US dollars per million completion tokens"""
+
+    @property
+    def is_limited(self) -> bool:
+        """Return True where there is a limit."""
+        return bool(self.max_calls or self.max_tokens or self.max_cost)
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """Return US dollars per million prompt tokens, and per million completion tokens."""
+        return self.price_prompt, self.price_completion
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """Return US dollars."""
@@ -81,11 +91,13 @@ class LLMConfig:
     """make only a few probe calls: print how many calls and tokens it would take, and an estimate of
     cost and time"""
     max_calls: int = option(0, "limits", in_identity=False)
-    """stop before more calls than this, 0 = no limit; the same command resumes later"""
+    """stop before the run's ledger holds more calls than this, those of all earlier commands included;
+    0 = no limit. With a higher limit the same command resumes; with --shard the ledger is the worker's own"""
     max_tokens: int = option(0, "limits", in_identity=False)
-    """stop before more tokens than this, prompt and completion together, 0 = no limit"""
+    """the same limit for tokens, prompt and completion together"""
     max_cost: float = option(0.0, "limits", in_identity=False)
-    """stop before costs above this many US dollars, 0 = no limit; needs the prices"""
+    """the same limit for US dollars; needs the prices. Earlier calls cost what their own prices gave; calls
+    of this model without prices cost what they cost at these"""
     price_prompt: float = option(0.0, "limits", in_identity=False)
     """US dollars per million prompt tokens"""
     price_completion: float = option(0.0, "limits", in_identity=False)

@@ -37,15 +37,18 @@ CREATE TABLE IF NOT EXISTS calls (
     completion_tokens INTEGER NOT NULL,
     seconds REAL NOT NULL,
     attempts INTEGER NOT NULL,
-    finished_at TEXT NOT NULL
+    finished_at TEXT NOT NULL,
+    cost REAL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS models (specification TEXT PRIMARY KEY, record TEXT NOT NULL);
 """
 _COLUMNS = (
     "key, kind, model, status, reason, value, prompt_tokens, completion_tokens, seconds, attempts,"
-    " finished_at"
+    " finished_at, cost"
 )
 _OK = "ok"
+Prices = tuple[float, float]
+"""US dollars per million prompt tokens, and per million completion tokens"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,17 @@ class Spent:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Cost of all calls in a ledger, of every model and every command; repeated calls count each time."""
+
+    calls: int = 0
+    tokens: int = 0
+    """prompt and completion tokens together"""
+    cost: float = 0.0
+    """US dollars"""
 
 
 class Ledger:
@@ -75,6 +89,10 @@ class Ledger:
             self._database = sqlite3.connect(path, timeout=60)
             with self._database:
                 self._database.executescript(_SCHEMA)
+                if not self._has_cost():  # a file of version 0.1.0
+                    self._database.execute("BEGIN IMMEDIATE")
+                    if not self._has_cost():  # no other process was faster
+                        self._database.execute("ALTER TABLE calls ADD COLUMN cost REAL")
         except sqlite3.DatabaseError as error:
             raise InputError(
                 f"{path} cannot be read as a ledger ({error}): a SQLite file was expected; move it"
@@ -86,6 +104,10 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
+
+    def _has_cost(self) -> bool:
+        columns = self._database.execute("PRAGMA table_info(calls)").fetchall()
+        return "cost" in {column[1] for column in columns}
 
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
         """Return the stored outcomes of these keys."""
@@ -99,17 +121,23 @@ class Ledger:
                 found[row[0]] = _outcome(row)
         return found
 
-    def write(self, model: str, outcomes: Iterable[tuple[str, str, Outcome]]) -> None:
-        """Store (key, kind, outcome) rows, all or none. A failure never replaces an answer."""
-        rows = [_row(key, kind, model, outcome) for key, kind, outcome in outcomes]
+    def write(
+        self, model: str, outcomes: Iterable[tuple[str, str, Outcome]], prices: Prices | None = None
+    ) -> None:
+        """Store (key, kind, outcome) rows, all or none. A failure never replaces an answer.
+
+        `prices` are None where they are unknown.
+        """
+        rows = [_row(key, kind, model, outcome, prices) for key, kind, outcome in outcomes]
         with self._database:
             self._database.executemany(
-                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,1,?)"
+                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,1,?,?)"
                 " ON CONFLICT (key) DO UPDATE SET status = excluded.status,"
                 " reason = excluded.reason, value = excluded.value,"
                 " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
                 " completion_tokens = completion_tokens + excluded.completion_tokens,"
                 " seconds = seconds + excluded.seconds, attempts = attempts + 1,"
+                " cost = cost + excluded.cost,"  # NULL (unknown) where either is
                 f" finished_at = excluded.finished_at WHERE calls.status <> '{_OK}'",
                 rows,
             )
@@ -125,9 +153,13 @@ class Ledger:
         with self._database:
             before = self._database.total_changes
             self._database.executemany(
-                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO"
+                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO"
                 " UPDATE SET status = excluded.status, reason = excluded.reason,"
-                " value = excluded.value, finished_at = excluded.finished_at"
+                " value = excluded.value, finished_at = excluded.finished_at,"
+                " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+                " completion_tokens = completion_tokens + excluded.completion_tokens,"
+                " seconds = seconds + excluded.seconds, attempts = attempts + excluded.attempts,"
+                " cost = cost + excluded.cost"
                 f" WHERE calls.status <> '{_OK}' AND excluded.status = '{_OK}'",
                 rows,
             )
@@ -158,6 +190,19 @@ class Ledger:
             (model, *kinds),
         ).fetchone()
         return Spent(*(value or 0 for value in row))
+
+    def bill(self, model: str, prices: Prices) -> Bill:
+        """Return what is spent so far.
+
+        Calls without prices cost nothing; those of `model` cost what they cost at `prices`.
+        """
+        row = self._database.execute(
+            "SELECT SUM(attempts), SUM(prompt_tokens + completion_tokens), SUM(COALESCE(cost,"
+            " CASE WHEN model = ? THEN (prompt_tokens * ? + completion_tokens * ?) / 1e6 END))"
+            " FROM calls",
+            (model, *prices),
+        ).fetchone()
+        return Bill(*(value or 0 for value in row))
 
 
 def encode(value: Value) -> bytes:
@@ -213,8 +258,9 @@ def _plain(value: Value) -> Any:
     return plain
 
 
-def _row(key: str, kind: str, model: str, outcome: Outcome) -> tuple:
+def _row(key: str, kind: str, model: str, outcome: Outcome, prices: Prices | None) -> tuple:
     failed = isinstance(outcome, Failure)
+    tokens = (outcome.prompt_tokens, outcome.completion_tokens)
     return (
         key,
         kind,
@@ -226,11 +272,12 @@ def _row(key: str, kind: str, model: str, outcome: Outcome) -> tuple:
         outcome.completion_tokens,
         outcome.seconds,
         time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        sum(n * p for n, p in zip(tokens, prices, strict=True)) / 1e6 if prices else None,
     )
 
 
 def _outcome(row: tuple) -> Outcome:
-    _, kind, _, status, reason, value, prompt_tokens, completion_tokens, seconds, _, _ = row
+    _, kind, _, status, reason, value, prompt_tokens, completion_tokens, seconds, *_ = row
     took = (prompt_tokens, completion_tokens, seconds)
     if status == _OK:
         return Answer(decode(kind, value), *took)
