@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import planted
+import pyarrow.parquet as pq
 import pytest
 from fake_llm import FakeModel
 
@@ -234,7 +235,33 @@ def test_phrases_made_without_a_model_can_be_read_by_one(run, model):
     explain(ExplainConfig(run=run, **ASK))
     result = scored(run, explanations="llm-free", metrics=("top_and_random",))
     assert result.path.name == "m@llm-free-by-fake"
-    assert {s.explainer for s in read_scores(result.path)} == {"lookup/fake", "trie/fake"}
+    found = read_scores(result.path)
+    assert {s.explainer for s in found} == {"lookup/fake", "trie/fake"}
+    assert {(s.explained_by, s.simulator, s.variant) for s in found} == {
+        ("lookup", "fake", ""),
+        ("trie", "fake", ""),
+    }
+
+
+def test_score_files_of_version_0_1_0_are_read(run, model):
+    """They have the label alone."""
+    explain(ExplainConfig(run=run, **ASK))
+    path = scored(run, explanations="llm-free", metrics=("top_and_random",)).path
+    found = read_scores(path)
+    table = pq.read_table(path / "scores.parquet")
+    old = table.drop_columns(["explained_by", "simulator", "variant"])
+    pq.write_table(old, path / "scores.parquet")
+    assert read_scores(path) == found
+    labels = ["mine", "mine+paper-compat", "mine/other+paper-compat"]
+    place = old.schema.get_field_index("explainer")
+    pq.write_table(
+        old.slice(0, 3).set_column(place, "explainer", [labels]), path / "scores.parquet"
+    )
+    assert [(s.explained_by, s.simulator, s.variant) for s in read_scores(path)] == [
+        ("mine", "", ""),
+        ("mine", "", "+paper-compat"),
+        ("mine", "other", "+paper-compat"),
+    ]
 
 
 def test_a_list_of_neurons_and_a_sample(run, model):

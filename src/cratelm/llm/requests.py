@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Role = Literal["system", "user", "assistant"]
+CHAT_IDENTITY = "decoding"
+"""entry of a backend's identity that is part of the keys of chats only: how texts are generated does not
+change log-probabilities or embeddings"""
 NO_RANK = 65_535
 """rank of an option that is not among the tokens whose rank is known"""
 
@@ -230,5 +233,7 @@ def key(request: Request, identity: dict[str, str]) -> str:
         for part in ("preamble", "context", "body", "slots"):
             del content[part]
         content |= {"text": request.text, "offsets": request.offsets}
+    if not isinstance(request, Chat):
+        identity = {name: value for name, value in identity.items() if name != CHAT_IDENTITY}
     whole = {"kind": kind_of(request), "backend": identity, **content}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

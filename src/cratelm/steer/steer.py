@@ -3,9 +3,12 @@
 Shape legend: n tokens of the text (the first is the one that texts begin with), V vocabulary.
 """
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -192,10 +195,23 @@ def continue_ids(
     )
     mask = torch.ones_like(ids)
     devices = [ids.device] if ids.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _plain_generation(model):
         torch.manual_seed(seed)
         made = model.generate(ids, attention_mask=mask, generation_config=how)  # type: ignore[operator]
     return made[:, ids.shape[1] :]
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without the model's own settings of generation, such as a repetition penalty, which `generate`
+    takes over wherever it is given none; its special tokens stay."""
+    before = model.generation_config
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(before, name) for name in special})
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _told(config: SteerConfig, site: Site) -> str:

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from cratelm.errors import InputError
 from cratelm.llm.backends.model_source import fingerprint, loading, locate, short_name
 from cratelm.llm.requests import (
+    CHAT_IDENTITY,
     NO_RANK,
     Answer,
     Chat,
@@ -52,6 +53,8 @@ BATCH_TOKENS = 4096
 CHAT_BATCH = 8
 RANKED = 20
 """likeliest tokens at each slot whose ranks are reported"""
+DECODING = "the likeliest token; at a temperature with Gumbel noise of the request's own seed"
+"""how chats are answered, for the identity: a model's own generation settings are not used"""
 
 
 class LocalBackend:
@@ -75,11 +78,12 @@ class LocalBackend:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return fingerprint and precision of the weights."""
+        """Return fingerprint and precision of the weights, and how chats are answered."""
         return {
             "backend": "hf",
             "weights": self._fingerprint,
             "dtype": str(self._dtype).removeprefix("torch."),
+            CHAT_IDENTITY: DECODING,
         }
 
     @cached_property
@@ -110,12 +114,17 @@ class LocalBackend:
     @cached_property
     def model(self) -> Any:
         """Return the model, loaded at first use."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         with loading(self._source):
             model = AutoModelForCausalLM.from_pretrained(
                 *self._source.arguments, dtype=self._dtype, **self._source.pinned
             )
+        # `generate` takes from here all settings that it is not given: a model's own repetition penalty or
+        # beams would change answers. Only its special tokens stay.
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ours = {name: getattr(model.generation_config, name) for name in special}
+        model.generation_config = GenerationConfig(**ours)
         return model.to(device=self._device, dtype=self._dtype).eval()  # type: ignore[arg-type]
 
     def count_tokens(self, text: str) -> int:
@@ -296,26 +305,29 @@ class LocalBackend:
 
     def _chat(self, requests: list[Chat]) -> list[Outcome]:
         """Continuations of conversations with the same settings, padded on the left."""
+        from transformers import GenerationConfig, LogitsProcessorList
+
         started = time.monotonic()
         tokenizer, settings = self.tokenizer, requests[0]
         rows = [tokenizer(self._template(r), add_special_tokens=False).input_ids for r in requests]
         ids, mask, cache = self._after_shared(rows)
-        sampled = settings.temperature > 0
-        with torch.random.fork_rng():
-            torch.manual_seed(int(key(settings, self.identity)[:15], 16))
-            produced = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
+        noise = LogitsProcessorList()
+        if settings.temperature > 0:
+            seeds = [int(key(r, self.identity)[:15], 16) for r in requests]
+            noise.append(_GumbelNoise(seeds, settings.temperature))
+        produced = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=GenerationConfig(
                 max_new_tokens=settings.max_tokens,
-                do_sample=sampled,
-                temperature=settings.temperature if sampled else None,
-                top_p=None,
-                top_k=None,
+                do_sample=False,
                 pad_token_id=self._pad,
                 stop_strings=[settings.stop] if settings.stop else None,
-                tokenizer=tokenizer,
-            )
+            ),
+            logits_processor=noise,
+            tokenizer=tokenizer,
+        )
         new = produced[:, ids.shape[1] :]
         seconds = (time.monotonic() - started) / len(requests)
         outcomes: list[Outcome] = []
@@ -390,6 +402,27 @@ class LocalBackend:
             Answer(o.value, o.prompt_tokens, 0, seconds) if isinstance(o, Answer) else o
             for o in outcomes
         ]
+
+
+class _GumbelNoise:
+    """Makes greedy decoding a draw from the softmax at a temperature.
+
+    The largest of logits / temperature plus Gumbel noise is such a draw (Gumbel 1954). Each row has its
+    own generator, so that an answer does not depend on the other requests of its batch; `generate` draws
+    from one generator for all rows.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float):
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shape = scores.shape[1:]  # [B, V] without B
+        uniform = torch.stack(
+            [torch.rand(shape, generator=g, dtype=torch.float64) for g in self._generators]
+        )
+        gumbel = -(-uniform.log()).log()  # [B, V]; -inf where 0 was drawn
+        return scores / self._temperature + gumbel.to(scores)
 
 
 class _Head:
@@ -531,7 +564,7 @@ def _dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return torch.float32
     return torch.bfloat16 if re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) else torch.float32
