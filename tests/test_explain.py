@@ -12,9 +12,9 @@ from planted import STRINGS, corpus, harvested, on_pair, on_token
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import NO_TOKEN, Evidence, collect_evidence, contexts_of
-from cratelm.explain.explain import explain, explain_neuron, select_neurons
+from cratelm.explain.explain import explain, explain_neuron
 from cratelm.explain.lookup import token_table
-from cratelm.explain.selection import explained_from
+from cratelm.explain.selection import explained_from, select_neurons
 from cratelm.explain.store import read_explanations, read_selected
 from cratelm.explain.trie import ROOT, context_trie
 from cratelm.records import Excerpt

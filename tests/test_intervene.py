@@ -36,7 +36,7 @@ from cratelm.models import load
 from cratelm.records import Explanation, NeuronId, Score, Status
 from cratelm.report.sections.effects import interventions_table
 from cratelm.runs import Run
-from cratelm.score.tasks import Task
+from cratelm.score.scorers import Task
 from cratelm.steer.config import InterveneConfig
 from cratelm.steer.continuations import (
     CLOSE,
@@ -200,7 +200,7 @@ def test_a_judge_that_prefers_the_first_text_is_at_chance(run, judge):
 
 
 def test_json_where_nothing_is_read(run, judge):
-    judge.reads = False
+    judge.supports_logprobs = False
     result = asked(run)
     assert result.controls[0].mean.value > 0.85
     assert result.mass is None
@@ -272,16 +272,16 @@ def test_what_is_counted_and_never_scored(run, judge):
 
 
 def test_nothing_changed_is_undefined():
-    made = task("`x`", [Pair("same", "same")], reads=True, seed=0)
+    made = task("`x`", [Pair("same", "same")], supports_logprobs=True, seed=0)
     assert isinstance(made, Score)
     assert made.status == Status.UNDEFINED
-    made = task("`x`", [Pair("same", "same"), Pair("a", "b")], reads=True, seed=0)
+    made = task("`x`", [Pair("same", "same"), Pair("a", "b")], supports_logprobs=True, seed=0)
     assert isinstance(made, Task)
     assert len(made.requests) == 2
 
 
 def test_both_orders_and_no_half_answers():
-    made = task("a `b`\nMore of it:", [Pair("plain\n", "steered")], reads=True, seed=0)
+    made = task("a `b`\nMore of it:", [Pair("plain\n", "steered")], supports_logprobs=True, seed=0)
     assert isinstance(made, Task)
     first, second = made.requests
     assert isinstance(first, LogprobQuery)
@@ -298,7 +298,7 @@ def test_both_orders_and_no_half_answers():
     assert made.grade([answer(0.9), answer(0.9)]).value == pytest.approx(0.5)
     assert made.grade([answer(0.9), Failure(FailureKind.EMPTY, "no")]).status == Status.FAILED
     assert mass([answer(0.9), Failure(FailureKind.EMPTY, "no")]) == [0.5]
-    asked_json = task("x", [Pair("a", "b")], reads=False, seed=0)
+    asked_json = task("x", [Pair("a", "b")], supports_logprobs=False, seed=0)
     assert isinstance(asked_json, Task)
     assert all(
         isinstance(r, JsonQuery) and (r.n, r.low, r.high) == (1, 1, 2) for r in asked_json.requests
@@ -334,10 +334,10 @@ def test_promoted_tokens_as_explanations(run, judge):
 
 def test_the_explanations_made_without_a_model(run, judge):
     cratelm.api.explain(run=run, model=MODEL, neurons=3, quiet=True)
-    result = asked(run, explanations="free", explainer="trie", neurons=2)
+    result = asked(run, explanations="llm-free", explainer="trie", neurons=2)
     assert (result.explainer, result.n_neurons) == ("trie", 4)
     assert result.path.name == f"{MODEL}@judge"
-    assert asked(run, explanations="free", neurons=2, name="mine").explainer == "lookup"
+    assert asked(run, explanations="llm-free", neurons=2, name="mine").explainer == "lookup"
 
 
 def test_mistakes(run, judge, capsys):
@@ -346,7 +346,7 @@ def test_mistakes(run, judge, capsys):
         ([], "--judge is missing"),
         (["--judge", "nothing"], "hf:ID_OR_PATH"),
         (["--judge", "hf:x", "--explanations", "nobody"], "truth"),
-        (["--judge", "hf:x"], "called free"),
+        (["--judge", "hf:x"], "called llm-free"),
         (["--judge", "hf:x", "--explanations", "truth", "--explainer", "no"], "--explainer no"),
         (["--judge", "hf:x", "--explanations", "truth", "--only", "0:1"], "--only 0:1"),
         (["--judge", "hf:x", "--explanations", "truth", "--generate", "900"], "give fewer"),

@@ -258,20 +258,33 @@ def test_keys_depend_on_all_that_is_asked_and_not_on_how_it_is_cut():
     assert len(keys) == len(others) + 2
 
 
+def test_keys_are_those_of_version_0_1_0():
+    """Or every answer that was paid for would be asked for again."""
+    fake = {"backend": "fake"}
+    filled = JsonQuery((("user", "x"),), 2, 0, 9)
+    assert key(READ, fake) == "bf32683fab183fcf5a2742a3568c7f7d8a1b7590684eff60d6f9614d6e358137"
+    assert key(filled, fake) == "437cd27e620679aa76472e9e033ac74ab3d49ea5c6192bcbf855a2eb4db160d3"
+
+
+def test_json_answers_come_back_from_the_ledger(tmp_path):
+    filled = JsonQuery((("user", "x"),), 2, 0, 9)
+    first = client_of(tmp_path, FakeModel()).ask([filled])[0]
+    (again,) = client_of(tmp_path, FakeModel(fails=1.0)).ask([filled])
+    assert again.value == first.value == (0, 0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.text(), st.lists(st.integers(0, 10), max_size=70), st.integers(0, 2**32 - 1))
 def test_values_survive_the_ledger(text, integers, seed):
     assert decode("Chat", encode(text)) == text
-    assert decode("JsonQuery", encode(tuple(integers))) == tuple(integers)
+    assert decode("Fill", encode(tuple(integers))) == tuple(integers)
     rng = np.random.default_rng(seed)
     vector = rng.normal(size=7).astype(np.float32)
     np.testing.assert_allclose(decode("Embed", encode(vector)), vector, rtol=1e-5)
     log_probs = np.log(rng.dirichlet(np.ones(5), 3)).astype(np.float32)
     log_probs[0, 0] = -np.inf
     ranks = np.array([[0, 3, NO_RANK, 1, 2]] * 3, np.uint16)
-    found = decode(
-        "LogprobQuery", encode(OptionLogprobs(log_probs, np.float32([0.1, 0.5, 1]), ranks))
-    )
+    found = decode("Read", encode(OptionLogprobs(log_probs, np.float32([0.1, 0.5, 1]), ranks)))
     np.testing.assert_allclose(found.log_probs, log_probs, atol=6e-4)
     np.testing.assert_array_equal(found.ranks, ranks)
-    assert decode("LogprobQuery", encode(OptionLogprobs(log_probs))).mass is None
+    assert decode("Read", encode(OptionLogprobs(log_probs))).mass is None

@@ -217,7 +217,7 @@ def test_how_many_tokens_a_level_takes(backend, tmp_path):
     counts = whole.tokens_at_slot([*LEVELS, "10"], " word\t")
     assert counts == [1] * 11
     assert top_level(counts) == 10
-    with pytest.raises(InputError, match="ten digits were expected"):
+    with pytest.raises(InputError, match="ten digits must be one token each"):
         top_level([1, 2] + [1] * 9)
 
 

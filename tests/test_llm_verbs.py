@@ -16,7 +16,7 @@ from cratelm.errors import BudgetReached, InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations, read_selected, read_unexplained
-from cratelm.interop.export_config import ExportNeuronpediaConfig
+from cratelm.interop.config import ExportNeuronpediaConfig
 from cratelm.interop.neuronpedia import export_neuronpedia
 from cratelm.llm.client import DryRun, WorkerResult
 from cratelm.records import METRICS, SCORERS, Status
@@ -237,7 +237,7 @@ def test_the_paper_variant_stands_beside_ours(run, model):
 
 
 def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
-    model.reads = False
+    model.supports_logprobs = False
     explained(run)
     result = scored(run, metrics=SCORERS)
     assert values(result.path, "top_and_random")[0, 5].value > 0.97
@@ -252,8 +252,8 @@ def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
 
 def test_phrases_made_without_a_model_can_be_read_by_one(run, model):
     explain(ExplainConfig(run=run, **ASK))
-    result = scored(run, explanations="free", metrics=("top_and_random",))
-    assert result.path.name == "m@free-by-fake"
+    result = scored(run, explanations="llm-free", metrics=("top_and_random",))
+    assert result.path.name == "m@llm-free-by-fake"
     found = read_scores(result.path)
     assert {s.explainer for s in found} == {"lookup/fake", "trie/fake"}
     assert {(s.explained_by, s.simulator, s.variant) for s in found} == {
@@ -265,12 +265,12 @@ def test_phrases_made_without_a_model_can_be_read_by_one(run, model):
 def test_scores_by_another_model_are_exported_to_neuronpedia(run, model, tmp_path):
     explain(ExplainConfig(run=run, **ASK))
     explained(run, name="mine")  # a name of its own: the reader goes by another
-    for explanations in ("free", "mine"):
+    for explanations in ("llm-free", "mine"):
         scored(run, explanations=explanations, metrics=("top_and_random", "intruder"))
     result = export_neuronpedia(
         ExportNeuronpediaConfig(run=run, model="m", out=tmp_path / "out", quiet=True)
     )
-    folders = [run / "scores" / f"m@{name}" for name in ("free-by-fake", "mine-by-fake")]
+    folders = [run / "scores" / f"m@{name}" for name in ("llm-free-by-fake", "mine-by-fake")]
     own = [s for f in folders for s in read_scores(f) if s.control == "none"]
     with_value = [s for s in own if s.score.value is not None]
     rows = [
@@ -289,7 +289,7 @@ def test_scores_by_another_model_are_exported_to_neuronpedia(run, model, tmp_pat
 def test_score_files_of_version_0_1_0_are_read(run, model):
     """They have the label alone."""
     explain(ExplainConfig(run=run, **ASK))
-    path = scored(run, explanations="free", metrics=("top_and_random",)).path
+    path = scored(run, explanations="llm-free", metrics=("top_and_random",)).path
     found = read_scores(path)
     table = pq.read_table(path / "scores.parquet")
     old = table.drop_columns(["explained_by", "simulator", "variant"])
@@ -330,7 +330,9 @@ def test_contrast_excerpts_are_shown_and_audited(run, model):
 
 def test_missing_explanations_say_what_there_is(run, model):
     explained(run, name="mine")
-    with pytest.raises(InputError, match="those by mine, free can be named with --explanations"):
+    with pytest.raises(
+        InputError, match="those by mine, llm-free can be named with --explanations"
+    ):
         scored(run)
 
 
@@ -372,7 +374,7 @@ def test_bad_scoring_options_are_named(fields, message):
 
 def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
     """With other activations of the same excerpts the requests are the same."""
-    from cratelm.score import llm_pipeline as with_model
+    from cratelm.score import pipeline as with_model
 
     seen: list[list] = []
     original = with_model.requests_of
@@ -383,7 +385,7 @@ def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
     scored(run)
     from cratelm.score import score as module
 
-    real = module._records
+    real = module.read_selected_records
 
     def disturbed(harvest, split, selected):
         for record in real(harvest, split, selected):
@@ -398,7 +400,7 @@ def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
                 )
             yield record
 
-    monkeypatch.setattr(module, "_records", disturbed)
+    monkeypatch.setattr(module, "read_selected_records", disturbed)
     n = len(seen)
     scored(run, force=True)
     assert seen[n:] == seen[:n]

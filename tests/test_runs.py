@@ -32,7 +32,7 @@ def write(stage, config=None, inputs=None, text="result", **options):
         draft.results["figure"] = 7
 
 
-def test_finished_stage_is_recorded_and_skipped(tmp_path):
+def test_finished_stage_is_replayed_and_skipped(tmp_path):
     run = Run(tmp_path / "run")
     stage = run.stage("model", "crate-2l")
     assert not stage.is_finished(Config(), {"tokens": "abc"})

@@ -1,4 +1,4 @@
-"""The short phrase of an explanation, for people.
+"""Write the short phrase of an explanation, for people.
 
 Tokens stand between backticks, white space is visible (␣ space, ⏎ line break, ⇥ tab), and the
 activating token of an example between « and ».
@@ -28,7 +28,7 @@ BEFORE, AFTER = 6, 4
 def lookup_phrase(
     table: TokenTable, evidence: Evidence, record: NeuronRecord, token_strings: Sequence[str]
 ) -> str:
-    """Such as: fires on 2.1% of tokens, most on `␣import` and `␣from`, mostly after `⏎`; e.g. ..."""
+    """Return text such as: fires on 2.1% of tokens, most on `␣import` and `␣from`, mostly after `⏎`; e.g. ..."""
     gains = np.where(
         table.values > table.default, table.counts * (table.values - table.default) ** 2, 0
     )
@@ -39,7 +39,7 @@ def lookup_phrase(
 
 
 def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) -> str:
-    """Such as: fires on 2.1% of tokens, most on `import` after `⏎` and on `␣as`; e.g. ..."""
+    """Return text such as: fires on 2.1% of tokens, most on `import` after `⏎` and on `␣as`; e.g. ..."""
     parent_values = np.where(trie.parents == ROOT, trie.default, trie.values[trie.parents])
     rise = trie.values - parent_values
     gains = np.where(rise > 0, trie.counts * rise**2, 0)
@@ -55,7 +55,7 @@ def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) 
 
 
 def _ranked(gains: NDArray) -> NDArray[np.int64]:
-    """Places of the gains that are worth naming, the largest first."""
+    """Return the indices of the gains that are worth naming, the largest first."""
     order = np.argsort(-gains, kind="stable")
     return order[gains[order] > MIN_GAIN * gains.max(initial=0)]
 
@@ -68,7 +68,7 @@ def _phrase(record: NeuronRecord, where: str, token_strings: Sequence[str]) -> s
 
 
 def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
-    """The place of the strongest activation; a live neuron has it in a top excerpt."""
+    """Return the text around the strongest activation; a live neuron has it in a top excerpt."""
     candidates = [e for e in excerpts if e.kind == "top" and len(e)] or [
         e for e in excerpts if len(e)
     ]
@@ -85,7 +85,7 @@ def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
 
 
 def _mostly_after(evidence: Evidence, tokens: NDArray, token_strings: Sequence[str]) -> str:
-    """Which token precedes `tokens` in more than half of their activation, in words; empty for none."""
+    """Return which token precedes `tokens` in more than half of their activation; empty for none."""
     if evidence.contexts.shape[1] < 2:
         return ""
     rows = np.isin(evidence.contexts[:, 0], tokens) & (evidence.activations > 0)
@@ -115,6 +115,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _ends_alike(a: list[int], b: list[int]) -> bool:
-    """True where one context is the end of the other."""
+    """Return True where one context is the end of the other."""
     n = min(len(a), len(b))
     return a[-n:] == b[-n:]

@@ -1,7 +1,7 @@
-"""Explanations on disk.
+"""Read and write explanations.
 
-`explanations.parquet`   a row a neuron and explainer
-`neurons.parquet`        a row a neuron that was to be explained, dead ones too
+`explanations.parquet`   one row per neuron and explainer
+`neurons.parquet`        one row per neuron that was to be explained, dead ones too
 `unexplained.parquet`    what a language model was asked for and did not give
 
 The folder is `explanations/MODEL/` without a language model and `explanations/MODEL@NAME/` with one.
@@ -64,7 +64,7 @@ class SampledNeuron:
 
 @dataclass(frozen=True)
 class ExplanationFailure:
-    """A neuron that a language model gave no explanation of."""
+    """An explanation that a language model was asked for and did not give."""
 
     neuron: NeuronId
     evidence: str
@@ -72,7 +72,7 @@ class ExplanationFailure:
 
 
 def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) -> None:
-    """Writes `explanations.parquet` into `folder`, in the order given."""
+    """Write `explanations.parquet` into `folder`, in the order given."""
     rows = [
         {
             **vars(e.neuron),
@@ -88,7 +88,7 @@ def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) 
 
 
 def read_explanations(folder: str | Path) -> list[Explanation]:
-    """The explanations in `folder`, in the order written; `InputError` where there are none."""
+    """Return the explanations in `folder`, in the order written; `InputError` where there are none."""
     return [
         Explanation(
             _neuron(row),
@@ -102,28 +102,28 @@ def read_explanations(folder: str | Path) -> list[Explanation]:
 
 
 def write_selected(folder: str | Path, selected: Sequence[SampledNeuron]) -> None:
-    """Writes `neurons.parquet` into `folder`."""
+    """Write `neurons.parquet` into `folder`."""
     rows = [{**vars(s.neuron), "dead": s.dead} for s in selected]
     table = pa.Table.from_pylist(rows, schema=SELECTED.schema)
     pq.write_table(table, Path(folder) / "neurons.parquet")
 
 
 def read_selected(folder: str | Path) -> list[SampledNeuron]:
-    """The neurons that were to be explained, dead ones too, by layer and index."""
+    """Return the neurons that were to be explained, dead ones too, by layer and index."""
     return [
         SampledNeuron(_neuron(row), row["dead"]) for row in _rows(Path(folder) / "neurons.parquet")
     ]
 
 
 def write_unexplained(folder: str | Path, failures: Sequence[ExplanationFailure]) -> None:
-    """Writes `unexplained.parquet` into `folder`."""
+    """Write `unexplained.parquet` into `folder`."""
     rows = [{**vars(f.neuron), "evidence": f.evidence, "reason": f.reason} for f in failures]
     table = pa.Table.from_pylist(rows, schema=UNEXPLAINED.schema)
     pq.write_table(table, Path(folder) / "unexplained.parquet")
 
 
 def read_unexplained(folder: str | Path) -> list[ExplanationFailure]:
-    """What a language model did not explain, in the order written; nothing where it was not asked."""
+    """Return the explanations that a language model did not give; none where it was not asked."""
     path = Path(folder) / "unexplained.parquet"
     rows = _rows(path) if path.is_file() else []
     return [ExplanationFailure(_neuron(row), row["evidence"], row["reason"]) for row in rows]

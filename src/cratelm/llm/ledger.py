@@ -1,10 +1,9 @@
-"""Ledger: every answer that a language model gave, kept in one file under the content of its request.
+"""Ledger: every answer of a language model, stored in one file under the content of its request.
 
-One SQLite file a run (`ledger.sqlite`; table `calls`, one row a request, table `models`, one row a
-backend). An answer is committed before it is used, so that a process killed anywhere asks nothing
-twice, and what is read back is what was used: values are rounded when they are written and read
-again before anyone sees them. Requests themselves are not kept (they can be made again from the
-run), nor is any key of an API.
+One SQLite file per run (`ledger.sqlite`; table `calls`, one row per request, table `models`, one row
+per backend). An answer is committed before it is used, so that a process killed anywhere asks nothing
+twice. The value used is the value stored: it is rounded, written and read back before anyone sees it.
+Requests themselves are not stored (they can be made again from the run), nor is any API key.
 
 Size: about 1.5 kB for a simulated excerpt of 64 tokens, 0.3 kB for one of 8, 0.2 kB for a chat.
 """
@@ -49,12 +48,12 @@ _COLUMNS = (
 )
 _OK = "ok"
 Prices = tuple[float, float]
-"""US dollars for a million prompt tokens, and for a million completion tokens"""
+"""US dollars per million prompt tokens, and per million completion tokens"""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What calls of one model took, failed ones too."""
+    """Cost of the calls of one model, failed ones included."""
 
     calls: int = 0
     failed: int = 0
@@ -65,7 +64,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Bill:
-    """What all calls in a ledger took, of every model and every command, repeated ones each time."""
+    """Cost of all calls in a ledger, of every model and every command; repeated calls count each time."""
 
     calls: int = 0
     tokens: int = 0
@@ -75,10 +74,10 @@ class Bill:
 
 
 class Ledger:
-    """The answers in one file. A context manager; opening makes the file.
+    """The answers in one file. A context manager; opening it creates the file.
 
-    Several processes of one machine may write one ledger; on shared storage each worker has its
-    own (`--shard`), and `merge` brings them together.
+    Several processes on one machine may write one ledger; on shared storage each worker has its
+    own (`--shard`), and `merge` combines them.
 
     Raises `InputError` where the file is not a ledger.
     """
@@ -111,7 +110,7 @@ class Ledger:
         return "cost" in {column[1] for column in columns}
 
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
-        """What is known of these requests."""
+        """Return the stored outcomes of these keys."""
         found: dict[str, Outcome] = {}
         for start in range(0, len(keys), 500):
             some = keys[start : start + 500]
@@ -125,10 +124,9 @@ class Ledger:
     def write(
         self, model: str, outcomes: Iterable[tuple[str, str, Outcome]], prices: Prices | None = None
     ) -> None:
-        """Keeps (key, kind, outcome) rows, all or none. A failure never replaces an answer.
+        """Store (key, kind, outcome) rows, all or none. A failure never replaces an answer.
 
-        `prices`: US dollars for a million prompt tokens and a million completion tokens; None where
-        they are not known.
+        `prices` are None where they are unknown.
         """
         rows = [_row(key, kind, model, outcome, prices) for key, kind, outcome in outcomes]
         with self._database:
@@ -139,13 +137,13 @@ class Ledger:
                 " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
                 " completion_tokens = completion_tokens + excluded.completion_tokens,"
                 " seconds = seconds + excluded.seconds, attempts = attempts + 1,"
-                " cost = cost + excluded.cost,"  # NULL, not known, where one of them is
+                " cost = cost + excluded.cost,"  # NULL (unknown) where either is
                 f" finished_at = excluded.finished_at WHERE calls.status <> '{_OK}'",
                 rows,
             )
 
     def merge(self, other: str | Path) -> int:
-        """Takes over what another ledger has and this one lacks; returns how many rows that were.
+        """Copy the rows that another ledger has and this one lacks; return their number.
 
         An answer replaces a failure, never the reverse.
         """
@@ -170,20 +168,21 @@ class Ledger:
         return changed
 
     def remember(self, specification: str, record: dict[str, Any]) -> None:
-        """Keeps what was found out about a backend: its identity, what it can, how it tokenises."""
+        """Store facts about a backend: its identity, its abilities, how it tokenises."""
         with self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO models VALUES (?,?)", (specification, json.dumps(record))
             )
 
     def recall(self, specification: str) -> dict[str, Any] | None:
+        """Return the facts that `remember` stored; None where there are none."""
         row = self._database.execute(
             "SELECT record FROM models WHERE specification = ?", (specification,)
         ).fetchone()
         return json.loads(row[0]) if row else None
 
     def spent(self, model: str, kinds: Sequence[str]) -> Spent:
-        """What the calls of these kinds to `model` took until now, in all processes."""
+        """Return the cost of all calls of these kinds to `model`, by all processes."""
         marks = ",".join("?" * len(kinds))
         row = self._database.execute(
             "SELECT COUNT(*), SUM(status <> 'ok'), SUM(prompt_tokens), SUM(completion_tokens),"
@@ -193,8 +192,10 @@ class Ledger:
         return Spent(*(value or 0 for value in row))
 
     def bill(self, model: str, prices: Prices) -> Bill:
-        """What is spent by now. Calls whose prices were not given cost nothing, or, where they are of
-        `model`, what they cost at `prices`."""
+        """Return what is spent so far.
+
+        Calls without prices cost nothing; those of `model` cost what they cost at `prices`.
+        """
         row = self._database.execute(
             "SELECT SUM(attempts), SUM(prompt_tokens + completion_tokens), SUM(COALESCE(cost,"
             " CASE WHEN model = ? THEN (prompt_tokens * ? + completion_tokens * ?) / 1e6 END))"
@@ -205,12 +206,12 @@ class Ledger:
 
 
 def encode(value: Value) -> bytes:
-    """A value as compressed JSON, numbers rounded."""
+    """Return a value as compressed JSON, numbers rounded."""
     return zlib.compress(json.dumps(_plain(value), separators=(",", ":")).encode())
 
 
 def decode(kind: str, data: bytes) -> Value:
-    """The value of a request of this kind."""
+    """Return the value of a request of this kind (`cratelm.llm.requests.kind_of`)."""
     plain = json.loads(zlib.decompress(data))
     if kind == "Chat":
         return plain
@@ -230,7 +231,7 @@ def decode(kind: str, data: bytes) -> Value:
 
 
 def rounded(kind: str, outcome: Outcome) -> Outcome:
-    """An outcome as the ledger will give it back."""
+    """Return an outcome as the ledger will return it."""
     if isinstance(outcome, Failure):
         return outcome
     value = decode(kind, encode(outcome.value))

@@ -68,7 +68,7 @@ class ResultSet:
     near_duplicates: dict[str, Any] = field(default_factory=dict)
     """`cratelm.score.duplicates.DuplicateAudit`; empty where it was not made"""
     preflight: dict[str, Any] = field(default_factory=dict)
-    """`cratelm.llm.probe.Preflight`; empty without a language model"""
+    """`cratelm.llm.probe.ProbeResult`; empty without a language model"""
     suffix: str = ""
     """after the explainers' labels: the set's name in brackets, where the scores were given one"""
 

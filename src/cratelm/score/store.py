@@ -1,7 +1,6 @@
-"""Scores on disk: `scores.parquet`, one row per neuron, explainer, metric and control.
+"""Read and write scores: `scores.parquet`, one row per neuron, explainer, metric and control.
 
-A value that does not exist is null, and
-`status` with `reason` says why.
+A value that does not exist is null, and `status` with `reason` says why.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
 from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
-from cratelm.score.simulation import COMPAT
+from cratelm.score.simulators import COMPAT
 
 SCORES = TableFile(
     "scores/MODEL/scores.parquet",
@@ -83,7 +82,7 @@ SCORES = TableFile(
 
 
 def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
-    """Writes `scores.parquet` into `folder`, in the order given."""
+    """Write `scores.parquet` into `folder`, in the order given."""
     rows = [
         {
             **vars(s.neuron),
@@ -105,7 +104,7 @@ def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
 
 
 def read_scores(folder: str | Path) -> list[NeuronScore]:
-    """The scores in `folder`, in the order written; `InputError` where there are none."""
+    """Return the scores in `folder`, in the order written; `InputError` where there are none."""
     path = Path(folder) / "scores.parquet"
     if not path.is_file():
         raise InputError(f"{path} is not there: type `cratelm score` for this model first")
@@ -139,8 +138,10 @@ def _score(row: dict) -> NeuronScore:
 
 
 def _names(row: dict) -> tuple[str, str, str]:
-    """Explainer, simulator and variant of a row. Files of version 0.1.0 have the label alone, made of
-    names without a slash."""
+    """Return explainer, simulator and variant of a row.
+
+    Files of version 0.1.0 have the label alone, made of names without a slash.
+    """
     if row.get("explained_by"):
         return row["explained_by"], row["simulator"], row["variant"]
     label: str = row["explainer"]

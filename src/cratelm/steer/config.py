@@ -1,19 +1,16 @@
 """Options of `cratelm steer`, `cratelm effects` and `cratelm intervene`. Imports nothing heavy."""
 
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.llm.config import AskConfig, check_specification
+from cratelm.llm.config import NO_LLM, LLMConfig, check_specification
+from cratelm.records import parse_neuron_ids
 from cratelm.runs import at_least, not_in_identity
 from cratelm.steer.edits import Edit, Positions, one_operation
 
-FREE = "free"
-"""name of the explanations made without a language model"""
 PROMOTED = "promoted"
 """name of the explanations that `cratelm effects` gives: the tokens that a neuron promotes most"""
 
@@ -72,7 +69,8 @@ class SteerConfig:
     def __post_init__(self) -> None:
         one_operation(self.set, self.add, self.scale, self.zero, dashes="--")
         Positions.of(self.positions)
-        places("--neurons", self.neurons)
+        if not parse_neuron_ids("--neurons", self.neurons):
+            raise InputError("--neurons names no neuron: LAYER:INDEX was expected, such as 0:17")
         if self.text is not None and self.text_file is not None:
             raise InputError("--text and --text-file cannot be combined: give one of them")
         if self.sae and self.site:
@@ -84,7 +82,7 @@ class SteerConfig:
     def edits(self) -> list[Edit]:
         """Return the edits that the options ask for, one per layer."""
         layers: dict[int, list[int]] = {}
-        for layer, index in places("--neurons", self.neurons):
+        for layer, index in parse_neuron_ids("--neurons", self.neurons):
             layers.setdefault(layer, []).append(index)
         return [
             Edit(layer, indices, self.set, self.add, self.scale, self.zero, self.positions)
@@ -131,12 +129,11 @@ class EffectsConfig:
             {"neurons": 0, "top": 1, "positions": 1, "tokens": 1, "sequence_length": 2, "seed": 0,
              "batch_tokens": 1},
         )  # fmt: skip
-        if self.only:
-            places("--only", self.only)
+        parse_neuron_ids("--only", self.only)
 
 
 @dataclass(frozen=True)
-class InterveneConfig(AskConfig):
+class InterveneConfig(LLMConfig):
     """Ask a language model whether steering each neuron changes the text as its explanation says."""
 
     device: str = not_in_identity("auto")
@@ -144,8 +141,8 @@ class InterveneConfig(AskConfig):
     there is one. The steered model's precision is the harvest's, --dtype is the judge's"""
     judge: str = ""
     """language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at --base-url"""
-    explanations: str = FREE
-    """explanations to judge: `free`, made without a language model; NAME of the set
+    explanations: str = NO_LLM
+    """explanations to judge: `llm-free`, made without a language model; NAME of the set
     `explanations/MODEL@NAME`, made by a language model; or `promoted`, the tokens that `cratelm effects`
     found each neuron to promote"""
     explainer: str = ""
@@ -178,8 +175,7 @@ class InterveneConfig(AskConfig):
                 "--judge is missing: give hf:ID_OR_PATH (hf:smollm2 needs no network) or openai:MODEL"
             )
         check_specification("--judge", self.judge)
-        if self.only:
-            places("--only", self.only)
+        parse_neuron_ids("--only", self.only)
         at_least(
             self,
             {"neurons": 0, "texts": 1, "prompt_tokens": 1, "generate": 1, "temperature": 0,
@@ -187,16 +183,3 @@ class InterveneConfig(AskConfig):
         )  # fmt: skip
         if not (math.isfinite(self.strength) and self.strength > 0):
             raise InputError(f"--strength is {self.strength}: it must be a finite number above 0")
-
-
-def places(option: str, given: Sequence[str]) -> list[tuple[int, int]]:
-    """(layer, index) of LAYER:INDEX, sorted, each once. Raises `InputError` for another form."""
-    found = []
-    for text in given:
-        match = re.fullmatch(r"(\d+):(\d+)", text)
-        if match is None:
-            raise InputError(f"{option} {text}: LAYER:INDEX was expected, such as 1:32")
-        found.append((int(match[1]), int(match[2])))
-    if not found:
-        raise InputError(f"{option} names no neuron: LAYER:INDEX was expected, such as 1:32")
-    return sorted(set(found))

@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.activations.store import read_records, read_summaries
-from cratelm.explain.explain import select_neurons
+from cratelm.explain.selection import select_neurons
 from cratelm.explain.store import SampledNeuron
 from cratelm.models.partial_forward import PartialForward
-from cratelm.records import Interval, NeuronId
+from cratelm.records import Interval, NeuronId, parse_neuron_ids
 from cratelm.runs import Draft, Run
 from cratelm.score.controls import shuffled
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import Ablations, HeldOutText, ablate
 from cratelm.steer.attribution import VocabularyEffect, attribute, best
-from cratelm.steer.config import EffectsConfig, places
+from cratelm.steer.config import EffectsConfig
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
 from cratelm.steer.store import (
     Ablation,
@@ -101,7 +101,7 @@ def effects(config: EffectsConfig) -> EffectsResult:
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage.path)
     harvested = open_harvested(run, config.model, config.device)
-    chosen = places("--only", config.only) if config.only else ()
+    chosen = parse_neuron_ids("--only", config.only) if config.only else ()
     selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
     partial = PartialForward(harvested.subject.model, harvested.site)
     length = config.sequence_length or harvested.sequence_length

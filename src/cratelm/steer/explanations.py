@@ -13,10 +13,10 @@ from cratelm.explain.store import (
     read_selected,
     read_unexplained,
 )
-from cratelm.records import NeuronId, NeuronKey
+from cratelm.records import NeuronId, NeuronKey, parse_neuron_ids
 from cratelm.runs import Run, Stage
 from cratelm.runs.names import set_name, sets_of
-from cratelm.steer.config import FREE, PROMOTED, InterveneConfig, places
+from cratelm.steer.config import NO_LLM, PROMOTED, InterveneConfig
 from cratelm.steer.store import effects_stage, read_ablations, read_logit_effects
 
 _PROMOTED_SHOWN = 6
@@ -44,12 +44,12 @@ def explanation_source(run: Run, config: InterveneConfig) -> Stage:
         stage = effects_stage(run, config.model)
         stage.require("effects")
         return stage
-    name = "" if config.explanations == FREE else config.explanations
+    name = "" if config.explanations == NO_LLM else config.explanations
     stage = run.stage("explanations", set_name(config.model, name))
     if stage.completion() is None:
         sets = sets_of(run.models("explanations"), config.model)
         if run.stage("explanations", config.model).completion():
-            sets.append(FREE)
+            sets.append(NO_LLM)
         raise InputError(
             f"{run.path} has no explanations of {config.model} called {config.explanations}, it has"
             f" {', '.join(sets) or 'none'}: type `cratelm explain --run {run.path} --model"
@@ -103,7 +103,7 @@ def choose_neurons(
     """
     by_key = {s.neuron.key: s for s in selected}
     if config.only:
-        keys = [NeuronKey(*key) for key in places("--only", config.only)]
+        keys = parse_neuron_ids("--only", config.only)
         missing = [key for key in keys if key not in by_key]
         if missing:
             raise InputError(

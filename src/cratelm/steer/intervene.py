@@ -25,10 +25,10 @@ from cratelm.llm.session import ledger_path, open_client
 from cratelm.records import Interval, NeuronId, NeuronKey, Score, Status
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.score.controls import shuffled
-from cratelm.score.tasks import Task
+from cratelm.score.scorers import Task
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer import judging
-from cratelm.steer.config import FREE, InterveneConfig
+from cratelm.steer.config import NO_LLM, InterveneConfig
 from cratelm.steer.continuations import (
     Continuations,
     SteeringStrength,
@@ -142,7 +142,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
     }
     with open_client(config, config.judge) as client, ExitStack() as held:
         judge = client.backend.name
-        default = judge if config.explanations == FREE else f"{config.explanations}-by-{judge}"
+        default = judge if config.explanations == NO_LLM else f"{config.explanations}-by-{judge}"
         stage = interventions_stage(run, config.model, config.name or default)
         redo = config.force or (config.retry_failed and _has_failed(stage))
         writes = not (config.dry_run or config.shard)
@@ -156,8 +156,12 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         selected = choose_neurons(config, explained.selected)
         index, count = config.worker()
         share = selected[index::count]
-        requests = _requests(config, harvested, explained, selected, share, client.backend.reads)
-        known = judging.known_task(reads=client.backend.reads, seed=config.seed)
+        requests = _requests(
+            config, harvested, explained, selected, share, client.backend.supports_logprobs
+        )
+        known = judging.known_task(
+            supports_logprobs=client.backend.supports_logprobs, seed=config.seed
+        )
         if config.dry_run:
             needed = ([r for a in rows for r in a.requests] for rows, _ in requests)
             return dry_run(client, chain([known.requests], needed))
@@ -272,7 +276,7 @@ def _judge_request(
     elif explained_neuron is None or strength is None:
         task = Score(None, Status.UNDEFINED, "the layer has no other neuron to compare with")
     else:
-        task = judging.task(text, pairs, reads=reads, seed=config.seed)
+        task = judging.task(text, pairs, supports_logprobs=reads, seed=config.seed)
     return _row(neuron, explained, control, text, task, strength, same)
 
 

@@ -1,4 +1,4 @@
-"""Tokens as a language model is shown them."""
+"""Write tokens as a language model sees them in prompts."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ OPEN, CLOSE = "«", "»"
 def excerpt_text(
     token_ids: NDArray, strings: Sequence[str], marked: Sequence[bool] | NDArray = ()
 ) -> str:
-    """The tokens of an excerpt as one line, runs of `marked` tokens inside guillemets.
+    """Return the tokens of an excerpt as one line, runs of `marked` tokens inside guillemets.
 
     `strings` [V] shows each token (`TokenStore.decode_tokens`); `marked` [n] or empty for none.
     """

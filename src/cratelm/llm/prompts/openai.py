@@ -1,15 +1,14 @@
 """OpenAI's published few-shot prompts (Bills et al. 2023), from their own package, word for word.
 
-The package `automated-interpretability` wants NumPy below 2: install cratelm with the extra
-`openai-prompts` in an environment of its own. Its prompts are made by its own functions; nothing of
-it is sent or scored by it.
+The package `automated-interpretability` needs NumPy below 2: install cratelm with the extra
+`openai-prompts` in a separate environment. Its functions make the prompts; it sends and scores nothing.
 
-Control characters in tokens are shown as escapes, as in our own prompts: a raw tab in a token would
-melt into the tab that separates it from its level.
+Control characters in tokens are written as escapes, as in our own prompts: a raw tab in a token could
+not be told from the tab that separates it from its level.
 """
 
 # pyright: reportMissingImports=false
-# the package is in no environment with the rest
+# the package needs an older NumPy than the development environment has
 
 from collections.abc import Sequence
 from functools import cache
@@ -34,7 +33,7 @@ def openai_explain_request(
     temperature: float,
     seed: int,
 ) -> Chat:
-    """Asks what a neuron reacts to, in the words of OpenAI's token-and-activation explainer."""
+    """Return the request for an explanation, in the words of OpenAI's token-and-activation explainer."""
     from neuron_explainer.activations.activation_records import calculate_max_activation
     from neuron_explainer.activations.activations import ActivationRecord
 
@@ -47,14 +46,14 @@ def openai_explain_request(
         max_activation=calculate_max_activation(records),
         max_tokens_for_completion=max_tokens,
     )
-    said = tuple((str(getattr(m["role"], "value", m["role"])), m["content"]) for m in messages)
-    return Chat(said, max_tokens, temperature, seed)  # type: ignore[arg-type]
+    turns = tuple((str(getattr(m["role"], "value", m["role"])), m["content"]) for m in messages)
+    return Chat(turns, max_tokens, temperature, seed)  # type: ignore[arg-type]
 
 
 def openai_simulate_read(
     explanation: str, token_ids: NDArray, strings: Sequence[str], *, full: bool = False
 ) -> LogprobQuery:
-    """Asks for the level 0..10 of each token of one excerpt, in the words of OpenAI's simulator."""
+    """Return the request for the level 0..10 of each token of one excerpt, in the words of OpenAI's simulator."""
     from neuron_explainer.activations.activation_records import (
         UNKNOWN_ACTIVATION_STRING,
         format_sequences_for_simulation,
@@ -82,7 +81,7 @@ def openai_simulate_read(
 
 
 def require() -> None:
-    """Raises `InputError` where the package is not there."""
+    """Raise `InputError` where the package is not installed."""
     try:
         import neuron_explainer  # noqa: F401
     except ImportError:
@@ -98,8 +97,8 @@ def _explainer() -> Any:
     from neuron_explainer.explanations.explainer import TokenActivationPairExplainer
 
     class Explainer(TokenActivationPairExplainer):
-        """Makes prompts only: whether they are too long is for the model that is asked to say, and
-        finding out here would fetch a tokenizer."""
+        """Makes prompts only. Their length is not checked here: that would download a tokenizer, and the
+        model that is asked reports it anyway."""
 
         def _prompt_is_too_long(self, prompt_builder: Any, max_tokens_for_completion: int) -> bool:
             return False
