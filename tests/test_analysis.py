@@ -460,6 +460,6 @@ def test_bad_input_is_told(run, tmp_path):
         analyze(AnalyzeConfig(run=run, model="absent"))
     with pytest.raises(InputError, match=r"--explainer is 'oracle'.*lookup, trie"):
         analyze(AnalyzeConfig(run=run, model="crate-2l", explainer="oracle", force=True))
-    with pytest.raises(InputError, match="--resamples is 3"):
+    with pytest.raises(InputError, match="--resamples must be at least 100, not 3"):
         AnalyzeConfig(resamples=3)
     assert not list((run / "analysis").glob(".*partial"))

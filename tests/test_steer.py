@@ -362,10 +362,10 @@ def test_a_static_cache_steers_everywhere_or_says_why_not():
         (lambda m: SteerConfig(neurons=("1:2",), set=1, add=2), "--set and --add"),
         (lambda m: SteerConfig(neurons=("1.2",), set=1), "--neurons 1.2"),
         (lambda m: SteerConfig(neurons=(), set=1), "names no neuron"),
-        (lambda m: SteerConfig(neurons=("1:2",), set=1, top=0), "--top 0"),
+        (lambda m: SteerConfig(neurons=("1:2",), set=1, top=0), "--top must be at least 1, not 0"),
         (lambda m: SteerConfig(neurons=("1:2",), set=1, temperature=float("nan")), "--temperature"),
         (lambda m: EffectsConfig(only=("x",)), "--only x"),
-        (lambda m: EffectsConfig(sequence_length=1), "--sequence-length 1"),
+        (lambda m: EffectsConfig(sequence_length=1), "--sequence-length must be at least 2, not 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(call, told):

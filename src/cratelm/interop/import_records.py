@@ -44,7 +44,7 @@ from cratelm.interop.imported_neuron import Counts, check, neuron_records
 from cratelm.interop.imported_texts import USED, Texts, listed_records, splits_of
 from cratelm.interop.openai_records import read_record, source_writer
 from cratelm.records import SPLITS
-from cratelm.runs import Draft, Run, Stage, hash_file, hash_json
+from cratelm.runs import Completion, Draft, Inputs, Run, Stage, hash_file, hash_json
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
     """
     run = Run(config.run)
     paths = _find(config.files)
+    inputs: dict[str, Completion | str]
     inputs = {"files": hash_json([hash_file(path) for path in paths])}
     tokens, harvest = run.stage("tokens"), run.stage("activations", config.model)
     corpus = {"corpus": "activation records", "tokenizer": "token strings of the records"}
@@ -146,7 +147,7 @@ def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[Texts, 
 
 
 def _write_tokens(
-    stage: Stage, corpus: dict[str, str], inputs: dict[str, str], texts: Texts, order: list[Path]
+    stage: Stage, corpus: dict[str, str], inputs: Inputs, texts: Texts, order: list[Path]
 ) -> None:
     with stage.write(corpus, inputs) as draft:
         writer = texts.writer(draft.path)

@@ -136,7 +136,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     """
     import_sae_lens()
     run = Run(config.run)
-    run.stage("tokens").require("tokenize")
+    tokens = run.stage("tokens").require("tokenize")
     asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
     source, made = model_source(asked, run)
     identity = identity_of(made)
@@ -167,6 +167,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
         )
         result = dataclasses.replace(result, steering=steering, own_steering=own)
     identities = {"identity": asked_for.identity, "model_identity": identity}
+    identities["tokens_identity"] = tokens.identity
     for path in filter(None, (asked_for.kept, config.output)):
         written = {"config": config_dict(config), **identities, **asdict(result)}
         write_json(path, {**written, "by_document": _by_document(found, split)})
@@ -183,6 +184,9 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     told = json.loads(asked_for.kept.read_text(encoding="utf-8"))
     wanted = (config_dict(config), asked_for.identity, identity_of(made))
     if (told.get("config"), told.get("identity"), told.get("model_identity")) != wanted:
+        return False
+    tokens = run.stage("tokens").require("tokenize").identity
+    if told.get("tokens_identity", tokens) != tokens:  # version 0.1.0 kept none
         return False
     print(f"{asked_for.kept} is there, skipped (--force redoes it)", flush=True)
     return True
