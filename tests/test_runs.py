@@ -346,6 +346,9 @@ def test_a_package_installed_inside_a_repository_has_no_commit(repository, monke
     assert commit_of(installed) == ""
     monkeypatch.setenv("GIT_DIR", str(repository / ".git"))  # as in a hook of that repository
     assert commit_of(installed) == ""
+    git(repository, "add", "--force", ".")
+    git(repository, "commit", "-qm", "with the environment")
+    assert commit_of(installed) == ""
 
 
 def test_a_package_that_its_repository_does_not_track_has_no_commit(tmp_path):

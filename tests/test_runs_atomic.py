@@ -346,6 +346,12 @@ def test_a_living_holder_touches_its_lock(tmp_path, monkeypatch):
         assert file.stat().st_mtime > 0
 
 
+def test_a_lock_leaves_no_empty_folder(tmp_path):
+    with lock(tmp_path / "steer" / "m"):
+        assert (tmp_path / "steer").is_dir()
+    assert names(tmp_path) == []
+
+
 def test_who_holds_a_lock_may_take_it_again(tmp_path):
     with lock(tmp_path / "m"), lock(tmp_path / "m"):
         write(tmp_path / "m", "x")

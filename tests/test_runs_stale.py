@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_llm import FakeModel
@@ -11,6 +13,7 @@ from tiny_run import MODEL, copied, make_again, with_side_stages
 
 import cratelm
 from cratelm.errors import InputError
+from cratelm.report.sections.autoencoders import latents
 from cratelm.runs import RECORD, Run, Stage
 from cratelm.viewer.live import Live
 from cratelm.viewer.pages import Pages
@@ -258,6 +261,22 @@ def test_a_model_in_a_folder_is_compared_where_it_is_opened(run, tmp_path):
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"holds another model than the one that was harvested.*cratelm harvest .*--force"):  # fmt: skip
         cratelm.effects(run=run, model="other", tokens=100, quiet=True)
+
+
+@pytest.mark.parametrize("role", ["identity", "model_identity", "tokens_identity"])
+def test_figures_of_other_autoencoders_models_or_tokens_are_not_reported(role, run):
+    """`evaluation.json` is no stage: it names what it is of."""
+    stage = Run(run).labelled(f"activations/{MODEL}+s")
+    read = stage.require().inputs
+    told = {"identity": read["sae"], "model_identity": read["model"], "tokens_identity": read["tokens"]}  # fmt: skip
+    path = run / "sae" / f"{MODEL}@s" / "evaluation.json"
+    model = SimpleNamespace(name=stage.name, completions={"activations": stage.require()})
+    results: Any = SimpleNamespace(run=Run(run), principal=(model,))
+    for there in (told, {k: v for k, v in told.items() if k != "tokens_identity"}):
+        path.write_text(json.dumps(there), encoding="utf-8")
+        assert latents(results)[0].told == there
+    path.write_text(json.dumps({**told, role: "another"}), encoding="utf-8")
+    assert latents(results)[0].told is None
 
 
 def test_inputs_without_a_stage_are_not_walked(tmp_path):

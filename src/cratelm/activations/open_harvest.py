@@ -16,7 +16,7 @@ from cratelm.models.open import (
     sequence_length,
 )
 from cratelm.models.sites import Site, site_of
-from cratelm.runs import Completion, Run
+from cratelm.runs import Completion, Run, Stage
 from cratelm.runs.names import set_name
 from cratelm.tokens.shards import TokenStore
 
@@ -44,13 +44,22 @@ def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None)
         return site_of(subject.model, site)
     from cratelm.models.latents import latents_of
 
-    stage = run.stage("sae", _sae_name(subject, sae))
-    of_run = "/" not in sae and stage.completion() is not None
-    return latents_of(subject.model, stage.path if of_run else Path(sae))
+    folder = _folder_of(run, subject, sae)
+    if folder is None:
+        stage = _sae_stage(run, subject, sae)
+        stage.require("sae train")
+        folder = stage.path
+    return latents_of(subject.model, folder)
 
 
-def _sae_name(subject: LoadedModel, sae: str) -> str:
-    return set_name(Path(subject.name).name, Path(sae).name)
+def _sae_stage(run: Run, subject: LoadedModel, sae: str) -> Stage:
+    return run.stage("sae", set_name(Path(subject.name).name, Path(sae).name))
+
+
+def _folder_of(run: Run, subject: LoadedModel, sae: str) -> Path | None:
+    """The folder that `sae` names; None where it names autoencoders of the run."""
+    own = "/" not in sae and _sae_stage(run, subject, sae).completion() is not None
+    return None if own else Path(sae)
 
 
 def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedModel:
@@ -113,8 +122,7 @@ def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     length = length or sequence_length(subject, harvest.config.get("sequence_length"))
     sae = harvest.config.get("sae")
     site = open_site(run, subject, harvest.config.get("site"), sae)
-    named = run.stage("sae", _sae_name(subject, sae)) if sae and "/" not in sae else None
-    from_folder = named is None or named.completion() is None
-    if sae and from_folder and autoencoder_identity(Path(sae)) != harvest.inputs.get("sae"):
+    from_folder = _folder_of(run, subject, sae) if sae else None
+    if from_folder and autoencoder_identity(from_folder) != harvest.inputs.get("sae"):
         raise InputError(f"{sae} holds other autoencoders than those that were harvested: {again}")
     return HarvestContext(subject, site, store, stage.path, length)

@@ -78,7 +78,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     """
     import_sae_lens()
     run = Run(config.run)
-    run.stage("tokens").require("tokenize")
+    tokens = run.stage("tokens").require("tokenize")
     source = find_model(run, config.model).pinned()
     identity = source.identity
     asked_for = _autoencoders(config, run)
@@ -116,6 +116,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
         config=config_dict(config),
         identity=asked_for.identity,
         model_identity=identity,
+        tokens_identity=tokens.identity,
         by_document=_by_document(measured, split),
     )
     for path in filter(None, (asked_for.path, config.output)):
@@ -135,6 +136,9 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     except InputError:
         return False  # of another version
     if stored.config != config_dict(config) or not stored.is_of(asked_for.identity, identity):
+        return False
+    tokens = run.stage("tokens").require("tokenize").identity
+    if (stored.tokens_identity or tokens) != tokens:  # version 0.1.0 wrote none
         return False
     print(f"{asked_for.path} is there, skipped (--force redoes it)", flush=True)
     return True

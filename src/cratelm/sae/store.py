@@ -204,6 +204,8 @@ class StoredEvaluation:
     """of the autoencoders"""
     model_identity: str
     by_document: DocumentLosses
+    tokens_identity: str = ""
+    """of the run's tokens that were read; empty in files of version 0.1.0"""
 
     def is_of(self, sae_identity: str | None, model_identity: str | None) -> bool:
         """True where these autoencoders and this model were measured, not ones trained again since."""
@@ -233,6 +235,7 @@ def write_evaluation(path: Path, evaluation: StoredEvaluation) -> None:
         "config": evaluation.config,
         "identity": evaluation.identity,
         "model_identity": evaluation.model_identity,
+        "tokens_identity": evaluation.tokens_identity,
         "by_document": asdict(evaluation.by_document),
     }
     write_json(path, content)
@@ -254,6 +257,7 @@ def read_evaluation(path: Path) -> StoredEvaluation:
 
 def _evaluation(content: dict[str, Any]) -> StoredEvaluation:
     by_document = {name: tuple(values) for name, values in content.pop("by_document").items()}
+    tokens_identity = content.pop("tokens_identity", "")
     config, identity, model_identity = (
         content.pop(name) for name in ("config", "identity", "model_identity")
     )
@@ -266,7 +270,12 @@ def _evaluation(content: dict[str, Any]) -> StoredEvaluation:
         **content,
     )
     return StoredEvaluation(
-        figures, config, identity, model_identity, DocumentLosses(**by_document)
+        figures,
+        config,
+        identity,
+        model_identity,
+        DocumentLosses(**by_document),
+        tokens_identity,
     )
 
 

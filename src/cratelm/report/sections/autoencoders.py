@@ -69,10 +69,14 @@ def latents(results: RunResults) -> list[Latents]:
             continue
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         # figures of autoencoders, or a model, that have been trained again since say nothing of these
+        read = {role: harvest.inputs.get(role) for role in ("sae", "model", "tokens")}
         if told and (told.get("identity"), told.get("model_identity")) != (
-            harvest.inputs.get("sae"),
-            harvest.inputs.get("model"),
+            read["sae"],
+            read["model"],
         ):
+            told = None
+        # nor do figures of earlier text; version 0.1.0 did not keep of which
+        if told and told.get("tokens_identity", read["tokens"]) != read["tokens"]:
             told = None
         found.append(Latents(m, Path(harvest.config["model"]).name, told))
     return found
