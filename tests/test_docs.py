@@ -579,8 +579,8 @@ def test_what_zensical_does_not_look_for_is_found(build, tmp_path):
     ("text", "problem"),
     [
         ("fine", ""),
-        ("[x](none.md)", "none.md"),
-        ("[x](other.md#none)", "none"),
+        ("[x](none.md)", "page does not exist"),
+        ("[x](other.md#none)", "anchor does not exist"),
         ("![x](none.png)", "none.png"),
         ("::: cratelm.none", "cratelm.none"),
     ],
