@@ -68,7 +68,7 @@ def _opened(run: Run, harvest: Completion, device: str) -> LoadedModel:
         return find_model(run, name, from_run=False).load(device, dtype)
     if len(folder.parts) > 1:
         raise InputError(
-            f"{name} does not exist: put the folder of the model back, or harvest it again"
+            f"{name} is not there: put the folder of the model back, or harvest it again"
         )
     return find_model(run, name).load(device, dtype)
 
