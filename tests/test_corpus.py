@@ -288,7 +288,7 @@ def test_a_folder_is_read_by_name_and_passes_over_what_it_does_not_know(tmp_path
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("nowhere.txt", "is not there"),
+        ("nowhere.txt", "does not exist"),
         ("data.csv", "ends in '.csv'"),
         ("nosuffix", "ends in 'no suffix'"),
         ("folder", "holds no file that ends in"),

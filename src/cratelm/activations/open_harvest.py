@@ -83,7 +83,7 @@ def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedMod
         return find_model(run, name, from_run=False).load(device, dtype)
     if len(folder.parts) > 1:
         raise InputError(
-            f"{name} does not exist: put the folder of the model back, or harvest it again"
+            f"{name} is not there: put the folder of the model back, or harvest it again"
         )
     return find_model(run, name).load(device, dtype)
 
