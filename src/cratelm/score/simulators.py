@@ -121,7 +121,8 @@ class ConstantSimulator:
         self, explanation: Explanation, token_ids: Sequence[NDArray], answers: Sequence[Answer]
     ) -> Simulated:
         """Return the default at every token."""
-        return [np.full(len(t), float(explanation.payload["default"])) for t in token_ids]
+        payload: Any = explanation.payload
+        return [np.full(len(t), float(payload["default"])) for t in token_ids]
 
 
 @dataclass(frozen=True, eq=False)
