@@ -145,13 +145,12 @@ def _explain_with_llm(
             return dry_run(client, ([asked.request] for asked in explainer.requests(records)))
         n_expected = len(config.evidence) * sum(not s.dead for s in of_worker)
         label = f"{config.model} by {name}"
-        stream = _progress(explainer.explain(records), n_expected, label, config.quiet)
-        if config.shard:
-            for _ in stream:
-                pass  # answers are in the ledger; the command that merges the workers writes them
+        outcomes = list(_progress(explainer.explain(records), n_expected, label, config.quiet))
+        if (
+            config.shard
+        ):  # answers are in the ledger: the command that merges the workers writes them
             return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
         with stage.write(config, inputs) as draft:
-            outcomes = list(stream)
             write_calls(draft, client)
             counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, calls=str(client.tally), **counts)

@@ -45,7 +45,9 @@ def select_neurons(
             SampledNeuron(summary.neuron, summary.dead)
         )
     if only:
-        by_key = {s.neuron.key: s for of_layer in layers.values() for s in of_layer}
+        by_key: dict[tuple[int, int], SampledNeuron] = {
+            s.neuron.key: s for of_layer in layers.values() for s in of_layer
+        }
         for layer, index in only:
             if (layer, index) not in by_key:
                 raise InputError(

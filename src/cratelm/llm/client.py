@@ -111,7 +111,7 @@ class Client:
             wanted = wanted[len(portion) :]
 
     def _room(self, wanted: list[tuple[str, Request]]) -> int:
-        """How many of `wanted` fit: never more than the limits, by the backend's count of tokens."""
+        """Return how many of `wanted` fit into the limits, by the backend's count of tokens."""
         budget, spent = self.budget, self._spent()
         n = len(wanted)
         if budget.max_calls:

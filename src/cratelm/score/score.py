@@ -140,12 +140,12 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
         if config.dry_run:
             batches = plan_batches(records, scoring, client)
             return dry_run(client, (requests_of(batch) for batch in batches))
-        if config.shard:
-            for _ in score_records(records, scoring, client):
-                pass  # answers are in the ledger; the command that merges the workers scores them
+        scores = list(score_records(records, scoring, client))
+        if (
+            config.shard
+        ):  # answers are in the ledger: the command that merges the workers scores them
             return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
         with stage.write(config, inputs) as draft:
-            scores = list(score_records(records, scoring, client))
             write_calls(draft, client)
             more = {"preflight": probe.as_dict()}
             results = _finish(draft, config, given, scores, duplicates, more)

@@ -121,7 +121,7 @@ class ConstantSimulator:
         self, explanation: Explanation, token_ids: Sequence[NDArray], answers: Sequence[Answer]
     ) -> Simulated:
         """Return the default at every token."""
-        payload: dict[str, Any] = explanation.payload
+        payload: Any = explanation.payload
         return [np.full(len(t), float(payload["default"])) for t in token_ids]
 
 

@@ -482,9 +482,9 @@ def _is_transient(error: BaseException) -> bool:
     from openai import APIConnectionError, APIStatusError
 
     if isinstance(error, APIStatusError):
-        asked = error.response.headers.get("x-should-retry")
-        if asked in ("true", "false"):
-            return asked == "true"
+        verdict = error.response.headers.get("x-should-retry")
+        if verdict in ("true", "false"):
+            return verdict == "true"
         return error.status_code in (408, 409, 429) or error.status_code >= 500
     return isinstance(error, APIConnectionError)  # time-outs among them
 
@@ -493,9 +493,9 @@ def _pause(state: Any) -> float:
     """Return the seconds before the next attempt: what the server asks for, or growing and random."""
     from tenacity import wait_exponential_jitter
 
-    asked = _retry_after(state.outcome.exception())
-    if asked is not None:
-        return asked
+    seconds = _retry_after(state.outcome.exception())
+    if seconds is not None:
+        return seconds
     return wait_exponential_jitter(FIRST_PAUSE, LONGEST_PAUSE, jitter=FIRST_PAUSE)(state)
 
 

@@ -221,14 +221,14 @@ class LocalBackend:
         before = before[before.rfind("\n", 0, max(line, 0)) + 1 :]
         if any(n != 1 for n in self.tokens_at_slot(request.options, before)):
             return None
-        found = []
+        ids = []
         for option in request.options:
             encoded = self.tokenizer(f"{before}{option}\n", return_offsets_mapping=True)
             place = next(
                 i for i, (a, b) in enumerate(encoded.offset_mapping) if a == len(before) and b > a
             )
-            found.append(encoded.input_ids[place])
-        return found
+            ids.append(encoded.input_ids[place])
+        return ids
 
     def _context_cache(self, ids: list[int], request: LogprobQuery) -> Any:
         """Return keys and values of `ids`; the preamble's are those of the last call where they are equal."""
@@ -245,10 +245,10 @@ class LocalBackend:
             cache = DynamicCache()
             self._run(ids[:n_preamble], cache)
             self._shared, n = (ids[:n_preamble], cache), n_preamble
-        mine = _of_first(self._shared[1], n)
+        extended = _of_first(self._shared[1], n)
         if n < len(ids):
-            self._run(ids[n:], mine)
-        return mine
+            self._run(ids[n:], extended)
+        return extended
 
     def _run(self, ids: list[int], cache: Any) -> None:
         with _Head(self.model, None, None):
@@ -302,7 +302,7 @@ class LocalBackend:
     # --- chats and embeddings --------------------------------------------------------------------
 
     def _chat(self, requests: list[Chat]) -> list[Outcome]:
-        """Continuations of conversations with the same settings, padded on the left."""
+        """Return the continuations of conversations with the same settings, padded on the left."""
         from transformers import GenerationConfig, LogitsProcessorList
 
         started = time.monotonic()
@@ -340,9 +340,9 @@ class LocalBackend:
         return outcomes
 
     def _after_shared(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Token ids and mask [B, S] of conversations, and keys and values of what they all begin with.
+        """Return token ids and mask [B, S] of conversations, and keys and values of their common prefix.
 
-        Padding stands between the shared tokens and the rest, masked.
+        Masked padding stands between the shared tokens and the other ones.
         """
         from transformers import DynamicCache
 
@@ -384,7 +384,7 @@ class LocalBackend:
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n\nassistant:"
 
     def _embed(self, requests: list[Embed]) -> list[Outcome]:
-        """Mean of the last hidden states over the tokens, as embeddings of a text."""
+        """Return the mean of the last hidden states over the tokens, as embedding of each text."""
         started = time.monotonic()
         outcomes: list[Outcome] = []
         for request in requests:

@@ -172,14 +172,14 @@ def _level(value: float, top: int) -> int:
 
 
 def _marked(level: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[n] the tokens of an excerpt that count as reacted to: half its highest level or more."""
+    """Return True for the tokens of an excerpt that are marked, [n]: half its highest level or more."""
     return (level > 0) & (2 * level >= level.max(initial=0))
 
 
 def _strongest(
     shown: Sequence[Excerpt], level: Sequence[NDArray[np.int64]], strings: Sequence[str]
 ) -> str:
-    """The tokens with the highest levels over all excerpts, each once."""
+    """Return the tokens with the highest levels over all excerpts, each once."""
     highest: dict[str, int] = {}
     for excerpt, levels_ in zip(shown, level, strict=True):
         for token_id, n in zip(excerpt.token_ids, levels_, strict=True):
