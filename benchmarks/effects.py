@@ -10,11 +10,12 @@ neurons fire, which is printed. Of a trained model: `--run runs/demo --model cra
 
 import argparse
 import statistics
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import random_split, timed_result
 from tqdm import tqdm
 
 from cratelm.activations.open_harvest import open_harvested
@@ -26,72 +27,59 @@ from cratelm.steer.ablation import HeldOutText, ablate, rows_at_a_time, token_lo
 from cratelm.steer.steering import steering
 
 
-class RandomSplit:
-    """Random tokens in documents of 1,000: the part of `TokenSplit` that is read."""
-
-    name = "held_out"
-
-    def __init__(self, n_tokens: int, vocabulary: int):
-        self.n_tokens = n_tokens
-        self._tokens = np.random.default_rng(0).integers(1, vocabulary, n_tokens)
-
-    def n_sequences(self, length: int) -> int:
-        return (self.n_tokens - 1) // length
-
-    def sequence(self, index: int, length: int) -> np.ndarray:
-        return self._tokens[index * length : index * length + length + 1]
-
-    def documents_at(self, positions: np.ndarray) -> np.ndarray:
-        return positions // 1000
-
-
 @torch.no_grad()
-def naive(rest: PartialForward, text: HeldOutText, neurons: list[np.ndarray]) -> list[list[float]]:
+def naive(
+    partial: PartialForward, text: HeldOutText, neurons: list[np.ndarray]
+) -> list[list[float]]:
     """Mean change of the loss of each neuron, by whole passes."""
     tokens, _ = next(text.batches(text.n_tokens))
-    ids = torch.from_numpy(tokens).to(rest.model.device)
-    step = rows_at_a_time(rest, text.length)
+    ids = torch.from_numpy(tokens).to(partial.model.device)
+    step = rows_at_a_time(partial, text.length)
 
     def loss() -> float:
         parts = [
-            token_losses(rest.model(part[:, :-1], use_cache=False).logits.float(), part[:, 1:])
+            token_losses(partial.model(part[:, :-1], use_cache=False).logits.float(), part[:, 1:])
             for part in ids.split(step)
         ]
         return float(torch.cat(parts).double().mean())
 
     plain = loss()
-    found = []
-    for layer, some in enumerate(neurons):
-        found.append([])
-        for neuron in some:
-            with steering(rest.model, Edit(layer, int(neuron), zero=True), site=rest.site):
-                found[-1].append(loss() - plain)
-    return found
+    changes = []
+    for layer, indices in enumerate(neurons):
+        changes.append([])
+        for neuron in indices:
+            with steering(partial.model, Edit(layer, int(neuron), zero=True), site=partial.site):
+                changes[-1].append(loss() - plain)
+    return changes
 
 
-def compare(rest: PartialForward, text: HeldOutText, neurons: list[np.ndarray], turns: int) -> str:
-    """Ratio of the times, and the largest difference of what is found."""
+def compare(
+    partial: PartialForward, text: HeldOutText, neurons: list[np.ndarray], turns: int
+) -> str:
+    """Ratio of the times, and the largest difference of the changes measured."""
     ratios, worst = [], 0.0
     for _ in range(turns):
-        start = time.perf_counter()
-        plain_way = naive(rest, text, neurons)
-        middle = time.perf_counter()
-        ours = ablate(rest, text, neurons, None, 4096, tqdm(disable=True))
-        ratios.append((middle - start) / (time.perf_counter() - middle))
+        naive_seconds, plain_way = timed_result(lambda: naive(partial, text, neurons))
+        seconds, ours = timed_result(
+            lambda: ablate(partial, text, neurons, None, 4096, tqdm(disable=True))
+        )
+        ratios.append(naive_seconds / seconds)
         for a, b in zip(plain_way, ours.neurons, strict=True):
             worst = max(worst, *(abs(x - y.change.value) for x, y in zip(a, b, strict=True)))
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     return f"{statistics.median(ratios):.2f} times as long ({spread}), largest difference {worst:.1e} nats"
 
 
-def firing(rest: PartialForward, text: HeldOutText) -> float:
-    """Part of tokens at which a neuron is not 0."""
+def firing(partial: PartialForward, text: HeldOutText) -> float:
+    """Fraction of tokens at which a neuron is not 0."""
     tokens, _ = next(text.batches(4096))
-    found = capture(rest.model, rest.site, torch.from_numpy(tokens[:, :-1]).to(rest.model.device))
-    return float(np.mean([(a != 0).float().mean().item() for a in found]))
+    activations = capture(
+        partial.model, partial.site, torch.from_numpy(tokens[:, :-1]).to(partial.model.device)
+    )
+    return float(np.mean([(a != 0).float().mean().item() for a in activations]))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Loss without each neuron: naive over ours")
     parser.add_argument("--sizes", nargs="+", default=["crate-2l", "gpt2-2l"])
     parser.add_argument("--run", type=Path, help="a run, in place of random weights")
@@ -101,7 +89,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--turns", type=int, default=3)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     for name in given.model if given.run else given.sizes:
         if given.run:
             harvested = open_harvested(Run(given.run), name)
@@ -112,13 +100,14 @@ def main() -> None:
             model = build(name, vocab_size=given.vocabulary, max_position_embeddings=given.length)
             model.eval()
             site = site_of(model)
-            split = RandomSplit(given.tokens + given.length + 1, given.vocabulary)
-        rest = PartialForward(model, site)
-        text = HeldOutText.of(split, given.length, given.tokens, 0)  # type: ignore[arg-type]
+            split = random_split(given.tokens + given.length + 1, given.vocabulary)
+        partial = PartialForward(model, site)
+        text = HeldOutText.of(split, given.length, given.tokens, 0)
         neurons = [np.arange(given.neurons)] * site.n_layers
-        told = compare(rest, text, neurons, given.turns)
+        comparison = compare(partial, text, neurons, given.turns)
         print(
-            f"{name}: the naive way takes {told}; neurons fire at {firing(rest, text):.0%} of tokens"
+            f"{name}: the naive way takes {comparison}; neurons fire at"
+            f" {firing(partial, text):.0%} of tokens"
         )
 
 

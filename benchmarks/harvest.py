@@ -10,14 +10,14 @@ Tokens are random: the cost of a harvest depends on how activations are spread, 
 
 import argparse
 import statistics
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from common import CPU, random_split, timed
 
 from cratelm.activations.batches import SearchPlan, random_positions
-from cratelm.activations.calibration import calibrate
+from cratelm.activations.calibration import Calibration, calibrate
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.models import Site, build, site_of
 from cratelm.models.sites import hooked
@@ -30,38 +30,6 @@ SIZES = {
     "crate-12l": {"name": "crate-12l"},
     "gpt2-12l": {"name": "gpt2-12l"},
 }
-
-
-@dataclass
-class RandomSplit:
-    """Random tokens in documents of about 1,000: the part of `TokenSplit` that a harvest reads."""
-
-    n_tokens: int
-    vocab_size: int
-
-    def __post_init__(self) -> None:
-        generator = np.random.default_rng(0)
-        self.tokens = generator.integers(1, self.vocab_size, self.n_tokens)
-        ends = np.sort(generator.choice(self.n_tokens - 1, self.n_tokens // 1000, replace=False))
-        self.starts = np.unique(np.concatenate([[0], ends + 1, [self.n_tokens]]))
-        self.n_documents = len(self.starts) - 1
-        self.ordinals = np.arange(self.n_documents)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.tokens[start:stop]
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def timed(work, device: torch.device) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    work()
-    synchronise(device)
-    return time.perf_counter() - start
 
 
 class Setting:
@@ -77,7 +45,7 @@ class Setting:
         )
         self.site: Site = site_of(self.model)
         length = min(arguments.sequence_length, self.model.config.max_position_embeddings)
-        split = RandomSplit(arguments.tokens, 4096)
+        split = random_split(arguments.tokens, 4096)
         self.plan = SearchPlan.of(split, "fit", 0, length, arguments.tokens, 0)
         self.batch_tokens = arguments.batch_tokens
         pilots = calibrate(self.model, self.site, self.plan, 8_192, self.batch_tokens)
@@ -125,16 +93,15 @@ def throughput(size: str, arguments: argparse.Namespace) -> None:
 def against_sorting(arguments: argparse.Namespace) -> None:
     """The harvest's own time against keeping every activation and sorting it, without the model.
 
-    Keeping is done for `--sort-neurons` of the 3,072 neurons and scaled up (12.6 GB would be kept in
-    all): the work is the same for each neuron.
+    Keeping is done for `--sort-neurons` of the `--layer-neurons` and scaled up (12.6 GB would be kept in
+    all of 3,072): the work is the same for each neuron.
     """
-    n_neurons, tokens, batch_tokens = 3_072, arguments.sort_tokens, 8_192
-    split = RandomSplit(tokens, 4096)
+    n_neurons, tokens = arguments.layer_neurons, arguments.sort_tokens
+    batch_tokens = 8_192
+    split = random_split(tokens, 4096)
     plan = SearchPlan.of(split, "fit", 0, 1024, tokens, 0)
     generator = torch.Generator().manual_seed(0)
     sample = (torch.randn(batch_tokens, n_neurons, generator=generator) - 1).relu()
-    from cratelm.activations.calibration import Calibration
-
     kept = LayerHarvest(
         Calibration.of(sample),
         random_positions(plan.text_spans(), 0, n_neurons, 50, 0),
@@ -142,21 +109,17 @@ def against_sorting(arguments: argparse.Namespace) -> None:
         0,
     )
     own = 0.0
-    for batch in plan.batches(batch_tokens, torch.device("cpu")):
+    for batch in plan.batches(batch_tokens, CPU):
         rows = batch.input_ids.numel()
         fresh = (torch.randn(rows, n_neurons) - 1).relu().view(*batch.input_ids.shape, n_neurons)
-        own += timed(lambda a=fresh, b=batch: kept.add(a, b), torch.device("cpu"))
+        own += timed(lambda a=fresh, b=batch: kept.add(a, b), CPU)
     some = arguments.sort_neurons
     everything = torch.empty(tokens, some)
     keeping = 0.0
     for first in range(0, tokens, batch_tokens):
         fresh = (torch.randn(min(batch_tokens, tokens - first), some) - 1).relu()
-        keeping += timed(
-            lambda f=fresh, i=first: everything[i : i + len(f)].copy_(f), torch.device("cpu")
-        )
-    sorting = timed(
-        lambda: [everything[:, i].sort(descending=True) for i in range(some)], torch.device("cpu")
-    )
+        keeping += timed(lambda f=fresh, i=first: everything[i : i + len(f)].copy_(f), CPU)
+    sorting = timed(lambda: [everything[:, i].sort(descending=True) for i in range(some)], CPU)
     whole = (keeping + sorting) * n_neurons / some
     print(
         f"{tokens:,} tokens x {n_neurons:,} neurons beyond the forward pass: harvest {own:.1f} s,"
@@ -164,7 +127,7 @@ def against_sorting(arguments: argparse.Namespace) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -177,13 +140,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sort", action="store_true")
     parser.add_argument("--sort-tokens", type=int, default=1_000_000)
-    parser.add_argument("--sort-neurons", type=int, default=128)
-    arguments = parser.parse_args()
-    if arguments.sort:
-        against_sorting(arguments)
+    parser.add_argument("--sort-neurons", type=int, default=128, help="measured, and scaled up")
+    parser.add_argument("--layer-neurons", type=int, default=3_072, help="of --sort")
+    options = parser.parse_args(arguments)
+    if options.sort:
+        against_sorting(options)
         return
-    for size in arguments.sizes:
-        throughput(size, arguments)
+    for size in options.sizes:
+        throughput(size, options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ split is left out. The model itself is not made: live pages need a real one.
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,22 +95,26 @@ def large(source: Path, out: Path, layers: int, neurons: int, names: tuple[str, 
                 path = f"{file}.parquet"
                 write_tiled(paths[stage] / path, draft.path / path, layers, neurons, name)
                 if stage == "scores":
-                    told = json.loads(
+                    summary = json.loads(
                         (paths["scores"] / "summary.json").read_text(encoding="utf-8")
                     )
-                    for s in told["statistics"]:
+                    for s in summary["statistics"]:
                         s["layers"] = [
                             {**s["layers"][n % len(s["layers"])], "layer": n} for n in range(layers)
                         ]
-                    (draft.path / "summary.json").write_text(json.dumps(told), encoding="utf-8")
+                    (draft.path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--neurons", type=int, default=3072)
     parser.add_argument("--models", nargs="+", default=["crate-12l"])
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     large(given.source, given.out, given.layers, given.neurons, tuple(given.models))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,41 +9,17 @@ printed. Tokens are random: the cost does not depend on the text.
 
 import argparse
 import statistics
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+from common import random_split, timed
 
 from cratelm.models import build, site_of
-from cratelm.sae.activations import ActivationBuffer
+from cratelm.sae.activations import ActivationBuffer, StreamPosition
 from cratelm.sae.architectures import build_sae
-from cratelm.sae.train import _trainer
+from cratelm.sae.train import make_trainer
 from cratelm.sae.train_config import ARCHITECTURES, SaeTrainConfig
-
-
-class RandomSplit:
-    """Random tokens without end marks: the part of `TokenSplit` that a stream reads."""
-
-    def __init__(self, n_tokens: int, vocab_size: int):
-        self.n_tokens = n_tokens
-        self.tokens = np.random.default_rng(0).integers(1, vocab_size, n_tokens)
-
-    def n_sequences(self, length: int) -> int:
-        return (self.n_tokens - 1) // length
-
-    def sequence(self, index: int, length: int) -> np.ndarray:
-        return self.tokens[index * length : (index + 1) * length + 1]
-
-
-def timed(work, device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
 
 
 def measure(architecture: str, arguments: argparse.Namespace) -> str:
@@ -61,14 +37,14 @@ def measure(architecture: str, arguments: argparse.Namespace) -> str:
         tokens=100 * size,
     )
     trainers = [
-        _trainer(config, build_sae(config, site.n_neurons[layer], layer, device))
+        make_trainer(config, build_sae(config, site.n_neurons[layer], layer, device))
         for layer in layers
     ]
     stream = ActivationBuffer(
         model,
         site,
         layers,
-        RandomSplit(2_000_000, 4096),  # type: ignore[arg-type]
+        random_split(arguments.tokens, 4096),
         0,
         sequence_length=256,
         batch_size=size,
@@ -79,8 +55,8 @@ def measure(architecture: str, arguments: argparse.Namespace) -> str:
     )
 
     def fill_and_serve() -> None:
-        place = stream.place
-        while stream.place.first == place.first:
+        first = stream.position.first
+        while stream.position.first == first:
             stream.batch()
 
     batch = stream.batch()
@@ -88,9 +64,8 @@ def measure(architecture: str, arguments: argparse.Namespace) -> str:
         [trainer.step(x) for trainer, x in zip(trainers, batch, strict=True)]
     reading, stepping = [], []
     for _ in range(turns):
-        before = stream.place
-        stream.seek(type(before)(before.first))
-        reading.append(timed(fill_and_serve, device) / (stream._rows / size))
+        stream.seek(StreamPosition(stream.position.first))
+        reading.append(timed(fill_and_serve, device) / (stream.rows / size))
         stepping.append(
             timed(
                 lambda: [trainer.step(x) for trainer, x in zip(trainers, batch, strict=True)],
@@ -106,7 +81,7 @@ def measure(architecture: str, arguments: argparse.Namespace) -> str:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
     parser.add_argument("--size", default="crate-2l")
@@ -114,10 +89,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=16, help="steps of a buffer")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="of the random split")
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    for architecture in arguments.architectures:
-        print(measure(architecture, arguments), flush=True)
+    options = parser.parse_args(arguments)
+    for architecture in options.architectures:
+        print(measure(architecture, options), flush=True)
 
 
 if __name__ == "__main__":

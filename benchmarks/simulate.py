@@ -10,12 +10,12 @@ levels; the largest difference is printed. `--rounds` times each alternately; ra
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import timed_result
 
 from cratelm.activations.store import read_records
 from cratelm.llm.backends.transformers import LocalBackend
@@ -67,14 +67,8 @@ def ours(backend: LocalBackend, requests: list[LogprobQuery]) -> list[np.ndarray
     return [found[request] for request in requests]
 
 
-def timed(work: Callable[[], list[np.ndarray]]) -> tuple[float, list[np.ndarray]]:
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--model", default="crate-2l")
     parser.add_argument("--simulator", default="smollm2")
@@ -82,7 +76,7 @@ def main() -> None:
     parser.add_argument("--neurons", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="where the time of ours goes")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     backend = LocalBackend(given.simulator, dtype=given.dtype)
     neurons = requests_of(given.run, given.model, given.neurons)
     every = [request for requests in neurons for request in requests]
@@ -98,7 +92,7 @@ def main() -> None:
     read: dict[str, list[np.ndarray]] = {}
     for _ in range(given.rounds):
         for name, way in (("plain", plain), ("ours", ours)):
-            seconds, read[name] = timed(
+            seconds, read[name] = timed_result(
                 lambda way=way: [r for requests in neurons for r in way(backend, requests)]
             )
             times[name].append(seconds)

@@ -9,12 +9,14 @@ the ratio of the medians (target 0.8) and the peak memory of the verb alone (Lin
 """
 
 import argparse
-import multiprocessing
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from common import timed
 from tokenizers import Tokenizer
 
 from cratelm.corpus.documents import Document
@@ -26,8 +28,8 @@ from cratelm.tokens.tokenizer import load_tokenizer, train_tokenizer
 BATCH_CHARACTERS = 2_000_000
 
 
-def main() -> None:
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
     texts = [d.text for d in open_corpus(options.corpus) if isinstance(d, Document) and d.text]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
@@ -46,8 +48,8 @@ def main() -> None:
         tokenizer = load_tokenizer(path)
         bare, verb = [], []
         for _ in range(options.repeats):
-            bare.append(_seconds(lambda: encode_all(tokenizer, texts)))
-            verb.append(_seconds(lambda: tokenize(config)))
+            bare.append(timed(lambda: encode_all(tokenizer, texts)))
+            verb.append(timed(lambda: tokenize(config)))
         _show("bare encode_batch", bare, tokens)
         _show("verb tokenize", verb, tokens)
         ratio = statistics.median(bare) / statistics.median(verb)
@@ -66,42 +68,38 @@ def encode_all(tokenizer: Tokenizer, texts: list[str]) -> None:
             first, characters = last, 0
 
 
-def _seconds(action) -> float:
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
-
-
 def _show(name: str, seconds: list[float], tokens: int) -> None:
     median = statistics.median(seconds)
     print(f"{name:18} {tokens / median:12,.0f} tokens/s  (median {median:.2f} s of {len(seconds)})")
 
 
 def _peak_memory(config: TokenizeConfig) -> float:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        peak = pool.apply(_run_and_measure, (config,))
-        pool.close()
-        pool.join()
-    return peak
+    """MB that `cratelm tokenize` holds at most: Linux's high-water mark of a process of its own.
+
+    `getrusage` would carry over the peak of the process that starts it.
+    """
+    command = [sys.executable, "-c", _TOKENIZE, str(config.run), config.corpus, config.tokenizer]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024
 
 
-def _run_and_measure(config: TokenizeConfig) -> float:
-    """Linux's high-water mark of this process; `getrusage` would carry over the parent's."""
-    tokenize(config)
-    (line,) = (
-        x
-        for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        if "VmHWM" in x
-    )
-    return int(line.split()[1]) / 1024
+_TOKENIZE = """
+import sys
+from cratelm.tokens.config import TokenizeConfig
+from cratelm.tokens.tokenize import tokenize
+run, corpus, tokenizer = sys.argv[1:]
+tokenize(TokenizeConfig(run=run, corpus=corpus, tokenizer=tokenizer, force=True, quiet=True))
+status = open("/proc/self/status", encoding="utf-8").read().splitlines()
+print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", default="builtin")
     parser.add_argument("--tokenizer", default="train", help="train, or a tokenizer.json")
     parser.add_argument("--repeats", type=int, default=5)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

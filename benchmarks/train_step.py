@@ -5,7 +5,7 @@
         --batch 16 --bf16 --compile --peak-tflops 989                 # H100/H200
 
 Variants take turns in each repeat, so that a machine that slows down slows all of them; a ratio is
-taken within a repeat. `loop` is `cratelm train`'s own loop with its log, without checkpoints.
+taken within a repeat. `loop` is `cratelm train`'s own loop with its log; no checkpoint falls into so few steps.
 """
 
 import argparse
@@ -13,23 +13,20 @@ import contextlib
 import math
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
+from common import random_run, timed
 from torch.nn import functional as F
 
 from cratelm.models import build
 from cratelm.models.crate import CrateConfig, Ista
-from cratelm.runs import Draft
 from cratelm.train.config import TrainConfig
-from cratelm.train.data import BatchSampler
 from cratelm.train.log import read_metrics
-from cratelm.train.loop import TrainingSetup, open_accelerator, take_steps
+from cratelm.train.loop import TrainingSetup, open_accelerator, take_steps, train
 from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import block_matrices, make_optimizers, set_learning_rate
 
@@ -64,20 +61,6 @@ class Variant:
     """peak, in bytes; known on CUDA"""
 
 
-class RandomSplit:
-    """As much of a `TokenSplit` as training reads, of random tokens."""
-
-    def __init__(self, vocab: int, length: int):
-        self.tokens = np.random.default_rng(0).integers(0, vocab, 1024 * length + 1)
-        self.n_tokens = len(self.tokens)
-
-    def n_sequences(self, length: int) -> int:
-        return (self.n_tokens - 1) // length
-
-    def sequence(self, index: int, length: int) -> np.ndarray:
-        return self.tokens[index * length : (index + 1) * length + 1]
-
-
 def useful_flops(name: str, vocab: int, length: int, batch: int) -> float:
     """Of one training step: 2 a weight and token forward, twice that backward, attention over T."""
     model = build(name, vocab_size=vocab, max_position_embeddings=length)
@@ -104,9 +87,7 @@ def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callabl
     shape = (options.batch, options.length + 1)
     tokens = torch.randint(options.vocab, shape, device=device)
 
-    def step(count: int) -> float:
-        _wait(device)
-        start = time.perf_counter()
+    def take(count: int) -> None:
         for _ in range(count):
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 loss = forward(tokens[:, :-1], tokens[:, 1:])
@@ -115,14 +96,12 @@ def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callabl
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        _wait(device)
-        return time.perf_counter() - start
 
-    return step
+    return lambda count: timed(lambda: take(count), device)
 
 
 def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
-    """The loop of `cratelm train` on random tokens; its seconds as its own timing file has them."""
+    """`cratelm train` on random tokens; the seconds of its loop, as its own timing file has them."""
 
     def step(count: int) -> float:
         config = TrainConfig(
@@ -138,37 +117,17 @@ def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
             log_every=count if options.device == "cuda" else 1,
             validation_sequences=1,
             device="auto" if options.device == "cuda" else "cpu",
+            tensorboard=False,
             quiet=True,
         )
         with tempfile.TemporaryDirectory() as folder:
-            draft = Draft(Path(folder), fresh=True)
-            setup = _setup(name, config, options)
-            take_steps(setup, config, draft, name)
-            lines = read_metrics(draft.path, "timing.jsonl")
-        tokens = config.resolved().tokens_per_step * config.resolved().log_every
+            run = random_run(Path(folder) / "run", options.vocab, 1024 * options.length)
+            result = train(replace(config, run=run.path))
+            lines = read_metrics(result.path, "timing.jsonl")
+        tokens = options.batch * options.length * (count if options.device == "cuda" else 1)
         return sum(tokens / line["tokens_per_s"] for line in lines)
 
     return step
-
-
-def _setup(name: str, config: TrainConfig, options: argparse.Namespace) -> TrainingSetup:
-    split, numbers = RandomSplit(options.vocab, options.length), config.resolved()
-    accelerator = open_accelerator(config)
-    sampler = BatchSampler(
-        split,  # pyright: ignore[reportArgumentType]
-        batch_size=options.batch,
-        micro_batch_size=options.batch,
-        sequence_length=options.length,
-        seed=0,
-    )
-    validation = Validation(split, numbers, accelerator)  # pyright: ignore[reportArgumentType]
-    bare = build(name, vocab_size=options.vocab, max_position_embeddings=options.length)
-    optimizers = make_optimizers(bare, options.optimizer, 0.1)
-    wrapped = NextTokenLoss(bare)
-    if options.compile:
-        wrapped.compile()
-    model, *optimizers = accelerator.prepare(wrapped, *optimizers)
-    return TrainingSetup(accelerator, model, optimizers, sampler, validation, 0)
 
 
 def measure(variants: list[Variant], options: argparse.Namespace) -> None:
@@ -213,15 +172,10 @@ def _pairs(names: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     size = "12l" if cuda else "2l"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=[f"crate-{size}", f"gpt2-{size}"])
     parser.add_argument("--vocab", type=int, default=50304 if cuda else 4096)
     parser.add_argument("--length", type=int, default=1024 if cuda else 256, help="T, tokens")
@@ -234,11 +188,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20 if cuda else 5, help="steps a repeat")
     parser.add_argument("--warmup", type=int, default=5 if cuda else 1, help="steps")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
     variants = []
     for name in options.models:
         flops = useful_flops(name, options.vocab, options.length, options.batch)

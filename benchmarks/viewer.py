@@ -11,20 +11,22 @@ Every request is another neuron, layer or word, so that no page is asked for twi
 import argparse
 import statistics
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from common import timed, timed_result
 from fastapi.testclient import TestClient
 
-from cratelm.viewer import server
 from cratelm.viewer.live import Live
 from cratelm.viewer.run_reader import Library
-from cratelm.viewer.security import Rate
+from cratelm.viewer.server import application
+
+ADDRESS = "http://127.0.0.1"
 
 
-def shown(name: str, seconds: list[float]) -> None:
+def show(name: str, seconds: list[float]) -> None:
+    """Print the median and the 95th percentile."""
     ordered = sorted(seconds)
     p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
     print(
@@ -32,18 +34,23 @@ def shown(name: str, seconds: list[float]) -> None:
     )
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def pages(run: Path, turns: int, index: bool) -> None:
-    start = time.perf_counter()
-    library = Library([run])
-    client = TestClient(server.application(library, rate=Rate(1e9, 1e9)), "http://127.0.0.1")
-    client.get("/")
-    print(f"open, to the first overview: {time.perf_counter() - start:.2f} s")
+    """The pages, another neuron, layer or word each time."""
+
+    def opened() -> Library:
+        library = Library([run])
+        TestClient(application(library), ADDRESS).get("/").raise_for_status()
+        return library
+
+    seconds, library = timed_result(opened)
+    print(f"open, to the first overview: {seconds:.2f} s")
+    app = application(library)
+
+    def get(path: str, turn: int = 0) -> float:
+        # another client each time: the server limits how much one may ask
+        client = TestClient(app, ADDRESS, client=(f"10.0.{turn // 256}.{turn % 256}", 50_000))
+        return timed(lambda: client.get(path).raise_for_status())
+
     key = library.keys[0]
     models = [m for m in library.run(key).models if m.neurons]
     if index:
@@ -59,7 +66,7 @@ def pages(run: Path, turns: int, index: bool) -> None:
         return int(rng.choice(layers))
 
     base = f"/r/{key}"
-    first = timed(lambda: client.get(f"{base}/layer/{model.name}/{layer()}"))
+    first = get(f"{base}/layer/{model.name}/{layer()}")
     print(f"first page of a layer (reads the model's columns): {first:.2f} s")
     kinds: dict[str, Callable[[], str]] = {
         "overview": lambda: base,
@@ -80,10 +87,9 @@ def pages(run: Path, turns: int, index: bool) -> None:
         ),
     }
     for name, address in kinds.items():
-        asked = [address() for _ in range(turns)]
-        client.get(asked[0])
-        answers = [timed(lambda a=a: client.get(a).raise_for_status()) for a in asked]
-        shown(name, answers)
+        paths = [address() for _ in range(turns)]
+        get(paths[0])
+        show(name, [get(path, turn) for turn, path in enumerate(paths)])
 
 
 def live(run: Path, model: str, turns: int) -> None:
@@ -102,31 +108,35 @@ def live(run: Path, model: str, turns: int) -> None:
         "strongest": lambda i: asking.strongest(key, model, text(i + 10_000), i % 20),
     }
     for name, ask in kinds.items():
-        shown(f"{name}, one client", [timed(lambda i=i, f=ask: f(i)) for i in range(turns)])
+        show(f"{name}, one client", [timed(lambda i=i, f=ask: f(i)) for i in range(turns)])
     for name, ask in kinds.items():
-        found: list[float] = []
+        times: list[float] = []
 
-        def client(number: int, ask=ask, found=found) -> None:
+        def client(number: int, ask=ask, times=times) -> None:
             for turn in range(max(1, turns // 10)):
-                found.append(timed(lambda turn=turn: ask(100_000 + 1000 * number + turn)))
+                times.append(timed(lambda turn=turn: ask(100_000 + 1000 * number + turn)))
 
         threads = [threading.Thread(target=client, args=(n,)) for n in range(10)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        shown(f"{name}, ten clients", found)
+        show(f"{name}, ten clients", times)
     asking.close()
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--live", default="", help="model whose live answers are timed")
     parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--no-index", action="store_true", help="leave the index out")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.live:
         live(given.run, given.live, given.turns)
     else:
         pages(given.run, given.turns, not given.no_index)
+
+
+if __name__ == "__main__":
+    main()

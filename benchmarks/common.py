@@ -1,0 +1,84 @@
+"""What the benchmarks share: random tokens, and clocks that wait for the device."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from cratelm.corpus.documents import Document
+from cratelm.runs import Run
+from cratelm.tokens.shards import StoreWriter, TokenSplit
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def timed(work: Callable[[], Any], device: torch.device = CPU) -> float:
+    """Return the seconds that `work` takes on a device."""
+    return timed_result(work, device)[0]
+
+
+def timed_result(work: Callable[[], T], device: torch.device = CPU) -> tuple[float, T]:
+    """Return the seconds that `work` takes on a device, and what it returns."""
+    synchronise(device)
+    start = time.perf_counter()
+    result = work()
+    synchronise(device)
+    return time.perf_counter() - start, result
+
+
+class _RandomSplit:
+    """The part of `TokenSplit` that the measured code reads: random tokens in documents of about 1,000."""
+
+    name = "held_out"
+
+    def __init__(self, n_tokens: int, vocabulary: int):
+        generator = np.random.default_rng(0)
+        self.n_tokens = n_tokens
+        self.tokens = generator.integers(1, vocabulary, n_tokens)  # 0 is the end of text
+        ends = np.sort(generator.choice(n_tokens - 1, n_tokens // 1000, replace=False))
+        self.starts = np.unique(np.concatenate([[0], ends + 1, [n_tokens]]))
+        self.n_documents = len(self.starts) - 1
+        self.ordinals = np.arange(self.n_documents)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+    def n_sequences(self, length: int) -> int:
+        return (self.n_tokens - 1) // length
+
+    def sequence(self, index: int, length: int) -> np.ndarray:
+        return self.tokens[index * length : (index + 1) * length + 1]
+
+    def documents_at(self, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, positions, side="right") - 1
+
+
+def random_split(n_tokens: int, vocabulary: int) -> TokenSplit:
+    """Return a split of random tokens below `vocabulary`, without end-of-text tokens."""
+    return cast(TokenSplit, _RandomSplit(n_tokens, vocabulary))
+
+
+def random_run(path: Path, vocabulary: int, n_tokens: int) -> Run:
+    """Write a run of random tokens: a single document of `n_tokens` in the train split and in the held-out one."""
+    run, generator = Run(path), np.random.default_rng(0)
+    tokens = ["<|endoftext|>", *(f"t{i}" for i in range(1, vocabulary))]
+    tokenizer = Tokenizer(WordLevel({t: i for i, t in enumerate(tokens)}, tokens[0]))
+    with run.stage("tokens").write({}, {}) as draft:
+        writer = StoreWriter(draft.path, tokenizer, eot_id=0)
+        for split in ("train", "held_out"):
+            ids = generator.integers(1, vocabulary, n_tokens).tolist()
+            writer.append(split, ids, Document("", "random", "", 0, ""))
+        writer.close()
+    return run
