@@ -15,7 +15,7 @@ from cratelm.errors import BudgetReached, InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations, read_selected, read_unexplained
-from cratelm.interop.export_config import ExportNeuronpediaConfig
+from cratelm.interop.config import ExportNeuronpediaConfig
 from cratelm.interop.neuronpedia import export_neuronpedia
 from cratelm.llm.client import DryRun, WorkerResult
 from cratelm.records import METRICS, SCORERS, Status

@@ -13,7 +13,7 @@ from cratelm.errors import InputError
 
 
 def main() -> None:
-    """Runs lm-eval's own command line. Raises `InputError` where it is not installed."""
+    """Run lm-eval's own command line. Raises `InputError` where it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             'the package `lm_eval` is not installed: type pip install "cratelm[lm-eval]"'
