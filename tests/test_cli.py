@@ -175,7 +175,8 @@ def test_paths_may_be_text(monkeypatch):
     assert config == config_class(verb)(files=(Path("a"), Path("b")), model="m", run=Path("runs/x"))
     _, config = api.evaluate(path="folder", output="out.json", on=("NAME=file",))
     assert config == config_class("evaluate")(path="folder", output=Path("out.json"), on=("NAME=file",))  # fmt: skip
-    assert api.view(runs=("runs/x",))[1].static is None
+    assert api.view(runs=["runs/x"])[1].runs == (Path("runs/x"),)  # type: ignore[arg-type]
+    assert api.view(runs="runs/x")[1].runs == (Path("runs/x"),)  # type: ignore[arg-type]
 
 
 def test_pyright_checks_calls(tmp_path):

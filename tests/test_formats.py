@@ -24,7 +24,7 @@ from cratelm.corpus.documents import Document
 from cratelm.errors import InputError
 from cratelm.explain.store import write_explanations, write_selected, write_unexplained
 from cratelm.interop.export_records import openai_record, pooled_moments
-from cratelm.interop.imported_texts import Texts
+from cratelm.interop.imported_texts import ImportedTexts
 from cratelm.interop.openai_records import (
     ActivationRecord,
     OpenAIRecord,
@@ -417,7 +417,9 @@ def harvested(tmp_path_factory):
     """A run with tokens, a harvest with OpenAI's bins, and explanations and scores with and without a model."""
     run = Run(tmp_path_factory.mktemp("harvested"))
     with run.stage("tokens").write({}, {}) as draft:
-        texts = Texts({token: n for n, token in enumerate([*planted.STRINGS, "<|endoftext|>"])})
+        texts = ImportedTexts(
+            {token: n for n, token in enumerate([*planted.STRINGS, "<|endoftext|>"])}
+        )
         writer = texts.writer(draft.path)
         for split in SPLITS:
             for row in planted.corpus(split)[0].reshape(-1, planted.LENGTH):

@@ -120,7 +120,7 @@ def test_card_and_configuration(tmp_path):
 def test_settings_elsewhere_and_another_site(tmp_path):
     file = written(tmp_path, act_name="blocks.1.hook_strange", site=None)
     (tmp_path / "0_cfg.json").rename(tmp_path / "settings.json")
-    with pytest.raises(InputError, match=r"0_cfg.json is not beside 0.pt.*--config"):
+    with pytest.raises(InputError, match=r"0_cfg.json is not next to 0.pt.*--config"):
         import_here(file, tmp_path / "out")
     with pytest.raises(InputError, match=r"blocks.1.hook_strange: no site is known.*--site"):
         import_here(file, tmp_path / "out", config=tmp_path / "settings.json")

@@ -75,7 +75,9 @@ def _run(verb: str, options: Mapping[str, Any]) -> Any:
 def _path(kind: Any, value: Any) -> Any:
     if kind in (Path, Path | None):
         return Path(value) if isinstance(value, str) else value
-    return tuple(map(Path, value)) if kind == tuple[Path, ...] else value
+    if kind == tuple[Path, ...]:
+        return tuple(map(Path, [value] if isinstance(value, str | Path) else value))
+    return value
 
 
 def demo(

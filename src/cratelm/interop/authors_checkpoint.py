@@ -58,7 +58,7 @@ class AuthorsCheckpoint:
 
 
 def load_authors_checkpoint(path: str | Path) -> CrateForCausalLM | GPT2LMHeadModel:
-    """A ready model in evaluation mode from a CRATE or GPT-2 checkpoint of the authors.
+    """Return the model of a CRATE or GPT-2 checkpoint of the authors, in evaluation mode.
 
     Raises `InputError` for a file that is absent, truncated, hostile (it holds more than tensors and
     plain values), or whose keys or shapes are not those of the two architectures.
@@ -67,7 +67,7 @@ def load_authors_checkpoint(path: str | Path) -> CrateForCausalLM | GPT2LMHeadMo
 
 
 def read_authors_checkpoint(path: str | Path) -> AuthorsCheckpoint:
-    """The model of a checkpoint and what the file says of it. Raises as `load_authors_checkpoint`."""
+    """Return the model of a checkpoint and what the file says of it. Raises as `load_authors_checkpoint`."""
     path = Path(path)
     held = read_torch_file(path)
     weights, dropped = _weights(held, path)
@@ -86,7 +86,7 @@ def read_authors_checkpoint(path: str | Path) -> AuthorsCheckpoint:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What a torch file holds, by the reader that makes tensors and plain values and nothing else.
+    """Return what a torch file holds, by the reader that makes only tensors and plain values.
 
     Raises `InputError` for a file that is absent, damaged, or holds anything else.
     """
@@ -99,28 +99,32 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise InputError(_refused(path, str(error))) from None
-    except Exception as error:  # bytes in disorder make the reader raise whatever comes
-        told = (str(error).splitlines() or [""])[0][:120]
+    except Exception as error:  # a corrupt file can make the reader raise any exception
+        message = (str(error).splitlines() or [""])[0][:120]
         raise InputError(
-            f"{path} cannot be read as a torch file ({type(error).__name__}: {told}):"
+            f"{path} cannot be read as a torch file ({type(error).__name__}: {message}):"
             " it may be truncated or damaged, fetch it again"
         ) from None
 
 
-def _refused(path: Path, told: str) -> str:
+def _refused(path: Path, message: str) -> str:
     """The line of torch's long message that names the object it refused, where it names one."""
-    named = re.search(r"GLOBAL (\S+)", told) or re.search(r"(\S+\.\S+) was not an allowed", told)
+    named = re.search(r"GLOBAL (\S+)", message) or re.search(
+        r"(\S+\.\S+) was not an allowed", message
+    )
     if named:
         return (
             f"{path} was refused: it holds more than tensors and plain values ({named[1]}), which"
             " could run code; ask for a file of tensors"
         )
-    why = next((line.strip() for line in told.splitlines() if "Unsupported" in line), "no tensors")
+    why = next(
+        (line.strip() for line in message.splitlines() if "Unsupported" in line), "no tensors"
+    )
     return f"{path} was refused: it is no file of tensors that torch saved ({why}); fetch it again"
 
 
 def check_tensor(tensor: Any, key: str, path: Path) -> None:
-    """Raises `InputError` for what is no plain tensor of finite floating-point numbers."""
+    """Raise `InputError` for anything but a plain tensor of finite floating-point numbers."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise InputError(f"{path}: {key} is a {type(tensor).__name__}, a plain tensor was expected")
     if not tensor.is_floating_point():
@@ -158,23 +162,26 @@ class _Layout:
     """ends of the keys whose weights are [out, in] there and [in, out] here"""
 
     def theirs(self, key: str) -> str:
+        """Return the authors' key of one of our weights."""
         for theirs, ours in self.names.items():
             key = key.replace(ours, theirs)
         return key
 
     def turned(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a weight transposed, if this one is."""
         return tensor.t() if key.endswith(self.transposed) and self.transposed else tensor
 
     def changes(self, model: Any) -> list[str]:
-        told = []
+        """Return how our weights differ from the file's, in words."""
+        changes = []
         if self.names:
             renamed = ", ".join(f"`{a}` is `{b}`" for a, b in self.names.items())
-            told.append(f"weights renamed: {renamed}")
+            changes.append(f"weights renamed: {renamed}")
         if self.transposed:
-            told.append(f"transposed to [in, out]: {', '.join(self.transposed)}")
+            changes.append(f"transposed to [in, out]: {', '.join(self.transposed)}")
         if getattr(model.config, "zero_biases", False):
-            told.append("biases, which this model does not have and GPT-2's class has, are zero")
-        return told
+            changes.append("biases, which this model does not have and GPT-2's class has, are zero")
+        return changes
 
 
 _CRATE = _Layout(
@@ -237,22 +244,22 @@ def _config(given: Any, weights: Mapping[str, torch.Tensor], layout: _Layout, pa
     fields["dropout"] = _number(arguments.get("dropout", 0.0)) or 0.0
     _check_layers(arguments["n_layer"], weights, path)
     if layout is _CRATE:
-        return _told_of(path, lambda: CrateConfig(**fields))
+        return _or_input_error(path, lambda: CrateConfig(**fields))
     biased = any(key.endswith(".bias") for key in weights)
     if arguments.get("bias", biased) != biased:
         has = "some" if biased else "none"
         raise InputError(f"{path}: model_args has bias {arguments['bias']}, the weights have {has}")
-    return _told_of(path, lambda: gpt2_config(**fields, zero_biases=not biased))
+    return _or_input_error(path, lambda: gpt2_config(**fields, zero_biases=not biased))
 
 
 def _check_layers(n_layer: int, weights: Mapping[str, torch.Tensor], path: Path) -> None:
     """Before a model of `n_layer` layers is built, which may be more than memory holds."""
     found = {int(m[1]) for k in weights if (m := re.match(r"transformer\.h\.(\d{1,6})\.", k))}
     if found != set(range(len(found))) or len(found) != n_layer:
-        told = ", ".join(map(str, sorted(found)[:8]))
-        message = (
+        layers = ", ".join(map(str, sorted(found)[:8]))
+        raise InputError(
             f"{path}: model_args has n_layer {n_layer}, the keys transformer.h.N are of layers"
-            f" {told or 'none'}"
+            f" {layers or 'none'}"
         )
         inner = next((k for k in weights if "transformer.h." in k and not found), "")
         prefix = inner.partition("transformer.h.")[0]
@@ -261,18 +268,18 @@ def _check_layers(n_layer: int, weights: Mapping[str, torch.Tensor], path: Path)
         raise InputError(message)
 
 
-def _told_of(path: Path, make: Callable[[], Any]) -> Any:
+def _or_input_error(path: Path, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except (ValueError, TypeError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: model_args describe no such model: {told}") from None
+        message = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: model_args describe no such model: {message}") from None
 
 
 def _filled(layout: _Layout, config: Any, weights: Mapping[str, torch.Tensor], path: Path) -> Any:
     """A model that computes with `weights`; every weight of either side must find its other."""
     with torch.device("meta"):  # shapes without memory: the file may ask for more than there is
-        shapes = _told_of(path, lambda: layout.build(config)).state_dict()
+        shapes = _or_input_error(path, lambda: layout.build(config)).state_dict()
     optional = {"lm_head.weight"}  # tied
     if getattr(config, "zero_biases", False):
         optional |= {key for key in shapes if key.endswith(".bias")}
@@ -307,15 +314,15 @@ def _check_tied(weights: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _changes(given: Mapping[str, Any], dropped: int) -> list[str]:
-    told = ["optimizer state left out"]
+    changes = ["optimizer state left out"]
     if any(str(key).startswith(_COMPILED) for key in given):
-        told.append(f"prefix `{_COMPILED}` taken off the keys")
+        changes.append(f"prefix `{_COMPILED}` taken off the keys")
     if dropped:
-        told.append(f"causal masks left out (`*{_MASK}`, {dropped})")
+        changes.append(f"causal masks left out (`*{_MASK}`, {dropped})")
     kinds = {t.dtype for t in given.values() if isinstance(t, torch.Tensor)} - {torch.float32}
     if kinds:
-        told.append(f"{', '.join(sorted(map(str, kinds)))} converted to float32")
-    return told
+        changes.append(f"{', '.join(sorted(map(str, kinds)))} converted to float32")
+    return changes
 
 
 def _number(value: Any) -> float | None:

@@ -78,7 +78,7 @@ class ImportRecordsConfig:
 
     def __post_init__(self) -> None:
         if not self.files:
-            raise InputError("--files is empty: name a file or a folder of records")
+            raise InputError("--files names nothing: name a file or a folder of records")
         for name in ("model", "site"):
             if not getattr(self, name).strip():
                 raise InputError(f"--{name} is empty: give a name")
@@ -183,5 +183,5 @@ def _check_layers(layers: tuple[int, ...], only: tuple[str, ...]) -> None:
         raise InputError("--layers and --only cannot be combined")
     wrong = [layer for layer in layers if layer < 0]
     if wrong:
-        raise InputError(f"--layers {wrong[0]}: layers are counted from 0")
+        raise InputError(f"--layers {wrong[0]}: numbers from 0 were expected")
     parse_neuron_ids("--only", only)

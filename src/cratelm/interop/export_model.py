@@ -45,7 +45,7 @@ class ExportModelResult:
     """of the weights"""
     files: tuple[str, ...]
     pushed: str
-    """address on the Hub, empty where nothing was sent"""
+    """address on the Hub, empty without an upload"""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class _Origin:
 
 
 def export_model(config: ExportModelConfig) -> ExportModelResult:
-    """Loads the model, writes the folder, sends it where asked; on an error no folder is left behind.
+    """Load the model, write the folder, and upload it if asked; on an error no folder is left behind.
 
-    Raises `InputError` for a model that is not there, a folder that cannot be written, and a Hub
-    that takes nothing; in the last case the folder stays.
+    Raises `InputError` for a model that does not exist, a folder that cannot be written, and an upload
+    that fails; in the last case the folder stays.
     """
     origin = _origin(config)
-    check_out(config.out, _kept_apart(config, origin), force=config.force)
+    check_out(config.out, _sources(config, origin), force=config.force)
     _check_token(config.push)
     model = load(origin.folder)
     if config.dtype is not None:
@@ -94,8 +94,8 @@ def _origin(config: ExportModelConfig) -> _Origin:
     if config.path is not None:
         if not (config.path / "config.json").is_file():
             raise InputError(f"--path {config.path} holds no config.json: name a model folder")
-        told = config.path / PROVENANCE
-        before = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+        record = config.path / PROVENANCE
+        before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         return _Origin(config.path, config.path.resolve().name, None, None, before)
     run = Run(config.run)
     stage = run.stage("model", config.model)
@@ -103,23 +103,23 @@ def _origin(config: ExportModelConfig) -> _Origin:
     return _Origin(stage.path, config.model, trained, run.stage("tokens").completion())
 
 
-def _kept_apart(config: ExportModelConfig, origin: _Origin) -> tuple[Path, ...]:
-    """What `--out` must neither hold nor lie in: a run's folders are its stages'."""
+def _sources(config: ExportModelConfig, origin: _Origin) -> tuple[Path, ...]:
+    """Folders that `--out` must neither hold nor lie in: only stages write into a run."""
     return (origin.folder,) if config.path is not None else (config.run, origin.folder)
 
 
 def _provenance(origin: _Origin) -> dict[str, Any]:
     weights = sorted(origin.folder.glob("*.safetensors"))
-    told: dict[str, Any] = {
+    content: dict[str, Any] = {
         "written_by": "cratelm export model",
         "model": origin.name,
         "sha256": {path.name: hash_file(path) for path in weights},
     }
     if origin.before:
-        told["before"] = origin.before
+        content["before"] = origin.before
     for key, record in (("training", origin.trained), ("tokens", origin.tokens)):
         if record is not None:
-            told[key] = {
+            content[key] = {
                 "config": _public(record.config),
                 "results": record.results,
                 "identity": record.identity,
@@ -127,7 +127,7 @@ def _provenance(origin: _Origin) -> dict[str, Any]:
                 "git_commit": record.git_commit,
                 "finished_at": record.finished_at,
             }
-    return told
+    return content
 
 
 def _write_card(folder: Path, origin: _Origin, model: Any) -> None:
@@ -191,17 +191,17 @@ def _training_facts(trained: Completion) -> dict[str, Any]:
 
 
 def _corpus_facts(tokens: Completion) -> dict[str, Any]:
-    told, split = _public(tokens.config), tokens.results.get("tokens", {})
+    settings, n_tokens = _public(tokens.config), tokens.results.get("tokens", {})
     return {
-        "corpus": told.get("corpus"),
-        "tokens of the train split": split.get("train"),
-        "tokenizer": told.get("tokenizer"),
+        "corpus": settings.get("corpus"),
+        "tokens of the train split": n_tokens.get("train"),
+        "tokenizer": settings.get("tokenizer"),
         "sha256 of the corpus' identity": tokens.inputs.get("corpus"),
     }
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for others to read: of a path of this machine only the last name."""
+    """Settings without the paths of this machine: only the last part of each path is kept."""
     return {
         k: Path(v).name if isinstance(v, str) and "/" in v and not v.startswith("hub:") else v
         for k, v in settings.items()
@@ -213,7 +213,7 @@ def _dtype(model: Any) -> str:
 
 
 def _check_token(push: str) -> None:
-    """Before the work: the Hub takes nothing from the unknown."""
+    """Fail before the work if no Hub token is set."""
     if not push:
         return
     from huggingface_hub import get_token
@@ -232,10 +232,10 @@ def _push(folder: Path, repository: str) -> str:
         HfApi().upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Model exported by cratelm"
         )
-    except Exception as error:  # network libraries raise what they like
-        told = " ".join(str(error).split())[:160]
+    except Exception as error:  # network libraries share no base exception
+        message = " ".join(str(error).split())[:160]
         raise InputError(
-            f"{folder} is written, hub:{repository} did not take it ({type(error).__name__}:"
-            f" {told}): type `hf upload {repository} {folder}` to try again"
+            f"{folder} is written, but its upload to hub:{repository} failed ({type(error).__name__}:"
+            f" {message}): type `hf upload {repository} {folder}` to try again"
         ) from None
     return str(address)

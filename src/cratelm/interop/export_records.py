@@ -1,10 +1,11 @@
 """`cratelm export records`: the excerpts of a harvest as OpenAI's NeuronRecord JSON.
 
-A file a neuron, `LAYER/NEURON.json` as in the published data of Bills et al. 2023; the format is
+One file per neuron, `LAYER/NEURON.json` as in the published data of Bills et al. 2023; the format is
 described in `cratelm.interop.openai_records`. A list of the format has one order of ranks, of
-which the even ones explain and the odd ones are scored on. So it takes turns: rank r of the `fit`
-split is at place 2 r, rank r of `held_out` at place 2 r + 1, and where one split has more excerpts
-they are left out and counted. What is exported and imported again thus has the same splits.
+which the even ones explain and the odd ones are scored on. So the
+splits alternate: rank r of `fit` is at position 2 r, rank r of `held_out` at position 2 r + 1. Excerpts that one
+split has more than the other are left out and counted. Records that are exported and imported again thus
+have the same splits.
 
 | field | from |
 |---|---|
@@ -53,11 +54,11 @@ class ExportRecordsResult:
     neurons: int
     """files"""
     left_out: int
-    """excerpts of the three kinds that one split has more of than the other"""
+    """excerpts of the three kinds that one split has more than the other"""
 
 
 def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
-    """Writes the neurons of a harvest; see the module for what becomes of each excerpt.
+    """Write the neurons of a harvest; the module says what becomes of each excerpt.
 
     Raises `InputError` where the run has no harvest of the model or not the neurons asked for, or
     where `--out` is not empty.
@@ -86,7 +87,7 @@ def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
 def _records(
     run: Run, harvest: Path, chosen: dict[int, list[NeuronSummary]]
 ) -> Iterator[tuple[OpenAIRecord, int]]:
-    """Records, and how many excerpts each leaves out."""
+    """The records, and how many excerpts each leaves out."""
     if (harvest / SOURCE).is_file():
         yield from ((record, 0) for record in read_source(harvest))
         return
@@ -98,14 +99,14 @@ def _records(
 def openai_record(
     fit: NeuronRecord, held_out: NeuronRecord, store: TokenStore
 ) -> tuple[OpenAIRecord, int]:
-    """A neuron as a NeuronRecord, and how many excerpts of its kinds found no place in it."""
+    """Return a neuron as a NeuronRecord, and how many excerpts of its kinds do not fit into it."""
     edges = fit.summary.openai_edges
     lists = {
-        (kind, bin_): _turns(_ranked(fit, kind, bin_), _ranked(held_out, kind, bin_))
+        (kind, bin_): _alternating(_ranked(fit, kind, bin_), _ranked(held_out, kind, bin_))
         for kind, bin_ in _LISTS
     }
     written = {cell: tuple(_activations(e, store) for e in row) for cell, row in lists.items()}
-    n_there = sum(e.kind in _KINDS for e in (*fit.excerpts, *held_out.excerpts))
+    n_excerpts = sum(e.kind in _KINDS for e in (*fit.excerpts, *held_out.excerpts))
     record = OpenAIRecord.of(
         fit.neuron.layer,
         fit.neuron.index,
@@ -115,11 +116,11 @@ def openai_record(
         boundaries=tuple(_finite(shortest_float(edge)) for edge in edges),
         **pooled_moments([fit.summary, held_out.summary]),
     )
-    return record, n_there - sum(map(len, lists.values()))
+    return record, n_excerpts - sum(map(len, lists.values()))
 
 
 def pooled_moments(summaries: Sequence[NeuronSummary]) -> dict[str, Any]:
-    """Moments over the tokens of all `summaries`: mean, variance, skewness, kurtosis; None for none."""
+    """Return mean, variance, skewness and kurtosis over the tokens of all `summaries`; None where undefined."""
     share = np.array([s.n_tokens for s in summaries], np.float64)
     share /= share.sum()
     mean, variance = (
@@ -134,9 +135,9 @@ def pooled_moments(summaries: Sequence[NeuronSummary]) -> dict[str, Any]:
     skewed = share @ (third + 3 * off * variance + off**3)
     fourth = share @ (fourth + 4 * off * third + 6 * off**2 * variance + off**4)
     spread = second if second > 0 else math.nan
-    found = (centre, second, skewed / spread**1.5, fourth / spread**2)
+    moments = (centre, second, skewed / spread**1.5, fourth / spread**2)
     names = ("mean", "variance", "skewness", "kurtosis")
-    return {name: _finite(float(value)) for name, value in zip(names, found, strict=True)}
+    return {name: _finite(float(value)) for name, value in zip(names, moments, strict=True)}
 
 
 _QUANTILES = 5
@@ -152,8 +153,8 @@ def _ranked(record: NeuronRecord, kind: ExcerptKind, bin_: int) -> list[Excerpt]
     return sorted((e for e in record.of_kind(kind) if e.bin == bin_), key=lambda e: e.rank)
 
 
-def _turns(fit: Sequence[Excerpt], held_out: Sequence[Excerpt]) -> list[Excerpt]:
-    """One of each in turn, as long as both have one."""
+def _alternating(fit: Sequence[Excerpt], held_out: Sequence[Excerpt]) -> list[Excerpt]:
+    """Excerpts of the two splits in turn, as long as both have one."""
     return [e for pair in zip(fit, held_out, strict=False) for e in pair]
 
 

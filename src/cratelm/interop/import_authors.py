@@ -32,9 +32,9 @@ class ImportAuthorsResult:
     parameters: int
     """trainable, tied ones once, position embedding left out"""
     steps: int | str
-    """optimizer steps taken, empty where the file does not say"""
+    """optimizer steps taken; empty where the file does not give them"""
     best_validation_loss: float | str
-    """as the file says, nats a token; empty where it does not"""
+    """as in the file, nats per token; empty where it has none"""
     tokenizer: str
     """tokens of the tokenizer and of the model's vocabulary"""
     sha256: str
@@ -42,7 +42,7 @@ class ImportAuthorsResult:
 
 
 def import_authors(config: ImportAuthorsConfig) -> ImportAuthorsResult:
-    """Reads the checkpoint, writes the folder; on an error nothing is left behind.
+    """Read the checkpoint and write the folder; on an error nothing is left behind.
 
     Raises `InputError` for a file that is absent, damaged, hostile or no such checkpoint, for a
     tokenizer that does not fit it, and for a folder that cannot be written.
@@ -90,8 +90,8 @@ def _set_end(model: Any, tokenizer: "Tokenizer | None") -> Any:
         return None
     made = hf_tokenizer(tokenizer)
     made.model_max_length = model.config.max_position_embeddings
-    for told in (model.config, model.generation_config):
-        told.bos_token_id = told.eos_token_id = made.eos_token_id
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = config.eos_token_id = made.eos_token_id
     return made
 
 

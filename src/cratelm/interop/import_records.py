@@ -16,8 +16,8 @@ Anthropic bins NaN. The mean and the moments are the file's; where it has none, 
 rate and the histogram, those of the random sample of the split stand in. `n_tokens` counts that
 sample, because how many tokens were searched is not in the files.
 
-Files are read three times and one is held at a time, beside 0.4 kB a different text and the
-excerpts of 128 neurons.
+Files are read three times. Memory holds one file at a time, 0.4 kB per different text, and the
+excerpts of a group of neurons.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,8 +40,8 @@ from cratelm.activations.store import (
 )
 from cratelm.errors import InputError
 from cratelm.interop.config import ImportRecordsConfig
-from cratelm.interop.imported_neuron import Counts, check, neuron_records
-from cratelm.interop.imported_texts import USED, Texts, listed_records, splits_of
+from cratelm.interop.imported_neuron import ImportCounts, check, neuron_records
+from cratelm.interop.imported_texts import IMPORT_SPLITS, ImportedTexts, listed_records, splits_of
 from cratelm.interop.openai_records import read_record, source_writer
 from cratelm.records import SPLITS
 from cratelm.runs import Completion, Draft, Inputs, Run, Stage, hash_file, hash_json
@@ -69,7 +69,7 @@ class ImportRecordsResult:
 
 
 def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
-    """Writes `tokens/` and `activations/MODEL/` of a run, as if they had been harvested.
+    """Write `tokens/` and `activations/MODEL/` of a run, as if they had been harvested.
 
     Raises `InputError` for files that are no NeuronRecords, hold a number that float32 cannot, or
     show no neuron with two different texts; then nothing is written.
@@ -97,7 +97,7 @@ def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
         draft.results = {
             "neurons": len(order),
             "left_out": len(paths) - len(order),
-            "documents": {split: texts.n_documents(split) for split in USED},
+            "documents": {split: texts.n_documents(split) for split in IMPORT_SPLITS},
             "moved": texts.n_moved,
             **asdict(counts),
         }
@@ -120,9 +120,9 @@ def _find(given: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[Texts, list[Path]]:
+def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[ImportedTexts, list[Path]]:
     """The texts of all files, and the files that can be used, by layer and index of their neurons."""
-    texts, places, usable = Texts(), {}, {}
+    texts, places, usable = ImportedTexts(), {}, {}
     for path in tqdm(paths, desc="read records", unit="file", disable=config.quiet):
         record = read_record(path)
         place = record.layer, record.index
@@ -135,7 +135,7 @@ def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[Texts, 
         for listed in listed_records(record):
             check(listed, path)
         texts.add(record)
-        if len(splits_of(record, texts)) == len(USED):
+        if len(splits_of(record, texts)) == len(IMPORT_SPLITS):
             usable[place] = path
     if not usable:
         raise InputError(
@@ -146,7 +146,7 @@ def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[Texts, 
 
 
 def _write_tokens(
-    stage: Stage, corpus: dict[str, str], inputs: Inputs, texts: Texts, order: list[Path]
+    stage: Stage, corpus: dict[str, str], inputs: Inputs, texts: ImportedTexts, order: list[Path]
 ) -> None:
     with stage.write(corpus, inputs) as draft:
         writer = texts.writer(draft.path)
@@ -161,10 +161,10 @@ def _write_tokens(
 
 
 def _write_activations(
-    draft: Draft, config: ImportRecordsConfig, texts: Texts, order: list[Path]
-) -> Counts:
+    draft: Draft, config: ImportRecordsConfig, texts: ImportedTexts, order: list[Path]
+) -> ImportCounts:
     """Writes the tables, a group of neurons at a time, and the records as they were."""
-    counts = Counts()
+    counts = ImportCounts()
     records = map(read_record, tqdm(order, desc="import", unit="neuron", disable=config.quiet))
     with ExitStack() as stack:
         keep = stack.enter_context(source_writer(draft.path))
@@ -172,7 +172,7 @@ def _write_activations(
         tables = _open_tables(draft.path, stack)
         while some := list(islice(records, NEURONS_PER_GROUP)):
             made = [neuron_records(r, config.model, config.site, texts, counts) for r in some]
-            for split in USED:
+            for split in IMPORT_SPLITS:
                 # written as the harvest's tables are, then added to them as one row group
                 write_records(group, split, [one[split] for one in made])
                 for path_of in (summaries_path, excerpts_path):
@@ -186,7 +186,7 @@ def _write_activations(
 
 def _open_tables(folder: Path, stack: ExitStack) -> dict[Path, pq.ParquetWriter]:
     opened = {}
-    for split in USED:
+    for split in IMPORT_SPLITS:
         for path, schema in (
             (summaries_path(folder, split), SUMMARIES.schema),
             (excerpts_path(folder, split), EXCERPTS.schema),

@@ -47,7 +47,7 @@ class ImportSaeResult:
 
 
 def import_sae(config: ImportSaeConfig) -> ImportSaeResult:
-    """Reads the file and its settings, writes the folder; on an error nothing is left behind.
+    """Read the file and its settings, and write the folder; on an error nothing is left behind.
 
     Raises `InputError` for a file that is absent, damaged, hostile or no such autoencoder, for
     settings that contradict it, and for a folder that cannot be written.
@@ -89,7 +89,7 @@ def _settings_path(config: ImportSaeConfig, source: Source) -> Path:
     name = f"{source.path.stem}_cfg.json"
     found = source.beside(name)
     if found is None:
-        raise InputError(f"{name} is not beside {source.name}: name the settings with --config")
+        raise InputError(f"{name} is not next to {source.name}: name the settings with --config")
     return found
 
 
@@ -107,7 +107,10 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _shape(
-    settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], told: Path, path: Path
+    settings: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    settings_path: Path,
+    path: Path,
 ) -> tuple[int, int]:
     """H and S, on which weights and settings agree."""
     if weights["W_enc"].dim() != 2:
@@ -118,7 +121,7 @@ def _shape(
     for key, number in expected.items():
         if settings.get(key, number) != number:
             raise InputError(
-                f"{told} has {key} {settings[key]!r}, W_enc of {path} has {number}: the two are not"
+                f"{settings_path} has {key} {settings[key]!r}, W_enc of {path} has {number}: the two are not"
                 " of the same autoencoder"
             )
     return d_in, d_sae
@@ -129,8 +132,8 @@ def _dtype(weights: Mapping[str, torch.Tensor], path: Path) -> str:
     names = {dtype: name for name, dtype in DTYPES.items()}
     found = {tensor.dtype for tensor in weights.values()}
     if len(found) != 1 or not found <= set(names):
-        told = ", ".join(sorted(map(str, found)))
-        raise InputError(f"{path}: weights are {told}; one of {', '.join(DTYPES)} was expected")
+        dtypes = ", ".join(sorted(map(str, found)))
+        raise InputError(f"{path}: weights are {dtypes}; one of {', '.join(DTYPES)} was expected")
     return names[found.pop()]
 
 

@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
-from cratelm.interop.imported_texts import USED, Listed, Texts, Used, listed_records
+from cratelm.interop.imported_texts import (
+    IMPORT_SPLITS,
+    ImportedTexts,
+    ImportSplit,
+    ListedRecord,
+    listed_records,
+)
 from cratelm.interop.openai_records import OpenAIRecord
 from cratelm.records import (
     ANTHROPIC_BINS,
@@ -35,8 +41,8 @@ _MOST_BINS = 2**7
 
 
 @dataclass
-class Counts:
-    """What was left out or had to be estimated, over all neurons."""
+class ImportCounts:
+    """How much was left out or had to be estimated, over all neurons."""
 
     repeated: int = 0
     """activation records left out because their list holds the same text already"""
@@ -46,8 +52,8 @@ class Counts:
     """neurons whose file has no mean: it is that of the sample"""
 
 
-def check(listed: Listed, path: Path) -> None:
-    """Raises `InputError` for activations that float32 cannot hold, or for too many of something."""
+def check(listed: ListedRecord, path: Path) -> None:
+    """Raise `InputError` for activations that float32 cannot hold, and for lists that are too long."""
     where = f"{path}: {listed.kind} {listed.rank}"
     for found, most, what in (
         (len(listed.record.tokens), _LONGEST, "tokens"),
@@ -70,9 +76,9 @@ def check(listed: Listed, path: Path) -> None:
 
 
 def neuron_records(
-    record: OpenAIRecord, model: str, site: str, texts: Texts, counts: Counts
-) -> dict[Used, NeuronRecord]:
-    """The neuron in each split; adds to `counts`."""
+    record: OpenAIRecord, model: str, site: str, texts: ImportedTexts, counts: ImportCounts
+) -> dict[ImportSplit, NeuronRecord]:
+    """Return the neuron in each split, and add to `counts`."""
     neuron = NeuronId(model, site, record.layer, record.index)
     excerpts = _excerpts(record, texts, counts)
     counts.without_mean += not _is_number(record.mean)
@@ -87,12 +93,14 @@ def neuron_records(
     return made
 
 
-def _excerpts(record: OpenAIRecord, texts: Texts, counts: Counts) -> dict[Used, list[Excerpt]]:
-    excerpts: dict[Used, list[Excerpt]] = {split: [] for split in USED}
+def _excerpts(
+    record: OpenAIRecord, texts: ImportedTexts, counts: ImportCounts
+) -> dict[ImportSplit, list[Excerpt]]:
+    excerpts: dict[ImportSplit, list[Excerpt]] = {split: [] for split in IMPORT_SPLITS}
     seen: set[tuple[str, int]] = set()
-    ranks: Counter[tuple[Used, str, int]] = Counter()
+    ranks: Counter[tuple[ImportSplit, str, int]] = Counter()
     for listed in listed_records(record):
-        place = texts.place_of(listed.record)
+        place = texts.position_of(listed.record)
         if (listed.kind, place.ordinal) in seen:
             counts.repeated += 1
             continue
@@ -103,7 +111,7 @@ def _excerpts(record: OpenAIRecord, texts: Texts, counts: Counts) -> dict[Used, 
         peak = len(values) // 2 if listed.kind == "random" else int(values.argmax())
         excerpt = Excerpt(
             kind=listed.kind,
-            rank=2 * nth + USED.index(place.split) if listed.kind == "top" else nth,
+            rank=2 * nth + IMPORT_SPLITS.index(place.split) if listed.kind == "top" else nth,
             bin=listed.bin,
             token_ids=np.array(texts.ids(listed.record), np.int32),
             activations=values,
@@ -152,7 +160,7 @@ def _edges(record: OpenAIRecord) -> FloatArray:
     return np.array([_number(edge, math.nan) for edge in found], np.float32)
 
 
-def _float32(listed: Listed) -> FloatArray:
+def _float32(listed: ListedRecord) -> FloatArray:
     with np.errstate(over="ignore"):
         return np.array(listed.record.activations, np.float64).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""Texts of imported records: a vocabulary of their token strings, and one document a text.
+"""ImportedTexts of imported records: a vocabulary of their token strings, and one document a text.
 
 A document is one sequence of tokens. Its split is decided by its text, so that the same text is
 never both explained from and scored on, whichever neurons show it.
@@ -19,13 +19,13 @@ from cratelm.records import ExcerptKind
 from cratelm.tokens.shards import StoreWriter
 from cratelm.tokens.tokenizer import END_OF_TEXT, byte_level_name, end_of_text_id
 
-Used = Literal["fit", "held_out"]
-USED: tuple[Used, ...] = ("fit", "held_out")
+ImportSplit = Literal["fit", "held_out"]
+IMPORT_SPLITS: tuple[ImportSplit, ...] = ("fit", "held_out")
 
 
 @dataclass(frozen=True, eq=False)
-class Listed:
-    """An activation record and where it stands in its neuron's file."""
+class ListedRecord:
+    """An activation record and its position in its neuron's file."""
 
     record: ActivationRecord
     kind: ExcerptKind
@@ -35,52 +35,55 @@ class Listed:
     """place in its list"""
 
     @property
-    def wish(self) -> Used:
-        """Even ranks explain and odd ones are scored on, as the paper does with the top ten."""
-        return USED[self.rank % 2]
+    def preferred_split(self) -> ImportSplit:
+        """Return the split by rank: even ranks explain, odd ones are scored on, as in the paper's top ten."""
+        return IMPORT_SPLITS[self.rank % 2]
 
 
 @dataclass(frozen=True)
-class Place:
+class DocumentPosition:
     """Where a document lies in the shards."""
 
-    split: Used
+    split: ImportSplit
     ordinal: int
     start: int
     """position in the split of its first token"""
 
 
 @dataclass
-class Texts:
-    """What the records show, gathered in one pass. About 0.4 kB a different text."""
+class ImportedTexts:
+    """Vocabulary and texts of all records, collected in one pass; about 0.4 kB per different text."""
 
     vocabulary: dict[str, int] = field(default_factory=lambda: {END_OF_TEXT: 0})
-    splits: dict[bytes, Used] = field(default_factory=dict)
+    splits: dict[bytes, ImportSplit] = field(default_factory=dict)
     """split of each text, by its hash"""
-    places: dict[bytes, Place] = field(default_factory=dict)
+    places: dict[bytes, DocumentPosition] = field(default_factory=dict)
     """of each document written, by the hash of its tokens"""
     n_moved: int = 0
     """activation records whose text had been given the other split"""
 
     def add(self, record: OpenAIRecord) -> None:
-        """Learns the token strings; a text gets the split that it is first met in."""
+        """Add a neuron's token strings to the vocabulary, and give each new text its split."""
         for listed in listed_records(record):
             for token in listed.record.tokens:
                 self.vocabulary.setdefault(storable(token), len(self.vocabulary))
-            given = self.splits.setdefault(_hash_text(listed.record), listed.wish)
-            self.n_moved += given != listed.wish
+            given = self.splits.setdefault(_hash_text(listed.record), listed.preferred_split)
+            self.n_moved += given != listed.preferred_split
 
-    def split_of(self, record: ActivationRecord) -> Used:
+    def split_of(self, record: ActivationRecord) -> ImportSplit:
+        """Return the split of a record's text."""
         return self.splits[_hash_text(record)]
 
-    def place_of(self, record: ActivationRecord) -> Place:
+    def position_of(self, record: ActivationRecord) -> DocumentPosition:
+        """Return where the document of a record was written."""
         return self.places[_hash_tokens(record)]
 
     def ids(self, record: ActivationRecord) -> list[int]:
+        """Return the token ids of a record."""
         return [self.vocabulary[storable(token)] for token in record.tokens]
 
     def write(self, writer: StoreWriter, record: OpenAIRecord) -> None:
-        """Writes the documents of a neuron that are not written yet."""
+        """Write the documents of a neuron that are not written yet."""
         for listed in listed_records(record):
             key = _hash_tokens(listed.record)
             if key in self.places:
@@ -88,20 +91,22 @@ class Texts:
             split = self.split_of(listed.record)
             text = "".join(map(storable, listed.record.tokens))
             name = f"layer {record.layer}, neuron {record.index}, {listed.kind} {listed.rank}"
-            self.places[key] = Place(split, writer.n_documents, writer.n_tokens(split))
+            self.places[key] = DocumentPosition(split, writer.n_documents, writer.n_tokens(split))
             document = Document(text, "activation records", name, 0, "")
             writer.append(split, self.ids(listed.record), document)
 
-    def n_documents(self, split: Used) -> int:
+    def n_documents(self, split: ImportSplit) -> int:
+        """Return how many documents of a split were written."""
         return sum(place.split == split for place in self.places.values())
 
     def writer(self, folder: Path) -> StoreWriter:
+        """Return a writer of the documents, with a tokenizer of all token strings."""
         tokenizer = _tokenizer(self.vocabulary)
         return StoreWriter(folder, tokenizer, end_of_text_id(tokenizer))
 
 
-def listed_records(record: OpenAIRecord) -> Iterator[Listed]:
-    """All activation records of a neuron that hold tokens."""
+def listed_records(record: OpenAIRecord) -> Iterator[ListedRecord]:
+    """Yield all activation records of a neuron that hold tokens."""
     kinds: list[tuple[ExcerptKind, int, Sequence[ActivationRecord]]] = [
         ("top", -1, record.top),
         ("random", -1, record.random),
@@ -110,16 +115,16 @@ def listed_records(record: OpenAIRecord) -> Iterator[Listed]:
     for kind, bin_, rows in kinds:
         for rank, one in enumerate(rows):
             if one.tokens:
-                yield Listed(one, kind, bin_, rank)
+                yield ListedRecord(one, kind, bin_, rank)
 
 
-def splits_of(record: OpenAIRecord, texts: Texts) -> set[Used]:
-    """The splits in which a neuron has an excerpt."""
+def splits_of(record: OpenAIRecord, texts: ImportedTexts) -> set[ImportSplit]:
+    """Return the splits in which a neuron has an excerpt."""
     return {texts.split_of(listed.record) for listed in listed_records(record)}
 
 
 def storable(token: str) -> str:
-    r"""The token as UTF-8 can hold it: half of a surrogate pair becomes its escape, such as `\ud83d`."""
+    r"""Return a token that UTF-8 can hold: half of a surrogate pair becomes its escape, such as `\ud83d`."""
     return token.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -13,7 +13,7 @@ from cratelm.errors import InputError, missing_extra
 
 
 def main() -> None:
-    """Runs lm-eval's own command line. Raises `InputError` where it is not installed."""
+    """Run lm-eval's own command line. Raises `InputError` where it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise missing_extra("lm-eval", "this command", "lm-eval")
     from lm_eval.__main__ import cli_evaluate

@@ -95,10 +95,14 @@ class ExplanationSet:
     """of the language model's set; empty for those without a language model"""
     explanations: dict[NeuronId, list[Explanation]]
     scores: dict[NeuronId, list[tuple[str, NeuronScore]]] = field(default_factory=dict)
-    """with what read the explanation: a language model, or the explainer itself"""
+    """each with the name of its simulator: a language model, or empty for the explainer itself"""
 
     def scores_of(self, explanation: Explanation) -> Iterator[tuple[str, NeuronScore]]:
-        """Those of its explainer and, where it was made for some metrics, of these."""
+        """Yield the scores of one explanation, each with the name of its simulator.
+
+        These are the scores of its explainer; an explanation from Anthropic's excerpts has those of the
+        Anthropic metric, one from the top excerpts the others.
+        """
         evidence = explanation.payload.get("evidence")
         for scorer, score in self.scores.get(explanation.neuron, ()):
             if score.explained_by == explanation.explainer and (
@@ -108,7 +112,7 @@ class ExplanationSet:
 
 
 def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResult:
-    """Writes the harvest of a model with all explanations and scores that the run has of it.
+    """Write the harvest of a model with all explanations and scores of it in the run.
 
     Raises `InputError` where the run has no harvest of the model or not the neurons asked for, where
     scores are of explanations that have changed, or where `--out` is not empty.
@@ -151,7 +155,7 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
 
 
 def _effects(run: Run, model: str, harvest: str) -> Path | None:
-    """The folder of `cratelm effects`, where it is of this harvest."""
+    """The folder of `cratelm effects`; None where that was not run on this harvest."""
     stage = effects_stage(run, model)
     done = stage.completion()
     if done is None or done.inputs.get("activations") != harvest:
@@ -160,7 +164,7 @@ def _effects(run: Run, model: str, harvest: str) -> Path | None:
 
 
 def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
-    """All finished explanations of a model, each with the scores that were made of it.
+    """Return all finished sets of explanations of a model, each with the scores of them.
 
     Raises `InputError` where explanations or scores are stale, or the scores' explanations are gone.
     """
@@ -182,15 +186,15 @@ def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
                 f"{stage.path} scores explanations that are not in {run.path} any more: type"
                 f" `{stage.command()}` after `cratelm explain`, or delete the folder"
             )
-        scorer = _reader(str(done.config.get("simulator") or ""))
+        scorer = _simulator_name(str(done.config.get("simulator") or ""))
         for score in read_scores(stage.path):
             if score.control == "none":
                 of_set.scores.setdefault(score.neuron, []).append((scorer, score))
     return sets
 
 
-def _reader(given: str) -> str:
-    """A language model as `--simulator` names it, without its kind and without the folder it lies in."""
+def _simulator_name(given: str) -> str:
+    """The name of a language model in `--simulator`, without its kind and its folder."""
     return given.partition(":")[2].rstrip("/").rpartition("/")[2]
 
 
@@ -230,6 +234,7 @@ class _Writer:
     """folder of what the neurons write to the vocabulary; None where that was not measured"""
 
     def write(self, folder: Path, harvest: Path, chosen: dict[int, list[NeuronSummary]]) -> None:
+        """Write the batches of the one layer in `chosen`."""
         ((layer, summaries),) = chosen.items()
         bar = tqdm(
             total=len(summaries),
@@ -252,7 +257,7 @@ class _Writer:
                         bar.update()
 
     def rows(self, fit: NeuronRecord, held_out: NeuronRecord) -> Iterator[tuple[str, Row]]:
-        """All rows of a neuron, with the folder that each belongs to."""
+        """Yield all rows of a neuron, each with the name of its folder."""
         both = {"fit": fit, "held_out": held_out}
         summaries = [record.summary for record in both.values()]
         effect = read_logit_effect(self.effects, fit.neuron) if self.effects else None
@@ -302,7 +307,7 @@ def _explainer_text(name: str) -> str:
 
 
 def _model_text(name: str) -> str:
-    return f"{name}, as cratelm was told it"
+    return f"{name}, as named on the command line"
 
 
 def _metric_text(name: str) -> str:

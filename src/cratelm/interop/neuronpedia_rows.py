@@ -67,20 +67,21 @@ class Names:
     creator_name: str
 
     def source(self, layer: int) -> str:
-        """`layer` of a row, the id of a source."""
+        """Return the id of a layer's source, which is `layer` in rows."""
         return f"{layer}-{self.source_set}"
 
-    def place(self, layer: int, index: int) -> Row:
+    def neuron_columns(self, layer: int, index: int) -> Row:
+        """Return the columns that name a neuron."""
         return {"modelId": self.model, "layer": self.source(layer), "index": str(index)}
 
 
 def identifier(*parts: object) -> str:
-    """An id of 25 letters and digits that is the same for the same parts."""
+    """Return an id of 25 letters and digits that is the same for the same parts."""
     return "c" + hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()[:24]
 
 
 def metadata(names: Names, widths: dict[int, int], text: str) -> dict[str, list[Row]]:
-    """Rows of release, model and source set, by file; `widths` has the neurons of each layer."""
+    """Return the rows of release, model and source set, by file; `widths` has the neurons of each layer."""
     creator = {"creatorId": names.creator, "visibility": "PUBLIC"}
     release = f"cratelm-{names.model}"
     credit = {**creator, "creatorName": names.creator_name, "description": text, "urls": []}
@@ -111,6 +112,7 @@ def metadata(names: Names, widths: dict[int, int], text: str) -> dict[str, list[
 
 
 def source_row(names: Names, layer: int, notes: str) -> Row:
+    """Return the row of a source: one layer."""
     return {
         "id": names.source(layer),
         "modelId": names.model,
@@ -130,12 +132,12 @@ def feature_row(
     tokens: Sequence[int],
     effect: LogitEffect | None = None,
 ) -> Row:
-    """A neuron, from its summaries of both splits, which weigh as their `tokens`, and from its `effect`."""
+    """Return the row of a neuron, from its summaries of both splits, weighted by `tokens`, and its `effect`."""
     neuron = summaries[0].neuron
     heights, centres = _positive_histogram(summaries)
     rate = np.average([s.firing_rate for s in summaries], weights=tokens)
     return {
-        **names.place(neuron.layer, neuron.index),
+        **names.neuron_columns(neuron.layer, neuron.index),
         "creatorId": names.creator,
         "sourceSetName": names.source_set,
         "maxActApprox": max(s.maximum for s in summaries),
@@ -157,15 +159,15 @@ def feature_row(
 def activation_row(
     names: Names, summary: NeuronSummary, excerpt: Excerpt, split: str, tokens: list[str]
 ) -> Row:
-    """An excerpt with the `tokens` [n] as shown."""
+    """Return the row of an excerpt whose `tokens` [n] are given as text."""
     neuron, values = summary.neuron, [shortest_float(a) for a in excerpt.activations]
     highest = int(np.argmax(values))
-    place = names.place(neuron.layer, neuron.index)
+    columns = names.neuron_columns(neuron.layer, neuron.index)
     return {
         "id": identifier(
-            "activation", *place.values(), split, excerpt.kind, excerpt.bin, excerpt.rank
+            "activation", *columns.values(), split, excerpt.kind, excerpt.bin, excerpt.rank
         ),
-        **place,
+        **columns,
         "creatorId": names.creator,
         "dataSource": f"{split}, {excerpt.kind}",
         "tokens": tokens,
@@ -182,12 +184,12 @@ def activation_row(
 
 
 def explanation_row(names: Names, explanation: Explanation, of_set: str) -> Row:
-    """`of_set` is the name of a set by a language model, empty for those without one."""
-    place = names.place(explanation.neuron.layer, explanation.neuron.index)
+    """Return the row of an explanation; `of_set` names its set, empty for those without a language model."""
+    columns = names.neuron_columns(explanation.neuron.layer, explanation.neuron.index)
     kind = type_name(explanation, of_set)
     return {
-        "id": identifier("explanation", *place.values(), of_set, kind),
-        **place,
+        "id": identifier("explanation", *columns.values(), of_set, kind),
+        **columns,
         "authorId": names.creator,
         "description": explanation.text,
         "typeName": kind,
@@ -201,13 +203,13 @@ def explanation_row(names: Names, explanation: Explanation, of_set: str) -> Row:
 
 
 def type_name(explanation: Explanation, of_set: str) -> str:
-    """How an explanation was made: the explainer, or from which excerpts a language model was asked."""
+    """Return how an explanation was made: its explainer, or the excerpts that a language model was given."""
     evidence = explanation.payload.get("evidence", "")
     return PREFIX + (f"model_{evidence}".rstrip("_") if of_set else explanation.explainer)
 
 
 def score_row(names: Names, explanation: Row, scorer: str, score: NeuronScore) -> Row:
-    """A score that has a value; `scorer` is what read the explanation."""
+    """Return the row of a score that has a value; `scorer` names its simulator."""
     found = score.score
     details = {
         "explainer": score.explainer,
@@ -231,7 +233,7 @@ def score_row(names: Names, explanation: Row, scorer: str, score: NeuronScore) -
 
 
 def type_row(names: Names, name: str, text: str, *, owned: bool) -> Row:
-    """A row of the tables of explainers, scorers and their models; those of models have no owner."""
+    """Return a row of the tables of explainers, scorers and their models; rows of models have no owner."""
     row = {
         "name": name,
         "displayName": name,

@@ -28,7 +28,7 @@ import numpy as np
 from cratelm.errors import InputError
 
 SOURCE = "records.jsonl.gz"
-"""in a folder of activations that were imported: the records as they were read, one a line"""
+"""file in a folder of imported activations: the records as they were read, one per line"""
 _ACTIVATION_FIELDS = ("tokens", "activations", "dataclass_name")
 _RECORD_FIELDS = (
     "neuron_id",
@@ -58,6 +58,7 @@ class ActivationRecord:
     """fields in the order in which they are written"""
 
     def as_json(self) -> dict[str, Any]:
+        """Return the JSON object, fields in their order."""
         known = {
             "dataclass_name": "ActivationRecord",
             **self.others,
@@ -90,19 +91,22 @@ class OpenAIRecord:
 
     @classmethod
     def of(cls, layer: int, index: int, **fields: Any) -> "OpenAIRecord":
-        """A record with the usual NeuronId."""
+        """Return a record with the usual NeuronId."""
         name = {"layer_index": layer, "neuron_index": index, "dataclass_name": "NeuronId"}
         return cls(name, **fields)
 
     @property
     def layer(self) -> int:
+        """Return the layer, from 0."""
         return self.neuron_id["layer_index"]
 
     @property
     def index(self) -> int:
+        """Return the index in the layer, from 0."""
         return self.neuron_id["neuron_index"]
 
     def as_json(self) -> dict[str, Any]:
+        """Return the JSON object, fields in their order."""
         bins = self.by_quantile
         known = {
             "dataclass_name": "NeuronRecord",
@@ -120,8 +124,8 @@ class OpenAIRecord:
         return {name: known[name] for name in self.order}
 
 
-def read_record(path: str | Path) -> OpenAIRecord:
-    """The record in a file. Raises `InputError`, naming the place, where it holds something else."""
+def read_record(path: Path) -> OpenAIRecord:
+    """Return the record in a file. Raises `InputError`, naming the field, for any other content."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -130,20 +134,20 @@ def read_record(path: str | Path) -> OpenAIRecord:
 
 
 def parse_record(data: bytes, name: str) -> OpenAIRecord:
-    """As `read_record`; `name` says in errors where `data` come from."""
+    """Return the record in `data`, as `read_record` does; errors call it `name`."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        told = "nested too deeply" if isinstance(error, RecursionError) else error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise InputError(
-            f"{name} is no JSON in UTF-8 ({told}): a NeuronRecord of OpenAI's neuron-explainer was"
+            f"{name} is no JSON in UTF-8 ({reason}): a NeuronRecord of OpenAI's neuron-explainer was"
             " expected, leave other files out of --files"
         ) from None
-    return _Reader(name).record(value)
+    return _Parser(name).record(value)
 
 
 def encode_record(record: OpenAIRecord) -> bytes:
-    """A record as JSON in UTF-8 on one line, without white space, as OpenAI's library writes it."""
+    """Return JSON in UTF-8 on one line, without white space, as OpenAI's library writes it."""
     text = json.dumps(record.as_json(), separators=(",", ":"), ensure_ascii=False)
     # half of a surrogate pair cannot be UTF-8: Python's escape of it is JSON's
     return text.encode("utf-8", "backslashreplace")
@@ -155,9 +159,9 @@ def shortest_float(value: np.float32) -> float:
 
 
 @contextlib.contextmanager
-def source_writer(folder: str | Path) -> Iterator[Callable[[OpenAIRecord], None]]:
-    """Keeps imported records beside the tables that are made of them; yields what takes one."""
-    with (Path(folder) / SOURCE).open("wb") as file, gzip.GzipFile("", "wb", 6, file, 0) as packed:
+def source_writer(folder: Path) -> Iterator[Callable[[OpenAIRecord], None]]:
+    """Yield a function that appends a record to `SOURCE` in the folder of the imported activations."""
+    with (folder / SOURCE).open("wb") as file, gzip.GzipFile("", "wb", 6, file, 0) as packed:
 
         def keep(record: OpenAIRecord) -> None:
             packed.write(encode_record(record) + b"\n")
@@ -165,21 +169,22 @@ def source_writer(folder: str | Path) -> Iterator[Callable[[OpenAIRecord], None]
         yield keep
 
 
-def read_source(folder: str | Path) -> Iterator[OpenAIRecord]:
-    """The records that a folder of imported activations was made of, by layer and index."""
-    path = Path(folder) / SOURCE
+def read_source(folder: Path) -> Iterator[OpenAIRecord]:
+    """Yield the records that a folder of imported activations was made from, by layer and index."""
+    path = folder / SOURCE
     with gzip.open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             yield parse_record(line, f"{path}, line {number}")
 
 
-class _Reader:
-    """Takes JSON values apart and knows the file for its errors."""
+class _Parser:
+    """Checks JSON values and makes records of them; errors name the file."""
 
     def __init__(self, name: str):
         self.name = name
 
     def record(self, value: Any) -> OpenAIRecord:
+        """Return the record that a file holds."""
         found = self.object(value, "the file", "NeuronRecord")
         neuron = self.object(self.need(found, "neuron_id", "the file"), "neuron_id", "NeuronId")
         for key in ("layer_index", "neuron_index"):
@@ -212,10 +217,12 @@ class _Reader:
         )
 
     def activations(self, value: Any, where: str) -> tuple[ActivationRecord, ...]:
+        """Return a list of activation records."""
         rows = enumerate(self.list(value, where))
         return tuple(self.activation(one, f"{where}[{place}]") for place, one in rows)
 
     def activation(self, value: Any, where: str) -> ActivationRecord:
+        """Return one activation record, with a number for each token."""
         found = self.object(value, where, "ActivationRecord")
         tokens = self.list(self.need(found, "tokens", where), f"{where}.tokens")
         values = self.list(self.need(found, "activations", where), f"{where}.activations")
@@ -231,6 +238,7 @@ class _Reader:
         return ActivationRecord(tuple(tokens), tuple(values), others, tuple(found))
 
     def object(self, value: Any, where: str, kind: str) -> dict[str, Any]:
+        """Return `value` if it is an object of the class `kind`."""
         if not isinstance(value, dict):
             raise self.wrong(where, value, f"an object, a {kind}")
         if value.get("dataclass_name", kind) != kind:
@@ -238,16 +246,19 @@ class _Reader:
         return value
 
     def list(self, value: Any, where: str) -> list[Any]:
+        """Return `value` if it is a list."""
         if not isinstance(value, list):
             raise self.wrong(where, value, "a list")
         return value
 
     def number(self, value: Any, where: str) -> float | None:
+        """Return `value` if it is a number or null."""
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise self.wrong(where, value, "a number")
         return value
 
     def need(self, found: Mapping[str, Any], key: str, where: str) -> Any:
+        """Return a field that must be there."""
         if key not in found:
             there = ", ".join(map(repr, list(found)[:8])) or "nothing"
             raise InputError(
@@ -257,6 +268,7 @@ class _Reader:
         return found[key]
 
     def wrong(self, where: str, found: Any, expected: str) -> InputError:
+        """Return the error for a value that is not what was expected."""
         return InputError(
             f"{self.name}: {where} is {_shown(found)}, expected: {expected}; leave damaged files out"
             " of --files"

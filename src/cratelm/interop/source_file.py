@@ -1,4 +1,4 @@
-"""Where an imported file lies: a local path, or a file of the Hugging Face Hub, fetched."""
+"""The file that an import reads: a local one, or one fetched from the Hugging Face Hub."""
 
 import re
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ _HUB = re.compile(
     r"(?P<hub>hub:)?(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>.+))?"
 )
 _SECONDS = 20
-"""how long the Hub may take to answer; its client waits for ever where it is not told"""
+"""seconds that the Hub may take to answer; without a limit its client waits for ever"""
 FORMS = "a local path, or hub:OWNER/REPO[@REVISION][/FILE]"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file that is here now, and how a model card names it."""
+    """A file on this machine, and how a model card names it."""
 
     path: Path
     name: str
@@ -25,7 +25,7 @@ class Source:
     """commit of the Hub's repository, empty for a local file"""
 
     def beside(self, name: str) -> Path | None:
-        """The file called `name` in the same folder, here or on the Hub; None where there is none."""
+        """Return the file `name` of the same folder, local or on the Hub; None where there is none."""
         if not self.revision:
             path = self.path.with_name(name)
             return path if path.is_file() else None
@@ -37,10 +37,10 @@ class Source:
 
 
 def locate(reference: str, suffix: str = ".pt") -> Source:
-    """The file that `reference` names, fetched from the Hub where it names one of these.
+    """Return the file that `reference` names, fetched from the Hub if it is one of the Hub.
 
-    `OWNER/REPO` and `OWNER/REPO/FILE` are of the Hub where no local file has that name; where no
-    file is named, the repository's one file that ends in `suffix` is taken. Raises `InputError`
+    `OWNER/REPO` and `OWNER/REPO/FILE` are of the Hub if no local file has that name. Without FILE it is
+    the repository's only file that ends in `suffix`. Raises `InputError`
     where nothing is found, or several, or the Hub cannot be reached.
     """
     path = Path(reference).expanduser()
@@ -84,10 +84,10 @@ def _listed(repository: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi
 
     try:
-        told = HfApi().model_info(repository, revision=revision, timeout=_SECONDS)
-    except Exception as error:  # network libraries raise what they like
+        info = HfApi().model_info(repository, revision=revision, timeout=_SECONDS)
+    except Exception as error:  # network libraries share no base exception
         raise _unreached(repository, revision, error) from None
-    return sorted(file.rfilename for file in told.siblings or [])
+    return sorted(file.rfilename for file in info.siblings or [])
 
 
 def _fetched(repository: str, revision: str | None, file: str) -> Source:
@@ -95,22 +95,22 @@ def _fetched(repository: str, revision: str | None, file: str) -> Source:
 
     try:
         path = Path(hf_hub_download(repository, file, revision=revision))
-    except Exception as error:  # likewise
+    except Exception as error:  # as above
         raise _unreached(f"{repository}/{file}", revision, error) from None
     return Source(path, f"hub:{repository}/{file}", commit_of(path))
 
 
 def commit_of(path: Path) -> str:
-    """The commit that a file in the Hub's cache is of: it lies in `.../snapshots/COMMIT/`."""
+    """Return the commit of a file in the Hub's cache, which lies in `.../snapshots/COMMIT/`."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1]
 
 
 def _unreached(what: str, revision: str | None, error: Exception) -> InputError:
     at = f"@{revision}" if revision else ""
-    told = " ".join(str(error).split())
-    told = told if len(told) <= 160 else f"{told[:159]}…"
+    message = " ".join(str(error).split())
+    message = message if len(message) <= 160 else f"{message[:159]}…"
     return InputError(
-        f"hub:{what}{at} cannot be fetched ({type(error).__name__}: {told}): check the name and the"
-        " network, or name a file that is here"
+        f"hub:{what}{at} cannot be fetched ({type(error).__name__}: {message}): check the name and the"
+        " network, or name a local file"
     )

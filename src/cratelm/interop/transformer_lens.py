@@ -74,7 +74,7 @@ ArchitectureAdapterFactory.register_adapter(CrateForCausalLM.__name__, CrateAdap
 
 
 def bridge(model: PreTrainedModel, tokenizer: Any = None) -> TransformerBridge:
-    """`model` as a TransformerLens model, for `run_with_cache` and `run_with_hooks`.
+    """Return `model` as a TransformerLens model, for `run_with_cache` and `run_with_hooks`.
 
     CRATE by the adapter above, others (GPT-2 twins) by TransformerLens's own. The model is wrapped in
     place: it still computes the same, but its modules have other paths, so that `cratelm.site_of`
