@@ -26,8 +26,8 @@ from cratelm.models import build
 from cratelm.models.crate import CrateConfig, Ista
 from cratelm.train.config import TrainConfig
 from cratelm.train.log import read_metrics
-from cratelm.train.loop import TrainingSetup, open_accelerator, take_steps, train
-from cratelm.train.losses import NextTokenLoss, Validation
+from cratelm.train.loop import train
+from cratelm.train.losses import NextTokenLoss
 from cratelm.train.optimizers import block_matrices, make_optimizers, set_learning_rate
 
 RATE = 1e-4

@@ -437,7 +437,11 @@ def test_files_that_cannot_be_opened_stop_or_are_counted(tmp_path: Path, tokeniz
     [
         ([], {}, "has no text"),
         (["", ""], {}, r"has no text \(2 empty documents"),
-        (["a b c"], {}, r"the train split has 6 tokens in 1 documents, at least 17 tokens are needed"),
+        (
+            ["a b c"],
+            {},
+            r"the train split has 6 tokens in 1 documents, at least 17 tokens are needed",
+        ),
         (sentences(150), {"sequence_length": 5000}, "or a lower --sequence-length"),
         (sentences(150), {"tokenizer": "nowhere.json"}, "nowhere.json is not a file"),
     ],
