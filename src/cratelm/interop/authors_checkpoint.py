@@ -257,7 +257,7 @@ def _check_layers(n_layer: int, weights: Mapping[str, torch.Tensor], path: Path)
     found = {int(m[1]) for k in weights if (m := re.match(r"transformer\.h\.(\d{1,6})\.", k))}
     if found != set(range(len(found))) or len(found) != n_layer:
         layers = ", ".join(map(str, sorted(found)[:8]))
-        raise InputError(
+        message = (
             f"{path}: model_args has n_layer {n_layer}, the keys transformer.h.N are of layers"
             f" {layers or 'none'}"
         )

@@ -124,7 +124,7 @@ class OpenAIRecord:
         return {name: known[name] for name in self.order}
 
 
-def read_record(path: Path) -> OpenAIRecord:
+def read_record(path: str | Path) -> OpenAIRecord:
     """Return the record in a file. Raises `InputError`, naming the field, for any other content."""
     try:
         data = Path(path).read_bytes()
@@ -159,9 +159,9 @@ def shortest_float(value: np.float32) -> float:
 
 
 @contextlib.contextmanager
-def source_writer(folder: Path) -> Iterator[Callable[[OpenAIRecord], None]]:
+def source_writer(folder: str | Path) -> Iterator[Callable[[OpenAIRecord], None]]:
     """Yield a function that appends a record to `SOURCE` in the folder of the imported activations."""
-    with (folder / SOURCE).open("wb") as file, gzip.GzipFile("", "wb", 6, file, 0) as packed:
+    with (Path(folder) / SOURCE).open("wb") as file, gzip.GzipFile("", "wb", 6, file, 0) as packed:
 
         def keep(record: OpenAIRecord) -> None:
             packed.write(encode_record(record) + b"\n")
@@ -169,9 +169,9 @@ def source_writer(folder: Path) -> Iterator[Callable[[OpenAIRecord], None]]:
         yield keep
 
 
-def read_source(folder: Path) -> Iterator[OpenAIRecord]:
+def read_source(folder: str | Path) -> Iterator[OpenAIRecord]:
     """Yield the records that a folder of imported activations was made from, by layer and index."""
-    path = folder / SOURCE
+    path = Path(folder) / SOURCE
     with gzip.open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             yield parse_record(line, f"{path}, line {number}")
