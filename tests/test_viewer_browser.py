@@ -48,8 +48,7 @@ def library(run) -> Library:
 def address(library):
     """Of the real server, in a thread."""
     from cratelm.viewer import server
-    from cratelm.viewer.live import Live
-    from cratelm.viewer.live_api import router
+    from cratelm.viewer.live import Live, router
 
     server._RATE.burst = server._RATE.per_second = 1e9
     listening = socket.socket()

@@ -58,7 +58,7 @@ from cratelm.interop.neuronpedia_rows import (
 )
 from cratelm.interop.openai_records import SOURCE
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
-from cratelm.report.sections.effects import promoted
+from cratelm.results.side_results import read_logit_effect
 from cratelm.runs import Run
 from cratelm.score.simulation import COMPAT
 from cratelm.score.store import read_scores
@@ -259,7 +259,7 @@ class _Writer:
         """All rows of a neuron, with the folder that each belongs to."""
         both = {"fit": fit, "held_out": held_out}
         summaries = [record.summary for record in both.values()]
-        effect = promoted(self.effects, fit.neuron) if self.effects else None
+        effect = read_logit_effect(self.effects, fit.neuron) if self.effects else None
         tokens_read = [s.n_tokens for s in summaries]
         yield "features", feature_row(self.names, summaries, tokens_read, effect)
         for split, record in both.items():

@@ -14,7 +14,7 @@ import numpy as np
 
 from cratelm.activations.calibration import OPENAI_QUANTILES
 from cratelm.records import Excerpt, Explanation, FloatArray, Metric, NeuronScore, NeuronSummary
-from cratelm.report.sections.effects import LogitEffect
+from cratelm.results.side_results import LogitEffect
 
 Row = dict[str, Any]
 PREFIX = "cratelm_"
