@@ -199,7 +199,7 @@ def test_searching_by_keyboard(page, address, library):
     token = next(t.text for t in tokens if t.text.isalnum() and t.count > 1)
     assert page.locator("tbody tr").count() > 0
     page.get_by_label("fires on the token").fill(token)
-    page.get_by_label("explanation holds").fill("")
+    page.get_by_label("explanation contains").fill("")
     page.get_by_role("button", name="find").click()
     page.wait_for_url("**/search?token=*")
     assert page.locator("tbody tr").count() > 0

@@ -165,7 +165,7 @@ def test_scores_of_layers_beside_each_other(run, library, client):
     told = {m: [s.metric for s in library.histograms("run", m, 0)] for m in ("crate-2l", "gpt2-2l")}
     assert told["crate-2l"] == told["gpt2-2l"] == list(METRICS)
     shown = client.get("/r/run/compare", params={"left": "crate-2l/1"}).text
-    assert shown.count("spread of") == len(METRICS)
+    assert shown.count("distribution of") == len(METRICS)
     assert f"{found.defined} of {found.neurons}" in shown
 
 
