@@ -200,4 +200,6 @@ def test_entries_of_a_row_group_are_those_of_its_neurons(run, library):
         mine = neurons == row
         wanted = profile(run, "crate-2l", int(columns.layer[row]), int(columns.index[row]))
         assert counts[mine].tolist() == [wanted[t][1] for t in tokens[mine].tolist()]
-        assert values[mine].tolist() == pytest.approx([wanted[t][0] for t in tokens[mine].tolist()], rel=2e-3, abs=6e-8)  # fmt: skip  (a step of half precision)
+        assert values[mine].tolist() == pytest.approx(
+            [wanted[t][0] for t in tokens[mine].tolist()], rel=2e-3, abs=6e-8
+        )  # fmt: skip  (a step of half precision)

@@ -139,7 +139,10 @@ def test_layers_and_neurons_side_by_side(client):
     neurons = client.get("/r/run/compare", params={"left": "crate-2l/1/2", "right": "gpt2-2l/0/5"}).text  # fmt: skip
     assert "crate-2l layer 1 neuron 2" in neurons
     assert "gpt2-2l layer 0 neuron 5" in neurons
-    assert "type MODEL/LAYER or MODEL/LAYER/NEURON, such as" in client.get("/r/run/compare?left=x").text
+    assert (
+        "type MODEL/LAYER or MODEL/LAYER/NEURON, such as"
+        in client.get("/r/run/compare?left=x").text
+    )
 
 
 def test_beside_a_neuron_stands_the_twins_nearest(client, library):

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
-from cratelm.records import SCORERS
+from cratelm.records import SCORERS, NeuronKey
 from cratelm.results.names import set_name
 from cratelm.results.stages import Problems, set_names
 from cratelm.results.views import LayerPage, LayerQuery, NeuronRow
@@ -26,8 +26,8 @@ from cratelm.runs import Run, Stage
 
 ExplainerKey = tuple[str, str]
 """name of the set (empty without a language model), explainer"""
-OnToken = Mapping[tuple[int, int], tuple[float, int]]
-"""by layer and index: mean activation on a token over the maximum, and how often the token was seen"""
+OnToken = Mapping[NeuronKey, tuple[float, int]]
+"""by neuron: mean activation on a token over the maximum, and how often the token was seen"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,7 +281,7 @@ def _sorted(
 ) -> NDArray[np.int64]:
     """Those without a value last, whichever the direction; ties by number."""
     if query.sort == "token" and on_token is not None:
-        values = np.array([on_token[layer, int(table.index[r])][0] for r in rows], float)
+        values = np.array([on_token[NeuronKey(layer, int(table.index[r]))][0] for r in rows], float)
     elif query.sort in ("firing_rate", "maximum"):
         values = getattr(table, query.sort)[rows].astype(float)
     else:
@@ -303,5 +303,5 @@ def _row(row: int, *, layer: int, table: NeuronTable, on_token: OnToken | None) 
         status={m: str(c.status[row]) for m, c in scores.items()},
         firing_rate=float(table.firing_rate[row]),
         maximum=float(table.maximum[row]),
-        on_token=on_token[layer, index][0] if on_token else None,
+        on_token=on_token[NeuronKey(layer, index)][0] if on_token else None,
     )

@@ -307,7 +307,7 @@ def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
 def _read_set(run: Run, model: str, name: str) -> ResultSet:
     done = set_completions(run, model, name)
     folders = {stage: run.stage(stage, set_name(model, name)).path for stage in done}
-    calls = {SET_STAGES[stage]: read_calls(folder) for stage, folder in folders.items()}
+    calls = {SET_STAGES[stage]: read_calls(folders[stage]) for stage in done}
     asked = {verb: tally for verb, tally in calls.items() if tally is not None}
     if "scores" not in done:
         return ResultSet(model, name, done, asked)

@@ -472,7 +472,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _interval(record: dict[str, Any] | None) -> Interval | None:
-    return record and Interval(record["value"], record["low"], record["high"])
+    return None if record is None else Interval(record["value"], record["low"], record["high"])
 
 
 def _estimate(record: dict[str, Any] | None) -> Estimate | None:

@@ -67,7 +67,9 @@ def completions(
     run: Run, name: str, stages: Iterable[StageName] = tuple(MODEL_STAGES)
 ) -> dict[StageName, Completion]:
     """Return the records of the finished ones of `stages` for the model or set `name`."""
-    records = {stage: run.stage(stage, name).completion() for stage in stages}
+    records: dict[StageName, Completion | None] = {
+        stage: run.stage(stage, name).completion() for stage in stages
+    }
     return {stage: done for stage, done in records.items() if done is not None}
 
 
@@ -78,6 +80,6 @@ def set_completions(run: Run, model: str, name: str) -> dict[StageName, Completi
 
 def side_completions(run: Run, models: Sequence[str]) -> tuple[Completion, ...]:
     """Return the records of the finished `SIDE_STAGES` of the models."""
-    names = ((stage, name) for stage in SIDE_STAGES for name in run.models(stage))
-    records = (run.stage(s, n).completion() for s, n in names if split_set(n)[0] in models)
+    stages = (run.stage(stage, name) for stage in SIDE_STAGES for name in run.models(stage))
+    records = (stage.completion() for stage in stages if split_set(stage.name)[0] in models)
     return tuple(done for done in records if done is not None)

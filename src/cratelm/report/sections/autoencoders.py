@@ -359,7 +359,9 @@ def _rebuilt(latents: Sequence[ModelResults]) -> Table:
     )
     rows: list[tuple[Cell, ...]] = []
     for m in latents:
-        for spliced in m.evaluation.spliced if m.evaluation else ():
+        if m.evaluation is None:
+            continue
+        for spliced in m.evaluation.spliced:
             alone = m.evaluation.layer(spliced.layers[0]) if len(spliced.layers) == 1 else None
             rows.append((m.name, *_rebuilt_cells(alone), *_spliced_cells(spliced)))
     return Table(
