@@ -336,7 +336,7 @@ def test_the_servers_sentence_is_shown(page, address, library):
     until(page, "document.querySelector('#status').textContent.includes('has no neuron 99999')")
     page.get_by_label("neuron").first.fill("1")
     page.get_by_label("Text").fill("")
-    until(page, "document.querySelector('#status').textContent.includes('Type a text')")
+    until(page, "document.querySelector('#status').textContent.includes('Enter a text')")
 
 
 def test_an_export_from_disk(page, library, tmp_path):
