@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.installed-dev
 
-.PHONY: demo demo-sae test test-browser lint docs format clean
+.PHONY: demo demo-sae test test-browser wheel-test lint docs format clean
 
 demo: $(INSTALLED)  ## train CRATE and its GPT-2 twin on a laptop, compare their neurons
 	$(BIN)/cratelm demo
@@ -23,13 +23,16 @@ test-browser: $(DEVELOPED)  ## the neuron browser in chromium, which it installs
 	  { echo "chromium is not there and could not be installed: install it (Debian: apt-get install chromium)"; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
 
+wheel-test: $(INSTALLED)  ## the wheel in an empty environment, without the repository
+	OMP_NUM_THREADS=2 $(BIN)/python .ci/wheel_test.py
+
 lint: $(DEVELOPED)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(DEVELOPED)  ## the documentation's site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/build.py
 
 format: $(DEVELOPED)
 	$(BIN)/ruff check --fix .
@@ -49,4 +52,4 @@ $(DEVELOPED): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site .cache .pytest_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ from cratelm.models import build, capture, site_of
 from cratelm.models.partial_forward import PartialForward
 from cratelm.runs import Run
 from cratelm.steer import Edit
-from cratelm.steer.ablation import Text, ablate, rows_at_a_time, token_losses
+from cratelm.steer.ablation import HeldOutText, ablate, rows_at_a_time, token_losses
 from cratelm.steer.steering import steering
 
 
@@ -46,7 +46,7 @@ class RandomSplit:
 
 
 @torch.no_grad()
-def naive(rest: PartialForward, text: Text, neurons: list[np.ndarray]) -> list[list[float]]:
+def naive(rest: PartialForward, text: HeldOutText, neurons: list[np.ndarray]) -> list[list[float]]:
     """Mean change of the loss of each neuron, by whole passes."""
     tokens, _ = next(text.batches(text.n_tokens))
     ids = torch.from_numpy(tokens).to(rest.model.device)
@@ -69,7 +69,7 @@ def naive(rest: PartialForward, text: Text, neurons: list[np.ndarray]) -> list[l
     return found
 
 
-def compare(rest: PartialForward, text: Text, neurons: list[np.ndarray], turns: int) -> str:
+def compare(rest: PartialForward, text: HeldOutText, neurons: list[np.ndarray], turns: int) -> str:
     """Ratio of the times, and the largest difference of what is found."""
     ratios, worst = [], 0.0
     for _ in range(turns):
@@ -84,7 +84,7 @@ def compare(rest: PartialForward, text: Text, neurons: list[np.ndarray], turns: 
     return f"{statistics.median(ratios):.2f} times as long ({spread}), largest difference {worst:.1e} nats"
 
 
-def firing(rest: PartialForward, text: Text) -> float:
+def firing(rest: PartialForward, text: HeldOutText) -> float:
     """Part of tokens at which a neuron is not 0."""
     tokens, _ = next(text.batches(4096))
     found = capture(rest.model, rest.site, torch.from_numpy(tokens[:, :-1]).to(rest.model.device))
@@ -114,7 +114,7 @@ def main() -> None:
             site = site_of(model)
             split = RandomSplit(given.tokens + given.length + 1, given.vocabulary)
         rest = PartialForward(model, site)
-        text = Text.of(split, given.length, given.tokens, 0)  # type: ignore[arg-type]
+        text = HeldOutText.of(split, given.length, given.tokens, 0)  # type: ignore[arg-type]
         neurons = [np.arange(given.neurons)] * site.n_layers
         told = compare(rest, text, neurons, given.turns)
         print(

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cratelm.activations.store import NEURONS_A_GROUP
+from cratelm.activations.store import NEURONS_PER_GROUP
 from cratelm.runs import Run
 
 
@@ -71,7 +71,7 @@ def write_excerpts(source: Path, target: Path, layers: int, neurons: int, name: 
     table = pq.read_table(source)
     with pq.ParquetWriter(target, table.schema, compression="zstd") as writer:
         for part in tiled(table, layers, neurons, name):
-            groups = part["index"].to_numpy() // NEURONS_A_GROUP
+            groups = part["index"].to_numpy() // NEURONS_PER_GROUP
             edges = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(part)]
             for low, high in pairwise(edges):
                 writer.write_table(part.slice(low, high - low))
@@ -95,12 +95,14 @@ def large(source: Path, out: Path, layers: int, neurons: int, names: tuple[str, 
                 path = f"{file}.parquet"
                 write_tiled(paths[stage] / path, draft.path / path, layers, neurons, name)
                 if stage == "scores":
-                    told = json.loads((paths["scores"] / "summary.json").read_text())
+                    told = json.loads(
+                        (paths["scores"] / "summary.json").read_text(encoding="utf-8")
+                    )
                     for s in told["statistics"]:
                         s["layers"] = [
                             {**s["layers"][n % len(s["layers"])], "layer": n} for n in range(layers)
                         ]
-                    (draft.path / "summary.json").write_text(json.dumps(told))
+                    (draft.path / "summary.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 if __name__ == "__main__":

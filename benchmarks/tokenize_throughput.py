@@ -88,7 +88,11 @@ def _peak_memory(config: TokenizeConfig) -> float:
 def _run_and_measure(config: TokenizeConfig) -> float:
     """Linux's high-water mark of this process; `getrusage` would carry over the parent's."""
     tokenize(config)
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    (line,) = (
+        x
+        for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if "VmHWM" in x
+    )
     return int(line.split()[1]) / 1024
 
 

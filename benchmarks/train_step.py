@@ -29,7 +29,7 @@ from cratelm.runs import Draft
 from cratelm.train.config import TrainConfig
 from cratelm.train.data import BatchSampler
 from cratelm.train.log import read_metrics
-from cratelm.train.loop import Ready, _accelerator, _take_steps
+from cratelm.train.loop import TrainingSetup, open_accelerator, take_steps
 from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import block_matrices, make_optimizers, set_learning_rate
 
@@ -142,19 +142,19 @@ def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
         )
         with tempfile.TemporaryDirectory() as folder:
             draft = Draft(Path(folder), fresh=True)
-            ready = _ready(name, config, options)
-            _take_steps(ready, config, draft, name)
+            setup = _setup(name, config, options)
+            take_steps(setup, config, draft, name)
             lines = read_metrics(draft.path, "timing.jsonl")
-        tokens = config.numbers().tokens_per_step * config.numbers().log_every
+        tokens = config.resolved().tokens_per_step * config.resolved().log_every
         return sum(tokens / line["tokens_per_s"] for line in lines)
 
     return step
 
 
-def _ready(name: str, config: TrainConfig, options: argparse.Namespace) -> Ready:
-    split, numbers = RandomSplit(options.vocab, options.length), config.numbers()
-    accelerator = _accelerator(config)
-    feed = BatchSampler(
+def _setup(name: str, config: TrainConfig, options: argparse.Namespace) -> TrainingSetup:
+    split, numbers = RandomSplit(options.vocab, options.length), config.resolved()
+    accelerator = open_accelerator(config)
+    sampler = BatchSampler(
         split,  # pyright: ignore[reportArgumentType]
         batch_size=options.batch,
         micro_batch_size=options.batch,
@@ -168,7 +168,7 @@ def _ready(name: str, config: TrainConfig, options: argparse.Namespace) -> Ready
     if options.compile:
         wrapped.compile()
     model, *optimizers = accelerator.prepare(wrapped, *optimizers)
-    return Ready(accelerator, model, optimizers, feed, validation, 0)
+    return TrainingSetup(accelerator, model, optimizers, sampler, validation, 0)
 
 
 def measure(variants: list[Variant], options: argparse.Namespace) -> None:

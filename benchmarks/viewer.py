@@ -21,6 +21,7 @@ from fastapi.testclient import TestClient
 from cratelm.viewer import server
 from cratelm.viewer.live import Live
 from cratelm.viewer.run_reader import Library
+from cratelm.viewer.security import Rate
 
 
 def shown(name: str, seconds: list[float]) -> None:
@@ -40,8 +41,7 @@ def timed(work: Callable[[], object]) -> float:
 def pages(run: Path, turns: int, index: bool) -> None:
     start = time.perf_counter()
     library = Library([run])
-    server._RATE.burst = server._RATE.per_second = 1e9
-    client = TestClient(server.application(library), "http://127.0.0.1")
+    client = TestClient(server.application(library, rate=Rate(1e9, 1e9)), "http://127.0.0.1")
     client.get("/")
     print(f"open, to the first overview: {time.perf_counter() - start:.2f} s")
     key = library.keys[0]

@@ -43,8 +43,8 @@ def client(library, live):
 
     from cratelm.viewer import server
     from cratelm.viewer.live import router
+    from cratelm.viewer.security import Rate
 
-    server._RATE.burst = server._RATE.per_second = 1e9
-    app = server.application(library, live=router(live))
+    app = server.application(library, live=router(live), rate=Rate(1e9, 1e9))
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client

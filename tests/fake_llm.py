@@ -35,11 +35,21 @@ class FakeModel:
     reason = ""
 
     def __init__(
-        self, *, reads: bool = True, fails: float = 0.0, dies_after: int = -1, ten: int = 2
+        self,
+        *,
+        supports_logprobs: bool = True,
+        fails: float = 0.0,
+        dies_after: int = -1,
+        ten: int = 2,
     ):
         """`fails`: share of requests that fail, by their content; `dies_after`: requests answered
         before it is killed, -1 for never; `ten`: tokens that "10" takes."""
-        self.reads, self.fails, self.dies_after, self.ten = reads, fails, dies_after, ten
+        self.supports_logprobs, self.fails, self.dies_after, self.ten = (
+            supports_logprobs,
+            fails,
+            dies_after,
+            ten,
+        )
         self.identity = {"backend": "fake"}
         self.asked: Counter[str] = Counter()
 

@@ -121,10 +121,11 @@ class LLMServer:
         bos: bool = False,
         delay: float = 0.0,
         stall: float = 30.0,
-        retry_after: float = 0.01,
+        retry_after: float | str = 0.01,
     ):
         """`key`: the only one that is let in, empty: all are. `echo`, `schema`: whether prompts are
-        echoed, whether response_format is taken. `delay`, `stall`, `retry_after`: seconds."""
+        echoed, whether response_format is taken. `delay`, `stall`, `retry_after`: seconds, the
+        last also as a date."""
         self.faults, self.seed, self.key = faults, seed, key
         self.echo, self.schema, self.max_logprobs = echo, schema, max_logprobs
         self.offsets, self.bos = offsets, bos

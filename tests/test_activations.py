@@ -1,6 +1,8 @@
 """The harvest against a brute-force reference, its bounds, and the models it runs on."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -17,7 +19,8 @@ import cratelm
 from cratelm.activations import topk as cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
 from cratelm.activations.calibration import Calibration
-from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_a_neuron
+from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_per_neuron
+from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, write_records
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.errors import InputError
@@ -220,7 +223,7 @@ def test_memory_is_the_formula_whatever_the_tokens():
         split = MemorySplit([30] * documents)
         activations = torch.randn(split.n_tokens, neurons).relu()
         kept, _, _ = run_harvest(split, activations, 16, sizes, 64, 0)
-        assert held_bytes(kept) == neurons * bytes_a_neuron(sizes)
+        assert held_bytes(kept) == neurons * bytes_per_neuron(sizes)
 
 
 @pytest.mark.slow
@@ -243,7 +246,7 @@ from test_activations import EOT, MemorySplit
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.harvest import harvest_split
 from cratelm.activations.layer_harvest import ExcerptSizes
-from cratelm.activations.calibration import run_pilot
+from cratelm.activations.calibration import calibrate
 from cratelm.models import build, site_of
 
 torch.set_num_threads(1)
@@ -251,7 +254,7 @@ model = build("crate-2l", vocab_size=64, max_position_embeddings=32, hidden_size
 split = MemorySplit([249] * (int(sys.argv[1]) // 250))
 site = site_of(model)
 plan = SearchPlan.of(split, "fit", EOT, 32, split.n_tokens, 0)
-pilots = run_pilot(model, site, plan, 2048, 4096)
+pilots = calibrate(model, site, plan, 2048, 4096)
 kept = harvest_split(model, site, plan, pilots, ExcerptSizes(), 4096)
 assert kept[0].n_tokens == int(sys.argv[1]) // 250 * 249
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -285,10 +288,10 @@ def run(tmp_path_factory):
             text = " ".join(generator.choice(words, 60)) + "."
             file.write(json.dumps({"text": text}) + "\n")
     path = folder / "run"
-    cratelm.tokenize(run=path, corpus=str(texts), vocab_size=280, fit=0.3, held_out=0.3, sequence_length=32, quiet=True)  # fmt: skip
+    cratelm.api.tokenize(run=path, corpus=str(texts), vocab_size=280, fit=0.3, held_out=0.3, sequence_length=32, quiet=True)  # fmt: skip
     small = ("hidden_size=16", "num_attention_heads=2")
     for model in ("crate-2l", "gpt2-2l"):
-        cratelm.train(run=path, model=model, steps=0, sequence_length=32, model_overrides=small, name=model, validation_sequences=2, tensorboard=False, quiet=True)  # fmt: skip
+        cratelm.api.train(run=path, model=model, steps=0, sequence_length=32, model_overrides=small, name=model, validation_sequences=2, tensorboard=False, quiet=True)  # fmt: skip
     return path
 
 
@@ -296,7 +299,7 @@ OPTIONS = {"top": 12, "random": 6, "per_bin": 4, "pilot_tokens": 512, "batch_tok
 
 
 def test_harvest_verb_writes_what_the_model_does(run):
-    result = cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    result = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     assert result.site == "ista"
     assert result.neurons == (64, 64)
     model = cratelm.load(run / "model" / "crate-2l")
@@ -336,7 +339,7 @@ def test_harvest_verb_writes_what_the_model_does(run):
 def test_twins_share_random_positions(run):
     places = []
     for model in ("crate-2l", "gpt2-2l"):
-        path = cratelm.harvest(run=run, model=model, **OPTIONS).path
+        path = cratelm.api.harvest(run=run, model=model, **OPTIONS).path
         places.append(
             [[e.position for e in r.of_kind("random")] for r in read_records(path, "fit")]
         )
@@ -345,7 +348,7 @@ def test_twins_share_random_positions(run):
 
 
 def test_one_neuron_can_be_read_alone(run):
-    path = cratelm.harvest(run=run, model="crate-2l", **OPTIONS).path
+    path = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
     (alone,) = read_records(path, "fit", layers=[1], indices=[9])
     everything = {r.neuron: r for r in read_records(path, "fit")}
     same = everything[alone.neuron]
@@ -355,7 +358,7 @@ def test_one_neuron_can_be_read_alone(run):
 
 
 def test_records_round_trip(run, tmp_path):
-    path = cratelm.harvest(run=run, model="crate-2l", **OPTIONS).path
+    path = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
     records = list(read_records(path, "held_out"))
     write_records(tmp_path, "held_out", records)
     for before, after in zip(records, read_records(tmp_path, "held_out"), strict=True):
@@ -368,13 +371,13 @@ def test_records_round_trip(run, tmp_path):
 
 def test_finished_is_skipped_changed_is_told_same_command_same_files(run):
     first = Run(run).stage("activations", "crate-2l")
-    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     before = first.require("harvest")
-    cratelm.harvest(run=run, model="crate-2l", **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
     assert first.require("harvest") == before
     with pytest.raises(InputError, match=r"seed=0, now 3.*--force"):
-        cratelm.harvest(run=run, model="crate-2l", seed=3, **OPTIONS)
-    cratelm.harvest(run=run, model="crate-2l", force=True, **OPTIONS)
+        cratelm.api.harvest(run=run, model="crate-2l", seed=3, **OPTIONS)
+    cratelm.api.harvest(run=run, model="crate-2l", force=True, **OPTIONS)
     assert first.require("harvest").outputs == before.outputs
 
 
@@ -387,16 +390,143 @@ def test_other_peoples_models(run, tmp_path):
         ("llama", llama, "model.layers.*.self_attn.o_proj:input", (16,)),
     ):
         model.save_pretrained(tmp_path / name)
-        result = cratelm.harvest(run=run, model=str(tmp_path / name), site=site, **OPTIONS)
+        result = cratelm.api.harvest(run=run, model=str(tmp_path / name), site=site, **OPTIONS)
         assert result.neurons == neurons
         records = list(read_records(result.path, "held_out", layers=[0], indices=[5]))
         assert records[0].of_kind("random")
 
 
+def test_the_default_length_is_the_one_rule_for_all_verbs(run, tmp_path):
+    long = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, max_position_embeddings=8192))  # fmt: skip
+    long.save_pretrained(tmp_path / "long")
+    options = {**OPTIONS, "sequence_length": None}
+    cratelm.api.harvest(run=run, model=str(tmp_path / "long"), name="long", **options)
+    assert (
+        Run(run).stage("activations", "long").require("harvest").results["sequence_length"] == 2048
+    )
+    assert open_harvested(Run(run), "long").sequence_length == 2048
+    cratelm.api.harvest(run=run, model="crate-2l", name="short", **options)
+    assert open_harvested(Run(run), "short").sequence_length == 32
+
+
+def test_a_harvest_is_opened_as_it_was_made(run, tmp_path):
+    """In its precision, on its device where there is one, and only if the folder is still the same."""
+    shutil.copytree(run / "model" / "crate-2l", tmp_path / "mine")
+    model = str(tmp_path / "mine")
+    cratelm.api.harvest(
+        run=run, model=model, name="mine", dtype="bfloat16", device="cpu", **OPTIONS
+    )
+    held = open_harvested(Run(run), "mine")
+    assert held.subject.model.dtype == torch.bfloat16
+    assert held.subject.model.device.type == "cpu"
+    record = run / "activations" / "mine" / "completed.json"
+    told = json.loads(record.read_text())
+    assert told["results"]["device"] == "cpu"
+    assert "device" not in told["config"]
+    told["results"]["device"] = "cuda:99"  # harvested on another machine
+    record.write_text(json.dumps(told))
+    assert open_harvested(Run(run), "mine").subject.model.dtype == torch.bfloat16
+    saved = json.loads((tmp_path / "mine" / "config.json").read_text())
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({**saved, "bos_token_id": 1}))
+    with pytest.raises(InputError, match=r"is not the model that was harvested.*--force"):
+        open_harvested(Run(run), "mine")
+
+
+@pytest.mark.parametrize("verb", ["harvest", "evaluate", "predict", "steer", "effects", "analyze"])
+def test_a_device_that_is_not_there_is_told(run, verb):
+    cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS)
+    fields = {
+        "harvest": {"model": "crate-2l", "name": "elsewhere"},
+        "predict": {"models": ("crate-2l",), "text": "a"},
+        "steer": {"model": "crate-2l", "neurons": ("0:0",), "zero": True, "text": "a"},
+    }.get(verb, {"model": "crate-2l"})
+    with pytest.raises(InputError, match=r"--device cuda:99 cannot be used .*--device auto") as e:
+        getattr(cratelm, verb)(run=run, device="cuda:99", **fields)
+    assert "\n" not in str(e.value)
+
+
+_OF_THE_HUB = """
+import sys
+from pathlib import Path
+import torch
+import cratelm
+from cratelm.activations.open_harvest import open_harvested
+from cratelm.errors import InputError
+from cratelm.llm.backends.transformers import LocalBackend
+from cratelm.runs import Run
+
+run, cache = Path(sys.argv[1]), Path(sys.argv[2]) / "models--me--tiny"
+def harvest(**more):
+    cratelm.api.harvest(run=run, model="me/tiny", tokens=500, pilot_tokens=64, quiet=True, **more)
+def identity():
+    return Run(run).stage("activations", "tiny").require("harvest").inputs["model"]
+def first_weight():
+    return float(next(open_harvested(Run(run), "tiny").subject.model.parameters()).sum())
+
+harvest()
+assert identity() == "hub:me/tiny@" + "1" * 40, identity()
+before = first_weight()
+harvest()  # finished
+(cache / "refs" / "main").write_text("2" * 40)
+try:
+    harvest()
+except InputError as error:
+    assert "input model that has changed since" in str(error), error
+else:
+    raise AssertionError("other weights were taken for the same")
+assert first_weight() == before  # of the commit that was harvested
+harvest(force=True)
+assert identity() == "hub:me/tiny@" + "2" * 40
+assert first_weight() != before
+backend = LocalBackend("me/tiny", dtype="float32")
+assert backend.identity["weights"] == "me/tiny@" + "2" * 40
+(cache / "refs" / "main").write_text("1" * 40)
+assert float(next(backend.model.parameters()).sum()) == first_weight()
+assert LocalBackend("me/tiny").identity["weights"] == "me/tiny@" + "1" * 40
+print("all is well")
+"""
+
+
+def test_a_model_of_the_hub_is_identified_by_its_commit(run, tmp_path):
+    cache = tmp_path / "hub" / "models--me--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("1" * 40)
+    for commit in ("1" * 40, "2" * 40):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, max_position_embeddings=32))  # fmt: skip
+        model.save_pretrained(cache / "snapshots" / commit)
+    done = subprocess.run(
+        [sys.executable, "-c", _OF_THE_HUB, str(run), str(tmp_path / "hub")],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.endswith("all is well\n"), done.stderr
+
+
+def test_a_quiet_harvest_shows_no_bar(run, capsys):
+    cratelm.api.harvest(run=run, model="crate-2l", name="quiet", quiet=True, **OPTIONS)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("named", [".", "..", "/", "./"])
+def test_a_model_without_a_name_takes_no_folder_of_the_run(run, tmp_path, monkeypatch, named):
+    """Its results would lie in `activations/` itself, over those of all models."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(run.rglob("*"))
+    with pytest.raises(InputError, match=r"has no name to call results by: ") as error:
+        cratelm.api.harvest(run=run, model=named)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"--sae .* has no name to call results by"):
+        cratelm.api.harvest(run=run, model="crate-2l", sae=named)
+    assert sorted(run.rglob("*")) == before
+
+
 def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, monkeypatch):
     (tmp_path / "crate-2l").mkdir()
     monkeypatch.chdir(tmp_path)
-    result = cratelm.harvest(run=run, model="crate-2l", name="again", **OPTIONS)
+    result = cratelm.api.harvest(run=run, model="crate-2l", name="again", **OPTIONS)
     assert result.neurons == (64, 64)
 
 
@@ -412,5 +542,5 @@ def test_a_folder_of_the_same_name_does_not_hide_the_runs_model(run, tmp_path, m
 def test_mistakes_leave_nothing_behind(run, fields, told):
     before = sorted(p for p in run.rglob("*") if p.is_file())
     with pytest.raises(InputError, match=told):
-        cratelm.harvest(run=run, name="other", **fields)
+        cratelm.api.harvest(run=run, name="other", **fields)
     assert sorted(p for p in run.rglob("*") if p.is_file()) == before

@@ -14,9 +14,14 @@ from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
 from cratelm.activations.store import read_summaries
 from cratelm.analysis.analyze import analyze
-from cratelm.analysis.coding_rate import coding_rate, compression_rate, jackknife, orthonormal
+from cratelm.analysis.coding_rate import coding_rate, compression_rate, orthonormal
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.consistency import MEASURES, Observed, covered, interval, others, read
+from cratelm.analysis.consistency import (
+    NeuronActivations,
+    covered_tokens,
+    draw_partners,
+    measure_coverage,
+)
 from cratelm.analysis.dictionary import (
     coherence,
     effective_rank,
@@ -27,8 +32,8 @@ from cratelm.analysis.dictionary import (
     stable_rank,
     welch_bound,
 )
-from cratelm.analysis.groups import NONE, Moments, groups
-from cratelm.analysis.layer_sums import LayerSums, _add_moments, _Where
+from cratelm.analysis.groups import NONE, CorrelationSums, group_neurons
+from cratelm.analysis.layer_sums import LayerSums, _add_moments, _TextTokens
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
@@ -36,8 +41,9 @@ from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models import capture, load, site_of
 from cratelm.models.crate import CrateConfig, Ista
-from cratelm.records import Status
+from cratelm.records import READING_MEASURES, Interval, Status
 from cratelm.score.simulators import simulate
+from cratelm.stats.intervals import bootstrap, jackknife
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize
@@ -89,10 +95,10 @@ def test_one_wide_direction_does_not_drown_the_narrow_ones():
     rng = np.random.default_rng(0)
     spread = rng.standard_normal((500, 2)) * (1e3, 1e-2)
     tokens = torch.from_numpy((spread @ np.array([[0.8, 0.6], [-0.6, 0.8]])).astype(np.float32))
-    sums, where = LayerSums(), _Where(torch.ones(500, dtype=torch.bool), np.arange(500))
+    sums, where = LayerSums(), _TextTokens(torch.ones(500, dtype=torch.bool), np.arange(500))
     _add_moments(sums, tokens, tokens, where)
-    assert sums.second is not None
-    moment = sums.second[:, 0].sum(0).numpy() / 500
+    assert sums.second_moments is not None
+    moment = sums.second_moments[:, 0].sum(0).numpy() / 500
     exact = tokens.double().numpy()
     assert coding_rate(moment, 0.01) == pytest.approx(
         coding_rate(exact.T @ exact / 500, 0.01), rel=1e-6
@@ -213,14 +219,14 @@ def test_neurons_that_fire_alike_are_a_group():
     noise = 0.2 * torch.randn(5, 4000, generator=generator)
     rows = [a + noise[0], c, 3 * a + noise[1], b + noise[2], a + noise[3], -b, b + noise[4]]
     neurons = torch.stack([*rows, torch.full_like(a, 2.0)], 1)
-    moments = Moments(8)
+    moments = CorrelationSums(8)
     for part in neurons.split(700):
         moments.add(part)
     correlation = moments.correlation()
     expected = np.corrcoef(neurons[:, :7].T.numpy())
     assert np.allclose(correlation[:7, :7], expected, atol=1e-4)
     assert not correlation[7, :7].any()
-    found = groups(correlation)
+    found = group_neurons(correlation)
     assert found.group.tolist() == [0, NONE, 0, 1, 0, NONE, 1, NONE]
     assert found.nearest[3] == 6
     assert found.correlation[3] == pytest.approx(correlation[3, 6])
@@ -233,15 +239,17 @@ TOKENS = np.arange(1000) % 10
 
 def test_a_neuron_of_one_token_is_perfect():
     activations = np.where(TOKENS == 3, 5.0, 0).astype(np.float32)
-    found = read(Observed.of(activations, 5.0), TOKENS == 3)
+    found = measure_coverage(NeuronActivations.of(activations, 5.0), TOKENS == 3)
     assert found.status is Status.DEFINED
     assert (found.n_covered, found.n_elsewhere) == (100, 900)
-    assert [getattr(found, measure) for measure in MEASURES] == pytest.approx([1, 1, 1, 1, 1])
+    assert [getattr(found, measure) for measure in READING_MEASURES] == pytest.approx(
+        [1, 1, 1, 1, 1]
+    )
 
 
 def test_a_neuron_at_random_is_at_chance():
     activations = np.random.default_rng(0).random(20_000).astype(np.float32)
-    found = read(Observed.of(activations, 1.0), np.arange(20_000) % 4 == 0)
+    found = measure_coverage(NeuronActivations.of(activations, 1.0), np.arange(20_000) % 4 == 0)
     assert found.auroc == pytest.approx(0.5, abs=0.02)
     assert found.consistency == pytest.approx(0.9, abs=0.02)
     assert found.distinctiveness == pytest.approx(0.1, abs=0.02)
@@ -251,7 +259,7 @@ def test_readings_by_hand():
     """Covered: 4, 0, 2; elsewhere: 1, 0, 0.1; firing above 0.4."""
     activations = np.array([4, 1, 0, 0, 2, 0.1], np.float32)
     mask = np.array([True, False, True, False, True, False])
-    found = read(Observed.of(activations, 4.0), mask)
+    found = measure_coverage(NeuronActivations.of(activations, 4.0), mask)
     assert found.consistency == pytest.approx(2 / 3)
     assert found.any_consistency == pytest.approx(2 / 3)
     assert found.evenness == pytest.approx(6**2 / (3 * 20))
@@ -265,27 +273,29 @@ def test_readings_by_hand():
 def test_what_has_no_value_has_none():
     activations = np.array([1, 0, 0], np.float32)
     none, some = np.zeros(3, bool), np.array([False, True, False])
-    assert read(Observed.of(activations, 1.0), none).status is Status.UNDEFINED
-    assert read(Observed.of(activations, 1.0), ~none).auroc is None
-    assert read(Observed.of(activations, 0.0), some).status is Status.DEAD
-    assert read(Observed.of(-activations, 1.0), some).contrast is None
-    assert read(Observed.of(np.zeros(3, np.float32), 1.0), some).contrast is None
-    silent = read(Observed.of(activations, 1.0), some)
+    assert measure_coverage(NeuronActivations.of(activations, 1.0), none).status is Status.UNDEFINED
+    assert measure_coverage(NeuronActivations.of(activations, 1.0), ~none).auroc is None
+    assert measure_coverage(NeuronActivations.of(activations, 0.0), some).status is Status.DEAD
+    assert measure_coverage(NeuronActivations.of(-activations, 1.0), some).contrast is None
+    assert (
+        measure_coverage(NeuronActivations.of(np.zeros(3, np.float32), 1.0), some).contrast is None
+    )
+    silent = measure_coverage(NeuronActivations.of(activations, 1.0), some)
     assert (silent.consistency, silent.evenness) == (0, None)
 
 
 def test_what_an_explanation_covers():
     payload = {"default": 1.0, "values": [5.0, 2.0, 0.5]}
     simulated = np.array([1.0, 5, 2, 3, 0.5])
-    assert covered(payload, simulated, 0.5).tolist() == [False, True, False, True, False]
-    assert covered(payload, simulated, 0.25).tolist() == [False, True, True, True, False]
-    assert not covered({"default": 1.0, "values": []}, simulated, 0.5).any()
-    assert not covered({"default": 1.0, "values": [0.5]}, simulated, 0.5).any()
+    assert covered_tokens(payload, simulated, 0.5).tolist() == [False, True, False, True, False]
+    assert covered_tokens(payload, simulated, 0.25).tolist() == [False, True, True, True, False]
+    assert not covered_tokens({"default": 1.0, "values": []}, simulated, 0.5).any()
+    assert not covered_tokens({"default": 1.0, "values": [0.5]}, simulated, 0.5).any()
 
 
 def test_everyone_takes_another_one_s_explanation():
     for n in (2, 3, 17):
-        partner = others(n, 4)
+        partner = draw_partners(n, 4)
         assert sorted(partner) == list(range(n))
         assert (partner != np.arange(n)).all()
 
@@ -294,12 +304,13 @@ def test_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
     for trial in range(200):
-        _, low, high = interval(rng.exponential(1.0, 60), 400, trial)
-        assert low is not None
-        assert high is not None
-        hits += low <= 1.0 <= high
+        found = bootstrap(rng.exponential(1.0, 60), trial, 400)
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= 1.0 <= found.high
     assert 0.87 <= hits / 200 <= 0.99
-    assert interval(np.array([0.3]), 100, 0) == (0.3, None, None)
+    assert bootstrap([0.3], 0, 100) == Interval(0.3, None, None, 1)
 
 
 # ---- the verb -------------------------------------------------------------------------------------
@@ -408,7 +419,7 @@ def test_readings_equal_plain_ones(run, analysed):
         place = (e.neuron.layer, e.neuron.index)
         parts = [part for row, mask in rows_of_text for part in _parts(row, mask)]
         simulated = np.concatenate(simulate("trie", e.payload, parts))
-        mask = covered(e.payload, simulated, 0.5)
+        mask = covered_tokens(e.payload, simulated, 0.5)
         activations = neurons[place[0]][text][:, place[1]].numpy()
         assert own[place]["n_covered"] == mask.sum()
         if mask.any():
@@ -426,7 +437,9 @@ def _parts(row, mask):
 
 def test_little_memory_gives_the_same_readings(run, analysed, monkeypatch):
     """In lots of one neuron nothing but the null is lost."""
-    monkeypatch.setattr("cratelm.analysis.explained._lots", lambda e, size: [[one] for one in e])
+    monkeypatch.setattr(
+        "cratelm.analysis.consistency._passes", lambda e, at_once: [[one] for one in e]
+    )
     found = analyze(AnalyzeConfig(run=run, model="crate-2l", force=True, **SMALL))
     rows = pq.read_table(found.path / "readings.parquet").to_pylist()
     assert {r["control"] for r in rows} == {"none"}
@@ -460,6 +473,6 @@ def test_bad_input_is_told(run, tmp_path):
         analyze(AnalyzeConfig(run=run, model="absent"))
     with pytest.raises(InputError, match=r"--explainer is 'oracle'.*lookup, trie"):
         analyze(AnalyzeConfig(run=run, model="crate-2l", explainer="oracle", force=True))
-    with pytest.raises(InputError, match="--resamples is 3"):
+    with pytest.raises(InputError, match="--resamples must be at least 100, not 3"):
         AnalyzeConfig(resamples=3)
     assert not list((run / "analysis").glob(".*partial"))

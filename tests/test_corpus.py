@@ -1,11 +1,14 @@
 """Sources: every format gives the same documents, and everything unreadable is named with its place."""
 
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -150,6 +153,128 @@ def test_a_broken_parquet_file_is_a_fault(tmp_path: Path) -> None:
     assert str(path) in fault(path)
 
 
+def test_a_parquet_row_that_is_not_utf8_is_a_fault_and_the_others_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "bytes.parquet"
+    offsets = pa.py_buffer(np.array([0, 1, 2, 3], np.int32).tobytes())
+    column = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffc"))
+    pq.write_table(pa.table({"text": column}), path)
+    assert [d.text for d in read(path) if isinstance(d, Document)] == ["a", "c"]
+    assert f"{path}, row 2: byte 0xff at 0 found, UTF-8 was expected" in fault(path)
+
+
+def make_unreadable(path: Path, kind: str) -> None:
+    if kind == "dangling link":
+        path.symlink_to("nowhere")
+    elif kind == "link to itself":
+        path.symlink_to(path.name)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+
+
+UNREADABLE = {
+    "dangling link": r"cannot be read \(No such file or directory\)",
+    "link to itself": r"cannot be read \(Too many levels of symbolic links\)",
+    "pipe": "a pipe, a socket or a device was found, a file was expected",
+    "device": "a pipe, a socket or a device was found, a file was expected",
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_read_as_a_file_is_one_fault(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"b{suffix}"
+    make_unreadable(path, kind)
+    with pytest.raises(InputError, match=UNREADABLE[kind]):
+        open_corpus(str(path))
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "c.txt").write_text("last")
+    assert [d.text for d in read(tmp_path) if isinstance(d, Document)] == ["first", "last"]
+    assert re.fullmatch(f"{re.escape(str(path))}: {UNREADABLE[kind]}", fault(tmp_path))
+    broken = open_corpus(str(tmp_path)).identity()
+    assert broken == open_corpus(str(tmp_path)).identity()
+    path.unlink()
+    path.write_bytes(b"")
+    assert open_corpus(str(tmp_path)).identity() != broken
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_may_not_be_opened_is_one_fault(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, whom no permission stops."""
+    (tmp_path / "a.txt").write_text("first")
+    WRITERS[name](tmp_path / name, ROWS)
+    whole = open_corpus(str(tmp_path)).identity()
+    really_open = Path.open
+
+    def refuse(path: Path, *given: Any, **named: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_open(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert open_corpus(str(tmp_path)).identity() != whole
+    assert [d.text for d in read(tmp_path) if isinstance(d, Document)] == ["first"]
+    assert "cannot be read (Permission denied)" in fault(tmp_path)
+
+
+def test_a_folder_that_may_not_be_listed_is_one_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    for name in ("a.txt", "closed/b.txt", "d.txt"):
+        (tmp_path / name).write_text(name)
+    really_scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_scan(path)
+
+    whole = open_corpus(str(tmp_path)).identity()
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [d.text for d in read(tmp_path) if isinstance(d, Document)] == ["a.txt", "d.txt"]
+    assert fault(tmp_path) == (
+        f"{tmp_path}/closed: the folder cannot be listed (Permission denied)"
+    )
+    assert open_corpus(str(tmp_path)).identity() != whole
+    assert fault(tmp_path / "closed")
+
+
+def test_a_folder_may_be_called_like_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").mkdir()
+    (tmp_path / "x.jsonl" / "a.txt").write_text("inside")
+    assert [d.name for d in documents(tmp_path)] == ["x.jsonl/a.txt"]
+    assert [d.name for d in documents(tmp_path / "x.jsonl")] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "plain.txt"])
+def test_names_that_are_not_utf8_are_recorded_readably(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
+    folder.mkdir()
+    path = folder / (os.fsdecode(b"\xff") + name)
+    if name in WRITERS:
+        WRITERS[name](tmp_path / name, ROWS)
+        (tmp_path / name).rename(path)
+    else:
+        path.write_text("text")
+    (tmp_path / name).write_bytes(b"\xff\n")  # as faults, too
+    for corpus in (tmp_path, folder, path):
+        open_corpus(str(corpus)).identity()
+        found = read(corpus)
+        names = {d.name for d in found if isinstance(d, Document)}
+        assert names == {
+            f"{'' if corpus != tmp_path else chr(92) + 'xe9t' + chr(92) + 'xe9/'}\\xff{name}"
+        }
+        for one in found:
+            text = one.message if isinstance(one, ReadError) else one.source + one.name
+            assert text.encode().decode() == text
+    assert any(isinstance(one, ReadError) for one in read(tmp_path))
+
+
 def test_a_folder_is_read_by_name_and_passes_over_what_it_does_not_know(tmp_path: Path) -> None:
     for name, writer in WRITERS.items():
         writer(tmp_path / name, ROWS[:1])
@@ -244,7 +369,7 @@ def test_hub_corpora_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_hub_corpora_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r'pip install "cratelm\[hub\]"'):
+    with pytest.raises(InputError, match=r"pip install '\.\[hub\]'"):
         read("hub:some/dataset")
 
 

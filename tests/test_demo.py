@@ -1,5 +1,6 @@
 """The whole line on a very small scale: from text to report, and killed on the way."""
 
+import importlib
 import json
 import os
 import signal
@@ -103,13 +104,45 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(corpus, tmp_path):
     assert not [p for p in broken.rglob(".*") if "partial" in p.name]
 
 
+def test_a_quiet_demo_says_nothing_and_tells_every_verb_so(tmp_path, monkeypatch, capfd):
+    room = importlib.import_module("cratelm.pipelines.demo")
+    from cratelm.pipelines.demo_config import DemoConfig
+
+    told = []
+
+    def verb(config):
+        told.append(config.quiet)
+        return room.ReportResult(tmp_path, tmp_path, tmp_path, (), ())
+
+    for name in (
+        "tokenize",
+        "train",
+        "harvest",
+        "explain",
+        "score",
+        "analyze",
+        "effects",
+        "report",
+    ):
+        monkeypatch.setattr(room, name, verb)
+    config = DemoConfig(run=tmp_path, quiet=True)
+    for step in room._steps(config):
+        step.work()
+    assert len(told) == 22
+    assert all(told)
+    assert room._sae_config(config).quiet
+    monkeypatch.setattr(room, "comparison_table", lambda _: "")
+    room.demo(config)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_twins_see_the_same_tokens_and_results_can_be_read(corpus, tmp_path):
     import cratelm
     from cratelm.score.store import read_scores
 
-    cratelm.pipelines.demo(run=tmp_path, corpus=str(corpus), size="1l", vocab_size=300, steps=3, tokens=2000, neurons=4)  # fmt: skip
+    cratelm.api.demo(run=tmp_path, corpus=str(corpus), size="1l", vocab_size=300, steps=3, tokens=2000, neurons=4)  # fmt: skip
     models = Run(tmp_path).models("scores")
     assert models == ["crate-1l", "crate-1l-init", "gpt2-1l", "gpt2-1l-init"]
     trained = {c.name: c for c in Run(tmp_path).completions() if c.stage == "model"}

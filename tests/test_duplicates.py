@@ -18,7 +18,7 @@ from cratelm.corpus.documents import Document
 from cratelm.records import Control, Excerpt, NeuronId, NeuronScore, Score, Split
 from cratelm.score import duplicates
 from cratelm.score.duplicates import GRID, PASSAGE, THRESHOLD, NearDuplicates
-from cratelm.score.simulation import graded
+from cratelm.score.metrics import simulation_score
 from cratelm.tokens.shards import StoreWriter, TokenStore
 
 VOCABULARY = 2000
@@ -61,7 +61,7 @@ def everything(store: TokenStore, split: Split) -> list[Excerpt]:
 def audited(store: TokenStore) -> NearDuplicates:
     """All of the fit split was explained from."""
     found = NearDuplicates(store)
-    found.explained(everything(store, "fit"))
+    found.register(everything(store, "fit"))
     return found
 
 
@@ -113,7 +113,7 @@ def test_unrelated_documents_are_not_found(tmp_path):
     held_out = [d for seed in range(21, 40) for d in (words(seed, 30), same)]
     store = store_of(tmp_path, fit, held_out)
     found = NearDuplicates(store)
-    found.explained(excerpt(store, "fit", d, at) for d in range(0, 38, 2) for at in (0, 15, 29))
+    found.register(excerpt(store, "fit", d, at) for d in range(0, 38, 2) for at in (0, 15, 29))
     assert not any(
         found.is_duplicate(excerpt(store, "held_out", d, at))
         for d in range(0, 38, 2)
@@ -131,7 +131,7 @@ def test_only_what_was_explained_from_counts(tmp_path):
     shown = excerpt(store, "fit", 0, 100)
     alone = excerpt(store, "fit", 0, 500, 3)
     out_of_context = replace(alone, kind="out_of_context")
-    found.explained([shown, out_of_context])
+    found.register([shown, out_of_context])
     assert found.audit([]).n_passages_explained == 3  # its own and the two that share half of it
     verdicts = {
         at: found.is_duplicate(excerpt(store, "held_out", 0, at)) for at in range(0, 600, 4)
@@ -154,7 +154,7 @@ def test_each_passage_is_hashed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(duplicates, "shingles_of", counted)
     found = NearDuplicates(store)
     for _ in range(5):
-        found.explained(everything(store, "fit"))
+        found.register(everything(store, "fit"))
     n_tokens = store.split("fit").n_tokens
     assert len(read) == found.audit([]).n_passages_explained <= n_tokens / GRID
     for e in everything(store, "held_out") * 5:
@@ -170,7 +170,7 @@ def test_the_same_whatever_the_order(tmp_path):
     store = store_of(tmp_path, originals, copies)
     asked = everything(store, "held_out")
     first, second, backwards = audited(store), audited(store), NearDuplicates(store)
-    backwards.explained(everything(store, "fit")[::-1])
+    backwards.register(everything(store, "fit")[::-1])
     verdicts = [[found.is_duplicate(e) for e in asked] for found in (first, second, backwards)]
     assert verdicts[0] == verdicts[1] == verdicts[2]
     assert first.audit([]) == second.audit([])
@@ -242,7 +242,7 @@ def test_dropping_them_changes_the_score_as_counted_by_hand(tmp_path):
     draw = np.random.default_rng(0)
     asked = [excerpt(store, "held_out", d, at) for d in range(3) for at in (40, 100)]
     simulated = [e.activations + draw.normal(0, 500, len(e)) for e in asked]
-    score = graded(asked, simulated, found.is_duplicate)
+    score = simulation_score(asked, simulated, found.is_duplicate)
     both = [(asked, simulated), (asked[2:], simulated[2:])]
     with_all, without = (
         np.corrcoef(np.concatenate([e.activations for e in true]), np.concatenate(guess))[0, 1]
@@ -252,7 +252,7 @@ def test_dropping_them_changes_the_score_as_counted_by_hand(tmp_path):
     assert score.without_duplicates == pytest.approx(without)
     assert abs(with_all - without) > 0.01
     assert (score.n_duplicates, score.n_records) == (2, 6)
-    clean = graded(asked[2:], simulated[2:], found.is_duplicate)
+    clean = simulation_score(asked[2:], simulated[2:], found.is_duplicate)
     assert (clean.n_duplicates, clean.without_duplicates) == (0, None)
 
 

@@ -19,15 +19,17 @@ from cratelm.models.partial_forward import PartialForward
 from cratelm.records import NeuronId
 from cratelm.report.drawing import Series
 from cratelm.report.sections.effects import effects_figure, effects_table
-from cratelm.results.side_results import read_effects, read_interventions, read_logit_effect
+from cratelm.results.side_results import read_effects, read_interventions
 from cratelm.runs import Run
-from cratelm.stats.intervals import mean_of
-from cratelm.steer.ablation import Text, ablate
-from cratelm.steer.attribution import Effect, attribute, best, firing, rank_correlation
-from cratelm.steer.config import Edit, EffectsConfig
+from cratelm.stats.intervals import bootstrap
+from cratelm.steer.ablation import HeldOutText, ablate
+from cratelm.steer.attribution import VocabularyEffect, attribute, best, firing, rank_correlation
+from cratelm.steer.config import EffectsConfig
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
+from cratelm.steer.edits import Edit
 from cratelm.steer.effects import effects
 from cratelm.steer.steering import steering
+from cratelm.steer.store import read_logit_effect
 from cratelm.tokens.shards import TokenStore
 
 T = 12
@@ -59,7 +61,7 @@ def variant(name: str):
 
 def naive(model, site, layer, neuron, put):
     """Loss without a neuron less loss with it, and its activations, token by token: [n, T] each."""
-    text, split = Text.of(Split(), T, 96, 0), Split()  # type: ignore[arg-type]
+    text, split = HeldOutText.of(Split(), T, 96, 0), Split()  # type: ignore[arg-type]
     tokens = torch.from_numpy(np.stack([split.sequence(i, T) for i in text.sequences]))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
 
@@ -93,7 +95,7 @@ def test_ablation_equals_the_naive_way(kind, name, direct, put):
     site = site_of(model, name)
     rest = PartialForward(model, site)
     assert [w is not None for w in rest.writes] == [direct] * site.n_layers
-    text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
+    text = HeldOutText.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     chosen = np.array([1, 5, 11])
     means = None if put == 0 else [np.full(3, put)] * 2
     found = ablate(rest, text, [chosen, chosen], means, 40, tqdm(disable=True))
@@ -116,7 +118,7 @@ def test_the_error_is_over_documents():
     """Paired: se of sum(x)/sum(n) over documents (Cochran 1977, 6.4)."""
     model = model_of("crate")
     rest = PartialForward(model, site_of(model))
-    text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
+    text = HeldOutText.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     ours = ablate(rest, text, [np.array([5]), np.array([5])], None, 40, tqdm(disable=True))
     change, _, documents = naive(model, rest.site, 0, 5, 0.0)
     ordinals = np.unique(documents)
@@ -133,7 +135,7 @@ def test_a_silent_neuron_changes_nothing():
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[:, 3] = 0  # type: ignore[union-attr]
     rest = PartialForward(model, site_of(model))
-    text = Text.of(Split(), T, 96, 0)  # type: ignore[arg-type]
+    text = HeldOutText.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     found = ablate(rest, text, [np.array([3]), np.array([3])], None, 96, tqdm(disable=True))
     silent = found.neurons[0][0]
     assert (silent.change.value, silent.n_firing, silent.where_firing) == (0.0, 0, None)
@@ -179,17 +181,19 @@ def test_no_reading_where_the_site_is_followed_by_more():
 def effect(exact, first=None, named=()):
     neuron = NeuronId("m", "ista", 0, 0)
     first = None if first is None else np.array(first, float)
-    return Effect(neuron, np.array(exact, float), first, 1.0, 4, np.array(named, np.int64))
+    return VocabularyEffect(
+        neuron, np.array(exact, float), first, 1.0, 4, np.array(named, np.int64)
+    )
 
 
 def test_agreement_overlap_and_place():
     found = effect([3, 1, -1, -3], [30, 2, -2, -9], named=[0])
     assert found.agreement == pytest.approx(1)
     assert found.overlap(2) == 1
-    assert found.place_of(found.named) == 1
-    assert found.place_of(np.array([3])) == 0
-    assert found.place_of(np.array([0, 3])) == 0.5
-    assert found.place_of(np.array([], np.int64)) is None
+    assert found.promotes(found.named) == 1
+    assert found.promotes(np.array([3])) == 0
+    assert found.promotes(np.array([0, 3])) == 0.5
+    assert found.promotes(np.array([], np.int64)) is None
     assert effect([3, 1, -1, -3], [-3, -1, 1, 3]).agreement == pytest.approx(-1)
     assert effect([1, 1, 1, 1], [1, 2, 3, 4]).agreement is None
     assert effect([1, 2]).agreement is None
@@ -201,17 +205,17 @@ def test_agreement_overlap_and_place():
 
 
 def test_a_mean_and_its_interval():
-    assert mean_of([], 0) is None
-    assert mean_of([2.0], 0).low is None  # type: ignore[union-attr]
+    assert bootstrap([], 0) is None
+    assert bootstrap([2.0], 0).low is None  # type: ignore[union-attr]
     values = np.random.default_rng(0).normal(5, 2, 400)
-    found = mean_of(values.tolist(), 0)
+    found = bootstrap(values.tolist(), 0)
     assert found is not None
     assert found.low is not None
     assert found.high is not None
     assert found.value == pytest.approx(values.mean())
     width = 2 * 1.96 * values.std() / 20
     assert found.high - found.low == pytest.approx(width, rel=0.1)
-    assert found == mean_of(values.tolist(), 0)
+    assert found == bootstrap(values.tolist(), 0)
 
 
 # ---- the verb -------------------------------------------------------------------------------------
@@ -222,7 +226,7 @@ def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("effects") / "run"
     small_run(path)
     for model in ("crate-2l", "gpt2-2l"):
-        cratelm.harvest(run=path, model=model, tokens=3000)
+        cratelm.api.harvest(run=path, model=model, tokens=3000)
     return path
 
 
@@ -268,7 +272,7 @@ def test_an_exact_effect_is_that_of_steering(run):
     record = next(r for r in read_records(run / "activations" / "crate-2l", "fit", [0]) if len(firing(r, 3, 0)) == 3)  # fmt: skip
     rest, size = PartialForward(model, site), store.vocab_size
     found = next(attribute(rest, 0, [record], None, vocabulary=size, positions=3, seed=0))
-    assert isinstance(found, Effect)
+    assert isinstance(found, VocabularyEffect)
     differences = []
     for excerpt in firing(record, 3, 0):
         x = torch.from_numpy(excerpt.token_ids[: excerpt.peak + 1].astype(np.int64))[None]
@@ -298,13 +302,13 @@ def test_finished_is_skipped_and_forced_is_redone_the_same(run, capsys):
         effects(EffectsConfig(run=run, model="gpt2-2l", **{**SIZES, "top": 5}))
 
 
-def test_named_neurons_put_to_their_mean(run):
+def test_named_neurons_set_to_their_mean(run):
     fields = {**SIZES, "neurons": 0, "only": ("1:7", "0:3"), "force": True}
     zero = effects(EffectsConfig(run=run, model="gpt2-2l", **fields))
     rows = pq.read_table(zero.path / "ablation.parquet").to_pylist()
     assert [(r["layer"], r["index"]) for r in rows] == [(0, 3), (1, 7)]
     mean = effects(EffectsConfig(run=run, model="gpt2-2l", ablation="mean", **fields))
-    assert "put to its mean" in str(mean)
+    assert "set to its mean" in str(mean)
     assert [found.size for found in mean.layers] != [found.size for found in zero.layers]
 
 

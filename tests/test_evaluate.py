@@ -16,17 +16,22 @@ import torch
 from torch.nn import functional as F
 
 from cratelm.errors import InputError
-from cratelm.evaluate import scoring
+from cratelm.evaluate import windows
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.evaluate import EvaluateResult, evaluate
-from cratelm.evaluate.scoring import Totals, token_scores
-from cratelm.evaluate.table import measurements_table
-from cratelm.evaluate.windows import cut
+from cratelm.evaluate.measurements import (
+    DocumentTotals,
+    Measurement,
+    difference,
+    measurements_table,
+)
+from cratelm.evaluate.text_sets import Passage, Texts
+from cratelm.evaluate.windows import Totals, cut, token_scores
 from cratelm.models import build, load
-from cratelm.models.open import LoadedModel, sequence_length
+from cratelm.models.open import LoadedModel, encoder_of, open_model, sequence_length
 from cratelm.records import Estimate
 from cratelm.runs import Run
-from cratelm.stats.ratio import Counts, Measurement, difference, perplexity, ratio
+from cratelm.stats.ratio import perplexity, ratio
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize
@@ -191,6 +196,19 @@ def test_windows_count_every_token_once_and_keep_the_context(n: int, stride: int
     assert counted == list(range(1, n + 1))
 
 
+def test_passes_over_texts_do_not_disturb_each_other(run: Path) -> None:
+    encoder = encoder_of(open_model(Run(run), "crate-1l"), Run(run))
+    texts = Texts([Passage("stone and river"), Passage("ä")], encoder, "documents", None)
+    first, second = texts.windows(4, 4), texts.windows(4, 4)
+    assert first.n_bytes().tolist() == []
+    assert len(list(first)) > 1
+    assert (first.n_bytes().tolist(), first.n_words().tolist()) == ([15, 2], [3, 1])
+    assert second.n_bytes().tolist() == []
+    next(iter(second))
+    assert second.n_bytes().tolist() == [15]
+    assert first.n_bytes().tolist() == [15, 2]
+
+
 @pytest.mark.parametrize("max_tokens", [None, 3 * T, 3 * T + 1, 4 * T - 1, T - 1])
 def test_a_stride_of_the_sequence_length_is_no_stride(run: Path, max_tokens: int | None) -> None:
     plain = measure(run, max_tokens=max_tokens)
@@ -220,16 +238,16 @@ def test_a_forward_pass_is_cut_where_its_logits_are_too_many(
 ) -> None:
     whole = measure(run)
     sizes: list[int] = []
-    forward = scoring.next_logits
+    forward = windows.next_logits
 
     def watched(model: Any, tokens: torch.Tensor, last: int) -> torch.Tensor:
         logits = forward(model, tokens, last)
         sizes.append(logits.numel())
         return logits
 
-    monkeypatch.setattr(scoring, "next_logits", watched)
+    monkeypatch.setattr(windows, "next_logits", watched)
     most = 2 * T * load(run / "model/crate-1l").config.vocab_size
-    monkeypatch.setattr(scoring, "MOST_LOGITS", most)
+    monkeypatch.setattr(windows, "MOST_LOGITS", most)
     assert measure(run).loss.value == pytest.approx(whole.loss.value, rel=1e-6)
     assert max(sizes) == most
     sizes.clear()
@@ -253,9 +271,9 @@ def test_a_model_is_asked_only_for_the_logits_that_count() -> None:
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 3))
 
     model, tokens = Model(), torch.zeros(2, 9, dtype=torch.long)
-    assert scoring.next_logits(model, tokens, 4).shape == (2, 4, 3)
+    assert windows.next_logits(model, tokens, 4).shape == (2, 4, 3)
     assert model.kept == 4
-    assert scoring.next_logits(Deaf(), tokens, 4).shape == (2, 4, 3)
+    assert windows.next_logits(Deaf(), tokens, 4).shape == (2, 4, 3)
 
 
 def test_max_tokens_takes_the_first_ones(run: Path) -> None:
@@ -317,10 +335,10 @@ def test_models_are_compared_document_by_document(run: Path) -> None:
     assert pair.loss.error < first.loss.error  # what is hard for both has gone
 
 
-def counts(vocabulary: str, n_bytes: int) -> Counts:
+def counts(vocabulary: str, n_bytes: int) -> DocumentTotals:
     tokens = np.array([4.0, 6.0])
     totals = Totals(tokens, loss=tokens * 2, top_1=tokens / 2, top_5=tokens)
-    return Counts(totals, np.array([9, n_bytes]), None, None, vocabulary)
+    return DocumentTotals(totals, np.array([9, n_bytes]), None, None, vocabulary)
 
 
 def test_only_what_predicts_the_same_is_compared() -> None:

@@ -12,15 +12,15 @@ from planted import STRINGS, corpus, harvested, on_pair, on_token
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import NO_TOKEN, Evidence, collect_evidence, contexts_of
-from cratelm.explain.explain import explain, explain_neuron, select_neurons
+from cratelm.explain.explain import explain, explain_neuron
 from cratelm.explain.lookup import token_table
-from cratelm.explain.phrases import visible
-from cratelm.explain.selection import explained_from
+from cratelm.explain.selection import explained_from, select_neurons
 from cratelm.explain.store import read_explanations, read_selected
 from cratelm.explain.trie import ROOT, context_trie
 from cratelm.records import Excerpt
 from cratelm.score.metrics import correlation_score
 from cratelm.score.simulators import simulate
+from cratelm.text.display import visible_folded
 
 
 def score_everywhere(explanation, activations) -> float:
@@ -183,11 +183,11 @@ def test_phrase_of_a_neuron_that_is_the_same_everywhere():
     assert text.startswith("fires on 100% of tokens, on none much more than on others; e.g. ")
 
 
-def test_white_space_is_visible():
-    assert visible(" a\n\tb") == "␣a⏎⇥b"
-    assert visible(" " * 12 + "x") == "␣×12x"
-    assert visible("\x00\r") == "\\x00\\r"
-    assert visible("é😀") == "é😀"
+def test_white_space_is_visible_folded():
+    assert visible_folded(" a\n\tb") == "␣a⏎⇥b"
+    assert visible_folded(" " * 12 + "x") == "␣×12x"
+    assert visible_folded("\x00\r") == "\\x00\\r"
+    assert visible_folded("é😀") == "é😀"
 
 
 def test_paper_ranks_are_explained_from():
@@ -246,10 +246,10 @@ def test_sample_is_the_same_for_twins(run):
         ({"explainers": ()}, "--explainers"),
         ({"explainers": ("lookup", "oracle")}, "--explainers lookup oracle"),
         ({"explainers": ("trie", "trie")}, "each once"),
-        ({"max_entries": 0}, "--max-entries 0"),
-        ({"depth": 0}, "--depth 0"),
-        ({"neurons": -1}, "--neurons -1"),
-        ({"seed": -1}, "--seed -1"),
+        ({"max_entries": 0}, "--max-entries must be at least 1, not 0"),
+        ({"depth": 0}, "--depth must be at least 1, not 0"),
+        ({"neurons": -1}, "--neurons must be at least 0, not -1"),
+        ({"seed": -1}, "--seed must be at least 0, not -1"),
     ],
 )
 def test_bad_configurations_are_named(fields, message):

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     corpus = {"corpus": "/home/somebody/texts.jsonl", "tokenizer": "train"}
     with stages.stage("tokens").write(corpus, {"corpus": "c0ffee"}) as draft:
         draft.results = {"tokens": {"train": 4444}}
-    inputs = {"tokens": stages.stage("tokens").require("tokenize").identity}
+    inputs = {"tokens": stages.stage("tokens").require("tokenize")}
     for name in ("crate-2l", "gpt2-2l"):
         model = build(name, vocab_size=300, max_position_embeddings=64, hidden_size=32, seed=3)
         with torch.no_grad():
@@ -51,8 +51,8 @@ def exported(run, tmp_path_factory):
     """Exported folders, by model."""
     root = tmp_path_factory.mktemp("exported")
     for name in ("crate-2l", "gpt2-2l"):
-        cratelm.export_model(run=run, model=name, out=root / name)
-    cratelm.export_model(path=root / "crate-2l", out=root / "half", dtype="bf16")
+        cratelm.api.export_model(run=run, model=name, out=root / name)
+    cratelm.api.export_model(path=root / "crate-2l", out=root / "half", dtype="bf16")
     return root
 
 
@@ -140,7 +140,7 @@ def test_what_was_imported_is_loaded_likewise(exported, tmp_path):
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     tokenizer = str(exported / "crate-2l" / "tokenizer.json")
     call = {"checkpoint": str(tmp_path / "ckpt.pt"), "tokenizer": tokenizer}
-    cratelm.import_authors(out=tmp_path / "imported", **call)
+    cratelm.api.import_authors(out=tmp_path / "imported", **call)
     found, told, _ = stranger(tmp_path / "imported", tmp_path, "trust")
     assert torch.equal(found["logits"], model(found["ids"]).logits)
     assert told["module"].startswith("transformers_modules.")
@@ -185,7 +185,7 @@ def test_card_says_what_the_run_records(exported, run):
 def test_any_model_folder(tmp_path):
     config = LlamaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    done = cratelm.export_model(path=tmp_path / "llama", out=tmp_path / "out")
+    done = cratelm.api.export_model(path=tmp_path / "llama", out=tmp_path / "out")
     assert done.architecture == "llama"
     assert set(done.files) >= {"config.json", "model.safetensors", "README.md"}
     assert "modeling_crate.py" not in done.files
@@ -242,14 +242,14 @@ def test_push_sends_the_folder_and_needs_a_token(run, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     FakeHub.calls = []
     with pytest.raises(InputError, match="needs a token"):
-        cratelm.export_model(**call)
+        cratelm.api.export_model(**call)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
-    done = cratelm.export_model(**call)
+    done = cratelm.api.export_model(**call)
     assert done.pushed == "https://hub/me/crate"
     assert FakeHub.calls == [("create", "me/crate", True, True), ("upload", "me/crate", sorted(done.files))]  # fmt: skip
     monkeypatch.setattr(FakeHub, "fails", True)
     with pytest.raises(InputError, match=r"is written.*ConnectionError: no route.*hf upload") as caught:  # fmt: skip
-        cratelm.export_model(**call, force=True)
+        cratelm.api.export_model(**call, force=True)
     assert "\n" not in str(caught.value)
     assert (Path(call["out"]) / "config.json").is_file()

@@ -44,7 +44,7 @@ from cratelm.records import (
 )
 from cratelm.runs import Run
 from cratelm.score.store import read_scores, write_scores
-from cratelm.steer.effects import EFFECT_SCHEMA
+from cratelm.steer.effects import LOGIT_EFFECTS
 from cratelm.tokens.shards import TokenStore
 
 ORACLE = SHARED / "oracle" / "neuron-record.json"
@@ -184,7 +184,7 @@ def elsewhere(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     for index in NEURONS:
         planted_file(folder / "files", index, mean=0.02)
-    result = cratelm.import_records(
+    result = cratelm.api.import_records(
         run=folder / "run", files=(folder / "files",), model="m", quiet=True
     )
     return Run(folder / "run"), folder / "files", result
@@ -193,14 +193,14 @@ def elsewhere(tmp_path_factory):
 def test_imported_neurons_are_explained_and_scored_by_the_usual_verbs(elsewhere):
     run, _, result = elsewhere
     assert (result.neurons, result.left_out) == (len(NEURONS), 0)
-    cratelm.explain(run=run.path, model="m", quiet=True)
-    cratelm.score(run=run.path, model="m", resamples=100, quiet=True)
+    cratelm.api.explain(run=run.path, model="m", quiet=True)
+    cratelm.api.score(run=run.path, model="m", resamples=100, quiet=True)
     scores = read_scores(run.stage("scores", "m").path)
     own = [s for s in scores if (s.explainer, s.control) == ("lookup", "none")]
     assert len(own) == 3 * len(NEURONS)
     assert all(s.score.value > 0.9 for s in own), [s.score.value for s in own]
     assert all(s.score.value < 0.5 for s in scores if s.control == "shuffled")
-    cratelm.report(run=run.path, neurons=2, excerpts=1, resamples=100)
+    cratelm.api.report(run=run.path, neurons=2, excerpts=1, resamples=100)
 
 
 def test_imported_neurons_are_read_by_language_models(elsewhere, monkeypatch, tmp_path):
@@ -208,13 +208,13 @@ def test_imported_neurons_are_read_by_language_models(elsewhere, monkeypatch, tm
     fake = FakeModel()
     monkeypatch.setattr("cratelm.llm.session._backend", lambda config, spec: fake)
     common = {"run": run.path, "model": "m", "quiet": True}
-    cratelm.explain(explainer="hf:any", contrast=2, **common)
-    result = cratelm.score(simulator="hf:any", metrics=SCORERS, resamples=100, **common)
+    cratelm.api.explain(explainer="hf:any", contrast=2, **common)
+    result = cratelm.api.score(simulator="hf:any", metrics=SCORERS, resamples=100, **common)
     own = [s for s in read_scores(result.path) if s.control == "none"]
     assert {s.metric for s in own} == set(SCORERS)
     assert all(s.score.value > 0.9 for s in own if s.metric in METRICS)
     assert {s.score.n_records for s in own if s.metric == "top_and_random"} == {10}
-    out = cratelm.export_neuronpedia(out=tmp_path / "o", model_id="Tiny_1", **common)
+    out = cratelm.api.export_neuronpedia(out=tmp_path / "o", model_id="Tiny_1", **common)
     assert out.explanations >= 2 * len(NEURONS)
     rows = rows_of(tmp_path / "o", "explanation-scores", "0-mlp")
     read = [r for r in rows if r["explanationScoreModelName"] == "any"]
@@ -274,7 +274,7 @@ def test_a_list_that_repeats_a_text_gives_it_once(tmp_path):
     a, b, c = (ActivationRecord((" x", f" {n}"), (0.0, n)) for n in (3, 2, 1))
     record = OpenAIRecord.of(0, 0, top=(a, b, a, a), random=(c, a, c), by_quantile=((b,), (b,)))
     (tmp_path / "0.json").write_bytes(encode_record(record))
-    result = cratelm.import_records(
+    result = cratelm.api.import_records(
         run=tmp_path / "run", files=(tmp_path / "0.json",), model="m", quiet=True
     )
     found = [e for split in SPLITS for r in read_records(result.path, split) for e in r.excerpts]
@@ -285,7 +285,7 @@ def test_a_list_that_repeats_a_text_gives_it_once(tmp_path):
 def test_statistics_that_the_files_lack_are_those_of_the_random_sample(tmp_path):
     given = planted_file(tmp_path / "files", 5, variance=float("nan"), skewness=0.25)
     config = {"run": tmp_path / "run", "files": (tmp_path / "files",), "model": "m", "quiet": True}
-    result = cratelm.import_records(**config)
+    result = cratelm.api.import_records(**config)
     assert (result.without_mean, result.without_random) == (1, 0)
     for split in SPLITS:
         (record,) = read_records(result.path, split)
@@ -307,7 +307,7 @@ def test_hostile_tokens_survive(tmp_path):
         for n in range(4)
     )
     path.write_bytes(encode_record(OpenAIRecord.of(0, 0, top=texts, random=texts)))
-    result = cratelm.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
+    result = cratelm.api.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
     store = TokenStore(tmp_path / "run" / "tokens")
     for split in SPLITS:
         (record,) = read_records(result.path, split)
@@ -317,9 +317,9 @@ def test_hostile_tokens_survive(tmp_path):
             escaped = ["\\ud83d" if token == "\ud83d" else token for token in HOSTILE]
             assert shown[: len(HOSTILE)] == escaped
             assert shown[-1] == "<|endoftext|>"
-    cratelm.explain(run=tmp_path / "run", model="m", quiet=True)
-    cratelm.score(run=tmp_path / "run", model="m", resamples=100, quiet=True)
-    page = cratelm.report(run=tmp_path / "run", resamples=100).page.read_text()
+    cratelm.api.explain(run=tmp_path / "run", model="m", quiet=True)
+    cratelm.api.score(run=tmp_path / "run", model="m", resamples=100, quiet=True)
+    page = cratelm.api.report(run=tmp_path / "run", resamples=100).page.read_text()
     assert "<script>alert" not in page
 
 
@@ -331,7 +331,7 @@ def test_numbers_beyond_float32_are_an_error_and_nothing_is_written(number, tmp_
     with pytest.raises(
         InputError, match=r"0-5\.json: random \d+ has an activation that is no finite"
     ):
-        cratelm.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
+        cratelm.api.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -348,7 +348,7 @@ def test_more_than_the_tables_hold_is_an_error_and_nothing_is_written(what, tmp_
     path = tmp_path / "0.json"
     path.write_text(json.dumps(minimal(**TOO_MANY[what])))
     with pytest.raises(InputError, match=rf"0\.json: .*[0-9] {what}, at most"):
-        cratelm.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
+        cratelm.api.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -357,7 +357,7 @@ def test_as_much_as_the_tables_hold_is_imported(tmp_path):
     value = minimal(most_positive_activation_records=MANY[:-1], random_sample_by_quantile=bins)
     path = tmp_path / "0.json"
     path.write_text(json.dumps(value))
-    result = cratelm.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
+    result = cratelm.api.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
     records = [r for split in SPLITS for r in read_records(result.path, split)]
     assert max(e.rank for r in records for e in r.of_kind("top")) == 2**14 - 1
     assert max(e.bin for r in records for e in r.excerpts) == 127
@@ -370,8 +370,8 @@ def test_neurons_that_cannot_be_split_are_left_out_and_counted(tmp_path):
     (tmp_path / "alone.json").write_bytes(encode_record(alone))
     common = {"run": tmp_path / "run", "model": "m", "quiet": True}
     with pytest.raises(InputError, match="none of the 1 neurons has two texts"):
-        cratelm.import_records(files=(tmp_path / "alone.json",), **common)
-    result = cratelm.import_records(files=(tmp_path,), **common)
+        cratelm.api.import_records(files=(tmp_path / "alone.json",), **common)
+    result = cratelm.api.import_records(files=(tmp_path,), **common)
     assert (result.neurons, result.left_out) == (1, 1)
     assert [s.neuron.index for s in read_summaries(result.path, "fit")] == [5]
 
@@ -379,13 +379,13 @@ def test_neurons_that_cannot_be_split_are_left_out_and_counted(tmp_path):
 def test_what_was_imported_is_kept_unless_forced(tmp_path, capsys):
     planted_file(tmp_path / "files", 5)
     config = {"run": tmp_path / "run", "files": (tmp_path / "files",), "model": "m", "quiet": True}
-    first = cratelm.import_records(**config)
-    assert cratelm.import_records(**config) == first
+    first = cratelm.api.import_records(**config)
+    assert cratelm.api.import_records(**config) == first
     assert "activations/m is finished, skipped" in capsys.readouterr().out
     planted_file(tmp_path / "files", 6)
     with pytest.raises(InputError, match="--force to redo it"):
-        cratelm.import_records(**config)
-    assert cratelm.import_records(**config, force=True).neurons == 2
+        cratelm.api.import_records(**config)
+    assert cratelm.api.import_records(**config, force=True).neurons == 2
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_files_that_cannot_be_meant(files, told, tmp_path):
     for name in ("one.json", "two.json"):
         (tmp_path / name).write_bytes((tmp_path / "0-5.json").read_bytes())
     with pytest.raises(InputError, match=told):
-        cratelm.import_records(
+        cratelm.api.import_records(
             run=tmp_path / "run", files=tuple(tmp_path / f for f in files), model="m", quiet=True
         )
     assert not (tmp_path / "run").exists()
@@ -423,12 +423,12 @@ def harvested(tmp_path_factory):
             for row in planted.corpus(split)[0].reshape(-1, planted.LENGTH):
                 writer.append(split, row.tolist(), Document("text", "made up", "", 0, ""))
         writer.close()
-    tokens = {"tokens": run.stage("tokens").require("tokenize").identity}
+    tokens = {"tokens": run.stage("tokens").require("tokenize")}
     with run.stage("activations", "m").write({}, tokens) as draft:
         for split in SPLITS:
             write_records(draft.path, split, [_record(i, split) for i in NEURONS])
-    cratelm.explain(run=run.path, model="m", quiet=True)
-    cratelm.score(run=run.path, model="m", resamples=100, quiet=True)
+    cratelm.api.explain(run=run.path, model="m", quiet=True)
+    cratelm.api.score(run=run.path, model="m", resamples=100, quiet=True)
     _ask_a_model(run)
     return run
 
@@ -463,7 +463,7 @@ def _ask_a_model(run: Run) -> None:
         Explanation(neuron, "tiny", f"of {evidence} </script>", {"evidence": evidence}, (0,))
         for evidence in ("top", "anthropic")
     ]
-    harvest = {"activations": run.stage("activations", "m").require("harvest").identity}
+    harvest = {"activations": run.stage("activations", "m").require("harvest")}
     with run.stage("explanations", "m@tiny").write({}, harvest) as draft:
         write_explanations(draft.path, made)
         write_selected(draft.path, [])
@@ -479,7 +479,7 @@ def _ask_a_model(run: Run) -> None:
     ]
     scores = [NeuronScore(neuron, e, m, c, s, (1,)) for e, m, c, s in rows]  # type: ignore[arg-type]
     with run.stage("scores", "m@tiny").write(
-        {"simulator": "hf:/home/me/models/tiny/"}, {"explanations": done.identity}
+        {"simulator": "hf:/home/me/models/tiny/"}, {"explanations": done}
     ) as draft:
         write_scores(draft.path, scores)
 
@@ -494,7 +494,7 @@ def both(run: Run, index: int) -> tuple[NeuronRecord, NeuronRecord]:
 
 
 def test_exported_excerpts_take_turns_and_are_those_of_the_harvest(harvested, tmp_path):
-    result = cratelm.export_records(
+    result = cratelm.api.export_records(
         run=harvested.path, model="m", out=tmp_path / "out", only=("0:5",), quiet=True
     )
     assert [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.json")] == [
@@ -549,11 +549,11 @@ def test_moments_are_those_of_both_splits_together(harvested):
 
 def test_what_is_exported_imported_and_exported_again_is_the_same(harvested, tmp_path):
     common = {"model": "m", "quiet": True}
-    cratelm.export_records(run=harvested.path, out=tmp_path / "first", **common)
-    imported = cratelm.import_records(
+    cratelm.api.export_records(run=harvested.path, out=tmp_path / "first", **common)
+    imported = cratelm.api.import_records(
         run=tmp_path / "run", files=(tmp_path / "first",), site="ista", **common
     )
-    cratelm.export_records(run=tmp_path / "run", out=tmp_path / "second", **common)
+    cratelm.api.export_records(run=tmp_path / "run", out=tmp_path / "second", **common)
     files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.json"))
     assert len(files) == len(NEURONS) == imported.neurons
     for name in files:
@@ -590,7 +590,7 @@ def test_what_is_exported_imported_and_exported_again_is_the_same(harvested, tmp
 @pytest.fixture(scope="module")
 def neuronpedia(harvested, tmp_path_factory):
     out = tmp_path_factory.mktemp("neuronpedia") / "out"
-    result = cratelm.export_neuronpedia(
+    result = cratelm.api.export_neuronpedia(
         run=harvested.path, model="m", out=out, excerpts=3, model_id="Tiny_1", quiet=True
     )
     return out, result
@@ -684,10 +684,10 @@ def test_features_have_the_tokens_that_neurons_promote(harvested, tmp_path):
     row |= {"suppressed_values": [-1.5], "agreement": None, "overlap": None}
     for number, harvest in enumerate((run.stage("activations", "m").require("").identity, "other")):
         with run.stage("steer", "m").write({}, {"activations": harvest}) as draft:
-            table = pa.Table.from_pylist([row], schema=EFFECT_SCHEMA)
+            table = pa.Table.from_pylist([row], schema=LOGIT_EFFECTS.schema)
             pq.write_table(table, draft.path / "logit_effects.parquet")
         out = tmp_path / f"out-{number}"
-        cratelm.export_neuronpedia(
+        cratelm.api.export_neuronpedia(
             run=path, model="m", out=out, only=("0:5", "0:6"), model_id="Tiny_1", quiet=True
         )
         rows = {row["index"]: row for row in rows_of(out, "features")}
@@ -781,8 +781,8 @@ def test_bins_of_files_of_others_are_not_said_to_be_our_quantiles(tmp_path):
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
         common = {"run": tmp_path / name, "model": "m", "quiet": True}
-        cratelm.import_records(files=(tmp_path / f"{name}.json",), **common)
-        cratelm.export_neuronpedia(out=tmp_path / f"{name}.out", model_id="Tiny_1", **common)
+        cratelm.api.import_records(files=(tmp_path / f"{name}.json",), **common)
+        cratelm.api.export_neuronpedia(out=tmp_path / f"{name}.out", model_id="Tiny_1", **common)
         rows = rows_of(tmp_path / f"{name}.out", "activations", "0-mlp")
         of_bins = [r for r in rows if r["dataSource"].endswith("openai_bin")]
         assert len(of_bins) == 4 * min(len(value["random_sample_by_quantile"]), 5)
@@ -798,22 +798,28 @@ def test_explanations_of_a_harvest_that_changed_are_an_error(harvested, tmp_path
     with Run(tmp_path / "run").stage("activations", "m").write({"again": 1}, {}) as draft:
         for split in SPLITS:
             write_records(draft.path, split, [_record(index, split) for index in NEURONS])
-    with pytest.raises(InputError, match="explains a harvest that has changed since"):
-        cratelm.export_neuronpedia(run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True)
+    with pytest.raises(InputError, match="explanations/m was made from an earlier activations/m"):
+        cratelm.api.export_neuronpedia(
+            run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True
+        )
     assert not (tmp_path / "o").exists()
 
 
 def test_scores_of_explanations_that_changed_are_an_error(harvested, tmp_path):
     shutil.copytree(harvested.path, tmp_path / "run")
-    cratelm.explain(run=tmp_path / "run", model="m", explainers=("lookup",), force=True, quiet=True)
-    with pytest.raises(InputError, match="scores explanations that have changed since"):
-        cratelm.export_neuronpedia(run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True)
+    cratelm.api.explain(
+        run=tmp_path / "run", model="m", explainers=("lookup",), force=True, quiet=True
+    )
+    with pytest.raises(InputError, match="scores/m was made from an earlier explanations/m"):
+        cratelm.api.export_neuronpedia(
+            run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True
+        )
     assert not (tmp_path / "o").exists()
 
 
 # --- folders ------------------------------------------------------------------------------------
 
-EXPORTS = [cratelm.export_records, cratelm.export_neuronpedia]
+EXPORTS = [cratelm.api.export_records, cratelm.api.export_neuronpedia]
 
 
 @pytest.mark.parametrize("export", EXPORTS)
@@ -837,7 +843,7 @@ def test_a_harvest_of_other_tokens_is_an_error(export, harvested, tmp_path):
     shutil.copytree(harvested.path, tmp_path / "run")
     with Run(tmp_path / "run").stage("tokens").write({"again": 1}, {}) as draft:
         shutil.copytree(harvested.path / "tokens", draft.path, dirs_exist_ok=True)
-    with pytest.raises(InputError, match="is of tokens that have changed since"):
+    with pytest.raises(InputError, match="activations/m was made from an earlier tokens"):
         export(run=tmp_path / "run", model="m", out=tmp_path / "o", quiet=True)
     assert not (tmp_path / "o").exists()
 
@@ -847,7 +853,7 @@ def test_nothing_of_others_is_replaced(export, harvested, tmp_path):
     config = {"run": harvested.path, "model": "m", "only": ("0:4",), "quiet": True}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(InputError, match="is not empty and no export"):
+    with pytest.raises(InputError, match="is not empty and was not written by an import or export"):
         export(out=tmp_path / "mine", force=True, **config)
     with pytest.raises(InputError, match="is a file"):
         export(out=tmp_path / "mine" / "thesis.txt", **config)
@@ -871,7 +877,7 @@ def test_nothing_of_others_is_replaced(export, harvested, tmp_path):
         ({"only": ("3:4",)}, "--only: layer 3 is not in .* has layers 0"),
         ({"only": ("0:4", "0:99")}, "--only 0:99: layer 0 .* 4 to 9"),
         ({"only": ("4",)}, "--only 4: LAYER:INDEX was expected"),
-        ({"only": ("0:4",), "layers": (0,)}, "one of the two"),
+        ({"only": ("0:4",), "layers": (0,)}, "cannot be combined"),
         ({"model": "other"}, "cratelm harvest --run"),
     ],
 )
@@ -889,5 +895,5 @@ def test_an_error_half_way_leaves_nothing(harvested, tmp_path, monkeypatch):
 
     monkeypatch.setattr("cratelm.interop.export_records.encode_record", broken)
     with pytest.raises(RuntimeError):
-        cratelm.export_records(run=harvested.path, model="m", out=tmp_path / "o", quiet=True)
+        cratelm.api.export_records(run=harvested.path, model="m", out=tmp_path / "o", quiet=True)
     assert not list(tmp_path.iterdir())

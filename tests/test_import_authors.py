@@ -23,9 +23,9 @@ import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
 from cratelm.interop import import_authors
-from cratelm.interop.authors_checkpoint import read_authors_checkpoint
+from cratelm.interop.authors_checkpoint import load_authors_checkpoint, read_authors_checkpoint
 from cratelm.interop.source_file import locate
-from cratelm.models import build, load, load_authors_checkpoint
+from cratelm.models import build, load
 from cratelm.models.gpt2 import gpt2_config
 from cratelm.tokens.tokenizer import train_tokenizer
 
@@ -125,7 +125,7 @@ def test_imported_folder_equals_the_oracle(family, prefixed, tmp_path):
         held["model"] = {k.removeprefix("_orig_mod."): v for k, v in held["model"].items()}
         file = saved(tmp_path / "ckpt.pt", held)
     out = tmp_path / "folder"
-    done = cratelm.import_authors(checkpoint=str(file), out=out, tokenizer=str(SHARED / "tokenizers" / "bpe4k.json"))  # fmt: skip
+    done = cratelm.api.import_authors(checkpoint=str(file), out=out, tokenizer=str(SHARED / "tokenizers" / "bpe4k.json"))  # fmt: skip
     expected = load_file(ORACLE / f"{family}-expected.safetensors")
     figures = json.loads((ORACLE / f"{family}-expected.json").read_text())
     folder, file_itself = load(out), load_authors_checkpoint(file)
@@ -142,7 +142,7 @@ def test_imported_folder_equals_the_oracle(family, prefixed, tmp_path):
 def test_biased_gpt2_keeps_its_biases(tmp_path):
     model, checkpoint = biased_checkpoint()
     file = saved(tmp_path / "ckpt.pt", checkpoint)
-    cratelm.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer="none")
+    cratelm.api.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer="none")
     expected = plain_gpt2(checkpoint["model"], ids())
     assert difference(model(ids()).logits, expected) <= RELATIVE  # the reference is GPT-2
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -174,7 +174,7 @@ def test_card_and_provenance_say_where_it_comes_from(tmp_path, tokenizer_file):
     checkpoint["model"] = {f"_orig_mod.{k}": v for k, v in checkpoint["model"].items()}
     file = saved(tmp_path / "ckpt.pt", checkpoint)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    cratelm.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer=str(tokenizer_file))  # fmt: skip
+    cratelm.api.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer=str(tokenizer_file))  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
     for told in ("library_name: transformers", sha256, "4,321", "2.5000", '"n_embd": 32', "`_orig_mod.` taken off", "Licence", "trust_remote_code=True"):  # fmt: skip
         assert told in card
@@ -191,14 +191,14 @@ def test_card_and_provenance_say_where_it_comes_from(tmp_path, tokenizer_file):
 
 def test_tokenizer_of_the_folder_is_the_one_given(tmp_path, tokenizer_file):
     file = saved(tmp_path / "ckpt.pt", crate_checkpoint()[1])
-    cratelm.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer=str(tokenizer_file))  # fmt: skip
+    cratelm.api.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer=str(tokenizer_file))  # fmt: skip
     text = "the cat sat<|endoftext|>"
     expected = Tokenizer.from_file(str(tokenizer_file)).encode("the cat sat").ids
     found = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert found(text)["input_ids"] == [*expected, 0]
     assert (found.eos_token_id, found.model_max_length) == (0, 48)
     assert load(tmp_path / "out").generation_config.eos_token_id == 0
-    cratelm.import_authors(checkpoint=str(file), out=tmp_path / "none", tokenizer="none")
+    cratelm.api.import_authors(checkpoint=str(file), out=tmp_path / "none", tokenizer="none")
     assert not (tmp_path / "none" / "tokenizer.json").exists()
     assert "AutoTokenizer" not in (tmp_path / "none" / "README.md").read_text()
 
@@ -210,13 +210,13 @@ def test_gpt2s_tokenizer_is_the_default_where_it_fits(tmp_path, tokenizer_file, 
     small = saved(tmp_path / "small.pt", crate_checkpoint()[1])
     monkeypatch.setattr(import_authors, "fetch_gpt2", fetch)
     with pytest.raises(InputError, match=r"301 tokens, the tokenizer gpt2 has 50,257.*none"):
-        cratelm.import_authors(checkpoint=str(small), out=tmp_path / "out")
+        cratelm.api.import_authors(checkpoint=str(small), out=tmp_path / "out")
     _, checkpoint = crate_checkpoint()
     for key in ("transformer.wte.weight", "lm_head.weight"):
         checkpoint["model"][key] = torch.zeros(50304, 32)
     checkpoint["model_args"]["vocab_size"] = 50304
     large = saved(tmp_path / "large.pt", checkpoint)
-    done = cratelm.import_authors(checkpoint=str(large), out=tmp_path / "out")
+    done = cratelm.api.import_authors(checkpoint=str(large), out=tmp_path / "out")
     assert done.tokenizer.endswith("50,304 in the model")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"]
 
@@ -225,7 +225,7 @@ def test_gpt2s_tokenizer_is_the_default_where_it_fits(tmp_path, tokenizer_file, 
 
     monkeypatch.setattr(import_authors, "fetch_gpt2", offline)
     with pytest.raises(InputError, match=r"neither through tiktoken nor.*--tokenizer none"):
-        cratelm.import_authors(checkpoint=str(large), out=tmp_path / "again")
+        cratelm.api.import_authors(checkpoint=str(large), out=tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -236,7 +236,7 @@ def test_a_larger_tokenizer_is_refused(tmp_path, tokenizer_file):
     checkpoint["model_args"]["vocab_size"] = 200
     file = saved(tmp_path / "ckpt.pt", checkpoint)
     with pytest.raises(InputError, match="vocabulary of 200 tokens"):
-        cratelm.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer=str(tokenizer_file))  # fmt: skip
+        cratelm.api.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer=str(tokenizer_file))  # fmt: skip
 
 
 def test_nothing_of_others_is_replaced(tmp_path):
@@ -247,16 +247,16 @@ def test_nothing_of_others_is_replaced(tmp_path):
     (theirs / "thesis.tex").write_text("years of work")
     for force in (False, True):
         with pytest.raises(InputError, match="not empty and was not written by"):
-            cratelm.import_authors(out=theirs, force=force, **call)
+            cratelm.api.import_authors(out=theirs, force=force, **call)
     with pytest.raises(InputError, match=r"holds .*ckpt\.pt, which is read"):
-        cratelm.import_authors(out=tmp_path, force=True, **call)
+        cratelm.api.import_authors(out=tmp_path, force=True, **call)
     with pytest.raises(InputError, match="is a file"):
-        cratelm.import_authors(out=file, **call)
-    cratelm.import_authors(out=tmp_path / "out", **call)
+        cratelm.api.import_authors(out=file, **call)
+    cratelm.api.import_authors(out=tmp_path / "out", **call)
     (tmp_path / "out" / "left.txt").write_text("from before")
     with pytest.raises(InputError, match="add --force"):
-        cratelm.import_authors(out=tmp_path / "out", **call)
-    cratelm.import_authors(out=tmp_path / "out", force=True, **call)
+        cratelm.api.import_authors(out=tmp_path / "out", **call)
+    cratelm.api.import_authors(out=tmp_path / "out", force=True, **call)
     assert not (tmp_path / "out" / "left.txt").exists()
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "out", "theirs"]
 
@@ -264,7 +264,7 @@ def test_nothing_of_others_is_replaced(tmp_path):
 def test_a_failure_while_writing_leaves_the_old_folder(tmp_path, monkeypatch):
     file = saved(tmp_path / "ckpt.pt", crate_checkpoint()[1])
     call = {"checkpoint": str(file), "tokenizer": "none", "out": tmp_path / "out", "force": True}
-    cratelm.import_authors(**call)
+    cratelm.api.import_authors(**call)
     before = (tmp_path / "out" / "cratelm.json").read_bytes()
 
     def fail(*_):
@@ -272,7 +272,7 @@ def test_a_failure_while_writing_leaves_the_old_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(import_authors, "_write_card", fail)
     with pytest.raises(OSError, match="disk full"):
-        cratelm.import_authors(**call)
+        cratelm.api.import_authors(**call)
     assert (tmp_path / "out" / "cratelm.json").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "out"]
 
@@ -299,6 +299,15 @@ def with_weight(key, tensor):
     return lambda c: c["model"].update({key: tensor})
 
 
+def with_prefix(prefix):
+    """As DistributedDataParallel names weights."""
+
+    def change(checkpoint):
+        checkpoint["model"] = {f"{prefix}{k}": v for k, v in checkpoint["model"].items()}
+
+    return change
+
+
 def with_argument(name, value):
     return lambda c: c["model_args"].update({name: value})
 
@@ -317,6 +326,7 @@ def with_argument(name, value):
         (with_weight("lm_head.weight", torch.ones(301, 32)), r"lm_head\.weight differs"),
         (with_argument("n_layer", 3), r"n_layer 3.*layers 0, 1"),
         (with_argument("n_layer", 10**9), r"n_layer 1000000000.*layers 0, 1"),
+        (with_prefix("module."), r"layers none: keys begin with 'module\.', save the weights"),
         (with_argument("n_embd", 48), r"has shape .*model_args ask for"),
         (with_argument("n_embd", "48"), "n_embd '48'"),
         (with_argument("n_head", 5), "32 is not a multiple"),
@@ -479,4 +489,4 @@ def test_the_one_file_of_a_repository_is_taken(monkeypatch, tmp_path):
 def test_what_is_no_name_of_the_hub_is_not_asked_there(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", None)
     with pytest.raises(InputError, match="is not a file: name a local path, or hub:"):
-        cratelm.import_authors(checkpoint=name, out="out")
+        cratelm.api.import_authors(checkpoint=name, out="out")

@@ -45,7 +45,7 @@ def written(folder, held=None, name="0", **changes):
 @torch.no_grad()
 def test_imported_folder_equals_the_oracle_here_and_in_saelens(tmp_path):
     sae_lens = pytest.importorskip("sae_lens")
-    done = cratelm.import_sae(file=str(ORACLE / "sae-0.pt"), out=tmp_path / "sae")
+    done = cratelm.api.import_sae(file=str(ORACLE / "sae-0.pt"), out=tmp_path / "sae")
     assert (done.model_name, done.site, done.layer, done.inputs, done.latents) == ("gpt-2l", "mlp", 0, 256, 512)  # fmt: skip
     expected = load_file(ORACLE / "sae-0-expected.safetensors")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "sae")
@@ -69,7 +69,7 @@ def test_it_computes_the_formula(tmp_path):
 
 
 def import_here(file, out, **more):
-    return cratelm.import_sae(file=str(file), out=out, **more)
+    return cratelm.api.import_sae(file=str(file), out=out, **more)
 
 
 def test_saved_by_saelens_is_read_here(tmp_path):
@@ -149,7 +149,7 @@ class Hostile:
         (weights(b_dec=torch.full((12,), torch.inf)), "b_dec .* not finite"),
         (weights(b_dec=[0.0]), "b_dec is a list"),
         (weights(b_dec=torch.zeros(12).double()), "weights are torch.float32, torch.float64"),
-        (weights(surplus=torch.zeros(1)), "surplus has no place"),
+        (weights(surplus=torch.zeros(1)), "surplus does not belong"),
         ({"model": weights(), "model_args": {}}, "cratelm import authors"),
         ([1, 2], "W_enc is missing"),
     ],
@@ -205,7 +205,7 @@ def test_damaged_and_hostile_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda c: c.update(architecture="topk"), "architecture 'topk', 'standard' alone"),
+        (lambda c: c.update(architecture="topk"), "architecture 'topk', only 'standard' is"),
         (lambda c: c.update(normalize_activations="layer_norm"), "normalize_activations"),
         (lambda c: c.update(apply_b_dec_to_input=False), "apply_b_dec_to_input"),
         (lambda c: c.update(d_in=11), r"W_enc has shape \(12, 40\), \(11, 40\)"),

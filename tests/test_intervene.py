@@ -37,16 +37,17 @@ from cratelm.records import Explanation, NeuronId, Score, Status
 from cratelm.report.sections.effects import interventions_table
 from cratelm.results.side_results import read_interventions
 from cratelm.runs import Run
-from cratelm.score.tasks import Task
-from cratelm.steer.config import Edit, InterveneConfig
+from cratelm.score.scorers import Task
+from cratelm.steer.config import InterveneConfig
 from cratelm.steer.continuations import (
     CLOSE,
-    continued,
+    continue_prompts,
     divergence,
+    draw_prompts,
     log_probs,
     match_strength,
-    prompts,
 )
+from cratelm.steer.edits import Edit
 from cratelm.steer.intervene import InterveneResult, intervene
 from cratelm.steer.judging import Pair, mass, task
 from cratelm.steer.steering import steering
@@ -104,7 +105,7 @@ def planted(tmp_path_factory) -> Path:
             rows[token] = 8 * torch.eye(32)[index]
             last[index] = 10 * torch.eye(32)[index]
     model.save_pretrained(path / "model" / MODEL)
-    cratelm.harvest(run=path, model=MODEL, tokens=2000)
+    cratelm.api.harvest(run=path, model=MODEL, tokens=2000)
     write_truth(path)
     return path
 
@@ -136,6 +137,11 @@ def judge(monkeypatch) -> Judge:
     made = Judge()
     monkeypatch.setattr("cratelm.llm.session._backend", lambda config, spec: made)
     return made
+
+
+def test_the_steered_model_is_on_the_device_that_is_named(run, judge):
+    with pytest.raises(InputError, match=r"--device cuda:99 cannot be used"):
+        intervene(InterveneConfig(run=run, model=MODEL, judge="hf:any", explanations="truth", device="cuda:99"))  # fmt: skip
 
 
 def rows(result: InterveneResult) -> dict[tuple[str, int], dict]:
@@ -194,7 +200,7 @@ def test_a_judge_that_prefers_the_first_text_is_at_chance(run, judge):
 
 
 def test_json_where_nothing_is_read(run, judge):
-    judge.reads = False
+    judge.supports_logprobs = False
     result = asked(run)
     assert result.controls[0].mean.value > 0.85
     assert result.mass is None
@@ -202,7 +208,7 @@ def test_json_where_nothing_is_read(run, judge):
 
 def test_strengths_are_matched(planted):
     harvested = open_harvested(Run(planted), MODEL)
-    given = prompts(harvested.store.split("held_out"), harvested.store.eot_id, 3, 8, 0, 1, 2)
+    given = draw_prompts(harvested.store.split("held_out"), harvested.store.eot_id, 3, 8, 0, 1, 2)
     x = torch.from_numpy(given)
     plain = log_probs(harvested, x, None)
     target = divergence(harvested, x, 1, 2, 0.4, plain)
@@ -217,15 +223,15 @@ def test_strengths_are_matched(planted):
 def test_the_same_beginnings_and_draws(planted):
     harvested = open_harvested(Run(planted), MODEL)
     split = harvested.store.split("held_out")
-    given = prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2)
+    given = draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2)
     assert given.shape == (3, 8)
     assert harvested.store.eot_id not in given
-    assert np.array_equal(given, prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2))
-    assert not np.array_equal(given, prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 3))
+    assert np.array_equal(given, draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 2))
+    assert not np.array_equal(given, draw_prompts(split, harvested.store.eot_id, 3, 8, 0, 1, 3))
     options = {"count": 6, "temperature": 1.0, "seed": 5}
     torch.manual_seed(1)
-    first = continued(harvested, 1, 2, 0.0, None, given, **options)
-    second = continued(harvested, 1, 2, 3.0, 4, given, **options)
+    first = continue_prompts(harvested, 1, 2, 0.0, None, given, **options)
+    second = continue_prompts(harvested, 1, 2, 3.0, 4, given, **options)
     assert np.array_equal(first.plain, second.plain)
     assert first.random is None
     assert not np.array_equal(second.plain, second.steered)
@@ -233,7 +239,7 @@ def test_the_same_beginnings_and_draws(planted):
     torch.manual_seed(1)
     assert torch.equal(state, torch.get_rng_state())  # the global draws are left alone
     with pytest.raises(InputError, match="--prompt-tokens"):
-        prompts(split, harvested.store.eot_id, 3, 10**6, 0, 1, 2)
+        draw_prompts(split, harvested.store.eot_id, 3, 10**6, 0, 1, 2)
 
 
 def test_what_is_counted_and_never_scored(run, judge):
@@ -266,16 +272,16 @@ def test_what_is_counted_and_never_scored(run, judge):
 
 
 def test_nothing_changed_is_undefined():
-    made = task("`x`", [Pair("same", "same")], reads=True, seed=0)
+    made = task("`x`", [Pair("same", "same")], supports_logprobs=True, seed=0)
     assert isinstance(made, Score)
     assert made.status == Status.UNDEFINED
-    made = task("`x`", [Pair("same", "same"), Pair("a", "b")], reads=True, seed=0)
+    made = task("`x`", [Pair("same", "same"), Pair("a", "b")], supports_logprobs=True, seed=0)
     assert isinstance(made, Task)
     assert len(made.requests) == 2
 
 
 def test_both_orders_and_no_half_answers():
-    made = task("a `b`\nMore of it:", [Pair("plain\n", "steered")], reads=True, seed=0)
+    made = task("a `b`\nMore of it:", [Pair("plain\n", "steered")], supports_logprobs=True, seed=0)
     assert isinstance(made, Task)
     first, second = made.requests
     assert isinstance(first, LogprobQuery)
@@ -292,7 +298,7 @@ def test_both_orders_and_no_half_answers():
     assert made.grade([answer(0.9), answer(0.9)]).value == pytest.approx(0.5)
     assert made.grade([answer(0.9), Failure(FailureKind.EMPTY, "no")]).status == Status.FAILED
     assert mass([answer(0.9), Failure(FailureKind.EMPTY, "no")]) == [0.5]
-    asked_json = task("x", [Pair("a", "b")], reads=False, seed=0)
+    asked_json = task("x", [Pair("a", "b")], supports_logprobs=False, seed=0)
     assert isinstance(asked_json, Task)
     assert all(
         isinstance(r, JsonQuery) and (r.n, r.low, r.high) == (1, 1, 2) for r in asked_json.requests
@@ -319,7 +325,7 @@ def test_planned_sharded_bounded_and_continued(run, judge):
 
 
 def test_promoted_tokens_as_explanations(run, judge):
-    cratelm.effects(run=run, model=MODEL, only=tuple(f"1:{i}" for i in PLANTED), tokens=200, positions=4, quiet=True)  # fmt: skip
+    cratelm.api.effects(run=run, model=MODEL, only=tuple(f"1:{i}" for i in PLANTED), tokens=200, positions=4, quiet=True)  # fmt: skip
     result = asked(run, explanations="promoted")
     assert result.explainer == "promoted"
     assert result.controls[0].mean.value > result.controls[1].mean.value
@@ -327,11 +333,11 @@ def test_promoted_tokens_as_explanations(run, judge):
 
 
 def test_the_explanations_made_without_a_model(run, judge):
-    cratelm.explain(run=run, model=MODEL, neurons=3, quiet=True)
-    result = asked(run, explanations="free", explainer="trie", neurons=2)
+    cratelm.api.explain(run=run, model=MODEL, neurons=3, quiet=True)
+    result = asked(run, explanations="llm-free", explainer="trie", neurons=2)
     assert (result.explainer, result.n_neurons) == ("trie", 4)
     assert result.path.name == f"{MODEL}@judge"
-    assert asked(run, explanations="free", neurons=2, name="mine").explainer == "lookup"
+    assert asked(run, explanations="llm-free", neurons=2, name="mine").explainer == "lookup"
 
 
 def test_mistakes(run, judge, capsys):
@@ -340,7 +346,7 @@ def test_mistakes(run, judge, capsys):
         ([], "--judge is missing"),
         (["--judge", "nothing"], "hf:ID_OR_PATH"),
         (["--judge", "hf:x", "--explanations", "nobody"], "truth"),
-        (["--judge", "hf:x"], "called free"),
+        (["--judge", "hf:x"], "called llm-free"),
         (["--judge", "hf:x", "--explanations", "truth", "--explainer", "no"], "--explainer no"),
         (["--judge", "hf:x", "--explanations", "truth", "--only", "0:1"], "--only 0:1"),
         (["--judge", "hf:x", "--explanations", "truth", "--generate", "900"], "give fewer"),

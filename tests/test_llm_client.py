@@ -127,6 +127,78 @@ def test_tokens_never_pass_their_limit(tmp_path):
     assert 0 < client.tally.prompt_tokens + client.tally.completion_tokens <= 250
 
 
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        ({"max_calls": 5}, 5),
+        ({"max_tokens": 200}, 3),
+        ({"max_cost": 0.1, "price_completion": 1000.0, "price_prompt": 1000.0}, 4),
+    ],
+)
+def test_a_command_typed_again_spends_no_new_budget(tmp_path, limits, most):
+    model = FakeModel()
+    for _ in range(12):
+        with pytest.raises(BudgetReached) as stop:
+            client_of(tmp_path, model, **limits).ask(CHATS)
+    sent = sum(model.asked.values())
+    assert sent > 0
+    # 11 tokens a call, of which it is known only afterwards that they are so few
+    spent = {"max_calls": sent, "max_tokens": 11 * sent, "max_cost": 11 * sent / 1000}
+    (name, limit) = next(iter(limits.items()))
+    assert spent[name] <= limit
+    assert f"{sent} calls, {11 * sent} tokens" in str(stop.value)
+    assert "0 calls (" in str(stop.value)  # of this command
+    assert "ledger.sqlite" in str(stop.value)
+    assert "\n" not in str(stop.value)
+    if name == "max_cost":
+        assert f"${11 * sent / 1000:.4f} are spent" in str(stop.value)
+    more = {k: 100 * v if k.startswith("max") else v for k, v in limits.items()}
+    assert len(client_of(tmp_path, model, **more).ask(CHATS)) == 20
+
+
+def test_other_models_cost_what_their_prices_said(tmp_path):
+    paid, free, other = FakeModel(), FakeModel(), FakeModel()
+    free.name, other.name = "free", "other"
+    client_of(tmp_path, paid, price_prompt=1000.0).ask(CHATS[:3])  # 3 x 10 tokens: $0.03
+    client_of(tmp_path, free).ask([READ, *CHATS[3:8]])
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger.bill("other", (5e9, 5e9)).cost == pytest.approx(0.03)
+        assert ledger.bill("free", (1000.0, 0.0)).cost == pytest.approx(0.03 + 6 * 0.01)
+        assert ledger.bill("other", (0, 0)).calls == 9
+    client = client_of(tmp_path, other, price_prompt=1000.0, max_cost=0.0299)
+    with pytest.raises(BudgetReached, match=r"9 calls, 99 tokens, \$0\.0300 are spent"):
+        client.ask(CHATS[8:])
+
+
+def test_repeated_calls_are_counted_each_time(tmp_path):
+    failing = FakeModel(fails=1.0)
+    for _ in range(3):
+        client_of(tmp_path, failing, retry_failed=True).ask(CHATS[:4])
+    with pytest.raises(BudgetReached, match="12 calls, 12 tokens"):
+        client_of(tmp_path, failing, retry_failed=True, max_calls=12).ask(CHATS[:4])
+
+
+def test_a_ledger_of_version_0_1_0_is_taken_over(tmp_path):
+    client_of(tmp_path, FakeModel()).ask(CHATS[:5])
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as old:
+        old.execute("ALTER TABLE calls DROP COLUMN cost")
+    model = FakeModel()
+    with pytest.raises(BudgetReached, match="5 calls"):
+        client_of(tmp_path, model, max_calls=5).ask(CHATS)
+    assert len(client_of(tmp_path, model).ask(CHATS)) == 20
+    assert sum(model.asked.values()) == 15
+
+
+def test_merged_ledgers_count_what_both_spent(tmp_path):
+    with Ledger(tmp_path / "a.sqlite") as ours, Ledger(tmp_path / "b.sqlite") as theirs:
+        ours.write("m", [("k", "Chat", Failure(FailureKind.STATUS, "status 500", 7, 0))], (1e6, 0))
+        theirs.write("m", [("k", "Chat", Answer("yes", 5, 2))], (1e6, 1e6))
+        for _ in range(2):  # the second time there is nothing to take over
+            ours.merge(tmp_path / "b.sqlite")
+            bill = ours.bill("m", (0, 0))
+            assert (bill.calls, bill.tokens, bill.cost) == (2, 14, pytest.approx(14))
+
+
 def test_a_plan_sends_nothing_and_knows_what_is_there(tmp_path):
     client_of(tmp_path, FakeModel()).ask(CHATS[:5])
     model = FakeModel()
@@ -186,20 +258,33 @@ def test_keys_depend_on_all_that_is_asked_and_not_on_how_it_is_cut():
     assert len(keys) == len(others) + 2
 
 
+def test_keys_are_those_of_version_0_1_0():
+    """Or every answer that was paid for would be asked for again."""
+    fake = {"backend": "fake"}
+    filled = JsonQuery((("user", "x"),), 2, 0, 9)
+    assert key(READ, fake) == "bf32683fab183fcf5a2742a3568c7f7d8a1b7590684eff60d6f9614d6e358137"
+    assert key(filled, fake) == "437cd27e620679aa76472e9e033ac74ab3d49ea5c6192bcbf855a2eb4db160d3"
+
+
+def test_json_answers_come_back_from_the_ledger(tmp_path):
+    filled = JsonQuery((("user", "x"),), 2, 0, 9)
+    first = client_of(tmp_path, FakeModel()).ask([filled])[0]
+    (again,) = client_of(tmp_path, FakeModel(fails=1.0)).ask([filled])
+    assert again.value == first.value == (0, 0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.text(), st.lists(st.integers(0, 10), max_size=70), st.integers(0, 2**32 - 1))
 def test_values_survive_the_ledger(text, integers, seed):
     assert decode("Chat", encode(text)) == text
-    assert decode("JsonQuery", encode(tuple(integers))) == tuple(integers)
+    assert decode("Fill", encode(tuple(integers))) == tuple(integers)
     rng = np.random.default_rng(seed)
     vector = rng.normal(size=7).astype(np.float32)
     np.testing.assert_allclose(decode("Embed", encode(vector)), vector, rtol=1e-5)
     log_probs = np.log(rng.dirichlet(np.ones(5), 3)).astype(np.float32)
     log_probs[0, 0] = -np.inf
     ranks = np.array([[0, 3, NO_RANK, 1, 2]] * 3, np.uint16)
-    found = decode(
-        "LogprobQuery", encode(OptionLogprobs(log_probs, np.float32([0.1, 0.5, 1]), ranks))
-    )
+    found = decode("Read", encode(OptionLogprobs(log_probs, np.float32([0.1, 0.5, 1]), ranks)))
     np.testing.assert_allclose(found.log_probs, log_probs, atol=6e-4)
     np.testing.assert_array_equal(found.ranks, ranks)
-    assert decode("LogprobQuery", encode(OptionLogprobs(log_probs))).mass is None
+    assert decode("Read", encode(OptionLogprobs(log_probs))).mass is None

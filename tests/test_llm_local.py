@@ -1,6 +1,8 @@
 """The local backend against the plain way: a whole prompt for each request, all logits computed."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,31 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from cratelm.errors import InputError
 from cratelm.llm.backends import transformers as local
 from cratelm.llm.backends.transformers import LocalBackend
 from cratelm.llm.probe import top_level
-from cratelm.llm.prompts.excerpts import escaped
 from cratelm.llm.prompts.neurons import simulate_read
-from cratelm.llm.requests import NO_RANK, Answer, Chat, Embed, Failure, JsonQuery, LogprobQuery
+from cratelm.llm.requests import (
+    CHAT_IDENTITY,
+    NO_RANK,
+    Answer,
+    Chat,
+    Embed,
+    Failure,
+    JsonQuery,
+    LogprobQuery,
+    key,
+)
+from cratelm.steer.steer import continue_ids
+from cratelm.text.display import printable
 
 LEVELS = tuple(map(str, range(10)))
 TEXT = (
@@ -174,7 +192,7 @@ def test_any_tokens_are_read_at_their_own_slots(backend, strings, explanation):
     strings = [*strings, "\t", '"', "\\xf0", "a\tb\n"]
     request = simulate_read(explanation, np.arange(len(strings)), strings, 9)
     lines = [request.text[:offset].rpartition("\n")[2] for offset in request.offsets]
-    assert lines == [f"{escaped(s)}\t" for s in strings]
+    assert lines == [f"{printable(s)}\t" for s in strings]
     found = outcomes(backend, [request])[0]
     assert isinstance(found, Answer)
     expected = plain(backend, request)[:, ids_of(backend)].log_softmax(-1)
@@ -199,7 +217,7 @@ def test_how_many_tokens_a_level_takes(backend, tmp_path):
     counts = whole.tokens_at_slot([*LEVELS, "10"], " word\t")
     assert counts == [1] * 11
     assert top_level(counts) == 10
-    with pytest.raises(InputError, match="ten digits were expected"):
+    with pytest.raises(InputError, match="ten digits must be one token each"):
         top_level([1, 2] + [1] * 9)
 
 
@@ -226,6 +244,55 @@ def test_sampling_follows_its_seed(backend):
     first = [outcomes(backend, [c])[0].value for c in chats]
     assert first[0] == first[1]
     assert first[0] != first[2]
+
+
+def test_sampled_answers_do_not_depend_on_what_is_asked_beside(backend):
+    chats = [
+        Chat((("user", text),), 16, temperature=1.0)
+        for text in ("Lyon", "names of cities, a longer question about Turin", "1 2 3", "é", "Café")
+    ]
+    alone = [outcomes(backend, [chat])[0].value for chat in chats]
+    assert [o.value for o in outcomes(backend, chats)] == alone
+    assert [o.value for o in outcomes(backend, chats[::-1])][::-1] == alone
+    assert [o.value for o in outcomes(backend, chats[2:4])] == alone[2:4]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_are_draws_from_the_softmax(temperature):
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -torch.inf]]).repeat(4000, 1)
+    noisy = local._GumbelNoise(list(range(4000)), temperature)(torch.zeros(4000, 0), logits)
+    found = torch.bincount(noisy.argmax(-1), minlength=5) / 4000
+    expected = (logits[0] / temperature).softmax(-1)
+    assert found[4] == 0
+    assert (found - expected).abs().max() < 4 * 0.5 / 4000**0.5
+
+
+def test_settings_of_generation_that_a_model_brings_change_nothing(folder, backend, tmp_path):
+    shutil.copytree(folder, tmp_path / "odd")
+    odd = {
+        "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3, "do_sample": True,
+        "temperature": 9.0, "top_k": 2, "suppress_tokens": list(range(40, 300)), "eos_token_id": 1,
+        "bos_token_id": 0, "max_new_tokens": 3,
+    }  # fmt: skip
+    (tmp_path / "odd" / "generation_config.json").write_text(json.dumps(odd))
+    other = LocalBackend(str(tmp_path / "odd"), dtype="float32")
+    chats = [Chat((("user", text),), 24) for text in ("Lyon", "1 2 3", "é")]
+    plain_ones = [o.value for o in outcomes(backend, chats)]
+    assert [o.value for o in outcomes(other, chats)] == plain_ones
+    ids = torch.tensor([[0, 50, 60, 50, 60]])
+    made = [
+        continue_ids(AutoModelForCausalLM.from_pretrained(path), ids, 12, 0.0, 0, 1)
+        for path in (folder, tmp_path / "odd")
+    ]
+    assert torch.equal(*made)
+
+
+def test_how_chats_are_written_is_in_the_keys_of_chats_alone(backend):
+    before = {k: v for k, v in backend.identity.items() if k != CHAT_IDENTITY}
+    chat, read = Chat((("user", "Lyon"),)), simulations()[0]
+    assert key(chat, before) != key(chat, backend.identity)
+    assert key(read, before) == key(read, backend.identity)
+    assert key(Embed("x"), before) == key(Embed("x"), backend.identity)
 
 
 def test_embeddings_are_means_of_hidden_states(backend):

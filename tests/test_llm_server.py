@@ -11,9 +11,12 @@ import threading
 import time
 import traceback
 from collections import Counter
+from email.utils import formatdate
 from typing import Any
 
+import httpx
 import numpy as np
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +24,12 @@ from llm_server import MODEL, RETRIED, Fault, LLMServer, always, embedding, like
 
 from cratelm.errors import InputError
 from cratelm.llm.backends import openai as server_module
+from cratelm.llm.backends import openai_responses
 from cratelm.llm.backends.openai import LOST, ServerBackend
+from cratelm.llm.client import Client
+from cratelm.llm.config import Budget
+from cratelm.llm.ledger import Ledger
+from cratelm.llm.probe import preflight
 from cratelm.llm.prompts.neurons import simulate_fill, simulate_read
 from cratelm.llm.requests import (
     NO_RANK,
@@ -49,8 +57,8 @@ EMBED = Embed("the quick fox")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses between attempts, and no proxy or key of the machine."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr(server_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(server_module, "LONGEST_PAUSE", 0.02)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -250,6 +258,34 @@ def test_retry_after_is_waited_for():
         started = time.monotonic()
         answered(ask(backend(server), CHAT)[0])
         assert 0.5 <= time.monotonic() - started < 5
+
+
+def test_retry_after_may_be_a_date_and_a_long_one_is_not_waited_for():
+    soon = formatdate(time.time() + 2, usegmt=True)
+    with LLMServer(always(Fault.BUSY, attempts=1), retry_after=soon) as server:
+        started = time.monotonic()
+        answered(ask(backend(server), CHAT)[0])
+        assert 0.8 <= time.monotonic() - started < 6
+    for too_long in (3600, "soon", formatdate(0, usegmt=True)):
+        with LLMServer(always(Fault.BUSY, attempts=1), retry_after=too_long) as server:
+            started = time.monotonic()
+            answered(ask(backend(server), CHAT)[0])
+            assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "again"),
+    [
+        (400, {}, False), (401, {}, False), (404, {}, False), (422, {}, False),
+        (408, {}, True), (409, {}, True), (429, {}, True), (500, {}, True), (503, {}, True),
+        (429, {"x-should-retry": "false"}, False), (400, {"x-should-retry": "true"}, True),
+    ],
+)  # fmt: skip
+def test_only_transient_errors_are_retried(status, headers, again):
+    response = httpx.Response(status, headers=headers, request=httpx.Request("POST", "http://x"))
+    error = openai.APIStatusError("no", response=response, body=None)  # type: ignore[arg-type]
+    assert server_module._is_transient(error) is again
+    assert server_module._is_transient(ValueError("a bug of ours")) is False
 
 
 CONTENTS = {
@@ -589,7 +625,7 @@ def test_missing_library_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"pip install 'cratelm\[openai\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[openai\]'"):
         ServerBackend("m", "http://h/v1")
 
 
@@ -640,8 +676,8 @@ def test_counts():
 def test_auto_reads_where_offsets_are_right():
     with LLMServer() as server:
         model = backend(server, method="auto")
-        assert model.reads
-        assert model.reads
+        assert model.supports_logprobs
+        assert model.supports_logprobs
         assert len(server.calls) == 1
     assert model.reason == ""
 
@@ -652,13 +688,13 @@ def test_auto_reads_where_offsets_are_right():
         ({"echo": False}, "Only no echo is supported"),
         ({"offsets": "decoded"}, "not those of its characters"),
         ({"faults": always(Fault.ERROR)}, "HTTP 500"),
-        ({"faults": always(Fault.EMPTY)}, "tells no log-probabilities"),
+        ({"faults": always(Fault.EMPTY)}, "reports no log-probabilities"),
     ],
 )
 def test_auto_fills_where_it_cannot_read_and_says_why(options, reason):
     with LLMServer(**options) as server:
         model = backend(server, method="auto", retries=0)
-        assert not model.reads
+        assert not model.supports_logprobs
         assert reason in model.reason
         server.faults = None
         answered(ask(model, FILL)[0])
@@ -674,17 +710,17 @@ def test_auto_fills_where_there_is_no_such_endpoint(monkeypatch):
         ),
     )
     with LLMServer() as server:
-        assert not backend(server, method="auto").reads
+        assert not backend(server, method="auto").supports_logprobs
 
 
 def test_auto_decides_nothing_without_an_answer():
     with LLMServer(always(Fault.STALL, attempts=1)) as server:
-        assert backend(server, method="auto", deadline=0.5).reads
+        assert backend(server, method="auto", deadline=0.5).supports_logprobs
     with LLMServer(always(Fault.STALL)) as server:
-        with pytest.raises(InputError, match="to a trial call"):
-            _ = backend(server, method="auto", deadline=0.3).reads
-        assert not backend(server, method="json").reads
-        assert backend(server, method="logprobs").reads
+        with pytest.raises(InputError, match="to a probe call"):
+            _ = backend(server, method="auto", deadline=0.3).supports_logprobs
+        assert not backend(server, method="json").supports_logprobs
+        assert backend(server, method="logprobs").supports_logprobs
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -704,6 +740,15 @@ def test_tokens_at_a_slot_are_unknown_without_an_echo():
     with LLMServer(echo=False) as server:
         assert backend(server).tokens_at_slot(["1"], "a\t") == []
         assert backend(server, method="json").tokens_at_slot(["1"], "a\t") == []
+
+
+def test_why_levels_cannot_be_read_is_told(tmp_path):
+    with LLMServer(echo=False) as server, Ledger(tmp_path / "ledger.sqlite") as ledger:
+        client = Client(backend(server, method="logprobs"), ledger, Budget())
+        with pytest.raises(
+            InputError, match=r"levels failed \(.*no echo is supported.*--method json"
+        ):
+            preflight(client)
 
 
 def test_slots_that_no_token_begins_at_are_told():
@@ -729,10 +774,12 @@ def test_slots_without_an_option_are_told():
 
 def test_options_are_matched_as_they_are_before_they_are_stripped():
     top = {"1": -1.0, " 1": -0.5, "▁2": -0.7, "\n": -2.0, "0": -9999.0, "3": float("nan"), "4": 1.0}
-    log_probs, ranks = server_module._found(top, ("0", "1", "2", "3", "4"), 20)
+    log_probs, ranks = openai_responses._match_options(top, ("0", "1", "2", "3", "4"), 20)
     assert log_probs == [-np.inf, -1.0, -np.inf, -np.inf, -np.inf]
     assert ranks == [NO_RANK, 2, NO_RANK, NO_RANK, NO_RANK]
-    log_probs, ranks = server_module._found({" 1": -0.5, "▁2": -0.7, "x": -0.6}, ("1", "2"), 20)
+    log_probs, ranks = openai_responses._match_options(
+        {" 1": -0.5, "▁2": -0.7, "x": -0.6}, ("1", "2"), 20
+    )
     assert (log_probs, ranks) == ([-0.5, -0.7], [0, 2])
 
 
@@ -744,10 +791,10 @@ def test_a_drift_that_is_made_up_for_later_is_seen():
     told = {"text_offset": offsets, "tokens": tokens, "top_logprobs": tops}
     body = {"choices": [{"logprobs": told}]}
     at_tab = LogprobQuery("", "", "中\t?\na", (2,), ("1", "2"))
-    with pytest.raises(server_module._Unusable, match="no token begins at 1 of 1 slots"):
-        server_module._reading(at_tab, body, 20)
+    with pytest.raises(openai_responses.UnusableAnswer, match="no token begins at 1 of 1 slots"):
+        openai_responses.read_logprobs(at_tab, body, 20)
     told["text_offset"] = [0, 0, 1, 2, 3, 4, 5]
-    assert server_module._reading(at_tab, body, 20).log_probs.argmax() == 0
+    assert openai_responses.read_logprobs(at_tab, body, 20).log_probs.argmax() == 0
 
 
 LINE = st.text(

@@ -1,11 +1,14 @@
 """`cratelm explain` and `cratelm score` with a language model, on planted neurons and a made-up model."""
 
+import gzip
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import planted
+import pyarrow.parquet as pq
 import pytest
 from fake_llm import FakeModel
 
@@ -13,8 +16,11 @@ from cratelm.errors import BudgetReached, InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations, read_selected, read_unexplained
+from cratelm.interop.config import ExportNeuronpediaConfig
+from cratelm.interop.neuronpedia import export_neuronpedia
 from cratelm.llm.client import DryRun, WorkerResult
 from cratelm.records import METRICS, SCORERS, Status
+from cratelm.runs import Run
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
@@ -104,6 +110,20 @@ def test_finished_stages_are_skipped_and_the_free_ones_are_beside(run, model, ca
     score(ScoreConfig(run=run, resamples=100, **ASK))
     scored(run)
     assert sorted(p.name for p in (run / "scores").iterdir()) == ["m", "m@fake"]
+
+
+def test_the_inputs_that_explain_is_given_stay_as_they_are(run, model):
+    room = importlib.import_module("cratelm.explain.explain")
+    harvest = Run(run).stage("activations", "m")
+    inputs = {"tokens": "t", "activations": harvest.require("harvest").identity}
+    before = dict(inputs)
+    config = ExplainConfig(run=run, explainer="hf:any", only=("0:5",), **ASK)
+    selected = room.select_neurons(harvest.path, 0, 0, config.places())
+    result = room._explain_with_model(config, Run(run), inputs, selected)
+    assert inputs == before
+    done = Run(run).stage("explanations", "m@fake").require("explain")
+    assert set(done.inputs) == {"tokens", "activations", "prompts"}
+    assert result.n_neurons == 1
 
 
 def test_a_killed_command_goes_on_from_the_ledger(run, model):
@@ -217,7 +237,7 @@ def test_the_paper_variant_stands_beside_ours(run, model):
 
 
 def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
-    model.reads = False
+    model.supports_logprobs = False
     explained(run)
     result = scored(run, metrics=SCORERS)
     assert values(result.path, "top_and_random")[0, 5].value > 0.97
@@ -232,9 +252,59 @@ def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
 
 def test_phrases_made_without_a_model_can_be_read_by_one(run, model):
     explain(ExplainConfig(run=run, **ASK))
-    result = scored(run, explanations="free", metrics=("top_and_random",))
-    assert result.path.name == "m@free-by-fake"
-    assert {s.explainer for s in read_scores(result.path)} == {"lookup/fake", "trie/fake"}
+    result = scored(run, explanations="llm-free", metrics=("top_and_random",))
+    assert result.path.name == "m@llm-free-by-fake"
+    found = read_scores(result.path)
+    assert {s.explainer for s in found} == {"lookup/fake", "trie/fake"}
+    assert {(s.explained_by, s.simulator, s.variant) for s in found} == {
+        ("lookup", "fake", ""),
+        ("trie", "fake", ""),
+    }
+
+
+def test_scores_by_another_model_are_exported_to_neuronpedia(run, model, tmp_path):
+    explain(ExplainConfig(run=run, **ASK))
+    explained(run, name="mine")  # a name of its own: the reader goes by another
+    for explanations in ("llm-free", "mine"):
+        scored(run, explanations=explanations, metrics=("top_and_random", "intruder"))
+    result = export_neuronpedia(
+        ExportNeuronpediaConfig(run=run, model="m", out=tmp_path / "out", quiet=True)
+    )
+    folders = [run / "scores" / f"m@{name}" for name in ("llm-free-by-fake", "mine-by-fake")]
+    own = [s for f in folders for s in read_scores(f) if s.control == "none"]
+    with_value = [s for s in own if s.score.value is not None]
+    rows = [
+        json.loads(line)
+        for path in (tmp_path / "out").rglob("explanation-scores/*.gz")
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+    found = sorted((json.loads(r["jsonDetails"])["explainer"], r["value"]) for r in rows)
+    of_dead = [s for s in own if s.score.status == Status.DEAD]
+    assert {label for label, _ in found} == {"lookup/fake", "trie/fake", "mine/fake"}
+    assert found == sorted((s.explainer, s.score.value) for s in with_value)
+    assert (result.scores, result.without_value) == (len(with_value), len(own) - len(with_value))
+    assert of_dead
+
+
+def test_score_files_of_version_0_1_0_are_read(run, model):
+    """They have the label alone."""
+    explain(ExplainConfig(run=run, **ASK))
+    path = scored(run, explanations="llm-free", metrics=("top_and_random",)).path
+    found = read_scores(path)
+    table = pq.read_table(path / "scores.parquet")
+    old = table.drop_columns(["explained_by", "simulator", "variant"])
+    pq.write_table(old, path / "scores.parquet")
+    assert read_scores(path) == found
+    labels = ["mine", "mine+paper-compat", "mine/other+paper-compat"]
+    place = old.schema.get_field_index("explainer")
+    pq.write_table(
+        old.slice(0, 3).set_column(place, "explainer", [labels]), path / "scores.parquet"
+    )
+    assert [(s.explained_by, s.simulator, s.variant) for s in read_scores(path)] == [
+        ("mine", "", ""),
+        ("mine", "", "+paper-compat"),
+        ("mine", "other", "+paper-compat"),
+    ]
 
 
 def test_a_list_of_neurons_and_a_sample(run, model):
@@ -260,7 +330,9 @@ def test_contrast_excerpts_are_shown_and_audited(run, model):
 
 def test_missing_explanations_say_what_there_is(run, model):
     explained(run, name="mine")
-    with pytest.raises(InputError, match="those by mine, free can be named with --explanations"):
+    with pytest.raises(
+        InputError, match="those by mine, llm-free can be named with --explanations"
+    ):
         scored(run)
 
 
@@ -302,7 +374,7 @@ def test_bad_scoring_options_are_named(fields, message):
 
 def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
     """With other activations of the same excerpts the requests are the same."""
-    from cratelm.score import llm_pipeline as with_model
+    from cratelm.score import pipeline as with_model
 
     seen: list[list] = []
     original = with_model.requests_of
@@ -313,7 +385,7 @@ def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
     scored(run)
     from cratelm.score import score as module
 
-    real = module._records
+    real = module.read_selected_records
 
     def disturbed(harvest, split, selected):
         for record in real(harvest, split, selected):
@@ -328,7 +400,7 @@ def test_the_truth_never_reaches_the_simulator(run, model, monkeypatch):
                 )
             yield record
 
-    monkeypatch.setattr(module, "_records", disturbed)
+    monkeypatch.setattr(module, "read_selected_records", disturbed)
     n = len(seen)
     scored(run, force=True)
     assert seen[n:] == seen[:n]

@@ -12,9 +12,9 @@ import pytest
 
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.evaluate import evaluate
+from cratelm.evaluate.measurements import Measurement
 from cratelm.interop import lm_eval as ours
 from cratelm.models import build, load
-from cratelm.stats.ratio import Measurement
 from cratelm.tokens.tokenizer import hf_tokenizer, train_tokenizer
 
 needed = pytest.mark.skipif(

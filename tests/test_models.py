@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from cratelm.errors import InputError
+from cratelm.interop.authors_checkpoint import load_authors_checkpoint
 from cratelm.models import (
     CrateConfig,
     CrateForCausalLM,
@@ -30,7 +31,6 @@ from cratelm.models import (
     capture,
     count_parameters,
     load,
-    load_authors_checkpoint,
     site_of,
 )
 from cratelm.models.crate import CrateCache, Ista
@@ -50,6 +50,14 @@ def tiny(family="crate", **overrides):
 
 def ids(batch=2, length=24, seed=0):
     return torch.randint(0, 101, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_site_can_be_captured_by_its_name():
+    model = tiny()
+    by_name = capture(model, "ista", ids())
+    assert len(by_name) == 2
+    for a, b in zip(by_name, capture(model, site_of(model, "ista"), ids()), strict=True):
+        assert torch.equal(a, b)
 
 
 def close(found, expected):

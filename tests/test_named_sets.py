@@ -17,14 +17,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.nn import functional as F
 
 from cratelm.errors import InputError
-from cratelm.evaluate import named_sets as sets
+from cratelm.evaluate import text_sets as sets
 from cratelm.evaluate.config import EvaluateConfig
 from cratelm.evaluate.evaluate import EvaluateResult, evaluate
-from cratelm.evaluate.named_sets import named_set
-from cratelm.evaluate.texts import token_sizes
+from cratelm.evaluate.measurements import Measurement
+from cratelm.evaluate.text_sets import named_set
 from cratelm.models import build, load
-from cratelm.stats.ratio import Measurement
-from cratelm.tokens.tokenizer import hf_tokenizer, train_tokenizer
+from cratelm.tokens.tokenizer import hf_tokenizer, token_sizes, train_tokenizer
 
 T = 32
 TEXTS = [
@@ -342,7 +341,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, fold
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    with pytest.raises(InputError, match=r"cratelm\[hub\]"):
+    with pytest.raises(InputError, match=r"pip install '\.\[hub\]'"):
         measure(folder, "wikitext2")
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from cratelm.errors import InputError
+from cratelm.evaluate.config import PredictConfig
 from cratelm.evaluate.predict import PredictResult, predict
-from cratelm.evaluate.predict_config import PredictConfig
-from cratelm.evaluate.predict_page import level, percent
+from cratelm.evaluate.predict_view import level, percent
 from cratelm.models import build, load
 from cratelm.text.display import laid_out, visible
 from cratelm.tokens.config import TokenizeConfig
@@ -119,8 +119,8 @@ def test_a_document_of_the_held_out_split_is_drawn(run: Path, tmp_path: Path) ->
     whole = store.tokenizer.decode(list(split.read(start, int(split.starts[number + 1]) - 1)))
     assert result.text.text == store.tokenizer.decode(list(split.read(start, start + 9)))
     assert len(result.predictions[0].steps) == 9
-    assert whole.startswith(result.text.text + result.text.goes_on)
-    assert result.text.goes_on
+    assert whole.startswith(result.text.text + result.text.continuation)
+    assert result.text.continuation
     drawn = {show(run, tmp_path, tokens=2, seed=seed).text.origin for seed in range(5)}
     assert len(drawn) > 1
 
@@ -138,7 +138,7 @@ def test_a_document_can_be_chosen_and_is_cut_to_what_the_models_take(
     assert len(result.predictions[0].steps) == T - 1  # and the token that texts begin with
     short = show(run, tmp_path, document=int(lengths.argmin()), split="fit", tokens=1000)
     assert len(short.predictions[0].steps) == lengths.min() - 1  # its end is not part of the text
-    assert short.text.goes_on == ""
+    assert short.text.continuation == ""
 
 
 def test_a_text_of_ones_own_is_shown_whole(run: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_the_page_shows_every_token_and_what_was_expected(run: Path, tmp_path: P
     result = show(run, tmp_path, text="the red stone\nété")
     page = Page(result.page.read_text())
     for found in result.predictions:
-        assert f"{found.loss:.3f} nats a token" in page.text
+        assert f"{found.loss:.3f} nats per token" in page.text
         for step in found.steps:
             assert f"{found.model}: {percent(step.probability)}, rank {step.rank:,}" in page.text
             for candidate in (*step.expected, *found.after):
@@ -233,7 +233,7 @@ def test_a_file_is_read_and_the_page_lies_in_the_run(run: Path, tmp_path: Path) 
         ({"text_file": Path("/nowhere.txt")}, "/nowhere.txt cannot be read"),
         ({"models": ()}, "--models is empty"),
         ({"models": ("crate-9l",)}, "cratelm train"),
-        ({"top": 0}, "--top is 0"),
+        ({"top": 0}, "--top must be at least 1, not 0"),
         ({"split": "test"}, "--split is 'test'"),
         ({"out": Path("page.htm")}, r"ends in \.html"),
     ],

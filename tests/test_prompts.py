@@ -9,9 +9,10 @@ from cratelm.explain.llm_explainer import parse_explanation
 from cratelm.explain.selection import contrasting, explained_from
 from cratelm.llm.prompts import neurons as prompts
 from cratelm.llm.prompts import scorers as scorer_prompts
-from cratelm.llm.prompts.excerpts import escaped, excerpt_text
+from cratelm.llm.prompts.excerpts import excerpt_text
 from cratelm.llm.requests import Answer, Failure, FailureKind, key
 from cratelm.records import Excerpt
+from cratelm.text.display import printable
 
 DOCS = Path(__file__).parents[1] / "docs" / "prompts.md"
 
@@ -89,7 +90,7 @@ def test_each_word_of_a_prompt_counts_in_the_key():
 
 
 def test_escapes_keep_a_text_on_its_line():
-    assert escaped("a\tb\r\n\x00\u2028\x1b[0m é中😀") == "a\\tb\\r\\n\\x00\\u2028\\x1b[0m é中😀"
+    assert printable("a\tb\r\n\x00\u2028\x1b[0m é中😀") == "a\\tb\\r\\n\\x00\\u2028\\x1b[0m é中😀"
     strings = ["«", "x", "\n"]
     assert excerpt_text(np.array([1, 0, 2]), strings, [False, True, True]) == "x««\\n»"
 

@@ -30,7 +30,7 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models import load
-from cratelm.records import CHANCE, METRICS, SCORERS
+from cratelm.records import CHANCE, METRICS, SCORERS, Estimate, Interval
 from cratelm.report import gallery
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
@@ -41,10 +41,10 @@ from cratelm.runs import Run, config_dict
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
-from cratelm.steer.effects import EFFECT_SCHEMA
-from cratelm.text.printable import printable, visible
+from cratelm.steer.effects import LOGIT_EFFECTS
+from cratelm.text.display import printable, visible
 from cratelm.text.shading import shaded_html
-from cratelm.text.table import Column, Interval, PlusMinus, Table
+from cratelm.text.table import Column, Table
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -183,6 +183,12 @@ def _step(shown: str) -> float:
 
 def _tables(written: ReportResult) -> dict[str, Any]:
     return json.loads(written.tables.read_text(encoding="utf-8"))
+
+
+def test_what_was_chosen_on_held_out_scores_is_said_beside_them(written):
+    """Of the explainers without a language model, which have such constants."""
+    note = _tables(written)["comparison"]["note"]
+    assert "were chosen on held-out scores of two small models" in note
 
 
 def test_page_shows_the_figures_of_the_json_file(written, page):
@@ -491,7 +497,7 @@ def test_shaded_text_holds_the_levels_of_each_token():
 def test_cells():
     number, whole = Column("x", "x", ".1f"), Column("x", "x", ",d")
     assert number.show(Interval(1.25, -0.04, 2.06)) == "1.2 [0.0, 2.1]"
-    assert number.show(PlusMinus(3.0, 0.5)) == "3.0 ± 0.5"
+    assert number.show(Estimate(3.0, 0.5)) == "3.0 ± 0.5"
     assert number.show(None) == number.show(float("nan")) == "–"
     assert whole.show(12345) == "12,345"
     assert Column("x", "x").show("a\x1bb") == r"a\x1bb"
@@ -824,7 +830,7 @@ def test_tokens_that_a_neuron_promotes_are_shown_with_their_spaces(run, tmp_path
     row |= {"suppressed_values": [-1.5]}
     rows = [{**row, "layer": layer, "index": i} for layer in range(2) for i in range(64)]
     with Run(path).stage("steer", "crate-2l").write({}, {}) as draft:
-        table = pa.Table.from_pylist(rows, schema=EFFECT_SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=LOGIT_EFFECTS.schema)
         pq.write_table(table, draft.path / "logit_effects.parquet")
         (draft.path / "summary.json").write_text('{"layers": [], "ablation": "zero"}')
     page = report(ReportConfig(run=path, force=True, **SETTINGS)).page.read_text(encoding="utf-8")

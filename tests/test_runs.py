@@ -3,18 +3,23 @@
 import contextlib
 import dataclasses
 import json
+import os
+import subprocess
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
 from cratelm.errors import InputError
-from cratelm.runs import RECORD, Run, aside
+from cratelm.runs import RECORD, Run, at_least, names, not_in_identity
+from cratelm.runs.identity import commit_of
+from cratelm.runs.stage import FORMAT, OLDEST_READ, RENAMED
 
 
 @dataclass(frozen=True)
 class Config:
     size: int = 3
-    where: str = aside("here")
+    where: str = not_in_identity("here")
 
 
 class Killed(Exception):
@@ -27,7 +32,7 @@ def write(stage, config=None, inputs=None, text="result", **options):
         draft.results["figure"] = 7
 
 
-def test_finished_stage_is_recorded_and_skipped(tmp_path):
+def test_finished_stage_is_replayed_and_skipped(tmp_path):
     run = Run(tmp_path / "run")
     stage = run.stage("model", "crate-2l")
     assert not stage.is_finished(Config(), {"tokens": "abc"})
@@ -127,3 +132,232 @@ def test_damaged_record_and_bad_names_are_told(tmp_path):
     file.write_text("")
     with pytest.raises(InputError, match="is a file"):
         Run(file)
+
+
+# ---- records of other versions --------------------------------------------------------------------
+
+
+def edit(stage, **changes):
+    """Changes the record in place; a value of None removes the key."""
+    path = stage.path / RECORD
+    record = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(
+        json.dumps({k: v for k, v in record.items() if v is not None}), encoding="utf-8"
+    )
+
+
+@dataclass(frozen=True)
+class Inner:
+    depth: int = 2
+    later: str = "x"
+
+
+@dataclass(frozen=True)
+class Later:
+    """`Config` of a later version, with three options more."""
+
+    size: int = 3
+    beam: int = 1
+    words: tuple[str, ...] = ()
+    inner: Inner = Inner()
+
+
+def test_a_later_option_with_its_default_makes_no_stage_stale(tmp_path):
+    stage = Run(tmp_path).stage("model", "m")
+    write(stage)
+    assert stage.is_finished(Later(), {"tokens": "abc"})
+    for changed in (Later(beam=2), Later(words=("a",)), Later(inner=Inner(depth=3)), Later(size=4)):
+        with pytest.raises(InputError, match=r"was finished with .*--force"):
+            stage.is_finished(changed, {"tokens": "abc"})
+    edit(stage, config={"size": 3, "inner": {"depth": 2}})  # an inner option is later, too
+    assert stage.is_finished(Later(), {"tokens": "abc"})
+
+
+def test_an_option_that_was_given_and_is_not_any_more_is_a_difference(tmp_path):
+    stage = Run(tmp_path).stage("model", "m")
+    write(stage, Later(beam=5))
+    with pytest.raises(InputError, match="beam=5, now 1"):
+        stage.is_finished(Later(), {"tokens": "abc"})
+    with pytest.raises(InputError, match="beam=5, now None"):
+        stage.is_finished(Config(), {"tokens": "abc"})
+
+
+def test_an_option_that_was_renamed_is_read_under_its_name_of_today(tmp_path, monkeypatch):
+    stage = Run(tmp_path).stage("model", "m")
+    write(stage, {"width": 5})
+    monkeypatch.setitem(RENAMED, "model", {"width": "size"})
+    assert stage.is_finished(Config(size=5), {"tokens": "abc"})
+
+
+def test_unknown_keys_of_a_record_are_kept(tmp_path):
+    run = Run(tmp_path)
+    write(run.stage("model", "m"))
+    edit(run.stage("model", "m"), colour="blue")
+    assert run.stage("model", "m").require("train").results == {"figure": 7}
+    write(run.stage("model", "other"))
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert [s.get("colour") for s in manifest["stages"]] == ["blue", None]
+    assert manifest["format"] == FORMAT
+
+
+def test_a_damaged_record_does_not_stop_other_stages(tmp_path):
+    run = Run(tmp_path)
+    write(run.stage("model", "bad"))
+    for text in ("{", "[]", '{"stage": "model"}', '{"format": 99}', "\udcff"):
+        bad = run.stage("model", "bad").path / RECORD
+        bad.write_bytes(text.encode("utf-8", "surrogateescape"))
+        write(run.stage("model", "good"))
+        manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+        assert [s["name"] for s in manifest["stages"]] == ["good"]
+        assert list(manifest["unreadable"]) == ["model/bad"]
+        with pytest.raises(InputError, match="delete the folder"):
+            run.stage("model", "bad").completion()
+    write(run.stage("model", "bad"))  # written again, it is whole
+    assert run.stage("model", "bad").require("train")
+
+
+def test_a_record_of_a_later_format_is_refused_in_one_line(tmp_path):
+    stage = Run(tmp_path).stage("model", "m")
+    write(stage)
+    assert stage.require("train").format == FORMAT
+    edit(stage, format=FORMAT + 1, outputs="changed")
+    with pytest.raises(InputError, match=rf"later version of cratelm \(format {FORMAT + 1},.*upgrade cratelm") as caught:  # fmt: skip
+        stage.require("train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stage_of_an_older_format_than_is_read_is_made_again(tmp_path, monkeypatch, capsys):
+    stage = Run(tmp_path).stage("scores", "m")
+    write(stage)
+    edit(stage, format=None, versions={"cratelm": "0.1.0"})
+    assert stage.is_finished(Config(), {"tokens": "abc"})
+    monkeypatch.setitem(OLDEST_READ, "scores", 2)
+    capsys.readouterr()
+    assert not stage.is_finished(Config(), {"tokens": "abc"})
+    told = capsys.readouterr().out
+    assert "scores/m was written by cratelm 0.1.0 in an older format" in told
+    assert "it is made again" in told
+    with pytest.raises(InputError, match=r"older format.*cratelm score"):
+        stage.require("score")
+
+
+def test_the_command_of_a_record_gives_its_options(tmp_path):
+    run = Run(tmp_path)
+    with run.stage("explanations", "m@x").write(Later(beam=2, words=("a", "b c")), {}):
+        pass
+    stage = run.stage("explanations", "m@x")
+    assert stage.command() == f"cratelm explain --run {tmp_path} --beam 2 --words a 'b c' --force"
+    edit(stage, format=None, options=None)
+    assert "--size 3 --words a 'b c' --force" in stage.command()
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_the_lowest_value_of_an_option_is_named(value):
+    with pytest.raises(
+        InputError, match=rf"^--batch-size must be at least 1, not {value}: try 16$"
+    ):
+        at_least(SimpleNamespace(batch_size=value), {"batch_size": 1}, "try 16")
+    at_least(SimpleNamespace(batch_size=None, seed=0), {"batch_size": 1, "seed": 0})
+
+
+# ---- names ----------------------------------------------------------------------------------------
+
+
+def test_names_are_formatted_and_parsed_back():
+    for model in ("crate-2l", "crate-2l+s", "m-init"):
+        for of_set in ("", "smol", "free-by-smol"):
+            assert names.split_set(names.set_name(model, of_set)) == (model, of_set)
+    assert names.sets_of(["m", "m@a", "mm@b", "m@a", "m+s@c"], "m") == ["a"]
+    assert names.untrained_name("m") == "m-init"
+    assert names.untrained_name("m+s") == "m-init+s"
+    assert [names.trained_name(n) for n in ("m-init", "m-init+s", "m", "m+s-init", "-init")] == ["m", "m+s", "", "", ""]  # fmt: skip
+    assert names.twin_name("crate-2l-init+s") == "gpt2-2l-init+s"
+    assert [names.twin_name(n) for n in ("gpt2-6l", "cratelike", "phi")] == ["crate-6l", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("untrained", "expected"),
+    [
+        ({"X-init"}, {"X-init": "X"}),
+        (set(), {}),  # trained, whatever it is called
+        ({"X-init", "X-init-init"}, {"X-init": "X"}),  # the second is the null of no trained model
+        ({"X-init-init"}, {"X-init-init": "X-init"}),
+        ({"X", "X-init"}, {}),
+    ],
+)
+def test_null_controls_are_known_by_their_records(untrained, expected):
+    given = ["X", "X-init", "X-init-init"]
+    assert names.null_controls(given, untrained.__contains__) == expected
+
+
+def test_a_model_is_untrained_by_its_record(tmp_path):
+    run = Run(tmp_path)
+    for name, steps in (("a", 5), ("a-init", 0), ("b-init", 5)):
+        with run.stage("model", name).write({}, {}) as draft:
+            draft.results["steps"] = steps
+    for name, model in (("a", "a"), ("a-init", "a-init"), ("b-init", "b-init"), ("c-init", "a")):
+        with run.stage("activations", name).write({"model": model}, {}):
+            pass
+    known = {n for n in (*run.models("activations"), "d-init") if run.is_untrained(n)}
+    assert known == {"a-init"}
+    assert run.null_controls(run.models("activations")) == {"a-init": "a"}
+
+
+# ---- the commit -----------------------------------------------------------------------------------
+
+
+def git(folder, *arguments):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    done = subprocess.run(["git", "-C", folder, *who, *arguments], env=environment, check=True, capture_output=True, text=True)  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository of its own, with the package in `src/cratelm`."""
+    top = tmp_path / "repository"
+    package = top / "src" / "cratelm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    (top / "README.md").write_text("", encoding="utf-8")
+    git(tmp_path, "init", "-q", top)
+    git(top, "add", ".")
+    git(top, "commit", "-qm", "first")
+    return top
+
+
+def test_the_commit_is_that_of_the_package_and_marked_where_the_tree_is_dirty(repository):
+    package, head = repository / "src" / "cratelm", git(repository, "rev-parse", "HEAD")
+    assert commit_of(package) == head
+    (repository / "notes.txt").write_text("not tracked, not code", encoding="utf-8")
+    assert commit_of(package) == head
+    (package / "new.py").write_text("", encoding="utf-8")
+    assert commit_of(package) == f"{head}+dirty"
+    (package / "new.py").unlink()
+    (repository / "README.md").write_text("changed", encoding="utf-8")
+    assert commit_of(package) == f"{head}+dirty"
+
+
+def test_a_package_installed_inside_a_repository_has_no_commit(repository, monkeypatch):
+    installed = repository / ".venv" / "lib" / "site-packages" / "cratelm"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("", encoding="utf-8")
+    assert commit_of(installed) == ""
+    monkeypatch.setenv("GIT_DIR", str(repository / ".git"))  # as in a hook of that repository
+    assert commit_of(installed) == ""
+
+
+def test_a_package_that_its_repository_does_not_track_has_no_commit(tmp_path):
+    package = tmp_path / "src" / "cratelm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    assert commit_of(package) == ""  # no repository
+    git(tmp_path, "init", "-q", ".")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    assert commit_of(package) == ""
+
+
+def test_without_git_there_is_no_commit(repository, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit_of(repository / "src" / "cratelm") == ""

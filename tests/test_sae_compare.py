@@ -18,9 +18,8 @@ from cratelm.cli import config_class, main, split_words
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
-from cratelm.pipelines.demo_config import DemoConfig
+from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
 from cratelm.pipelines.sae_compare import sae_compare
-from cratelm.pipelines.sae_compare_config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.runs import Run
@@ -359,7 +358,7 @@ def test_every_key_of_an_evaluation_is_documented(compared):
         ({"sae": "l1-16x"}, "names no autoencoders of the run"),
         ({"train_tokens": 8, "batch_size": 64}, "--train-tokens 8 is less than one batch"),
         ({"architecture": "l1", "k": 3}, "--k is of topk and batchtopk"),
-        ({"evaluate_tokens": 0}, "--evaluate-tokens is 0, 1 or more"),
+        ({"evaluate_tokens": 0}, "--evaluate-tokens must be at least 1, not 0"),
     ],
 )
 def test_what_cannot_be_compared_is_told(run, options, told):

@@ -14,7 +14,7 @@ from cratelm.errors import InputError
 from cratelm.models import load
 from cratelm.models.sites import site_of
 from cratelm.runs import write_json
-from cratelm.sae.evaluate import dead_part, sae_evaluate
+from cratelm.sae.evaluate import dead_fraction, sae_evaluate
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.reconstruction import Firing, keep_strongest, spliced
 from cratelm.sae.sae import Sae, SaeConfig
@@ -127,7 +127,7 @@ def measured(finished):
 @pytest.mark.parametrize("layers", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("kind", ["reconstruction", "own_top", "mean", "zero"])
 def test_losses_equal_a_plain_computation(finished, measured, kind, layers):
-    place = next(p for p in measured.places if p.layers == layers)
+    place = next(p for p in measured.replacements if p.layers == layers)
     found = getattr(place, kind)
     clean, spliced_in = by_hand(finished, "own", ()), by_hand(finished, kind, layers)
     zero = by_hand(finished, "zero", layers)[:, 0]
@@ -183,12 +183,12 @@ def test_rebuilding_equals_a_plain_computation(finished, measured):
 
 
 def test_the_own_code_loses_nothing(measured):
-    for place in measured.places:
+    for place in measured.replacements:
         assert place.own.added.value == 0
         assert place.own.recovered_from_zero.value == 1
         assert place.own_top.added.value > 0
-    assert [p.layers for p in measured.places] == [(0,), (1,), (0, 1)]
-    assert measured.places[2].own_kept == (8, 8)
+    assert [p.layers for p in measured.replacements] == [(0,), (1,), (0, 1)]
+    assert measured.replacements[2].own_kept == (8, 8)
 
 
 # ---- autoencoders whose figures are known ----------------------------------------------------------
@@ -206,7 +206,7 @@ def known(path, layer=1, scale=1.0, **options):
 
 def test_a_perfect_one_and_one_that_shrinks(run, tmp_path):
     perfect = evaluated(run, sae=str(known(tmp_path / "perfect")))
-    (layer,), (place,) = perfect.layers, perfect.places
+    (layer,), (place,) = perfect.layers, perfect.replacements
     assert (layer.layer, place.layers) == (1, (1,))
     assert layer.explained_variance.value == pytest.approx(1)
     assert (layer.shrinkage.value, layer.norm_ratio.value) == pytest.approx((1, 1))
@@ -215,7 +215,7 @@ def test_a_perfect_one_and_one_that_shrinks(run, tmp_path):
     assert place.own_kept == (round(layer.l0.value),)
     # of layer 0: behind the last layer stands a layer norm, to which half the code is the same
     half = evaluated(run, sae=str(known(tmp_path / "half", layer=0, scale=0.5)))
-    (layer,), (place,) = half.layers, half.places
+    (layer,), (place,) = half.layers, half.replacements
     assert (layer.shrinkage.value, layer.norm_ratio.value) == pytest.approx((0.5, 0.5))
     assert layer.explained_variance.value < 1
     assert place.reconstruction.added.value > 1e-3
@@ -241,7 +241,7 @@ def test_it_measures_every_architecture_and_other_sites(run):
         result = evaluated(run, model=model, sae=done.name.split("@")[1], tokens=200)
         assert result.sae == done.name
         assert 0 < result.layers[0].l0.value < result.layers[0].latents
-        assert result.places[0].own.added.value == 0
+        assert result.replacements[0].own.added.value == 0
 
 
 def test_keep_strongest_equals_sorting():
@@ -266,13 +266,13 @@ def test_end_marks_keep_their_activations(finished):
     assert seen[0][1].abs().max() > 0
 
 
-def test_dead_part_of_one_document_has_no_error():
+def test_dead_fraction_of_one_document_has_no_error():
     firing = Firing.of(4)
     firing.add(np.array([True, False, True, False]), 2)
     firing.add(np.array([True, False, False, False]), 2)
     assert firing.documents.tolist() == [1, 0, 1, 0]
-    assert dead_part(firing, 1).error is None
-    assert dead_part(firing, 1).value == 0.5
+    assert dead_fraction(firing, 1).error is None
+    assert dead_fraction(firing, 1).value == 0.5
 
 
 # ---- what is written ------------------------------------------------------------------------------
@@ -340,11 +340,15 @@ def test_what_does_not_fit_is_refused(run, tmp_path, options, told):
         evaluated(run, sae=str(path))
 
 
-def test_a_model_trained_anew_is_told(run):
+def test_a_model_trained_anew_is_told(run, tmp_path):
+    """Autoencoders of the run by the chain of its stages, others by what their files say."""
     record = run / "model" / "crate" / "completed.json"
     write_json(record, {**json.loads(record.read_text()), "identity": "another"})
-    with pytest.raises(InputError, match="trained on another model than crate is now"):
+    with pytest.raises(InputError, match="made from an earlier model/crate"):
         evaluated(run, sae="topk-2x")
+    shutil.copytree(run / "sae" / "crate@topk-2x", tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="trained on another model than crate is now"):
+        evaluated(run, sae=str(tmp_path / "elsewhere"))
 
 
 def test_damage_is_told(run):
@@ -450,5 +454,5 @@ def test_steering_is_told_and_can_be_left_out(run, measured):
     assert "steered" not in str(without)
     told = json.loads((run / "sae" / "crate@topk-2x" / "evaluation.json").read_text())
     assert told["steering"] == []
-    with pytest.raises(InputError, match=r"--steered is -1, 0 or more"):
+    with pytest.raises(InputError, match=r"--steered must be at least 0, not -1"):
         SaeEvaluateConfig(steered=-1)

@@ -15,7 +15,7 @@ from cratelm.errors import InputError
 from cratelm.models import load, site_of
 from cratelm.sae import activations, train
 from cratelm.sae.architectures import build_sae, keep_rows_at_norm_one, resample
-from cratelm.sae.train import sae_train
+from cratelm.sae.train import make_trainer, sae_train
 from cratelm.sae.train_config import ARCHITECTURES, SaeTrainConfig
 from cratelm.tokens.shards import TokenStore
 
@@ -69,7 +69,7 @@ SPARSITY = {"l1": {"l1": 0.03}, "gated": {"l1": 0.03}, "topk": {"k": 2}, "batcht
 def test_planted_directions_are_found(architecture):
     config = SaeTrainConfig(architecture=architecture, d_sae=60, tokens=256 * 400, batch_size=256, lr=5e-3, **SPARSITY[architecture])  # fmt: skip
     sae = build_sae(config, 20, 0, torch.device("cpu"))
-    trainer = train._trainer(config, sae)
+    trainer = make_trainer(config, sae)
     dictionary = planted(1)[1]
     before = recovery(sae, dictionary)
     for step in range(config.steps):
@@ -85,7 +85,7 @@ def test_planted_directions_are_found(architecture):
 def test_l1_keeps_the_rows_at_norm_one():
     config = SaeTrainConfig(architecture="l1", d_sae=40, tokens=640, batch_size=64, lr=0.05)
     sae = build_sae(config, 20, 0, torch.device("cpu"))
-    trainer, x = train._trainer(config, sae), planted(64)[0]
+    trainer, x = make_trainer(config, sae), planted(64)[0]
     for _ in range(5):
         before = sae.W_dec.detach().clone()
         trainer.step(x)
@@ -107,7 +107,7 @@ def test_l1_takes_out_the_gradient_along_a_row():
 def test_dead_latents_start_again():
     config = SaeTrainConfig(architecture="l1", d_sae=40, tokens=640, batch_size=64, dead_after=64)
     sae = build_sae(config, 20, 0, torch.device("cpu"))
-    trainer, x = train._trainer(config, sae), planted(64)[0]
+    trainer, x = make_trainer(config, sae), planted(64)[0]
     with torch.no_grad():
         sae.b_enc[[3, 8]] = -100.0  # these never fire
     for _ in range(3):
@@ -178,14 +178,16 @@ def test_text_tokens_are_served_once_each(finished, monkeypatch):
     served, expected, passes, buffers = Counter(), Counter(), 0, 0
     for _ in range(3000):
         served[int(stream.batch()[0][0, 0])] += 1
-        if stream.place.served == 0:  # batches of one leave nothing of a buffer out
-            for number in range(passes, stream.place.first):
-                rows = [split.sequence(int(i), LENGTH)[:-1] for i in stream.feed.indices(number)]
+        if stream.position.served == 0:  # batches of one leave nothing of a buffer out
+            for number in range(passes, stream.position.first):
+                rows = [split.sequence(int(i), LENGTH)[:-1] for i in stream.sampler.indices(number)]
                 expected.update(int(t) for row in rows for t in row if t != EOT)
             assert served == expected
-            passes, buffers = stream.place.first, buffers + 1
+            passes, buffers = stream.position.first, buffers + 1
     assert buffers > 10
-    assert passes * stream.feed.batch_size > 2 * stream.feed.n_sequences  # over several epochs
+    assert (
+        passes * stream.sampler.batch_size > 2 * stream.sampler.n_sequences
+    )  # over several epochs
 
 
 def test_the_order_is_random(finished, monkeypatch):
@@ -210,7 +212,7 @@ def test_a_place_is_found_again(finished, monkeypatch):
     _, stream = token_stream(finished, monkeypatch, buffer_bytes=1000)
     places, batches = [], []
     for _ in range(25):
-        places.append(stream.place)
+        places.append(stream.position)
         batches.append(stream.batch()[0])
     assert len({p.first for p in places}) > 2
     for place, batch in list(zip(places, batches, strict=True))[::4]:
@@ -230,7 +232,7 @@ def test_interrupted_training_ends_in_the_same_weights(run, tmp_path, monkeypatc
     shutil.copytree(run, tmp_path / "other")
     whole = trained(run, **options)
     assert (min(layer.resampled for layer in whole.layers) > 0) == (architecture == "l1")
-    step = train.Stream.batch
+    step = train.ActivationBuffer.batch
 
     def killed_at(number):
         count = 0
@@ -245,11 +247,11 @@ def test_interrupted_training_ends_in_the_same_weights(run, tmp_path, monkeypatc
         return batch
 
     for number in (4, 9):  # the second attempt starts from step 3 and comes to step 11
-        monkeypatch.setattr(train.Stream, "batch", killed_at(number))
+        monkeypatch.setattr(train.ActivationBuffer, "batch", killed_at(number))
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "other", checkpoint_minutes=0, **options)
         assert not (tmp_path / "other" / "sae" / "crate@x").exists()
-    monkeypatch.setattr(train.Stream, "batch", step)
+    monkeypatch.setattr(train.ActivationBuffer, "batch", step)
     resumed = trained(tmp_path / "other", checkpoint_minutes=0, **options)
     for layer in (0, 1):
         a, b = weights(whole.path, layer), weights(resumed.path, layer)
@@ -293,13 +295,13 @@ def latents_by_hand(x, w, kind, k):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_saelens_loads_what_was_trained(run, monkeypatch, architecture, normalize):
     kept = []
-    finish = train._finished
+    finish = train._fold_scales
 
     def remember(config, trainer):
         kept.append((trainer.activation_scaler.scaling_factor, {k: v.clone() for k, v in trainer.sae.state_dict().items()}))  # fmt: skip
         return finish(config, trainer)
 
-    monkeypatch.setattr(train, "_finished", remember)
+    monkeypatch.setattr(train, "_fold_scales", remember)
     k = 8 if architecture in ("topk", "batchtopk") else None
     done = trained(run, architecture=architecture, k=k, layers=(1,), normalize=normalize)
     assert [p.name for p in done.path.glob("layer-*")] == ["layer-1"]
@@ -385,13 +387,13 @@ def test_what_does_not_fit_is_refused(run, options, told):
     ("options", "told"),
     [
         ({"architecture": "l2"}, "choose from l1, topk"),
-        ({"architecture": "topk", "l1": 1e-3}, "--l1 is of l1 and gated, .* give --k"),
-        ({"k": 3}, "--k is of topk and batchtopk, .* give --l1"),
-        ({"expansion": 0}, "--expansion is 0"),
+        ({"architecture": "topk", "l1": 1e-3}, "--l1 is an option of l1 and gated, .* give --k"),
+        ({"k": 3}, "--k is an option of topk and batchtopk, .* give --l1"),
+        ({"expansion": 0}, "--expansion must be at least 1, not 0"),
         ({"tokens": 100}, "less than one batch"),
         ({"lr": 0.0}, "--lr is 0"),
         ({"lr_decay": 1.0}, "--lr-decay"),
-        ({"l1": -1.0}, "--l1 is -1"),
+        ({"l1": -1.0}, "--l1 must be at least 0, not -1"),
         ({"layers": (1, 1)}, "each once"),
         ({"layers": (-1,)}, "from 0"),
     ],

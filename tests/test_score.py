@@ -7,6 +7,7 @@ import numpy as np
 import planted
 import pyarrow.parquet as pq
 import pytest
+from fake_llm import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import STRINGS, corpus, harvested, on_token
@@ -14,13 +15,19 @@ from planted import STRINGS, corpus, harvested, on_token
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain, explain_neuron
-from cratelm.records import METRICS, Excerpt, Explanation, NeuronId, Status
+from cratelm.llm.client import Client
+from cratelm.llm.config import Budget
+from cratelm.llm.ledger import Ledger
+from cratelm.llm.requests import JsonQuery
+from cratelm.records import METRICS, Excerpt, Explanation, NeuronId, Score, Status
 from cratelm.score.config import ScoreConfig
-from cratelm.score.controls import audit, shuffled
-from cratelm.score.pipeline import score_neuron
+from cratelm.score.controls import ExplanationSet, audit, shuffled
+from cratelm.score.metrics import correlation_score
+from cratelm.score.pipeline import Reader, Scoring, score_records
 from cratelm.score.score import score
+from cratelm.score.scorers import BY_METRIC, Example, Prompting
 from cratelm.score.selection import scored_on
-from cratelm.score.simulators import simulate, simulate_constant
+from cratelm.score.simulators import ConstantSimulator, simulate
 from cratelm.score.store import read_scores
 
 
@@ -32,6 +39,14 @@ def explanation_of(token: int, explainer: str = "lookup") -> Explanation:
     record = harvested(on_token(corpus("fit")[0], token), index=token)
     config = ExplainConfig(explainers=(explainer,))  # type: ignore[arg-type]
     return explain_neuron(record, config, STRINGS)[0]
+
+
+def score_neuron(record, explanation, donor, explainer, metrics, is_duplicate):
+    """Scores of one neuron; `donor` is the only other explanation of its layer, or None."""
+    given = [e for e in (explanation, donor) if e is not None]
+    explanations = ExplanationSet(given, None, seed=0)
+    scoring = Scoring(metrics, (explainer,), explanations, set(), is_duplicate)
+    return list(score_records([record], scoring))
 
 
 # --- selection ----------------------------------------------------------------------------------
@@ -85,15 +100,19 @@ def test_few_excerpts_are_all_used_and_counted():
 # --- simulators ---------------------------------------------------------------------------------
 
 
+class Stop(Exception):
+    pass
+
+
 def test_simulators_never_see_the_truth(monkeypatch):
     """Whatever the activations of the held-out excerpts, the same values are simulated."""
     seen: list[list] = []
 
     def spy(true, simulated):
         seen.append([s.tolist() for s in simulated])
-        raise StopIteration
+        raise Stop
 
-    monkeypatch.setattr("cratelm.score.simulation.correlation_score", spy)
+    monkeypatch.setattr("cratelm.score.metrics.correlation_score", spy)
     record = held_out(3)
     drawn = np.random.default_rng(1)
     other = replace(
@@ -105,7 +124,7 @@ def test_simulators_never_see_the_truth(monkeypatch):
     )
     for explainer in ("lookup", "trie"):
         for one in (record, other):
-            with pytest.raises(StopIteration):
+            with pytest.raises(Stop):
                 score_neuron(
                     one, explanation_of(3, explainer), None, explainer, METRICS, none_is_duplicate
                 )
@@ -135,7 +154,8 @@ def test_payload_survives_json_and_ids_beyond_the_table():
         (values,) = simulate(explainer, copy, [np.array([3, 60_000])])
         assert values[0] > 0.9
         assert values[1] == payload["default"]
-    (constant,) = simulate_constant(PAYLOADS["lookup"], [np.array([1, 2])])
+    explanation = explanation_of(3)
+    (constant,) = ConstantSimulator().simulate(explanation, [np.array([1, 2])], [])
     assert constant.tolist() == [PAYLOADS["lookup"]["default"]] * 2
 
 
@@ -318,8 +338,8 @@ def test_shared_documents_stop_the_scoring(tmp_path, monkeypatch):
     [
         ({"metrics": ()}, "--metrics"),
         ({"metrics": ("random_only", "magic")}, "--metrics random_only magic"),
-        ({"resamples": 3}, "--resamples 3"),
-        ({"seed": -1}, "--seed -1"),
+        ({"resamples": 3}, "--resamples must be at least 100, not 3"),
+        ({"seed": -1}, "--seed must be at least 0, not -1"),
     ],
 )
 def test_bad_configurations_are_named(fields, message):
@@ -331,3 +351,119 @@ def test_missing_explanations_name_the_verb(tmp_path):
     run = planted.run_with_harvest(tmp_path / "run", n_neurons=3, layers=1)
     with pytest.raises(InputError, match="cratelm explain"):
         score(ScoreConfig(run=run.path, model="m"))
+
+
+# --- adding a simulator ---------------------------------------------------------------------------
+
+
+class Rereader:
+    """A simulator with a language model: its first answer is the level of every token of an excerpt."""
+
+    def requests(self, explanation, token_ids):
+        return [
+            JsonQuery((("user", f"{explanation.text}: {len(ids)} tokens"),), len(ids), 0, 9)
+            for ids in token_ids
+        ]
+
+    def simulate(self, explanation, token_ids, answers):
+        return [np.array(a.value, dtype=float) for a in answers]
+
+
+class Parity:
+    """A simulator without one: 1 on tokens with an odd id."""
+
+    def requests(self, explanation, token_ids):
+        return []
+
+    def simulate(self, explanation, token_ids, answers):
+        return [np.asarray(ids) % 2.0 for ids in token_ids]
+
+
+class Odd(FakeModel):
+    """Answers level 9 where the excerpt's length is odd, else counts 0, 1, 2 ..."""
+
+    def _value(self, request):
+        return tuple(9 if request.n % 2 else i % 10 for i in range(request.n))
+
+
+def scoring_with(simulator, supports_logprobs: bool = False) -> Scoring:
+    explanation = explanation_of(3)
+    prompting = Prompting(STRINGS, supports_logprobs, 0)
+    return Scoring(
+        metrics=("top_and_random",),
+        explainers=("lookup",),
+        explanations=ExplanationSet([explanation], [], seed=0),
+        dead_on_fit=(),
+        is_duplicate=none_is_duplicate,
+        reader=Reader("mine", {"": simulator}, prompting),
+    )
+
+
+@pytest.mark.parametrize(("simulator", "n_requests"), [(Rereader(), 10), (Parity(), 0)])
+def test_a_simulator_is_a_class_with_two_methods(simulator, n_requests, tmp_path):
+    record, model = held_out(3), Odd()
+    client = Client(model, Ledger(tmp_path / "ledger.sqlite"), Budget())
+    own, null, constant = score_records([record], scoring_with(simulator), client)
+    excerpts = scored_on(record, "top_and_random")
+    ids = [e.token_ids for e in excerpts]
+    if n_requests:
+        expected = [np.array([9 if len(i) % 2 else n % 10 for n in range(len(i))]) for i in ids]
+    else:
+        expected = [i % 2 for i in ids]
+    assert own.score == correlation_score([e.activations for e in excerpts], expected)
+    assert (own.explainer, own.explained_by, own.simulator) == ("lookup/mine", "lookup", "mine")
+    assert null.score.status == Status.UNDEFINED  # no other neuron's explanation
+    assert (constant.score.status, constant.score.reason) == (
+        Status.UNDEFINED, "the simulation is constant",
+    )  # fmt: skip
+    assert len(model.asked) == (len({len(i) for i in ids}) if n_requests else 0)  # equal ones once
+
+
+def test_a_failed_answer_of_a_simulator_fails_the_score(tmp_path):
+    client = Client(Odd(fails=1.0), Ledger(tmp_path / "ledger.sqlite"), Budget())
+    own, *_ = score_records([held_out(3)], scoring_with(Rereader()), client)
+    assert (own.score.status, own.score.value) == (Status.FAILED, None)
+    assert own.score.reason.startswith("10 of 10 calls failed, the first: status")
+
+
+# --- adding a scorer ------------------------------------------------------------------------------
+
+
+class Longest:
+    """Scores by whether a model names the longer of two texts; needs no explanation."""
+
+    uses_explanation = False
+
+    def examples(self, record, control, seed):
+        top = sorted(scored_on(record, "top_and_random"), key=len)
+        if len(top[0]) == len(top[-1]):
+            return Score(None, Status.UNDEFINED, "all texts are equally long")
+        return [[Example(top[0], False), Example(top[-1], True)]]
+
+    def prompt(self, explanation, examples, prompting):
+        texts = [e.text(prompting.strings) for group in examples for e in group]
+        return [JsonQuery((("user", "\n".join(texts)),), 1, 1, 2, prompting.seed)]
+
+    def grade(self, examples, values):
+        (answer,) = values
+        return Score(float(examples[0][answer[0] - 1].positive), n_records=1)
+
+
+class Second(FakeModel):
+    """Always names the second text."""
+
+    def _value(self, request):
+        return (2,)
+
+
+def test_a_scorer_is_a_dataclass_with_three_methods(tmp_path, monkeypatch):
+    monkeypatch.setitem(BY_METRIC, "intruder", Longest())
+    scoring = replace(scoring_with(Parity()), metrics=("intruder",))
+    client = Client(Second(), Ledger(tmp_path / "ledger.sqlite"), Budget())
+    own, null = score_records([held_out(3)], scoring, client)
+    assert (own.score.value, own.metric, own.control) == (1.0, "intruder", "none")
+    # without a donor too: this scorer reads no explanation
+    assert null.score.value == 1.0
+    same = replace(held_out(3), excerpts=held_out(3).of_kind("top")[:2])
+    (only, _) = score_records([same], scoring, client)
+    assert only.score.reason == "all texts are equally long"

@@ -25,9 +25,9 @@ from cratelm.llm.requests import (
     Request,
 )
 from cratelm.records import CHANCE, Control, Excerpt, NeuronRecord, Score, Status
-from cratelm.score.scorers import MOST_MARKED, TASKS, roc_area, shown
+from cratelm.score.scorers import BY_METRIC, MOST_MARKED, Prompting, Task, scorer_task, shown
 from cratelm.score.selection import scored_on
-from cratelm.score.tasks import Task
+from cratelm.stats.auc import roc_area
 
 TOKENS, _ = corpus("held_out")
 YES_NO = ("detection", "fuzzing")
@@ -48,12 +48,14 @@ def task(
     metric,
     found: NeuronRecord,
     control: Control = "none",
-    reads=True,
+    supports_logprobs=True,
     strings=STRINGS,
     seed=0,
     text="w5",
 ):
-    made = TASKS[metric](found, text, control, strings=strings, reads=reads, seed=seed)
+    made = scorer_task(
+        BY_METRIC[metric], found, text, control, Prompting(strings, supports_logprobs, seed)
+    )
     assert isinstance(made, Task)
     return made
 
@@ -89,8 +91,10 @@ def answers(asked: Task, leaning: Answerer) -> list[Outcome]:
     return outcomes
 
 
-def graded(metric, leaning: Answerer, control: Control = "none", reads=True, found=None) -> Score:
-    made = task(metric, record() if found is None else found, control, reads)
+def graded(
+    metric, leaning: Answerer, control: Control = "none", supports_logprobs=True, found=None
+) -> Score:
+    made = task(metric, record() if found is None else found, control, supports_logprobs)
     return made.grade(answers(made, leaning))
 
 
@@ -102,15 +106,15 @@ def has_wanted(text: str) -> float:
 # --- known answers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("supports_logprobs", [True, False])
 @pytest.mark.parametrize("metric", YES_NO)
-def test_perfect_reversed_and_constant_answers(metric, reads):
-    perfect = graded(metric, has_wanted, reads=reads)
+def test_perfect_reversed_and_constant_answers(metric, supports_logprobs):
+    perfect = graded(metric, has_wanted, supports_logprobs=supports_logprobs)
     assert (perfect.value, perfect.accuracy, perfect.status) == (1.0, 1.0, Status.DEFINED)
-    opposite = graded(metric, lambda t: -has_wanted(t), reads=reads)
+    opposite = graded(metric, lambda t: -has_wanted(t), supports_logprobs=supports_logprobs)
     assert (opposite.value, opposite.accuracy) == (0.0, 0.0)
     for always in (3.0, 0.0, -3.0):
-        constant = graded(metric, lambda _, a=always: a, reads=reads)
+        constant = graded(metric, lambda _, a=always: a, supports_logprobs=supports_logprobs)
         assert (constant.value, constant.accuracy) == (0.5, 0.5)
         assert constant.status == Status.DEFINED
 
@@ -123,20 +127,23 @@ def test_biased_answers_still_rank():
 
 @pytest.mark.parametrize("metric", YES_NO)
 def test_hard_answers_are_worth_their_balanced_accuracy(metric):
-    score = graded(metric, lambda t: len(t) % 2 - 0.5, reads=False)
+    score = graded(metric, lambda t: len(t) % 2 - 0.5, supports_logprobs=False)
     assert score.value == pytest.approx(score.accuracy)
 
 
-@pytest.mark.parametrize("reads", [True, False])
-def test_intruder_found_missed_and_places(reads):
-    assert graded("intruder", lambda t: -has_wanted(t), reads=reads).value == 1.0
-    assert graded("intruder", has_wanted, reads=False).value == 0.0
-    made = task("intruder", record(), reads=reads)
+@pytest.mark.parametrize("supports_logprobs", [True, False])
+def test_intruder_found_missed_and_places(supports_logprobs):
+    assert (
+        graded("intruder", lambda t: -has_wanted(t), supports_logprobs=supports_logprobs).value
+        == 1.0
+    )
+    assert graded("intruder", has_wanted, supports_logprobs=False).value == 0.0
+    made = task("intruder", record(), supports_logprobs=supports_logprobs)
     assert len(made.requests) == 5
     for place in range(5):  # a model that always names one place wins one trial of five
         row = np.full((1, 5), -9, np.float32)
         row[0, place] = 0
-        value = OptionLogprobs(row) if reads else (place + 1,)
+        value = OptionLogprobs(row) if supports_logprobs else (place + 1,)
         assert made.grade([Answer(value, 1, 1)] * 5).value == pytest.approx(0.2)
 
 
@@ -287,7 +294,7 @@ def test_fuzzing_marks_as_many_right_as_wrong():
 
 
 def test_no_fill_of_fuzzing_holds_both_versions():
-    requests = task("fuzzing", record(), reads=False).requests
+    requests = task("fuzzing", record(), supports_logprobs=False).requests
     assert len(requests) == 2
     for request in requests:
         plain = [t.replace("«", "").replace("»", "") for t in judged(request)]
@@ -299,7 +306,7 @@ def test_place_in_a_fill_does_not_tell():
     """Over neurons the first text of a list is active about as often as any other."""
     first = []
     for index in range(60):
-        (request,) = task("detection", record(index), reads=False).requests
+        (request,) = task("detection", record(index), supports_logprobs=False).requests
         first.append(has_wanted(judged(request)[0]) > 0)
     assert 0.3 < np.mean(first) < 0.8
 
@@ -350,23 +357,25 @@ def test_shown_known():
 # --- leakage ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("metric", sorted(TASKS))
-def test_activations_show_in_no_request(metric, reads):
+@pytest.mark.parametrize("supports_logprobs", [True, False])
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
+def test_activations_show_in_no_request(metric, supports_logprobs):
     """Activations changed without a change of what is chosen and marked: the requests stay the same."""
     found = record()
 
     def scaled(e: Excerpt) -> Excerpt:
         return dataclasses.replace(e, activations=e.activations * np.float32(1234.5))
 
-    before = task(metric, found, reads=reads).requests
-    assert task(metric, changed(found, scaled), reads=reads).requests == before
+    before = task(metric, found, supports_logprobs=supports_logprobs).requests
+    assert (
+        task(metric, changed(found, scaled), supports_logprobs=supports_logprobs).requests == before
+    )
     assert not any(
         str(a)[:5] in repr(before) for e in found.excerpts for a in e.activations if a > 0
     )
 
 
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_explanation_is_shown_as_given_and_not_for_intruder(metric):
     one, other = (
         task(metric, record(), text=text).requests for text in ("of sailing", "of\nDescription: 1")
@@ -378,12 +387,12 @@ def test_explanation_is_shown_as_given_and_not_for_intruder(metric):
         assert "of Description: 1" in repr(other)
 
 
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_same_draws_each_time_and_others_for_another_seed(metric):
-    one = task(metric, record(), reads=False)
-    assert one.requests == task(metric, record(), reads=False).requests
+    one = task(metric, record(), supports_logprobs=False)
+    assert one.requests == task(metric, record(), supports_logprobs=False).requests
     if metric != "embedding":
-        other = task(metric, record(), reads=False, seed=1).requests
+        other = task(metric, record(), supports_logprobs=False, seed=1).requests
         assert {r.seed for r in other if isinstance(r, JsonQuery)} == {1}
         unseeded = [dataclasses.replace(r, seed=0) for r in other if isinstance(r, JsonQuery)]
         assert list(one.requests) != unseeded
@@ -392,10 +401,10 @@ def test_same_draws_each_time_and_others_for_another_seed(metric):
 # --- without a value -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reads", [True, False])
-@pytest.mark.parametrize("metric", sorted(TASKS))
-def test_one_failure_is_no_score(metric, reads):
-    made = task(metric, record(), reads=reads)
+@pytest.mark.parametrize("supports_logprobs", [True, False])
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
+def test_one_failure_is_no_score(metric, supports_logprobs):
+    made = task(metric, record(), supports_logprobs=supports_logprobs)
     gone = Failure(FailureKind.DEADLINE, "no answer within 60 s")
     outcomes: list[Outcome] = [gone] * len(made.requests)
     if metric != "embedding":
@@ -406,14 +415,14 @@ def test_one_failure_is_no_score(metric, reads):
 
 
 def unasked(metric, found: NeuronRecord, control: Control = "none") -> Score:
-    score = TASKS[metric](found, "w5", control, strings=STRINGS, reads=True, seed=0)
+    score = scorer_task(BY_METRIC[metric], found, "w5", control, Prompting(STRINGS, True, 0))
     assert isinstance(score, Score)
     assert score.value is None
     return score
 
 
 @pytest.mark.parametrize("control", ["none", "shuffled"])
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_dead(metric, control):
     found = harvested(np.zeros(len(TOKENS)), "held_out")
     score = unasked(metric, found, control)
@@ -435,7 +444,7 @@ def test_fuzzing_without_inactive_tokens():
     assert "both active and inactive tokens" in score.reason
 
 
-@pytest.mark.parametrize("metric", sorted(TASKS))
+@pytest.mark.parametrize("metric", sorted(BY_METRIC))
 def test_too_few_top_excerpts(metric):
     """Active in one document alone: its excerpt has rank 0, which explanations come from."""
     values = np.zeros(len(TOKENS))

@@ -10,6 +10,8 @@ from scipy import stats
 
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
+from cratelm.stats.auc import roc_area, roc_area_of_ranks
+from cratelm.stats.intervals import bootstrap, resampled_means
 from cratelm.stats.scores import Counts, all_statistics, compare_models, model_statistics
 
 NO_VALUE = {
@@ -156,7 +158,6 @@ def test_difference_effect_and_superiority_of_a_known_case():
     assert found.cohens_d == pytest.approx(20 / np.sqrt(2000 / 4))
     # Layer 0: 0.5 beats 0.2; 0.7 beats both. Layer 1: 0.4 beats 0.1; 0.6 beats both.
     assert found.superiority == 0.75
-    assert found.cliffs_delta == 0.5
     assert (found.paired, found.n_a, found.n_b, found.n_layers) == (False, 4, 4, 2)
     assert found.low < 20 < found.high
 
@@ -263,3 +264,34 @@ def test_no_common_layer_is_named():
     b = [replace(s, neuron=replace(s.neuron, layer=7)) for s in scores([[0.3, 0.4]], "gpt2")]
     with pytest.raises(InputError, match="no layer where both"):
         compare_models(scores([[0.1]], "crate"), b, "top_and_random", explainer="lookup")
+
+
+@pytest.mark.parametrize("n", [2, 7, 400])
+def test_bootstrap_draws_what_scipy_draws(n):
+    """SciPy's quantiles may differ in the last digit, its draws may not."""
+    values = np.random.default_rng(n).normal(5, 2, n)
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(3)
+    )
+    ours = resampled_means(values, 500, np.random.default_rng(3))
+    assert np.array_equal(ours, theirs.bootstrap_distribution)
+    found = bootstrap(values, 3, 500)
+    assert found is not None
+    assert (found.value, found.n) == (values.mean(), n)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval))
+
+
+def test_draws_do_not_depend_on_the_blocks(monkeypatch):
+    values = np.random.default_rng(0).normal(size=50)
+    whole = resampled_means(values, 333, np.random.default_rng(1))
+    monkeypatch.setattr("cratelm.stats.intervals._BLOCK", 150)
+    assert np.array_equal(whole, resampled_means(values, 333, np.random.default_rng(1)))
+
+
+def test_area_of_ranks_is_the_area():
+    values = np.random.default_rng(0).integers(0, 9, 40).astype(float)
+    mask = np.arange(40) % 3 == 0
+    ranks = stats.rankdata(values)[mask]
+    pairs = [(p > q) + (p == q) / 2 for p in values[mask] for q in values[~mask]]
+    assert roc_area_of_ranks(ranks, int((~mask).sum())) == roc_area(values[mask], values[~mask])
+    assert roc_area(values[mask], values[~mask]) == pytest.approx(np.mean(pairs))

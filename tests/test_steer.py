@@ -19,12 +19,13 @@ from transformers import (
 import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
-from cratelm.models import build, capture, load_authors_checkpoint, site_of
+from cratelm.interop.authors_checkpoint import load_authors_checkpoint
+from cratelm.models import build, capture, site_of
 from cratelm.models.sites import hooked
 from cratelm.runs import Run
 from cratelm.steer import Edit, Positions
 from cratelm.steer.config import EffectsConfig, SteerConfig
-from cratelm.steer.steer import compared, steer
+from cratelm.steer.steer import compare_next_tokens, steer
 from cratelm.steer.steering import chosen, steering
 
 ORACLE = SHARED / "oracle"
@@ -73,7 +74,7 @@ def test_the_oracles_steered_logits():
     expected = load_file(ORACLE / "crate-expected.safetensors")
     told = json.loads((ORACLE / "crate-expected.json").read_text())["steer"]
     edit = Edit(layer=told["layer"], neurons=told["neuron"], set=told["value"])
-    with cratelm.steer(model, edit):
+    with cratelm.steering(model, edit):
         found = logits(model, expected["input_ids"])[:, -1:]
     wanted = expected["steered_next_logits"]
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -220,10 +221,10 @@ def test_contexts_nest():
 def test_the_package_is_the_context_manager_and_the_verb():
     model, x = model_of("crate"), ids()
     plain = logits(model, x)
-    with cratelm.steer(model, Edit(layer=1, neurons=[3], set=10.0), site="ista"):
+    with cratelm.steering(model, Edit(layer=1, neurons=[3], set=10.0), site="ista"):
         assert not torch.equal(logits(model, x), plain)
     with pytest.raises(InputError, match="LAYER:INDEX"):
-        cratelm.steer(neurons=("one",), set=1.0)
+        cratelm.api.steer(neurons=("one",), set=1.0)
 
 
 # ---- positions ------------------------------------------------------------------------------------
@@ -362,10 +363,10 @@ def test_a_static_cache_steers_everywhere_or_says_why_not():
         (lambda m: SteerConfig(neurons=("1:2",), set=1, add=2), "--set and --add"),
         (lambda m: SteerConfig(neurons=("1.2",), set=1), "--neurons 1.2"),
         (lambda m: SteerConfig(neurons=(), set=1), "names no neuron"),
-        (lambda m: SteerConfig(neurons=("1:2",), set=1, top=0), "--top 0"),
+        (lambda m: SteerConfig(neurons=("1:2",), set=1, top=0), "--top must be at least 1, not 0"),
         (lambda m: SteerConfig(neurons=("1:2",), set=1, temperature=float("nan")), "--temperature"),
         (lambda m: EffectsConfig(only=("x",)), "--only x"),
-        (lambda m: EffectsConfig(sequence_length=1), "--sequence-length 1"),
+        (lambda m: EffectsConfig(sequence_length=1), "--sequence-length must be at least 2, not 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(call, told):
@@ -398,13 +399,13 @@ def small_run(path: Path) -> Run:
     for n in range(60):
         words = " ".join(f"word{(n * k) % 17} = {k}" for k in range(60))
         (corpus / f"{n}.txt").write_text(words + "\n")
-    cratelm.tokenize(
+    cratelm.api.tokenize(
         run=path, corpus=str(corpus), vocab_size=300, fit=0.3, held_out=0.3, sequence_length=64,
         quiet=True,
     )  # fmt: skip
     overrides = ("hidden_size=32", "num_attention_heads=4")
     for name in ("crate-2l", "gpt2-2l"):
-        cratelm.train(
+        cratelm.api.train(
             run=path, model=name, steps=20, sequence_length=64, batch_size=4, learning_rate=0.01,
             model_overrides=overrides, device="cpu", tensorboard=False, quiet=True,
         )  # fmt: skip
@@ -439,7 +440,7 @@ def test_the_verb_shows_what_changes(run, tmp_path):
 def test_what_is_compared():
     before = torch.tensor([0.5, 0.25, 0.25], dtype=torch.double).log()
     after = torch.tensor([0.25, 0.5, 0.25], dtype=torch.double).log()
-    found = compared(before, after, ["a", "b", "c"], 2)
+    found = compare_next_tokens(before, after, ["a", "b", "c"], 2)
     assert [c.token for c in found.gains] == ["b"]
     assert [c.token for c in found.losses] == ["a"]
     assert found.total_variation == pytest.approx(0.25)

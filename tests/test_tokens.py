@@ -404,6 +404,34 @@ def test_bad_documents_stop_or_are_counted(tmp_path: Path, kind: str, expected: 
     assert done.results["skipped"] == 1
 
 
+def test_a_folder_with_a_tokenizer_is_told_by_the_path_of_its_file(tmp_path: Path) -> None:
+    train_tokenizer(sentences(50), 300).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"is a folder: type --tokenizer .*/tokenizer\.json$"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", ["train", "file"])
+def test_files_that_cannot_be_opened_stop_or_are_counted(tmp_path: Path, tokenizer: str) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.jsonl").symlink_to("nowhere")
+    os.mkfifo(corpus / "b.jsonl")
+    (corpus / os.fsdecode(b"c\xff.txt")).write_bytes(b"\xff")
+    write_corpus(corpus / os.fsdecode(b"d\xff.jsonl"), sentences(150))
+    fields: dict[str, Any] = {}
+    if tokenizer == "file":
+        train_tokenizer(sentences(50), 300).save(str(tmp_path / "tokenizer.json"))
+        fields["tokenizer"] = str(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match=r"a\.jsonl: cannot be read .*--on-error skip") as caught:
+        make(tmp_path, corpus, **fields)
+    assert "\n" not in str(caught.value)
+    result = make(tmp_path, corpus, on_error="skip", **fields)
+    assert (result.skipped, sum(result.documents.values())) == (3, 150)
+    names = pq.read_table(result.path / "documents.parquet").column("name").to_pylist()
+    assert set(names) == {r"d\xff.jsonl"}
+    assert make(tmp_path, corpus, on_error="skip", **fields) == result  # finished, and read back
+
+
 @pytest.mark.parametrize(
     ("texts", "fields", "expected"),
     [
@@ -427,7 +455,7 @@ def test_a_corpus_or_tokenizer_that_will_not_do_writes_nothing(
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"vocab_size": 256}, "--vocab-size is 256, 257 or more"),
+        ({"vocab_size": 256}, "--vocab-size must be at least 257, not 256"),
         ({"fit": 0.0}, "--fit is 0.0"),
         ({"held_out": 1.2}, "--held-out is 1.2"),
         ({"fit": 0.5, "held_out": 0.5}, "nothing to train on"),

@@ -110,7 +110,7 @@ def make_feed(n_tokens: int = 401, **options: Any) -> BatchSampler:
 
 
 def test_the_paper_recipe_is_the_papers() -> None:
-    numbers = TrainConfig(model="crate-12l").numbers()
+    numbers = TrainConfig(model="crate-12l").resolved()
     assert numbers == PAPER
     assert numbers.steps * numbers.tokens_per_step == pytest.approx(157e9, rel=0.01)
     assert (numbers.optimizer, numbers.learning_rate, numbers.warmup) == ("adamw", 6e-4, 2000)
@@ -119,22 +119,22 @@ def test_the_paper_recipe_is_the_papers() -> None:
 
 
 def test_recipes_follow_the_size_or_the_flag_and_give_way_to_what_is_given() -> None:
-    assert TrainConfig(model="gpt2-2l").numbers() == LAPTOP
-    assert TrainConfig(model="gpt2-2l", recipe="paper").numbers() == PAPER
+    assert TrainConfig(model="gpt2-2l").resolved() == LAPTOP
+    assert TrainConfig(model="gpt2-2l", recipe="paper").resolved() == PAPER
     given = TrainConfig(model="gpt2-6l", recipe="laptop", batch_size=4, learning_rate=1e-3)
-    assert given.numbers() == replace(LAPTOP, batch_size=4, learning_rate=1e-3)
+    assert given.resolved() == replace(LAPTOP, batch_size=4, learning_rate=1e-3)
 
 
 def test_warmup_keeps_its_share_of_a_shorter_run() -> None:
-    assert TrainConfig(recipe="paper", steps=6000).numbers().warmup == 20
-    assert TrainConfig(recipe="paper", steps=6000, warmup=7).numbers().warmup == 7
+    assert TrainConfig(recipe="paper", steps=6000).resolved().warmup == 20
+    assert TrainConfig(recipe="paper", steps=6000, warmup=7).resolved().warmup == 7
 
 
 def test_the_learning_rate_follows_the_optimizer_unless_given() -> None:
-    assert TrainConfig(model="crate-2l", optimizer="muon").numbers().learning_rate == 1.5e-2
-    assert TrainConfig(model="crate-2l", optimizer="adamw").numbers().learning_rate == 3e-3
+    assert TrainConfig(model="crate-2l", optimizer="muon").resolved().learning_rate == 1.5e-2
+    assert TrainConfig(model="crate-2l", optimizer="adamw").resolved().learning_rate == 3e-3
     given = TrainConfig(model="crate-2l", optimizer="adamw", learning_rate=1e-3)
-    assert given.numbers().learning_rate == 1e-3
+    assert given.resolved().learning_rate == 1e-3
 
 
 def test_identity_holds_values_not_where_they_came_from() -> None:
@@ -226,7 +226,7 @@ def test_ranks_share_each_batch_without_overlap() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"n_tokens": 4}, "5 were expected"),
+        ({"n_tokens": 4}, "at least 5 are needed"),
         ({"batch_size": 7, "n_ranks": 2}, "multiple of 4"),
         ({"batch_size": 6, "n_ranks": 2}, "multiple of 4"),
     ],
@@ -454,13 +454,19 @@ def test_divergence_says_what_to_try_and_keeps_finite_checkpoints(run: Path) -> 
         ({"model_overrides": ("ista_step=3",)}, "did you mean"),
         ({"sequence_length": 100_000}, "--sequence-length"),
         ({"batch_size": 9, "micro_batch_size": 2}, "--batch-size"),
-        ({"wandb": True}, r"cratelm\[wandb\]"),
+        ({"tensorboard": True}, r"pip install '\.\[tensorboard\]'"),
+        ({"wandb": True}, r"pip install '\.\[wandb\]'"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(
     run: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    for package in (
+        "tensorboard",
+        "torch.utils.tensorboard",
+        "wandb",
+    ):  # as where it is not installed
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=said):
         train(TrainConfig(run=run, **{**SMALL, "name": "mistake", **fields}))
     assert not (run / "model" / "mistake").exists()
@@ -470,6 +476,17 @@ def test_mistakes_are_told_before_anything_is_written(
 def test_a_run_without_tokens_names_the_verb(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cratelm tokenize"):
         train(TrainConfig(run=tmp_path / "none"))
+
+
+def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, 0, tensorboard=True, wandb_name=None)
+    log.write(1, 10, loss=3.5)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 3.5)]
 
 
 def test_curves_drop_what_comes_again_after_a_kill(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from viewer_runs import small_run
 
 from cratelm.results.views import LayerQuery
 from cratelm.viewer.run_reader import Library
+from cratelm.viewer.security import Rate
 from cratelm.viewer.static_site import export
 
 pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
@@ -50,11 +51,10 @@ def address(library):
     from cratelm.viewer import server
     from cratelm.viewer.live import Live, router
 
-    server._RATE.burst = server._RATE.per_second = 1e9
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     live = Live(library)
-    app = server.application(library, live=router(live))
+    app = server.application(library, live=router(live), rate=Rate(1e9, 1e9))
     serving = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
     thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -78,6 +78,48 @@ def test_an_export_replaces_only_its_own(run, library, tmp_path):
         export(library, tmp_path / "file", 1, True)
 
 
+def test_pages_are_written_into_any_folder_that_is_empty(library, tmp_path, monkeypatch, capfd):
+    def written(named: str) -> None:
+        result = export(library, Path(named), 1, force=False)
+        assert result.path == Path(named) or named.startswith("made")
+        assert (result.path / "index.html").is_file()
+
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    written(".")
+    assert (Path.cwd() / "index.html").is_file()  # the shell's folder is still this one
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "empty").mkdir()
+    for named in ("link/", "new/", "made/../other", "empty/../empty2/"):
+        written(named)
+    assert (tmp_path / "link").is_symlink()
+    first = (tmp_path / "new" / "index.html").read_bytes()
+    (tmp_path / "new" / "stale.html").write_text("of before")
+    capfd.readouterr()
+    export(library, Path("new"), 1, force=True, quiet=True)
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "new" / "index.html").read_bytes() == first
+    assert not (tmp_path / "new" / "stale.html").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_pages_are_written_into_no_other_folder(library, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "below")
+    for named, told in (
+        ("..", "holds other files"),
+        ("/", "holds other files"),
+        ("../file", "is a file"),
+        ("../file/pages", "is a file, a folder was expected"),
+    ):
+        with pytest.raises(InputError, match=told) as error:
+            export(library, Path(named), 1, force=True)
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_without_the_extra_it_says_so_and_pages_can_be_written(copy, tmp_path, monkeypatch, capsys):
     shutil.rmtree(copy / "viewer", ignore_errors=True)  # maps that are there need nothing
     for name in ("fastapi", "uvicorn", "sklearn", "sklearn.manifold"):
@@ -87,10 +129,13 @@ def test_without_the_extra_it_says_so_and_pages_can_be_written(copy, tmp_path, m
     assert main(["view", str(copy)]) == 2
     told = capsys.readouterr().err.strip()
     assert "\n" not in told
-    assert "pip install 'cratelm[viewer]'" in told
+    assert "pip install '.[viewer]'" in told
     assert main(["view", str(copy), "--static", str(tmp_path / "out"), "--neurons", "2"]) == 0
     page = (tmp_path / "out/r/copy/layer/crate-2l/0.html").read_text()
-    assert "The map cannot be drawn (it needs scikit-learn: type `pip install" in page
+    assert (
+        "The map cannot be drawn (it needs the package scikit-learn, which is not installed: type `pip install"
+        in page
+    )
     neuron = next((tmp_path / "out/r/copy/neuron/crate-2l/0").iterdir()).read_text()
     assert "on the same tokens: cosine similarity" in neuron
 
@@ -145,7 +190,7 @@ def test_the_command_serves_until_it_is_interrupted(run):
     [
         (["nothing/here"], "nothing/here is not there: a run directory was expected"),
         (["--port", "99999"], "--port is 99999"),
-        (["--neurons", "-1"], "--neurons is -1"),
+        (["--neurons", "-1"], "--neurons must be at least 0, not -1"),
     ],
 )
 def test_bad_commands_are_told(run, words, told, capsys):

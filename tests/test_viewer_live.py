@@ -7,15 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from viewer_runs import NEURONS
 
+from cratelm.activations.config import HarvestConfig
+from cratelm.activations.harvest import harvest
 from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
+from cratelm.explain.config import ExplainConfig
+from cratelm.explain.explain import explain
 from cratelm.models.open import encoder_of
 from cratelm.models.sites import capture
 from cratelm.runs import Run
-from cratelm.steer.config import Edit, SteerConfig
+from cratelm.steer.config import SteerConfig
+from cratelm.steer.edits import Edit
 from cratelm.steer.steer import steer
+from cratelm.train.config import TrainConfig
+from cratelm.train.loop import train
 from cratelm.viewer.run_reader import Library
 
 pytest.importorskip("fastapi", reason="the extra `viewer` is not installed")
@@ -81,6 +89,35 @@ def test_steering_is_that_of_the_verb(run, live, operation):
     plain = live.steer("run", "crate-2l", TEXT, Edit(1, 7, add=0.0), 5)
     assert plain.kl == 0
     assert plain.plain == plain.steered == found.plain
+
+
+def test_answers_are_those_of_the_harvest_and_explanations_of_now(copy):
+    live = Live(Library([copy]))
+    edit = Edit(1, 7, add=3.0)
+
+    def asked():
+        return (
+            live.activations("copy", "gpt2-2l", TEXT, 1, 7),
+            live.strongest("copy", "gpt2-2l", TEXT, 2),
+            live.steer("copy", "gpt2-2l", TEXT, edit, 2),
+        )
+
+    before = asked()
+    assert all(a is b for a, b in zip(before, asked(), strict=True))  # remembered
+    explain(ExplainConfig(run=copy, model="gpt2-2l", neurons=40, quiet=True, explainers=("trie",), max_entries=1, force=True))  # fmt: skip
+    texts = live.library.table("copy", "gpt2-2l").explanations
+    for s in live.strongest("copy", "gpt2-2l", TEXT, 2):
+        assert s.explanation == texts[NEURONS * s.layer + s.index]
+    train(TrainConfig(run=copy, model="gpt2-2l", steps=2, seed=1, quiet=True, tensorboard=False, force=True, validate_every=2, model_overrides=("hidden_size=16", "num_attention_heads=2"), sequence_length=64, validation_sequences=8, batch_size=4))  # fmt: skip
+    harvest(HarvestConfig(run=copy, model="gpt2-2l", tokens=2500, pilot_tokens=256, device="cpu", force=True))  # fmt: skip
+    other = Live(Library([copy]))  # which remembers nothing
+    after = asked()
+    assert after[0] == other.activations("copy", "gpt2-2l", TEXT, 1, 7)
+    assert after[1] == other.strongest("copy", "gpt2-2l", TEXT, 2)
+    assert after[2] == other.steer("copy", "gpt2-2l", TEXT, edit, 2)
+    assert all(a != b for a, b in zip(before, after, strict=True))
+    live.close()
+    other.close()
 
 
 @pytest.mark.parametrize(

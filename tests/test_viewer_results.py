@@ -20,6 +20,7 @@ from cratelm.score.simulators import simulate
 from cratelm.score.store import read_scores
 from cratelm.viewer.pages import Pages
 from cratelm.viewer.run_reader import Library
+from cratelm.viewer.security import Rate
 
 pytest.importorskip("fastapi", reason="the extra `viewer` is not installed")
 pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
@@ -232,7 +233,7 @@ def test_a_damaged_run_shows_what_is_there(copy, file, how):
     else:
         path.write_bytes(path.read_bytes()[:40] if how == "cut" else b"{garbage" * 30)
     library = Library([copy])
-    client = TestClient(server.application(library), "http://127.0.0.1", raise_server_exceptions=True)  # fmt: skip
+    client = TestClient(server.application(library, rate=Rate(1e9, 1e9)), "http://127.0.0.1", raise_server_exceptions=True)  # fmt: skip
     overview = client.get("/")
     assert overview.status_code == 200
     assert "gpt2-2l" in overview.text

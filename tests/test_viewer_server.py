@@ -14,6 +14,7 @@ pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
 from fastapi.testclient import TestClient
 
 from cratelm.viewer import server
+from cratelm.viewer.live import router
 
 
 def test_every_link_leads_somewhere(client):
@@ -32,6 +33,32 @@ def test_every_link_leads_somewhere(client):
                 todo.append(link)
     kinds = {s.split("/")[3] for s in seen if s.count("/") > 2 and s.startswith("/r/")}
     assert {"layer", "neuron", "compare", "live"} <= {k.partition("?")[0] for k in kinds}
+
+
+def test_every_server_counts_requests_of_its_own(library, live):
+    first, second = (
+        TestClient(server.application(library, live=router(live)), "http://127.0.0.1")
+        for _ in range(2)
+    )
+    found = [first.get("/api/nothing").status_code for _ in range(server.BURST + 200)]
+    assert found[0] == 404
+    assert 429 in found
+    assert second.get("/api/nothing").status_code == 404
+    question = {"model": "crate-2l", "text": "stone", "layer": 0, "neuron": 0}
+    mine = {"origin": "http://127.0.0.1"}
+    strict = [
+        TestClient(
+            server.application(library, live=router(live, Rate(1, 0)), rate=Rate(1e9, 1e9)),
+            "http://127.0.0.1",
+        )
+        for _ in range(2)
+    ]
+    for client in strict:
+        status = [
+            client.post("/api/r/run/live/activations", json=question, headers=mine).status_code
+            for _ in range(2)
+        ]
+        assert status == [200, 429]
 
 
 def test_headers_of_every_answer(client):
@@ -108,7 +135,7 @@ def test_a_bug_is_one_sentence(library, monkeypatch):
         raise RuntimeError("secret")
 
     monkeypatch.setattr(Library, "run", broken)
-    client = TestClient(server.application(library), "http://127.0.0.1", raise_server_exceptions=False)  # fmt: skip
+    client = TestClient(server.application(library, rate=Rate(1e9, 1e9)), "http://127.0.0.1", raise_server_exceptions=False)  # fmt: skip
     answer = client.get("/")
     assert answer.status_code == 500
     assert "secret" not in answer.text

@@ -8,25 +8,28 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure as Canvas
 
-from cratelm.analysis.consistency import Reading
 from cratelm.analysis.store import (
-    Control,
+    CoverageControl,
+    CoverageMeasures,
     LayerFigure,
-    NeuronReading,
+    NeuronCoverage,
     write_layers,
     write_readings,
 )
 from cratelm.analysis.summary import summarise
-from cratelm.records import NeuronId, Status
+from cratelm.records import Estimate, Interval, NeuronId, Status
 from cratelm.report.drawing import Series
 from cratelm.report.sections import white_box
 from cratelm.report.sections.white_box_figures import figures
 from cratelm.results.side_results import read_analyses
 from cratelm.runs import Run, write_json
-from cratelm.text.table import Interval, PlusMinus
 
 MODELS = ("crate-2l", "gpt2-2l")
-SHOWN: tuple[tuple[Control, float], ...] = (("none", 0.5), ("none", 0.75), ("shuffled", 0.5))
+SHOWN: tuple[tuple[CoverageControl, float], ...] = (
+    ("none", 0.5),
+    ("none", 0.75),
+    ("shuffled", 0.5),
+)
 
 
 def _layers(crate: bool, n_layers: int) -> list[LayerFigure]:
@@ -62,18 +65,19 @@ def _layers(crate: bool, n_layers: int) -> list[LayerFigure]:
     return found
 
 
-def _readings(model: str, auroc: float, n_layers: int) -> list[NeuronReading]:
+def _readings(model: str, auroc: float, n_layers: int) -> list[NeuronCoverage]:
     """Four neurons a layer: one dead, one without a covered token."""
     found = []
     for layer in range(n_layers):
         for index in range(4):
-            reading = Reading(Status.DEFINED, 5, 95, 0.9, 1.0, 0.8, 0.7, 0.6, 0.5, auroc)
-            reading = {2: Reading(Status.DEAD, 5, 95), 3: Reading(Status.UNDEFINED, 0, 100)}.get(
-                index, reading
-            )
+            reading = CoverageMeasures(Status.DEFINED, 5, 95, 0.9, 1.0, 0.8, 0.7, 0.6, 0.5, auroc)
+            reading = {
+                2: CoverageMeasures(Status.DEAD, 5, 95),
+                3: CoverageMeasures(Status.UNDEFINED, 0, 100),
+            }.get(index, reading)
             place = NeuronId(model, "ista", layer, index)
             for control, share in SHOWN:
-                found.append(NeuronReading(place, "trie", control, share, reading))
+                found.append(NeuronCoverage(place, "trie", control, share, reading))
     return found
 
 
@@ -119,7 +123,7 @@ def test_cells_are_the_files_figures(run):
     found = _cell(rates, "coding_rate_before", model="crate-2l", layer=1)
     assert (found.value, found.error) == (301, 1)
     after = _cell(tables["white_box_sparsity"], "nonzero_after", model="gpt2-2l", layer=0)
-    assert isinstance(after, PlusMinus)
+    assert isinstance(after, Estimate)
     assert (after.value, after.error) == (25, 1)
     assert _cell(weights, "product", model="crate-2l", layer=0) == pytest.approx(0.9)
     assert _cell(weights, "groups", model="gpt2-2l", layer=1) == 2
@@ -163,9 +167,11 @@ def test_difference_of_twins_has_an_interval_that_covers(tmp_path):
     for trial in range(trials):
         for model, centre in zip(MODELS, (0.8, 0.7), strict=True):
             drawn = np.clip(rng.normal(centre, 0.05, 40), 0, 1)
-            reading = [Reading(Status.DEFINED, 1, 1, 1, 1, 1, 1, 1, 1, float(v)) for v in drawn]
+            reading = [
+                CoverageMeasures(Status.DEFINED, 1, 1, 1, 1, 1, 1, 1, 1, float(v)) for v in drawn
+            ]
             rows = [
-                NeuronReading(NeuronId(model, "s", 0, i), "trie", "none", 0.5, r)
+                NeuronCoverage(NeuronId(model, "s", 0, i), "trie", "none", 0.5, r)
                 for i, r in enumerate(reading)
             ]
             write_readings(run.stage("analysis", model).path, rows)

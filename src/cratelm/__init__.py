@@ -1,88 +1,74 @@
 """cratelm: white-box language models whose neurons can be read.
 
-Every verb of the command line is a function here, with the same arguments (`import records` is
-`import_records`):
+Every verb of the command line is a function of `cratelm.api`, with the same arguments:
 
     import cratelm
 
-    cratelm.tokenize(run="runs/mine", corpus="texts/", vocab_size=2048)
-    cratelm.train(run="runs/mine", model="crate-2l", steps=500)
-    cratelm.harvest(run="runs/mine", model="crate-2l")
+    cratelm.api.tokenize(run="runs/mine", corpus="texts/", vocab_size=2048)
+    cratelm.api.train(run="runs/mine", model="crate-2l", steps=500)
+    cratelm.api.harvest(run="runs/mine", model="crate-2l")
 
-Models are Hugging Face models: `cratelm.build`, `cratelm.load`, `cratelm.CrateForCausalLM`.
+They are not functions of `cratelm` itself, where `cratelm.train` is the package with the training loop.
+Models are Hugging Face models: `cratelm.build`, `cratelm.load`, `cratelm.CrateForCausalLM`;
+`cratelm.steering(model, cratelm.Edit(...))` edits neurons while a model runs.
 Nothing heavy is imported before it is used.
 """
 
 import importlib
-import sys
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_MODELS = (
+if TYPE_CHECKING:
+    from cratelm import api
+    from cratelm.interop.authors_checkpoint import load_authors_checkpoint
+    from cratelm.models import (
+        CrateConfig,
+        CrateForCausalLM,
+        CrateModel,
+        build,
+        capture,
+        load,
+        site_of,
+    )
+    from cratelm.steer.config import Edit
+    from cratelm.steer.steering import steering
+
+__all__ = [
     "CrateConfig",
     "CrateForCausalLM",
     "CrateModel",
+    "Edit",
+    "api",
     "build",
     "capture",
     "load",
     "load_authors_checkpoint",
     "site_of",
-)
-_VERB_ROOMS = ("train", "evaluate", "explain", "score", "report", "steer")
-"""rooms that bear the name of a verb"""
+    "steering",
+]
+_MODULES = {
+    "CrateConfig": "models",
+    "CrateForCausalLM": "models",
+    "CrateModel": "models",
+    "Edit": "steer.config",
+    "build": "models",
+    "capture": "models",
+    "load": "models",
+    "load_authors_checkpoint": "interop.authors_checkpoint",
+    "site_of": "models",
+    "steering": "steer.steering",
+}
 
 
-class _Room(ModuleType):
-    """A room that is a verb too: `cratelm.train(...)` trains, `cratelm.train.config` is a module.
+if not TYPE_CHECKING:  # a checker that sees `__getattr__` takes any name for right
 
-    `cratelm.steer(model, Edit(...), ...)`, with a model, is the context manager
-    `cratelm.steer.steering.steering`; with the verb's fields it is the verb.
-    """
-
-    def __call__(self, *given: Any, **fields: Any) -> Any:
-        if given and self.__name__ == "cratelm.steer":
-            return importlib.import_module("cratelm.steer.steering").steering(*given, **fields)
-        return _verb(self)(*given, **fields)
-
-    @property
-    def __signature__(self) -> Any:
-        return _verb(self).__signature__
-
-
-class _Package(ModuleType):
-    """The package: importing a room of `_VERB_ROOMS` makes it callable."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _VERB_ROOMS and isinstance(value, ModuleType):
-            value.__class__ = _Room
-        super().__setattr__(name, value)
-
-
-def _verb(room: ModuleType) -> Any:
-    from cratelm.cli import verb_function
-
-    return verb_function(room.__name__.removeprefix("cratelm."))
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(name)
-    if name in _MODELS:
-        return getattr(importlib.import_module("cratelm.models"), name)
-    if name in _VERB_ROOMS:
-        return importlib.import_module(f"cratelm.{name}")
-    from cratelm.cli import VERBS, function_name, verb_function
-
-    for verb in VERBS:
-        if function_name(verb) == name:
-            return verb_function(verb)
-    raise AttributeError(f"module 'cratelm' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for: torch and transformers take seconds, `cratelm --help` needs none."""
+        if name == "api":
+            return importlib.import_module("cratelm.api")
+        if name in _MODULES:
+            return getattr(importlib.import_module(f"cratelm.{_MODULES[name]}"), name)
+        raise AttributeError(f"module 'cratelm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    from cratelm.cli import VERBS, function_name
-
-    return sorted({*globals(), *_MODELS, *map(function_name, VERBS)})
-
-
-sys.modules[__name__].__class__ = _Package
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,12 @@
-"""The command line: a table of verbs, one a stage; each is also a Python function of the same name.
+"""The command line: a table of verbs, most of them one stage of a run each.
 
-A verb is a configuration dataclass, which is its `--help`, and a function of it. A verb of two words,
-`import records`, is a kind of the first and the function `import_records`. A failure prints one line
-and exits with a status other than 0; `CRATELM_TRACEBACK=1` shows where it came from.
+A verb is a configuration dataclass, whose fields are its options, and a function of that dataclass.
+A verb of two words, `import records`, is a kind of the first word. `cratelm.api` offers the same
+verbs as Python functions. A failure prints one line and exits with a status other than 0;
+`CRATELM_TRACEBACK=1` shows where it came from.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -14,19 +16,20 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 from cratelm.errors import BudgetReached, InputError
 
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb's configuration and function are found; nothing is imported before it is used."""
+    """Modules of a verb's configuration and function; nothing is imported before it is used."""
 
     module: str
-    """module of the function, which is called as the verb"""
+    """module of the function, which has the verb's name"""
     config: str
     """`module:Class` of its configuration"""
     summary: str
@@ -35,7 +38,7 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "demo": Verb(
         "cratelm.pipelines.demo",
-        "cratelm.pipelines.demo_config:DemoConfig",
+        "cratelm.pipelines.config:DemoConfig",
         "the whole line on a small scale: train twins, harvest, explain, score, report",
     ),
     "tokenize": Verb(
@@ -53,7 +56,7 @@ VERBS: dict[str, Verb] = {
     ),
     "predict": Verb(
         "cratelm.evaluate.predict",
-        "cratelm.evaluate.predict_config:PredictConfig",
+        "cratelm.evaluate.config:PredictConfig",
         "next-token predictions of models on the same text, as a page",
     ),
     "harvest": Verb(
@@ -113,76 +116,96 @@ VERBS: dict[str, Verb] = {
     ),
     "sae compare": Verb(
         "cratelm.pipelines.sae_compare",
-        "cratelm.pipelines.sae_compare_config:SaeCompareConfig",
+        "cratelm.pipelines.config:SaeCompareConfig",
         "neurons beside latents: all of it in one command, from training to the report",
     ),
     "import authors": Verb(
         "cratelm.interop.import_authors",
-        "cratelm.interop.import_authors_config:ImportAuthorsConfig",
+        "cratelm.interop.config:ImportAuthorsConfig",
         "a checkpoint of the paper's authors as a Hugging Face folder",
     ),
     "import sae": Verb(
         "cratelm.interop.import_sae",
-        "cratelm.interop.import_sae_config:ImportSaeConfig",
+        "cratelm.interop.config:ImportSaeConfig",
         "a sparse autoencoder of the paper's authors as a folder",
     ),
     "import records": Verb(
         "cratelm.interop.import_records",
-        "cratelm.interop.import_records_config:ImportRecordsConfig",
+        "cratelm.interop.config:ImportRecordsConfig",
         "a run of activations harvested elsewhere, from OpenAI's NeuronRecord JSON",
     ),
     "export model": Verb(
         "cratelm.interop.export_model",
-        "cratelm.interop.export_model_config:ExportModelConfig",
+        "cratelm.interop.config:ExportModelConfig",
         "a folder that transformers loads without cratelm, ready for the Hub",
     ),
     "export records": Verb(
         "cratelm.interop.export_records",
-        "cratelm.interop.export_config:ExportRecordsConfig",
+        "cratelm.interop.config:ExportRecordsConfig",
         "excerpts of a harvest as OpenAI's NeuronRecord JSON",
     ),
     "export neuronpedia": Verb(
         "cratelm.interop.neuronpedia",
-        "cratelm.interop.export_config:ExportNeuronpediaConfig",
+        "cratelm.interop.config:ExportNeuronpediaConfig",
         "neurons, excerpts, explanations and scores in Neuronpedia's export format",
     ),
 }
 
 
+GROUPS = {
+    "what to run": "",
+    "language model": "language model",
+    "limits": "limit",
+    "output": "output",
+}
+"""groups of options, in the order of `--help`, and the word that `--help` sets before "options" """
+_GROUP_OF_NAME = {
+    **dict.fromkeys(
+        ("max_tokens", "max_documents", "batch_tokens", "memory_mib", "buffer_mib"), "limits"
+    ),
+    **dict.fromkeys(
+        ("out", "output", "static", "push", "tensorboard", "wandb", "force", "quiet"), "output"
+    ),
+}
+"""options that mean the same in every verb, where a field does not name its group itself"""
+
+
 def function_name(verb: str) -> str:
-    """Name of the verb as a Python function."""
+    """Return the name of the verb as a Python function."""
     return verb.replace(" ", "_")
 
 
 def config_class(verb: str) -> type:
-    """The configuration dataclass of a verb."""
+    """Return the configuration dataclass of a verb."""
     module, name = VERBS[verb].config.split(":")
     return getattr(importlib.import_module(module), name)
 
 
-def verb_function(verb: str) -> Callable[..., Any]:
-    """The verb as a Python function: `train(run="runs/x", steps=100)`, arguments as on the command line."""
-    config = config_class(verb)
-
-    def call(**fields: Any) -> Any:
-        return _run(verb, config(**fields))
-
-    call.__name__ = call.__qualname__ = function_name(verb)
-    call.__doc__ = f"{config.__doc__}\n\nArguments are the fields of `{config.__name__}`."
-    parameters = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for p in inspect.signature(config).parameters.values()
-    ]
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return call
-
-
-def _run(verb: str, config: Any) -> Any:
+def run_verb(verb: str, config: Any) -> Any:
+    """Call the function of a verb with its configuration, and return its result."""
     return getattr(importlib.import_module(VERBS[verb].module), function_name(verb))(config)
 
 
+def option_group(field: dataclasses.Field) -> str:
+    """Return the group of an option in `--help`: `metadata["group"]`, or that of its name."""
+    return field.metadata.get("group", _GROUP_OF_NAME.get(field.name, "what to run"))
+
+
+def option_texts(config: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass and of its bases, each on one line."""
+    texts: dict[str, str] = {}
+    for owner in reversed(config.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                assert isinstance(field.target, ast.Name)
+                texts[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return texts
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `cratelm`; returns the exit status."""
+    """Run the command line, and return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
@@ -192,93 +215,155 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(version("cratelm"))
         return 0
-    verb, rest = split_words(given)
-    if verb in _groups():
-        asked = not rest or rest[0] in ("-h", "--help")
-        if asked:
-            print(_overview(verb))
-            return 0 if rest else 2
-        return _fail(verb, _unknown("kind", rest[0], _groups()[verb]), 2)
+    verb, options = split_words(given)
+    kinds = _kinds()
+    if verb in kinds:
+        if options and options[0] not in ("-h", "--help"):
+            return _fail(verb, _unknown("kind", options[0], kinds[verb]), 2)
+        print(_overview(verb))
+        return 0 if options else 2
     if verb not in VERBS:
-        return _fail("", _unknown("verb", verb, _words()), 2)
+        return _fail("", _unknown("verb", verb, _first_words()), 2)
     try:
-        print(_told(_run(verb, _parse(verb, rest))))
+        print(as_text(run_verb(verb, parse_options(verb, options))))
     except KeyboardInterrupt:
-        return _fail(verb, "interrupted; the same command goes on where it was", 130)
-    except BrokenPipeError:  # whoever reads what is printed (`| head`) has enough
+        return _fail(verb, "interrupted; the same command resumes the work", 130)
+    except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if os.environ.get("CRATELM_TRACEBACK"):
             raise
-        return _fail(verb, *_explained(error))
+        return _fail(verb, *_message_and_status(error))
     return 0
 
 
 def split_words(given: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb, of one word or two, and its arguments; the first word where they name no verb."""
+    """Split a command into its verb, of one word or two, and its options.
+
+    Where the words name no verb, the first word is returned in its stead.
+    """
     two = " ".join(given[:2])
     return (two, list(given[2:])) if two in VERBS else (given[0], list(given[1:]))
 
 
-def _groups() -> dict[str, list[str]]:
-    """Kinds of each first word of the verbs of two words."""
-    groups: dict[str, list[str]] = {}
+def _kinds() -> dict[str, list[str]]:
+    """Second words of the verbs of two words, by their first word."""
+    kinds: dict[str, list[str]] = {}
     for first, _, second in (verb.partition(" ") for verb in VERBS):
         if second:
-            groups.setdefault(first, []).append(second)
-    return groups
+            kinds.setdefault(first, []).append(second)
+    return kinds
 
 
-def _words() -> list[str]:
+def _first_words() -> list[str]:
     """First words of all verbs, in the order of the table."""
     return list(dict.fromkeys(verb.split()[0] for verb in VERBS))
 
 
-def _unknown(what: str, found: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(found, choices, n=1)
+def _unknown(what: str, word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"there is no {what} {found!r}: {hint}{what.capitalize()}s are {', '.join(choices)}"
+    return f"there is no {what} {word!r}: {hint}{what.capitalize()}s are {', '.join(choices)}"
 
 
-def _parse(verb: str, arguments: list[str]) -> Any:
-    """The configuration that the arguments give. Prints `--help` and exits where it is asked for."""
+def parse_options(verb: str, arguments: list[str]) -> Any:
+    """Return the configuration that the arguments give.
+
+    Prints the help and raises `SystemExit` for `--help`. Raises `InputError` for arguments that do
+    not parse, and for values that the configuration refuses.
+    """
     import tyro
 
+    # tyro offers no public hook for errors: `console_outputs=False` drops the message altogether, and
+    # `SubcommandApp`, which would import the configuration of every verb, prints the same boxes. So
+    # what it prints is caught and put on one line.
     caught = io.StringIO()
     try:
         with contextlib.redirect_stderr(caught):
-            return tyro.cli(config_class(verb), prog=f"cratelm {verb}", args=arguments)
+            parsed = tyro.cli(
+                _grouped(config_class(verb)),
+                prog=f"cratelm {verb}",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(caught.getvalue(), verb)) from None
+    options: dict[str, Any] = {}
+    for field in dataclasses.fields(parsed):
+        value = getattr(parsed, field.name)
+        options |= vars(value) if field.name.startswith(_NESTED) else {field.name: value}
+    return config_class(verb)(**options)
+
+
+_NESTED = "group_"
+
+
+def _grouped(config: type) -> type:
+    """A dataclass with the fields of `config`, those of all groups but the first nested by group.
+
+    tyro draws the options of a nested dataclass as a box of their own. The configurations stay flat,
+    as they are saved in the run.
+    """
+    import tyro
+
+    types, texts = get_type_hints(config, include_extras=True), option_texts(config)
+    members: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in GROUPS}
+    for field in dataclasses.fields(config):
+        # an empty default says nothing: the option's text says what happens without it
+        hint = "" if field.default in (None, "", ()) else None
+        arg = tyro.conf.arg(help=texts.get(field.name, ""), help_behavior_hint=hint)
+        annotated = Annotated[types[field.name], arg]
+        copy = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+        members[option_group(field)].append((field.name, annotated, copy))
+    first, *others = GROUPS
+    nested = []
+    for group in others:
+        if members[group]:
+            box = dataclasses.make_dataclass("Group", members[group], kw_only=True)
+            name = _NESTED + group.replace(" ", "_")
+            nested.append((name, Annotated[box, tyro.conf.arg(name=GROUPS[group], help="")]))
+    made = dataclasses.make_dataclass("Options", [*members[first], *nested], kw_only=True)
+    made.__doc__ = config.__doc__
+    return made
 
 
 def _one_line(box: str, verb: str) -> str:
-    """The parser draws its errors as a box of a title and blocks; this is the first block, as one line."""
+    """The message of tyro's error box, without the help of options that it repeats.
+
+    The box holds a title and blocks between rules: what is wrong, then suggestions or the option's
+    help. Under a line that ends in a colon, options are indented by 4 and their help by 8.
+    """
     blocks: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:
-        text = line.strip("│|╭╮╰╯ ")
-        if set(text) <= {"─", "-"}:
+        text = line[1:].removeprefix(" ").rstrip(" │╮╯")  # borders are blanks where no UTF-8 is
+        if set(text.strip()) <= {"─", "-"}:
             blocks.append([])
-        else:
-            blocks[-1].append(text)
-    told, *others = [" ".join(block) for block in blocks if block] or [box.strip()]
-    told = re.sub(r"^Error parsing \w+: (?=--)", "", told)
-    near = re.search(r"Perhaps you meant:\s*(--[\w-]+)", " ".join(others))
-    hint = f"; did you mean {near.group(1)}?" if near else ""
-    return f"{told}{hint} (`cratelm {verb} --help` lists the options)"
+        elif not text.startswith(" " * 8):
+            blocks[-1].append(text.strip())
+    message, *others = [block for block in blocks if block] or [[box.strip()]]
+    line = " ".join(message)
+    if message[0].startswith("Missing from"):
+        line = f"missing {', '.join(message[1:])}"
+    line = re.sub(r"^Error parsing \w+: (?=--)", "", line)
+    hints = " ".join(text for block in others for text in block)
+    if near := re.search(r"Perhaps you meant:\s*(--[\w-]+)", hints):
+        line += f"; did you mean {near[1]}?"
+    elif expected := re.search(r"Argument helptext: (--[\w-]+ \S+)", hints):
+        line = f"{line.removesuffix('.')}; expected {expected[1]}"
+    return f"{line} (`cratelm {verb} --help` lists the options)"
 
 
-def _explained(error: Exception) -> tuple[str, int]:
+def _message_and_status(error: Exception) -> tuple[str, int]:
+    """What is printed of an error, and the exit status that it ends with."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, BudgetReached):
         return str(error), 3
-    told = " ".join(str(error).split())[:300]
-    hint = "CRATELM_TRACEBACK=1 shows where"
-    return f"{type(error).__name__}: {told} ({hint})", 1
+    message = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {message} (CRATELM_TRACEBACK=1 shows where)", 1
 
 
 def _fail(verb: str, message: str, status: int) -> int:
@@ -286,8 +371,8 @@ def _fail(verb: str, message: str, status: int) -> int:
     return status
 
 
-def _told(result: Any) -> str:
-    """A result as text: its own words, or a line a field."""
+def as_text(result: Any) -> str:
+    """Return a verb's result as text: its own `str`, or a line per field."""
     if type(result).__str__ is not object.__str__ or not dataclasses.is_dataclass(result):
         return str(result)
     rows = [(f.name.replace("_", " "), getattr(result, f.name)) for f in dataclasses.fields(result)]
@@ -307,17 +392,19 @@ def _value(value: Any) -> str:
 
 def _overview(first: str = "") -> str:
     """All verbs, or the kinds of a first word."""
-    told = {
-        v: found.summary for v, found in VERBS.items() if not first or v.startswith(f"{first} ")
+    summaries = {
+        name: verb.summary
+        for name, verb in VERBS.items()
+        if not first or name.startswith(f"{first} ")
     }
-    width = max(map(len, told))
+    width = max(map(len, summaries))
     return "\n".join(
         [
             f"usage: cratelm {f'{first} KIND' if first else 'VERB'} [OPTIONS]",
             "",
             "White-box language models whose neurons can be read: train, measure, compare.",
             "",
-            *(f"  {name:<{width}}  {summary}" for name, summary in told.items()),
+            *(f"  {name:<{width}}  {summary}" for name, summary in summaries.items()),
             "",
             f"`cratelm {first or 'VERB'}{' KIND' if first else ''} --help` lists the options."
             + ("" if first else " Start with `cratelm demo`."),

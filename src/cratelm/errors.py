@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""Errors that a user is meant to read, each one line."""
 
 
 class InputError(ValueError):
@@ -14,3 +14,15 @@ class BudgetReached(Exception):
 
     The command line prints the message alone and exits with status 3.
     """
+
+
+def missing_extra(extra: str, feature: str, package: str, otherwise: str = "") -> InputError:
+    """Return the error for a feature whose optional package is not installed.
+
+    `extra` is the extra of `pyproject.toml` that brings `package`; `feature` opens the sentence, and
+    `otherwise` ends it with what can be done without the package.
+    """
+    return InputError(
+        f"{feature} needs the package {package}, which is not installed: type"
+        f" `pip install '.[{extra}]'` in the clone of cratelm{otherwise}"
+    )

@@ -5,6 +5,8 @@ Units: an *activation* is the raw value of a neuron at one token; a *level* is t
 that a language model is shown (`levels`).
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, NamedTuple
@@ -90,6 +92,20 @@ class NeuronKey(NamedTuple):
         return f"{self.layer}:{self.index}"
 
 
+def parse_neuron_ids(option: str, texts: Iterable[str]) -> list[NeuronKey]:
+    """Return the neurons that texts such as `0:17` name, sorted, each once.
+
+    Raises `InputError` naming `option` for any other form than LAYER:INDEX.
+    """
+    keys = set()
+    for text in texts:
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+        if match is None:
+            raise InputError(f"{option} {text}: LAYER:INDEX was expected, such as 0:17")
+        keys.add(NeuronKey(int(match[1]), int(match[2])))
+    return sorted(keys)
+
+
 @dataclass(frozen=True)
 class Interval:
     """A figure with the bounds of its 95% interval; the field or the caller says over what."""
@@ -98,6 +114,8 @@ class Interval:
     low: float | None
     """None where there is no interval, as for a single value"""
     high: float | None
+    n: int | None = None
+    """values that the figure is the mean of; None where it does not say"""
 
     def show(self, form: str) -> str:
         """Return the figure and its bounds in a format such as `.2f`."""
@@ -178,6 +196,14 @@ class Excerpt:
             document=self.document,
             position=self.position,
         )
+
+
+HISTOGRAM_BINS = 64
+"""equal bins of a neuron's histogram"""
+OPENAI_QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
+"""bins of the OpenAI metrics (Bills et al. 2023, as arXiv 2410.16443 takes them)"""
+ANTHROPIC_BINS = 12
+"""equal bins of the activation range (Bricken et al. 2023)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,9 +312,17 @@ class NeuronScore:
 
     neuron: NeuronId
     explainer: str
+    """label in tables: the explainer, `/` and the simulator where another language model read the
+    explanation, and the variant; to be shown and compared, never to be taken apart"""
     metric: Metric
     control: Control
     """`none`: the neuron's own explanation; else which null control"""
     score: Score
     documents: tuple[int, ...] = field(default=())
     """ordinals of the documents of the excerpts scored, for the leakage audit"""
+    explained_by: str = ""
+    """the explainer whose explanation was read: `Explanation.explainer`"""
+    simulator: str = ""
+    """name of the language model that read it; empty where the explainer's own simulator did"""
+    variant: str = ""
+    """way of reading where there are several: empty, or `+paper-compat`"""

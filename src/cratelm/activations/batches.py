@@ -1,4 +1,4 @@
-"""Which token is where: the plan of a harvest over one split, and its batches.
+"""The plan of a harvest over one split, and its batches: which token is where.
 
 Shape legend: B sequences, T positions of a sequence, N = B * T tokens of a batch, S segments of a
 batch (a segment is the text of one document inside one sequence, without its end mark).
@@ -16,12 +16,12 @@ from cratelm.tokens.shards import TokenSplit
 
 Int64 = NDArray[np.int64]
 NEVER = np.iinfo(np.int64).max
-"""a sampling key no token has: for end marks, and for places still empty"""
+"""a sampling key that no token has: for end marks"""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences of tokens with all that a layer needs to know of them. Tensors are on the device."""
+    """Sequences of tokens with all that a layer needs to know about them. Tensors are on the device."""
 
     input_ids: torch.Tensor
     """[B, T]"""
@@ -36,18 +36,19 @@ class Batch:
     segments: list[tuple[int, int]]
     """[S] first token and one past the last, as offsets in the batch"""
     start: torch.Tensor
-    """[S] the same as positions in the split"""
+    """[S] first position in the split of each segment"""
     stop: torch.Tensor
-    """[S]"""
+    """[S] one past its last position"""
     document: torch.Tensor
     """[S] ordinal of the document"""
 
     @property
     def n_text(self) -> int:
+        """Return the number of tokens that are text."""
         return sum(stop - start for start, stop in self.segments)
 
     def document_spans(self) -> list[tuple[int, int]]:
-        """Segments [first, past last) of each document in the batch."""
+        """Return the segments [first, past last) of each document in the batch."""
         document = self.document.tolist()
         firsts = [i for i, d in enumerate(document) if i == 0 or d != document[i - 1]]
         return list(zip(firsts, [*firsts[1:], len(document)], strict=True))
@@ -76,7 +77,7 @@ class SearchPlan:
         tokens: int,
         seed: int,
     ) -> "SearchPlan":
-        """Searches at most `tokens` tokens of `split`, at least one sequence."""
+        """Return a plan that searches at most `tokens` tokens of `split`, at least one sequence."""
         n_sequences = -(-split.n_tokens // sequence_length)
         wanted = max(1, tokens // sequence_length)
         sequences = np.arange(n_sequences)
@@ -86,15 +87,16 @@ class SearchPlan:
         return cls(split, name, eot_id, sequence_length, sequences, seed)
 
     def bounds(self, sequence: int) -> tuple[int, int]:
-        """First token of a sequence and one past its last; the last one of a split may be short."""
+        """Return the first token of a sequence and one past its last; a split's last one may be short."""
         start = int(sequence) * self.sequence_length
         return start, min(start + self.sequence_length, self.split.n_tokens)
 
     def n_tokens(self) -> int:
+        """Return the number of tokens searched, end marks counted."""
         return sum(stop - start for start, stop in map(self.bounds, self.sequences))
 
     def text_spans(self) -> tuple[Int64, Int64]:
-        """Spans of text searched, ascending: positions [start, stop) without end marks."""
+        """Return the spans of text searched, ascending: positions [start, stop) without end marks."""
         starts, stops = [], []
         for sequence in self.sequences:
             for start, stop, _ in self._segments(*self.bounds(sequence)):
@@ -103,7 +105,7 @@ class SearchPlan:
         return np.array(starts, np.int64), np.array(stops, np.int64)
 
     def _segments(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Text of each document in [start, stop): start, stop, ordinal. A document ends in one end mark."""
+        """Yield the text of each document in [start, stop) as start, stop and ordinal, without its end mark."""
         edges = self.split.starts
         index = int(np.searchsorted(edges, start, side="right")) - 1
         while index < self.split.n_documents and edges[index] < stop:
@@ -113,7 +115,7 @@ class SearchPlan:
             index += 1
 
     def batches(self, batch_tokens: int, device: torch.device) -> Iterator[Batch]:
-        """All sequences in ascending order, those of one length together in a batch."""
+        """Yield all sequences in ascending order, in batches of one length: the last one may be shorter."""
         size = max(1, batch_tokens // self.sequence_length)
         whole = [
             i
@@ -122,11 +124,11 @@ class SearchPlan:
         ]
         for first in range(0, len(whole), size):
             yield self.batch(whole[first : first + size], device)
-        for rest in self.sequences[len(whole) :]:
-            yield self.batch([rest], device)
+        for short in self.sequences[len(whole) :]:
+            yield self.batch([short], device)
 
     def batch(self, sequences: list[int], device: torch.device) -> Batch:
-        """The batch of some sequences of equal length."""
+        """Return the batch of sequences of equal length."""
         rows, positions, segments, spans, documents = [], [], [], [], []
         offset = 0
         for sequence in sequences:
@@ -162,28 +164,30 @@ class SearchPlan:
 
 
 def sampling_keys(position: Int64, seed: int) -> Int64:
-    """One pseudo-random non-negative int64 a position (splitmix64, Steele et al. 2014).
+    """Return one pseudo-random non-negative int64 per position (splitmix64, Steele et al. 2014).
 
-    The members of a bin with the lowest keys are a uniform sample of it, whatever the order in which
-    tokens are searched, so that shards merge exactly.
+    The members of a bin with the lowest keys are a uniform sample of it. Reservoir sampling would give
+    one too, but another for every order of the tokens and every number of processes; a key that is a
+    function of the position alone gives the same one, so shards can be searched apart and merged
+    exactly.
     """
     with np.errstate(over="ignore"):
-        x = position.astype(np.uint64) + np.uint64(1)
+        x = position.astype(np.uint64) + np.uint64(1)  # as the generator counts its states
         x *= np.uint64(0x9E3779B97F4A7C15)
         x ^= np.uint64(seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(0x632BE59BD9B4E019)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    return (x >> np.uint64(1)).astype(np.int64)
+    return (x >> np.uint64(1)).astype(np.int64)  # torch has no ordered uint64
 
 
 def random_positions(
     spans: tuple[Int64, Int64], layer: int, n_neurons: int, count: int, seed: int
 ) -> Int64:
-    """Positions [H, count] of random text tokens, distinct within a neuron, -1 where there are too few.
+    """Return positions [H, count] of random text tokens, distinct within a neuron; -1 if too few.
 
-    They depend on seed, layer and index of the neuron alone: neurons of the same place in twins get
-    the same tokens, so that their scores can be paired.
+    They depend only on seed, layer and index of the neuron: neurons of the same layer and index in
+    twins get the same tokens, so that their scores can be paired.
     """
     starts, stops = spans
     ends = np.cumsum(stops - starts)
@@ -193,6 +197,7 @@ def random_positions(
     for index in range(n_neurons):
         generator = np.random.default_rng((seed, layer, index))
         drawn[index, :taken] = generator.choice(n_text, taken, replace=False, shuffle=True)
+    # From the number of a text token to the span that it is in, and so to its position in the split.
     span = np.searchsorted(ends, drawn, side="right").clip(0, max(0, len(ends) - 1))
     before = ends[span] - (stops - starts)[span] if n_text else drawn
     return np.where(drawn >= 0, starts[span] + drawn - before, -1) if n_text else drawn

@@ -1,4 +1,10 @@
-"""A short pilot over some tokens: edges of the bins, range of the histogram, centre of the moments."""
+"""A short pass over a few tokens: edges of the bins, range of the histogram, centre of the moments.
+
+Quantiles of all activations would need them all at once; those of a pilot sample are good enough to cut
+bins by, and every activation is then counted in the bin that it is in.
+
+Shape legend: P tokens of the pilot sample, H neurons.
+"""
 
 from dataclasses import dataclass
 
@@ -7,18 +13,15 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.models.sites import Site, hooked
+from cratelm.records import ANTHROPIC_BINS, OPENAI_QUANTILES
 
-OPENAI_QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
-"""bins of the OpenAI metrics (Bills et al. 2023, as arXiv 2410.16443 takes them)"""
-ANTHROPIC_BINS = 12
-"""equal bins of the activation range (Bricken et al. 2023)"""
 _PILOT_BYTES = 256 * 2**20
-"""how much of the pilot is held at once; layers that do not fit together are run one after another"""
+"""how much of the pilot sample is held at once; layers that do not fit together are run in turns"""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the pilot learned of one layer of H neurons."""
+    """Figures of one layer of H neurons on the pilot sample."""
 
     mean: torch.Tensor
     """[H]"""
@@ -31,13 +34,13 @@ class Calibration:
     anthropic_edges: torch.Tensor
     """[H, 13], all 0 where no activation was above 0"""
     openai_reach: torch.Tensor
-    """[H, 5] share of the pilot's tokens at or above the lower edge of each bin"""
+    """[H, 5] fraction of the sample's tokens at or above the lower edge of each bin"""
     anthropic_reach: torch.Tensor
     """[H, 12]"""
 
     @classmethod
     def of(cls, activations: torch.Tensor) -> "Calibration":
-        """From activations [P, H] of the pilot's tokens."""
+        """Return the figures of activations [P, H] of the pilot's tokens."""
         ordered = activations.sort(0).values
         ranks = [int(q * (len(ordered) - 1)) for q in OPENAI_QUANTILES]
         low, high = ordered[0].clamp(max=0), ordered[-1]
@@ -56,7 +59,10 @@ class Calibration:
 
 
 def _reach(activations: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """Share of activations [P, H] that are at or above each of the lower edges [H, bins + 1], above 0 for edge 0."""
+    """Return the fraction of activations [P, H] at or above each lower edge of [H, bins + 1].
+
+    Above 0 where the edge is 0: zeros are in no bin.
+    """
     reached = [
         (activations >= lower if (lower != 0).any() else activations > 0).float().mean(0)
         for lower in edges[:, :-1].T
@@ -68,45 +74,48 @@ def _reach(activations: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
 def calibrate(
     model: PreTrainedModel, site: Site, plan: SearchPlan, tokens: int, batch_tokens: int
 ) -> list[Calibration]:
-    """A `Calibration` for each layer, from about `tokens` tokens in sequences spread evenly over the plan.
+    """Return a `Calibration` per layer, from about `tokens` tokens in sequences spread over the plan.
 
     Memory: the larger of 256 MiB and tokens * H * 4 bytes of one layer.
     """
     wanted = min(len(plan.sequences), max(1, tokens // plan.sequence_length))
     chosen = plan.sequences[:: max(1, len(plan.sequences) // wanted)][:wanted]
-    small = SearchPlan(plan.split, plan.name, plan.eot_id, plan.sequence_length, chosen, plan.seed)
-    pilots: dict[int, Calibration] = {}
-    for layers in _groups(site.n_neurons, small.n_tokens()):
-        for layer, activations in _activations(model, site, small, layers, batch_tokens).items():
-            pilots[layer] = Calibration.of(torch.cat(activations))
-    return [pilots[layer] for layer in range(site.n_layers)]
+    pilot = SearchPlan(plan.split, plan.name, plan.eot_id, plan.sequence_length, chosen, plan.seed)
+    calibrations: dict[int, Calibration] = {}
+    for layers in _groups(site.n_neurons, pilot.n_tokens()):
+        for layer, activations in _activations(model, site, pilot, layers, batch_tokens).items():
+            calibrations[layer] = Calibration.of(torch.cat(activations))
+    return [calibrations[layer] for layer in range(site.n_layers)]
 
 
 def _groups(widths: tuple[int, ...], tokens: int) -> list[list[int]]:
-    """Layers that fit into the pilot's memory together."""
+    """Return the layers in groups that fit into the pilot's memory together."""
     groups: list[list[int]] = [[]]
-    held = 0
+    n_bytes = 0
     for layer, width in enumerate(widths):
         size = 4 * width * tokens
-        if groups[-1] and held + size > _PILOT_BYTES:
+        if groups[-1] and n_bytes + size > _PILOT_BYTES:
             groups.append([])
-            held = 0
+            n_bytes = 0
         groups[-1].append(layer)
-        held += size
+        n_bytes += size
     return groups
 
 
 def _activations(
     model: PreTrainedModel, site: Site, plan: SearchPlan, layers: list[int], batch_tokens: int
 ) -> dict[int, list[torch.Tensor]]:
-    found: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    """Return the activations [P, H] of text tokens of some layers, in one part per batch."""
+    parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     for batch in plan.batches(batch_tokens, model.device):
 
-        def see(layer: int, activations: torch.Tensor, text: torch.Tensor = batch.is_text) -> None:
-            if layer in found:
+        def collect(
+            layer: int, activations: torch.Tensor, text: torch.Tensor = batch.is_text
+        ) -> None:
+            if layer in parts:
                 flat = activations.reshape(-1, activations.shape[-1]).float()
-                found[layer].append(flat[text > 0])
+                parts[layer].append(flat[text > 0])
 
-        with hooked(model, site, see):
+        with hooked(model, site, collect):
             model.base_model(input_ids=batch.input_ids, use_cache=False)
-    return found
+    return parts

@@ -1,4 +1,4 @@
-"""`cratelm harvest`: excerpts and statistics of every neuron of a model, from one pass over tokens.
+"""`cratelm harvest`: collect excerpts and statistics of every neuron of a model in one pass over tokens.
 
 Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 """
@@ -13,29 +13,31 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import SearchPlan, random_positions
 from cratelm.activations.calibration import Calibration, calibrate
-from cratelm.activations.config import HarvestConfig
+from cratelm.activations.config import HarvestConfig, last_name
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
 from cratelm.activations.store import (
-    EXCERPT_SCHEMA,
-    NEURONS_A_GROUP,
-    SUMMARY_SCHEMA,
+    EXCERPTS,
+    NEURONS_PER_GROUP,
+    SUMMARIES,
     excerpts_path,
     summaries_path,
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.errors import InputError
-from cratelm.models import Site, load, site_of
+from cratelm.models import Site, site_of
 from cratelm.models.latents import latents_of
+from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import hooked
 from cratelm.records import Split
-from cratelm.runs import Draft, Run, hash_file, hash_json, write_json
+from cratelm.runs import Completion, Draft, Run, hash_file, hash_json, write_json
+from cratelm.runs.names import latents_name, set_name
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 
 
 @dataclass(frozen=True)
 class HarvestResult:
-    """What a harvest found."""
+    """What a harvest wrote, in figures."""
 
     path: Path
     """folder of the files (`cratelm.activations.store` reads them)"""
@@ -49,53 +51,66 @@ class HarvestResult:
 
 
 def harvest(config: HarvestConfig) -> HarvestResult:
-    """Runs the stage; a finished one is read back.
+    """Run the stage, or read its result if it is finished.
 
     Raises `InputError` for a model, site or tokenizer that does not fit.
     """
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
-    source, identity = model_source(config, run)
+    source = find_model(run, config.model).pinned()
+    made = source.record or source.identity
     stage = run.stage("activations", harvest_name(config))
-    inputs = {"tokens": tokens.identity, "model": identity}
+    inputs: dict[str, Completion | str] = {"tokens": tokens, "model": made}
     autoencoder = None
     if config.sae:
-        autoencoder, inputs["sae"] = _sae_source(config, run, identity)
+        autoencoder, inputs["sae"] = _sae_source(config, run)
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage.path, stage.require("harvest").results)
-    model = load_for(source, config)
+    loaded = source.load(config.device, config.dtype)
+    model = loaded.model
     store = TokenStore(run.path / "tokens")
     check_vocabulary(store, model.config.vocab_size)
     site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
     with stage.write(config, inputs) as draft:
-        _write_splits(config, store, model, site, stage.name, draft)
+        _write_splits(config, store, loaded, site, stage.name, draft)
         results = draft.results
     return _result(stage.path, results)
 
 
 def harvest_name(config: HarvestConfig) -> str:
-    """Name of the harvest in the run: of latents `MODEL+SAE`."""
-    model = Path(config.model).name
-    return config.name or (f"{model}+{Path(config.sae).name}" if config.sae else model)
+    """Return the name of the harvest in the run; of latents it is `MODEL+SAE`."""
+    if config.name:
+        return config.name
+    model = last_name("--model", config.model)
+    return latents_name(model, last_name("--sae", config.sae)) if config.sae else model
 
 
 def harvest_split(
     model: PreTrainedModel,
     site: Site,
     plan: SearchPlan,
-    pilots: list[Calibration],
+    calibrations: list[Calibration],
     sizes: ExcerptSizes,
     batch_tokens: int = 8_192,
+    quiet: bool = False,
 ) -> list[LayerHarvest]:
-    """One pass over the tokens of `plan`, the head left out: what is kept of each layer [L]."""
+    """Return what is kept of each layer [L] in one pass over the tokens of `plan`, without the head."""
     spans = plan.text_spans()
     layers = [
         LayerHarvest(
-            pilot, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
+            calibration, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
         )
-        for pilot, number, h in zip(pilots, site.layer_numbers, site.n_neurons, strict=True)
+        for calibration, number, h in zip(
+            calibrations, site.layer_numbers, site.n_neurons, strict=True
+        )
     ]
-    progress = tqdm(total=plan.n_tokens(), desc=f"harvest {plan.name}", unit="tok", unit_scale=True)
+    progress = tqdm(
+        total=plan.n_tokens(),
+        desc=f"harvest {plan.name}",
+        unit="tok",
+        unit_scale=True,
+        disable=quiet,
+    )
     with torch.no_grad(), progress:
         for batch in plan.batches(batch_tokens, model.device):
             with hooked(model, site, lambda layer, a, b=batch: layers[layer].add(a, b)):
@@ -107,7 +122,7 @@ def harvest_split(
 def _write_splits(
     config: HarvestConfig,
     store: TokenStore,
-    model: PreTrainedModel,
+    loaded: LoadedModel,
     site: Site,
     name: str,
     draft: Draft,
@@ -115,20 +130,28 @@ def _write_splits(
     sizes = ExcerptSizes(
         config.top, config.random, config.per_bin, config.context, config.short_context
     )
-    pilots: list[Calibration] = []
+    model = loaded.model
+    length = sequence_length(loaded, config.sequence_length)
+    calibrations: list[Calibration] = []
     results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
     for split in ("fit", "held_out"):
-        plan = _plan(config, store, split, model)
-        # both splits share the bins that the first one's pilot set
-        pilots = pilots or calibrate(model, site, plan, config.pilot_tokens, config.batch_tokens)
-        layers = harvest_split(model, site, plan, pilots, sizes, config.batch_tokens)
+        plan = _plan(config, store, split, length)
+        # Both splits share the bins that were set on the first one.
+        calibrations = calibrations or calibrate(
+            model, site, plan, config.pilot_tokens, config.batch_tokens
+        )
+        layers = harvest_split(
+            model, site, plan, calibrations, sizes, config.batch_tokens, config.quiet
+        )
         _write(draft.path, plan, layers, model, site, name)
         results["tokens"][split] = layers[0].n_tokens
         results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
     draft.results.update(results, site=site.name, neurons=list(site.n_neurons))
-    told = asdict(replace(site, autoencoders=()))
-    del told["autoencoders"]
-    write_json(draft.path / "sites.json", {**told, "layers": site.layer_numbers})
+    # For what is measured on the same neurons later (`open_harvest`).
+    draft.results.update(sequence_length=length, device=config.device)
+    fields = asdict(replace(site, autoencoders=()))
+    del fields["autoencoders"]
+    write_json(draft.path / "sites.json", {**fields, "layers": site.layer_numbers})
 
 
 def _write(
@@ -139,67 +162,41 @@ def _write(
     site: Site,
     name: str,
 ) -> None:
-    """Writes a split. Held-out excerpts are joined by top tokens out of their context."""
-    alone = out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
+    """Write a split; to held-out excerpts, top tokens out of their context are added."""
+    out_of_context = (
+        out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
+    )
     with (
-        pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARY_SCHEMA) as summaries,
+        pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARIES.schema) as summaries,
         pq.ParquetWriter(
-            excerpts_path(folder, plan.name), EXCERPT_SCHEMA, compression="zstd"
+            excerpts_path(folder, plan.name), EXCERPTS.schema, compression="zstd"
         ) as excerpts,
     ):
-        for place, (layer, kept) in enumerate(zip(site.layer_numbers, layers, strict=True)):
-            summaries.write_table(summary_table(kept, name, site.name, layer))
-            for low in range(0, kept.n_neurons, NEURONS_A_GROUP):
-                high = min(low + NEURONS_A_GROUP, kept.n_neurons)
-                rows = excerpt_rows(kept, low, high)
-                if alone is not None:
-                    rows.append(alone[place].between(low, high))
+        for place, (layer, harvested) in enumerate(zip(site.layer_numbers, layers, strict=True)):
+            summaries.write_table(summary_table(harvested, name, site.name, layer))
+            for low in range(0, harvested.n_neurons, NEURONS_PER_GROUP):
+                high = min(low + NEURONS_PER_GROUP, harvested.n_neurons)
+                rows = excerpt_rows(harvested, low, high)
+                if out_of_context is not None:
+                    rows.append(out_of_context[place].between(low, high))
                 excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
 
 
-def _plan(
-    config: HarvestConfig, store: TokenStore, split: Split, model: PreTrainedModel
-) -> SearchPlan:
-    length = config.sequence_length or getattr(model.config, "max_position_embeddings", 1024)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise InputError(
-            f"--sequence-length {length} is longer than the {longest} positions of the model"
-        )
+def _plan(config: HarvestConfig, store: TokenStore, split: Split, length: int) -> SearchPlan:
     tokens = store.split(split)
     if tokens.n_tokens == 0:
         raise InputError(f"split {split} holds no tokens: tokenize more text or raise its share")
     return SearchPlan.of(tokens, split, store.eot_id, length, config.tokens, config.seed)
 
 
-def model_source(config: HarvestConfig, run: Run) -> tuple[str | Path, str]:
-    """Where to load the model from, and its identity: a model of the run, a folder, or a Hub id."""
-    folder = Path(config.model)
-    is_name = "/" not in config.model and not config.model.startswith(".")
-    # a model of the run goes before a folder of the same name that happens to lie here
-    if is_name and (run.stage("model", config.model).completion() or not folder.is_dir()):
-        stage = run.stage("model", config.model)
-        return stage.path, stage.require("train").identity
-    if folder.is_dir():
-        weights = [
-            p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")
-        ]
-        return folder, hash_json({p.name: hash_file(p) for p in weights})
-    return config.model, f"hub:{config.model}"
-
-
-def _sae_source(config: HarvestConfig, run: Run, model: str) -> tuple[Path, str]:
-    """Where the autoencoders lie, and their identity: those of the run by name, or a folder."""
+def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str]:
+    """Return where the autoencoders are, and the record of those of the run or the identity of a folder."""
     assert config.sae is not None
-    stage = run.stage("sae", f"{Path(config.model).name}@{Path(config.sae).name}")
-    done = stage.completion() if "/" not in config.sae else None
-    if done is not None:
-        if done.inputs.get("model") != model:
-            raise InputError(
-                f"{stage.path} was trained on another {config.model} than the one of today:"
-                " type `cratelm sae train` for it again, with --force"
-            )
-        return stage.path, done.identity
+    stage = run.stage(
+        "sae", set_name(last_name("--model", config.model), last_name("--sae", config.sae))
+    )
+    if "/" not in config.sae and stage.completion() is not None:
+        return stage.path, stage.require("sae train")
     folder = Path(config.sae)
     if not folder.is_dir():
         raise InputError(
@@ -210,19 +207,9 @@ def _sae_source(config: HarvestConfig, run: Run, model: str) -> tuple[Path, str]
 
 
 def autoencoder_identity(folder: Path) -> str:
-    """sha256 over the configurations and weights of the autoencoders in a folder from elsewhere."""
+    """Return the sha256 over configurations and weights of the autoencoders in a folder."""
     files = [*folder.rglob("cfg.json"), *folder.rglob("*.safetensors")]
     return hash_json({str(p.relative_to(folder)): hash_file(p) for p in sorted(files)})
-
-
-def load_for(source: str | Path, config: HarvestConfig) -> PreTrainedModel:
-    device = config.device
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = accelerator.type if accelerator is not None else "cpu"
-    model = load(source, dtype=getattr(torch, config.dtype))
-    model.to(torch.device(device))  # type: ignore[arg-type]  (a decorator hides the signature)
-    return model
 
 
 def _result(path: Path, results: dict) -> HarvestResult:

@@ -1,13 +1,23 @@
-"""The model and the site that a harvest is of, opened again: for what is measured on the same neurons."""
+"""Open the model and the site of a harvest again, to measure on the same neurons."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
-from cratelm.models.open import LoadedModel, check_store, open_model
+from cratelm.models.open import (
+    HUB,
+    LoadedModel,
+    check_store,
+    device_of,
+    find_model,
+    folder_identity,
+    revision_of,
+    sequence_length,
+)
 from cratelm.models.sites import Site, site_of
-from cratelm.runs import Run
+from cratelm.runs import Completion, Run
+from cratelm.runs.names import set_name
 from cratelm.tokens.shards import TokenStore
 
 
@@ -25,49 +35,86 @@ class HarvestContext:
 
 
 def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None) -> Site:
-    """The site called `site`, or the latents of the autoencoders called `sae`: a name in the run, or a folder.
+    """Return the site called `site`, or the latents of the autoencoders called `sae`.
 
+    `sae` is a name in the run, or a folder.
     Raises `InputError` where there is none.
     """
     if sae is None:
         return site_of(subject.model, site)
     from cratelm.models.latents import latents_of
 
-    stage = run.stage("sae", f"{Path(subject.name).name}@{Path(sae).name}")
-    named = "/" not in sae and stage.completion() is not None
-    return latents_of(subject.model, stage.path if named else Path(sae))
+    stage = run.stage("sae", _sae_name(subject, sae))
+    of_run = "/" not in sae and stage.completion() is not None
+    return latents_of(subject.model, stage.path if of_run else Path(sae))
 
 
-def _opened(run: Run, model: str, identity: str) -> LoadedModel:
-    """The model that was harvested, from where it was then: never asked of the Hub if it was not from there."""
-    if identity.startswith("hub:"):
-        return open_model(run, model, from_run=False)
-    folder = Path(model)
-    if folder.is_dir() and model not in run.models():
-        return open_model(run, model, from_run=False)
+def _sae_name(subject: LoadedModel, sae: str) -> str:
+    return set_name(Path(subject.name).name, Path(sae).name)
+
+
+def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedModel:
+    """Return the model that was harvested, from where it was then and in the same precision.
+
+    It is never looked for on the Hub if it was not from there, and on the Hub at the same commit.
+    """
+    name: str = harvest.config["model"]
+    identity = harvest.inputs.get("model", "")
+    dtype = harvest.config.get("dtype", "float32")
+    if identity.startswith(HUB):
+        source = find_model(run, name, from_run=False, revision=revision_of(identity))
+        return source.load(device, dtype)
+    folder = Path(name)
+    if folder.is_dir() and name not in run.models():
+        if identity not in ("", folder_identity(folder)):
+            raise InputError(
+                f"{folder} holds another model than the one that was harvested: put its files back, or"
+                f" {again}"
+            )
+        return find_model(run, name, from_run=False).load(device, dtype)
     if len(folder.parts) > 1:
         raise InputError(
-            f"{model} is not there: put the folder of the model back, or harvest it again"
+            f"{name} does not exist: put the folder of the model back, or harvest it again"
         )
-    return open_model(run, model)
+    return find_model(run, name).load(device, dtype)
 
 
-def open_harvested(run: Run, name: str) -> HarvestContext:
-    """The model, site and tokens of the harvest called `name`.
+def _device(harvest: Completion) -> str:
+    """Return the device of the harvest, `auto` where this machine has none of this name."""
+    wanted = harvest.results.get("device", "auto")  # not in runs of version 0.1.0
+    try:
+        device_of(wanted)
+    except InputError:
+        return "auto"
+    return wanted
 
-    Raises `InputError` where the harvest is not finished, was imported, or its model is gone.
+
+def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
+    """Return the model, site and tokens of the harvest called `name`, in the harvest's precision.
+
+    `device` `auto`: that of the harvest, where this machine has it. Raises `InputError` where the
+    harvest is not finished, stale or imported, or its model is gone or another one. Models and
+    autoencoders from a folder are compared here, by their content.
     """
     stage = run.stage("activations", name)
     harvest = stage.require("harvest")
-    told: dict[str, Any] = harvest.config
     run.stage("tokens").require("tokenize")
-    if "model" not in told or not (stage.path / "sites.json").is_file():
+    if "model" not in harvest.config or not (stage.path / "sites.json").is_file():
         raise InputError(
-            f"{stage.path} was imported, without a model that could be run: harvest a model"
+            f"{stage.path} was imported without a model that could be run: harvest a model"
         )
-    subject = _opened(run, told["model"], harvest.inputs.get("model", ""))
+    again = f"type `{stage.command()}`"
+    wanted = _device(harvest) if device == "auto" else device
+    subject = _opened(run, harvest, wanted, again)
     store = TokenStore(run.stage("tokens").path)
     check_store(subject, store, run)
-    length = told.get("sequence_length") or subject.longest or 1024
-    site = open_site(run, subject, told.get("site"), told.get("sae"))
-    return HarvestContext(subject, site, store, stage.path, int(length))
+    # What the harvest read at once; not in runs of version 0.1.0.
+    length = harvest.results.get("sequence_length")
+    length = length or sequence_length(subject, harvest.config.get("sequence_length"))
+    sae = harvest.config.get("sae")
+    site = open_site(run, subject, harvest.config.get("site"), sae)
+    named = run.stage("sae", _sae_name(subject, sae)) if sae and "/" not in sae else None
+    from_folder = named is None or named.completion() is None
+    if sae and from_folder and autoencoder_identity(Path(sae)) != harvest.inputs.get("sae"):
+        raise InputError(f"{sae} holds other autoencoders than those that were harvested: {again}")
+    return HarvestContext(subject, site, store, stage.path, length)

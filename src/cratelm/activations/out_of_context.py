@@ -1,8 +1,10 @@
-"""Top tokens out of their context: the model sees 3 tokens alone, and says what the neuron does.
+"""Activations of top tokens in a context of 3 tokens.
 
-The Anthropic metric scores on them (Bricken et al. 2023; arXiv 2410.16443, section 4): an
-explanation that rests on the context must not be rewarded for the token, so the activations are
-those of the short text and not the ones the token had in its excerpt.
+The Anthropic metric scores on them (Bricken et al. 2023; arXiv 2410.16443, section 4): an explanation
+that rests on the context must not be rewarded for the token, so the activations are those of the
+short text and not those that the token had in its excerpt.
+
+Neurons share many of these short texts, so each distinct one is run once.
 """
 
 import numpy as np
@@ -19,15 +21,15 @@ N_TOKENS = 10
 _CONTEXT = 1
 """tokens on each side of the peak"""
 _SEQUENCES = 2_048
-"""short texts a forward pass"""
+"""short texts per forward pass"""
 
 
 @torch.no_grad()
 def out_of_context_rows(
     model: PreTrainedModel, site: Site, plan: SearchPlan, layers: list[LayerHarvest]
 ) -> list[Rows]:
-    """For each layer the peaks of the highest excerpts of each neuron, run alone."""
-    tops = [_peaks(kept) for kept in layers]
+    """Return for each layer the peaks of the highest excerpts of each neuron, run out of context."""
+    tops = [_peaks(layer) for layer in layers]
     spans = np.concatenate([np.stack([t.start, t.stop], 1) for t in tops])
     texts, which = _unique_texts(plan, spans)
     for length in sorted({len(t) for t in texts}):
@@ -36,9 +38,9 @@ def out_of_context_rows(
     return tops
 
 
-def _peaks(kept: LayerHarvest) -> Rows:
-    """The highest excerpts cut to a token on each side, their activations still to be found."""
-    top = excerpt_rows(kept, 0, kept.n_neurons)[0]
+def _peaks(layer: LayerHarvest) -> Rows:
+    """Return the highest excerpts cut to a token on each side, their activations not measured yet."""
+    top = excerpt_rows(layer, 0, layer.n_neurons)[0]
     chosen = top.rank < N_TOKENS
     position = top.position[chosen]
     return Rows(
@@ -55,7 +57,7 @@ def _peaks(kept: LayerHarvest) -> Rows:
 
 
 def _unique_texts(plan: SearchPlan, spans: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """Distinct token strings of the spans [n, 2], and which of them each span is [n]."""
+    """Return the distinct token sequences of the spans [n, 2], and which of them each span is [n]."""
     lengths = spans[:, 1] - spans[:, 0]
     positions = spans[:, :1] + np.arange(2 * _CONTEXT + 1)
     inside = np.arange(2 * _CONTEXT + 1) < lengths[:, None]
@@ -73,23 +75,25 @@ def _run(
     which: np.ndarray,
     tops: list[Rows],
 ) -> None:
-    """Runs texts of one length and writes the activations into the windows of the rows they belong to."""
+    """Run texts of one length and write the activations into the windows of the rows they belong to."""
     ends = np.cumsum([0] + [len(t.neuron) for t in tops])
     for first in range(0, len(texts), _SEQUENCES):
-        some = numbers[first : first + _SEQUENCES]
-        place = np.full(which.max() + 1, -1)
-        place[some] = np.arange(len(some))
+        batch = numbers[first : first + _SEQUENCES]
+        row_of = np.full(which.max() + 1, -1)  # of each text in this batch
+        row_of[batch] = np.arange(len(batch))
         ids = torch.tensor(texts[first : first + _SEQUENCES], device=model.device)
 
-        def see(layer: int, activations: torch.Tensor, place: np.ndarray = place) -> None:
+        def write_windows(
+            layer: int, activations: torch.Tensor, row_of: np.ndarray = row_of
+        ) -> None:
             rows = tops[layer]
-            row_place = place[which[ends[layer] : ends[layer + 1]]]
-            chosen = np.flatnonzero(row_place >= 0)
-            found = activations.float().cpu().numpy()[row_place[chosen], :, rows.neuron[chosen]]
-            # the window's column 2 is the peak: a text that begins at the peak starts there
+            text = row_of[which[ends[layer] : ends[layer + 1]]]
+            chosen = np.flatnonzero(text >= 0)
+            values = activations.float().cpu().numpy()[text[chosen], :, rows.neuron[chosen]]
+            # Column 2 of the window is the peak: a text that begins at the peak starts there.
             column = _CONTEXT + 1 - (rows.position[chosen] - rows.start[chosen])
-            for offset in range(found.shape[1]):
-                rows.window[chosen, column + offset] = found[:, offset]
+            for offset in range(values.shape[1]):
+                rows.window[chosen, column + offset] = values[:, offset]
 
-        with hooked(model, site, see):
+        with hooked(model, site, write_windows):
             model.base_model(input_ids=ids, use_cache=False)

@@ -1,7 +1,7 @@
-"""Harvested neurons on disk: two Parquet files a split, read lazily.
+"""Harvested neurons on disk: two Parquet files per split, read lazily.
 
-`summaries-SPLIT.parquet` has a row a neuron (fields of `NeuronSummary`), `excerpts-SPLIT.parquet` a
-row an excerpt (fields of `Excerpt`, with model, site, layer and index of the neuron), both sorted by
+`summaries-SPLIT.parquet` has a row per neuron (fields of `NeuronSummary`), `excerpts-SPLIT.parquet` a
+row per excerpt (fields of `Excerpt`, with model, site, layer and index of the neuron), both sorted by
 layer and index, excerpts further by kind, bin and rank. A row group holds whole neurons.
 """
 
@@ -15,157 +15,194 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
-from cratelm.records import EXCERPT_KINDS, Excerpt, NeuronId, NeuronRecord, NeuronSummary, Split
-
-Place = tuple[int, int]
-"""layer and index of a neuron"""
-NEURON_FIELDS = [
-    ("model", pa.string()),
-    ("site", pa.string()),
-    ("layer", pa.int32()),
-    ("index", pa.int32()),
-]
-EXCERPT_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("kind", pa.dictionary(pa.int8(), pa.string())),
-        ("bin", pa.int8()),
-        ("rank", pa.int16()),
-        ("peak", pa.int16()),
-        ("document", pa.int64()),
-        ("position", pa.int64()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("activations", pa.list_(pa.float32())),
-    ]
+from cratelm.records import (
+    EXCERPT_KINDS,
+    Excerpt,
+    NeuronId,
+    NeuronKey,
+    NeuronRecord,
+    NeuronSummary,
+    Split,
 )
-SUMMARY_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("n_tokens", pa.int64()),
-        ("mean", pa.float64()),
-        ("variance", pa.float64()),
-        ("skew", pa.float64()),
-        ("kurtosis", pa.float64()),
-        ("firing_rate", pa.float64()),
-        ("maximum", pa.float32()),
-        ("histogram", pa.list_(pa.int64())),
-        ("histogram_low", pa.float32()),
-        ("histogram_high", pa.float32()),
-        ("openai_edges", pa.list_(pa.float32())),
-        ("anthropic_edges", pa.list_(pa.float32())),
-    ]
+from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+
+EXCERPTS = TableFile(
+    "activations/MODEL/excerpts-SPLIT.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column(
+            "kind",
+            pa.dictionary(pa.int8(), pa.string()),
+            "`top`, `random`, `openai_bin`, `anthropic_bin` or `out_of_context`",
+        ),
+        Column("bin", pa.int8(), "bin it was drawn from, -1 where the kind has none"),
+        Column("rank", pa.int16(), "`top`: 0 is the strongest; others: order of drawing"),
+        Column(
+            "peak", pa.int16(), "offset in the excerpt, in tokens, of the token it was chosen for"
+        ),
+        Column("document", pa.int64(), "`ordinal` of its document"),
+        Column(
+            "position", pa.int64(), "position of the token it was chosen for in the split, tokens"
+        ),
+        Column("token_ids", pa.list_(pa.int32()), "n tokens"),
+        Column("activations", pa.list_(pa.float32()), "n raw activations"),
+    ),
+)
+SUMMARIES = TableFile(
+    "activations/MODEL/summaries-SPLIT.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("n_tokens", pa.int64(), "tokens searched"),
+        Column("mean", pa.float64(), "raw activation"),
+        Column("variance", pa.float64(), "of the population, raw activation squared"),
+        Column("skew", pa.float64(), "standardised third moment; NaN where the variance is 0"),
+        Column(
+            "kurtosis",
+            pa.float64(),
+            "standardised fourth moment, 3 for a normal distribution; NaN where the variance is 0",
+        ),
+        Column("firing_rate", pa.float64(), "fraction of tokens with an activation above 0"),
+        Column(
+            "maximum", pa.float32(), "raw activation; 0 or less: the neuron is dead on the split"
+        ),
+        Column("histogram", pa.list_(pa.int64()), "64 counts of tokens over equal bins"),
+        Column(
+            "histogram_low",
+            pa.float32(),
+            "lower edge of the first bin, raw activation; the bin also takes what lies below",
+        ),
+        Column(
+            "histogram_high",
+            pa.float32(),
+            "upper edge of the last bin, raw activation; the bin also takes what lies above",
+        ),
+        Column(
+            "openai_edges",
+            pa.list_(pa.float32()),
+            "6 raw activations at the quantiles 0, .5, .9, .99, .999, 1 of a pilot sample",
+        ),
+        Column(
+            "anthropic_edges",
+            pa.list_(pa.float32()),
+            "13 raw activations: edges of 12 equal bins of the pilot sample's range",
+        ),
+    ),
 )
 
 
-NEURONS_A_GROUP = 16
+NEURONS_PER_GROUP = 16
 """neurons in a row group of excerpts: about 1 MB in memory, 10 ms to read one of them"""
 
 
-def excerpts_path(folder: Path, split: Split) -> Path:
-    return folder / f"excerpts-{split}.parquet"
+def excerpts_path(folder: str | Path, split: Split) -> Path:
+    """Return the path of the excerpts of a split in a harvest's folder."""
+    return Path(folder) / f"excerpts-{split}.parquet"
 
 
-def summaries_path(folder: Path, split: Split) -> Path:
-    return folder / f"summaries-{split}.parquet"
+def summaries_path(folder: str | Path, split: Split) -> Path:
+    """Return the path of the summaries of a split in a harvest's folder."""
+    return Path(folder) / f"summaries-{split}.parquet"
 
 
-def write_records(folder: Path, split: Split, records: Sequence[NeuronRecord]) -> None:
-    """Writes records, sorted by layer and index, as one row group a file."""
+def write_records(folder: str | Path, split: Split, records: Sequence[NeuronRecord]) -> None:
+    """Write records, sorted by layer and index, as one row group per file."""
     with (
-        pq.ParquetWriter(summaries_path(folder, split), SUMMARY_SCHEMA) as summaries,
-        pq.ParquetWriter(excerpts_path(folder, split), EXCERPT_SCHEMA) as excerpts,
+        pq.ParquetWriter(summaries_path(folder, split), SUMMARIES.schema) as summaries,
+        pq.ParquetWriter(excerpts_path(folder, split), EXCERPTS.schema) as excerpts,
     ):
         summaries.write_table(_summary_table([r.summary for r in records]))
         excerpts.write_table(_excerpt_table(records))
 
 
-def read_summaries(folder: Path, split: Split) -> list[NeuronSummary]:
-    """Summaries of all neurons of a harvest, by layer and index."""
+def read_summaries(folder: str | Path, split: Split) -> list[NeuronSummary]:
+    """Return the summaries of all neurons of a harvest, by layer and index."""
     table = pq.read_table(_existing(summaries_path(folder, split)))
     return [_summary(row) for row in table.to_pylist()]
 
 
 def read_records(
-    folder: Path,
+    folder: str | Path,
     split: Split,
     layers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[NeuronRecord]:
-    """Neurons of a harvest, by layer and index, with their excerpts; a row group is held at a time.
+    """Yield the neurons of a harvest with their excerpts, by layer and index; holds one row group.
 
-    `layers` and `indices` restrict which; row groups that hold none of them are not read.
+    `layers` and `indices` restrict them; row groups that hold none of them are not read.
     """
     layers_wanted = None if layers is None else set(layers)
     indices_wanted = None if indices is None else set(indices)
     wanted = {
-        (s.neuron.layer, s.neuron.index): s
+        s.neuron.key: s
         for s in read_summaries(folder, split)
         if (layers_wanted is None or s.neuron.layer in layers_wanted)
         and (indices_wanted is None or s.neuron.index in indices_wanted)
     }
     excerpts = ExcerptFile(folder, split)
     for group in range(excerpts.n_groups):
-        places = excerpts.places_in(group, wanted)
-        if places:
-            held = _by_neuron(_of(excerpts.read_group(group), places))
-            for place in sorted(held):
-                yield NeuronRecord(wanted.pop(place), held[place])
+        keys = excerpts.keys_in(group, wanted)
+        if keys:
+            by_key = _by_neuron(_rows_of(excerpts.read_group(group), keys))
+            for key in sorted(by_key):
+                yield NeuronRecord(wanted.pop(key), by_key[key])
     for summary in wanted.values():
         yield NeuronRecord(summary, ())
 
 
 class NeuronFile:
-    """A Parquet file with columns `layer` and `index`, of which a neuron's rows are read alone.
+    """A Parquet file with columns `layer` and `index`, from which one neuron's rows can be read.
 
-    The footer is read once. Safe for several threads. Raises `InputError` where the file is not there.
+    The footer, with the bounds of each row group, is read once; the file is opened for each reading, so
+    that threads do not share a position in it. Raises `InputError` where the file is not there.
     """
 
-    def __init__(self, path: Path):
-        self.path = _existing(path)
-        with pq.ParquetFile(path) as file:
+    def __init__(self, path: str | Path):
+        self.path = _existing(Path(path))
+        with pq.ParquetFile(self.path) as file:
             self._metadata = file.metadata
             bounds = [_bounds(file, group) for group in range(file.num_row_groups)]
         self.n_groups = len(bounds)
         self._bounds = np.array(bounds, np.int64).reshape(-1, 4)
 
-    def places_in(self, group: int, wanted: Iterable[Place]) -> set[Place]:
-        """Those of some neurons that may be in a row group."""
+    def keys_in(self, group: int, wanted: Iterable[NeuronKey]) -> set[NeuronKey]:
+        """Return those of the wanted neurons that may be in a row group, by its bounds."""
         layer_low, layer_high, index_low, index_high = self._bounds[group].tolist()
         return {
-            (layer, index)
-            for layer, index in wanted
-            if layer_low <= layer <= layer_high and index_low <= index <= index_high
+            key
+            for key in wanted
+            if layer_low <= key.layer <= layer_high and index_low <= key.index <= index_high
         }
 
     def read_group(
         self, group: int, columns: Sequence[str] | None = None, threads: bool = False
     ) -> pa.Table:
+        """Return a row group, or some of its columns."""
         with pq.ParquetFile(self.path, metadata=self._metadata) as file:
             return file.read_row_group(group, columns=columns, use_threads=threads)
 
     def rows(self, layer: int, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of one neuron; `columns` must hold `layer` and `index`."""
+        """Return the rows of one neuron; `columns` must hold `layer` and `index`."""
         low, high = self._bounds[:, [0, 2]], self._bounds[:, [1, 3]]
         inside = ((low <= (layer, index)) & ((layer, index) <= high)).all(1)
         tables = [self.read_group(g, columns, True) for g in np.flatnonzero(inside).tolist()]
         if not tables:
             return pa.table({})
-        mine = [
+        rows = [
             t.filter(pa.array((t["layer"].to_numpy() == layer) & (t["index"].to_numpy() == index)))
             for t in tables
         ]
-        return pa.concat_tables(mine)
+        return pa.concat_tables(rows)
 
 
 class ExcerptFile(NeuronFile):
     """Excerpts of a split, by neuron."""
 
-    def __init__(self, folder: Path, split: Split):
+    def __init__(self, folder: str | Path, split: Split):
         super().__init__(excerpts_path(folder, split))
 
     def of(self, layer: int, index: int) -> tuple[Excerpt, ...]:
-        """Excerpts of one neuron; none where the file has none."""
-        return _by_neuron(self.rows(layer, index)).get((layer, index), ())
+        """Return the excerpts of one neuron; none where the file has none."""
+        return _by_neuron(self.rows(layer, index)).get(NeuronKey(layer, index), ())
 
 
 def _existing(path: Path) -> Path:
@@ -175,25 +212,27 @@ def _existing(path: Path) -> Path:
 
 
 def _bounds(file: pq.ParquetFile, group: int) -> tuple[int, int, int, int]:
-    """Lowest and highest layer, lowest and highest index of the neurons in a row group."""
+    """Return lowest and highest layer, lowest and highest index of the neurons in a row group."""
     columns = [file.metadata.row_group(group).column(number) for number in (2, 3)]
-    found = []
+    bounds = []
     for column in columns:
         statistics = column.statistics
         assert statistics is not None, "written without statistics"
-        found += [statistics.min, statistics.max]
-    return tuple(found)  # type: ignore[return-value]
+        bounds += [statistics.min, statistics.max]
+    return tuple(bounds)  # type: ignore[return-value]
 
 
-def _of(table: pa.Table, places: set[Place]) -> pa.Table:
-    """The rows of some neurons."""
-    place = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
-    wanted = np.isin(place, [layer << 32 | index for layer, index in places])
+def _rows_of(table: pa.Table, keys: set[NeuronKey]) -> pa.Table:
+    """Return the rows of some neurons."""
+    # Layer and index in one integer: one `isin` over the table, where a filter on pairs would need two
+    # columns and a join.
+    packed = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
+    wanted = np.isin(packed, [key.layer << 32 | key.index for key in keys])
     return table.filter(pa.array(wanted))
 
 
-def _by_neuron(table: pa.Table) -> dict[Place, tuple[Excerpt, ...]]:
-    """Excerpts by (layer, index). Lists are sliced from flat arrays: no Python per token."""
+def _by_neuron(table: pa.Table) -> dict[NeuronKey, tuple[Excerpt, ...]]:
+    """Return excerpts by neuron. Lists are sliced from flat arrays: no Python object per token."""
     if not len(table):
         return {}
     table = table.combine_chunks()
@@ -204,14 +243,14 @@ def _by_neuron(table: pa.Table) -> dict[Place, tuple[Excerpt, ...]]:
     ids, values = table["token_ids"].chunk(0), table["activations"].chunk(0)
     offsets = ids.offsets.to_numpy()
     flat_ids, flat_values = ids.values.to_numpy(), values.values.to_numpy()
-    found: dict[Place, list[Excerpt]] = {}
+    by_key: dict[NeuronKey, list[Excerpt]] = {}
     for row, (kind, layer, index, bin_, rank, peak, document, position) in enumerate(rows):
         span = slice(offsets[row], offsets[row + 1])
         excerpt = Excerpt(
             kind, rank, bin_, flat_ids[span], flat_values[span], peak, document, position
         )
-        found.setdefault((layer, index), []).append(excerpt)
-    return {place: tuple(excerpts) for place, excerpts in found.items()}
+        by_key.setdefault(NeuronKey(layer, index), []).append(excerpt)
+    return {key: tuple(excerpts) for key, excerpts in by_key.items()}
 
 
 def _summary(row: dict[str, Any]) -> NeuronSummary:
@@ -233,14 +272,14 @@ def _summary_table(summaries: Sequence[NeuronSummary]) -> pa.Table:
         }
         for s in summaries
     ]
-    return pa.Table.from_pylist(rows, schema=SUMMARY_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=SUMMARIES.schema)
 
 
 def _excerpt_table(records: Sequence[NeuronRecord]) -> pa.Table:
-    order = {kind: place for place, kind in enumerate(EXCERPT_KINDS)}
+    order = {kind: number for number, kind in enumerate(EXCERPT_KINDS)}
     rows = [
         {**vars(record.neuron), **vars(excerpt)}
         for record in records
         for excerpt in sorted(record.excerpts, key=lambda e: (order[e.kind], e.bin, e.rank))
     ]
-    return pa.Table.from_pylist(rows, schema=EXCERPT_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=EXCERPTS.schema)

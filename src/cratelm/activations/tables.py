@@ -1,4 +1,4 @@
-"""Turns what a harvest kept of a layer into the tables of `store`, without a Python object a token.
+"""The tables of `store` from what a harvest kept of a layer, without a Python object per token.
 
 Shape legend: H neurons, n excerpts, W tokens of a window.
 """
@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cratelm.activations.layer_harvest import HISTOGRAM_BINS, LayerHarvest
-from cratelm.activations.store import EXCERPT_SCHEMA, SUMMARY_SCHEMA
+from cratelm.activations.layer_harvest import LayerHarvest
+from cratelm.activations.store import EXCERPTS, SUMMARIES
 from cratelm.activations.topk import EMPTY, TopKBuffers
-from cratelm.records import EXCERPT_KINDS, ExcerptKind
+from cratelm.records import EXCERPT_KINDS, HISTOGRAM_BINS, ExcerptKind
 from cratelm.tokens.shards import TokenSplit
 
 _READ = 2**20
@@ -33,16 +33,16 @@ class Rows:
     position: np.ndarray
     document: np.ndarray
     window: np.ndarray
-    """[n, W] activations around `position`, which stands in column W / 2"""
+    """[n, W] activations around `position`, which is in column W / 2"""
 
     def between(self, low: int, high: int) -> "Rows":
-        """Those of the neurons low <= index < high."""
+        """Return the rows of the neurons low <= index < high."""
         chosen = (self.neuron >= low) & (self.neuron < high)
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return Rows(**{k: v if k == "kind" else v[chosen] for k, v in columns.items()})
 
     def table(self, split: TokenSplit) -> pa.Table:
-        """Columns of `EXCERPT_SCHEMA` less model, site and layer."""
+        """Return the columns of `EXCERPTS` but model, site and layer."""
         context = self.window.shape[1] // 2
         columns = np.arange(self.window.shape[1]) - context
         positions = self.position[:, None] + columns
@@ -68,37 +68,38 @@ class Rows:
 
 
 def excerpt_rows(harvest: LayerHarvest, low: int, high: int) -> list[Rows]:
-    """Excerpts of the neurons low <= index < high, a `Rows` a kind."""
+    """Return the excerpts of the neurons low <= index < high, one `Rows` per kind."""
     n_openai, n_anthropic = harvest.openai.n_bins, harvest.anthropic.n_bins
     return [
-        _cell_rows("top", harvest.top, low, high, 1),
+        _buffer_rows("top", harvest.top, low, high, 1),
         _random_rows(harvest, low, high),
-        _cell_rows("openai_bin", harvest.openai.cells, low, high, n_openai),
-        _cell_rows("anthropic_bin", harvest.anthropic.cells, low, high, n_anthropic),
+        _buffer_rows("openai_bin", harvest.openai.samples, low, high, n_openai),
+        _buffer_rows("anthropic_bin", harvest.anthropic.samples, low, high, n_anthropic),
     ]
 
 
-def _cell_rows(kind: ExcerptKind, cells: TopKBuffers, low: int, high: int, bins: int) -> Rows:
-    some = slice(low * bins, high * bins)
-    key, position = cells.key[some].cpu().numpy(), cells.position[some].cpu().numpy()
-    cell, place = np.nonzero(key < EMPTY)
-    order = np.lexsort((position[cell, place], key[cell, place], cell))
-    cell, place = cell[order], place[order]
-    first = np.searchsorted(cell, cell, side="left")
+def _buffer_rows(kind: ExcerptKind, buffers: TopKBuffers, low: int, high: int, bins: int) -> Rows:
+    """Return what the buffers of some neurons hold, `bins` buffers per neuron, ranked by key."""
+    part = slice(low * bins, high * bins)
+    key, position = buffers.key[part].cpu().numpy(), buffers.position[part].cpu().numpy()
+    buffer, slot = np.nonzero(key < EMPTY)
+    order = np.lexsort((position[buffer, slot], key[buffer, slot], buffer))
+    buffer, slot = buffer[order], slot[order]
+    first = np.searchsorted(buffer, buffer, side="left")
 
     def column(tensor: torch.Tensor) -> np.ndarray:
-        return tensor[some].cpu().numpy()[cell, place]
+        return tensor[part].cpu().numpy()[buffer, slot]
 
     return Rows(
         kind=kind,
-        neuron=low + cell // bins,
-        bin=cell % bins if bins > 1 else np.full(len(cell), -1),
-        rank=np.arange(len(cell)) - first,
-        start=column(cells.start),
-        stop=column(cells.stop),
-        position=position[cell, place],
-        document=column(cells.document),
-        window=column(cells.window),
+        neuron=low + buffer // bins,
+        bin=buffer % bins if bins > 1 else np.full(len(buffer), -1),
+        rank=np.arange(len(buffer)) - first,
+        start=column(buffers.start),
+        stop=column(buffers.stop),
+        position=position[buffer, slot],
+        document=column(buffers.document),
+        window=column(buffers.window),
     )
 
 
@@ -120,19 +121,20 @@ def _random_rows(harvest: LayerHarvest, low: int, high: int) -> Rows:
 def excerpt_table(
     rows: list[Rows], split: TokenSplit, model: str, site: str, layer: int
 ) -> pa.Table:
-    """Rows of some neurons of one layer as a table of `EXCERPT_SCHEMA`, sorted."""
+    """Return rows of some neurons of one layer as a table of `EXCERPTS`, sorted."""
     kinds = np.concatenate([np.full(len(r.neuron), EXCERPT_KINDS.index(r.kind)) for r in rows])
     neuron, bins, rank = (
         np.concatenate([getattr(r, name) for r in rows]) for name in ("neuron", "bin", "rank")
     )
     table = pa.concat_tables([r.table(split) for r in rows]).unify_dictionaries()
     table = table.take(pa.array(np.lexsort((rank, bins, kinds, neuron))))
-    return _named(table, EXCERPT_SCHEMA, model, site, layer)
+    return _with_names(table, EXCERPTS.schema, model, site, layer)
 
 
 def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> pa.Table:
-    """A row a neuron of `SUMMARY_SCHEMA`, from the sums of the harvest."""
-    n, pilot = harvest.n_tokens, harvest.pilot
+    """Return one row per neuron of `SUMMARIES`, from the sums of the harvest."""
+    n, calibration = harvest.n_tokens, harvest.calibration
+    # Central moments from moments about the calibration's mean, which is near the mean: little cancels.
     p1, p2, p3, p4 = (p / n for p in harvest.powers.cpu().numpy())
     variance = np.maximum(p2 - p1**2, 0)
     third = p3 - 3 * p1 * p2 + 2 * p1**3
@@ -143,43 +145,44 @@ def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> p
         {
             "index": np.arange(harvest.n_neurons, dtype=np.int32),
             "n_tokens": np.full(harvest.n_neurons, n, np.int64),
-            "mean": pilot.mean.double().cpu().numpy() + p1,
+            "mean": calibration.mean.double().cpu().numpy() + p1,
             "variance": variance,
             "skew": third / spread**1.5,
             "kurtosis": fourth / spread**2,
             "firing_rate": harvest.fired.cpu().numpy() / n,
             "maximum": harvest.maximum.cpu().numpy(),
             "histogram": _lists(histogram),
-            "histogram_low": pilot.low.cpu().numpy(),
-            "histogram_high": pilot.high.cpu().numpy(),
-            "openai_edges": _lists(pilot.openai_edges.cpu().numpy()),
-            "anthropic_edges": _lists(pilot.anthropic_edges.cpu().numpy()),
+            "histogram_low": calibration.low.cpu().numpy(),
+            "histogram_high": calibration.high.cpu().numpy(),
+            "openai_edges": _lists(calibration.openai_edges.cpu().numpy()),
+            "anthropic_edges": _lists(calibration.anthropic_edges.cpu().numpy()),
         }
     )
-    return _named(table, SUMMARY_SCHEMA, model, site, layer)
+    return _with_names(table, SUMMARIES.schema, model, site, layer)
 
 
 def tokens_at(split: TokenSplit, positions: np.ndarray) -> np.ndarray:
-    """Token ids [n] at any positions [n] of a split, reading the shards in pieces."""
+    """Return token ids [n] at any positions [n] of a split, reading the shards in pieces."""
+    # In order of position, so that each piece of a shard is read once and not once per token.
     order = np.argsort(positions, kind="stable")
-    ordered, found = positions[order], np.empty(len(positions), np.int64)
+    ordered, tokens = positions[order], np.empty(len(positions), np.int64)
     first = 0
     while first < len(ordered):
         low = int(ordered[first])
         last = int(np.searchsorted(ordered, low + _READ))
         piece = split.read(low, int(ordered[last - 1]) + 1)
-        found[order[first:last]] = piece[ordered[first:last] - low]
+        tokens[order[first:last]] = piece[ordered[first:last] - low]
         first = last
-    return found
+    return tokens
 
 
 def _lists(rows: np.ndarray) -> pa.ListArray:
-    """[n, m] as a list column."""
+    """Return [n, m] as a list column."""
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
     return pa.ListArray.from_arrays(offsets, np.ascontiguousarray(rows).ravel())
 
 
-def _named(table: pa.Table, schema: pa.Schema, model: str, site: str, layer: int) -> pa.Table:
+def _with_names(table: pa.Table, schema: pa.Schema, model: str, site: str, layer: int) -> pa.Table:
     n = table.num_rows
     columns = {name: table[name] for name in table.column_names}
     columns["model"], columns["site"] = pa.array([model] * n), pa.array([site] * n)

@@ -1,7 +1,15 @@
-"""Keeps, for many cells at once, the few candidates of each with the smallest keys.
+"""Top-k buffers: for many buffers at once, the few candidates of each with the smallest keys.
 
-Shape legend: C cells (a cell is one neuron, or one bin of one neuron), K places of a cell,
-W tokens of a window, n candidates offered.
+Every excerpt of a harvest is kept by one rule: each buffer (one neuron, or one bin of one neuron) holds
+the K candidates with the smallest keys seen so far. For top excerpts the key is the negative
+activation, for samples of a bin a pseudo-random number. A candidate that is not among the best K now
+can never be later, so memory does not depend on the number of tokens, and the result does not depend
+on how they are batched (exactly: keys have no ties, or `position` breaks them).
+
+All tensors have one row per buffer, so that the buffers of a layer (18 per neuron) are updated by a few
+tensor operations; one heap per buffer would be a million Python calls per batch.
+
+Shape legend: C buffers, K slots of a buffer, W tokens of a window, n candidates, U buffers touched.
 """
 
 from collections.abc import Callable
@@ -10,16 +18,21 @@ from dataclasses import dataclass
 import torch
 
 EMPTY = torch.iinfo(torch.int64).max
+"""key of an empty slot: any candidate is better"""
 _WAVES = 6
-"""where no cell is offered more candidates at once they are inserted one by one a cell, which is
-several times faster than sorting them with what the cells hold"""
+"""most candidates of one buffer that are inserted one after another; where a buffer has more, all are
+sorted together with what the buffers hold"""
+
+Windows = Callable[[torch.Tensor], torch.Tensor]
+"""from numbers of candidates [m] to their activations [m, W]"""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Tokens that may be kept, each for one cell. All [n] int64."""
+    """Tokens that may be kept, each for one buffer. All [n] int64."""
 
-    cell: torch.Tensor
+    buffer: torch.Tensor
+    """row of the buffer"""
     key: torch.Tensor
     """smaller is better; below `EMPTY`"""
     position: torch.Tensor
@@ -27,151 +40,142 @@ class Candidates:
     start: torch.Tensor
     """first position of the excerpt"""
     stop: torch.Tensor
-    """one past its last"""
+    """one past its last position"""
     document: torch.Tensor
 
     def __getitem__(self, index: torch.Tensor) -> "Candidates":
-        return Candidates(*(tensor[index] for tensor in self.columns()))
-
-    def columns(self) -> tuple[torch.Tensor, ...]:
-        return (self.cell, self.key, self.position, self.start, self.stop, self.document)
+        columns = (self.buffer, self.key, self.position, self.start, self.stop, self.document)
+        return Candidates(*(column[index] for column in columns))
 
 
 class TopKBuffers:
-    """C cells of K places. Memory: C * K * (5 * 8 + 4 * W) bytes, whatever is offered.
+    """C buffers of K slots. Memory: C * K * (5 * 8 + 4 * W) bytes, however many candidates come.
 
-    With `unique_documents` a cell keeps at most one candidate of a document, its best.
+    With `unique_documents` a buffer keeps at most one candidate per document, its best.
     """
 
     def __init__(
         self,
-        cells: int,
-        places: int,
+        buffers: int,
+        slots: int,
         window: int,
         device: torch.device,
         *,
         unique_documents: bool = False,
     ):
-        self.places, self.unique_documents = places, unique_documents
-        shape = (cells, places)
+        self.slots, self.unique_documents = slots, unique_documents
+        shape = (buffers, slots)
         self.key = torch.full(shape, EMPTY, device=device)
+        """[C, K] in no order: only which slots are taken matters until the end"""
         self.position = torch.zeros(shape, dtype=torch.int64, device=device)
         self.start = torch.zeros_like(self.position)
         self.stop = torch.zeros_like(self.position)
         self.document = torch.full_like(self.position, -1)
         self.window = torch.zeros((*shape, window), device=device)
-        self.threshold = torch.full((cells,), EMPTY, device=device)
-        """[C] a candidate must have a smaller key than this to be kept"""
+        self.threshold = torch.full((buffers,), EMPTY, device=device)
+        """[C] largest key held: a candidate must have a smaller key to be kept"""
 
-    def offer(
-        self, candidates: Candidates, windows: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        """Keeps the best of what is held and offered.
+    def update(self, candidates: Candidates, windows: Windows) -> None:
+        """Keep the best K of what each buffer holds and of its candidates.
 
-        `windows(index [m])` gives the activations [m, W] of candidates by number; it is called for
-        those that are kept alone.
+        `windows` is called only for candidates that are kept: soon these are one in thousands, and
+        cutting the window costs more than all the rest.
         """
-        index = torch.nonzero(candidates.key < self.threshold[candidates.cell]).flatten()
+        index = torch.nonzero(candidates.key < self.threshold[candidates.buffer]).flatten()
         if not len(index):
             return
-        if int(torch.bincount(candidates.cell[index]).max()) > _WAVES:
+        # Once the buffers are full, few candidates pass the threshold, mostly one per buffer. Those are
+        # inserted in waves of at most one per buffer, at the cost of the K keys of the buffers they
+        # touch. Sorting them with all that these buffers hold takes 2 to 7 times as long (200 to 9,000 candidates, K = 20); but waves
+        # are as many as one buffer has candidates, which is why the first batches are sorted.
+        if int(torch.bincount(candidates.buffer[index]).max()) > _WAVES:
             self._merge(candidates[index], index, windows)
             return
-        index = index[_lexsort(candidates.cell[index], candidates.position[index])]
-        offered = candidates[index]
-        wave = _rank_in_group(offered.cell)
+        index = index[_lexsort(candidates.buffer[index], candidates.position[index])]
+        passed = candidates[index]
+        wave = _rank_in_group(passed.buffer)
         for number in range(int(wave.max()) + 1):
-            some = torch.nonzero(wave == number).flatten()
-            self._insert(offered[some], index[some], windows)
+            in_wave = torch.nonzero(wave == number).flatten()
+            self._insert(passed[in_wave], index[in_wave], windows)
 
-    def _insert(
-        self,
-        offered: Candidates,
-        index: torch.Tensor,
-        windows: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """One candidate a cell at most: it takes the place of the worst held, where it is better.
+    def _insert(self, new: Candidates, index: torch.Tensor, windows: Windows) -> None:
+        """Insert at most one candidate per buffer, in the slot of the worst held, if it is better.
 
-        Of the document's own, where documents are unique and the cell holds it.
+        Where documents are unique and the buffer holds one of its document, in that slot instead.
         """
-        keys, positions = self.key[offered.cell], self.position[offered.cell]  # [n, K]
+        keys, positions = self.key[new.buffer], self.position[new.buffer]  # [n, K]
+        # The worst: the largest key and, of these, the largest position. An empty slot has key EMPTY.
         at_worst = keys == keys.amax(1, keepdim=True)
-        place = torch.where(at_worst, positions, -1).argmax(1)
+        slot = torch.where(at_worst, positions, -1).argmax(1)
         if self.unique_documents:
-            own = (self.document[offered.cell] == offered.document[:, None]) & (keys < EMPTY)
-            place = torch.where(own.any(1), own.int().argmax(1), place)
-        rows = torch.arange(len(place), device=place.device)
-        key, position = keys[rows, place], positions[rows, place]
-        tie = (offered.key == key) & (offered.position < position)
-        better = torch.nonzero((offered.key < key) | tie).flatten()
-        self._put(offered[better], place[better], index[better], windows)
-        self.threshold[offered.cell] = self.key[offered.cell].amax(1)
+            same = (self.document[new.buffer] == new.document[:, None]) & (keys < EMPTY)
+            slot = torch.where(same.any(1), same.int().argmax(1), slot)
+        rows = torch.arange(len(slot), device=slot.device)
+        key, position = keys[rows, slot], positions[rows, slot]
+        tie = (new.key == key) & (new.position < position)
+        better = torch.nonzero((new.key < key) | tie).flatten()
+        self._put(new[better], slot[better], index[better], windows)
+        self.threshold[new.buffer] = self.key[new.buffer].amax(1)
 
-    def _merge(
-        self,
-        offered: Candidates,
-        index: torch.Tensor,
-        windows: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """Any number of candidates a cell, by sorting them with what is held."""
-        touched, cell = torch.unique(offered.cell, return_inverse=True)  # U cells
-        kept_old, kept_new = self._survivors(touched, cell, offered)
+    def _merge(self, new: Candidates, index: torch.Tensor, windows: Windows) -> None:
+        """Keep the best of any number of candidates per buffer, by sorting them with what it holds."""
+        touched, row = torch.unique(new.buffer, return_inverse=True)  # [U], [n] row in touched
+        kept_old, kept_new = self._survivors(touched, row, new)
+        # What stays keeps its slot, so that its window of W numbers is not moved; what is new fills
+        # the slots that became free, in the order of the candidates.
         self.key[touched] = torch.where(kept_old, self.key[touched], EMPTY)
-        new = torch.nonzero(kept_new).flatten()
-        new = new[torch.argsort(cell[new], stable=True)]
-        place = _nth_free(~kept_old, cell[new], _rank_in_group(cell[new]))
-        self._put(offered[new], place, index[new], windows)
+        survivors = torch.nonzero(kept_new).flatten()
+        survivors = survivors[torch.argsort(row[survivors], stable=True)]
+        slot = _nth_free(~kept_old, row[survivors], _rank_in_group(row[survivors]))
+        self._put(new[survivors], slot, index[survivors], windows)
         self.threshold[touched] = self.key[touched].amax(1)
 
     def _put(
-        self,
-        offered: Candidates,
-        place: torch.Tensor,
-        index: torch.Tensor,
-        windows: Callable[[torch.Tensor], torch.Tensor],
+        self, new: Candidates, slot: torch.Tensor, index: torch.Tensor, windows: Windows
     ) -> None:
-        """Writes candidates [n] into places [n] of their cells; what else is held stays where it is."""
-        row = offered.cell
-        self.key[row, place] = offered.key
-        self.position[row, place] = offered.position
-        self.start[row, place] = offered.start
-        self.stop[row, place] = offered.stop
-        self.document[row, place] = offered.document
-        self.window[row, place] = windows(index)
+        """Write candidates [n] into slots [n] of their buffers."""
+        row = new.buffer
+        self.key[row, slot] = new.key
+        self.position[row, slot] = new.position
+        self.start[row, slot] = new.start
+        self.stop[row, slot] = new.stop
+        self.document[row, slot] = new.document
+        self.window[row, slot] = windows(index)
 
     def _survivors(
-        self, touched: torch.Tensor, cell: torch.Tensor, offered: Candidates
+        self, touched: torch.Tensor, row: torch.Tensor, new: Candidates
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of the held [U, K] and of the offered [n] are among the best K of their cell."""
-        device, n_old = cell.device, len(touched) * self.places
-        rows = torch.arange(len(touched), device=device).repeat_interleave(self.places)
-        cells = torch.cat([rows, cell])
-        keys = torch.cat([self.key[touched].flatten(), offered.key])
-        positions = torch.cat([self.position[touched].flatten(), offered.position])
+        """Return which of the held [U, K] and of the new [n] are among the best K of their buffer."""
+        device, n_old = row.device, len(touched) * self.slots
+        old_rows = torch.arange(len(touched), device=device).repeat_interleave(self.slots)
+        rows = torch.cat([old_rows, row])
+        keys = torch.cat([self.key[touched].flatten(), new.key])
+        positions = torch.cat([self.position[touched].flatten(), new.position])
         order = torch.nonzero(keys < EMPTY).flatten()
         if self.unique_documents:
-            documents = torch.cat([self.document[touched].flatten(), offered.document])
-            order = order[_lexsort(cells[order], documents[order], keys[order], positions[order])]
-            order = order[_is_first(cells[order], documents[order])]
-            order = order[_lexsort(cells[order], keys[order], positions[order])]
+            # First the best of each document, then the best K of those.
+            documents = torch.cat([self.document[touched].flatten(), new.document])
+            order = order[_lexsort(rows[order], documents[order], keys[order], positions[order])]
+            order = order[_is_first(rows[order], documents[order])]
+            order = order[_lexsort(rows[order], keys[order], positions[order])]
         else:
-            order = order[_lexsort(cells[order], keys[order])]
-        kept = order[_rank_in_group(cells[order]) < self.places]
-        survives = torch.zeros(n_old + len(cell), dtype=torch.bool, device=device)
+            order = order[_lexsort(rows[order], keys[order])]
+        kept = order[_rank_in_group(rows[order]) < self.slots]
+        survives = torch.zeros(n_old + len(row), dtype=torch.bool, device=device)
         survives[kept] = True
-        return survives[:n_old].view(-1, self.places), survives[n_old:]
+        return survives[:n_old].view(-1, self.slots), survives[n_old:]
 
 
 def _nth_free(free: torch.Tensor, row: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-    """Column of the n-th (from 0) free place of each row: free [U, K], row and n [m] -> [m]."""
+    """Return the column of the n-th (from 0) free slot of each row: free [U, K], row and n [m] -> [m]."""
     count = free.sum(1)
-    first = torch.cumsum(count, 0) - count
-    columns = torch.nonzero(free)[:, 1]
+    first = torch.cumsum(count, 0) - count  # [U] free slots in the rows before
+    columns = torch.nonzero(free)[:, 1]  # of all free slots, row by row
     return columns[first[row] + n]
 
 
 def _lexsort(*columns: torch.Tensor) -> torch.Tensor:
-    """Order that sorts by the first column, ties by the second, and so on."""
+    """Return the order that sorts by the first column, ties by the second, and so on."""
     order = torch.arange(len(columns[0]), device=columns[0].device)
     for column in reversed(columns):
         order = order[torch.argsort(column[order], stable=True)]
@@ -179,7 +183,7 @@ def _lexsort(*columns: torch.Tensor) -> torch.Tensor:
 
 
 def _is_first(*columns: torch.Tensor) -> torch.Tensor:
-    """True where a row differs from the one before it: the first of each group of equal rows."""
+    """Return True where a row differs from the one before it: the first of each group of equal rows."""
     first = torch.ones(len(columns[0]), dtype=torch.bool, device=columns[0].device)
     if len(first) > 1:
         first[1:] = torch.stack([c[1:] != c[:-1] for c in columns]).any(0)
@@ -187,7 +191,7 @@ def _is_first(*columns: torch.Tensor) -> torch.Tensor:
 
 
 def _rank_in_group(group: torch.Tensor) -> torch.Tensor:
-    """Number of each row within its run of equal values, from 0."""
+    """Return the number of each row within its run of equal values, from 0."""
     index = torch.arange(len(group), device=group.device)
     starts = torch.where(_is_first(group), index, torch.zeros_like(index))
     return index - torch.cummax(starts, 0).values if len(group) else index

@@ -1,1 +1,1 @@
-"""White-box reading: what the derivation of CRATE promises, measured."""
+"""White-box analysis: measure on held-out text what the derivation of CRATE promises."""

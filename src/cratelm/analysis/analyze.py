@@ -1,6 +1,14 @@
-"""`cratelm analyze`: what CRATE's derivation promises, layer by layer, and what its neurons do where."""
+"""`cratelm analyze`: measure what CRATE's derivation promises, by layer, and where its neurons fire.
 
-from collections.abc import Sequence
+One pass over held-out text sums what the steps of each layer do (`layer_sums`); coding rates, sparsity and groups
+of neurons come from these sums, dictionary and heads from the weights (`weights`); further passes compare neurons
+with what their explanations cover (`consistency`). Writes the folder `analysis/MODEL/` of the run;
+`cratelm.analysis.store` documents its files and reads them.
+
+Shape legend: D width, K heads, P width of a head, G groups of documents.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +20,27 @@ from cratelm.activations.batches import SearchPlan
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.activations.store import read_summaries
 from cratelm.analysis.coding_rate import (
-    EPSILONS,
     coding_rate,
     compression_rate,
-    jackknife,
     orthonormal,
 )
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.explained import Subject, readings
-from cratelm.analysis.groups import NONE, Groups, groups
-from cratelm.analysis.layer_sums import Gathered, LayerSums, gather
+from cratelm.analysis.consistency import HeldOutPass, measure_neurons
+from cratelm.analysis.dictionary import Coherence
+from cratelm.analysis.groups import NONE, NeuronGroups, group_neurons
+from cratelm.analysis.layer_sums import LayerSums, TextSums, sum_over_text
 from cratelm.analysis.store import (
+    EPSILONS,
     LayerFigure,
+    MeasureSummary,
+    NeuronCoverage,
     NeuronFacts,
-    NeuronReading,
     write_layers,
+    write_measure_summaries,
     write_neurons,
     write_readings,
 )
-from cratelm.analysis.summary import Summary, show, summarise
+from cratelm.analysis.summary import show, summarise
 from cratelm.analysis.weights import (
     atoms_of,
     bases_of,
@@ -41,8 +51,14 @@ from cratelm.analysis.weights import (
 )
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
-from cratelm.records import Explanation, NeuronId
-from cratelm.runs import Run, write_json
+from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey
+from cratelm.runs import Run
+from cratelm.stats.intervals import jackknife
+
+Figures = dict[tuple[str, str], Estimate | float]
+"""by quantity and setting"""
+Rate = Callable[[np.ndarray, float], float]
+"""coding rate of a second moment at a distortion"""
 
 
 @dataclass(frozen=True)
@@ -63,34 +79,37 @@ class AnalyzeResult:
 
 
 def analyze(config: AnalyzeConfig) -> AnalyzeResult:
-    """Runs the stage; a finished one is read back.
+    """Measure a model, and write `analysis/MODEL/`. A finished stage is read back.
 
-    Raises `InputError` where the harvest or its model is missing, or an explainer is asked for that
-    has said nothing.
+    Raises `InputError` where the harvest or its model is missing, or `--explainer` has no explanations.
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model).require("harvest")
-    explained = run.stage("explanations", config.model).completion()
+    explained = run.stage("explanations", config.model)
+    known = explained.completion() is not None
     stage = run.stage("analysis", config.model)
-    inputs = {"activations": harvest.identity}
-    if explained is not None:
-        inputs["explanations"] = explained.identity
+    inputs = {"activations": harvest}
+    if known:
+        inputs["explanations"] = explained.require("explain")
     if not stage.is_finished(config, inputs, force=config.force):
-        explanations = _explanations(run, config, explained is not None)
-        opened = open_harvested(run, config.model)
+        explanations = _explanations(run, config, known)
+        opened = open_harvested(run, config.model, config.device)
         with stage.write(config, inputs) as draft:
             draft.results.update(_measure(config, opened, explanations, draft.path))
-    found = stage.require("analyze").results
+    results = stage.require("analyze").results
     return AnalyzeResult(
-        stage.path, config.model, found["tokens"], found["documents"], found["table"]
+        stage.path, config.model, results["tokens"], results["documents"], results["table"]
     )
 
 
-def _explanations(run: Run, config: AnalyzeConfig, there: bool) -> list[Explanation]:
-    """Those of the explainer asked for. Raises `InputError` where it has said nothing."""
+def _explanations(run: Run, config: AnalyzeConfig, finished: bool) -> list[Explanation]:
+    """Those of one explainer: `--explainer`, by default the trie; none where the stage is not `finished`.
+
+    Raises `InputError` where `--explainer` has no explanations.
+    """
     folder = run.stage("explanations", config.model).path
-    found = read_explanations(folder) if there else []
-    names = sorted({e.explainer for e in found})
+    explanations = read_explanations(folder) if finished else []
+    names = sorted({e.explainer for e in explanations})
     wanted = config.explainer or ("trie" if "trie" in names else next(iter(names), ""))
     if config.explainer and config.explainer not in names:
         raise InputError(
@@ -98,19 +117,19 @@ def _explanations(run: Run, config: AnalyzeConfig, there: bool) -> list[Explanat
             f" choose one of these, or type `cratelm explain --run {run.path} --model"
             f" {config.model}` first"
         )
-    return [e for e in found if e.explainer == wanted]
+    return [e for e in explanations if e.explainer == wanted]
 
 
 def _measure(
     config: AnalyzeConfig, opened: HarvestContext, explanations: list[Explanation], folder: Path
 ) -> dict[str, Any]:
-    """Writes the files; returns what the completion record tells."""
+    """Write the files; return the results of the completion record."""
     length = config.sequence_length or opened.sequence_length
     split = opened.store.split("held_out")
     plan = SearchPlan.of(split, "held_out", opened.store.eot_id, length, config.tokens, config.seed)
     model, site = opened.subject.model, opened.site
     with tqdm(desc="analyze", unit="tok", unit_scale=True, disable=config.quiet) as bar:
-        gathered = gather(
+        sums = sum_over_text(
             model,
             site,
             plan,
@@ -118,9 +137,9 @@ def _measure(
             ista_steps=config.ista_steps,
             progress=bar.update,
         )
-        read = list(
-            readings(
-                Subject(model, site, plan, config.batch_tokens),
+        coverages = list(
+            measure_neurons(
+                HeldOutPass(model, site, plan, config.batch_tokens),
                 explanations,
                 _fit_maximum(opened.folder),
                 memory_bytes=config.memory_mib * 2**20,
@@ -128,109 +147,125 @@ def _measure(
                 progress=bar.update,
             )
         )
-    figures, neurons = _figures(config, opened, gathered)
-    summaries = summarise(read, config.resamples, config.seed)
-    _write(folder, figures, neurons, read, summaries)
+    figures, neurons = _figures(config, opened, sums)
+    summaries = summarise(coverages, config.resamples, config.seed)
+    _write(folder, figures, neurons, coverages, summaries)
     table = show(figures, summaries)
-    return {"tokens": gathered.tokens, "documents": gathered.documents, "table": table}
+    return {"tokens": sums.tokens, "documents": sums.documents, "table": table}
 
 
 def _write(
     folder: Path,
     figures: Sequence[LayerFigure],
     neurons: Sequence[NeuronFacts],
-    read: Sequence[NeuronReading],
-    summaries: Sequence[Summary],
+    coverages: Sequence[NeuronCoverage],
+    summaries: Sequence[MeasureSummary],
 ) -> None:
     write_layers(folder, figures)
     write_neurons(folder, neurons)
-    if read:
-        write_readings(folder, read)
-    write_json(folder / "summary.json", {"readings": [vars(s) for s in summaries]})
+    if coverages:
+        write_readings(folder, coverages)
+    write_measure_summaries(folder, summaries)
 
 
-def _fit_maximum(folder: Path) -> dict[tuple[int, int], float]:
-    """Largest activation on the fit split, by layer and index."""
-    summaries = read_summaries(folder, "fit")
-    return {(s.neuron.layer, s.neuron.index): s.maximum for s in summaries}
+def _fit_maximum(folder: Path) -> dict[NeuronKey, float]:
+    """Largest activation of each neuron on the fit split."""
+    return {s.neuron.key: s.maximum for s in read_summaries(folder, "fit")}
 
 
 def _figures(
-    config: AnalyzeConfig, opened: HarvestContext, gathered: Gathered
+    config: AnalyzeConfig, opened: HarvestContext, text: TextSums
 ) -> tuple[list[LayerFigure], list[NeuronFacts]]:
     """Figures of all layers, and of each neuron."""
     figures: list[LayerFigure] = []
     neurons: list[NeuronFacts] = []
     model, site = opened.subject.model, opened.site
-    for layer, sums in sorted(gathered.layers.items()):
-        found: dict[tuple[str, str], Any] = dict(sums.estimates())
+    for layer, sums in sorted(text.layers.items()):
+        of_layer: Figures = dict(sums.estimates())
         bases, atoms = bases_of(model, layer), atoms_of(model, site, layer)
-        found |= _rates(sums, gathered.group_tokens, bases)
+        of_layer |= _rates(sums, text.group_tokens, bases)
         alike = coherence_of(atoms)
         if atoms is not None and alike is not None:
-            found |= (weights := dictionary_figures(atoms, alike))
-            found |= step_figures(model, layer, weights["spectral_norm", ""])
+            dictionary = dictionary_figures(atoms, alike)
+            of_layer |= dictionary
+            of_layer |= step_figures(model, layer, dictionary["spectral_norm", ""])
         if bases is not None:
-            found |= head_figures(bases, config.seed)
-        together = _together(sums, found)
-        for (quantity, setting), value in found.items():
-            error = getattr(value, "error", None)
-            value = float(getattr(value, "value", value))
-            figures.append(LayerFigure(layer, quantity, setting, value, error))
-        neurons += _neurons(config.model, site.name, layer, sums, together, alike)
+            of_layer |= head_figures(bases, config.seed)
+        groups = _groups(sums)
+        of_layer |= _neuron_figures(sums, groups)
+        for (quantity, setting), value in of_layer.items():
+            if isinstance(value, Estimate):
+                figures.append(LayerFigure(layer, quantity, setting, value.value, value.error))
+            else:
+                figures.append(LayerFigure(layer, quantity, setting, float(value)))
+        neurons += _neurons(config.model, site.name, layer, sums, groups, alike)
     return figures, neurons
 
 
-def _rates(sums: LayerSums, counts: np.ndarray, bases: np.ndarray | None) -> dict:
-    """Coding rates before and after the first step, their change, and those in the heads' subspaces."""
-    if sums.second is None:
+def _rates(sums: LayerSums, counts: np.ndarray, bases: np.ndarray | None) -> Figures:
+    """Coding rates before and after the first step, their change, and those in the heads' subspaces.
+
+    `counts` [G] are the tokens of each group of documents, `bases` [K, P, D] the heads' projections.
+    """
+    if sums.second_moments is None:
         return {}
-    second = sums.second.numpy()  # [G, 2, D, D]
-    kinds: dict[str, Any] = {"coding_rate": coding_rate}
+    moments = sums.second_moments.numpy()  # [G, 2, D, D]: before and after
+    rates: dict[str, Rate] = {"coding_rate": coding_rate}
     if bases is not None:
-        own, unit = bases, orthonormal(bases)
-        kinds["compression_rate"] = lambda m, e: compression_rate(m, own, e)
-        kinds["subspace_rate"] = lambda m, e: compression_rate(m, unit, e)
-    found = {}
-    for name, rate in kinds.items():
+        projections, unit = bases, orthonormal(bases)
+        rates["compression_rate"] = lambda m, e: compression_rate(m, projections, e)
+        rates["subspace_rate"] = lambda m, e: compression_rate(m, unit, e)
+    figures: Figures = {}
+    for name, rate in rates.items():
         for epsilon in EPSILONS:
             key = f"{epsilon:g}"
-            for place, when in enumerate(("before", "after")):
-                found[f"{name}_{when}", key] = jackknife(
-                    lambda m, r=rate, e=epsilon: r(m, e), second[:, place], counts
+            for side, when in enumerate(("before", "after")):
+                figures[f"{name}_{when}", key] = jackknife(
+                    lambda m, r=rate, e=epsilon: r(m, e), moments[:, side], counts
                 )
-            found[f"{name}_change", key] = jackknife(
-                lambda m, r=rate, e=epsilon: r(m[1], e) - r(m[0], e), second, counts
+            # of both sides at once: the error of the change is not that of two independent figures
+            figures[f"{name}_change", key] = jackknife(
+                lambda m, r=rate, e=epsilon: r(m[1], e) - r(m[0], e), moments, counts
             )
-    return found
+    return figures
 
 
-def _together(sums: LayerSums, found: dict) -> Groups | None:
-    """Groups of neurons; their figures go into `found`."""
-    assert sums.moments is not None
+def _groups(sums: LayerSums) -> NeuronGroups | None:
+    """Groups of neurons that fire alike; None for a single neuron."""
+    assert sums.correlation is not None
     assert sums.fired is not None
-    found["dead", ""] = float(1 - sums.fired.double().mean())
-    if len(sums.fired) < 2:
-        return None
-    together = groups(sums.moments.correlation())
-    sizes = np.bincount(together.group[together.group != NONE])
-    found["groups", ""] = len(sizes)
-    found["grouped", ""] = float((together.group != NONE).mean())
-    found["largest_group", ""] = int(sizes.max(initial=0))
-    return together
+    return None if len(sums.fired) < 2 else group_neurons(sums.correlation.correlation())
+
+
+def _neuron_figures(sums: LayerSums, groups: NeuronGroups | None) -> Figures:
+    """Dead neurons and groups, as figures of the layer."""
+    assert sums.fired is not None
+    figures: Figures = {("dead", ""): float(1 - sums.fired.double().mean())}
+    if groups is not None:
+        sizes = np.bincount(groups.group[groups.group != NONE])
+        figures["groups", ""] = len(sizes)
+        figures["grouped", ""] = float((groups.group != NONE).mean())
+        figures["largest_group", ""] = int(sizes.max(initial=0))
+    return figures
 
 
 def _neurons(
-    model: str, site: str, layer: int, sums: LayerSums, together: Groups | None, alike: Any
+    model: str,
+    site: str,
+    layer: int,
+    sums: LayerSums,
+    groups: NeuronGroups | None,
+    alike: Coherence | None,
 ) -> list[NeuronFacts]:
+    """The facts about each neuron of a layer."""
     assert sums.fired is not None
     return [
         NeuronFacts(
             NeuronId(model, site, layer, i),
             dead=not fired,
-            group=NONE if together is None else int(together.group[i]),
-            nearest=NONE if together is None else int(together.nearest[i]),
-            correlation=0.0 if together is None else float(together.correlation[i]),
+            group=NONE if groups is None else int(groups.group[i]),
+            nearest=NONE if groups is None else int(groups.nearest[i]),
+            correlation=0.0 if groups is None else float(groups.correlation[i]),
             nearest_atom=None if alike is None else int(alike.nearest[i]),
             coherence=None if alike is None else float(alike.cosine[i]),
             duplicate=None if alike is None else bool(alike.duplicated[i]),

@@ -4,63 +4,50 @@ An explanation covers a token where its simulator predicts much:
 
     covered(t)  <=>  s(t) >= s_0 + x (s_max - s_0)
 
-with s_0 the explanation's default, s_max the largest value it holds, and x a half (and others, to see how
-much hangs on it). Explanations were made from the fit split, and so was the threshold at which a neuron
-counts as firing, a tenth of its largest activation there; everything below is counted on held-out tokens.
+with s_0 the explanation's default, s_max the largest value in it, and x a half (other shares show how much
+depends on it). Explanations were made from the fit split, and so was the threshold at which a neuron counts as
+firing, a tenth of its largest activation there; everything below is counted on held-out tokens.
 
-    consistency       part of the covered tokens at which the neuron fires
+    consistency       fraction of the covered tokens at which the neuron fires
     evenness          (sum a)^2 / (n sum a^2) over the n covered tokens: 1 where all activations are equal, 1/n
                       where one token has it all (participation ratio; 1 / (1 + squared variation coefficient))
-    distinctiveness   part of the other tokens at which it does not fire
-    contrast          (m - m') / (m + m') of the mean activations m on covered and m' on other tokens, which hangs
-                      on no threshold: 1 for a neuron that is 0 elsewhere, 0 for one that makes no difference
-    AUROC             chance that a covered token has the higher activation than another one, ties half
+    distinctiveness   fraction of the other tokens at which it does not fire
+    contrast          (m - m') / (m + m') of the mean activations m on covered and m' on other tokens; it needs no
+                      threshold: 1 for a neuron that is 0 elsewhere, 0 for one that makes no difference
+    AUROC             chance that a covered token has the higher activation than another one, a tie counting half
 
 The two ideas are those of Bai & Ma (arXiv 2410.16443, section 5); as numbers they are defined here.
+
+Memory: activations of as many neurons as fit into a bound, 4 bytes per token and neuron, and which tokens each
+explanation covers, a byte per token, neuron and share.
 
 Shape legend: N text tokens, n neurons.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from cratelm.records import Status
+from cratelm.activations.batches import SearchPlan
+from cratelm.analysis.store import SHARES, CoverageControl, CoverageMeasures, NeuronCoverage
+from cratelm.models.sites import Site, hooked
+from cratelm.records import Explanation, NeuronKey, Status
+from cratelm.score.simulators import simulate
+from cratelm.stats.auc import roc_area_of_ranks
 
-SHARES = (0.25, 0.5, 0.75)
-"""x: how far between the default and the largest value a token must be predicted to be covered"""
-SHARE = 0.5
-"""the one that is shown"""
 FIRING = 0.1
-"""of the largest activation on the fit split: above it a neuron fires"""
-MEASURES = ("consistency", "evenness", "distinctiveness", "contrast", "auroc")
+"""fraction of its largest activation on the fit split above which a neuron fires"""
 
-
-@dataclass(frozen=True)
-class Reading:
-    """One neuron against the tokens that one explanation covers. None where there is no value."""
-
-    status: Status
-    n_covered: int
-    """tokens"""
-    n_elsewhere: int
-    consistency: float | None = None
-    any_consistency: float | None = None
-    """the same with every activation above 0 as firing"""
-    evenness: float | None = None
-    distinctiveness: float | None = None
-    any_distinctiveness: float | None = None
-    contrast: float | None = None
-    """of activations that are never negative: None where one is, or all are 0"""
-    auroc: float | None = None
+# ---- one neuron and one explanation ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Observed:
+class NeuronActivations:
     """One neuron on held-out tokens."""
 
     activations: NDArray[np.float32]
@@ -71,14 +58,18 @@ class Observed:
     """raw activation above which it fires; 0 or less: dead on the fit split"""
 
     @classmethod
-    def of(cls, activations: NDArray[np.float32], fit_maximum: float) -> "Observed":
+    def of(cls, activations: NDArray[np.float32], fit_maximum: float) -> "NeuronActivations":
+        """Rank activations [N] once, for all explanations that they are compared with."""
         return cls(activations, rankdata(activations), FIRING * fit_maximum)
 
 
-def covered(
+def covered_tokens(
     payload: Mapping[str, Any], simulated: NDArray[np.float64], share: float
 ) -> NDArray[np.bool_]:
-    """[N] tokens that an explanation covers; none where it holds no value above its default."""
+    """Return which tokens [N] an explanation covers, from what it predicts for them.
+
+    None of them where it has no value above its default.
+    """
     default = float(payload["default"])
     top = max(payload["values"], default=default)
     if top <= default:
@@ -86,59 +77,143 @@ def covered(
     return simulated >= default + share * (top - default)
 
 
-def read(neuron: Observed, mask: NDArray[np.bool_]) -> Reading:
-    """The neuron against covered tokens [N]."""
-    n, rest = int(mask.sum()), int((~mask).sum())
+def measure_coverage(neuron: NeuronActivations, covered: NDArray[np.bool_]) -> CoverageMeasures:
+    """Return all measures of a neuron against the covered tokens [N] of one explanation."""
+    n, n_elsewhere = int(covered.sum()), int((~covered).sum())
     if neuron.firing <= 0:
-        return Reading(Status.DEAD, n, rest)
-    if not n or not rest:
-        return Reading(Status.UNDEFINED, n, rest)
-    inside, outside = neuron.activations[mask], neuron.activations[~mask]
+        return CoverageMeasures(Status.DEAD, n, n_elsewhere)
+    if not n or not n_elsewhere:
+        return CoverageMeasures(Status.UNDEFINED, n, n_elsewhere)
+    inside, outside = neuron.activations[covered], neuron.activations[~covered]
     energy = float((inside.astype(np.float64) ** 2).sum())
-    wins = neuron.ranks[mask].sum() - n * (n + 1) / 2
-    return Reading(
+    return CoverageMeasures(
         status=Status.DEFINED,
         n_covered=n,
-        n_elsewhere=rest,
+        n_elsewhere=n_elsewhere,
         consistency=float((inside > neuron.firing).mean()),
         any_consistency=float((inside > 0).mean()),
         evenness=float(inside.sum(dtype=np.float64) ** 2 / (n * energy)) if energy else None,
         distinctiveness=float((outside <= neuron.firing).mean()),
         any_distinctiveness=float((outside <= 0).mean()),
         contrast=contrast(inside, outside),
-        auroc=float(wins / (n * rest)),
+        auroc=roc_area_of_ranks(neuron.ranks[covered], n_elsewhere),
     )
 
 
 def contrast(inside: NDArray[np.float32], outside: NDArray[np.float32]) -> float | None:
-    """Of activations on covered and on other tokens; None where one is negative or all are 0."""
+    """Return the contrast of activations on covered and on other tokens.
+
+    None where an activation is negative or all are 0.
+    """
     if min(inside.min(), outside.min()) < 0:
         return None
-    m, rest = (float(part.mean(dtype=np.float64)) for part in (inside, outside))
-    return (m - rest) / (m + rest) if m + rest else None
+    m, other = (float(part.mean(dtype=np.float64)) for part in (inside, outside))
+    return (m - other) / (m + other) if m + other else None
 
 
-def others(n: int, seed: int) -> NDArray[np.int64]:
-    """[n] another neuron for each, every one once: whose explanation the null takes. n at least 2."""
+# ---- all explained neurons ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutPass:
+    """A model, where its neurons are, and the held-out tokens that it reads."""
+
+    model: Any
+    site: Site
+    plan: SearchPlan
+    batch_tokens: int
+
+
+def measure_neurons(
+    held_out: HeldOutPass,
+    explanations: Sequence[Explanation],
+    fit_maximum: Mapping[NeuronKey, float],
+    *,
+    memory_bytes: int,
+    seed: int,
+    progress: Callable[[int], Any],
+) -> Iterator[NeuronCoverage]:
+    """Yield the measures of every explained neuron, against its own explanation and another neuron's.
+
+    As many neurons of a layer share a pass over the text as fit into `memory_bytes`. The other explanation is
+    that of a neuron of the same pass; a neuron alone in its pass has none. `progress` is called with the
+    number of tokens read.
+    """
+    segments = _segments(held_out)
+    n_tokens = sum(map(len, segments))
+    at_once = max(1, memory_bytes // (n_tokens * (4 + len(SHARES))))
+    for of_pass in _passes(explanations, at_once):
+        keys = [e.neuron.key for e in of_pass]
+        activations = _activations(held_out, keys, progress)  # [n, N]
+        covered = [_covered(e, segments) for e in of_pass]
+        partner = draw_partners(len(of_pass), seed) if len(of_pass) > 1 else None
+        for i, explanation in enumerate(of_pass):
+            neuron = NeuronActivations.of(activations[i], fit_maximum[keys[i]])
+            controls: list[tuple[CoverageControl, int]] = [("none", i)]
+            if partner is not None:
+                controls.append(("shuffled", int(partner[i])))
+            for control, explained in controls:
+                for share, tokens in zip(SHARES, covered[explained], strict=True):
+                    measures = measure_coverage(neuron, tokens)
+                    yield NeuronCoverage(
+                        explanation.neuron, explanation.explainer, control, share, measures
+                    )
+
+
+def draw_partners(n: int, seed: int) -> NDArray[np.int64]:
+    """Return another neuron for each of n, every one once: its explanation is the null. n is at least 2.
+
+    The neurons are put into a random ring, in which each gets the one before it.
+    """
     order = np.random.default_rng(seed).permutation(n)
     partner = np.empty(n, np.int64)
     partner[order] = np.roll(order, 1)
     return partner
 
 
-def interval(
-    values: NDArray[np.float64], resamples: int, seed: int
-) -> tuple[float, float | None, float | None]:
-    """Mean of [n] and its 95% percentile bootstrap interval over neurons; no interval below two."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, None, None
-    means = resampled(values, resamples, seed)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return mean, float(low), float(high)
+def _passes(explanations: Sequence[Explanation], at_once: int) -> Iterator[list[Explanation]]:
+    """Explanations of one layer, at most `at_once` at a time."""
+    for layer in sorted({e.neuron.layer for e in explanations}):
+        of_layer = [e for e in explanations if e.neuron.layer == layer]
+        for low in range(0, len(of_layer), at_once):
+            yield of_layer[low : low + at_once]
 
 
-def resampled(values: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """[resamples] means of n neurons drawn with replacement (Efron & Tibshirani 1993)."""
-    drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    return values[drawn].mean(1)
+def _segments(held_out: HeldOutPass) -> list[NDArray[np.int64]]:
+    """Text of each document inside each sequence, in the order in which batches have it: N tokens in all."""
+    segments = []
+    for batch in held_out.plan.batches(held_out.batch_tokens, torch.device("cpu")):
+        tokens = batch.input_ids.flatten().numpy()
+        segments += [tokens[start:stop] for start, stop in batch.segments]
+    return segments
+
+
+def _covered(
+    explanation: Explanation, segments: list[NDArray[np.int64]]
+) -> list[NDArray[np.bool_]]:
+    """Which tokens [N] an explanation covers, for each share."""
+    simulated = np.concatenate(simulate(explanation.explainer, explanation.payload, segments))
+    return [covered_tokens(explanation.payload, simulated, share) for share in SHARES]
+
+
+def _activations(
+    held_out: HeldOutPass, keys: Sequence[NeuronKey], progress: Callable[[int], Any]
+) -> NDArray[np.float32]:
+    """Activations [n, N] of neurons of one layer on all text tokens, from one pass."""
+    layer = keys[0].layer
+    indices = torch.tensor([key.index for key in keys])
+    parts: list[NDArray[np.float32]] = []
+    for batch in held_out.plan.batches(held_out.batch_tokens, held_out.model.device):
+        text = batch.is_text > 0
+
+        def on_activation(
+            site_layer: int, activations: torch.Tensor, text: torch.Tensor = text
+        ) -> None:
+            if held_out.site.layer_numbers[site_layer] == layer:
+                chosen = activations.flatten(0, 1)[text][:, indices.to(text.device)]
+                parts.append(chosen.float().T.cpu().numpy())
+
+        with torch.no_grad(), hooked(held_out.model, held_out.site, on_activation):
+            held_out.model.base_model(input_ids=batch.input_ids, use_cache=False)
+        progress(batch.input_ids.numel())
+    return np.concatenate(parts, axis=1)

@@ -1,4 +1,4 @@
-"""Atoms of a dictionary and subspaces of heads: linear algebra on the weights alone.
+"""Atoms of a dictionary and subspaces of heads: linear algebra on the weights.
 
 Shape legend: H atoms, D width, K heads, P width of a head.
 """
@@ -34,52 +34,52 @@ class Coherence:
 
     @property
     def duplicated(self) -> NDArray[np.bool_]:
-        """[H]"""
+        """[H] which atoms have a cosine of `DUPLICATE` or more with another."""
         return self.signed >= DUPLICATE
 
 
 def coherence(atoms: Array) -> Coherence:
-    """Of atoms [H, D], H at least 2; an atom of zeros is like no other."""
+    """Return how alike the atoms [H, D] are, H at least 2; an atom of zeros is like no other."""
     norm = np.linalg.norm(atoms, axis=1, keepdims=True)
     unit = np.divide(atoms, norm, out=np.zeros_like(atoms), where=norm > 0)
     nearest, cosine, signed = [], [], []
     for low in range(0, len(unit), _BLOCK):
         block = unit[low : low + _BLOCK] @ unit.T  # [block, H]
-        own = np.arange(len(block))
-        block[own, low + own] = 0
-        place = np.abs(block).argmax(1)
-        nearest.append(place)
-        cosine.append(np.abs(block)[own, place])
+        rows = np.arange(len(block))
+        block[rows, low + rows] = 0  # row i of the block is atom low + i: its cosine with itself
+        most_alike = np.abs(block).argmax(1)
+        nearest.append(most_alike)
+        cosine.append(np.abs(block)[rows, most_alike])
         signed.append(block.max(1))
     return Coherence(np.concatenate(nearest), np.concatenate(cosine), np.concatenate(signed))
 
 
 def welch_bound(n_atoms: int, width: int) -> float:
-    """The least mutual coherence that H atoms in D dimensions can have (Welch 1974); 0 up to H = D."""
+    """Return the least mutual coherence that H atoms in D dimensions can have (Welch 1974); 0 up to H = D."""
     if n_atoms <= width:
         return 0.0
     return float(np.sqrt((n_atoms - width) / (width * (n_atoms - 1))))
 
 
 def spectral_norm(matrix: Array) -> float:
-    """Largest singular value."""
+    """Return the largest singular value."""
     return float(np.linalg.norm(matrix, 2))
 
 
 def stable_rank(matrix: Array) -> float:
-    """|M|_F^2 / |M|_2^2, at most the rank (Rudelson & Vershynin 2007)."""
+    """Return |M|_F^2 / |M|_2^2, which is at most the rank (Rudelson & Vershynin 2007)."""
     return float(np.linalg.norm(matrix) ** 2 / spectral_norm(matrix) ** 2)
 
 
 def effective_rank(matrix: Array) -> float:
-    """exp of the entropy of the singular values, taken as shares (Roy & Vetterli 2007)."""
+    """Return exp of the entropy of the singular values, normalised to a sum of 1 (Roy & Vetterli 2007)."""
     values = np.linalg.svd(matrix, compute_uv=False)
     share = values[values > 0] / values.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def overlap(a: Array, b: Array) -> tuple[float, float]:
-    """Mean squared cosine and smallest of the principal angles, in degrees, of two row spaces [P, D].
+    """Return the mean squared cosine, and the smallest in degrees, of the principal angles of two row spaces [P, D].
 
     Björck & Golub 1973. The mean squared cosine is 1 for equal subspaces, 0 for orthogonal ones, P/D for
     random ones on average.
@@ -89,11 +89,11 @@ def overlap(a: Array, b: Array) -> tuple[float, float]:
 
 
 def overlaps(bases: Array) -> Array:
-    """[pairs, 2] `overlap` of every two heads of [K, P, D]."""
+    """Return [pairs, 2]: the `overlap` of every two heads of [K, P, D]."""
     pairs = [(i, j) for i in range(len(bases)) for j in range(i)]
     return np.array([overlap(bases[i], bases[j]) for i, j in pairs]).reshape(-1, 2)
 
 
 def random_bases(shape: tuple[int, ...], seed: int) -> Array:
-    """Normal entries [K, P, D]: subspaces without a direction of their own."""
+    """Return normal entries [K, P, D]: subspaces in random directions."""
     return np.random.default_rng(seed).standard_normal(shape)

@@ -14,10 +14,11 @@ from scipy.spatial.distance import squareform
 TOGETHER = 0.5
 """mean correlation from which neurons are a group"""
 NONE = -1
+"""instead of the number of a group or the index of a neuron, where there is none"""
 
 
-class Moments:
-    """Sums over tokens that correlations come from: 8 H^2 bytes."""
+class CorrelationSums:
+    """Sums over tokens from which correlations are computed: 8 H^2 bytes."""
 
     def __init__(self, n_neurons: int) -> None:
         self.n = 0
@@ -25,28 +26,30 @@ class Moments:
         self.products = torch.zeros(n_neurons, n_neurons, dtype=torch.float64)
 
     def add(self, activations: torch.Tensor) -> None:
-        """Takes in activations [N, H]."""
+        """Add activations [N, H]."""
         self.n += len(activations)
         self.sum += activations.sum(0, dtype=torch.float64).cpu()
+        # products in the activations' own precision; their sum over batches, where rounding would add up, in
+        # float64
         self.products += (activations.T @ activations).double().cpu()
 
     def correlation(self) -> NDArray[np.float64]:
-        """[H, H], 0 in the rows and columns of neurons that never vary, 1 on the diagonal."""
+        """Return [H, H]: 1 on the diagonal, 0 in the rows and columns of neurons that never vary."""
         mean = self.sum / self.n
         covariance = (self.products / self.n - mean[:, None] * mean).numpy()
         deviation = np.sqrt(np.clip(np.diag(covariance), 0, None))
-        # what is left of a constant neuron is rounding
+        # E[x^2] - E[x]^2 of a constant neuron is rounding, not 0
         varies = deviation > 1e-6 * np.maximum(1, np.abs(mean.numpy()))
         scale = np.outer(deviation, deviation)
-        found = np.divide(
+        correlation = np.divide(
             covariance, scale, out=np.zeros_like(covariance), where=np.outer(varies, varies)
         )
-        np.fill_diagonal(found, 1)
-        return np.clip(found, -1, 1)
+        np.fill_diagonal(correlation, 1)
+        return np.clip(correlation, -1, 1)
 
 
 @dataclass(frozen=True, eq=False)
-class Groups:
+class NeuronGroups:
     """Which neurons of a layer fire alike."""
 
     group: NDArray[np.int64]
@@ -57,15 +60,19 @@ class Groups:
     """[H] that correlation"""
 
 
-def groups(correlation: NDArray[np.float64]) -> Groups:
-    """Average-linkage clusters of [H, H], H at least 2, cut where the mean correlation falls below `TOGETHER`."""
-    distance = squareform(1 - correlation, checks=False)
+def group_neurons(correlation: NDArray[np.float64]) -> NeuronGroups:
+    """Return the average-linkage clusters of correlations [H, H], H at least 2.
+
+    Clusters are merged as long as the mean correlation between them is at least `TOGETHER`.
+    """
+    distance = squareform(1 - correlation, checks=False)  # [H (H - 1) / 2], as SciPy expects it
     label = fcluster(linkage(distance, "average"), 1 - TOGETHER, "distance")  # [H] from 1
-    size = np.bincount(label)
+    size = np.bincount(label)  # by label; 0 at label 0, which SciPy does not give
+    # labels of clusters of two or more, the largest first, get the numbers 0, 1, ...; the others NONE
     by_size = [g for g in np.argsort(-size, kind="stable") if size[g] > 1]
     number = np.full(len(size), NONE)
     number[by_size] = np.arange(len(by_size))
     others = correlation.copy()
     np.fill_diagonal(others, -np.inf)
     nearest = others.argmax(1)
-    return Groups(number[label], nearest, others[np.arange(len(others)), nearest])
+    return NeuronGroups(number[label], nearest, others[np.arange(len(others)), nearest])

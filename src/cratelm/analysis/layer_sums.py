@@ -1,7 +1,10 @@
-"""One pass over held-out text: what each layer's steps do to tokens, as sums by document.
+"""One pass over held-out text: what the two steps of each layer do to tokens, as sums by document.
 
-Held at a time: the activations of one batch and layer; for each layer second moments, 8 G D^2 bytes before
-and as many after (G = 20 groups of documents), and 8 H^2 of the neurons: 264 MB a layer at D = 768, H = 3,072.
+The first step of a layer is attention (MSSA in CRATE), the second the one that codes sparsely (ISTA, or the MLP).
+
+Memory: the activations of one batch and layer; for each layer second moments, 8 G D^2 bytes before the first step
+and as many after it (G = 20 groups of documents), and 8 H^2 of the neurons: 264 MB per layer at D = 768,
+H = 3,072.
 
 Shape legend: N text tokens of a batch, D width, H neurons, C documents, G groups of documents.
 """
@@ -19,7 +22,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 from cratelm.activations.batches import Batch, SearchPlan
-from cratelm.analysis.groups import Moments
+from cratelm.analysis.groups import CorrelationSums
 from cratelm.analysis.sparse_coding import objectives, sparsity
 from cratelm.models import CrateForCausalLM
 from cratelm.models.sites import Site, hooked
@@ -28,14 +31,14 @@ from cratelm.stats.ratio import ratio
 
 GROUPS = 20
 """groups of documents, one of which is left out at a time for the errors of coding rates"""
-Key = tuple[str, str]
+Quantity = tuple[str, str]
 """quantity and setting, such as ("nonzero", "after")"""
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """The two steps of a layer by their LayerNorms; `sparse` is CRATE's sparse-coding step."""
+class Steps:
+    """The two steps of a layer, by their LayerNorms; `sparse` is CRATE's sparse-coding step."""
 
     first: nn.Module
     """in front of MSSA, or attention"""
@@ -44,42 +47,42 @@ class Block:
     sparse: Any = None
 
 
-def blocks_of(model: Any) -> list[Block]:
-    """The layers of a CRATE or a GPT-2; none of other models, whose blocks have other forms."""
+def steps_of(model: Any) -> list[Steps]:
+    """Return the steps of the layers of a CRATE or GPT-2; none of other models, whose blocks differ."""
     if isinstance(model, CrateForCausalLM):
-        return [Block(b.norm_mssa, b.norm_ista, b.ista) for b in model.model.layers]  # type: ignore[arg-type]
+        return [Steps(b.norm_mssa, b.norm_ista, b.ista) for b in model.model.layers]  # type: ignore[arg-type]
     if isinstance(model, GPT2LMHeadModel):
-        return [Block(b.ln_1, b.ln_2) for b in model.transformer.h]  # type: ignore[arg-type]
+        return [Steps(b.ln_1, b.ln_2) for b in model.transformer.h]  # type: ignore[arg-type]
     return []
 
 
 @dataclass(eq=False)
 class LayerSums:
-    """What is gathered of one layer."""
+    """Sums about one layer."""
 
-    moments: Moments | None = None
+    correlation: CorrelationSums | None = None
     """of the neurons"""
-    second: torch.Tensor | None = None
-    """[G, 2, D, D] second moments of tokens before and after the first step, both normalised alike"""
+    second_moments: torch.Tensor | None = None
+    """[G, 2, D, D] of tokens before and after the first step, both after the same LayerNorm"""
     fired: torch.Tensor | None = None
     """[H] bool, at any token"""
-    totals: dict[Key, Array] = field(default_factory=dict)
+    totals: dict[Quantity, Array] = field(default_factory=dict)
     """[C] sums over each document's tokens"""
-    counts: dict[Key, Array] = field(default_factory=dict)
-    """[C] tokens that they are over"""
+    counts: dict[Quantity, Array] = field(default_factory=dict)
+    """[C] tokens that have a value, which these sums are over"""
 
-    def estimates(self) -> dict[Key, Estimate]:
-        """Means over tokens, their errors over documents."""
-        found = {}
-        for key, total in self.totals.items():
-            used = self.counts[key] > 0
-            found[key] = ratio(total[used], self.counts[key][used])
-        return found
+    def estimates(self) -> dict[Quantity, Estimate]:
+        """Return the means over tokens, with their standard errors over documents."""
+        estimates = {}
+        for quantity, total in self.totals.items():
+            used = self.counts[quantity] > 0
+            estimates[quantity] = ratio(total[used], self.counts[quantity][used])
+        return estimates
 
 
 @dataclass(eq=False)
-class Gathered:
-    """Sums of all layers, by number."""
+class TextSums:
+    """Sums of all layers over the held-out text, by number of the layer."""
 
     layers: dict[int, LayerSums]
     tokens: int
@@ -89,23 +92,23 @@ class Gathered:
 
 
 @dataclass(frozen=True, eq=False)
-class _Where:
+class _TextTokens:
     """Which of a batch's tokens are text, and of which document each is."""
 
     text: torch.Tensor
-    """[N + end marks] bool, of all tokens of the batch"""
+    """[N + end-of-text tokens] bool, of all tokens of the batch"""
     document: NDArray[np.int64]
-    """[N]"""
+    """[N] index into the split's list of documents"""
 
     @classmethod
-    def of(cls, batch: Batch, ordinals: NDArray[np.int64]) -> "_Where":
+    def of(cls, batch: Batch, ordinals: NDArray[np.int64]) -> "_TextTokens":
         text = batch.is_text > 0
         segment = batch.segment_of[text]
         document = batch.document[segment].cpu().numpy()
         return cls(text, np.searchsorted(ordinals, document))
 
 
-def gather(
+def sum_over_text(
     model: Any,
     site: Site,
     plan: SearchPlan,
@@ -113,57 +116,69 @@ def gather(
     batch_tokens: int,
     ista_steps: int,
     progress: Callable[[int], Any],
-) -> Gathered:
-    """Runs the pass. `progress` is told of the tokens read."""
+) -> TextSums:
+    """Run the model on the tokens of a plan and sum over them.
+
+    `ista_steps` are the steps along which the lasso objective is followed; `progress` is called with the
+    number of tokens read.
+    """
     sums: dict[int, LayerSums] = defaultdict(LayerSums)
     ordinals = np.asarray(plan.split.ordinals)
     documents = len(ordinals)
     seen, group_tokens = np.zeros(documents), np.zeros(GROUPS)
-    # of another site, what enters the second step is not what its neurons are made from
-    blocks = blocks_of(model) if site.name in ("ista", "mlp") else []
+    # at another site, the input of the second step is not what the neurons are computed from
+    steps = steps_of(model) if site.name in ("ista", "mlp") else []
     for batch in plan.batches(batch_tokens, model.device):
-        where = _Where.of(batch, ordinals)
-        seen += np.bincount(where.document, minlength=documents)
-        group_tokens += np.bincount(where.document % GROUPS, minlength=GROUPS)
+        tokens = _TextTokens.of(batch, ordinals)
+        seen += np.bincount(tokens.document, minlength=documents)
+        group_tokens += np.bincount(tokens.document % GROUPS, minlength=GROUPS)
 
-        def see(place: int, activations: torch.Tensor, where: _Where = where) -> None:
-            number = site.layer_numbers[place]
-            _add_neurons(sums[number], activations.flatten(0, 1)[where.text], where, documents)
+        def on_activation(
+            site_layer: int, activations: torch.Tensor, tokens: _TextTokens = tokens
+        ) -> None:
+            layer = site.layer_numbers[site_layer]
+            neurons = activations.flatten(0, 1)[tokens.text]
+            _add_neurons(sums[layer], neurons, tokens, documents)
 
-        watched = _watched(blocks, sums, where, documents, ista_steps)
-        with torch.no_grad(), hooked(model, site, see), watched:
+        watched = _watched(steps, sums, tokens, documents, ista_steps)
+        with torch.no_grad(), hooked(model, site, on_activation), watched:
             model.base_model(input_ids=batch.input_ids, use_cache=False)
         progress(batch.input_ids.numel())
-    return Gathered(dict(sums), int(seen.sum()), int((seen > 0).sum()), group_tokens)
+    return TextSums(dict(sums), int(seen.sum()), int((seen > 0).sum()), group_tokens)
 
 
 @contextlib.contextmanager
 def _watched(
-    blocks: list[Block], sums: dict[int, LayerSums], where: _Where, documents: int, steps: int
+    steps: list[Steps],
+    sums: dict[int, LayerSums],
+    tokens: _TextTokens,
+    documents: int,
+    ista_steps: int,
 ) -> Iterator[None]:
-    """While open, what enters both steps of each layer is added to its sums."""
+    """While open, add what enters both steps of each layer to its sums."""
     handles = []
-    before: dict[int, torch.Tensor] = {}
+    before: dict[int, torch.Tensor] = {}  # by layer, what entered the first step
     try:
-        for layer, block in enumerate(blocks):
+        for layer, step in enumerate(steps):
 
             def first(module: nn.Module, args: Any, output: torch.Tensor, layer=layer) -> None:
-                before[layer] = output.flatten(0, 1)[where.text].float()  # [N, D]
+                before[layer] = output.flatten(0, 1)[tokens.text].float()  # [N, D]
 
             def second(
-                module: nn.Module, args: Any, output: torch.Tensor, layer=layer, block=block
+                module: nn.Module, args: Any, output: torch.Tensor, layer=layer, step=step
             ) -> None:
-                # the module's own `forward`: its hook above is not called again
-                after = block.first.forward(args[0]).flatten(0, 1)[where.text].float()
-                _add_moments(sums[layer], before.pop(layer), after, where)
-                inputs = output.flatten(0, 1)[where.text].float()
-                _add_sparsity(sums[layer], inputs, "before", where, documents)
-                if block.sparse is not None:
-                    _add_objectives(sums[layer], inputs, block.sparse, steps, where, documents)
+                # The tokens after the first step, put through its LayerNorm so that both sides are normalised
+                # alike. `forward` is called directly: calling the module would run the hook above.
+                after = step.first.forward(args[0]).flatten(0, 1)[tokens.text].float()
+                _add_moments(sums[layer], before.pop(layer), after, tokens)
+                inputs = output.flatten(0, 1)[tokens.text].float()
+                _add_sparsity(sums[layer], inputs, "before", tokens, documents)
+                if step.sparse is not None:
+                    _add_objectives(sums[layer], inputs, step.sparse, ista_steps, tokens, documents)
 
             handles += [
-                block.first.register_forward_hook(first),
-                block.second.register_forward_hook(second),
+                step.first.register_forward_hook(first),
+                step.second.register_forward_hook(second),
             ]
         yield
     finally:
@@ -171,61 +186,74 @@ def _watched(
             handle.remove()
 
 
-def _add_neurons(sums: LayerSums, neurons: torch.Tensor, where: _Where, documents: int) -> None:
-    """Neurons [N, H]."""
+def _add_neurons(
+    sums: LayerSums, neurons: torch.Tensor, tokens: _TextTokens, documents: int
+) -> None:
+    """Add neurons [N, H]."""
     neurons = neurons.float()
-    if sums.moments is None or sums.fired is None:
-        sums.moments = Moments(neurons.shape[1])
+    if sums.correlation is None or sums.fired is None:
+        sums.correlation = CorrelationSums(neurons.shape[1])
         sums.fired = torch.zeros(neurons.shape[1], dtype=torch.bool)
-    sums.moments.add(neurons)
+    sums.correlation.add(neurons)
     sums.fired |= (neurons > 0).any(0).cpu()
-    _add_sparsity(sums, neurons, "after", where, documents)
+    _add_sparsity(sums, neurons, "after", tokens, documents)
 
 
-def _add_moments(sums: LayerSums, before: torch.Tensor, after: torch.Tensor, where: _Where) -> None:
-    """Tokens [N, D] before and after the first step."""
+def _add_moments(
+    sums: LayerSums, before: torch.Tensor, after: torch.Tensor, tokens: _TextTokens
+) -> None:
+    """Add the second moments of tokens [N, D] before and after the first step, by group of documents."""
     width = before.shape[1]
-    if sums.second is None:
-        sums.second = torch.zeros(GROUPS, 2, width, width, dtype=torch.float64)
-    group = torch.from_numpy(where.document % GROUPS).to(before.device)
+    if sums.second_moments is None:
+        sums.second_moments = torch.zeros(GROUPS, 2, width, width, dtype=torch.float64)
+    group = torch.from_numpy(tokens.document % GROUPS).to(before.device)
     for number in group.unique().tolist():
-        mine = group == number
-        for place, tokens in enumerate((before[mine], after[mine])):
-            # in float32 rounding of the widest direction would drown the narrow ones, which small
-            # distortions count
-            tokens = tokens.cpu().double()
-            sums.second[number, place] += tokens.T @ tokens
+        of_group = group == number
+        for side, vectors in enumerate((before[of_group], after[of_group])):
+            # In float64: float32's rounding of the widest direction would exceed the narrow ones, which count
+            # at small distortions.
+            vectors = vectors.cpu().double()
+            sums.second_moments[number, side] += vectors.T @ vectors
 
 
 def _add_sparsity(
-    sums: LayerSums, vectors: torch.Tensor, setting: str, where: _Where, documents: int
+    sums: LayerSums, vectors: torch.Tensor, setting: str, tokens: _TextTokens, documents: int
 ) -> None:
+    """Add the measures of sparsity of vectors [N, D] before, or [N, H] after, the second step."""
     for name, values in sparsity(vectors).items():
-        _add(sums, (name, setting), values, where, documents)
+        _add(sums, (name, setting), values, tokens, documents)
 
 
 def _add_objectives(
-    sums: LayerSums, inputs: torch.Tensor, sparse: Any, steps: int, where: _Where, documents: int
+    sums: LayerSums,
+    inputs: torch.Tensor,
+    sparse: Any,
+    ista_steps: int,
+    tokens: _TextTokens,
+    documents: int,
 ) -> None:
-    """The lasso objective along the steps, and whether each step lowers it."""
+    """Add the lasso objective along the steps, and whether each step lowers it."""
     atoms = sparse.dictionary.float()
-    found = objectives(inputs, atoms, sparse.step_size, sparse.threshold, max(steps, sparse.steps))
-    for step, values in enumerate(found):
-        _add(sums, ("lasso", str(step)), values, where, documents)
+    n_steps = max(ista_steps, sparse.steps)
+    values = objectives(inputs, atoms, sparse.step_size, sparse.threshold, n_steps)
+    for step, of_step in enumerate(values):
+        _add(sums, ("lasso", str(step)), of_step, tokens, documents)
         if step:
-            falls = (values < found[step - 1]).float()
-            _add(sums, ("lasso_falls", str(step)), falls, where, documents)
+            falls = (of_step < values[step - 1]).float()
+            _add(sums, ("lasso_falls", str(step)), falls, tokens, documents)
 
 
-def _add(sums: LayerSums, key: Key, values: torch.Tensor, where: _Where, documents: int) -> None:
-    """Adds [N] values to their documents; NaN is no value."""
+def _add(
+    sums: LayerSums, quantity: Quantity, values: torch.Tensor, tokens: _TextTokens, documents: int
+) -> None:
+    """Add values [N] to the sums of their documents; a token with NaN has no value and is not counted."""
     array = values.double().cpu().numpy()
-    there = ~np.isnan(array)
-    index = where.document[there]
-    total = np.bincount(index, array[there], documents).astype(np.float64)
-    count: Array = np.bincount(index, minlength=documents).astype(np.float64)
-    if key not in sums.totals:
-        sums.totals[key], sums.counts[key] = total, count
+    has_value = ~np.isnan(array)
+    document = tokens.document[has_value]
+    total = np.bincount(document, array[has_value], documents).astype(np.float64)
+    count: Array = np.bincount(document, minlength=documents).astype(np.float64)
+    if quantity not in sums.totals:
+        sums.totals[quantity], sums.counts[quantity] = total, count
     else:
-        sums.totals[key] += total
-        sums.counts[key] += count
+        sums.totals[quantity] += total
+        sums.counts[quantity] += count

@@ -1,10 +1,10 @@
-"""Sparse coding as it is unrolled: the objective it descends, and how sparse its codes are.
+"""Unrolled sparse coding: the objective that its steps descend, and how sparse its codes are.
 
     f(A) = 1/2 |x - D A|^2 + lambda |A|_1,  A >= 0            lasso, non-negative (Tibshirani 1996)
     A_0 = 0;  A_{k+1} = ReLU(A_k + eta D^T (x - D A_k) - eta lambda)      ISTA (Beck & Teboulle 2009)
 
 With eta <= 1 / |D|^2 (spectral norm) no step raises f (Beck & Teboulle 2009, lemma 2.3 and theorem 3.1), and
-with eta < 2 / |D|^2 the iteration converges; a larger eta promises nothing.
+with eta < 2 / |D|^2 the iteration converges; nothing is guaranteed for a larger eta.
 
 Shape legend: N tokens, D width, H neurons.
 """
@@ -13,11 +13,13 @@ import torch
 from torch.nn import functional as F
 
 TENTH = 0.1
-"""of the largest entry of the same vector: what counts as more than faint"""
+"""fraction of a vector's largest entry above which an entry counts in `above_tenth`"""
 
 
-def objective(x: torch.Tensor, atoms: torch.Tensor, code: torch.Tensor, weight: float):
-    """f [N] of codes [N, H] >= 0 for inputs [N, D], with atoms D^T [H, D] and lambda `weight`."""
+def objective(
+    x: torch.Tensor, atoms: torch.Tensor, code: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """Return f [N] of codes [N, H] >= 0 for inputs [N, D], with atoms D^T [H, D] and lambda `weight`."""
     residual = x - code @ atoms
     return 0.5 * residual.square().sum(-1) + weight * code.sum(-1)
 
@@ -25,21 +27,22 @@ def objective(x: torch.Tensor, atoms: torch.Tensor, code: torch.Tensor, weight: 
 def objectives(
     x: torch.Tensor, atoms: torch.Tensor, step_size: float, weight: float, steps: int
 ) -> torch.Tensor:
-    """f [steps + 1, N] of A_0 .. A_steps."""
+    """Return f [steps + 1, N] of A_0 .. A_steps, for inputs [N, D] and atoms D^T [H, D]."""
     code = x.new_zeros(len(x), len(atoms))
-    found = [objective(x, atoms, code, weight)]
+    values = [objective(x, atoms, code, weight)]
     for _ in range(steps):
         gradient = (x - code @ atoms) @ atoms.T
         code = F.relu(code + step_size * gradient - step_size * weight)
-        found.append(objective(x, atoms, code, weight))
-    return torch.stack(found)
+        values.append(objective(x, atoms, code, weight))
+    return torch.stack(values)
 
 
 def sparsity(vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of each vector [N, n], [N] each: the part of its entries that are not 0, the part whose size is
-    above a tenth of its largest entry's, and Hoyer's measure, 0 for equal entries and 1 for a single one.
+    """Return three measures [N] of the sparsity of vectors [N, n].
 
-    Hoyer 2004: (sqrt(n) - |v|_1 / |v|_2) / (sqrt(n) - 1); a vector of zeros counts as NaN.
+    `nonzero`: fraction of the entries that are not 0; `above_tenth`: fraction whose size is above a tenth of the
+    largest; `hoyer`: 0 for equal entries and 1 for a single one, (sqrt(n) - |v|_1 / |v|_2) / (sqrt(n) - 1)
+    (Hoyer 2004), NaN for a vector of zeros.
     """
     size = vectors.abs()
     largest = size.amax(-1, keepdim=True)

@@ -1,66 +1,120 @@
-"""What `cratelm analyze` writes to `analysis/MODEL/`, as open columns.
+"""What `cratelm analyze` leaves in a run: the folder `analysis/MODEL/`, written and read here.
 
-`layers.parquet`: layer, quantity, setting, value, error: a row a figure of a layer; `error` is its standard
-error over documents, null where the figure is of the weights.
-`neurons.parquet`: a row a neuron of the site.
-`readings.parquet`: a row a neuron, control and share: consistency and distinctiveness; absent where there
-are no explanations.
-`summary.json`: means over neurons with their intervals, by layer and over layers.
+`layers.parquet`     a row a figure of a layer
+`neurons.parquet`    a row a neuron of the site
+`readings.parquet`   a row a neuron, control and share: consistency and distinctiveness; absent where there are
+                     no explanations
+`summary.json`       means over neurons with their intervals, by layer
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from cratelm.activations.store import NEURON_FIELDS
-from cratelm.analysis.consistency import Reading
-from cratelm.records import NeuronId
+from cratelm.records import NeuronId, Status
+from cratelm.runs import Run, write_json
+from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
 
+CoverageControl = Literal["none", "shuffled"]
+"""`none`: the neuron's own explanation; `shuffled`: that of another neuron of its layer"""
+EPSILONS = (0.1, 0.5, 1.0)
+"""distortions at which coding rates are taken; tokens come from a LayerNorm, so that their entries have
+variance 1"""
+EPSILON = 0.5
+"""the distortion that tables and figures show"""
+SHARES = (0.25, 0.5, 0.75)
+"""how far between an explanation's default and its largest value a token must be predicted to be covered"""
+SHARE = 0.5
+"""the share that tables and figures show"""
+MEASURES = ("consistency", "evenness", "distinctiveness", "contrast", "auroc")
+"""fields of `CoverageMeasures` that are averaged over neurons"""
 LAYERS, NEURONS, READINGS = "layers.parquet", "neurons.parquet", "readings.parquet"
-LAYER_SCHEMA = pa.schema(
-    [
-        ("layer", pa.int32()),
-        ("quantity", pa.string()),
-        ("setting", pa.string()),
-        ("value", pa.float64()),
-        ("error", pa.float64()),
-    ]
+SUMMARY = "summary.json"
+LAYER_FIGURES = TableFile(
+    "analysis/MODEL/layers.parquet",
+    (
+        Column("layer", pa.int32(), "from 0"),
+        Column("quantity", pa.string(), "such as `coding_rate_before`, `lasso`, `nonzero`"),
+        Column(
+            "setting",
+            pa.string(),
+            "what it was taken at: a distortion, a step, `before` or `after`; empty where there is one alone",
+        ),
+        Column("value", pa.float64(), "in the quantity's unit"),
+        Column(
+            "error",
+            pa.float64(),
+            "standard error over documents; null of what is read off the weights",
+        ),
+    ),
 )
-NEURON_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("dead", pa.bool_()),
-        ("group", pa.int32()),
-        ("nearest", pa.int32()),
-        ("correlation", pa.float64()),
-        ("nearest_atom", pa.int32()),
-        ("coherence", pa.float64()),
-        ("duplicate", pa.bool_()),
-    ]
+NEURON_FACTS = TableFile(
+    "analysis/MODEL/neurons.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("dead", pa.bool_(), "at 0 on all tokens read"),
+        Column("group", pa.int32(), "number of its group of neurons that fire alike, -1 for none"),
+        Column("nearest", pa.int32(), "index of the neuron with the highest correlation"),
+        Column("correlation", pa.float64(), "of the activations with it, -1 to 1"),
+        Column("nearest_atom", pa.int32(), "index of the neuron with the most coherent atom"),
+        Column("coherence", pa.float64(), "absolute cosine with that atom, 0 to 1"),
+        Column("duplicate", pa.bool_(), "cosine of 0.95 or more with another atom"),
+    ),
 )
-READING_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("explainer", pa.string()),
-        ("control", pa.string()),
-        ("share", pa.float64()),
-        ("status", pa.string()),
-        ("n_covered", pa.int64()),
-        ("n_elsewhere", pa.int64()),
-        ("consistency", pa.float64()),
-        ("any_consistency", pa.float64()),
-        ("evenness", pa.float64()),
-        ("distinctiveness", pa.float64()),
-        ("any_distinctiveness", pa.float64()),
-        ("contrast", pa.float64()),
-        ("auroc", pa.float64()),
-    ]
+NEURON_READINGS = TableFile(
+    "analysis/MODEL/readings.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("explainer", pa.string(), "whose explanation says what is covered"),
+        Column(
+            "control",
+            pa.string(),
+            "`none`: the neuron's own explanation; `shuffled`: another neuron's",
+        ),
+        Column(
+            "share",
+            pa.float64(),
+            "how far between the explanation's default and its largest value a token must be predicted to be covered",
+        ),
+        Column("status", pa.string(), "`defined`, `undefined` or `dead`"),
+        Column("n_covered", pa.int64(), "held-out tokens covered"),
+        Column("n_elsewhere", pa.int64(), "the others"),
+        Column("consistency", pa.float64(), "part of the covered tokens at which it fires, 0 to 1"),
+        Column(
+            "any_consistency", pa.float64(), "the same, every activation above 0 counted as firing"
+        ),
+        Column(
+            "evenness",
+            pa.float64(),
+            "participation ratio of its activations on the covered tokens, 0 to 1",
+        ),
+        Column(
+            "distinctiveness", pa.float64(), "part of the others at which it does not fire, 0 to 1"
+        ),
+        Column(
+            "any_distinctiveness",
+            pa.float64(),
+            "the same, every activation above 0 counted as firing",
+        ),
+        Column(
+            "contrast",
+            pa.float64(),
+            "of the mean activations on covered and other tokens: difference over sum, -1 to 1",
+        ),
+        Column(
+            "auroc",
+            pa.float64(),
+            "chance that a covered token has the higher activation than another one, 0 to 1",
+        ),
+    ),
 )
-Control = Literal["none", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +127,7 @@ class LayerFigure:
     """what it was taken at: a distortion, a step, before or after; empty where there is only one"""
     value: float
     error: float | None = None
+    """standard error over documents; None where the figure is of the weights"""
 
 
 @dataclass(frozen=True)
@@ -83,12 +138,12 @@ class NeuronFacts:
     dead: bool
     """never above 0 on the tokens read"""
     group: int
-    """of neurons of the layer that fire alike, -1 for none"""
+    """number of its group of neurons of the layer that fire alike, -1 for none"""
     nearest: int
-    """the other neuron of the layer with the highest correlation"""
+    """index of the other neuron of the layer with the highest correlation"""
     correlation: float
     nearest_atom: int | None
-    """the other neuron of the layer with the most coherent atom"""
+    """index of the other neuron of the layer with the most coherent atom"""
     coherence: float | None
     """|cosine| with it"""
     duplicate: bool | None
@@ -96,35 +151,146 @@ class NeuronFacts:
 
 
 @dataclass(frozen=True)
-class NeuronReading:
-    """One neuron against what one explanation covers."""
+class CoverageMeasures:
+    """One neuron against the tokens that one explanation covers (`cratelm.analysis.consistency`).
+
+    None where there is no value.
+    """
+
+    status: Status
+    n_covered: int
+    """tokens"""
+    n_elsewhere: int
+    """the other tokens"""
+    consistency: float | None = None
+    any_consistency: float | None = None
+    """consistency with every activation above 0 counted as firing"""
+    evenness: float | None = None
+    distinctiveness: float | None = None
+    any_distinctiveness: float | None = None
+    """likewise"""
+    contrast: float | None = None
+    """of activations that are never negative: None where one is, or all are 0"""
+    auroc: float | None = None
+
+
+@dataclass(frozen=True)
+class NeuronCoverage:
+    """One row of `readings.parquet`."""
 
     neuron: NeuronId
     explainer: str
-    control: Control
+    control: CoverageControl
     share: float
-    reading: Reading
+    measures: CoverageMeasures
 
 
-def write_layers(folder: Path, figures: Sequence[LayerFigure]) -> None:
-    table = pa.Table.from_pylist([asdict(f) for f in figures], schema=LAYER_SCHEMA)
-    pq.write_table(table, folder / LAYERS)
+@dataclass(frozen=True)
+class MeasureSummary:
+    """Mean of one measure over the neurons of a layer."""
+
+    layer: int
+    control: CoverageControl
+    share: float
+    measure: str
+    """one of `MEASURES`"""
+    mean: float | None
+    """None where no neuron has a value"""
+    low: float | None
+    """95% bootstrap interval over neurons; None below two"""
+    high: float | None
+    defined: int
+    """neurons with a value"""
+    undefined: int
+    """the explanation covers no held-out token, or all; or no covered token has an activation (evenness)"""
+    dead: int
+    """never above 0 on the fit split"""
 
 
-def write_neurons(folder: Path, neurons: Sequence[NeuronFacts]) -> None:
+def write_layers(folder: str | Path, figures: Sequence[LayerFigure]) -> None:
+    """Write `layers.parquet` into an existing folder."""
+    table = pa.Table.from_pylist([asdict(f) for f in figures], schema=LAYER_FIGURES.schema)
+    pq.write_table(table, Path(folder) / LAYERS)
+
+
+def read_layers(folder: str | Path) -> list[LayerFigure]:
+    """Return the figures of all layers, in the order of the file."""
+    return [LayerFigure(**row) for row in pq.read_table(Path(folder) / LAYERS).to_pylist()]
+
+
+def write_neurons(folder: str | Path, neurons: Sequence[NeuronFacts]) -> None:
+    """Write `neurons.parquet` into an existing folder."""
     rows = [{**asdict(n), **vars(n.neuron)} for n in neurons]
-    pq.write_table(pa.Table.from_pylist(rows, schema=NEURON_SCHEMA), folder / NEURONS)
+    pq.write_table(pa.Table.from_pylist(rows, schema=NEURON_FACTS.schema), Path(folder) / NEURONS)
 
 
-def write_readings(folder: Path, readings: Sequence[NeuronReading]) -> None:
-    rows = [
+def read_neurons(folder: str | Path) -> list[NeuronFacts]:
+    """Return the facts about all neurons, in the order of the file."""
+    rows = pq.read_table(Path(folder) / NEURONS).to_pylist()
+    return [NeuronFacts(neuron=_take_neuron(row), **row) for row in rows]
+
+
+def write_readings(folder: str | Path, rows: Sequence[NeuronCoverage]) -> None:
+    """Write `readings.parquet` into an existing folder."""
+    plain = [
         {
-            **vars(r.neuron),
-            "explainer": r.explainer,
-            "control": r.control,
-            "share": r.share,
-            **asdict(r.reading),
+            **vars(row.neuron),
+            "explainer": row.explainer,
+            "control": row.control,
+            "share": row.share,
+            **asdict(row.measures),
         }
-        for r in readings
+        for row in rows
     ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=READING_SCHEMA), folder / READINGS)
+    pq.write_table(
+        pa.Table.from_pylist(plain, schema=NEURON_READINGS.schema), Path(folder) / READINGS
+    )
+
+
+def read_readings(folder: str | Path) -> list[NeuronCoverage]:
+    """Return the rows of `readings.parquet`, in the order of the file; none where there are no explanations."""
+    path = Path(folder) / READINGS
+    coverages = []
+    for row in pq.read_table(path).to_pylist() if path.is_file() else []:
+        neuron, status = _take_neuron(row), Status(row.pop("status"))
+        explainer, control, share = (row.pop(name) for name in ("explainer", "control", "share"))
+        measures = CoverageMeasures(status, **row)
+        coverages.append(NeuronCoverage(neuron, explainer, control, share, measures))
+    return coverages
+
+
+def read_measure_by_layer(folder: str | Path, measure: str) -> dict[int, NDArray[np.float64]]:
+    """Return one measure of the neurons that have it, by layer: own explanations, at `SHARE`.
+
+    In the order of the file; a layer without any value is absent, and so are all where there are no
+    explanations.
+    """
+    path = Path(folder) / READINGS
+    if not path.is_file():
+        return {}
+    wanted = [("control", "=", "none"), ("share", "=", SHARE)]
+    table = pq.read_table(path, columns=["layer", measure], filters=wanted)
+    layer, value = table["layer"].to_numpy(), table[measure].to_numpy().astype(float)
+    by_layer = {int(n): value[(layer == n) & ~np.isnan(value)] for n in np.unique(layer)}
+    return {number: values for number, values in by_layer.items() if len(values)}
+
+
+def write_measure_summaries(folder: str | Path, summaries: Sequence[MeasureSummary]) -> None:
+    """Write `summary.json` into an existing folder."""
+    write_json(Path(folder) / SUMMARY, {"readings": [vars(s) for s in summaries]})
+
+
+def read_measure_summaries(folder: str | Path) -> list[MeasureSummary]:
+    """Return the means over neurons of `summary.json`; none where there are no explanations."""
+    content: dict[str, Any] = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))
+    return [MeasureSummary(**summary) for summary in content["readings"]]
+
+
+def models_with_analysis(run: Run) -> list[str]:
+    """Return the models for which `cratelm analyze` has finished, sorted."""
+    return run.models("analysis")
+
+
+def _take_neuron(row: dict[str, Any]) -> NeuronId:
+    """The neuron that a row is about; its columns are taken out of the row."""
+    return NeuronId(*(row.pop(column.name) for column in NEURON_COLUMNS))

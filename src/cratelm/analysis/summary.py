@@ -1,70 +1,53 @@
-"""Readings of neurons as means with intervals, and the table that `cratelm analyze` prints."""
+"""Measures of neurons as means with intervals, and the table that `cratelm analyze` prints."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
-
-from cratelm.analysis.coding_rate import EPSILON
-from cratelm.analysis.consistency import MEASURES, SHARE, Reading, interval
-from cratelm.analysis.store import Control, LayerFigure, NeuronReading
+from cratelm.analysis.store import (
+    EPSILON,
+    MEASURES,
+    SHARE,
+    CoverageControl,
+    CoverageMeasures,
+    LayerFigure,
+    MeasureSummary,
+    NeuronCoverage,
+)
 from cratelm.records import Status
+from cratelm.stats.intervals import bootstrap
+from cratelm.text.table import align
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Mean of one measure over the neurons of a layer."""
-
-    layer: int
-    control: Control
-    share: float
-    measure: str
-    """consistency, evenness, distinctiveness, contrast or auroc"""
-    mean: float | None
-    """None where no neuron has a value"""
-    low: float | None
-    """95% bootstrap interval over neurons; None below two"""
-    high: float | None
-    defined: int
-    """neurons with a value"""
-    undefined: int
-    """the explanation covers no held-out token, or all; or no covered token has an activation (evenness)"""
-    dead: int
-    """never above 0 on the fit split"""
-
-
-def summarise(read: Sequence[NeuronReading], resamples: int, seed: int) -> list[Summary]:
-    """By layer, control, share and measure."""
-    cells: dict[tuple[int, Control, float], list[Reading]] = defaultdict(list)
-    for r in read:
-        cells[r.neuron.layer, r.control, r.share].append(r.reading)
+def summarise(rows: Sequence[NeuronCoverage], resamples: int, seed: int) -> list[MeasureSummary]:
+    """Return the mean of each measure over the neurons of a layer, by layer, control, share and measure."""
+    cells: dict[tuple[int, CoverageControl, float], list[CoverageMeasures]] = defaultdict(list)
+    for row in rows:
+        cells[row.neuron.layer, row.control, row.share].append(row.measures)
     return [
-        _summary(*cell, measure, found, resamples, seed)
-        for cell, found in sorted(cells.items())
+        _summary(*cell, measure, neurons, resamples, seed)
+        for cell, neurons in sorted(cells.items())
         for measure in MEASURES
     ]
 
 
 def _summary(
     layer: int,
-    control: Control,
+    control: CoverageControl,
     share: float,
     measure: str,
-    found: Sequence[Reading],
+    neurons: Sequence[CoverageMeasures],
     resamples: int,
     seed: int,
-) -> Summary:
-    values = [v for r in found if (v := getattr(r, measure)) is not None]
-    dead = sum(r.status is Status.DEAD for r in found)
-    mean = low = high = None
-    if values:
-        mean, low, high = interval(np.array(values), resamples, seed)
-    undefined = len(found) - len(values) - dead
-    return Summary(layer, control, share, measure, mean, low, high, len(values), undefined, dead)
+) -> MeasureSummary:
+    values = [v for n in neurons if (v := getattr(n, measure)) is not None]
+    dead = sum(n.status is Status.DEAD for n in neurons)
+    mean = bootstrap(values, seed, resamples)
+    undefined = len(neurons) - len(values) - dead
+    bounds = (None, None, None) if mean is None else (mean.value, mean.low, mean.high)
+    return MeasureSummary(layer, control, share, measure, *bounds, len(values), undefined, dead)
 
 
-_SHOWN = (
+_ROWS = (
     ("compression rate before MSSA, nats", "compression_rate_before", f"{EPSILON:g}", ".1f"),
     ("compression rate after", "compression_rate_after", f"{EPSILON:g}", ".1f"),
     ("coding rate before, nats", "coding_rate_before", f"{EPSILON:g}", ".1f"),
@@ -84,17 +67,18 @@ _SHOWN = (
     ("of random subspaces", "head_overlap", "random", ".3f"),
     ("neurons in groups", "grouped", "", ".1%"),
 )
+"""label, quantity, setting and format of each line of the table"""
 
 
-def show(figures: Sequence[LayerFigure], summaries: Sequence[Summary]) -> str:
-    """A line a quantity, a column a layer; quantities that the model has not are left out."""
+def show(figures: Sequence[LayerFigure], summaries: Sequence[MeasureSummary]) -> str:
+    """Return a text table: a line per quantity that the model has, a column per layer."""
     layers = sorted({f.layer for f in figures})
-    by_place = {(f.layer, f.quantity, f.setting): f for f in figures}
-    lines = [("layer", [str(layer) for layer in layers])]
-    for label, quantity, setting, form in _SHOWN:
-        cells = [by_place.get((layer, quantity, setting)) for layer in layers]
+    by_quantity = {(f.layer, f.quantity, f.setting): f for f in figures}
+    lines = [["layer", *(str(layer) for layer in layers)]]
+    for label, quantity, setting, form in _ROWS:
+        cells = [by_quantity.get((layer, quantity, setting)) for layer in layers]
         if any(cells):
-            lines.append((label, [_cell(cell, form) for cell in cells]))
+            lines.append([label, *(_cell(cell, form) for cell in cells)])
     for control in ("none", "shuffled"):
         for measure in MEASURES:
             cells = [
@@ -105,14 +89,8 @@ def show(figures: Sequence[LayerFigure], summaries: Sequence[Summary]) -> str:
             ]
             if cells:
                 name = measure if control == "none" else f"{measure}, shuffled explanations"
-                lines.append((name, [_mean(s) for s in cells]))
-    width = max(len(label) for label, _ in lines)
-    columns = [max(len(cells[i]) for _, cells in lines) for i in range(len(layers))]
-    return "\n".join(
-        f"  {label:<{width}}  "
-        + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, columns, strict=True))
-        for label, cells in lines
-    )
+                lines.append([name, *map(_mean, cells)])
+    return "\n".join(f"  {line}" for line in align(lines))
 
 
 def _cell(figure: LayerFigure | None, form: str) -> str:
@@ -122,8 +100,8 @@ def _cell(figure: LayerFigure | None, form: str) -> str:
     return shown if figure.error is None else f"{shown} ± {format(figure.error, form)}"
 
 
-def _mean(found: Summary) -> str:
-    if found.mean is None:
+def _mean(summary: MeasureSummary) -> str:
+    if summary.mean is None:
         return "–"
-    bounds = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
-    return f"{found.mean:.3f}{bounds}"
+    bounds = "" if summary.low is None else f" [{summary.low:.3f}, {summary.high:.3f}]"
+    return f"{summary.mean:.3f}{bounds}"

@@ -1,4 +1,7 @@
-"""Figures of one layer's weights: dictionary, step size, subspaces of the heads."""
+"""Figures of the weights of one layer: dictionary, step size, subspaces of the heads.
+
+Shape legend: H atoms, D width, K heads, P width of a head.
+"""
 
 from typing import Any
 
@@ -21,14 +24,16 @@ from cratelm.models.sites import Site
 
 Array = NDArray[np.float64]
 DRAWS = 5
-"""random subspaces that those of the heads are set beside"""
+"""draws of random subspaces that the heads are compared with"""
 Figures = dict[tuple[str, str], float]
 """by quantity and setting"""
 
 
 def atoms_of(model: Any, site: Site, layer: int) -> Array | None:
-    """[H, D] the neurons' atoms: CRATE's dictionary (of a decoupled one the part that codes), the rows of GPT-2's
-    last projection; None for other models."""
+    """Return the atoms [H, D] of the neurons; None for other models and sites.
+
+    CRATE's dictionary (of a decoupled one the encoder), or the rows of the last projection of GPT-2's MLP.
+    """
     if isinstance(model, CrateForCausalLM) and site.name == "ista":
         return _array(_block(model, layer).ista.dictionary)
     if isinstance(model, GPT2LMHeadModel) and site.name == "mlp":
@@ -42,25 +47,29 @@ def _block(model: Any, layer: int) -> Any:
 
 
 def bases_of(model: Any, layer: int) -> Array | None:
-    """[K, P, D] U_k^T of MSSA's heads; None for attention with projections of three kinds."""
+    """Return U_k^T [K, P, D] of MSSA's heads; None for attention with query, key and value projections."""
     if not isinstance(model, CrateForCausalLM):
         return None
     weight = _array(_block(model, layer).mssa.projection.weight)  # [D, D]
     return weight.reshape(model.config.num_attention_heads, -1, weight.shape[1])
 
 
-def dictionary_figures(atoms: Array, found: Coherence) -> Figures:
+def dictionary_figures(atoms: Array, alike: Coherence) -> Figures:
+    """Return the figures of atoms [H, D] and of how alike they are."""
     return {
         ("spectral_norm", ""): spectral_norm(atoms),
-        ("mutual_coherence", ""): found.mutual,
-        ("median_coherence", ""): float(np.median(found.cosine)),
+        ("mutual_coherence", ""): alike.mutual,
+        ("median_coherence", ""): float(np.median(alike.cosine)),
         ("welch_bound", ""): welch_bound(*atoms.shape),
-        ("duplicated", ""): float(found.duplicated.mean()),
+        ("duplicated", ""): float(alike.duplicated.mean()),
     }
 
 
 def step_figures(model: Any, layer: int, norm: float) -> Figures:
-    """Steps, and their size beside the largest that lowers the lasso objective for certain; CRATE alone."""
+    """Return the number of steps, their size, and the largest size that is sure to lower the lasso objective.
+
+    `norm` is the spectral norm of the dictionary. Empty for models other than CRATE.
+    """
     if not isinstance(model, CrateForCausalLM):
         return {}
     ista = _block(model, layer).ista
@@ -72,21 +81,25 @@ def step_figures(model: Any, layer: int, norm: float) -> Figures:
 
 
 def head_figures(bases: Array, seed: int) -> Figures:
-    """Ranks of the heads and angles between them, means over heads and pairs, beside random subspaces."""
-    found = {
+    """Return ranks of the heads [K, P, D] and angles between them, and the angles between random subspaces.
+
+    Means over heads, and over pairs of heads.
+    """
+    figures = {
         ("head_stable_rank", ""): float(np.mean([stable_rank(u) for u in bases])),
         ("head_effective_rank", ""): float(np.mean([effective_rank(u) for u in bases])),
     }
     drawn = [random_bases(bases.shape, seed + i) for i in range(DRAWS)]
-    for setting, those in (("", [bases]), ("random", drawn)):
-        pairs = np.concatenate([overlaps(these) for these in those])
+    for setting, draws in (("", [bases]), ("random", drawn)):
+        pairs = np.concatenate([overlaps(heads) for heads in draws])
         if len(pairs):
-            found["head_overlap", setting] = float(pairs[:, 0].mean())
-            found["head_angle", setting] = float(pairs[:, 1].mean())
-    return found
+            figures["head_overlap", setting] = float(pairs[:, 0].mean())
+            figures["head_angle", setting] = float(pairs[:, 1].mean())
+    return figures
 
 
 def coherence_of(atoms: Array | None) -> Coherence | None:
+    """Return how alike the atoms are; None where there are none, or only one."""
     return None if atoms is None or len(atoms) < 2 else coherence(atoms)
 
 

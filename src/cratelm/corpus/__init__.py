@@ -1,0 +1,1 @@
+"""Corpora: documents from built-in sources, files, folders and the Hub."""

@@ -21,14 +21,14 @@ class Document:
 
 @dataclass(frozen=True)
 class ReadError:
-    """A place where a document was expected and could not be read: never taken for a document."""
+    """A place where a document should be and could not be read: never taken for a document."""
 
     message: str
     """one line: where, what was found, what was expected"""
 
 
 def is_encodable(text: str) -> bool:
-    """False for lone surrogates, which JSON can write (`"\\ud800"`) and UTF-8 cannot."""
+    """Return whether UTF-8 can hold `text`: not lone surrogates, which JSON can write (`"\\ud800"`)."""
     try:
         text.encode()
     except UnicodeEncodeError:

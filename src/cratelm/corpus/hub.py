@@ -8,7 +8,7 @@ from typing import Any
 
 from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import CorpusFile, Fields, row_document
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 
 _NAME = re.compile(r"hub:(?P<path>[^:@]+)(:(?P<name>[^@]+))?(@(?P<revision>.+))?")
 
@@ -32,12 +32,12 @@ class HubCorpus:
         if match is None:
             raise InputError(
                 f"corpus {self.corpus!r} is not of the form hub:ID[:CONFIGURATION][@REVISION]:"
-                " type --corpus hub:monology/pile-uncopyrighted, for one"
+                " type, for example, --corpus hub:monology/pile-uncopyrighted"
             )
         object.__setattr__(self, "_options", match.groupdict())
 
     def identity(self) -> str:
-        """The name itself: a dataset is noticed to have changed only where @REVISION pins it."""
+        """Return the name itself: only @REVISION pins a dataset, so a change without it is not noticed."""
         return self.corpus
 
     def __iter__(self) -> Iterator[Document | ReadError]:
@@ -63,8 +63,5 @@ class HubCorpus:
         try:
             from datasets import load_dataset
         except ImportError:
-            raise InputError(
-                f"{self.corpus} needs the package `datasets`, which is not installed:"
-                ' type pip install "cratelm[hub]"'
-            ) from None
+            raise missing_extra("hub", self.corpus, "datasets") from None
         return load_dataset(**self._options, split="train", streaming=True)

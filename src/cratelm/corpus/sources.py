@@ -22,6 +22,8 @@ from cratelm.corpus.formats import (
     read_jsonl_zst,
     read_parquet,
     read_text,
+    readable,
+    why_unreadable,
 )
 from cratelm.errors import InputError
 
@@ -34,7 +36,7 @@ READERS: dict[str, Reader] = {
     ".jsonl.zst": read_jsonl_zst,
     ".parquet": read_parquet,
 }
-"""how a file is read, by the end of its name; in a folder, files that end otherwise are passed over"""
+"""how a file is read, by the end of its name; in a folder, files that end otherwise are skipped"""
 
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 """folders of the standard library that differ most between installations"""
@@ -48,11 +50,11 @@ class Corpus(Protocol):
 
     @property
     def n_documents(self) -> int | None:
-        """Number of documents, None where only reading tells."""
+        """Return the number of documents, None where only reading tells."""
         ...
 
     def identity(self) -> str:
-        """A hash that changes when the corpus does."""
+        """Return a hash that changes when the corpus does."""
         ...
 
     def __iter__(self) -> Iterator[Document | ReadError]: ...
@@ -72,31 +74,37 @@ class FileCorpus:
 
     @property
     def n_documents(self) -> int | None:
+        """Return the number of files where each is one document, else None."""
         whole = all(_reader_of(f.path) in (read_text, None) for f in self.files)
         return len(self.files) if whole or self.reader else None
 
     def identity(self) -> str:
-        """Hash over each file's name, size and content.
+        """Return a hash over each file's name, size and content.
 
         Of a file above 16 MiB, 16 evenly spread samples of 1 MiB stand for the content, so that a
         corpus of terabytes is checked in seconds; a change between the samples that leaves the size
-        as it was goes unnoticed (in a compressed file hardly any change does).
+        as it was goes unnoticed (in a compressed file hardly any change does). A file that cannot be
+        read enters with its name alone.
         """
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.name}\0{file.path.stat().st_size}\0".encode())
-            digest.update(_content_digest(file.path))
+            size, content = _size_and_digest(file)
+            digest.update(f"{file.name}\0{size}\0".encode())
+            digest.update(content)
         return digest.hexdigest()
 
     def __iter__(self) -> Found:
         for file in self.files:
+            if reason := file.fault or why_unreadable(file.path):
+                yield ReadError(f"{readable(file.path)}: {reason}")
+                continue
             read = self.reader or _reader_of(file.path)
             assert read is not None, file.path
             yield from read(file, self.fields)
 
 
 def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
-    """The corpus that `corpus` names. Raises `InputError` where there is none, or nothing in it."""
+    """Return the corpus that `corpus` names. Raises `InputError` where there is none, or it is empty."""
     fields = fields or Fields()
     if corpus == BUILTIN:
         return builtin_corpus(fields)
@@ -104,32 +112,33 @@ def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
         from cratelm.corpus.hub import HubCorpus
 
         return HubCorpus(corpus, fields)
-    path = Path(corpus).expanduser()
-    if path.is_dir():
-        return FileCorpus(_folder_files(path, corpus), fields)
-    if not path.is_file():
+    # os.path, because Path raises where a folder above may not be entered or a name is too long
+    path, source = Path(os.path.expanduser(corpus)), readable(corpus)
+    if os.path.isdir(path):
+        return FileCorpus(_folder_files(path, source), fields)
+    if reason := why_unreadable(path):
+        reason = f": {reason}" if os.path.lexists(path) else " is not there"
         raise InputError(
-            f"corpus {corpus} is not there: name a file, a folder, `{BUILTIN}` or `{HUB}ID`"
+            f"corpus {source}{reason}. Name a file, a folder, `{BUILTIN}` or `{HUB}ID`"
         )
     if _reader_of(path) is None:
         raise InputError(
-            f"corpus {corpus} ends in {path.suffix or 'no suffix'!r}, one of {' '.join(READERS)}"
+            f"corpus {source} ends in {path.suffix or 'no suffix'!r}, one of {' '.join(READERS)}"
             " was expected: convert the file, or rename it to .txt where it is plain text"
         )
-    return FileCorpus((CorpusFile(path, corpus, path.name),), fields)
+    return FileCorpus((CorpusFile(path, source, readable(path.name)),), fields)
 
 
 def builtin_corpus(fields: Fields) -> FileCorpus:
-    """The Python standard library's own source files, about 12 MB; subset = top-level module.
+    """Return the Python standard library's own source files, about 12 MB; subset = top-level module.
 
-    Left out: installed packages, test folders, and the build's own settings (`_sysconfigdata*`).
+    Without installed packages, test folders, and the build's own settings (`_sysconfigdata*`).
     """
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [p for p in _walk(root, _LEFT_OUT) if p.suffix == ".py"]
     files = tuple(
         CorpusFile(p, BUILTIN, name := p.relative_to(root).as_posix(), _top_level(name))
-        for p in paths
-        if not p.name.startswith("_sysconfigdata")
+        for p, _ in _walk(root, _LEFT_OUT)
+        if p.suffix == ".py" and not p.name.startswith("_sysconfigdata")
     )
     if not files:
         raise InputError(f"{root} holds no Python sources: name another corpus with --corpus PATH")
@@ -137,33 +146,43 @@ def builtin_corpus(fields: Fields) -> FileCorpus:
 
 
 def read_python(file: CorpusFile, fields: Fields) -> Found:
-    """A Python file in the encoding that it declares (PEP 263), with `\\n` as line end."""
+    """Yield a Python file in the encoding that it declares (PEP 263), with `\\n` as line end."""
     try:
         with python_source.open(file.path) as stream:
             text = stream.read()
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        yield ReadError(f"{file.path}: cannot be read as Python source ({error})")
+        yield ReadError(f"{readable(file.path)}: cannot be read as Python source ({error})")
     else:
         yield Document(text, file.source, file.name, 0, file.subset)
 
 
-def _folder_files(folder: Path, corpus: str) -> tuple[CorpusFile, ...]:
-    paths = [p for p in _walk(folder, frozenset()) if _reader_of(p) is not None]
-    if not paths:
+def _folder_files(folder: Path, source: str) -> tuple[CorpusFile, ...]:
+    """Files that have a reader, and folders that cannot be listed, each with its fault."""
+    files = tuple(
+        CorpusFile(path, source, readable(path.relative_to(folder).as_posix()), fault=fault)
+        for path, fault in _walk(folder, frozenset())
+        if fault or _reader_of(path) is not None
+    )
+    if not files:
         raise InputError(
-            f"folder {corpus} holds no file that ends in {' '.join(READERS)}: name another --corpus"
+            f"folder {source} holds no file that ends in {' '.join(READERS)}: name another --corpus"
         )
-    names = [p.relative_to(folder).as_posix() for p in paths]
-    return tuple(CorpusFile(p, corpus, n) for p, n in zip(paths, names, strict=True))
+    return files
 
 
-def _walk(root: Path, left_out: frozenset[str]) -> list[Path]:
-    """Files under `root`, hidden ones left out, by their path."""
-    found = []
-    for folder, folders, names in os.walk(root):
+def _walk(root: Path, left_out: frozenset[str]) -> list[tuple[Path, str]]:
+    """Return the files under `root` by their path, without hidden ones, and the folders that cannot be
+    listed, each with the reason (empty for files)."""
+    found: list[tuple[Path, str]] = []
+
+    def unlisted(error: OSError) -> None:
+        reason = f"the folder cannot be listed ({error.strerror})"
+        found.append((Path(os.fsdecode(error.filename)), reason))
+
+    for folder, folders, names in os.walk(root, onerror=unlisted):
         folders[:] = [d for d in folders if d not in left_out and not d.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+        found += [(Path(folder, name), "") for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda entry: entry[0].relative_to(root).as_posix())
 
 
 def _reader_of(path: Path) -> Reader | None:
@@ -173,6 +192,16 @@ def _reader_of(path: Path) -> Reader | None:
 
 def _top_level(name: str) -> str:
     return name.split("/")[0].removesuffix(".py")
+
+
+def _size_and_digest(file: CorpusFile) -> tuple[str, bytes]:
+    """Size in bytes and hash of the content; "unreadable" and nothing where it cannot be read."""
+    if file.fault or why_unreadable(file.path):
+        return "unreadable", b""
+    try:
+        return str(file.path.stat().st_size), _content_digest(file.path)
+    except OSError:
+        return "unreadable", b""
 
 
 def _content_digest(path: Path) -> bytes:

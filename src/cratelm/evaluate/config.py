@@ -1,59 +1,65 @@
-"""What `cratelm evaluate` can be told. Imports nothing heavy, so that `--help` is quick."""
+"""Options of `cratelm evaluate` and `cratelm predict`. Imports nothing heavy, so that `--help` is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measure models on a run's tokens and on named sets, every token once, and compare them."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory: its models, and the tokens of its splits"""
     model: str = "crate-2l"
     """name of a model in the run"""
     path: str | None = None
-    """a model folder or a Hub id to measure instead"""
+    """a model folder or Hub id to measure instead of --model"""
     models: tuple[str, ...] = ()
-    """several to compare, instead of --model: names in the run, model folders, Hub ids (OWNER/NAME).
-    The first is compared with each of the others, document by document"""
+    """several models to compare, instead of --model: names in the run, model folders or Hub ids
+    (OWNER/NAME). The first is compared with each of the others, document by document"""
     on: tuple[str, ...] = ()
-    """what to measure on, one or several: the run's train, fit and held_out; lambada, lambada_raw,
-    wikitext2, wikitext103, ptb, openwebtext, pile, pile:SUBSET from the Hub; NAME=PATH reads a set
-    from a local file or folder, and under any other NAME its documents. Left out: --split"""
+    """what to measure on, one or more: the run's train, fit and held_out; lambada, lambada_raw,
+    wikitext2, wikitext103, ptb, openwebtext, pile, pile:SUBSET from the Hub; NAME=PATH reads one of
+    these, or documents under any other name, from a local file or folder. Default: --split"""
     split: Split = "held_out"
-    """train, fit or held_out, where --on is left out"""
+    """train, fit or held_out; used when --on is not given"""
     max_tokens: int | None = None
-    """stop after so many tokens of a set (of texts: after the document that reaches it); left out: all"""
+    """stop after this many tokens of a set (of texts: after the document that reaches it). Default: all"""
     max_documents: int | None = None
-    """first documents of each set of texts; left out: all, and 1,000 of openwebtext and of the Pile,
-    which are streamed"""
+    """number of documents of each set of texts, from the first. Default: all, but 1,000 of openwebtext
+    and of the Pile, which are streamed"""
     text_field: str | None = None
-    """field of local rows that holds the text; left out: the one that the set has on the Hub"""
+    """field that holds the text in rows of local files. Default: the one that the set has on the Hub"""
     sequence_length: int | None = None
-    """tokens of a sequence, the context a token can have; left out: the most that the model takes,
-    2,048 at most, 1,024 where it names no limit"""
+    """tokens of a sequence, the longest context a token can have. Default: the most that the model takes,
+    at most 2,048; 1,024 where it names no limit"""
     stride: int | None = None
-    """tokens that the window moves on by: each is still predicted once, from at least
-    sequence_length - stride tokens; left out: sequence_length, no overlap"""
+    """tokens by which the window moves: each token is still predicted once, from at least
+    sequence_length - stride tokens. Default: sequence_length, no overlap"""
     batch_size: int = 16
-    """sequences at a time, fewer where their logits would pass 1 GiB"""
-    output: Path | None = aside(None)
+    """sequences at a time; fewer if their logits would exceed 1 GiB"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
+    output: Path | None = not_in_identity(None)
     """also write the figures to this JSON file"""
-    quiet: bool = aside(False)
-    """no progress bar"""
+    quiet: bool = not_in_identity(False)
+    """show no progress bar"""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
-        for field in ("max_tokens", "max_documents", "sequence_length", "stride", "batch_size"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise InputError(f"--{field.replace('_', '-')} is {value}, 1 or more was expected")
+        at_least(
+            self,
+            {"max_tokens": 1, "max_documents": 1, "sequence_length": 1, "stride": 1,
+             "batch_size": 1},
+        )  # fmt: skip
         if self.models and self.path is not None:
             raise InputError("--path and --models are both given: name the folder in --models")
         for field in ("models", "on"):
@@ -65,10 +71,56 @@ class EvaluateConfig:
 
     @property
     def subjects(self) -> tuple[str, ...]:
-        """What is measured, as it was named."""
+        """Return the models to measure, as they were named."""
         return self.models or (self.path or self.model,)
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """What it is measured on, as it was named."""
+        """Return what to measure on, as it was named."""
         return self.on or (self.split,)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Show what models predict after each token of the same text, as a page and a figure."""
+
+    run: Path = not_in_identity(Path("runs/default"))
+    """run directory: its models, and the documents of its splits"""
+    models: tuple[str, ...] = ("crate-2l", "gpt2-2l")
+    """names in the run, model folders, Hub ids (OWNER/NAME); each reads in its own tokens"""
+    text: str | None = None
+    """the text itself. Default: a document of the run"""
+    text_file: Path | None = None
+    """a UTF-8 file with the text"""
+    document: int | None = None
+    """number of a document in its split, from 0. Default: drawn by --seed"""
+    split: Split = "held_out"
+    """which documents: train, fit or held_out"""
+    seed: int = 0
+    """draws the document"""
+    tokens: int = 96
+    """number of tokens of the document to show, in the run's tokenizer; your own text is shown whole"""
+    top: int = 5
+    """most likely next tokens shown for each token"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the models; auto: that of their files"""
+    out: Path | None = not_in_identity(None)
+    """path of the page. Default: predictions.html in the run. A PNG and a PDF of the same name go into
+    the same folder"""
+    quiet: bool = not_in_identity(False)
+    """show no progress bar; `predict` has none and takes the option as all verbs do"""
+
+    def __post_init__(self) -> None:
+        given = [f for f in ("text", "text_file", "document") if getattr(self, f) is not None]
+        if len(given) > 1:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{flags} are both given: one text was expected")
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise InputError("--models is empty or names a model twice: name one, two or more")
+        if self.split not in SPLITS:
+            raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
+        at_least(self, {"document": 0, "seed": 0, "tokens": 1, "top": 1})
+        if self.out is not None and Path(self.out).suffix != ".html":
+            raise InputError(f"--out is {self.out}, a name that ends in .html was expected")

@@ -1,4 +1,4 @@
-"""`cratelm evaluate`: models on splits of a run and on named sets, each figure with its error.
+"""`cratelm evaluate`: measure models on splits of a run and on named sets, each figure with its error.
 
 A split is cut into sequences of T tokens as in training; the last one is shorter. Every token but
 the first of the split is predicted exactly once, from what precedes it in its sequence, which may
@@ -17,22 +17,29 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.evaluate.config import EvaluateConfig
-from cratelm.evaluate.named_sets import NamedSet, named_set
-from cratelm.evaluate.scoring import Totals, score
-from cratelm.evaluate.table import differences_table, measurements_table
-from cratelm.evaluate.texts import Shards, Source, Texts, token_sizes
+from cratelm.evaluate.measurements import (
+    Difference,
+    DocumentTotals,
+    Measurement,
+    difference,
+    differences_table,
+    measurement,
+    measurements_table,
+)
+from cratelm.evaluate.text_sets import NamedSet, Shards, Source, Texts, Windows, named_set
+from cratelm.evaluate.windows import Totals, score
 from cratelm.models.open import (
     LoadedModel,
     check_store,
     encoder_of,
+    find_model,
     open_model,
     sequence_length,
-    source_of,
 )
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Run, write_json
-from cratelm.stats.ratio import Counts, Difference, Measurement, difference, measurement
 from cratelm.tokens.shards import TokenStore
+from cratelm.tokens.tokenizer import token_sizes
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Measures models of a run, or any other causal language models.
+    """Measure models of a run, or any other causal language models.
 
     Raises `InputError` where a model, tokens or a set are missing, do not belong together, or are
     too few, and where a loss is not a number.
@@ -60,19 +67,25 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     run = Run(config.run)
     sets: dict[str, Split | NamedSet] = {n: _split_or_set(n, config) for n in config.sets}
     store = None
-    if any(isinstance(found, str) for found in sets.values()):
+    if any(isinstance(measured_on, str) for measured_on in sets.values()):
         run.stage("tokens").require("tokenize")
         store = TokenStore(run.stage("tokens").path)
-    for name in config.subjects:  # a wrong name is told before another model is measured
-        source_of(run, name, from_run=config.path is None)
-    found: dict[tuple[str, str], tuple[Counts, Measurement]] = {}
+    for name in config.subjects:  # a wrong name is reported before any model is measured
+        find_model(run, name, from_run=config.path is None)
+    measured: dict[tuple[str, str], tuple[DocumentTotals, Measurement]] = {}
     for name in config.subjects:
-        subject = open_model(run, name, from_run=config.path is None)
-        for on, what in sets.items():
-            found[on, name] = _measure(subject, on, what, run, store, config)
+        subject = open_model(
+            run,
+            name,
+            from_run=config.path is None,
+            device=config.device,
+            dtype=config.dtype,
+        )
+        for on, documents in sets.items():
+            measured[on, name] = _measure(subject, on, documents, run, store, config)
     result = EvaluateResult(
-        tuple(found[on, name][1] for on in sets for name in config.subjects),
-        tuple(d for on in sets for d in _differences(on, config, found)),
+        tuple(measured[on, name][1] for on in sets for name in config.subjects),
+        tuple(d for on in sets for d in _differences(on, config, measured)),
     )
     if config.output is not None:
         write_json(Path(config.output), _plain(asdict(result)))
@@ -89,22 +102,25 @@ def _split_or_set(name: str, config: EvaluateConfig) -> Split | NamedSet:
 def _measure(
     subject: LoadedModel,
     on: str,
-    what: Split | NamedSet,
+    documents: Split | NamedSet,
     run: Run,
     store: TokenStore | None,
     config: EvaluateConfig,
-) -> tuple[Counts, Measurement]:
-    """One model on one set."""
+) -> tuple[DocumentTotals, Measurement]:
+    """Return the sums by document and the figures of one model on one set."""
     length = sequence_length(subject, config.sequence_length)
     stride = _stride(config, length, subject)
-    if isinstance(what, NamedSet):
+    if isinstance(documents, NamedSet):
         encoder = encoder_of(subject, run)
-        source: Source = Texts(what.passages(), encoder, what.kind.unit, config.max_tokens)
-        vocabulary, on, last_word = encoder.vocabulary, what.name, what.kind.last_word
+        source: Source = Texts(
+            documents.passages(), encoder, documents.kind.unit, config.max_tokens
+        )
+        vocabulary, on = encoder.vocabulary, documents.name
+        last_word = documents.kind.last_word
     else:
         assert store is not None
         check_store(subject, store, run)
-        source, vocabulary, last_word = _shards(store, what, config), "the run's", False
+        source, vocabulary, last_word = _shards(store, documents, config), "the run's", False
     label = f"{subject.name} on {on}"
     with tqdm(
         total=source.n_tokens, desc=label, unit="token", unit_scale=True, disable=config.quiet
@@ -113,9 +129,9 @@ def _measure(
         totals = score(subject.model, label, windows, config.batch_size, bar)
     if not totals.tokens.any():
         raise InputError(f"{on} holds no token to predict: name another set with --on")
-    counts = _counts(totals, source, vocabulary, last_word)
-    return counts, measurement(
-        counts,
+    sums = _by_document(totals, windows, vocabulary, last_word)
+    return sums, measurement(
+        sums,
         model=subject.name,
         on=on,
         unit=source.unit,
@@ -128,7 +144,7 @@ def _stride(config: EvaluateConfig, length: int, subject: LoadedModel) -> int:
     if config.stride is not None and config.stride > length:
         raise InputError(
             f"--stride is {config.stride}, more than the {length} tokens of a sequence of"
-            f" {subject.name}: tokens would be left out"
+            f" {subject.name}: tokens would be skipped"
         )
     return config.stride or length
 
@@ -136,20 +152,22 @@ def _stride(config: EvaluateConfig, length: int, subject: LoadedModel) -> int:
 def _shards(store: TokenStore, name: Split, config: EvaluateConfig) -> Shards:
     split = store.split(name)
     if split.n_tokens < 2:
-        raise InputError(f"the {name} split has {split.n_tokens} tokens, 2 were expected")
+        raise InputError(f"the {name} split has {split.n_tokens} tokens: at least 2 are needed")
     n = min(split.n_tokens - 1, config.max_tokens or split.n_tokens)
     return Shards(split, n, token_sizes(store.tokenizer, store.eot_id))
 
 
-def _counts(totals: Totals, source: Source, vocabulary: str, last_word: bool) -> Counts:
-    """By document, without those that hold no predicted token."""
-    kept = np.flatnonzero(totals.tokens)
-    totals = Totals(*(getattr(totals, name)[kept] for name in Totals.__dataclass_fields__))
-    words = source.n_words()
-    return Counts(
+def _by_document(
+    totals: Totals, windows: Windows, vocabulary: str, last_word: bool
+) -> DocumentTotals:
+    """Return the sums of the documents that have a predicted token."""
+    counted = np.flatnonzero(totals.tokens)
+    totals = Totals(*(getattr(totals, name)[counted] for name in Totals.__dataclass_fields__))
+    words = windows.n_words()
+    return DocumentTotals(
         totals=totals,
-        bytes=source.n_bytes()[kept],
-        words=None if words is None else words[kept],
+        bytes=windows.n_bytes()[counted],
+        words=None if words is None else words[counted],
         whole=(totals.top_1 == totals.tokens).astype(np.float64) if last_word else None,
         vocabulary=vocabulary,
     )
@@ -158,20 +176,20 @@ def _counts(totals: Totals, source: Source, vocabulary: str, last_word: bool) ->
 def _differences(
     on: str,
     config: EvaluateConfig,
-    found: Mapping[tuple[str, str], tuple[Counts, Measurement]],
+    measured: Mapping[tuple[str, str], tuple[DocumentTotals, Measurement]],
 ) -> list[Difference]:
-    """The first model less each of the others on one set."""
+    """Return the first model minus each of the others on one set."""
     first, *others = config.subjects
-    counts, shown = found[on, first]
+    sums, shown = measured[on, first]
     pairs = [
-        difference(counts, found[on, other][0], model=first, less=other, on=shown.on)
+        difference(sums, measured[on, other][0], model=first, less=other, on=shown.on)
         for other in others
     ]
     return [pair for pair in pairs if pair is not None]
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: a number that JSON cannot write becomes null."""
+    """Return JSON values: a number that JSON cannot write becomes null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

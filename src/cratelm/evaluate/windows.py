@@ -1,18 +1,32 @@
-"""Tokens cut into windows, each token counted exactly once.
+"""Tokens cut into windows, each counted exactly once, and the loss and rank of each counted token.
+
+Memory: 16 batches of windows; the logits of one forward pass, at most 2^28 of them (1 GiB at 32 bit) or
+those of one window where these are more; twice those of one window; and a few numbers per document.
 
 Shape legend: T tokens of a whole window, S tokens that it moves on by, n input tokens of one window,
-m of its targets that are counted.
+m of its targets that are counted, B windows, V vocabulary, C documents.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cratelm.errors import InputError
+from cratelm.models.partial_forward import next_logits
 
 AHEAD = 16
 """batches of windows read ahead, to put those of like length together"""
+MOST_LOGITS = 2**28
+"""logits of one forward pass"""
+TOP = 5
+"""the second accuracy: the token is among so many most likely ones"""
+FloatArray = NDArray[np.float64]
 
 
 class Window(NamedTuple):
@@ -21,13 +35,13 @@ class Window(NamedTuple):
     tokens: NDArray[np.int64]
     """[n + 1] the input, and after it the last target; target i is token i + 1"""
     first: int
-    """targets before this one are context alone"""
+    """targets before this one are only context"""
     documents: NDArray[np.int64]
     """[m] number of the document of each counted target, m = n - first"""
 
 
 def cut(n: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over a stream of n + 1 tokens, whose first is only context: start, stop, first target.
+    """Yield windows over a stream of n + 1 tokens whose first is only context: start, stop, first target.
 
     The model reads tokens `start` to `stop` - 1 and is asked for tokens `first` + 1 to `stop`. The
     first window has nothing before it: all its T targets are counted, from 1 to T tokens of context.
@@ -44,12 +58,98 @@ def cut(n: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
 
 
 def batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
-    """Groups of at most `size` windows, those of like length together, so that little is padded.
+    """Yield groups of at most `size` windows, those of similar length together, to pad little.
 
     Memory: 16 groups of windows.
     """
-    rest = iter(windows)
-    while ahead := list(islice(rest, AHEAD * size)):
+    remaining = iter(windows)
+    while ahead := list(islice(remaining, AHEAD * size)):
         ahead.sort(key=lambda window: len(window.tokens), reverse=True)
         for first in range(0, len(ahead), size):
             yield ahead[first : first + size]
+
+
+@dataclass(frozen=True, eq=False)
+class Totals:
+    """Sums over the counted tokens of each document, by its number; all 0 for one without a token."""
+
+    tokens: FloatArray
+    """[C]"""
+    loss: FloatArray
+    """[C] nats"""
+    top_1: FloatArray
+    """[C] tokens that were the model's top prediction"""
+    top_5: FloatArray
+    """[C] tokens among the model's five most likely"""
+
+
+class TokenScores(NamedTuple):
+    """Loss and rank of the counted targets of one window."""
+
+    losses: torch.Tensor
+    """[m] nats"""
+    ranks: torch.Tensor
+    """[m] tokens that the model considered more likely"""
+
+
+def score(model: Any, name: str, windows: Iterable[Window], batch_size: int, bar: tqdm) -> Totals:
+    """Return the totals over all windows. Raises `InputError` where a loss is not a finite number."""
+    sums = np.zeros((4, 1024))
+    for batch in batches(windows, batch_size):
+        for part in _fitting(batch, model.config.get_text_config().vocab_size):
+            scores = _forward(model, part)
+            documents = np.concatenate([window.documents for window in part])
+            losses = torch.cat([s.losses for s in scores]).double().cpu().numpy()
+            ranks = torch.cat([s.ranks for s in scores]).cpu().numpy()
+            if not np.isfinite(losses).all():
+                raise InputError(
+                    f"the loss of {name} is {losses[~np.isfinite(losses)][0]} at a token, not a"
+                    " finite number: its weights are damaged, or its training diverged"
+                )
+            while documents.max() >= sums.shape[1]:
+                sums = np.concatenate([sums, np.zeros_like(sums)], axis=1)
+            figures = (np.ones_like(losses), losses, ranks < 1, ranks < TOP)
+            for row, values in zip(sums, figures, strict=True):
+                np.add.at(row, documents, values)
+            bar.update(len(losses))
+    last = np.flatnonzero(sums[0])
+    return Totals(*sums[:, : last[-1] + 1 if len(last) else 0])
+
+
+def _fitting(batch: list[Window], vocabulary: int) -> Iterable[list[Window]]:
+    """Return the batch in parts whose logits fit into memory."""
+    longest = max(len(window.tokens) - 1 for window in batch)
+    counted = longest - min(window.first for window in batch)
+    most = max(1, MOST_LOGITS // (counted * vocabulary))
+    return [batch[i : i + most] for i in range(0, len(batch), most)]
+
+
+@torch.no_grad()
+def _forward(model: Any, batch: list[Window]) -> list[TokenScores]:
+    """Return the scores of each window's counted targets.
+
+    Shorter windows are padded at their end, which a causal model cannot see from before it.
+    """
+    lengths = [len(window.tokens) - 1 for window in batch]
+    longest = max(lengths)
+    rows = np.zeros((len(batch), longest), np.int64)
+    for row, window, length in zip(rows, batch, lengths, strict=True):
+        row[:length] = window.tokens[:-1]
+    skipped = min(window.first for window in batch)
+    tokens = torch.from_numpy(rows).to(model.device)  # [B, n]
+    logits = next_logits(model, tokens, longest - skipped)  # [B, n - skipped, V]
+    return [
+        token_scores(
+            row[window.first - skipped : length - skipped].float(),
+            torch.from_numpy(window.tokens[window.first + 1 :]).to(row.device),
+        )
+        for row, window, length in zip(logits, batch, lengths, strict=True)
+    ]
+
+
+def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+    """Return the scores of targets [m] under logits [m, V]; of equal logits the lower id ranks first."""
+    wanted = logits.gather(1, targets[:, None])  # [m, 1]
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    ahead = (logits > wanted) | ((logits == wanted) & (ids < targets[:, None]))
+    return TokenScores(logits.logsumexp(-1) - wanted[:, 0], ahead.sum(-1))

@@ -1,0 +1,1 @@
+"""Explain neurons from their excerpts, with or without a language model."""

@@ -1,4 +1,4 @@
-"""What the fit excerpts of one neuron say, as flat arrays that explainers count over.
+"""The fit excerpts of one neuron as flat arrays that explainers count over.
 
 Shapes: n tokens of all excerpts, N of them kept, each position of the split once.
 """
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from cratelm.records import Excerpt, NeuronRecord
 
 NO_TOKEN = -1
-"""stands in a context for what lies before the excerpt"""
+"""in a context: a token before the excerpt"""
 WEIGHT = 0.5
-"""Weight of a token that is only in excerpts chosen for their peak, see `gather`. Chosen on held-out
-scores as `cratelm.explain.lookup.STRENGTH`: 0.5 and 1 are within 0.4 points of each other in all
-metrics, 0.1 loses 2 to 3 points: what is lost in evidence on rare tokens outweighs the bias."""
+"""Weight of a token that is only in excerpts chosen for their peak, see `collect_evidence`. Chosen on
+held-out scores as `cratelm.explain.lookup.STRENGTH`: 0.5 and 1 are within 0.4 points of each other in all
+metrics, 0.1 loses 2 to 3 points: the loss of evidence on rare tokens outweighs the bias."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Tokens that a neuron was seen on, with what preceded each."""
+    """Tokens on which a neuron's activation is known, with the tokens before each."""
 
     contexts: NDArray[np.int64]
     """[N, depth]: column 0 the token itself, column j the j-th token before it, `NO_TOKEN` where the
@@ -33,12 +33,12 @@ class Evidence:
 
 
 def collect_evidence(record: NeuronRecord, depth: int, weight: float) -> Evidence:
-    """The evidence of all excerpts of `record`, `depth` tokens of context each.
+    """Return the evidence of all excerpts of `record`, `depth` tokens of context each.
 
-    Excerpts of several kinds overlap, so each position of the split is kept once, where it has the
+    Excerpts of several kinds overlap, so each position of the split counts once, where it has the
     most context before it. A token of a random excerpt weighs 1; one that is only in excerpts that
-    were chosen because the neuron was high (or in a given bin) weighs `weight`, because such
-    excerpts show a token where it activates more than it does on the whole.
+    were chosen because the neuron was high (or in a given bin) weighs `weight`: such excerpts show
+    a token where it activates more than it does on average.
     """
     return evidence_of(record.excerpts, depth, weight)
 
@@ -55,7 +55,7 @@ def evidence_of(excerpts: Sequence[Excerpt], depth: int, weight: float) -> Evide
     starts = np.array([e.position - e.peak for e in excerpts])
     positions = np.repeat(starts, lengths) + offsets
     is_random = np.repeat(np.array([e.kind == "random" for e in excerpts]), lengths)
-    # Sorted by position and then by offset, the last of each position has the most context.
+    # Sorted by position and then by offset, the last row of each position has the most context.
     order = np.lexsort((offsets, positions))
     last = np.append(np.diff(positions[order]) != 0, True)
     kept = order[last]
@@ -64,7 +64,7 @@ def evidence_of(excerpts: Sequence[Excerpt], depth: int, weight: float) -> Evide
 
 
 def contexts_of(token_ids: list[NDArray], depth: int) -> NDArray[np.int64]:
-    """[n, depth] contexts of all tokens of excerpts given as sequences of ids; n is their total length."""
+    """Return the contexts of all tokens of excerpts, [n, depth]; n is the excerpts' total length."""
     lengths = np.array([len(t) for t in token_ids])
     flat = np.concatenate(token_ids).astype(np.int64)
     offsets = offsets_of(lengths)
@@ -77,6 +77,6 @@ def contexts_of(token_ids: list[NDArray], depth: int) -> NDArray[np.int64]:
 
 
 def offsets_of(lengths: NDArray) -> NDArray[np.int64]:
-    """[n] place of each token in its excerpt, for excerpts of these lengths one after another."""
+    """Return the offset of each token in its excerpt, [n], for consecutive excerpts of these lengths."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)

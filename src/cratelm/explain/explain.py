@@ -1,37 +1,36 @@
 """`cratelm explain`: from the fit excerpts of each neuron to what it responds to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 from tqdm import tqdm
 
-from cratelm.activations.store import read_records, read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, collect_evidence
-from cratelm.explain.llm_explainer import ExplanationRequest, ask, explanation_requests
+from cratelm.explain.llm_explainer import LLMExplainer
 from cratelm.explain.lookup import token_table
 from cratelm.explain.phrases import lookup_phrase, trie_phrase
+from cratelm.explain.selection import read_selected_records, select_neurons
 from cratelm.explain.store import (
     ExplanationFailure,
     SampledNeuron,
-    explanation_set_name,
     write_explanations,
     write_selected,
     write_unexplained,
 )
 from cratelm.explain.trie import context_trie
-from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
+from cratelm.llm.client import DryRun, WorkerResult, dry_run
 from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts.neurons import VERSION
-from cratelm.llm.session import ledger_path, open_client
+from cratelm.llm.session import is_finished, open_client, write_calls
 from cratelm.records import Explanation, NeuronRecord
-from cratelm.runs import Draft, Run, Stage, write_json
-from cratelm.stats.sample_size import told
+from cratelm.runs import Draft, Inputs, Run
+from cratelm.runs.names import set_name
+from cratelm.stats.sample_size import precision_statement
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,34 @@ class ExplainResult:
         )
 
 
+class Explainer(Protocol):
+    """Anything that explains neurons: without a language model, or by one."""
+
+    def explain(
+        self, records: Iterable[NeuronRecord]
+    ) -> Iterator[Explanation | ExplanationFailure]:
+        """Yield what there is to say about each record of the fit split, in the order of `records`.
+
+        Several per neuron where there are several ways or kinds of evidence; none for a dead neuron.
+        """
+        ...
+
+
+class CountingExplainer:
+    """Explains by counting over the fit excerpts: `lookup`, `trie` or both, as `config` has it."""
+
+    def __init__(self, config: ExplainConfig, token_strings: Sequence[str]):
+        """`token_strings` [V] shows each token."""
+        self._config, self._strings = config, token_strings
+
+    def explain(self, records: Iterable[NeuronRecord]) -> Iterator[Explanation]:
+        """Yield one explanation per neuron and explainer."""
+        for record in records:
+            yield from explain_neuron(record, self._config, self._strings)
+
+
 def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
-    """Explains the neurons of one model of a run.
+    """Explain the neurons of one model of a run.
 
     Writes `explanations/MODEL/`, or `explanations/MODEL@NAME/` where a language model called NAME
     explains. With `--dry-run` nothing is asked or written and the `DryRun` is returned; with
@@ -76,93 +101,78 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     run = Run(config.run)
     harvest = run.stage("activations", config.model)
     inputs = {
-        "tokens": run.stage("tokens").require("tokenize").identity,
-        "activations": harvest.require("harvest").identity,
+        "tokens": run.stage("tokens").require("tokenize"),
+        "activations": harvest.require("harvest"),
     }
-    selected = select_neurons(harvest.path, config.neurons, config.seed, config.places())
+    selected = select_neurons(harvest.path, config.neurons, config.seed, config.neuron_ids())
     if config.explainer:
-        return _explain_with_model(config, run, inputs, selected)
+        return _explain_with_llm(config, run, inputs, selected)
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return ExplainResult(path=stage.path, **stage.require("explain").results)
+    explainer = CountingExplainer(config, _token_strings(run))
+    n_expected = len(config.explainers) * sum(not s.dead for s in selected)
     with stage.write(config, inputs) as draft:
-        explanations = list(_explain_all(config, run, harvest.path, selected))
-        counts = _write(draft, selected, explanations, [])
+        records = read_selected_records(harvest.path, "fit", selected)
+        stream = explainer.explain(records)
+        outcomes = list(_progress(stream, n_expected, config.model, config.quiet))
+        counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, **counts)
 
 
-def _explain_with_model(
-    config: ExplainConfig, run: Run, inputs: dict[str, str], selected: list[SampledNeuron]
+def _explain_with_llm(
+    config: ExplainConfig, run: Run, inputs: Inputs, selected: list[SampledNeuron]
 ) -> ExplainResult | DryRun | WorkerResult:
     if config.prompts == "openai":
         openai_prompts.require()
-    with open_client(config, config.explainer) as client:
+    harvest = run.stage("activations", config.model).path
+    inputs = {**inputs, "prompts": VERSION if config.prompts == "cratelm" else config.prompts}
+    index, count = config.worker()
+    of_worker = selected[index::count]
+    with open_client(config, config.explainer) as client, ExitStack() as held:
         name = config.name or client.backend.name
-        inputs["prompts"] = VERSION if config.prompts == "cratelm" else config.prompts
-        stage = run.stage("explanations", explanation_set_name(config.model, name))
-        redo = config.force or (config.retry_failed and _has_failed(stage))
-        ahead = not (config.dry_run or config.shard)
-        if ahead and stage.is_finished(config, inputs, force=redo):
+        stage = run.stage("explanations", set_name(config.model, name))
+        if is_finished(config, stage, inputs):
             return ExplainResult(path=stage.path, **stage.require("explain").results)
+        if not (config.dry_run or config.shard):  # nobody else asks the same while this one does
+            held.enter_context(stage.lock())
         if config.neurons:
             layers = len({s.neuron.layer for s in selected})
-            print(told(len(selected) // layers, layers), flush=True)
-        index, count = config.worker()
-        asked = _questions(config, run, selected[index::count])
+            print(precision_statement(len(selected) // layers, layers), flush=True)
+        explainer = LLMExplainer(client, name, config, _token_strings(run))
+        records = read_selected_records(harvest, "fit", of_worker)
         if config.dry_run:
-            return dry_run(client, ([q.request] for q in asked))
-        answers = list(_answers(config, client, name, asked, len(selected[index::count])))
+            return dry_run(client, ([asked.request] for asked in explainer.requests(records)))
+        n_expected = len(config.evidence) * sum(not s.dead for s in of_worker)
+        label = f"{config.model} by {name}"
+        stream = _progress(explainer.explain(records), n_expected, label, config.quiet)
         if config.shard:
-            return WorkerResult(ledger_path(config), len(selected[index::count]), str(client.tally))
-        explanations = [a for a in answers if isinstance(a, Explanation)]
-        failures = [a for a in answers if isinstance(a, ExplanationFailure)]
+            for _ in stream:
+                pass  # answers are in the ledger; the command that merges the workers writes them
+            return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
         with stage.write(config, inputs) as draft:
-            write_json(draft.path / "calls.json", client.tally.as_dict())
-            draft.unhashed.add("calls.json")
-            counts = _write(draft, selected, explanations, failures)
+            outcomes = list(stream)
+            write_calls(draft, client)
+            counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, calls=str(client.tally), **counts)
 
 
-def _questions(
-    config: ExplainConfig, run: Run, selected: Sequence[SampledNeuron]
-) -> Iterator[ExplanationRequest]:
-    """In the order of `selected`."""
-    strings = _token_strings(run)
-    for record in _records(run.stage("activations", config.model).path, selected):
-        yield from explanation_requests(record, config, strings)
-
-
-def _answers(
-    config: ExplainConfig,
-    client: Client,
-    name: str,
-    asked: Iterator[ExplanationRequest],
-    n_neurons: int,
-) -> Iterator[Explanation | ExplanationFailure]:
-    with tqdm(
-        total=n_neurons * len(config.evidence),
-        desc=f"explain {config.model} by {name}",
-        unit="explanation",
-        disable=config.quiet,
-    ) as bar:
-        while some := list(islice(asked, client.backend.window)):
-            for answer in ask(some, client, name, config.prompts):
-                yield answer
-                bar.update()
-
-
-def _has_failed(stage: Stage) -> bool:
-    done = stage.completion()
-    return done is not None and bool(done.results.get("n_failed"))
+def _progress(
+    outcomes: Iterator[Explanation | ExplanationFailure], n_expected: int, label: str, quiet: bool
+) -> Iterable[Explanation | ExplanationFailure]:
+    return tqdm(
+        outcomes, total=n_expected, desc=f"explain {label}", unit="explanation", disable=quiet
+    )
 
 
 def _write(
     draft: Draft,
     selected: Sequence[SampledNeuron],
-    explanations: Sequence[Explanation],
-    failures: Sequence[ExplanationFailure],
+    outcomes: Sequence[Explanation | ExplanationFailure],
 ) -> dict[str, Any]:
-    """Writes the files of the stage; returns the figures of `ExplainResult`."""
+    """Write the files of the stage; return the figures of `ExplainResult`."""
+    explanations = [o for o in outcomes if isinstance(o, Explanation)]
+    failures = [o for o in outcomes if isinstance(o, ExplanationFailure)]
     write_explanations(draft.path, explanations)
     write_selected(draft.path, selected)
     write_unexplained(draft.path, failures)
@@ -176,51 +186,10 @@ def _write(
     return counts
 
 
-def select_neurons(
-    harvest: Path, per_layer: int, seed: int, only: Sequence[tuple[int, int]] = ()
-) -> list[SampledNeuron]:
-    """`per_layer` neurons of each layer, 0 for all, by layer and index; or `only` these (layer, index).
-
-    Raises `InputError` where the harvest has not one of `only`.
-
-    The draw depends on the seed, the layer and how many neurons the layer has, and on nothing
-    else: twins draw the same indices, and a smaller sample is part of a larger one.
-    """
-    layers: dict[int, list[SampledNeuron]] = {}
-    for summary in read_summaries(harvest, "fit"):
-        layers.setdefault(summary.neuron.layer, []).append(
-            SampledNeuron(summary.neuron, summary.dead)
-        )
-    if only:
-        return _named(harvest, layers, only)
-    chosen = []
-    for layer, neurons in sorted(layers.items()):
-        if 0 < per_layer < len(neurons):
-            draw = np.random.default_rng([seed, layer])
-            places = np.sort(draw.permutation(len(neurons))[:per_layer])
-            neurons = [neurons[place] for place in places]
-        chosen += neurons
-    return chosen
-
-
-def _named(
-    harvest: Path, layers: dict[int, list[SampledNeuron]], only: Sequence[tuple[int, int]]
-) -> list[SampledNeuron]:
-    there = {(s.neuron.layer, s.neuron.index): s for found in layers.values() for s in found}
-    missing = [place for place in only if place not in there]
-    if missing:
-        layer, index = missing[0]
-        raise InputError(
-            f"--only {layer}:{index}: {harvest} has layers {', '.join(map(str, sorted(layers)))} of"
-            f" {len(next(iter(layers.values())))} neurons and not this one"
-        )
-    return [there[place] for place in only]
-
-
 def explain_neuron(
     record: NeuronRecord, config: ExplainConfig, token_strings: Sequence[str]
 ) -> list[Explanation]:
-    """One explanation per explainer of `config`; none for a dead neuron.
+    """Return one explanation per explainer of `config`; none for a dead neuron.
 
     `record` is of the fit split; `token_strings` [V] shows each token. Raises `InputError` where
     the record holds out-of-context excerpts, which exist for scoring only, or no tokens at all.
@@ -246,27 +215,6 @@ def explain_neuron(
             text, payload = trie_phrase(trie, record, token_strings), trie.payload()
         explanations.append(Explanation(record.neuron, explainer, text, payload, documents))
     return explanations
-
-
-def _explain_all(
-    config: ExplainConfig, run: Run, harvest: Path, selected: Sequence[SampledNeuron]
-) -> Iterator[Explanation]:
-    strings = _token_strings(run)
-    with tqdm(
-        total=len(selected), desc=f"explain {config.model}", unit="neuron", disable=config.quiet
-    ) as bar:
-        for record in _records(harvest, selected):
-            yield from explain_neuron(record, config, strings)
-            bar.update()
-
-
-def _records(harvest: Path, selected: Sequence[SampledNeuron]) -> Iterator[NeuronRecord]:
-    """Fit records of the selected neurons, by layer and index."""
-    wanted: dict[int, list[int]] = {}
-    for neuron in (s.neuron for s in selected):
-        wanted.setdefault(neuron.layer, []).append(neuron.index)
-    for layer, indices in wanted.items():
-        yield from read_records(harvest, "fit", layers=[layer], indices=indices)
 
 
 def _token_strings(run: Run) -> list[str]:

@@ -1,13 +1,14 @@
-"""Explaining neurons with a language model: what is asked, and what its answers become.
+"""Explain neurons with a language model: one conversation per neuron and kind of evidence.
 
-For each neuron and kind of evidence one conversation (`cratelm.llm.prompts.neurons`). An answer is
-an explanation; a call that failed, or an answer that says nothing, is a failure with its reason and
-never an explanation.
+An answer becomes an explanation; a failed call, or an answer without a word, is a failure with its
+reason and never an explanation. The words are those of `cratelm.llm.prompts.neurons`.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from cratelm.explain.config import Evidence, ExplainConfig
 from cratelm.explain.selection import contrasting, explained_from
@@ -24,7 +25,7 @@ _OPENING = re.compile(
     re.I,
 )
 LONGEST = 600
-"""characters of an explanation that are kept"""
+"""characters after which an explanation is cut"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,63 +39,71 @@ class ExplanationRequest:
     request: Chat
 
 
-def explanation_requests(
-    record: NeuronRecord, config: ExplainConfig, strings: Sequence[str]
-) -> Iterator[ExplanationRequest]:
-    """One question per kind of evidence; none about a dead neuron. `record` is of the fit split."""
-    if record.summary.dead:
-        return
-    for evidence in config.evidence:
-        shown = explained_from(record, _METRIC[evidence])
-        silent = contrasting(record, _METRIC[evidence], config.contrast)
-        documents = tuple(sorted({e.document for e in shown + silent}))
-        yield ExplanationRequest(
-            record.neuron, evidence, documents, _request(shown, silent, config, strings)
-        )
+class LLMExplainer:
+    """Explains neurons by the language model behind `client`; its explanations are called `name`."""
 
+    def __init__(
+        self, client: Client, name: str, config: ExplainConfig, token_strings: Sequence[str]
+    ):
+        """`token_strings` [V] shows each token."""
+        self._client, self._name = client, name
+        self._config, self._strings = config, token_strings
 
-def _request(
-    shown: Sequence[Excerpt],
-    silent: Sequence[Excerpt],
-    config: ExplainConfig,
-    strings: Sequence[str],
-) -> Chat:
-    if config.prompts == "openai":
-        return openai_explain_request(
-            shown,
-            strings,
-            max_tokens=config.answer_tokens,
-            temperature=config.temperature,
-            seed=config.seed,
-        )
-    return explain_request(
-        shown,
-        silent,
-        strings,
-        max_tokens=config.answer_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
+    def explain(
+        self, records: Iterable[NeuronRecord]
+    ) -> Iterator[Explanation | ExplanationFailure]:
+        """Yield an explanation or a failure per neuron and kind of evidence.
 
+        As many requests are asked together as keep the backend busy; no more records are held. Raises
+        `BudgetReached` as `Client.ask`.
+        """
+        pending = self.requests(records)
+        while batch := list(islice(pending, self._client.backend.window)):
+            outcomes = self._client.ask([asked.request for asked in batch])
+            for asked, outcome in zip(batch, outcomes, strict=True):
+                yield self._read(asked, outcome)
 
-def ask(
-    asked: Sequence[ExplanationRequest], client: Client, name: str, prompts: str
-) -> Iterator[Explanation | ExplanationFailure]:
-    """An explanation or a failure for each question. Raises `BudgetReached` as `Client.ask`."""
-    outcomes = client.ask([q.request for q in asked])
-    for question, outcome in zip(asked, outcomes, strict=True):
+    def requests(self, records: Iterable[NeuronRecord]) -> Iterator[ExplanationRequest]:
+        """Yield one request per neuron and kind of evidence; none about a dead neuron.
+
+        `records` are of the fit split.
+        """
+        for record in records:
+            if record.summary.dead:
+                continue
+            for evidence in self._config.evidence:
+                shown = explained_from(record, _METRIC[evidence])
+                silent = contrasting(record, _METRIC[evidence], self._config.contrast)
+                documents = tuple(sorted({e.document for e in shown + silent}))
+                request = self._request(shown, silent)
+                yield ExplanationRequest(record.neuron, evidence, documents, request)
+
+    def _request(self, shown: Sequence[Excerpt], silent: Sequence[Excerpt]) -> Chat:
+        sampling: dict[str, Any] = {
+            "max_tokens": self._config.answer_tokens,
+            "temperature": self._config.temperature,
+            "seed": self._config.seed,
+        }
+        if self._config.prompts == "openai":
+            return openai_explain_request(shown, self._strings, **sampling)
+        return explain_request(shown, silent, self._strings, **sampling)
+
+    def _read(
+        self, asked: ExplanationRequest, outcome: Outcome
+    ) -> Explanation | ExplanationFailure:
         text = parse_explanation(outcome)
         if isinstance(text, Failure):
-            reason = f"{text.kind}: {text.reason}"
-            yield ExplanationFailure(question.neuron, question.evidence, reason)
-            continue
-        version = VERSION if prompts == "cratelm" else prompts
-        payload: dict[str, object] = {"evidence": question.evidence, "prompts": version}
-        yield Explanation(question.neuron, name, text, payload, question.documents)
+            return ExplanationFailure(asked.neuron, asked.evidence, f"{text.kind}: {text.reason}")
+        prompts = self._config.prompts
+        payload: dict[str, object] = {
+            "evidence": asked.evidence,
+            "prompts": VERSION if prompts == "cratelm" else prompts,
+        }
+        return Explanation(asked.neuron, self._name, text, payload, asked.documents)
 
 
 def parse_explanation(outcome: Outcome) -> str | Failure:
-    """The explanation in an answer: its first line that says something, without quotes around it."""
+    """Return the explanation in an answer: its first line with a word, without quotes around it."""
     if isinstance(outcome, Failure):
         return outcome
     assert isinstance(outcome.value, str)
@@ -106,7 +115,7 @@ def parse_explanation(outcome: Outcome) -> str | Failure:
 
 
 def _unquoted(text: str) -> str:
-    """Without the quotes around all of it; quotes around a part of it stay."""
+    """Return `text` without quotes around all of it; quotes around a part of it stay."""
     inside = text[1:-1]
     if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'`" and text[0] not in inside:
         return inside.strip()

@@ -5,7 +5,7 @@ split by as much as `STRENGTH` tokens would:
 
     v_t = (sum_i w_i a_i + STRENGTH m) / (sum_i w_i + STRENGTH)        over the evidence i with token t
 
-with the weights w of `cratelm.explain.evidence.gather`. A token that was not seen has the value m.
+with the weights w of `cratelm.explain.evidence.collect_evidence`. A token without evidence has the value m.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ of each other in all three metrics, 3 loses 2 points and 10 loses 4 to 6."""
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """What a look-up explanation says: a value per token, and one for all others."""
+    """A look-up explanation: a value per token, and one for all others."""
 
     default: float
     """raw activation predicted on a token that is not in the table"""
@@ -35,6 +35,7 @@ class TokenTable:
     """[K] tokens of evidence"""
 
     def payload(self) -> dict[str, object]:
+        """Return the table as the explanation stores it, in JSON values."""
         return {
             "default": self.default,
             "tokens": self.tokens.tolist(),
@@ -46,9 +47,9 @@ class TokenTable:
 def token_table(
     evidence: Evidence, mean: float, max_tokens: int, strength: float = STRENGTH
 ) -> TokenTable:
-    """The `max_tokens` tokens with most evidence; `mean` is the neuron's mean over the split.
+    """Return the table of the `max_tokens` tokens with most gain; `mean` is the neuron's mean over the split.
 
-    Evidence for a token is how much squared error its value takes away from predicting the mean:
+    The gain of a token is the squared error that its value removes from predicting the mean:
     (sum of weights) (v_t - m)^2.
     """
     tokens, which, counts = np.unique(

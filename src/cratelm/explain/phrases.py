@@ -1,10 +1,9 @@
-"""The short phrase of an explanation, for people.
+"""Write the short phrase of an explanation, for people.
 
 Tokens stand between backticks, white space is visible (␣ space, ⏎ line break, ⇥ tab), and the
 activating token of an example between « and ».
 """
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from cratelm.explain.evidence import NO_TOKEN, Evidence
 from cratelm.explain.lookup import TokenTable
 from cratelm.explain.trie import ROOT, Trie
 from cratelm.records import Excerpt, NeuronRecord
+from cratelm.text.display import visible_folded
 
 N_NAMED = 4
 """tokens or contexts named in a phrase"""
@@ -24,21 +24,11 @@ MIN_SEEN = 5
 BEFORE, AFTER = 6, 4
 """tokens of the example before the activating one, and from it"""
 
-_VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-
-
-def visible(text: str) -> str:
-    """`text` with white space shown and what cannot be printed escaped; long runs as `␣×12`."""
-    shown = "".join(
-        _VISIBLE.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text
-    )
-    return re.sub(r"([␣⏎⇥])\1{3,}", lambda m: f"{m[1]}×{len(m[0])}", shown)
-
 
 def lookup_phrase(
     table: TokenTable, evidence: Evidence, record: NeuronRecord, token_strings: Sequence[str]
 ) -> str:
-    """Such as: fires on 2.1% of tokens, most on `␣import` and `␣from`, mostly after `⏎`; e.g. ..."""
+    """Return text such as: fires on 2.1% of tokens, most on `␣import` and `␣from`, mostly after `⏎`; e.g. ..."""
     gains = np.where(
         table.values > table.default, table.counts * (table.values - table.default) ** 2, 0
     )
@@ -49,7 +39,7 @@ def lookup_phrase(
 
 
 def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) -> str:
-    """Such as: fires on 2.1% of tokens, most on `import` after `⏎` and on `␣as`; e.g. ..."""
+    """Return text such as: fires on 2.1% of tokens, most on `import` after `⏎` and on `␣as`; e.g. ..."""
     parent_values = np.where(trie.parents == ROOT, trie.default, trie.values[trie.parents])
     rise = trie.values - parent_values
     gains = np.where(rise > 0, trie.counts * rise**2, 0)
@@ -65,7 +55,7 @@ def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) 
 
 
 def _ranked(gains: NDArray) -> NDArray[np.int64]:
-    """Places of the gains that are worth naming, the largest first."""
+    """Return the indices of the gains that are worth naming, the largest first."""
     order = np.argsort(-gains, kind="stable")
     return order[gains[order] > MIN_GAIN * gains.max(initial=0)]
 
@@ -78,7 +68,7 @@ def _phrase(record: NeuronRecord, where: str, token_strings: Sequence[str]) -> s
 
 
 def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
-    """The place of the strongest activation; a live neuron has it in a top excerpt."""
+    """Return the text around the strongest activation; a live neuron has it in a top excerpt."""
     candidates = [e for e in excerpts if e.kind == "top" and len(e)] or [
         e for e in excerpts if len(e)
     ]
@@ -86,7 +76,7 @@ def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
     peak = int(excerpt.activations.argmax())
 
     def shown(start: int, stop: int) -> str:
-        return visible("".join(token_strings[int(t)] for t in excerpt.token_ids[start:stop]))
+        return visible_folded("".join(token_strings[int(t)] for t in excerpt.token_ids[start:stop]))
 
     return (
         f"{shown(max(0, peak - BEFORE), peak)}«{shown(peak, peak + 1)}»"
@@ -95,7 +85,7 @@ def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
 
 
 def _mostly_after(evidence: Evidence, tokens: NDArray, token_strings: Sequence[str]) -> str:
-    """Which token precedes `tokens` in more than half of their activation, in words; empty for none."""
+    """Return which token precedes `tokens` in more than half of their activation; empty for none."""
     if evidence.contexts.shape[1] < 2:
         return ""
     rows = np.isin(evidence.contexts[:, 0], tokens) & (evidence.activations > 0)
@@ -115,7 +105,7 @@ def _in_context(context: list[int], token_strings: Sequence[str]) -> str:
 
 
 def _quoted(ids: Sequence[int], token_strings: Sequence[str]) -> str:
-    return "`" + visible("".join(token_strings[t] for t in ids)) + "`"
+    return "`" + visible_folded("".join(token_strings[t] for t in ids)) + "`"
 
 
 def _listed(names: list[str]) -> str:
@@ -125,6 +115,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _ends_alike(a: list[int], b: list[int]) -> bool:
-    """True where one context is the end of the other."""
+    """Return True where one context is the end of the other."""
     n = min(len(a), len(b))
     return a[-n:] == b[-n:]

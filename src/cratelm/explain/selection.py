@@ -1,6 +1,6 @@
-"""Which fit excerpts each metric shows to an explainer that is a language model.
+"""Choose the neurons to explain, and the fit excerpts that a language model is shown of each.
 
-The paper's ranks (Bai & Ma 2025), on our `fit` split; what is scored on comes from `held_out`
+The excerpts have the paper's ranks (Bai & Ma 2025), on our `fit` split; scores come from `held_out`
 (`cratelm.score.selection`). Explainers that need no language model read every fit excerpt instead.
 
 | metric | explained from |
@@ -8,23 +8,86 @@ The paper's ranks (Bai & Ma 2025), on our `fit` split; what is scored on comes f
 | top_and_random, random_only | top ranks 0, 2, 4, 6, 8, 64 tokens |
 | anthropic | top 15, 2 of each of 12 bins, 5 random, 8 tokens |
 
-Where a neuron has fewer excerpts, what there is is used.
+Where a neuron has fewer excerpts, those that exist are used.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 
-from cratelm.records import Excerpt, ExcerptKind, Metric, NeuronRecord
+import numpy as np
+
+from cratelm.activations.store import read_records, read_summaries
+from cratelm.errors import InputError
+from cratelm.explain.store import SampledNeuron
+from cratelm.records import Excerpt, ExcerptKind, Metric, NeuronKey, NeuronRecord, Split
 
 TOP_RANKS = (0, 2, 4, 6, 8)
 ANTHROPIC_TOP_RANKS = tuple(range(15))
 ANTHROPIC_WINDOW = (4, 4)
-"""tokens before the peak, tokens from it"""
+"""tokens before the peak, and tokens from it on"""
 PER_BIN = 2
 N_RANDOM = 5
 
 
+def select_neurons(
+    harvest: Path, per_layer: int, seed: int, only: Sequence[tuple[int, int]] = ()
+) -> list[SampledNeuron]:
+    """Return `per_layer` neurons of each layer, 0 for all, by layer and index; or `only` these (layer, index).
+
+    Raises `InputError` where the harvest lacks one of `only`.
+
+    The draw depends on the seed, the layer and the number of neurons of the layer, and on nothing
+    else: twins draw the same indices, and a smaller sample is part of a larger one.
+    """
+    layers: dict[int, list[SampledNeuron]] = {}
+    for summary in read_summaries(harvest, "fit"):
+        layers.setdefault(summary.neuron.layer, []).append(
+            SampledNeuron(summary.neuron, summary.dead)
+        )
+    if only:
+        by_key = {s.neuron.key: s for of_layer in layers.values() for s in of_layer}
+        for layer, index in only:
+            if (layer, index) not in by_key:
+                raise InputError(
+                    f"--only {layer}:{index}: {harvest} has layers {', '.join(map(str, sorted(layers)))} of"
+                    f" {len(next(iter(layers.values())))} neurons and not this one"
+                )
+        return [by_key[NeuronKey(*key)] for key in only]
+    chosen = []
+    for layer, neurons in sorted(layers.items()):
+        if 0 < per_layer < len(neurons):
+            # the first of a permutation, so that more neurons per layer add to the same ones
+            draw = np.random.default_rng([seed, layer])
+            drawn = np.sort(draw.permutation(len(neurons))[:per_layer])
+            neurons = [neurons[i] for i in drawn]
+        chosen += neurons
+    return chosen
+
+
+def read_selected_records(
+    harvest: Path, split: Split, selected: Sequence[SampledNeuron]
+) -> Iterator[NeuronRecord]:
+    """Yield the records of the selected neurons of one split, by layer and index, one at a time.
+
+    Raises `InputError` where the harvest lacks one of them.
+    """
+    layers: dict[int, list[int]] = {}
+    for s in selected:
+        layers.setdefault(s.neuron.layer, []).append(s.neuron.index)
+    for layer, indices in layers.items():
+        n_read = 0
+        for record in read_records(harvest, split, layers=[layer], indices=indices):
+            n_read += 1
+            yield record
+        if n_read != len(indices):
+            raise InputError(
+                f"{harvest} holds {n_read} of the {len(indices)} explained neurons of layer"
+                f" {layer} in the {split} split: type `cratelm harvest --force` for this model"
+            )
+
+
 def explained_from(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
-    """The excerpts of `record` (of the fit split) that `metric` explains from, in a fixed order."""
+    """Return the excerpts of `record` (of the fit split) that `metric` explains from, in a fixed order."""
     if metric != "anthropic":
         return by_rank(record, "top", TOP_RANKS)
     top = by_rank(record, "top", ANTHROPIC_TOP_RANKS)
@@ -34,10 +97,10 @@ def explained_from(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
 
 
 def contrasting(record: NeuronRecord, metric: Metric, n: int) -> tuple[Excerpt, ...]:
-    """The `n` random excerpts of `record` in which the neuron stays lowest, where it stays below half
-    of its maximum: what an explainer may be shown that does not activate. Cut as `metric` has it.
+    """Return up to `n` random excerpts of `record` that do not activate the neuron, the lowest first.
 
-    Those that `explained_from` shows already are passed over.
+    Its activation stays below half of its maximum in them. They are cut as `metric` has it; excerpts
+    that `explained_from` returns are skipped.
     """
     shown = {e.position for e in explained_from(record, metric)}
     candidates = [
@@ -50,22 +113,22 @@ def contrasting(record: NeuronRecord, metric: Metric, n: int) -> tuple[Excerpt, 
 
 
 def by_rank(record: NeuronRecord, kind: ExcerptKind, ranks: Iterable[int]) -> tuple[Excerpt, ...]:
-    """The excerpts of a kind with these ranks, in the order of `ranks`; ranks that are not there are left out."""
-    found = {e.rank: e for e in record.excerpts if e.kind == kind}
-    return tuple(found[rank] for rank in ranks if rank in found)
+    """Return the excerpts of a kind with these ranks, in the order of `ranks`; missing ranks are skipped."""
+    excerpts = {e.rank: e for e in record.excerpts if e.kind == kind}
+    return tuple(excerpts[rank] for rank in ranks if rank in excerpts)
 
 
 def first_of_bins(
     record: NeuronRecord, per_bin: int, without: Collection[int] = ()
 ) -> tuple[Excerpt, ...]:
-    """The first `per_bin` excerpts of each Anthropic bin, by bin and rank.
+    """Return the first `per_bin` excerpts of each Anthropic bin, by bin and rank.
 
-    Those whose chosen token is at a position in `without` are passed over: "further" excerpts, so
-    that no token is chosen twice.
+    Excerpts whose chosen token is at a position in `without` are skipped, so that no token is chosen
+    twice.
     """
     chosen: dict[int, list[Excerpt]] = {}
     for excerpt in sorted(record.of_kind("anthropic_bin"), key=lambda e: (e.bin, e.rank)):
-        room = len(chosen.setdefault(excerpt.bin, [])) < per_bin
-        if room and excerpt.position not in without:
+        has_room = len(chosen.setdefault(excerpt.bin, [])) < per_bin
+        if has_room and excerpt.position not in without:
             chosen[excerpt.bin].append(excerpt)
     return tuple(excerpt for one_bin in chosen.values() for excerpt in one_bin)

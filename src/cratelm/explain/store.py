@@ -1,9 +1,8 @@
-"""Explanations on disk: open columns, one row per neuron and explainer.
+"""Read and write explanations.
 
-`explanations.parquet`: model, site, layer, index, explainer, text, payload (JSON), documents.
-`neurons.parquet`: model, site, layer, index, dead: every neuron that was to be explained, dead ones too.
-`unexplained.parquet`: model, site, layer, index, evidence, reason: what a language model was asked for
-and did not give.
+`explanations.parquet`   one row per neuron and explainer
+`neurons.parquet`        one row per neuron that was to be explained, dead ones too
+`unexplained.parquet`    what a language model was asked for and did not give
 
 The folder is `explanations/MODEL/` without a language model and `explanations/MODEL@NAME/` with one.
 A language model explains a neuron once for each kind of evidence; `payload` says from which.
@@ -19,26 +18,39 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import Explanation, NeuronId
+from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
 
 _ROWS_A_GROUP = 256
 """rows read for the payload of one neuron: some 1 MB"""
-_NEURON = [
-    ("model", pa.string()),
-    ("site", pa.string()),
-    ("layer", pa.int32()),
-    ("index", pa.int32()),
-]
-_EXPLANATION_SCHEMA = pa.schema(
-    [
-        *_NEURON,
-        ("explainer", pa.string()),
-        ("text", pa.string()),
-        ("payload", pa.string()),
-        ("documents", pa.list_(pa.int64())),
-    ]
+EXPLANATIONS = TableFile(
+    "explanations/MODEL/explanations.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("explainer", pa.string(), "`lookup`, `trie`, or the name of a language model"),
+        Column("text", pa.string(), "for people"),
+        Column("payload", pa.string(), "for the simulator of the same name, JSON"),
+        Column(
+            "documents",
+            pa.list_(pa.int64()),
+            "`ordinal`s of the documents it was made from, all of split `fit`",
+        ),
+    ),
 )
-_UNEXPLAINED_SCHEMA = pa.schema([*_NEURON, ("evidence", pa.string()), ("reason", pa.string())])
-_SELECTED_SCHEMA = pa.schema([*_NEURON, ("dead", pa.bool_())])
+UNEXPLAINED = TableFile(
+    "explanations/MODEL/unexplained.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("evidence", pa.string(), "kind of excerpts that it was shown"),
+        Column("reason", pa.string(), "in words"),
+    ),
+)
+SELECTED = TableFile(
+    "explanations/MODEL/neurons.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("dead", pa.bool_(), "never above 0 on the fit split"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -52,20 +64,15 @@ class SampledNeuron:
 
 @dataclass(frozen=True)
 class ExplanationFailure:
-    """A neuron that a language model gave no explanation of."""
+    """An explanation that a language model was asked for and did not give."""
 
     neuron: NeuronId
     evidence: str
     reason: str
 
 
-def explanation_set_name(model: str, name: str) -> str:
-    """The folder of what a language model (or a pair of them) called `name` says of `model`."""
-    return f"{model}@{name}" if name else model
-
-
-def write_explanations(folder: Path, explanations: Sequence[Explanation]) -> None:
-    """Writes `explanations.parquet` into `folder`, in the order given."""
+def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) -> None:
+    """Write `explanations.parquet` into `folder`, in the order given."""
     rows = [
         {
             **vars(e.neuron),
@@ -76,12 +83,12 @@ def write_explanations(folder: Path, explanations: Sequence[Explanation]) -> Non
         }
         for e in explanations
     ]
-    table = pa.Table.from_pylist(rows, schema=_EXPLANATION_SCHEMA)
-    pq.write_table(table, folder / "explanations.parquet", row_group_size=_ROWS_A_GROUP)
+    table = pa.Table.from_pylist(rows, schema=EXPLANATIONS.schema)
+    pq.write_table(table, Path(folder) / "explanations.parquet", row_group_size=_ROWS_A_GROUP)
 
 
-def read_explanations(folder: Path) -> list[Explanation]:
-    """The explanations in `folder`, in the order written; `InputError` where there are none."""
+def read_explanations(folder: str | Path) -> list[Explanation]:
+    """Return the explanations in `folder`, in the order written; `InputError` where there are none."""
     return [
         Explanation(
             _neuron(row),
@@ -90,32 +97,34 @@ def read_explanations(folder: Path) -> list[Explanation]:
             json.loads(row["payload"]),
             tuple(row["documents"]),
         )
-        for row in _rows(folder / "explanations.parquet")
+        for row in _rows(Path(folder) / "explanations.parquet")
     ]
 
 
-def write_selected(folder: Path, selected: Sequence[SampledNeuron]) -> None:
-    """Writes `neurons.parquet` into `folder`."""
+def write_selected(folder: str | Path, selected: Sequence[SampledNeuron]) -> None:
+    """Write `neurons.parquet` into `folder`."""
     rows = [{**vars(s.neuron), "dead": s.dead} for s in selected]
-    table = pa.Table.from_pylist(rows, schema=_SELECTED_SCHEMA)
-    pq.write_table(table, folder / "neurons.parquet")
+    table = pa.Table.from_pylist(rows, schema=SELECTED.schema)
+    pq.write_table(table, Path(folder) / "neurons.parquet")
 
 
-def read_selected(folder: Path) -> list[SampledNeuron]:
-    """The neurons that were to be explained, dead ones too, by layer and index."""
-    return [SampledNeuron(_neuron(row), row["dead"]) for row in _rows(folder / "neurons.parquet")]
+def read_selected(folder: str | Path) -> list[SampledNeuron]:
+    """Return the neurons that were to be explained, dead ones too, by layer and index."""
+    return [
+        SampledNeuron(_neuron(row), row["dead"]) for row in _rows(Path(folder) / "neurons.parquet")
+    ]
 
 
-def write_unexplained(folder: Path, failures: Sequence[ExplanationFailure]) -> None:
-    """Writes `unexplained.parquet` into `folder`."""
+def write_unexplained(folder: str | Path, failures: Sequence[ExplanationFailure]) -> None:
+    """Write `unexplained.parquet` into `folder`."""
     rows = [{**vars(f.neuron), "evidence": f.evidence, "reason": f.reason} for f in failures]
-    table = pa.Table.from_pylist(rows, schema=_UNEXPLAINED_SCHEMA)
-    pq.write_table(table, folder / "unexplained.parquet")
+    table = pa.Table.from_pylist(rows, schema=UNEXPLAINED.schema)
+    pq.write_table(table, Path(folder) / "unexplained.parquet")
 
 
-def read_unexplained(folder: Path) -> list[ExplanationFailure]:
-    """What a language model did not explain, in the order written; nothing where it was not asked."""
-    path = folder / "unexplained.parquet"
+def read_unexplained(folder: str | Path) -> list[ExplanationFailure]:
+    """Return the explanations that a language model did not give; none where it was not asked."""
+    path = Path(folder) / "unexplained.parquet"
     rows = _rows(path) if path.is_file() else []
     return [ExplanationFailure(_neuron(row), row["evidence"], row["reason"]) for row in rows]
 

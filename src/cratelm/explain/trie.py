@@ -1,20 +1,20 @@
-"""Context trie: what a neuron does after which tokens (Neuron-to-Graph, Foote et al. 2023).
+"""Context trie: a neuron's activation by the last tokens (Neuron-to-Graph, Foote et al. 2023).
 
-A node stands for the last k tokens, the activating token among them; its children for the same with
-one token more before. A node's value is the mean activation where its context was seen, shrunk
+A node stands for the last k tokens, the activating token included; its children for the same with
+one more token before. A node's value is the mean activation where its context occurs, shrunk
 toward its parent's value v by as much as `STRENGTH` tokens would:
 
     v_c = (sum_i w_i a_i + STRENGTH v) / (sum_i w_i + STRENGTH)        over the evidence i with context c
 
 and the root's value is the neuron's mean over the whole fit split. The deepest node that matches
-predicts. So after pruning, a node with children answers only for what none of them matches: its value
-becomes the mean activation over that rest, shrunk toward v_c in the same way.
+predicts. So after pruning, a node with children predicts only where none of them matches: its value
+becomes the mean activation over these tokens, shrunk toward v_c in the same way.
 
 How this differs from Neuron-to-Graph: N2G asks the model, on prompts with tokens removed or
 replaced, which context an activation needs, and adds synonyms from a second model. Here no model is
-asked: a context is kept where it was seen at least `MIN_COUNT` times in the harvested excerpts and
-changes the prediction most, and nothing is added. So it costs milliseconds a neuron, and it can only
-know contexts that the excerpts hold.
+asked: a context is kept where it occurs at least `MIN_COUNT` times in the harvested excerpts and
+changes the prediction most, and nothing is added. So it costs milliseconds per neuron, and it has
+only contexts that the excerpts hold.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ STRENGTH = 0.3
 """tokens of evidence that the parent's value is worth; chosen as in `cratelm.explain.lookup`, with the
 same outcome"""
 MIN_COUNT = 2
-"""times a context must have been seen; a single token is kept from its first time on"""
+"""times a context must occur; a single token needs one"""
 ROOT = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Trie:
-    """What a trie explanation says. K nodes, parents before their children."""
+    """A trie explanation. K nodes, parents before their children."""
 
     default: float
     """raw activation predicted where no node matches"""
@@ -48,6 +48,7 @@ class Trie:
     """[K] tokens of evidence"""
 
     def payload(self) -> dict[str, object]:
+        """Return the trie as the explanation stores it, in JSON values."""
         return {
             "default": self.default,
             "parents": self.parents.tolist(),
@@ -57,7 +58,7 @@ class Trie:
         }
 
     def context(self, node: int) -> list[int]:
-        """The node's token ids in the order of the text; the last is the one that activates."""
+        """Return the node's token ids in the order of the text; the last is the activating one."""
         ids = []
         while node != ROOT:
             ids.append(int(self.tokens[node]))
@@ -68,11 +69,11 @@ class Trie:
 def context_trie(
     evidence: Evidence, mean: float, max_nodes: int, *, depth: int, strength: float = STRENGTH
 ) -> Trie:
-    """The trie over `evidence`, contexts of up to `depth` tokens, pruned to at most `max_nodes` nodes.
+    """Return the trie over `evidence`, contexts of up to `depth` tokens, pruned to `max_nodes` nodes.
 
-    A node's gain is how much squared error it takes away beyond its parent, (sum of weights)
-    (v_c - v)^2, and it is ranked by the best gain in its subtree: so what is kept is what changes
-    the prediction most, with the way to it.
+    A node's gain is the squared error that it removes beyond its parent, (sum of weights)
+    (v_c - v)^2. Nodes are ranked by the best gain in their subtree, so that the nodes that change the
+    prediction most are kept together with their ancestors.
     """
     full = _grow(evidence, mean, depth, strength)
     best = full.gains.copy()
@@ -80,27 +81,29 @@ def context_trie(
         parent = full.parents[node]
         if parent != ROOT and best[node] > best[parent]:
             best[parent] = best[node]
-    # Ties go to the smaller index, and a parent comes before its children: none loses its way.
+    # Ties go to the smaller index, and a parent comes before its children and has at least their best
+    # gain: no kept node loses an ancestor.
     kept = np.sort(np.argsort(-best, kind="stable")[:max_nodes])
     kept = kept[best[kept] > 0]
-    place = np.full(len(best) + 1, ROOT)
-    place[kept] = np.arange(len(kept))
-    parents = np.where(full.parents[kept] == ROOT, ROOT, place[full.parents[kept]])
-    values = _of_the_rest(full, kept, parents, strength)
+    # Renumber parents by their index among the kept. `ROOT` is -1: the extra last entry answers for it.
+    renumbered = np.full(len(best) + 1, ROOT)
+    renumbered[kept] = np.arange(len(kept))
+    parents = np.where(full.parents[kept] == ROOT, ROOT, renumbered[full.parents[kept]])
+    values = _values_after_pruning(full, kept, parents, strength)
     return Trie(mean, parents, full.tokens[kept], values, full.counts[kept])
 
 
-def _of_the_rest(
+def _values_after_pruning(
     full: "_Grown", kept: NDArray, parents: NDArray, strength: float
 ) -> NDArray[np.float64]:
-    """[K] values of the kept nodes, for the evidence that none of their kept children covers."""
+    """Return values [K] of the kept nodes, for the evidence that none of their kept children covers."""
     values, weights, totals = (f[kept] for f in (full.values, full.weights, full.totals))
     inner = np.flatnonzero(parents != ROOT)
-    rest_weights, rest_totals = weights.copy(), totals.copy()
-    np.subtract.at(rest_weights, parents[inner], weights[inner])
-    np.subtract.at(rest_totals, parents[inner], totals[inner])
-    rest = (rest_totals + strength * values) / (rest_weights + strength)
-    return np.where(np.isin(np.arange(len(kept)), parents), rest, values)
+    left_weights, left_totals = weights.copy(), totals.copy()
+    np.subtract.at(left_weights, parents[inner], weights[inner])
+    np.subtract.at(left_totals, parents[inner], totals[inner])
+    left = (left_totals + strength * values) / (left_weights + strength)
+    return np.where(np.isin(np.arange(len(kept)), parents), left, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +122,7 @@ class _Grown:
 
 
 def _grow(evidence: Evidence, mean: float, depth: int, strength: float) -> _Grown:
-    """All nodes seen often enough, level by level."""
+    """Return all nodes that occur often enough, level by level."""
     levels: list[_Grown] = []
     rows = np.arange(len(evidence.contexts))  # evidence still in a node of the last level
     node = np.full(len(rows), ROOT)  # that node, numbered over all levels
@@ -145,9 +148,10 @@ def _level(
     back: int,
     strength: float,
 ) -> tuple[_Grown, NDArray[np.int64]]:
-    """The nodes one level down, and for each of `rows` which of them it is in, -1 for none."""
+    """Return the nodes one level down, and for each of `rows` which of them it is in, -1 for none."""
     tokens = evidence.contexts[rows, back]
-    # One number for (parent, token): tokens are below 2^32, nodes below 2^31.
+    # One number per (parent, token), so that one `unique` groups the rows of all parents at once; node
+    # and token are shifted by 1 since both can be -1. Tokens are below 2^32, nodes below 2^31: no overflow.
     key = (node + 1) * (int(evidence.contexts.max(initial=0)) + 2) + (tokens + 1)
     _, first, which, counts = np.unique(
         key, return_index=True, return_inverse=True, return_counts=True

@@ -250,10 +250,15 @@ def _check_layers(n_layer: int, weights: Mapping[str, torch.Tensor], path: Path)
     found = {int(m[1]) for k in weights if (m := re.match(r"transformer\.h\.(\d{1,6})\.", k))}
     if found != set(range(len(found))) or len(found) != n_layer:
         told = ", ".join(map(str, sorted(found)[:8]))
-        raise InputError(
+        message = (
             f"{path}: model_args has n_layer {n_layer}, the keys transformer.h.N are of layers"
             f" {told or 'none'}"
         )
+        inner = next((k for k in weights if "transformer.h." in k and not found), "")
+        prefix = inner.partition("transformer.h.")[0]
+        if prefix:
+            message += f": keys begin with {prefix!r}, save the weights without this prefix"
+        raise InputError(message)
 
 
 def _told_of(path: Path, make: Callable[[], Any]) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from cratelm.errors import InputError
-from cratelm.interop.export_model_config import ExportModelConfig
-from cratelm.interop.model_card import PAPER, architecture, code_block, usage, write_card
-from cratelm.interop.model_folder import PROVENANCE, check_out, new_folder, save_model
+from cratelm.interop.config import ExportModelConfig
+from cratelm.interop.model_card import PAPER, code_block, write_card
+from cratelm.interop.model_folder import architecture, save_model, usage
+from cratelm.interop.out_folder import PROVENANCE, check_out, out_folder
 from cratelm.models.crate import CrateForCausalLM
 from cratelm.models.sizes import count_parameters, load
 from cratelm.runs import Completion, Run, hash_file
@@ -73,7 +74,7 @@ def export_model(config: ExportModelConfig) -> ExportModelResult:
     model = load(origin.folder)
     if config.dtype is not None:
         model.to(_DTYPES[config.dtype])  # pyright: ignore[reportCallIssue, reportArgumentType]
-    with new_folder(config.out, _provenance(origin)) as folder:
+    with out_folder(config.out, _provenance(origin)) as folder:
         save_model(model, folder)
         for name in _TOKENIZER:
             if (origin.folder / name).is_file():
@@ -94,15 +95,12 @@ def _origin(config: ExportModelConfig) -> _Origin:
         if not (config.path / "config.json").is_file():
             raise InputError(f"--path {config.path} holds no config.json: name a model folder")
         told = config.path / PROVENANCE
-        before = json.loads(told.read_text()) if told.is_file() else {}
+        before = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
         return _Origin(config.path, config.path.resolve().name, None, None, before)
     run = Run(config.run)
     stage = run.stage("model", config.model)
     trained = stage.require("train")
-    tokens = run.stage("tokens").completion()
-    if tokens is not None and tokens.identity != trained.inputs.get("tokens"):
-        tokens = None  # tokenized anew since: not what this model saw
-    return _Origin(stage.path, config.model, trained, tokens)
+    return _Origin(stage.path, config.model, trained, run.stage("tokens").completion())
 
 
 def _kept_apart(config: ExportModelConfig, origin: _Origin) -> tuple[Path, ...]:

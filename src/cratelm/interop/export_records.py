@@ -29,16 +29,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cratelm.activations.store import read_records
-from cratelm.interop.export_config import ExportRecordsConfig
-from cratelm.interop.export_folder import chosen_neurons, export_folder, harvest_of
+from cratelm.interop.config import ExportRecordsConfig
+from cratelm.interop.harvested_neurons import both_splits, chosen_neurons, harvest_of
 from cratelm.interop.openai_records import (
     SOURCE,
     ActivationRecord,
     OpenAIRecord,
     encode_record,
     read_source,
+    shortest_float,
 )
+from cratelm.interop.out_folder import EXPORT_MARK, check_out, out_folder
 from cratelm.records import Excerpt, ExcerptKind, NeuronRecord, NeuronSummary
 from cratelm.runs import Run
 from cratelm.tokens.shards import TokenStore
@@ -64,21 +65,22 @@ def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
     run = Run(config.run)
     stage, identities = harvest_of(run, config.model)
     chosen = chosen_neurons(stage.path, config.layers, config.only)
-    told = {"format": "OpenAI NeuronRecord", "model": config.model, **identities}
-    places = {(s.neuron.layer, s.neuron.index) for s in chain.from_iterable(chosen.values())}
+    check_out(config.out, force=config.force, mark=EXPORT_MARK)
+    content = {"format": "OpenAI NeuronRecord", "model": config.model, **identities}
+    keys = {s.neuron.key for s in chain.from_iterable(chosen.values())}
     n_left_out = 0
     with (
-        export_folder(config.out, told, force=config.force) as folder,
-        tqdm(total=len(places), desc="export", unit="neuron", disable=config.quiet) as bar,
+        out_folder(config.out, content, mark=EXPORT_MARK) as folder,
+        tqdm(total=len(keys), desc="export", unit="neuron", disable=config.quiet) as bar,
     ):
         for record, left_out in _records(run, stage.path, chosen):
-            if (record.layer, record.index) in places:
+            if (record.layer, record.index) in keys:
                 path = folder / str(record.layer) / f"{record.index}.json"
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(encode_record(record))
                 n_left_out += left_out
                 bar.update()
-    return ExportRecordsResult(config.out, len(places), n_left_out)
+    return ExportRecordsResult(config.out, len(keys), n_left_out)
 
 
 def _records(
@@ -91,18 +93,6 @@ def _records(
     store = TokenStore(run.stage("tokens").path)
     for fit, held_out in both_splits(harvest, chosen):
         yield openai_record(fit, held_out, store)
-
-
-def both_splits(
-    harvest: Path, chosen: dict[int, list[NeuronSummary]]
-) -> Iterator[tuple[NeuronRecord, NeuronRecord]]:
-    """The chosen neurons as harvested from `fit` and from `held_out`."""
-    for layer, summaries in chosen.items():
-        indices = [s.neuron.index for s in summaries]
-        splits = [read_records(harvest, s, [layer], indices) for s in ("fit", "held_out")]
-        for fit, held_out in zip(*splits, strict=True):
-            assert fit.neuron == held_out.neuron
-            yield fit, held_out
 
 
 def openai_record(
@@ -122,7 +112,7 @@ def openai_record(
         top=written["top", -1],
         random=written["random", -1],
         by_quantile=tuple(written["openai_bin", bin_] for bin_ in range(_QUANTILES)),
-        boundaries=tuple(_finite(_shortest(edge)) for edge in edges),
+        boundaries=tuple(_finite(shortest_float(edge)) for edge in edges),
         **pooled_moments([fit.summary, held_out.summary]),
     )
     return record, n_there - sum(map(len, lists.values()))
@@ -169,12 +159,7 @@ def _turns(fit: Sequence[Excerpt], held_out: Sequence[Excerpt]) -> list[Excerpt]
 
 def _activations(excerpt: Excerpt, store: TokenStore) -> ActivationRecord:
     tokens = store.decode_tokens(excerpt.token_ids)
-    return ActivationRecord(tuple(tokens), tuple(map(_shortest, excerpt.activations)))
-
-
-def _shortest(value: np.float32) -> float:
-    """The double with the fewest digits that is this float32."""
-    return float(str(value))
+    return ActivationRecord(tuple(tokens), tuple(map(shortest_float, excerpt.activations)))
 
 
 def _finite(value: float) -> float | None:

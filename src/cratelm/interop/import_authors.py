@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from cratelm.errors import InputError
 from cratelm.interop.authors_checkpoint import AuthorsCheckpoint, read_authors_checkpoint
-from cratelm.interop.import_authors_config import ImportAuthorsConfig
-from cratelm.interop.model_card import PAPER, architecture, code_block, items, usage, write_card
-from cratelm.interop.model_folder import check_out, new_folder, save_model
+from cratelm.interop.config import ImportAuthorsConfig
+from cratelm.interop.model_card import PAPER, code_block, items, write_card
+from cratelm.interop.model_folder import architecture, save_model, usage
+from cratelm.interop.out_folder import check_out, out_folder
 from cratelm.interop.source_file import Source, locate
 from cratelm.models.crate import CrateForCausalLM
 from cratelm.models.sizes import count_parameters
@@ -53,7 +54,7 @@ def import_authors(config: ImportAuthorsConfig) -> ImportAuthorsResult:
     end = _set_end(read.model, tokenizer)
     result = _result(config.out, read, tokenizer, hash_file(source.path))
     provenance = _provenance(source, read, result)
-    with new_folder(config.out, provenance) as folder:
+    with out_folder(config.out, provenance) as folder:
         save_model(read.model, folder)
         if end is not None:
             end.save_pretrained(folder)

@@ -31,20 +31,20 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cratelm.activations.store import (
-    EXCERPT_SCHEMA,
-    NEURONS_A_GROUP,
-    SUMMARY_SCHEMA,
+    EXCERPTS,
+    NEURONS_PER_GROUP,
+    SUMMARIES,
     excerpts_path,
     summaries_path,
     write_records,
 )
 from cratelm.errors import InputError
-from cratelm.interop.import_records_config import ImportRecordsConfig
+from cratelm.interop.config import ImportRecordsConfig
 from cratelm.interop.imported_neuron import Counts, check, neuron_records
 from cratelm.interop.imported_texts import USED, Texts, listed_records, splits_of
 from cratelm.interop.openai_records import read_record, source_writer
 from cratelm.records import SPLITS
-from cratelm.runs import Draft, Run, Stage, hash_file, hash_json
+from cratelm.runs import Completion, Draft, Inputs, Run, Stage, hash_file, hash_json
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
     """
     run = Run(config.run)
     paths = _find(config.files)
-    inputs = {"files": hash_json([hash_file(path) for path in paths])}
+    inputs: dict[str, Completion | str] = {"files": hash_json([hash_file(path) for path in paths])}
     tokens, harvest = run.stage("tokens"), run.stage("activations", config.model)
     corpus = {"corpus": "activation records", "tokenizer": "token strings of the records"}
     settings = {
@@ -86,12 +86,12 @@ def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
         "site": config.site,
     }
     if tokens.is_finished(corpus, inputs, force=config.force):
-        done = {**inputs, "tokens": tokens.require("import records").identity}
+        done = {**inputs, "tokens": tokens.require("import records")}
         if harvest.is_finished(settings, done, force=config.force):
             return ImportRecordsResult(harvest.path, **harvest.require("import records").results)
     texts, order = _survey(paths, config)
     _write_tokens(tokens, corpus, inputs, texts, order)
-    inputs["tokens"] = tokens.require("import records").identity
+    inputs["tokens"] = tokens.require("import records")
     with harvest.write(settings, inputs) as draft:
         counts = _write_activations(draft, config, texts, order)
         draft.results = {
@@ -146,7 +146,7 @@ def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[Texts, 
 
 
 def _write_tokens(
-    stage: Stage, corpus: dict[str, str], inputs: dict[str, str], texts: Texts, order: list[Path]
+    stage: Stage, corpus: dict[str, str], inputs: Inputs, texts: Texts, order: list[Path]
 ) -> None:
     with stage.write(corpus, inputs) as draft:
         writer = texts.writer(draft.path)
@@ -170,7 +170,7 @@ def _write_activations(
         keep = stack.enter_context(source_writer(draft.path))
         group = Path(stack.enter_context(TemporaryDirectory(dir=draft.path, prefix=".group")))
         tables = _open_tables(draft.path, stack)
-        while some := list(islice(records, NEURONS_A_GROUP)):
+        while some := list(islice(records, NEURONS_PER_GROUP)):
             made = [neuron_records(r, config.model, config.site, texts, counts) for r in some]
             for split in USED:
                 # written as the harvest's tables are, then added to them as one row group
@@ -188,8 +188,8 @@ def _open_tables(folder: Path, stack: ExitStack) -> dict[Path, pq.ParquetWriter]
     opened = {}
     for split in USED:
         for path, schema in (
-            (summaries_path(folder, split), SUMMARY_SCHEMA),
-            (excerpts_path(folder, split), EXCERPT_SCHEMA),
+            (summaries_path(folder, split), SUMMARIES.schema),
+            (excerpts_path(folder, split), EXCERPTS.schema),
         ):
             opened[path] = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))
     return opened

@@ -14,9 +14,9 @@ import torch
 
 from cratelm.errors import InputError
 from cratelm.interop.authors_checkpoint import check_tensor, read_torch_file
-from cratelm.interop.import_sae_config import ImportSaeConfig
+from cratelm.interop.config import ImportSaeConfig
 from cratelm.interop.model_card import PAPER, code_block, write_card
-from cratelm.interop.model_folder import check_out, new_folder
+from cratelm.interop.out_folder import check_out, out_folder
 from cratelm.interop.source_file import Source, locate
 from cratelm.runs import hash_file
 from cratelm.sae.sae import DTYPES, Sae, SaeConfig, read_json
@@ -69,7 +69,7 @@ def import_sae(config: ImportSaeConfig) -> ImportSaeResult:
         **place,
     )
     sae = Sae.of(made, weights, source.path)
-    with new_folder(config.out, {"written_by": "cratelm import sae", **origin}) as folder:
+    with out_folder(config.out, {"written_by": "cratelm import sae", **origin}) as folder:
         sae.save(folder)
         _write_card(folder, source, made)
     return ImportSaeResult(

@@ -14,10 +14,18 @@ from numpy.typing import NDArray
 from cratelm.errors import InputError
 from cratelm.interop.imported_texts import USED, Listed, Texts, Used, listed_records
 from cratelm.interop.openai_records import OpenAIRecord
-from cratelm.records import Excerpt, FloatArray, NeuronId, NeuronRecord, NeuronSummary
+from cratelm.records import (
+    ANTHROPIC_BINS,
+    HISTOGRAM_BINS,
+    OPENAI_QUANTILES,
+    Excerpt,
+    FloatArray,
+    NeuronId,
+    NeuronRecord,
+    NeuronSummary,
+)
 
-_HISTOGRAM_BINS = 64
-_OPENAI_EDGES, _ANTHROPIC_EDGES = 6, 13
+_OPENAI_EDGES, _ANTHROPIC_EDGES = len(OPENAI_QUANTILES), ANTHROPIC_BINS + 1
 _LONGEST = np.iinfo(np.int16).max
 """tokens of an activation record: the offset of its peak is kept in 16 bits"""
 _MOST_RECORDS = 2**14
@@ -114,7 +122,7 @@ def _summary(
     """Moments from the file where it has them, the rest from `sample` [m]."""
     low = min(0.0, float(sample.min()))
     high = max(maximum, low + 1) if maximum <= low else maximum
-    counted, _ = np.histogram(sample.clip(low, high), _HISTOGRAM_BINS, (low, high))
+    counted, _ = np.histogram(sample.clip(low, high), HISTOGRAM_BINS, (low, high))
     centred = sample - sample.mean()
     variance = float(np.mean(centred**2))
     spread = math.sqrt(variance) or math.nan

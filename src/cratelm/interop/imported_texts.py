@@ -17,7 +17,7 @@ from cratelm.corpus.documents import Document
 from cratelm.interop.openai_records import ActivationRecord, OpenAIRecord
 from cratelm.records import ExcerptKind
 from cratelm.tokens.shards import StoreWriter
-from cratelm.tokens.tokenizer import END_OF_TEXT, end_of_text_id
+from cratelm.tokens.tokenizer import END_OF_TEXT, byte_level_name, end_of_text_id
 
 Used = Literal["fit", "held_out"]
 USED: tuple[Used, ...] = ("fit", "held_out")
@@ -125,10 +125,7 @@ def storable(token: str) -> str:
 
 def _tokenizer(vocabulary: Iterable[str]) -> Tokenizer:
     """Whole strings as tokens, in the byte-level alphabet: so each string is shown again as it is."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    character = bytes_to_unicode()
-    names = ("".join(character[b] for b in token.encode()) for token in vocabulary)
+    names = map(byte_level_name, vocabulary)
     return Tokenizer(WordLevel({name: number for number, name in enumerate(names)}))
 
 

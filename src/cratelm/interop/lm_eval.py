@@ -9,15 +9,13 @@ by `cratelm export model` needs no more than plain `lm_eval` and trust_remote_co
 import importlib.util
 import sys
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 
 
 def main() -> None:
     """Runs lm-eval's own command line. Raises `InputError` where it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError(
-            'the package `lm_eval` is not installed: type pip install "cratelm[lm-eval]"'
-        )
+        raise missing_extra("lm-eval", "this command", "lm-eval")
     from lm_eval.__main__ import cli_evaluate
 
     import cratelm.models  # noqa: F401 (registers CRATE with the Auto classes)

@@ -1,65 +1,18 @@
-"""Folders that imports and exports write: whole or not at all, and nothing of others is replaced."""
+"""What a model's folder holds for transformers: weights, CRATE's code, and how its card describes it."""
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cratelm.errors import InputError
-from cratelm.runs import versions, write_json
+from cratelm.models.crate import CrateConfig
+from cratelm.runs import versions
 
-PROVENANCE = "cratelm.json"
-"""where a folder comes from; `--force` replaces no folder without it"""
 CODE = "modeling_crate.py"
 """`crate.py` under the name that a model folder carries it"""
 
 
-def check_out(out: Path, sources: tuple[Path, ...], *, force: bool) -> None:
-    """Raises `InputError` where `out` cannot be written: before the work, not after it.
-
-    `out` must not hold one of `sources`, which replacing it would remove, nor lie in one.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file, a folder was expected: name another")
-    for source in sources:
-        if source.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"--out {out} holds {source}, which is read: name another folder")
-        if out.resolve().is_relative_to(source.resolve()):
-            raise InputError(f"--out {out} lies in {source}, which is read: name another folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / PROVENANCE).is_file():
-            raise InputError(
-                f"--out {out} is not empty and was not written by an import or export:"
-                " name another folder"
-            )
-        if not force:
-            raise InputError(
-                f"--out {out} was written before: add --force to replace it, or name another folder"
-            )
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, provenance: Mapping[str, Any]) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `out`, with `provenance`, where no error is raised."""
-    out = out.absolute()  # so that the name of `.` is known
-    work, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        write_json(work / PROVENANCE, {**provenance, "versions": versions()})
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def save_model(model: Any, folder: Path) -> None:
-    """`save_pretrained`, and for CRATE its code, by which transformers loads it without cratelm."""
+    """Write the model, and for CRATE its code, with which transformers loads it without cratelm."""
     from transformers import logging as transformers_logging
 
     from cratelm.models import crate
@@ -81,3 +34,49 @@ def save_model(model: Any, folder: Path) -> None:
             transformers_logging.enable_progress_bar()
     if carries_code:
         shutil.copyfile(crate.__file__, folder / CODE)
+
+
+def architecture(config: Any) -> str:
+    """Return what a model is, in words."""
+    if isinstance(config, CrateConfig):
+        return (
+            f"CRATE, {config.num_hidden_layers} layers, width {config.hidden_size},"
+            f" {config.num_attention_heads} heads, {config.num_neurons:,} neurons a layer,"
+            f" {config.ista_steps} steps of sparse coding (step {config.step_size}, threshold"
+            f" {config.threshold})"
+        )
+    if config.model_type == "gpt2":
+        biases = "no biases" if getattr(config, "zero_biases", False) else "with biases"
+        return (
+            f"GPT-2, {config.n_layer} layers, width {config.n_embd}, {config.n_head} heads,"
+            f" {config.n_inner or 4 * config.n_embd:,} neurons a layer,"
+            f" {config.activation_function} in the MLP, {biases}"
+        )
+    return config.model_type
+
+
+def usage(config: Any, *, tokenizer: bool) -> str:
+    """Return a section of a card: how transformers loads the folder."""
+    trust = ", trust_remote_code=True" if isinstance(config, CrateConfig) else ""
+    names = "AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"
+    lines = [
+        f"from transformers import {names}",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER OR HUB ID"{trust})',
+    ]
+    if tokenizer:
+        lines += [
+            f'tokenizer = AutoTokenizer.from_pretrained("FOLDER OR HUB ID"{trust})',
+            'ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]',
+            "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))",
+        ]
+    code = "\n".join(lines)
+    needs = f"Written with transformers {versions()['transformers']}."
+    if not trust:
+        return f"```python\n{code}\n```\n\n{needs} The class is transformers' own."
+    return (
+        f"```python\n{code}\n```\n\n{needs} The model's code is `modeling_crate.py` in this folder,"
+        " which imports torch and transformers alone; `trust_remote_code=True` runs it (the tokenizer"
+        " needs the option too, because its loader reads config.json first). With cratelm installed,"
+        ' `cratelm.load("FOLDER")` runs cratelm\'s own instead.'
+    )

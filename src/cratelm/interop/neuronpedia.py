@@ -39,9 +39,8 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
-from cratelm.interop.export_config import ExportNeuronpediaConfig
-from cratelm.interop.export_folder import chosen_neurons, export_folder, harvest_of
-from cratelm.interop.export_records import both_splits
+from cratelm.interop.config import ExportNeuronpediaConfig
+from cratelm.interop.harvested_neurons import both_splits, chosen_neurons, harvest_of
 from cratelm.interop.neuronpedia_rows import (
     METRIC_TEXTS,
     PREFIX,
@@ -57,11 +56,12 @@ from cratelm.interop.neuronpedia_rows import (
     type_row,
 )
 from cratelm.interop.openai_records import SOURCE
+from cratelm.interop.out_folder import EXPORT_MARK, check_out, out_folder
 from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
-from cratelm.results.side_results import read_logit_effect
 from cratelm.runs import Run
-from cratelm.score.simulation import COMPAT
+from cratelm.runs.names import split_set
 from cratelm.score.store import read_scores
+from cratelm.steer.store import effects_stage, read_logit_effect
 from cratelm.tokens.shards import TokenStore
 
 BATCH = 1024
@@ -83,7 +83,8 @@ class ExportNeuronpediaResult:
     explanations: int
     scores: int
     without_value: int
-    """scores that are undefined, dead or failed: left out"""
+    """scores of these neurons that are left out: undefined, dead or failed, or of no explanation (a
+    failed explanation's intruder test)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +101,7 @@ class ExplanationSet:
         """Those of its explainer and, where it was made for some metrics, of these."""
         evidence = explanation.payload.get("evidence")
         for scorer, score in self.scores.get(explanation.neuron, ()):
-            same = score.explainer.removesuffix(COMPAT) == explanation.explainer
-            if same and (
+            if score.explained_by == explanation.explainer and (
                 evidence is None or (evidence == "anthropic") == (score.metric == "anthropic")
             ):
                 yield scorer or explanation.explainer, score
@@ -117,10 +117,11 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
     stage, identities = harvest_of(run, config.model)
     chosen = chosen_neurons(stage.path, config.layers, config.only)
     names = _names(config, next(iter(chosen.values()))[0].neuron)
-    sets = explanation_sets(run, config.model, identities["activations"])
-    told = {"format": "Neuronpedia export", "model": config.model, **identities}
+    sets = explanation_sets(run, config.model)
+    check_out(config.out, force=config.force, mark=EXPORT_MARK)
+    content = {"format": "Neuronpedia export", "model": config.model, **identities}
     counts: dict[str, int] = dict.fromkeys((*_FOLDERS, "without_value"), 0)
-    with export_folder(config.out, told, force=config.force) as folder:
+    with out_folder(config.out, content, mark=EXPORT_MARK) as folder:
         _write_config(folder / "config", names, sets)
         store = TokenStore(run.stage("tokens").path)
         imported = (stage.path / SOURCE).is_file()
@@ -151,31 +152,26 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
 
 def _effects(run: Run, model: str, harvest: str) -> Path | None:
     """The folder of `cratelm effects`, where it is of this harvest."""
-    done = run.stage("steer", model).completion()
+    stage = effects_stage(run, model)
+    done = stage.completion()
     if done is None or done.inputs.get("activations") != harvest:
         return None
-    return run.stage("steer", model).path
+    return stage.path
 
 
-def explanation_sets(run: Run, model: str, harvest: str) -> list[ExplanationSet]:
+def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
     """All finished explanations of a model, each with the scores that were made of it.
 
-    Raises `InputError` where they are of another harvest than the one of the identity `harvest`, or
-    scores of other explanations.
+    Raises `InputError` where explanations or scores are stale, or the scores' explanations are gone.
     """
     sets, by_identity = [], {}
     for name in _of_model(run, "explanations", model):
         stage = run.stage("explanations", name)
         made = stage.require("explain")
-        if made.inputs.get("activations") != harvest:
-            raise InputError(
-                f"{stage.path} explains a harvest that has changed since: type `cratelm explain"
-                f" --force --run {run.path} --model {model}` with the options of its completed.json"
-            )
         found: dict[NeuronId, list[Explanation]] = {}
         for explanation in read_explanations(stage.path):
             found.setdefault(explanation.neuron, []).append(explanation)
-        sets.append(ExplanationSet(name.removeprefix(model).removeprefix("@"), found))
+        sets.append(ExplanationSet(split_set(name)[1], found))
         by_identity[made.identity] = sets[-1]
     for name in _of_model(run, "scores", model):
         stage = run.stage("scores", name)
@@ -183,8 +179,8 @@ def explanation_sets(run: Run, model: str, harvest: str) -> list[ExplanationSet]
         of_set = by_identity.get(done.inputs["explanations"])
         if of_set is None:
             raise InputError(
-                f"{stage.path} scores explanations that have changed since: type `cratelm score"
-                f" --force --run {run.path} --model {model}` with the options of its completed.json"
+                f"{stage.path} scores explanations that are not in {run.path} any more: type"
+                f" `{stage.command()}` after `cratelm explain`, or delete the folder"
             )
         scorer = _reader(str(done.config.get("simulator") or ""))
         for score in read_scores(stage.path):
@@ -199,7 +195,7 @@ def _reader(given: str) -> str:
 
 
 def _of_model(run: Run, stage: Any, model: str) -> list[str]:
-    return [n for n in run.models(stage) if n == model or n.startswith(f"{model}@")]
+    return [n for n in run.models(stage) if split_set(n)[0] == model]
 
 
 def _names(config: ExportNeuronpediaConfig, neuron: NeuronId) -> Names:
@@ -271,19 +267,15 @@ class _Writer:
                         row["binContains"] = None
                     yield "activations", row
         for of_set in self.sets:
+            n_written = 0
             for explanation in of_set.explanations.get(fit.neuron, ()):
                 row = explanation_row(self.names, explanation, of_set.name)
                 yield "explanations", row
-                yield from self.scores(of_set, explanation, row)
-
-    def scores(
-        self, of_set: ExplanationSet, explanation: Explanation, row: Row
-    ) -> Iterator[tuple[str, Row]]:
-        for scorer, score in of_set.scores_of(explanation):
-            if score.score.value is None:
-                self.counts["without_value"] += 1
-            else:
-                yield "explanation-scores", score_row(self.names, row, scorer, score)
+                for scorer, score in of_set.scores_of(explanation):
+                    if score.score.value is not None:
+                        yield "explanation-scores", score_row(self.names, row, scorer, score)
+                        n_written += 1
+            self.counts["without_value"] += len(of_set.scores.get(fit.neuron, ())) - n_written
 
 
 def _write_config(folder: Path, names: Names, sets: list[ExplanationSet]) -> None:

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from cratelm.activations.calibration import OPENAI_QUANTILES
+from cratelm.interop.openai_records import shortest_float
 from cratelm.records import Excerpt, Explanation, FloatArray, Metric, NeuronScore, NeuronSummary
-from cratelm.results.side_results import LogitEffect
+from cratelm.steer.store import LogitEffect
 
 Row = dict[str, Any]
 PREFIX = "cratelm_"
@@ -151,7 +151,7 @@ def activation_row(
     names: Names, summary: NeuronSummary, excerpt: Excerpt, split: str, tokens: list[str]
 ) -> Row:
     """An excerpt with the `tokens` [n] as shown."""
-    neuron, values = summary.neuron, [_shortest(a) for a in excerpt.activations]
+    neuron, values = summary.neuron, [shortest_float(a) for a in excerpt.activations]
     highest = int(np.argmax(values))
     place = names.place(neuron.layer, neuron.index)
     return {
@@ -266,11 +266,4 @@ def _bin(summary: NeuronSummary, excerpt: Excerpt) -> Row:
     low, high = edges[excerpt.bin], edges[excerpt.bin + 1]
     begin = OPENAI_QUANTILES[int(np.flatnonzero(edges == low)[0])]
     share = round(OPENAI_QUANTILES[excerpt.bin + 1] - begin, 6)
-    return {"binMin": _shortest(low), "binMax": _shortest(high), "binContains": share}
-
-
-def _shortest(value: np.float32) -> float:
-    """The double with the fewest digits that is this float32."""
-    found = float(str(value))
-    assert math.isfinite(found), "harvested activations are finite"
-    return found
+    return {"binMin": shortest_float(low), "binMax": shortest_float(high), "binContains": share}

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cratelm.errors import InputError
 
 SOURCE = "records.jsonl.gz"
@@ -118,10 +120,10 @@ class OpenAIRecord:
         return {name: known[name] for name in self.order}
 
 
-def read_record(path: Path) -> OpenAIRecord:
+def read_record(path: str | Path) -> OpenAIRecord:
     """The record in a file. Raises `InputError`, naming the place, where it holds something else."""
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     return parse_record(data, str(path))
@@ -147,10 +149,15 @@ def encode_record(record: OpenAIRecord) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def shortest_float(value: np.float32) -> float:
+    """Return the number with the fewest digits that is this float32: 0.1, not 0.10000000149."""
+    return float(str(value))
+
+
 @contextlib.contextmanager
-def source_writer(folder: Path) -> Iterator[Callable[[OpenAIRecord], None]]:
+def source_writer(folder: str | Path) -> Iterator[Callable[[OpenAIRecord], None]]:
     """Keeps imported records beside the tables that are made of them; yields what takes one."""
-    with (folder / SOURCE).open("wb") as file, gzip.GzipFile("", "wb", 6, file, 0) as packed:
+    with (Path(folder) / SOURCE).open("wb") as file, gzip.GzipFile("", "wb", 6, file, 0) as packed:
 
         def keep(record: OpenAIRecord) -> None:
             packed.write(encode_record(record) + b"\n")
@@ -158,9 +165,9 @@ def source_writer(folder: Path) -> Iterator[Callable[[OpenAIRecord], None]]:
         yield keep
 
 
-def read_source(folder: Path) -> Iterator[OpenAIRecord]:
+def read_source(folder: str | Path) -> Iterator[OpenAIRecord]:
     """The records that a folder of imported activations was made of, by layer and index."""
-    path = folder / SOURCE
+    path = Path(folder) / SOURCE
     with gzip.open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             yield parse_record(line, f"{path}, line {number}")

@@ -97,11 +97,11 @@ def _fetched(repository: str, revision: str | None, file: str) -> Source:
         path = Path(hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # likewise
         raise _unreached(f"{repository}/{file}", revision, error) from None
-    return Source(path, f"hub:{repository}/{file}", _commit(path))
+    return Source(path, f"hub:{repository}/{file}", commit_of(path))
 
 
-def _commit(path: Path) -> str:
-    """The Hub's cache keeps a file as `.../snapshots/COMMIT/FILE`."""
+def commit_of(path: Path) -> str:
+    """The commit that a file in the Hub's cache is of: it lies in `.../snapshots/COMMIT/`."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1]
 

@@ -1,1 +1,1 @@
-"""Language models that explain, simulate and judge: requests, ledger, budget, backends."""
+"""Language models that explain, simulate and judge: requests, ledger, budget, backends, prompts."""

@@ -1,8 +1,9 @@
-"""Asking a language model through the ledger, within a budget.
+"""Ask a language model through the ledger, within a budget.
 
-`Client.ask` answers from the ledger what is known there and sends the rest to the backend, in
-portions that the budget allows; what comes back is committed before it is returned. When the budget
-is used up it raises `BudgetReached`, with nothing lost: the same command goes on from the ledger.
+`Client.ask` takes from the ledger what was answered before and sends the other requests to the
+backend, in portions that the budget allows; outcomes are committed before they are returned. When the
+budget is used up it raises `BudgetReached`, with nothing lost: the same command with a higher limit
+resumes from the ledger. A budget is that of a run: everything that its ledger says was spent counts.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from cratelm.errors import BudgetReached, InputError
 from cratelm.llm.config import Budget
-from cratelm.llm.ledger import Ledger, rounded
+from cratelm.llm.ledger import Bill, Ledger, rounded
 from cratelm.llm.requests import (
     Answer,
     Backend,
@@ -24,25 +25,27 @@ from cratelm.llm.requests import (
     Outcome,
     Request,
     key,
+    kind_of,
 )
 
 
 @dataclass
 class Tally:
-    """What a command asked for and got, by now."""
+    """What a command has asked for and received so far."""
 
     known: int = 0
     """requests answered from the ledger"""
     calls: int = 0
     """requests sent"""
     prompt_tokens: int = 0
-    """of the requests sent, as a server counts them: the whole prompt each time"""
+    """of the requests sent, as a server counts them: the whole prompt of each"""
     completion_tokens: int = 0
     seconds: float = 0.0
     failed: Counter[str] = field(default_factory=Counter)
-    """failures among all outcomes given, sent and known, by kind"""
+    """failures among all outcomes returned, new ones and those in the ledger, by kind"""
 
     def as_dict(self) -> dict[str, object]:
+        """Return the content of `calls.json`."""
         return {**vars(self), "failed": dict(sorted(self.failed.items()))}
 
     def __str__(self) -> str:
@@ -66,9 +69,12 @@ class Client:
         self._retry_failed = retry_failed
         self.identity = dict(backend.identity)
         self._tried: set[str] = set()
+        self._prices = budget.prices
+        # limits are those of the run, not of this command: a command typed again spends no new budget
+        self._before = ledger.bill(backend.name, self._prices) if budget.is_limited else Bill()
 
     def ask(self, requests: Sequence[Request]) -> list[Outcome]:
-        """One outcome a request, in order; equal requests are sent once.
+        """Return one outcome per request, in order; equal requests are sent once.
 
         Raises `BudgetReached` before a request that the budget has no room for; what was answered
         until then is in the ledger.
@@ -84,7 +90,7 @@ class Client:
         return outcomes
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
-        """Those that would be sent, each once."""
+        """Return the requests that `ask` would send, each once."""
         wanted = {key(r, self.identity): r for r in requests}
         known = self._known(list(wanted))
         return [r for k, r in wanted.items() if k not in known]
@@ -96,7 +102,7 @@ class Client:
         return {k: o for k, o in found.items() if isinstance(o, Answer) or k in self._tried}
 
     def _portions(self, wanted: list[tuple[str, Request]]) -> Iterator[list[tuple[str, Request]]]:
-        """`wanted` cut to what the budget has room for; raises where it has none for the next."""
+        """Cut `wanted` to what the budget has room for; raise where it has none for the next."""
         while wanted:
             portion = wanted[: self._room(wanted)]
             if not portion:
@@ -106,32 +112,45 @@ class Client:
 
     def _room(self, wanted: list[tuple[str, Request]]) -> int:
         """How many of `wanted` fit: never more than the limits, by the backend's count of tokens."""
-        budget, tally = self.budget, self.tally
+        budget, spent = self.budget, self._spent()
         n = len(wanted)
         if budget.max_calls:
-            n = min(n, budget.max_calls - tally.calls)
+            n = min(n, budget.max_calls - spent.calls)
         if not (budget.max_tokens or budget.max_cost):
             return max(n, 0)
-        prompt, completion = tally.prompt_tokens, tally.completion_tokens
+        prompt = completion = 0
         for place, (_, request) in enumerate(wanted[: max(n, 0)]):
             prompt += prompt_tokens(request, self.backend)
             completion += completion_tokens(request)
-            over_tokens = budget.max_tokens and prompt + completion > budget.max_tokens
-            over_cost = budget.max_cost and budget.cost(prompt, completion) > budget.max_cost
+            tokens = spent.tokens + prompt + completion
+            cost = spent.cost + budget.cost(prompt, completion)
+            over_tokens = budget.max_tokens and tokens > budget.max_tokens
+            over_cost = budget.max_cost and cost > budget.max_cost
             if over_tokens or over_cost:
                 return place
         return max(n, 0)
 
+    def _spent(self) -> Bill:
+        """Return what is spent for this run: by earlier commands, as the ledger says, and by this one."""
+        tally = self.tally
+        return Bill(
+            self._before.calls + tally.calls,
+            self._before.tokens + tally.prompt_tokens + tally.completion_tokens,
+            self._before.cost + self.budget.cost(tally.prompt_tokens, tally.completion_tokens),
+        )
+
     def _limit(self, n_left: int) -> str:
-        budget = self.budget
+        budget, spent = self.budget, self._spent()
         limits = [
             f"--max-calls {budget.max_calls}" if budget.max_calls else "",
             f"--max-tokens {budget.max_tokens}" if budget.max_tokens else "",
             f"--max-cost {budget.max_cost:g}" if budget.max_cost else "",
         ]
         return (
-            f"stopped at {' '.join(filter(None, limits))}: {self.tally}; {n_left:,} or more calls are"
-            " left. Type the same command again to go on from the ledger"
+            f"stopped at {' '.join(filter(None, limits))}: {spent.calls:,} calls, {spent.tokens:,}"
+            f" tokens{f', ${spent.cost:,.4f}' if any(self._prices) else ''} are spent in"
+            f" {self.ledger.path}, of which this command: {self.tally}. {n_left:,} or more calls are"
+            " left: raise the limit and type the same command again, it resumes from the ledger"
         )
 
     def _send(self, portion: list[tuple[str, Request]]) -> dict[str, Outcome]:
@@ -141,12 +160,14 @@ class Client:
             for group in groups:
                 rows = []
                 for index, outcome in group:
-                    k, kind = portion[index][0], type(requests[index]).__name__
+                    k, kind = portion[index][0], kind_of(requests[index])
                     rows.append((k, kind, outcome))
                     found[k] = rounded(kind, outcome)
                     self._tried.add(k)
                     self._count(outcome)
-                self.ledger.write(self.backend.name, rows)
+                self.ledger.write(
+                    self.backend.name, rows, self._prices if any(self._prices) else None
+                )
         if len(found) != len(portion):
             raise InputError(
                 f"{self.backend.name} gave {len(found)} outcomes for {len(portion)} requests:"
@@ -163,7 +184,7 @@ class Client:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a command would do: `--dry-run`."""
+    """What a command would ask: `--dry-run`."""
 
     requests: int
     known: int
@@ -175,7 +196,7 @@ class DryRun:
     cost: float | None
     """US dollars, at most; None without prices"""
     seconds: float | None
-    """from the rate of earlier calls of this model on this run; None before the first"""
+    """from the rate of earlier calls to this model in this run; None before the first"""
 
     def __str__(self) -> str:
         cost = "unknown (give --price-prompt and --price-completion)"
@@ -193,7 +214,7 @@ class DryRun:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What one worker of several did: nothing but answers in its ledger."""
+    """What one worker of several did: it wrote answers into its ledger, nothing else."""
 
     ledger: Path
     n_neurons: int
@@ -207,9 +228,10 @@ class WorkerResult:
 
 
 def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
-    """What asking for these lists of requests would take. Sends nothing.
+    """Return what asking for these lists of requests would cost. Sends nothing.
 
-    Equal requests count once, in whichever lists they are: about 80 bytes are held for each.
+    Equal requests count once, in whichever lists they are. Only half of each key is held, about 80
+    bytes a request, so that a run of millions of requests can be estimated on a laptop.
     """
     calls, prompt, completion = 0, 0, 0
     kinds: set[str] = set()
@@ -222,7 +244,7 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
             calls += 1
             prompt += prompt_tokens(request, client.backend)
             completion += completion_tokens(request)
-            kinds.add(type(request).__name__)
+            kinds.add(kind_of(request))
     budget = client.budget
     priced = budget.price_prompt or budget.price_completion
     so_far = client.ledger.spent(client.backend.name, sorted(kinds))
@@ -243,7 +265,7 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
 
 
 def prompt_tokens(request: Request, backend: Backend) -> int:
-    """Tokens that a server would count as the prompt's, by the backend's own count."""
+    """Return the tokens that a server would count as the prompt's, by the backend's own count."""
     if isinstance(request, Chat | JsonQuery):
         # about 4 tokens a message mark who speaks
         return sum(backend.count_tokens(text) + 4 for _, text in request.messages)
@@ -251,7 +273,7 @@ def prompt_tokens(request: Request, backend: Backend) -> int:
 
 
 def completion_tokens(request: Request) -> int:
-    """The most that the answer can take."""
+    """Return the largest number of tokens that the answer can take."""
     if isinstance(request, Chat):
         return request.max_tokens
     if isinstance(request, JsonQuery):

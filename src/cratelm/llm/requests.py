@@ -1,4 +1,4 @@
-"""What is asked of a language model, and what comes back: four kinds of requests, answers, failures.
+"""Requests to a language model and their outcomes: four kinds of requests, answers, failures.
 
 Every request is a frozen value: its content, together with the identity of the backend, is the key
 under which the ledger keeps its answer. A failure is a value of its own, never a text or a number.
@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Role = Literal["system", "user", "assistant"]
+CHAT_IDENTITY = "decoding"
+"""entry of a backend's identity that is part of the keys of chats only: how texts are generated does not
+change log-probabilities or embeddings"""
 NO_RANK = 65_535
 """rank of an option that is not among the tokens whose rank is known"""
 
@@ -37,10 +40,10 @@ class Chat:
 
 @dataclass(frozen=True)
 class LogprobQuery:
-    """A text whose log-probabilities are read at places in it: how likely would each option stand there?
+    """A text with slots: how likely is each option at each slot?
 
-    The text is `preamble + context + body`. It is cut in three because backends that can, compute
-    the preamble once for all requests of a kind and the context once for all that share it.
+    The text is `preamble + context + body`. It is cut in three so that a backend can compute the
+    preamble once for all requests of a kind, and the context once for all that share it.
     """
 
     preamble: str
@@ -54,15 +57,17 @@ class LogprobQuery:
     options: tuple[str, ...]
     """[O] texts that could stand at a slot, such as "0" ... "9"; each a single token of the model"""
     full: bool = False
-    """also say what share of all probability the options take, and their rank among all tokens"""
+    """also return the fraction of all probability that falls on the options, and their ranks among all
+    tokens"""
 
     @property
     def text(self) -> str:
+        """Return the whole text."""
         return self.preamble + self.context + self.body
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """[n] the slots as offsets in `text`."""
+        """Return the slots as offsets in `text`, [n]."""
         start = len(self.preamble) + len(self.context)
         return tuple(start + slot for slot in self.slots)
 
@@ -97,11 +102,11 @@ class OptionLogprobs:
 
     log_probs: NDArray[np.float32]
     """[n, O] natural logarithm of each option's probability among the options (each row's
-    probabilities add up to 1); -inf where a server does not tell"""
+    probabilities add up to 1); -inf where a server does not report it"""
     mass: NDArray[np.float32] | None = None
-    """[n] share of all probability that falls on the options, 0..1; None where it was not asked for"""
+    """[n] fraction of all probability that falls on the options, 0..1; None where it was not asked for"""
     ranks: NDArray[np.uint16] | None = None
-    """[n, O] place of each option among all tokens, 0 the most likely, `NO_RANK` where unknown; None
+    """[n, O] rank of each option among all tokens, 0 the most likely, `NO_RANK` where unknown; None
     where it was not asked for"""
 
 
@@ -111,7 +116,7 @@ Value = str | OptionLogprobs | tuple[int, ...] | NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a request gave, and what it took."""
+    """The value that a request gave, and its cost."""
 
     value: Value
     prompt_tokens: int
@@ -133,7 +138,7 @@ class FailureKind(StrEnum):
     MALFORMED = "malformed"
     """not what was asked for: no JSON, truncated, not the number of values, out of range"""
     UNREADABLE = "unreadable"
-    """log-probabilities that cannot be placed: no token begins at a slot, or no option is among those told"""
+    """log-probabilities that cannot be located: no token begins at a slot, or no option is among those reported"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class Failure:
     reason: str
     """one line, without secrets"""
     prompt_tokens: int = 0
-    """paid for all the same, where the server said so"""
+    """paid for all the same, where the server reports them"""
     completion_tokens: int = 0
     seconds: float = 0.0
 
@@ -157,62 +162,78 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """short, for tables and folders: letters, digits, `-`, `_`, `.`"""
+        """Return a short name for tables and folders: letters, digits, `-`, `_`, `.`."""
         ...
 
     @property
     def identity(self) -> dict[str, str]:
-        """All that decides what it answers (weights, precision, server), and no secret: part of every key."""
+        """Return all that decides its answers (weights, precision, server), and no secret.
+
+        It is part of every key of the ledger.
+        """
         ...
 
     @property
-    def reads(self) -> bool:
-        """True where it answers `LogprobQuery`; else `JsonQuery` is used in its place."""
+    def supports_logprobs(self) -> bool:
+        """Return True where it answers `LogprobQuery`; else `JsonQuery` is used instead."""
         ...
 
     @property
     def reason(self) -> str:
-        """Why it does not answer `LogprobQuery`, in words; empty where it does."""
+        """Return why it does not answer `LogprobQuery`, in words; empty where it does."""
         ...
 
     @property
     def window(self) -> int:
-        """How many requests it likes to be given at a time, to be busy."""
+        """Return how many requests to pass at a time so that it stays busy."""
         ...
 
     @property
     def parallel(self) -> int:
-        """How many calls it has in flight at a time."""
+        """Return how many calls it has in flight at a time."""
         ...
 
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
-        """Outcomes by the requests' index as they come, in groups that are to be kept together.
+        """Yield outcomes with the index of their request, as they come, in groups to be kept together.
 
-        Closing the generator early ends what is in flight.
+        Closing the generator early cancels what is in flight.
 
-        Raises nothing for what concerns one request: that is a `Failure`. Raises `InputError` where
-        no request can succeed (wrong key, no such model, no server).
+        What concerns one request is a `Failure` and never raised. Raises `InputError` where no request
+        can succeed (wrong key, no such model, no server).
         """
         ...
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, exactly or, where the tokenizer is not here, about."""
+        """Return the number of tokens of a text: an estimate where the tokenizer is not at hand."""
         ...
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
-        """How many tokens each option takes where it follows `slot_before`; empty where it cannot be known."""
+        """Return how many tokens each option takes after `slot_before`; empty where that is unknown."""
         ...
 
 
-def key(request: Request, identity: dict[str, str]) -> str:
-    """sha256 of what is asked and of whom: equal for equal requests, in every process and version.
+_KINDS = {Chat: "Chat", LogprobQuery: "Read", JsonQuery: "Fill", Embed: "Embed"}
+"""Written into every key and row of a ledger. "Read" and "Fill" are the names that version 0.1.0 gave
+these requests: another word here would orphan every answer that was paid for."""
 
-    A `LogprobQuery` is keyed by its text, slots, options and `full`; how the text is cut does not count.
+
+def kind_of(request: Request) -> str:
+    """Return the name of a request's kind in keys and in the ledger."""
+    return _KINDS[type(request)]
+
+
+def key(request: Request, identity: dict[str, str]) -> str:
+    """Return the sha256 of a request and of the backend's identity.
+
+    It is equal for equal requests, in every process and version. A `LogprobQuery` is keyed by its
+    text, slots, options and `full`; how the text is cut does not count.
     """
     content: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request)}
     if isinstance(request, LogprobQuery):
         for part in ("preamble", "context", "body", "slots"):
             del content[part]
         content |= {"text": request.text, "offsets": request.offsets}
-    whole = {"kind": type(request).__name__, "backend": identity, **content}
+    if not isinstance(request, Chat):
+        identity = {name: value for name, value in identity.items() if name != CHAT_IDENTITY}
+    whole = {"kind": kind_of(request), "backend": identity, **content}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

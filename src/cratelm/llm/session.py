@@ -1,4 +1,7 @@
-"""Opening a language model for a verb: its backend, the run's ledger, the budget."""
+"""Open a language model for a verb: its backend, the run's ledger, the budget.
+
+A verb reads its inputs first, enters `open_client` before it asks, and asks through that client alone.
+"""
 
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
@@ -7,38 +10,61 @@ from typing import Any
 
 from cratelm.errors import InputError
 from cratelm.llm.client import Client
-from cratelm.llm.config import AskConfig
+from cratelm.llm.config import LLMConfig
 from cratelm.llm.ledger import FILE, Ledger
 from cratelm.llm.requests import Backend, Outcome, Request
+from cratelm.runs import Draft, Inputs, Stage, write_json
 
 
 @contextlib.contextmanager
-def open_client(config: AskConfig, specification: str) -> Iterator[Client]:
-    """A client of the language model that `specification` names, over the ledger of the run.
+def open_client(config: LLMConfig, specification: str) -> Iterator[Client]:
+    """Open the language model that `specification` names, over the ledger of the run.
 
     With `config.shard` the ledger is that worker's own; without it, those of workers are merged
-    first. Raises `InputError` where the model or the ledger cannot be opened.
+    first. Weights are loaded and servers are called at the first request only. Raises `InputError`
+    where the model or the ledger cannot be opened.
     """
     with Ledger(ledger_path(config)) as ledger:
         if not config.shard:
             for other in sorted(config.run.glob("ledger-*-of-*.sqlite")):
                 ledger.merge(other)
         label = f"{specification} --dtype {config.dtype} --method {config.method}"
-        backend = _recorded(ledger, label) if config.offline else _backend(config, specification)
+        backend = _replayed(ledger, label) if config.offline else _backend(config, specification)
         if not config.offline:
             ledger.remember(label, _facts(backend))
         yield Client(backend, ledger, config.budget(), retry_failed=config.retry_failed)
 
 
-def ledger_path(config: AskConfig) -> Path:
+def ledger_path(config: LLMConfig) -> Path:
+    """Return the ledger of the run, or of the worker that `config.shard` names."""
     if not config.shard:
         return config.run / FILE
     index, count = config.worker()
     return config.run / f"ledger-{index}-of-{count}.sqlite"
 
 
+def is_finished(config: LLMConfig, stage: Stage, inputs: Inputs) -> bool:
+    """Return True, and print a note, if a verb that asks a language model has nothing to do.
+
+    Never True for `--dry-run` and `--shard`, which write no stage, for `--force`, and for
+    `--retry-failed` where something failed. Raises `InputError` as `Stage.is_finished`.
+    """
+    if config.dry_run or config.shard:
+        return False
+    done = stage.completion()
+    has_failed = done is not None and bool(done.results.get("n_failed"))
+    redo = config.force or (config.retry_failed and has_failed)
+    return stage.is_finished(config, inputs, force=redo)
+
+
+def write_calls(draft: Draft, client: Client) -> None:
+    """Write `calls.json`: what was asked. It holds times, so it does not enter the stage's identity."""
+    write_json(draft.path / "calls.json", client.tally.as_dict())
+    draft.unhashed.add("calls.json")
+
+
 class ReplayBackend:
-    """A model that is not there: what the ledger knows of it, and nothing more."""
+    """A model that is not opened: what the ledger has of it, and nothing more."""
 
     window = 4096
     parallel = 1
@@ -47,10 +73,11 @@ class ReplayBackend:
         self._label = label
         self.name: str = facts["name"]
         self.identity: dict[str, str] = facts["identity"]
-        self.reads: bool = facts["reads"]
+        self.supports_logprobs: bool = facts["reads"]
         self.reason: str = facts["reason"]
 
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
+        """Raise `InputError`: these answers are not in the ledger."""
         raise InputError(
             f"--offline: {len(requests):,} answers of {self._label} are not in the ledger: type the"
             " command without --offline to ask for them"
@@ -58,13 +85,15 @@ class ReplayBackend:
         yield []
 
     def count_tokens(self, text: str) -> int:
+        """Return an estimate of the number of tokens."""
         return len(text.encode()) // 4 + 1
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
+        """Return nothing: the tokenizer is not there."""
         return []
 
 
-def _recorded(ledger: Ledger, label: str) -> Backend:
+def _replayed(ledger: Ledger, label: str) -> Backend:
     facts = ledger.recall(label)
     if facts is None:
         raise InputError(
@@ -77,12 +106,12 @@ def _facts(backend: Backend) -> dict[str, Any]:
     return {
         "name": backend.name,
         "identity": backend.identity,
-        "reads": backend.reads,
+        "reads": backend.supports_logprobs,  # the key of version 0.1.0: old ledgers replay, too
         "reason": backend.reason,
     }
 
 
-def _backend(config: AskConfig, specification: str) -> Backend:
+def _backend(config: LLMConfig, specification: str) -> Backend:
     kind, _, rest = specification.partition(":")
     if kind == "hf":
         from cratelm.llm.backends.transformers import LocalBackend

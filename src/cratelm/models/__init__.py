@@ -1,6 +1,5 @@
 """Models: CRATE in one file, its GPT-2 twin, sizes by name, and where neurons live in any model."""
 
-from cratelm.interop.authors_checkpoint import load_authors_checkpoint
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.sites import Site, capture, site_of
 from cratelm.models.sizes import SIZES, build, config_of, count_parameters, load
@@ -16,6 +15,5 @@ __all__ = [
     "config_of",
     "count_parameters",
     "load",
-    "load_authors_checkpoint",
     "site_of",
 ]

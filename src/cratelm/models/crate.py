@@ -89,7 +89,7 @@ class CrateConfig(PreTrainedConfig):
 
     @property
     def num_neurons(self) -> int:
-        """H, neurons of one layer."""
+        """Return H, the neurons of one layer."""
         return self.expansion * self.hidden_size
 
 
@@ -98,16 +98,17 @@ class SharedProjectionLayer(DynamicLayer):
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """Return the keys."""
         return self.keys
 
     @values.setter
     def values(self, _: torch.Tensor | None) -> None:
-        """Whatever the base class does to its values, it has done to the keys."""
+        """Set nothing: whatever the base class does to its values, it has done to the keys."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends key_states [B, K, T, P]; returns all of them [B, K, S, P], twice."""
+        """Append key_states [B, K, T, P]; return all of them [B, K, S, P], twice."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -132,7 +133,7 @@ def attend(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: returns [B, T, K, P] and weights [B, K, T, S]."""
+    """Return outputs [B, T, K, P] and weights [B, K, T, S], for `attn_implementation="eager"`."""
     scores = query @ key.transpose(-1, -2) * scaling  # [B, K, T, S]
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -172,6 +173,7 @@ class Mssa(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output [B, T, D] and, where the implementation has them, the attention weights."""
         codes = self.subspace(self.projection(x))  # [B, T, D]
         query = codes.view(*codes.shape[:-1], -1, self.head_dim).transpose(1, 2)  # [B, K, T, P]
         key = value = query
@@ -217,7 +219,7 @@ class Ista(nn.Module):
         """site: the neurons, A_steps [B, T, H], at least 0"""
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Sparse code [..., H] of x [..., D]."""
+        """Return the sparse code [..., H] of x [..., D]."""
         atoms, eta = self.dictionary, self.step_size
         shift = (
             -eta * self.threshold * x.new_ones(len(atoms))
@@ -229,7 +231,7 @@ class Ista(nn.Module):
         return code
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]"""
+        """Return D A [..., D], the sparse code of x [..., D] decoded."""
         return self.code(self.encode(x)) @ (
             self.dictionary if self.decoder is None else self.decoder
         )
@@ -253,6 +255,7 @@ class CrateBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        """Return the residual stream [B, T, D] after this block."""
         compressed, _ = self.mssa(
             self.norm_mssa(hidden_states),
             attention_mask=attention_mask,
@@ -308,9 +311,11 @@ class CrateModel(CratePreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the token embedding."""
         self.embed_tokens = value
 
     @merge_with_config_defaults
@@ -325,6 +330,7 @@ class CrateModel(CratePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        """Return the normalised hidden states [B, T, D] of token ids [B, T]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, exactly one of them")
         if inputs_embeds is None:
@@ -380,10 +386,10 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V] (the last `logits_to_keep` positions where above 0).
+        """Return logits [B, T, V]; only those of the last `logits_to_keep` positions where above 0.
 
-        With `labels` [B, T] also the mean cross-entropy in nats a token; labels are shifted inside,
-        -100 is left out.
+        With `labels` [B, T] also the mean cross-entropy in nats per token; labels are shifted inside,
+        -100 is ignored.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -21,7 +21,7 @@ def gpt2_config(
     zero_biases: bool = True,
     **others: Any,
 ) -> GPT2Config:
-    """GPT-2 configuration in the names that CRATE's uses; `others` are fields of `GPT2Config`."""
+    """Return a GPT-2 configuration from CRATE's names; `others` are fields of `GPT2Config`."""
     return GPT2Config(
         n_embd=hidden_size,
         n_layer=num_hidden_layers,
@@ -42,7 +42,7 @@ def gpt2_config(
 
 
 def freeze_biases(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Sets every bias, LayerNorm's too, to 0 and stops it from training."""
+    """Set every bias, LayerNorm's too, to 0 and exclude it from training."""
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
@@ -51,11 +51,11 @@ def freeze_biases(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 
 def build_gpt2(config: GPT2Config) -> GPT2LMHeadModel:
-    """A GPT-2 with fresh weights; without biases where the configuration says `zero_biases`."""
+    """Return a GPT-2 with fresh weights; without biases if the configuration has `zero_biases`."""
     return as_twin(GPT2LMHeadModel(config))
 
 
 def as_twin(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Readies a GPT-2 that was built or loaded: biases frozen where its configuration says `zero_biases`."""
+    """Prepare a GPT-2 that was built or loaded: freeze its biases if its configuration has `zero_biases`."""
     model.loss_type = "ForCausalLM"  # transformers cannot tell it from the class name, and warns
     return freeze_biases(model) if getattr(model.config, "zero_biases", False) else model

@@ -14,27 +14,27 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.models.sites import Site, site_of
 
 CONFIG = "cfg.json"
 
 
 def latents_of(model: PreTrainedModel, folder: str | Path) -> Site:
-    """The site of the latents of the autoencoder or autoencoders in `folder`, on `model`.
+    """Return the site of the latents of the autoencoder or autoencoders in `folder`, on `model`.
 
     Raises `InputError` where SAELens is missing, the folder holds no autoencoder, or one does not
     fit the model: another site, a layer that is not there, another width.
     """
     folder = Path(folder)
-    found = {_layer(path): path for path in _folders(folder)}
-    if -1 in found and len(found) == 1:
-        sae = _load(found[-1], model.device)
-        found = {_layer_of(sae, found[-1]): found[-1]}
-    saes = {layer: _load(path, model.device) for layer, path in sorted(found.items())}
+    by_layer = {_layer(path): path for path in _folders(folder)}
+    if -1 in by_layer and len(by_layer) == 1:
+        sae = _load(by_layer[-1], model.device)
+        by_layer = {_layer_of(sae, by_layer[-1]): by_layer[-1]}
+    saes = {layer: _load(path, model.device) for layer, path in sorted(by_layer.items())}
     below = _site_below(model, saes, folder)
     for layer, sae in saes.items():
-        _check(layer, sae, below, found[layer])
+        _check(layer, sae, below, by_layer[layer])
     return replace(
         below,
         name="latents",
@@ -46,30 +46,30 @@ def latents_of(model: PreTrainedModel, folder: str | Path) -> Site:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folder itself, or those of its layers."""
+    """Return the folder itself, or those of its layers."""
     if (folder / CONFIG).is_file():
         return [folder]
-    found = [p.parent for p in folder.glob(f"layer-*/{CONFIG}")]
-    if not found:
+    folders = [p.parent for p in folder.glob(f"layer-*/{CONFIG}")]
+    if not folders:
         raise InputError(
             f"{folder} holds no autoencoder ({CONFIG}, or layer-0/{CONFIG} ...): name a folder of"
             " `cratelm sae train`, `cratelm import sae` or SAELens"
         )
-    return found
+    return folders
 
 
 def _layer(folder: Path) -> int:
-    """The layer by the folder's name, -1 where it does not say."""
+    """Return the layer in the folder's name, -1 where it has none."""
     match = re.fullmatch(r"layer-(\d+)", folder.name)
     return int(match.group(1)) if match else -1
 
 
 def _layer_of(sae: Any, folder: Path) -> int:
-    """The layer by the configuration: cratelm's own entry, else the first number in the hook's name."""
-    told = sae.cfg.metadata.to_dict()
-    if isinstance(told.get("layer"), int):
-        return told["layer"]
-    match = re.search(r"\.(\d+)(?:\.|$)", str(told.get("hook_name", "")))
+    """Return the layer by the configuration: cratelm's entry, else the first number in the hook's name."""
+    metadata = sae.cfg.metadata.to_dict()
+    if isinstance(metadata.get("layer"), int):
+        return metadata["layer"]
+    match = re.search(r"\.(\d+)(?:\.|$)", str(metadata.get("hook_name", "")))
     if match is None:
         raise InputError(f"{folder / CONFIG} names no layer: rename the folder, such as layer-0")
     return int(match.group(1))
@@ -80,19 +80,16 @@ def _load(folder: Path, device: torch.device) -> Any:
     try:
         from sae_lens import SAE
     except ImportError:
-        raise InputError(
-            "latents are computed by SAELens, which is not installed: type"
-            " `pip install 'cratelm[sae]'`"
-        ) from None
+        raise missing_extra("sae", "an autoencoder", "sae-lens") from None
     try:
         return SAE.load_from_disk(folder, device=str(device)).eval()
     except Exception as error:  # SAELens raises whatever its parts do
-        told = " ".join(str(error).split())[:160]
-        raise InputError(f"{folder} cannot be read as an autoencoder ({told})") from None
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{folder} cannot be read as an autoencoder ({reason})") from None
 
 
 def _site_below(model: PreTrainedModel, saes: dict[int, Any], folder: Path) -> Site:
-    """The one site that all of them are of: by cratelm's entry, else by the hook's name."""
+    """Return the site that all of them are of: by cratelm's entry, else by the hook's name."""
     names = {_site_name(sae) for sae in saes.values()}
     if len(names) > 1:
         raise InputError(
@@ -103,10 +100,10 @@ def _site_below(model: PreTrainedModel, saes: dict[int, Any], folder: Path) -> S
 
 
 def _site_name(sae: Any) -> str | None:
-    told = sae.cfg.metadata.to_dict()
-    if told.get("site"):
-        return str(told["site"])
-    hook = str(told.get("hook_name") or "")
+    metadata = sae.cfg.metadata.to_dict()
+    if metadata.get("site"):
+        return str(metadata["site"])
+    hook = str(metadata.get("hook_name") or "")
     return re.sub(r"\.\d+(?=\.|$)", ".*", hook, count=1) or None
 
 

@@ -1,8 +1,14 @@
-"""The models that are measured, and the tokenizer of each."""
+"""From the name of a model to the model: its folder or Hub id, identity, device, precision, tokenizer.
+
+One rule for all verbs. A name without a slash is a model of the run if the run has one of this name, or
+if there is no folder of this name; else it is a folder if there is one, else a Hub id. A model is named
+in records by its identity: that of the stage that trained it, a hash of the files of a folder, or the
+Hub's repository with the commit.
+"""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,16 +19,116 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cratelm.errors import InputError
-from cratelm.models import load
-from cratelm.runs import Run
+from cratelm.models.sizes import hub_commit, load
+from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer
 
+HUB = "hub:"
+"""begins the identity of a Hub model, hub:NAME@COMMIT"""
 NO_LIMIT = 1024
 """sequence length, in tokens, for models that name no longest one"""
 LONGEST = 2048
-"""longest sequence where none is asked for: the logits of 131,072 tokens, which some models take, are
-more than a machine holds"""
+"""longest default sequence: the logits of 131,072 tokens, which some models take, exceed the memory of most
+machines"""
+
+
+# --- where a model is --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is, before anything of it is loaded."""
+
+    name: str
+    """as the user named it"""
+    location: str | Path
+    """folder or Hub id"""
+    record: Completion | None = None
+    """of the stage that trained it; None for a model that is not of the run"""
+    revision: str | None = None
+    """commit of the Hub's repository; None: its newest, and for folders"""
+
+    @property
+    def identity(self) -> str:
+        """Return what changes when the model does. Reads all files of a folder that is not of the run."""
+        if self.record is not None:
+            return self.record.identity
+        if isinstance(self.location, Path):
+            return folder_identity(self.location)
+        return f"{HUB}{self.location}@{self.revision or hub_commit(self.location)}"
+
+    def pinned(self) -> "ModelSource":
+        """Return the same source with a Hub model's commit of now: loaded and identified as one."""
+        if self.record is not None or isinstance(self.location, Path) or self.revision:
+            return self
+        return replace(self, revision=hub_commit(self.location))
+
+    def load(self, device: str = "auto", dtype: str = "auto") -> "LoadedModel":
+        """Return the model on a device in a precision; `auto`: an accelerator if any, that of the files.
+
+        Raises `InputError` for a device that is not on this machine, or a model that cannot be loaded.
+        """
+        where = device_of(device)  # before anything is loaded
+        options: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+        if self.revision:
+            options["revision"] = self.revision
+        model: Any = load(self.location, **options)
+        return LoadedModel(self.name, self.location, model.to(where), self.revision)
+
+
+def find_model(
+    run: Run, name: str, *, from_run: bool = True, revision: str | None = None
+) -> ModelSource:
+    """Return where the model called `name` is; with `from_run` False a folder or Hub id of any form.
+
+    Raises `InputError` for a model of the run that is not trained.
+    """
+    folder = Path(name)
+    may_be_of_run = from_run and "/" not in name and not name.startswith(".")
+    if may_be_of_run:
+        stage = run.stage("model", name)
+        if stage.completion() is not None or not folder.is_dir():
+            return ModelSource(name, stage.path, stage.require("train"))
+    if folder.is_dir():
+        return ModelSource(name, folder)
+    return ModelSource(name, name, revision=revision)
+
+
+def folder_identity(folder: Path) -> str:
+    """Return the sha256 over the configuration and weight files of a model's folder."""
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
+    return hash_json({p.name: hash_file(p) for p in files})
+
+
+def revision_of(identity: str) -> str | None:
+    """Return the commit in the identity of a Hub model; None for others, and in runs of version 0.1.0."""
+    is_pinned = identity.startswith(HUB) and "@" in identity
+    return (identity.rpartition("@")[2] or None) if is_pinned else None
+
+
+def device_of(wanted: str) -> torch.device:
+    """Return the device called `wanted`; `auto`: an accelerator where there is one, else the CPU.
+
+    Raises `InputError` for one that is not on this machine.
+    """
+    if wanted == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        # Statistics are sums in float64, which MPS does not have.
+        usable = accelerator is not None and accelerator.type != "mps"
+        return torch.device(accelerator.type if accelerator is not None and usable else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--device {wanted} cannot be used on this machine ({reason}): type --device auto"
+        ) from None
+    return device
+
+
+# --- the model, loaded -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +139,58 @@ class LoadedModel:
     source: str | Path
     """folder or Hub id"""
     model: Any
+    revision: str | None = None
+    """commit of the Hub's repository, where one was asked for"""
 
     @property
     def vocab_size(self) -> int:
+        """Return the rows of its embedding."""
         return self.model.config.get_text_config().vocab_size
 
     @property
     def longest(self) -> int | None:
-        """Most tokens that it takes, None where it names no limit."""
+        """Return the most tokens that it takes, None where it names no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def open_model(
+    run: Run,
+    name: str,
+    *,
+    from_run: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> LoadedModel:
+    """Return the model called `name`, as `find_model` finds it and `ModelSource.load` loads it."""
+    return find_model(run, name, from_run=from_run, revision=revision).load(device, dtype)
+
+
+def check_store(subject: LoadedModel, store: TokenStore, run: Run) -> None:
+    """Raise `InputError` where the run's tokens are not those of the model."""
+    check_vocabulary(store, subject.vocab_size)
+    path = Path(subject.source) / "tokenizer.json"
+    if path.is_file() and Tokenizer.from_file(str(path)).get_vocab() != store.tokenizer.get_vocab():
+        raise InputError(
+            f"{path} is another tokenizer than that of the run {run.path}: name a model trained on"
+            " these tokens, another --run, or texts with --on, which each model reads in its own way"
+        )
+
+
+def sequence_length(subject: LoadedModel, wanted: int | None) -> int:
+    """Return the tokens of a sequence: `wanted`, else the most that the model takes, at most `LONGEST`.
+
+    Raises `InputError` where the model does not take so many.
+    """
+    most = subject.longest
+    if wanted and most and wanted > most:
+        raise InputError(
+            f"--sequence-length is {wanted}, longer than the {most} positions of {subject.name}"
+        )
+    return wanted or min(most or NO_LIMIT, LONGEST)
+
+
+# --- its tokenizer --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,113 +205,75 @@ class Encoder:
     """the tokenizer sets it before every text by itself, as LLaMA's does and GPT-2's does not"""
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Token ids of a text [n], without special tokens."""
+        """Return the token ids of a text [n], without special tokens."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     @cached_property
     def vocabulary(self) -> str:
-        """Hash of all tokens and their ids: two of the same give losses of the same tokens."""
-        known = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(known.encode()).hexdigest()
+        """Return a hash of all tokens and their ids: models with the same one predict the same tokens."""
+        tokens = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(tokens.encode()).hexdigest()
 
     @cached_property
     def display(self) -> list[str]:
-        """A string for each token id."""
+        """Return a string for each token id."""
         return display_strings(self.tokenizer)
 
 
-def open_model(run: Run, name: str, *, from_run: bool = True) -> LoadedModel:
-    """The model that `name` names: one of the run, else a folder or a Hub id OWNER/NAME.
-
-    With `from_run` False a folder or a Hub id of any form. Raises `InputError` where there is none.
-    """
-    source = source_of(run, name, from_run=from_run)
-    model: Any = load(source)
-    return LoadedModel(name, source, model.to("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def source_of(run: Run, name: str, *, from_run: bool = True) -> str | Path:
-    """Where `name` lies, told before anything is loaded. Raises `InputError` for a model of the run that
-    is not trained."""
-    elsewhere = not from_run or "/" in name or Path(name).is_dir()
-    if from_run and (not elsewhere or name in run.models()):
-        stage = run.stage("model", name)
-        stage.require("train")
-        return stage.path
-    return name
-
-
-def check_store(subject: LoadedModel, store: TokenStore, run: Run) -> None:
-    """Raises `InputError` where the run's tokens are not those of the model."""
-    check_vocabulary(store, subject.vocab_size)
-    own = Path(subject.source) / "tokenizer.json"
-    if own.is_file() and Tokenizer.from_file(str(own)).get_vocab() != store.tokenizer.get_vocab():
-        raise InputError(
-            f"{own} is another tokenizer than that of the run {run.path}: name a model trained on"
-            " these tokens, another --run, or texts with --on, which each model reads in its own way"
-        )
-
-
-def sequence_length(subject: LoadedModel, wanted: int | None) -> int:
-    """Tokens of a window. Raises `InputError` where the model does not take so many."""
-    most = subject.longest
-    if wanted and most and wanted > most:
-        raise InputError(
-            f"--sequence-length is {wanted}, {subject.name} takes {most} tokens at most"
-        )
-    return wanted or min(most or NO_LIMIT, LONGEST)
-
-
 def encoder_of(subject: LoadedModel, run: Run) -> Encoder:
-    """The model's own tokenizer: the tokenizer.json in its folder, else what transformers finds for
-    it, else the run's. Raises `InputError` where none has the vocabulary of the model."""
-    own = Path(subject.source) / "tokenizer.json"
-    found = _from_folder(own) if own.is_file() else _from_transformers(subject)
-    if found is None and (run.path / "tokens" / "tokenizer.json").is_file():
+    """Return the model's own tokenizer.
+
+    The tokenizer.json in its folder, else what transformers finds for it, else the run's. Raises
+    `InputError` where none has the vocabulary of the model.
+    """
+    path = Path(subject.source) / "tokenizer.json"
+    encoder = _from_folder(path) if path.is_file() else _from_transformers(subject)
+    if encoder is None and (run.path / "tokens" / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(run.path / "tokens" / "tokenizer.json")
-        found = Encoder(tokenizer, end_of_text_id(tokenizer), False)
-        found = found if _fits(found, subject) else None
-    if found is None or not _fits(found, subject):
+        encoder = Encoder(tokenizer, end_of_text_id(tokenizer), False)
+    if encoder is None or not _fits(encoder, subject):
         raise InputError(
             f"no tokenizer with the vocabulary of {subject.name} ({subject.vocab_size:,} tokens) is"
             f" found: put its tokenizer.json into {subject.source}"
         )
-    return found
+    return encoder
 
 
 def _from_folder(path: Path) -> Encoder:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = load_tokenizer(path)
-    known = PreTrainedTokenizerFast.from_pretrained(path.parent)  # reads tokenizer_config.json, too
-    return _encoder(known, tokenizer)
+    wrapped = PreTrainedTokenizerFast.from_pretrained(
+        path.parent
+    )  # reads tokenizer_config.json, too
+    return _encoder(wrapped, tokenizer)
 
 
 def _from_transformers(subject: LoadedModel) -> Encoder | None:
-    """None where there is none, or one made up: a GPT-2 without files is given one of a single token."""
+    """Return None where there is none, or a made-up one: a GPT-2 without files gets one of a single token."""
     from transformers import AutoTokenizer
 
     try:
-        known = AutoTokenizer.from_pretrained(subject.source)
-        tokenizer = Tokenizer.from_str(known.backend_tokenizer.to_str())
+        wrapped = AutoTokenizer.from_pretrained(subject.source, revision=subject.revision or "main")
+        tokenizer = Tokenizer.from_str(wrapped.backend_tokenizer.to_str())
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-    found = _encoder(known, tokenizer)
-    return found if _fits(found, subject) else None
+    encoder = _encoder(wrapped, tokenizer)
+    return encoder if _fits(encoder, subject) else None
 
 
-def _encoder(known: Any, tokenizer: Tokenizer) -> Encoder:
-    """From what transformers knows of the tokenizer: its special tokens, and what it adds."""
-    named = (known.bos_token_id, known.eos_token_id)
-    start = next((t for t in named if t is not None), None)
+def _encoder(wrapped: Any, tokenizer: Tokenizer) -> Encoder:
+    """Return an encoder with what transformers knows: the special tokens, and what is added to a text."""
+    special = (wrapped.bos_token_id, wrapped.eos_token_id)
+    start = next((t for t in special if t is not None), None)
     start = end_of_text_id(tokenizer) if start is None else start
-    return Encoder(tokenizer, start, known("a").input_ids[:1] == [start])
+    return Encoder(tokenizer, start, wrapped("a").input_ids[:1] == [start])
 
 
 def _fits(encoder: Encoder, subject: LoadedModel) -> bool:
-    """Its tokens are rows of the model's embedding, nearly all of them, and it can read a letter."""
+    """Return whether its tokens are nearly all rows of the model's embedding, and it can read a letter."""
     unused = subject.vocab_size - max(encoder.tokenizer.get_vocab().values(), default=-1) - 1
     return 0 <= unused <= MOST_UNUSED_ROWS and len(encoder.encode("a")) > 0

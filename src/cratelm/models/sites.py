@@ -1,8 +1,7 @@
 """Where neurons live in a model, ours or any of Hugging Face's: a name, or a module path.
 
-A site is one tensor [B, T, H] a layer: what a module puts out, or what it takes in. It is written
-`PATH`, `PATH:output` or `PATH:input`, with `*` in the place of the layer number, for instance
-`gpt_neox.layers.*.mlp.dense_4h_to_h:input`. Names stand for the usual ones: `ista`, `mssa` and
+A site is one tensor [B, T, H] per layer: the output of a module, or its input. It is written `PATH`,
+`PATH:output` or `PATH:input`, with `*` for the layer number, for instance `gpt_neox.layers.*.mlp.dense_4h_to_h:input`. Names stand for the usual ones: `ista`, `mssa` and
 `heads` in CRATE, `mlp` (activations of the MLP, what its last projection takes in) in the rest.
 
 On top of a site can stand the latents of sparse autoencoders (`cratelm.models.latents`).
@@ -40,20 +39,24 @@ _DEFAULTS = ("ista", "mlp")
 
 
 Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
-"""what is called with the number of a place and its activations [B, T, H], and may return others"""
+"""called with the number of a place and its activations [B, T, H]; may return others instead"""
 
 
 class Autoencoder(Protocol):
-    """What stands between activations [..., H] and latents [..., S]."""
+    """Turns activations [..., H] into latents [..., S] and back."""
 
-    def encode(self, x: torch.Tensor, /) -> torch.Tensor: ...
+    def encode(self, x: torch.Tensor, /) -> torch.Tensor:
+        """Return latents [..., S] of activations [..., H]."""
+        ...
 
-    def decode(self, latents: torch.Tensor, /) -> torch.Tensor: ...
+    def decode(self, latents: torch.Tensor, /) -> torch.Tensor:
+        """Return activations [..., H] of latents [..., S]."""
+        ...
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place a layer where neurons live."""
+    """Where neurons live: one tensor per layer."""
 
     name: str
     """as the user wrote it"""
@@ -69,16 +72,17 @@ class Site:
 
     @property
     def n_layers(self) -> int:
+        """Return L, the layers that have the site."""
         return len(self.paths)
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:
-        """[L] as the neurons are named by."""
+        """Return the numbers [L] by which the neurons are named."""
         return self.layers or tuple(range(self.n_layers))
 
 
 def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
-    """The site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
+    """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
 
     Runs the model once on one token to learn H. Raises `InputError` where no module is of that
     name or where what it carries is not [B, T, H].
@@ -98,49 +102,49 @@ def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, site: Site, see: Hook) -> Iterator[None]:
-    """While open, `see(place, activations [B, T, H])` is called in every forward pass.
+def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
+    """Call `on_activation(place, activations [B, T, H])` in every forward pass while open.
 
-    `place` counts the places of the site, which are its layers where it has them all. What `see`
-    returns, where not None, takes the place of the activations; of latents, their change is decoded
-    and added, so that what the autoencoder cannot rebuild stays as it is. Hooks are removed whatever
-    happens inside.
+    `place` counts the tensors of the site, which are its layers where it has them all. What
+    `on_activation` returns, where not None, replaces the activations; of latents, their change is
+    decoded and added, so that what the autoencoder cannot reconstruct stays as it is. Hooks are removed
+    whatever happens inside.
     """
     if site.autoencoders:
-        see = _through(site.autoencoders, see)
+        on_activation = _through(site.autoencoders, on_activation)
     handles = []
     try:
         for layer, path in enumerate(site.paths):
             module = model.get_submodule(path)
             if site.side == "output":
-                hook = _output_hook(layer, see)
+                hook = _output_hook(layer, on_activation)
                 handles.append(module.register_forward_hook(hook))
             else:
-                handles.append(module.register_forward_pre_hook(_input_hook(layer, see)))
+                handles.append(module.register_forward_pre_hook(_input_hook(layer, on_activation)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _through(autoencoders: tuple[Autoencoder, ...], see: Hook) -> Hook:
-    """`see` of latents as one of the activations below them."""
+def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
+    """Return a hook of activations that calls a hook of their latents."""
 
-    def see_below(place: int, activations: torch.Tensor) -> torch.Tensor | None:
+    def on_activation(place: int, activations: torch.Tensor) -> torch.Tensor | None:
         autoencoder = autoencoders[place]
         latents = autoencoder.encode(activations)  # [B, T, S]
-        changed = see(place, latents)
+        changed = on_latents(place, latents)
         if changed is None:
             return None
         return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
 
-    return see_below
+    return on_activation
 
 
-def _output_hook(layer: int, see: Hook):
+def _output_hook(layer: int, on_activation: Hook):
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tensor, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        changed = see(layer, tensor)
+        changed = on_activation(layer, tensor)
         if changed is None or rest is None:
             return changed
         return (changed, *rest)
@@ -148,41 +152,47 @@ def _output_hook(layer: int, see: Hook):
     return hook
 
 
-def _input_hook(layer: int, see: Hook):
+def _input_hook(layer: int, on_activation: Hook):
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        changed = see(layer, args[0])
+        changed = on_activation(layer, args[0])
         return None if changed is None else (changed, *args[1:])
 
     return hook
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, site: Site, input_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Activations [B, T, H] of every layer on input_ids [B, T], the head left out; all kept in memory."""
-    found: list[torch.Tensor] = []
-    with hooked(model, site, lambda layer, a: found.append(a.detach().clone())):
+def capture(
+    model: PreTrainedModel, site: Site | str, input_ids: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return activations [B, T, H] of every layer on input_ids [B, T], all in memory; runs no head.
+
+    `site`: a site, or its name as `site_of` takes it.
+    """
+    site = site_of(model, site) if isinstance(site, str) else site
+    captured: list[torch.Tensor] = []
+    with hooked(model, site, lambda layer, a: captured.append(a.detach().clone())):
         model.base_model(input_ids=input_ids, use_cache=False)
-    return found
+    return captured
 
 
 def _parse(pattern: str) -> tuple[str, Side]:
     path, _, side = pattern.partition(":")
     if side not in ("", "input", "output"):
-        raise InputError(f"site {pattern!r} ends in {side!r}: 'input' or 'output' was expected")
+        raise InputError(f"site {pattern!r} ends in {side!r}: it must end in 'input' or 'output'")
     return path, "input" if side == "input" else "output"
 
 
 def _expand(model: nn.Module, path: str) -> tuple[str, ...]:
-    """Modules that `path` names, by layer number; empty where there is none."""
+    """Return the modules that `path` names, by layer number; empty where there is none."""
     pattern = re.compile(re.escape(path).replace(r"\*", r"(\d+)"))
     if path.count("*") > 1:
         raise InputError(f"site {path!r} has more than one *: only the layer number varies")
-    found = []
+    numbered = []
     for name, _ in model.named_modules():
         match = pattern.fullmatch(name)
         if match:
-            found.append((int(match.group(1)) if match.groups() else 0, name))
-    return tuple(name for _, name in sorted(found))
+            numbered.append((int(match.group(1)) if match.groups() else 0, name))
+    return tuple(name for _, name in sorted(numbered))
 
 
 def _widths(model: PreTrainedModel, paths: tuple[str, ...], side: Side) -> tuple[int, ...]:
@@ -193,8 +203,8 @@ def _widths(model: PreTrainedModel, paths: tuple[str, ...], side: Side) -> tuple
     if len(tensors) != len(paths) or any(t.dim() != 3 for t in tensors):
         shapes = sorted({tuple(t.shape) for t in tensors})
         raise InputError(
-            f"site {paths[0]!r} carries shapes {shapes} on one token, [1, 1, neurons] was expected:"
-            " name a module that puts out one vector a token"
+            f"site {paths[0]!r} has shapes {shapes} on one token and not [1, 1, neurons]:"
+            " name a module that returns one vector per token"
         )
     return tuple(t.shape[-1] for t in tensors)
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from cratelm.errors import InputError
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
@@ -24,7 +25,7 @@ AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)
 
 @dataclass(frozen=True)
 class Size:
-    """Width D, heads K, layers L; H = 4D neurons a layer."""
+    """Width D, heads K, layers L; H = 4D neurons per layer."""
 
     hidden_size: int
     num_attention_heads: int
@@ -51,7 +52,7 @@ def build(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A model with fresh weights, by the name of its size (`crate-2l`, `gpt2-12l`, ...).
+    """Return a model with fresh weights by the name of its size (`crate-2l`, `gpt2-12l`, ...).
 
     `overrides` are fields of `CrateConfig` or of `GPT2Config` (for both families also `hidden_size`,
     `num_hidden_layers`, `num_attention_heads`, `dropout`). The same seed gives the same weights;
@@ -71,7 +72,7 @@ def build(
 
 
 def config_of(name: str, **fields: Any) -> CrateConfig | GPT2Config:
-    """Configuration of a size by name, `fields` replacing its values."""
+    """Return the configuration of a size by name, its values replaced by `fields`."""
     if name not in SIZES:
         near = difflib.get_close_matches(name, SIZES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -98,32 +99,50 @@ def _check_fields(fields: dict[str, Any], config: type, more: tuple[str, ...]) -
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A saved model, ours or any causal language model of Hugging Face, in evaluation mode.
+    """Return a saved model, ours or any causal language model of Hugging Face, in evaluation mode.
 
     `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError` where
     nothing can be loaded from it.
     """
-    with _quiet():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InputError(
-                f"no model can be loaded from {path} ({_one_line(error)}):"
-                " name a folder written by `cratelm train` or a Hub id"
-            ) from None
+    with _quiet(), _loading(path):
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if isinstance(model, GPT2LMHeadModel):
         as_twin(model)
     return model.eval()
 
 
+def hub_commit(name: str) -> str:
+    """Return the commit of the Hub's repository that `load` would read now.
+
+    Without a network, that of the local cache. Raises `InputError` as `load` does.
+    """
+    with _loading(name):
+        path = cached_file(name, "config.json")
+    assert path is not None, "cached_file raises where there is none"
+    parts = Path(path).parts  # the cache keeps a file in `.../snapshots/COMMIT/`
+    return parts[parts.index("snapshots") + 1]
+
+
+@contextlib.contextmanager
+def _loading(path: str | Path):
+    """Turn what transformers raises where nothing can be loaded into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"no model can be loaded from {path} ({_one_line(error)}):"
+            " name a folder written by `cratelm train` or a Hub id"
+        ) from None
+
+
 def count_parameters(model: PreTrainedModel) -> int:
-    """Trainable parameters, tied ones once, position embedding left out (as the paper counts)."""
-    left_out = {id(p) for p in position_parameters(model)}
-    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in left_out)
+    """Return the trainable parameters as the paper counts: tied ones once, no position embedding."""
+    excluded = {id(p) for p in position_parameters(model)}
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in excluded)
 
 
 def position_parameters(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Weights of learned position embeddings, empty where the model has none of CRATE's or GPT-2's."""
+    """Return the weights of learned position embeddings; empty for models unlike CRATE and GPT-2."""
     base = model.base_model
     if isinstance(base, CrateModel):
         return [base.embed_positions.weight]
@@ -138,7 +157,7 @@ def _one_line(error: BaseException, limit: int = 200) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """No progress bar of the weights: they are small, and the verbs have their own."""
+    """Hide the progress bar of the weights: they are small, and the verbs have their own."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -18,9 +18,9 @@ from cratelm.analysis.config import AnalyzeConfig
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.models import build
-from cratelm.pipelines.demo_config import DemoConfig
+from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
+from cratelm.pipelines.sae_compare import Step
 from cratelm.pipelines.sae_compare import steps as autoencoder_steps
-from cratelm.pipelines.sae_compare_config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Run
@@ -35,22 +35,22 @@ from cratelm.train.config import TrainConfig
 from cratelm.train.loop import train
 
 _HELD_BACK = 0.15
-"""share of the documents in each of fit and held_out: enough for 50 top excerpts of 50 documents"""
+"""fraction of the documents in each of fit and held_out: enough for 50 top excerpts of 50 documents"""
 _SEQUENCE = 256
 _HARVEST_COST = 2.0
 """seconds of a harvest by seconds of its forward passes, rounded up (benchmarks/harvest.py)"""
-_SECONDS_A_NEURON = 0.04
-"""explaining and scoring a neuron on a core, three metrics and controls (benchmarks/explain_score.py)"""
+_SECONDS_PER_NEURON = 0.04
+"""to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
-"""held-out tokens of the white-box reading, and of what autoencoders rebuild, of each twin"""
+"""held-out tokens of each twin for the white-box figures, and for how well autoencoders reconstruct"""
 _ABLATED = 2048
-"""held-out tokens on which the loss is measured without each neuron: few, what neurons write needs none"""
-_SECONDS_AN_EFFECT = 0.025
-"""what a neuron writes and the loss without it, for each layer that runs, on 2 cores"""
+"""held-out tokens on which the loss is measured without each neuron; few, because it is slow"""
+_SECONDS_PER_EFFECT = 0.025
+"""the tokens that a neuron promotes and the loss without it, per layer that runs, on 2 cores"""
 _SAE_TOKENS = 204_800
-"""that an autoencoder is trained on"""
+"""tokens that an autoencoder is trained on"""
 _SAE_SECONDS = 55
-"""an autoencoder of one layer: trained, measured, its latents harvested, explained and scored; on 2 cores"""
+"""to train an autoencoder of one layer, measure it, harvest, explain and score its latents, on 2 cores"""
 _FIXED_SECONDS = 65
 """tokenizing the built-in corpus, loading libraries, white-box reading, drawing the report"""
 
@@ -74,37 +74,31 @@ class DemoResult:
 
 
 def _browse(run: Path) -> str:
-    """The command, as it is found from here: by its path where the environment is not activated."""
+    """The command that works in this shell: with its path where the environment is not activated."""
     beside = Path(sys.executable).parent / "cratelm"
-    found = shutil.which("cratelm")
-    activated = found is not None and Path(found).samefile(beside) if beside.exists() else True
+    command = shutil.which("cratelm")
+    activated = command is not None and Path(command).samefile(beside) if beside.exists() else True
     if activated:
         return f"cratelm view {run}"
     shown = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
     return f"{shown} view {run}"
 
 
-@dataclass(frozen=True)
-class _Step:
-    stage: str
-    model: str
-    work: Callable[[], Any]
-
-    @property
-    def label(self) -> str:
-        return f"{self.stage} {self.model}".strip()
-
-
 def demo(config: DemoConfig) -> DemoResult:
-    """Runs the whole line; finished stages are skipped. Raises `InputError` as the verbs do."""
+    """Run every verb in turn, and return where the results are; finished stages are skipped.
+
+    Raises `InputError` as the verbs do.
+    """
     started = time.monotonic()
     if config.sae:
-        import_sae_lens()  # a missing package is told before anything is trained
-    print(_plan(config), flush=True)
+        import_sae_lens()  # a missing package is reported before anything is trained
+    if not config.quiet:
+        print(_plan(config), flush=True)
     steps = list(_steps(config))
     done: Any = None
     for number, step in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {step.label}", flush=True)
+        if not config.quiet:
+            print(f"[{number}/{len(steps)}] {step.label}", flush=True)
         done = step.work()
     assert isinstance(done, ReportResult)
     return DemoResult(done.page, comparison_table(done), round(time.monotonic() - started, 1))
@@ -116,39 +110,38 @@ def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
     return twins, [f"{name}-init" for name in twins]
 
 
-def _steps(config: DemoConfig) -> Iterator[_Step]:
-    common = {"run": config.run, "force": config.force}
-    yield _Step("tokens", "", lambda: tokenize(_tokenize_config(config)))
+def _steps(config: DemoConfig) -> Iterator[Step]:
+    common = {"run": config.run, "force": config.force, "quiet": config.quiet}
+    yield Step("tokens", "", lambda: tokenize(_tokenize_config(config)))
     twins, controls = _models(config)
     for name in twins + controls:
-        yield _Step("model", name, lambda name=name: train(_train_config(config, name)))
+        yield Step("model", name, lambda name=name: train(_train_config(config, name)))
     for name in twins + controls:
         harvesting = HarvestConfig(
             **common, model=name, tokens=config.tokens, sequence_length=_SEQUENCE, seed=config.seed
         )
         explaining = ExplainConfig(**common, model=name, neurons=config.neurons, seed=config.seed)
         scoring = ScoreConfig(**common, model=name, seed=config.seed)
-        yield _Step("activations", name, lambda c=harvesting: harvest(c))
-        yield _Step("explanations", name, lambda c=explaining: explain(c))
-        yield _Step("scores", name, lambda c=scoring: score(c))
+        yield Step("activations", name, lambda c=harvesting: harvest(c))
+        yield Step("explanations", name, lambda c=explaining: explain(c))
+        yield Step("scores", name, lambda c=scoring: score(c))
     if config.sae:
-        for step in autoencoder_steps(_sae_config(config), twins):
-            stage, _, name = step.label.partition(" ")
-            yield _Step(stage, name, step.work)
+        yield from autoencoder_steps(_sae_config(config), twins)
     for name in twins:
         analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
         writing = EffectsConfig(
             **common, model=name, tokens=_ABLATED, neurons=config.neurons, seed=config.seed
         )
-        yield _Step("analysis", name, lambda c=analyzing: analyze(c))
-        yield _Step("steer", name, lambda c=writing: effects(c))
-    yield _Step("report", "", lambda: report(ReportConfig(**common, seed=config.seed)))
+        yield Step("analysis", name, lambda c=analyzing: analyze(c))
+        yield Step("steer", name, lambda c=writing: effects(c))
+    yield Step("report", "", lambda: report(ReportConfig(**common, seed=config.seed)))
 
 
 def _tokenize_config(config: DemoConfig) -> TokenizeConfig:
     return TokenizeConfig(
         run=config.run,
         force=config.force,
+        quiet=config.quiet,
         corpus=config.corpus,
         vocab_size=config.vocab_size,
         fit=_HELD_BACK,
@@ -161,6 +154,7 @@ def _train_config(config: DemoConfig, name: str) -> TrainConfig:
     return TrainConfig(
         run=config.run,
         force=config.force,
+        quiet=config.quiet,
         model=name.removesuffix("-init"),
         steps=0 if name.endswith("-init") else config.steps,
         sequence_length=_SEQUENCE,
@@ -169,7 +163,7 @@ def _train_config(config: DemoConfig, name: str) -> TrainConfig:
 
 
 def _sae_config(config: DemoConfig) -> SaeCompareConfig:
-    """Small: 2 latents an input, 32 of them on, a twelfth of the twins' tokens."""
+    """A small one: 2 latents per input, 32 of them active, a twelfth of the twins' tokens."""
     return SaeCompareConfig(
         run=config.run,
         architecture="topk",
@@ -181,11 +175,12 @@ def _sae_config(config: DemoConfig) -> SaeCompareConfig:
         evaluate_tokens=_ANALYZED,
         seed=config.seed,
         force=config.force,
+        quiet=config.quiet,
     )
 
 
 def _plan(config: DemoConfig) -> str:
-    """What is going to happen and how long it may take, by a short measurement on this machine."""
+    """What the demo will do and how long it may take, from a short measurement on this machine."""
     run, (twins, controls) = Run(config.run), _models(config)
     training = harvesting = scoring = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
@@ -197,9 +192,9 @@ def _plan(config: DemoConfig) -> str:
             if config.force or name not in run.models("activations"):
                 harvesting += 2 * config.tokens * forward * _HARVEST_COST
         if config.force or name not in run.models("scores"):
-            scoring += _SECONDS_A_NEURON * layers * (config.neurons or 512)
+            scoring += _SECONDS_PER_NEURON * layers * (config.neurons or 512)
         if name in twins and (config.force or name not in run.models("steer")):
-            writing += _SECONDS_AN_EFFECT * layers**2 * (config.neurons or 512)
+            writing += _SECONDS_PER_EFFECT * layers**2 * (config.neurons or 512)
         done = any(other.startswith(f"{name}+") for other in run.models("scores"))
         if config.sae and name in twins and (config.force or not done):
             autoencoders += _SAE_SECONDS * layers

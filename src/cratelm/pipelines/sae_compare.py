@@ -1,6 +1,6 @@
-"""`cratelm sae compare`: what autoencoders make of models, beside the models' own neurons.
+"""`cratelm sae compare`: latents of autoencoders next to the neurons of the models that they read.
 
-Everything that decides about a score is copied from what was done with the neurons.
+Every option that affects a score is copied from the records of how the neurons were scored.
 """
 
 import time
@@ -14,11 +14,12 @@ from cratelm.activations.harvest import harvest, harvest_name
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
-from cratelm.pipelines.sae_compare_config import SaeCompareConfig
+from cratelm.pipelines.config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion, Run
+from cratelm.runs.names import latents_name, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate import is_evaluated, sae_evaluate
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
@@ -31,7 +32,7 @@ _Config = TypeVar("_Config", HarvestConfig, ExplainConfig, ScoreConfig, ReportCo
 
 @dataclass(frozen=True)
 class SaeCompareResult:
-    """Where the comparison is."""
+    """Where the comparison is written."""
 
     report: Path
     """the page; its section `autoencoders`"""
@@ -49,16 +50,23 @@ class SaeCompareResult:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the comparison."""
+    """One stage of a pipeline."""
 
-    label: str
+    stage: str
+    model: str
+    """empty for a stage of the whole run"""
     work: Callable[[], Any]
+
+    @property
+    def label(self) -> str:
+        """Return the stage and its model, as they are printed."""
+        return f"{self.stage} {self.model}".strip()
 
 
 def sae_compare(config: SaeCompareConfig) -> SaeCompareResult:
-    """Does what is missing of the comparison, and writes the report of the run again.
+    """Run the stages that are missing, write the report again, and return where it is.
 
-    Raises `InputError` for a model that is not scored, and as the verbs do that it calls.
+    Raises `InputError` for a model that is not scored, and as the verbs that it calls do.
     """
     started = time.monotonic()
     import_sae_lens()
@@ -70,19 +78,23 @@ def sae_compare(config: SaeCompareConfig) -> SaeCompareResult:
         step.work()
     print(f"[{len(work) + 1}/{len(work) + 1}] report", flush=True)
     made = _report(run)
-    names = [name for m in models for name in (m, f"{m}+{_name(config, m)}")]
+    names = [name for m in models for name in (m, latents_name(m, _name(config, m)))]
     seconds = round(time.monotonic() - started, 1)
     return SaeCompareResult(made.page, tuple(names), comparison_table(made), seconds)
 
 
-def scored_models(run: Run, asked: Sequence[str]) -> list[str]:
-    """Models whose neurons are scored without a language model. Raises `InputError` where there are none."""
-    if asked:
-        for name in asked:
+def scored_models(run: Run, named: Sequence[str]) -> list[str]:
+    """Return the models to compare: those named, or all whose neurons are scored without a language model.
+
+    Raises `InputError` where there are none, or where latents cannot be treated as the neurons were.
+    """
+    if named:
+        for name in named:
             run.stage("scores", name).require("score")
-        found = list(asked)
+        found = list(named)
     else:
-        scored = (n for n in run.models("scores") if "@" not in n and not n.endswith("-init"))
+        free = [n for n in run.models("scores") if not split_set(n)[1]]
+        scored = [n for n in free if n not in run.null_controls(free)]
         found = [n for n in scored if not _config_of(run, "activations", n).get("sae")]
     if not found:
         raise InputError(
@@ -95,7 +107,7 @@ def scored_models(run: Run, asked: Sequence[str]) -> list[str]:
 
 
 def steps(config: SaeCompareConfig, models: Sequence[str]) -> list[Step]:
-    """What is to be done, in order; configurations are read off the run when a step runs."""
+    """Return the stages to run, in order; each reads its options from the run when it runs."""
     if config.sae and "/" in config.sae and len(models) > 1:
         raise InputError(
             f"--sae {config.sae} is a folder, for one model, and --models are {', '.join(models)}:"
@@ -105,20 +117,20 @@ def steps(config: SaeCompareConfig, models: Sequence[str]) -> list[Step]:
 
 
 def _steps_of(config: SaeCompareConfig, model: str) -> Iterator[Step]:
-    run, latents = Run(config.run), f"{model}+{_name(config, model)}"
+    run, latents = Run(config.run), latents_name(model, _name(config, model))
     if not config.sae:
-        yield Step(f"sae {model}", lambda: sae_train(_training(config, run, model)))
-    yield Step(f"evaluation {latents}", lambda: _evaluate(config, run, model))
-    yield Step(f"activations {latents}", lambda: harvest(_harvesting(config, run, model)))
-    yield Step(f"explanations {latents}", lambda: explain(_explaining(config, run, model, latents)))
-    yield Step(f"scores {latents}", lambda: score(_scoring(config, run, model, latents)))
+        yield Step("sae", model, lambda: sae_train(_training(config, run, model)))
+    yield Step("evaluation", latents, lambda: _evaluate(config, run, model))
+    yield Step("activations", latents, lambda: harvest(_harvesting(config, run, model)))
+    yield Step("explanations", latents, lambda: explain(_explaining(config, run, model, latents)))
+    yield Step("scores", latents, lambda: score(_scoring(config, run, model, latents)))
 
 
 def _name(config: SaeCompareConfig, model: str) -> str:
-    """Of the autoencoders, in the names of stages."""
+    """Name of the autoencoders in the names of stages."""
     if config.sae:
         return Path(config.sae).name
-    return config.training(model).folder.partition("@")[2]
+    return split_set(config.training(model).folder)[1]
 
 
 def _training(config: SaeCompareConfig, run: Run, model: str) -> Any:
@@ -134,7 +146,7 @@ def _training(config: SaeCompareConfig, run: Run, model: str) -> Any:
 
 def _evaluate(config: SaeCompareConfig, run: Run, model: str) -> None:
     harvested = _config_of(run, "activations", model)
-    asked = SaeEvaluateConfig(
+    evaluating = SaeEvaluateConfig(
         run=run.path,
         model=harvested["model"],
         sae=config.sae or _name(config, model),
@@ -144,40 +156,46 @@ def _evaluate(config: SaeCompareConfig, run: Run, model: str) -> None:
         device=config.device,
         quiet=config.quiet,
     )
-    if config.force or not is_evaluated(asked):
-        sae_evaluate(asked)
+    if config.force or not is_evaluated(evaluating):
+        sae_evaluate(evaluating)
 
 
 def _harvesting(config: SaeCompareConfig, run: Run, model: str) -> HarvestConfig:
-    told = _config_of(run, "activations", model)
+    neurons = _config_of(run, "activations", model)
     sae = config.sae or _name(config, model)
-    alike = _read(HarvestConfig, {**told, "site": None, "name": None, "sae": sae})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    alike = _read(HarvestConfig, {**neurons, "site": None, "name": None, "sae": sae})
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _explaining(config: SaeCompareConfig, run: Run, model: str, latents: str) -> ExplainConfig:
-    told = _config_of(run, "explanations", model)
-    explained = told["neurons"] or max(
+    neurons = _config_of(run, "explanations", model)
+    explained = neurons["neurons"] or max(
         run.stage("activations", model).require("harvest").results["neurons"]
     )
-    alike = _read(ExplainConfig, {**told, "model": latents, "neurons": explained})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    alike = _read(ExplainConfig, {**neurons, "model": latents, "neurons": explained})
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _scoring(config: SaeCompareConfig, run: Run, model: str, latents: str) -> ScoreConfig:
     alike = _read(ScoreConfig, {**_config_of(run, "scores", model), "model": latents})
-    return replace(alike, run=run.path, device=config.device, force=config.force)
+    return replace(
+        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+    )
 
 
 def _report(run: Run) -> ReportResult:
-    """As it was asked for last, of what there is now."""
+    """The report of all that the run holds now, with the options of the last one."""
     done = run.stage("report").completion()
-    told = {} if done is None else {**done.config, "models": ()}
-    return report(replace(_read(ReportConfig, told), run=run.path, force=True))
+    options = {} if done is None else {**done.config, "models": ()}
+    return report(replace(_read(ReportConfig, options), run=run.path, force=True))
 
 
 def _check_comparable(run: Run, model: str) -> None:
-    """Raises `InputError` where latents cannot be done as these neurons were."""
+    """Raises `InputError` where latents cannot be treated as these neurons were."""
     harvested = _config_of(run, "activations", model)
     if "model" not in harvested:
         raise InputError(
@@ -202,10 +220,10 @@ def _config_of(run: Run, stage: Any, model: str) -> dict[str, Any]:
     return done.config
 
 
-def _read(kind: type[_Config], told: dict[str, Any]) -> _Config:
-    """A configuration from a record of it."""
+def _read(kind: type[_Config], recorded: dict[str, Any]) -> _Config:
+    """A configuration from the record of it."""
     known = {f.name for f in fields(kind)}
     plain: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in known
+        k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if k in known
     }
     return kind(**plain)

@@ -8,7 +8,7 @@ from cratelm.results.run_results import ModelResults
 from cratelm.results.scores import mean_interval
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
 from cratelm.text import table
-from cratelm.text.table import Cell, PlusMinus
+from cratelm.text.table import Cell
 
 METRIC_NAMES: dict[Metric, str] = {
     "top_and_random": "top-and-random",
@@ -43,7 +43,7 @@ def estimate_cell(estimate: Estimate | None, by: float = 1) -> Cell:
     if estimate is None or math.isnan(estimate.value):
         return None
     value, error = by * estimate.value, estimate.error
-    return value if error is None else PlusMinus(value, by * error)
+    return value if error is None else Estimate(value, by * error)
 
 
 def mean_cell(s: ModelStatistics | LayerStatistics | None) -> Cell:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from cratelm.errors import InputError
 from cratelm.records import METRICS, Metric
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Write one page, tables and figures about all models of a run that have been scored."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     models: tuple[str, ...] = ()
     """models to show, by name; default: all that are scored. `crate-X` and `gpt2-X` are compared as
@@ -32,14 +32,13 @@ class ReportConfig:
     that `cratelm score` wrote"""
     seed: int = 0
     """seed of the random neurons and of those resamples"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """redo the report even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """no progress bar: this verb has none, and takes the option as all verbs do"""
 
     def __post_init__(self) -> None:
-        for field, least in (("neurons", 0), ("excerpts", 0), ("resamples", 100), ("seed", 0)):
-            value = getattr(self, field)
-            if value < least:
-                raise InputError(f"--{field} is {value}, {least} or more was expected")
+        at_least(self, {"neurons": 0, "excerpts": 0, "resamples": 100, "seed": 0})
         if self.rank_by not in METRICS:
             raise InputError(f"--rank-by is {self.rank_by!r}: choose from {', '.join(METRICS)}")
 

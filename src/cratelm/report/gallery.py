@@ -20,9 +20,9 @@ from cratelm.report.llm_explanations import LlmExplanation, llm_explanations
 from cratelm.results.excerpts import largest, shade, simulate_excerpts
 from cratelm.results.neuron_view import read_explanations_of
 from cratelm.results.run_results import ModelResults, RunResults
-from cratelm.results.side_results import LogitEffect, read_logit_effect
 from cratelm.score.selection import scored_on
-from cratelm.text.printable import printable, visible
+from cratelm.steer.store import LogitEffect, read_logit_effect
+from cratelm.text.display import printable, visible
 from cratelm.text.shading import shaded_html
 from cratelm.text.table import Cell, Column, Table
 from cratelm.tokens.shards import TokenStore
@@ -96,7 +96,10 @@ def galleries(results: RunResults, config: ReportConfig) -> list[Gallery]:
     shown = [
         m
         for m in results.principal
-        if "activations" in m.completions and any("explanations" in s.completions for s in m.sets)
+        if "activations" in m.completions
+        and any("explanations" in s.completions for s in m.sets)
+        # The token ids of other tokens would be spelled as other words.
+        and m.completions["activations"].inputs.get("tokens") in (None, results.tokens.identity)
     ]
     made = [_gallery(results, m, config, store) for m in shown]
     return [g for g in made if any(cards for _, cards in g.groups)]

@@ -8,7 +8,7 @@ from cratelm.report.cells import METRIC_NAMES
 from cratelm.results.neuron_view import read_explanations_of
 from cratelm.results.run_results import ModelResults
 from cratelm.runs import Run
-from cratelm.text.printable import printable
+from cratelm.text.display import printable
 
 _EVIDENCE = {"top": "from its strongest excerpts", "anthropic": "from its whole range"}
 
@@ -39,10 +39,11 @@ def llm_explanations(
     run: Run, model: ModelResults, neurons: Sequence[NeuronKey]
 ) -> dict[NeuronKey, tuple[LlmExplanation, ...]]:
     """Return by neuron what each set of explanations by a language model says of these neurons."""
-    scores: dict[NeuronKey, list[NeuronScore]] = {neuron: [] for neuron in neurons}
-    for s in (s for of_set in model.llm_sets for s in of_set.scores if s.control == "none"):
-        if s.neuron.key in scores:
-            scores[s.neuron.key].append(s)
+    scores: dict[NeuronKey, list[tuple[NeuronScore, str]]] = {neuron: [] for neuron in neurons}
+    for of_set in model.llm_sets:
+        for s in of_set.scores:
+            if s.control == "none" and s.neuron.key in scores:
+                scores[s.neuron.key].append((s, of_set.suffix))
     by_neuron: dict[NeuronKey, tuple[LlmExplanation, ...]] = {}
     for of_set in model.llm_sets:
         if "explanations" in of_set.completions:
@@ -55,19 +56,24 @@ def llm_explanations(
     return by_neuron
 
 
-def _scores_in_words(scores: Sequence[NeuronScore], explainer: str, evidence: str) -> str:
-    """Scores x 100 of this explanation, by every model that simulated from it."""
+def _scores_in_words(
+    scores: Sequence[tuple[NeuronScore, str]], explainer: str, evidence: str
+) -> str:
+    """Scores x 100 of this explanation, by every model that simulated from it.
+
+    Each score comes with the suffix of its set's labels.
+    """
     by_reader: dict[str, list[str]] = {}
-    for s in scores:
+    for s, suffix in scores:
         from_range = s.metric == "anthropic"
-        reader = s.explainer.removeprefix(explainer)
-        of_this = s.explainer.startswith(explainer) and (not reader or reader[0] in "/+ ")
-        if of_this and from_range == (evidence == "anthropic"):
+        if s.explained_by == explainer and from_range == (evidence == "anthropic"):
+            simulator = "" if s.simulator == explainer else s.simulator
+            reader = f"{simulator}{s.variant}{suffix}".strip("+ ")
             value = str(s.score.status)
             if s.score.value is not None:
                 value = f"{100 * s.score.value:.1f}"
             by_reader.setdefault(reader, []).append(f"{METRIC_NAMES[s.metric]} {value}")
     return "; ".join(
-        f"{reader.strip('/+ ')}: {' · '.join(parts)}" if reader else " · ".join(parts)
+        f"{reader}: {' · '.join(parts)}" if reader else " · ".join(parts)
         for reader, parts in by_reader.items()
     )

@@ -26,6 +26,7 @@ from cratelm.report.sections import (
     white_box,
     white_box_figures,
 )
+from cratelm.report.stale import Stale
 from cratelm.results.run_results import (
     RunResults,
     input_identities,
@@ -93,12 +94,14 @@ def report(config: ReportConfig) -> ReportResult:
     if shown:
         tables["neurons"] = neuron_table(shown, results.metrics)
     figures = _figures(results)
+    stale = Stale(results)
+    tables, figures, shown = stale.tables(tables), stale.figures(figures), stale.galleries(shown)
     with stage.write(config, inputs) as draft:
-        _write_tables(draft.path, tables)
+        _write_tables(draft.path, tables, stale.lines)
         (draft.path / "figures").mkdir()
         for figure in figures.values():
             figure.write(draft.path / "figures")
-        page = _page(results, config, tables, figures, shown)
+        page = _page(results, config, tables, figures, shown, stale.lines)
         (draft.path / PAGE).write_text(page, encoding="utf-8")
     return _read(stage.path)
 
@@ -134,7 +137,7 @@ def _figures(results: RunResults) -> dict[str, Figure]:
 
 
 def comparison_table(result: ReportResult) -> str:
-    """Return the comparison of the models as plain text: losses, scores with intervals, nulls, counts."""
+    """Return the comparison of the models as plain text: losses, scores with intervals, nulls, counts; what is stale."""
     return (result.path / COMPARISON).read_text(encoding="utf-8").rstrip("\n")
 
 
@@ -149,9 +152,10 @@ def _read(folder: Path) -> ReportResult:
     )
 
 
-def _write_tables(folder: Path, tables: dict[str, Table]) -> None:
+def _write_tables(folder: Path, tables: dict[str, Table], stale: Sequence[str]) -> None:
     write_json(folder / TABLES, {name: table.to_json() for name, table in tables.items()})
-    (folder / COMPARISON).write_text(tables["comparison"].to_text() + "\n", encoding="utf-8")
+    lines = [tables["comparison"].to_text(), *([""] if stale else []), *stale]
+    (folder / COMPARISON).write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tables").mkdir()
     for name, table in tables.items():
         (folder / "tables" / f"{name}.csv").write_text(table.to_csv(), encoding="utf-8")
@@ -164,6 +168,7 @@ def _page(
     tables: dict[str, Table],
     figures: dict[str, Figure],
     shown: Sequence[Gallery],
+    stale: Sequence[str],
 ) -> str:
     """The page. Every value is escaped except our own CSS and SVG."""
     folder = resources.files("cratelm.report")
@@ -186,6 +191,7 @@ def _page(
         white_box="white-box" not in absent,
         effects="effects" not in absent,
         autoencoders="autoencoders" not in absent,
+        stale=stale,
         missing=missing_results(results),
         tables=tables,
         figures=figures,

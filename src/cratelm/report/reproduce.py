@@ -7,13 +7,13 @@ from typing import Any
 
 from cratelm.activations.config import HarvestConfig
 from cratelm.explain.config import ExplainConfig
-from cratelm.interop.import_records_config import ImportRecordsConfig
+from cratelm.interop.config import ImportRecordsConfig
 from cratelm.report.config import ReportConfig
-from cratelm.results.names import untrained_name
 from cratelm.results.run_results import RunResults
 from cratelm.results.side_results import evaluation_config
 from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion, config_dict
+from cratelm.runs.names import untrained_name
 from cratelm.score.config import ScoreConfig
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.train.config import TrainConfig

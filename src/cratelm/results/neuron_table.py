@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
 from cratelm.records import SCORERS, NeuronKey
-from cratelm.results.names import set_name
 from cratelm.results.stages import Problems, set_names
 from cratelm.results.views import LayerPage, LayerQuery, NeuronRow
 from cratelm.runs import Run, Stage
+from cratelm.runs.names import set_name
 
 ExplainerKey = tuple[str, str]
 """name of the set (empty without a language model), explainer"""
@@ -139,7 +139,7 @@ def read_neuron_table(run: Run, model: str) -> NeuronTable:
     keys = _packed(layer, index)
     texts: dict[ExplainerKey, Any] = {}
     scores: dict[tuple[str, str, str], ScoreColumn] = {}
-    problems = Problems()
+    problems = Problems(run.stale_lines(model))
     for name in ["", *set_names(run, model)]:
         explained = run.stage("explanations", set_name(model, name))
         scored = run.stage("scores", set_name(model, name))

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratelm.activations.store import ExcerptFile, NeuronFile, summaries_path
+from cratelm.errors import InputError
 from cratelm.records import Excerpt, Explanation, NeuronId, NeuronKey, Split
 from cratelm.results.excerpts import excerpt_views, favourite_tokens
 from cratelm.results.neuron_table import NeuronTable
-from cratelm.results.side_results import LogitEffect, read_logit_effect
 from cratelm.results.stages import Problems
 from cratelm.results.views import (
     ExcerptChoice,
@@ -29,6 +29,7 @@ from cratelm.results.views import (
 )
 from cratelm.runs import Run
 from cratelm.score.simulators import SIMULATORS
+from cratelm.steer.store import LogitEffect, read_logit_effect
 from cratelm.tokens.shards import TokenStore
 
 _T = TypeVar("_T")
@@ -71,6 +72,17 @@ class NeuronFiles:
         """Return the run's tokens. Raises `InputError` where the shards are missing or damaged."""
         path = self.run.path / "tokens"
         return self._cache(("tokens", path), lambda: TokenStore(path))
+
+    def tokens_of(self, model: str) -> TokenStore:
+        """Return the tokens that a harvest has read.
+
+        Raises `InputError` where they were made again since: its token ids would be spelled as other words.
+        """
+        read = self.run.stage("activations", model).completion()
+        tokens = self.run.stage("tokens").completion()
+        if read and tokens and read.inputs.get("tokens", tokens.identity) != tokens.identity:
+            raise InputError(f"{model} was harvested from earlier tokens")
+        return self.tokens()
 
     def excerpts(self, query: NeuronQuery) -> tuple[Excerpt, ...]:
         """Return all excerpts of the neuron from the split."""
@@ -162,7 +174,7 @@ def neuron_view(
         return problems.attempt(f"{label} cannot be shown", read, default)
 
     excerpts = attempt("excerpts", lambda: files.excerpts(query), ())
-    store = attempt("text", files.tokens, None)
+    store = attempt("text", lambda: files.tokens_of(query.model), None)
     explainer, views, held_back = _shown_excerpts(files, table, query, excerpts, store, problems)
     summary = attempt("statistics", lambda: files.summary(query), {})
     effect = attempt("effects", lambda: files.effect(query, table.site), None)

@@ -4,7 +4,7 @@ Figures of the models' stages are read here, those of side measurements in `side
 neurons in `neuron_table` and `neuron_view`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
 from cratelm.llm.client import Tally
-from cratelm.llm.probe import Preflight
+from cratelm.llm.probe import ProbeResult
 from cratelm.records import (  # fmt: skip
     METRICS,
     SCORERS,
@@ -24,16 +24,6 @@ from cratelm.records import (  # fmt: skip
     NeuronKey,
     NeuronScore,
     NeuronSummary,
-)
-from cratelm.results.names import (
-    FAMILIES,
-    display_order,
-    family_of,
-    null_controls,
-    set_name,
-    split_set,
-    twin_name,
-    untrained_name,
 )
 from cratelm.results.scores import find_statistics, read_calls, read_score_summary
 from cratelm.results.side_results import (
@@ -52,11 +42,13 @@ from cratelm.results.stages import (
     MODEL_STAGES,
     SET_STAGES,
     completions,
+    display_order,
     set_completions,
     set_names,
     side_completions,
 )
-from cratelm.runs import Completion, Run, StageName
+from cratelm.runs import Completion, Freshness, Run, StageName
+from cratelm.runs.names import FAMILIES, family_of, set_name, split_set, twin_name, untrained_name
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit
 from cratelm.score.store import read_scores
@@ -84,8 +76,11 @@ class ResultSet:
     """documents explained from, scored on, and in both; None without scores"""
     near_duplicates: DuplicateAudit | None = None
     """None where they were not looked for"""
-    preflight: Preflight | None = None
+    preflight: ProbeResult | None = None
     """trial calls of the simulator; None without a language model"""
+
+    suffix: str = ""
+    """after the explainers' labels: the set's name in brackets, where the scores were given one"""
 
     @property
     def label(self) -> str:
@@ -127,6 +122,8 @@ class ModelResults:
     evaluation: SaeEvaluation | None
     """of the autoencoders whose latents its neurons are; None for neurons, and where they were not
     evaluated as they are now"""
+    stale: Mapping[str, Freshness]
+    """by label: its stages that are not of today's inputs"""
 
     @property
     def llm_sets(self) -> list[ResultSet]:
@@ -220,8 +217,8 @@ def scored_models(run: Run, models: Sequence[str] = ()) -> list[str]:
         )
     for name in set(models) - scored:
         run.stage("scores", name).require("score")
-    names = models or scored
-    nulls = null_controls(names)
+    names = set(models) or scored
+    nulls = run.null_controls(names)
     return sorted(names, key=lambda name: display_order(name, nulls.get(name, "")))
 
 
@@ -247,7 +244,7 @@ def read_results(run: Run, models: Sequence[str] = (), explainer: str | None = N
     Raises `InputError` where a model is not scored, or none with the explainer named.
     """
     names = scored_models(run, models)
-    nulls = null_controls(names)
+    nulls = run.null_controls(names)
     principal = [name for name in names if name not in nulls]
     read = tuple(
         _read_model(run, name, principal.index(nulls.get(name, name)), nulls.get(name, ""))
@@ -301,6 +298,7 @@ def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
         summaries=tuple(read_summaries(folder, "held_out")) if harvest else (),
         curve=read_metrics(run.stage("model", name).path) if "model" in done else [],
         evaluation=_evaluation(run, harvest) if harvest else None,
+        stale=run.stale(name),
     )
 
 
@@ -325,6 +323,7 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
         audit=summary.audit,
         near_duplicates=summary.near_duplicates,
         preflight=summary.preflight,
+        suffix=suffix,
     )  # fmt: skip
 
 

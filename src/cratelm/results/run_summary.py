@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 
 from cratelm.activations.store import summaries_path
 from cratelm.records import SCORERS
-from cratelm.results.names import display_order, family_of, null_controls, split_set
 from cratelm.results.scores import find_statistics, layer_intervals, mean_interval, read_statistics
-from cratelm.results.stages import MODEL_STAGES, Problems, model_names
+from cratelm.results.stages import MODEL_STAGES, Problems, display_order, model_names
 from cratelm.results.views import MetricCard, ModelCard, RunCard
 from cratelm.runs import Completion, Run, StageName
+from cratelm.runs.names import family_of, split_set
 from cratelm.stats.scores import ModelStatistics
 
 
@@ -23,7 +23,7 @@ def run_card(key: str, run: Run) -> RunCard:
     """
     problems = Problems()
     names = model_names(run)
-    nulls = null_controls(names)
+    nulls = run.null_controls(names)
     cards = [_card(run, name, nulls.get(name, ""), problems) for name in names]
     cards.sort(key=lambda card: display_order(card.name, card.null_of))
     if not names:
@@ -56,6 +56,7 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
         firing=layers.firing,
         dead=layers.dead,
         missing=_missing(run, name, done, bool(metrics)),
+        stale=tuple(run.stale_lines(name)),
     )
 
 

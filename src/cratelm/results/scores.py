@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cratelm.llm.client import Tally
-from cratelm.llm.probe import Preflight
+from cratelm.llm.probe import ProbeResult
 from cratelm.records import Interval
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit, DuplicateEffect, DuplicatePair
@@ -25,7 +25,7 @@ class ScoreSummary:
     audit: Audit
     near_duplicates: DuplicateAudit | None
     """None where they were not looked for"""
-    preflight: Preflight | None
+    preflight: ProbeResult | None
     """trial calls of the simulator; None without a language model"""
 
     def renamed(self, suffix: str) -> "ScoreSummary":
@@ -42,12 +42,11 @@ def read_score_summary(folder: Path) -> ScoreSummary:
     """Return what `summary.json` in the folder of a set of scores holds."""
     record = _json(folder / "summary.json")
     audit = record["leakage_audit"]
-    preflight = record.get("preflight")
     return ScoreSummary(
         statistics=tuple(map(_statistics, record["statistics"])),
         audit=Audit(**{**audit, "shared": tuple(audit["shared"])}),
         near_duplicates=_duplicate_audit(record.get("near_duplicates")),
-        preflight=Preflight(**preflight) if preflight else None,
+        preflight=_probe_result(record.get("preflight")),
     )
 
 
@@ -111,3 +110,10 @@ def _duplicate_audit(record: dict[str, Any] | None) -> DuplicateAudit | None:
     pairs = tuple(DuplicatePair(**pair) for pair in record["examples"])
     effects = tuple(DuplicateEffect(**effect) for effect in record["effects"])
     return DuplicateAudit(**{**record, "examples": pairs, "effects": effects})
+
+
+def _probe_result(record: dict[str, Any] | None) -> ProbeResult | None:
+    if not record:
+        return None
+    values = dict(record)
+    return ProbeResult(supports_logprobs=values.pop("reads"), **values)

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cratelm.analysis.coding_rate import EPSILON
-from cratelm.analysis.consistency import SHARE
-from cratelm.analysis.store import LAYERS, READINGS, LayerFigure
-from cratelm.analysis.summary import Summary
-from cratelm.records import Estimate, Interval, NeuronId
-from cratelm.results.names import set_name, split_set
+from cratelm.analysis.store import (
+    EPSILON,
+    SHARE,
+    LayerFigure,
+    MeasureSummary,
+    read_layers,
+    read_measure_by_layer,
+    read_measure_summaries,
+)
+from cratelm.records import Estimate, Interval
 from cratelm.runs import Completion, Run, hash_file
+from cratelm.runs.names import set_name, split_set
 
 DISTORTION = f"{EPSILON:g}"
 """setting of the coding rates that tables and figures show"""
@@ -35,10 +39,10 @@ class Analysis:
 
     name: str
     figures: tuple[LayerFigure, ...]
-    means: tuple[Summary, ...]
+    means: tuple[MeasureSummary, ...]
     """over neurons; empty where the model has no explanations"""
-    readings: Path
-    """file of the single neurons' values; absent where the model has no explanations"""
+    folder: Path
+    """of its files"""
     _by_quantity: dict[tuple[str, str], dict[int, Estimate]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +85,7 @@ class Analysis:
 
     def mean(
         self, measure: str, layer: int, control: str = "none", share: float = SHARE
-    ) -> Summary | None:
+    ) -> MeasureSummary | None:
         """Return the mean of a measure over the neurons of a layer; None where it was not taken."""
         wanted = (measure, layer, control, share)
         for m in self.means:
@@ -91,13 +95,7 @@ class Analysis:
 
     def neuron_values(self, measure: str) -> dict[int, NDArray[np.float64]]:
         """Return by layer the values of the neurons that have one under their own explanation."""
-        if not self.readings.is_file():
-            return {}
-        wanted = [("control", "=", "none"), ("share", "=", SHARE)]
-        table = pq.read_table(self.readings, columns=["layer", measure], filters=wanted)
-        layer, value = table["layer"].to_numpy(), table[measure].to_numpy().astype(float)
-        by_layer = {n: value[(layer == n) & ~np.isnan(value)] for n in np.unique(layer)}
-        return {int(n): values for n, values in by_layer.items() if len(values)}
+        return read_measure_by_layer(self.folder, measure)
 
 
 def read_analyses(run: Run, models: Sequence[str]) -> list[Analysis]:
@@ -109,14 +107,7 @@ def read_analyses(run: Run, models: Sequence[str]) -> list[Analysis]:
 
 
 def _analysis(name: str, folder: Path) -> Analysis:
-    rows = pq.read_table(folder / LAYERS).to_pylist()
-    means = _json(folder / "summary.json")["readings"]
-    return Analysis(
-        name,
-        tuple(LayerFigure(**row) for row in rows),
-        tuple(Summary(**mean) for mean in means),
-        folder / READINGS,
-    )
+    return Analysis(name, tuple(read_layers(folder)), tuple(read_measure_summaries(folder)), folder)
 
 
 # ---- cratelm effects ------------------------------------------------------------------------------
@@ -158,20 +149,6 @@ class Effects:
     layers: tuple[LayerEffects, ...]
 
 
-@dataclass(frozen=True)
-class LogitEffect:
-    """The tokens that a neuron promotes and suppresses most where it fires, strongest first."""
-
-    promoted: tuple[str, ...]
-    promoted_values: tuple[float, ...]
-    """logits minus their mean over the vocabulary"""
-    suppressed: tuple[str, ...]
-    suppressed_values: tuple[float, ...]
-    activation: float
-    """mean activation at the tokens that it was measured at"""
-    n_positions: int
-
-
 def read_effects(run: Run, models: Sequence[str]) -> list[Effects]:
     """Return the effects of those of `models` that were measured, in the order given."""
     finished = set(run.models("steer"))
@@ -186,29 +163,6 @@ def _effects(name: str, record: dict[str, Any]) -> Effects:
 
     layers = tuple(map(layer, record["layers"]))
     return Effects(name, record["ablation"], _estimate(record.get("loss")), layers)
-
-
-def read_logit_effect(folder: Path, neuron: NeuronId, kind: str = "exact") -> LogitEffect | None:
-    """Return the effect of one neuron, from the folder `steer/MODEL`; `kind` may be `first_order`.
-
-    None where it was not measured: no such file, another neuron, a dead one.
-    """
-    path = folder / "logit_effects.parquet"
-    if not path.is_file():
-        return None
-    wanted = [("layer", "=", neuron.layer), ("index", "=", neuron.index), ("kind", "=", kind)]
-    rows = pq.read_table(path, filters=wanted).to_pylist()
-    if not rows or rows[0]["site"] != neuron.site:
-        return None
-    row = rows[0]
-    return LogitEffect(
-        promoted=tuple(row["promoted"]),
-        promoted_values=tuple(row["promoted_values"]),
-        suppressed=tuple(row["suppressed"]),
-        suppressed_values=tuple(row["suppressed_values"]),
-        activation=row["activation"],
-        n_positions=row["n_positions"],
-    )
 
 
 # ---- cratelm intervene ----------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from typing import TypeVar
 import pyarrow as pa
 
 from cratelm.errors import InputError
-from cratelm.results.names import set_name, sets_of, split_set
 from cratelm.runs import Completion, Run, StageName
+from cratelm.runs.names import FAMILIES, family_of, set_name, sets_of, split_set
 
 MODEL_STAGES: dict[StageName, str] = {
     "model": "train",
@@ -28,8 +28,8 @@ _T = TypeVar("_T")
 class Problems:
     """Collects a sentence for every file that could not be read, so that the others are still shown."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self.lines = list(lines)
 
     def attempt(self, label: str, read: Callable[[], _T], default: _T) -> _T:
         """Return what `read` returns; where its file is damaged, note that with `label` and return `default`."""
@@ -83,3 +83,12 @@ def side_completions(run: Run, models: Sequence[str]) -> tuple[Completion, ...]:
     stages = (run.stage(stage, name) for stage in SIDE_STAGES for name in run.models(stage))
     records = (stage.completion() for stage in stages if split_set(stage.name)[0] in models)
     return tuple(done for done in records if done is not None)
+
+
+def display_order(name: str, null_of: str) -> tuple[bool, int, str]:
+    """Return the sort key of a model: trained ones first, CRATE before GPT-2 before others.
+
+    `null_of` is the model whose null control `name` is, empty for others.
+    """
+    family = family_of(name)
+    return bool(null_of), FAMILIES.index(family) if family else len(FAMILIES), name

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
 from cratelm.records import ExcerptKind, Interval, Split
-from cratelm.results.names import twin_name
+from cratelm.runs.names import twin_name
 
 ExcerptChoice = Literal["some", "all", "top"]
 """excerpts of a neuron: the first of each kind and bin, all, or the first of the strongest"""
@@ -59,6 +59,8 @@ class ModelCard:
     """neurons of a layer never above 0, held-out"""
     missing: tuple[str, ...]
     """what a full run would have, with the command that makes it"""
+    stale: tuple[str, ...] = ()
+    """what is not of today's inputs, with the command that makes it again"""
 
     def metric(self, name: str) -> MetricCard | None:
         """Return the figures under a metric; None where the model was not scored by it."""

@@ -1,1 +1,1 @@
-"""Sparse autoencoders: the authors' files read and kept in an open format."""
+"""Sparse autoencoders on the activations of a model: trained and measured, with SAELens."""

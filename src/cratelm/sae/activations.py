@@ -1,10 +1,10 @@
-"""Activations of a site as shuffled batches, a pure function of the model, the tokens and the seed.
+"""Activations of a site as shuffled batches: a pure function of the model, the tokens and the seed.
 
-Sequences of the train split go through the model in a random order, a new one each epoch; their
-activations, end marks left out, fill a buffer, whose tokens are served in a random order. What is
-less than a batch at the end of a buffer is left out. A place in the stream is two numbers, so that
-an interrupted training goes on after filling one buffer; SAELens' own mixing buffer would have to be
-run from the start.
+Sequences of the train split go through the model in a random order, a new one each epoch. Their activations,
+without those at end-of-text tokens, fill a buffer, whose rows are served in a random order; the rows left at its
+end that do not fill a batch are dropped. A position in the stream is therefore two numbers, and an interrupted
+training resumes after filling one buffer. SAELens' own mixing buffer carries old rows over into every refill, so
+that its state is known only by running it from the start.
 
 Memory: the buffer, `--buffer-mib` or two batches and the tokens of one forward pass, whichever is
 more, and one forward pass.
@@ -27,20 +27,20 @@ from cratelm.train.data import BatchSampler, read_batch
 _FLOAT_BYTES = 4
 
 
-@dataclass
-class Place:
-    """Where in the stream one is."""
+@dataclass(frozen=True)
+class StreamPosition:
+    """A position in the stream of activations: that of the next batch."""
 
     first: int = 0
-    """forward passes before the buffer at hand"""
+    """forward passes before those that filled the buffer"""
     served: int = 0
-    """batches served of it"""
+    """batches served from the buffer"""
 
 
 class ActivationBuffer:
-    """Batches of activations of some layers, the same tokens for each.
+    """Batches of activations of several layers, the same tokens for each layer.
 
-    Raises `InputError` where the split holds no sequence, and where an activation is not a number.
+    Raises `InputError` where the split holds no sequence, and where an activation is not a finite number.
     """
 
     def __init__(
@@ -58,10 +58,11 @@ class ActivationBuffer:
         most_rows: int,
         seed: int,
     ):
+        """`batch_size` is in rows, `batch_tokens` those of a forward pass, `most_rows` what is needed in all."""
         self.model, self.site, self.layers, self.eot_id = model, site, layers, eot_id
         self.batch_size, self.seed = batch_size, seed
         b = max(1, batch_tokens // sequence_length)
-        self.feed = BatchSampler(
+        self.sampler = BatchSampler(
             split,
             batch_size=b,
             micro_batch_size=b,
@@ -69,104 +70,112 @@ class ActivationBuffer:
             seed=seed,
         )
         widths = [site.n_neurons[layer] for layer in layers]
-        extra = b * sequence_length  # the last forward pass may reach beyond
+        # The buffer counts as filled at `rows`, a whole number of batches; the forward pass that fills it
+        # may reach beyond by less than its own tokens, for which there is room.
+        extra = b * sequence_length
         rows = buffer_bytes // (_FLOAT_BYTES * sum(widths)) - extra
         wanted = min(max(rows, 2 * batch_size), max(most_rows, batch_size))
-        self._rows = -(-wanted // batch_size) * batch_size
+        self.rows = -(-wanted // batch_size) * batch_size
+        """R: rows at which the buffer counts as filled"""
         self._buffers = [
-            torch.empty(self._rows + extra, width, device=model.device) for width in widths
+            torch.empty(self.rows + extra, width, device=model.device) for width in widths
         ]
-        self._next = Place()
-        self._passes = self._filled = 0
-        self._order = np.empty(0, np.int64)
+        self._position = StreamPosition()
+        self._passes = self._filled = 0  # forward passes and rows in the buffer; 0: not filled yet
+        self._order = np.empty(0, np.int64)  # [filled] the order in which rows are served
 
     @property
     def device(self) -> torch.device:
+        """Device of the model, and of the batches."""
         return self.model.device
 
     @property
     def n_bytes(self) -> int:
-        """Of the buffer."""
+        """Size of the buffer."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     @property
-    def place(self) -> Place:
-        """Where the next batch is."""
-        return Place(self._next.first, self._next.served)
+    def position(self) -> StreamPosition:
+        """Position of the next batch."""
+        return self._position
 
-    def seek(self, place: Place) -> None:
-        """Go to a place that `place` told before."""
-        self._next = Place(place.first, place.served)
+    def seek(self, position: StreamPosition) -> None:
+        """Continue from a position that `position` returned before: the next batch is the one it named."""
+        self._position = position
         self._filled = 0
 
     def batch(self) -> list[torch.Tensor]:
-        """The next batch [B, H] of each layer."""
+        """Return the next batch [B, H] of each layer."""
         if not self._filled:
             self._fill()
-        start = self._next.served * self.batch_size
+        first, served = self._position.first, self._position.served
+        start = served * self.batch_size
         rows = torch.from_numpy(self._order[start : start + self.batch_size]).to(self.device)
-        self._next.served += 1
         batch = [buffer[rows] for buffer in self._buffers]
-        if self._next.served == self._filled // self.batch_size:
-            self.seek(Place(self._next.first + self._passes))
+        if served + 1 == self._filled // self.batch_size:  # the last whole batch of the buffer
+            self.seek(StreamPosition(first + self._passes))
+        else:
+            self._position = StreamPosition(first, served + 1)
         return batch
 
     def means(self) -> list[torch.Tensor]:
-        """Mean activation [H] of each layer over the buffer at hand."""
+        """Return the mean activation [H] of each layer over the buffer."""
         if not self._filled:
             self._fill()
         return [buffer[: self._filled].mean(0) for buffer in self._buffers]
 
     def mean_norms(self) -> list[float]:
-        """Mean Euclidean norm of an activation vector of each layer, likewise."""
+        """Return the mean Euclidean norm of the activation vectors of each layer over the buffer."""
         if not self._filled:
             self._fill()
         return [float(buffer[: self._filled].norm(dim=1).mean()) for buffer in self._buffers]
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """The buffer from forward pass `first` on, and the order in which its rows are served."""
+        """Fill the buffer from forward pass `first` on, and draw the order in which its rows are served."""
+        first = self._position.first
         self._passes = 0
-        while self._filled < self._rows:
-            indices = self.feed.indices(self._next.first + self._passes)
+        while self._filled < self.rows:
+            indices = self.sampler.indices(first + self._passes)
             tokens, _ = read_batch(
-                self.feed.split, indices, self.feed.sequence_length, self.model.device
+                self.sampler.split, indices, self.sampler.sequence_length, self.model.device
             )  # [b, T]
             text = (tokens != self.eot_id).flatten()  # [b * T]
             count = int(text.sum())
-            found = layer_activations(self.model, self.site, self.layers, tokens)
-            for buffer, activations in zip(self._buffers, found, strict=True):
+            by_layer = layer_activations(self.model, self.site, self.layers, tokens)
+            for buffer, activations in zip(self._buffers, by_layer, strict=True):
                 buffer[self._filled : self._filled + count] = activations.flatten(0, 1)[text]
             self._filled += count
             self._passes += 1
-        generator = np.random.default_rng((self.seed, self._next.first, 1))
+        # seeded by where the buffer begins, so that seeking to a position in it gives the same order
+        generator = np.random.default_rng((self.seed, first, 1))
         self._order = generator.permutation(self._filled)
 
 
 def layer_activations(
     model: PreTrainedModel, site: Site, layers: tuple[int, ...], tokens: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Activations [b, T, H] of some layers on token ids [b, T], the head left out, in float32.
+    """Return activations [b, T, H] of some layers on token ids [b, T], in float32; the head is not run.
 
     Raises `InputError` that names the layer where one is not a finite number.
     """
-    found: dict[int, torch.Tensor] = {}
+    by_layer: dict[int, torch.Tensor] = {}
 
-    def see(layer: int, activations: torch.Tensor) -> None:
+    def on_activation(layer: int, activations: torch.Tensor) -> None:
         if layer in layers:
-            found[layer] = activations.float()
-            check_finite(found[layer], site, layer)
+            by_layer[layer] = activations.float()
+            check_finite(by_layer[layer], site, layer)
 
-    with hooked(model, site, see):
+    with hooked(model, site, on_activation):
         model.base_model(input_ids=tokens, use_cache=False)
-    return [found[layer] for layer in layers]
+    return [by_layer[layer] for layer in layers]
 
 
 def check_finite(activations: torch.Tensor, site: Site, layer: int) -> None:
-    """Raises `InputError` where an activation is not a finite number."""
+    """Raise `InputError` where an activation is not a finite number."""
     if not activations.isfinite().all():
         bad = activations[~activations.isfinite()][0].item()
         raise InputError(
-            f"an activation of layer {layer} (site {site.name}) is {bad}, a number was expected: the"
+            f"an activation of layer {layer} (site {site.name}) is {bad}, not a finite number: the"
             " model's weights are damaged or its training diverged; checkpoints so far are kept"
         )

@@ -1,13 +1,13 @@
-"""SAELens' trainable autoencoders under cratelm's names, and what is done for their dead latents.
+"""SAELens' trainable autoencoders under cratelm's names, and how their dead latents are revived.
 
-SAELens adds squared errors over the H inputs, cratelm's numbers stand against their mean, so that
-they are worth the same at every width: coefficients are multiplied by H here.
+SAELens sums squared errors over the H inputs. cratelm's coefficients are relative to the mean squared error, so
+that they mean the same at every width: they are multiplied by H here.
 
-What revives dead latents: of `topk` and `batchtopk` SAELens' auxiliary loss (Gao et al. 2024,
-appendix A.2); of `jumprelu` its loss on the pre-activations of dead latents; of `l1` and `gated`
-resampling (Bricken et al. 2023, "Towards Monosemanticity", appendix).
+Dead latents are revived by SAELens' auxiliary loss in `topk` and `batchtopk` (Gao et al. 2024, appendix A.2),
+by its loss on the pre-activations of dead latents in `jumprelu`, and by resampling in `l1` and `gated`
+(Bricken et al. 2023, "Towards Monosemanticity", appendix).
 
-Shape legend: B tokens of a batch, H inputs, S latents.
+Shape legend: B tokens of a batch, H inputs, S latents, n dead latents.
 """
 
 import os
@@ -16,41 +16,40 @@ from typing import Any
 import numpy as np
 import torch
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.sae.train_config import L0_COEFFICIENT, L1, K, SaeTrainConfig
 
 RESAMPLED = ("l1", "gated")
+"""architectures whose dead latents are reinitialised during training"""
 _RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
-"""parts of the run after which dead latents start again: as Bricken et al., 25,000 steps of 200,000"""
+"""fractions of the steps after which dead latents are reinitialised, as in Bricken et al.: every 25,000 of
+200,000 steps, up to half of them"""
 _RESAMPLED_NORM = 0.2
-"""of a new encoder column, by the mean norm of the living ones (Bricken et al.)"""
+"""norm of a new encoder column, relative to the mean norm of those that are not dead (Bricken et al.)"""
 _WARM_UP = 20
-"""the sparsity's weight rises over this part of the steps, one twentieth"""
+"""the coefficient of the sparsity rises from 0 over the first twentieth of the steps"""
 _PRE_ACTIVATION_LOSS = 3e-6
-"""of dead latents in jumprelu, as SAELens gives it for Anthropic's setup"""
+"""coefficient for dead latents in jumprelu, as SAELens gives it for Anthropic's setup"""
 
 
 def import_sae_lens() -> Any:
-    """The optional package. Raises `InputError` that names the extra where it is missing."""
-    # It imports wandb, which is to write nothing here and to reach nobody.
+    """Return the optional package `sae_lens`. Raises `InputError` that names the extra where it is missing."""
+    # It imports wandb, which must write nothing here and connect nowhere.
     os.environ.setdefault("WANDB_MODE", "disabled")
     try:
         import sae_lens
     except ImportError:
-        raise InputError(
-            "sparse autoencoders are trained and measured with SAELens: type"
-            " `pip install 'cratelm[sae]'` first"
-        ) from None
+        raise missing_extra("sae", "an autoencoder", "sae-lens") from None
     return sae_lens
 
 
 def build_sae(config: SaeTrainConfig, d_in: int, layer: int, device: torch.device) -> Any:
-    """SAELens' `TrainingSAE` with fresh weights, which depend on seed and layer alone."""
+    """Return SAELens' `TrainingSAE` with initial weights, which depend on seed and layer only."""
     lens = import_sae_lens()
     name, kind = _KINDS[config.architecture]
     common = {
         "d_in": d_in,
-        "d_sae": latents(config, d_in),
+        "d_sae": n_latents(config, d_in),
         "device": str(device),
         "apply_b_dec_to_input": True,
         "normalize_activations": "expected_average_only_in" if config.normalize else "none",
@@ -61,15 +60,15 @@ def build_sae(config: SaeTrainConfig, d_in: int, layer: int, device: torch.devic
         return getattr(lens, name)(settings).to(device)
 
 
-def latents(config: SaeTrainConfig, d_in: int) -> int:
-    """S. Raises `InputError` where `--k` asks for more than there are."""
-    found = config.d_sae if config.d_sae is not None else config.expansion * d_in
-    if config.architecture in ("topk", "batchtopk") and (config.k or K) > found:
+def n_latents(config: SaeTrainConfig, d_in: int) -> int:
+    """Return S for H inputs. Raises `InputError` where `--k` is more than that."""
+    latents = config.d_sae if config.d_sae is not None else config.expansion * d_in
+    if config.architecture in ("topk", "batchtopk") and (config.k or K) > latents:
         raise InputError(
-            f"--k is {config.k or K}, the autoencoder has {found} latents: lower --k, or raise"
+            f"--k is {config.k or K}, the autoencoder has {latents} latents: lower --k, or raise"
             " --expansion"
         )
-    return found
+    return latents
 
 
 def _l1(config: SaeTrainConfig, d_in: int) -> dict[str, Any]:
@@ -101,14 +100,14 @@ _KINDS = {
     "jumprelu": ("JumpReLUTrainingSAE", _jumprelu),
     "gated": ("GatedTrainingSAE", _gated),
 }
-"""class in SAELens, and what its configuration takes beside the shape"""
+"""name of the class in SAELens, and what its configuration takes besides the shape"""
 
 
 def keep_rows_at_norm_one(sae: Any, optimizer: torch.optim.Optimizer) -> None:
-    """From now on every step leaves the decoder's rows at norm 1.
+    """Make every further step of the optimizer leave the decoder's rows at norm 1.
 
-    The part of the gradient along a row is taken out first, for Adam not to gather what the
-    projection undoes (Bricken et al. 2023).
+    The component of the gradient along a row is removed before the step, so that Adam's moments do not
+    accumulate what the projection undoes (Bricken et al. 2023).
     """
 
     def before(*_: Any) -> None:
@@ -124,18 +123,19 @@ def keep_rows_at_norm_one(sae: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 def resampling_steps(config: SaeTrainConfig) -> set[int]:
-    """Steps after which dead latents start again."""
+    """Return the steps after which dead latents are reinitialised."""
     if config.architecture not in RESAMPLED:
         return set()
-    return {int(part * config.steps) for part in _RESAMPLE_AT}
+    return {int(fraction * config.steps) for fraction in _RESAMPLE_AT}
 
 
 @torch.no_grad()
 def resample(trainer: Any, batch: torch.Tensor, generator: torch.Generator) -> int:
-    """Dead latents of SAELens' trainer start again from inputs that are rebuilt badly: their number.
+    """Reinitialise the dead latents of SAELens' trainer from badly reconstructed inputs; return their number.
 
-    Inputs are drawn from a batch [B, H] with a chance as the square of their squared error. Row and
-    column become the input's direction from `b_dec`, biases and Adam's memory become 0.
+    Inputs are drawn from a batch [B, H] with probability proportional to the square of their squared error.
+    Decoder row and encoder column become the direction from `b_dec` to the input; biases and Adam's moments
+    become 0.
     """
     sae, dead = trainer.sae, trainer.dead_neurons.nonzero()[:, 0]  # [n]
     if not len(dead):
@@ -146,20 +146,21 @@ def resample(trainer: Any, batch: torch.Tensor, generator: torch.Generator) -> i
     away = x[drawn.to(x.device)] - sae.b_dec  # [n, H]
     directions = away / away.norm(dim=1, keepdim=True).clamp_min(1e-8)
     alive = ~trainer.dead_neurons
-    columns = sae.W_enc[:, alive if alive.any() else ~alive]  # [H, living]
+    columns = sae.W_enc[:, alive if alive.any() else ~alive]  # [H, alive]; all where none is alive
     row_norm = sae.W_dec.norm(dim=1).mean()
     sae.W_dec[dead] = directions * row_norm
     sae.W_enc[:, dead] = directions.T * columns.norm(dim=0).mean() * _RESAMPLED_NORM
     for name, parameter in sae.named_parameters():
-        if parameter.dim() == 1 and name != "b_dec":
+        if parameter.dim() == 1 and name != "b_dec":  # of latents; b_dec is of inputs
             parameter[dead] = 0
         if name != "b_dec":
-            _forget(trainer.optimizer.state[parameter], dead, int(name == "W_enc"))
+            # latents are along axis 1 of W_enc [H, S], along axis 0 of W_dec [S, H] and of biases [S]
+            _clear_moments(trainer.optimizer.state[parameter], dead, int(name == "W_enc"))
     trainer.n_forward_passes_since_fired[dead] = 0
     return len(dead)
 
 
-def _forget(state: dict[str, torch.Tensor], dead: torch.Tensor, axis: int) -> None:
-    """Adam's two moments of the latents `dead` along an axis become 0."""
+def _clear_moments(state: dict[str, torch.Tensor], dead: torch.Tensor, axis: int) -> None:
+    """Set Adam's two moments of the latents `dead` along an axis to 0."""
     for name in ("exp_avg", "exp_avg_sq"):
         state[name].index_fill_(axis, dead, 0)

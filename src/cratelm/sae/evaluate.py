@@ -1,159 +1,105 @@
-"""`cratelm sae evaluate`: what autoencoders rebuild, and what the model loses by it.
+"""`cratelm sae evaluate`: how well autoencoders reconstruct, and what the model loses by it.
 
 Figures are ratios of sums over documents with their standard errors (`cratelm.stats.ratio`):
 
     explained variance   1 - sum |x - y|^2 / sum |x - mean|^2
-    L0                   latents on at a token
-    dead                 part of the latents that are on at no token seen; error: jackknife
+    L0                   latents that are not 0 at a token
+    dead                 fraction of the latents that are 0 at all tokens seen; error: jackknife
     shrinkage            sum |y|^2 / sum x.y: below 1 where reconstructions are too small in their own
                          direction (Rajamanoharan et al. 2024, "relative reconstruction bias")
-    norm ratio           sum |y| / sum |x|: below 1, too, where what is left out is not small
+    norm ratio           sum |y| / sum |x|: below 1 also where a large part of x is not reconstructed
     loss recovered       (loss ablated - loss spliced) / (loss ablated - loss of the model)
 
 x are the activations of a text token, y their reconstruction. Ablated: 0, or the mean over the tokens
-seen, in the place of x. In the place of y also stand the activations of x that are largest, as many
-as the autoencoder has latents on: the site's own code at the same L0; and all of x. How faithful
+seen, in place of x. Spliced: y in place of x; for comparison also the largest activations of x, as many
+as the autoencoder has latents on (the site's own code at the same L0), and all of x. How faithful
 steering is, with a reconstruction on the way and without: `cratelm.sae.fidelity`.
+
+Shape legend: C documents, S latents.
 """
 
 import dataclasses
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.activations.config import HarvestConfig
-from cratelm.activations.harvest import autoencoder_identity, load_for, model_source
+from cratelm.activations.config import last_name
+from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models.latents import latents_of
-from cratelm.models.open import LoadedModel, sequence_length
+from cratelm.models.open import find_model, sequence_length
 from cratelm.models.sites import Site
 from cratelm.records import Estimate
-from cratelm.runs import Run, config_dict, write_json
+from cratelm.runs import Run, config_dict
+from cratelm.runs.names import set_name, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
-from cratelm.sae.fidelity import SteeringFigures, steering_fidelity
-from cratelm.sae.reconstruction import Firing, Measured, measure
+from cratelm.sae.fidelity import steering_fidelity
+from cratelm.sae.reconstruction import Firing, Group, ReconstructionSums, Replacement, measure
+from cratelm.sae.store import (
+    EVALUATION,
+    DocumentLosses,
+    LayerReconstruction,
+    LayerReplacements,
+    ReplacedLoss,
+    SaeEvaluation,
+    StoredEvaluation,
+    read_evaluation,
+    write_evaluation,
+)
 from cratelm.stats.ratio import ratio
+from cratelm.text.table import align
 from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
-EVALUATION = "evaluation.json"
 
-
-@dataclass(frozen=True)
-class Spliced:
-    """The model with something in the place of its activations."""
-
-    loss: Estimate
-    """nats a token"""
-    added: Estimate
-    """loss less that of the model as it is, on the same tokens"""
-    recovered_from_zero: Estimate | None
-    """1: nothing is lost, 0: as bad as zeros; None where zeros do not raise the loss"""
-    recovered_from_mean: Estimate | None
-    """likewise with the mean"""
-
-
-@dataclass(frozen=True)
-class LayerFigures:
-    """How well one layer's autoencoder rebuilds its inputs."""
-
-    layer: int
-    inputs: int
-    """H"""
-    latents: int
-    """S"""
-    explained_variance: Estimate | None
-    """None where all tokens have the same activations"""
-    l0: Estimate
-    dead: Estimate
-    shrinkage: Estimate | None
-    """None where all reconstructions are 0"""
-    norm_ratio: Estimate | None
-    """None where all activations are 0"""
-    own_l0: Estimate
-    """activations of the site that are not 0 at a token"""
-
-
-@dataclass(frozen=True)
-class PlaceFigures:
-    """What the model loses where the activations of some layers are replaced at once."""
-
-    layers: tuple[int, ...]
-    own_kept: tuple[int, ...]
-    """activations kept at a token in `own_top`, by layer"""
-    reconstruction: Spliced
-    own_top: Spliced
-    """the site's own code at the autoencoder's L0"""
-    own: Spliced
-    """all of the site's own code: nothing is lost"""
-    mean: Spliced
-    zero: Spliced
-
-
-@dataclass(frozen=True)
-class SaeEvaluateResult:
-    """Figures of the autoencoders of one site."""
-
-    model: str
-    sae: str
-    """as it was named"""
-    site: str
-    split: str
-    documents: int
-    tokens: int
-    """text tokens seen"""
-    loss: Estimate
-    """of the model as it is, nats a token"""
-    layers: tuple[LayerFigures, ...]
-    places: tuple[PlaceFigures, ...]
-    """each layer alone, then all together where there are several"""
-    steering: tuple[SteeringFigures, ...] = ()
-    """latents, by layer; empty where none were steered"""
-    own_steering: tuple[SteeringFigures, ...] = ()
-    """neurons of the site itself, by layer"""
+class SaeEvaluateResult(SaeEvaluation):
+    """Figures of the autoencoders of one site; printed as tables."""
 
     def __str__(self) -> str:
         head = (
             f"{self.sae} on {self.site} of {self.model}, {self.split}: {self.tokens:,} tokens in"
-            f" {self.documents:,} documents; loss {self.loss.show('.4f')} nats a token"
+            f" {self.documents:,} documents; loss {self.loss.show('.4f')} nats per token"
         )
-        tables = [_layer_table(self.layers), _place_table(self)]
+        tables = [_layer_table(self.layers), _replacement_table(self)]
         if self.steering:
             tables.append(_steering_table(self))
         return "\n\n".join([head, *tables])
 
 
 def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
-    """Measures the autoencoders; the figures are kept in the run, where a report finds them.
+    """Measure autoencoders; the figures are stored in the run, where a report finds them.
 
-    Raises `InputError` for autoencoders that are not there, are of another model, site or width, and
-    where activations or losses are not numbers.
+    Raises `InputError` for autoencoders that do not exist or are of another model, site or width, and
+    where activations or losses are not finite numbers.
     """
     import_sae_lens()
     run = Run(config.run)
     run.stage("tokens").require("tokenize")
-    asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, identity = model_source(asked, run)
+    source = find_model(run, config.model).pinned()
+    identity = source.identity
     asked_for = _autoencoders(config, run)
-    model = load_for(source, asked)
+    loaded = source.load(config.device, "float32")
+    model = loaded.model
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = _open(config, asked_for.folder, model, identity)
-    length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
+    length = sequence_length(loaded, config.sequence_length)
     split = store.split(config.split)
     if split.n_tokens < 2:
-        raise InputError(f"the {config.split} split has {split.n_tokens} tokens, 2 were expected")
+        raise InputError(
+            f"the {config.split} split has {split.n_tokens} tokens, at least 2 are needed: choose another"
+            " --split"
+        )
 
     def plan(tokens: int) -> SearchPlan:
         return SearchPlan.of(split, config.split, store.eot_id, length, tokens, config.seed)
 
-    found = measure(model, site, plan(config.tokens), config.batch_tokens, quiet=config.quiet)
-    result = _result(config, asked_for.name, site, found)
+    measured = measure(model, site, plan(config.tokens), config.batch_tokens, quiet=config.quiet)
+    result = _result(config, asked_for.name, site, measured)
     if config.steered:
         steering, own = steering_fidelity(
             model,
@@ -165,44 +111,52 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
             quiet=config.quiet,
         )
         result = dataclasses.replace(result, steering=steering, own_steering=own)
-    identities = {"identity": asked_for.identity, "model_identity": identity}
-    for path in filter(None, (asked_for.kept, config.output)):
-        written = {"config": config_dict(config), **identities, **asdict(result)}
-        write_json(path, {**written, "by_document": _by_document(found, split)})
+    stored = StoredEvaluation(
+        figures=result,
+        config=config_dict(config),
+        identity=asked_for.identity,
+        model_identity=identity,
+        by_document=_by_document(measured, split),
+    )
+    for path in filter(None, (asked_for.path, config.output)):
+        write_evaluation(Path(path), stored)
     return result
 
 
 def is_evaluated(config: SaeEvaluateConfig) -> bool:
-    """True, and said so, where the run keeps figures of these very autoencoders and this configuration."""
+    """Return True and print a note if the run has figures of these autoencoders with this configuration."""
     run = Run(config.run)
     asked_for = _autoencoders(config, run)
-    _, identity = model_source(HarvestConfig(run=config.run, model=config.model), run)
-    if not asked_for.kept.is_file():
+    identity = find_model(run, config.model).identity
+    if not asked_for.path.is_file():
         return False
-    told = json.loads(asked_for.kept.read_text(encoding="utf-8"))
-    wanted = (config_dict(config), asked_for.identity, identity)
-    if (told.get("config"), told.get("identity"), told.get("model_identity")) != wanted:
+    try:
+        stored = read_evaluation(asked_for.path)
+    except InputError:
+        return False  # of another version
+    if stored.config != config_dict(config) or not stored.is_of(asked_for.identity, identity):
         return False
-    print(f"{asked_for.kept} is there, skipped (--force redoes it)", flush=True)
+    print(f"{asked_for.path} is there, skipped (--force redoes it)", flush=True)
     return True
 
 
 @dataclass(frozen=True)
 class _Autoencoders:
-    """Those that were asked for."""
+    """The autoencoders that `--sae` names."""
 
     name: str
-    """as they are told"""
+    """as it is shown"""
     folder: Path
     identity: str
-    kept: Path
-    """file of the run that keeps their figures"""
+    path: Path
+    """file of the run with their figures"""
 
 
 def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
-    own = Path(config.model).name
-    known = [name for name in run.models("sae") if name.split("@")[0] == own]
-    named = config.sae if "@" in config.sae else f"{own}@{config.sae}"
+    """The autoencoders that `--sae` names, by default the model's only ones in the run."""
+    own = last_name("--model", config.model)
+    known = [name for name in run.models("sae") if split_set(name)[0] == own]
+    named = config.sae if split_set(config.sae)[1] else set_name(own, config.sae)
     if not config.sae and len(known) == 1:
         named = known[0]
     if named in run.models("sae"):
@@ -211,34 +165,36 @@ def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
         return _Autoencoders(named, stage.path, identity, stage.path / EVALUATION)
     folder = Path(config.sae)
     if config.sae and folder.is_dir():
-        kept = run.path / "sae" / f"{own}@{folder.name}.json"
+        kept = run.path / "sae" / f"{set_name(own, last_name('--sae', config.sae))}.json"
         return _Autoencoders(config.sae, folder, autoencoder_identity(folder), kept)
     has = f"the run has {', '.join(known)}" if known else f"the run has none of {own}"
-    told = f"--sae {config.sae} is no folder and" if config.sae else "--sae is not given and"
+    given = f"--sae {config.sae} is no folder and" if config.sae else "--sae is not given and"
     raise InputError(
-        f"{told} names no autoencoders of the run ({has}): name one of them or a folder, or type"
+        f"{given} names no autoencoders of the run ({has}): name one of them or a folder, or type"
         f" `cratelm sae train --run {run.path} --model {config.model}` first"
     )
 
 
 def _open(config: SaeEvaluateConfig, folder: Path, model: Any, identity: str) -> Site:
-    """The site of the latents, checked against the model, under the name of what they are of."""
+    """The site of the latents, checked against the model, under the name of the site that they read."""
     try:
         site = latents_of(model, folder)
     except InputError as error:
         raise InputError(f"{folder} cannot be measured on {config.model}: {error}") from None
     metadata = [cast(Any, sae).cfg.metadata for sae in site.autoencoders]
-    for told in metadata:
-        if (told.provenance or {}).get("model_identity", identity) != identity:
+    for of_layer in metadata:
+        if (of_layer.provenance or {}).get("model_identity", identity) != identity:
             raise InputError(
                 f"{folder} was trained on another model than {config.model} is now (it was called"
-                f" {told.model_name}): name that one, or type `cratelm sae train` again"
+                f" {of_layer.model_name}): name that one, or type `cratelm sae train` again"
             )
     return dataclasses.replace(site, name=str(metadata[0].site or metadata[0].hook_name))
 
 
-def _result(config: SaeEvaluateConfig, name: str, site: Site, found: Measured) -> SaeEvaluateResult:
-    sums = found.sums
+def _result(
+    config: SaeEvaluateConfig, name: str, site: Site, measured: ReconstructionSums
+) -> SaeEvaluateResult:
+    sums = measured.sums
     saes = cast(tuple[Any, ...], site.autoencoders)
     return SaeEvaluateResult(
         model=Path(config.model).name,
@@ -249,50 +205,54 @@ def _result(config: SaeEvaluateConfig, name: str, site: Site, found: Measured) -
         tokens=int(sums["text"].sum()),
         loss=_ratio(sums["loss"], sums["targets"]),
         layers=tuple(
-            _layer_figures(place, site.layer_numbers[place], sae, found)
-            for place, sae in enumerate(saes)
+            _layer_reconstruction(site_layer, site.layer_numbers[site_layer], sae, measured)
+            for site_layer, sae in enumerate(saes)
         ),
-        places=tuple(_place_figures(group, site, found) for group in found.groups),
+        replacements=tuple(_layer_replacements(group, site, measured) for group in measured.groups),
     )
 
 
-def _by_document(found: Measured, split: TokenSplit) -> dict[str, list]:
-    """Sums of each document, for losses of several models to be compared on the same ones."""
-    sums = found.sums
+def _by_document(measured: ReconstructionSums, split: TokenSplit) -> DocumentLosses:
+    """Sums of each document that has a predicted token."""
+    sums = measured.sums
     seen = sums["targets"] > 0
-    whole = sums[found.groups[-1], "reconstruction"]
-    return {
-        "document": split.ordinals[sums.documents[seen]].tolist(),
-        "targets": sums["targets"][seen].astype(int).tolist(),
-        "loss": sums["loss"][seen].tolist(),
-        "reconstruction": whole[seen].tolist(),
-    }
+    all_layers = sums[measured.groups[-1], "reconstruction"]
+    return DocumentLosses(
+        document=tuple(split.ordinals[sums.documents[seen]].tolist()),
+        targets=tuple(sums["targets"][seen].astype(int).tolist()),
+        loss=tuple(sums["loss"][seen].tolist()),
+        reconstruction=tuple(all_layers[seen].tolist()),
+    )
 
 
-def _layer_figures(place: int, layer: int, sae: Any, found: Measured) -> LayerFigures:
-    sums = {name[1]: values for name, values in found.sums.by_name.items() if name[0] == place}
-    text = found.sums["text"]
+def _layer_reconstruction(
+    site_layer: int, layer: int, sae: Any, measured: ReconstructionSums
+) -> LayerReconstruction:
+    by_name = measured.sums.by_name
+    # names about this layer are (site_layer, figure); a string's first character is no number
+    sums = {name[1]: values for name, values in by_name.items() if name[0] == site_layer}
+    text = measured.sums["text"]
     unexplained = _over(sums["error"], sums["spread"])
     if unexplained is not None:
         unexplained = dataclasses.replace(unexplained, value=1 - unexplained.value)
-    return LayerFigures(
+    return LayerReconstruction(
         layer=layer,
         inputs=sae.cfg.d_in,
         latents=sae.cfg.d_sae,
         explained_variance=unexplained,
         l0=_ratio(sums["on"], text),
-        dead=dead_part(found.firing[place], int((text > 0).sum())),
+        dead=dead_fraction(measured.firing[site_layer], int((text > 0).sum())),
         shrinkage=_over(sums["rebuilt_square"], sums["product"]),
         norm_ratio=_over(sums["rebuilt_norm"], sums["norm"]),
         own_l0=_ratio(sums["own_on"], text),
     )
 
 
-def dead_part(firing: Firing, documents: int) -> Estimate:
-    """Part of the latents that never fired; its error by the jackknife over documents.
+def dead_fraction(firing: Firing, documents: int) -> Estimate:
+    """Return the fraction of the latents that never fired, with its error by the jackknife over documents.
 
-    Without document i those die that fired nowhere else, so that the part becomes dead + only_i
-    (Efron & Stein 1981: se^2 = (C - 1) / C sum (part_i - mean part)^2).
+    Without document i also those are dead that fired only there, so that the fraction is dead + only_i
+    (Efron & Stein 1981: se^2 = (C - 1) / C sum_i (fraction_i - mean fraction)^2).
     """
     latents = len(firing.documents)
     dead = float((firing.documents == 0).mean())
@@ -300,18 +260,22 @@ def dead_part(firing: Firing, documents: int) -> Estimate:
         return Estimate(dead, None)
     once = firing.last[firing.documents == 1]  # the one document of each latent with only one
     only = np.unique(once, return_counts=True)[1] / latents
+    # dead is the same in every fraction_i and cancels; documents without such a latent have only_i = 0 and are
+    # not in `only`: each of them adds mean^2
     mean = only.sum() / documents
     spread = ((only - mean) ** 2).sum() + (documents - len(only)) * mean**2
     return Estimate(dead, math.sqrt((documents - 1) / documents * spread))
 
 
-def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> PlaceFigures:
-    def of(kind: str) -> Spliced:
-        return _spliced(found, group, kind)
+def _layer_replacements(
+    group: Group, site: Site, measured: ReconstructionSums
+) -> LayerReplacements:
+    def of(kind: Replacement) -> ReplacedLoss:
+        return _replaced_loss(measured, group, kind)
 
-    return PlaceFigures(
-        layers=tuple(site.layer_numbers[place] for place in group),
-        own_kept=tuple(found.kept[place] for place in group),
+    return LayerReplacements(
+        layers=tuple(site.layer_numbers[site_layer] for site_layer in group),
+        own_kept=tuple(measured.kept[site_layer] for site_layer in group),
         reconstruction=of("reconstruction"),
         own_top=of("own_top"),
         own=of("own"),
@@ -320,15 +284,15 @@ def _place_figures(group: tuple[int, ...], site: Site, found: Measured) -> Place
     )
 
 
-def _spliced(found: Measured, group: tuple[int, ...], kind: str) -> Spliced:
-    sums = found.sums
+def _replaced_loss(measured: ReconstructionSums, group: Group, kind: Replacement) -> ReplacedLoss:
+    sums = measured.sums
     loss, clean, targets = sums[group, kind], sums["loss"], sums["targets"]
 
-    def recovered(floor: str) -> Estimate | None:
-        lost = sums[group, floor] - clean
-        return _over(sums[group, floor] - loss, lost) if lost.sum() > 0 else None
+    def recovered(ablation: Replacement) -> Estimate | None:
+        lost = sums[group, ablation] - clean
+        return _over(sums[group, ablation] - loss, lost) if lost.sum() > 0 else None
 
-    return Spliced(
+    return ReplacedLoss(
         loss=_ratio(loss, targets),
         added=_ratio(loss - clean, targets),
         recovered_from_zero=recovered("zero"),
@@ -343,7 +307,7 @@ def _ratio(x: np.ndarray, y: np.ndarray) -> Estimate:
 
 
 def _over(x: np.ndarray, y: np.ndarray) -> Estimate | None:
-    """The same, None where the second sum is 0."""
+    """`_ratio`, or None where the second sum is 0."""
     return _ratio(x, y) if y.sum() else None
 
 
@@ -362,45 +326,39 @@ _LAYER_FIGURES = (
 """field, heading, format"""
 
 
-def _layer_table(layers: tuple[LayerFigures, ...]) -> str:
+def _layer_table(layers: tuple[LayerReconstruction, ...]) -> str:
     lines = [["", "inputs", "latents", *(heading for _, heading, _ in _LAYER_FIGURES)]]
     for f in layers:
         shown = [_show(getattr(f, name), form) for name, _, form in _LAYER_FIGURES]
         lines.append([f"layer {f.layer}", f"{f.inputs:,}", f"{f.latents:,}", *shown])
-    return _grid(lines)
+    return "\n".join(align(lines))
 
 
-def _place_table(result: SaeEvaluateResult) -> str:
-    lines = [["in the place of activations", "loss added", "from zero", "from mean"]]
-    for place in result.places:
-        where = f"layer {place.layers[0]}" if len(place.layers) == 1 else "all layers"
-        kept = ", ".join(map(str, place.own_kept))
+def _replacement_table(result: SaeEvaluateResult) -> str:
+    lines = [["in place of activations", "loss added", "from zero", "from mean"]]
+    for replaced in result.replacements:
+        where = f"layer {replaced.layers[0]}" if len(replaced.layers) == 1 else "all layers"
+        kept = ", ".join(map(str, replaced.own_kept))
         rows = {
-            "reconstruction": place.reconstruction,
-            f"own code, strongest {kept}": place.own_top,
-            "own code, all": place.own,
-            "mean": place.mean,
-            "zero": place.zero,
+            "reconstruction": replaced.reconstruction,
+            f"own code, strongest {kept}": replaced.own_top,
+            "own code, all": replaced.own,
+            "mean": replaced.mean,
+            "zero": replaced.zero,
         }
-        for told, s in rows.items():
-            parts = [_show(r, ".2%") for r in (s.recovered_from_zero, s.recovered_from_mean)]
-            lines.append([f"{where}: {told}", s.added.show("+.4f"), *parts])
-    return _grid(lines)
+        for label, loss in rows.items():
+            recovered = [
+                _show(r, ".2%") for r in (loss.recovered_from_zero, loss.recovered_from_mean)
+            ]
+            lines.append([f"{where}: {label}", loss.added.show("+.4f"), *recovered])
+    return "\n".join(align(lines))
 
 
 def _steering_table(result: SaeEvaluateResult) -> str:
     lines = [["steered, one at a time", "fidelity", "KL of the edit", "KL of the reconstruction"]]
     sides = (("latents", result.steering), ("neurons of the site", result.own_steering))
-    for told, figures in sides:
+    for label, figures in sides:
         for f in figures:
             shown = [_show(f.fidelity, ".3f"), f.edit.show(".4f"), f"{f.rebuilt:.4f}"]
-            lines.append([f"layer {f.layer}: {len(f.steered)} {told}", *shown])
-    return _grid(lines)
-
-
-def _grid(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    )
+            lines.append([f"layer {f.layer}: {len(f.steered)} {label}", *shown])
+    return "\n".join(align(lines))

@@ -1,21 +1,21 @@
-"""How faithful steering is where the activations are rebuilt on the way.
+"""How faithful steering a latent is, given that the activations are reconstructed on the way.
 
 A latent i is set to the largest value that it takes, at every text token. Four runs of the model:
 
-    plain     as it is
-    edit      x + decode(z') - decode(z): the latent moved, what cannot be rebuilt stays as it is
-    rebuilt   decode(z): the reconstruction in the place of x, nothing moved
-    steered   decode(z'): the latent moved in a reconstruction
+    plain     unedited
+    edit      x + decode(z') - decode(z): the latent is set, what the autoencoder cannot reconstruct stays
+    rebuilt   decode(z): the reconstruction in place of x, no latent is set
+    steered   decode(z'): the latent is set in a reconstruction
 
-z are the latents of x, z' the same with z_i set. With d the change of the logits against plain,
-centred over the vocabulary at each token (so that it is that of the log-probabilities, too),
+z are the latents of x, z' the same with z_i set. With d the change of the logits relative to plain,
+minus its mean over the vocabulary at each token (then it is a change of log-probabilities as well),
 
     fidelity = sum d_edit . d_steered / sqrt(sum |d_edit|^2  sum |d_steered|^2)
 
-over tokens and vocabulary: 1 where steering does what the edit does and nothing else. Beside it how far
+over tokens and vocabulary: 1 where steering does what the edit does and nothing else. Also measured are how far
 the edit moves the predictions, KL(plain | edit), and how far the reconstruction does by itself,
-KL(plain | rebuilt), nats a token. A neuron of the site is steered in the same way with the identity
-for an autoencoder: rebuilt is plain, steered is edit.
+KL(plain | rebuilt), nats per token. A neuron of the site is steered in the same way with the identity
+as autoencoder: then rebuilt is plain, and steered is edit.
 
 Memory: four sets of logits of one forward pass, 1 GiB at most.
 
@@ -36,57 +36,46 @@ from cratelm.activations.batches import Batch, SearchPlan
 from cratelm.models.sites import Autoencoder, Site, hooked
 from cratelm.records import Estimate
 from cratelm.sae.reconstruction import MOST_LOGITS, Replace, spliced, text_of
-
-
-@dataclass(frozen=True)
-class SteeringFigures:
-    """Latents of one layer, or neurons of the site below, set to their maximum one at a time."""
-
-    layer: int
-    steered: tuple[int, ...]
-    """which, drawn from those that fire on the tokens"""
-    tokens: int
-    """text tokens steered at"""
-    fidelity: Estimate | None
-    """mean over those steered, -1 to 1, its standard error over them; None where no edit changes anything"""
-    edit: Estimate
-    """KL(plain | edit), nats a token, likewise"""
-    rebuilt: float
-    """KL(plain | rebuilt), nats a token: what steering costs before anything is steered"""
+from cratelm.sae.store import SteeringFidelity
 
 
 class Identity:
-    """The neurons of a site themselves."""
+    """The identity as autoencoder: its latents are the neurons of the site."""
 
     def encode(self, x: torch.Tensor, /) -> torch.Tensor:
+        """Return x itself."""
         return x
 
     def decode(self, latents: torch.Tensor, /) -> torch.Tensor:
+        """Return the latents themselves."""
         return latents
 
 
 @dataclass(eq=False)
-class _Steered:
-    """Sums about one layer's latents, or its neurons."""
+class _LayerSums:
+    """Sums about the steered latents, or neurons, of one layer."""
 
-    place: int
+    site_layer: int
+    """index into the layers of the site"""
     autoencoder: Autoencoder
     indices: list[int]
     values: list[float]
-    """raw activation that each is set to"""
+    """activation that each is set to"""
     products: np.ndarray
-    """[steered, 3]: sums of d_edit.d_steered, |d_edit|^2, |d_steered|^2"""
+    """[steered, 3] sums of d_edit . d_steered, |d_edit|^2, |d_steered|^2"""
     edit: np.ndarray
     """[steered] sum of KL(plain | edit)"""
     rebuilt: float = 0.0
+    """sum of KL(plain | rebuilt)"""
     tokens: int = 0
 
-    def figures(self, layer: int) -> SteeringFigures:
+    def figures(self, layer: int) -> SteeringFidelity:
+        """Return the means over tokens, and over those steered."""
         crossed, edits, steered = self.products.T
-        # an edit that changes nothing has no direction that could be kept
+        # an edit that changes nothing has no direction to compare
         moved = (edits > 0) & (steered > 0)
         fidelity = crossed[moved] / np.sqrt(edits[moved] * steered[moved])
-        return SteeringFigures(
+        return SteeringFidelity(
             layer=layer,
             steered=tuple(self.indices),
             tokens=self.tokens,
@@ -105,33 +94,38 @@ def steering_fidelity(
     count: int,
     seed: int,
     quiet: bool,
-) -> tuple[tuple[SteeringFigures, ...], tuple[SteeringFigures, ...]]:
-    """Figures of `count` latents of each layer, and of as many neurons of the site below.
+) -> tuple[tuple[SteeringFidelity, ...], tuple[SteeringFidelity, ...]]:
+    """Return the figures of `count` latents of each layer, and of as many neurons of the site below.
 
-    Layers where nothing fires on the tokens of the plan are left out.
+    A layer in which nothing fires on the tokens of the plan has none.
     """
     site = replace(latents, autoencoders=())
     vocabulary = model.config.get_text_config().vocab_size
     batch_tokens = min(batch_tokens, max(1, MOST_LOGITS // (4 * vocabulary)))
-    places = range(site.n_layers)
-    own: Sequence[Autoencoder] = [Identity()] * site.n_layers
+    identities: Sequence[Autoencoder] = [Identity()] * site.n_layers
     with torch.no_grad():
         drawn = []
-        for autoencoders in (latents.autoencoders, own):
+        for autoencoders in (latents.autoencoders, identities):
             maxima = _maxima(model, site, autoencoders, plan, batch_tokens)
-            drawn.append([_draw(p, autoencoders[p], maxima[p], count, seed) for p in places])
-        work = [one for kind in drawn for one in kind if one.indices]
-        passes = 1 + sum(1 + 2 * len(one.indices) for one in work)
+            drawn.append(
+                [_draw(i, autoencoders[i], maxima[i], count, seed) for i in range(site.n_layers)]
+            )
+        layers = [layer for side in drawn for layer in side if layer.indices]
+        # plain once; rebuilt once per layer; edit and steered for each that is steered
+        passes = 1 + sum(1 + 2 * len(layer.indices) for layer in layers)
         total = plan.n_tokens() * passes
         with tqdm(total=total, desc="steering", unit="tok", unit_scale=True, disable=quiet) as bar:
             for batch in plan.batches(batch_tokens, model.device):
                 plain = _logits(model, site, batch, {})
-                for one in work:
-                    _add(model, site, batch, plain, one)
+                for layer in layers:
+                    _add(model, site, batch, plain, layer)
                 bar.update(batch.input_ids.numel() * passes)
     numbers = site.layer_numbers
-    told = [tuple(s.figures(numbers[s.place]) for s in kind if s.indices) for kind in drawn]
-    return told[0], told[1]
+    of_latents, of_neurons = (
+        tuple(layer.figures(numbers[layer.site_layer]) for layer in side if layer.indices)
+        for side in drawn
+    )
+    return of_latents, of_neurons
 
 
 def _maxima(
@@ -141,44 +135,43 @@ def _maxima(
     plan: SearchPlan,
     batch_tokens: int,
 ) -> list[torch.Tensor]:
-    """Largest value of each latent [S] over the text tokens of the plan, by place."""
-    found: list[Any] = [None] * site.n_layers
+    """Largest value of each latent [S] over the text tokens of the plan, by layer of the site."""
+    maxima: list[Any] = [None] * site.n_layers
     for batch in plan.batches(batch_tokens, model.device):
         text = text_of(batch)
 
-        def see(place: int, activations: torch.Tensor, text: torch.Tensor = text) -> None:
+        def on_activation(i: int, activations: torch.Tensor, text: torch.Tensor = text) -> None:
             if text.any():
-                top = autoencoders[place].encode(activations[text].float()).amax(0)
-                found[place] = top if found[place] is None else torch.maximum(found[place], top)
+                top = autoencoders[i].encode(activations[text].float()).amax(0)
+                maxima[i] = top if maxima[i] is None else torch.maximum(maxima[i], top)
 
-        with hooked(model, site, see):
+        with hooked(model, site, on_activation):
             model.base_model(input_ids=batch.input_ids, use_cache=False)
-    return [torch.zeros(0) if top is None else top for top in found]
+    return [torch.zeros(0) if top is None else top for top in maxima]
 
 
 def _draw(
-    place: int, autoencoder: Autoencoder, maxima: torch.Tensor, count: int, seed: int
-) -> _Steered:
-    """Which of those with a maximum [S] above 0 are steered."""
+    site_layer: int, autoencoder: Autoencoder, maxima: torch.Tensor, count: int, seed: int
+) -> _LayerSums:
+    """Draw which of those with a maximum [S] above 0 are steered."""
     firing = np.flatnonzero(maxima.cpu().numpy() > 0)
-    rng = np.random.default_rng((seed, place))
+    rng = np.random.default_rng((seed, site_layer))
     indices = np.sort(rng.choice(firing, min(count, len(firing)), replace=False)).tolist()
     values = [float(maxima[i]) for i in indices]
-    return _Steered(
-        place, autoencoder, indices, values, np.zeros((len(indices), 3)), np.zeros(len(indices))
-    )
+    n = len(indices)
+    return _LayerSums(site_layer, autoencoder, indices, values, np.zeros((n, 3)), np.zeros(n))
 
 
 def _add(
-    model: PreTrainedModel, site: Site, batch: Batch, plain: torch.Tensor, one: _Steered
+    model: PreTrainedModel, site: Site, batch: Batch, plain: torch.Tensor, layer: _LayerSums
 ) -> None:
-    """One batch, added to the sums; plain logits [n, V]."""
-    sae, place = one.autoencoder, one.place
-    rebuilt = _logits(model, site, batch, {place: lambda x: sae.decode(sae.encode(x))})
-    one.rebuilt += _kl(plain, rebuilt)
-    one.tokens += len(plain)
-    del rebuilt
-    for row, (index, value) in enumerate(zip(one.indices, one.values, strict=True)):
+    """Add one batch to the sums of a layer; `plain` are the logits [n, V] of the unedited model."""
+    sae, site_layer = layer.autoencoder, layer.site_layer
+    rebuilt = _logits(model, site, batch, {site_layer: lambda x: sae.decode(sae.encode(x))})
+    layer.rebuilt += _kl(plain, rebuilt)
+    layer.tokens += len(plain)
+    del rebuilt  # one of the four sets of logits that are held at most
+    for row, (index, value) in enumerate(zip(layer.indices, layer.values, strict=True)):
 
         def steered(x: torch.Tensor, index: int = index, value: float = value) -> torch.Tensor:
             latents = sae.encode(x).clone()
@@ -188,25 +181,25 @@ def _add(
         def edit(x: torch.Tensor, steered: Replace = steered) -> torch.Tensor:
             return x + (steered(x) - sae.decode(sae.encode(x)))
 
-        edited = _logits(model, site, batch, {place: edit})
-        one.edit[row] += _kl(plain, edited)
-        asked = _centred(edited - plain)
-        done = _centred(_logits(model, site, batch, {place: steered}) - plain)
-        pairs = ((asked, done), (asked, asked), (done, done))
-        one.products[row] += [float((a * b).sum(1).double().sum()) for a, b in pairs]
+        edited = _logits(model, site, batch, {site_layer: edit})
+        layer.edit[row] += _kl(plain, edited)
+        d_edit = _centred(edited - plain)
+        d_steered = _centred(_logits(model, site, batch, {site_layer: steered}) - plain)
+        pairs = ((d_edit, d_steered), (d_edit, d_edit), (d_steered, d_steered))
+        layer.products[row] += [float((a * b).sum(1).double().sum()) for a, b in pairs]
 
 
 def _logits(
     model: PreTrainedModel, site: Site, batch: Batch, replacements: dict[int, Replace]
 ) -> torch.Tensor:
-    """[n, V] of the text tokens."""
+    """Logits [n, V] of the text tokens, with replacements in layers of the site."""
     text = text_of(batch)
     with spliced(model, site, text, replacements):
         return model(input_ids=batch.input_ids, use_cache=False).logits[text].float()
 
 
 def _centred(change: torch.Tensor) -> torch.Tensor:
-    """[n, V] less its mean over the vocabulary."""
+    """[n, V] minus its mean over the vocabulary."""
     return change - change.mean(1, keepdim=True)
 
 

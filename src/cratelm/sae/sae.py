@@ -1,9 +1,12 @@
-"""Sparse autoencoders: latents of the activations of one site, in one layer of a model.
+"""The standard sparse autoencoder as a module and as files; it needs no optional package.
+
+`cratelm import sae` writes these files from the paper's authors' checkpoints. Autoencoders of all architectures
+are trained and measured with SAELens, which reads the same files.
+
+A folder has `cfg.json` and `sae_weights.safetensors` in SAELens' format (version 6), so that
+`sae_lens.SAE.load_from_disk` reads it; fields that the format lacks are under `metadata`.
 
 Shape legend: ... any leading axes (tokens), H inputs (neurons of the site), S latents.
-
-A folder holds `cfg.json` and `sae_weights.safetensors` in SAELens' format (version 6), so that
-`sae_lens.SAE.load_from_disk` reads it; what that has no field for stands under `metadata`.
 """
 
 import json
@@ -23,7 +26,7 @@ from cratelm.runs import write_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMAT_VERSION = "6.0.0"
-"""of SAELens, whose configuration file is written; older readers want other keys"""
+"""version of SAELens whose configuration file is written; readers of older versions expect other keys"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FIXED = {
     "architecture": "standard",
@@ -31,39 +34,39 @@ _FIXED = {
     "normalize_activations": "none",
     "reshape_activations": "none",
 }
-"""what an SAE of this class computes, in SAELens' words"""
+"""what an SAE of this class computes, in SAELens' keys"""
 
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """Shape of an SAE, and which activations it is of."""
+    """Shape of an SAE, and which activations it reads."""
 
     d_in: int
     """H"""
     d_sae: int
     """S"""
     model_name: str
-    """of the model whose activations it reads"""
+    """name of the model whose activations it reads"""
     site: str
-    """where in a layer these are, as `cratelm.site_of` names it"""
+    """site of these activations, as `cratelm.site_of` names it"""
     layer: int
     """from 0"""
     hook_name: str = ""
-    """the same place in TransformerLens' words, such as `blocks.0.mlp.hook_post`"""
+    """name of the site and layer in TransformerLens, such as `blocks.0.mlp.hook_post`"""
     dtype: str = "float32"
-    """of the weights: float32, bfloat16 or float16"""
+    """precision of the weights: float32, bfloat16 or float16"""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """where it comes from, JSON values"""
+    """where the SAE comes from, as JSON values"""
 
     def __post_init__(self) -> None:
         for name, least in (("d_in", 1), ("d_sae", 1), ("layer", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise InputError(
-                    f"{name} is {value!r}, a whole number from {least} on was expected"
+                    f"{name} is {value!r}: it must be a whole number of at least {least}"
                 )
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype is {self.dtype!r}, one of {', '.join(DTYPES)} was expected")
+            raise InputError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}")
 
 
 class Sae(nn.Module):
@@ -72,8 +75,8 @@ class Sae(nn.Module):
         z = ReLU((x - b_dec) W_enc + b_enc)        latents  [..., S]
         y = z W_dec + b_dec                        reconstruction  [..., H]
 
-    Source: Bricken et al. 2023, "Towards Monosemanticity", with `b_dec` taken off the input
-    (arXiv 2410.16443, public code). Weights start at 0: they are loaded.
+    Source: Bricken et al. 2023, "Towards Monosemanticity", with `b_dec` subtracted from the input
+    (arXiv 2410.16443, public code). Weights are 0 until they are loaded.
     """
 
     def __init__(self, config: SaeConfig):
@@ -90,30 +93,30 @@ class Sae(nn.Module):
         """[H]"""
 
     def pre_activations(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., S], in the precision of the weights."""
+        """Return the pre-activations [..., S] of activations [..., H], in the precision of the weights."""
         return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
 
     def activate(self, pre: torch.Tensor) -> torch.Tensor:
-        """Which latents are on, and how much: [..., S] -> [..., S], at least 0."""
+        """Return latents [..., S], at least 0, of pre-activations [..., S]."""
         return F.relu(pre)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents [..., S] of activations [..., H]."""
+        """Return the latents [..., S] of activations [..., H]."""
         return self.activate(self.pre_activations(x))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Activations [..., H] that latents [..., S] stand for."""
+        """Return the activations [..., H] that latents [..., S] represent."""
         return latents @ self.W_dec + self.b_dec
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Reconstruction [..., H] of activations [..., H]."""
+        """Return the reconstruction [..., H] of activations [..., H]."""
         return self.decode(self.encode(x))
 
-    def save(self, folder: Path) -> None:
-        """Writes `cfg.json` and `sae_weights.safetensors` into a folder that is there."""
-        c = self.config
-        told = ("model_name", "hook_name", "site", "layer", "provenance")
-        metadata = {name: getattr(c, name) for name in told}
+    def save(self, folder: str | Path) -> None:
+        """Write `cfg.json` and `sae_weights.safetensors` into an existing folder."""
+        folder, c = Path(folder), self.config
+        fields = ("model_name", "hook_name", "site", "layer", "provenance")
+        metadata = {name: getattr(c, name) for name in fields}
         metadata["sae_lens_version"] = metadata["sae_lens_training_version"] = FORMAT_VERSION
         shape = {"d_in": c.d_in, "d_sae": c.d_sae, "dtype": c.dtype, "device": "cpu"}
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -122,31 +125,34 @@ class Sae(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Sae":
-        """An SAE from a folder that `save` wrote.
+        """Return the SAE in a folder that `save` wrote.
 
-        Raises `InputError` for files that are absent or damaged, for one that computes otherwise
-        (another architecture, normalised inputs), and for weights that the configuration denies.
+        Raises `InputError` for files that are absent or damaged, for an SAE that computes something else
+        (another architecture, normalised inputs), and for weights that do not fit the configuration.
         """
         folder = Path(folder)
         config = _read_config(folder / CONFIG)
         try:
             weights = load_file(folder / WEIGHTS)
         except (OSError, SafetensorError) as error:
-            told = " ".join(str(error).split())[:120]
+            reason = " ".join(str(error).split())[:120]
             raise InputError(
-                f"{folder / WEIGHTS} cannot be read as safetensors ({told}): write the folder anew"
+                f"{folder / WEIGHTS} cannot be read as safetensors ({reason}): write the folder again"
             ) from None
         return cls.of(config, weights, folder / WEIGHTS)
 
     @classmethod
     def of(cls, config: SaeConfig, weights: Mapping[str, torch.Tensor], path: Path) -> "Sae":
-        """An SAE with these weights. Raises `InputError` that names the key, and `path`."""
+        """Return an SAE with these weights.
+
+        Raises `InputError` that names `path` and the key for weights that do not fit.
+        """
         with torch.device("meta"):  # shapes without memory
-            shapes = {key: tuple(own.shape) for key, own in cls(config).state_dict().items()}
+            shapes = {key: tuple(value.shape) for key, value in cls(config).state_dict().items()}
         for key, shape in shapes.items():
             if key not in weights:
-                found = ", ".join(weights) or "none"
-                raise InputError(f"{path}: weight {key} is missing, found {found}")
+                names = ", ".join(weights) or "none"
+                raise InputError(f"{path}: weight {key} is missing, the file has {names}")
             if tuple(weights[key].shape) != shape:
                 raise InputError(
                     f"{path}: weight {key} has shape {tuple(weights[key].shape)},"
@@ -154,47 +160,49 @@ class Sae(nn.Module):
                 )
         surplus = sorted(weights.keys() - shapes.keys())
         if surplus:
-            raise InputError(f"{path}: weight {surplus[0]} has no place in a standard autoencoder")
+            raise InputError(
+                f"{path}: weight {surplus[0]} does not belong to a standard autoencoder"
+            )
         sae = cls(config)
         sae.load_state_dict(dict(weights))
         return sae.eval()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `InputError` for a file that is absent or holds something else."""
+    """Return the JSON object in a file. Raises `InputError` for a file that is absent or has another content."""
     if not path.is_file():
         raise InputError(f"{path} is not a file: a configuration in JSON was expected")
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}, a JSON object was expected")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, a JSON object was expected")
+    return content
 
 
 def _read_config(path: Path) -> SaeConfig:
-    found = read_json(path)
+    content = read_json(path)
     for key, expected in _FIXED.items():
-        if found.get(key) != expected:
+        if content.get(key) != expected:
             raise InputError(
-                f"{path} has {key} {found.get(key)!r}, {expected!r} alone is supported"
+                f"{path} has {key} {content.get(key)!r}, only {expected!r} is supported"
             )
-    metadata = found.get("metadata")
+    metadata = content.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    for key, place in (("d_in", found), ("d_sae", found), ("site", metadata), ("layer", metadata)):
-        if key not in place:
-            where = " under metadata" if place is metadata else ""
-            raise InputError(f"{path} has no {key}{where}: was it written by cratelm?")
+    for key, where in (("d_in", ""), ("d_sae", ""), ("site", "metadata"), ("layer", "metadata")):
+        if key not in (metadata if where else content):
+            under = f" under {where}" if where else ""
+            raise InputError(f"{path} has no {key}{under}: was it written by cratelm?")
     try:
         return SaeConfig(
-            d_in=found["d_in"],
-            d_sae=found["d_sae"],
+            d_in=content["d_in"],
+            d_sae=content["d_sae"],
             model_name=str(metadata.get("model_name", "")),
             site=metadata["site"],
             layer=metadata["layer"],
             hook_name=str(metadata.get("hook_name", "")),
-            dtype=found.get("dtype", "float32"),
+            dtype=content.get("dtype", "float32"),
             provenance=metadata.get("provenance", {}),
         )
     except InputError as error:

@@ -1,14 +1,9 @@
-"""`cratelm sae train`: sparse autoencoders on the activations of a model, SAELens' trainers underneath.
+"""`cratelm sae train`: train sparse autoencoders on the activations of a model.
 
-```
-sae/MODEL@NAME/
-  layer-0/ layer-1/ ...   cfg.json, sae_weights.safetensors: SAELens' format, read by
-                          `sae_lens.SAE.load_from_disk`; decoder rows have norm 1
-  sae.json                what was trained on what, and each layer's last figures
-  metrics.jsonl           the curves, a line a layer and point
-  timing.jsonl            tokens a second (no part of the stage's identity)
-```
-Shape legend: B tokens of a batch, H inputs, S latents, L layers.
+SAELens' trainers take the steps; the activations, the loop, the log and the checkpoints are those of cratelm.
+Writes the folder `sae/MODEL@NAME/` of the run; `cratelm.sae.store` documents its files and reads them.
+
+Shape legend: B tokens of a batch, H inputs, S latents.
 """
 
 import math
@@ -22,12 +17,10 @@ import torch
 from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
-from cratelm.activations.config import HarvestConfig
-from cratelm.activations.harvest import load_for, model_source
 from cratelm.errors import InputError
-from cratelm.models.open import LoadedModel, sequence_length
+from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import Site, site_of
-from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.runs import Draft, Run, Stage, identity_of
 from cratelm.sae import checkpoints
 from cratelm.sae.activations import ActivationBuffer
 from cratelm.sae.architectures import (
@@ -35,47 +28,23 @@ from cratelm.sae.architectures import (
     build_sae,
     import_sae_lens,
     keep_rows_at_norm_one,
-    latents,
+    n_latents,
     resample,
     resampling_steps,
 )
+from cratelm.sae.store import SaeLayerTraining, SaeTraining, read_training, write_training
 from cratelm.sae.train_config import SaeTrainConfig
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 from cratelm.train.log import METRICS, TIMING, Log, read_metrics
 
-DESCRIPTION = "sae.json"
 
-
-@dataclass(frozen=True)
-class SaeLayerResult:
-    """The last point of one layer's curve: figures of one batch of train tokens."""
-
-    layer: int
-    inputs: int
-    """H"""
-    latents: int
-    """S"""
-    explained_variance: float
-    l0: float
-    """latents on at a token, mean"""
-    dead: int
-    """latents that fired at no token of the last --dead-after"""
-    resampled: int
-    """dead latents that started again over the whole training; 0 where another means is used"""
-
-
-@dataclass(frozen=True)
-class SaeTrainResult:
-    """Trained autoencoders: where they lie and how far they came. `cratelm sae evaluate` measures them."""
+@dataclass(frozen=True, kw_only=True)
+class SaeTrainResult(SaeTraining):
+    """Trained autoencoders and where they are. `cratelm sae evaluate` measures them."""
 
     name: str
     """MODEL@NAME"""
     path: Path
-    site: str
-    architecture: str
-    tokens: int
-    """tokens seen, repeats counted"""
-    layers: tuple[SaeLayerResult, ...]
 
     def __str__(self) -> str:
         lines = [f"{self.name} on {self.site}, {self.tokens:,} tokens: {self.path}"]
@@ -89,50 +58,51 @@ class SaeTrainResult:
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """What the loop works with."""
+    """What the training loop works with."""
 
     config: SaeTrainConfig
     site: Site
     layers: tuple[int, ...]
-    stream: ActivationBuffer
+    activations: ActivationBuffer
     trainers: list[Any]
     """SAELens' trainer of each layer"""
     resampled: list[int]
-    """of each layer, so far"""
+    """latents of each layer that were reinitialised so far"""
     draft: Draft
 
 
 def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
-    """Trains the autoencoders of a site and saves them in `sae/MODEL@NAME` of the run.
+    """Train the autoencoders of a site and save them in `sae/MODEL@NAME` of the run.
 
-    Raises `InputError` for a model, site or layer that is not there, and where activations or the
-    loss stop being numbers (checkpoints are kept).
+    Raises `InputError` for a model, site or layer that does not exist, and where activations or the
+    loss stop being finite numbers (checkpoints are kept).
     """
-    import_sae_lens()  # a missing package is told before anything is written
+    import_sae_lens()  # before anything is written
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
-    asked = HarvestConfig(run=config.run, model=config.model, device=config.device)
-    source, identity = model_source(asked, run)
+    source = find_model(run, config.model).pinned()
     stage = run.stage("sae", config.folder)
-    inputs = {"tokens": tokens.identity, "model": identity}
+    inputs = {"tokens": tokens, "model": source.record or source.identity}
     if stage.is_finished(config, inputs, force=config.force):
         return _result(stage)
-    model = load_for(source, asked)
+    model = source.load(config.device, "float32").model
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = site_of(model, config.site)
     layers = _layers(config, site)
-    stream = _stream(config, model, store, site, layers)  # what cannot run is told before a write
+    # made before the draft, so that what cannot run is refused before anything is written
+    activations = _activations(config, model, store, site, layers)
     with stage.write(config, inputs, resume=True) as draft:
         draft.scratch.add(checkpoints.FOLDER)
         draft.unhashed.add(TIMING)
-        training = _prepare(config, site, layers, stream, draft)
+        training = _prepare(config, site, layers, activations, draft)
         _take_steps(training, stage.label)
-        _write(training, inputs)
+        _write(training, {role: identity_of(value) for role, value in inputs.items()})
     return _result(stage)
 
 
 def _layers(config: SaeTrainConfig, site: Site) -> tuple[int, ...]:
+    """The layers to train on, ascending. Raises `InputError` for one that the site has not."""
     wanted = config.layers or tuple(range(site.n_layers))
     beyond = [layer for layer in wanted if layer >= site.n_layers]
     if beyond:
@@ -140,11 +110,11 @@ def _layers(config: SaeTrainConfig, site: Site) -> tuple[int, ...]:
             f"--layers names {beyond[0]}, site {site.name} has layers 0 to {site.n_layers - 1}"
         )
     for layer in wanted:
-        latents(config, site.n_neurons[layer])
+        n_latents(config, site.n_neurons[layer])
     return tuple(sorted(wanted))
 
 
-def _stream(
+def _activations(
     config: SaeTrainConfig,
     model: PreTrainedModel,
     store: TokenStore,
@@ -171,39 +141,43 @@ def _prepare(
     config: SaeTrainConfig,
     site: Site,
     layers: tuple[int, ...],
-    stream: ActivationBuffer,
+    activations: ActivationBuffer,
     draft: Draft,
 ) -> _Training:
-    """Stream and trainers as the last checkpoint left them, where there is one."""
+    """Activations and trainers as the last checkpoint left them, or ready for the first step."""
     if not config.quiet:
-        print(_plan(config, site, layers, stream), flush=True)
-    saes = [build_sae(config, site.n_neurons[layer], layer, stream.device) for layer in layers]
-    trainers = [_trainer(config, sae) for sae in saes]
+        print(_plan(config, site, layers, activations), flush=True)
+    saes = [build_sae(config, site.n_neurons[layer], layer, activations.device) for layer in layers]
+    trainers = [make_trainer(config, sae) for sae in saes]
     resampled = [0] * len(layers)
-    found = checkpoints.restore(draft, trainers)
-    if found is None:
-        _start_from_data(config, stream, trainers)
+    restored = checkpoints.restore(draft, trainers)
+    if restored is None:
+        _start_from_data(config, activations, trainers)
     else:
-        place, resampled = found
-        stream.seek(place)
-    return _Training(config, site, layers, stream, trainers, resampled, draft)
+        position, resampled = restored
+        activations.seek(position)
+    return _Training(config, site, layers, activations, trainers, resampled, draft)
 
 
 def _plan(
-    config: SaeTrainConfig, site: Site, layers: tuple[int, ...], stream: ActivationBuffer
+    config: SaeTrainConfig, site: Site, layers: tuple[int, ...], activations: ActivationBuffer
 ) -> str:
+    """The line that is printed before the first step."""
     sizes = ", ".join(
-        f"{site.n_neurons[i]} -> {latents(config, site.n_neurons[i])}" for i in layers
+        f"{site.n_neurons[i]} -> {n_latents(config, site.n_neurons[i])}" for i in layers
     )
     return (
         f"{config.folder}: {config.architecture} on {site.name}, inputs -> latents {sizes};"
         f" {config.steps:,} steps of {config.batch_size:,} tokens, buffer"
-        f" {stream.n_bytes / 2**20:,.0f} MiB"
+        f" {activations.n_bytes / 2**20:,.0f} MiB"
     )
 
 
-def _trainer(config: SaeTrainConfig, sae: Any) -> Any:
-    """SAELens' trainer; its loop, its logging and its checkpoints are not used, its steps are."""
+def make_trainer(config: SaeTrainConfig, sae: Any) -> Any:
+    """Return SAELens' trainer of an autoencoder, of which only the steps are used.
+
+    Its loop, logging and checkpoints stay unused: they would log to wandb and resume from other states.
+    """
     lens = import_sae_lens()
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -225,44 +199,47 @@ def _trainer(config: SaeTrainConfig, sae: Any) -> Any:
     return trainer
 
 
-def _start_from_data(config: SaeTrainConfig, stream: ActivationBuffer, trainers: list[Any]) -> None:
-    """Scale and `b_dec` from the first buffer: the mean, where Bricken et al. take the median."""
-    for trainer, mean, norm in zip(trainers, stream.means(), stream.mean_norms(), strict=True):
-        if config.normalize:
+def _start_from_data(
+    config: SaeTrainConfig, activations: ActivationBuffer, trainers: list[Any]
+) -> None:
+    """Set the scale and `b_dec` from the first buffer: its mean, where Bricken et al. take the median."""
+    means, norms = activations.means(), activations.mean_norms()
+    for trainer, mean, norm in zip(trainers, means, norms, strict=True):
+        if config.normalize:  # to a mean norm of sqrt(H)
             trainer.activation_scaler.scaling_factor = math.sqrt(len(mean)) / max(norm, 1e-12)
         with torch.no_grad():
             trainer.sae.b_dec.copy_(trainer.activation_scaler(mean))
 
 
 def _take_steps(training: _Training, label: str) -> None:
-    """All steps that are not taken yet."""
+    """Take all steps that are not taken yet."""
     config, trainers = training.config, training.trainers
     first = trainers[0].n_training_steps
     log = Log(training.draft.path, first, tensorboard=False, wandb_name=None)
     log.time(first, first * config.batch_size)
-    again, kept = resampling_steps(config), time.monotonic()
+    resampled_after, saved_at = resampling_steps(config), time.monotonic()
     bar = tqdm(total=config.steps, initial=first, desc=label, unit="step", disable=config.quiet)
     for step in range(first, config.steps):
         done = step + 1
-        batch = training.stream.batch()  # [B, H] of each layer
+        batch = training.activations.batch()  # [B, H] of each layer
         outputs = [trainer.step(x) for trainer, x in zip(trainers, batch, strict=True)]
         for trainer in trainers:
             trainer.n_training_steps = done
         logs = done % config.log_steps == 0 or done == config.steps
-        keeps = time.monotonic() >= kept + 60 * config.checkpoint_minutes and done < config.steps
-        if logs or keeps:  # checked before a checkpoint, too: none holds weights gone bad
+        due = time.monotonic() >= saved_at + 60 * config.checkpoint_minutes
+        saves = due and done < config.steps
+        if logs or saves:  # checked before a checkpoint, too: none holds weights gone bad
             figures = [_figures(t, o) for t, o in zip(trainers, outputs, strict=True)]
             _check(figures, training, done)
             if logs:
                 _log(log, training, done, figures)
                 bar.set_postfix(explained=f"{figures[-1]['explained_variance']:.3f}", refresh=False)
-        if done in again:
+        if done in resampled_after:
             _resample(training, batch, done)
-        if keeps:
-            kept = time.monotonic()
-            checkpoints.save(
-                training.draft, done, trainers, training.stream.place, training.resampled
-            )
+        if saves:
+            saved_at = time.monotonic()
+            position = training.activations.position
+            checkpoints.save(training.draft, done, trainers, position, training.resampled)
         bar.update()
     bar.close()
     log.close()
@@ -270,23 +247,24 @@ def _take_steps(training: _Training, label: str) -> None:
 
 def _figures(trainer: Any, output: Any) -> dict[str, float]:
     """SAELens' figures of one step under plain names."""
-    told = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-    losses = {k.removeprefix("losses/"): v for k, v in told.items() if k.startswith("losses/")}
+    logged = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+    losses = {k.removeprefix("losses/"): v for k, v in logged.items() if k.startswith("losses/")}
     losses["loss"] = losses.pop("overall_loss")
     return {
-        "explained_variance": told["metrics/explained_variance"],
-        "l0": told["metrics/l0"],
-        "dead": told["sparsity/dead_features"],
-        "learning_rate": told["details/current_learning_rate"],
+        "explained_variance": logged["metrics/explained_variance"],
+        "l0": logged["metrics/l0"],
+        "dead": logged["sparsity/dead_features"],
+        "learning_rate": logged["details/current_learning_rate"],
         **losses,
     }
 
 
 def _check(figures: list[dict[str, float]], training: _Training, step: int) -> None:
-    for layer, found in zip(training.layers, figures, strict=True):
-        if not math.isfinite(found["loss"]):
+    """Raise `InputError` where a loss is not a finite number."""
+    for layer, of_layer in zip(training.layers, figures, strict=True):
+        if not math.isfinite(of_layer["loss"]):
             raise InputError(
-                f"the loss of layer {layer} is {found['loss']} at step {step}: training has diverged,"
+                f"the loss of layer {layer} is {of_layer['loss']} at step {step}: training has diverged,"
                 f" lower --lr (now {training.config.lr:g}); checkpoints so far are kept"
             )
 
@@ -294,12 +272,13 @@ def _check(figures: list[dict[str, float]], training: _Training, step: int) -> N
 def _log(log: Log, training: _Training, step: int, figures: list[dict[str, float]]) -> None:
     tokens = step * training.config.batch_size
     rows = zip(training.layers, figures, training.resampled, strict=True)
-    for layer, found, resampled in rows:
-        log.write(step, tokens, layer=layer, resampled=resampled, **found)
+    for layer, of_layer, resampled in rows:
+        log.write(step, tokens, layer=layer, resampled=resampled, **of_layer)
     log.time(step, tokens)
 
 
 def _resample(training: _Training, batch: list[torch.Tensor], step: int) -> None:
+    """Reinitialise the dead latents of each layer from a batch [B, H], with draws that the step fixes."""
     for index, (layer, x) in enumerate(zip(training.layers, batch, strict=True)):
         seed = np.random.SeedSequence((training.config.seed, layer, step)).generate_state(1)
         generator = torch.Generator().manual_seed(int(seed[0]))
@@ -307,38 +286,36 @@ def _resample(training: _Training, batch: list[torch.Tensor], step: int) -> None
 
 
 def _write(training: _Training, inputs: dict[str, str]) -> None:
-    """Autoencoders in SAELens' format and what was trained, into the draft."""
+    """Write the autoencoders in SAELens' format, and what was trained, into the draft."""
     config, site, draft = training.config, training.site, training.draft
     last = {line["layer"]: line for line in read_metrics(draft.path, METRICS)}
     layers = []
     for layer, trainer in zip(training.layers, training.trainers, strict=True):
-        sae = _finished(config, trainer)
+        sae = _fold_scales(config, trainer)
         for key, value in _provenance(config, site, layer, inputs).items():
             sae.cfg.metadata[key] = value
         sae.save_inference_model(draft.path / f"layer-{layer}")
+        line = {k: last[layer][k] for k in ("explained_variance", "l0", "dead", "resampled")}
         layers.append(
-            {
-                "layer": layer,
-                "inputs": sae.cfg.d_in,
-                "latents": sae.cfg.d_sae,
-                **{k: last[layer][k] for k in ("explained_variance", "l0", "dead", "resampled")},
-            }
+            SaeLayerTraining(layer=layer, inputs=sae.cfg.d_in, latents=sae.cfg.d_sae, **line)
         )
-    means = "resampling" if config.architecture in RESAMPLED else "auxiliary loss"
-    draft.results = {
-        "model": Path(config.model).name,
-        "site": site.name,
-        "architecture": config.architecture,
-        "tokens": config.steps * config.batch_size,
-        "revived_by": means,
-        "layers": layers,
-    }
-    write_json(draft.path / DESCRIPTION, {**draft.results, "inputs": inputs})
+    description = SaeTraining(
+        model=Path(config.model).name,
+        site=site.name,
+        architecture=config.architecture,
+        tokens=config.steps * config.batch_size,
+        revived_by="resampling" if config.architecture in RESAMPLED else "auxiliary loss",
+        layers=tuple(layers),
+    )
+    draft.results = write_training(draft.path, description, inputs)
 
 
 @torch.no_grad()
-def _finished(config: SaeTrainConfig, trainer: Any) -> Any:
-    """The scale folded into the weights, rows of the decoder at norm 1; it computes the same."""
+def _fold_scales(config: SaeTrainConfig, trainer: Any) -> Any:
+    """The trained autoencoder with the inputs' scale folded into its weights and decoder rows at norm 1.
+
+    It computes the same, of activations as they are.
+    """
     sae = trainer.sae.eval()
     if trainer.activation_scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
@@ -350,7 +327,7 @@ def _finished(config: SaeTrainConfig, trainer: Any) -> Any:
 def _provenance(
     config: SaeTrainConfig, site: Site, layer: int, inputs: dict[str, str]
 ) -> dict[str, Any]:
-    """What SAELens' configuration has no field for, under the names that `cratelm import sae` uses."""
+    """Metadata that SAELens' configuration has no field for, under the keys that `cratelm import sae` uses."""
     side = ":input" if site.side == "input" else ""
     return {
         "model_name": Path(config.model).name,
@@ -368,12 +345,4 @@ def _provenance(
 
 
 def _result(stage: Stage) -> SaeTrainResult:
-    found = stage.require("sae train").results
-    return SaeTrainResult(
-        name=stage.name,
-        path=stage.path,
-        site=found["site"],
-        architecture=found["architecture"],
-        tokens=found["tokens"],
-        layers=tuple(SaeLayerResult(**layer) for layer in found["layers"]),
-    )
+    return SaeTrainResult(name=stage.name, path=stage.path, **vars(read_training(stage.path)))

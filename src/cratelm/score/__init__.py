@@ -1,0 +1,1 @@
+"""Score explanations on held-out excerpts, with null controls."""

@@ -1,37 +1,39 @@
-"""Configuration of `cratelm score`. Imports nothing heavy."""
+"""Options of `cratelm score`. Imports nothing heavy."""
 
 from dataclasses import dataclass
 
 from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
-from cratelm.llm.config import AskConfig, check_specification
+from cratelm.llm.config import LLMConfig, check_specification, option
 from cratelm.records import METRICS, SCORERS, Metric
+from cratelm.runs import at_least
 
 
 @dataclass(frozen=True)
-class ScoreConfig(AskConfig):
+class ScoreConfig(LLMConfig):
     """Score the explanations of one model on held-out excerpts, with null controls."""
 
     simulator: str = ""
     """a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file, or
-    `smollm2`), or `openai:MODEL` at --base-url; left out: look-up and trie simulate themselves"""
+    `smollm2`), or `openai:MODEL` at --base-url; default: look-up and trie simulate themselves"""
     explanations: str = ""
-    """which explanations: the name of a language model that explained; left out: those of the
-    simulator itself, `free` for those made without a language model"""
-    name: str = ""
-    """what these scores are called in folders and tables; left out: the explainer's name, and the
-    simulator's where that is another"""
+    """which explanations: the name of a language model that explained, or `llm-free` for those made
+    without one; default: those of the simulator itself"""
     metrics: tuple[Metric, ...] = METRICS
     """`top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token excerpts): simulation.
     With a language model also `detection`, `fuzzing`, `intruder`, `embedding`"""
     paper_compat: bool = False
-    """also score as the paper's code reads levels: the five likeliest tokens alone, a simulated 10 as 1"""
-    prompts: Prompts = "cratelm"
-    """how levels are asked for: our prompts, or OpenAI's published ones (extra `openai-prompts`)"""
+    """also score with levels read as in the paper's code: only the five most likely tokens, a simulated
+    10 as 1"""
     resamples: int = 2000
     """bootstrap resamples behind the intervals of `summary.json`"""
     seed: int = 0
-    """seed of the shuffled control, of the bootstrap and of what scorers draw"""
+    """seed of the shuffled control, of the bootstrap and of the scorers' draws"""
+    prompts: Prompts = option("cratelm", "language model")
+    """how levels are asked for: our prompts, or OpenAI's published ones (extra `openai-prompts`)"""
+    name: str = option("", "output")
+    """name of these scores in folders and tables; default: the explainer's name, and the simulator's
+    where that is another"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,10 +49,7 @@ class ScoreConfig(AskConfig):
             check_specification("--simulator", self.simulator)
         elif self.explanations or self.paper_compat or self.name:
             raise InputError(
-                "--explanations, --name and --paper-compat are about a language model that simulates:"
+                "--explanations, --name and --paper-compat need a language model that simulates:"
                 " add --simulator hf:ID_OR_PATH or openai:MODEL"
             )
-        if self.resamples < 100:
-            raise InputError(f"--resamples {self.resamples}: 100 or more was expected")
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed}: 0 or more was expected")
+        at_least(self, {"resamples": 100, "seed": 0})

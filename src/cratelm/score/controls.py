@@ -1,11 +1,12 @@
-"""What guards a score: the shuffled null, and the audit that no document was both explained from and scored on."""
+"""Guards of a score: the explanation that each control uses, and the audit of shared documents."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cratelm.records import Explanation, NeuronId, NeuronScore
+from cratelm.explain.store import ExplanationFailure
+from cratelm.records import Control, Explanation, Metric, NeuronId, NeuronScore, Score, Status
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Audit:
 
 
 def audit(explanations: Iterable[Explanation], scores: Iterable[NeuronScore]) -> Audit:
-    """Compares the documents in the records themselves, over the whole model.
+    """Compare the documents in the records themselves, over the whole model.
 
     So it also covers the shuffled control, whose explanation is another neuron's.
     """
@@ -31,16 +32,70 @@ def audit(explanations: Iterable[Explanation], scores: Iterable[NeuronScore]) ->
 
 
 def shuffled(neurons: Sequence[NeuronId], seed: int) -> dict[NeuronId, NeuronId]:
-    """For each neuron another one of its layer, each chosen once: a seeded derangement.
+    """Return for each neuron another one of its layer, each chosen once: a seeded derangement.
 
     The neurons of a layer are put in random order and each is given the next one's explanation, the
-    last the first one's. A neuron alone in its layer has none and is left out.
+    last the first one's. A neuron alone in its layer has none and is absent.
     """
     donors: dict[NeuronId, NeuronId] = {}
     for layer in sorted({n.layer for n in neurons}):
         members = sorted(n for n in neurons if n.layer == layer)
         order = np.random.default_rng([seed, layer]).permutation(len(members))
         if len(members) > 1:
-            ring = [members[place] for place in order]
+            ring = [members[i] for i in order]
             donors.update(zip(ring, ring[1:] + ring[:1], strict=True))
     return donors
+
+
+def dead_score(split: str) -> Score:
+    """Return the score of a neuron that never fired on a split: `fit` or `held-out`."""
+    return Score(None, Status.DEAD, f"never above 0 on the {split} split")
+
+
+class ExplanationSet:
+    """Explanations of one set by explainer, kind of evidence and neuron, with the donors of the shuffled control.
+
+    A language model explains a neuron from several kinds of evidence, and each metric reads its own;
+    explainers without one make a single explanation for all metrics.
+    """
+
+    def __init__(
+        self,
+        explanations: Sequence[Explanation],
+        failures: Sequence[ExplanationFailure] | None,
+        seed: int,
+    ):
+        """`failures`: explanations that a language model did not give; None where none was asked."""
+        self._explanations: dict[tuple[str, str], dict[NeuronId, Explanation]] = {}
+        for e in explanations:
+            evidence = str(e.payload.get("evidence", ""))
+            self._explanations.setdefault((e.explainer, evidence), {})[e.neuron] = e
+        self._donors = {
+            kind: shuffled(list(of_kind), seed) for kind, of_kind in self._explanations.items()
+        }
+        self._reasons = (
+            None if failures is None else {(f.neuron, f.evidence): f.reason for f in failures}
+        )
+
+    def find(
+        self, neuron: NeuronId, explainer: str, metric: Metric, control: Control
+    ) -> Explanation | Score:
+        """Return the explanation that is scored, or the score where there is none."""
+        evidence = "anthropic" if metric == "anthropic" else "top"
+        kind = (explainer, evidence)
+        if kind not in self._explanations:
+            kind = (explainer, "")  # made without a language model: one for all metrics
+        of_kind = self._explanations.get(kind, {})
+        if neuron not in of_kind:
+            reason = f"no explanation by {explainer}"
+            if self._reasons is not None:
+                why = self._reasons.get((neuron, evidence), "none was asked for from this evidence")
+                reason = f"{reason}: {why}"
+            return Score(None, Status.FAILED, reason)
+        if control != "shuffled":
+            return of_kind[neuron]
+        donor = self._donors[kind].get(neuron)
+        if donor is None:
+            reason = "the layer has no other explained neuron to take an explanation from"
+            return Score(None, Status.UNDEFINED, reason)
+        return of_kind[donor]

@@ -1,4 +1,4 @@
-"""Near-duplicate passages between what was explained from (fit) and what is scored on (held-out).
+"""Find near-duplicate passages between excerpts explained from (fit) and excerpts scored on (held-out).
 
 Documents of the two splits differ, but their text may not: licence headers, tables, copied code. A
 passage is up to 64 tokens inside one document, on a grid of 32 tokens from the document's start: the
@@ -6,10 +6,10 @@ text around an excerpt, since 8 tokens alone are alike too often. Two passages a
 the Jaccard similarity of their 5-token shingles is `THRESHOLD` or more. MinHash (Broder 1997), by the
 library datasketch, proposes pairs; the shingles themselves decide, so no unlike pair is called alike.
 
-Bound: a passage is hashed once, however many neurons were shown it, and passages are no more than tokens
-of the fit split / 32, or 3 times the excerpts shown. 9 kB each were measured: 0.3 GB a million tokens.
-512 neurons of the demo (490,000 fit tokens, 218,000 excerpts, 7,507 passages)
-take 2 s beside the reading of the fit excerpts, which takes 2 s more.
+Bound: each passage is hashed once, however many neurons share it, and there are at most as many passages
+as tokens of the fit split / 32, or 3 times the excerpts shown. Measured: 9 kB each, 0.3 GB per million
+tokens. 512 neurons of the demo (490,000 fit tokens, 218,000 excerpts, 7,507 passages) take 2 s, and the
+reading of the fit excerpts 2 s more.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,7 +58,7 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class DuplicateEffect:
-    """What leaving near-duplicates out does to the scores of one explainer and metric."""
+    """Scores of one explainer and metric with and without near-duplicates."""
 
     explainer: str
     metric: Metric
@@ -74,7 +74,7 @@ class DuplicateEffect:
 
 @dataclass(frozen=True)
 class DuplicateAudit:
-    """Near-duplicates between what was explained from and what was scored on, for one model."""
+    """Near-duplicates between excerpts explained from and excerpts scored on, for one model."""
 
     threshold: float
     n_passages_explained: int
@@ -89,7 +89,7 @@ class DuplicateAudit:
 
 
 class NearDuplicates:
-    """Which held-out excerpts are near-duplicates of what explainers were shown."""
+    """Tells which held-out excerpts are near-duplicates of excerpts that explainers were shown."""
 
     def __init__(self, store: TokenStore):
         self._store = store
@@ -98,44 +98,46 @@ class NearDuplicates:
         """shingles of each passage, by its first position"""
         self._scored: dict[int, bool] = {}
         """verdict on each passage, by its first position"""
-        self._known: dict[int, bool] = {}
+        self._verdicts: dict[int, bool] = {}
         """the same by the position of an excerpt: scoring asks about each many times"""
         self._first = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)
         self._pairs: dict[tuple[int, int], DuplicatePair] = {}
         """the first found, by the ordinals of their documents"""
 
-    def explained(self, excerpts: Iterable[Excerpt]) -> None:
-        """Registers what was explained from; all of it before the first `is_duplicate`.
+    def register(self, excerpts: Iterable[Excerpt]) -> None:
+        """Register excerpts explained from; all of them before the first `is_duplicate`.
 
         A passage explained from for any neuron counts for all of them.
         """
         assert not self._scored
         shown = [e.position for e in excerpts if e.kind != "out_of_context"]
-        own = self._passages("fit", np.unique(np.array(shown, dtype=np.int64)))  # [n, 3]
+        passages = self._passages("fit", np.unique(np.array(shown, dtype=np.int64)))  # [n, 3]
+        # Neighbours count as shown, too: an excerpt may begin or end anywhere on the grid, and a copy of
+        # it lies in the passages that share half their tokens with its own.
         for step in range(-_AROUND, _AROUND + 1):
-            starts = own[:, 0] + step * GRID
-            inside = (own[:, 1] <= starts) & (starts <= _last(own))
-            for start, stop in zip(starts[inside].tolist(), own[inside, 2].tolist(), strict=True):
+            starts = passages[:, 0] + step * GRID
+            inside = (passages[:, 1] <= starts) & (starts <= _last(passages))
+            stops = passages[inside, 2]
+            for start, stop in zip(starts[inside].tolist(), stops.tolist(), strict=True):
                 if start not in self._explained:
                     shingles = self._shingles("fit", start, min(stop, start + PASSAGE))
                     self._explained[start] = shingles
                     self._index.insert(start, self._hashed(shingles), check_duplication=False)
 
     def is_duplicate(self, excerpt: Excerpt) -> bool:
-        """True where the passage around a held-out excerpt is a near-duplicate of one explained from."""
-        if excerpt.position not in self._known:
+        """Return True if the passage around a held-out excerpt is a near-duplicate of one explained from."""
+        if excerpt.position not in self._verdicts:
             ((start, _, stop),) = self._passages("held_out", np.array([excerpt.position])).tolist()
             if start not in self._scored:
                 stop = min(stop, start + PASSAGE)
                 self._scored[start] = self._find(start, stop, excerpt.document)
-            self._known[excerpt.position] = self._scored[start]
-        return self._known[excerpt.position]
+            self._verdicts[excerpt.position] = self._scored[start]
+        return self._verdicts[excerpt.position]
 
     def audit(self, scores: Sequence[NeuronScore]) -> DuplicateAudit:
-        """What was found, and what leaving it out does to `scores` (own explanations alone)."""
-        own = [s for s in scores if s.control == "none" and s.metric in METRICS]
+        """Return the near-duplicates, and `scores` (of no control) with and without them."""
         groups: dict[tuple[str, Metric], list[NeuronScore]] = {}
-        for s in own:
+        for s in (s for s in scores if s.control == "none" and s.metric in METRICS):
             groups.setdefault((s.explainer, s.metric), []).append(s)
         return DuplicateAudit(
             threshold=THRESHOLD,
@@ -147,9 +149,9 @@ class NearDuplicates:
         )
 
     def _find(self, start: int, stop: int, document: int) -> bool:
-        mine = self._shingles("held_out", start, stop)
-        proposed: list[Any] = self._index.query(self._hashed(mine))
-        near = ((_jaccard(mine, self._explained[other]), other) for other in proposed)
+        shingles = self._shingles("held_out", start, stop)
+        proposed: list[Any] = self._index.query(self._hashed(shingles))
+        near = ((_jaccard(shingles, self._explained[other]), other) for other in proposed)
         similarity, other = max(near, default=(0.0, -1))
         if similarity < THRESHOLD:
             return False
@@ -160,10 +162,11 @@ class NearDuplicates:
         return True
 
     def _passages(self, split: Split, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[n, 3] begin of the passage around each position [n], begin and end of its document."""
+        """Return the start of the passage around each position [n], and start and end of its document, [n, 3]."""
         starts = self._store.split(split).starts
-        place = np.searchsorted(starts, positions, side="right") - 1
-        low, high = starts[place], starts[place + 1]
+        document = np.searchsorted(starts, positions, side="right") - 1
+        low, high = starts[document], starts[document + 1]
+        # the position in the middle of the passage, unless the document begins or ends before that
         middle = np.maximum(low, np.minimum(positions - PASSAGE // 2, high - PASSAGE))
         return np.stack([low + _on_grid(middle - low), low, high], axis=1)
 
@@ -177,30 +180,30 @@ class NearDuplicates:
 
 
 def _on_grid(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The nearest multiples of `GRID`, [n]."""
+    """Return the nearest multiples of `GRID`, [n]."""
     return (offsets + GRID // 2) // GRID * GRID
 
 
 def _last(passages: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[n] begin of the last passage of the document of each of `passages` [n, 3]."""
+    """Return the start of the last passage of the document of each of `passages` [n, 3], [n]."""
     low, high = passages[:, 1], passages[:, 2]
     return low + _on_grid(np.maximum(0, high - low - PASSAGE))
 
 
 def _jaccard(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
-    """Of two sets as arrays without repeats."""
+    """Return the Jaccard similarity of two sets, given as arrays without repeats."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
 def shingles_of(tokens: NDArray) -> NDArray[np.int64]:
-    """A 32-bit number for each distinct run of `SHINGLE` tokens of a passage; of all of it where it is
-    shorter."""
+    """Return a 32-bit number for each distinct run of `SHINGLE` tokens of a passage, or for all of a shorter one."""
     length = max(1, min(SHINGLE, len(tokens)))
     mixed = np.zeros(max(0, len(tokens) - length + 1), dtype=np.uint64)
-    for place in range(length):
-        # FNV-1a over tokens, 64 bits, wrapping
-        part = tokens[place : len(tokens) - length + 1 + place].astype(np.uint64)
+    for offset in range(length):
+        # FNV-1a over tokens, all runs at once: 64 bits that wrap around. MinHash takes 32 of them: not the
+        # lowest, which mix least.
+        part = tokens[offset : len(tokens) - length + 1 + offset].astype(np.uint64)
         mixed = (mixed ^ (part + np.uint64(1))) * np.uint64(1_099_511_628_211)
     return np.unique(mixed >> np.uint64(16) & np.uint64(0xFFFF_FFFF)).astype(np.int64)
 

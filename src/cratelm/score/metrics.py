@@ -1,40 +1,61 @@
-"""How close a simulation is to the truth. Pure NumPy; n is the tokens of all records together.
+"""How close a simulation is to the truth. n is the tokens of all records together.
 
 The three figures are those of OpenAI's scorer (Bills et al. 2023, automated-interpretability):
 correlation and the two explained fractions, all pooled over the tokens of all records.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cratelm.errors import InputError
-from cratelm.records import Score, Status
-from cratelm.records import levels as levels
+from cratelm.records import Excerpt, Score, Status
+
+CONSTANT = "the simulation is constant"
+"""why a score is undefined"""
+IsDuplicate = Callable[[Excerpt], bool]
+
+
+def simulation_score(
+    excerpts: Sequence[Excerpt], simulated: Sequence[NDArray], is_duplicate: IsDuplicate
+) -> Score:
+    """Return the score of simulated activations, with the value over the excerpts that are no near-duplicates."""
+    score = correlation_score([e.activations for e in excerpts], simulated)
+    distinct = [i for i, e in enumerate(excerpts) if not is_duplicate(e)]
+    if len(distinct) == len(excerpts):
+        return score
+    without = correlation_score(
+        [excerpts[i].activations for i in distinct], [simulated[i] for i in distinct]
+    )
+    return replace(
+        score,
+        n_duplicates=len(excerpts) - len(distinct),
+        without_duplicates=without.value,
+    )
 
 
 def correlation_score(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike]) -> Score:
-    """Pearson correlation of simulated with true activations, pooled over the tokens of all records.
+    """Return the Pearson correlation of simulated with true activations, pooled over all tokens.
 
     `true` and `simulated` hold one sequence of floats per record, of equal lengths. The value is
     None, the status UNDEFINED and the reason given where the correlation does not exist: no tokens,
     a constant truth, a constant simulation, or a value that is not finite.
 
     `r2` = 1 - mean((true - simulated)^2) / mean(true^2) and `absolute_deviation` =
-    1 - mean|true - simulated| / mean|true|: both against 0 and without calibration, as OpenAI's
-    scorer has them, so that they say something only of a simulation in the neuron's own unit. They
-    are None where the truth is all zero.
+    1 - mean|true - simulated| / mean|true|: both relative to 0 and without calibration, as in OpenAI's
+    scorer, so that they are meaningful only for a simulation in the neuron's own unit. They are None
+    where the truth is all zero.
 
     Raises `InputError` where the records or their lengths do not match.
     """
     a, b = _pool(true, simulated)
     counts = {"n_tokens": len(a), "n_records": len(true)}
-    reason = _why_undefined(a, b)
-    if reason.endswith(("tokens", "finite")):
+    if reason := _not_numbers(a, b):
         return Score(None, Status.UNDEFINED, reason, **counts)
     extra = {"r2": _explained(a, b, 2), "absolute_deviation": _explained(a, b, 1), **counts}
-    if reason:
+    if reason := _no_variance(a, b):
         return Score(None, Status.UNDEFINED, reason, **extra)
     return Score(_pearson(a, b), **extra)
 
@@ -56,27 +77,31 @@ def _shown(lengths: list[int]) -> str:
     return f"{len(lengths)} records of " + ", ".join(map(str, lengths[:8]))
 
 
-def _why_undefined(a: NDArray, b: NDArray) -> str:
+def _not_numbers(a: NDArray, b: NDArray) -> str:
+    """Return why no figure exists; empty where one does."""
     if len(a) == 0:
         return "no tokens"
     if not np.isfinite(a).all():
         return "the truth is not finite"
-    if not np.isfinite(b).all():
-        return "the simulation is not finite"
+    return "" if np.isfinite(b).all() else "the simulation is not finite"
+
+
+def _no_variance(a: NDArray, b: NDArray) -> str:
+    """Return why the correlation does not exist; empty where it does."""
     if a.min() == a.max():
         return "the truth is constant"
-    return "the simulation is constant" if b.min() == b.max() else ""
+    return CONSTANT if b.min() == b.max() else ""
 
 
 def _explained(a: NDArray, b: NDArray, power: int) -> float | None:
-    """1 - mean|a - b|^power / mean|a|^power; None where that is no number (truth all zero, overflow)."""
+    """Return 1 - mean|a - b|^power / mean|a|^power; None where that is no number (truth all zero, overflow)."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         value = 1 - np.mean(np.abs(a - b) ** power) / np.mean(np.abs(a) ** power)
     return float(value) if np.isfinite(value) else None
 
 
 def _pearson(a: NDArray, b: NDArray) -> float:
-    # Each brought to the range -1..1 around its mean first: no square then over- or underflows.
+    # Each is scaled to -1..1 around its mean first, so that no square over- or underflows.
     a, b = _centred(a), _centred(b)
     value = np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b))
     return float(np.clip(value, -1.0, 1.0))

@@ -1,15 +1,20 @@
-"""Scoring explanations that their own simulators read, without a language model."""
+"""One pipeline for all scores: each explainer, variant, metric and control of each neuron.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+A score is first planned: its row, and the requests behind it (none for simulators without a language
+model). The requests of some neurons are asked together, and each score is graded from its answers. Only
+these neurons are in memory.
+"""
 
-from numpy.typing import NDArray
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
-from cratelm.explain.store import SampledNeuron
+from cratelm.llm.client import Client
+from cratelm.llm.requests import Answer, Outcome, Request
 from cratelm.records import (
     CONTROLS,
+    METRICS,
     Control,
-    Excerpt,
-    Explanation,
     Metric,
     NeuronId,
     NeuronRecord,
@@ -17,95 +22,168 @@ from cratelm.records import (
     Score,
     Status,
 )
-from cratelm.score.config import ScoreConfig
-from cratelm.score.controls import shuffled
+from cratelm.score.controls import ExplanationSet, dead_score
+from cratelm.score.metrics import CONSTANT, IsDuplicate, simulation_score
+from cratelm.score.scorers import BY_METRIC, Prompting, Task, failed, scorer_task
 from cratelm.score.selection import scored_on
-from cratelm.score.simulation import IsDuplicate, graded
-from cratelm.score.simulators import simulate, simulate_constant
+from cratelm.score.simulators import COMPAT, ConstantSimulator, Simulator, simulator_of
+
+REQUESTS_PER_NEURON = 128
+"""about; decides how many neurons are asked about together"""
 
 
-def score_neuron(
-    record: NeuronRecord,
-    explanation: Explanation | None,
-    donor: Explanation | None,
-    explainer: str,
-    metrics: Sequence[Metric],
-    is_duplicate: IsDuplicate,
-) -> list[NeuronScore]:
-    """Scores of one live neuron by one explainer: every metric under every control.
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """The language model that reads explanations."""
 
-    `record` is of the held-out split. `explanation` None (the explainer did not answer) gives
-    FAILED. `donor` is the explanation that the shuffled control uses instead, None where the layer
-    has no other. The simulators are given the payload and the tokens, never the activations.
+    name: str
+    simulators: Mapping[str, Simulator]
+    """by variant: "" and, with --paper-compat, `COMPAT`"""
+    prompting: Prompting
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What is the same for all neurons of one scoring."""
+
+    metrics: Sequence[Metric]
+    explainers: Sequence[str]
+    explanations: ExplanationSet
+    dead_on_fit: Collection[NeuronId]
+    """neurons that never fired on the split that they were to be explained from"""
+    is_duplicate: IsDuplicate
+    reader: Reader | None = None
+    """None: each explainer's own simulator predicts, without a language model"""
+
+    def simulators(self, explainer: str) -> Mapping[str, Simulator]:
+        """Return the simulators of an explainer's explanations, by variant."""
+        return self.reader.simulators if self.reader else {"": simulator_of(explainer)}
+
+
+@dataclass(frozen=True, eq=False)
+class PendingScore:
+    """A planned score: its row, and the task behind it; None where the row is complete."""
+
+    row: NeuronScore
+    task: Task | None
+
+
+def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore]:
+    """Yield all scores of one neuron, by explainer, variant, metric and control.
+
+    `record` is of the held-out split.
     """
-    if record.summary.dead:
-        none = Score(None, Status.DEAD, "never above 0 on the held-out split")
-        return _without_value(record.neuron, explainer, metrics, none)
-    if explanation is None:
-        none = Score(None, Status.FAILED, f"no explanation by {explainer}")
-        return _without_value(record.neuron, explainer, metrics, none)
-    uses: dict[Control, Explanation | None] = {
-        "none": explanation,
-        "shuffled": donor,
-        "constant": explanation,
-    }
-    scores = []
-    for metric in metrics:
-        excerpts = scored_on(record, metric)
-        documents = tuple(sorted({e.document for e in excerpts}))
-        for control, used in uses.items():
-            value = _score_one(control, used, excerpts, is_duplicate)
-            scores.append(NeuronScore(record.neuron, explainer, metric, control, value, documents))
-    return scores
+    for explainer in scoring.explainers:
+        for variant, simulator in scoring.simulators(explainer).items():
+            for metric in scoring.metrics:
+                simulated = metric in METRICS
+                if variant == COMPAT and not simulated:
+                    continue
+                excerpts = scored_on(record, metric if simulated else "top_and_random")
+                documents = tuple(sorted({e.document for e in excerpts}))
+                for control in CONTROLS if simulated else CONTROLS[:2]:
+                    plan = _plan(record, explainer, simulator, metric, control, scoring)
+                    score = plan if isinstance(plan, Score) else Score(None)
+                    row = NeuronScore(
+                        record.neuron,
+                        _label(explainer, scoring.reader) + variant,
+                        metric,
+                        control,
+                        score,
+                        () if _is_without_excerpts(score, scoring) else documents,
+                        explained_by=explainer,
+                        simulator=scoring.reader.name if scoring.reader else "",
+                        variant=variant,
+                    )
+                    yield PendingScore(row, plan if isinstance(plan, Task) else None)
 
 
-def _score_one(
+def _plan(
+    record: NeuronRecord,
+    explainer: str,
+    simulator: Simulator,
+    metric: Metric,
     control: Control,
-    explanation: Explanation | None,
-    excerpts: Sequence[Excerpt],
-    is_duplicate: IsDuplicate,
-) -> Score:
-    if explanation is None:
-        reason = "the layer has no other explained neuron to take an explanation from"
-        return Score(None, Status.UNDEFINED, reason)
-    tokens: list[NDArray] = [e.token_ids for e in excerpts]
+    scoring: Scoring,
+) -> Task | Score:
+    if record.neuron in scoring.dead_on_fit:
+        return dead_score("fit")
+    if record.summary.dead:
+        return dead_score("held-out")
+    explanation = scoring.explanations.find(record.neuron, explainer, metric, control)
+    scorer = BY_METRIC.get(metric)
+    if scorer is not None:
+        assert scoring.reader is not None  # `ScoreConfig` refuses these metrics without one
+        if isinstance(explanation, Score) and scorer.uses_explanation:
+            return explanation
+        text = "" if isinstance(explanation, Score) else explanation.text
+        return scorer_task(scorer, record, text, control, scoring.reader.prompting)
+    if isinstance(explanation, Score):
+        return explanation
     if control == "constant":
-        simulated = simulate_constant(explanation.payload, tokens)
-    else:
-        simulated = simulate(explanation.explainer, explanation.payload, tokens)
-    return graded(excerpts, simulated, is_duplicate)
+        if scoring.reader is not None:
+            # levels have no unit in which a constant could be given: there is nothing to simulate
+            return Score(None, Status.UNDEFINED, CONSTANT)
+        simulator = ConstantSimulator()
+    excerpts = scored_on(record, metric)
+    token_ids = [e.token_ids for e in excerpts]  # all that a simulator is given of the truth
+
+    def grade(outcomes: Sequence[Outcome]) -> Score:
+        none = failed(outcomes)
+        if none is not None:
+            return none
+        answers = [o for o in outcomes if isinstance(o, Answer)]
+        simulated = simulator.simulate(explanation, token_ids, answers)
+        return simulation_score(excerpts, simulated, scoring.is_duplicate)
+
+    return Task(tuple(simulator.requests(explanation, token_ids)), grade)
 
 
-def _without_value(
-    neuron: NeuronId, explainer: str, metrics: Iterable[Metric], none: Score
-) -> list[NeuronScore]:
-    return [NeuronScore(neuron, explainer, m, c, none) for m in metrics for c in CONTROLS]
+def _is_without_excerpts(score: Score, scoring: Scoring) -> bool:
+    """Return True for rows that list no documents: dead and failed ones, without a language model.
+
+    With one, these rows list the documents that would have been scored on. The difference is kept
+    because the audit in `summary.json` counts documents.
+    """
+    return scoring.reader is None and score.status in (Status.DEAD, Status.FAILED)
 
 
-def score_all(
-    config: ScoreConfig,
-    records: Iterable[NeuronRecord],
-    selected: Sequence[SampledNeuron],
-    explanations: Sequence[Explanation],
-    explainers: Sequence[str],
-    is_duplicate: IsDuplicate,
+def _label(explainer: str, reader: Reader | None) -> str:
+    """Return the name in tables; a model that reads its own explanations has a single name."""
+    return explainer if reader is None or explainer == reader.name else f"{explainer}/{reader.name}"
+
+
+def plan_batches(
+    records: Iterable[NeuronRecord], scoring: Scoring, client: Client | None
+) -> Iterator[list[PendingScore]]:
+    """Yield the planned scores of as many neurons as keep the backend busy; one neuron without it."""
+    n = max(1, client.backend.window // REQUESTS_PER_NEURON) if client else 1
+    plans = (list(plan_scores(record, scoring)) for record in records)
+    while batch := list(islice(plans, n)):
+        yield [pending for of_neuron in batch for pending in of_neuron]
+
+
+def requests_of(batch: Sequence[PendingScore]) -> list[Request]:
+    """Return all requests behind some scores, in order."""
+    return [request for pending in batch if pending.task for request in pending.task.requests]
+
+
+def score_records(
+    records: Iterable[NeuronRecord], scoring: Scoring, client: Client | None = None
 ) -> Iterator[NeuronScore]:
-    """Scores of the `records` (held-out), by explainer; `selected` says which were dead on the fit split."""
-    by_name: Mapping[str, dict[NeuronId, Explanation]] = {e: {} for e in explainers}
-    for explanation in explanations:
-        by_name[explanation.explainer][explanation.neuron] = explanation
-    donors = {e: shuffled(list(found), config.seed) for e, found in by_name.items()}
-    dead_on_fit = {s.neuron for s in selected if s.dead}
-    never = Score(None, Status.DEAD, "never above 0 on the fit split")
-    for record in records:
-        for explainer, found in by_name.items():
-            if record.neuron in dead_on_fit:
-                yield from _without_value(record.neuron, explainer, config.metrics, never)
+    """Yield the scores of held-out records, in their order.
+
+    `client` asks the language model of `scoring.reader`. Raises `BudgetReached` as `Client.ask`.
+    """
+    for batch in plan_batches(records, scoring, client):
+        requests = requests_of(batch)
+        outcomes = client.ask(requests) if client else []
+        assert len(outcomes) == len(requests)  # no client: simulators that need none
+        start = 0
+        for pending in batch:
+            if pending.task is None:
+                yield pending.row
                 continue
-            own = found.get(record.neuron)
-            donor = (
-                found[donors[explainer][record.neuron]]
-                if record.neuron in donors[explainer]
-                else None
-            )
-            yield from score_neuron(record, own, donor, explainer, config.metrics, is_duplicate)
+            stop = start + len(pending.task.requests)
+            yield replace(pending.row, score=pending.task.grade(outcomes[start:stop]))
+            start = stop

@@ -1,49 +1,41 @@
-"""`cratelm score`: how well explanations predict their neurons on held-out excerpts, beside null controls."""
+"""`cratelm score`: how well explanations predict their neurons on held-out excerpts, with null controls."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cratelm.activations.store import read_records
 from cratelm.errors import InputError
+from cratelm.explain.selection import read_selected_records
 from cratelm.explain.store import (
+    ExplanationFailure,
     SampledNeuron,
-    explanation_set_name,
     read_explanations,
     read_selected,
     read_unexplained,
 )
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
-from cratelm.llm.probe import Preflight, preflight
+from cratelm.llm.config import NO_LLM
+from cratelm.llm.probe import ProbeResult, probe_levels
 from cratelm.llm.prompts import neurons as prompts
 from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts import scorers as scorer_prompts
-from cratelm.llm.session import ledger_path, open_client
-from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Split, Status
-from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.llm.session import is_finished, open_client, write_calls
+from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Status
+from cratelm.runs import Draft, Run, write_json
+from cratelm.runs.names import set_name, sets_of
 from cratelm.score.config import ScoreConfig
-from cratelm.score.controls import Audit, audit
+from cratelm.score.controls import Audit, ExplanationSet, audit
 from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
-from cratelm.score.llm_pipeline import (
-    Explanations,
-    PendingScore,
-    Reader,
-    answered,
-    asked_about,
-    requests_of,
-    windows,
-)
-from cratelm.score.pipeline import score_all
-from cratelm.score.simulation import COMPAT, Simulator
+from cratelm.score.pipeline import Reader, Scoring, plan_batches, requests_of, score_records
+from cratelm.score.scorers import Prompting
+from cratelm.score.simulators import COMPAT, LLMSimulator
 from cratelm.score.store import write_scores
 from cratelm.stats.scores import ModelStatistics, all_statistics
 from cratelm.tokens.shards import TokenStore
-
-FREE = "free"
-"""names the explanations made without a language model, with `--explanations`"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ class ScoreResult:
 
 
 def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
-    """Scores the explanations of one model of a run.
+    """Score the explanations of one model of a run.
 
     Writes `scores/MODEL/`, or `scores/MODEL@NAME/` where a language model reads the explanations
     called NAME. With `--dry-run` nothing is asked or written and the `DryRun` is returned; with
@@ -96,196 +88,178 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     """
     run = Run(config.run)
     if config.simulator:
-        return _score_with_model(config, run)
+        return _score_with_llm(config, run)
     harvest = run.stage("activations", config.model)
     explained = run.stage("explanations", config.model)
     inputs = {
-        "activations": harvest.require("harvest").identity,
-        "explanations": explained.require("explain").identity,
+        "activations": harvest.require("harvest"),
+        "explanations": explained.require("explain"),
     }
     stage = run.stage("scores", config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return ScoreResult(path=stage.path, **stage.require("score").results)
-    selected = read_selected(explained.path)
-    explanations = read_explanations(explained.path)
-    explainers = explained.require("explain").config["explainers"]
-    duplicates = _near_duplicates(run, config, explanations, selected)
+    given = _read_explained(explained.path, explained.require("explain").config["explainers"])
+    duplicates = _near_duplicates(TokenStore(run.stage("tokens").path), harvest.path, given)
+    scoring = _scoring(config, given, duplicates, None)
     with stage.write(config, inputs) as draft:
-        records = _held_out(config, harvest.path, selected)
-        scores = list(
-            score_all(config, records, selected, explanations, explainers, duplicates.is_duplicate)
-        )
-        results = _finish(draft, config, selected, explanations, scores, duplicates, {})
+        records = _held_out(config, harvest.path, given.selected)
+        scores = list(score_records(records, scoring))
+        results = _finish(draft, config, given, scores, duplicates, {})
     return ScoreResult(path=stage.path, **results)
 
 
-def _score_with_model(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | WorkerResult:
+def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | WorkerResult:
     if config.prompts == "openai":
         openai_prompts.require()
-    with open_client(config, config.simulator) as client:
+    with open_client(config, config.simulator) as client, ExitStack() as held:
         reader = client.backend.name
         source = _explanation_set(run, config, reader)
-        name = config.name or (reader if source == reader else f"{source or FREE}-by-{reader}")
-        explained = run.stage("explanations", explanation_set_name(config.model, source))
+        name = config.name or (reader if source == reader else f"{source or NO_LLM}-by-{reader}")
+        explained = run.stage("explanations", set_name(config.model, source))
         harvest = run.stage("activations", config.model)
         inputs = {
-            "tokens": run.stage("tokens").require("tokenize").identity,
-            "activations": harvest.require("harvest").identity,
-            "explanations": explained.require("explain").identity,
+            "tokens": run.stage("tokens").require("tokenize"),
+            "activations": harvest.require("harvest"),
+            "explanations": explained.require("explain"),
             "prompts": f"{prompts.VERSION} {scorer_prompts.VERSION}",
         }
-        stage = run.stage("scores", explanation_set_name(config.model, name))
-        redo = config.force or (config.retry_failed and _has_failed(stage))
-        ahead = not (config.dry_run or config.shard)
-        if ahead and stage.is_finished(config, inputs, force=redo):
+        stage = run.stage("scores", set_name(config.model, name))
+        if is_finished(config, stage, inputs):
             return ScoreResult(path=stage.path, **stage.require("score").results)
-        selected = read_selected(explained.path)
-        explanations = read_explanations(explained.path)
-        found = preflight(client)
-        print(f"{reader}: {found}", flush=True)
-        duplicates = _near_duplicates(run, config, explanations, selected)
-        asked = _asked(config, run, client, found, explained.path, duplicates)
+        if not (config.dry_run or config.shard):  # nobody else asks the same while this one does
+            held.enter_context(stage.lock())
+        given = _read_explained(explained.path, (), config.explanations or reader)
+        store = TokenStore(run.stage("tokens").path)
+        probe = probe_levels(client)
+        print(f"{reader}: {probe}", flush=True)
+        duplicates = _near_duplicates(store, harvest.path, given)
+        scoring = _scoring(config, given, duplicates, _reader(config, client, probe, store))
+        index, count = config.worker()
+        of_worker = given.selected[index::count]
+        records = _held_out(config, harvest.path, of_worker)
         if config.dry_run:
-            return dry_run(client, (requests_of(some) for some in asked))
-        scores = [s for some in asked for s in answered(some, client)]
+            batches = plan_batches(records, scoring, client)
+            return dry_run(client, (requests_of(batch) for batch in batches))
         if config.shard:
-            return WorkerResult(ledger_path(config), len(selected), str(client.tally))
+            for _ in score_records(records, scoring, client):
+                pass  # answers are in the ledger; the command that merges the workers scores them
+            return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
         with stage.write(config, inputs) as draft:
-            write_json(draft.path / "calls.json", client.tally.as_dict())
-            draft.unhashed.add("calls.json")
-            more = {"preflight": asdict(found)}
-            results = _finish(draft, config, selected, explanations, scores, duplicates, more)
+            scores = list(score_records(records, scoring, client))
+            write_calls(draft, client)
+            more = {"preflight": probe.as_dict()}
+            results = _finish(draft, config, given, scores, duplicates, more)
     return ScoreResult(path=stage.path, calls=str(client.tally), **results)
 
 
 def _explanation_set(run: Run, config: ScoreConfig, reader: str) -> str:
-    """Name of the set of explanations that `config` asks for; empty for those without a language model."""
-    if config.explanations == FREE:
+    """Return the name of the explanations that `config` asks for; empty for those without a language model."""
+    if config.explanations == NO_LLM:
         return ""
     wanted = config.explanations or reader
-    if run.stage("explanations", explanation_set_name(config.model, wanted)).completion() is None:
-        prefix = f"{config.model}@"
-        there = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
+    if run.stage("explanations", set_name(config.model, wanted)).completion() is None:
+        there = sets_of(run.models("explanations"), config.model)
         raise InputError(
             f"{run.path} has no explanations of {config.model} by {wanted}: those by"
-            f" {', '.join([*there, FREE])} can be named with --explanations; or type `cratelm explain"
+            f" {', '.join([*there, NO_LLM])} can be named with --explanations; or type `cratelm explain"
             f" --run {run.path} --model {config.model} --explainer {config.simulator}` first"
         )
     return wanted
 
 
-def _has_failed(stage: Stage) -> bool:
-    done = stage.completion()
-    return done is not None and bool(done.results.get("n_failed"))
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """The folder of an explanation set, as read once."""
+
+    selected: list[SampledNeuron]
+    """neurons that were to be explained"""
+    explanations: list[Explanation]
+    failures: list[ExplanationFailure]
+    explainers: Sequence[str]
+    """in the order of the rows"""
 
 
-def _asked(
-    config: ScoreConfig,
-    run: Run,
-    client: Client,
-    found: Preflight,
-    explained: Path,
-    duplicates: NearDuplicates,
-) -> Iterator[list[PendingScore]]:
-    """The scores in the making of what is in the folder `explained`, some neurons at a time; those of
-    this worker's shard."""
-    selected, explanations = read_selected(explained), read_explanations(explained)
-    store = TokenStore(run.stage("tokens").path)
-    variants = {"": Simulator.of(found, config.prompts)}
-    if config.paper_compat:
-        variants[COMPAT] = Simulator.of(found, config.prompts, paper_compat=True)
-    reader = Reader(
-        name=client.backend.name,
-        simulators=variants,
-        metrics=config.metrics,
-        strings=store.decode_tokens(range(store.vocab_size)),
-        is_duplicate=duplicates.is_duplicate,
-        seed=config.seed,
+def _read_explained(folder: Path, explainers: Sequence[str], default: str = "") -> Explained:
+    """Read an explanation set. `explainers` empty: those found, or `default` where there is none."""
+    explanations = read_explanations(folder)
+    found = sorted({e.explainer for e in explanations}) or [default]
+    return Explained(
+        read_selected(folder), explanations, read_unexplained(folder), explainers or found
     )
-    known = Explanations(explanations, read_unexplained(explained), config.seed)
-    explainers = sorted({e.explainer for e in explanations}) or [config.explanations or reader.name]
-    dead = {s.neuron for s in selected if s.dead}
-    index, count = config.worker()
-    records = _held_out(config, run.stage("activations", config.model).path, selected[index::count])
-    asked = (list(asked_about(r, r.neuron in dead, explainers, known, reader)) for r in records)
-    yield from windows(asked, client)
 
 
-def _near_duplicates(
-    run: Run,
-    config: ScoreConfig,
-    explanations: Sequence[Explanation],
-    selected: Sequence[SampledNeuron],
-) -> NearDuplicates:
-    """Knows all that the explainers were shown: excerpts of the fit split from the documents they name."""
-    duplicates = NearDuplicates(TokenStore(run.stage("tokens").path))
+def _reader(config: ScoreConfig, client: Client, probe: ProbeResult, store: TokenStore) -> Reader:
+    strings = store.decode_tokens(range(store.vocab_size))
+    simulators = {"": LLMSimulator.of(probe, strings, config.prompts)}
+    if config.paper_compat:
+        simulators[COMPAT] = LLMSimulator.of(probe, strings, config.prompts, paper_compat=True)
+    prompting = Prompting(strings, probe.supports_logprobs, config.seed)
+    return Reader(client.backend.name, simulators, prompting)
+
+
+def _scoring(
+    config: ScoreConfig, given: Explained, duplicates: NearDuplicates, reader: Reader | None
+) -> Scoring:
+    failures = given.failures if reader else None
+    return Scoring(
+        metrics=config.metrics,
+        explainers=given.explainers,
+        explanations=ExplanationSet(given.explanations, failures, config.seed),
+        dead_on_fit={s.neuron for s in given.selected if s.dead},
+        is_duplicate=duplicates.is_duplicate,
+        reader=reader,
+    )
+
+
+def _near_duplicates(store: TokenStore, harvest: Path, given: Explained) -> NearDuplicates:
+    """Register all that explainers were shown: excerpts of the fit split from the documents they name."""
+    duplicates = NearDuplicates(store)
     seen: dict[NeuronId, set[int]] = {}
-    for explanation in explanations:
+    for explanation in given.explanations:
         seen.setdefault(explanation.neuron, set()).update(explanation.documents)
-    harvest = run.stage("activations", config.model).path
-    for record in _records(harvest, "fit", selected):
+    for record in read_selected_records(harvest, "fit", given.selected):
         documents = seen.get(record.neuron, set())
-        duplicates.explained(e for e in record.excerpts if e.document in documents)
+        duplicates.register(e for e in record.excerpts if e.document in documents)
     return duplicates
-
-
-def _finish(
-    draft: Draft,
-    config: ScoreConfig,
-    selected: Sequence[SampledNeuron],
-    explanations: Sequence[Explanation],
-    scores: Sequence[NeuronScore],
-    duplicates: NearDuplicates,
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    """Writes the files of the stage; returns the figures of `ScoreResult`."""
-    checked = _disjoint(audit(explanations, scores), config)
-    write_scores(draft.path, scores)
-    near = duplicates.audit(scores)
-    results = _write_summary(draft.path, config, selected, scores, checked, near, more)
-    draft.results.update(results)
-    return results
 
 
 def _held_out(
     config: ScoreConfig, harvest: Path, selected: Sequence[SampledNeuron]
 ) -> Iterator[NeuronRecord]:
-    """Held-out records of the selected neurons, with a progress bar."""
+    """Yield the held-out records of the selected neurons, with a progress bar."""
     with tqdm(
         total=len(selected), desc=f"score {config.model}", unit="neuron", disable=config.quiet
     ) as bar:
-        for record in _records(harvest, "held_out", selected):
+        for record in read_selected_records(harvest, "held_out", selected):
             yield record
             bar.update()
 
 
-def _records(
-    harvest: Path, split: Split, selected: Sequence[SampledNeuron]
-) -> Iterator[NeuronRecord]:
-    """Records of the selected neurons, by layer and index; `InputError` where one is missing."""
-    layers: dict[int, list[int]] = {}
-    for s in selected:
-        layers.setdefault(s.neuron.layer, []).append(s.neuron.index)
-    for layer, indices in layers.items():
-        n_found = 0
-        for record in read_records(harvest, split, layers=[layer], indices=indices):
-            n_found += 1
-            yield record
-        if n_found != len(indices):
-            raise InputError(
-                f"{harvest} holds {n_found} of the {len(indices)} explained neurons of layer"
-                f" {layer} in the {split} split: type `cratelm harvest --force` for this model"
-            )
+def _finish(
+    draft: Draft,
+    config: ScoreConfig,
+    given: Explained,
+    scores: Sequence[NeuronScore],
+    duplicates: NearDuplicates,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the files of the stage; return the figures of `ScoreResult`."""
+    documents = _disjoint(audit(given.explanations, scores), config)
+    write_scores(draft.path, scores)
+    near = duplicates.audit(scores)
+    results = _write_summary(draft.path, config, given.selected, scores, documents, near, more)
+    draft.results.update(results)
+    return results
 
 
-def _disjoint(checked: Audit, config: ScoreConfig) -> Audit:
-    if checked.shared:
+def _disjoint(documents: Audit, config: ScoreConfig) -> Audit:
+    if documents.shared:
         raise InputError(
-            f"{len(checked.shared)} documents (first: {checked.shared[0]}) were both explained from"
+            f"{len(documents.shared)} documents (first: {documents.shared[0]}) were both explained from"
             f" and scored on, none was expected: type `cratelm harvest --force --run {config.run}"
             f" --model {config.model}`, then explain and score again"
         )
-    return checked
+    return documents
 
 
 def _write_summary(
@@ -293,30 +267,30 @@ def _write_summary(
     config: ScoreConfig,
     selected: Sequence[SampledNeuron],
     scores: Sequence[NeuronScore],
-    checked: Audit,
+    documents: Audit,
     near: DuplicateAudit,
-    more: dict[str, Any],
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes `summary.json`; returns the figures of `ScoreResult`."""
+    """Write `summary.json`; return the figures of `ScoreResult`."""
     statistics = all_statistics(scores, resamples=config.resamples, seed=config.seed)
     write_json(
         folder / "summary.json",
         {
             "model": config.model,
-            "leakage_audit": asdict(checked),
+            "leakage_audit": asdict(documents),
             "near_duplicates": asdict(near),
             **more,
             "statistics": [asdict(s) for s in statistics],
         },
     )
-    left_out = {
+    defined_only = {
         (s.explainer, s.metric, s.control): s for s in statistics if s.policy == "leave_out"
     }
     means = {
         f"{explainer} {metric}": f"{_shown(own)}; shuffled"
-        f" {_shown(left_out[explainer, metric, 'shuffled'])};"
+        f" {_shown(defined_only[explainer, metric, 'shuffled'])};"
         f" {own.counts.undefined} undefined, {own.counts.failed} failed"
-        for (explainer, metric, control), own in left_out.items()
+        for (explainer, metric, control), own in defined_only.items()
         if control == "none"
     }
     return {
@@ -324,7 +298,7 @@ def _write_summary(
         "n_neurons": len(selected),
         "n_dead": len({s.neuron for s in scores if s.score.status == Status.DEAD}),
         "n_failed": sum(s.score.status == Status.FAILED for s in scores),
-        "shared_documents": len(checked.shared),
+        "shared_documents": len(documents.shared),
         "n_duplicates": near.n_near_duplicates,
         "means": means,
     }

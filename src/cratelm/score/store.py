@@ -1,8 +1,6 @@
-"""Scores on disk: `scores.parquet`, one row per neuron, explainer, metric and control.
+"""Read and write scores: `scores.parquet`, one row per neuron, explainer, metric and control.
 
-Columns: model, site, layer, index, explainer, metric, control, value, status, reason, r2,
-absolute_deviation, accuracy, n_tokens, n_records, n_duplicates, without_duplicates, documents. A value that does not exist is null, and
-`status` with `reason` says why.
+A value that does not exist is null, and `status` with `reason` says why.
 """
 
 from collections.abc import Sequence
@@ -13,33 +11,78 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
+from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+from cratelm.score.simulators import COMPAT
 
-_SCHEMA = pa.schema(
-    [
-        ("model", pa.string()),
-        ("site", pa.string()),
-        ("layer", pa.int32()),
-        ("index", pa.int32()),
-        ("explainer", pa.string()),
-        ("metric", pa.string()),
-        ("control", pa.string()),
-        ("value", pa.float64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("r2", pa.float64()),
-        ("absolute_deviation", pa.float64()),
-        ("accuracy", pa.float64()),
-        ("n_tokens", pa.int64()),
-        ("n_records", pa.int64()),
-        ("n_duplicates", pa.int64()),
-        ("without_duplicates", pa.float64()),
-        ("documents", pa.list_(pa.int64())),
-    ]
+SCORES = TableFile(
+    "scores/MODEL/scores.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column(
+            "explainer",
+            pa.string(),
+            "label: the explainer, `/` and the simulator where another language model read its explanation, and the variant",
+        ),
+        Column(
+            "metric",
+            pa.string(),
+            "`top_and_random`, `random_only`, `anthropic`; with a language model also `detection`, `fuzzing`, `intruder`, `embedding`",
+        ),
+        Column(
+            "control",
+            pa.string(),
+            "`none`: the neuron's own explanation; `shuffled`: another neuron's; `constant`: a constant simulation",
+        ),
+        Column(
+            "value",
+            pa.float64(),
+            "simulation: Pearson correlation, -1 to 1; intruder: share of trials won, 0 to 1; the rest: area under the ROC curve or balanced accuracy, 0 to 1. Null where there is none",
+        ),
+        Column(
+            "status",
+            pa.string(),
+            "`defined`, `undefined` (truth or simulation is constant), `dead`, `failed` (no answer)",
+        ),
+        Column("reason", pa.string(), "why there is no value; empty where there is one"),
+        Column("r2", pa.float64(), "1 - mean squared error / mean squared truth, at most 1"),
+        Column(
+            "absolute_deviation",
+            pa.float64(),
+            "1 - mean absolute error / mean absolute truth, at most 1",
+        ),
+        Column("accuracy", pa.float64(), "detection and fuzzing: balanced accuracy, 0 to 1"),
+        Column("n_tokens", pa.int64(), "tokens scored"),
+        Column("n_records", pa.int64(), "excerpts scored"),
+        Column(
+            "n_duplicates", pa.int64(), "of these, near-duplicates of text that was explained from"
+        ),
+        Column(
+            "without_duplicates",
+            pa.float64(),
+            "`value` over the other excerpts; null where there are no duplicates",
+        ),
+        Column(
+            "documents",
+            pa.list_(pa.int64()),
+            "`ordinal`s of the documents scored on, all of split `held_out`",
+        ),
+        Column(
+            "explained_by",
+            pa.string(),
+            "the explainer, as in `explanations.parquet`; not in files of version 0.1.0",
+        ),
+        Column(
+            "simulator",
+            pa.string(),
+            "the language model that read the explanation; empty where the explainer's own simulator did. Not in files of version 0.1.0",
+        ),
+        Column("variant", pa.string(), "`+paper-compat`, or empty. Not in files of version 0.1.0"),
+    ),
 )
 
 
-def write_scores(folder: Path, scores: Sequence[NeuronScore]) -> None:
-    """Writes `scores.parquet` into `folder`, in the order given."""
+def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
+    """Write `scores.parquet` into `folder`, in the order given."""
     rows = [
         {
             **vars(s.neuron),
@@ -49,21 +92,27 @@ def write_scores(folder: Path, scores: Sequence[NeuronScore]) -> None:
             **vars(s.score),
             "status": str(s.score.status),
             "documents": s.documents,
+            "explained_by": s.explained_by,
+            "simulator": s.simulator,
+            "variant": s.variant,
         }
         for s in scores
     ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), folder / "scores.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=SCORES.schema), Path(folder) / "scores.parquet"
+    )
 
 
-def read_scores(folder: Path) -> list[NeuronScore]:
-    """The scores in `folder`, in the order written; `InputError` where there are none."""
-    path = folder / "scores.parquet"
+def read_scores(folder: str | Path) -> list[NeuronScore]:
+    """Return the scores in `folder`, in the order written; `InputError` where there are none."""
+    path = Path(folder) / "scores.parquet"
     if not path.is_file():
         raise InputError(f"{path} is not there: type `cratelm score` for this model first")
     return [_score(row) for row in pq.read_table(path).to_pylist()]
 
 
 def _score(row: dict) -> NeuronScore:
+    explained_by, simulator, variant = _names(row)
     return NeuronScore(
         neuron=NeuronId(row["model"], row["site"], row["layer"], row["index"]),
         explainer=row["explainer"],
@@ -82,4 +131,20 @@ def _score(row: dict) -> NeuronScore:
             without_duplicates=row.get("without_duplicates"),
         ),
         documents=tuple(row["documents"]),
+        explained_by=explained_by,
+        simulator=simulator,
+        variant=variant,
     )
+
+
+def _names(row: dict) -> tuple[str, str, str]:
+    """Return explainer, simulator and variant of a row.
+
+    Files of version 0.1.0 have the label alone, made of names without a slash.
+    """
+    if row.get("explained_by"):
+        return row["explained_by"], row["simulator"], row["variant"]
+    label: str = row["explainer"]
+    plain = label.removesuffix(COMPAT)
+    explained_by, _, simulator = plain.partition("/")
+    return explained_by, simulator, label[len(plain) :]

@@ -1,31 +1,26 @@
-"""How many neurons are enough: the interval that a random sample of them will give. Pure arithmetic.
+"""How many neurons to score: the interval that a random sample of them will give.
 
 A model's figure is the mean over its layers of the mean over the neurons sampled in each
 (`cratelm.stats.scores`), so with n of the N neurons of each of L layers, drawn without
 replacement, and a standard deviation s of the scores within a layer, its standard error is
-s sqrt((1 - n / N) / (n L)) (Cochran 1977, sections 2.6 and 5.3) and the interval's half-width is
-that times the normal quantile.
+s sqrt((1 - n / N) / (n L)) (Cochran 1977, sections 2.6 and 5.3), and the half-width of the interval
+is that times the normal quantile.
 
-The bootstrap of the statistics room draws with replacement and so leaves out 1 - n / N: where the
-sample is a large part of the layer, its interval is the wider one. It answers another question, what
-other neurons of the same kind would give, and not what this layer's other neurons would.
+The bootstrap (`cratelm.stats.intervals`) draws with replacement, which omits the factor 1 - n / N:
+where the sample is a large fraction of the layer, the bootstrap interval is wider. It answers another
+question: what other neurons of the same kind would give, not what the rest of this layer would.
 """
 
 import math
-from collections.abc import Sequence
 
-import numpy as np
 from scipy.stats import norm
 
 from cratelm.errors import InputError
-from cratelm.records import NeuronScore
 
 DEFAULT_SD = 15.0
-"""standard deviation of scores within a layer, x 100, where there is no pilot. Simulated correlations
+"""standard deviation of scores within a layer, x 100, where it is not known. Simulated correlations
 of the demo's models have 8 to 18 by model, layer and metric. Detection, fuzzing and embedding rest on
-ten texts a neuron at most and vary more (12 to 35 with a small model): give a pilot's"""
-FEWEST = 2
-"""neurons of a layer, below which there is no interval"""
+ at most ten texts per neuron and vary more (12 to 35 with a small model): give your own"""
 
 
 def half_width(
@@ -35,7 +30,7 @@ def half_width(
     population_per_layer: int | None = None,
     confidence: float = 0.95,
 ) -> float:
-    """Half-width of the interval of the model's mean, in the unit of `sd`; 0 where all neurons are scored.
+    """Return the half-width of the interval of the model's mean, in the unit of `sd`; 0 if all are scored.
 
     `sd`: sample standard deviation of scores within a layer. `population_per_layer`: neurons that
     each layer has, None for the interval that the bootstrap gives (no correction for a large sample).
@@ -50,52 +45,14 @@ def half_width(
     return _quantile(confidence) * sd * math.sqrt(left / (n_per_layer * n_layers))
 
 
-def neurons_needed(
-    wanted: float,
-    n_layers: int,
-    sd: float,
-    population_per_layer: int | None = None,
-    confidence: float = 0.95,
-) -> int:
-    """Fewest neurons per layer whose interval has a half-width of `wanted` (unit of `sd`) or less.
-
-    At least two, or what the layer has.
-
-    Raises `InputError` on numbers that make no sense.
-    """
-    _check(n_layers, sd, population_per_layer, confidence)
-    if not (math.isfinite(wanted) and wanted > 0):
-        raise InputError(f"a half-width of {wanted:g} was asked for: give one above 0")
-    unlimited = (_quantile(confidence) * sd / wanted) ** 2 / n_layers
-    if population_per_layer is None:
-        return max(FEWEST, math.ceil(unlimited))
-    corrected = math.ceil(unlimited / (1 + unlimited / population_per_layer))
-    return min(population_per_layer, max(FEWEST, corrected))
-
-
-def pilot_sd(scores: Sequence[NeuronScore]) -> float | None:
-    """Standard deviation of `scores`, x 100, pooled within layers; those without a value are left out.
-
-    Give those of one model, explainer, metric and control. None where no layer has two values.
-    """
-    layers: dict[int, list[float]] = {}
-    for s in scores:
-        if s.score.value is not None:
-            layers.setdefault(s.neuron.layer, []).append(100 * s.score.value)
-    freedom = sum(len(v) - 1 for v in layers.values())
-    if freedom == 0:
-        return None
-    return math.sqrt(sum(float(np.var(v)) * len(v) for v in layers.values()) / freedom)
-
-
-def told(
+def precision_statement(
     n_per_layer: int,
     n_layers: int,
     sd: float = DEFAULT_SD,
     population_per_layer: int | None = None,
     confidence: float = 0.95,
 ) -> str:
-    """The power of a sample in one sentence; `sd` and what is told are x 100.
+    """Return in one sentence how wide the interval of a sample of neurons will be; figures are x 100.
 
     Raises `InputError` on numbers that make no sense.
     """

@@ -1,13 +1,14 @@
-"""From scores of neurons to figures of layers and models, with their uncertainty. Pure NumPy.
+"""Figures of layers and models from the scores of their neurons, with their uncertainty.
 
 All figures are x 100. A layer's score is the mean over its neurons, a model's the mean over its
-layers (Bai & Ma 2025), so that each layer counts the same. Neurons are the unit of uncertainty: they
-are resampled with replacement within their layer (percentile bootstrap, Efron & Tibshirani 1993,
-chapter 13); layers are not resampled, a model has just these.
+layers (Bai & Ma 2025), so each layer counts the same. Neurons are the unit of uncertainty: they are
+resampled with replacement within their layer (percentile bootstrap, Efron & Tibshirani 1993, chapter
+13); layers are not resampled, because a model has exactly these. SciPy's `bootstrap` and
+`permutation_test` have no strata, so neither can draw within layers.
 
-A score without a value (undefined, dead, failed) is dealt with by one of two policies:
-`leave_out` takes the mean over the neurons that have one, `count_zero` counts the others as what an
-explanation is worth that says nothing: 0 for a correlation, chance for the other scorers.
+Scores without a value (undefined, dead, failed) follow one of two policies: `leave_out` takes the mean
+over the neurons that have a value, `count_zero` gives the others what an explanation is worth that says
+nothing: 0 for a correlation, chance for the other scorers.
 
 Shapes: n neurons of a layer, L layers, R resamples.
 """
@@ -22,16 +23,17 @@ from numpy.typing import NDArray
 
 from cratelm.errors import InputError
 from cratelm.records import CHANCE, Control, Metric, NeuronScore, Status
+from cratelm.stats.intervals import percentile_bounds, resampled_means, resampled_moments
 
 Policy = Literal["leave_out", "count_zero"]
 POLICIES: tuple[Policy, ...] = ("leave_out", "count_zero")
 _BLOCK = 2_000_000
-"""numbers drawn at a time: 16 MB"""
+"""random numbers held at a time: 16 MB"""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many neurons have a score, and why the others have none."""
+    """How many neurons have a score, and how many have none for which reason."""
 
     defined: int
     undefined: int
@@ -43,6 +45,7 @@ class Counts:
 
     @property
     def total(self) -> int:
+        """Return the number of neurons."""
         return self.defined + self.undefined + self.dead + self.failed
 
 
@@ -54,7 +57,7 @@ class LayerStatistics:
     mean: float | None
     """x 100; None where no neuron has a value"""
     low: float | None
-    """lower end of the bootstrap interval, x 100; None below two neurons"""
+    """lower bound of the bootstrap interval, x 100; None below two neurons"""
     high: float | None
     counts: Counts
 
@@ -69,9 +72,9 @@ class ModelStatistics:
     control: Control
     policy: Policy
     mean: float | None
-    """mean over layers of the layer means, x 100; layers without a value are left out (and have None)"""
+    """mean over layers of the layer means, x 100; over the layers that have a value, None where none has"""
     low: float | None
-    """lower end of the bootstrap interval, neurons resampled within their layer, x 100; None where one
+    """lower bound of the bootstrap interval, neurons resampled within their layer, x 100; None where one
     of the layers has a single value"""
     high: float | None
     variance: float | None
@@ -104,24 +107,19 @@ class Comparison:
     difference: float
     """mean_a - mean_b, x 100"""
     low: float | None
-    """lower end of the bootstrap interval of the difference; None where a layer has under two neurons"""
+    """lower bound of the bootstrap interval of the difference; None where a layer has fewer than two neurons"""
     high: float | None
     p_value: float
     """two-sided permutation test within layers: of labels, or of signs where paired"""
     cohens_d: float | None
     """difference / standard deviation pooled within layers and models; None where that is 0"""
     cohens_d_low: float | None
-    """ends of its bootstrap interval"""
+    """bounds of its bootstrap interval"""
     cohens_d_high: float | None
     superiority: float
     """chance that a neuron of a scores higher than one of the same layer of b (ties count half), 0..1;
     where paired, than its twin. Mean over layers"""
     confidence: float
-
-    @property
-    def cliffs_delta(self) -> float:
-        """2 superiority - 1, -1..1 (Cliff 1993)."""
-        return 2 * self.superiority - 1
 
 
 def model_statistics(
@@ -135,7 +133,7 @@ def model_statistics(
     resamples: int = 2000,
     seed: int = 0,
 ) -> ModelStatistics:
-    """Mean, interval, variance over layers and counts of one model's scores.
+    """Return mean, interval, variance over layers and counts of one model's scores.
 
     Raises `InputError` where `scores` hold none such, or those of several models.
     """
@@ -145,15 +143,15 @@ def model_statistics(
     for layer in sorted({s.neuron.layer for s in chosen}):
         members = [s for s in chosen if s.neuron.layer == layer]
         values = np.array(list(_values(members, policy).values()))
-        means = _resampled_means(values, resamples, rng)
-        low, high = _interval(means, confidence) if len(values) > 1 else (None, None)
+        means = resampled_means(values, resamples, rng)
+        low, high = percentile_bounds(means, confidence) if len(values) > 1 else (None, None)
         mean = float(values.mean()) if len(values) else None
         layers.append(LayerStatistics(layer, mean, low, high, _counts(members)))
         if len(values):
             centres.append(mean)
             spread.append(means)
     several = len(spread) > 0 and all(c.low is not None for c in layers if c.mean is not None)
-    low, high = _interval(np.mean(spread, axis=0), confidence) if several else (None, None)
+    low, high = percentile_bounds(np.mean(spread, axis=0), confidence) if several else (None, None)
     return ModelStatistics(
         model=chosen[0].neuron.model,
         explainer=explainer,
@@ -173,7 +171,7 @@ def model_statistics(
 def all_statistics(
     scores: Sequence[NeuronScore], *, resamples: int = 2000, seed: int = 0
 ) -> list[ModelStatistics]:
-    """The statistics of every explainer, metric, control and policy in one model's `scores`."""
+    """Return the statistics of every explainer, metric, control and policy in one model's `scores`."""
     groups: dict[tuple, list[NeuronScore]] = {}
     for score in scores:
         groups.setdefault((score.explainer, score.metric, score.control), []).append(score)
@@ -204,33 +202,36 @@ def compare_models(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """The difference of two models' own scores, over the layers where both have any.
+    """Return the difference of two models' own scores, over the layers where both have any.
 
-    `paired` None pairs `random_only` alone: there twins of the same layer and index are scored on
+    `paired` None pairs only `random_only`: there twins of the same layer and index are scored on
     excerpts at the same positions. The p-value is (1 + as extreme) / (1 + R) (Phipson & Smyth 2010),
-    so never 0.
+    so it is never 0.
 
     Raises `InputError` where the two have no layer in common with values to compare.
     """
     paired = metric == "random_only" if paired is None else paired
     chosen = [_chosen(s, explainer, metric, "none") for s in (scores_a, scores_b)]
+    model_a, model_b = (side[0].neuron.model for side in chosen)
     layers = _common_layers(_values(chosen[0], policy), _values(chosen[1], policy), paired)
     if not layers:
         raise InputError(
-            f"{chosen[0][0].neuron.model} and {chosen[1][0].neuron.model} have no layer where both"
+            f"{model_a} and {model_b} have no layer where both"
             f" have {explainer} scores on {metric}: score the same layers of both"
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # drawn from in this order: effects, then relabellings
     a, b = ([layer[side] for layer in layers] for side in (0, 1))
     mean_a, mean_b = (float(np.mean([v.mean() for v in side])) for side in (a, b))
     effects, differences = _resampled_effects(layers, paired, resamples, rng)
     several = all(len(v) > 1 for v in a + b)
-    low, high = _interval(differences, confidence) if several else (None, None)
+    low, high = percentile_bounds(differences, confidence) if several else (None, None)
     pooled = _pooled_deviation([np.var(v) for v in a + b], [len(v) for v in a + b])
-    d_low, d_high = _interval(effects, confidence) if several and pooled > 0 else (None, None)
+    d_low, d_high = (
+        percentile_bounds(effects, confidence) if several and pooled > 0 else (None, None)
+    )
     return Comparison(
-        model_a=chosen[0][0].neuron.model,
-        model_b=chosen[1][0].neuron.model,
+        model_a=model_a,
+        model_b=model_b,
         explainer=explainer,
         metric=metric,
         policy=policy,
@@ -267,54 +268,25 @@ def _chosen(
 
 
 def _values(scores: Sequence[NeuronScore], policy: Policy) -> dict[tuple[str, int, int], float]:
-    """x 100, by site, layer and index of the neuron."""
-    found = {}
+    """Return scores x 100 by site, layer and index of the neuron."""
+    values = {}
     for s in scores:
         if s.score.value is not None:
-            found[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * s.score.value
+            values[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * s.score.value
         elif policy == "count_zero":
-            found[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * CHANCE[s.metric]
-    return found
+            values[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * CHANCE[s.metric]
+    return values
 
 
 def _counts(scores: Sequence[NeuronScore]) -> Counts:
-    found = Counter(s.score.status for s in scores)
-    return Counts(
-        found[Status.DEFINED], found[Status.UNDEFINED], found[Status.DEAD], found[Status.FAILED]
-    )
-
-
-def _interval(resampled: NDArray, confidence: float) -> tuple[float, float]:
-    """Percentile interval of [R] resampled figures."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _resampled_means(values: NDArray, resamples: int, rng: np.random.Generator) -> NDArray:
-    """[R] means of `values` [n] drawn with replacement; zeros for no values."""
-    return _resampled_moments(values, resamples, rng)[0]
-
-
-def _resampled_moments(
-    values: NDArray, resamples: int, rng: np.random.Generator
-) -> tuple[NDArray, NDArray]:
-    """[R] means and [R] population variances of `values` [n] drawn with replacement."""
-    means, variances = np.zeros(resamples), np.zeros(resamples)
-    if not len(values):
-        return means, variances
-    step = max(1, _BLOCK // len(values))
-    for start in range(0, resamples, step):
-        stop = min(resamples, start + step)
-        drawn = values[rng.integers(0, len(values), (stop - start, len(values)))]
-        means[start:stop], variances[start:stop] = drawn.mean(axis=1), drawn.var(axis=1)
-    return means, variances
+    n = Counter(s.score.status for s in scores)
+    return Counts(n[Status.DEFINED], n[Status.UNDEFINED], n[Status.DEAD], n[Status.FAILED])
 
 
 def _common_layers(
     a: dict[tuple[str, int, int], float], b: dict[tuple[str, int, int], float], paired: bool
 ) -> list[tuple[NDArray, NDArray]]:
-    """Values of a and of b per layer; where paired, those of the same index in the same order.
+    """Return the values of a and of b by layer; where paired, those of the same index in the same order.
 
     Sites differ between architectures (`ista`, `mlp`), so neurons are matched by layer and index.
     """
@@ -338,14 +310,14 @@ def _resampled_effects(
     resamples: int,
     rng: np.random.Generator,
 ) -> tuple[NDArray, NDArray]:
-    """[R] effect sizes and [R] differences of neurons (pairs where paired) drawn within layers."""
+    """Return [R] effect sizes and [R] differences of neurons (or pairs) drawn within layers."""
     gaps, variances, sizes = [], [], []
     for a, b in layers:
-        # The same seed draws the same places: both of a pair are drawn together.
+        # The same seed draws the same positions, so both neurons of a pair are drawn together.
         seeds = rng.integers(0, 2**63, 2)
         streams = [np.random.default_rng(seeds[0 if paired else side]) for side in (0, 1)]
-        mean_a, var_a = _resampled_moments(a, resamples, streams[0])
-        mean_b, var_b = _resampled_moments(b, resamples, streams[1])
+        mean_a, var_a = resampled_moments(a, resamples, streams[0])
+        mean_b, var_b = resampled_moments(b, resamples, streams[1])
         gaps.append(mean_a - mean_b)
         variances += [var_a, var_b]
         sizes += [len(a), len(b)]
@@ -355,7 +327,10 @@ def _resampled_effects(
 
 
 def _pooled_deviation(variances: Sequence, sizes: Sequence[int]) -> NDArray:
-    """Standard deviation within groups of these population variances and sizes, unbiased in square."""
+    """Return the standard deviation within groups of these population variances and sizes.
+
+    Its square is unbiased.
+    """
     squares = sum(n * np.asarray(v) for n, v in zip(sizes, variances, strict=True))
     return np.sqrt(squares / max(1, sum(sizes) - len(sizes)))
 
@@ -367,7 +342,7 @@ def _permutation_p(
     resamples: int,
     rng: np.random.Generator,
 ) -> float:
-    """Two-sided: how often a relabelling within layers gives a difference as large."""
+    """Return how often a relabelling within layers gives a difference as large, of either sign."""
     relabelled = np.mean(
         [
             _flipped(a - b, resamples, rng) if paired else _relabelled(a, b, resamples, rng)
@@ -381,7 +356,7 @@ def _permutation_p(
 
 
 def _flipped(gaps: NDArray, resamples: int, rng: np.random.Generator) -> NDArray:
-    """[R] means of the differences of pairs, each with a random sign."""
+    """Return [R] means of the differences of pairs, each with a random sign."""
     step = max(1, _BLOCK // len(gaps))
     blocks = [min(step, resamples - start) for start in range(0, resamples, step)]
     signs = (rng.choice((-1.0, 1.0), (size, len(gaps))) for size in blocks)
@@ -389,7 +364,7 @@ def _flipped(gaps: NDArray, resamples: int, rng: np.random.Generator) -> NDArray
 
 
 def _relabelled(a: NDArray, b: NDArray, resamples: int, rng: np.random.Generator) -> NDArray:
-    """[R] differences of means after dealing all values anew into groups of these sizes."""
+    """Return [R] differences of means after dealing all values into new groups of these sizes."""
     together = np.concatenate([a, b])
     first = np.zeros(len(together))
     first[: len(a)] = 1
@@ -403,7 +378,11 @@ def _relabelled(a: NDArray, b: NDArray, resamples: int, rng: np.random.Generator
 
 
 def _superiority(a: NDArray, b: NDArray, paired: bool) -> float:
-    """P(a > b) + P(a = b) / 2, over all pairs or, where paired, over the given ones."""
+    """Return P(a > b) + P(a = b) / 2 over all pairs or, where paired, over the given ones.
+
+    Over all pairs it is `stats.auc.roc_area`, by binary search: in another order of operations, and so
+    not always equal to it in the last digit.
+    """
     if paired:
         return float(np.mean((a > b) + 0.5 * (a == b)))
     ordered = np.sort(b)

@@ -1,15 +1,16 @@
 """The loss on held-out text without each neuron, one at a time.
 
-A neuron is put to 0 (or to its mean) at every token, and the loss of every next token is measured
-again, paired with the loss of the same token in the plain model. What comes before the neuron is
-computed once (`cratelm.models.partial_forward`); a sequence in which the edit changes nothing is left out, for its
-change is 0, and after the last block a token is, for the same reason.
+A neuron is set to 0 (or to its mean) at every token, and the loss of every next token is measured again, paired
+with the loss of the same token in the unedited model. What precedes the neuron is computed once
+(`cratelm.models.partial_forward`). A sequence in which the edit changes nothing is not run again, because its
+change is 0; after the last block the same holds for single tokens. A whole pass for each neuron takes 1.7 to 1.9
+times as long on the demo's twins (`benchmarks/effects.py`) and gives the same to 1e-7.
 
 Memory: the activations and block outputs of `batch_tokens` tokens, `MOST_LOGITS` logits (or those of one
 sequence) three times over, and three numbers for each neuron and document.
 
-Shape legend: B sequences, T positions, H neurons, k neurons measured in a layer, C documents, n rows,
-V vocabulary.
+Shape legend: B sequences, T positions, H neurons, k neurons measured in a layer, g of them in a group, C documents,
+n rows (a row is one sequence with one neuron edited), V vocabulary, L layers of the site.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from cratelm.errors import InputError
 from cratelm.models.partial_forward import PartialForward, Trace
 from cratelm.records import Estimate
 from cratelm.stats.ratio import ratio
+from cratelm.steer.store import Ablation
 from cratelm.tokens.shards import TokenSplit
 
 MOST_LOGITS = 2**24
@@ -35,7 +37,7 @@ Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Text:
+class HeldOutText:
     """Held-out sequences on which the loss is measured."""
 
     split: TokenSplit
@@ -45,88 +47,85 @@ class Text:
     """numbers of the sequences, ascending"""
 
     @classmethod
-    def of(cls, split: TokenSplit, length: int, tokens: int, seed: int) -> "Text":
-        """At most `tokens` tokens in whole sequences, at least one. Raises `InputError` for none."""
-        there = split.n_sequences(length)
-        if not there:
+    def of(cls, split: TokenSplit, length: int, tokens: int, seed: int) -> "HeldOutText":
+        """Draw at most `tokens` tokens in whole sequences, at least one sequence.
+
+        Raises `InputError` where the split is shorter than one sequence.
+        """
+        n_sequences = split.n_sequences(length)
+        if not n_sequences:
             raise InputError(
                 f"the {split.name} split has {split.n_tokens:,} tokens, not one sequence of {length}:"
                 " give a lower --sequence-length"
             )
-        wanted = min(there, max(1, tokens // length))
-        chosen = np.random.default_rng(seed).choice(there, wanted, replace=False)
+        wanted = min(n_sequences, max(1, tokens // length))
+        chosen = np.random.default_rng(seed).choice(n_sequences, wanted, replace=False)
         return cls(split, length, np.sort(chosen))
 
     @property
     def n_tokens(self) -> int:
+        """Predicted tokens of all sequences."""
         return len(self.sequences) * self.length
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Tokens [B, T + 1], and for each target the ordinal of its document [B, T]."""
+        """Yield tokens [B, T + 1], and the ordinal of the document of each target [B, T]."""
         size = max(1, batch_tokens // self.length)
         for first in range(0, len(self.sequences), size):
-            some = self.sequences[first : first + size]
-            tokens = np.stack([self.split.sequence(i, self.length) for i in some])
-            positions = some[:, None] * self.length + np.arange(1, self.length + 1)
+            numbers = self.sequences[first : first + size]
+            tokens = np.stack([self.split.sequence(i, self.length) for i in numbers])
+            # sequence i begins at token i * T of the split; its targets are the tokens after its first
+            positions = numbers[:, None] * self.length + np.arange(1, self.length + 1)
             documents = self.split.documents_at(positions.ravel()).reshape(positions.shape)
             yield tokens, documents
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """The loss without one neuron less the loss with it, nats a token."""
-
-    change: Estimate
-    """over all tokens; its error over documents"""
-    where_firing: Estimate | None
-    """over the tokens predicted from where the neuron is above 0; None where it never is"""
-    n_tokens: int
-    n_firing: int
-    n_documents: int
-
-
-@dataclass(frozen=True)
 class Ablations:
+    """The loss of the unedited model, and that without each neuron."""
+
     base: Estimate
-    """loss of the plain model, nats a token"""
+    """loss of the unedited model, nats per token"""
     neurons: list[list[Ablation]]
     """[L][k], in the order asked for"""
 
 
 def ablate(
-    rest: PartialForward,
-    text: Text,
+    partial: PartialForward,
+    text: HeldOutText,
     neurons: Sequence[NDArray[np.int64]],
     means: Sequence[NDArray[np.float64]] | None,
     batch_tokens: int,
     bar: tqdm,
 ) -> Ablations:
-    """Measures the neurons [L][k] of each place, put to `means` [L][k], or to 0 where None."""
-    numbers: dict[int, int] = {}
-    """place of each document in the sums"""
-    sums = [_Sums(len(some)) for some in neurons]
+    """Measure the loss without each of the neurons [L][k] of the site's layers.
+
+    They are set to `means` [L][k], or to 0 where None. `bar` advances by one for each neuron and batch.
+    """
+    column_of: dict[int, int] = {}  # ordinal of a document -> its column in the sums
+    sums = [_Sums(len(of_layer)) for of_layer in neurons]
     base = _Sums(1)
-    device = rest.model.device
+    device = partial.model.device
     for tokens, documents in text.batches(batch_tokens):
         for document in documents.ravel().tolist():
-            numbers.setdefault(document, len(numbers))
-        column = np.vectorize(numbers.__getitem__)(documents)  # [B, T]
+            column_of.setdefault(document, len(column_of))
         ids = torch.from_numpy(tokens).to(device)
-        places = torch.from_numpy(column).to(device)
-        trace = rest.trace(ids[:, :-1])
-        losses = _plain_losses(rest, trace, ids[:, 1:])  # [B, T]
-        base.grow(len(numbers))
+        columns = torch.from_numpy(np.vectorize(column_of.__getitem__)(documents)).to(device)
+        trace = partial.trace(ids[:, :-1])
+        losses = _plain_losses(partial, trace, ids[:, 1:])  # [B, T]
+        base.grow(len(column_of))
         for name, values in (("all", losses), ("n", torch.ones_like(losses))):
-            base.add(name, torch.zeros_like(places), places, values)
-        for place, some in enumerate(neurons):
-            sums[place].grow(len(numbers))
-            batch = _Batch(rest, trace, place, ids[:, 1:], losses, places)
-            for first in range(0, len(some), GROUP):
+            base.add(name, torch.zeros_like(columns), columns, values)
+        for site_layer, of_layer in enumerate(neurons):
+            sums[site_layer].grow(len(column_of))
+            batch = _Batch(partial, trace, site_layer, ids[:, 1:], losses, columns)
+            for first in range(0, len(of_layer), GROUP):
                 group = slice(first, first + GROUP)
-                put = None if means is None else torch.from_numpy(means[place][group]).to(losses)
-                wanted = torch.from_numpy(some[group]).to(device)
-                _measure(batch, wanted, first, put, sums[place])
-                bar.update(len(wanted))
+                value = None
+                if means is not None:
+                    value = torch.from_numpy(means[site_layer][group]).to(losses)
+                indices = torch.from_numpy(of_layer[group]).to(device)
+                _measure(batch, indices, first, value, sums[site_layer])
+                bar.update(len(indices))
     of_document = base.tables["n"][0].numpy()
     return Ablations(
         ratio(base.tables["all"][0].numpy(), of_document),
@@ -136,101 +135,114 @@ def ablate(
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """What is the same for all neurons of a place in a batch of sequences."""
+    """What is the same for all neurons of a layer in a batch of sequences."""
 
-    rest: PartialForward
+    partial: PartialForward
     trace: Trace
-    place: int
+    site_layer: int
+    """index into the layers of the site"""
     targets: torch.Tensor
     """[B, T]"""
     losses: torch.Tensor
-    """[B, T] of the plain model"""
+    """[B, T] of the unedited model"""
     columns: torch.Tensor
-    """[B, T] place of the target's document"""
+    """[B, T] column of the target's document in the sums"""
 
 
 class _Sums:
-    """Sums over tokens for each of k neurons and each document."""
+    """Sums over tokens for each of k neurons and each document.
+
+    `tables` are [k, C]: `all`, changes of the loss; `firing`, those where the neuron fires; `n`, how many
+    tokens these are. Documents get their columns as batches meet them.
+    """
 
     def __init__(self, k: int):
         self.k = k
         self.tables = {n: torch.zeros(k, 0, dtype=torch.double) for n in ("all", "firing", "n")}
-        """[k, C]: changes of the loss, those where the neuron fires, and how many tokens these are"""
 
     def grow(self, n_documents: int) -> None:
+        """Make the tables as wide as `n_documents`, with zeros in the new columns."""
         more = n_documents - self.tables["n"].shape[1]
         self.tables = {name: F.pad(table, (0, more)) for name, table in self.tables.items()}
 
     def add(
         self, name: str, neuron: torch.Tensor, column: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Values of tokens whose neuron (0..k-1) and document are given; the three have one shape."""
+        """Add values of tokens whose neuron (0..k-1) and document column are given, all of one shape."""
         table = self.tables[name]
-        place = (neuron * table.shape[1] + column).flatten().cpu()
-        table.view(-1).index_add_(0, place, values.flatten().double().cpu())
+        # entry (i, c) of [k, C] is entry i C + c of the flat table: one index_add_ for all tokens
+        flat = (neuron * table.shape[1] + column).flatten().cpu()
+        table.view(-1).index_add_(0, flat, values.flatten().double().cpu())
 
 
-def _plain_losses(rest: PartialForward, trace: Trace, targets: torch.Tensor) -> torch.Tensor:
-    """[B, T], as many sequences at a time as fit."""
-    step = rows_at_a_time(rest, trace.ids.shape[1])
+def _plain_losses(partial: PartialForward, trace: Trace, targets: torch.Tensor) -> torch.Tensor:
+    """[B, T] of the unedited model, as many sequences at a time as fit."""
+    step = rows_at_a_time(partial, trace.ids.shape[1])
     parts = []
     for first in range(0, len(targets), step):
-        some = slice(first, first + step)
-        part = Trace(trace.ids[some], {k: v[some] for k, v in trace.outputs.items()}, [])
-        parts.append(token_losses(rest.plain(part), targets[some]))
+        rows = slice(first, first + step)
+        part = Trace(trace.ids[rows], {k: v[rows] for k, v in trace.outputs.items()}, [])
+        parts.append(token_losses(partial.plain(part), targets[rows]))
     return torch.cat(parts)
 
 
-def rows_at_a_time(rest: PartialForward, length: int) -> int:
-    """Rows of `length` positions whose logits fit."""
-    vocabulary = rest.model.config.get_text_config().vocab_size
+def rows_at_a_time(partial: PartialForward, length: int) -> int:
+    """Return how many rows of `length` positions have no more than `MOST_LOGITS` logits; at least 1."""
+    vocabulary = partial.model.config.get_text_config().vocab_size
     return max(1, MOST_LOGITS // (length * vocabulary))
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[n, T] nats, from logits [n, T, V] and targets [n, T]."""
+    """Return losses [n, T] in nats, from logits [n, T, V] and targets [n, T]."""
     flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return flat.view(targets.shape)
 
 
 def _measure(
-    batch: _Batch, neurons: torch.Tensor, first: int, put: torch.Tensor | None, sums: _Sums
+    batch: _Batch, neurons: torch.Tensor, first: int, value: torch.Tensor | None, sums: _Sums
 ) -> None:
-    """Adds the changes of some neurons [g] of a place, the first of which is row `first` of `sums`."""
-    own = batch.trace.activations[batch.place][..., neurons]  # [B, T, g]
-    delta = (0 if put is None else put) - own
-    firing = (own > 0).double()
-    rows = torch.arange(first, first + len(neurons), device=own.device)
-    columns = batch.columns[..., None].expand(own.shape)
-    sums.add("n", rows.expand(own.shape), columns, firing)
-    if batch.rest.is_last(batch.place) and batch.rest.writes[batch.place] is not None:
+    """Add the changes of neurons [g] of a layer, set to `value` [g] or 0; the first is row `first` of `sums`."""
+    activations = batch.trace.activations[batch.site_layer][..., neurons]  # [B, T, g]
+    delta = (0 if value is None else value) - activations
+    firing = (activations > 0).double()
+    table_rows = torch.arange(first, first + len(neurons), device=activations.device)
+    columns = batch.columns[..., None].expand(activations.shape)
+    sums.add("n", table_rows.expand(activations.shape), columns, firing)
+    # After the last block tokens do not see each other: each is a sequence of one, so that those at which
+    # the neuron is silent need not be run. Possible where an edit adds to the block's output (`writes`).
+    if (
+        batch.partial.is_last(batch.site_layer)
+        and batch.partial.writes[batch.site_layer] is not None
+    ):
         batch = _by_token(batch)
         delta, firing = (x.flatten(0, 1)[:, None] for x in (delta, firing))  # [B * T, 1, g]
-    pairs = (delta != 0).any(1).T.nonzero()  # [n, 2] which neuron, which sequence
-    step = rows_at_a_time(batch.rest, batch.targets.shape[1])
-    for at in range(0, len(pairs), step):
-        some = pairs[at : at + step]
-        j, row = some.unbind(1)
-        logits = batch.rest.edited(batch.trace, batch.place, row, neurons[j], delta[row, :, j])
-        change = token_losses(logits, batch.targets[row]) - batch.losses[row]  # [n, T]
-        which = rows[j][:, None].expand(change.shape)
-        sums.add("all", which, batch.columns[row], change)
-        sums.add("firing", which, batch.columns[row], change * firing[row, :, j])
+    pairs = (delta != 0).any(1).T.nonzero()  # [n, 2]: which of the g neurons, which sequence
+    step = rows_at_a_time(batch.partial, batch.targets.shape[1])
+    for start in range(0, len(pairs), step):
+        j, sequence = pairs[start : start + step].unbind(1)
+        logits = batch.partial.edited(
+            batch.trace, batch.site_layer, sequence, neurons[j], delta[sequence, :, j]
+        )
+        change = token_losses(logits, batch.targets[sequence]) - batch.losses[sequence]  # [n, T]
+        of_row = table_rows[j][:, None].expand(change.shape)
+        sums.add("all", of_row, batch.columns[sequence], change)
+        sums.add("firing", of_row, batch.columns[sequence], change * firing[sequence, :, j])
 
 
 def _by_token(batch: _Batch) -> _Batch:
-    block = batch.rest.numbers[batch.place]
+    """The batch as B * T sequences of one token."""
+    block = batch.partial.block_numbers[batch.site_layer]
     flat = (x.reshape(-1, 1) for x in (batch.targets, batch.losses, batch.columns))
-    return _Batch(batch.rest, batch.trace.by_token(block), batch.place, *flat)
+    return _Batch(batch.partial, batch.trace.by_token(block), batch.site_layer, *flat)
 
 
 def _ablation(sums: _Sums, j: int, tokens: Float64) -> Ablation:
-    """From the sums of one neuron, and the tokens [C] of each document."""
-    change, where, firing = (sums.tables[name][j].numpy() for name in ("all", "firing", "n"))
-    fired = firing > 0
+    """From the sums of neuron `j`, and the tokens [C] of each document."""
+    change, where_firing, firing = (sums.tables[name][j].numpy() for name in ("all", "firing", "n"))
+    fired = firing > 0  # documents without a firing have no tokens to divide by
     return Ablation(
         change=ratio(change, tokens),
-        where_firing=ratio(where[fired], firing[fired]) if fired.any() else None,
+        where_firing=ratio(where_firing[fired], firing[fired]) if fired.any() else None,
         n_tokens=int(tokens.sum()),
         n_firing=int(firing.sum()),
         n_documents=len(tokens),

@@ -1,11 +1,13 @@
-"""The same beginnings continued with a neuron steered, without, and with another neuron steered as strongly.
+"""Held-out beginnings continued in three ways: as the model is, with a neuron steered, with another as strongly.
 
-How strongly is measured by what the steering does to the next token: the mean over the tokens of the
-beginnings of the Kullback-Leibler divergence of the steered distribution from the plain one.
+"As strongly" means that the next-token distribution moves as far: the Kullback-Leibler divergence from the
+unedited model's, averaged over the tokens of the beginnings. Which activation of the other neuron does that
+is found by trying.
 
-Shape legend: B texts, T tokens of a beginning, G tokens of a continuation, V vocabulary.
+Shape legend: B beginnings, T tokens of each, G tokens of a continuation, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,32 +17,34 @@ from numpy.typing import NDArray
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.open_harvest import HarvestContext
 from cratelm.errors import InputError
-from cratelm.evaluate.scoring import next_logits
+from cratelm.models.partial_forward import next_logits
+from cratelm.records import NeuronId
 from cratelm.steer.config import Edit
 from cratelm.steer.steer import continue_ids
 from cratelm.steer.steering import steering
+from cratelm.steer.store import ContinuationTexts
 from cratelm.tokens.shards import TokenSplit
 
 DOUBLINGS, HALVINGS = 12, 16
-"""steps of the search for a strength: it is doubled until it is too strong, then closed in on"""
+"""steps of the search for a strength: it is doubled until it is too strong, then the interval is halved"""
 CLOSE = 0.05
 """relative difference of divergences at which the search ends"""
 
 
 @dataclass(frozen=True)
 class SteeringStrength:
-    """One neuron set to a value at all positions, and how much that does."""
+    """One neuron set to a value at all positions, and the size of its effect."""
 
     index: int
     value: float
     """raw activation"""
     kl: float
-    """nats a token"""
+    """divergence of the next-token distribution from the unedited one, nats per token"""
 
 
 @dataclass(frozen=True, eq=False)
 class Continuations:
-    """Of one neuron. Token ids."""
+    """The beginnings and continuations of one neuron, as token ids."""
 
     prompts: NDArray[np.int64]
     """[B, T]"""
@@ -50,25 +54,48 @@ class Continuations:
     """[B, G]"""
     random: NDArray[np.int64] | None
     """[B, G] with another neuron steered; None where the layer has no other"""
-    push: SteeringStrength
-    other: SteeringStrength | None
+    strength: SteeringStrength
+    other_strength: SteeringStrength | None
+    """of that other neuron"""
+
+    def texts(self, neuron: NeuronId, strings: Sequence[str]) -> list[ContinuationTexts]:
+        """Return prompts and continuations as text; `strings` has the text of each token id."""
+
+        def text(ids: NDArray[np.int64]) -> str:
+            # a model can have more rows in its head than its tokenizer has tokens
+            return "".join(strings[i] if i < len(strings) else f"[{i}]" for i in map(int, ids))
+
+        return [
+            ContinuationTexts(
+                neuron=neuron,
+                prompt=text(prompt),
+                plain=text(self.plain[row]),
+                steered=text(self.steered[row]),
+                random="" if self.random is None else text(self.random[row]),
+            )
+            for row, prompt in enumerate(self.prompts)
+        ]
 
 
-def prompts(
+def draw_prompts(
     split: TokenSplit, eot: int, count: int, length: int, seed: int, layer: int, index: int
 ) -> NDArray[np.int64]:
-    """Beginnings [B, T] inside documents, drawn by seed and place of the neuron: twins get the same.
+    """Return beginnings [B, T] inside documents, drawn by seed, layer and index: twins get the same.
 
-    Raises `InputError` where the split has no document of that length.
+    Every stretch of `length` tokens inside a document is equally likely. Raises `InputError` where the split
+    has no document of that length.
     """
     plan = SearchPlan.of(split, "held_out", eot, max(2, split.n_tokens), split.n_tokens, 0)
     starts, stops = plan.text_spans()
-    room = np.maximum(stops - starts - length + 1, 0)
+    room = np.maximum(stops - starts - length + 1, 0)  # possible first tokens in each document
     if not room.sum():
         raise InputError(
             f"the held-out split has no document of {length} tokens: give fewer --prompt-tokens"
         )
     rng = np.random.default_rng([seed, layer, index])
+    # All possible first tokens are numbered through, document after document: `ends` [documents] is the
+    # number behind each document's last one, so that a number drawn falls into the first document whose
+    # end is above it, and what is above the end of the document before is the offset in it.
     ends = np.cumsum(room)
     drawn = rng.integers(0, ends[-1], count)
     span = np.searchsorted(ends, drawn, side="right")
@@ -76,51 +103,53 @@ def prompts(
     return np.stack([split.read(int(at), int(at) + length) for at in first])
 
 
-def continued(
+def continue_prompts(
     harvested: HarvestContext,
     layer: int,
     index: int,
     value: float,
     other: int | None,
-    given: NDArray[np.int64],
+    prompts: NDArray[np.int64],
     *,
     count: int,
     temperature: float,
     seed: int,
 ) -> Continuations:
-    """The beginnings [B, T] continued by `count` tokens in three ways, with the same draws.
+    """Continue the beginnings [B, T] by `count` tokens in three ways, with the same draws.
 
     `value` is what the neuron is set to; `other` is the neuron that is steered as strongly.
     """
     model = harvested.subject.model
-    ids = torch.from_numpy(given).to(model.device)
+    ids = torch.from_numpy(prompts).to(model.device)
     plain_logs = log_probs(harvested, ids, None)
 
-    def made(push: SteeringStrength | None) -> NDArray[np.int64]:
-        edits = [] if push is None else [Edit(layer, push.index, set=push.value)]
+    def generate(strength: SteeringStrength | None) -> NDArray[np.int64]:
+        edits = [] if strength is None else [Edit(layer, strength.index, set=strength.value)]
         with steering(model, *edits, site=harvested.site):
             padding = harvested.store.eot_id
             return continue_ids(model, ids, count, temperature, seed, padding).cpu().numpy()
 
-    push = SteeringStrength(
+    strength = SteeringStrength(
         index, value, divergence(harvested, ids, layer, index, value, plain_logs)
     )
-    match = None
+    other_strength = None
     if other is not None:
-        match = match_strength(harvested, ids, layer, other, value, push.kl, plain_logs)
+        other_strength = match_strength(
+            harvested, ids, layer, other, value, strength.kl, plain_logs
+        )
     return Continuations(
-        prompts=given,
-        plain=made(None),
-        steered=made(push),
-        random=made(match) if match else None,
-        push=push,
-        other=match,
+        prompts=prompts,
+        plain=generate(None),
+        steered=generate(strength),
+        random=generate(other_strength) if other_strength else None,
+        strength=strength,
+        other_strength=other_strength,
     )
 
 
 @torch.no_grad()
 def log_probs(harvested: HarvestContext, ids: torch.Tensor, edit: Edit | None) -> torch.Tensor:
-    """[B, T, V] of the tokens that follow each of ids [B, T]."""
+    """Return the log-probabilities [B, T, V] of the token after each of ids [B, T]."""
     model = harvested.subject.model
     with steering(model, *([edit] if edit else []), site=harvested.site):
         return next_logits(model, ids, ids.shape[1]).float().log_softmax(-1)
@@ -134,8 +163,12 @@ def divergence(
     value: float,
     plain: torch.Tensor,
 ) -> float:
-    """KL of the distribution with the neuron set from the plain one [B, T, V], nats, mean over tokens."""
+    """Return KL(steered | plain) in nats, mean over tokens, with the neuron set to `value` at all of them.
+
+    `plain` are the log-probabilities [B, T, V] of the unedited model.
+    """
     steered = log_probs(harvested, ids, Edit(layer, index, set=value))
+    # 0 or more by definition; rounding can leave a small negative sum
     return float((steered.exp() * (steered - plain)).sum(-1).mean().clamp(min=0))
 
 
@@ -148,28 +181,29 @@ def match_strength(
     target: float,
     plain: torch.Tensor,
 ) -> SteeringStrength:
-    """The neuron set to the value, among those tried, whose divergence is nearest to `target`.
+    """Return the setting of a neuron, among those tried, whose divergence is nearest to `target`.
 
-    Tried are doublings of `first` until the divergence is reached, then halvings of the interval.
+    `first` is tried first, then its doublings until the target is reached, then the middles of the interval
+    that is left. The divergence need not rise with the value, and may never reach the target: then the
+    nearest one tried is returned.
     """
 
-    def tried(value: float) -> SteeringStrength:
-        return SteeringStrength(
-            index, value, divergence(harvested, ids, layer, index, value, plain)
-        )
+    def at(value: float) -> SteeringStrength:
+        kl = divergence(harvested, ids, layer, index, value, plain)
+        return SteeringStrength(index, value, kl)
 
-    low, high = 0.0, tried(first)
+    low, high = 0.0, at(first)
     best = high
     for _ in range(DOUBLINGS):
         if high.kl >= target:
             break
-        low, high = high.value, tried(2 * high.value)
-        best = min(best, high, key=lambda p: abs(p.kl - target))
+        low, high = high.value, at(2 * high.value)
+        best = min(best, high, key=lambda s: abs(s.kl - target))
     top = high.value
     for _ in range(HALVINGS):
         if abs(best.kl - target) <= CLOSE * target:
             break
-        middle = tried((low + top) / 2)
+        middle = at((low + top) / 2)
         low, top = (middle.value, top) if middle.kl < target else (low, middle.value)
-        best = min(best, middle, key=lambda p: abs(p.kl - target))
+        best = min(best, middle, key=lambda s: abs(s.kl - target))
     return best

@@ -1,134 +1,61 @@
 """`cratelm effects`: what each neuron writes to the vocabulary, and the loss without it.
 
-Writes `steer/MODEL/`:
-
-`logit_effects.parquet`, a row a neuron and kind (`exact`, `first_order`), none for dead neurons:
-model, site, layer, index; kind; activation (mean at the tokens it is taken over); n_positions;
-promoted_ids, promoted, promoted_values and suppressed_ids, suppressed, suppressed_values (ids, strings
-and logits less their mean over the vocabulary, strongest first); agreement (rank correlation of the two
-kinds over the vocabulary), overlap (part of the promoted that both name), named (chance that a token
-it fires on is promoted more than another), named_shuffled (the same of another neuron's tokens): these
-four in rows `exact` alone.
-
-`ablation.parquet`, a row a neuron: model, site, layer, index; dead (on the fit split); change and
-change_error (loss without it less loss with it, nats a token, and its standard error over documents);
-firing_change and firing_error (over tokens predicted from where it fires); n_tokens, n_firing, n_documents.
-
-`summary.json`: the figures by layer.
+Writes the folder `steer/MODEL/` of the run; `cratelm.steer.store` documents its files and reads them.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
-from cratelm.activations.store import NEURON_FIELDS, read_records, read_summaries
-from cratelm.explain.explain import select_neurons
+from cratelm.activations.store import read_records, read_summaries
+from cratelm.explain.selection import select_neurons
 from cratelm.explain.store import SampledNeuron
 from cratelm.models.partial_forward import PartialForward
-from cratelm.records import Estimate, NeuronId
-from cratelm.runs import Draft, Run, write_json
+from cratelm.records import Interval, NeuronId, parse_neuron_ids
+from cratelm.runs import Draft, Run
 from cratelm.score.controls import shuffled
-from cratelm.stats.intervals import Mean, mean_of
-from cratelm.steer.ablation import Ablation, Ablations, Text, ablate
-from cratelm.steer.attribution import Effect, attribute, best
-from cratelm.steer.config import EffectsConfig, places
+from cratelm.stats.intervals import bootstrap
+from cratelm.steer.ablation import Ablations, HeldOutText, ablate
+from cratelm.steer.attribution import VocabularyEffect, attribute, best
+from cratelm.steer.config import EffectsConfig
 from cratelm.steer.direct_logit_attribution import direct_logit_attribution
+from cratelm.steer.store import (
+    Ablation,
+    EffectKind,
+    EffectsSummary,
+    LayerEffects,
+    LogitEffect,
+    NeuronAblation,
+    effects_stage,
+    read_effects_summary,
+    write_ablations,
+    write_effects_summary,
+    write_logit_effects,
+)
+from cratelm.text.table import align
 
-_IDS, _WORDS, _VALUES = pa.list_(pa.int32()), pa.list_(pa.string()), pa.list_(pa.float32())
-EFFECT_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("kind", pa.string()),
-        ("activation", pa.float64()),
-        ("n_positions", pa.int32()),
-        ("promoted_ids", _IDS),
-        ("promoted", _WORDS),
-        ("promoted_values", _VALUES),
-        ("suppressed_ids", _IDS),
-        ("suppressed", _WORDS),
-        ("suppressed_values", _VALUES),
-        ("agreement", pa.float64()),
-        ("overlap", pa.float64()),
-        ("named", pa.float64()),
-        ("named_shuffled", pa.float64()),
-    ]
-)
-ABLATION_SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("dead", pa.bool_()),
-        ("change", pa.float64()),
-        ("change_error", pa.float64()),
-        ("firing_change", pa.float64()),
-        ("firing_error", pa.float64()),
-        ("n_tokens", pa.int64()),
-        ("n_firing", pa.int64()),
-        ("n_documents", pa.int64()),
-    ]
-)
 CLEAR = 2
-"""standard errors beyond which a change counts as clear"""
+"""standard errors beyond which a change of the loss counts in `raises` and `lowers`"""
 
 
-@dataclass(frozen=True)
-class LayerEffects:
-    """Figures of one layer; intervals are over its neurons."""
-
-    layer: int
-    neurons: int
-    dead: int
-    """never above 0 on the fit split"""
-    silent: int
-    """of the others, those that fire at no token drawn, so that no effect on the logits is known"""
-    size: Mean | None
-    """mean absolute change of the loss, nats a token"""
-    rise: Mean | None
-    """mean change of the loss"""
-    firing_rise: Mean | None
-    """mean change over tokens predicted from where the neuron fires"""
-    raises: Mean | None
-    """part of the neurons without which the loss is higher by more than two standard errors"""
-    lowers: Mean | None
-    """part without which it is lower by more than two"""
-    agreement: Mean | None
-    """rank correlation over the vocabulary of the first-order reading with the exact effect"""
-    overlap: Mean | None
-    """part of the tokens promoted most that both name"""
-    named: Mean | None
-    """chance that a token that the neuron fires on is promoted more than another"""
-    named_shuffled: Mean | None
-    """the same of tokens that another neuron of the layer fires on"""
-
-
-@dataclass(frozen=True)
-class EffectsResult:
-    """What `effects` measured."""
+@dataclass(frozen=True, kw_only=True)
+class EffectsResult(EffectsSummary):
+    """What `cratelm effects` measured, and where it is."""
 
     path: Path
     """folder of `logit_effects.parquet`, `ablation.parquet` and `summary.json`"""
-    model: str
-    ablation: str
-    """what neurons are put to"""
-    loss: Estimate
-    """of the plain model on the same tokens, nats a token"""
-    n_tokens: int
-    n_documents: int
-    layers: tuple[LayerEffects, ...]
 
     def __str__(self) -> str:
-        put = "its mean" if self.ablation == "mean" else "0"
+        value = "its mean" if self.ablation == "mean" else "0"
         head = (
-            f"{self.model}: loss {self.loss.show('.4f')} nats a token on {self.n_tokens:,} held-out"
-            f" tokens of {self.n_documents} documents; each neuron put to {put}: {self.path}"
+            f"{self.model}: loss {self.loss.show('.4f')} nats per token on {self.n_tokens:,} held-out"
+            f" tokens of {self.n_documents} documents; each neuron set to {value}: {self.path}"
         )
         return "\n".join([head, *_table(self.layers)])
 
@@ -148,48 +75,48 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 def _table(layers: Sequence[LayerEffects]) -> list[str]:
     header = ["layer", "neurons", "dead", *(label for _, label, _ in _COLUMNS)]
     rows = [header]
-    for found in layers:
-        shown = [_shown(getattr(found, name), form) for name, _, form in _COLUMNS]
-        rows.append([str(found.layer), str(found.neurons), str(found.dead), *shown])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+    for layer in layers:
+        means = [_show(getattr(layer, name), form) for name, _, form in _COLUMNS]
+        rows.append([str(layer.layer), str(layer.neurons), str(layer.dead), *means])
+    return align(rows, [True] * len(header))
 
 
-def _shown(found: Mean | None, form: str) -> str:
-    return "-" if found is None else found.show(form)
+def _show(mean: Interval | None, form: str) -> str:
+    return "-" if mean is None else mean.show(form)
 
 
 def effects(config: EffectsConfig) -> EffectsResult:
-    """Runs the stage; a finished one is read back.
+    """Measure the effects of single neurons on logits and loss, and write `steer/MODEL/`.
+
+    A finished stage is read back.
 
     Raises `InputError` where the run has no harvest of the model, or too little held-out text.
     """
     run = Run(config.run)
     inputs = {
-        "tokens": run.stage("tokens").require("tokenize").identity,
-        "activations": run.stage("activations", config.model).require("harvest").identity,
+        "tokens": run.stage("tokens").require("tokenize"),
+        "activations": run.stage("activations", config.model).require("harvest"),
     }
-    stage = run.stage("steer", config.model)
+    stage = effects_stage(run, config.model)
     if stage.is_finished(config, inputs, force=config.force):
-        return _read(stage.path, stage.require("effects").results)
-    harvested = open_harvested(run, config.model)
-    chosen = places("--only", config.only) if config.only else ()
+        return _result(stage.path)
+    harvested = open_harvested(run, config.model, config.device)
+    chosen = parse_neuron_ids("--only", config.only) if config.only else ()
     selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
-    rest = PartialForward(harvested.subject.model, harvested.site)
+    partial = PartialForward(harvested.subject.model, harvested.site)
     length = config.sequence_length or harvested.sequence_length
-    text = Text.of(harvested.store.split("held_out"), length, config.tokens, config.seed)
+    text = HeldOutText.of(harvested.store.split("held_out"), length, config.tokens, config.seed)
     with stage.write(config, inputs) as draft:
-        found = _effects(config, harvested, rest, selected, text)
-        ablations = _ablations(config, harvested, rest, selected, text)
-        _write(draft, config, harvested, selected, found, ablations, text)
-        results = draft.results
-    return _read(stage.path, results)
+        effects_by_neuron = _effects(config, harvested, partial, selected, text)
+        ablations = _ablations(config, harvested, partial, selected, text)
+        _write(draft, config, harvested, selected, effects_by_neuron, ablations, text)
+    return _result(stage.path)
 
 
-def _by_place(
+def _by_layer(
     harvested: HarvestContext, selected: Sequence[SampledNeuron]
 ) -> list[NDArray[np.int64]]:
-    """[L][k] indices of the neurons of each place."""
+    """[L][k] indices of the neurons of each layer of the site."""
     return [
         np.array([s.neuron.index for s in selected if s.neuron.layer == layer], np.int64)
         for layer in harvested.site.layer_numbers
@@ -199,23 +126,24 @@ def _by_place(
 def _effects(
     config: EffectsConfig,
     harvested: HarvestContext,
-    rest: PartialForward,
+    partial: PartialForward,
     selected: Sequence[SampledNeuron],
-    text: Text,
-) -> dict[NeuronId, Effect]:
+    text: HeldOutText,
+) -> dict[NeuronId, VocabularyEffect]:
+    """The effects on the logits of all selected neurons that fire at a token drawn."""
     tokens, _ = next(text.batches(config.batch_tokens))
-    sample = rest.trace(torch.from_numpy(tokens[:, :-1]).to(rest.model.device))
-    matrix = direct_logit_attribution(rest, sample)
-    found = {}
+    sample = partial.trace(torch.from_numpy(tokens[:, :-1]).to(partial.model.device))
+    matrix = direct_logit_attribution(partial, sample)
+    effects_by_neuron = {}
     with tqdm(
         total=len(selected), desc=f"logits {config.model}", unit="neuron", disable=config.quiet
     ) as bar:
-        for place, indices in enumerate(_by_place(harvested, selected)):
-            layer = harvested.site.layer_numbers[place]
+        for site_layer, indices in enumerate(_by_layer(harvested, selected)):
+            layer = harvested.site.layer_numbers[site_layer]
             records = read_records(harvested.folder, "fit", [layer], indices.tolist())
             for effect in attribute(
-                rest,
-                place,
+                partial,
+                site_layer,
                 records,
                 matrix,
                 vocabulary=harvested.store.vocab_size,
@@ -223,26 +151,28 @@ def _effects(
                 seed=config.seed,
             ):
                 bar.update()
-                if isinstance(effect, Effect):
-                    found[effect.neuron] = effect
-    return found
+                if isinstance(effect, VocabularyEffect):
+                    effects_by_neuron[effect.neuron] = effect
+    return effects_by_neuron
 
 
 def _ablations(
     config: EffectsConfig,
     harvested: HarvestContext,
-    rest: PartialForward,
+    partial: PartialForward,
     selected: Sequence[SampledNeuron],
-    text: Text,
+    text: HeldOutText,
 ) -> Ablations:
-    neurons = _by_place(harvested, selected)
+    """The loss without each selected neuron."""
+    neurons = _by_layer(harvested, selected)
     means = None
     if config.ablation == "mean":
-        known = {s.neuron: s.mean for s in read_summaries(harvested.folder, "fit")}
+        mean_of = {s.neuron: s.mean for s in read_summaries(harvested.folder, "fit")}
         means = [
-            np.array([known[s.neuron] for s in selected if s.neuron.layer == layer])
+            np.array([mean_of[s.neuron] for s in selected if s.neuron.layer == layer])
             for layer in harvested.site.layer_numbers
         ]
+    # rounded up, as `HeldOutText.batches` makes them
     batches = -(-len(text.sequences) // max(1, config.batch_tokens // text.length))
     with tqdm(
         total=len(selected) * batches,
@@ -250,7 +180,7 @@ def _ablations(
         unit="neuron and batch",
         disable=config.quiet,
     ) as bar:
-        return ablate(rest, text, neurons, means, config.batch_tokens, bar)
+        return ablate(partial, text, neurons, means, config.batch_tokens, bar)
 
 
 def _write(
@@ -258,134 +188,121 @@ def _write(
     config: EffectsConfig,
     harvested: HarvestContext,
     selected: Sequence[SampledNeuron],
-    found: dict[NeuronId, Effect],
+    effects_by_neuron: dict[NeuronId, VocabularyEffect],
     ablations: Ablations,
-    text: Text,
+    text: HeldOutText,
 ) -> None:
     strings = harvested.store.decode_tokens(range(harvested.store.vocab_size))
-    donors = shuffled(list(found), config.seed)
-    rows: list[dict[str, Any]] = []
-    for neuron, effect in found.items():
-        other = found[donors[neuron]].named if neuron in donors else np.zeros(0, np.int64)
-        rows += _effect_rows(effect, other, config.top, strings)
-    pq.write_table(pa.Table.from_pylist(rows, EFFECT_SCHEMA), draft.path / "logit_effects.parquet")
-    lost = _lost(harvested, selected, ablations)
-    without = [_ablation_row(s, lost[s.neuron]) for s in selected]
-    pq.write_table(pa.Table.from_pylist(without, ABLATION_SCHEMA), draft.path / "ablation.parquet")
-    exact = [row for row in rows if row["kind"] == "exact"]
-    some = next(iter(lost.values()))
-    draft.results.update(
+    donors = shuffled(list(effects_by_neuron), config.seed)
+    effects: list[LogitEffect] = []
+    for neuron, effect in effects_by_neuron.items():
+        other = np.zeros(0, np.int64)
+        if neuron in donors:
+            other = effects_by_neuron[donors[neuron]].named
+        effects += _logit_effects(effect, other, config.top, strings)
+    write_logit_effects(draft.path, effects)
+    without = _neuron_ablations(harvested, selected, ablations)
+    write_ablations(draft.path, without)
+    exact = [effect for effect in effects if effect.kind == "exact"]
+    summary = EffectsSummary(
         model=config.model,
         ablation=config.ablation,
-        loss=asdict(ablations.base),
+        loss=ablations.base,
         n_tokens=text.n_tokens,
-        n_documents=some.n_documents,
-        layers=[
-            asdict(_layer(layer, without, exact, config.seed))
+        n_documents=without[0].ablation.n_documents,
+        layers=tuple(
+            _layer(layer, without, exact, config.seed)
             for layer in sorted({s.neuron.layer for s in selected})
-        ],
+        ),
     )
-    write_json(draft.path / "summary.json", draft.results)
+    draft.results.update(write_effects_summary(draft.path, summary))
 
 
-def _lost(
+def _neuron_ablations(
     harvested: HarvestContext, selected: Sequence[SampledNeuron], ablations: Ablations
-) -> dict[NeuronId, Ablation]:
-    found = {}
+) -> list[NeuronAblation]:
+    """The ablations under the names of their neurons, in the order of `selected`."""
+    by_neuron: dict[NeuronId, Ablation] = {}
     for layer, of_layer in zip(harvested.site.layer_numbers, ablations.neurons, strict=True):
-        mine = [s.neuron for s in selected if s.neuron.layer == layer]
-        found |= dict(zip(mine, of_layer, strict=True))
-    return found
+        neurons = [s.neuron for s in selected if s.neuron.layer == layer]
+        by_neuron |= dict(zip(neurons, of_layer, strict=True))
+    return [NeuronAblation(s.neuron, s.dead, by_neuron[s.neuron]) for s in selected]
 
 
-def _effect_rows(
-    effect: Effect, other: NDArray[np.int64], top: int, strings: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One row for the exact effect, one for the first-order reading where there is one."""
-    rows = [
-        {
-            **_effect_row(effect, "exact", effect.exact, top, strings),
-            "agreement": effect.agreement,
-            "overlap": effect.overlap(top),
-            "named": effect.place_of(effect.named),
-            "named_shuffled": effect.place_of(other),
-        }
+def _logit_effects(
+    effect: VocabularyEffect, other: NDArray[np.int64], top: int, strings: Sequence[str]
+) -> list[LogitEffect]:
+    """The exact effect, and the first-order reading where there is one.
+
+    `other` are the tokens that another neuron of the layer fires on: the null of `named`.
+    """
+    effects = [
+        replace(
+            _strongest(effect, "exact", effect.exact, top, strings),
+            agreement=effect.agreement,
+            overlap=effect.overlap(top),
+            named=effect.promotes(effect.named),
+            named_shuffled=effect.promotes(other),
+        )
     ]
     if effect.first_order is not None:
-        rows.append(_effect_row(effect, "first_order", effect.first_order, top, strings))
-    return rows
+        effects.append(_strongest(effect, "first_order", effect.first_order, top, strings))
+    return effects
 
 
-def _effect_row(
-    effect: Effect, kind: str, values: NDArray[np.float64], top: int, strings: Sequence[str]
-) -> dict[str, Any]:
+def _strongest(
+    effect: VocabularyEffect,
+    kind: EffectKind,
+    values: NDArray[np.float64],
+    top: int,
+    strings: Sequence[str],
+) -> LogitEffect:
+    """The `top` tokens that gain most of `values` [V], and those that lose most."""
     up, down = best(values, top), best(-values, top)
-    return {
-        **vars(effect.neuron),
-        "kind": kind,
-        "activation": effect.activation,
-        "n_positions": effect.n_positions,
-        "promoted_ids": up.tolist(),
-        "promoted": [strings[i] for i in up],
-        "promoted_values": values[up].tolist(),
-        "suppressed_ids": down.tolist(),
-        "suppressed": [strings[i] for i in down],
-        "suppressed_values": values[down].tolist(),
-    }
-
-
-def _ablation_row(selected: SampledNeuron, lost: Ablation) -> dict[str, Any]:
-    firing = lost.where_firing
-    return {
-        **vars(selected.neuron),
-        "dead": selected.dead,
-        "change": lost.change.value,
-        "change_error": lost.change.error,
-        "firing_change": firing.value if firing else None,
-        "firing_error": firing.error if firing else None,
-        "n_tokens": lost.n_tokens,
-        "n_firing": lost.n_firing,
-        "n_documents": lost.n_documents,
-    }
+    return LogitEffect(
+        neuron=effect.neuron,
+        kind=kind,
+        activation=effect.activation,
+        n_positions=effect.n_positions,
+        promoted_ids=tuple(up.tolist()),
+        promoted=tuple(strings[int(i)] for i in up),
+        promoted_values=tuple(values[up].tolist()),
+        suppressed_ids=tuple(down.tolist()),
+        suppressed=tuple(strings[int(i)] for i in down),
+        suppressed_values=tuple(values[down].tolist()),
+    )
 
 
 def _layer(
-    layer: int, without: Sequence[dict[str, Any]], exact: Sequence[dict[str, Any]], seed: int
+    layer: int, without: Sequence[NeuronAblation], exact: Sequence[LogitEffect], seed: int
 ) -> LayerEffects:
-    """Figures of one layer; dead neurons are counted and left out of every mean."""
-    mine = [row for row in without if row["layer"] == layer]
-    alive = [row for row in mine if not row["dead"]]
-    known = [row for row in exact if row["layer"] == layer]
-    change = [row["change"] for row in alive]
-    judged = [row for row in alive if row["change_error"] is not None]
+    """Figures of one layer; dead neurons are counted and enter no mean."""
+    of_layer = [row for row in without if row.neuron.layer == layer]
+    alive = [row.ablation for row in of_layer if not row.dead]
+    effects = [effect for effect in exact if effect.neuron.layer == layer]
+    changes = [ablation.change.value for ablation in alive]
+    # change and standard error of the neurons that have one
+    judged = [(a.change.value, a.change.error) for a in alive if a.change.error is not None]
 
-    def mean(values: Sequence[float | None]) -> Mean | None:
-        return mean_of([v for v in values if v is not None], seed)
+    def mean(values: Sequence[float | None]) -> Interval | None:
+        return bootstrap([v for v in values if v is not None], seed)
 
     return LayerEffects(
         layer=layer,
-        neurons=len(mine),
-        dead=len(mine) - len(alive),
-        silent=len(alive) - len(known),
-        size=mean([abs(v) for v in change]),
-        rise=mean(change),
-        firing_rise=mean([row["firing_change"] for row in alive]),
-        raises=mean([float(r["change"] > CLEAR * r["change_error"]) for r in judged]),
-        lowers=mean([float(-r["change"] > CLEAR * r["change_error"]) for r in judged]),
-        agreement=mean([row["agreement"] for row in known]),
-        overlap=mean([row["overlap"] for row in known]),
-        named=mean([row["named"] for row in known]),
-        named_shuffled=mean([row["named_shuffled"] for row in known]),
+        neurons=len(of_layer),
+        dead=len(of_layer) - len(alive),
+        silent=len(alive) - len(effects),
+        size=mean([abs(change) for change in changes]),
+        rise=mean(changes),
+        firing_rise=mean([a.where_firing.value if a.where_firing else None for a in alive]),
+        raises=mean([float(change > CLEAR * error) for change, error in judged]),
+        lowers=mean([float(-change > CLEAR * error) for change, error in judged]),
+        agreement=mean([effect.agreement for effect in effects]),
+        overlap=mean([effect.overlap for effect in effects]),
+        named=mean([effect.named for effect in effects]),
+        named_shuffled=mean([effect.named_shuffled for effect in effects]),
     )
 
 
-def _read(path: Path, results: dict[str, Any]) -> EffectsResult:
-    def layer(found: dict[str, Any]) -> LayerEffects:
-        known: dict[str, Any] = {
-            k: Mean(**v) if isinstance(v, dict) else v for k, v in found.items()
-        }
-        return LayerEffects(**known)
-
-    told = dict(results)
-    layers = tuple(layer(found) for found in told.pop("layers"))
-    return EffectsResult(path=path, loss=Estimate(**told.pop("loss")), layers=layers, **told)
+def _result(folder: Path) -> EffectsResult:
+    return EffectsResult(path=folder, **vars(read_effects_summary(folder)))

@@ -1,336 +1,222 @@
 """`cratelm intervene`: does steering a neuron change the text as its explanation says?
 
-Writes `steer/MODEL@NAME/`:
-
-`interventions.parquet`, a row a neuron and control: model, site, layer, index; explainer; control
-(`none`: own explanation, own continuations; `shuffled`: another neuron's explanation of the layer, own
-continuations; `random`: own explanation, continuations with another neuron of the layer steered as
-strongly); explanation (the text judged by); value (mean probability that the judge names the steered
-text, 0..1, chance 0.5); status and reason; pairs (judged) and same (left out, since steering changed
-nothing); steered (index of the neuron that was steered), setting (its activation) and kl (nats a token).
-
-`continuations.parquet`, a row a neuron and text: model, site, layer, index; prompt, plain, steered,
-random. `summary.json`: the figures. `calls.json`: what was asked.
+For each neuron: its explanation (`explanations`), texts continued with it steered and without
+(`continuations`), a language model that says which of two texts the explanation fits better (`judging`), and
+the same under two controls. Writes the folder `steer/MODEL@NAME/` of the run; `cratelm.steer.store` documents
+its files and reads them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
-from cratelm.activations.store import NEURON_FIELDS, read_summaries
+from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
-from cratelm.explain.store import (
-    SampledNeuron,
-    explanation_set_name,
-    read_explanations,
-    read_selected,
-    read_unexplained,
-)
+from cratelm.explain.store import SampledNeuron
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
 from cratelm.llm.requests import Request
 from cratelm.llm.session import ledger_path, open_client
-from cratelm.records import NeuronId, Score, Status
+from cratelm.records import Interval, NeuronId, NeuronKey, Score, Status
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.score.controls import shuffled
-from cratelm.score.tasks import Task
-from cratelm.stats.intervals import Mean, mean_of
+from cratelm.score.scorers import Task
+from cratelm.stats.intervals import bootstrap
 from cratelm.steer import judging
-from cratelm.steer.config import FREE, PROMOTED, InterveneConfig, places
-from cratelm.steer.continuations import Continuations, SteeringStrength, continued, prompts
+from cratelm.steer.config import NO_LLM, InterveneConfig
+from cratelm.steer.continuations import (
+    Continuations,
+    SteeringStrength,
+    continue_prompts,
+    draw_prompts,
+)
+from cratelm.steer.explanations import (
+    JudgedExplanations,
+    choose_neurons,
+    explanation_source,
+    read_judged_explanations,
+)
+from cratelm.steer.store import (
+    CONTROL_LABELS,
+    STEERING_CONTROLS,
+    ContinuationTexts,
+    ControlSummary,
+    Intervention,
+    InterventionSummary,
+    SteeringControl,
+    interventions_stage,
+    read_intervention_summary,
+    write_continuations,
+    write_intervention_summary,
+    write_interventions,
+)
 
-Control = Literal["none", "shuffled", "random"]
-CONTROLS: tuple[Control, ...] = ("none", "shuffled", "random")
 NEURONS_A_TIME = 16
-"""neurons that are asked about together"""
-ABLE = 0.75
-"""below this on pairs whose answer is known, a judge's answers say little"""
-_PROMOTED_SHOWN = 6
-SCHEMA = pa.schema(
-    [
-        *NEURON_FIELDS,
-        ("explainer", pa.string()),
-        ("control", pa.string()),
-        ("explanation", pa.string()),
-        ("value", pa.float64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("pairs", pa.int32()),
-        ("same", pa.int32()),
-        ("steered", pa.int32()),
-        ("setting", pa.float64()),
-        ("kl", pa.float64()),
-    ]
-)
-CONTINUATIONS_SCHEMA = pa.schema(
-    [*NEURON_FIELDS, *((name, pa.string()) for name in ("prompt", "plain", "steered", "random"))]
-)
+"""neurons whose requests go to the judge together"""
+RELIABLE = 0.75
+"""below this on pairs whose answer is known, a judge's answers are not to be relied on"""
 
 
-@dataclass(frozen=True)
-class ControlResult:
-    """One control over all neurons."""
-
-    control: Control
-    mean: Mean | None
-    """chance of naming the steered text; interval over neurons"""
-    defined: int
-    undefined: int
-    dead: int
-    failed: int
-
-
-@dataclass(frozen=True)
-class InterveneResult:
-    """What `intervene` found."""
+@dataclass(frozen=True, kw_only=True)
+class InterveneResult(InterventionSummary):
+    """What `cratelm intervene` measured, and where it is."""
 
     path: Path
-    model: str
-    judge: str
-    explainer: str
-    n_neurons: int
-    controls: tuple[ControlResult, ...]
-    over_shuffled: Mean | None
-    """own less shuffled explanation, paired by neuron"""
-    over_random: Mean | None
-    """own less another neuron steered, paired by neuron"""
-    kl: Mean | None
-    """what steering does to the next token, nats"""
-    mass: float | None
-    """mean share of all probability that falls on the judge's two answers; None where none is told"""
-    known: float | None
-    """what the judge gives the right answer in made-up questions; None where a call failed. Near 0.5 it
-    cannot judge"""
-    n_failed: int = 0
     calls: str = ""
+    """what this command asked the judge; empty where the stage had been finished before"""
 
     def __str__(self) -> str:
-        by = "" if self.mass is None else f" ({self.mass:.0%} of its probability on the answers)"
+        mass = "" if self.mass is None else f" ({self.mass:.0%} of its probability on the answers)"
         known = "unknown" if self.known is None else f"{self.known:.2f}"
-        if self.known is not None and self.known < ABLE:
-            known += " - WARNING: it hardly can tell, and what follows says little"
+        if self.known is not None and self.known < RELIABLE:
+            known += " - WARNING: near chance; do not rely on the scores below"
         lines = [
-            f"{self.model}, explained by {self.explainer}, judged by {self.judge}{by}:"
-            f" {self.n_neurons} neurons, KL {_shown(self.kl, '.3f')} nats a token: {self.path}",
-            f"  the judge on made-up pairs, whose right answer is known: {known}",
-            "chance that the steered text is named (0.5 where nothing is told):",
+            f"{self.model}, explained by {self.explainer}, judged by {self.judge}{mass}:"
+            f" {self.n_neurons} neurons, KL {_show(self.kl, '.3f')} nats per token: {self.path}",
+            f"  the judge on made-up pairs whose right answer is known: {known}",
+            "probability that the judge names the steered text (chance 0.5):",
         ]
-        for found in self.controls:
-            told = f"{found.defined} neurons, {found.undefined} undefined, {found.dead} dead"
-            mean = _shown(found.mean, ".3f")
-            lines.append(f"  {_NAMES[found.control]:<30} {mean:<22} {told}, {found.failed} failed")
-        lines.append(f"  own less shuffled              {_shown(self.over_shuffled, '+.3f')}")
-        lines.append(f"  own less random neuron         {_shown(self.over_random, '+.3f')}")
+        for control in self.controls:
+            counts = (
+                f"{control.defined} neurons, {control.undefined} undefined, {control.dead} dead,"
+                f" {control.failed} failed"
+            )
+            label = CONTROL_LABELS[control.control]
+            lines.append(f"  {label:<30} {_show(control.mean, '.3f'):<22} {counts}")
+        lines.append(f"  {'own minus shuffled':<30} {_show(self.over_shuffled, '+.3f')}")
+        lines.append(f"  {'own minus random neuron':<30} {_show(self.over_random, '+.3f')}")
         return "\n".join([*lines, *([f"  {self.calls}"] if self.calls else [])])
 
 
-_NAMES: dict[Control, str] = {
-    "none": "own explanation",
-    "shuffled": "another neuron's explanation",
-    "random": "another neuron steered",
-}
-
-
-def _shown(found: Mean | None, form: str) -> str:
-    return "-" if found is None else found.show(form)
-
-
-@dataclass(frozen=True, eq=False)
-class Explained:
-    """What is judged: the explanations of one explainer."""
-
-    explainer: str
-    selected: list[SampledNeuron]
-    """neurons that were to be explained"""
-    texts: dict[NeuronId, str]
-    reasons: dict[NeuronId, str]
-    """why a neuron has none"""
+def _show(mean: Interval | None, form: str) -> str:
+    return "-" if mean is None else mean.show(form)
 
 
 @dataclass(frozen=True, eq=False)
 class JudgeRequest:
-    """One row in the making."""
+    """One row of `interventions.parquet` before its judgement: `task` says how to get that, or is its score."""
 
-    row: dict[str, Any]
-    made: Task | Score
+    row: Intervention
+    task: Task | Score
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        return self.made.requests if isinstance(self.made, Task) else ()
+        """What the judge is asked for the row."""
+        return self.task.requests if isinstance(self.task, Task) else ()
+
+    def judged(self, score: Score) -> Intervention:
+        """Return the row with its score."""
+        return replace(
+            self.row,
+            value=score.value,
+            status=str(score.status),
+            reason=score.reason,
+            pairs=score.n_records,
+        )
+
+
+NeuronRequests = tuple[list[JudgeRequest], list[ContinuationTexts]]
+"""the rows of one neuron, and its continuations"""
 
 
 def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResult:
-    """Steers neurons of a model and asks the judge.
+    """Steer neurons of a model, have a language model judge the texts, and write `steer/MODEL@NAME/`.
 
-    Writes `steer/MODEL@NAME/`. With `--dry-run` nothing is asked or written and the `DryRun` is
-    returned; with `--shard` answers go to the worker's ledger alone.
+    With `--dry-run` nothing is asked or written and the `DryRun` is returned; with `--shard` answers go to
+    the worker's ledger alone.
 
     Raises `InputError` where the run has no harvest or no such explanations of the model, or the
     judge cannot be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
     """
     run = Run(config.run)
-    source = _source(run, config)
+    source = explanation_source(run, config)
     inputs = {
-        "activations": run.stage("activations", config.model).require("harvest").identity,
-        "explanations": source.require("explain").identity,
+        "activations": run.stage("activations", config.model).require("harvest"),
+        "explanations": source.require("explain"),
         "prompts": judging.VERSION,
     }
-    with open_client(config, config.judge) as client:
+    with open_client(config, config.judge) as client, ExitStack() as held:
         judge = client.backend.name
-        made_by = judge if config.explanations == FREE else f"{config.explanations}-by-{judge}"
-        stage = run.stage("steer", explanation_set_name(config.model, config.name or made_by))
+        default = judge if config.explanations == NO_LLM else f"{config.explanations}-by-{judge}"
+        stage = interventions_stage(run, config.model, config.name or default)
         redo = config.force or (config.retry_failed and _has_failed(stage))
-        ahead = not (config.dry_run or config.shard)
-        if ahead and stage.is_finished(config, inputs, force=redo):
-            return _read(stage.path, stage.require("intervene").results)
-        harvested = open_harvested(run, config.model)
+        writes = not (config.dry_run or config.shard)
+        if writes and stage.is_finished(config, inputs, force=redo):
+            return _result(stage.path)
+        if writes:  # nobody else asks the same while this one does
+            held.enter_context(stage.lock())
+        harvested = open_harvested(run, config.model, config.device)
         _check_length(config, harvested)
-        explained = _explained(config, source.path)
-        selected = _chosen(config, explained.selected)
+        explained = read_judged_explanations(config, source.path)
+        selected = choose_neurons(config, explained.selected)
         index, count = config.worker()
-        mine = selected[index::count]
-        asked = _asked(config, harvested, explained, selected, mine, client.backend.reads)
-        known = judging.known_task(reads=client.backend.reads, seed=config.seed)
+        share = selected[index::count]
+        requests = _requests(
+            config, harvested, explained, selected, share, client.backend.supports_logprobs
+        )
+        known = judging.known_task(
+            supports_logprobs=client.backend.supports_logprobs, seed=config.seed
+        )
         if config.dry_run:
-            needed = ([r for a in some for r in a.requests] for some, _ in asked)
+            needed = ([r for a in rows for r in a.requests] for rows, _ in requests)
             return dry_run(client, chain([known.requests], needed))
-        able = known.grade(client.ask(known.requests)).value
-        rows, continuations, masses = _answers(config, client, asked, len(mine))
+        known_score = known.grade(client.ask(known.requests)).value
+        rows, continuations, masses = _ask(config, client, requests, len(share))
         if config.shard:
-            return WorkerResult(ledger_path(config), len(mine), str(client.tally))
+            return WorkerResult(ledger_path(config), len(share), str(client.tally))
+        summary = _summarise(config, judge, explained.explainer, rows, masses, known_score)
         with stage.write(config, inputs) as draft:
-            write_json(draft.path / "calls.json", client.tally.as_dict())
-            draft.unhashed.add("calls.json")
-            _write(draft, config, judge, explained, rows, continuations, masses, able)
-            results = draft.results
-    return _read(stage.path, results, str(client.tally))
-
-
-def _source(run: Run, config: InterveneConfig) -> Stage:
-    """The stage that holds the explanations. Raises `InputError` where it is not finished."""
-    if config.explanations == PROMOTED:
-        stage = run.stage("steer", config.model)
-        stage.require("effects")
-        return stage
-    name = "" if config.explanations == FREE else config.explanations
-    stage = run.stage("explanations", explanation_set_name(config.model, name))
-    if stage.completion() is None:
-        prefix = f"{config.model}@"
-        there = [n.removeprefix(prefix) for n in run.models("explanations") if n.startswith(prefix)]
-        if run.stage("explanations", config.model).completion():
-            there.append(FREE)
-        raise InputError(
-            f"{run.path} has no explanations of {config.model} called {config.explanations}: those"
-            f" there are {', '.join(there) or 'none'}; type `cratelm explain --run {run.path} --model"
-            f" {config.model}` first, or name others with --explanations"
-        )
-    return stage
-
-
-def _explained(config: InterveneConfig, folder: Path) -> Explained:
-    """Explanations of one explainer. Raises `InputError` where the set has none of that name."""
-    if config.explanations == PROMOTED:
-        return _promoted(folder)
-    found = [
-        e for e in read_explanations(folder) if e.payload.get("evidence", "top") == "top"
-    ]  # of a language model's two kinds of evidence the strongest excerpts
-    names = sorted({e.explainer for e in found})
-    explainer = config.explainer or (names[0] if names else "")
-    if explainer not in names:
-        raise InputError(
-            f"--explainer {explainer or '(none)'}: {folder} has {', '.join(names) or 'no explanation'}"
-        )
-    return Explained(
-        explainer,
-        read_selected(folder),
-        {e.neuron: e.text for e in found if e.explainer == explainer},
-        {f.neuron: f.reason for f in read_unexplained(folder)},
-    )
-
-
-def _promoted(folder: Path) -> Explained:
-    """The tokens that `cratelm effects` found to be promoted, as explanations."""
-
-    def neuron(row: Mapping[str, Any]) -> NeuronId:
-        return NeuronId(row["model"], row["site"], row["layer"], row["index"])
-
-    rows = pq.read_table(folder / "logit_effects.parquet").to_pylist()
-    texts = {
-        neuron(row): ", ".join(f"`{token}`" for token in row["promoted"][:_PROMOTED_SHOWN])
-        for row in rows
-        if row["kind"] == "exact"
-    }
-    selected = pq.read_table(folder / "ablation.parquet").to_pylist()
-    return Explained(PROMOTED, [SampledNeuron(neuron(r), r["dead"]) for r in selected], texts, {})
-
-
-def _chosen(config: InterveneConfig, selected: Sequence[SampledNeuron]) -> list[SampledNeuron]:
-    """`--only`, or some of each layer drawn by seed and layer. Raises `InputError` for one not explained."""
-    there = {(s.neuron.layer, s.neuron.index): s for s in selected}
-    if config.only:
-        wanted = places("--only", config.only)
-        missing = [place for place in wanted if place not in there]
-        if missing:
-            layer, index = missing[0]
-            raise InputError(f"--only {layer}:{index}: this neuron was not to be explained")
-        return [there[place] for place in wanted]
-    chosen = []
-    for layer in sorted({layer for layer, _ in there}):
-        mine = sorted(index for at, index in there if at == layer)
-        if config.neurons:
-            order = np.random.default_rng([config.seed, layer]).permutation(len(mine))
-            mine = sorted(mine[i] for i in order[: config.neurons])
-        chosen += [there[layer, index] for index in mine]
-    return chosen
+            _write(draft, client, summary, rows, continuations)
+    return _result(stage.path, str(client.tally))
 
 
 def _check_length(config: InterveneConfig, harvested: HarvestContext) -> None:
-    whole, most = config.prompt_tokens + config.generate, harvested.subject.longest
-    if most is not None and whole > most:
+    whole, longest = config.prompt_tokens + config.generate, harvested.subject.longest
+    if longest is not None and whole > longest:
         raise InputError(
-            f"--prompt-tokens {config.prompt_tokens} and --generate {config.generate} are {whole}"
-            f" tokens, the model takes {most}: give fewer"
+            f"--prompt-tokens {config.prompt_tokens} and --generate {config.generate} add up to {whole}"
+            f" tokens, the model takes at most {longest}: give fewer"
         )
 
 
-def _asked(
+def _requests(
     config: InterveneConfig,
     harvested: HarvestContext,
-    explained: Explained,
+    explained: JudgedExplanations,
     selected: Sequence[SampledNeuron],
-    mine: Sequence[SampledNeuron],
+    share: Sequence[SampledNeuron],
     reads: bool,
-) -> Iterator[tuple[list[JudgeRequest], list[dict[str, Any]]]]:
-    """The rows in the making of each of `mine`, and its continuations."""
+) -> Iterator[NeuronRequests]:
+    """The rows and continuations of each neuron of `share`.
+
+    The shuffled control draws from all of `selected`, so that a worker's share gets the same partners.
+    """
     strings: list[str] = harvested.store.decode_tokens(range(harvested.store.vocab_size))
-    known = {s.neuron: s for s in read_summaries(harvested.folder, "fit")}
+    summaries = {s.neuron: s for s in read_summaries(harvested.folder, "fit")}
     donors = shuffled([s.neuron for s in selected if s.neuron in explained.texts], config.seed)
     alive: dict[int, list[int]] = {}
-    for summary in known.values():
+    for summary in summaries.values():
         if not summary.dead:
             alive.setdefault(summary.neuron.layer, []).append(summary.neuron.index)
-    for one in mine:
-        neuron = one.neuron
-        if one.dead:
+    for sampled in share:
+        neuron = sampled.neuron
+        if sampled.dead:
             dead = Score(None, Status.DEAD, "never above 0 on the fit split")
-            yield [_row(neuron, explained, c, "", dead, None, 0) for c in CONTROLS], []
+            yield [_row(neuron, explained, c, "", dead, None, 0) for c in STEERING_CONTROLS], []
             continue
-        value = config.strength * known[neuron].maximum
-        made = _continuations(config, harvested, neuron, value, alive[neuron.layer])
-        texts = _texts(made, strings)
+        value = config.strength * summaries[neuron].maximum
+        continuations = _continuations(config, harvested, neuron, value, alive[neuron.layer])
+        texts = continuations.texts(neuron, strings)
         rows = [
-            _judged(config, neuron, explained, control, donors, made, texts, reads)
-            for control in CONTROLS
+            _judge_request(config, neuron, explained, control, donors, continuations, texts, reads)
+            for control in STEERING_CONTROLS
         ]
-        yield rows, [{**vars(neuron), **text} for text in texts]
+        yield rows, texts
 
 
 def _continuations(
@@ -340,172 +226,162 @@ def _continuations(
     value: float,
     alive: Sequence[int],
 ) -> Continuations:
+    """Held-out texts continued in three ways; the other neuron is drawn from those alive in the layer."""
+    # the last number sets this stream apart from that of `draw_prompts`
     rng = np.random.default_rng([config.seed, neuron.layer, neuron.index, 1])
     others = sorted(set(alive) - {neuron.index})
-    split, layer = harvested.store.split("held_out"), neuron.layer
-    given = prompts(
-        split,
+    prompts = draw_prompts(
+        harvested.store.split("held_out"),
         harvested.store.eot_id,
         config.texts,
         config.prompt_tokens,
         config.seed,
-        layer,
+        neuron.layer,
         neuron.index,
     )
-    return continued(
+    return continue_prompts(
         harvested,
-        layer,
+        neuron.layer,
         neuron.index,
         value,
         int(rng.choice(others)) if others else None,
-        given,
+        prompts,
         count=config.generate,
         temperature=config.temperature,
         seed=int(rng.integers(2**31)),
     )
 
 
-def _texts(made: Continuations, strings: list[str]) -> list[dict[str, str]]:
-    """Prompt and continuations of each text, as strings."""
-
-    def text(ids: NDArray[np.int64]) -> str:
-        return "".join(strings[i] if i < len(strings) else f"[{i}]" for i in ids.tolist())
-
-    found: list[dict[str, str]] = []
-    for row, prompt in enumerate(made.prompts):
-        random = "" if made.random is None else text(made.random[row])
-        plain, steered = text(made.plain[row]), text(made.steered[row])
-        found.append({"prompt": text(prompt), "plain": plain, "steered": steered, "random": random})
-    return found
-
-
-def _judged(
+def _judge_request(
     config: InterveneConfig,
     neuron: NeuronId,
-    explained: Explained,
-    control: Control,
+    explained: JudgedExplanations,
+    control: SteeringControl,
     donors: Mapping[NeuronId, NeuronId],
-    made: Continuations,
-    texts: Sequence[Mapping[str, str]],
+    continuations: Continuations,
+    texts: Sequence[ContinuationTexts],
     reads: bool,
 ) -> JudgeRequest:
     """One control of one neuron."""
-    which = "random" if control == "random" else "steered"
-    pairs = [judging.Pair(t["plain"], t[which]) for t in texts]
+    random = control == "random"
+    pairs = [judging.Pair(t.plain, t.random if random else t.steered) for t in texts]
     same = sum(p.plain == p.steered for p in pairs)
-    push = made.other if control == "random" else made.push
-    giver = donors.get(neuron) if control == "shuffled" else neuron
-    text = explained.texts.get(giver, "") if giver else ""
-    score: Score | Task
+    strength = continuations.other_strength if random else continuations.strength
+    explained_neuron = donors.get(neuron) if control == "shuffled" else neuron
+    text = explained.texts.get(explained_neuron, "") if explained_neuron else ""
+    task: Score | Task
     if neuron not in explained.texts:
         reason = explained.reasons.get(neuron, "there is none")
-        score = Score(None, Status.FAILED, f"no explanation: {reason}")
-    elif giver is None or push is None:
-        score = Score(None, Status.UNDEFINED, "the layer has no other neuron to compare with")
+        task = Score(None, Status.FAILED, f"no explanation: {reason}")
+    elif explained_neuron is None or strength is None:
+        task = Score(None, Status.UNDEFINED, "the layer has no other neuron to compare with")
     else:
-        score = judging.task(text, pairs, reads=reads, seed=config.seed)
-    return _row(neuron, explained, control, text, score, push, same)
+        task = judging.task(text, pairs, supports_logprobs=reads, seed=config.seed)
+    return _row(neuron, explained, control, text, task, strength, same)
 
 
 def _row(
     neuron: NeuronId,
-    explained: Explained,
-    control: Control,
+    explained: JudgedExplanations,
+    control: SteeringControl,
     text: str,
-    made: Task | Score,
-    push: SteeringStrength | None,
+    task: Task | Score,
+    strength: SteeringStrength | None,
     same: int,
 ) -> JudgeRequest:
-    row = {
-        **vars(neuron),
-        "explainer": explained.explainer,
-        "control": control,
-        "explanation": text,
-        "same": same,
-        "steered": push.index if push else None,
-        "setting": push.value if push else None,
-        "kl": push.kl if push else None,
-    }
-    return JudgeRequest(row, made)
+    row = Intervention(
+        neuron=neuron,
+        explainer=explained.explainer,
+        control=control,
+        explanation=text,
+        value=None,
+        status="",
+        reason="",
+        pairs=0,
+        same=same,
+        steered=strength.index if strength else None,
+        setting=strength.value if strength else None,
+        kl=strength.kl if strength else None,
+    )
+    return JudgeRequest(row, task)
 
 
-def _answers(
+def _ask(
     config: InterveneConfig,
     client: Client,
-    asked: Iterator[tuple[list[JudgeRequest], list[dict[str, Any]]]],
+    requests: Iterator[NeuronRequests],
     n_neurons: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[float]]:
-    """Rows of both files, and the share of probability on the answers of each reading."""
-    rows: list[dict[str, Any]] = []
-    continuations: list[dict[str, Any]] = []
+) -> tuple[list[Intervention], list[ContinuationTexts], list[float]]:
+    """Rows of both files, and the fraction of probability on the two answers at each reading."""
+    rows: list[Intervention] = []
+    continuations: list[ContinuationTexts] = []
     masses: list[float] = []
     with tqdm(
         total=n_neurons, desc=f"intervene {config.model}", unit="neuron", disable=config.quiet
     ) as bar:
-        while some := list(islice(asked, NEURONS_A_TIME)):
-            together = [one for of_neuron, _ in some for one in of_neuron]
-            outcomes = client.ask([r for one in together for r in one.requests])
+        while neurons := list(islice(requests, NEURONS_A_TIME)):
+            together = [request for of_neuron, _ in neurons for request in of_neuron]
+            outcomes = client.ask([r for request in together for r in request.requests])
             masses += judging.mass(outcomes)
-            at = 0
-            for one in together:
-                mine = outcomes[at : at + len(one.requests)]
-                at += len(mine)
-                score = one.made.grade(mine) if isinstance(one.made, Task) else one.made
-                rows.append({**one.row, **_graded(score)})
-            continuations += [text for _, texts in some for text in texts]
-            bar.update(len(some))
+            answers = iter(outcomes)
+            for request in together:
+                of_row = list(islice(answers, len(request.requests)))
+                task = request.task
+                rows.append(request.judged(task.grade(of_row) if isinstance(task, Task) else task))
+            continuations += [text for _, texts in neurons for text in texts]
+            bar.update(len(neurons))
     return rows, continuations, masses
-
-
-def _graded(score: Score) -> dict[str, Any]:
-    return {
-        "value": score.value,
-        "status": str(score.status),
-        "reason": score.reason,
-        "pairs": score.n_records,
-    }
 
 
 def _write(
     draft: Draft,
+    client: Client,
+    summary: InterventionSummary,
+    rows: Sequence[Intervention],
+    continuations: Sequence[ContinuationTexts],
+) -> None:
+    write_json(draft.path / "calls.json", client.tally.as_dict())
+    draft.unhashed.add("calls.json")
+    write_interventions(draft.path, rows)
+    write_continuations(draft.path, continuations)
+    draft.results.update(write_intervention_summary(draft.path, summary))
+
+
+# ---- figures --------------------------------------------------------------------------------------
+
+
+def _summarise(
     config: InterveneConfig,
     judge: str,
-    explained: Explained,
-    rows: Sequence[dict[str, Any]],
-    continuations: Sequence[dict[str, Any]],
+    explainer: str,
+    rows: Sequence[Intervention],
     masses: Sequence[float],
-    able: float | None,
-) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), draft.path / "interventions.parquet")
-    pq.write_table(
-        pa.Table.from_pylist(continuations, CONTINUATIONS_SCHEMA),
-        draft.path / "continuations.parquet",
-    )
-    own = [row for row in rows if row["control"] == "none"]
-    draft.results.update(
+    known: float | None,
+) -> InterventionSummary:
+    own = [row for row in rows if row.control == "none"]
+    return InterventionSummary(
         model=config.model,
         judge=judge,
-        explainer=explained.explainer,
+        explainer=explainer,
         n_neurons=len(own),
-        controls=[asdict(_control(config, control, rows)) for control in CONTROLS],
-        over_shuffled=_plain(_gap(config, rows, "shuffled")),
-        over_random=_plain(_gap(config, rows, "random")),
-        kl=_plain(_mean(config, [row["kl"] for row in own])),
+        controls=tuple(_control(config, control, rows) for control in STEERING_CONTROLS),
+        over_shuffled=_own_minus(config, rows, "shuffled"),
+        over_random=_own_minus(config, rows, "random"),
+        kl=_mean(config, [row.kl for row in own]),
         mass=float(np.mean(masses)) if masses else None,
-        known=able,
-        n_failed=sum(row["status"] == Status.FAILED for row in rows),
+        known=known,
+        n_failed=sum(row.status == Status.FAILED for row in rows),
     )
-    write_json(draft.path / "summary.json", draft.results)
 
 
 def _control(
-    config: InterveneConfig, control: Control, rows: Sequence[dict[str, Any]]
-) -> ControlResult:
-    mine = [row for row in rows if row["control"] == control]
-    counts = {s: sum(row["status"] == s for row in mine) for s in Status}
-    return ControlResult(
+    config: InterveneConfig, control: SteeringControl, rows: Sequence[Intervention]
+) -> ControlSummary:
+    of_control = [row for row in rows if row.control == control]
+    counts = {s: sum(row.status == s for row in of_control) for s in Status}
+    return ControlSummary(
         control=control,
-        mean=_mean(config, [row["value"] for row in mine]),
+        mean=_mean(config, [row.value for row in of_control]),
         defined=counts[Status.DEFINED],
         undefined=counts[Status.UNDEFINED],
         dead=counts[Status.DEAD],
@@ -513,33 +389,24 @@ def _control(
     )
 
 
-def _gap(config: InterveneConfig, rows: Sequence[dict[str, Any]], control: Control) -> Mean | None:
-    """Own less a control, over the neurons that have both."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
+def _own_minus(
+    config: InterveneConfig, rows: Sequence[Intervention], control: SteeringControl
+) -> Interval | None:
+    """Own minus a control, over the neurons that have a value under both."""
+    values: dict[NeuronKey, dict[SteeringControl, float]] = {}
     for row in rows:
-        if row["value"] is not None:
-            found.setdefault((row["layer"], row["index"]), {})[row["control"]] = row["value"]
-    both = [v for v in found.values() if {"none", control} <= v.keys()]
+        if row.value is not None:
+            values.setdefault(row.neuron.key, {})[row.control] = row.value
+    both = [v for v in values.values() if {"none", control} <= v.keys()]
     return _mean(config, [v["none"] - v[control] for v in both])
 
 
-def _mean(config: InterveneConfig, values: Sequence[float | None]) -> Mean | None:
-    return mean_of([v for v in values if v is not None], config.seed, config.resamples)
+def _mean(config: InterveneConfig, values: Sequence[float | None]) -> Interval | None:
+    return bootstrap([v for v in values if v is not None], config.seed, config.resamples)
 
 
-def _plain(found: Mean | None) -> dict[str, Any] | None:
-    return None if found is None else asdict(found)
-
-
-def _read(path: Path, results: dict[str, Any], calls: str = "") -> InterveneResult:
-    told = dict(results)
-    for name in ("over_shuffled", "over_random", "kl"):
-        told[name] = None if told[name] is None else Mean(**told[name])
-    controls = tuple(
-        ControlResult(**{**c, "mean": None if c["mean"] is None else Mean(**c["mean"])})
-        for c in told.pop("controls")
-    )
-    return InterveneResult(path=path, controls=controls, calls=calls, **told)
+def _result(folder: Path, calls: str = "") -> InterveneResult:
+    return InterveneResult(path=folder, calls=calls, **vars(read_intervention_summary(folder)))
 
 
 def _has_failed(stage: Stage) -> bool:

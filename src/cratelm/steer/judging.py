@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cratelm.llm.prompts.excerpts import escaped
 from cratelm.llm.prompts.scorers import one_line
 from cratelm.llm.requests import (
     Answer,
@@ -28,7 +27,8 @@ from cratelm.llm.requests import (
     Role,
 )
 from cratelm.records import Score, Status
-from cratelm.score.tasks import Task, failed
+from cratelm.score.scorers import Task, failed
+from cratelm.text.display import printable
 
 VERSION = "intervene-1"
 PLACES = ("1", "2")
@@ -95,7 +95,9 @@ class Pair:
     steered: str
 
 
-def task(explanation: str, pairs: Sequence[Pair], *, reads: bool, seed: int) -> Task | Score:
+def task(
+    explanation: str, pairs: Sequence[Pair], *, supports_logprobs: bool, seed: int
+) -> Task | Score:
     """What is asked about one neuron: each pair that differs in both orders.
 
     Its value is the mean probability of naming the steered text, 0..1; `n_records` counts pairs.
@@ -104,7 +106,7 @@ def task(explanation: str, pairs: Sequence[Pair], *, reads: bool, seed: int) -> 
     asked = [p for p in pairs if p.plain != p.steered]
     if not asked:
         return Score(None, Status.UNDEFINED, "every continuation is the same as without steering")
-    ask = _read if reads else _fill
+    ask = _read if supports_logprobs else _fill
     requests: list[Request] = []
     for pair in asked:
         requests.append(ask(explanation, pair.steered, pair.plain, seed))
@@ -118,10 +120,11 @@ def task(explanation: str, pairs: Sequence[Pair], *, reads: bool, seed: int) -> 
     return Task(tuple(requests), lambda outcomes: failed(outcomes) or grade(outcomes))
 
 
-def known_task(*, reads: bool, seed: int) -> Task:
+def known_task(*, supports_logprobs: bool, seed: int) -> Task:
     """Questions whose answers are known: what a judge that cannot answer them says is worth nothing."""
     parts = [
-        task(what, [Pair(other, shown)], reads=reads, seed=seed) for what, shown, other in _KNOWN
+        task(what, [Pair(other, shown)], supports_logprobs=supports_logprobs, seed=seed)
+        for what, shown, other in _KNOWN
     ]
     tasks = [part for part in parts if isinstance(part, Task)]
 
@@ -155,7 +158,7 @@ def _fill(explanation: str, first: str, second: str, seed: int) -> JsonQuery:
 
 
 def _both(first: str, second: str) -> str:
-    return f"1: {escaped(first)}\n2: {escaped(second)}"
+    return f"1: {printable(first)}\n2: {printable(second)}"
 
 
 def _chance(outcome: Outcome, place: int) -> float:

@@ -1,30 +1,34 @@
-"""`cratelm steer`: neurons edited while a model reads a text, and what becomes of its output.
+"""`cratelm steer`: edit neurons while a model reads a text, and show how its output changes.
 
 Shape legend: n tokens of the text (the first is the one that texts begin with), V vocabulary.
 """
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from cratelm.activations.open_harvest import open_site
 from cratelm.errors import InputError
-from cratelm.evaluate.scoring import next_logits
 from cratelm.models.open import Encoder, LoadedModel, encoder_of, open_model
-from cratelm.models.sites import Site
+from cratelm.models.partial_forward import next_logits
 from cratelm.runs import Run, write_json
-from cratelm.steer.config import Edit, SteerConfig
+from cratelm.steer.config import SteerConfig
+from cratelm.steer.edits import Edit
 from cratelm.steer.steering import chosen, steering
 from cratelm.text.display import visible
+from cratelm.text.table import align
 from cratelm.tokens.shards import TokenStore
 
 
 @dataclass(frozen=True)
-class Change:
-    """How the probability of a token that may come next changes."""
+class TokenChange:
+    """How the probability that a token comes next changes."""
 
     token: str
     id: int
@@ -35,17 +39,18 @@ class Change:
 
     @property
     def difference(self) -> float:
+        """Probability after minus before."""
         return self.after - self.before
 
 
 @dataclass(frozen=True)
-class Steered:
-    """Next tokens after a text, with the edits and without."""
+class NextTokenChange:
+    """The next-token distribution after a text, with the edits against without."""
 
-    gains: tuple[Change, ...]
-    """the largest differences, in order; none that loses"""
-    losses: tuple[Change, ...]
-    """the most negative differences, in order; none that gains"""
+    gains: tuple[TokenChange, ...]
+    """tokens with the largest differences, in order; only positive ones"""
+    losses: tuple[TokenChange, ...]
+    """tokens with the most negative differences, in order; only negative ones"""
     total_variation: float
     """half the sum of absolute differences, 0..1"""
     kl: float
@@ -62,22 +67,22 @@ class SteerResult:
     """in words"""
     text: str
     n_tokens: int
-    """of the text, with the one that texts begin with"""
-    next_token: Steered
+    """of the text, with the token that every text begins with"""
+    next_token: NextTokenChange
     continuation: str
-    """without the edits; empty where none was asked for"""
+    """without the edits; empty with `--generate 0`"""
     steered_continuation: str
 
     def __str__(self) -> str:
-        found = self.next_token
+        change = self.next_token
         lines = [
             f"{self.model}, {self.site}: {self.edits}",
             f"text of {self.n_tokens} tokens: ... {visible(self.text[-60:])}",
-            f"next token: total variation {found.total_variation:.4f}, KL {found.kl:.4f} nats",
+            f"next token: total variation {change.total_variation:.4f}, KL {change.kl:.4f} nats",
             "",
-            *_table("gain most", found.gains),
+            *_table("gain most", change.gains),
             "",
-            *_table("lose most", found.losses),
+            *_table("lose most", change.losses),
         ]
         if self.continuation or self.steered_continuation:
             lines += ["", f"plain    {visible(self.continuation)}"]
@@ -85,27 +90,33 @@ class SteerResult:
         return "\n".join(lines)
 
 
-def _table(heading: str, changes: tuple[Change, ...]) -> list[str]:
-    """One line a token, columns aligned."""
+def _table(heading: str, changes: tuple[TokenChange, ...]) -> list[str]:
+    """One line per token, columns aligned."""
     if not changes:
         return [f"{heading}: none"]
-    shown = [visible(c.token) for c in changes]
-    width = max(len(heading), *map(len, shown))
-    lines = [f"{heading:<{width}}    before     after  difference  ln ratio"]
-    for text, c in zip(shown, changes, strict=True):
-        figures = f"{c.before:>8.4%}  {c.after:>8.4%}  {c.difference:>+10.4%}  {c.log_ratio:>+8.3f}"
-        lines.append(f"{text:<{width}}  {figures}")
-    return lines
+    header = [heading, "  before", "   after", "difference", "ln ratio"]
+    rows = [
+        (visible(c.token), *map(str.format, ("{:.4%}", "{:.4%}", "{:+.4%}", "{:+.3f}"), figures))
+        for c in changes
+        for figures in [(c.before, c.after, c.difference, c.log_ratio)]
+    ]
+    return align([header, *rows])
 
 
 def steer(config: SteerConfig) -> SteerResult:
-    """Runs the model on the text with the edits and without.
+    """Run the model on the text with the edits and without.
 
     Raises `InputError` where the model, the text, the site or a neuron is missing, the text is
     longer than the model takes, or no token stands at the positions.
     """
     run = Run(config.run)
-    subject = open_model(run, config.path or config.model, from_run=config.path is None)
+    subject = open_model(
+        run,
+        config.path or config.model,
+        from_run=config.path is None,
+        device=config.device,
+        dtype=config.dtype,
+    )
     encoder = encoder_of(subject, run)
     text = _text(config, run)
     ids = torch.tensor([[encoder.start, *encoder.encode(text)]], device=subject.model.device)
@@ -124,10 +135,10 @@ def steer(config: SteerConfig) -> SteerResult:
     result = SteerResult(
         model=subject.name,
         site=site.name,
-        edits=_told(config, site),
+        edits=_in_words(config),
         text=text,
         n_tokens=ids.shape[1],
-        next_token=compared(before, after, encoder.display, config.top),
+        next_token=compare_next_tokens(before, after, encoder.display, config.top),
         continuation=plain,
         steered_continuation=steered,
     )
@@ -136,18 +147,24 @@ def steer(config: SteerConfig) -> SteerResult:
     return result
 
 
-def compared(before: torch.Tensor, after: torch.Tensor, display: list[str], top: int) -> Steered:
-    """From log-probabilities [V] without and with the edits; `display` shows each token."""
+def compare_next_tokens(
+    before: torch.Tensor, after: torch.Tensor, display: list[str], top: int
+) -> NextTokenChange:
+    """Return how the next-token distribution changes, and the `top` tokens that gain and lose most.
+
+    `before` and `after` are log-probabilities [V] without and with the edits; `display` has a string for
+    each token id.
+    """
     p, q = before.exp(), after.exp()
     difference = q - p
     order = difference.argsort(descending=True, stable=True).tolist()
 
-    def change(token: int) -> Change:
+    def change(token: int) -> TokenChange:
         shown = display[token] if token < len(display) else f"[{token}]"
         log_ratio = float(after[token] - before[token])
-        return Change(shown, token, float(p[token]), float(q[token]), log_ratio)
+        return TokenChange(shown, token, float(p[token]), float(q[token]), log_ratio)
 
-    return Steered(
+    return NextTokenChange(
         gains=tuple(change(i) for i in order[:top] if difference[i] > 0),
         losses=tuple(change(i) for i in order[::-1][:top] if difference[i] < 0),
         total_variation=float(difference.abs().sum() / 2),
@@ -157,7 +174,7 @@ def compared(before: torch.Tensor, after: torch.Tensor, display: list[str], top:
 
 @torch.no_grad()
 def _next(subject: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [V] of the token after ids [1, n], at double precision."""
+    """Log-probabilities [V] of the token after ids [1, n], in double precision."""
     logits = next_logits(subject.model, ids, 1)[0, 0]
     return logits.double().log_softmax(-1).cpu()
 
@@ -181,23 +198,39 @@ def continue_ids(
     seed: int,
     padding: int,
 ) -> torch.Tensor:
-    """The `count` tokens [B, count] that follow ids [B, n]; the same seed draws alike, whatever the model.
+    """Return the `count` tokens [B, count] that the model generates after ids [B, n].
 
-    The global random state is left as it was.
+    The same seed draws from the same random numbers, whatever the model or its edits; the global random
+    state is left as it was. `padding` is the id that `generate` may pad with; nothing is padded here.
     """
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    # min_new_tokens: an end-of-text token does not end it, so that all continuations are equally long
     how = GenerationConfig(
         max_new_tokens=count, min_new_tokens=count, pad_token_id=padding, **sampled
     )
     mask = torch.ones_like(ids)
     devices = [ids.device] if ids.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _plain_generation(model):
         torch.manual_seed(seed)
         made = model.generate(ids, attention_mask=mask, generation_config=how)  # type: ignore[operator]
     return made[:, ids.shape[1] :]
 
 
-def _told(config: SteerConfig, site: Site) -> str:
+@contextlib.contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without the model's own settings of generation, such as a repetition penalty, which `generate`
+    takes over wherever it is given none; its special tokens stay."""
+    before = model.generation_config
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(before, name) for name in special})
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _in_words(config: SteerConfig) -> str:
+    """The edits in words: `neurons 1:32 0:7 set 3 at positions all`."""
     operation, value = config.edits()[0].operation
     done = "zero" if operation == "zero" else f"{operation} {value:g}"
     many = "neuron" if len(config.neurons) == 1 else "neurons"
@@ -212,7 +245,9 @@ def _text(config: SteerConfig, run: Run) -> str:
         try:
             return Path(config.text_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{config.text_file} cannot be read as UTF-8 text ({error})") from None
+            raise InputError(
+                f"{config.text_file} cannot be read as UTF-8 text ({error}): give another --text-file"
+            ) from None
     run.stage("tokens").require("tokenize")
     store = TokenStore(run.stage("tokens").path)
     split = store.split("held_out")
@@ -228,20 +263,20 @@ def _check_length(ids: torch.Tensor, subject: LoadedModel, config: SteerConfig) 
     whole = ids.shape[1] + config.generate
     if subject.longest is not None and whole > subject.longest:
         raise InputError(
-            f"the text has {ids.shape[1]} tokens for {subject.name}, with --generate {config.generate}"
-            f" more than the {subject.longest} it takes: give a shorter text, or fewer to generate"
+            f"the text has {ids.shape[1]} tokens, which with --generate {config.generate} is more than the"
+            f" {subject.longest} that {subject.name} takes: give a shorter text, or generate fewer"
         )
 
 
 def _check_positions(edit: Edit, ids: torch.Tensor, count: int) -> None:
     """Raises `InputError` where no token of the text or the continuation stands at the positions.
 
-    The last token generated is read by no further pass.
+    The last token generated is read by no further pass, so that no edit can be made at it.
     """
     n = ids.shape[1]
     position = torch.arange(n + max(0, count - 1))[None]
     if not chosen(edit.where, position, torch.tensor([[n]])).any():
         raise InputError(
             f"no token stands at the positions: the text has {n} tokens, numbered from 0, and"
-            f" {count} are generated"
+            f" {count} are generated; give other --positions"
         )

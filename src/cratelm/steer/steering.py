@@ -1,6 +1,7 @@
-"""Neurons edited while a model runs, in any supported model, in `generate` and with its cache too.
+"""Edit neurons while a model runs: any supported model, in `generate` and with its cache too.
 
-Shape legend: B rows, T tokens of a pass, S tokens that the cache holds and T, H neurons of a layer.
+Shape legend: B rows, T tokens of a pass, S tokens that the cache holds and T, H neurons of a layer, n neurons
+of an edit.
 """
 
 import contextlib
@@ -15,74 +16,82 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
 from cratelm.models.sites import Site, hooked, site_of
-from cratelm.steer.config import Edit, Positions
+from cratelm.steer.edits import Edit, Operation, Positions
 
 
 @contextlib.contextmanager
 def steering(
     model: PreTrainedModel, *edits: Edit, site: str | Site | None = None
 ) -> Iterator[None]:
-    """While open, every pass of the model runs with the edits, in the order given.
+    """Run every pass of the model with the edits, in the order given, while the context is open.
 
-    They act in `generate` as well, and with the cache as without it; gradients flow through them
+    The edits act in `generate` as well, with the cache as without it; gradients flow through them
     (run `backward` inside where the model checkpoints its gradients). Contexts nest. On leaving,
     however that happens, the model is as before.
 
     Raises `InputError` where the site, a layer or a neuron does not exist.
     """
-    found = site if isinstance(site, Site) else site_of(model, site)
-    by_place = _by_place(edits, found)
-    text = _Text()
+    edited_site = site if isinstance(site, Site) else site_of(model, site)
+    by_site_layer = _by_site_layer(edits, edited_site)
+    positions = _TokenPositions()
 
-    def see(place: int, activations: torch.Tensor) -> torch.Tensor | None:
-        mine = by_place.get(place)
-        return edited(activations, mine, text) if mine else None
+    def on_activation(site_layer: int, activations: torch.Tensor) -> torch.Tensor | None:
+        of_layer = by_site_layer.get(site_layer)
+        return edited(activations, of_layer, positions) if of_layer else None
 
     with contextlib.ExitStack() as stack:
+        # following positions costs a mask and a cumulative sum per pass: only where an edit needs them
         if not all(edit.where.everywhere for edit in edits):
-            stack.enter_context(_followed(model, text))
-        stack.enter_context(hooked(model, found, see))
+            stack.enter_context(_followed(model, positions))
+        stack.enter_context(hooked(model, edited_site, on_activation))
         yield
 
 
 @dataclass
-class _Text:
-    """Where the tokens of the pass that is running stand."""
+class _TokenPositions:
+    """The positions of the tokens of the pass that is running; each pass overwrites them."""
 
     position: torch.Tensor | None = None
-    """[B, T] real tokens before each, -1 for padding"""
+    """[B, T] number of real tokens before each token, -1 for padding"""
     prompt: torch.Tensor | None = None
     """[B, 1] real tokens of the prompt"""
     prompt_width: int | None = None
-    """tokens of each row that `generate` was given, padding counted; None outside of it"""
+    """tokens of each row that `generate` was given, padding counted; None outside of `generate`"""
 
 
-def edited(activations: torch.Tensor, edits: Sequence[Edit], text: _Text) -> torch.Tensor:
-    """A copy of [B, T, H] with the edits made."""
+def edited(
+    activations: torch.Tensor, edits: Sequence[Edit], positions: _TokenPositions
+) -> torch.Tensor:
+    """Return a copy of activations [B, T, H] with the edits made, one after the other."""
     changed = activations.clone()
     for edit in edits:
         indices = torch.tensor(edit.indices, device=changed.device)
         old = changed[..., indices]  # [B, T, n]
-        new = _OPERATIONS[edit.operation[0]](old, edit.operation[1])
+        operation, number = edit.operation
+        new = _OPERATIONS[operation](old, number)
         if not edit.where.everywhere:
-            assert text.position is not None
-            assert text.prompt is not None
-            here = chosen(edit.where, text.position, text.prompt).to(changed.device)
+            assert positions.position is not None
+            assert positions.prompt is not None
+            here = chosen(edit.where, positions.position, positions.prompt).to(changed.device)
             new = torch.where(here[..., None], new, old)
+        # not in place: autograd needs the old values where gradients flow through an edit
         changed = changed.index_copy(-1, indices, new)
     return changed
 
 
-_OPERATIONS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+_OPERATIONS: dict[Operation, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "set": torch.full_like,
     "add": lambda old, value: old + value,
     "scale": lambda old, value: old * value,
-    "zero": torch.full_like,
+    "zero": torch.full_like,  # its number is 0
 }
 
 
 def chosen(where: Positions, position: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """[B, T] bool, from positions [B, T] (-1 for padding) and the prompts' lengths [B, 1]."""
+    """Return which tokens are edited, [B, T] bool.
+
+    `position` are positions [B, T], -1 for padding; `prompt` the lengths of the prompts [B, 1].
+    """
 
     def at(number: int) -> torch.Tensor:
         return prompt + number if number < 0 else torch.full_like(prompt, number)
@@ -95,83 +104,86 @@ def chosen(where: Positions, position: torch.Tensor, prompt: torch.Tensor) -> to
     return inside if where.stop is None else inside & (position < at(where.stop))
 
 
-def _by_place(edits: Sequence[Edit], site: Site) -> dict[int, list[Edit]]:
-    """Edits of each place of the site. Raises `InputError` for a layer or neuron that is not there."""
+def _by_site_layer(edits: Sequence[Edit], site: Site) -> dict[int, list[Edit]]:
+    """Edits by index into the layers of the site. Raises `InputError` for a layer or neuron that is not there."""
     numbers = site.layer_numbers
-    found: dict[int, list[Edit]] = {}
+    by_site_layer: dict[int, list[Edit]] = {}
     for edit in edits:
         if edit.layer not in numbers:
             raise InputError(
                 f"layer {edit.layer}: site {site.name} has the layers"
                 f" {', '.join(map(str, numbers))}"
             )
-        place = numbers.index(edit.layer)
-        wrong = [i for i in edit.indices if not 0 <= i < site.n_neurons[place]]
+        site_layer = numbers.index(edit.layer)
+        wrong = [i for i in edit.indices if not 0 <= i < site.n_neurons[site_layer]]
         if wrong:
             raise InputError(
                 f"neuron {wrong[0]} of layer {edit.layer}: site {site.name} has neurons 0 to"
-                f" {site.n_neurons[place] - 1} there"
+                f" {site.n_neurons[site_layer] - 1} there"
             )
         if len(set(edit.indices)) < len(edit.indices):
-            raise InputError(
-                f"an edit of layer {edit.layer} names a neuron twice: once was expected"
-            )
-        found.setdefault(place, []).append(edit)
-    return found
+            raise InputError(f"an edit of layer {edit.layer} names a neuron twice: name it once")
+        by_site_layer.setdefault(site_layer, []).append(edit)
+    return by_site_layer
 
 
 @contextlib.contextmanager
-def _followed(model: PreTrainedModel, text: _Text) -> Iterator[None]:
-    """While open, `text` tells of every pass where its tokens stand.
+def _followed(model: PreTrainedModel, positions: _TokenPositions) -> Iterator[None]:
+    """While open, every pass of the model first writes its tokens' positions into `positions`.
 
-    A pass alone does not tell a prompt from what was generated after it, least of all without a
-    cache, where each pass reads the whole text: so `generate` of this object is wrapped, too.
+    A pass alone does not tell a prompt from what was generated after it, least of all without a cache, where
+    each pass reads the whole text again. So `generate` of this object is wrapped, too, and says how wide
+    its prompt is.
     """
     base = model.base_model
     signature = inspect.signature(base.forward)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _place(signature.bind_partial(*args, **kwargs).arguments, text)
+        _follow(signature.bind_partial(*args, **kwargs).arguments, positions)
 
-    inner, own = getattr(model, "generate", None), model.__dict__.get("generate")
+    # on the object, not the class: other models of the class stay as they are. What somebody else put on
+    # the object before is put back.
+    generate, replaced = getattr(model, "generate", None), model.__dict__.get("generate")
     handle = base.register_forward_pre_hook(before, with_kwargs=True)
     try:
-        if inner is not None:
-            model.__dict__["generate"] = _told(inner, text)
+        if generate is not None:
+            model.__dict__["generate"] = _with_prompt_width(generate, positions)
         yield
     finally:
         handle.remove()
         model.__dict__.pop("generate", None)
-        if own is not None:
-            model.__dict__["generate"] = own
+        if replaced is not None:
+            model.__dict__["generate"] = replaced
 
 
-def _told(generate: Callable[..., Any], text: _Text) -> Callable[..., Any]:
-    """`generate` that tells `text` how wide its prompt is."""
+def _with_prompt_width(
+    generate: Callable[..., Any], positions: _TokenPositions
+) -> Callable[..., Any]:
+    """`generate` that writes the width of its prompt into `positions` while it runs."""
     signature = inspect.signature(generate)
 
-    def told(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         inputs = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         prompt = next((tensor for tensor in inputs if tensor is not None), None)
-        text.prompt_width = 1 if prompt is None else prompt.shape[1]
+        positions.prompt_width = 1 if prompt is None else prompt.shape[1]  # none: a begin token
         try:
             return generate(*args, **kwargs)
         finally:
-            text.prompt_width = None
+            positions.prompt_width = None
 
-    return told
+    return wrapped
 
 
-def _place(given: Mapping[str, Any], text: _Text) -> None:
-    """Fills `text` from the arguments of a pass. Raises `InputError` for a mask of another form."""
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
+def _follow(arguments: Mapping[str, Any], positions: _TokenPositions) -> None:
+    """Fill `positions` from the arguments of a pass. Raises `InputError` for a mask of another form."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     assert tokens is not None
-    cache = given.get("past_key_values")
+    cache = arguments.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
     rows, width = tokens.shape[0], past + tokens.shape[1]  # B, S
-    mask = given.get("attention_mask")
+    mask = arguments.get("attention_mask")
     if mask is None:
         mask = torch.ones(rows, width, dtype=torch.long, device=tokens.device)
     if not isinstance(mask, torch.Tensor) or mask.shape != (rows, width):
@@ -181,6 +193,7 @@ def _place(given: Mapping[str, Any], text: _Text) -> None:
             " text: give such a mask and the default cache, or steer all positions"
         )
     real = mask.bool()
+    # the n-th real token of a row, cached ones counted, has position n - 1; only this pass's T are kept
     position = real.long().cumsum(1) - 1  # [B, S]
-    text.position = position.masked_fill(~real, -1)[:, past:]
-    text.prompt = real[:, : text.prompt_width or width].sum(1, keepdim=True)
+    positions.position = position.masked_fill(~real, -1)[:, past:]
+    positions.prompt = real[:, : positions.prompt_width or width].sum(1, keepdim=True)

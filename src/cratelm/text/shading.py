@@ -10,7 +10,7 @@ from itertools import groupby
 
 from markupsafe import Markup, escape
 
-from cratelm.text.printable import runs_right_to_left, visible
+from cratelm.text.display import runs_right_to_left, visible
 
 _WHITESPACE = re.compile("[␣⏎⇥]+")
 

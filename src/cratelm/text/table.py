@@ -1,43 +1,53 @@
-"""A table is made once and written five ways: HTML, CSV, JSON, LaTeX and plain text.
+"""Tables: one made once and written five ways, and columns of plain text for a terminal.
 
-The page, the files and the terminal show the same cells, so their numbers cannot differ.
+A `Table` is HTML (by the page's template), CSV, JSON, LaTeX and plain text. The page, the files and
+the terminal show the same cells, so their numbers cannot differ.
+
+Plain text is aligned here and not by `rich.table`, which fits columns to the width of the terminal:
+output that is redirected to a file, or read by a test, would depend on it.
 """
 
 import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from cratelm.text.printable import printable
+from cratelm.records import Estimate, Interval
+from cratelm.text.display import printable
 
 MISSING = "–"
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A figure with the bounds of its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class PlusMinus:
-    """A figure with its standard error."""
-
-    value: float
-    error: float
-
-
-Cell = str | int | float | Interval | PlusMinus | None
+Cell = str | int | float | Interval | Estimate | None
 """None where there is no figure, shown as a dash"""
+
+
+def align(lines: Sequence[Sequence[str]], right: Sequence[bool] | None = None) -> list[str]:
+    """Return `lines` of cells as text with aligned columns, two spaces between them.
+
+    `right` says which columns are flush right; None: all but the first.
+    """
+    right = right or [False] + [True] * (len(lines[0]) - 1)
+    widths = _widths(lines)
+    return [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]
 
 
 @dataclass(frozen=True)
 class Column:
+    """One column: how it is named and how its numbers are written."""
+
     key: str
     """name in CSV and JSON"""
     label: str
@@ -45,18 +55,22 @@ class Column:
     form: str = ""
     """format of its numbers, such as `,d`, `.2f` or `.3g`; empty for words"""
     level: Literal["", "head", "minor"] = ""
-    """in a flipped table: a line that opens a group, or one that belongs to the group above"""
+    """in a flipped table: `head` opens a group of lines, `minor` belongs to the group above"""
 
     def show(self, cell: Cell) -> str:
+        """Return a cell as it is shown, numbers in the format of the column."""
         if cell is None or (isinstance(cell, float) and math.isnan(cell)):
             return MISSING
         if isinstance(cell, str):
             return printable(cell)
         if isinstance(cell, Interval):
-            low, high = (self._number(bound) for bound in (cell.low, cell.high))
-            return f"{self._number(cell.value)} [{low}, {high}]"
-        if isinstance(cell, PlusMinus):
-            return f"{self._number(cell.value)} ± {self._number(cell.error)}"
+            value = self._number(cell.value)
+            if cell.low is None or cell.high is None:
+                return value
+            return f"{value} [{self._number(cell.low)}, {self._number(cell.high)}]"
+        if isinstance(cell, Estimate):
+            value = self._number(cell.value)
+            return value if cell.error is None else f"{value} ± {self._number(cell.error)}"
         return self._number(cell)
 
     def _number(self, value: float) -> str:
@@ -67,6 +81,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
+    """Columns and rows of cells, with a title and a note."""
+
     name: str
     """file name, and anchor on the page"""
     title: str
@@ -75,29 +91,30 @@ class Table:
     note: str = ""
     """how to read it: what the intervals are over, what is counted"""
     flipped: bool = False
-    """shown with a line a column, where there are few rows with many figures each"""
+    """shown with one line per column: for few rows with many figures each"""
 
     def grid(self) -> list[list[str]]:
-        """Header and rows as they are shown."""
+        """Return header and rows as they are shown."""
         header = [c.label for c in self.columns]
         shown = [[c.show(cell) for c, cell in zip(self.columns, r, strict=True)] for r in self.rows]
         lines = [header, *shown]
         return [list(line) for line in zip(*lines, strict=True)] if self.flipped else lines
 
     def numeric(self) -> list[bool]:
-        """Which columns of `grid` are set flush right."""
+        """Return which columns of `grid` are flush right."""
         if self.flipped:
             return [False] + [True] * len(self.rows)
         return [bool(c.form) for c in self.columns]
 
     def records(self) -> list[dict[str, Any]]:
-        """Rows as JSON values at full precision, figures with bounds as objects."""
+        """Return rows as JSON values at full precision, figures with bounds as objects."""
         return [
             {c.key: _plain(cell) for c, cell in zip(self.columns, row, strict=True)}
             for row in self.rows
         ]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the table as a JSON object: title, note, columns and `records`."""
         columns = [{"key": c.key, "label": c.label} for c in self.columns]
         return {
             "title": self.title,
@@ -107,7 +124,7 @@ class Table:
         }
 
     def to_csv(self) -> str:
-        """Full precision; a figure with bounds takes a column each, such as `mean`, `mean_low`, `mean_high`."""
+        """Return CSV at full precision; bounds have columns of their own, such as `mean_low` and `mean_high`."""
         rows = [_flat(record) for record in self.records()]
         keys = [k for c in self.columns for k in (c.key, *_bounds(rows, c.key))]
         out = io.StringIO()
@@ -117,7 +134,7 @@ class Table:
         return out.getvalue()
 
     def to_latex(self) -> str:
-        """A `tabular` for the package booktabs, ASCII alone, so that every LaTeX engine reads it."""
+        """Return a `tabular` for the package booktabs, in ASCII, so that every LaTeX engine reads it."""
         header, *rows = self._indented(r"\quad ", [[latex(c) for c in li] for li in self.grid()])
         align = "".join("r" if right else "l" for right in self.numeric())
         body = [" & ".join(row) + r" \\" for row in rows]
@@ -134,18 +151,11 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def to_text(self) -> str:
-        """For a terminal: columns aligned, no colour."""
+        """Return text for a terminal: columns aligned, no colour."""
         grid = self._indented("  ", self.grid())
-        widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
-        lines = []
-        for line in grid:
-            cells = [
-                cell.rjust(w) if right else cell.ljust(w)
-                for cell, w, right in zip(line, widths, self.numeric(), strict=True)
-            ]
-            lines.append("  ".join(cells).rstrip())
-        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-        return "\n".join(lines)
+        header, *rows = align(grid, self.numeric())
+        widths = _widths(grid)
+        return "\n".join([header, "-" * (sum(widths) + 2 * (len(widths) - 1)), *rows])
 
     def _indented(self, by: str, lines: list[list[str]]) -> list[list[str]]:
         """In a flipped table, minor lines moved in."""
@@ -156,8 +166,12 @@ class Table:
 
 
 def _plain(cell: Cell) -> Any:
-    if isinstance(cell, Interval | PlusMinus):
-        return {key: _plain(value) for key, value in asdict(cell).items()}
+    if isinstance(cell, Interval) and cell.low is not None:
+        return {"value": _plain(cell.value), "low": _plain(cell.low), "high": _plain(cell.high)}
+    if isinstance(cell, Estimate) and cell.error is not None:
+        return {"value": _plain(cell.value), "error": _plain(cell.error)}
+    if isinstance(cell, Interval | Estimate):
+        return _plain(cell.value)
     if isinstance(cell, str):
         return printable(cell)
     if isinstance(cell, float):
@@ -166,7 +180,7 @@ def _plain(cell: Cell) -> Any:
 
 
 def _bounds(rows: Sequence[dict[str, Any]], key: str) -> list[str]:
-    """Columns beside `key` that hold its bounds or its error in any row."""
+    """Return the columns next to `key` that hold its bounds or its error in any row."""
     parts = [f"{key}_{part}" for part in ("low", "high", "error")]
     return [part for part in parts if any(part in row for row in rows)]
 
@@ -195,7 +209,7 @@ _LATEX = {
 
 
 def latex(text: str) -> str:
-    """Escaped; a character beyond ASCII is named by its code point, for pdfLaTeX knows few of them."""
+    """Return `text` escaped for LaTeX; what is not ASCII by its code point, of which pdfLaTeX knows few."""
     return "".join(
         _LATEX.get(c) or (c if c.isascii() else rf"\texttt{{U+{ord(c):04X}}}") for c in text
     )

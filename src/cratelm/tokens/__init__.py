@@ -1,0 +1,1 @@
+"""Tokens: tokenizers, and documents as token shards with their borders and splits."""

@@ -1,11 +1,11 @@
-"""What `cratelm tokenize` can be told. Imports nothing heavy, so that `--help` is quick."""
+"""Options of `cratelm tokenize`. Imports nothing heavy, so that `--help` is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 LEAST_VOCABULARY = 257
 """256 bytes and the end-of-text token"""
@@ -15,48 +15,45 @@ LEAST_VOCABULARY = 257
 class TokenizeConfig:
     """Turn a corpus into token shards with document borders, split by the hash of each document."""
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory, in which `tokens/` is written"""
     corpus: str = "builtin"
     """`builtin` (the Python standard library's sources, about 12 MB), a file (.txt .text .md .rst
-    .tex .py: one document; .jsonl .jsonl.zst .parquet: one a row), a folder of such files, or
+    .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of such files, or
     `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the extra `hub`)"""
     text_field: str = "text"
     """field of a row that holds the text"""
     subset_field: str = "meta.pile_set_name"
     """field of a row that names its part of the corpus, kept with the document; a dot leads into a
-    nested field; rows without it are fine"""
+    nested field; rows may lack it"""
     tokenizer: str = "train"
-    """`train` (byte-level BPE, trained on documents of the train split alone), `gpt2` (fetched from
+    """`train` (byte-level BPE, trained on documents of the train split only), `gpt2` (fetched from
     the Hub, else through tiktoken), or the path of a tokenizer.json"""
     vocab_size: int = 4096
-    """tokens of a trained vocabulary, `<|endoftext|>` among them; other tokenizers bring their own"""
+    """size of a trained vocabulary, `<|endoftext|>` included; other tokenizers bring their own"""
     sample_megabytes: float = 64.0
-    """a tokenizer is trained on so many megabytes (10^6 bytes of text): the first of the train split"""
+    """megabytes (10^6 bytes) of text that a tokenizer is trained on: the first of the train split"""
     fit: float = 0.05
     """fraction of the documents from which neurons are explained"""
     held_out: float = 0.05
     """fraction of the documents on which explanations are scored and the loss is measured; the rest
     trains"""
     max_documents: int | None = None
-    """stop after so many documents; left out: all"""
+    """stop after this many documents. Default: all"""
     max_tokens: int | None = None
-    """stop after the document that reaches so many tokens; left out: all"""
-    sequence_length: int = aside(128)
-    """tokens; every split must hold one sequence of this length at least, and one token more"""
+    """stop after the document that reaches this many tokens. Default: all"""
+    sequence_length: int = not_in_identity(128)
+    """in tokens; every split must hold at least one sequence of this length, and one token more"""
     on_error: Literal["stop", "skip"] = "stop"
-    """what to do at a document that cannot be read: stop with its file and line, or skip and count"""
-    force: bool = aside(False)
-    """tokenize again although it is finished"""
-    quiet: bool = aside(False)
-    """no progress bar"""
+    """what to do with a document that cannot be read: stop with its file and line, or skip and count it"""
+    force: bool = not_in_identity(False)
+    """redo the stage even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """show no progress bar"""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < LEAST_VOCABULARY:
-            raise InputError(
-                f"--vocab-size is {self.vocab_size}, {LEAST_VOCABULARY} or more was expected:"
-                " 256 bytes and the end-of-text token"
-            )
+        least = {"vocab_size": LEAST_VOCABULARY}
+        at_least(self, least, "256 bytes and the end-of-text token")
         for name in ("fit", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 flag = name.replace("_", "-")

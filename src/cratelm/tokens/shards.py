@@ -29,6 +29,7 @@ from cratelm.corpus.documents import Document
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
 from cratelm.runs import write_json
+from cratelm.runs.columns import Column, TableFile
 from cratelm.tokens.tokenizer import display_strings, load_tokenizer, vocabulary_size
 
 FORMAT = 1
@@ -37,22 +38,35 @@ TOKENS_PER_FILE = 2**28
 PADDING = 64
 """embedding rows come in multiples of it, which is what GPUs multiply fastest; GPT-2: 50,304"""
 MOST_UNUSED_ROWS = 1024
-"""embedding rows beyond the vocabulary that pass for padding; phi-2 has 905, the most seen"""
+"""most embedding rows beyond the vocabulary that count as padding; phi-2 has 905"""
 _ROWS_PER_GROUP = 8192
 """documents kept in memory before a row group of documents.parquet is written"""
 
-_DOCUMENTS = pa.schema(
-    [
-        ("ordinal", pa.int64()),
-        ("split", pa.string()),
-        ("source", pa.string()),
-        ("subset", pa.string()),
-        ("name", pa.string()),
-        ("line", pa.int64()),
-        ("start", pa.int64()),
-        ("n_tokens", pa.int64()),
-        ("characters", pa.int64()),
-    ]
+DOCUMENTS = TableFile(
+    "tokens/documents.parquet",
+    (
+        Column(
+            "ordinal",
+            pa.int64(),
+            "number of the document, over all splits; the other files name documents by it",
+        ),
+        Column("split", pa.string(), "`train`, `fit` or `held_out`, by the hash of the text"),
+        Column("source", pa.string(), "the corpus as it was named: `builtin`, a path, `hub:ID`"),
+        Column(
+            "subset",
+            pa.string(),
+            "part of the corpus, such as `pile_set_name`; empty where not known",
+        ),
+        Column("name", pa.string(), "file in the corpus, relative to its folder"),
+        Column(
+            "line",
+            pa.int64(),
+            "line or row in the file, from 1; 0 where the document is the whole file",
+        ),
+        Column("start", pa.int64(), "position of its first token in the split, tokens"),
+        Column("n_tokens", pa.int64(), "tokens, the end-of-text token counted"),
+        Column("characters", pa.int64(), "characters of the text"),
+    ),
 )
 
 
@@ -74,16 +88,16 @@ class TokenStore:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Embedding rows that a model should have: the vocabulary rounded up to a multiple of 64."""
+        """Return the embedding rows that a model should have: the vocabulary, up to a multiple of 64."""
         return -(-self.vocab_size // PADDING) * PADDING
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the shards; special tokens in a text are plain text to it."""
+        """Return the tokenizer that made the shards; special tokens in a text are plain text to it."""
         return load_tokenizer(self.path / "tokenizer.json")
 
     def split(self, name: Split) -> "TokenSplit":
-        """The tokens of one split. Raises `InputError` where its files are damaged."""
+        """Return the tokens of one split. Raises `InputError` where its files are damaged."""
         if name not in SPLITS:
             raise InputError(f"split {name!r} is not known: choose from {', '.join(SPLITS)}")
         if name not in self._splits:
@@ -91,7 +105,7 @@ class TokenStore:
         return self._splits[name]
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.integer]) -> list[str]:
-        r"""One display string per token, [n]: bytes that are only part of a character show as \xNN."""
+        r"""Return one display string per token, [n]; bytes that are part of a character show as \xNN."""
         return [self._display[int(i)] for i in ids]
 
     @cached_property
@@ -118,7 +132,7 @@ class TokenSplit:
         """row of each document in documents.parquet: int64 [n_documents]"""
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens `start` to `stop` (left out), int64 [stop - start]. Raises IndexError outside the split."""
+        """Return tokens `start` up to but not including `stop`, int64. Raises IndexError outside the split."""
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.n_tokens} in split {self.name}")
         tokens = np.empty(stop - start, np.int64)
@@ -131,15 +145,15 @@ class TokenSplit:
         return tokens
 
     def n_sequences(self, length: int) -> int:
-        """Sequences of `length` tokens that have a next token for every position."""
+        """Return how many sequences of `length` tokens have a next token for every position."""
         return max(0, (self.n_tokens - 1) // length)
 
     def sequence(self, index: int, length: int) -> NDArray[np.int64]:
-        """Sequence `index` and the token after it, int64 [T + 1]."""
+        """Return sequence `index` and the token after it, int64 [T + 1]."""
         return self.read(index * length, index * length + length + 1)
 
     def documents_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Ordinals of the documents that the tokens at `positions` [n] belong to, int64 [n]."""
+        """Return the ordinals of the documents that the tokens at `positions` [n] belong to, int64 [n]."""
         return self.ordinals[np.searchsorted(self.starts, positions, side="right") - 1]
 
     def _map_files(self, folder: Path, dtype: np.dtype) -> list[NDArray[np.unsignedinteger]]:
@@ -154,7 +168,7 @@ class TokenSplit:
 
 
 def check_vocabulary(store: TokenStore, model_vocab_size: int) -> None:
-    """Raises `InputError` where a model with so many embedding rows cannot be meant for these tokens.
+    """Raise `InputError` where a model with so many embedding rows cannot be meant for these tokens.
 
     Too few rows cannot hold the ids; more than 1,024 unused ones are no padding but another
     vocabulary.
@@ -189,12 +203,12 @@ class StoreWriter:
         self.tokens_per_file = tokens_per_file
         self.n_documents = 0
         self._splits = {name: _SplitWriter(folder, name, tokens_per_file) for name in SPLITS}
-        self._table = pq.ParquetWriter(folder / "documents.parquet", _DOCUMENTS)
+        self._table = pq.ParquetWriter(folder / "documents.parquet", DOCUMENTS.schema)
         self._rows: list[tuple[Any, ...]] = []
         tokenizer.save(str(folder / "tokenizer.json"))
 
     def append(self, split: Split, ids: Sequence[int], document: Document) -> None:
-        """Adds a document with its token ids, to which the end-of-text token is added here."""
+        """Append a document with its token ids, and the end-of-text token after them."""
         tokens = np.empty(len(ids) + 1, self.dtype)
         tokens[:-1] = ids
         tokens[-1] = self.eot_id
@@ -217,15 +231,15 @@ class StoreWriter:
             self._write_rows()
 
     def n_tokens(self, split: Split) -> int:
-        """Tokens written to `split` so far, end-of-text tokens counted."""
+        """Return the tokens written to `split` so far, end-of-text tokens counted."""
         return self._splits[split].n_tokens
 
     def n_split_documents(self, split: Split) -> int:
-        """Documents written to `split` so far."""
+        """Return the documents written to `split` so far."""
         return self._splits[split].n_documents
 
     def close(self) -> None:
-        """Finishes all files; `meta.json` is written last."""
+        """Finish all files; `meta.json` is written last."""
         self._write_rows()
         self._table.close()
         for split in self._splits.values():
@@ -248,8 +262,8 @@ class StoreWriter:
     def _write_rows(self) -> None:
         if self._rows:
             columns = zip(*self._rows, strict=True)
-            arrays = [pa.array(c, f.type) for c, f in zip(columns, _DOCUMENTS, strict=True)]
-            self._table.write_table(pa.Table.from_arrays(arrays, schema=_DOCUMENTS))
+            arrays = [pa.array(c, f.type) for c, f in zip(columns, DOCUMENTS.schema, strict=True)]
+            self._table.write_table(pa.Table.from_arrays(arrays, schema=DOCUMENTS.schema))
             self._rows.clear()
 
 
@@ -264,7 +278,7 @@ class _SplitWriter:
         self._ordinals = _ArrayFile(folder / f"{name}.ordinals.npy")
 
     def append(self, tokens: NDArray[np.unsignedinteger], ordinal: int) -> int:
-        """Returns the position of the document's first token."""
+        """Append a document and return the position of its first token."""
         start = self.n_tokens
         self._starts.append(start)
         self._ordinals.append(ordinal)
@@ -294,7 +308,11 @@ class _SplitWriter:
 
 
 class _ArrayFile:
-    """An int64 .npy file that grows: NumPy leaves room in the header for a longer first axis."""
+    """An int64 .npy file that grows.
+
+    NumPy leaves room in the header for a longer first axis, so the header is written twice: with length
+    0 to reserve its place, with the final length at the end.
+    """
 
     def __init__(self, path: Path):
         self._file = path.open("wb")
@@ -322,7 +340,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             f"{folder} holds no token shards: type `cratelm tokenize --run {folder.parent}` first"
         )
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] == FORMAT and set(meta["splits"]) == set(SPLITS):
             return meta
     except (ValueError, KeyError, TypeError):

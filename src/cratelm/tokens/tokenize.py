@@ -1,4 +1,4 @@
-"""The verb `tokenize`: documents -> token shards.
+"""`cratelm tokenize`: turn documents into token shards.
 
 One pass over the corpus (two where a tokenizer is trained). Memory is bounded, whatever the length
 of the corpus, by two batches of text (2 million characters each, or the longest document where that
@@ -50,15 +50,15 @@ class TokenizeResult:
     documents: dict[Split, int]
     """documents of each split"""
     empty: int
-    """documents left out because they had no text"""
+    """documents without text, which are skipped"""
     skipped: int
-    """documents (or rests of files) left out because they could not be read (`--on-error skip`)"""
+    """documents (or ends of files) that could not be read and were skipped (`--on-error skip`)"""
     first_skipped: str = ""
     """file, line and reason of the first of them"""
 
 
 def tokenize(config: TokenizeConfig) -> TokenizeResult:
-    """Writes `tokens/` of the run, or reads what was written if it is finished.
+    """Write `tokens/` of the run, or read its result if it is finished.
 
     Raises `InputError` for a corpus or a tokenizer that cannot be used; then nothing is written.
     """
@@ -80,68 +80,67 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
 
 
 def split_of(text: str, fit: float, held_out: float) -> Split:
-    """The split of a document by the hash of its text, so that duplicates share one.
+    """Return the split of a document by the hash of its text, so that duplicates share one.
 
-    `fit` and `held_out` are the splits' fractions. A document depends on no other: adding some to a
-    corpus moves none.
+    `fit` and `held_out` are the fractions of the splits. The split of a document does not depend on other
+    documents: adding some to a corpus moves none.
     """
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-    place = number / 2**64
-    if place < held_out:
+    fraction = number / 2**64
+    if fraction < held_out:
         return "held_out"
-    return "fit" if place < held_out + fit else "train"
+    return "fit" if fraction < held_out + fit else "train"
 
 
 @dataclass
-class _Reading:
-    """Documents of a corpus that have text, with their split; counts what is left out."""
+class TokenizeStats:
+    """Documents that are not written, counted while the corpus is read."""
 
-    corpus: Corpus
-    config: TokenizeConfig
     empty: int = 0
     skipped: int = 0
     first_skipped: str = ""
 
-    def __iter__(self) -> Iterator[tuple[Split, Document]]:
-        n = 0
-        for found in self.corpus:
-            if isinstance(found, ReadError):
-                self._skip(found)
-            elif not found.text:
-                self.empty += 1
-            else:
-                yield split_of(found.text, self.config.fit, self.config.held_out), found
-                n += 1
-                if n == self.config.max_documents:
-                    return
 
-    def _skip(self, fault: ReadError) -> None:
-        if self.config.on_error == "stop":
-            raise InputError(f"{fault.message} (--on-error skip leaves such documents out)")
-        self.skipped += 1
-        self.first_skipped = self.first_skipped or fault.message
+def _documents(
+    corpus: Corpus, config: TokenizeConfig, stats: TokenizeStats
+) -> Iterator[tuple[Split, Document]]:
+    """Yield the documents that have text with their split; count the others in `stats`."""
+    n = 0
+    for document in corpus:
+        if isinstance(document, ReadError):
+            if config.on_error == "stop":
+                raise InputError(f"{document.message} (--on-error skip skips such documents)")
+            stats.skipped += 1
+            stats.first_skipped = stats.first_skipped or document.message
+        elif not document.text:
+            stats.empty += 1
+        else:
+            yield split_of(document.text, config.fit, config.held_out), document
+            n += 1
+            if n == config.max_documents:
+                return
 
 
 def _write(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> TokenizeResult:
     tokenizer = _tokenizer(config, corpus)
     writer = StoreWriter(draft.path, tokenizer, end_of_text_id(tokenizer))
-    reading = _Reading(corpus, config)
+    stats = TokenizeStats()
     n_bytes = 0
     with tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar:
-        for batch, encodings in _encoded(tokenizer, _batches(reading)):
+        for batch, encodings in _encoded(tokenizer, _batches(_documents(corpus, config, stats))):
             n_bytes += _append(writer, batch, encodings, config.max_tokens)
             bar.update(len(batch))
             bar.set_postfix_str(f"{sum(map(writer.n_tokens, SPLITS)):,} tokens")
             if _is_full(writer, config.max_tokens):
                 break
     writer.close()
-    return _result(writer, reading, n_bytes, draft.path)
+    return _result(config, writer, stats, n_bytes, draft.path)
 
 
 def _encoded(
     tokenizer: Tokenizer, batches: Iterable[_Batch]
 ) -> Iterator[tuple[_Batch, list[Encoding]]]:
-    """Batches with their tokens. The next batch is encoded, on all cores, while this one is written."""
+    """Yield batches with their tokens; the next batch is encoded, on all cores, while one is written."""
 
     def encode(batch: _Batch) -> list[Encoding]:
         texts = [document.text for _, document in batch]
@@ -161,7 +160,7 @@ def _encoded(
 def _append(
     writer: StoreWriter, batch: _Batch, encodings: list[Encoding], max_tokens: int | None
 ) -> int:
-    """Writes a batch up to `max_tokens` of the whole store; returns the bytes of text written."""
+    """Write a batch up to `max_tokens` of the whole store; return the bytes of text written."""
     n_bytes = 0
     for (split, document), encoding in zip(batch, encodings, strict=True):
         if _is_full(writer, max_tokens):
@@ -175,10 +174,10 @@ def _is_full(writer: StoreWriter, max_tokens: int | None) -> bool:
     return max_tokens is not None and sum(map(writer.n_tokens, SPLITS)) >= max_tokens
 
 
-def _batches(reading: Iterable[tuple[Split, Document]]) -> Iterator[_Batch]:
+def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[_Batch]:
     batch: _Batch = []
     characters = 0
-    for split, document in reading:
+    for split, document in documents:
         batch.append((split, document))
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
@@ -188,11 +187,13 @@ def _batches(reading: Iterable[tuple[Split, Document]]) -> Iterator[_Batch]:
         yield batch
 
 
-def _result(writer: StoreWriter, reading: _Reading, n_bytes: int, path: Path) -> TokenizeResult:
+def _result(
+    config: TokenizeConfig, writer: StoreWriter, stats: TokenizeStats, n_bytes: int, path: Path
+) -> TokenizeResult:
     if writer.n_documents == 0:
         raise InputError(
-            f"corpus {reading.config.corpus} has no text ({reading.empty} empty documents,"
-            f" {reading.skipped} skipped): name another with --corpus"
+            f"corpus {config.corpus} has no text ({stats.empty} empty documents,"
+            f" {stats.skipped} skipped): name another with --corpus"
         )
     tokens: dict[Split, int] = {name: writer.n_tokens(name) for name in SPLITS}
     return TokenizeResult(
@@ -201,9 +202,7 @@ def _result(writer: StoreWriter, reading: _Reading, n_bytes: int, path: Path) ->
         bytes_per_token=n_bytes / (sum(tokens.values()) - writer.n_documents),
         tokens=tokens,
         documents={name: writer.n_split_documents(name) for name in SPLITS},
-        empty=reading.empty,
-        skipped=reading.skipped,
-        first_skipped=reading.first_skipped,
+        **dataclasses.asdict(stats),
     )
 
 
@@ -212,7 +211,7 @@ def _check_length(result: TokenizeResult, config: TokenizeConfig) -> None:
         if n <= config.sequence_length:
             raise InputError(
                 f"the {split} split has {n:,} tokens in {result.documents[split]:,} documents,"
-                f" {config.sequence_length + 1:,} tokens were expected: give more text, a larger"
+                f" at least {config.sequence_length + 1:,} tokens are needed: give more text, a larger"
                 " fraction (--fit, --held-out), or a lower --sequence-length"
             )
 
@@ -228,9 +227,9 @@ def _tokenizer(config: TokenizeConfig, corpus: Corpus) -> Tokenizer:
 
 
 def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
-    """Texts of the train split, up to the first that reaches `sample_megabytes`."""
+    """Yield texts of the train split, up to the first that reaches `sample_megabytes`."""
     n_bytes = 0
-    for split, document in _Reading(corpus, config):
+    for split, document in _documents(corpus, config, TokenizeStats()):
         if split == "train":
             yield document.text
             n_bytes += len(document.text.encode())
@@ -239,7 +238,7 @@ def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
 
 
 def _tokenizer_identity(config: TokenizeConfig) -> dict[str, str]:
-    """The hash of a tokenizer file; the other choices are told by the configuration."""
+    """Return the hash of a tokenizer file; the other choices are in the configuration."""
     if config.tokenizer in ("train", "gpt2"):
         return {}
     path = Path(config.tokenizer).expanduser()

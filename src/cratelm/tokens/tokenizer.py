@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
@@ -22,10 +25,9 @@ _NAMED_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, `<|endoftext|>` being token 0.
+    """Return a byte-level BPE of at most `vocab_size` tokens, `<|endoftext|>` being token 0.
 
-    Pairs are merged while one occurs at least twice, so that little text gives fewer tokens than
-    asked for. Pre-tokenization is GPT-2's (Radford et al. 2019, section 2.2).
+    Pairs are merged while one occurs at least twice, so little text gives fewer tokens. Pre-tokenization is GPT-2's (Radford et al. 2019, section 2.2).
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -43,9 +45,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _plain(tokenizer)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` file. Raises `InputError` where it cannot be read."""
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a `tokenizer.json` file. Raises `InputError` where it cannot be read."""
+    path = Path(path)
     if not path.is_file():
+        inside = path / "tokenizer.json"
+        if inside.is_file():
+            raise InputError(f"{path} is a folder: type --tokenizer {inside}")
         raise InputError(f"{path} is not a file: name a tokenizer.json with --tokenizer")
     try:
         return _plain(Tokenizer.from_file(str(path)))
@@ -57,17 +63,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def fetch_gpt2() -> Tokenizer:
-    """GPT-2's tokenizer through tiktoken, else from the Hub.
+    """Return GPT-2's tokenizer through tiktoken, else from the Hub.
 
     tiktoken goes first because it fails at once without a network, the Hub after 23 s of retries.
-    Both give the same ids (a test holds the conversion to it). Raises `InputError` out of reach of
-    both.
+    Both give the same ids (a test checks the conversion). Raises `InputError` where neither can
+    be reached.
     """
     reasons = []
     for fetch in (_fetch_tiktoken, _fetch_hub):
         try:
             return _plain(fetch())
-        except Exception as error:  # network libraries raise what they like
+        except Exception as error:  # network libraries share no base exception
             reasons.append(f"{fetch.__name__.removeprefix('_fetch_')}: {type(error).__name__}")
     raise InputError(
         f"GPT-2's tokenizer cannot be fetched ({'; '.join(reasons)}): name a copy of its"
@@ -76,7 +82,7 @@ def fetch_gpt2() -> Tokenizer:
 
 
 def from_tiktoken(encoding: Any) -> Tokenizer:
-    """A `tiktoken.Encoding` in the `tokenizers` library's format."""
+    """Return a `tiktoken.Encoding` in the `tokenizers` library's format."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class FromRanks(TikTokenConverter):
@@ -94,7 +100,7 @@ def from_tiktoken(encoding: Any) -> Tokenizer:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Token that ends a document. Raises `InputError` where the tokenizer has none."""
+    """Return the token that ends a document. Raises `InputError` where the tokenizer has none."""
     for token in END_TOKENS:
         found = tokenizer.token_to_id(token)
         if found is not None:
@@ -106,30 +112,71 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token id, so that any id can index an embedding of this size."""
+    """Return one more than the largest token id: any id can index an embedding of this size."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def display_strings(tokenizer: Tokenizer) -> list[str]:
-    r"""A string for each token id, [vocab_size]: bytes that are part of a character show as \xNN."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+# --- how tokens are spelled: here and nowhere else ---------------------------------------------------
+#
+# A byte-level BPE (GPT-2's way) names each token by one character per byte, from a table of 256; a
+# SentencePiece vocabulary writes a space as U+2581 and a single byte as <0xNN>.
 
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    vocabulary = tokenizer.get_vocab()
-    byte_level = all(c in byte_of for token in vocabulary if token not in added for c in token)
+
+def display_strings(tokenizer: Tokenizer) -> list[str]:
+    r"""Return a string for each token id, [vocab_size]; bytes that are part of a character show as \xNN."""
+    byte_of = {character: byte for byte, character in _characters_of_bytes().items()}
+    added, byte_level = _added_tokens(tokenizer), is_byte_level(tokenizer)
     shown = [""] * vocabulary_size(tokenizer)
-    for token, index in vocabulary.items():
+    for token, index in tokenizer.get_vocab().items():
         if token not in added and byte_level:
             token = bytes(byte_of[c] for c in token).decode("utf-8", "backslashreplace")
-        elif token not in added:  # SentencePiece: a mark for the space, names for bytes
+        elif token not in added:
             token = _NAMED_BYTE.sub(r"\\x\1", token.replace("\u2581", " "))
         shown[index] = token
     return shown
 
 
+def token_sizes(tokenizer: Tokenizer, special: int) -> NDArray[np.int64]:
+    """Return the UTF-8 bytes that each token id stands for, [vocab_size]; 0 for the `special` one."""
+    byte_level = is_byte_level(tokenizer)
+    sizes = np.zeros(vocabulary_size(tokenizer), np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        spelled = _NAMED_BYTE.sub("?", token.replace("\u2581", " "))
+        sizes[index] = len(token) if byte_level else len(spelled.encode())
+    sizes[special] = 0
+    return sizes
+
+
+def byte_level_name(text: str) -> str:
+    """Return `text` as a byte-level BPE names a token: one character per UTF-8 byte."""
+    character_of = _characters_of_bytes()
+    return "".join(character_of[byte] for byte in text.encode())
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Return whether every token that was not added by hand is spelled in the characters of bytes."""
+    characters = set(_characters_of_bytes().values())
+    return all(
+        characters.issuperset(t) for t in tokenizer.get_vocab().keys() - _added_tokens(tokenizer)
+    )
+
+
+@cache
+def _characters_of_bytes() -> dict[int, str]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return bytes_to_unicode()
+
+
+def _added_tokens(tokenizer: Tokenizer) -> set[str]:
+    return {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+
+
+# -----------------------------------------------------------------------------------------------------
+
+
 def hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
-    """The same tokenizer for `transformers`, with its end-of-text token set; for model folders."""
+    """Return the same tokenizer for `transformers`, with its end-of-text token; for model folders."""
     from transformers import PreTrainedTokenizerFast
 
     end = tokenizer.id_to_token(end_of_text_id(tokenizer))
@@ -159,7 +206,7 @@ def _fetch_hub() -> Tokenizer:
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Encodes whole texts, and a text that says `<|endoftext|>` as the characters that it is."""
+    """Return a tokenizer that encodes whole texts, and `<|endoftext|>` in a text as its characters."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

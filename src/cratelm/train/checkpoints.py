@@ -1,7 +1,7 @@
-"""Checkpoints that a kill at any moment leaves usable.
+"""Checkpoints that stay usable if the process is killed at any moment.
 
-A checkpoint is written under a temporary name and renamed when it is whole; the last two are kept.
-The data feed needs nothing but the step, so model, optimizers and random states are the whole state.
+A checkpoint is written under a temporary name and renamed when it is complete; the last two are kept.
+The batch sampler needs only the number of the step, so model, optimizers and random states are all.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import logging as transformers_logging
 
-from cratelm.runs import Draft, Stage
+from cratelm.runs import Completion, Draft, Settings, Stage
+from cratelm.runs.atomic import put_in_place
 
 FOLDER = "checkpoints"
 KEPT = 2
@@ -27,11 +28,14 @@ logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 @contextlib.contextmanager
 def shared_draft(
-    accelerator: Accelerator, stage: Stage, identity: Mapping[str, Any], inputs: Mapping[str, str]
+    accelerator: Accelerator,
+    stage: Stage,
+    settings: Settings,
+    inputs: Mapping[str, Completion | str],
 ) -> Iterator[Draft]:
-    """The stage's draft: the main process opens and finishes it, the others learn its path."""
+    """Open the stage's draft on the main process, which finishes it too; the others receive its path."""
     if accelerator.is_main_process:
-        with stage.write(identity, inputs, resume=True) as draft:
+        with stage.write(settings, inputs, resume=True) as draft:
             draft.scratch.add(FOLDER)
             broadcast_object_list([str(draft.path)])
             yield draft
@@ -42,7 +46,7 @@ def shared_draft(
 
 
 def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
-    """Writes the state after `step` steps, then drops the oldest checkpoints."""
+    """Write the state after `step` steps, then drop the oldest checkpoints."""
     folder = draft.path / FOLDER
     partial = folder / "partial"
     if accelerator.is_main_process:
@@ -52,15 +56,13 @@ def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        # Left by an attempt that was killed after the rename: the same state.
-        shutil.rmtree(folder / f"step-{step:09d}", ignore_errors=True)
-        partial.rename(folder / f"step-{step:09d}")
+        put_in_place(partial, folder / f"step-{step:09d}")
         for old in found(draft)[:-KEPT]:
             shutil.rmtree(old)
 
 
 def restore(accelerator: Accelerator, draft: Draft) -> int:
-    """Loads the last whole checkpoint; the number of steps it had taken, 0 where there is none."""
+    """Load the last complete checkpoint and return its number of steps; 0 if there is none."""
     checkpoints = found(draft)
     if not checkpoints:
         return 0
@@ -69,12 +71,12 @@ def restore(accelerator: Accelerator, draft: Draft) -> int:
 
 
 def found(draft: Draft) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Return the complete checkpoints, oldest first."""
     return sorted((draft.path / FOLDER).glob("step-*"))
 
 
 def save_model(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
-    """`save_pretrained` of the model in a `NextTokenLoss`, its weights gathered from all ranks."""
+    """Save the model in a `NextTokenLoss` by `save_pretrained`, its weights gathered from all ranks."""
     state = accelerator.get_state_dict(model)
     state = {name.removeprefix("model."): weight for name, weight in state.items()}
     bare: Any = accelerator.unwrap_model(model).model

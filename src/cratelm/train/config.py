@@ -1,4 +1,4 @@
-"""What `cratelm train` can be told. Imports nothing heavy, so that `--help` is quick."""
+"""Options of `cratelm train`. Imports nothing heavy, so that `--help` is quick."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import aside, config_dict
+from cratelm.runs import Settings, at_least, config_dict, not_in_identity, options_of
+from cratelm.runs.names import untrained_name
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a training run that differ between a cluster and a laptop."""
+    """What differs between a training run on a cluster and on a laptop."""
 
     steps: int
     batch_size: int
-    """sequences a step, over all devices"""
+    """sequences per step, over all devices"""
     micro_batch_size: int
-    """sequences that one device takes through the model at once, at most"""
+    """most sequences that one device takes through the model at once"""
     sequence_length: int
     """T, in tokens"""
     optimizer: Literal["adamw", "muon"]
@@ -35,6 +36,7 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
+        """Return the tokens of a step, over all devices."""
         return self.batch_size * self.sequence_length
 
 
@@ -68,7 +70,7 @@ LAPTOP = Recipe(
 )
 RECIPES = {"paper": PAPER, "laptop": LAPTOP}
 OTHER_LEARNING_RATES = {"paper": 6e-4, "laptop": 3e-3}
-"""of a recipe where `--optimizer` names the optimizer that it does not take itself"""
+"""learning rate of a recipe when `--optimizer` overrides the recipe's own optimizer"""
 
 
 @dataclass(frozen=True)
@@ -76,24 +78,24 @@ class TrainConfig:
     """Train one model on the tokens of a run.
 
     Twins are trained by the same command with another `--model`: they see the same tokens in the
-    same order. Killed and started again with the same command, training goes on where it was.
+    same order. After an interruption the same command resumes from the last checkpoint.
     """
 
-    run: Path = aside(Path("runs/default"))
+    run: Path = not_in_identity(Path("runs/default"))
     """run directory; its tokens must have been made by `cratelm tokenize`"""
     model: str = "crate-2l"
     """size by name: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l"""
     name: str = ""
-    """folder of the model in the run; left empty it is --model, with `-init` where --steps is 0"""
+    """name of the model's folder in the run. Default: --model, with `-init` if --steps is 0"""
     recipe: Literal["paper", "laptop"] | None = None
-    """where the numbers below come from that are not given; left out: `paper` for the sizes 6l and
-    12l, `laptop` for 1l, 2l and 3l (the paper trained those, too, with its one recipe)"""
+    """defaults of the options below. Default: `paper` for the sizes 6l and 12l, `laptop` for 1l, 2l and
+    3l (the paper trained those, too, with its one recipe)"""
     steps: int | None = None
-    """steps, one batch each (paper 600,000; laptop 600); 0 saves the model as initialised"""
+    """number of steps of one batch each (paper 600,000; laptop 600); 0 saves the model as initialised"""
     batch_size: int | None = None
-    """sequences a step, over all devices (paper 256; laptop 16)"""
+    """sequences per step, over all devices (paper 256; laptop 16)"""
     micro_batch_size: int | None = None
-    """sequences that one device takes through the model at once; gradients of several are summed
+    """sequences that one device takes through the model at once; gradients are accumulated over several
     (paper 16; laptop 16)"""
     sequence_length: int | None = None
     """T, tokens of a sequence (paper 1,024; laptop 256)"""
@@ -101,99 +103,104 @@ class TrainConfig:
     """muon: torch.optim.Muon for the matrices inside the blocks, AdamW for the embeddings, the head
     and the vectors (paper adamw; laptop muon)"""
     learning_rate: float | None = None
-    """at its peak (paper 6e-4; laptop 1.5e-2, with adamw 3e-3); one rate for all parameters"""
+    """peak learning rate, the same for all parameters (paper 6e-4; laptop 1.5e-2, with adamw 3e-3)"""
     minimum_ratio: float = 0.1
-    """learning rate of the last step, as a part of the peak; a cosine leads there"""
+    """learning rate of the last step as a fraction of the peak; a cosine leads there"""
     warmup: int | None = None
-    """steps in which the learning rate rises (paper 2,000; laptop 60; the same share of a run of
-    other length)"""
+    """steps over which the learning rate rises (paper 2,000; laptop 60; the same fraction of a run of
+    another length)"""
     weight_decay: float = 0.1
-    """on tensors of 2 or more dimensions"""
+    """applied to tensors of 2 or more dimensions"""
     clip: float = 1.0
-    """largest norm of the gradient over all parameters; 0: no limit"""
+    """largest norm of the gradient over all parameters; 0 means no limit"""
     precision: Literal["fp32", "bf16"] | None = None
     """bf16: mixed precision, weights stay in float32 (paper bf16; laptop fp32)"""
     compile: bool = False
-    """torch.compile: slow to start, faster steps, most of all on GPUs"""
+    """use torch.compile: slow to start, but faster steps, above all on GPUs"""
     log_every: int | None = None
     """steps between two points of the training curve (paper 10; laptop 1)"""
     validate_every: int | None = None
     """steps between two points of the validation curve (paper 1,000; laptop 100)"""
     validation_sequences: int | None = None
-    """sequences of the held-out split, always the same ones (paper 1,024; laptop 128)"""
-    checkpoint_every: int | None = aside(None)
+    """sequences of the held-out split to validate on, always the same ones (paper 1,024; laptop 128)"""
+    checkpoint_every: int | None = not_in_identity(None)
     """steps between two checkpoints (paper 1,000; laptop 50)"""
     seed: int = 0
-    """of the initial weights, and of the order of the sequences"""
+    """seed of the initial weights and of the order of the sequences"""
     model_overrides: tuple[str, ...] = ()
     """fields of the model's configuration as key=value, such as ista_residual=true ista_steps=3"""
-    device: Literal["auto", "cpu"] = aside("auto")
-    """auto: the GPU where there is one; several by `torchrun` or `accelerate launch`"""
-    tensorboard: bool = aside(True)
-    """curves for TensorBoard in the model's folder"""
-    wandb: bool = aside(False)
-    """curves to Weights & Biases as well (needs cratelm[wandb])"""
-    force: bool = aside(False)
-    """train again where this was finished already"""
-    quiet: bool = aside(False)
-    """no progress bar"""
+    device: Literal["auto", "cpu"] = not_in_identity("auto")
+    """auto uses a GPU if there is one; for several, launch with `torchrun` or `accelerate launch`"""
+    tensorboard: bool = not_in_identity(False)
+    """curves for TensorBoard in the model's folder as well (needs the extra `tensorboard`)"""
+    wandb: bool = not_in_identity(False)
+    """curves to Weights & Biases as well (needs the extra `wandb`)"""
+    force: bool = not_in_identity(False)
+    """redo the stage even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """show no progress bar"""
 
     def __post_init__(self) -> None:
-        numbers = self.numbers()
-        for field in ("batch_size", "micro_batch_size", "sequence_length", "log_every"):
-            _at_least(1, field, getattr(numbers, field))
-        for field in ("validate_every", "validation_sequences", "checkpoint_every"):
-            _at_least(1, field, getattr(numbers, field))
-        for field in ("steps", "warmup"):
-            _at_least(0, field, getattr(numbers, field))
-        for field in ("weight_decay", "clip", "seed"):
-            _at_least(0, field, getattr(self, field))
-        if not numbers.learning_rate > 0:
-            raise InputError(f"--learning-rate is {numbers.learning_rate}, above 0 was expected")
+        recipe = self.resolved()
+        at_least(
+            recipe,
+            {"batch_size": 1, "micro_batch_size": 1, "sequence_length": 1, "log_every": 1,
+             "validate_every": 1, "validation_sequences": 1, "checkpoint_every": 1,
+             "steps": 0, "warmup": 0},
+        )  # fmt: skip
+        at_least(self, {"weight_decay": 0, "clip": 0, "seed": 0})
+        if not recipe.learning_rate > 0:
+            raise InputError(f"--learning-rate is {recipe.learning_rate}: it must be above 0")
         if not 0 <= self.minimum_ratio <= 1:
-            raise InputError(f"--minimum-ratio is {self.minimum_ratio}, 0 to 1 was expected")
-        if numbers.warmup > numbers.steps:
+            raise InputError(f"--minimum-ratio is {self.minimum_ratio}: it must be between 0 and 1")
+        if recipe.warmup > recipe.steps:
             raise InputError(
-                f"--warmup {numbers.warmup} is longer than --steps {numbers.steps}: lower --warmup"
+                f"--warmup {recipe.warmup} is longer than --steps {recipe.steps}: lower --warmup"
             )
         self.overrides()
 
-    def numbers(self) -> Recipe:
-        """The recipe with what was given in place of its own values."""
+    def resolved(self) -> Recipe:
+        """Return the recipe, its values replaced by the options that were given."""
         large = self.model.endswith(("-6l", "-12l"))
-        recipe = self.recipe or ("paper" if large else "laptop")
-        base = RECIPES[recipe]
+        name = self.recipe or ("paper" if large else "laptop")
+        base = RECIPES[name]
         given = {f.name: getattr(self, f.name) for f in fields(Recipe)}
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("optimizer", base.optimizer) != base.optimizer:
-            given.setdefault("learning_rate", OTHER_LEARNING_RATES[recipe])
+            given.setdefault("learning_rate", OTHER_LEARNING_RATES[name])
         if "steps" in given and "warmup" not in given:
             given["warmup"] = base.warmup * given["steps"] // base.steps
         return replace(base, **given)
 
     def overrides(self) -> dict[str, Any]:
-        """`model_overrides` as values: JSON where it reads as JSON, else the text."""
-        found = {}
+        """Return `model_overrides` as values: parsed as JSON where that is possible, else as text."""
+        values = {}
         for pair in self.model_overrides:
             key, equals, text = pair.partition("=")
             if not key.isidentifier() or not equals or not text:
                 raise InputError(
-                    f"--model-overrides has {pair!r}, key=value was expected, such as ista_steps=3"
+                    f"--model-overrides has {pair!r}: it must be key=value, such as ista_steps=3"
                 )
-            found[key] = _value(text)
-        return found
+            values[key] = _value(text)
+        return values
 
     @property
     def folder(self) -> str:
-        """Name of the model in its run."""
-        return self.name or (f"{self.model}-init" if self.numbers().steps == 0 else self.model)
+        """Return the name of the model in its run."""
+        usual = untrained_name(self.model) if self.resolved().steps == 0 else self.model
+        return self.name or usual
+
+    def settings(self) -> Settings:
+        """Return what a completion record keeps: `identity`, and what it is by default."""
+        usual = TrainConfig(model=self.model, recipe=self.recipe)
+        return Settings(self.identity(), usual.identity(), options_of(self))
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the weights, each number by its value wherever it came from."""
-        numbers = asdict(self.numbers())
-        del numbers["checkpoint_every"]
+        """Return all that decides the weights, each number by its value wherever it came from."""
+        recipe = asdict(self.resolved())
+        del recipe["checkpoint_every"]
         plain = {k: v for k, v in config_dict(self).items() if k not in ("recipe", "name")}
-        return {**plain, **numbers}
+        return {**plain, **recipe}
 
 
 def _value(text: str) -> Any:
@@ -201,9 +208,3 @@ def _value(text: str) -> Any:
         return json.loads(text.lower() if text in ("True", "False") else text)
     except ValueError:
         return text
-
-
-def _at_least(least: int, field: str, value: float) -> None:
-    if not value >= least:
-        flag = field.replace("_", "-")
-        raise InputError(f"--{flag} is {value}, {least} or more was expected")

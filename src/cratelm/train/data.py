@@ -1,9 +1,9 @@
 """Which sequences a step reads: a pure function of the step, the seed and the corpus.
 
-Nothing is kept between steps, so that resuming needs no state of a loader, and two models trained
-with one seed see the same tokens in the same order, whatever they are.
+Nothing is kept between steps, so resuming needs no state of a loader, and two models trained with one
+seed see the same tokens in the same order, whatever they are.
 
-Shape legend: B sequences a step over all ranks, b of one micro-batch, T tokens of a sequence.
+Shape legend: B sequences per step over all ranks, b of one micro-batch, T tokens of a sequence.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from cratelm.tokens.shards import TokenSplit
 class BatchSampler:
     """Reads the share of one rank of each step's batch from memory-mapped shards.
 
-    An epoch is a permutation of all sequences of the split (8 bytes a sequence in memory: 0.8 GB for
+    An epoch is a permutation of all sequences of the split (8 bytes per sequence in memory: 0.8 GB for
     100B tokens at T = 1,024); batches run across the border of epochs, so every sequence is read
     once before any is read again. Raises `InputError` where the split holds no whole sequence, or
     where the ranks cannot share the batch evenly.
@@ -41,8 +41,8 @@ class BatchSampler:
         self.n_sequences = split.n_sequences(sequence_length)
         if self.n_sequences == 0:
             raise InputError(
-                f"the train split has {split.n_tokens} tokens, {sequence_length + 1} were expected"
-                " at least: give more text, or a lower --sequence-length"
+                f"the train split has {split.n_tokens} tokens: at least {sequence_length + 1}"
+                " are needed: give more text, or a lower --sequence-length"
             )
         share, rest = divmod(batch_size, n_ranks)
         micro = min(micro_batch_size, share)
@@ -55,22 +55,24 @@ class BatchSampler:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """Sequences of the whole batch of `step` (from 0), [B], the same on every rank."""
-        places = step * self.batch_size + np.arange(self.batch_size)
-        epochs, offsets = np.divmod(places, self.n_sequences)
-        found = np.empty_like(places)
+        """Return the sequences of the whole batch of `step` (from 0), [B], the same on every rank."""
+        # The batch as positions in an endless row of epochs; where it crosses into the next epoch, each
+        # part is looked up in its own permutation.
+        positions = step * self.batch_size + np.arange(self.batch_size)
+        epochs, offsets = np.divmod(positions, self.n_sequences)
+        sequences = np.empty_like(positions)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            found[here] = self._permutation(int(epoch))[offsets[here]]
-        return found
+            in_epoch = epochs == epoch
+            sequences[in_epoch] = self._permutation(int(epoch))[offsets[in_epoch]]
+        return sequences
 
     def micro_batches(
         self, step: int, device: torch.device
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's inputs [b, T] and next-token targets [b, T] of `step`, one micro-batch at a time.
+        """Yield this rank's inputs [b, T] and next-token targets [b, T] of `step`, by micro-batch.
 
-        Reading is a copy out of the page cache and a GPU works asynchronously, so that no loader
-        process would gain anything.
+        Reading is a copy out of the page cache and a GPU works asynchronously, so a loader process
+        would gain nothing.
         """
         shares = self.indices(step).reshape(self.n_micro, self.n_ranks, -1)
         for micro in shares[:, self.rank]:
@@ -86,7 +88,7 @@ class BatchSampler:
 def read_batch(
     split: TokenSplit, indices: NDArray[np.int64], sequence_length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, [b, T] each, of the sequences `indices` [b]."""
+    """Return inputs and targets, [b, T] each, of the sequences `indices` [b]."""
     rows = np.stack([split.sequence(int(i), sequence_length) for i in indices])  # [b, T + 1]
     tokens = torch.from_numpy(rows)
     if device.type == "cuda":
@@ -96,5 +98,5 @@ def read_batch(
 
 
 def spread(n: int, count: int) -> NDArray[np.int64]:
-    """`count` (or all) of the numbers 0..n-1, evenly spread: [min(n, count)]."""
+    """Return `count` (or all) of the numbers 0..n-1, evenly spread: [min(n, count)]."""
     return np.linspace(0, n - 1, min(n, count)).astype(np.int64)

@@ -1,8 +1,8 @@
 """Curves of a training run: JSON lines that two equal runs share to the byte, and views of them.
 
 metrics.jsonl   step, tokens, loss, learning_rate, gradient_norm; validation_loss and its error
-timing.jsonl    tokens a second (differs from run to run: no part of the stage's identity)
-tensorboard/    both
+timing.jsonl    tokens per second (differs from run to run: no part of the stage's identity)
+tensorboard/    both, with --tensorboard
 loss.png        loss over tokens
 """
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cratelm.errors import InputError
+from cratelm.errors import missing_extra
 from cratelm.runs import atomic_path
 
 METRICS, TIMING, TENSORBOARD, FIGURE = "metrics.jsonl", "timing.jsonl", "tensorboard", "loss.png"
@@ -34,19 +34,17 @@ class Log:
         for name in (METRICS, TIMING):
             _truncate(folder / name, step)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step + 1)
+            self._writer = import_tensorboard()(str(folder / TENSORBOARD), purge_step=step + 1)
         if wandb_name:
             self._wandb = import_wandb().init(project="cratelm", name=wandb_name, dir=str(folder))
 
     def write(self, step: int, tokens: int, **figures: float) -> None:
-        """Figures after `step` steps and `tokens` tokens."""
+        """Append figures after `step` steps and `tokens` tokens."""
         self._line(METRICS, {"step": step, "tokens": tokens, **figures})
         self._show(step, figures)
 
     def time(self, step: int, tokens: int) -> None:
-        """Tokens a second since the last call."""
+        """Append the tokens per second since the last call."""
         now = time.monotonic()
         if self._tokens_before is not None:
             speed = round((tokens - self._tokens_before) / max(now - self._before, 1e-9), 1)
@@ -55,6 +53,7 @@ class Log:
         self._before, self._tokens_before = now, tokens
 
     def close(self) -> None:
+        """Finish the views of the curves."""
         if self._writer:
             self._writer.close()
         if self._wandb:
@@ -62,7 +61,7 @@ class Log:
 
     def _line(self, name: str, value: dict[str, Any]) -> None:
         if self.folder is not None:
-            with (self.folder / name).open("a") as file:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(value) + "\n")
 
     def _show(self, step: int, figures: dict[str, float]) -> None:
@@ -73,20 +72,20 @@ class Log:
             self._wandb.log(figures, step=step)
 
 
-def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """Lines of a curve file, in order of steps; a last line that was cut by a kill is left out."""
-    path = folder / name
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+def read_metrics(folder: str | Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Return the lines of a curve file in order of steps, without a last line that was not finished."""
+    path = Path(folder) / name
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def last(metrics: list[dict[str, Any]], key: str) -> float | None:
-    """The last value of `key`, None where no line has it."""
+    """Return the last value of `key`, None where no line has it."""
     return next((line[key] for line in reversed(metrics) if key in line), None)
 
 
 def draw(folder: Path, title: str) -> None:
-    """`loss.png`: training and validation loss over tokens."""
+    """Draw `loss.png`: training and validation loss over tokens."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     metrics = read_metrics(folder)
@@ -98,7 +97,7 @@ def draw(folder: Path, title: str) -> None:
     ):
         points = [(line["tokens"], line[key]) for line in metrics if key in line]
         axes.plot(*zip(*points, strict=True), **style) if points else None
-    axes.set(xlabel="tokens", ylabel="loss, nats a token", title=title)
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
     axes.legend(frameon=False)
     figure.savefig(folder / FIGURE)
 
@@ -106,15 +105,24 @@ def draw(folder: Path, title: str) -> None:
 def _truncate(path: Path, step: int) -> None:
     kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        lines = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary.write_text(lines, encoding="utf-8")
+
+
+def import_tensorboard() -> Any:
+    """Return TensorBoard's writer; raises `InputError` that names the extra where it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    except ImportError:
+        otherwise = ", or leave it out: the curves are in metrics.jsonl and loss.png too"
+        raise missing_extra("tensorboard", "--tensorboard", "tensorboard", otherwise) from None
+    return SummaryWriter
 
 
 def import_wandb() -> Any:
-    """The optional package; raises `InputError` that names the extra where it is missing."""
+    """Return the optional package. Raises `InputError` that names the extra where it is missing."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise InputError(
-            "--wandb needs the package wandb: type `pip install 'cratelm[wandb]'`, or leave it out"
-        ) from None
+        raise missing_extra("wandb", "--wandb", "wandb", ", or leave it out") from None
     return wandb

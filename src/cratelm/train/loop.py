@@ -21,14 +21,22 @@ from cratelm.tokens.tokenizer import hf_tokenizer
 from cratelm.train import checkpoints
 from cratelm.train.config import TrainConfig
 from cratelm.train.data import BatchSampler
-from cratelm.train.log import UNHASHED, Log, draw, import_wandb, last, read_metrics
+from cratelm.train.log import (
+    UNHASHED,
+    Log,
+    draw,
+    import_tensorboard,
+    import_wandb,
+    last,
+    read_metrics,
+)
 from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import learning_rate, make_optimizers, set_learning_rate
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A trained model: where it lies and how far it came."""
+    """A trained model: where it is, how long it was trained and how well it predicts."""
 
     name: str
     path: Path
@@ -36,98 +44,90 @@ class TrainResult:
     tokens: int
     """tokens seen, repeats counted"""
     parameters: int
-    """trainable, position embedding left out"""
+    """trainable parameters, without the position embedding"""
     loss: float | None
-    """of the last step's batch, nats a token; None where no step was taken"""
+    """of the last step's batch, nats per token; None where no step was taken"""
     validation_loss: float
-    """on the fixed held-out sequences, nats a token"""
+    """on the fixed held-out sequences, nats per token"""
     validation_standard_error: float
     """over those sequences"""
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
-    """What the loop works with, each part ready for the devices at hand."""
+class TrainingSetup:
+    """What the loop works with, each part prepared for the devices at hand."""
 
     accelerator: Accelerator
     model: torch.nn.Module
     """`NextTokenLoss` of the model, as Accelerate wraps it"""
     optimizers: list[torch.optim.Optimizer]
-    feed: BatchSampler
+    sampler: BatchSampler
     validation: Validation
     parameters: int
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains a model on the train split of a run and saves it in `model/NAME`.
+    """Train a model on the train split of a run and save it in `model/NAME`.
 
     Raises `InputError` for a configuration that cannot be run, and where loss or gradient stop being
     numbers (the checkpoints are kept).
     """
     run = Run(config.run)
     stage = run.stage("model", config.folder)
-    inputs = {"tokens": run.stage("tokens").require("tokenize").identity}
-    if stage.is_finished(config.identity(), inputs, force=config.force):
+    inputs = {"tokens": run.stage("tokens").require("tokenize")}
+    if stage.is_finished(config.settings(), inputs, force=config.force):
         return _read_result(stage)
 
+    if config.tensorboard:
+        import_tensorboard()  # a missing package is reported before anything is written
     if config.wandb:
-        import_wandb()  # a missing package is told before anything is written
+        import_wandb()  # a missing package is reported before anything is written
     store = TokenStore(run.stage("tokens").path)
-    ready = _prepare(config, store)
-    if ready.accelerator.is_main_process and not config.quiet:
-        print(_plan(config, ready, stage.label))
-    with checkpoints.shared_draft(ready.accelerator, stage, config.identity(), inputs) as draft:
-        _take_steps(ready, config, draft, stage.label)
-        checkpoints.save_model(ready.accelerator, ready.model, draft.path)
-        if ready.accelerator.is_main_process:
+    setup = _prepare(config, store)
+    if setup.accelerator.is_main_process and not config.quiet:
+        print(_summary(config, setup, stage.label))
+    with checkpoints.shared_draft(setup.accelerator, stage, config.settings(), inputs) as draft:
+        take_steps(setup, config, draft, stage.label)
+        checkpoints.save_model(setup.accelerator, setup.model, draft.path)
+        if setup.accelerator.is_main_process:
             hf_tokenizer(store.tokenizer).save_pretrained(draft.path)
             draw(draft.path, stage.label)
             draft.unhashed.update(UNHASHED)
-            draft.results = _results(config, ready, draft.path)
+            draft.results = _results(config, setup, draft.path)
     return _read_result(stage)
 
 
-def _take_steps(ready: Ready, config: TrainConfig, draft: Draft, label: str) -> None:
-    """All steps that are not taken yet, from the last checkpoint on."""
-    numbers, feed, model = config.numbers(), ready.feed, ready.model
-    accelerator, optimizers = ready.accelerator, ready.optimizers
-    main = accelerator.is_main_process
-
+def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: str) -> None:
+    """Take all steps that are not taken yet, from the last checkpoint on."""
+    recipe, model, accelerator = config.resolved(), setup.model, setup.accelerator
     first = checkpoints.restore(accelerator, draft)
     log = Log(
-        draft.path if main else None,
+        draft.path if accelerator.is_main_process else None,
         first,
         tensorboard=config.tensorboard,
         wandb_name=label if config.wandb else None,
     )
     if first == 0:
-        log.write(0, 0, **ready.validation.measure(model))
+        log.write(0, 0, **setup.validation.measure(model))
     model.train()
-    log.time(first, first * numbers.tokens_per_step)
-    steps = range(first, numbers.steps)
+    log.time(first, first * recipe.tokens_per_step)
     bar = tqdm(
-        steps, label, numbers.steps, initial=first, unit="step", disable=config.quiet or not main
+        range(first, recipe.steps),
+        label,
+        recipe.steps,
+        initial=first,
+        unit="step",
+        disable=config.quiet or not accelerator.is_main_process,
     )
     for step in bar:
-        rate = learning_rate(step, numbers, config.minimum_ratio)
-        set_learning_rate(optimizers, rate)
-        loss, norm = torch.zeros((), device=accelerator.device), torch.zeros(())
-        for tokens, targets in feed.micro_batches(step, accelerator.device):  # [b, T] each
-            with accelerator.accumulate(model):
-                part = model(tokens, targets)
-                accelerator.backward(part)
-                loss += part.detach() / feed.n_micro
-                if accelerator.sync_gradients:
-                    limit = config.clip or math.inf
-                    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
+        rate = learning_rate(step, recipe, config.minimum_ratio)
+        set_learning_rate(setup.optimizers, rate)
+        loss, norm = _update(setup, config, step)
 
-        done, seen = step + 1, (step + 1) * numbers.tokens_per_step
+        done, seen = step + 1, (step + 1) * recipe.tokens_per_step
         logs, validates, keeps = (
-            done % every == 0 or done == numbers.steps
-            for every in (numbers.log_every, numbers.validate_every, numbers.checkpoint_every)
+            done % every == 0 or done == recipe.steps
+            for every in (recipe.log_every, recipe.validate_every, recipe.checkpoint_every)
         )
         if logs or keeps:  # checked before a checkpoint, too: none holds weights gone bad
             figures = _figures(accelerator, loss, norm)
@@ -137,70 +137,92 @@ def _take_steps(ready: Ready, config: TrainConfig, draft: Draft, label: str) -> 
                 log.write(done, seen, **figures, learning_rate=rate)
                 log.time(done, seen)
         if validates:
-            log.write(done, seen, **ready.validation.measure(model))
+            log.write(done, seen, **setup.validation.measure(model))
         if keeps:
             checkpoints.save(accelerator, draft, done)
     log.close()
 
 
-def _prepare(config: TrainConfig, store: TokenStore) -> Ready:
-    """Devices, model, optimizers and data, in this order."""
-    numbers = config.numbers()
-    accelerator = _accelerator(config)
-    feed = BatchSampler(
+def _update(
+    setup: TrainingSetup, config: TrainConfig, step: int
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """Update the weights by one batch; return this rank's mean loss and the norm of the gradient.
+
+    Both stay tensors on the device: reading a number would make the host wait for it at each step.
+    """
+    accelerator, model, sampler = setup.accelerator, setup.model, setup.sampler
+    loss, norm = torch.zeros((), device=accelerator.device), torch.zeros(())
+    for tokens, targets in sampler.micro_batches(step, accelerator.device):  # [b, T] each
+        # Within `accumulate`, optimizers step and zero their gradients at the last micro-batch only.
+        with accelerator.accumulate(model):
+            part = model(tokens, targets)
+            accelerator.backward(part)
+            loss += part.detach() / sampler.n_micro
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+            for optimizer in setup.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    return loss, norm
+
+
+def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
+    """Return accelerator, model, optimizers and data, prepared in the order in which they need each other."""
+    recipe = config.resolved()
+    accelerator = open_accelerator(config)
+    sampler = BatchSampler(
         store.split("train"),
-        batch_size=numbers.batch_size,
-        micro_batch_size=numbers.micro_batch_size,
-        sequence_length=numbers.sequence_length,
+        batch_size=recipe.batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        sequence_length=recipe.sequence_length,
         seed=config.seed,
         rank=accelerator.process_index,
         n_ranks=accelerator.num_processes,
     )
-    accelerator.gradient_accumulation_steps = feed.n_micro
-    validation = Validation(store.split("held_out"), numbers, accelerator)
+    accelerator.gradient_accumulation_steps = sampler.n_micro
+    validation = Validation(store.split("held_out"), recipe, accelerator)
     bare = build(
         config.model,
         vocab_size=store.padded_vocab_size,
-        max_position_embeddings=numbers.sequence_length,
+        max_position_embeddings=recipe.sequence_length,
         seed=config.seed,
         **{"eos_token_id": store.eot_id, **config.overrides()},
     )
     parameters = count_parameters(bare)
-    optimizers = make_optimizers(bare, numbers.optimizer, config.weight_decay)
+    optimizers = make_optimizers(bare, recipe.optimizer, config.weight_decay)
     wrapped = NextTokenLoss(bare)
     if config.compile:
         wrapped.compile()  # in place: Accelerate's own way renames the weights
     model, *optimizers = accelerator.prepare(wrapped, *optimizers)
-    return Ready(accelerator, model, optimizers, feed, validation, parameters)
+    return TrainingSetup(accelerator, model, optimizers, sampler, validation, parameters)
 
 
-def _plan(config: TrainConfig, ready: Ready, label: str) -> str:
-    """One line on what is about to be done."""
-    numbers = config.numbers()
-    epochs = numbers.steps * numbers.batch_size / ready.feed.n_sequences
+def _summary(config: TrainConfig, setup: TrainingSetup, label: str) -> str:
+    """Return one line on the training that is about to start."""
+    recipe = config.resolved()
+    epochs = recipe.steps * recipe.batch_size / setup.sampler.n_sequences
     return (
-        f"{label}: {ready.parameters:,} parameters, {numbers.steps:,} steps of"
-        f" {numbers.batch_size} x {numbers.sequence_length:,} tokens ({epochs:.2f} epochs),"
-        f" {numbers.optimizer} at {numbers.learning_rate:g}"
+        f"{label}: {setup.parameters:,} parameters, {recipe.steps:,} steps of"
+        f" {recipe.batch_size} x {recipe.sequence_length:,} tokens ({epochs:.2f} epochs),"
+        f" {recipe.optimizer} at {recipe.learning_rate:g}"
     )
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """Devices as found, or as `torchrun` and `accelerate launch` say.
-
-    Accelerate keeps one state for the whole process and refuses another precision later; each
-    training is a world of its own, so that state is cleared first (process groups stay).
-    """
-    numbers = config.numbers()
+def open_accelerator(config: TrainConfig) -> Accelerator:
+    """Return Accelerate on the devices found, or on those of `torchrun` and `accelerate launch`."""
+    recipe = config.resolved()
+    # Accelerate keeps one state for the whole process and refuses another precision later, but each
+    # training run needs a fresh one. There is no public way: transformers' own trainer calls this, too.
+    # Process groups stay.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
-        # Without being told, Accelerate does not form a group of processes that have no GPU.
+        # Without `cpu`, Accelerate does not form a group of processes that have no GPU.
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),
-        mixed_precision="bf16" if numbers.precision == "bf16" else "no",
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
     )
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and numbers.optimizer == "muon":
+    if sharded and recipe.optimizer == "muon":
         raise InputError(
             "--optimizer muon needs whole matrices, FSDP splits them:"
             " take --optimizer adamw, or launch without FSDP"
@@ -212,7 +234,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 def _figures(
     accelerator: Accelerator, loss: torch.Tensor, norm: torch.Tensor | float | None
 ) -> dict[str, float]:
-    """Loss of the whole batch and norm of its gradient."""
+    """Return the loss of the whole batch and the norm of its gradient."""
     mean = accelerator.reduce(loss, "mean")
     assert isinstance(mean, torch.Tensor)
     assert norm is not None
@@ -223,24 +245,24 @@ def _check_finite(figures: dict[str, float], step: int, config: TrainConfig, dra
     bad = next((name for name, value in figures.items() if not math.isfinite(value)), None)
     if bad is None:
         return
-    kept = checkpoints.found(draft)
-    where = f" (the last good state is {kept[-1]})" if kept else ""
-    numbers = config.numbers()
-    bf16 = ", or --precision fp32" if numbers.precision == "bf16" else ""
+    saved = checkpoints.found(draft)
+    where = f" (the last good state is {saved[-1]})" if saved else ""
+    recipe = config.resolved()
+    bf16 = ", or --precision fp32" if recipe.precision == "bf16" else ""
     raise InputError(
         f"{bad.replace('_', ' ')} is {figures[bad]} at step {step}{where}: training has diverged,"
-        f" lower --learning-rate (now {numbers.learning_rate:g}), raise --warmup (now"
-        f" {numbers.warmup}){bf16}"
+        f" lower --learning-rate (now {recipe.learning_rate:g}), raise --warmup (now"
+        f" {recipe.warmup}){bf16}"
     )
 
 
-def _results(config: TrainConfig, ready: Ready, folder: Path) -> dict:
-    """Figures for the completion record, out of the curve, which outlives a kill."""
-    numbers, metrics = config.numbers(), read_metrics(folder)
+def _results(config: TrainConfig, setup: TrainingSetup, folder: Path) -> dict:
+    """Return figures for the completion record, from the curve, which survives an interruption."""
+    recipe, metrics = config.resolved(), read_metrics(folder)
     return {
-        "steps": numbers.steps,
-        "tokens": numbers.steps * numbers.tokens_per_step,
-        "parameters": ready.parameters,
+        "steps": recipe.steps,
+        "tokens": recipe.steps * recipe.tokens_per_step,
+        "parameters": setup.parameters,
         "loss": last(metrics, "loss"),
         "validation_loss": last(metrics, "validation_loss"),
         "validation_standard_error": last(metrics, "validation_standard_error"),

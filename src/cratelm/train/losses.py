@@ -33,13 +33,13 @@ class NextTokenLoss(nn.Module):
         self._no_split_modules = model._no_split_modules  # read by FSDP's wrapping policy
 
     def tie_weights(self) -> None:
-        """Called by FSDP once it has replaced the parameters."""
+        """Tie the weights again: FSDP calls this once it has replaced the parameters."""
         self.model.tie_weights()
 
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor, *, mean: bool = True
     ) -> torch.Tensor:
-        """Cross-entropy in nats of targets [B, T] after tokens [B, T]: their mean, or each [B, T]."""
+        """Return the cross-entropy in nats of targets [B, T] after tokens [B, T]: the mean, or each [B, T]."""
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         head: Any = self.model.get_output_embeddings()
         # The chunked form gives its loss in the precision of its input, three digits in bf16; and a
@@ -61,19 +61,19 @@ class Validation:
     Raises `InputError` where the held-out split holds no whole sequence.
     """
 
-    def __init__(self, split: TokenSplit, numbers: Recipe, accelerator: Accelerator):
-        self.split, self.length, self.accelerator = split, numbers.sequence_length, accelerator
-        self.batch_size = numbers.micro_batch_size
+    def __init__(self, split: TokenSplit, recipe: Recipe, accelerator: Accelerator):
+        self.split, self.length, self.accelerator = split, recipe.sequence_length, accelerator
+        self.batch_size = recipe.micro_batch_size
         available = split.n_sequences(self.length)
         if available == 0:
             raise InputError(
-                f"the held_out split has {split.n_tokens} tokens, {self.length + 1} were expected at"
-                " least: give more text, or a lower --sequence-length"
+                f"the held_out split has {split.n_tokens} tokens: at least {self.length + 1} are"
+                " needed: give more text, or a lower --sequence-length"
             )
-        self.indices = spread(available, numbers.validation_sequences)  # [n]
+        self.indices = spread(available, recipe.validation_sequences)  # [n]
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Mean over sequences, and its standard error (0 where there is one); of a `NextTokenLoss`."""
+        """Return the mean loss of a `NextTokenLoss` over the sequences, and its standard error (0 for one)."""
         was_training = model.training
         model.eval()
         losses = self._sequence_losses(model)
@@ -86,15 +86,15 @@ class Validation:
 
     @torch.no_grad()
     def _sequence_losses(self, model: nn.Module) -> Any:
-        """Mean loss of each sequence [n], in float64 and in one order, however many ranks share them."""
+        """Return the mean loss of each sequence [n], in float64 and in one order for any number of ranks."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         n = len(self.indices)
         share = -(-n // ranks)  # the same for each rank, so that collective calls match
-        mine = self.indices[(np.arange(share) * ranks + rank) % n]
+        of_rank = self.indices[(np.arange(share) * ranks + rank) % n]
         device = self.accelerator.device
         parts = []
         for start in range(0, share, self.batch_size):
-            batch = mine[start : start + self.batch_size]
+            batch = of_rank[start : start + self.batch_size]
             tokens, targets = read_batch(self.split, batch, self.length, device)
             losses = model(tokens, targets, mean=False)  # [b, T]
             parts.append(losses.float().mean(-1))  # [b]

@@ -1,4 +1,4 @@
-"""Who updates what, and how fast.
+"""Which optimizer updates which tensor, and at what learning rate.
 
     tensor                                      adamw            muon
     matrices inside the blocks                  AdamW, decay     Muon, decay
@@ -26,7 +26,7 @@ BETAS = (0.9, 0.95)
 def make_optimizers(
     model: PreTrainedModel, kind: str, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over all trainable parameters, or Muon and AdamW; the loop sets the learning rate."""
+    """Return AdamW over all trainable parameters, or Muon and AdamW; the loop sets the learning rate."""
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     if kind == "adamw":
         return [_adamw(list(trainable.values()), weight_decay)]
@@ -40,7 +40,7 @@ def make_optimizers(
 
 
 def block_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The trainable matrices that are neither an embedding nor the head."""
+    """Return the trainable matrices that are neither an embedding nor the head."""
     outside = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
@@ -52,19 +52,20 @@ def block_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
     ]
 
 
-def learning_rate(step: int, numbers: Recipe, minimum_ratio: float) -> float:
-    """Linear rise over `warmup` steps, then a cosine from the peak to its `minimum_ratio`-th part.
+def learning_rate(step: int, recipe: Recipe, minimum_ratio: float) -> float:
+    """Return the rate of a step: a linear rise over `warmup` steps, then a cosine down to a fraction.
 
-    `step` counts from 0; the last step has the lowest rate.
+    The cosine ends at `minimum_ratio` times the peak, with the last step; `step` counts from 0.
     """
-    if step < numbers.warmup:
-        return numbers.learning_rate * (step + 1) / numbers.warmup
-    progress = (step - numbers.warmup) / max(1, numbers.steps - 1 - numbers.warmup)
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - 1 - recipe.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return numbers.learning_rate * (minimum_ratio + (1 - minimum_ratio) * cosine)
+    return recipe.learning_rate * (minimum_ratio + (1 - minimum_ratio) * cosine)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Set the learning rate of all parameters of all optimizers."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate

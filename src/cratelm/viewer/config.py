@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from cratelm.errors import InputError
-from cratelm.runs import aside
+from cratelm.runs import at_least, not_in_identity
 
 
 @dataclass(frozen=True)
@@ -17,28 +17,29 @@ class ViewConfig:
     Serves pages until Ctrl-C, or writes them into a folder with --static.
     """
 
-    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUNS")]] = aside(
-        (Path("runs/demo"),)
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUNS")]] = (
+        not_in_identity((Path("runs/demo"),))
     )
     """run directories"""
-    host: str = aside("127.0.0.1")
+    host: str = not_in_identity("127.0.0.1")
     """address to listen on. With any other than this machine's own, everyone who can reach it can read the
     runs and use the model: there is no password"""
-    port: int = aside(8000)
+    port: int = not_in_identity(8000)
     """port to listen on"""
-    live: bool = aside(True)
+    live: bool = not_in_identity(True)
     """enable the live page, which needs the model itself: activations of a typed text, steering"""
-    static: Path | None = aside(None)
+    static: Path | None = not_in_identity(None)
     """write the pages into this new folder and stop: for any web host, or to open from disk"""
-    neurons: int = aside(64)
+    neurons: int = not_in_identity(64)
     """with --static: neurons per layer that get a page, the best explained first; 0: all"""
-    force: bool = aside(False)
+    force: bool = not_in_identity(False)
     """with --static: replace pages that an earlier export wrote"""
+    quiet: bool = not_in_identity(False)
+    """with --static: no progress bar"""
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise InputError("no run is named: type `cratelm view runs/NAME`")
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port is {self.port}, 0 to 65535 was expected")
-        if self.neurons < 0:
-            raise InputError(f"--neurons is {self.neurons}, 0 or more was expected")
+        at_least(self, {"neurons": 0})

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from cratelm.report.drawing import Series, scores_panel
 from cratelm.results.views import MapPoint, NeuronView, RunCard, ScoreHistogram
-from cratelm.text.printable import printable
+from cratelm.text.display import printable
 
 _PAD = 30
 _LABELLED = 1024

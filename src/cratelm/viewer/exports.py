@@ -3,7 +3,7 @@
 from markupsafe import escape
 
 from cratelm.results.views import ExcerptView, NeuronView
-from cratelm.text.printable import printable, visible
+from cratelm.text.display import printable, visible
 from cratelm.text.table import latex
 from cratelm.viewer.drawings import shortened
 

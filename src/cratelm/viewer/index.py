@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import excerpts_path
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.records import NeuronKey, Split
 from cratelm.results.neuron_table import NeuronTable, read_neuron_table
 from cratelm.results.stages import READ_ERRORS, changed_at, one_line
 from cratelm.results.views import IndexState
-from cratelm.runs import Run, hash_json, write_json
+from cratelm.runs import Run, atomic_folder, atomic_path, hash_json, write_json
 from cratelm.tokens.shards import TokenStore
 
 _FORMAT = 2
@@ -90,13 +90,21 @@ class Index:
         threading.Thread(target=self.build, daemon=True).start()
 
     def _models(self) -> list[str]:
-        return self.run.models("activations")
+        """Those whose harvest has read today's tokens: the ids of others would be spelled wrongly."""
+        tokens = self.run.stage("tokens").completion()
+        found = {
+            n: self.run.stage("activations", n).completion() for n in self.run.models("activations")
+        }
+        return [
+            name
+            for name, done in found.items()
+            if tokens is None or (done and done.inputs.get("tokens") in (None, tokens.identity))
+        ]
 
     def _key(self) -> str:
         tokens = self.run.stage("tokens").completion()
-        harvests = {
-            n: self.run.stage("activations", n).require("harvest").identity for n in self._models()
-        }
+        records = {n: self.run.stage("activations", n).completion() for n in self._models()}
+        harvests = {n: done.identity for n, done in records.items() if done is not None}
         return hash_json(
             {"format": _FORMAT, "tokens": tokens.identity if tokens else "", "of": harvests}
         )
@@ -136,13 +144,9 @@ class Index:
             np.concatenate(parts) if parts else np.zeros(0)
             for parts in (neurons, tokens, values, counts)
         ]
-        draft = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _write(draft, *arrays, n_neurons=start)
-        write_json(draft / "meta.json", {"offsets": offsets, "neurons": start})
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        with atomic_folder(folder) as draft:
+            _write(draft, *arrays, n_neurons=start)
+            write_json(draft / "meta.json", {"offsets": offsets, "neurons": start})
         for old in folder.parent.glob("index-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
@@ -157,7 +161,7 @@ class Index:
         )
 
     def _open(self, folder: Path) -> None:
-        self._meta = json.loads((folder / "meta.json").read_text())
+        self._meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         names = ("starts", "neurons", "values", "counts", "vectors")
         self._arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
         self._folder = folder
@@ -172,10 +176,8 @@ class Index:
                 path = folder / map_name(name, layer)
                 if not path.is_file():
                     points = plane(self._vectors(name)[table.rows_of(layer)])
-                    temporary = path.with_name(f".{path.name}")
-                    with temporary.open("wb") as file:
+                    with atomic_path(path) as temporary, temporary.open("wb") as file:
                         np.save(file, points)
-                    temporary.replace(path)
 
     # ---- queries ----------------------------------------------------------------------------------
 
@@ -394,7 +396,7 @@ def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        raise InputError("it needs scikit-learn: type `pip install 'cratelm[viewer]'`") from None
+        raise missing_extra("viewer", "it", "scikit-learn") from None
     points = np.asarray(vectors)
     if len(points) < 5 or not points.any():
         found = np.zeros((len(points), 2), np.float32)

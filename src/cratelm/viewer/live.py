@@ -23,12 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
-from cratelm.evaluate.scoring import next_logits
 from cratelm.models.open import Encoder, encoder_of
+from cratelm.models.partial_forward import next_logits
 from cratelm.models.sites import capture
+from cratelm.results.stages import changed_at
 from cratelm.results.views import NotFound, plain
-from cratelm.steer.config import Edit
-from cratelm.steer.steer import compared, continue_ids
+from cratelm.steer.edits import Edit
+from cratelm.steer.steer import compare_next_tokens, continue_ids
 from cratelm.steer.steering import steering
 from cratelm.viewer.run_reader import Library
 from cratelm.viewer.security import Rate
@@ -38,7 +39,7 @@ LONGEST_TEXT = 4000
 _WAITING, _PATIENCE = 24, 20.0
 _ANSWERS = 64
 """answers kept; each at most some 100 kB"""
-_RATE = Rate(burst=30, per_second=8)
+BURST, PER_SECOND = 30, 8
 """requests to the model by one client"""
 _STRONGEST, _TOKENS_SHOWN, _MOST_GENERATED = 20, 10, 64
 _T = TypeVar("_T")
@@ -128,6 +129,7 @@ class Live:
 
         Raises `InputError` for a text or neuron that cannot be read, `Busy` if too many requests wait.
         """
+        state = self._state(run, model)
         maximum = self._maximum(run, model, layer, index)
 
         def work() -> TextActivations:
@@ -136,10 +138,11 @@ class Live:
             values = activations[layers.index(layer)][:, index]
             return TextActivations(tokens, cut, layer, index, tuple(values.tolist()), maximum)
 
-        return self._ask(("activations", run, model, text, layer, index), work)
+        return self._ask(("activations", *state, text, layer, index), work)
 
     def strongest(self, run: str, model: str, text: str, position: int) -> tuple[TopNeuron, ...]:
         """Return the neurons of all layers that are strongest at a token, relative to their own maximum."""
+        state = self._state(run, model)
         table = self.library.table(run, model)
 
         def work() -> tuple[TopNeuron, ...]:
@@ -161,7 +164,7 @@ class Live:
                         )
             return tuple(sorted(strongest, key=lambda s: -s.share)[:_STRONGEST])
 
-        return self._ask(("strongest", run, model, text, position), work)
+        return self._ask(("strongest", *state, text, position), work)
 
     def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> SteeringEffect:
         """Return the effect of an edit at every token on the next token and `count` more, chosen greedily."""
@@ -169,6 +172,7 @@ class Live:
             raise InputError(
                 f"{count} tokens were requested: 0 to {_MOST_GENERATED} can be generated"
             )
+        state = self._state(run, model)
         for index in edit.indices:
             self._maximum(run, model, edit.layer, index)
 
@@ -180,15 +184,25 @@ class Live:
             with steering(context.subject.model, edit, site=context.site):
                 after = _log_probabilities(context, ids)
                 steered = _continuation(context, encoder, ids, count)
-            change = compared(before, after, encoder.display, _TOKENS_SHOWN)
+            change = compare_next_tokens(before, after, encoder.display, _TOKENS_SHOWN)
             chances = _chances(before, after, change, encoder.display)
             return SteeringEffect(chances, change.kl, plain, steered)
 
         return self._ask(
-            ("steer", run, model, text, edit.layer, edit.indices, edit.operation, count), work
+            ("steer", *state, text, edit.layer, edit.indices, edit.operation, count), work
         )
 
     # ---- in the model's thread --------------------------------------------------------------------
+
+    def _state(self, run: str, model: str) -> tuple[str, str, str, int]:
+        """What an answer is about, read before anything else. Raises `NotFound`.
+
+        An answer that is remembered holds only while the harvest, and what was explained since, is the same.
+        """
+        self.library.table(run, model)
+        path = self.library.run_of(run)
+        harvest = path.stage("activations", model).require("harvest").identity
+        return run, model, harvest, changed_at(path)
 
     def _ask(self, name: tuple, work: Callable[[], _T]) -> _T:
         """The answer, remembered or from the model's thread."""
@@ -341,13 +355,17 @@ class SteerRequest(LiveRequest):
         return Edit(self.layer, self.neuron, **{self.operation: value})
 
 
-def router(live: Live) -> APIRouter:
-    """Return the endpoints. Each answers in a worker thread, so the event loop stays free."""
+def router(live: Live, rate: Rate | None = None) -> APIRouter:
+    """Return the endpoints. Each answers in a worker thread, so the event loop stays free.
+
+    `rate`: requests that one client may make, 30 at once and 8 a second by default.
+    """
+    allowed = rate or Rate(burst=BURST, per_second=PER_SECOND)
     made = APIRouter(prefix="/api/r/{run}/live")
 
     def answer(request: Request, ask: Callable[[], Any]) -> Response:
         client = request.client.host if request.client else ""
-        if not _RATE.take(client):
+        if not allowed.take(client):
             return JSONResponse({"error": "too many requests at once: wait a second"}, 429)
         try:
             return JSONResponse(plain(ask()))

@@ -1,6 +1,6 @@
 """Pages as HTML, from records: the same for the server and for an exported folder.
 
-All corpus text is made visible (`cratelm.text.printable`) and escaped, so that nothing in it acts.
+All corpus text is made visible (`cratelm.text.display`) and escaped, so that nothing in it acts.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import json
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from itertools import groupby
 from typing import Any
@@ -29,7 +29,7 @@ from cratelm.results.views import (
     plain,
 )
 from cratelm.score.simulators import SIMULATORS
-from cratelm.text.printable import printable, visible
+from cratelm.text.display import printable, visible
 from cratelm.text.shading import faint_marks, shaded_html
 from cratelm.viewer import drawings
 from cratelm.viewer.compare import compare
@@ -386,26 +386,23 @@ def _pairs(card: RunCard) -> list[tuple[ModelCard, ModelCard]]:
     return [(c, card.model(twin)) for c in trained if (twin := card.twin(c.name))]
 
 
-_made: list[jinja2.Environment] = []
-
-
+@cache
 def _environment() -> jinja2.Environment:
-    if not _made:
-        folder = resources.files("cratelm.viewer") / "templates"
-        environment = jinja2.Environment(
-            loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            auto_reload=False,
-        )
-        environment.filters["printable"] = lambda text: printable(str(text)) if text else text
-        environment.filters["tenth"] = lambda x: f"{round(x, 1) + 0.0:.1f}"
-        environment.filters["token"] = _token
-        environment.filters["thousands"] = lambda n: "–" if n is None else f"{n:,}"
-        _made.append(environment)
-    return _made[0]
+    """Return the templates, compiled once a process."""
+    folder = resources.files("cratelm.viewer") / "templates"
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    environment.filters["printable"] = lambda text: printable(str(text)) if text else text
+    environment.filters["tenth"] = lambda x: f"{round(x, 1) + 0.0:.1f}"
+    environment.filters["token"] = _token
+    environment.filters["thousands"] = lambda n: "–" if n is None else f"{n:,}"
+    return environment
 
 
 def _token(text: str) -> Markup:

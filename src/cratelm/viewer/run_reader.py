@@ -81,7 +81,8 @@ class Library:
                     f"{path} is not there: a run directory was expected, such as one that `cratelm demo`"
                     " makes in runs/demo"
                 )
-            name, key, number = Path(path).resolve().name, Path(path).resolve().name, 1
+            name = Path(path).resolve().name or "run"  # "/" has none
+            key, number = name, 1
             while key in self._runs:
                 number += 1
                 key = f"{name}-{number}"
@@ -271,6 +272,7 @@ class Library:
             if not card.neurons:
                 continue
             table = self.table(key, card.name)
+            notes.update(f"{card.name}: {line}." for line in card.stale)
             if token:
                 on_token, note = self.index_of(key).on_token(card.name, token)
                 notes.add(note)

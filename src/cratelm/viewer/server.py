@@ -69,14 +69,21 @@ def _spaced(token: str) -> str:
 
 Filters = Annotated[LayerQuery, Depends(_query)]
 View = Annotated[NeuronView, Depends(_view)]
-_RATE = Rate(burst=120, per_second=40)
+BURST, PER_SECOND = 120, 40
 """requests of one client: enough for a person who holds a key down, too few for a crawler"""
 
 
 def application(
-    library: Library, host: str = "127.0.0.1", live: APIRouter | None = None
+    library: Library,
+    host: str = "127.0.0.1",
+    live: APIRouter | None = None,
+    rate: Rate | None = None,
 ) -> FastAPI:
-    """Return the application that serves the runs; `live`: endpoints that need the model."""
+    """Return the application that serves the runs.
+
+    `live`: endpoints that need the model; `rate`: requests that one client may make, 120 at once and
+    40 a second by default.
+    """
     app = FastAPI(title="cratelm", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.library = library
     pages = Pages(library, live=live is not None)
@@ -84,7 +91,7 @@ def application(
     app.include_router(_api(library), prefix="/api")
     if live is not None:
         app.include_router(live)
-    _guard(app, pages, host)
+    _guard(app, pages, host, rate or Rate(burst=BURST, per_second=PER_SECOND))
     _errors(app, pages)
     return app
 
@@ -183,7 +190,7 @@ def _asset(name: str) -> tuple[bytes, str]:
     return content, f'"{hashlib.sha256(content).hexdigest()[:20]}"'
 
 
-def _guard(app: FastAPI, pages: Pages, host: str) -> None:
+def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
     """Refuse what `cratelm.viewer.security` does not allow, and set its headers."""
     names, anywhere = allowed_hosts(host), host in ("0.0.0.0", "::")
 
@@ -203,7 +210,7 @@ def _guard(app: FastAPI, pages: Pages, host: str) -> None:
             return 411, "the request must state the length of its body"
         if not length.isdigit() or int(length) > LONGEST_BODY:
             return 413, f"the body of a request can have at most {LONGEST_BODY:,} bytes"
-        if not request.url.path.startswith("/assets/") and not _RATE.take(client):
+        if not request.url.path.startswith("/assets/") and not rate.take(client):
             return 429, "too many requests at once: wait a second"
         return None
 

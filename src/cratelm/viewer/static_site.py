@@ -1,6 +1,5 @@
 """The pages as a folder that any web host serves, or that a browser opens from disk."""
 
-import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.results.views import LayerQuery
+from cratelm.runs import atomic_folder
 from cratelm.viewer.pages import Pages, file_of
 from cratelm.viewer.run_reader import Library
 
@@ -39,38 +39,38 @@ class Exported:
         )
 
 
-def export(library: Library, folder: Path, neurons: int, force: bool) -> Exported:
+def export(
+    library: Library, folder: Path, neurons: int, force: bool, *, quiet: bool = False
+) -> Exported:
     """Write all pages of a library into a new folder.
 
     Raises `InputError` if the folder holds something else, or an earlier export and not `force`.
     """
     _check(folder, force)
-    draft = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    target = folder.resolve()  # "." has no name
+    with atomic_folder(target) as draft:
         chosen = {key: _chosen(library, *key, neurons) for key in _layers(library)}
         pages = Pages(
             library,
             static=True,
             paged=lambda run, model, layer, index: index in chosen.get((run, model, layer), ()),
         )
-        count = _write_all(library, pages, chosen, draft)
+        count = _write_all(library, pages, chosen, draft, quiet)
         (draft / _MARK).write_text("Written by `cratelm view --static`.\n", encoding="utf-8")
         size = sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     total = sum(library.run(r).model(m).neurons[layer] for r, m, layer in chosen)
-    return Exported(folder, count, size, sum(map(len, chosen.values())), total)
+    shown = folder if folder.is_dir() else target  # a/../b is no path where a is not there
+    return Exported(shown, count, size, sum(map(len, chosen.values())), total)
 
 
 def _check(folder: Path, force: bool) -> None:
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"--static {folder} is a file: name a folder that is not there yet")
+    above = next((p for p in folder.resolve().parents if p.exists()), folder)
+    if not above.is_dir():
+        raise InputError(
+            f"--static {folder}: {above} is a file, a folder was expected: name another folder"
+        )
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / _MARK).is_file():
             raise InputError(
@@ -105,7 +105,7 @@ def _chosen(library: Library, run: str, model: str, layer: int, most: int) -> se
 
 
 def _write_all(
-    library: Library, pages: Pages, chosen: dict[LayerKey, set[int]], folder: Path
+    library: Library, pages: Pages, chosen: dict[LayerKey, set[int]], folder: Path, quiet: bool
 ) -> int:
     def write(parts: tuple[str, ...], html: str) -> None:
         path = folder / file_of(parts)
@@ -121,7 +121,7 @@ def _write_all(
         write(("r", key), pages.overview(key))
     count = 1 + len(library.keys)
     total = len(chosen) + sum(map(len, chosen.values()))
-    with tqdm(total=total, desc="pages", unit="page") as bar:
+    with tqdm(total=total, desc="pages", unit="page", disable=quiet) as bar:
         for (run, model, layer), members in chosen.items():
             everything = LayerQuery(per_page=10**9)
             write(

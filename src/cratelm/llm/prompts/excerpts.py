@@ -1,25 +1,19 @@
-"""Tokens as a language model is shown them."""
+"""Write tokens as a language model sees them in prompts."""
 
 from collections.abc import Sequence
 
 from numpy.typing import NDArray
 
+from cratelm.text.display import printable
+
 OPEN, CLOSE = "«", "»"
 """around the tokens that a neuron reacts to"""
-_NAMED = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-
-
-def escaped(text: str) -> str:
-    """`text` on one line: what is no printable character and no space is written as an escape."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else _NAMED.get(c) or _code(c) for c in text)
 
 
 def excerpt_text(
     token_ids: NDArray, strings: Sequence[str], marked: Sequence[bool] | NDArray = ()
 ) -> str:
-    """The tokens of an excerpt as one line, runs of `marked` tokens inside guillemets.
+    """Return the tokens of an excerpt as one line, runs of `marked` tokens inside guillemets.
 
     `strings` [V] shows each token (`TokenStore.decode_tokens`); `marked` [n] or empty for none.
     """
@@ -29,11 +23,6 @@ def excerpt_text(
         now = bool(len(marked)) and bool(marked[place])
         if now != inside:
             parts.append(OPEN if now else CLOSE)
-        parts.append(escaped(strings[int(token)]))
+        parts.append(printable(strings[int(token)]))
         inside = now
     return "".join(parts) + (CLOSE if inside else "")
-
-
-def _code(character: str) -> str:
-    number = ord(character)
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"

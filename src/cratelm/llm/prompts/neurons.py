@@ -1,4 +1,4 @@
-"""What cratelm asks a language model: to explain a neuron from excerpts, to simulate it from an explanation.
+"""Prompts that explain a neuron from excerpts, and that simulate it from an explanation.
 
 The words are ours; the protocol is Bills et al. (2023) as Bai & Ma (2025) use it: excerpts with
 levels 0..10 to the explainer, one `token<TAB>level` line a token to the simulator, all levels of an
@@ -12,15 +12,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.llm.prompts.excerpts import escaped, excerpt_text
+from cratelm.llm.prompts.excerpts import excerpt_text
 from cratelm.llm.requests import Chat, JsonQuery, LogprobQuery, Role
 from cratelm.records import Excerpt, levels
+from cratelm.text.display import printable
 
 VERSION = "1"
 UNKNOWN = "unknown"
 """stands where a level is asked for"""
 MOST_LISTED = 10
-"""tokens whose strength is told after the excerpts"""
+"""tokens listed with their strength after the excerpts"""
 
 EXPLAIN_SYSTEM = (
     "A neuron of a language model reacts to some tokens of a text. You see excerpts in which the tokens"
@@ -77,7 +78,7 @@ def explain_request(
     temperature: float,
     seed: int,
 ) -> Chat:
-    """Asks what a neuron reacts to, from excerpts and, where given, some in which it stays silent.
+    """Return the request for an explanation, from excerpts and, where given, some without a reaction.
 
     Levels are relative to the largest activation of all that is shown (Bills et al. 2023).
     """
@@ -101,7 +102,7 @@ def explain_request(
 
 
 def simulate_preamble(top: int) -> str:
-    """Instructions and examples, the same for all neurons; levels 0..`top`."""
+    """Return instructions and examples, the same for all neurons; levels 0..`top`."""
     head = (
         f"A neuron of a language model reacts to each token with a strength from 0 to {top}; most"
         f" strengths are 0. Each part says what the neuron reacts to, then lists the tokens of a text,"
@@ -116,14 +117,15 @@ def simulate_preamble(top: int) -> str:
 
 
 def simulate_context(explanation: str) -> str:
-    return f"\nNeuron reacts to: {escaped(explanation)}\n"
+    """Return the line that names the explanation."""
+    return f"\nNeuron reacts to: {printable(explanation)}\n"
 
 
 def simulate_read(
     explanation: str, token_ids: NDArray, strings: Sequence[str], top: int, *, full: bool = False
 ) -> LogprobQuery:
-    """Asks for the level of each token of one excerpt, all in one reading: n slots."""
-    lines = [f"{escaped(strings[int(t)])}\t{UNKNOWN}\n" for t in token_ids]
+    """Return the request for the level of each token of one excerpt, all in one pass: n slots."""
+    lines = [f"{printable(strings[int(t)])}\t{UNKNOWN}\n" for t in token_ids]
     ends = np.cumsum([len(line) for line in lines])
     return LogprobQuery(
         preamble=simulate_preamble(top),
@@ -139,7 +141,7 @@ def simulate_read(
 def simulate_fill(
     explanation: str, token_ids: NDArray, strings: Sequence[str], top: int
 ) -> JsonQuery:
-    """The same where a server gives no log-probabilities: JSON with one integer a token."""
+    """Return the same request for servers without log-probabilities: JSON with one integer per token."""
     n = len(token_ids)
     system = (
         f"A neuron of a language model reacts to each token with a strength from 0 to {top}; most"
@@ -150,18 +152,17 @@ def simulate_fill(
     messages.append(("system", system))
     for example, tokens in SIMULATE_EXAMPLES:
         values = ", ".join(str(_level(value, top)) for _, value in tokens)
-        asked = _asked(example, [token for token, _ in tokens])
-        messages.append(("user", asked))
+        messages.append(("user", _simulation_question(example, [token for token, _ in tokens])))
         messages.append(("assistant", f'{{"values": [{values}]}}'))
-    shown = [escaped(strings[int(t)]) for t in token_ids]
-    messages.append(("user", _asked(explanation, shown)))
+    shown = [printable(strings[int(t)]) for t in token_ids]
+    messages.append(("user", _simulation_question(explanation, shown)))
     return JsonQuery(tuple(messages), n, 0, top)
 
 
-def _asked(explanation: str, tokens: Sequence[str]) -> str:
+def _simulation_question(explanation: str, tokens: Sequence[str]) -> str:
     numbered = "\n".join(f"{i}\t{token}" for i, token in enumerate(tokens, 1))
     return (
-        f"Neuron reacts to: {escaped(explanation)}\nThe {len(tokens)} tokens:\n{numbered}\n"
+        f"Neuron reacts to: {printable(explanation)}\nThe {len(tokens)} tokens:\n{numbered}\n"
         f"Give {len(tokens)} integers."
     )
 
@@ -182,7 +183,7 @@ def _strongest(
     highest: dict[str, int] = {}
     for excerpt, levels_ in zip(shown, level, strict=True):
         for token_id, n in zip(excerpt.token_ids, levels_, strict=True):
-            token = f"«{escaped(strings[int(token_id)])}»"
+            token = f"«{printable(strings[int(token_id)])}»"
             highest[token] = max(highest.get(token, 0), int(n))
     best = sorted(((n, t) for t, n in highest.items() if n), key=lambda pair: -pair[0])
     return ", ".join(f"{token} {n}" for n, token in best[:MOST_LISTED]) or "nothing"

@@ -1,15 +1,14 @@
 """OpenAI's published few-shot prompts (Bills et al. 2023), from their own package, word for word.
 
-The package `automated-interpretability` wants NumPy below 2: install cratelm with the extra
-`openai-prompts` in an environment of its own. Its prompts are made by its own functions; nothing of
-it is sent or scored by it.
+The package `automated-interpretability` needs NumPy below 2: install cratelm with the extra
+`openai-prompts` in a separate environment. Its functions make the prompts; it sends and scores nothing.
 
-Control characters in tokens are shown as escapes, as in our own prompts: a raw tab in a token would
-melt into the tab that separates it from its level.
+Control characters in tokens are written as escapes, as in our own prompts: a raw tab in a token could
+not be told from the tab that separates it from its level.
 """
 
 # pyright: reportMissingImports=false
-# the package is in no environment with the rest
+# the package needs an older NumPy than the development environment has
 
 from collections.abc import Sequence
 from functools import cache
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.errors import InputError
-from cratelm.llm.prompts.excerpts import escaped
+from cratelm.errors import missing_extra
 from cratelm.llm.requests import Chat, LogprobQuery
 from cratelm.records import MAX_LEVEL, Excerpt
+from cratelm.text.display import printable
 
 VERSION = "openai"
 
@@ -34,7 +33,7 @@ def openai_explain_request(
     temperature: float,
     seed: int,
 ) -> Chat:
-    """Asks what a neuron reacts to, in the words of OpenAI's token-and-activation explainer."""
+    """Return the request for an explanation, in the words of OpenAI's token-and-activation explainer."""
     from neuron_explainer.activations.activation_records import calculate_max_activation
     from neuron_explainer.activations.activations import ActivationRecord
 
@@ -47,21 +46,21 @@ def openai_explain_request(
         max_activation=calculate_max_activation(records),
         max_tokens_for_completion=max_tokens,
     )
-    said = tuple((str(getattr(m["role"], "value", m["role"])), m["content"]) for m in messages)
-    return Chat(said, max_tokens, temperature, seed)  # type: ignore[arg-type]
+    turns = tuple((str(getattr(m["role"], "value", m["role"])), m["content"]) for m in messages)
+    return Chat(turns, max_tokens, temperature, seed)  # type: ignore[arg-type]
 
 
 def openai_simulate_read(
     explanation: str, token_ids: NDArray, strings: Sequence[str], *, full: bool = False
 ) -> LogprobQuery:
-    """Asks for the level 0..10 of each token of one excerpt, in the words of OpenAI's simulator."""
+    """Return the request for the level 0..10 of each token of one excerpt, in the words of OpenAI's simulator."""
     from neuron_explainer.activations.activation_records import (
         UNKNOWN_ACTIVATION_STRING,
         format_sequences_for_simulation,
     )
 
     tokens = _tokens(token_ids, strings)
-    simulator = _simulator(escaped(explanation))
+    simulator = _simulator(printable(explanation))
     prompt = simulator.make_simulation_prompt(tokens)
     body = format_sequences_for_simulation([tokens])
     assert prompt.endswith(body)
@@ -82,14 +81,15 @@ def openai_simulate_read(
 
 
 def require() -> None:
-    """Raises `InputError` where the package is not there."""
+    """Raise `InputError` where the package is not installed."""
     try:
         import neuron_explainer  # noqa: F401
     except ImportError:
-        raise InputError(
-            "--prompts openai needs the package automated-interpretability, which wants numpy < 2:"
-            " in an environment of its own, pip install 'cratelm[openai-prompts]'"
-        ) from None
+        package, otherwise = (
+            "automated-interpretability",
+            ", in an environment of its own: it needs numpy < 2",
+        )
+        raise missing_extra("openai-prompts", "--prompts openai", package, otherwise) from None
 
 
 @cache
@@ -97,8 +97,8 @@ def _explainer() -> Any:
     from neuron_explainer.explanations.explainer import TokenActivationPairExplainer
 
     class Explainer(TokenActivationPairExplainer):
-        """Makes prompts only: whether they are too long is for the model that is asked to say, and
-        finding out here would fetch a tokenizer."""
+        """Makes prompts only. Their length is not checked here: that would download a tokenizer, and the
+        model that is asked reports it anyway."""
 
         def _prompt_is_too_long(self, prompt_builder: Any, max_tokens_for_completion: int) -> bool:
             return False
@@ -114,4 +114,4 @@ def _simulator(explanation: str) -> Any:
 
 
 def _tokens(token_ids: NDArray, strings: Sequence[str]) -> list[str]:
-    return [escaped(strings[int(t)]) for t in token_ids]
+    return [printable(strings[int(t)]) for t in token_ids]

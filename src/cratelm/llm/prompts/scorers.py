@@ -1,11 +1,11 @@
-"""The words in which the field's scorers are asked, for reading (plain text) and for filling in (chat).
+"""Prompts of detection, fuzzing and intruder: for log-probabilities (plain text) and for JSON (chat).
 
-Read prompts are plain text to be continued, so that base models and small ones manage: an
-instruction, worked examples, then the question in their form up to where the answer stands. The
-answer stands on a line of its own. After a colon and a space no token would begin at it, since
-tokenizers of GPT-2's kind put a space and a digit into one token; right after a colon
-SmolLM2-135M-Instruct expects a space. On 72 easy questions it put 0.8 of all probability on the two
-answers after a colon, 0.9 after a line's end.
+The prompts for log-probabilities are plain text to be continued, so that base models and small ones
+manage: an instruction, worked examples, then the question in the same form up to the answer. The answer
+has a line of its own. After a colon and a space no token would begin at it, since tokenizers like
+GPT-2's put a space and a digit into one token; right after a colon SmolLM2-135M-Instruct expects a
+space. On 72 easy questions it put 0.8 of all probability on the two answers after a colon, 0.9 after a
+line's end.
 
 `VERSION` changes whenever any of the texts does.
 """
@@ -22,7 +22,7 @@ PLACES = ("1", "2", "3", "4", "5")
 
 @dataclass(frozen=True)
 class Wording:
-    """How a yes-or-no question about a text and a description is put."""
+    """The words of a yes-or-no question about a text and a description."""
 
     preamble: str
     """of a `LogprobQuery`: instruction and examples, ending before the description"""
@@ -147,31 +147,31 @@ You are given five numbered texts. Four have something in common, seen best in t
 
 
 def read_yes_no(wording: Wording, explanation: str, text: str) -> LogprobQuery:
-    """One text judged by the probability of 1 against 0."""
+    """Return the request that judges one text by the probability of 1 against 0."""
     body = f"Text: {text}\n{wording.slot}"
     context = f"Description: {one_line(explanation)}\n"
     return LogprobQuery(wording.preamble, context, body + YES_NO[0], (len(body),), YES_NO)
 
 
 def fill_yes_no(wording: Wording, explanation: str, texts: Sequence[str], seed: int) -> JsonQuery:
-    """Several texts judged by 0 or 1 each."""
+    """Return the request that judges several texts by 0 or 1 each."""
     question = f"Description: {one_line(explanation)}\n\n{_numbered(texts)}"
     return JsonQuery(_chat(wording.system, question), len(texts), 0, 1, seed)
 
 
 def read_intruder(texts: Sequence[str]) -> LogprobQuery:
-    """Five texts of which one does not belong, told by the probability of its number."""
+    """Return the request for the one of five texts that does not belong, by the probability of its number."""
     body = f"{_numbered(texts)}\n{_INTRUDER_SLOT}"
     return LogprobQuery(_INTRUDER_PREAMBLE, "", body + PLACES[0], (len(body),), PLACES)
 
 
 def fill_intruder(texts: Sequence[str], seed: int) -> JsonQuery:
-    """Five texts of which one does not belong, told by its number."""
+    """Return the request for the one of five texts that does not belong, by its number."""
     return JsonQuery(_chat(_INTRUDER_SYSTEM, _numbered(texts)), 1, 1, len(PLACES), seed)
 
 
 def one_line(text: str) -> str:
-    """`text` with single spaces for all white space, so that it cannot pass for another field of a prompt."""
+    """Return `text` with single spaces for all white space: it cannot pass for another field of a prompt."""
     return " ".join(text.split())
 
 

@@ -1,6 +1,6 @@
 """Tables about language models: their scores next to those without one, trial calls, and calls."""
 
-from cratelm.llm.probe import LOW_MASS, Preflight
+from cratelm.llm.probe import LOW_MASS, ProbeResult
 from cratelm.records import CHANCE, SCORERS, Control, Metric, NeuronKey
 from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, without_score
 from cratelm.results.run_results import ModelResults, ResultSet, RunResults
@@ -151,7 +151,7 @@ def probe_table(results: RunResults) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for of_set in _llm_sets(results):
         if p := of_set.preflight:
-            how = "log-probabilities" if p.reads else "JSON"
+            how = "log-probabilities" if p.supports_logprobs else "JSON"
             shares = (_percent(p.mass), _percent(p.lowest_mass))
             levels = f"0 to {p.top_level}"
             rows.append((of_set.label, how, levels, p.tokens_of_ten, *shares, _remark(p)))
@@ -166,8 +166,8 @@ def probe_table(results: RunResults) -> Table:
     )
 
 
-def _remark(p: Preflight) -> str:
-    if not p.reads:
+def _remark(p: ProbeResult) -> str:
+    if not p.supports_logprobs:
         return p.reason
     if p.mass is None:
         return "both trial calls failed"

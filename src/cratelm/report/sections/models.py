@@ -1,15 +1,17 @@
 """The models: how long each stage took, parameters, losses, and how sparse the neurons are."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
-from cratelm.records import Interval, NeuronSummary
+from cratelm.records import Estimate, Interval, NeuronSummary
 from cratelm.report.cells import series_of
 from cratelm.report.drawing import Figure, Panel, by_layer, curves
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.results.stages import MODEL_STAGES
-from cratelm.text.table import Cell, Column, PlusMinus, Table
+from cratelm.runs import Completion
+from cratelm.text.table import Cell, Column, Table
 
 
 def tables(results: RunResults) -> list[Table]:
@@ -30,20 +32,29 @@ def stages_table(results: RunResults) -> Table:
         Column("tokenize", "tokenize", ",.1f"),
         *(Column(verb, verb, ",.1f") for verb in verbs),
         Column("finished_at", "finished (UTC)"),
+        Column("state", "inputs"),
     )
     none = [None] * len(verbs)
     rows: list[tuple[Cell, ...]] = []
     if results.tokens:
-        rows.append(("all", results.tokens.seconds, *none, results.tokens.finished_at))
+        rows.append(("all", results.tokens.seconds, *none, results.tokens.finished_at, "fresh"))
     for m in results.models:
         done = [m.completions.get(stage) for stage in MODEL_STAGES]
         last = max((c.finished_at for c in done if c), default=None)
-        rows.append((m.name, None, *(c.seconds if c else None for c in done), last))
+        seconds = (c.seconds if c else None for c in done)
+        rows.append((m.name, None, *seconds, last, _state(m, done)))
         for of_set in m.llm_sets:
             done = [of_set.completions.get(stage) for stage in MODEL_STAGES]
             last = max(c.finished_at for c in done if c)
-            rows.append((of_set.label, None, *(c.seconds if c else None for c in done), last))
+            seconds = (c.seconds if c else None for c in done)
+            rows.append((of_set.label, None, *seconds, last, _state(m, done)))
     return Table("stages", "Seconds of each stage", columns, tuple(rows))
+
+
+def _state(model: ModelResults, done: Iterable[Completion | None]) -> str:
+    """`fresh`, or the stages that are not of today's inputs."""
+    stale = [c.stage for c in done if c and c.label in model.stale]
+    return f"stale: {', '.join(stale)}" if stale else "fresh"
 
 
 def models_table(results: RunResults) -> Table:
@@ -148,7 +159,7 @@ def trained_figures(m: ModelResults) -> dict[str, int | float | None]:
 def loss_cell(trained: dict[str, int | float | None]) -> Cell:
     """Return the validation loss with its standard error."""
     loss, error = trained.get("validation_loss"), trained.get("validation_standard_error")
-    return loss if loss is None or error is None else PlusMinus(loss, error)
+    return loss if loss is None or error is None else Estimate(loss, error)
 
 
 def loss_figure(results: RunResults) -> Figure | None:
@@ -199,7 +210,9 @@ def _firing_rates(m: ModelResults) -> dict[int, Interval]:
     for layer in _layers(m):
         live = [100 * s.firing_rate for s in _of_layer(m, layer) if not s.dead]
         quantiles[layer] = np.quantile(live, [0.5, 0.05, 0.95]) if live else [np.nan] * 3
-    return {layer: Interval(*map(float, q)) for layer, q in quantiles.items()}
+    return {
+        layer: Interval(float(q[0]), float(q[1]), float(q[2])) for layer, q in quantiles.items()
+    }
 
 
 def _dead_percent(m: ModelResults) -> dict[int, Interval]:

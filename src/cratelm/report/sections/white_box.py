@@ -6,13 +6,12 @@ A quantity that does not exist for a model is a dash; a model that was not analy
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cratelm.analysis.consistency import MEASURES
-from cratelm.analysis.summary import Summary
+from cratelm.analysis.store import MEASURES, MeasureSummary
 from cratelm.records import Interval
 from cratelm.report.cells import estimate_cell, interval_cell
 from cratelm.results.side_results import DISTORTION, Analysis
+from cratelm.stats.intervals import resampled_means
 from cratelm.text.table import Cell, Column, Table
 
 _RATES = {
@@ -359,7 +358,8 @@ def _twin_rows(
     layers = sorted(sides[0].keys() & sides[1].keys())
     rng = np.random.default_rng(seed)
     drawn = {
-        layer: tuple(_resampled(side[layer], resamples, rng) for side in sides) for layer in layers
+        layer: tuple(resampled_means(side[layer], resamples, rng) for side in sides)
+        for layer in layers
     }
     rows: list[tuple[Cell, ...]] = []
     means = [[float(side[layer].mean()) for layer in layers] for side in sides]
@@ -379,14 +379,7 @@ def _twin_rows(
     return rows
 
 
-def _resampled(
-    values: NDArray[np.float64], resamples: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """[resamples] means of neurons drawn with replacement (Efron & Tibshirani 1993, chapter 13)."""
-    return values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
-
-
-def _mean_cell(mean: Summary | None) -> Cell:
+def _mean_cell(mean: MeasureSummary | None) -> Cell:
     """A mean over neurons with its interval."""
     if mean is None or mean.mean is None:
         return None

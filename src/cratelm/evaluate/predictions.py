@@ -1,0 +1,102 @@
+"""What a model expects before each token of a text, and after the last.
+
+Memory: the logits of one text, at most the model's longest sequence times its vocabulary.
+
+Shape legend: n tokens of a text, k most likely next tokens, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cratelm.errors import InputError
+from cratelm.models.open import Encoder, LoadedModel
+from cratelm.models.partial_forward import next_logits
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may come next."""
+
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class PredictedToken:
+    """One token of the text, and what the model expected there."""
+
+    token: str
+    probability: float
+    """that the model gave to it"""
+    rank: int
+    """rank of its probability in the vocabulary, from 1"""
+    expected: tuple[Candidate, ...]
+    """[k] the most likely, in order"""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One model on the text."""
+
+    model: str
+    steps: tuple[PredictedToken, ...]
+    """[n]"""
+    after: tuple[Candidate, ...]
+    """[k] what it expects after the end of the text"""
+    loss: float
+    """nats per token"""
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class PredictedText:
+    """A text to predict, and where it is from."""
+
+    text: str
+    origin: str
+    """in words"""
+    continuation: str
+    """of the document; empty for the user's own text"""
+
+
+@torch.no_grad()
+def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> Prediction:
+    """Return what a model expects before each token of a text, and after the last.
+
+    Raises `InputError` where the text has no token, or more than the model takes.
+    """
+    ids = encoder.encode(text)  # [n]
+    most = subject.longest
+    if not len(ids) or (most is not None and len(ids) >= most):
+        raise InputError(
+            f"the text has {len(ids)} tokens for {subject.name},"
+            f" 1 to {'any number' if most is None else most - 1} were expected: give another --text"
+        )
+    tokens = torch.tensor([[encoder.start, *ids]], device=subject.model.device)
+    logits = next_logits(subject.model, tokens, tokens.shape[1])[0].float()  # [n + 1, V]
+    logs = logits.log_softmax(-1).cpu()
+    targets = torch.from_numpy(ids)
+    losses = -logs[:-1].gather(1, targets[:, None])[:, 0]  # [n]
+    ranks = (logs[:-1] > -losses[:, None]).sum(-1) + 1  # [n]
+    best, places = logs.topk(min(k, logs.shape[1]))  # [n + 1, k] each
+    expected = [
+        tuple(Candidate(_shown(encoder, i), math.exp(p)) for p, i in zip(*row, strict=True))
+        for row in zip(best.tolist(), places.tolist(), strict=True)
+    ]
+    rows = zip(ids, losses.tolist(), ranks.tolist(), expected[:-1], strict=True)
+    return Prediction(
+        model=subject.name,
+        steps=tuple(
+            PredictedToken(_shown(encoder, i), math.exp(-x), rank, e) for i, x, rank, e in rows
+        ),
+        after=expected[-1],
+        loss=float(losses.mean()),
+        bits_per_byte=float(losses.sum()) / math.log(2) / len(text.encode()),
+    )
+
+
+def _shown(encoder: Encoder, token: int) -> str:
+    """Return the token as text; an embedding row beyond the vocabulary by its number."""
+    return encoder.display[token] if token < len(encoder.display) else f"[{token}]"

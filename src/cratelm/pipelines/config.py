@@ -1,0 +1,121 @@
+"""Options of `cratelm demo` and `cratelm sae compare`. Imports nothing heavy, so that `--help` is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cratelm.errors import InputError
+from cratelm.runs import at_least, not_in_identity
+from cratelm.sae.train_config import Architecture, SaeTrainConfig
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Run every stage on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
+
+    Tokenizes a corpus, trains both models on the same tokens in the same order, harvests, explains and
+    scores their neurons, measures which tokens these promote, and writes a report. Two randomly
+    initialised models are controls. After an interruption the same command resumes.
+    """
+
+    run: Path = not_in_identity(Path("runs/demo"))
+    """run directory"""
+    corpus: str = "builtin"
+    """`builtin` (the source files of the Python standard library), a file, a folder or `hub:ID`; see
+    `cratelm tokenize --help`"""
+    size: Literal["1l", "2l", "3l"] = "2l"
+    """layers of the twins (width 128, 512 neurons a layer)"""
+    vocab_size: int = 4096
+    """number of tokens in the vocabulary, which is trained on the corpus"""
+    steps: int = 600
+    """training steps of each twin, 16 sequences of 256 tokens per step"""
+    tokens: int = 200_000
+    """tokens harvested from each of the splits fit and held_out"""
+    neurons: int = 256
+    """neurons per layer that are explained and scored, drawn at random; 0 = all"""
+    sae: bool = False
+    """also train small sparse autoencoders on both twins and compare their latents with the neurons; needs
+    the extra `sae`"""
+    seed: int = 0
+    """seed of the initial weights, the order of the data, samples and intervals"""
+    force: bool = not_in_identity(False)
+    """redo every stage, even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """no progress bars, no plan and no names of the stages"""
+
+    def __post_init__(self) -> None:
+        at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0})
+
+
+@dataclass(frozen=True)
+class SaeCompareConfig:
+    """Compare neurons with latents: train autoencoders on scored models, and score their latents alike.
+
+    Latents are harvested, explained and scored exactly as the model's own neurons were: the same tokens,
+    excerpts, explainers and seeds, and as many per layer. Finished stages are skipped, so that the same
+    command resumes after an interruption.
+    """
+
+    run: Path = not_in_identity(Path("runs/default"))
+    """run directory with the scored models"""
+    models: tuple[str, ...] = ()
+    """names of models in the run; default: all that are scored, without untrained ones"""
+    sae: str = ""
+    """autoencoders to use: their NAME in the run (`cratelm sae train`), for every model, or a folder in
+    SAELens' format, for one model; default: new ones are trained with the options below"""
+    architecture: Architecture = SaeTrainConfig.architecture
+    """see `cratelm sae train --help`, as for all options down to --batch-size; its other options need --sae"""
+    expansion: int = SaeTrainConfig.expansion
+    """number of latents divided by number of inputs"""
+    l1: float | None = None
+    """sparsity weight of l1 and gated"""
+    k: int | None = None
+    """active latents per token of topk and batchtopk"""
+    l0_coefficient: float | None = None
+    """sparsity weight of jumprelu"""
+    train_tokens: int = SaeTrainConfig.tokens
+    """tokens that each autoencoder is trained on"""
+    lr: float = SaeTrainConfig.lr
+    """learning rate of Adam"""
+    batch_size: int = SaeTrainConfig.batch_size
+    """tokens per training step"""
+    evaluate_tokens: int = 100_000
+    """held-out tokens on which reconstructions are measured"""
+    seed: int = 0
+    """seed of training and measuring; harvest, explanations and scores use those of the neurons"""
+    device: str = not_in_identity("auto")
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 or mps"""
+    force: bool = not_in_identity(False)
+    """redo every stage, even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """no progress bars"""
+
+    def __post_init__(self) -> None:
+        at_least(self, {"evaluate_tokens": 1})
+        if len(set(self.models)) < len(self.models):
+            raise InputError(f"--models {' '.join(self.models)}: name each once")
+        if self.train_tokens < self.batch_size:
+            raise InputError(
+                f"--train-tokens {self.train_tokens} is less than one batch: lower --batch-size"
+                f" (now {self.batch_size}) or raise --train-tokens"
+            )
+        self.training("")
+
+    def training(self, model: str) -> SaeTrainConfig:
+        """Return the options of `cratelm sae train` for one model."""
+        return SaeTrainConfig(
+            run=self.run,
+            model=model,
+            architecture=self.architecture,
+            expansion=self.expansion,
+            l1=self.l1,
+            k=self.k,
+            l0_coefficient=self.l0_coefficient,
+            tokens=self.train_tokens,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=self.device,
+            force=self.force,
+            quiet=self.quiet,
+        )

@@ -1,0 +1,88 @@
+"""Results that are not of today's models and tokens, marked wherever a report shows them.
+
+A report never refuses: it shows what is there. A model of which a stage is stale is called
+`MODEL (stale)` in every table, figure and gallery, and the page and the printed report say why and
+what to type.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from cratelm.report.drawing import Figure
+from cratelm.report.gallery import Gallery
+from cratelm.results.run_results import RunResults
+from cratelm.runs import StageName
+from cratelm.runs.stage import stale_lines
+from cratelm.text.table import Cell, Table
+
+_MARK = " (stale)"
+_SCORED: tuple[StageName, ...] = ("model", "activations", "explanations", "scores")
+_STAGES_OF: tuple[tuple[str, tuple[StageName, ...]], ...] = (
+    ("models", ("model",)),
+    ("sae", ("sae", *_SCORED)),
+    ("white_box", ("analysis",)),
+    ("effects", ("steer",)),
+    ("interventions", ("steer",)),
+)
+"""stages that a table or figure is made of, by the beginning of its name; others: those scored"""
+_NOT_OF_THE_RUN = ("published",)
+
+
+class Stale:
+    """What is stale of the models of a report."""
+
+    def __init__(self, results: RunResults):
+        self._by_model = {model.name: model.stale for model in results.models}
+
+    @property
+    def lines(self) -> list[str]:
+        """Return a line for each stage: why it is stale, and what to type."""
+        return [line for stale in self._by_model.values() for line in stale_lines(stale)]
+
+    def tables(self, tables: Mapping[str, Table]) -> dict[str, Table]:
+        """Return the tables with the names of stale models marked."""
+        return {name: self._table(table) for name, table in tables.items()}
+
+    def figures(self, figures: Mapping[str, Figure]) -> dict[str, Figure]:
+        """Return the figures with the names of stale models marked, in the legend and in the caption."""
+        return {name: self._figure(figure) for name, figure in figures.items()}
+
+    def galleries(self, galleries: Sequence[Gallery]) -> list[Gallery]:
+        """Return the galleries with the names of stale models marked."""
+        return [replace(g, model=_marked(g.model, self._names("neurons"))) for g in galleries]
+
+    def _names(self, shown: str) -> list[str]:
+        """Models of which something that a table or figure shows is stale."""
+        if shown in _NOT_OF_THE_RUN:
+            return []
+        stages = next((s for begin, s in _STAGES_OF if shown.startswith(begin)), _SCORED)
+        return [
+            model
+            for model, stale in self._by_model.items()
+            if any(label.partition("/")[0] in stages for label in stale)
+        ]
+
+    def _table(self, table: Table) -> Table:
+        names = self._names(table.name)
+        rows = tuple(tuple(_marked(cell, names) for cell in row) for row in table.rows)
+        columns = tuple(replace(c, label=_marked(c.label, names)) for c in table.columns)
+        return replace(table, title=_marked(table.title, names), rows=rows, columns=columns)
+
+    def _figure(self, figure: Figure) -> Figure:
+        names = self._names(figure.name)
+        if not names:
+            return figure
+        series = tuple(replace(s, label=_marked(s.label, names)) for s in figure.series)
+        told = f" Stale: {', '.join(names)}."
+        return replace(figure, series=series, caption=figure.caption + told)
+
+
+def _marked(cell: Cell, names: Sequence[str]) -> Cell:
+    """A cell with the mark behind each of the names, and behind MODEL@SET of it."""
+    if not isinstance(cell, str):
+        return cell
+    for name in names:
+        whole = rf"(?<![\w.+@-]){re.escape(name)}(@[\w.-]+)?(?![\w+@-])"
+        cell = re.sub(whole, lambda found: found[0] + _MARK, cell)
+    return cell

@@ -1,0 +1,62 @@
+"""The run directory: stages, how they are written, and what they are made from.
+
+```
+runs/NAME/
+  manifest.json                     every finished stage, gathered from the records below
+  tokens/                           shards, tokenizer, documents
+  model/MODEL/  activations/MODEL/  explanations/MODEL/  scores/MODEL/   one folder a model
+  steer/MODEL/  analysis/MODEL/  sae/MODEL@NAME/                         likewise
+  report/
+```
+"""
+
+from cratelm.runs.atomic import atomic_folder, atomic_path, lock, write_json, write_text
+from cratelm.runs.config import (
+    Settings,
+    at_least,
+    config_dict,
+    not_in_identity,
+    options_of,
+    settings_of,
+)
+from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
+from cratelm.runs.stage import (
+    RECORD,
+    STAGES,
+    Completion,
+    Draft,
+    Freshness,
+    Inputs,
+    Run,
+    Stage,
+    StageName,
+    identity_of,
+)
+
+__all__ = [
+    "RECORD",
+    "STAGES",
+    "Completion",
+    "Draft",
+    "Freshness",
+    "Inputs",
+    "Run",
+    "Settings",
+    "Stage",
+    "StageName",
+    "at_least",
+    "atomic_folder",
+    "atomic_path",
+    "config_dict",
+    "git_commit",
+    "hash_file",
+    "hash_json",
+    "identity_of",
+    "lock",
+    "not_in_identity",
+    "options_of",
+    "settings_of",
+    "versions",
+    "write_json",
+    "write_text",
+]

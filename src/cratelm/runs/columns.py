@@ -1,0 +1,44 @@
+"""Parquet files of a run directory: their columns, types and what each means.
+
+A stage declares each file that it writes once, as a `TableFile`. The schema of the file and the table in
+the documentation (docs/files.md) are both made from it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a Parquet file."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    """with unit and range, and when the value is null; Markdown, without a full stop"""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A Parquet file that a stage writes."""
+
+    path: str
+    """in the run directory, with MODEL and SPLIT for what varies"""
+    columns: tuple[Column, ...]
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        # The meanings are not written into the files as metadata: a reworded sentence would change the
+        # hash of a file and with it the identity of the stage.
+        return pa.schema([(column.name, column.type) for column in self.columns])
+
+
+NEURON_COLUMNS = (
+    Column("model", pa.string(), "name of the model in the run"),
+    Column("site", pa.string(), "where its neurons live"),
+    Column("layer", pa.int32(), "from 0"),
+    Column("index", pa.int32(), "neuron in its layer, from 0"),
+)
+"""the columns that name a neuron, first in every file that has a row per neuron"""

@@ -1,0 +1,635 @@
+"""Stages of a run: what each was made with and from, whether it is finished, and whether it is stale.
+
+A stage's folder is complete when it holds `completed.json`, written last. The record carries the
+configuration, the identity of every input and a hash of every output file, so that a finished stage
+is skipped, one whose inputs changed says so, and a folder without a record is never taken for done.
+
+A stage may be used only if its whole chain of inputs is that of today. The record names the stage
+behind each input; `Stage.freshness` walks these names up to the tokens and compares identities:
+
+- a stage above that was made again with another result makes everything below it stale;
+- a stage above that is gone (deleted to save space) was not made again: what was made from it stays
+  usable, unless a verb needs the missing files themselves;
+- models and autoencoders from a folder or from the Hub are no stages. They are compared where they
+  are opened, because hashing gigabytes at every verb would take minutes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cratelm.runs.atomic as atomic
+import cratelm.runs.names as names
+from cratelm.errors import InputError
+from cratelm.runs.config import Settings, settings_of
+from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
+
+StageName = Literal[
+    "tokens",
+    "model",
+    "sae",
+    "activations",
+    "explanations",
+    "scores",
+    "steer",
+    "analysis",
+    "report",
+]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+RECORD = "completed.json"
+PLAN = ".plan.json"
+"""configuration and inputs of a draft, by which an interrupted one is recognised"""
+FORMAT = 2
+"""of the records and files of a run. Version 0.1.0 wrote format 1 and no number; format 2 has the
+stages behind the inputs, and the options, in each record. Every change is a new number, with a test
+that continues a run of the number before."""
+OLDEST_READ: dict[StageName, int] = dict.fromkeys(STAGES, 1)
+"""oldest format of each stage that today's code reads; an older one is made again. Tokens and models
+are too expensive for that: whoever changes them converts the old ones."""
+RENAMED: dict[StageName, dict[str, str]] = {}
+"""options that had another name in older records, by stage: the old name and today's"""
+IMPORTED_CORPUS = "activation records"
+"""corpus of tokens that `import records` made"""
+_VERBS: dict[StageName, str] = {
+    "tokens": "tokenize",
+    "model": "train",
+    "sae": "sae train",
+    "activations": "harvest",
+    "explanations": "explain",
+    "scores": "score",
+    "steer": "effects",
+    "analysis": "analyze",
+    "report": "report",
+}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What is written when a stage has finished."""
+
+    stage: StageName
+    name: str
+    """model the stage is about; empty for stages of the whole run"""
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """identity of all that it read, by role: `tokens`, `model`, `activations` ..."""
+    outputs: dict[str, str]
+    """sha256 of each file it wrote, by path in the stage's folder"""
+    identity: str
+    """sha256 over configuration, inputs and outputs: changes when any of them does"""
+    seconds: float
+    """of the attempt that finished it; interrupted ones before are not counted"""
+    finished_at: str
+    """UTC, ISO 8601"""
+    versions: dict[str, str]
+    git_commit: str
+    """commit of cratelm's own repository, `+dirty` where it was changed; empty where there is none"""
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """figures worth showing without opening the files (loss, tokens, counts)"""
+    input_stages: dict[str, str] = dataclasses.field(default_factory=dict)
+    """label of the stage behind an input, such as `model/crate-2l`, by role; others are no stages"""
+    options: list[str] = dataclasses.field(default_factory=list)
+    """words of the command line that make it again, without `--run`"""
+    format: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage}/{self.name}" if self.name else self.stage
+
+    @property
+    def is_untrained(self) -> bool:
+        """True for a model that was saved with its initial weights."""
+        return self.stage == "model" and self.results.get("steps") == 0
+
+    @property
+    def verb(self) -> str:
+        """The verb that made it."""
+        imported = self.config.get("import") == "records"
+        if imported or self.config.get("corpus") == IMPORTED_CORPUS:
+            return "import records"
+        return verb_of(self.stage, self.name)
+
+
+Inputs = Mapping[str, Completion | str]
+"""what a stage reads, by role: the records of stages, and the identities of all else"""
+
+
+def identity_of(value: Completion | str) -> str:
+    """Return the identity of an input."""
+    return value if isinstance(value, str) else value.identity
+
+
+def verb_of(stage: StageName, name: str = "") -> str:
+    """Return the verb that makes a stage, as it is typed after `cratelm`."""
+    return "intervene" if stage == "steer" and names.split_set(name)[1] else _VERBS[stage]
+
+
+@dataclass(frozen=True)
+class Freshness:
+    """Whether what a stage was made from is still there as it was."""
+
+    state: Literal["fresh", "stale", "missing"]
+    reason: str = ""
+    """of a stale one: what was made again since, as a clause"""
+    commands: tuple[str, ...] = ()
+    """of a stale one: what makes it fresh, in order"""
+
+    @property
+    def is_stale(self) -> bool:
+        return self.state == "stale"
+
+    @property
+    def to_type(self) -> str:
+        return ", then ".join(f"`{command}`" for command in self.commands)
+
+    def __str__(self) -> str:
+        return f"{self.reason}: type {self.to_type}" if self.is_stale else self.state
+
+
+def stale_lines(stale: Mapping[str, Freshness]) -> list[str]:
+    """Return a line for each stale stage: why it is stale, and what to type that no line before names."""
+    lines, typed = [], set()
+    for label, found in stale.items():
+        new = [command for command in found.commands if command not in typed]
+        typed.update(new)
+        lines.append(f"{label} is stale, {dataclasses.replace(found, commands=tuple(new))}")
+    return lines
+
+
+class Run:
+    """A run directory. Creating the object writes nothing.
+
+    Raises `InputError` when the path exists and is not a directory.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(
+                f"{self.path} is a file, a run directory was expected: name a folder with --run"
+            )
+
+    def stage(self, stage: StageName, name: str = "") -> "Stage":
+        return Stage(self, stage, name)
+
+    def models(self, stage: StageName = "model") -> list[str]:
+        """Names of the models for which `stage` is finished, sorted."""
+        root = self.path / stage
+        if not root.is_dir():
+            return []
+        for kind in ("new", "old"):  # a kill while the folder was put in place
+            for left in root.glob(f".?*.{kind}"):
+                atomic.recover_missing(root / left.name[1 : -len(kind) - 1])
+        return sorted(p.parent.name for p in root.glob(f"[!.]*/{RECORD}"))
+
+    def labels(self) -> list[str]:
+        """Labels of all finished stages, in the order of the line."""
+        single = [s for s in STAGES if (self.path / s / RECORD).is_file()]
+        several = {s: [f"{s}/{name}" for name in self.models(s)] for s in STAGES}
+        return [label for s in STAGES for label in ([s] if s in single else []) + several[s]]
+
+    def labelled(self, label: str) -> "Stage":
+        """The stage of a label, such as `tokens` or `model/crate-2l`."""
+        stage, _, name = label.partition("/")
+        if stage not in STAGES:
+            raise InputError(f"{label} names no stage: the stages are {', '.join(STAGES)}")
+        return Stage(self, stage, name)
+
+    def completions(self) -> list[Completion]:
+        """Records of all finished stages, in the order of the line; those that can be read."""
+        found = []
+        for label in self.labels():
+            with contextlib.suppress(InputError):
+                found.append(self.labelled(label).completion())
+        return [done for done in found if done is not None]
+
+    def stale(self, model: str) -> dict[str, Freshness]:
+        """The stale stages of a model, of its sets and its autoencoders, by label, in the order of the line."""
+        labels = [label for label in self.labels() if _model_of(label) == model]
+        found = {label: self.labelled(label).freshness() for label in labels}
+        return {label: freshness for label, freshness in found.items() if freshness.is_stale}
+
+    def stale_lines(self, model: str) -> list[str]:
+        """What is stale of a model and what to type, a line a stage; each command once, in order."""
+        return stale_lines(self.stale(model))
+
+    def null_controls(self, models: list[str] | set[str]) -> dict[str, str]:
+        """The null controls among `models`, each with the trained model that it belongs to."""
+        return names.null_controls(models, self.is_untrained)
+
+    def is_untrained(self, model: str) -> bool:
+        """True where `model` is one with its initial weights, or a harvest of one, by its record."""
+        with contextlib.suppress(InputError):
+            harvest = self.stage("activations", model).completion()
+            of = model if harvest is None else str(harvest.config.get("model", ""))
+            trained = self.stage("model", of).completion() if of else None
+            return trained is not None and trained.is_untrained
+        return False
+
+    def write_manifest(self) -> None:
+        """Write `manifest.json`: the records as they are, of this version or another."""
+        path = self.path / "manifest.json"
+        with atomic.lock(path, wait=10.0):  # so that who finishes last has seen all records
+            records, unreadable = [], {}
+            for label in self.labels():
+                record = self.labelled(label).path / RECORD
+                try:
+                    _read_record(record)
+                    records.append(json.loads(record.read_text(encoding="utf-8")))
+                except (InputError, OSError) as error:
+                    unreadable[label] = str(error)
+            manifest = {"format": FORMAT, "cratelm": versions().get("cratelm"), "stages": records}
+            atomic.write_json(path, manifest | ({"unreadable": unreadable} if unreadable else {}))
+
+
+class Stage:
+    """One stage of a run, for one model where it is about one."""
+
+    def __init__(self, run: Run, stage: StageName, name: str = ""):
+        if name and (name != Path(name).name or name.startswith(".")):
+            raise InputError(
+                f"model name {name!r} cannot name a folder: use letters, digits, '-', '_' or '.'"
+            )
+        self.run, self.name = run, name
+        self.stage: StageName = stage
+        self.path = run.path / stage / name if name else run.path / stage
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage}/{self.name}" if self.name else self.stage
+
+    # ---- what is there ----------------------------------------------------------------------------
+
+    def completion(self) -> Completion | None:
+        """The record of the finished stage, or None where it has not finished."""
+        record = self.path / RECORD
+        if not record.is_file():
+            atomic.recover_missing(self.path)
+        return _read_record(record) if record.is_file() else None
+
+    def require(self, verb: str = "") -> Completion:
+        """The record of the finished stage, of which the whole chain of inputs is that of today.
+
+        Raises `InputError` that says what to type: where it has not finished (`verb`, the one that
+        makes it), was written in a format that is not read any more, or is stale.
+        """
+        done = self.completion()
+        if done is None:
+            model = f" --model {self.name}" if self.name else ""
+            verb = verb or verb_of(self.stage, self.name)
+            raise InputError(
+                f"{self.path} is not there or not finished:"
+                f" type `cratelm {verb} --run {self.run.path}{model}` first"
+            )
+        found = self.freshness()
+        if found.is_stale:
+            raise InputError(f"{self.path} is out of date, {found}")
+        return done
+
+    def freshness(self) -> Freshness:
+        """Whether all that the stage was made from is as it was, up to the tokens."""
+        try:
+            if self.completion() is None:
+                return Freshness("missing")
+            stale = self._stale()
+        except InputError as error:
+            return Freshness("stale", f"because {error}", (self.command(),))
+        if not stale:
+            return Freshness("fresh")
+        return Freshness("stale", next(iter(stale.values())), tuple(_commands(self.run, stale)))
+
+    def command(self, *, force: bool = True) -> str:
+        """What makes the stage again, as it was made before."""
+        with contextlib.suppress(InputError):
+            done = self.completion()
+            if done is not None:
+                return _command(self, done, force=force)
+        model = f" --model {names.split_set(self.name)[0]}" if self.name else ""
+        verb = verb_of(self.stage, self.name)
+        return f"cratelm {verb} --run {self.run.path}{model}{' --force' if force else ''}"
+
+    def _stale(self) -> dict[str, str]:
+        """Labels of the stale stages among this one and those above, top first, each with its reason."""
+        done = self.completion()
+        if done is None:
+            return {}
+        if done.format < OLDEST_READ[self.stage]:
+            return {self.label: f"because {self.label} is of an older format ({done.format})"}
+        found: dict[str, str] = {}
+        reason = ""
+        for role, label in _input_stages(self.run, done).items():
+            above = self.run.labelled(label)
+            try:
+                current = above.completion()
+                found |= above._stale()
+            except InputError as error:
+                reason = reason or f"because the record of {label} cannot be read ({error})"
+                continue
+            if current is not None and current.identity != done.inputs[role]:
+                reason = reason or f"because {self.label} was made from an earlier {label}"
+        if reason or found:
+            found[self.label] = reason
+        return found
+
+    # ---- writing ----------------------------------------------------------------------------------
+
+    def is_finished(self, config: Any, inputs: Inputs, *, force: bool = False) -> bool:
+        """True, with a line printed, where the stage was finished with this configuration and inputs.
+
+        An option that the record lacks counts as its default: versions that know more options skip
+        what older ones finished. Raises `InputError` where it was finished with others, because
+        redoing would replace results (`--force` asks for that), and where another process writes it
+        now. With `force`, always False.
+        """
+        if force or not self._is_finished(settings_of(config), inputs):
+            atomic.check_unlocked(self.path)
+            return False
+        if (self.path / PLAN).exists():  # killed between the rename and the removal of checkpoints
+            with self.lock():
+                _tidy(self.path)
+        print(f"{self.label} is finished, skipped (--force redoes it)", flush=True)
+        return True
+
+    def _is_finished(self, settings: Settings, inputs: Inputs) -> bool:
+        done = self.completion()
+        if done is None:
+            return False
+        if done.format < OLDEST_READ[self.stage]:
+            version = done.versions.get("cratelm", "an earlier version")
+            print(
+                f"{self.label} was written by cratelm {version} in an older format ({done.format},"
+                f" oldest read {OLDEST_READ[self.stage]}): it is made again",
+                flush=True,
+            )
+            return False
+        changed = _differences(done.config, settings)
+        for role in sorted({*done.inputs, *inputs}):
+            if done.inputs.get(role) != identity_of(inputs.get(role, "")):
+                changed.append(f"input {role} that has changed since")
+        if changed:
+            raise InputError(
+                f"{self.path} was finished with {'; '.join(changed[:3])}:"
+                " add --force to redo it, or name another --run"
+            )
+        return True
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing the stage; readers are not held up.
+
+        Raises `InputError`, saying who, where one writes it now. `write` takes the lock by itself:
+        this is for verbs that do expensive work before they write.
+        """
+        return atomic.lock(self.path)
+
+    @contextlib.contextmanager
+    def write(self, config: Any, inputs: Inputs, *, resume: bool = False) -> Iterator["Draft"]:
+        """Yields a `Draft` in a temporary folder; on leaving without an error the folder becomes the stage.
+
+        On an error nothing of the stage changes, and the draft is removed. With `resume` the draft
+        survives errors and kills, and the next `write` with `resume` finds it as it was left: the
+        caller says what in it can be used (see `Draft.fresh`). Raises `InputError` where another
+        process writes the stage.
+        """
+        settings = settings_of(config)
+        git_commit()  # the code that runs now, not what is committed while it does
+        with self.lock():
+            atomic.recover(self.path)
+            plan = {
+                "config": settings.values,
+                "inputs": {role: identity_of(value) for role, value in inputs.items()},
+            }
+            draft = self._draft(plan, resume)
+            try:
+                yield draft
+            except BaseException:
+                if not resume:
+                    shutil.rmtree(draft.path, ignore_errors=True)
+                raise
+            self._finish(draft, plan, settings, inputs)
+
+    def _draft(self, plan: dict[str, Any], resume: bool) -> "Draft":
+        if not resume:
+            atomic.remove_drafts(self.path)
+            return Draft(atomic.new_draft(self.path), fresh=True)
+        work = atomic.resumable_draft(self.path)
+        fresh = _read_plan(work) != plan
+        atomic.remove_drafts(self.path, resumable=fresh)
+        if fresh:
+            work.mkdir(parents=True)
+            atomic.write_json(work / PLAN, plan)
+        return Draft(work, fresh)
+
+    def _finish(
+        self, draft: "Draft", plan: dict[str, Any], settings: Settings, inputs: Inputs
+    ) -> None:
+        left_out = {PLAN, RECORD, *draft.scratch, *draft.unhashed}
+        outputs = {
+            str(p.relative_to(draft.path)): hash_file(p)
+            for p in sorted(draft.path.rglob("*"))
+            if p.is_file() and left_out.isdisjoint(p.relative_to(draft.path).parts)
+        }
+        labels = {r: v.label for r, v in inputs.items() if isinstance(v, Completion)}
+        record = Completion(
+            stage=self.stage,
+            name=self.name,
+            config=plan["config"],
+            inputs=plan["inputs"],
+            outputs=outputs,
+            identity=hash_json({**plan, "outputs": outputs}),
+            seconds=round(time.monotonic() - draft.started, 3),
+            finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            versions=versions(),
+            git_commit=git_commit(),
+            results=draft.results,
+            input_stages=labels,
+            options=list(settings.options),
+            format=FORMAT,
+        )
+        atomic.write_json(draft.path / RECORD, dataclasses.asdict(record))
+        atomic.write_json(draft.path / PLAN, {**plan, "scratch": sorted(draft.scratch)})
+        atomic.put_in_place(draft.path, self.path)
+        # Only now: killed before, the next attempt still finds plan and checkpoints.
+        _tidy(self.path)
+        self.run.write_manifest()
+
+
+class Draft:
+    """A stage in the making: write files under `path`, figures into `results`."""
+
+    def __init__(self, path: Path, fresh: bool):
+        self.path = path
+        self.fresh = fresh
+        """False where an interrupted attempt with the same configuration and inputs was found"""
+        self.results: dict[str, Any] = {}
+        self.scratch: set[str] = set()
+        """names of folders directly in `path` that are removed when the stage finishes"""
+        self.unhashed: set[str] = set()
+        """names of files or folders whose content carries times and is left out of the identity"""
+        self.started = time.monotonic()
+
+
+def _model_of(label: str) -> str:
+    return names.split_set(label.partition("/")[2])[0]
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only the making of a stage needed."""
+    plan = _json(folder / PLAN) or {}
+    for scratch in plan.get("scratch", []):
+        shutil.rmtree(folder / scratch, ignore_errors=True)
+    (folder / PLAN).unlink(missing_ok=True)
+
+
+def _read_record(path: Path) -> Completion:
+    """The record in a file: keys that this version does not know are passed over.
+
+    Raises `InputError` where it is damaged, or of a later format.
+    """
+    again = f"delete the folder {path.parent} and run its stage again"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        number = value.get("format", 1)
+        if isinstance(number, int) and number > FORMAT:
+            raise InputError(
+                f"{path} was written by a later version of cratelm (format {number}, this one reads"
+                f" up to {FORMAT}): upgrade cratelm, or {again}"
+            )
+        known = {f.name for f in dataclasses.fields(Completion)}
+        done = Completion(**{k: v for k, v in value.items() if k in known})
+        for part in (done.config, done.inputs, done.outputs, done.results, done.input_stages):
+            if not isinstance(part, dict):
+                raise TypeError(f"an object was expected, not {part!r:.40}")
+        if done.stage not in STAGES:
+            raise ValueError(f"there is no stage {done.stage!r:.40}")
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as a completion record ({error}): {again}"
+        ) from None
+    renamed = RENAMED.get(done.stage, {})
+    config = {renamed.get(name, name): value for name, value in done.config.items()}
+    return dataclasses.replace(done, config=config)
+
+
+def _read_plan(work: Path) -> dict[str, Any] | None:
+    plan = _json(work / PLAN)
+    return {k: v for k, v in plan.items() if k in ("config", "inputs")} if plan else None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _differences(old: Mapping[str, Any], settings: Settings) -> list[str]:
+    """In words, the options whose values differ between a record and the settings of today."""
+    named = []
+    for key in sorted({*old, *settings.values}):
+        before = _with_defaults(old, settings.defaults, key)
+        now = settings.values.get(key)
+        if before != now:
+            named.append(f"{key}={str(before)[:40]}, now {str(now)[:40]}")
+    return named
+
+
+def _with_defaults(old: Mapping[str, Any], defaults: Mapping[str, Any], key: str) -> Any:
+    """The recorded value of an option, what it lacks taken from the defaults, at any depth."""
+    value, default = old.get(key, defaults.get(key)), defaults.get(key)
+    if isinstance(value, dict) and isinstance(default, dict):
+        return {k: _with_defaults(value, default, k) for k in {*value, *default}}
+    return value
+
+
+# ---- the stages behind the inputs -----------------------------------------------------------------
+
+
+def _input_stages(run: Run, done: Completion) -> dict[str, str]:
+    """Label of the stage behind each input, by role."""
+    if done.format > 1:
+        return {role: label for role, label in done.input_stages.items() if role in done.inputs}
+    return {role: label for role in done.inputs if (label := _label_of_format_1(run, done, role))}
+
+
+def _label_of_format_1(run: Run, done: Completion, role: str) -> str:
+    """The stage behind an input of a record of version 0.1.0; empty where it is none.
+
+    Those records have identities alone; which stage it was follows from the configuration.
+    """
+    if done.stage == "report":  # there the roles are labels
+        stage = role.partition("/")[0]
+        return role if stage in STAGES else ""
+    model = str(done.config.get("model", ""))
+    harvest = names.split_set(done.name)[0]
+    if role == "tokens":
+        return "tokens"
+    if role == "activations":
+        return f"activations/{harvest}"
+    if role == "model" and "/" not in model and not done.inputs[role].startswith("hub:"):
+        return f"model/{model}"
+    sae = str(done.config.get("sae") or "")
+    if role == "sae" and "/" not in sae:
+        return f"sae/{names.set_name(Path(model).name, sae)}"
+    if role == "explanations":
+        return _explanations_of_format_1(run, done, harvest)
+    return ""
+
+
+def _explanations_of_format_1(run: Run, done: Completion, harvest: str) -> str:
+    """Scores by a language model do not say which set they read where it was the model's own."""
+    given = str(done.config.get("explanations") or "")
+    if given == "promoted":
+        return f"steer/{harvest}"
+    own = f"explanations/{names.set_name(harvest, names.split_set(done.name)[1])}"
+    if given:
+        return f"explanations/{names.set_name(harvest, '' if given == 'free' else given)}"
+    if not done.config.get("name"):
+        return own
+    for name in run.models("explanations"):
+        made = run.stage("explanations", name).completion()
+        if made is not None and made.identity == done.inputs["explanations"]:
+            return made.label
+    return own
+
+
+# ---- commands -------------------------------------------------------------------------------------
+
+
+def _commands(run: Run, stale: Mapping[str, str]) -> list[str]:
+    """What makes the stale stages again, top first, each once."""
+    return list(dict.fromkeys(run.labelled(label).command() for label in stale))
+
+
+def _command(stage: Stage, done: Completion, *, force: bool) -> str:
+    words = ["cratelm", *done.verb.split(), "--run", str(stage.run.path)]
+    words += done.options or _options_in(done)
+    return shlex.join(words + ["--force"] * force)
+
+
+def _options_in(done: Completion) -> list[str]:
+    """Every option that the configuration has a value for: records of format 1 keep no options."""
+    config = dict(done.config)
+    if config.pop("import", None):
+        config["model"] = config.pop("name")
+    if done.stage == "model":
+        usual = str(config.get("model"))
+        usual = usual if config.get("steps") else names.untrained_name(usual)
+        config["name"] = "" if done.name == usual else done.name
+    words = []
+    for name, value in config.items():
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value not in (None, "", [], False):
+            given = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, given)]
+    return words

@@ -1,0 +1,148 @@
+"""Edits of neurons: which neurons, what is done to them, and at which tokens. Imports nothing heavy."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cratelm.errors import InputError
+
+Operation = Literal["set", "add", "scale", "zero"]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which tokens of a text are edited.
+
+    The position of a token is the number of real tokens before it in its row. Padding has no position and is
+    not counted; tokens that a cache holds are counted. Negative positions count from the end of the prompt:
+    of what `generate` was given, or, outside of `generate`, of what the pass has read.
+    """
+
+    listed: tuple[int, ...] | None = None
+    """only these; None for the span below"""
+    start: int = 0
+    stop: int | None = None
+    """first position after the span; None: to the end, generated tokens included"""
+    generated: bool = False
+    """only the tokens that `generate` adds"""
+
+    @property
+    def everywhere(self) -> bool:
+        """True where every token is edited, so that no positions have to be followed."""
+        return self == Positions()
+
+    @classmethod
+    def of(cls, given: "str | int | Sequence[int] | Positions") -> "Positions":
+        """Parse `all`, `last`, `generated`, a span such as `5:` or `-3:`, one number or several.
+
+        Raises `InputError` for anything else.
+        """
+        if isinstance(given, Positions):
+            return given
+        if isinstance(given, str):
+            return _from_words(given)
+        try:
+            numbers = (given,) if isinstance(given, int) else tuple(given)
+            if numbers and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+                return cls(listed=numbers)
+        except TypeError:
+            pass
+        raise _no_positions(given)
+
+
+def _from_words(text: str) -> Positions:
+    named = {
+        "all": Positions(),
+        "last": Positions(listed=(-1,)),
+        "generated": Positions(generated=True),
+    }
+    if text in named:
+        return named[text]
+    span = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text)
+    if span:
+        return Positions(start=int(span[1] or 0), stop=int(span[2]) if span[2] else None)
+    if re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        return Positions(listed=tuple(map(int, text.split(","))))
+    raise _no_positions(text)
+
+
+def _no_positions(given: object) -> InputError:
+    return InputError(
+        f"positions {given!r} cannot be read: give all, last, generated, a span such as 5: or -3:, or"
+        " numbers such as 2,5"
+    )
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to some neurons of one layer: exactly one of `set`, `add`, `scale`, `zero`.
+
+    Raises `InputError` where none or several of these are given, for a number that is not finite, and where
+    no neuron is named.
+    """
+
+    layer: int
+    neurons: int | Sequence[int]
+    """one index or several; a tuple once the edit is made"""
+    set: float | None = None
+    """value that the raw activation is set to"""
+    add: float | None = None
+    """value that is added to the raw activation"""
+    scale: float | None = None
+    """factor that the activation is multiplied by"""
+    zero: bool = False
+    """set the activation to 0"""
+    positions: str | int | Sequence[int] | Positions = "all"
+    """`all`, `last` (of the prompt), `generated`, a span such as `5:`, or numbers; see `Positions`"""
+
+    def __post_init__(self) -> None:
+        neurons = (self.neurons,) if isinstance(self.neurons, int) else tuple(self.neurons)
+        object.__setattr__(self, "neurons", neurons)
+        object.__setattr__(self, "positions", Positions.of(self.positions))
+        one_operation(self.set, self.add, self.scale, self.zero)
+        if not neurons:
+            raise InputError("an edit names no neuron: give at least one index")
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The neurons, as a tuple."""
+        assert isinstance(self.neurons, tuple)
+        return self.neurons
+
+    @property
+    def where(self) -> Positions:
+        """The positions, parsed."""
+        assert isinstance(self.positions, Positions)
+        return self.positions
+
+    @property
+    def operation(self) -> tuple[Operation, float]:
+        """What is done, and with which number."""
+        return one_operation(self.set, self.add, self.scale, self.zero)
+
+
+def one_operation(
+    set_: float | None, add: float | None, scale: float | None, zero: bool, *, dashes: str = ""
+) -> tuple[Operation, float]:
+    """Return the operation that is given, and its number.
+
+    Raises `InputError` unless exactly one is given, with a finite number. `dashes` stands before the names in
+    messages: `--` where they are options of a command.
+    """
+    values: dict[Operation, float | None] = {"set": set_, "add": add, "scale": scale}
+    given: list[tuple[Operation, float]] = [(k, v) for k, v in values.items() if v is not None]
+    if zero:
+        given.append(("zero", 0.0))
+    if len(given) != 1:
+        names = ", ".join(dashes + name for name in ("set", "add", "scale", "zero"))
+        if not given:
+            raise InputError(f"nothing is given to do to the neurons: give one of {names}")
+        raise InputError(
+            f"{' and '.join(dashes + name for name, _ in given)} cannot be combined: give one of {names}"
+        )
+    name, value = given[0]
+    if not math.isfinite(value):
+        raise InputError(f"{dashes}{name} is {value}: it must be a finite number")
+    return name, value

@@ -1,0 +1,484 @@
+"""What `cratelm effects` and `cratelm intervene` leave in a run: the folders under `steer/`, written and read here.
+
+Both commands write the stage `steer`, under different names and with different files:
+
+    steer/MODEL/         effects: logit_effects.parquet, ablation.parquet, summary.json
+    steer/MODEL@NAME/    intervene: interventions.parquet, continuations.parquet, summary.json, calls.json
+
+`effects_stage` and `interventions_stage` name the two; whoever lists the stage sorts them apart with
+`models_with_effects` and `intervention_names`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cratelm.records import Estimate, Interval, NeuronId
+from cratelm.runs import Run, Stage, write_json
+from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+from cratelm.runs.names import set_name, sets_of, split_set
+
+EffectKind = Literal["exact", "first_order"]
+"""`exact`: through everything that follows the neuron; `first_order`: through the last norm and the
+unembedding alone"""
+SteeringControl = Literal["none", "shuffled", "random"]
+STEERING_CONTROLS: tuple[SteeringControl, ...] = ("none", "shuffled", "random")
+"""`none`: the neuron's own explanation on its own continuations; `shuffled`: another neuron's explanation on
+the same continuations; `random`: the own explanation on continuations with another neuron steered as
+strongly"""
+CONTROL_LABELS: dict[SteeringControl, str] = {
+    "none": "own explanation",
+    "shuffled": "another neuron's explanation",
+    "random": "another neuron steered",
+}
+SUMMARY = "summary.json"
+LOGIT_EFFECTS = TableFile(
+    "steer/MODEL/logit_effects.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column(
+            "kind",
+            pa.string(),
+            "`exact`: through all that follows, where it fires; `first_order`: its column through the last norm and the unembedding",
+        ),
+        Column("activation", pa.float64(), "raw activation, mean over the tokens it is taken at"),
+        Column("n_positions", pa.int32(), "how many tokens these are"),
+        Column("promoted_ids", pa.list_(pa.int32()), "token ids that gain most, strongest first"),
+        Column("promoted", pa.list_(pa.string()), "the same as text"),
+        Column(
+            "promoted_values", pa.list_(pa.float32()), "logits, less their mean over the vocabulary"
+        ),
+        Column("suppressed_ids", pa.list_(pa.int32()), "token ids that lose most"),
+        Column("suppressed", pa.list_(pa.string()), "the same as text"),
+        Column("suppressed_values", pa.list_(pa.float32()), "likewise"),
+        Column(
+            "agreement",
+            pa.float64(),
+            "of `exact`: rank correlation over the vocabulary with the first-order reading, -1 to 1",
+        ),
+        Column(
+            "overlap",
+            pa.float64(),
+            "of `exact`: part of the promoted tokens that both have, 0 to 1",
+        ),
+        Column(
+            "named",
+            pa.float64(),
+            "of `exact`: chance that a token it fires on is promoted more than another, 0 to 1",
+        ),
+        Column("named_shuffled", pa.float64(), "the same of another neuron's tokens"),
+    ),
+)
+ABLATION = TableFile(
+    "steer/MODEL/ablation.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("dead", pa.bool_(), "never above 0 on the fit split"),
+        Column(
+            "change",
+            pa.float64(),
+            "held-out loss without the neuron less that with it, nats a token",
+        ),
+        Column("change_error", pa.float64(), "its standard error, over documents"),
+        Column(
+            "firing_change", pa.float64(), "the same over the tokens predicted from where it fires"
+        ),
+        Column("firing_error", pa.float64(), "its standard error"),
+        Column("n_tokens", pa.int64(), "tokens measured on"),
+        Column("n_firing", pa.int64(), "of these, predicted from where it fires"),
+        Column("n_documents", pa.int64(), "documents that they belong to"),
+    ),
+)
+INTERVENTIONS = TableFile(
+    "steer/MODEL/interventions.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("explainer", pa.string(), "whose explanation the judge was given"),
+        Column(
+            "control",
+            pa.string(),
+            "`none`, `shuffled` (another neuron's explanation) or `random` (another neuron steered as strongly)",
+        ),
+        Column("explanation", pa.string(), "as the judge read it"),
+        Column(
+            "value",
+            pa.float64(),
+            "mean probability that the judge names the steered text, 0 to 1, chance 0.5; null where there is none",
+        ),
+        Column("status", pa.string(), "`defined`, `undefined`, `dead` or `failed`"),
+        Column("reason", pa.string(), "why there is no value"),
+        Column("pairs", pa.int32(), "pairs of continuations judged"),
+        Column("same", pa.int32(), "pairs left out because both are equal"),
+        Column("steered", pa.int32(), "index of the neuron that was steered"),
+        Column("setting", pa.float64(), "raw activation it was set to"),
+        Column(
+            "kl",
+            pa.float64(),
+            "strength: divergence of the steered from the plain predictions, nats a token",
+        ),
+    ),
+)
+CONTINUATIONS = TableFile(
+    "steer/MODEL/continuations.parquet",
+    (
+        *NEURON_COLUMNS,
+        Column("prompt", pa.string(), "the text that is continued"),
+        Column("plain", pa.string(), "its continuation"),
+        Column("steered", pa.string(), "with the neuron steered"),
+        Column("random", pa.string(), "with another neuron steered as strongly"),
+    ),
+)
+
+
+# ---- effects: steer/MODEL/ ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LogitEffect:
+    """The tokens whose logits one neuron raises and lowers most where it fires, strongest first."""
+
+    neuron: NeuronId
+    kind: EffectKind
+    activation: float
+    """mean activation at the tokens that it was measured at"""
+    n_positions: int
+    """how many tokens these are"""
+    promoted_ids: tuple[int, ...]
+    promoted: tuple[str, ...]
+    promoted_values: tuple[float, ...]
+    """logits, minus their mean over the vocabulary"""
+    suppressed_ids: tuple[int, ...]
+    suppressed: tuple[str, ...]
+    suppressed_values: tuple[float, ...]
+    agreement: float | None = None
+    """of `exact`: rank correlation over the vocabulary with the first-order reading"""
+    overlap: float | None = None
+    """of `exact`: fraction of the promoted tokens that both readings have"""
+    named: float | None = None
+    """of `exact`: chance that a token it fires on is promoted more than another token"""
+    named_shuffled: float | None = None
+    """the same for the tokens that another neuron of the layer fires on"""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The loss without one neuron minus the loss with it, nats per token."""
+
+    change: Estimate
+    """over all tokens; standard error over documents"""
+    where_firing: Estimate | None
+    """over tokens predicted from where it fires; None where it does not fire"""
+    n_tokens: int
+    n_firing: int
+    n_documents: int
+
+
+@dataclass(frozen=True)
+class NeuronAblation:
+    """One row of `ablation.parquet`."""
+
+    neuron: NeuronId
+    dead: bool
+    """never above 0 on the fit split"""
+    ablation: Ablation
+
+
+@dataclass(frozen=True)
+class LayerEffects:
+    """Figures of one layer; intervals are over its neurons, dead ones left out."""
+
+    layer: int
+    neurons: int
+    dead: int
+    """never above 0 on the fit split"""
+    silent: int
+    """of the others, those that fire at no token drawn, so that no effect on the logits is known"""
+    size: Interval | None
+    """mean absolute change of the loss, nats per token"""
+    rise: Interval | None
+    """mean change of the loss"""
+    firing_rise: Interval | None
+    """mean change over tokens predicted from where the neuron fires"""
+    raises: Interval | None
+    """fraction of the neurons without which the loss is higher by more than two standard errors"""
+    lowers: Interval | None
+    """fraction without which it is lower by more than two"""
+    agreement: Interval | None
+    """rank correlation over the vocabulary of the first-order reading with the exact effect"""
+    overlap: Interval | None
+    """fraction of the tokens promoted most that both readings have"""
+    named: Interval | None
+    """chance that a token that the neuron fires on is promoted more than another"""
+    named_shuffled: Interval | None
+    """the same for tokens that another neuron of the layer fires on"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectsSummary:
+    """`summary.json` of `cratelm effects`."""
+
+    model: str
+    ablation: Literal["zero", "mean"]
+    """what neurons are set to"""
+    loss: Estimate
+    """of the unedited model on the same tokens, nats per token"""
+    n_tokens: int
+    n_documents: int
+    layers: tuple[LayerEffects, ...]
+
+
+def effects_stage(run: Run, model: str) -> Stage:
+    """Return the stage that `cratelm effects` writes about a model."""
+    return run.stage("steer", model)
+
+
+def models_with_effects(run: Run) -> list[str]:
+    """Return the models for which `cratelm effects` has finished, sorted."""
+    return [name for name in run.models("steer") if not split_set(name)[1]]
+
+
+def write_logit_effects(folder: Path, effects: Sequence[LogitEffect]) -> None:
+    """Write `logit_effects.parquet` into an existing folder."""
+    rows = [{**asdict(e), **vars(e.neuron)} for e in effects]
+    _write(LOGIT_EFFECTS, rows, folder)
+
+
+def read_logit_effects(folder: Path, kind: EffectKind = "exact") -> list[LogitEffect]:
+    """Return the effects of all neurons measured, in the order of the file: dead and silent ones have none."""
+    filters = [("kind", "=", kind)]
+    return [_logit_effect(row) for row in _read(LOGIT_EFFECTS, folder, filters)]
+
+
+def read_logit_effect(
+    folder: Path, neuron: NeuronId, kind: EffectKind = "exact"
+) -> LogitEffect | None:
+    """Return the effect of one neuron.
+
+    None where it was not measured: the folder has no such file, or it is another site's, or the neuron is
+    dead or was not drawn.
+    """
+    if not _path(LOGIT_EFFECTS, folder).is_file():
+        return None
+    wanted = [("layer", "=", neuron.layer), ("index", "=", neuron.index), ("kind", "=", kind)]
+    rows = _read(LOGIT_EFFECTS, folder, wanted)
+    return _logit_effect(rows[0]) if rows and rows[0]["site"] == neuron.site else None
+
+
+def _logit_effect(row: Mapping[str, Any]) -> LogitEffect:
+    fields: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in row.items()
+    }
+    return LogitEffect(neuron=_take_neuron(fields), **fields)
+
+
+def write_ablations(folder: Path, ablations: Sequence[NeuronAblation]) -> None:
+    """Write `ablation.parquet` into an existing folder."""
+    rows = [
+        {
+            **vars(row.neuron),
+            "dead": row.dead,
+            "change": row.ablation.change.value,
+            "change_error": row.ablation.change.error,
+            "firing_change": None if (at := row.ablation.where_firing) is None else at.value,
+            "firing_error": None if at is None else at.error,
+            "n_tokens": row.ablation.n_tokens,
+            "n_firing": row.ablation.n_firing,
+            "n_documents": row.ablation.n_documents,
+        }
+        for row in ablations
+    ]
+    _write(ABLATION, rows, folder)
+
+
+def read_ablations(folder: Path) -> list[NeuronAblation]:
+    """Return the rows of `ablation.parquet`, in the order of the file: every neuron that was drawn."""
+    ablations = []
+    for row in _read(ABLATION, folder):
+        firing = row["firing_change"]
+        ablation = Ablation(
+            change=Estimate(row["change"], row["change_error"]),
+            where_firing=None if firing is None else Estimate(firing, row["firing_error"]),
+            n_tokens=row["n_tokens"],
+            n_firing=row["n_firing"],
+            n_documents=row["n_documents"],
+        )
+        ablations.append(NeuronAblation(_take_neuron(row), row["dead"], ablation))
+    return ablations
+
+
+def write_effects_summary(folder: Path, summary: EffectsSummary) -> dict[str, Any]:
+    """Write `summary.json` into an existing folder; return its content."""
+    content = asdict(summary)
+    write_json(folder / SUMMARY, content)
+    return content
+
+
+def read_effects_summary(folder: Path) -> EffectsSummary:
+    """Return `summary.json` of a folder that `cratelm effects` wrote."""
+    content = _read_json(folder / SUMMARY)
+    layers: list[dict[str, Any]] = [
+        {name: Interval(**v) if isinstance(v, dict) else v for name, v in layer.items()}
+        for layer in content.pop("layers")
+    ]
+    loss = Estimate(**content.pop("loss"))
+    return EffectsSummary(loss=loss, layers=tuple(LayerEffects(**x) for x in layers), **content)
+
+
+# ---- interventions: steer/MODEL@NAME/ -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One row of `interventions.parquet`: what a judge said of one neuron under one control."""
+
+    neuron: NeuronId
+    explainer: str
+    control: SteeringControl
+    explanation: str
+    """as the judge read it"""
+    value: float | None
+    """mean probability that the judge names the steered text, 0..1, chance 0.5"""
+    status: str
+    reason: str
+    """why there is no value; empty where there is one"""
+    pairs: int
+    """pairs of continuations judged"""
+    same: int
+    """pairs left out because both texts are equal"""
+    steered: int | None
+    """index of the neuron that was steered"""
+    setting: float | None
+    """raw activation that it was set to"""
+    kl: float | None
+    """divergence of the steered predictions from the plain ones, nats per token"""
+
+
+@dataclass(frozen=True)
+class ContinuationTexts:
+    """One row of `continuations.parquet`: one beginning and its three continuations."""
+
+    neuron: NeuronId
+    prompt: str
+    plain: str
+    steered: str
+    random: str
+    """with another neuron steered as strongly; empty where the layer has no other"""
+
+
+@dataclass(frozen=True)
+class ControlSummary:
+    """One control over all neurons."""
+
+    control: SteeringControl
+    mean: Interval | None
+    """probability of naming the steered text; interval over neurons"""
+    defined: int
+    undefined: int
+    dead: int
+    failed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterventionSummary:
+    """`summary.json` of `cratelm intervene`."""
+
+    model: str
+    judge: str
+    explainer: str
+    n_neurons: int
+    controls: tuple[ControlSummary, ...]
+    over_shuffled: Interval | None
+    """own minus shuffled explanation, paired by neuron"""
+    over_random: Interval | None
+    """own minus another neuron steered, paired by neuron"""
+    kl: Interval | None
+    """what steering does to the next token, nats"""
+    mass: float | None
+    """mean fraction of all probability that falls on the judge's two answers; None where the judge reports
+    no probabilities"""
+    known: float | None
+    """mean probability that the judge gives the right answer on made-up pairs; None where a call failed.
+    Near 0.5 it cannot judge"""
+    n_failed: int
+    """rows whose calls failed"""
+
+
+def interventions_stage(run: Run, model: str, name: str) -> Stage:
+    """Return the stage that `cratelm intervene` writes about a model under a name."""
+    return run.stage("steer", set_name(model, name))
+
+
+def intervention_names(run: Run, model: str) -> list[str]:
+    """Return the names under which `cratelm intervene` has finished for a model, sorted."""
+    return sets_of(run.models("steer"), model)
+
+
+def write_interventions(folder: Path, rows: Sequence[Intervention]) -> None:
+    """Write `interventions.parquet` into an existing folder."""
+    _write(INTERVENTIONS, [{**asdict(row), **vars(row.neuron)} for row in rows], folder)
+
+
+def read_interventions(folder: Path) -> list[Intervention]:
+    """Return the rows of `interventions.parquet`, in the order of the file."""
+    return [Intervention(neuron=_take_neuron(row), **row) for row in _read(INTERVENTIONS, folder)]
+
+
+def write_continuations(folder: Path, rows: Sequence[ContinuationTexts]) -> None:
+    """Write `continuations.parquet` into an existing folder."""
+    _write(CONTINUATIONS, [{**asdict(row), **vars(row.neuron)} for row in rows], folder)
+
+
+def read_continuations(folder: Path) -> list[ContinuationTexts]:
+    """Return the rows of `continuations.parquet`, in the order of the file."""
+    return [
+        ContinuationTexts(neuron=_take_neuron(row), **row) for row in _read(CONTINUATIONS, folder)
+    ]
+
+
+def write_intervention_summary(folder: Path, summary: InterventionSummary) -> dict[str, Any]:
+    """Write `summary.json` into an existing folder; return its content."""
+    content = asdict(summary)
+    write_json(folder / SUMMARY, content)
+    return content
+
+
+def read_intervention_summary(folder: Path) -> InterventionSummary:
+    """Return `summary.json` of a folder that `cratelm intervene` wrote."""
+    content = _read_json(folder / SUMMARY)
+    for name in ("over_shuffled", "over_random", "kl"):
+        content[name] = _mean(content[name])
+    controls = [{**c, "mean": _mean(c["mean"])} for c in content.pop("controls")]
+    return InterventionSummary(controls=tuple(ControlSummary(**c) for c in controls), **content)
+
+
+# ---- files ----------------------------------------------------------------------------------------
+
+
+def _mean(found: dict[str, Any] | None) -> Interval | None:
+    return None if found is None else Interval(**found)
+
+
+def _path(file: TableFile, folder: Path) -> Path:
+    return folder / Path(file.path).name
+
+
+def _write(file: TableFile, rows: list[dict[str, Any]], folder: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(rows, file.schema), _path(file, folder))
+
+
+def _read(file: TableFile, folder: Path, filters: Any = None) -> list[dict[str, Any]]:
+    return pq.read_table(_path(file, folder), filters=filters).to_pylist()
+
+
+def _take_neuron(row: dict[str, Any]) -> NeuronId:
+    """The neuron that a row is about; its columns are taken out of the row."""
+    return NeuronId(*(row.pop(column.name) for column in NEURON_COLUMNS))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
