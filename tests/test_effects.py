@@ -18,12 +18,8 @@ from cratelm.models import build, site_of
 from cratelm.models.partial_forward import PartialForward
 from cratelm.records import NeuronId
 from cratelm.report.drawing import Series
-from cratelm.report.sections.effects import (
-    effects_figure,
-    effects_table,
-    interventions_table,
-    promoted,
-)
+from cratelm.report.sections.effects import effects_figure, effects_table
+from cratelm.results.side_results import read_effects, read_interventions
 from cratelm.runs import Run
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import HeldOutText, ablate
@@ -33,6 +29,7 @@ from cratelm.steer.direct_logit_attribution import direct_logit_attribution
 from cratelm.steer.edits import Edit
 from cratelm.steer.effects import effects
 from cratelm.steer.steering import steering
+from cratelm.steer.store import read_logit_effect
 from cratelm.tokens.shards import TokenStore
 
 T = 12
@@ -334,11 +331,11 @@ def test_mistakes(run, tmp_path, capsys):
 
 def test_what_the_report_reads(run, tmp_path):
     models = ["crate-2l", "gpt2-2l", "nobody"]
-    assert effects_table(Run(tmp_path), models) is None
-    assert interventions_table(Run(tmp_path), models) is None
+    assert read_effects(Run(tmp_path), models) == []
+    assert read_interventions(Run(tmp_path), models) == []
     results = [effects(EffectsConfig(run=run, model=m, force=True, **SIZES)) for m in models[:2]]
-    table = effects_table(Run(run), models)
-    assert table is not None
+    read = read_effects(Run(run), models)
+    table = effects_table(read)
     assert [(r[0], r[1]) for r in table.rows] == [
         (m, layer) for m in models[:2] for layer in (0, 1)
     ]
@@ -348,13 +345,13 @@ def test_what_the_report_reads(run, tmp_path):
     assert (cell["value"], cell["low"], cell["high"]) == (size.value, size.low, size.high)
     table.to_latex()
     assert "rank correlation" in table.to_text()
-    series = [(m, Series(m, place)) for place, m in enumerate(models)]
-    figure = effects_figure(Run(run), series)
+    series = {m: Series(m, place) for place, m in enumerate(models)}
+    figure = effects_figure(read, series)
     assert figure is not None
     figure.write(tmp_path)
     assert (tmp_path / "effects.png").stat().st_size > 1000
     assert [s.label for s in figure.series] == models[:2]
-    assert effects_figure(Run(run), series[2:]) is None
+    assert effects_figure(read_effects(Run(run), models[2:]), series) is None
     assert len(figure.svgs()) == 3
 
 
@@ -366,12 +363,12 @@ def test_what_the_gallery_reads(run):
         if r["layer"] == 1 and r["kind"] == "exact"
     )
     neuron = NeuronId("gpt2-2l", "mlp", 1, row["index"])
-    found = promoted(result.path, neuron)
+    found = read_logit_effect(result.path, neuron)
     assert found is not None
     assert list(found.promoted) == row["promoted"]
     assert list(found.suppressed_values) == row["suppressed_values"]
-    plain = promoted(result.path, neuron, "first_order")
+    plain = read_logit_effect(result.path, neuron, "first_order")
     assert plain is not None
     assert plain.promoted_values != found.promoted_values
-    assert promoted(result.path, NeuronId("gpt2-2l", "mlp", 1, 10**6)) is None
-    assert promoted(run / "steer" / "nobody", neuron) is None
+    assert read_logit_effect(result.path, NeuronId("gpt2-2l", "mlp", 1, 10**6)) is None
+    assert read_logit_effect(run / "steer" / "nobody", neuron) is None

@@ -35,6 +35,7 @@ from cratelm.llm.requests import (
 from cratelm.models import load
 from cratelm.records import Explanation, NeuronId, Score, Status
 from cratelm.report.sections.effects import interventions_table
+from cratelm.results.side_results import read_interventions
 from cratelm.runs import Run
 from cratelm.score.scorers import Task
 from cratelm.steer.config import InterveneConfig
@@ -179,8 +180,7 @@ def test_a_judge_that_knows_scores_high_and_the_nulls_at_chance(run, judge):
     assert json.loads((result.path / "summary.json").read_text())["n_neurons"] == 8
     texts = pq.read_table(result.path / "continuations.parquet").to_pylist()
     assert len(texts) == 8 * 3
-    table = interventions_table(Run(run), [MODEL])
-    assert table is not None
+    table = interventions_table(read_interventions(Run(run), [MODEL]))
     assert [r["mean"]["value"] for r in table.records()] == [
         own.value,
         shuffled.value,

@@ -35,14 +35,15 @@ from cratelm.report import gallery
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
-from cratelm.results.run_results import gather
+from cratelm.results.excerpts import shade
+from cratelm.results.run_results import read_results
 from cratelm.runs import Run, config_dict
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
 from cratelm.steer.effects import LOGIT_EFFECTS
-from cratelm.text.printable import printable, visible
-from cratelm.text.shading import pieces
+from cratelm.text.display import printable, visible
+from cratelm.text.shading import shaded_html
 from cratelm.text.table import Column, Table
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
@@ -358,7 +359,7 @@ def test_only_the_excerpts_shown_are_read(run, monkeypatch):
 
     monkeypatch.setattr(gallery, "read_records", watched)
     config = ReportConfig(run=run, neurons=2)
-    shown = gallery.galleries(gather(Run(run), config), config)
+    shown = gallery.galleries(read_results(Run(run)), config)
     n_cards = sum(len(cards) for g in shown for _, cards in g.groups)
     assert n_cards == 2 * (2 + 2)  # models x (best + random)
     assert 0 < sum(asked) <= 2 * n_cards  # two splits
@@ -484,18 +485,13 @@ def test_text_marks():
     assert visible("\u0301x") == "◌\u0301x"
 
 
-def test_pieces_hold_the_levels_of_each_token():
+def test_shaded_text_holds_the_levels_of_each_token():
     tokens = ["a", "b", " c", "ש", "d", "e"]
-    found = pieces(tokens, [0, 0, 5, 0, 0, 10], maximum=10, peak=4)
-    assert [(p.text, p.level, p.peak) for p in found] == [
-        ("ab", 0, False),
-        ("␣c", 5, False),
-        ("ש", 0, False),
-        ("d", 0, True),
-        ("e", 10, False),
-    ]
-    assert found[2].isolate
-    assert found[1].activation == 5
+    found = shaded_html(shade(tokens, [0, 0.2, 5, 0, 0, 10], 10), peak=4, every_value=False)
+    assert found == (
+        'ab<span class="l5" title="5"><i>␣</i><wbr>c</span><bdi title="0">ש</bdi>'
+        '<span class="peak" title="0">d</span><span class="l10" title="10">e</span>'
+    )
 
 
 def test_cells():
@@ -605,7 +601,7 @@ def test_sets_are_no_models(with_model, asked, written):
     before, after = _tables(written), _tables(asked)
     for name in ("mean_and_variance", "by_layer", "nulls", "twins", "models", "ledger"):
         assert after[name] == before[name]
-    assert not [name for name in before if "with_model" in name or name == "side_by_side"]
+    assert not [name for name in before if "llm" in name or name == "side_by_side"]
     inputs = Run(with_model).stage("report").completion()
     assert inputs is not None
     for stage in ("explanations", "scores"):
@@ -657,7 +653,7 @@ def test_side_by_side_has_the_untrained_model(with_model, asked):
 
 
 def test_language_model_less_free_is_paired_over_neurons(with_model, asked):
-    rows = _tables(asked)["model_less_free"]["rows"]
+    rows = _tables(asked)["llm_minus_llm_free"]["rows"]
     compared = 0
     for row in rows:
         a, b = row["explainers"].split(" − ")
@@ -682,7 +678,7 @@ def test_language_model_less_free_is_paired_over_neurons(with_model, asked):
 
 
 def test_twins_are_compared_under_every_scorer(with_model, asked):
-    rows = _tables(asked)["twins_with_model"]["rows"]
+    rows = _tables(asked)["twins_llm"]["rows"]
     for row in rows:
         assert row["models"] == "crate-2l − gpt2-2l"
         metric = _METRICS[row["metric"]]
@@ -745,7 +741,7 @@ def test_little_probability_on_the_levels_is_warned_of(with_model, tmp_path):
 
 def test_neurons_show_what_the_language_model_said(with_model, asked):
     config = ReportConfig(**SETTINGS, run=with_model)
-    first = gallery.galleries(gather(Run(with_model), config), config)[0]
+    first = gallery.galleries(read_results(Run(with_model)), config)[0]
     titles = [title for title, _ in first.groups]
     assert titles[2] == "4 at random of those that a language model was asked about"
     said = {
@@ -757,14 +753,14 @@ def test_neurons_show_what_the_language_model_said(with_model, asked):
     shown = 0
     for card in first.groups[2][1]:
         place = card.neuron.layer, card.neuron.index
-        for told in card.told:
-            assert told.text == said[*place, told.evidence]
-            top = told.evidence == "top"
+        for explanation in card.llm_explanations:
+            assert explanation.text == said[*place, explanation.evidence]
+            top = explanation.evidence == "top"
             value = (detection if top else compat)[place]
             figure = value.status if value.value is None else f"{100 * value.value:.1f}"
             before = "detection" if top else "paper-compat: Anthropic"
-            assert f"{before} {figure}" in told.figures
-            assert ("Anthropic" in told.figures) != top
+            assert f"{before} {figure}" in explanation.scores
+            assert ("Anthropic" in explanation.scores) != top
             shown += 1
     assert shown >= 2
     page = Page(asked.page.read_text(encoding="utf-8"))
@@ -778,7 +774,7 @@ def test_language_model_alone(with_model, tmp_path):
     assert [row["model"] for row in written.comparison] == ["crate-2l", "gpt2-2l"]
     assert comparison_table(written).startswith(f"explainer: {FAKE}")
     tables = _tables(written)
-    assert "model_less_free" not in tables
+    assert "llm_minus_llm_free" not in tables
     assert {r["neurons"] for r in tables["side_by_side"]["rows"]} == {6}
     assert "cratelm score --run" in Page(written.page.read_text()).words
 
@@ -827,7 +823,7 @@ def test_a_model_without_a_live_neuron_has_a_report(run, tmp_path):
 def test_tokens_that_a_neuron_promotes_are_shown_with_their_spaces(run, tmp_path):
     """And hostile ones are harmless."""
     path = _copy(run, tmp_path)
-    assert not gather(Run(path), ReportConfig(run=path)).sides
+    assert not read_results(Run(path)).side_stages
     row = {"model": "crate-2l", "site": "ista", "kind": "exact", "activation": 1.0}
     row |= {"n_positions": 3, "promoted_ids": [4, 2], "promoted": ["\n  x", "<script>alert(1)"]}
     row |= {"promoted_values": [2.5, 1.0], "suppressed_ids": [1], "suppressed": [" b"]}

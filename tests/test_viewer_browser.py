@@ -49,8 +49,7 @@ def library(run) -> Library:
 def address(library):
     """Of the real server, in a thread."""
     from cratelm.viewer import server
-    from cratelm.viewer.live import Live
-    from cratelm.viewer.live_api import router
+    from cratelm.viewer.live import Live, router
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -200,7 +199,7 @@ def test_searching_by_keyboard(page, address, library):
     token = next(t.text for t in tokens if t.text.isalnum() and t.count > 1)
     assert page.locator("tbody tr").count() > 0
     page.get_by_label("fires on the token").fill(token)
-    page.get_by_label("explanation holds").fill("")
+    page.get_by_label("explanation contains").fill("")
     page.get_by_role("button", name="find").click()
     page.wait_for_url("**/search?token=*")
     assert page.locator("tbody tr").count() > 0
@@ -337,7 +336,7 @@ def test_the_servers_sentence_is_shown(page, address, library):
     until(page, "document.querySelector('#status').textContent.includes('has no neuron 99999')")
     page.get_by_label("neuron").first.fill("1")
     page.get_by_label("Text").fill("")
-    until(page, "document.querySelector('#status').textContent.includes('Type a text')")
+    until(page, "document.querySelector('#status').textContent.includes('Enter a text')")
 
 
 def test_an_export_from_disk(page, library, tmp_path):

@@ -19,7 +19,9 @@ from cratelm.analysis.store import (
 from cratelm.analysis.summary import summarise
 from cratelm.records import Estimate, Interval, NeuronId, Status
 from cratelm.report.drawing import Series
-from cratelm.report.sections.white_box import read_analyses, white_box_figures, white_box_tables
+from cratelm.report.sections import white_box
+from cratelm.report.sections.white_box_figures import figures
+from cratelm.results.side_results import read_analyses
 from cratelm.runs import Run, write_json
 
 MODELS = ("crate-2l", "gpt2-2l")
@@ -95,6 +97,17 @@ def _write(path: Path, n_layers: int = 2, explained: tuple[str, ...] = MODELS) -
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     return _write(tmp_path_factory.mktemp("white") / "run")
+
+
+def white_box_tables(run: Run, models: Any, *twins: Any, **options: Any) -> dict[str, Any]:
+    """By name, those that have a row."""
+    made = white_box.tables(read_analyses(run, models), *twins, **options)
+    return {table.name: table for table in made if table.rows}
+
+
+def white_box_figures(run: Run, series: list[tuple[str, Series]]) -> dict[str, Any]:
+    found = figures(read_analyses(run, [name for name, _ in series]), dict(series))
+    return {figure.name: figure for figure in found}
 
 
 def _cell(table, key: str, **wanted: Any) -> Any:

@@ -2,15 +2,19 @@
 
 import json
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
+from cratelm.activations.store import read_summaries
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
+from cratelm.explain.store import read_explanations
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
+from cratelm.score.store import read_scores
 from cratelm.steer.config import EffectsConfig
 from cratelm.steer.effects import effects
 from cratelm.tokens.config import TokenizeConfig
@@ -58,3 +62,36 @@ def small_run(folder: Path) -> Path:
         score(ScoreConfig(run=path, model=name, resamples=100, quiet=True))
     effects(EffectsConfig(run=path, model="crate-2l", tokens=300, quiet=True))
     return path
+
+
+def a_neuron(library, alive=True, explained=True) -> int:
+    """Of layer 1 of crate-2l."""
+    columns = library.table("run", "crate-2l")
+    here = columns.rows_of(1)
+    texts, maximum = columns.explanations[here], columns.maximum[here]
+    return next(i for i in range(NEURONS) if bool(texts[i]) == explained and (maximum[i] > 0) == alive)  # fmt: skip
+
+
+def brute(run, model="crate-2l", layer=1):
+    """Rows of a layer from the readers of records: index, explanation, score, maximum, rate."""
+    texts = {(e.neuron.layer, e.neuron.index): e.text for e in read_explanations(run / "explanations" / model) if e.explainer == "trie"}  # fmt: skip
+    scores = {(s.neuron.layer, s.neuron.index): s.score.value for s in read_scores(run / "scores" / model) if (s.explainer, s.metric, s.control) == ("trie", "random_only", "none")}  # fmt: skip
+    summaries = [s for s in read_summaries(run / "activations" / model, "held_out") if s.neuron.layer == layer]  # fmt: skip
+    return [(s.neuron.index, texts.get((layer, s.neuron.index), ""), scores.get((layer, s.neuron.index)), s.maximum, s.firing_rate) for s in summaries]  # fmt: skip
+
+
+class Parsed(HTMLParser):
+    """Elements, references and text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words += data

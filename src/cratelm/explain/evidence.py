@@ -3,12 +3,13 @@
 Shapes: n tokens of all excerpts, N of them kept, each position of the split once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.records import NeuronRecord
+from cratelm.records import Excerpt, NeuronRecord
 
 NO_TOKEN = -1
 """in a context: a token before the excerpt"""
@@ -39,7 +40,12 @@ def collect_evidence(record: NeuronRecord, depth: int, weight: float) -> Evidenc
     were chosen because the neuron was high (or in a given bin) weighs `weight`: such excerpts show
     a token where it activates more than it does on average.
     """
-    excerpts = [e for e in record.excerpts if e.kind != "out_of_context" and len(e)]
+    return evidence_of(record.excerpts, depth, weight)
+
+
+def evidence_of(excerpts: Sequence[Excerpt], depth: int, weight: float) -> Evidence:
+    """Return the evidence of these excerpts of one neuron, as `collect_evidence` does of a record."""
+    excerpts = [e for e in excerpts if e.kind != "out_of_context" and len(e)]
     if not excerpts:
         return Evidence(np.zeros((0, depth), dtype=np.int64), np.zeros(0), np.zeros(0))
     contexts = contexts_of([e.token_ids for e in excerpts], depth)  # [n, depth]

@@ -17,6 +17,7 @@ from cratelm.explain.explain import explain
 from cratelm.pipelines.config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
+from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion, Run
 from cratelm.runs.names import latents_name, split_set
 from cratelm.sae.architectures import import_sae_lens
@@ -214,11 +215,8 @@ def _check_comparable(run: Run, model: str) -> None:
         )
 
 
-_VERBS = {"activations": "harvest", "explanations": "explain", "scores": "score"}
-
-
 def _config_of(run: Run, stage: Any, model: str) -> dict[str, Any]:
-    done: Completion = run.stage(stage, model).require(_VERBS[stage])
+    done: Completion = run.stage(stage, model).require(MODEL_STAGES[stage])
     return done.config
 
 

@@ -1,7 +1,13 @@
 """Names and cells that the tables of a report share."""
 
-from cratelm.records import Interval, Metric
+import math
+
+from cratelm.records import Estimate, Interval, Metric
+from cratelm.report.drawing import Series
+from cratelm.results.run_results import ModelResults
+from cratelm.results.scores import mean_interval
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
+from cratelm.text import table
 from cratelm.text.table import Cell
 
 METRIC_NAMES: dict[Metric, str] = {
@@ -20,14 +26,36 @@ INTERVAL_NOTE = (
 )
 
 
+def interval_cell(interval: Interval | None, by: float = 1) -> Cell:
+    """Return a figure with its interval, times `by`; the figure alone where it has none."""
+    if interval is None:
+        return None
+    value, low, high = (
+        None if v is None else by * v for v in (interval.value, interval.low, interval.high)
+    )
+    return (
+        value if value is None or low is None or high is None else table.Interval(value, low, high)
+    )
+
+
+def estimate_cell(estimate: Estimate | None, by: float = 1) -> Cell:
+    """Return a figure with its standard error, times `by`; the figure alone where it has none."""
+    if estimate is None or math.isnan(estimate.value):
+        return None
+    value, error = by * estimate.value, estimate.error
+    return value if error is None else Estimate(value, by * error)
+
+
 def mean_cell(s: ModelStatistics | LayerStatistics | None) -> Cell:
-    return interval_cell(s.mean, s.low, s.high) if s else None
-
-
-def interval_cell(value: float | None, low: float | None, high: float | None) -> Cell:
-    return value if value is None or low is None or high is None else Interval(value, low, high)
+    """Return a mean score with its interval."""
+    return interval_cell(mean_interval(s))
 
 
 def without_score(counts: Counts) -> str:
-    """`undefined / dead / failed`"""
+    """Return the counts `undefined / dead / failed`."""
     return f"{counts.undefined:,} / {counts.dead:,} / {counts.failed:,}"
+
+
+def series_of(m: ModelResults) -> Series:
+    """Return how a model looks in every figure."""
+    return Series(m.name, m.place, "init" if m.null_of else "")

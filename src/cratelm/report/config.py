@@ -1,5 +1,6 @@
-"""What `cratelm report` can be told. Imports nothing heavy, so that `--help` is quick."""
+"""Options of `cratelm report`. Imports nothing heavy, so that `--help` is quick."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,24 +16,24 @@ class ReportConfig:
     run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     models: tuple[str, ...] = ()
-    """models to show, by name; left out: all that are scored. `crate-X` and `gpt2-X` are compared as
+    """models to show, by name; default: all that are scored. `crate-X` and `gpt2-X` are compared as
     twins, and `NAME-init` is shown as the randomly initialised null of NAME"""
     explainer: str | None = None
-    """the explainer of the comparison table and of the neurons shown; left out: `trie` where it was
-    scored, else the first by name. The other tables show every explainer"""
+    """explainer of the comparison table and of the neurons shown; default: `trie` if it was scored,
+    else the first by name. The other tables show every explainer"""
     rank_by: Metric = "top_and_random"
     """metric by which the best neurons are chosen: top_and_random, random_only or anthropic"""
     neurons: int = 10
-    """neurons shown of each model: so many with the highest score, and so many drawn at random"""
+    """neurons shown per model: this many with the highest score, and as many drawn at random"""
     excerpts: int = 3
-    """held-out excerpts shown of each neuron, true activations beside simulated ones"""
+    """held-out excerpts shown per neuron, with true and simulated activations"""
     resamples: int = 2000
-    """bootstrap and permutation resamples behind the comparison of twins; the other intervals are those
+    """bootstrap and permutation resamples for the comparison of twins; the other intervals are those
     that `cratelm score` wrote"""
     seed: int = 0
-    """draws the random neurons, and those resamples"""
+    """seed of the random neurons and of those resamples"""
     force: bool = not_in_identity(False)
-    """write the report again where it was finished already"""
+    """redo the report even if it is finished"""
     quiet: bool = not_in_identity(False)
     """no progress bar: this verb has none, and takes the option as all verbs do"""
 
@@ -40,3 +41,7 @@ class ReportConfig:
         at_least(self, {"neurons": 0, "excerpts": 0, "resamples": 100, "seed": 0})
         if self.rank_by not in METRICS:
             raise InputError(f"--rank-by is {self.rank_by!r}: choose from {', '.join(METRICS)}")
+
+    def ranking_metric(self, scored: Sequence[Metric]) -> Metric:
+        """Return the metric that chooses the best neurons: `rank_by`, or the first of `scored` without it."""
+        return self.rank_by if self.rank_by in scored else scored[0]

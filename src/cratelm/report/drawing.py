@@ -1,16 +1,20 @@
-"""Figures, drawn once with matplotlib and written as PNG, PDF and SVG for the page.
+"""Figures, drawn once with matplotlib and written as PNG, PDF and SVG for pages.
 
-A figure is a row of panels. In PNG and PDF they stand side by side; on the page each panel is an
+A figure is a row of panels. In PNG and PDF they stand side by side; on a page each panel is an
 SVG of its own, so that they wrap on a narrow screen, and its colours are those of the page's theme.
-The same data gives the same bytes: no dates, and SVG names from a fixed salt.
+The browser draws its curves with the same panels. The same data gives the same bytes: no dates, and
+SVG names from a fixed salt.
 """
 
+import contextlib
 import io
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
@@ -19,6 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from cratelm.records import Interval
 
 INK, RULE = "#1b1f24", "#c9d1d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -48,6 +54,16 @@ _STYLE: Any = {
 }
 
 
+_PAGE_COLOURS = {
+    INK: "currentColor",
+    RULE: "var(--rule)",
+    **{colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)},
+}
+"""for each colour of a figure the one of the page's theme"""
+_settings = threading.Lock()
+"""matplotlib's settings are the process's, and the browser draws in several threads"""
+
+
 @dataclass(frozen=True)
 class Series:
     """How one model, or one of its nulls, looks in every figure."""
@@ -60,10 +76,11 @@ class Series:
 
     @property
     def colour(self) -> str:
+        """Return the colour of the model."""
         return COLOURS[self.place % len(COLOURS)]
 
     def style(self) -> dict[str, Any]:
-        """Keywords for matplotlib's lines."""
+        """Return keywords for matplotlib's lines."""
         marker = {"": _MARKERS[self.place % len(_MARKERS)], "shuffled": "x", "init": "+"}[self.null]
         return {
             "color": self.colour,
@@ -77,12 +94,23 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
+    """One pair of axes."""
+
     title: str
     draw: Callable[[Axes], None]
+
+    def svg(self, name: str, label: str) -> Markup:
+        """Return the panel for a page; `name` heads its ids there, `label` is read to the blind."""
+        with _matplotlib_settings():
+            canvas = Canvas(figsize=_PANEL, layout="constrained")
+            _draw(canvas.subplots(), self)
+            return _page_svg(canvas, name, label)
 
 
 @dataclass(frozen=True)
 class Figure:
+    """A row of panels with one legend and one caption."""
+
     name: str
     title: str
     caption: str
@@ -91,8 +119,8 @@ class Figure:
     """for the legend; none where the panels name their lines themselves"""
 
     def write(self, folder: Path) -> None:
-        """`NAME.png` and `NAME.pdf`."""
-        with mpl.rc_context(_STYLE):
+        """Write `NAME.png` and `NAME.pdf`."""
+        with _matplotlib_settings():
             width, height = _PANEL
             canvas = Canvas(figsize=(width * len(self.panels), height + 0.4), layout="constrained")
             for axes, panel in zip(
@@ -109,33 +137,37 @@ class Figure:
             )
 
     def svgs(self) -> list[Markup]:
-        """Each panel for the page."""
-        return [self._svg(place, panel) for place, panel in enumerate(self.panels)]
+        """Return each panel for the page."""
+        return [
+            panel.svg(f"{self.name}-{number}", f"{self.title}: {panel.title}")
+            for number, panel in enumerate(self.panels)
+        ]
 
     def swatches(self) -> list[tuple[str, Markup]]:
-        """The legend for the page: label and a small drawing of line and marker."""
-        return [(s.label, self._swatch(place, s)) for place, s in enumerate(self.series)]
+        """Return the legend for the page: label and a small drawing of line and marker."""
+        return [(s.label, self._swatch(number, s)) for number, s in enumerate(self.series)]
 
-    def _svg(self, place: int, panel: Panel) -> Markup:
-        with mpl.rc_context(_STYLE):
-            canvas = Canvas(figsize=_PANEL, layout="constrained")
-            _draw(canvas.subplots(), panel)
-            return _themed(canvas, f"{self.name}-{place}", f"{self.title}: {panel.title}")
-
-    def _swatch(self, place: int, series: Series) -> Markup:
-        with mpl.rc_context(_STYLE):
+    def _swatch(self, number: int, series: Series) -> Markup:
+        with _matplotlib_settings():
             canvas = Canvas(figsize=(0.42, 0.16))
             axes = canvas.add_axes((0, 0, 1, 1))
             axes.set_axis_off()
             axes.set(xlim=(0, 2), ylim=(-1, 1))
             axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], **series.style())
-            return _themed(canvas, f"{self.name}-key-{place}", "")
+            return _page_svg(canvas, f"{self.name}-key-{number}", "")
+
+
+def scores_panel(
+    title: str, series: Sequence[Series], lines: Sequence[Mapping[int, Interval]]
+) -> Panel:
+    """Return the curve of scores by layer of one metric, a line for each series."""
+    return Panel(title, by_layer(series, lines, "mean score × 100", zero=True))
 
 
 def curves(
     series: Sequence[Series], points: Sequence[tuple[Any, Any, Any, Any]], y: str
 ) -> Callable[[Axes], None]:
-    """Losses over tokens: for each series tokens and loss of each step, tokens and loss of each validation."""
+    """Draw losses over tokens: for each series tokens and loss of each step, then of each validation."""
 
     def draw(axes: Axes) -> None:
         for s, (steps, loss, validated, validation_loss) in zip(series, points, strict=True):
@@ -151,33 +183,32 @@ def curves(
 
 def by_layer(
     series: Sequence[Series],
-    points: Sequence[tuple[Sequence[int], Any, Any, Any]],
+    lines: Sequence[Mapping[int, Interval]],
     y: str,
     *,
     log: bool = False,
     zero: bool = False,
     floor: bool = False,
 ) -> Callable[[Axes], None]:
-    """For each series layers, values, and lower and upper ends of their bars; beside each other.
+    """Draw for each series values by layer with bars; points of one layer stand side by side.
 
     `log`: logarithmic axis; `zero`: a line at 0; `floor`: the axis starts at 0.
     """
 
     def draw(axes: Axes) -> None:
-        layers = sorted({layer for p in points for layer in p[0]})
-        for place, (s, (x, values, low, high)) in enumerate(zip(series, points, strict=True)):
-            shift = 0.4 * ((place + 0.5) / len(series) - 0.5)
-            values, low, high = (np.asarray(v, dtype=float) for v in (values, low, high))
+        layers = sorted({layer for line in lines for layer in line})
+        for number, (s, line) in enumerate(zip(series, lines, strict=True)):
+            shift = 0.4 * ((number + 0.5) / len(series) - 0.5)
+            values, low, high = np.array([_ends(v) for v in line.values()], float).reshape(-1, 3).T
             bars = np.maximum([values - low, high - values], 0)
-            style = s.style()
-            bar = axes.errorbar(np.asarray(x) + shift, values, bars, capsize=2, **style)
+            bar = axes.errorbar(np.array(list(line)) + shift, values, bars, capsize=2, **s.style())
             for part in bar[2]:
                 part.set(linewidth=1.0, linestyle="-")
         axes.set(xlabel="layer", ylabel=y, xticks=layers)
         if layers:
             axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
         # of neurons that are all dead there is nothing to show, and a logarithm has no axis for it
-        if log and any(np.any(np.asarray(p[1], dtype=float) > 0) for p in points):
+        if log and any(v.value > 0 for line in lines for v in line.values()):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -191,15 +222,15 @@ def by_layer(
 
 
 def rows(
-    series: Sequence[Series], points: Sequence[tuple[float, float, float] | None], x: str
+    series: Sequence[Series], points: Sequence[Interval | None], x: str
 ) -> Callable[[Axes], None]:
-    """A line a series, from the top: its value and its bar; empty where there is None."""
+    """Draw a line per series, from the top: its value and its bar; empty where there is None."""
 
     def draw(axes: Axes) -> None:
         for place, (s, point) in enumerate(zip(series, points, strict=True)):
             if point is None:
                 continue
-            value, low, high = point
+            value, low, high = _ends(point)
             style = {**s.style(), "linestyle": "none"}
             bars = np.maximum([[value - low], [high - value]], 0)
             axes.errorbar([value], [place], xerr=bars, capsize=2, **style)
@@ -213,17 +244,17 @@ def rows(
 
 def scatter(
     series: Sequence[Series],
-    points: Sequence[tuple[tuple[float, float, float], tuple[float, float, float]] | None],
+    points: Sequence[tuple[Interval, Interval] | None],
     x: str,
     y: str,
 ) -> Callable[[Axes], None]:
-    """A point a series with a bar each way: value and ends along x and along y; none where there is None."""
+    """Draw a point per series with a bar along x and one along y; none where there is None."""
 
     def draw(axes: Axes) -> None:
         for s, point in zip(series, points, strict=True):
             if point is None:
                 continue
-            (a, a_low, a_high), (b, b_low, b_high) = point
+            (a, a_low, a_high), (b, b_low, b_high) = map(_ends, point)
             axes.errorbar(
                 [a],
                 [b],
@@ -241,7 +272,7 @@ def scatter(
 def distributions(
     series: Sequence[Series], values: Sequence[Any], edges: Any, x: str
 ) -> Callable[[Axes], None]:
-    """For each series the share of its values in each bin, as steps."""
+    """Draw for each series the share of its values in each bin, as steps."""
 
     def draw(axes: Axes) -> None:
         for s, sample in zip(series, values, strict=True):
@@ -259,25 +290,78 @@ def distributions(
     return draw
 
 
+def _ends(v: Interval) -> tuple[float, float, float]:
+    """Value and the ends of its bar, which has no length where there is no interval."""
+    return v.value, v.value if v.low is None else v.low, v.value if v.high is None else v.high
+
+
 def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title)
     panel.draw(axes)
 
 
-def _themed(canvas: Canvas, name: str, title: str) -> Markup:
-    """SVG for a page: colours as CSS variables, names of its own, sized by the page."""
-    out = io.StringIO()
+@contextlib.contextmanager
+def _matplotlib_settings() -> Iterator[None]:
+    with _settings, mpl.rc_context(_STYLE):
+        yield
+
+
+def _page_svg(canvas: Canvas, name: str, label: str) -> Markup:
+    """The canvas as an SVG element of a page: coloured by its theme, with ids of its own.
+
+    Styles become attributes, since a page may allow no inline styles, and numbers lose digits that
+    nobody sees: the element takes half the bytes.
+    """
+    out = io.BytesIO()
     canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
-    for place, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--c{place})")
-    svg = re.sub(r"font-family: [^;]*; ", "", svg)
-    svg = re.sub(r"\s*<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
-    label = (
-        Markup(f'role="img" aria-label="{Markup.escape(title)}"') if title else 'aria-hidden="true"'
-    )
-    return Markup(re.sub(r"<svg ", f"<svg {label} ", svg, count=1))
+    root = ElementTree.fromstring(out.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            # a style element would apply to the whole page
+            if child.tag.endswith(("}metadata", "}style")):
+                parent.remove(child)
+    used = {
+        match
+        for element in root.iter()
+        for value in element.attrib.values()
+        for match in re.findall(r"#([\w-]+)", value)
+    }
+    for element in root.iter():
+        element.tag = element.tag.partition("}")[2]
+        element.tail = None
+        element.text = element.text if element.text and element.text.strip() else None
+        element.attrib = _page_attributes(element.attrib, name, used)
+    root.attrib = {
+        "class": "plot",
+        "viewBox": root.attrib["viewBox"],
+        "stroke-linejoin": "round",
+        "stroke-linecap": "butt",
+        **({"role": "img", "aria-label": label} if label else {"aria-hidden": "true"}),
+    }
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _page_attributes(attributes: Mapping[str, str], name: str, used: set[str]) -> dict[str, str]:
+    """Attributes of an element; of its ids only those that are used, headed by `name`."""
+    found: dict[str, str] = {}
+    for key, value in attributes.items():
+        key = key.partition("}")[2] or key  # xlink:href is href today
+        if key == "style":
+            styles = (part.split(":", 1) for part in value.split(";") if ":" in part)
+            for k, v in ((k.strip(), v.strip()) for k, v in styles):
+                if k == "font":  # older matplotlib: weight, size and family in one
+                    size = re.search(r"[\d.]+px", v)
+                    found |= {"font-size": size.group()} if size else {}
+                elif k != "font-family":
+                    found[k] = _PAGE_COLOURS.get(v, v)
+        elif key == "id":
+            found |= {"id": f"{name}-{value}"} if value in used else {}
+        elif key in ("d", "x", "y", "transform"):
+            value = re.sub(
+                r"\d+\.\d+", lambda m: f"{float(m.group()):.2f}", " ".join(value.split())
+            )
+            if not value.startswith("rotate(-0 "):
+                found[key] = value
+        else:
+            found[key] = value.replace("#", f"#{name}-") if "#" in value else value
+    return found

@@ -3,27 +3,27 @@
 Only their excerpts and explanations are read, so memory does not grow with the model.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from markupsafe import Markup
+from numpy.typing import ArrayLike
 
 from cratelm.activations.store import read_records
-from cratelm.records import Excerpt, Metric, NeuronId, NeuronRecord, NeuronScore
+from cratelm.records import Excerpt, Metric, NeuronId, NeuronKey, NeuronRecord, NeuronScore, Split
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
-from cratelm.report.llm_explanations import Told, told
-from cratelm.report.sections.effects import LogitEffect, promoted
-from cratelm.results.run_results import ModelResults, Place, RunResults
+from cratelm.report.llm_explanations import LlmExplanation, llm_explanations
+from cratelm.results.excerpts import largest, shade, simulate_excerpts
+from cratelm.results.neuron_view import read_explanations_of
+from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.score.selection import scored_on
-from cratelm.score.simulators import SIMULATORS, simulate
+from cratelm.steer.store import LogitEffect, read_logit_effect
 from cratelm.text.display import printable, visible
-from cratelm.text.shading import Piece, pieces
+from cratelm.text.shading import shaded_html
 from cratelm.text.table import Cell, Column, Table
 from cratelm.tokens.shards import TokenStore
 
@@ -33,8 +33,10 @@ BEFORE, AFTER = 24, 16
 
 @dataclass(frozen=True, eq=False)
 class ShownExcerpt:
+    """One excerpt of a card."""
+
     label: str
-    rows: tuple[tuple[str, tuple[Piece, ...]], ...]
+    rows: tuple[tuple[str, Markup], ...]
     """name of each row (`true`, `simulated`) and its shaded text"""
 
 
@@ -52,25 +54,26 @@ class Card:
     """largest raw activation on the held-out split"""
     text: str
     """the explanation; empty where there is none"""
-    told: tuple[Told, ...]
-    """what language models say of it"""
+    llm_explanations: tuple[LlmExplanation, ...]
     excerpts: tuple[ShownExcerpt, ...]
     effect: LogitEffect | None = None
-    """what it writes to the vocabulary; None where that was not measured"""
+    """tokens that it promotes and suppresses; None where that was not measured"""
 
     @property
     def score(self) -> str:
+        """Return the score that ranks it, in words."""
         return _shown(self.scores.get(self.rank_by))
 
     @property
     def facts(self) -> str:
+        """Return its scores, firing rate and largest activation, in words."""
         figures = [f"{METRIC_NAMES[m]} {_shown(s)}" for m, s in self.scores.items()]
         rate = f"above 0 on {100 * self.firing_rate:.3g}% of held-out tokens"
         return " · ".join([*figures, rate, f"largest activation {self.maximum:.3g}"])
 
     @property
     def effects(self) -> list[tuple[str, str]]:
-        """Tokens that it promotes and suppresses most where it fires."""
+        """Return the tokens that it promotes and suppresses most where it fires, as two named lines."""
         if self.effect is None:
             return []
         sides = (("promotes", self.effect.promoted), ("suppresses", self.effect.suppressed))
@@ -79,12 +82,14 @@ class Card:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
+    """The neurons shown of one model, by how they were chosen."""
+
     model: str
     groups: tuple[tuple[str, tuple[Card, ...]], ...]
 
 
 def galleries(results: RunResults, config: ReportConfig) -> list[Gallery]:
-    """A gallery of each model that is not a null; none where tokens, harvest or explanations are gone."""
+    """Return a gallery of each model that is not a null; none where tokens, harvest or explanations are gone."""
     if results.tokens is None or not config.neurons:
         return []
     store = TokenStore(results.run.stage("tokens").path)
@@ -101,8 +106,8 @@ def galleries(results: RunResults, config: ReportConfig) -> list[Gallery]:
 
 
 def neuron_table(shown: Sequence[Gallery], metrics: Sequence[Metric]) -> Table:
-    """The neurons shown, as a table."""
-    with_model = any(card.told for g in shown for _, cards in g.groups for card in cards)
+    """Return the neurons shown, as a table."""
+    by_llm = any(card.llm_explanations for g in shown for _, cards in g.groups for card in cards)
     columns = (
         Column("model", "model"),
         Column("group", "chosen"),
@@ -112,7 +117,7 @@ def neuron_table(shown: Sequence[Gallery], metrics: Sequence[Metric]) -> Table:
         Column("firing_rate", "firing rate, %", ".3g"),
         Column("maximum", "largest activation", ".3g"),
         Column("explanation", "explanation"),
-        *([Column("told", "explanation by a language model")] if with_model else []),
+        *([Column("llm_explanation", "explanation by a language model")] if by_llm else []),
     )
     rows = [
         _table_row(card, metrics)[: len(columns)]
@@ -134,99 +139,81 @@ def _table_row(card: Card, metrics: Sequence[Metric]) -> tuple[Cell, ...]:
         100 * card.firing_rate,
         card.maximum,
         card.text,
-        "; ".join(f"{t.who}: {t.text}" for t in card.told),
+        "; ".join(f"{e.source}: {e.text}" for e in card.llm_explanations),
     )
 
 
 def _gallery(
     results: RunResults, model: ModelResults, config: ReportConfig, store: TokenStore
 ) -> Gallery:
-    mine = [s for s in model.scores if s.explainer == results.explainer]
-    metric = results.rank_by(config)
-    ranked = [s for s in mine if s.metric == metric]
+    scores = [s for s in model.scores if s.explainer == results.explainer]
+    metric = config.ranking_metric(results.metrics)
+    ranked = [s for s in scores if s.metric == metric]
     chosen = {
         f"{config.neurons} best by {METRIC_NAMES[metric]}": _best(ranked, config.neurons),
         f"{config.neurons} at random": _random(ranked, config.neurons, config.seed),
     }
-    asked = [s for s in ranked if any(_at(s) in found.places for found in model.with_model)]
+    asked = [s for s in ranked if any(s.neuron.key in of.neurons for of in model.llm_sets)]
     if asked:
         group = f"{config.neurons} at random of those that a language model was asked about"
         chosen[group] = _random(asked, config.neurons, config.seed)
-    places = sorted({place for group in chosen.values() for place in group})
+    neurons = sorted({neuron for group in chosen.values() for neuron in group})
+    run = results.run
     explained = {}
     if "explanations" in model.completions:
-        folder = results.run.stage("explanations", model.name).path
-        explained = _explanations(folder, results.explainer, places)
-    by_model = told(results.run, model, places)
-    harvest = results.run.stage("activations", model.name).path
-    effects = results.run.stage("steer", model.name).path
-    held_out, fit = (_records(harvest, split, places) for split in ("held_out", "fit"))
-    scores: dict[Place, dict[Metric, NeuronScore]] = {place: {} for place in places}
-    for s in mine:
-        place = (s.neuron.layer, s.neuron.index)
-        if place in scores:
-            scores[place][s.metric] = s
+        folder = run.stage("explanations", model.name).path
+        found = read_explanations_of(folder, neurons, results.explainer)
+        explained = {e.neuron.key: e for e in found}
+    by_llm = llm_explanations(run, model, neurons)
+    harvest, effects = (run.stage(s, model.name).path for s in ("activations", "steer"))
+    held_out, fit = (_records(harvest, split, neurons) for split in ("held_out", "fit"))
+    scores_of: dict[NeuronKey, dict[Metric, NeuronScore]] = {neuron: {} for neuron in neurons}
+    for s in scores:
+        if s.neuron.key in scores_of:
+            scores_of[s.neuron.key][s.metric] = s
 
-    def card(place: Place, group: str) -> Card:
-        record, (text, payload) = held_out[place], explained.get(place, ("", None))
-        excerpts = _excerpts(fit[place], record, results.explainer, payload, config.excerpts, store)
+    def card(key: NeuronKey, group: str) -> Card:
+        record, explanation = held_out[key], explained.get(key)
+        payload = explanation.payload if explanation else None
+        excerpts = _excerpts(fit[key], record, results.explainer, payload, config.excerpts, store)
         return Card(
             neuron=record.neuron,
             group=group,
-            scores=scores[place],
+            scores=scores_of[key],
             rank_by=metric,
             firing_rate=record.summary.firing_rate,
             maximum=record.summary.maximum,
-            text=printable(text),
-            told=by_model.get(place, ()),
+            text=printable(explanation.text) if explanation else "",
+            llm_explanations=by_llm.get(key, ()),
             excerpts=tuple(excerpts),
-            effect=promoted(effects, record.neuron),
+            effect=read_logit_effect(effects, record.neuron),
         )
 
-    groups = tuple((g, tuple(card(p, g) for p in members)) for g, members in chosen.items())
+    groups = tuple((g, tuple(card(n, g) for n in members)) for g, members in chosen.items())
     return Gallery(model.name, groups)
 
 
-def _at(s: NeuronScore) -> Place:
-    return s.neuron.layer, s.neuron.index
-
-
-def _best(scores: Sequence[NeuronScore], n: int) -> list[Place]:
+def _best(scores: Sequence[NeuronScore], n: int) -> list[NeuronKey]:
     valued = [(s.score.value, s.neuron) for s in scores if s.score.value is not None]
     ordered = sorted(valued, key=lambda pair: (-pair[0], pair[1]))
-    return [(neuron.layer, neuron.index) for _, neuron in ordered[:n]]
+    return [neuron.key for _, neuron in ordered[:n]]
 
 
-def _random(scores: Sequence[NeuronScore], n: int, seed: int) -> list[Place]:
+def _random(scores: Sequence[NeuronScore], n: int, seed: int) -> list[NeuronKey]:
     """Of all neurons that were to be scored, those without a value among them."""
-    places = sorted({(s.neuron.layer, s.neuron.index) for s in scores})
-    drawn = np.random.default_rng(seed).choice(len(places), min(n, len(places)), replace=False)
-    return [places[i] for i in sorted(drawn)]
+    neurons = sorted({s.neuron.key for s in scores})
+    drawn = np.random.default_rng(seed).choice(len(neurons), min(n, len(neurons)), replace=False)
+    return [neurons[i] for i in sorted(drawn)]
 
 
-def _explanations(
-    folder: Path, explainer: str, places: Sequence[Place]
-) -> dict[Place, tuple[str, dict[str, Any]]]:
-    """Text and payload of these neurons alone: a large model's payloads are gigabytes."""
-    rows = pq.read_table(
-        folder / "explanations.parquet",
-        columns=["layer", "index", "text", "payload"],
-        filters=[("explainer", "==", explainer), ("index", "in", sorted({i for _, i in places}))],
-    ).to_pylist()
-    wanted = set(places)
-    return {
-        (r["layer"], r["index"]): (r["text"], json.loads(r["payload"]))
-        for r in rows
-        if (r["layer"], r["index"]) in wanted
-    }
-
-
-def _records(harvest: Path, split: Any, places: Sequence[Place]) -> dict[Place, NeuronRecord]:
+def _records(
+    harvest: Path, split: Split, neurons: Sequence[NeuronKey]
+) -> dict[NeuronKey, NeuronRecord]:
     found = {}
-    for layer in sorted({layer for layer, _ in places}):
-        indices = [index for at, index in places if at == layer]
+    for layer in sorted({n.layer for n in neurons}):
+        indices = [n.index for n in neurons if n.layer == layer]
         for record in read_records(harvest, split, layers=[layer], indices=indices):
-            found[layer, record.neuron.index] = record
+            found[record.neuron.key] = record
     return found
 
 
@@ -234,7 +221,7 @@ def _excerpts(
     fit: NeuronRecord,
     held_out: NeuronRecord,
     explainer: str,
-    payload: dict[str, Any] | None,
+    payload: Mapping[str, Any] | None,
     n: int,
     store: TokenStore,
 ) -> Iterator[ShownExcerpt]:
@@ -245,36 +232,28 @@ def _excerpts(
     scored = scored_on(held_out, "top_and_random")
     strong, random = ([e for e in scored if e.kind == kind] for kind in ("top", "random"))
     unseen = [*strong[: max(1, n - 1)], *random][:n]
-    maximum = max((float(e.activations.max()) for e in [*seen, *unseen]), default=0.0)
+    top = largest([e.activations for e in [*seen, *unseen]])
     for excerpt in seen:
         label = "Fit split, its strongest excerpt: the explainer saw it"
-        yield ShownExcerpt(label, (_row("true", excerpt, excerpt.activations, maximum, store),))
-    simulated = _simulated(explainer, payload, unseen)
-    top = max((float(values.max()) for values in simulated or []), default=0.0)
-    for place, excerpt in enumerate(unseen):
-        rows = [_row("true", excerpt, excerpt.activations, maximum, store)]
+        yield ShownExcerpt(label, (_row("true", excerpt, excerpt.activations, top, store),))
+    simulated = simulate_excerpts(explainer, payload, unseen)
+    simulated_top = largest(simulated)
+    for number, excerpt in enumerate(unseen):
+        rows = [_row("true", excerpt, excerpt.activations, top, store)]
         if simulated:
-            rows.append(_row("simulated", excerpt, simulated[place], top, store))
+            rows.append(_row("simulated", excerpt, simulated[number], simulated_top, store))
         which = f"rank {excerpt.rank}" if excerpt.kind == "top" else "around a random token"
         yield ShownExcerpt(f"Held-out split, {which}: unseen by the explainer", tuple(rows))
 
 
-def _simulated(
-    explainer: str, payload: dict[str, Any] | None, excerpts: Sequence[Excerpt]
-) -> list[NDArray[np.float64]] | None:
-    """None where there is no explanation, or its simulator is not one that runs here."""
-    if payload is None or explainer not in SIMULATORS or not excerpts:
-        return None
-    return simulate(explainer, payload, [e.token_ids for e in excerpts])
-
-
 def _row(
-    name: str, excerpt: Excerpt, values: Any, maximum: float, store: TokenStore
-) -> tuple[str, tuple[Piece, ...]]:
+    name: str, excerpt: Excerpt, values: ArrayLike, maximum: float, store: TokenStore
+) -> tuple[str, Markup]:
     part = excerpt.narrowed(BEFORE, AFTER)
     start = excerpt.peak - part.peak
-    shown = values[start : start + len(part)]
-    return name, pieces(store.decode_tokens(part.token_ids), shown, maximum, part.peak)
+    shown = np.asarray(values)[start : start + len(part)]
+    tokens = shade(store.decode_tokens(part.token_ids), shown, maximum)
+    return name, shaded_html(tokens, part.peak, every_value=False)
 
 
 def _shown(score: NeuronScore | None) -> str:

@@ -1,80 +1,69 @@
-"""What language models say of the neurons shown, with the scores of what they say."""
+"""What language models say of the neurons shown, with the scores of these explanations."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from cratelm.records import NeuronScore
+from cratelm.records import NeuronKey, NeuronScore
 from cratelm.report.cells import METRIC_NAMES
-from cratelm.results.run_results import ModelResults, Place
+from cratelm.results.neuron_view import read_explanations_of
+from cratelm.results.run_results import ModelResults
 from cratelm.runs import Run
 from cratelm.text.display import printable
 
-_FROM = {"top": "from its strongest excerpts", "anthropic": "from its whole range"}
+_EVIDENCE = {"top": "from its strongest excerpts", "anthropic": "from its whole range"}
 
 
 @dataclass(frozen=True)
-class Told:
+class LlmExplanation:
     """One explanation by a language model."""
 
     explainer: str
     evidence: str
     """`top` or `anthropic`: what it was explained from"""
     text: str
-    figures: str
-    """its scores, in words; empty where it has none"""
+    scores: str
+    """in words; empty where it has none"""
 
     @property
-    def who(self) -> str:
-        return f"{self.explainer}, {_FROM.get(self.evidence, self.evidence)}"
+    def source(self) -> str:
+        """Return who explained, and from what."""
+        return f"{self.explainer}, {_EVIDENCE.get(self.evidence, self.evidence)}"
 
     @property
     def headline(self) -> bool:
-        """Shown beside the neuron's name: the one that most scores are of."""
+        """Return whether it is shown next to the neuron's name: most scores are of it."""
         return self.evidence != "anthropic"
 
 
-def told(run: Run, model: ModelResults, places: Sequence[Place]) -> dict[Place, tuple[Told, ...]]:
-    """By neuron: what each set of explanations by a language model has of these neurons."""
-    wanted = set(places)
-    scores: dict[Place, list[tuple[NeuronScore, str]]] = {place: [] for place in places}
-    for found in model.with_model:
-        for s in found.scores:
-            if s.control == "none" and (s.neuron.layer, s.neuron.index) in wanted:
-                scores[s.neuron.layer, s.neuron.index].append((s, found.suffix))
-    result: dict[Place, tuple[Told, ...]] = {}
-    for found in model.with_model:
-        if "explanations" in found.completions:
-            folder = run.stage("explanations", found.label(model.name)).path
-            for place, explainer, evidence, text in _rows(folder, wanted):
-                figures = _figures(scores[place], explainer, evidence)
-                one = Told(printable(explainer), evidence, printable(text), figures)
-                result[place] = (*result.get(place, ()), one)
-    return result
+def llm_explanations(
+    run: Run, model: ModelResults, neurons: Sequence[NeuronKey]
+) -> dict[NeuronKey, tuple[LlmExplanation, ...]]:
+    """Return by neuron what each set of explanations by a language model says of these neurons."""
+    scores: dict[NeuronKey, list[tuple[NeuronScore, str]]] = {neuron: [] for neuron in neurons}
+    for of_set in model.llm_sets:
+        for s in of_set.scores:
+            if s.control == "none" and s.neuron.key in scores:
+                scores[s.neuron.key].append((s, of_set.suffix))
+    by_neuron: dict[NeuronKey, tuple[LlmExplanation, ...]] = {}
+    for of_set in model.llm_sets:
+        if "explanations" in of_set.completions:
+            folder = run.stage("explanations", of_set.label).path
+            for e in read_explanations_of(folder, neurons):
+                key, evidence = e.neuron.key, str(e.payload.get("evidence", "top"))
+                words = _scores_in_words(scores[key], e.explainer, evidence)
+                one = LlmExplanation(printable(e.explainer), evidence, printable(e.text), words)
+                by_neuron[key] = (*by_neuron.get(key, ()), one)
+    return by_neuron
 
 
-def _rows(folder: Path, wanted: set[Place]) -> list[tuple[Place, str, str, str]]:
-    columns = ["layer", "index", "explainer", "text", "payload"]
-    rows = pq.read_table(
-        folder / "explanations.parquet",
-        columns=columns,
-        filters=[("index", "in", sorted({index for _, index in wanted}))],
-    ).to_pylist()
-    return [
-        ((r["layer"], r["index"]), r["explainer"], evidence, r["text"])
-        for r in rows
-        if (r["layer"], r["index"]) in wanted
-        for evidence in [json.loads(r["payload"]).get("evidence", "top")]
-    ]
+def _scores_in_words(
+    scores: Sequence[tuple[NeuronScore, str]], explainer: str, evidence: str
+) -> str:
+    """Scores x 100 of this explanation, by every model that simulated from it.
 
-
-def _figures(scores: Sequence[tuple[NeuronScore, str]], explainer: str, evidence: str) -> str:
-    """Scores x 100 of this explanation, by every model that read it; each score comes with the suffix
-    of its set's labels."""
-    shown: dict[str, list[str]] = {}
+    Each score comes with the suffix of its set's labels.
+    """
+    by_reader: dict[str, list[str]] = {}
     for s, suffix in scores:
         from_range = s.metric == "anthropic"
         if s.explained_by == explainer and from_range == (evidence == "anthropic"):
@@ -83,8 +72,8 @@ def _figures(scores: Sequence[tuple[NeuronScore, str]], explainer: str, evidence
             value = str(s.score.status)
             if s.score.value is not None:
                 value = f"{100 * s.score.value:.1f}"
-            shown.setdefault(reader, []).append(f"{METRIC_NAMES[s.metric]} {value}")
+            by_reader.setdefault(reader, []).append(f"{METRIC_NAMES[s.metric]} {value}")
     return "; ".join(
         f"{reader}: {' · '.join(parts)}" if reader else " · ".join(parts)
-        for reader, parts in shown.items()
+        for reader, parts in by_reader.items()
     )

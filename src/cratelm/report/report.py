@@ -10,20 +10,30 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from cratelm.report.cells import METRIC_NAMES
+from cratelm.report.cells import METRIC_NAMES, series_of
 from cratelm.report.config import ReportConfig
 from cratelm.report.drawing import Figure
-from cratelm.report.figures import all_figures, own_series
 from cratelm.report.gallery import AFTER, BEFORE, Gallery, galleries, neuron_table
 from cratelm.report.reproduce import commands, facts
-from cratelm.report.sections.autoencoder_figures import autoencoder_figures
-from cratelm.report.sections.autoencoder_tables import autoencoder_tables
-from cratelm.report.sections.autoencoders import evaluation_inputs, missing_evaluations
-from cratelm.report.sections.effects import effects_figure, effects_table, interventions_table
-from cratelm.report.sections.white_box import white_box_figures, white_box_tables
+from cratelm.report.sections import (
+    autoencoders,
+    comparisons,
+    effects,
+    leakage,
+    llm,
+    models,
+    scores,
+    white_box,
+    white_box_figures,
+)
 from cratelm.report.stale import Stale
-from cratelm.report.tables import all_tables
-from cratelm.results.run_results import RunResults, gather, inputs_of, missing, model_names
+from cratelm.results.run_results import (
+    RunResults,
+    input_identities,
+    missing_results,
+    read_results,
+    scored_models,
+)
 from cratelm.runs import Run, versions, write_json
 from cratelm.text.shading import faint_marks
 from cratelm.text.table import Table
@@ -50,42 +60,41 @@ _SECTIONS = (
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Where the report lies, and its first table."""
+    """Where the report is, and its first table."""
 
     path: Path
     """folder of the report"""
     page: Path
     """self-contained HTML: opens from disk, loads nothing"""
     tables: Path
-    """every table as JSON; `tables/NAME.csv` and `tables/NAME.tex` beside it"""
+    """every table as JSON; also as `tables/NAME.csv` and `tables/NAME.tex`"""
     figures: tuple[Path, ...]
     """PNG and PDF"""
     comparison: tuple[dict[str, Any], ...]
-    """rows of the comparison table, one a model, at full precision"""
+    """rows of the comparison table, one per model, at full precision"""
 
     def __str__(self) -> str:
         return f"{comparison_table(self)}\n\nreport  {self.page}"
 
 
 def report(config: ReportConfig) -> ReportResult:
-    """Writes `report/` of a run: page, tables and figures; a finished report of the same inputs is kept.
+    """Write `report/` of a run: page, tables and figures; a finished report of the same inputs is kept.
 
     Raises `InputError` where no model of the run is scored.
     """
     run = Run(config.run)
-    names = model_names(run, config)
+    names = scored_models(run, config.models)
     stage = run.stage("report")
-    inputs = inputs_of(run, names) | evaluation_inputs(run, names)
+    inputs = input_identities(run, names)
     if stage.is_finished(config, inputs, force=config.force):
         return _read(stage.path)
-    results = gather(run, config)
+    results = read_results(run, names, config.explainer)
     shown = galleries(results, config)
-    tables = all_tables(results, config.resamples, config.seed)
+    tables = _tables(results, config)
     if shown:
         tables["neurons"] = neuron_table(shown, results.metrics)
-    figures = all_figures(results)
-    _add_sides(results, config, tables, figures)
-    stale = Stale(run, names)
+    figures = _figures(results)
+    stale = Stale(results)
     tables, figures, shown = stale.tables(tables), stale.figures(figures), stale.galleries(shown)
     with stage.write(config, inputs) as draft:
         _write_tables(draft.path, tables, stale.lines)
@@ -97,26 +106,38 @@ def report(config: ReportConfig) -> ReportResult:
     return _read(stage.path)
 
 
-def _add_sides(
-    results: RunResults, config: ReportConfig, tables: dict[str, Table], figures: dict[str, Figure]
-) -> None:
-    """What the side rooms measured, where it is there."""
-    run, names = results.run, [m.name for m in results.models]
-    series = [(m.name, own_series(m)) for m in results.models]
-    pairs = [(a.name, b.name) for a, b in results.twins()]
-    tables |= white_box_tables(run, names, pairs, resamples=config.resamples, seed=config.seed)
-    figures |= white_box_figures(run, series)
-    tables |= autoencoder_tables(results, config.resamples, config.seed)
-    figures |= autoencoder_figures(results, series)
-    made = (effects_table(run, names), interventions_table(run, names))
-    tables |= {t.name: t for t in made if t is not None}
-    drawn = effects_figure(run, series)
-    if drawn is not None:
-        figures[drawn.name] = drawn
+def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
+    """All tables by name; those without a row are left out."""
+    twins = [(a.name, b.name) for a, b in results.twins()]
+    seeded = {"resamples": config.resamples, "seed": config.seed}
+    made = [
+        *scores.tables(results),
+        *models.tables(results),
+        *comparisons.tables(results, **seeded),
+        *llm.tables(results, **seeded),
+        *leakage.tables(results),
+        *white_box.tables(results.analyses, twins, **seeded),
+        *autoencoders.tables(results, **seeded),
+        *effects.tables(results),
+    ]
+    return {table.name: table for table in made if table.rows}
+
+
+def _figures(results: RunResults) -> dict[str, Figure]:
+    """All figures by name; those without data are left out."""
+    series = {m.name: series_of(m) for m in results.models}
+    made = [
+        *scores.figures(results),
+        *models.figures(results),
+        *white_box_figures.figures(results.analyses, series),
+        *autoencoders.figures(results),
+        *effects.figures(results),
+    ]
+    return {figure.name: figure for figure in made if figure is not None}
 
 
 def comparison_table(result: ReportResult) -> str:
-    """The comparison of the models as plain text: losses, scores with intervals, nulls, counts; what is stale."""
+    """Return the comparison of the models as plain text: losses, scores with intervals, nulls, counts; what is stale."""
     return (result.path / COMPARISON).read_text(encoding="utf-8").rstrip("\n")
 
 
@@ -149,8 +170,8 @@ def _page(
     shown: Sequence[Gallery],
     stale: Sequence[str],
 ) -> str:
-    """The page. Every value is escaped but our own CSS and SVG."""
-    here = resources.files("cratelm.report")
+    """The page. Every value is escaped except our own CSS and SVG."""
+    folder = resources.files("cratelm.report")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -160,9 +181,9 @@ def _page(
     absent |= set() if any(name.startswith("white_box") for name in tables) else {"white-box"}
     absent |= set() if "sae_policies" in tables else {"autoencoders"}
     absent |= set() if {"effects", "interventions"} & set(tables) else {"effects"}
-    absent |= set() if any(m.with_model for m in results.models) else {"with-model"}
-    return environment.from_string((here / "page.html.j2").read_text(encoding="utf-8")).render(
-        css=Markup((here / "style.css").read_text(encoding="utf-8")),
+    absent |= set() if any(m.llm_sets for m in results.models) else {"with-model"}
+    return environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8")).render(
+        css=Markup((folder / "style.css").read_text(encoding="utf-8")),
         title=_title(results),
         lead=_lead(results),
         sections=[(anchor, name) for anchor, name in _SECTIONS if anchor not in absent],
@@ -171,7 +192,7 @@ def _page(
         effects="effects" not in absent,
         autoencoders="autoencoders" not in absent,
         stale=stale,
-        missing=missing(results) + missing_evaluations(results),
+        missing=missing_results(results),
         tables=tables,
         figures=figures,
         facts=facts(results),
@@ -192,8 +213,8 @@ def _title(results: RunResults) -> str:
 def _lead(results: RunResults) -> str:
     n = sum(len({s.neuron for s in m.scores}) for m in results.principal)
     count = f"{n:,} neurons of {len(results.principal)} model{'s' * (len(results.principal) > 1)}"
-    asked = [e for e in results.with_model if e not in results.explainers and "+" not in e]
-    sample = f", some of them also by {' and '.join(asked)}" if asked else ""
+    by_llm = [e for e in results.llm_explainers if e not in results.explainers and "+" not in e]
+    sample = f", some of them also by {' and '.join(by_llm)}" if by_llm else ""
     return (
         f"Run {results.run.path.resolve().name}: {count}, explained from one set of documents by"
         f" {' and '.join(results.explainers)}{sample}, and scored on documents that no explainer saw."
@@ -201,22 +222,22 @@ def _lead(results: RunResults) -> str:
 
 
 def _gallery_note(results: RunResults, config: ReportConfig) -> str:
+    metric = METRIC_NAMES[config.ranking_metric(results.metrics)]
     return (
-        f"Named by layer and index, with the score × 100 by {METRIC_NAMES[results.rank_by(config)]} and the"
-        f" explanation by {results.explainer}; open one to see its excerpts. The best are chosen by the"
-        " very scores shown, so these flatter them; those at random are drawn from all neurons, without"
-        " a score or with one. Shade, and thickness of the line below, give the level 0 to 10 of the"
-        " largest activation among the excerpts shown of the neuron (of the largest simulated one in"
-        " simulated rows: correlation does not depend on scale). The frame marks the token that the"
-        f" excerpt was chosen for; {BEFORE} tokens before it and {AFTER} from it on are shown."
-        " ␣ is a space, ⏎ a line's end, ⇥ a tab; \\x.. and \\u.. stand for bytes and characters that do"
-        " not show."
+        f"Each line has a neuron's layer and index, its score × 100 by {metric} and the explanation by"
+        f" {results.explainer}; open it to see excerpts. The best are chosen by the scores shown, which"
+        " flatters them; those at random are drawn from all neurons, with or without a score. Shade, and"
+        " thickness of the line below, give the level 0 to 10 relative to the neuron's largest activation"
+        " among the excerpts shown (in simulated rows, to the largest simulated one: correlation does not"
+        " depend on scale). The frame marks the token that the excerpt was chosen for;"
+        f" {BEFORE} tokens before it and {AFTER} from it on are shown. ␣ is a space, ⏎ a line break, ⇥ a"
+        " tab; \\x.. and \\u.. stand for bytes and characters that cannot be displayed."
     )
 
 
 def _audit(results: RunResults) -> dict[str, Any]:
-    audits = [found.audit for m in results.models for found in m.sets if found.audit]
-    shared = sum(len(audit["shared"]) for audit in audits)
+    audits = [of_set.audit for m in results.models for of_set in m.sets if of_set.audit]
+    shared = sum(len(audit.shared) for audit in audits)
     if shared or results.shared_ordinals:
         verdict = (
             f"{shared:,} documents were both explained from and scored on, and"

@@ -1,7 +1,6 @@
 """What was run, in words and as commands, from the completion records of the stages."""
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +10,8 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.interop.config import ImportRecordsConfig
 from cratelm.report.config import ReportConfig
 from cratelm.results.run_results import RunResults
+from cratelm.results.side_results import evaluation_config
+from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion, config_dict
 from cratelm.runs.names import untrained_name
 from cratelm.score.config import ScoreConfig
@@ -19,48 +20,47 @@ from cratelm.train.config import TrainConfig
 
 _IMPORTED = "activation records"
 """corpus of tokens that were made by an import of records"""
-_VERBS: dict[str, tuple[str, type]] = {
-    "tokens": ("tokenize", TokenizeConfig),
-    "model": ("train", TrainConfig),
-    "activations": ("harvest", HarvestConfig),
-    "explanations": ("explain", ExplainConfig),
-    "scores": ("score", ScoreConfig),
+_VERBS: dict[str, str] = {"tokens": "tokenize", **MODEL_STAGES}
+_CONFIGS: dict[str, type] = {
+    "tokens": TokenizeConfig,
+    "model": TrainConfig,
+    "activations": HarvestConfig,
+    "explanations": ExplainConfig,
+    "scores": ScoreConfig,
 }
+"""by stage"""
 
 
 def commands(results: RunResults, config: ReportConfig) -> str:
-    """A command a stage, with every setting that is not the default."""
+    """Return one command per stage, with every setting that is not the default."""
     made = [
         done
         for done in _all(results)
         if not (done.stage == "tokens" and done.config.get("corpus") == _IMPORTED)
     ]
     first = [done for done in made if done.stage in ("tokens", "model")]
-    autoencoders = [done for done in results.sides if done.stage == "sae"]
+    autoencoders = [done for done in results.side_stages if done.stage == "sae"]
     lines = [_command(*_verb(done), _settings(done), results) for done in first]
     for done in autoencoders:
         lines += [_side_command(done, results), *_evaluated(done, results)]
-    rest = [done for done in made if done not in first]
-    lines += [_command(*_verb(done), _settings(done), results) for done in rest]
-    others = [done for done in results.sides if done not in autoencoders]
+    later = [done for done in made if done not in first]
+    lines += [_command(*_verb(done), _settings(done), results) for done in later]
+    others = [done for done in results.side_stages if done not in autoencoders]
     lines += [_side_command(done, results) for done in others]
     return "\n".join([*lines, _command("report", ReportConfig, config_dict(config), results)])
 
 
 def _side_command(done: Completion, results: RunResults) -> str:
-    """Of a stage whose room the report does not import: every setting that says something."""
-    judged = "intervene" if "@" in done.name else "effects"
-    verb = {"analysis": "analyze", "steer": judged, "sae": "sae train"}[done.stage]
+    """Of a side measurement: every setting that is not empty."""
+    steer_verb = "intervene" if "@" in done.name else "effects"
+    verb = {"analysis": "analyze", "steer": steer_verb, "sae": "sae train"}[done.stage]
     return _words(verb, done.config, results)
 
 
 def _evaluated(done: Completion, results: RunResults) -> list[str]:
     """The command that measured autoencoders of the run, where one did."""
-    told = results.run.stage("sae", done.name).path / "evaluation.json"
-    if not told.is_file():
-        return []
-    config = json.loads(told.read_text(encoding="utf-8"))["config"]
-    return [_words("sae evaluate", config, results)]
+    config = evaluation_config(results.run, done.name)
+    return [] if config is None else [_words("sae evaluate", config, results)]
 
 
 def _words(verb: str, config: dict[str, Any], results: RunResults) -> str:
@@ -75,11 +75,11 @@ def _verb(done: Completion) -> tuple[str, type]:
     """The verb that made a stage, and its configuration."""
     if done.config.get("import") == "records":
         return "import records", ImportRecordsConfig  # makes the tokens too
-    return _VERBS[done.stage]
+    return _VERBS[done.stage], _CONFIGS[done.stage]
 
 
 def facts(results: RunResults) -> list[tuple[str, str]]:
-    """What was run: corpus, tokens, seeds, versions, time."""
+    """Return what was run: corpus, tokens, seeds, versions, time."""
     done = _all(results)
     harvests = [
         m.completions["activations"] for m in results.models if "activations" in m.completions
@@ -87,7 +87,7 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
     searched = sorted({_counts(h.results.get("tokens", {})) for h in harvests})
     seeds = {
         verb: _several(c.config.get("seed") for c in done if c.stage == stage)
-        for stage, (verb, _) in _VERBS.items()
+        for stage, verb in _VERBS.items()
         if stage != "tokens"
     }
     versions = {
@@ -97,23 +97,22 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
     return [
         *(_corpus_facts(results.tokens) if results.tokens else []),
         ("Tokens searched", "; ".join(searched) or "unknown"),
-        ("Explainers", ", ".join(dict.fromkeys([*results.explainers, *results.with_model]))),
+        ("Explainers", ", ".join(dict.fromkeys([*results.explainers, *results.llm_explainers]))),
         ("Seeds", ", ".join(f"{verb} {seed}" for verb, seed in seeds.items() if seed)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("Source commit", _several(c.git_commit for c in done) or "not from a source tree"),
         (
             "Time",
-            f"{sum(c.seconds for c in [*done, *results.sides]):,.0f} s over all stages shown here",
+            f"{sum(c.seconds for c in [*done, *results.side_stages]):,.0f} s over all stages shown here",
         ),
     ]
 
 
 def _all(results: RunResults) -> list[Completion]:
     tokens = [results.tokens] if results.tokens else []
-    free = [c for m in results.models for c in m.completions.values()]
-    sets = [found for m in results.models for found in m.with_model]
-    asked = [c for found in sets for c in found.completions.values()]
-    return [*tokens, *free, *asked]
+    without_llm = [c for m in results.models for c in m.completions.values()]
+    llm_sets = [of_set for m in results.models for of_set in m.llm_sets]
+    return [*tokens, *without_llm, *(c for s in llm_sets for c in s.completions.values())]
 
 
 def _settings(done: Completion) -> dict[str, Any]:
@@ -135,9 +134,8 @@ def _command(verb: str, config: type, settings: dict[str, Any], results: RunResu
         plain_default = list(default) if isinstance(default, tuple) else default
         if field.name in settings and value is not None and value != plain_default:
             words += _flag(field.name, value)
-        elif (
-            field.name == "model" and value
-        ):  # named even where it is the default: commands differ by it
+        elif field.name == "model" and value:
+            # named even if it is the default: commands differ by it
             words += _flag(field.name, value)
     return shlex.join(words)
 

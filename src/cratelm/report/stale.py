@@ -6,12 +6,13 @@ what to type.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cratelm.report.drawing import Figure
 from cratelm.report.gallery import Gallery
-from cratelm.runs import Run, StageName
+from cratelm.results.run_results import RunResults
+from cratelm.runs import StageName
 from cratelm.runs.stage import stale_lines
 from cratelm.text.table import Cell, Table
 
@@ -31,24 +32,24 @@ _NOT_OF_THE_RUN = ("published",)
 class Stale:
     """What is stale of the models of a report."""
 
-    def __init__(self, run: Run, models: Iterable[str]):
-        self._by_model = {model: run.stale(model) for model in models}
+    def __init__(self, results: RunResults):
+        self._by_model = {model.name: model.stale for model in results.models}
 
     @property
     def lines(self) -> list[str]:
-        """A line a stage: why it is stale, and what to type."""
+        """Return a line for each stage: why it is stale, and what to type."""
         return [line for stale in self._by_model.values() for line in stale_lines(stale)]
 
     def tables(self, tables: Mapping[str, Table]) -> dict[str, Table]:
-        """The tables with the names of stale models marked."""
+        """Return the tables with the names of stale models marked."""
         return {name: self._table(table) for name, table in tables.items()}
 
     def figures(self, figures: Mapping[str, Figure]) -> dict[str, Figure]:
-        """The figures with the names of stale models marked, in the legend and in the caption."""
+        """Return the figures with the names of stale models marked, in the legend and in the caption."""
         return {name: self._figure(figure) for name, figure in figures.items()}
 
     def galleries(self, galleries: Sequence[Gallery]) -> list[Gallery]:
-        """The galleries with the names of stale models marked."""
+        """Return the galleries with the names of stale models marked."""
         return [replace(g, model=_marked(g.model, self._names("neurons"))) for g in galleries]
 
     def _names(self, shown: str) -> list[str]:

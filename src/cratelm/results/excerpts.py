@@ -1,19 +1,22 @@
-"""Excerpts of one neuron as text, true activations beside simulated ones."""
+"""Excerpts of one neuron as shaded text, and the tokens that it fires on: for the report and the browser.
+
+Shape legend: n tokens of an excerpt.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from cratelm.explain.evidence import WEIGHT, collect_evidence
-from cratelm.records import EXCERPT_KINDS, Excerpt, ExcerptKind, NeuronRecord, levels
-from cratelm.results.views import ExcerptView, ShadedToken, Shown, TokenValue
+from cratelm.explain.evidence import WEIGHT, evidence_of
+from cratelm.records import EXCERPT_KINDS, Excerpt, ExcerptKind, levels
+from cratelm.results.views import ExcerptChoice, ExcerptView, ShadedToken, TokenValue
 from cratelm.score.simulators import SIMULATORS, simulate
 from cratelm.tokens.shards import TokenStore
 
-_SHOWN: dict[ExcerptKind, int] = {
+_FIRST: dict[ExcerptKind, int] = {
     "top": 12,
     "random": 6,
     "openai_bin": 2,
@@ -23,7 +26,34 @@ _SHOWN: dict[ExcerptKind, int] = {
 """excerpts of each kind, and bin, on a page that does not show all"""
 _FAVOURITES = 16
 _shaded_token: Callable[[tuple[str, float, int]], ShadedToken] = partial(tuple.__new__, ShadedToken)
-"""ShadedToken._make without its Python: thousands are made for a page"""
+"""ShadedToken._make without its Python: a page takes thousands, and this takes a third of the time"""
+
+
+def shade(tokens: Sequence[str], activations: ArrayLike, maximum: float) -> tuple[ShadedToken, ...]:
+    """Return tokens [n] with their activations [n] and levels 0..10; `maximum` is the value of level 10."""
+    values = np.asarray(activations, np.float64)
+    shades = levels(values, maximum)
+    return tuple(
+        map(_shaded_token, zip(tokens, values.tolist(), shades.tolist(), strict=True))
+    )  # fmt: skip
+
+
+def simulate_excerpts(
+    explainer: str, payload: Mapping[str, Any] | None, excerpts: Sequence[Excerpt]
+) -> list[NDArray[np.float64]] | None:
+    """Return simulated activations [n] of each excerpt.
+
+    None without an explanation, and for an explainer whose simulator is a language model.
+    """
+    if payload is None or explainer not in SIMULATORS or not excerpts:
+        return None
+    return simulate(explainer, payload, [e.token_ids for e in excerpts])
+
+
+def largest(arrays: Sequence[ArrayLike] | None) -> float:
+    """Return the largest value of several arrays; 0 without any."""
+    maxima = (np.max(a) for a in arrays or () if np.size(a))
+    return max(map(float, maxima), default=0.0)
 
 
 def excerpt_views(
@@ -32,22 +62,18 @@ def excerpt_views(
     explainer: str,
     payload: Mapping[str, Any] | None,
     documents: Callable[[Collection[int]], Mapping[int, str]],
-    shown: Shown,
+    choice: ExcerptChoice,
 ) -> tuple[tuple[ExcerptView, ...], int]:
-    """The excerpts shown, and how many are held back. `documents` names documents by their ordinals."""
+    """Return the excerpts chosen, and how many are not shown. `documents` names documents by ordinal."""
     if store is None:
         return (), len(excerpts)
-    taken = list(excerpts) if shown == "all" else list(_first(excerpts, shown))
-    simulated: list[NDArray[np.float64]] | None = None
-    if payload is not None and explainer in SIMULATORS and taken:
-        simulated = simulate(explainer, payload, [e.token_ids for e in taken])
-    top = max((float(e.activations.max()) for e in taken if len(e)), default=0.0)
-    simulated_top = max((float(s.max()) for s in simulated or [] if len(s)), default=0.0)
-    names = documents({e.document for e in taken})
+    shown = list(excerpts) if choice == "all" else list(_first(excerpts, choice))
+    simulated = simulate_excerpts(explainer, payload, shown)
+    top, simulated_top = largest([e.activations for e in shown]), largest(simulated)
+    names = documents({e.document for e in shown})
     views = []
-    for place, e in enumerate(taken):
+    for i, e in enumerate(shown):
         tokens = store.decode_tokens(e.token_ids)
-        other = simulated[place] if simulated else None
         views.append(
             ExcerptView(
                 kind=e.kind,
@@ -55,41 +81,37 @@ def excerpt_views(
                 rank=e.rank,
                 peak=e.peak,
                 document=names.get(e.document, f"document {e.document}"),
-                true=_shaded(tokens, e.activations, top),
-                simulated=() if other is None else _shaded(tokens, other, simulated_top),
+                true=shade(tokens, e.activations, top),
+                simulated=shade(tokens, simulated[i], simulated_top) if simulated else (),
             )
         )
-    return tuple(views), len(excerpts) - len(taken)
+    return tuple(views), len(excerpts) - len(shown)
 
 
-def _first(excerpts: Sequence[Excerpt], shown: Shown) -> Iterator[Excerpt]:
-    """By kind and bin, the first of each."""
-    for kind in EXCERPT_KINDS if shown == "some" else ("top",):
-        mine = [e for e in excerpts if e.kind == kind]
-        for bin_ in sorted({e.bin for e in mine}):
-            yield from [e for e in mine if e.bin == bin_][: _SHOWN[kind]]
-
-
-def _shaded(tokens: Sequence[str], values: Any, top: float) -> tuple[ShadedToken, ...]:
-    shown = levels(np.asarray(values, np.float64), top) if top > 0 else np.zeros(len(tokens), int)
-    told = np.asarray(values, np.float64).tolist()
-    return tuple(map(_shaded_token, zip(tokens, told, shown.tolist(), strict=True)))
+def _first(excerpts: Sequence[Excerpt], choice: ExcerptChoice) -> Iterator[Excerpt]:
+    """Yield the first of each kind and bin."""
+    for kind in EXCERPT_KINDS if choice == "some" else ("top",):
+        of_kind = [e for e in excerpts if e.kind == kind]
+        for bin_ in sorted({e.bin for e in of_kind}):
+            yield from [e for e in of_kind if e.bin == bin_][: _FIRST[kind]]
 
 
 def favourite_tokens(
     excerpts: Sequence[Excerpt], store: TokenStore | None
 ) -> tuple[TokenValue, ...]:
-    """Tokens by mean activation, those that were seen twice or more first.
+    """Return the tokens of highest mean activation; those seen at least twice come first.
 
-    As the look-up explainer takes means: each position once, a token of an excerpt that was chosen
-    for its peak counts half of one in a random excerpt.
+    Means are the look-up explainer's: each position counts once, and a token of an excerpt that was
+    chosen for its peak counts half of one in a random excerpt.
     """
     if store is None or not excerpts:
         return ()
-    evidence = collect_evidence(NeuronRecord(None, tuple(excerpts)), 1, WEIGHT)  # type: ignore[arg-type]
-    ids, place, count = np.unique(evidence.contexts[:, 0], return_inverse=True, return_counts=True)
-    total = np.bincount(place, evidence.activations * evidence.weights)
-    mean = total / np.bincount(place, evidence.weights)
+    evidence = evidence_of(excerpts, 1, WEIGHT)
+    ids, inverse, count = np.unique(
+        evidence.contexts[:, 0], return_inverse=True, return_counts=True
+    )
+    total = np.bincount(inverse, evidence.activations * evidence.weights)
+    mean = total / np.bincount(inverse, evidence.weights)
     order = np.lexsort((-mean, count < 2))
     best = [i for i in order[: 4 * _FAVOURITES] if mean[i] > 0][:_FAVOURITES]
     texts = store.decode_tokens(ids[best])

@@ -1,14 +1,14 @@
-"""What a table of neurons needs of one model, as columns: one row a neuron, by layer and index.
+"""The neurons of one model as columns, one row per neuron by layer and index, and pages of that table.
 
-Memory: some 60 bytes a neuron, 9 bytes for each explainer and metric, and the explanations' texts; no
+Memory: some 60 bytes per neuron, 9 bytes for each explainer and metric, and the explanations' texts; no
 excerpt, payload or list of documents is read. 36,864 neurons with two explainers take some 20 MB.
 
-Shape legend: n neurons of a model.
+Shape legend: n neurons of a model, e entries looked up among them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
-from cratelm.errors import InputError
-from cratelm.records import SCORERS
-from cratelm.runs import Run, StageName
-from cratelm.runs.names import set_name, sets_of
+from cratelm.records import SCORERS, NeuronKey
+from cratelm.results.stages import Problems, set_names
+from cratelm.results.views import LayerPage, LayerQuery, NeuronRow
+from cratelm.runs import Run, Stage
+from cratelm.runs.names import set_name
 
-Told = tuple[str, str]
+ExplainerKey = tuple[str, str]
 """name of the set (empty without a language model), explainer"""
-READ_ERRORS = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IndexError)
-"""what reading a damaged file may raise"""
-_SET_STAGES: tuple[StageName, ...] = ("explanations", "scores")
+OnToken = Mapping[NeuronKey, tuple[float, int]]
+"""by neuron: mean activation on a token over the maximum, and how often the token was seen"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class ScoreColumn:
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class NeuronTable:
     """The neurons of one model."""
 
     site: str
@@ -55,96 +55,101 @@ class Columns:
     """[n] 0 to 1, held-out"""
     maximum: NDArray[np.float32]
     """[n] held-out"""
-    texts: Mapping[Told, NDArray[np.object_]]
+    texts: Mapping[ExplainerKey, NDArray[np.object_]]
     """[n] each explainer's explanations, empty where there is none"""
     scores: Mapping[tuple[str, str, str], ScoreColumn]
     """by set, explainer and metric"""
     problems: tuple[str, ...]
+    """files that cannot be read"""
 
     @cached_property
-    def folded(self) -> list[str]:
-        """[n] explanations of the principal explainer, for a search that knows no case."""
-        return [str(text).casefold() for text in self.text()]
+    def explainers(self) -> tuple[ExplainerKey, ...]:
+        """Return all explainers with explanations or scores, the principal one first."""
+        found = {*self.texts, *((s, e) for s, e, _ in self.scores)}
+        return tuple(sorted(found, key=lambda key: (key != self.principal, key)))
 
-    def holding(self, text: str, among: Sequence[int] | None = None) -> NDArray[np.int64]:
-        """Rows, of those given or of all, that have an explanation, and with all words of `text`."""
-        folded = self.folded
+    @cached_property
+    def principal(self) -> ExplainerKey | None:
+        """Return whose explanations and scores tables show: the trie, or the first without a language model."""
+        found = {*self.texts, *((s, e) for s, e, _ in self.scores)}
+        return min(found, key=lambda key: (key[0] != "", key[1] != "trie", key), default=None)
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the metrics of the principal explainer, in their usual order."""
+        scored = {m for s, e, m in self.scores if (s, e) == self.principal}
+        return tuple(m for m in SCORERS if m in scored)
+
+    @cached_property
+    def explanations(self) -> NDArray[np.object_]:
+        """[n] Return the explanations of the principal explainer, empty where there is none."""
+        texts = self.texts.get(self.principal) if self.principal else None
+        return np.full(len(self.layer), "", object) if texts is None else texts
+
+    def score(self, metric: str) -> ScoreColumn | None:
+        """Return the scores of the principal explainer under a metric; None if it has none."""
+        return self.scores.get((*self.principal, metric)) if self.principal else None
+
+    def best_score(self) -> ScoreColumn | None:
+        """Return the scores under the first metric, by which neurons are ranked; None without scores."""
+        return self.score(self.metrics[0]) if self.metrics else None
+
+    def rows_of(self, layer: int) -> slice:
+        """Return the rows of a layer."""
+        low, high = np.searchsorted(self.layer, [layer, layer + 1])
+        return slice(int(low), int(high))
+
+    def rows(self, layers: NDArray[Any], indices: NDArray[Any]) -> NDArray[np.int64]:
+        """[e] Return the rows of many neurons, -1 for those that the table lacks."""
+        rows, known = _lookup(layers, indices, _packed(self.layer, self.index))
+        return np.where(known, rows, -1)
+
+    def row(self, layer: int, index: int) -> int | None:
+        """Return the row of a neuron; None if the table lacks it."""
+        here = self.rows_of(layer)
+        row = here.start + int(np.searchsorted(self.index[here], index))
+        return row if row < here.stop and self.index[row] == index else None
+
+    def containing(self, text: str, among: Sequence[int] | None = None) -> NDArray[np.int64]:
+        """Return the rows, of those given or of all, whose explanation has all words of `text`."""
+        folded = self._folded
         rows = [r for r in (range(len(folded)) if among is None else among) if folded[r]]
         for word in text.casefold().split():
             rows = [r for r in rows if word in folded[r]]
         return np.array(rows, np.int64)
 
     @cached_property
-    def principal(self) -> Told | None:
-        """Whose explanations and scores tables show: the trie, or the first without a language model."""
-        known = sorted({*self.texts, *((s, e) for s, e, _ in self.scores)})
-        return min(known, key=lambda t: (t[0] != "", t[1] != "trie", t), default=None)
-
-    @cached_property
-    def metrics(self) -> tuple[str, ...]:
-        """Of the principal explainer, in their usual order."""
-        told = self.principal
-        found = {m for s, e, m in self.scores if (s, e) == told}
-        return tuple(m for m in SCORERS if m in found)
-
-    def text(self) -> NDArray[np.object_]:
-        """[n] explanations of the principal explainer."""
-        found = self.texts.get(self.principal) if self.principal else None
-        return self._empty if found is None else found
-
-    @cached_property
-    def _empty(self) -> NDArray[np.object_]:
-        return np.full(len(self.layer), "", object)
-
-    def score(self, metric: str) -> ScoreColumn | None:
-        told = self.principal
-        return self.scores.get((*told, metric)) if told else None
-
-    def rows_of(self, layer: int) -> slice:
-        """Where the neurons of a layer stand."""
-        low, high = np.searchsorted(self.layer, [layer, layer + 1])
-        return slice(int(low), int(high))
-
-    def rows(self, layers: NDArray[Any], indices: NDArray[Any]) -> NDArray[np.int64]:
-        """[e] rows of many neurons, -1 for those that are not there."""
-        at, known = _found(layers, indices, self.layer.astype(np.int64) << 32 | self.index)
-        return np.where(known, at, -1)
-
-    def row(self, layer: int, index: int) -> int | None:
-        here = self.rows_of(layer)
-        place = here.start + int(np.searchsorted(self.index[here], index))
-        return place if place < here.stop and self.index[place] == index else None
+    def _folded(self) -> list[str]:
+        return [str(text).casefold() for text in self.explanations]
 
 
-def read_columns(run: Run, model: str) -> Columns:
-    """Everything but the summaries may be missing or damaged: then `problems` says so.
+# ---- reading --------------------------------------------------------------------------------------
+
+
+def read_neuron_table(run: Run, model: str) -> NeuronTable:
+    """Return the neurons of a harvested model. Damaged explanations and scores are named in `problems`.
 
     Raises one of `READ_ERRORS` where the summaries of the held-out split cannot be read.
     """
-    wanted = ["site", "layer", "index", "firing_rate", "maximum"]
     table = pq.read_table(
-        summaries_path(run.stage("activations", model).path, "held_out"), columns=wanted
+        summaries_path(run.stage("activations", model).path, "held_out"),
+        columns=["site", "layer", "index", "firing_rate", "maximum"],
     )
     layer, index = table["layer"].to_numpy(), table["index"].to_numpy()
-    places = layer.astype(np.int64) << 32 | index
-    texts: dict[Told, Any] = {}
+    keys = _packed(layer, index)
+    texts: dict[ExplainerKey, Any] = {}
     scores: dict[tuple[str, str, str], ScoreColumn] = {}
-    problems = run.stale_lines(model)
-    for name in set_names(run, model):
-        explained, scored = (run.stage(s, set_name(model, name)) for s in _SET_STAGES)
-        try:
-            if explained.completion() is not None:
-                found = _texts(explained.path, places)
-                texts |= {(name, explainer): column for explainer, column in found.items()}
-        except (*READ_ERRORS, InputError) as error:
-            problems.append(f"{explained.path} cannot be read ({one_line(error)})")
-        try:
-            if scored.completion() is not None:
-                for (explainer, metric), column in _scores(scored.path, places).items():
-                    scores[name, explainer, metric] = column
-        except (*READ_ERRORS, InputError) as error:
-            problems.append(f"{scored.path} cannot be read ({one_line(error)})")
-    return Columns(
+    problems = Problems(run.stale_lines(model))
+    for name in ["", *set_names(run, model)]:
+        explained = run.stage("explanations", set_name(model, name))
+        scored = run.stage("scores", set_name(model, name))
+        read_texts = partial(_read_finished, explained, _texts, keys)
+        read_scores = partial(_read_finished, scored, _scores, keys)
+        found = problems.attempt(f"{explained.path} cannot be read", read_texts, {})
+        texts |= {(name, explainer): column for explainer, column in found.items()}
+        columns = problems.attempt(f"{scored.path} cannot be read", read_scores, {})
+        scores |= {(name, *key): column for key, column in columns.items()}
+    return NeuronTable(
         site=str(table["site"][0]) if len(table) else "",
         layer=layer,
         index=index,
@@ -152,75 +157,151 @@ def read_columns(run: Run, model: str) -> Columns:
         maximum=table["maximum"].to_numpy(),
         texts=texts,
         scores=scores,
-        problems=tuple(problems),
+        problems=tuple(problems.lines),
     )
 
 
-def set_names(run: Run, model: str) -> list[str]:
-    """Names of the sets of explanations and scores; the empty one is that without a language model."""
-    return ["", *sets_of((n for stage in _SET_STAGES for n in run.models(stage)), model)]
+def _read_finished(
+    stage: Stage, read: Callable[[Path, NDArray[np.int64]], dict], keys: NDArray[np.int64]
+) -> dict:
+    return {} if stage.completion() is None else read(stage.path, keys)
 
 
-def changed_at(run: Run) -> int:
-    """When a stage was finished last, in ns; 0 where none ever was."""
-    try:
-        return (run.path / "manifest.json").stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _texts(folder: Path, places: NDArray[np.int64]) -> dict[str, NDArray[np.object_]]:
+def _texts(folder: Path, keys: NDArray[np.int64]) -> dict[str, NDArray[np.object_]]:
     columns = ["layer", "index", "explainer", "text"]
     table = pq.read_table(folder / "explanations.parquet", columns=columns)
-    found = {}
+    by_explainer = {}
     explainers = table["explainer"].to_numpy()
     for explainer in np.unique(explainers.astype(str)).tolist():
-        mine = table.filter(pa.array(explainers == explainer))
-        rows, known = _rows(mine, places)
-        column = np.full(len(places), "", object)
-        column[rows] = mine["text"].to_numpy()[known]
-        found[explainer] = column
-    return found
+        part = table.filter(pa.array(explainers == explainer))
+        rows, known = _rows(part, keys)
+        column = np.full(len(keys), "", object)
+        column[rows] = part["text"].to_numpy()[known]
+        by_explainer[explainer] = column
+    return by_explainer
 
 
-def _scores(folder: Path, places: NDArray[np.int64]) -> dict[tuple[str, str], ScoreColumn]:
+def _scores(folder: Path, keys: NDArray[np.int64]) -> dict[tuple[str, str], ScoreColumn]:
     columns = ["layer", "index", "explainer", "metric", "value", "status", "reason"]
     table = pq.read_table(
         folder / "scores.parquet", columns=columns, filters=[("control", "=", "none")]
     )
-    found = {}
+    by_metric = {}
     explainers, metrics = (table[c].to_numpy() for c in ("explainer", "metric"))
-    usual = {m: place for place, m in enumerate(SCORERS)}
+    usual = {m: i for i, m in enumerate(SCORERS)}
     pairs = set(zip(explainers, metrics, strict=True))
     for explainer, metric in sorted(pairs, key=lambda p: (p[0], usual.get(p[1], len(usual)), p)):
-        mine = table.filter(pa.array((explainers == explainer) & (metrics == metric)))
-        rows, known = _rows(mine, places)
-        values = np.full(len(places), np.nan)
-        status, reasons = np.full(len(places), "", object), np.full(len(places), "", object)
-        values[rows] = 100 * mine["value"].to_numpy()[known].astype(float)
-        status[rows] = mine["status"].to_numpy()[known]
-        reasons[rows] = mine["reason"].to_numpy()[known]
-        found[explainer, metric] = ScoreColumn(values, status, reasons)
-    return found
+        part = table.filter(pa.array((explainers == explainer) & (metrics == metric)))
+        rows, known = _rows(part, keys)
+        values = np.full(len(keys), np.nan)
+        status, reasons = np.full(len(keys), "", object), np.full(len(keys), "", object)
+        values[rows] = 100 * part["value"].to_numpy()[known].astype(float)
+        status[rows] = part["status"].to_numpy()[known]
+        reasons[rows] = part["reason"].to_numpy()[known]
+        by_metric[explainer, metric] = ScoreColumn(values, status, reasons)
+    return by_metric
 
 
-def _rows(
-    table: pa.Table, places: NDArray[np.int64]
+def _packed(layers: NDArray[Any], indices: NDArray[Any]) -> NDArray[np.int64]:
+    """Layer and index in one integer, so that many neurons are looked up by one binary search."""
+    return layers.astype(np.int64) << 32 | indices
+
+
+def _rows(table: pa.Table, keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Row among the model's neurons of each row of a table, and which of its rows are of one of them."""
+    rows, known = _lookup(table["layer"].to_numpy(), table["index"].to_numpy(), keys)
+    return rows[known], known
+
+
+def _lookup(
+    layers: NDArray[Any], indices: NDArray[Any], keys: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Row of each neuron of a table among the model's, and which rows of the table are of one of them."""
-    at, known = _found(table["layer"].to_numpy(), table["index"].to_numpy(), places)
-    return at[known], known
+    """[e] Position of each neuron in the sorted `keys` [n], and whether it is there at all."""
+    wanted = _packed(layers, indices)
+    rows = np.searchsorted(keys, wanted).clip(0, max(0, len(keys) - 1))
+    known = keys[rows] == wanted if len(keys) else np.zeros(len(wanted), bool)
+    return rows, known
 
 
-def _found(
-    layers: NDArray[Any], indices: NDArray[Any], places: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Where neurons stand among sorted `places`, and which are there at all. [e]"""
-    mine = layers.astype(np.int64) << 32 | indices
-    at = np.searchsorted(places, mine).clip(0, max(0, len(places) - 1))
-    known = places[at] == mine if len(places) else np.zeros(len(mine), bool)
-    return at, known
+# ---- one page of a layer's table ------------------------------------------------------------------
+
+
+def layer_page(
+    model: str,
+    layer: int,
+    table: NeuronTable,
+    query: LayerQuery,
+    on_token: OnToken | None,
+    note: str,
+) -> LayerPage:
+    """Return the page that `query` asks for. `on_token`: neurons that fire on the token searched for."""
+    query = _with_order(query, table, on_token is not None)
+    here = table.rows_of(layer)
+    rows = _matching(np.arange(here.start, here.stop), table, query)
+    if on_token is not None:
+        rows = np.array([r for r in rows if (layer, int(table.index[r])) in on_token], int)
+    rows = _sorted(rows, layer, table, query, on_token)
+    first = (max(1, query.page) - 1) * query.per_page
+    shown = rows[first : first + query.per_page].tolist()
+    return LayerPage(
+        model=model,
+        layer=layer,
+        rows=tuple(map(partial(_row, layer=layer, table=table, on_token=on_token), shown)),
+        total=len(rows),
+        n_neurons=here.stop - here.start,
+        query=query,
+        metrics=table.metrics,
+        explainer=table.principal[1] if table.principal else "",
+        note=note,
+    )
+
+
+def _with_order(query: LayerQuery, table: NeuronTable, by_token: bool) -> LayerQuery:
+    """By the token searched for, else by the first metric, else by number."""
+    if query.sort:
+        return query
+    best = "token" if by_token else next(iter(table.metrics), "index")
+    return replace(query, sort=best, descending=best != "index")
+
+
+def _matching(rows: NDArray[np.int64], table: NeuronTable, query: LayerQuery) -> NDArray[np.int64]:
+    if query.only in ("dead", "alive"):
+        rows = rows[(table.maximum[rows] <= 0) == (query.only == "dead")]
+    if query.only == "explained" or query.text.strip():
+        return table.containing(query.text, rows.tolist())
+    return rows
+
+
+def _sorted(
+    rows: NDArray[np.int64],
+    layer: int,
+    table: NeuronTable,
+    query: LayerQuery,
+    on_token: OnToken | None,
+) -> NDArray[np.int64]:
+    """Those without a value last, whichever the direction; ties by number."""
+    if query.sort == "token" and on_token is not None:
+        values = np.array([on_token[NeuronKey(layer, int(table.index[r]))][0] for r in rows], float)
+    elif query.sort in ("firing_rate", "maximum"):
+        values = getattr(table, query.sort)[rows].astype(float)
+    else:
+        column = table.score(query.sort)
+        values = table.index[rows].astype(float) if column is None else column.values[rows]
+    order = np.lexsort((rows, -values if query.descending else values, np.isnan(values)))
+    return rows[order]
+
+
+def _row(row: int, *, layer: int, table: NeuronTable, on_token: OnToken | None) -> NeuronRow:
+    index = int(table.index[row])
+    scores = {m: c for m in table.metrics if (c := table.score(m)) is not None}
+    return NeuronRow(
+        index=index,
+        explanation=str(table.explanations[row]),
+        scores={
+            m: None if np.isnan(c.values[row]) else float(c.values[row]) for m, c in scores.items()
+        },
+        status={m: str(c.status[row]) for m, c in scores.items()},
+        firing_rate=float(table.firing_rate[row]),
+        maximum=float(table.maximum[row]),
+        on_token=on_token[NeuronKey(layer, index)][0] if on_token else None,
+    )

@@ -1,4 +1,4 @@
-"""What the pages show. Text is as the corpus has it: it is made visible and escaped where it is shown.
+"""Records that the pages show. Text is as in the corpus: pages make it visible and escape it.
 
 Units: scores are x 100; activations are raw values of the neuron.
 """
@@ -8,24 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
-from cratelm.records import ExcerptKind, Split
+from cratelm.records import ExcerptKind, Interval, Split
 from cratelm.runs.names import twin_name
 
-Shown = Literal["some", "all", "top"]
+ExcerptChoice = Literal["some", "all", "top"]
 """excerpts of a neuron: the first of each kind and bin, all, or the first of the strongest"""
 
 
 class NotFound(InputError):
-    """A run, model, layer or neuron that is not there."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A mean x 100 with its 95% interval, where it has one."""
-
-    mean: float
-    low: float | None
-    high: float | None
+    """A run, model, layer or neuron that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +24,9 @@ class MetricCard:
     """One model under one metric, its principal explainer."""
 
     metric: str
-    mean: Value | None
-    by_layer: Mapping[int, Value]
-    shuffled: Value | None
+    mean: Interval | None
+    by_layer: Mapping[int, Interval]
+    shuffled: Interval | None
     """null: explanations dealt to other neurons"""
     defined: int
     undefined: int
@@ -54,10 +45,10 @@ class ModelCard:
     neurons: Mapping[int, int]
     """H of each layer, by its number"""
     null_of: str
-    """the model whose untrained null this is; empty for others"""
+    """the model whose untrained null control this is; empty for others"""
     parameters: int | None
     loss: float | None
-    """validation loss, nats a token"""
+    """validation loss, nats per token"""
     loss_error: float | None
     explainer: str
     """whose scores are shown; empty where there are none"""
@@ -72,7 +63,7 @@ class ModelCard:
     """what is not of today's inputs, with the command that makes it again"""
 
     def metric(self, name: str) -> MetricCard | None:
-        """Under a metric; None where it was not scored by it."""
+        """Return the figures under a metric; None where the model was not scored by it."""
         return next((m for m in self.metrics if m.metric == name), None)
 
 
@@ -88,6 +79,7 @@ class RunCard:
     """files that cannot be read"""
 
     def model(self, name: str) -> ModelCard:
+        """Return the card of a model. Raises `NotFound` if the run has none of it."""
         for card in self.models:
             if card.name == name:
                 return card
@@ -95,12 +87,13 @@ class RunCard:
         raise NotFound(f"{self.key} has no harvest of {name}: it has {names}")
 
     def null(self, card: ModelCard) -> ModelCard | None:
+        """Return the untrained null control of a model; None if there is none."""
         return next((c for c in self.models if c.null_of == card.name), None)
 
     def twin(self, name: str) -> str:
-        """The model of the same size of the other family; empty where there is none."""
-        other = twin_name(name)
-        return other if any(c.name == other and c.neurons for c in self.models) else ""
+        """Return the harvested model of the same size of the other family; empty if there is none."""
+        twin = twin_name(name)
+        return twin if any(c.name == twin and c.neurons for c in self.models) else ""
 
 
 @dataclass(frozen=True)
@@ -111,9 +104,9 @@ class LayerQuery:
     """`index`, `firing_rate`, `maximum`, `token` or a metric; empty: the best explained first"""
     descending: bool = False
     text: str = ""
-    """words that the explanation holds"""
+    """words that the explanation must contain"""
     token: str = ""
-    """a token that the neuron fires on"""
+    """a token that the neuron must fire on"""
     only: Literal["all", "explained", "alive", "dead"] = "all"
     page: int = 1
     per_page: int = 100
@@ -131,16 +124,17 @@ class NeuronRow:
     firing_rate: float
     maximum: float
     on_token: float | None = None
-    """mean activation on the token searched for, of the neuron's maximum"""
+    """mean activation on the token searched for, as a fraction of the neuron's maximum"""
 
     @property
     def dead(self) -> bool:
+        """Return whether the neuron never fired on the held-out split."""
         return self.maximum <= 0
 
 
 @dataclass(frozen=True)
 class LayerPage:
-    """A part of the table of a layer."""
+    """One page of the table of a layer."""
 
     model: str
     layer: int
@@ -156,19 +150,19 @@ class LayerPage:
 
 @dataclass(frozen=True)
 class ScoreHistogram:
-    """How the scores of a layer under one metric are spread."""
+    """Distribution of the scores of a layer under one metric."""
 
     metric: str
-    mean: Value | None
+    mean: Interval | None
     defined: int
     neurons: int
-    """to be scored"""
+    """that were to be scored"""
     shares: tuple[float, ...]
-    """of those defined, 0 to 1, in equal bins from 0 to 100; what is below 0 counts in the first"""
+    """fraction of those defined in each of several equal bins from 0 to 100; below 0 counts in the first"""
 
 
 class ShadedToken(NamedTuple):
-    """One of thousands on a page: a tuple is made in a third of the time."""
+    """One token of an excerpt. A tuple, since a page has thousands and a dataclass takes three times as long."""
 
     text: str
     value: float
@@ -179,19 +173,21 @@ class ShadedToken(NamedTuple):
 
 @dataclass(frozen=True)
 class ExcerptView:
+    """One excerpt with true and simulated activations."""
+
     kind: ExcerptKind
     bin: int
     rank: int
     peak: int
     """offset of the token that it was chosen for"""
     document: str
-    """where the text is from"""
+    """name of the document"""
     true: tuple[ShadedToken, ...]
     simulated: tuple[ShadedToken, ...]
     """empty where no simulator ran"""
 
     def plain(self) -> dict[str, Any]:
-        """Tokens, activations and simulated ones as lists of one length, to six digits."""
+        """Return JSON values: tokens, true and simulated activations as lists, to six digits."""
         return {
             "kind": self.kind,
             "bin": self.bin,
@@ -206,6 +202,8 @@ class ExcerptView:
 
 @dataclass(frozen=True)
 class ScoreView:
+    """A score of one explanation."""
+
     metric: str
     value: float | None
     status: str
@@ -214,6 +212,8 @@ class ScoreView:
 
 @dataclass(frozen=True)
 class ExplanationView:
+    """An explanation of a neuron with its scores."""
+
     explainer: str
     set_name: str
     """of the language model's set; empty without a language model"""
@@ -223,14 +223,19 @@ class ExplanationView:
 
 @dataclass(frozen=True)
 class TokenValue:
+    """A token with what a neuron does on it or to it."""
+
     text: str
     value: float
-    """activation or logit"""
+    """mean activation, or change of the logit"""
     count: int = 0
+    """times that it was seen"""
 
 
 @dataclass(frozen=True)
 class Neighbour:
+    """A neuron that fires on the same tokens as another."""
+
     model: str
     layer: int
     index: int
@@ -241,7 +246,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class NeuronView:
-    """All that is known of one neuron."""
+    """One neuron, as its page shows it."""
 
     run: str
     model: str
@@ -250,7 +255,7 @@ class NeuronView:
     index: int
     split: Split
     explainer: str
-    """which simulates the excerpts; empty where none does"""
+    """whose explanation simulates the excerpts; empty where none does"""
     explanations: tuple[ExplanationView, ...]
     statistics: Mapping[str, float]
     """of the split: firing_rate, mean, variance, skew, kurtosis, maximum, n_tokens"""
@@ -259,23 +264,27 @@ class NeuronView:
     histogram_high: float
     excerpts: tuple[ExcerptView, ...]
     held_back: int
-    """excerpts that are not shown"""
+    """number of excerpts that are not shown"""
     tokens: tuple[TokenValue, ...]
-    """tokens it fires on most: mean activation, how often seen"""
+    """tokens it fires on most"""
     promoted: tuple[TokenValue, ...]
     suppressed: tuple[TokenValue, ...]
     nearest: tuple[Neighbour, ...]
     previous: int | None
     following: int | None
     problems: tuple[str, ...] = ()
+    """what cannot be shown, and why"""
 
     @property
     def dead(self) -> bool:
+        """Return whether the neuron never fired on the split."""
         return self.statistics.get("maximum", 0.0) <= 0
 
 
 @dataclass(frozen=True)
 class MapPoint:
+    """A neuron on the map of its layer; x and y are 0 to 1."""
+
     index: int
     x: float
     y: float
@@ -285,27 +294,32 @@ class MapPoint:
 
 @dataclass(frozen=True)
 class SearchHit:
+    """A neuron that a search found."""
+
     model: str
     layer: int
     index: int
     explanation: str
     value: float
-    """of the token: mean activation on it over the neuron's maximum; of words: the first score"""
+    """of a token: mean activation on it over the neuron's maximum; of words: the first score"""
     count: int
     """times that the token was seen; 0 for words"""
     firing_rate: float
-    """0 to 1, held-out: one that is always on fires on every token"""
+    """0 to 1, held-out: a neuron that is always on fires on every token"""
 
 
 @dataclass(frozen=True)
 class SearchResults:
+    """What a search found, best first."""
+
     hits: tuple[SearchHit, ...]
     note: str
+    """which tokens were matched, in words"""
 
 
 @dataclass(frozen=True)
 class IndexState:
-    """How far the index of a run is."""
+    """Progress of the index of a run."""
 
     ready: bool
     done: int
@@ -315,7 +329,7 @@ class IndexState:
 
 
 def plain(value: Any) -> Any:
-    """A record as JSON values."""
+    """Return a record as JSON values; NaN becomes null."""
     if isinstance(value, ExcerptView):
         return value.plain()
     if hasattr(value, "__dataclass_fields__"):

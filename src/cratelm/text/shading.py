@@ -1,63 +1,53 @@
-"""Excerpts as pieces of text with a level 0..10 each, for a page that shades them.
+"""Excerpts as HTML: each token shaded by its level 0..10, with its value on hover.
 
 Shape legend: n tokens of an excerpt.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 
-import numpy as np
 from markupsafe import Markup, escape
-from numpy.typing import ArrayLike
 
-from cratelm.records import levels
 from cratelm.text.display import runs_right_to_left, visible
 
 _WHITESPACE = re.compile("[␣⏎⇥]+")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Text of one token, or of several in a row that are at level 0."""
+def shaded_html(
+    tokens: Sequence[tuple[str, float, int]], peak: int, *, every_value: bool = True
+) -> Markup:
+    """Return an element for each token: class `l1` to `l10` by its level, `peak` at the offset `peak`.
 
-    text: str
-    """visible: nothing in it acts on a page or a terminal"""
-    level: int
-    """0..10 of the largest activation shown (`cratelm.records.levels`)"""
-    peak: bool
-    """the token that the excerpt was chosen for"""
-    activation: float
-    """raw activation; 0 where several tokens are joined"""
-    isolate: bool
-    """holds text that runs from right to left, which must not reorder its neighbours"""
-
-
-def pieces(
-    tokens: Sequence[str], activations: ArrayLike, maximum: float, peak: int
-) -> tuple[Piece, ...]:
-    """Return an excerpt as pieces: `tokens` [n] as text, `activations` [n] raw, `maximum` is level 10."""
-    values = np.asarray(activations, dtype=np.float64)
-    level_of = levels(values, maximum)
-    shaded: list[Piece] = []
-    for number, (token, level) in enumerate(zip(tokens, level_of, strict=True)):
-        piece = Piece(
-            visible(token),
-            int(level),
-            number == peak,
-            float(values[number]),
-            runs_right_to_left(token),
-        )
-        if shaded and _plain(shaded[-1]) and _plain(piece):
-            piece = Piece(shaded.pop().text + piece.text, 0, False, 0.0, False)
-        shaded.append(piece)
-    return tuple(shaded)
+    `tokens` [n]: text as in the corpus, raw activation, level. Tokens without a shade that follow each
+    other share one element: with `every_value` those at exactly 0, else all at level 0, without a value.
+    """
+    shown = [_element(text) for text, _, _ in tokens]
+    plain = [
+        not (value if every_value else level) and at != peak and shown[at][0] == "span"
+        for at, (_, value, level) in enumerate(tokens)
+    ]
+    parts = []
+    for run, places in groupby(range(len(tokens)), lambda at: -1 if plain[at] else at):
+        if run < 0:
+            text = "".join(shown[at][1] for at in places)
+            parts.append(f'<span title="0">{text}</span>' if every_value else text)
+            continue
+        (tag, text), (_, value, level) = shown[run], tokens[run]
+        classes = [f"l{level}"] * (level > 0) + ["peak"] * (run == peak)
+        label = f' class="{" ".join(classes)}"' if classes else ""
+        # `or 0`: -0.0 is shown as 0
+        parts.append(f'<{tag}{label} title="{value or 0:.3g}">{text}</{tag}>')
+    return Markup("".join(parts))
 
 
 def faint_marks(text: str) -> Markup:
-    """Return `text` escaped, its marks of white space faint and with a possible line break after them."""
+    """Return escaped `text` whose marks of whitespace are faint and let a line break after them."""
     return Markup(_WHITESPACE.sub(lambda m: f"<i>{m.group()}</i><wbr>", str(escape(text))))
 
 
-def _plain(piece: Piece) -> bool:
-    return piece.level == 0 and not piece.peak and not piece.isolate
+@lru_cache(maxsize=1 << 16)
+def _element(text: str) -> tuple[str, str]:
+    """Element and content of a token; what runs from right to left must not reorder its neighbours."""
+    return "bdi" if runs_right_to_left(text) else "span", str(faint_marks(visible(text)))

@@ -1,4 +1,4 @@
-"""What `cratelm view` can be told. Imports nothing heavy, so that `--help` is quick."""
+"""Options of `cratelm view`. Imports nothing heavy, so that `--help` is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from cratelm.runs import at_least, not_in_identity
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """Browse the neurons of one run or several, in a web browser on this machine.
+    """Browse the neurons of one or several runs in a web browser on this machine.
 
     Serves pages until Ctrl-C, or writes them into a folder with --static.
     """
@@ -22,18 +22,18 @@ class ViewConfig:
     )
     """run directories"""
     host: str = not_in_identity("127.0.0.1")
-    """address to listen on. Whoever reaches another one than this machine's own can read the runs and
-    use the model: nothing asks for a password"""
+    """address to listen on. With any other than this machine's own, everyone who can reach it can read the
+    runs and use the model: there is no password"""
     port: int = not_in_identity(8000)
     """port to listen on"""
     live: bool = not_in_identity(True)
-    """answer what needs the model itself: activations of a text that is typed, steering"""
+    """enable the live page, which needs the model itself: activations of a typed text, steering"""
     static: Path | None = not_in_identity(None)
-    """write the pages into this new folder and stop: for any web host, or to be opened from disk"""
+    """write the pages into this new folder and stop: for any web host, or to open from disk"""
     neurons: int = not_in_identity(64)
-    """with --static: neurons of each layer that get a page, the best explained ones first; 0: all"""
+    """with --static: neurons per layer that get a page, the best explained first; 0: all"""
     force: bool = not_in_identity(False)
-    """with --static: write over pages that are there"""
+    """with --static: replace pages that an earlier export wrote"""
     quiet: bool = not_in_identity(False)
     """with --static: no progress bar"""
 

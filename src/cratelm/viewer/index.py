@@ -1,4 +1,4 @@
-"""What the browser needs and no stage writes: token -> neurons, neurons that fire alike, a map of a layer.
+"""An index of a run for the browser: token -> neurons, neurons that fire alike, a map of each layer.
 
 A neuron's *profile* is its mean activation on each token, over its excerpts of the fit split (each
 position once), relative to its largest activation. The index keeps the `_TOKENS` strongest entries
@@ -6,9 +6,9 @@ of each profile, seen twice or more. Nearness of two neurons, of one model or of
 their profiles in the span of the first `_DIMENSIONS` singular vectors of all profiles of the run.
 Maps are by t-SNE (van der Maaten & Hinton 2008) on the same vectors.
 
-It is built once, in `viewer/` of the run, from one row group of excerpts at a time, and again when a
-harvest or the tokens have changed. Memory while it is built: 14 bytes an entry, 50 MB for 36,864
-neurons with 96 entries each, and some 300 bytes a neuron; when it is used, what is asked for.
+It is built once, in `viewer/` of the run, from one row group of excerpts at a time, and again after a
+harvest or the tokens have changed. Memory while it is built: 14 bytes per entry, 50 MB for 36,864
+neurons with 96 entries each, and some 300 bytes per neuron; in use, only what a request reads.
 
 Shape legend: N neurons of all models, V tokens of the vocabulary, E entries, D dimensions.
 """
@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 
 from cratelm.activations.store import excerpts_path
 from cratelm.errors import InputError, missing_extra
-from cratelm.records import Split
-from cratelm.results.neuron_table import READ_ERRORS, Columns, changed_at, one_line, read_columns
+from cratelm.records import NeuronKey, Split
+from cratelm.results.neuron_table import NeuronTable, read_neuron_table
+from cratelm.results.stages import READ_ERRORS, changed_at, one_line
 from cratelm.results.views import IndexState
 from cratelm.runs import Run, atomic_folder, atomic_path, hash_json, write_json
 from cratelm.tokens.shards import TokenStore
@@ -41,11 +42,10 @@ _DIMENSIONS = 64
 _LEAST = 2
 """times that a token must have been seen"""
 _SEED = 0
-Place = tuple[int, int]
 
 
 class Index:
-    """The index of one run: not there, being built, or ready."""
+    """The index of one run: absent, being built, or ready."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -55,19 +55,20 @@ class Index:
         self._meta: dict[str, Any] = {}
         self._texts: dict[str, list[int]] = {}
         self._arrays: dict[str, Any] = {}
-        self._seen: int | None = None
-        """when the run had changed last, as this index was built; None before"""
+        self._changed_at: int | None = None
+        """when the run had last changed as this index was built; None before"""
         self._built = ""
+        """identity of the tokens and harvests that it was built from"""
 
     # ---- building ---------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Opens the index, or makes it; what goes wrong is told in `state`."""
+        """Open the index, or make it; `state` says what went wrong."""
         with self._lock:
-            self._seen = changed_at(self.run)
+            self._changed_at = changed_at(self.run)
             try:
                 self._built = key = self._key()
-                folder = self._place() / f"index-{key[:16]}"
+                folder = self._root() / f"index-{key[:16]}"
                 if not (folder / "meta.json").is_file():
                     self._make(folder)
                 self._open(folder)
@@ -77,12 +78,12 @@ class Index:
                 self.state = IndexState(self.state.ready, self.state.done, total, one_line(error))
 
     def follow(self) -> None:
-        """Where harvests or tokens have changed since it was built, builds it again in the background."""
+        """Rebuild the index in the background if harvests or tokens have changed since it was built."""
         now = changed_at(self.run)
-        if self._seen in (None, now) or self._lock.locked():
+        if self._changed_at in (None, now) or self._lock.locked():
             return
-        self._seen = now
-        with contextlib.suppress(*READ_ERRORS, InputError):  # that is told by `build`
+        self._changed_at = now
+        with contextlib.suppress(*READ_ERRORS, InputError):  # `build` reports that
             if self._key() == self._built:
                 return
         self.state = IndexState(False, 0, 0)
@@ -102,14 +103,14 @@ class Index:
 
     def _key(self) -> str:
         tokens = self.run.stage("tokens").completion()
-        harvests = {n: self.run.stage("activations", n).completion() for n in self._models()}
-        told = {n: done.identity for n, done in harvests.items() if done is not None}
+        records = {n: self.run.stage("activations", n).completion() for n in self._models()}
+        harvests = {n: done.identity for n, done in records.items() if done is not None}
         return hash_json(
-            {"format": _FORMAT, "tokens": tokens.identity if tokens else "", "of": told}
+            {"format": _FORMAT, "tokens": tokens.identity if tokens else "", "of": harvests}
         )
 
-    def _place(self) -> Path:
-        """`viewer/` of the run; a temporary folder where nothing can be written there."""
+    def _root(self) -> Path:
+        """`viewer/` of the run; a temporary folder if that cannot be written to."""
         folder = self.run.path / "viewer"
         try:
             folder.mkdir(exist_ok=True)
@@ -129,16 +130,16 @@ class Index:
         neurons, tokens, values, counts = [], [], [], []
         offsets, start = {}, 0
         for name in models:
-            columns = read_columns(self.run, name)
+            table = read_neuron_table(self.run, name)
             offsets[name] = start
             for group in range(groups[name]):
-                found = profile_entries(files[name], group, columns)
-                for into, part in zip((neurons, tokens, values, counts), found, strict=True):
-                    into.append(part)
+                entries = profile_entries(files[name], group, table)
+                for column, part in zip((neurons, tokens, values, counts), entries, strict=True):
+                    column.append(part)
                 neurons[-1] = neurons[-1] + start
                 done = self.state.done + 1
                 self.state = IndexState(False, done, self.state.total)
-            start += len(columns.layer)
+            start += len(table.layer)
         arrays = [
             np.concatenate(parts) if parts else np.zeros(0)
             for parts in (neurons, tokens, values, counts)
@@ -151,7 +152,7 @@ class Index:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _file(self, name: str) -> Path:
-        """Excerpts that explanations are made from; of a harvest without them, the others."""
+        """Excerpts that explanations are made from; the held-out ones of a harvest without them."""
         folder = self.run.stage("activations", name).path
         splits: tuple[Split, ...] = ("fit", "held_out")
         return next(
@@ -168,17 +169,17 @@ class Index:
         self.state = IndexState(True, self.state.total, self.state.total)
 
     def _make_maps(self, folder: Path) -> None:
-        """Of all layers, one after another; those that are there are kept."""
+        """The maps of all layers, one after another; those that exist are kept."""
         for name in self._models():
-            columns = read_columns(self.run, name)
-            for layer in np.unique(columns.layer).tolist():
+            table = read_neuron_table(self.run, name)
+            for layer in np.unique(table.layer).tolist():
                 path = folder / map_name(name, layer)
                 if not path.is_file():
-                    places = plane(self._vectors(name)[columns.rows_of(layer)])
+                    points = plane(self._vectors(name)[table.rows_of(layer)])
                     with atomic_path(path) as temporary, temporary.open("wb") as file:
-                        np.save(file, places)
+                        np.save(file, points)
 
-    # ---- asking -----------------------------------------------------------------------------------
+    # ---- queries ----------------------------------------------------------------------------------
 
     def _vectors(self, model: str) -> NDArray[np.float32]:
         """[n, D] of a model, unit length."""
@@ -187,20 +188,20 @@ class Index:
         later = [o for o in offsets.values() if o > start]
         return self._arrays["vectors"][start : min(later, default=self._meta["neurons"])]
 
-    def on_token(self, model: str, text: str) -> tuple[Mapping[Place, tuple[float, int]], str]:
-        """Neurons of a model that fire on a token, and in words which tokens that were.
+    def on_token(self, model: str, text: str) -> tuple[Mapping[NeuronKey, tuple[float, int]], str]:
+        """Return the neurons of a model that fire on a token, and in words which tokens were matched.
 
-        Their mean activation on it, of their maximum, and how often it was seen.
+        Of each neuron: its mean activation on the token over its maximum, and how often it was seen.
         """
         if not self.state.ready or model not in self._meta["offsets"]:
             return {}, "The index of tokens is not ready yet."
-        ids, told = self._ids(text)
+        ids, matched = self._ids(text)
         if not ids:
             return {}, f"No token is {text!r}."
         low = self._meta["offsets"][model]
         high = low + len(self._vectors(model))
         starts = self._arrays["starts"]
-        found: dict[int, tuple[float, int]] = {}
+        best: dict[int, tuple[float, int]] = {}
         for token in ids:
             span = slice(int(starts[token]), int(starts[token + 1]))
             neurons = self._arrays["neurons"][span]
@@ -212,27 +213,28 @@ class Index:
                 strict=True,
             )
             for neuron, value, count in entries:
-                if value > found.get(neuron, (0.0, 0))[0]:
-                    found[neuron] = (float(value), int(count))
-        layers, indices = self._places(model)
-        return {(int(layers[n]), int(indices[n])): told_of for n, told_of in found.items()}, told
+                if value > best.get(neuron, (0.0, 0))[0]:
+                    best[neuron] = (float(value), int(count))
+        layers, indices = self._neurons(model)
+        keys = {n: NeuronKey(int(layers[n]), int(indices[n])) for n in best}
+        return {keys[n]: value_count for n, value_count in best.items()}, matched
 
-    def _places(self, model: str) -> tuple[NDArray, NDArray]:
+    def _neurons(self, model: str) -> tuple[NDArray, NDArray]:
         """Layer and index [n] of the neurons of a model."""
-        name = f"places {model}"
+        name = f"neurons of {model}"
         if name not in self._arrays:
-            columns = read_columns(self.run, model)
-            self._arrays[name] = (columns.layer, columns.index)
+            table = read_neuron_table(self.run, model)
+            self._arrays[name] = (table.layer, table.index)
         return self._arrays[name]
 
     def _ids(self, text: str) -> tuple[list[int], str]:
-        """Tokens that are exactly `text`, else those that are it but for spaces, else that begin so."""
+        """Tokens that are exactly `text`, else those that differ by spaces only, else that begin with it."""
         if not self._texts:
             store = TokenStore(self.run.path / "tokens")
-            found: dict[str, list[int]] = {}
-            for token, shown in enumerate(store.decode_tokens(np.arange(store.vocab_size))):
-                found.setdefault(shown, []).append(token)
-            self._texts = found
+            ids: dict[str, list[int]] = {}
+            for token, string in enumerate(store.decode_tokens(np.arange(store.vocab_size))):
+                ids.setdefault(string, []).append(token)
+            self._texts = ids
         if text in self._texts:
             return (
                 self._texts[text],
@@ -240,22 +242,30 @@ class Index:
             )
         bare = text.strip()
         near = {t: ids for t, ids in self._texts.items() if t.strip() == bare and bare}
-        how = "but for spaces"
+        how = "without its spaces"
         if not near and bare:
             near = {t: ids for t, ids in self._texts.items() if t.strip().startswith(bare)}
             how = "by their beginning"
         shown = ", ".join(map(repr, sorted(near)[:6])) + (" ..." if len(near) > 6 else "")
-        return [
-            i for ids in near.values() for i in ids
-        ], f"No token is exactly {text!r}; matched {how}: {shown}."
+        matched = [token for tokens in near.values() for token in tokens]
+        return matched, f"No token is exactly {text!r}; matched {how}: {shown}."
 
     def nearest(
-        self, model: str, place: Place, other: str, n: int, mine: Columns, theirs: Columns
+        self,
+        model: str,
+        neuron: tuple[int, int],
+        other: str,
+        n: int,
+        table: NeuronTable,
+        other_table: NeuronTable,
     ) -> list[tuple[int, float]]:
-        """Rows of `other` with the highest cosine to a neuron, itself left out; none without the index."""
+        """Return the rows of `other` with the highest cosine to a neuron of `model`, without itself.
+
+        None before the index is ready.
+        """
         if not self.state.ready:
             return []
-        row = mine.row(*place)
+        row = table.row(*neuron)
         offsets = self._meta["offsets"]
         if row is None or model not in offsets or other not in offsets:
             return []
@@ -271,42 +281,45 @@ class Index:
         return [(int(r), float(cosines[r])) for r in best if cosines[r] > 0]
 
     def map(self, model: str, layer: int) -> NDArray[np.float32] | None:
-        """[H, 2] in 0..1, None where it is not made yet."""
+        """[H, 2] Return the points of a layer's neurons, in 0..1; None before they are computed."""
         path = self.map_path(model, layer)
         return None if path is None else np.load(path)
 
     def map_path(self, model: str, layer: int) -> Path | None:
-        """File of a map that is made."""
+        """Return the file of a map; None before it is computed."""
         path = self._folder / map_name(model, layer) if self._folder is not None else None
         return path if path is not None and path.is_file() else None
 
 
 def map_name(model: str, layer: int) -> str:
+    """Return the file name of a layer's map."""
     return f"map-{model}-{layer}.npy"
 
 
 def profile_entries(
-    file: pq.ParquetFile, group: int, columns: Columns
+    file: pq.ParquetFile, group: int, table: NeuronTable
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float16], NDArray[np.uint16]]:
-    """Entries of the neurons of a row group: neuron (row of `columns`), token, value, count. [e]"""
-    wanted = ["layer", "index", "kind", "peak", "position", "token_ids", "activations"]
-    table = file.read_row_group(group, columns=wanted, use_threads=False).combine_chunks()
-    if not len(table):
+    """[e] Return the entries of the neurons of a row group: neuron (row of `table`), token, value, count."""
+    columns = ["layer", "index", "kind", "peak", "position", "token_ids", "activations"]
+    excerpts = file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
+    if not len(excerpts):
         return (np.zeros(0, np.int32),) * 2 + (np.zeros(0, np.float16), np.zeros(0, np.uint16))  # type: ignore[return-value]
-    ids, activations = table["token_ids"].chunk(0), table["activations"].chunk(0)
+    ids, activations = excerpts["token_ids"].chunk(0), excerpts["activations"].chunk(0)
     lengths = np.diff(ids.offsets.to_numpy())
     inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    start = table["position"].to_numpy() - table["peak"].to_numpy()
+    start = excerpts["position"].to_numpy() - excerpts["peak"].to_numpy()
     position = np.repeat(start, lengths) + inside
-    rows = columns.rows(table["layer"].to_numpy(), table["index"].to_numpy())
-    alone = table["kind"].to_numpy() == "out_of_context"
+    rows = table.rows(excerpts["layer"].to_numpy(), excerpts["index"].to_numpy())
+    alone = excerpts["kind"].to_numpy() == "out_of_context"
     neuron = np.repeat(np.where(alone, -1, rows), lengths)
     first, last = ids.offsets[0].as_py(), ids.offsets[-1].as_py()
     token = ids.values.to_numpy()[first:last].astype(np.int64)
     value = activations.values.to_numpy()[first:last].astype(np.float64)
-    each = (neuron.astype(np.int64) + 1) << 40 | position  # a position of the corpus has 40 bits
-    seen = np.unique(each, return_index=True)[1]
-    seen = seen[neuron[seen] >= 0]
+    # Excerpts of a neuron overlap: each position counts once. Neuron and position share one integer, so
+    # that one sort finds the repetitions; 40 bits hold the positions of 10^12 tokens.
+    packed = (neuron.astype(np.int64) + 1) << 40 | position
+    seen = np.unique(packed, return_index=True)[1]
+    seen = seen[neuron[seen] >= 0]  # without tokens out of context
     return _strongest(neuron[seen], token[seen], value[seen])
 
 
@@ -320,8 +333,8 @@ def _strongest(
     of, which = keys // base, keys % base
     top = np.zeros(int(of.max(initial=0)) + 1)
     np.maximum.at(top, neuron, value)
-    kept = (counts >= _LEAST) & (means > 0)
-    of, which, means, counts = of[kept], which[kept], means[kept], counts[kept]
+    enough = (counts >= _LEAST) & (means > 0)
+    of, which, means, counts = of[enough], which[enough], means[enough], counts[enough]
     means = means / np.maximum(top[of], 1e-30)
     order = np.lexsort((-means, of))
     of, which, means, counts = of[order], which[order], means[order], counts[order]
@@ -359,7 +372,7 @@ def _write(
 def vectors(
     neurons: NDArray[np.int32], tokens: NDArray[np.int32], values: NDArray[Any], n_neurons: int
 ) -> NDArray[np.float32]:
-    """[N, D] of unit length, 0 for neurons without entries."""
+    """[N, D] Return vectors of unit length whose cosines are near those of the profiles; 0 without entries."""
     from scipy.sparse import csr_matrix, diags
     from scipy.sparse.linalg import norm, svds
 
@@ -379,7 +392,7 @@ def vectors(
 
 
 def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[H, D] -> [H, 2], each axis in 0..1. Raises `InputError` without scikit-learn."""
+    """[H, D] -> [H, 2] Return a map by t-SNE, each axis in 0..1. Raises `InputError` without scikit-learn."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:

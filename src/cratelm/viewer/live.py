@@ -1,54 +1,61 @@
-"""The model itself, for what no file holds: activations of a text that is typed, and steering.
+"""The live page: activations of a typed text, and steering, computed by the model itself; as JSON over HTTP.
 
-One thread owns the model; requests wait for it in a line of at most `_WAITING`, each for `_PATIENCE`
-seconds at most, so that the server stays responsive. One model is held at a time, that which was
-asked for last: memory is that model's, and the logits and activations of one text.
+One thread owns the model. At most `_WAITING` requests wait for it, each for at most `_PATIENCE` seconds,
+so that the server stays responsive. Only the model asked for last is in memory, with the logits and
+activations of one text.
 
 Shape legend: T tokens of a text, H neurons of a layer, V vocabulary.
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from cachetools import LRUCache
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.partial_forward import next_logits
 from cratelm.models.sites import capture
-from cratelm.results.neuron_table import changed_at
+from cratelm.results.stages import changed_at
+from cratelm.results.views import NotFound, plain
 from cratelm.steer.edits import Edit
 from cratelm.steer.steer import compare_next_tokens, continue_ids
 from cratelm.steer.steering import steering
 from cratelm.viewer.run_reader import Library
+from cratelm.viewer.security import Rate
 
 LONGEST_TEXT = 4000
 """characters"""
 _WAITING, _PATIENCE = 24, 20.0
-_REMEMBERED = 64
+_ANSWERS = 64
 """answers kept; each at most some 100 kB"""
+BURST, PER_SECOND = 30, 8
+"""requests to the model by one client"""
 _STRONGEST, _TOKENS_SHOWN, _MOST_GENERATED = 20, 10, 64
 _T = TypeVar("_T")
 _Captured = tuple[tuple[str, ...], int, list[np.ndarray]]
 
 
 class Busy(Exception):
-    """Too many wait for the model, or it takes too long."""
+    """Too many requests wait for the model, or it takes too long."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A text as the model reads it."""
+class TextActivations:
+    """One neuron at every token of a text."""
 
     tokens: tuple[str, ...]
-    """[T] as they are shown, the one that texts begin with left out"""
+    """[T] as they are shown, without the one that every text begins with"""
     cut: int
     """tokens left out because the model takes no more"""
     layer: int
@@ -61,33 +68,35 @@ class Reading:
 
 @dataclass(frozen=True)
 class TopNeuron:
-    """A neuron that is strong at a token."""
+    """A neuron with a high activation at a token."""
 
     layer: int
     index: int
     value: float
     """raw activation"""
     share: float
-    """of its largest on the held-out split"""
+    """of its largest activation on the held-out split"""
     explanation: str
 
 
 @dataclass(frozen=True)
 class TokenChance:
+    """The probability of a next token."""
+
     token: str
     before: float
-    """probability as the next token, unsteered"""
+    """unsteered"""
     after: float
 
 
 @dataclass(frozen=True)
 class SteeringEffect:
-    """What an edit does to the next token and to the continuation."""
+    """Effect of an edit on the next token and on the continuation."""
 
     chances: tuple[TokenChance, ...]
-    """those that change most, and the likeliest of both"""
+    """of the tokens that change most, and of the likeliest before and after"""
     kl: float
-    """nats"""
+    """KL divergence of the next token, nats"""
     plain: str
     steered: str
 
@@ -99,96 +108,106 @@ class Live:
         self.library = library
         self._worker = ThreadPoolExecutor(1, "model")
         self._waiting = threading.BoundedSemaphore(_WAITING)
-        self._held: tuple[tuple[str, str, str], HarvestContext, Encoder] | None = None
-        self._seen: tuple[tuple[str, str, str], _Captured] | None = None
-        """the last text, for several questions about it"""
-        self._answers: OrderedDict[tuple, Any] = OrderedDict()
+        self._model: tuple[tuple[str, str, str], HarvestContext, Encoder] | None = None
+        """by run, model and identity of its harvest"""
+        self._text: tuple[tuple[str, str, str], _Captured] | None = None
+        """activations of the last text, since several requests are about one text"""
+        self._answers: LRUCache[tuple, Any] = LRUCache(_ANSWERS)
         self._lock = threading.Lock()
+        """of the answers"""
 
     def close(self) -> None:
+        """Stop the thread of the model; waiting requests are cancelled."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
-    # ---- what can be asked ------------------------------------------------------------------------
+    # ---- requests ---------------------------------------------------------------------------------
 
-    def activations(self, run: str, model: str, text: str, layer: int, index: int) -> Reading:
-        """One neuron at every token of a text.
+    def activations(
+        self, run: str, model: str, text: str, layer: int, index: int
+    ) -> TextActivations:
+        """Return one neuron's activation at every token of a text.
 
-        Raises `InputError` for a text or a neuron that cannot be, `Busy` where too many wait.
+        Raises `InputError` for a text or neuron that cannot be read, `Busy` if too many requests wait.
         """
         state = self._state(run, model)
         maximum = self._maximum(run, model, layer, index)
 
-        def work() -> Reading:
-            tokens, cut, found = self._captured(run, model, text)
-            values = found[self._place(run, model, layer)][:, index]
-            return Reading(tokens, cut, layer, index, tuple(values.tolist()), maximum)
+        def work() -> TextActivations:
+            tokens, cut, activations = self._captured(run, model, text)
+            layers = self._open(run, model)[0].site.layer_numbers
+            values = activations[layers.index(layer)][:, index]
+            return TextActivations(tokens, cut, layer, index, tuple(values.tolist()), maximum)
 
         return self._ask(("activations", *state, text, layer, index), work)
 
     def strongest(self, run: str, model: str, text: str, position: int) -> tuple[TopNeuron, ...]:
-        """The neurons of all layers that are strongest at a token, each against its own largest value."""
+        """Return the neurons of all layers that are strongest at a token, relative to their own maximum."""
         state = self._state(run, model)
-        columns = self.library.columns(run, model)
+        table = self.library.table(run, model)
 
         def work() -> tuple[TopNeuron, ...]:
-            tokens, _, found = self._captured(run, model, text)
+            tokens, _, activations = self._captured(run, model, text)
             if not 0 <= position < len(tokens):
                 raise InputError(f"token {position}: the text has tokens 0 to {len(tokens) - 1}")
-            held = self._open(run, model)[0]
-            texts, strong = columns.text(), []
-            for place, layer in enumerate(held.site.layer_numbers):
-                here = columns.rows_of(layer)
-                values = found[place][position]  # [H]
-                largest = np.maximum(columns.maximum[here], 1e-9)
-                share = np.where(columns.maximum[here] > 0, values / largest, 0)
+            layers = self._open(run, model)[0].site.layer_numbers
+            strongest = []
+            for layer, of_layer in zip(layers, activations, strict=True):
+                here = table.rows_of(layer)
+                values = of_layer[position]  # [H]
+                largest = np.maximum(table.maximum[here], 1e-9)
+                share = np.where(table.maximum[here] > 0, values / largest, 0)
                 for i in np.argsort(-share, kind="stable")[:_STRONGEST].tolist():
                     if share[i] > 0:
-                        told = str(texts[here.start + i])
-                        strong.append(TopNeuron(layer, i, float(values[i]), float(share[i]), told))
-            return tuple(sorted(strong, key=lambda s: -s.share)[:_STRONGEST])
+                        text_of = str(table.explanations[here.start + i])
+                        strongest.append(
+                            TopNeuron(layer, i, float(values[i]), float(share[i]), text_of)
+                        )
+            return tuple(sorted(strongest, key=lambda s: -s.share)[:_STRONGEST])
 
         return self._ask(("strongest", *state, text, position), work)
 
     def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> SteeringEffect:
-        """The next token and `count` more with an edit at every token and without; greedy."""
+        """Return the effect of an edit at every token on the next token and `count` more, chosen greedily."""
         if not 0 <= count <= _MOST_GENERATED:
-            raise InputError(f"{count} tokens: 0 to {_MOST_GENERATED} can be generated")
+            raise InputError(
+                f"{count} tokens were requested: 0 to {_MOST_GENERATED} can be generated"
+            )
         state = self._state(run, model)
         for index in edit.indices:
             self._maximum(run, model, edit.layer, index)
 
         def work() -> SteeringEffect:
-            held, encoder = self._open(run, model)
-            ids, _ = self._ids(held, encoder, text, count)
-            before = _chances(held, ids)
-            plain = _continued(held, encoder, ids, count)
-            with steering(held.subject.model, edit, site=held.site):
-                after = _chances(held, ids)
-                steered = _continued(held, encoder, ids, count)
-            found = compare_next_tokens(before, after, encoder.display, _TOKENS_SHOWN)
-            return SteeringEffect(
-                _shown(before, after, found, encoder.display), found.kl, plain, steered
-            )
+            context, encoder = self._open(run, model)
+            ids, _ = self._ids(context, encoder, text, count)
+            before = _log_probabilities(context, ids)
+            plain = _continuation(context, encoder, ids, count)
+            with steering(context.subject.model, edit, site=context.site):
+                after = _log_probabilities(context, ids)
+                steered = _continuation(context, encoder, ids, count)
+            change = compare_next_tokens(before, after, encoder.display, _TOKENS_SHOWN)
+            chances = _chances(before, after, change, encoder.display)
+            return SteeringEffect(chances, change.kl, plain, steered)
 
         return self._ask(
             ("steer", *state, text, edit.layer, edit.indices, edit.operation, count), work
         )
 
-    # ---- in the worker ----------------------------------------------------------------------------
+    # ---- in the model's thread --------------------------------------------------------------------
 
     def _state(self, run: str, model: str) -> tuple[str, str, str, int]:
-        """What an answer is about, read before anything else: an answer that is remembered holds only
-        while the harvest, and what was explained since, is the same. Raises `NotFound`."""
-        self.library.columns(run, model)
+        """What an answer is about, read before anything else. Raises `NotFound`.
+
+        An answer that is remembered holds only while the harvest, and what was explained since, is the same.
+        """
+        self.library.table(run, model)
         path = self.library.run_of(run)
         harvest = path.stage("activations", model).require("harvest").identity
         return run, model, harvest, changed_at(path)
 
     def _ask(self, name: tuple, work: Callable[[], _T]) -> _T:
-        """The answer, remembered or from the worker."""
+        """The answer, remembered or from the model's thread."""
         with self._lock:
             if name in self._answers:
-                self._answers.move_to_end(name)
                 return self._answers[name]
         if not self._waiting.acquire(blocking=False):
             raise Busy("too many requests wait for the model: try again in a moment")
@@ -203,61 +222,58 @@ class Live:
             ) from None
         with self._lock:
             self._answers[name] = answer
-            while len(self._answers) > _REMEMBERED:
-                self._answers.popitem(last=False)
         return answer
 
     def _open(self, run: str, model: str) -> tuple[HarvestContext, Encoder]:
-        """The model, opened where it is not the one that is held."""
+        """The model, opened if it is not the one in memory."""
         path = self.library.run_of(run)
         harvest = path.stage("activations", model).require("harvest").identity
         name = (run, model, harvest)
-        if self._held is None or self._held[0] != name:
-            self._held = self._seen = None  # frees the other before this one is read
-            held = open_harvested(path, model)
-            held.subject.model.eval()
-            self._held = (name, held, encoder_of(held.subject, path))
-        return self._held[1], self._held[2]
-
-    def _place(self, run: str, model: str, layer: int) -> int:
-        held, _ = self._open(run, model)
-        return held.site.layer_numbers.index(layer)
+        if self._model is None or self._model[0] != name:
+            self._model = self._text = None  # frees the other before this one is loaded
+            context = open_harvested(path, model)
+            context.subject.model.eval()
+            self._model = (name, context, encoder_of(context.subject, path))
+        return self._model[1], self._model[2]
 
     def _ids(
-        self, held: HarvestContext, encoder: Encoder, text: str, room: int
+        self, context: HarvestContext, encoder: Encoder, text: str, room: int
     ) -> tuple[torch.Tensor, int]:
-        """Token ids [1, 1 + T] with the one that texts begin with, and how many were cut."""
+        """Token ids [1, 1 + T] with the one that texts begin with, and how many were cut.
+
+        `room`: tokens that are to be generated after them.
+        """
         ids = encoder.encode(checked(text)).tolist()
-        longest = (held.subject.longest or 1024) - 1 - room
-        kept = [encoder.start, *ids[:longest]]
-        return torch.tensor([kept], device=held.subject.model.device), max(0, len(ids) - longest)
+        longest = (context.subject.longest or 1024) - 1 - room
+        fitting = [encoder.start, *ids[:longest]]
+        device = context.subject.model.device
+        return torch.tensor([fitting], device=device), max(0, len(ids) - longest)
 
     def _captured(self, run: str, model: str, text: str) -> _Captured:
-        """Tokens as shown [T], how many were cut, and activations [T, H] of each place."""
-        held, encoder = self._open(run, model)
+        """Tokens as shown [T], how many were cut, and activations [T, H] of each layer."""
+        context, encoder = self._open(run, model)
         name = (run, model, text)
-        if self._seen is not None and self._seen[0] == name:
-            return self._seen[1]
-        ids, cut = self._ids(held, encoder, text, 0)
-        found = [
-            a[0, 1:].float().cpu().numpy() for a in capture(held.subject.model, held.site, ids)
-        ]
+        if self._text is not None and self._text[0] == name:
+            return self._text[1]
+        ids, cut = self._ids(context, encoder, text, 0)
+        captured = capture(context.subject.model, context.site, ids)
+        activations = [a[0, 1:].float().cpu().numpy() for a in captured]
         display = encoder.display
         tokens = tuple(display[i] if i < len(display) else f"[{i}]" for i in ids[0, 1:].tolist())
-        self._seen = (name, (tokens, cut, found))
-        return tokens, cut, found
+        self._text = (name, (tokens, cut, activations))
+        return tokens, cut, activations
 
     def _maximum(self, run: str, model: str, layer: int, index: int) -> float:
-        """The neuron's largest value on the held-out split. Raises `NotFound` where it is not there."""
-        columns = self.library.columns(run, model)
-        row = columns.row(layer, index)
+        """The neuron's largest value on the held-out split. Raises `InputError` if the model lacks it."""
+        table = self.library.table(run, model)
+        row = table.row(layer, index)
         if row is None:
             raise InputError(f"{model} has no neuron {index} in layer {layer}")
-        return float(columns.maximum[row])
+        return float(table.maximum[row])
 
 
 def checked(text: str) -> str:
-    """The text, if it can be read. Raises `InputError` for one that is too long or has no characters."""
+    """Return the text. Raises `InputError` for one that is too long or empty."""
     if len(text) > LONGEST_TEXT:
         raise InputError(
             f"the text has {len(text):,} characters, at most {LONGEST_TEXT:,} are read"
@@ -269,24 +285,24 @@ def checked(text: str) -> str:
 
 
 @torch.no_grad()
-def _chances(held: HarvestContext, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [V] of the next token, at double precision."""
-    logits = next_logits(held.subject.model, ids, 1)[0, 0]
+def _log_probabilities(context: HarvestContext, ids: torch.Tensor) -> torch.Tensor:
+    """Of the next token [V], at double precision."""
+    logits = next_logits(context.subject.model, ids, 1)[0, 0]
     return logits.double().log_softmax(-1).cpu()
 
 
-def _continued(held: HarvestContext, encoder: Encoder, ids: torch.Tensor, count: int) -> str:
+def _continuation(context: HarvestContext, encoder: Encoder, ids: torch.Tensor, count: int) -> str:
     if not count:
         return ""
-    made = continue_ids(held.subject.model, ids, count, 0.0, 0, encoder.start)
+    made = continue_ids(context.subject.model, ids, count, 0.0, 0, encoder.start)
     return encoder.tokenizer.decode(made[0].tolist(), skip_special_tokens=False)
 
 
-def _shown(
-    before: torch.Tensor, after: torch.Tensor, found: Any, display: list[str]
+def _chances(
+    before: torch.Tensor, after: torch.Tensor, change: Any, display: list[str]
 ) -> tuple[TokenChance, ...]:
     """Tokens that gain or lose most, by their probability afterwards or before."""
-    changed = {c.id: c for c in (*found.gains, *found.losses)}
+    changed = {c.id: c for c in (*change.gains, *change.losses)}
     likely = {*before.topk(5).indices.tolist(), *after.topk(5).indices.tolist()}
     tokens = sorted({*changed, *likely}, key=lambda t: -max(float(before[t]), float(after[t])))
     p, q = before.exp(), after.exp()
@@ -294,3 +310,86 @@ def _shown(
         TokenChance(display[t] if t < len(display) else f"[{t}]", float(p[t]), float(q[t]))
         for t in tokens[: 2 * _TOKENS_SHOWN]
     )
+
+
+# ---- over HTTP ------------------------------------------------------------------------------------
+
+Index = Annotated[int, Field(ge=0, le=100_000_000)]
+Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
+RunKey = Annotated[str, Path(max_length=200)]
+
+
+class LiveRequest(BaseModel):
+    """Fields of every request."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Annotated[str, Field(max_length=200)]
+    text: Text
+
+
+class ActivationsRequest(LiveRequest):
+    """One neuron at every token."""
+
+    layer: Index
+    neuron: Index
+
+
+class StrongestRequest(LiveRequest):
+    """The strongest neurons at one token."""
+
+    position: Index
+
+
+class SteerRequest(LiveRequest):
+    """One neuron steered at every token."""
+
+    layer: Index
+    neuron: Index
+    operation: Literal["set", "add", "scale", "zero"]
+    value: Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)] = 0.0
+    tokens: Annotated[int, Field(ge=0, le=64)] = 16
+
+    def edit(self) -> Edit:
+        """Return the edit that is requested."""
+        value: Any = True if self.operation == "zero" else self.value
+        return Edit(self.layer, self.neuron, **{self.operation: value})
+
+
+def router(live: Live, rate: Rate | None = None) -> APIRouter:
+    """Return the endpoints. Each answers in a worker thread, so the event loop stays free.
+
+    `rate`: requests that one client may make, 30 at once and 8 a second by default.
+    """
+    allowed = rate or Rate(burst=BURST, per_second=PER_SECOND)
+    made = APIRouter(prefix="/api/r/{run}/live")
+
+    def answer(request: Request, ask: Callable[[], Any]) -> Response:
+        client = request.client.host if request.client else ""
+        if not allowed.take(client):
+            return JSONResponse({"error": "too many requests at once: wait a second"}, 429)
+        try:
+            return JSONResponse(plain(ask()))
+        except Busy as error:
+            return JSONResponse({"error": str(error)}, 503)
+        except NotFound as error:
+            return JSONResponse({"error": str(error)}, 404)
+        except InputError as error:
+            return JSONResponse({"error": str(error)}, 400)
+
+    @made.post("/activations")
+    def activations(run: RunKey, body: ActivationsRequest, request: Request) -> Response:
+        return answer(
+            request, lambda: live.activations(run, body.model, body.text, body.layer, body.neuron)
+        )
+
+    @made.post("/strongest")
+    def strongest(run: RunKey, body: StrongestRequest, request: Request) -> Response:
+        return answer(request, lambda: live.strongest(run, body.model, body.text, body.position))
+
+    @made.post("/steer")
+    def steer(run: RunKey, body: SteerRequest, request: Request) -> Response:
+        return answer(
+            request, lambda: live.steer(run, body.model, body.text, body.edit(), body.tokens)
+        )
+
+    return made

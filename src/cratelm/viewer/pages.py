@@ -1,16 +1,18 @@
 """Pages as HTML, from records: the same for the server and for an exported folder.
 
-Whatever a corpus holds is made visible (`cratelm.text.display`) and escaped: nothing in it acts.
+All corpus text is made visible (`cratelm.text.display`) and escaped, so that nothing in it acts.
 """
 
 import contextlib
 import json
+import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, partial
 from importlib import resources
 from itertools import groupby
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import jinja2
 from markupsafe import Markup, escape
@@ -24,15 +26,14 @@ from cratelm.results.views import (
     NotFound,
     RunCard,
     SearchHit,
-    ShadedToken,
     plain,
 )
 from cratelm.score.simulators import SIMULATORS
-from cratelm.text.display import printable, runs_right_to_left, visible
-from cratelm.text.shading import faint_marks
-from cratelm.viewer import drawings, latex
-from cratelm.viewer.compare import compared
-from cratelm.viewer.links import Links
+from cratelm.text.display import printable, visible
+from cratelm.text.shading import faint_marks, shaded_html
+from cratelm.viewer import drawings
+from cratelm.viewer.compare import compare
+from cratelm.viewer.exports import latex_figure, svg_card
 from cratelm.viewer.run_reader import RARELY, Library
 
 SEARCH_LIMIT = 100
@@ -41,24 +42,57 @@ _KINDS = {
     "openai_bin": "By quantile",
     "anthropic_bin": "By range",
     "random": "Around random tokens",
-    "out_of_context": "Strongest tokens out of their context",
+    "out_of_context": "Strongest tokens in a short context",
 }
 Crumbs = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
+class Links:
+    """Addresses of pages as a page at `here` writes them: from the root of a server, or relative in a folder."""
+
+    here: tuple[str, ...] = ()
+    static: bool = False
+    """for a folder: files that end in .html, without queries"""
+
+    def to(self, *parts: str | int, **query: str | int) -> str:
+        """Return the address of a page, such as that of ("r", "demo", "layer", "crate-2l", 0)."""
+        given = {k: v for k, v in query.items() if v != ""}
+        if self.static:
+            return self._relative(file_of(tuple(map(str, parts))))
+        path = "/" + "/".join(quote(str(p), safe="") for p in parts)
+        return f"{path}?{urlencode(given)}" if given else path
+
+    def asset(self, name: str) -> str:
+        """Return the address of a stylesheet or script."""
+        if self.static:
+            return self._relative(f"assets/{name}")
+        return f"/assets/{name}"
+
+    def _relative(self, file: str) -> str:
+        start = posixpath.dirname(file_of(self.here)) or "."
+        return quote(posixpath.relpath(file, start))
+
+
+def file_of(parts: Sequence[str]) -> str:
+    """Return the file of a page in an exported folder."""
+    return "/".join(parts) + ".html" if parts else "index.html"
+
+
+@dataclass(frozen=True)
 class Pages:
-    """Makes the pages of a library."""
+    """The pages of a library."""
 
     library: Library
     live: bool = False
-    """links to the live page"""
+    """whether pages link to the live page"""
     static: bool = False
+    """whether they are files of a folder"""
     paged: Callable[[str, str, int, int], bool] = lambda *_: True
     """whether a neuron (run, model, layer, index) has a page"""
 
     def overview(self, key: str | None = None) -> str:
-        """Of one run, or of all."""
+        """Return the overview of one run, or of all."""
         keys = (key,) if key else self.library.keys
         runs = [self.library.run(k) for k in keys]
         title = runs[0].key if len(runs) == 1 else "Runs"
@@ -73,13 +107,14 @@ class Pages:
             title=title,
             runs=runs,
             metrics_of=_metrics_of,
-            scores_by_layer=drawings.scores_by_layer,
+            scores_by_layer=self._scores_by_layer,
             pairs=_pairs,
             best=self._best,
             rarely=RARELY,
         )
 
     def layer(self, key: str, model: str, layer: int, query: LayerQuery) -> str:
+        """Return the table and the map of a layer."""
         page = self.library.layer(key, model, layer, query)
         query = page.query
         card = self.library.run(key).model(model)
@@ -94,18 +129,18 @@ class Pages:
             end = "0.html" if self.static else "0"
             return stem.removesuffix(end) + end.replace("0", str(index)) if has_page(index) else ""
 
-        def asked(**changed: Any) -> str:
-            told = {
+        def same_query(**changed: Any) -> str:
+            filters = {
                 "q": query.text,
                 "token": query.token,
                 "only": "" if query.only == "all" else query.only,
             }
             order = {"sort": query.sort, "direction": "descending" if query.descending else ""}
-            return links.to("r", key, "layer", model, layer, **{**told, **order, **changed})
+            return links.to("r", key, "layer", model, layer, **{**filters, **order, **changed})
 
         def sorted_by(name: str) -> str:
             down = name != "index" if query.sort != name else not query.descending
-            return asked(sort=name, direction="descending" if down else "")
+            return same_query(sort=name, direction="descending" if down else "")
 
         twin = self.library.run(key).twin(model)
         return self._page(
@@ -116,10 +151,10 @@ class Pages:
             page=page,
             layers=sorted(card.neurons),
             twin=twin if twin and layer in self.library.run(key).model(twin).neurons else "",
-            problems=self.library.columns(key, model).problems,
+            problems=self.library.table(key, model).problems,
             has_page=has_page,
             sorted_by=sorted_by,
-            paged=lambda number: asked(page=number),
+            paged=lambda number: same_query(page=number),
             drawn=self.library.drawn_map(
                 key, model, layer, lambda points: drawings.layer_map(points, address)
             ),
@@ -127,6 +162,7 @@ class Pages:
         )
 
     def neuron(self, view: NeuronView) -> str:
+        """Return the page of one neuron."""
         key, model, layer, index = view.run, view.model, view.layer, view.index
         here = ("r", key, "neuron", model, str(layer), str(index))
         links = self._links(here)
@@ -139,7 +175,7 @@ class Pages:
         up = links.to("r", key, "layer", model, layer)
         api = f"/api{links.to(*here)}" if not self.static else ""
         usual = view.explanations[0].explainer if view.explanations else ""
-        told = "" if view.explainer == usual else view.explainer
+        simulator = "" if view.explainer == usual else view.explainer
         simulators = [
             (e.explainer, links.to(*here, split=split, explainer=e.explainer))
             for e in view.explanations
@@ -155,8 +191,10 @@ class Pages:
             facts=_facts(view),
             histogram=drawings.histogram,
             excerpts=excerpts_html(view.excerpts),
-            more=links.to(*here, split=split, explainer=told, all=1),
-            other_split=links.to(*here, split=other if other != "held_out" else "", explainer=told),
+            more=links.to(*here, split=split, explainer=simulator, all=1),
+            other_split=links.to(
+                *here, split=other if other != "held_out" else "", explainer=simulator
+            ),
             index_state=self._index_state(
                 key, "Nearest neurons", "None: it fires on no token that was seen twice."
             ),
@@ -164,12 +202,13 @@ class Pages:
             api=api,
             svg=f"{api}/card.svg",
             simulators=simulators,
-            latex=latex.figure(view),
+            latex=latex_figure(view),
             data=as_data(plain(view)) if self.static else "",
-            card=as_data({"svg": drawings.card(view), "name": f"{model}-{layer}-{index}.png"}),
+            card=as_data({"svg": svg_card(view), "name": f"{model}-{layer}-{index}.png"}),
         )
 
     def search(self, key: str, text: str, token: str, model: str = "") -> str:
+        """Return the search form with the neurons found, if anything was searched for."""
         found = None
         if text or token:
             found = self.library.search(
@@ -192,25 +231,29 @@ class Pages:
         )
 
     def compare(self, key: str, left: str, right: str) -> str:
-        """Two layers, or two neurons, as MODEL/LAYER or MODEL/LAYER/NEURON; without `right` the twin's."""
+        """Return two layers, or two neurons, side by side: MODEL/LAYER or MODEL/LAYER/NEURON.
+
+        Without `right`, that of the twin.
+        """
         card = self.library.run(key)
-        found = compared(self.library, key, left, right)
+        comparison = compare(self.library, key, left, right)
         links = self._links(("r", key, "compare"))
-        places = [f"{m.name}/{layer}" for m in card.models for layer in m.neurons]
+        layers_of_run = [f"{m.name}/{layer}" for m in card.models for layer in m.neurons]
         return self._page(
             "compare.html",
             links.here,
             self._crumbs(links, key, ("compare", "")),
             key,
-            found=found,
-            places=places,
+            comparison=comparison,
+            layers_of_run=layers_of_run,
             histogram=drawings.histogram,
             excerpts_html=excerpts_html,
-            spread=drawings.spread,
+            score_histograms=drawings.score_histograms,
             facts=_facts,
         )
 
     def live_page(self, key: str) -> str:
+        """Return the page that asks the model itself."""
         links = self._links(("r", key, "live"))
         card = self.library.run(key)
         models = {m.name: m.neurons for m in card.models if m.neurons}
@@ -223,10 +266,16 @@ class Pages:
             data=as_data(plain({"run": key, "models": models})),
         )
 
-    def error(self, status: int, told: str) -> str:
-        return self._page("error.html", (), [], "", status=status, told=told)
+    def error(self, status: int, message: str) -> str:
+        """Return the page of an error."""
+        return self._page("error.html", (), [], "", status=status, message=message)
 
     # ---- parts ------------------------------------------------------------------------------------
+
+    def _scores_by_layer(self, run: RunCard, metric: str) -> Markup:
+        """Drawn once: matplotlib takes a hundred times as long as the page."""
+        draw = partial(drawings.scores_by_layer, run, metric)
+        return self.library.drawing(run.key, ("scores by layer", metric), draw)
 
     def _best(self, run: RunCard) -> list[tuple[str, list[SearchHit]]]:
         """Of each trained model, neurons to begin with that have a page."""
@@ -241,19 +290,20 @@ class Pages:
         return found
 
     def _index_state(self, key: str, what: str, otherwise: str) -> str:
-        """Why something that needs the index is not there; `otherwise` where the index is."""
+        """Why something that needs the index is missing; `otherwise` if the index is ready."""
         state = self.library.index_state(key)
         if state.ready:
             return otherwise
         if state.problem:
             return f"{what} cannot be shown: the index could not be built ({state.problem})."
-        return f"{what} will be here when the index is built ({state.done} of {state.total} parts): load again."
+        progress = f"{state.done} of {state.total} parts are done"
+        return f"{what} will be here when the index is built ({progress}): reload the page then."
 
     def _no_map(self, key: str) -> str:
         problem = self.library.index_state(key).problem
-        later = "The map of this layer is being drawn: load the page again."
-        told = f"The map cannot be drawn ({problem})." if problem else later
-        return self._index_state(key, "The map", told)
+        later = "The map of this layer is being computed: reload the page in a moment."
+        reason = f"The map cannot be drawn ({problem})." if problem else later
+        return self._index_state(key, "The map", reason)
 
     def _links(self, here: tuple[str, ...]) -> Links:
         return Links(tuple(here), self.static)
@@ -279,53 +329,30 @@ class Pages:
 
 
 def excerpts_html(excerpts: Sequence[ExcerptView]) -> Markup:
-    """Excerpts by kind and bin; each token shaded by true and by simulated activation."""
+    """Return excerpts by kind and bin; each token shaded by true and by simulated activation."""
     parts: list[str] = []
     for kind, members in groupby(excerpts, key=lambda e: e.kind):
         parts.append(f'<h3>{_KINDS[kind]}</h3><div class="excerpts">')
         for e in members:
             bin_ = f'<span class="bin">bin {e.bin}</span>' if e.bin >= 0 else ""
             sides = [("true", e.true)] + ([("simulated", e.simulated)] if e.simulated else [])
-            lines = "".join(_line(name, tokens, e.peak) for name, tokens in sides)
-            where = escape(printable(e.document))
-            parts.append(f'<div class="excerpt">{bin_}{lines}<p class="from">{where}</p></div>')
+            lines = "".join(
+                f'<div class="line {name}" dir="ltr"><span class="side">{name}</span>'
+                f"{shaded_html(tokens, e.peak)}</div>"
+                for name, tokens in sides
+            )
+            document = escape(printable(e.document))
+            parts.append(f'<div class="excerpt">{bin_}{lines}<p class="from">{document}</p></div>')
         parts.append("</div>")
     return Markup("".join(parts))
 
 
-def _line(name: str, tokens: Sequence[ShadedToken], peak: int) -> str:
-    """One excerpt, a span a token with its value on hover and tap (`title`); tokens at 0 share one."""
-    shown = [_shown_token(t.text) for t in tokens]
-    zero = [
-        not t.value and place != peak and shown[place][0] == "span"
-        for place, t in enumerate(tokens)
-    ]
-    spans = []
-    for alike, group in groupby(range(len(tokens)), lambda place: -1 if zero[place] else place):
-        if alike < 0:
-            spans.append(f'<span title="0">{"".join(shown[p][1] for p in group)}</span>')
-            continue
-        (tag, text), (_, value, level) = shown[alike], tokens[alike]
-        kinds = [f"l{level}"] * (level > 0) + ["peak"] * (alike == peak)
-        label = f' class="{" ".join(kinds)}"' if kinds else ""
-        spans.append(f'<{tag}{label} title="{value or 0:.3g}">{text}</{tag}>')
-    return (
-        f'<div class="line {name}" dir="ltr"><span class="side">{name}</span>{"".join(spans)}</div>'
-    )
-
-
-@lru_cache(maxsize=1 << 16)
-def _shown_token(text: str) -> tuple[str, str]:
-    """Element and content of a token; what runs from right to left must not reorder its neighbours."""
-    return "bdi" if runs_right_to_left(text) else "span", str(faint_marks(visible(text)))
-
-
 def as_data(value: Any) -> Markup:
-    """JSON for a data block: nothing in it can end the block."""
-    told = json.dumps(value, ensure_ascii=True)
+    """Return JSON for a data block: nothing in it can end the block."""
+    data = json.dumps(value, ensure_ascii=True)
     for character in "<>&":
-        told = told.replace(character, f"\\u{ord(character):04x}")
-    return Markup(told)
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return Markup(data)
 
 
 def _facts(view: NeuronView) -> list[tuple[str, str]]:
@@ -343,14 +370,14 @@ def _facts(view: NeuronView) -> list[tuple[str, str]]:
     for name, label in names.items():
         if name in s:
             value = s[name]
-            told = f"{100 * value:.3g}% of tokens" if name == "firing_rate" else f"{value:.3g}"
-            shown.append((label, f"{int(value):,}" if name == "n_tokens" else told))
+            fact = f"{100 * value:.3g}% of tokens" if name == "firing_rate" else f"{value:.3g}"
+            shown.append((label, f"{int(value):,}" if name == "n_tokens" else fact))
     return [*shown, ("site", printable(view.site))]
 
 
 def _metrics_of(cards: Sequence[ModelCard]) -> list[str]:
-    found = {m.metric for c in cards for m in c.metrics}
-    return [m for m in METRIC_NAMES if m in found]
+    scored = {m.metric for c in cards for m in c.metrics}
+    return [m for m in METRIC_NAMES if m in scored]
 
 
 def _pairs(card: RunCard) -> list[tuple[ModelCard, ModelCard]]:
@@ -361,7 +388,7 @@ def _pairs(card: RunCard) -> list[tuple[ModelCard, ModelCard]]:
 
 @cache
 def _environment() -> jinja2.Environment:
-    """The templates, compiled once a process."""
+    """Return the templates, compiled once a process."""
     folder = resources.files("cratelm.viewer") / "templates"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
@@ -371,7 +398,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    environment.filters["seen"] = lambda text: printable(str(text)) if text else text
+    environment.filters["printable"] = lambda text: printable(str(text)) if text else text
     environment.filters["tenth"] = lambda x: f"{round(x, 1) + 0.0:.1f}"
     environment.filters["token"] = _token
     environment.filters["thousands"] = lambda n: "–" if n is None else f"{n:,}"

@@ -1,21 +1,25 @@
-"""Runs, read as pages ask for them: nothing is read before, and never a whole run.
+"""Runs, read as pages ask for them: nothing is read earlier, and never a whole run.
 
-Files may be missing, half-finished or damaged; what is there is shown, and what is not is said.
+Files may be missing, half-finished or damaged: what can be read is shown, and the rest is reported.
 """
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from cachetools import LRUCache
 
 from cratelm.errors import InputError
 from cratelm.records import Split
-from cratelm.results.neuron_table import READ_ERRORS, Columns, changed_at, one_line, read_columns
+from cratelm.results.neuron_table import NeuronTable, layer_page, read_neuron_table
 from cratelm.results.neuron_view import NeuronFiles, NeuronQuery, neuron_view
 from cratelm.results.run_summary import run_card
+from cratelm.results.stages import READ_ERRORS, changed_at, one_line
 from cratelm.results.views import (
+    ExcerptChoice,
     IndexState,
     LayerPage,
     LayerQuery,
@@ -27,25 +31,46 @@ from cratelm.results.views import (
     ScoreHistogram,
     SearchHit,
     SearchResults,
-    Shown,
 )
 from cratelm.runs import Run
 from cratelm.tokens.shards import TokenStore
-from cratelm.viewer.cache import Kept
 from cratelm.viewer.index import Index
-from cratelm.viewer.layers import layer_page
 
+_CACHED = 64
+"""open files, tables and drawings kept at a time, for all runs together"""
 _NEAREST = 8
-_SPREAD_BINS = 20
+_HISTOGRAM_BINS = 20
 RARELY = 0.2
 """firing rate below which a neuron is selective enough to be shown first"""
 _T = TypeVar("_T")
 
 
-class Library:
-    """Some run directories. Methods may be called from several threads.
+class FileCache:
+    """The `_CACHED` files, tables and drawings used last. Safe for several threads.
 
-    Raises `InputError` where a run is not there, and `NotFound` for what is not in it.
+    Two threads may read the same file at once: a lock around reading would make every page wait.
+    """
+
+    def __init__(self) -> None:
+        self._cache: LRUCache[tuple, tuple[Any, Any]] = LRUCache(_CACHED)
+        self._lock = threading.Lock()
+
+    def get(self, state: Any, name: tuple, read: Callable[[], _T]) -> _T:
+        """Return what was read before under `name` if that was in the same `state`, else read it."""
+        with self._lock:
+            before = self._cache.get(name)
+        if before is not None and before[0] == state:
+            return before[1]
+        value = read()
+        with self._lock:
+            self._cache[name] = (state, value)
+        return value
+
+
+class Library:
+    """Several run directories. Methods may be called from several threads.
+
+    Raises `InputError` if a run does not exist, and `NotFound` for what it does not contain.
     """
 
     def __init__(self, runs: Sequence[Path]):
@@ -62,35 +87,35 @@ class Library:
                 number += 1
                 key = f"{name}-{number}"
             self._runs[key] = Run(Path(path))
-        self._kept = Kept()
+        self._cache = FileCache()
         self._indexes = {key: Index(run) for key, run in self._runs.items()}
 
-    # ---- what there is ----------------------------------------------------------------------------
+    # ---- runs, models, layers ---------------------------------------------------------------------
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """Return the names of the runs in addresses."""
         return tuple(self._runs)
 
     def run_of(self, key: str) -> Run:
+        """Return a run directory."""
         if key not in self._runs:
             raise NotFound(f"there is no run {key!r} here: there are {', '.join(self._runs)}")
         return self._runs[key]
 
     def run(self, key: str) -> RunCard:
-        """The run's models with their losses and scores."""
+        """Return the run's models with their losses and scores."""
         run = self.run_of(key)
-        return self._kept.get(("card", key), changed_at(run), lambda: run_card(key, run))
+        return self._cached(key, ("card", key), lambda: run_card(key, run))
 
-    def columns(self, key: str, model: str) -> Columns:
-        """The neurons of a model as columns."""
+    def table(self, key: str, model: str) -> NeuronTable:
+        """Return the neurons of a harvested model."""
         run = self.run_of(key)
         if model not in run.models("activations"):
             self.run(key).model(model)
             raise NotFound(f"{key} has no finished harvest of {model}")
         try:
-            return self._kept.get(
-                ("columns", key, model), changed_at(run), lambda: read_columns(run, model)
-            )
+            return self._cached(key, ("table", key, model), lambda: read_neuron_table(run, model))
         except READ_ERRORS as error:
             raise NotFound(
                 f"the harvest of {model} cannot be read ({one_line(error)}): type `cratelm harvest --run"
@@ -98,44 +123,44 @@ class Library:
             ) from None
 
     def layer(self, key: str, model: str, layer: int, query: LayerQuery) -> LayerPage:
-        """The neurons of a layer that a query asks for."""
-        columns = self.columns(key, model)
-        here = columns.rows_of(layer)
+        """Return the neurons of a layer that a query asks for."""
+        table = self.table(key, model)
+        here = table.rows_of(layer)
         if here.start == here.stop:
-            layers = ", ".join(map(str, np.unique(columns.layer).tolist()))
+            layers = ", ".join(map(str, np.unique(table.layer).tolist()))
             raise NotFound(f"{model} has no layer {layer}: it has {layers}")
         on_token, note = None, ""
         if query.token:
             on_token, note = self.index_of(key).on_token(model, query.token)
-        return layer_page(model, layer, columns, query, on_token, note)
+        return layer_page(model, layer, table, query, on_token, note)
 
-    def spreads(self, key: str, model: str, layer: int) -> tuple[ScoreHistogram, ...]:
-        """The scores of a layer by metric, as its principal explainer has them."""
-        columns = self.columns(key, model)
-        here = columns.rows_of(layer)
-        told = {m.metric: m.by_layer for m in self.run(key).model(model).metrics}
+    def histograms(self, key: str, model: str, layer: int) -> tuple[ScoreHistogram, ...]:
+        """Return how the scores of a layer are distributed, by metric, of its principal explainer."""
+        table = self.table(key, model)
+        here = table.rows_of(layer)
+        means = {m.metric: m.by_layer.get(layer) for m in self.run(key).model(model).metrics}
         found = []
-        for metric in columns.metrics:
-            column = columns.score(metric)
+        for metric in table.metrics:
+            column = table.score(metric)
             assert column is not None
             values = column.values[here]
-            known = values[~np.isnan(values)].clip(0, 100)
-            counts = np.histogram(known, _SPREAD_BINS, (0, 100))[0] / max(1, len(known))
+            defined = values[~np.isnan(values)].clip(0, 100)
+            counts = np.histogram(defined, _HISTOGRAM_BINS, (0, 100))[0]
+            shares = tuple((counts / max(1, len(defined))).tolist())
             scored = int((column.status[here] != "").sum())
-            mean = told.get(metric, {}).get(layer)
-            found.append(ScoreHistogram(metric, mean, len(known), scored, tuple(counts.tolist())))
+            found.append(ScoreHistogram(metric, means.get(metric), len(defined), scored, shares))
         return tuple(found)
 
     def best(self, key: str, model: str, n: int = 5) -> tuple[SearchHit, ...]:
-        """The best explained neurons of a model that fire on less than `RARELY` of the tokens."""
-        columns = self.columns(key, model)
-        column = columns.score(columns.metrics[0]) if columns.metrics else None
+        """Return the best explained neurons of a model that fire on less than `RARELY` of the tokens."""
+        table = self.table(key, model)
+        column = table.best_score()
         if column is None:
             return ()
-        values = np.where(columns.firing_rate < RARELY, column.values, np.nan)
+        values = np.where(table.firing_rate < RARELY, column.values, np.nan)
         order = np.lexsort((np.arange(len(values)), -values))[:n]  # without a value last
         return tuple(
-            _hit(model, columns, int(r), float(values[r]), 0) for r in order if values[r] > 0
+            _hit(model, table, int(r), float(values[r]), 0) for r in order if values[r] > 0
         )
 
     # ---- one neuron -------------------------------------------------------------------------------
@@ -148,19 +173,15 @@ class Library:
         index: int,
         split: Split = "held_out",
         explainer: str = "",
-        shown: Shown = "some",
+        excerpts: ExcerptChoice = "some",
     ) -> NeuronView:
-        """One neuron. `explainer` simulates, the principal one where it is left out."""
-        asked = NeuronQuery(key, model, layer, index, split, explainer, shown)
-        return neuron_view(
-            self._files(key),
-            self.columns(key, model),
-            asked,
-            lambda: self.nearest(key, model, layer, index),
-        )
+        """Return one neuron. `explainer`: whose explanation simulates; empty: the principal one."""
+        query = NeuronQuery(key, model, layer, index, split, explainer, excerpts)
+        nearest = partial(self.nearest, key, model, layer, index)
+        return neuron_view(self._files(key), self.table(key, model), query, nearest)
 
     def effects_command(self, key: str, model: str) -> str:
-        """What measures what a neuron writes; where some neurons were drawn for it, all of them."""
+        """Return the command that measures what neurons promote; after a sample, that for all of them."""
         run = self.run_of(key)
         again = " --neurons 0 --force" if model in run.models("steer") else ""
         return f"cratelm effects --run {run.path} --model {model}{again}"
@@ -168,18 +189,18 @@ class Library:
     def nearest(
         self, key: str, model: str, layer: int, index: int, n: int = _NEAREST
     ) -> tuple[Neighbour, ...]:
-        """Neurons that fire on the same tokens: `n` of this model, `n` of its twin; none without the index."""
+        """Return neurons that fire on the same tokens: `n` of this model, `n` of its twin; none without the index."""
         twin = self.run(key).twin(model)
         names = [model, twin] if twin else [model]
         found: list[Neighbour] = []
         for name in names:
-            columns = self.columns(key, name)
+            table = self.table(key, name)
             hits = self.index_of(key).nearest(
-                model, (layer, index), name, n, self.columns(key, model), columns
+                model, (layer, index), name, n, self.table(key, model), table
             )
-            texts = columns.text()
+            texts = table.explanations
             found += [
-                Neighbour(name, int(columns.layer[r]), int(columns.index[r]), s, str(texts[r]))
+                Neighbour(name, int(table.layer[r]), int(table.index[r]), s, str(texts[r]))
                 for r, s in hits
             ]
         return tuple(found)
@@ -187,58 +208,61 @@ class Library:
     # ---- the index --------------------------------------------------------------------------------
 
     def index_of(self, key: str) -> Index:
-        """The index of a run; of one that has changed since, it is built again in the background."""
+        """Return the index of a run; after a change of the run it is rebuilt in the background."""
         self.run_of(key)
         index = self._indexes[key]
         index.follow()
         return index
 
     def index_state(self, key: str) -> IndexState:
+        """Return how far the index of a run is."""
         return self.index_of(key).state
 
     def start_indexing(self) -> None:
-        """Builds the indexes of all runs, one after another, in the background."""
+        """Build the indexes of all runs, one after another, in the background."""
         threading.Thread(
             target=lambda: [index.build() for index in self._indexes.values()], daemon=True
         ).start()
 
     def map(self, key: str, model: str, layer: int) -> tuple[MapPoint, ...] | None:
-        """The neurons of a layer in a plane, those that fire on the same tokens near to each other."""
-        columns = self.columns(key, model)
-        places = self.index_of(key).map(model, layer)
-        here = columns.rows_of(layer)
-        if places is None or len(places) != here.stop - here.start:
+        """Return the neurons of a layer in a plane, those that fire on the same tokens close together."""
+        table = self.table(key, model)
+        points = self.index_of(key).map(model, layer)
+        here = table.rows_of(layer)
+        if points is None or len(points) != here.stop - here.start:
             return None
-        metrics = columns.metrics
-        column = columns.score(metrics[0]) if metrics else None
-        scores = column.values[here] if column else np.full(len(places), np.nan)
-        texts = columns.text()[here]
+        column = table.best_score()
+        scores = column.values[here] if column else np.full(len(points), np.nan)
+        texts = table.explanations[here]
         return tuple(
             MapPoint(int(i), float(x), float(y), None if np.isnan(s) else float(s), str(t))
-            for i, (x, y), s, t in zip(columns.index[here], places, scores, texts, strict=True)
+            for i, (x, y), s, t in zip(table.index[here], points, scores, texts, strict=True)
         )
+
+    def drawing(self, key: str, name: tuple, draw: Callable[[], _T]) -> _T:
+        """Return a drawing of the run, made once: it is the same on every page until the run changes."""
+        return self._cached(key, ("drawing", key, *name), draw)
 
     def drawn_map(
         self, key: str, model: str, layer: int, draw: Callable[[Sequence[MapPoint]], _T]
     ) -> _T | None:
-        """The map as `draw` makes it, which is kept: it is the same for every page of the layer."""
-        place = self.index_of(key).map_path(model, layer)
-        if place is None:
+        """Return the map of a layer as `draw` makes it, made once; None while it is being computed."""
+        path = self.index_of(key).map_path(model, layer)
+        if path is None:
             return None
-        state = (changed_at(self.run_of(key)), place)
 
-        def made() -> _T | None:
+        def drawn() -> _T | None:
             points = self.map(key, model, layer)
             return draw(points) if points else None
 
-        return self._kept.get(("map", key, model, layer), state, made)
+        return self.drawing(key, ("map", model, layer, path), drawn)
 
     def search(
         self, key: str, text: str = "", token: str = "", limit: int = 100, model: str = ""
     ) -> SearchResults:
-        """Neurons by words of their explanation, or by a token that they fire on.
+        """Return neurons by words of their explanation, or by a token that they fire on.
 
-        Of one model, or of all but the untrained controls.
+        Of one model, or of all but the untrained null controls.
         """
         hits: list[SearchHit] = []
         notes: set[str] = set()
@@ -247,36 +271,39 @@ class Library:
         for card in searched:
             if not card.neurons:
                 continue
-            columns = self.columns(key, card.name)
+            table = self.table(key, card.name)
             notes.update(f"{card.name}: {line}." for line in card.stale)
             if token:
-                found, note = self.index_of(key).on_token(card.name, token)
+                on_token, note = self.index_of(key).on_token(card.name, token)
                 notes.add(note)
-                ranked = sorted(found.items(), key=lambda hit: -hit[1][0])[:limit]
-                rows = [(columns.row(*place), told) for place, told in ranked]
-                hits += [_hit(card.name, columns, r, v, n) for r, (v, n) in rows if r is not None]
+                ranked = sorted(on_token.items(), key=lambda item: -item[1][0])[:limit]
+                rows = [(table.row(*neuron), value_count) for neuron, value_count in ranked]
+                hits += [_hit(card.name, table, r, v, n) for r, (v, n) in rows if r is not None]
             else:
-                metric = columns.score(columns.metrics[0]) if columns.metrics else None
-                rows_found = columns.holding(text)
-                values = metric.values[rows_found] if metric else np.full(len(rows_found), np.nan)
-                order = np.lexsort((rows_found, -values))[:limit]  # without a value last
+                column = table.best_score()
+                matching = table.containing(text)
+                values = column.values[matching] if column else np.full(len(matching), np.nan)
+                order = np.lexsort((matching, -values))[:limit]  # without a value last
                 hits += [
-                    _hit(card.name, columns, int(rows_found[i]), float(values[i]), 0) for i in order
+                    _hit(card.name, table, int(matching[i]), float(values[i]), 0) for i in order
                 ]
         hits.sort(key=lambda h: -h.value if h.value == h.value else 1e9)
         return SearchResults(tuple(hits[:limit]), " ".join(sorted(notes - {""})))
 
-    # ---- files that are kept open -----------------------------------------------------------------
+    # ---- open files -------------------------------------------------------------------------------
 
     def tokens(self, key: str) -> TokenStore:
-        """Raises `InputError` where the shards are gone or damaged."""
+        """Return the run's tokens. Raises `InputError` where the shards are missing or damaged."""
         return self._files(key).tokens()
 
     def _files(self, key: str) -> NeuronFiles:
-        return NeuronFiles(self.run_of(key), self._kept)
+        return NeuronFiles(self.run_of(key), partial(self._cached, key))
+
+    def _cached(self, key: str, name: tuple, read: Callable[[], _T]) -> _T:
+        return self._cache.get(changed_at(self.run_of(key)), name, read)
 
 
-def _hit(model: str, columns: Columns, row: int, value: float, count: int) -> SearchHit:
-    place = int(columns.layer[row]), int(columns.index[row])
-    fires = float(columns.firing_rate[row])
-    return SearchHit(model, *place, str(columns.text()[row]), value, count, fires)
+def _hit(model: str, table: NeuronTable, row: int, value: float, count: int) -> SearchHit:
+    neuron = int(table.layer[row]), int(table.index[row])
+    rate, text = float(table.firing_rate[row]), str(table.explanations[row])
+    return SearchHit(model, *neuron, text, value, count, rate)

@@ -1,15 +1,17 @@
-"""What stands between the pages and the network: hosts, headers, lengths, rates.
+"""Rules for requests from the network: hosts, headers, lengths, rates.
 
-A page of another site can make a browser ask this server (DNS rebinding, cross-site requests): only
-requests that name this server as their host are answered, and only those that do not come from
-another site.
+A page of another site can make a browser send requests to this server (DNS rebinding, cross-site
+requests). Only requests that name this server as their host and do not come from another site are
+answered. Starlette's TrustedHostMiddleware knows fixed names and suffixes alone: a server that listens on
+all addresses has to allow every IP address and refuse every name.
 """
 
 import ipaddress
 import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
+
+from cachetools import LRUCache
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
@@ -27,7 +29,7 @@ LONGEST_BODY = 64 * 1024
 
 
 def allowed_hosts(host: str) -> frozenset[str]:
-    """Names by which a browser may ask a server that listens on `host`."""
+    """Return the names by which a browser may address a server that listens on `host`."""
     names = {"127.0.0.1", "localhost", "[::1]"}
     if host not in ("0.0.0.0", "::"):
         names.add(f"[{host}]" if ":" in host else host.lower())
@@ -35,7 +37,10 @@ def allowed_hosts(host: str) -> frozenset[str]:
 
 
 def is_allowed(header: str, names: frozenset[str], anywhere: bool) -> bool:
-    """Whether a Host header names this server. `anywhere`: it listens on all addresses, so any IP will do."""
+    """Return whether a Host header names this server.
+
+    `anywhere`: the server listens on all addresses, so any IP address is accepted.
+    """
     name = header.strip().lower()
     name = (
         name[: name.index("]") + 1]
@@ -46,7 +51,7 @@ def is_allowed(header: str, names: frozenset[str], anywhere: bool) -> bool:
         return True
     if not anywhere:
         return False
-    try:  # an address cannot be rebound, a name can
+    try:  # DNS rebinding needs a name, so an address is safe
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:
         return False
@@ -54,30 +59,28 @@ def is_allowed(header: str, names: frozenset[str], anywhere: bool) -> bool:
 
 
 def is_own(origin: str, host: str) -> bool:
-    """Whether an Origin header names the site that the Host header does."""
+    """Return whether an Origin header names the same site as the Host header."""
     return origin.partition("://")[2].lower() == host.strip().lower()
 
 
 @dataclass
 class Rate:
-    """A bucket of tokens for each client: `burst` at once, `per_second` in the long run.
+    """A limit for each client: `burst` requests at once, `per_second` in the long run (token bucket).
 
-    Holds the last thousand clients.
+    The last thousand clients are remembered.
     """
 
     burst: float
     per_second: float
-    _buckets: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
+    _buckets: LRUCache[str, tuple[float, float]] = field(default_factory=lambda: LRUCache(1000))
+    """by client: requests left, and when that was"""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, client: str, now: float | None = None) -> bool:
-        """False where the client has to wait."""
+        """Count a request. Return False if the client has to wait."""
         now = time.monotonic() if now is None else now
         with self._lock:
             level, then = self._buckets.get(client, (self.burst, now))
             level = min(self.burst, level + (now - then) * self.per_second)
             self._buckets[client] = (level - 1 if level >= 1 else level, now)
-            self._buckets.move_to_end(client)
-            while len(self._buckets) > 1000:
-                self._buckets.popitem(last=False)
             return level >= 1

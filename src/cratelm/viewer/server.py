@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from cratelm.errors import InputError
 from cratelm.results.views import LayerQuery, NeuronView, NotFound, plain
-from cratelm.viewer import drawings
+from cratelm.viewer.exports import svg_card
 from cratelm.viewer.pages import Pages
 from cratelm.viewer.run_reader import Library
 from cratelm.viewer.security import (
@@ -45,7 +45,7 @@ def _query(
     direction: Literal["", "ascending", "descending"] = "",
     page: Annotated[int, Query(ge=1, le=10**7)] = 1,
 ) -> LayerQuery:
-    """␣ may be typed for a space, which a form or an address loses at an end."""
+    """␣ may be typed for a space, which forms and addresses drop at the ends."""
     return LayerQuery(sort, direction == "descending", q, _spaced(token), only or "all", page)
 
 
@@ -67,10 +67,10 @@ def _spaced(token: str) -> str:
     return token.replace("␣", " ")
 
 
-Asked = Annotated[LayerQuery, Depends(_query)]
+Filters = Annotated[LayerQuery, Depends(_query)]
 View = Annotated[NeuronView, Depends(_view)]
 BURST, PER_SECOND = 120, 40
-"""requests of one client: a person who holds a key down, not a crawler"""
+"""requests of one client: enough for a person who holds a key down, too few for a crawler"""
 
 
 def application(
@@ -79,8 +79,11 @@ def application(
     live: APIRouter | None = None,
     rate: Rate | None = None,
 ) -> FastAPI:
-    """The whole application over some runs; `live` answers what needs the model; `rate`: requests that
-    one client may make, 120 at once and 40 a second where it is not given."""
+    """Return the application that serves the runs.
+
+    `live`: endpoints that need the model; `rate`: requests that one client may make, 120 at once and
+    40 a second by default.
+    """
     app = FastAPI(title="cratelm", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.library = library
     pages = Pages(library, live=live is not None)
@@ -94,6 +97,7 @@ def application(
 
 
 def _pages(library: Library, pages: Pages) -> APIRouter:
+    """The pages and what they load."""
     router = APIRouter(default_response_class=HTMLResponse)
 
     @router.get("/")
@@ -107,7 +111,7 @@ def _pages(library: Library, pages: Pages) -> APIRouter:
         return HTMLResponse(pages.overview(library.run(run).key))
 
     @router.get("/r/{run}/layer/{model}/{layer}")
-    def layer(run: str, model: str, layer: Layer, query: Asked) -> Response:
+    def layer(run: str, model: str, layer: Layer, query: Filters) -> Response:
         return HTMLResponse(pages.layer(run, model, layer, query))
 
     @router.get("/r/{run}/neuron/{model}/{layer}/{index}")
@@ -146,7 +150,7 @@ def _pages(library: Library, pages: Pages) -> APIRouter:
 
 
 def _api(library: Library) -> APIRouter:
-    """The same as JSON."""
+    """The same data as JSON."""
     router = APIRouter()
 
     @router.get("/runs")
@@ -154,13 +158,13 @@ def _api(library: Library) -> APIRouter:
         return JSONResponse([plain(library.run(key)) for key in library.keys])
 
     @router.get("/r/{run}/layer/{model}/{layer}")
-    def layer(run: str, model: str, layer: Layer, query: Asked) -> Response:
+    def layer(run: str, model: str, layer: Layer, query: Filters) -> Response:
         return JSONResponse(plain(library.layer(run, model, layer, query)))
 
     @router.get("/r/{run}/search")
     def search(run: str, q: Words = "", token: TokenText = "", model: Words = "") -> Response:
-        found = library.search(run, text=q, token=_spaced(token), model=model)
-        return JSONResponse(plain(found))
+        results = library.search(run, text=q, token=_spaced(token), model=model)
+        return JSONResponse(plain(results))
 
     @router.get("/r/{run}/index")
     def index_state(run: str) -> Response:
@@ -174,7 +178,7 @@ def _api(library: Library) -> APIRouter:
     def card(view: View) -> Response:
         name = f"neuron-{view.layer}-{view.index}.svg"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return Response(drawings.card(view), media_type="image/svg+xml", headers=headers)
+        return Response(svg_card(view), media_type="image/svg+xml", headers=headers)
 
     return router
 
@@ -187,25 +191,25 @@ def _asset(name: str) -> tuple[bytes, str]:
 
 
 def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
-    """Refuses what `cratelm.viewer.security` says is not to be answered, and sets its headers."""
+    """Refuse what `cratelm.viewer.security` does not allow, and set its headers."""
     names, anywhere = allowed_hosts(host), host in ("0.0.0.0", "::")
 
     def refused(request: Request) -> tuple[int, str] | None:
-        asked = request.headers.get("host", "")
+        host_header = request.headers.get("host", "")
         origin = request.headers.get("origin")
         client = request.client.host if request.client else ""
-        asks = request.method in ("GET", "HEAD")
-        length = request.headers.get("content-length", "0" if asks else "")
-        if not is_allowed(asked, names, anywhere):
-            return 421, f"this server does not answer to the host {asked[:80]!r}"
-        if not asks and (origin is None or not is_own(origin, asked)):
+        reads = request.method in ("GET", "HEAD")
+        length = request.headers.get("content-length", "0" if reads else "")
+        if not is_allowed(host_header, names, anywhere):
+            return 421, f"this server does not answer to the host {host_header[:80]!r}"
+        if not reads and (origin is None or not is_own(origin, host_header)):
             return 403, "requests of other sites are not answered"
         if len(str(request.url)) > LONGEST_ADDRESS:
             return 414, "the address is too long"
-        if not length:  # in pieces: it could go on for ever
-            return 411, "the length of what is sent must be told"
+        if not length:  # a body in chunks may never end
+            return 411, "the request must state the length of its body"
         if not length.isdigit() or int(length) > LONGEST_BODY:
-            return 413, f"at most {LONGEST_BODY:,} bytes are taken"
+            return 413, f"the body of a request can have at most {LONGEST_BODY:,} bytes"
         if not request.url.path.startswith("/assets/") and not rate.take(client):
             return 429, "too many requests at once: wait a second"
         return None
@@ -215,7 +219,7 @@ def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
         request: Request, call_next: Callable[[Request], Awaitable[Response]]
     ) -> Response:
         problem = refused(request)
-        answer = _told(pages, request, *problem) if problem else await call_next(request)
+        answer = _error(pages, request, *problem) if problem else await call_next(request)
         for name, value in HEADERS.items():
             answer.headers.setdefault(name, value)
         answer.headers.setdefault("Cache-Control", "no-store")
@@ -223,38 +227,41 @@ def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
 
 
 def _errors(app: FastAPI, pages: Pages) -> None:
-    """What goes wrong is told in a sentence, as a page or as JSON."""
+    """Errors are reported in one sentence, as a page or as JSON."""
 
     @app.exception_handler(NotFound)
     def not_found(request: Request, error: Exception) -> Response:
-        return _told(pages, request, 404, str(error))
+        return _error(pages, request, 404, str(error))
 
     @app.exception_handler(InputError)
     def bad_input(request: Request, error: Exception) -> Response:
-        return _told(pages, request, 400, str(error))
+        return _error(pages, request, 400, str(error))
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"][1:]) or "the request"
-        return _told(pages, request, 400, f"{where}: {first['msg']}")
+        return _error(pages, request, 400, f"{where}: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     def failed(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _told(pages, request, error.status_code, "there is no such page")
+        return _error(pages, request, error.status_code, "there is no such page")
 
     @app.exception_handler(Exception)
     def broken(request: Request, error: Exception) -> Response:
         kind = type(error).__name__
-        return _told(
-            pages, request, 500, f"this page could not be made ({kind}): the terminal says more"
+        return _error(
+            pages,
+            request,
+            500,
+            f"this page could not be made ({kind}): see the terminal for details",
         )
 
 
-def _told(pages: Pages, request: Request, status: int, message: str) -> Response:
-    """An error as a page, or as JSON where that was asked for."""
+def _error(pages: Pages, request: Request, status: int, message: str) -> Response:
+    """An error as a page, or as JSON for the API."""
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": message}, status)
     return HTMLResponse(pages.error(status, message), status)

@@ -10,32 +10,29 @@ from tqdm import tqdm
 from cratelm.errors import InputError
 from cratelm.results.views import LayerQuery
 from cratelm.runs import atomic_folder
-from cratelm.viewer.links import file_of
-from cratelm.viewer.pages import Pages
+from cratelm.viewer.pages import Pages, file_of
 from cratelm.viewer.run_reader import Library
 
 _MARK = "cratelm-view.txt"
-"""by which a folder is known as one of ours"""
-Place = tuple[str, str, int]
+"""file that marks a folder as written by this export"""
+LayerKey = tuple[str, str, int]
+"""run, model, layer"""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the pages are."""
+    """Where the pages are, and how many."""
 
     path: Path
     pages: int
     bytes: int
     neurons: int
     of: int
-    """neurons in the layers, with a page or without"""
+    """neurons in the layers, with or without a page"""
 
     def __str__(self) -> str:
-        left = (
-            ""
-            if self.neurons == self.of
-            else f" ({self.of - self.neurons:,} have none: --neurons 0 gives all one)"
-        )
+        without = self.of - self.neurons
+        left = f" ({without:,} have none: --neurons 0 gives all one)" if without else ""
         return (
             f"{self.pages:,} pages, {self.bytes / 1e6:.1f} MB, {self.neurons:,} neurons with a page{left}\n"
             f"open {self.path / 'index.html'}"
@@ -45,14 +42,14 @@ class Exported:
 def export(
     library: Library, folder: Path, neurons: int, force: bool, *, quiet: bool = False
 ) -> Exported:
-    """Writes all pages of a library into a new folder.
+    """Write all pages of a library into a new folder.
 
-    Raises `InputError` where the folder holds something else, or something and not `force`.
+    Raises `InputError` if the folder holds something else, or an earlier export and not `force`.
     """
     _check(folder, force)
     target = folder.resolve()  # "." has no name
     with atomic_folder(target) as draft:
-        chosen = {place: _chosen(library, *place, neurons) for place in _layers(library)}
+        chosen = {key: _chosen(library, *key, neurons) for key in _layers(library)}
         pages = Pages(
             library,
             static=True,
@@ -85,7 +82,7 @@ def _check(folder: Path, force: bool) -> None:
             )
 
 
-def _layers(library: Library) -> list[Place]:
+def _layers(library: Library) -> list[LayerKey]:
     return [
         (key, card.name, layer)
         for key in library.keys
@@ -96,19 +93,19 @@ def _layers(library: Library) -> list[Place]:
 
 def _chosen(library: Library, run: str, model: str, layer: int, most: int) -> set[int]:
     """The best explained of a layer, then the first; all where `most` is 0."""
-    columns = library.columns(run, model)
-    here = columns.rows_of(layer)
-    index = columns.index[here]
+    table = library.table(run, model)
+    here = table.rows_of(layer)
+    index = table.index[here]
     if not most or most >= len(index):
         return set(index.tolist())
-    score = columns.score(columns.metrics[0]) if columns.metrics else None
+    score = table.best_score()
     values = score.values[here] if score else np.full(len(index), np.nan)
     order = np.lexsort((index, np.nan_to_num(-values, nan=np.inf)))
     return set(index[order[:most]].tolist())
 
 
 def _write_all(
-    library: Library, pages: Pages, chosen: dict[Place, set[int]], folder: Path, quiet: bool
+    library: Library, pages: Pages, chosen: dict[LayerKey, set[int]], folder: Path, quiet: bool
 ) -> int:
     def write(parts: tuple[str, ...], html: str) -> None:
         path = folder / file_of(parts)

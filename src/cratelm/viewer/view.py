@@ -12,13 +12,13 @@ from cratelm.viewer.run_reader import Library
 
 
 def view(config: ViewConfig) -> Any:
-    """Serves the runs until it is interrupted, or writes their pages into a folder.
+    """Serve the runs until interrupted, or write their pages into a folder.
 
-    Raises `InputError` where a run is not there, a port is taken, or the extra is missing.
+    Raises `InputError` if a run does not exist, a port is taken, or the extra is missing.
     """
     library = Library(config.runs)
     for key in library.keys:
-        library.run(key)  # what is wrong with a run is told before a browser opens
+        library.run(key)  # reports a damaged run before a browser opens
     if config.static is not None:
         from cratelm.viewer.static_site import export
 
@@ -41,8 +41,7 @@ def _serve(config: ViewConfig, library: Library) -> None:
     listening = _listen(config.host, config.port)
     live = None
     if config.live:
-        from cratelm.viewer.live import Live
-        from cratelm.viewer.live_api import router
+        from cratelm.viewer.live import Live, router
 
         live = router(Live(library))
     library.start_indexing()
@@ -53,7 +52,7 @@ def _serve(config: ViewConfig, library: Library) -> None:
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
     )
-    with contextlib.suppress(KeyboardInterrupt):  # told again once all is closed
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after closing
         uvicorn.Server(settings).run(sockets=[listening])
 
 

@@ -1,158 +1,298 @@
-"""Neurons beside latents of sparse autoencoders: scores, loss, what is rebuilt, how faithful steering is.
+"""Neurons next to latents of sparse autoencoders: scores, loss, what is rebuilt, fidelity of steering.
 
-Reads what `cratelm sae evaluate` kept in the run: `sae/MODEL@NAME/evaluation.json`, or `sae/MODEL@FOLDER.json`
-for autoencoders from elsewhere. Latents are models like any other, harvested as `MODEL+NAME`.
+Latents are models like any other, harvested as `MODEL+NAME`; `cratelm sae evaluate` measures what their
+autoencoders rebuild.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.records import Estimate
+from cratelm.errors import InputError
+from cratelm.records import Estimate, Interval, Metric, Status
+from cratelm.report.cells import (
+    INTERVAL_NOTE,
+    METRIC_NAMES,
+    estimate_cell,
+    mean_cell,
+    series_of,
+)
+from cratelm.report.drawing import Figure, Panel, scatter, scores_panel
+from cratelm.report.sections.comparisons import COMPARISON_COLUMNS, comparison_cells
 from cratelm.results.run_results import ModelResults, RunResults
-from cratelm.runs import Completion, Run, hash_file
-from cratelm.runs.names import set_name
+from cratelm.results.scores import layer_intervals, mean_interval
+from cratelm.results.side_results import RebuiltLayer, SplicedLayers
+from cratelm.runs import Completion
 from cratelm.stats.ratio import ratio
-from cratelm.text.table import Cell
+from cratelm.stats.scores import POLICIES, ModelStatistics, compare_models, model_statistics
+from cratelm.text.table import Cell, Column, Table
+
+_BUDGET = (
+    "tokens",
+    "sequence_length",
+    "top",
+    "random",
+    "per_bin",
+    "context",
+    "short_context",
+    "seed",
+)
+"""settings of a harvest that must be equal for scores to be compared"""
+_Z95 = 1.959964
+"""standard errors in half a 95% interval of a normal distribution"""
 
 
-@dataclass(frozen=True, eq=False)
-class Latents:
-    """The latents of one model's autoencoders, beside the neurons of the model."""
-
-    results: ModelResults
-    base: str
-    """the model that they are of"""
-    told: dict[str, Any] | None
-    """what `cratelm sae evaluate` measured of these very autoencoders; None where it did not"""
-
-    @cached_property
-    def all_layers(self) -> dict[str, Any] | None:
-        """Loss with all layers rebuilt at once, of the only one where there is one."""
-        return self.told["places"][-1] if self.told else None
-
-
-def evaluation_path(run: Run, harvest: Completion) -> Path | None:
-    """Where the figures of a harvest's autoencoders are kept; None where it is of neurons."""
-    sae = harvest.config.get("sae")
-    if not sae:
-        return None
-    name = set_name(Path(harvest.config["model"]).name, Path(sae).name)
-    own = run.path / "sae" / name
-    return own / "evaluation.json" if own.is_dir() else own.with_name(f"{name}.json")
+def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
+    """Return the tables of this section; none where no latents were scored."""
+    latents = latent_models(results)
+    if not latents:
+        return []
+    return [
+        _policies(results, latents, resamples, seed),
+        _built_in(results, latents, resamples, seed),
+        _budget(results, latents),
+        _loss_and_scores(results, latents),
+        _rebuilt(latents),
+        _steering(latents),
+    ]
 
 
-def evaluation_inputs(run: Run, names: Sequence[str]) -> dict[str, str]:
-    """Hash of every evaluation that the report reads."""
-    found = {}
-    for name in names:
-        harvest = run.stage("activations", name).completion()
-        path = evaluation_path(run, harvest) if harvest else None
-        if path is not None and path.is_file():
-            found[f"evaluation/{name}"] = hash_file(path)
-    return found
+def figures(results: RunResults) -> list[Figure | None]:
+    """Return the figures of this section; none where no latents were scored."""
+    latents = latent_models(results)
+    return [_by_layer_figure(results, latents), _loss_figure(results, latents)] if latents else []
 
 
-def latents(results: RunResults) -> list[Latents]:
-    """All models of the report that are latents, those of untrained models left out."""
-    found = []
-    for m in results.principal:
-        harvest = m.completions.get("activations")
-        path = evaluation_path(results.run, harvest) if harvest else None
-        if harvest is None or path is None:
-            continue
-        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        # figures of autoencoders, or a model, that have been trained again since say nothing of these
-        read = {role: harvest.inputs.get(role) for role in ("sae", "model", "tokens")}
-        if told and (told.get("identity"), told.get("model_identity")) != (
-            read["sae"],
-            read["model"],
-        ):
-            told = None
-        # nor do figures of earlier text; version 0.1.0 did not keep of which
-        if told and told.get("tokens_identity", read["tokens"]) != read["tokens"]:
-            told = None
-        found.append(Latents(m, Path(harvest.config["model"]).name, told))
-    return found
-
-
-def missing_evaluations(results: RunResults) -> list[str]:
-    path = results.run.path
-    lines = []
-    for one in latents(results):
-        if one.told is None:
-            config = one.results.completions["activations"].config
-            lines.append(
-                f"what the autoencoders of {one.results.name} rebuild (`cratelm sae evaluate --run {path}"
-                f" --model {config['model']} --sae {config['sae']}`)"
-            )
-    return lines
+def latent_models(results: RunResults) -> list[ModelResults]:
+    """Return all models of the report that are latents, without those of untrained models."""
+    return [m for m in results.principal if m.latents_of]
 
 
 def reconstruction_costs(results: RunResults) -> dict[str, Cell]:
-    """Loss that the latents of each model add, nats a token, by their name."""
+    """Return by model the loss, in nats per token, that putting its latents' reconstruction in adds."""
     return {
-        one.results.name: estimate(whole["reconstruction"]["added"])
-        for one in latents(results)
-        if (whole := one.all_layers) is not None
+        m.name: estimate_cell(m.evaluation.all_layers.reconstruction.added)
+        for m in latent_models(results)
+        if m.evaluation is not None
     }
 
 
-def shown_models(results: RunResults, found: Sequence[Latents]) -> list[ModelResults]:
-    """Each model, its latents behind it."""
-    bases = {one.base for one in found}
-    of = {one.results.name: one.base for one in found}
-    order = [m for m in results.principal if m.name in bases or m.name in of]
+def _with_bases(results: RunResults, latents: Sequence[ModelResults]) -> list[ModelResults]:
+    """Each model that has latents, with its latents after it."""
+    bases = {m.latents_of for m in latents}
     names = [m.name for m in results.principal]
 
-    def place(m: ModelResults) -> tuple[int, bool, str]:
-        base = of.get(m.name, m.name)
-        return (names.index(base) if base in names else len(names), m.name in of, m.name)
+    def order(m: ModelResults) -> tuple[int, bool, str]:
+        base = m.latents_of or m.name
+        return (names.index(base) if base in names else len(names), bool(m.latents_of), m.name)
 
-    return sorted(order, key=place)
+    shown = [m for m in results.principal if m.name in bases or m.latents_of]
+    return sorted(shown, key=order)
+
+
+# ---- tables ---------------------------------------------------------------------------------------
+
+
+def _policies(
+    results: RunResults, latents: Sequence[ModelResults], resamples: int, seed: int
+) -> Table:
+    """Means under each way to count those without a score."""
+    columns = (
+        Column("metric", "metric"),
+        Column("model", "model"),
+        Column("neurons", "neurons", ",d"),
+        Column("defined", "with a score", ",d"),
+        Column("undefined", "undefined", ",d"),
+        Column("dead", "dead", ",d"),
+        Column("failed", "failed", ",d"),
+        Column("leave_out", "mean × 100 of those with a score", ".1f"),
+        Column("live", "mean of the live ones: undefined as 0", ".1f"),
+        Column("all", "mean of all: dead as 0, too", ".1f"),
+        Column("shuffled", "null: shuffled explanations", ".1f"),
+        Column("init", "null: random init", ".1f"),
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for metric, m in product(results.metrics, _with_bases(results, latents)):
+        own = m.find(results.explainer, metric)
+        if own is None:
+            continue
+        c, null = own.counts, results.null(m)
+        rows.append(
+            (
+                METRIC_NAMES[metric],
+                m.name,
+                *(c.total, c.defined, c.undefined, c.dead, c.failed),
+                mean_cell(own),
+                mean_cell(_live(m, results.explainer, metric, resamples, seed)),
+                mean_cell(m.find(results.explainer, metric, policy="count_zero")),
+                mean_cell(m.find(results.explainer, metric, "shuffled")),
+                mean_cell(null.find(results.explainer, metric)) if null else None,
+            )
+        )
+    return Table(
+        "sae_policies",
+        f"Neurons and latents under each counting policy, explainer {results.explainer}",
+        columns,
+        tuple(rows),
+        "Latents and neurons are sampled, searched, explained and scored alike. A latent that hardly ever"
+        " fires has no score if the random excerpts miss it: the first mean leaves it out,"
+        " the second counts it as 0, the third counts those that never fired as 0 as well."
+        " Random init: the untrained model, and autoencoders trained on it; first mean. Undefined, dead,"
+        f" failed: see “Neurons without a score” below. {INTERVAL_NOTE}",
+    )
+
+
+def _live(
+    m: ModelResults, explainer: str, metric: Metric, resamples: int, seed: int
+) -> ModelStatistics | None:
+    """Statistics of all that are not dead, those without a score counted as chance."""
+    live = [s for s in m.scores if s.score.status != Status.DEAD]
+    try:
+        return model_statistics(
+            live,
+            explainer=explainer,
+            metric=metric,
+            policy="count_zero",
+            resamples=resamples,
+            seed=seed,
+        )
+    except InputError:  # all dead
+        return None
+
+
+def _built_in(
+    results: RunResults, latents: Sequence[ModelResults], resamples: int, seed: int
+) -> Table:
+    """Differences of CRATE and its twin's latents, and of each model and its own latents."""
+    rows: list[tuple[Cell, ...]] = []
+    pairs = list(_pairs(results, latents))
+    for (a, b), metric, policy in product(pairs, results.metrics, POLICIES):
+        try:
+            c = compare_models(
+                a.scores,
+                b.scores,
+                metric,
+                explainer=results.explainer,
+                policy=policy,
+                paired=False,
+                resamples=resamples,
+                seed=seed,
+            )
+        except InputError:  # no layer where both have scores
+            continue
+        rows.append((f"{c.model_a} − {c.model_b}", *comparison_cells(c)))
+    return Table(
+        "sae_built_in",
+        f"Sparsity built in, and bolted on: differences, explainer {results.explainer}",
+        (Column("models", "a − b"), *COMPARISON_COLUMNS),
+        tuple(rows),
+        "Difference × 100 over the layers where both have scores. [ ], p and P(a > b) as in the table of"
+        f" twins; p not corrected for the {len(rows)} comparisons here. Neurons and latents of the same"
+        " number have nothing in common, so none are paired.",
+    )
+
+
+def _pairs(
+    results: RunResults, latents: Sequence[ModelResults]
+) -> Iterator[tuple[ModelResults, ModelResults]]:
+    """CRATE and the latents of its twin; each model and its own latents."""
+    for crate, other in results.twins():
+        yield from ((crate, m) for m in latents if m.latents_of == other.name)
+    for m in latents:
+        base = results.model(m.latents_of)
+        if base is not None:
+            yield base, m
+
+
+def _budget(results: RunResults, latents: Sequence[ModelResults]) -> Table:
+    """What each was given, and whether that is the same."""
+    columns = (
+        Column("model", "model"),
+        Column("fit", "tokens explained from", ",d"),
+        Column("held_out", "tokens scored on", ",d"),
+        Column("settings", "length; top, random, per bin; context; seed"),
+        Column("per_layer", "per layer", ",d"),
+        Column("neurons", "scored", ",d"),
+        Column("same", "same budget as the model's neurons"),
+    )
+    rows = []
+    for m in _with_bases(results, latents):
+        harvest = m.completions.get("activations")
+        if harvest is None:
+            continue
+        c, searched = harvest.config, harvest.results.get("tokens", {})
+        settings = (
+            f"{c.get('sequence_length')}; {c.get('top')}, {c.get('random')}, {c.get('per_bin')};"
+            f" {c.get('context')} and {c.get('short_context')}; {c.get('seed')}"
+        )
+        base = results.model(m.latents_of)
+        rows.append(
+            (
+                m.name,
+                searched.get("fit"),
+                searched.get("held_out"),
+                settings,
+                max(harvest.results.get("neurons", [0])),
+                len({s.neuron for s in m.scores}),
+                _same(harvest, base) if m.latents_of else "",
+            )
+        )
+    return Table(
+        "sae_budget",
+        "The same tokens and the same excerpts",
+        columns,
+        tuple(rows),
+        "Context in tokens to each side, of long and of short excerpts.",
+    )
+
+
+def _same(harvest: Completion, base: ModelResults | None) -> str:
+    other = base.completions.get("activations") if base else None
+    if other is None:
+        return "its neurons were not scored"
+    differs = [key for key in _BUDGET if harvest.config.get(key) != other.config.get(key)]
+    if harvest.results.get("tokens") == other.results.get("tokens"):
+        # asking for more tokens than there are is the same as asking for all
+        differs = [key for key in differs if key != "tokens"]
+    if harvest.inputs.get("tokens") != other.inputs.get("tokens"):
+        differs.append("shards")
+    return f"no: {', '.join(differs)} differ" if differs else "yes"
 
 
 @dataclass(frozen=True, eq=False)
-class LossPoint:
+class _LossPoint:
     """What reading a model in one way costs, and gives."""
 
     model: ModelResults
-    loss: dict[str, Any]
-    """nats a token: value and error"""
-    added: Cell
-    """by the reconstruction"""
+    loss: Estimate
+    """nats per token"""
+    added: Estimate | None
+    """by the reconstruction; None for a model as it is"""
     tokens: tuple[tuple[int, int], ...]
     """ordinal and tokens predicted of each document [C]"""
     totals: NDArray[np.float64]
     """[C] sum of the losses of each document"""
 
 
-def loss_points(results: RunResults, found: Sequence[Latents]) -> list[LossPoint]:
+def _loss_points(results: RunResults, latents: Sequence[ModelResults]) -> list[_LossPoint]:
     """Loss of each model as it is, and with its reconstruction in all layers, on the same tokens."""
-    by_name = {m.name: m for m in results.models}
-    points: dict[str, LossPoint] = {}
-    for one in found:
-        if one.told is None or one.all_layers is None:
+    points: dict[str, _LossPoint] = {}
+    for m in latents:
+        if m.evaluation is None:
             continue
-        sums = one.told["by_document"]
-        tokens = tuple(zip(sums["document"], sums["targets"], strict=True))
-        spliced = one.all_layers["reconstruction"]
-        added = estimate(spliced["added"])
-        sides = [(one.results, spliced["loss"], added, sums["reconstruction"])]
-        if one.base in by_name:
-            sides.append((by_name[one.base], one.told["loss"], None, sums["loss"]))
-        for m, loss, cost, totals in sides:
-            points[m.name] = LossPoint(m, loss, cost, tokens, np.array(totals))
-    return [points[m.name] for m in shown_models(results, found) if m.name in points]
+        sums, spliced = m.evaluation.by_document, m.evaluation.all_layers.reconstruction
+        tokens = tuple(zip(sums.documents, sums.targets, strict=True))
+        points[m.name] = _LossPoint(m, spliced.loss, spliced.added, tokens, sums.reconstruction)
+        base = results.model(m.latents_of)
+        if base is not None:
+            points[base.name] = _LossPoint(base, m.evaluation.loss, None, tokens, sums.loss)
+    return [points[m.name] for m in _with_bases(results, latents) if m.name in points]
 
 
-def above_best(points: Sequence[LossPoint]) -> tuple[str, list[Estimate]] | None:
+def _above_best(points: Sequence[_LossPoint]) -> tuple[str, list[Estimate]] | None:
     """Name of the model of least loss, and how far the others lie above it on the same documents.
 
     None where they were not measured on the same tokens.
@@ -160,14 +300,196 @@ def above_best(points: Sequence[LossPoint]) -> tuple[str, list[Estimate]] | None
     if not points or len({p.tokens for p in points}) > 1:
         return None
     targets = np.array([n for _, n in points[0].tokens], dtype=float)
-    best = min(points, key=lambda p: p.loss["value"])
+    best = min(points, key=lambda p: p.loss.value)
     return best.model.name, [ratio(p.totals - best.totals, targets) for p in points]
 
 
-def estimate(told: dict[str, Any] | None, by: float = 1) -> Cell:
-    """A figure with its standard error, times `by`."""
-    if told is None or told["value"] is None:
+def _loss_and_scores(results: RunResults, latents: Sequence[ModelResults]) -> Table:
+    """Loss of each way to read a model, and the scores that it gives."""
+    points = _loss_points(results, latents)
+    above = _above_best(points)
+    columns = [
+        Column("model", "model"),
+        Column("loss", "held-out loss ± se, nats per token", ".3f"),
+        Column("above", f"above {above[0]} ± se" if above else "above the best", ".3f"),
+        Column("added", "by the reconstruction ± se", ".3f"),
+    ]
+    for metric in results.metrics:
+        name = METRIC_NAMES[metric]
+        columns.append(Column(metric, f"{name}, mean × 100 [95%]", ".1f"))
+        columns.append(Column(f"{metric}_all", f"{name}, others as 0", ".1f"))
+    rows = []
+    for number, p in enumerate(points):
+        cells: list[Cell] = [estimate_cell(p.loss)]
+        cells.append(estimate_cell(above[1][number]) if above else None)
+        cells.append(estimate_cell(p.added))
+        for metric, policy in product(results.metrics, POLICIES):
+            cells.append(mean_cell(p.model.find(results.explainer, metric, policy=policy)))
+        rows.append((p.model.name, *cells))
+    return Table(
+        "sae_loss_and_scores",
+        f"Loss against interpretability, explainer {results.explainer}",
+        tuple(columns),
+        tuple(rows),
+        "Latents describe the model only as far as their reconstruction can replace the activations:"
+        " their loss is that of the model with all layers rebuilt that have an autoencoder. A model read"
+        " by its own neurons loses nothing. Standard errors over documents; of differences, over"
+        " differences on the same documents."
+        + ("" if above else " Not measured on the same tokens, so that no difference is given."),
+        flipped=True,
+    )
+
+
+def _rebuilt(latents: Sequence[ModelResults]) -> Table:
+    """What the autoencoders of each layer, and of all together, rebuild."""
+    columns = (
+        Column("model", "model"),
+        Column("layer", "layer"),
+        Column("inputs", "inputs", ",d"),
+        Column("latents", "latents", ",d"),
+        Column("explained_variance", "explained variance, %", ".1f"),
+        Column("l0", "L0", ".1f"),
+        Column("own_l0", "own L0", ".1f"),
+        Column("dead", "dead, %", ".1f"),
+        Column("shrinkage", "shrinkage", ".3f"),
+        Column("added", "loss added", ".3f"),
+        Column("recovered", "loss recovered, %", ".2f"),
+        Column("own_top", "own code at that L0: loss added", ".3f"),
+        Column("own", "own code, all: loss added", ".3f"),
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for m in latents:
+        if m.evaluation is None:
+            continue
+        for spliced in m.evaluation.spliced:
+            alone = m.evaluation.layer(spliced.layers[0]) if len(spliced.layers) == 1 else None
+            rows.append((m.name, *_rebuilt_cells(alone), *_spliced_cells(spliced)))
+    return Table(
+        "sae_rebuilt",
+        "What autoencoders rebuild",
+        columns,
+        tuple(rows),
+        "On held-out text, ± standard error over documents. L0: latents that are on per token; own L0:"
+        " activations of the site that are not 0. Shrinkage: below 1 where reconstructions are too small."
+        " Loss added, and recovered relative to zeros in place of the activations: nats per token and"
+        " percent. Own code at that L0: as many of the strongest activations of each token as there are"
+        " latents on, the others 0. Own code, all: nothing is rebuilt, so nothing is lost.",
+    )
+
+
+def _rebuilt_cells(layer: RebuiltLayer | None) -> tuple[Cell, ...]:
+    """Of one layer alone; None: all together."""
+    if layer is None:
+        return ("all", *[None] * 7)
+    return (
+        str(layer.layer),
+        layer.inputs,
+        layer.latents,
+        estimate_cell(layer.explained_variance, 100),
+        estimate_cell(layer.l0),
+        estimate_cell(layer.own_l0),
+        estimate_cell(layer.dead, 100),
+        estimate_cell(layer.shrinkage),
+    )
+
+
+def _spliced_cells(spliced: SplicedLayers) -> tuple[Cell, ...]:
+    return (
+        estimate_cell(spliced.reconstruction.added),
+        estimate_cell(spliced.reconstruction.recovered_from_zero, 100),
+        estimate_cell(spliced.own_top.added),
+        estimate_cell(spliced.own.added),
+    )
+
+
+def _steering(latents: Sequence[ModelResults]) -> Table:
+    """How much of the change that steering makes is that of the edit."""
+    columns = (
+        Column("model", "steered"),
+        Column("layer", "layer", "d"),
+        Column("steered", "number of them", ",d"),
+        Column("fidelity", "fidelity ± se", ".3f"),
+        Column("edit", "KL of the edit ± se, nats per token", ".3f"),
+        Column("rebuilt", "KL of the reconstruction alone", ".3f"),
+        Column("added", "loss added ± se", ".3f"),
+    )
+    rows: list[tuple[Cell, ...]] = []
+    bases: set[str] = set()
+    for m in latents:
+        if m.evaluation is None:
+            continue
+        sides = [(m.name, m.evaluation.steering, "reconstruction")]
+        if m.latents_of not in bases:  # a model's neurons are the same next to each autoencoder
+            bases.add(m.latents_of)
+            sides.insert(0, (m.latents_of, m.evaluation.own_steering, "own"))
+        for name, by_layer, kind in sides:
+            for f in by_layer:
+                added = getattr(m.evaluation.alone(f.layer), kind).added
+                shown = (estimate_cell(f.fidelity), estimate_cell(f.edit), f.rebuilt)
+                rows.append((name, f.layer, len(f.steered), *shown, estimate_cell(added)))
+    return Table(
+        "sae_steering",
+        "Fidelity of steering",
+        columns,
+        tuple(rows),
+        "Neurons or latents drawn among those that fire, set to their largest value at every token, one at"
+        " a time. Steering a latent replaces the activations by a reconstruction, which changes the"
+        " predictions before anything is steered. Fidelity is the cosine, over tokens and vocabulary,"
+        " of the whole change of the logits with the change of the edit alone (what cannot be rebuilt is"
+        " left as it is). Neurons are steered without loss: 1, at no cost. The stronger the edit, the"
+        " smaller the share of the reconstruction. ± standard error over those steered; of the loss, over"
+        " documents.",
+    )
+
+
+# ---- figures --------------------------------------------------------------------------------------
+
+
+def _by_layer_figure(results: RunResults, latents: Sequence[ModelResults]) -> Figure:
+    shown = _with_bases(results, latents)
+    series = [series_of(m) for m in shown]
+
+    def panel(metric: Metric) -> Panel:
+        lines = [layer_intervals(m.find(results.explainer, metric)) for m in shown]
+        return scores_panel(METRIC_NAMES[metric], series, lines)
+
+    return Figure(
+        "sae_scores",
+        "Neurons and latents by layer",
+        f"Explainer {results.explainer}. Mean over the neurons, or latents, of a layer that have a score;"
+        " bars: 95% bootstrap interval over them.",
+        tuple(panel(metric) for metric in results.metrics),
+        tuple(series),
+    )
+
+
+def _loss_figure(results: RunResults, latents: Sequence[ModelResults]) -> Figure | None:
+    points = _loss_points(results, latents)
+    above = _above_best(points)
+    if above is None:
         return None
-    if told["error"] is None:
-        return by * told["value"]
-    return Estimate(by * told["value"], by * told["error"])
+    series = [series_of(p.model) for p in points]
+    losses = [_interval(e) for e in above[1]]
+
+    def panel(metric: Metric) -> Panel:
+        means = [mean_interval(p.model.find(results.explainer, metric)) for p in points]
+        pairs = [None if y is None else (x, y) for x, y in zip(losses, means, strict=True)]
+        x = f"loss above {above[0]}, nats per token"
+        return Panel(METRIC_NAMES[metric], scatter(series, pairs, x, "mean score × 100"))
+
+    return Figure(
+        "sae_loss",
+        "Loss against interpretability",
+        f"Explainer {results.explainer}; up and to the left is better. Loss of latents: that of the model"
+        f" with their reconstruction in place of the activations. Losses are given above that of {above[0]},"
+        " on the same held-out documents. Bars: 95%, of that difference over documents, of the score over"
+        " neurons; a bar that cannot be seen is narrower than the marker.",
+        tuple(panel(metric) for metric in results.metrics),
+        tuple(series),
+    )
+
+
+def _interval(e: Estimate) -> Interval:
+    """Value and 95% interval of a normal distribution."""
+    half = _Z95 * (e.error or 0.0)
+    return Interval(e.value, e.value - half, e.value + half)

@@ -1,17 +1,17 @@
-"""Tables of differences: CRATE less GPT-2, and a language model less what needs none."""
+"""Tables of differences: CRATE minus GPT-2, and explainers with a language model minus those without."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
 from cratelm.errors import InputError
-from cratelm.records import SCORERS, Metric, NeuronScore
+from cratelm.records import SCORERS, Interval, Metric, NeuronScore
 from cratelm.report.cells import METRIC_NAMES, POLICY_NAMES, interval_cell
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.stats.scores import POLICIES, Comparison, Policy, compare_models
 from cratelm.text.table import Cell, Column, Table
 
-FIGURES = (
+COMPARISON_COLUMNS = (
     Column("metric", "metric"),
     Column("policy", "without a score"),
     Column("mean_a", "mean a", ".1f"),
@@ -24,34 +24,40 @@ FIGURES = (
     Column("n_a", "n a", ",d"),
     Column("n_b", "n b", ",d"),
 )
-"""of a comparison: what `figures_of` gives"""
+"""of a comparison: what `comparison_cells` returns"""
 
 
-def twins(results: RunResults, resamples: int, seed: int) -> Table:
-    """Each CRATE less its GPT-2, for every explainer, metric and policy."""
+def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
+    """Return the tables of differences."""
+    makers = (twins_table, llm_difference_table, llm_twins_table)
+    return [make(results, resamples, seed) for make in makers]
+
+
+def twins_table(results: RunResults, resamples: int, seed: int) -> Table:
+    """Return each CRATE minus its GPT-2, for every explainer, metric and policy."""
     rows = _twin_rows(results, results.explainers, results.metrics, resamples, seed)
     return Table(
         "twins",
-        "CRATE less GPT-2",
-        (Column("models", "a − b"), Column("explainer", "explainer"), *FIGURES),
+        "CRATE minus GPT-2",
+        (Column("models", "a − b"), Column("explainer", "explainer"), *COMPARISON_COLUMNS),
         rows,
         "Difference × 100 over the layers where both have scores; [ ]: 95% bootstrap interval over neurons"
         " (over pairs where paired). p: two-sided permutation test within layers, at least"
-        f" 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here. Paired: random-only, where neurons of the same layer and index"
-        " are scored on excerpts at the same positions; there only pairs with both values count, so the"
-        " means differ from those above. P(a > b): chance that a neuron of a scores higher, ties half."
-        " The neurons of two trained models are compared, not many trainings of each: a difference may"
-        " be one of these seeds.",
+        f" 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here. Paired: random-only,"
+        " where neurons of the same layer and index are scored on excerpts at the same positions; there"
+        " only pairs with both values count, so the means differ from those above. P(a > b): chance that a"
+        " neuron of a scores higher, ties counted half. Two trained models are compared, not many"
+        " trainings of each: a difference may be due to these seeds.",
     )
 
 
-def twins_with_model(results: RunResults, resamples: int, seed: int) -> Table:
-    """Each CRATE less its GPT-2 under every explainer and scorer of a language model."""
-    rows = _twin_rows(results, results.with_model, SCORERS, resamples, seed)
+def llm_twins_table(results: RunResults, resamples: int, seed: int) -> Table:
+    """Return each CRATE minus its GPT-2 under every explainer and scorer of a language model."""
+    rows = _twin_rows(results, results.llm_explainers, SCORERS, resamples, seed)
     return Table(
-        "twins_with_model",
-        "CRATE less GPT-2, with a language model",
-        (Column("models", "a − b"), Column("explainer", "explainer"), *FIGURES),
+        "twins_llm",
+        "CRATE minus GPT-2, with a language model",
+        (Column("models", "a − b"), Column("explainer", "explainer"), *COMPARISON_COLUMNS),
         rows,
         "Each model's own sample of neurons. [ ], p, pairs and P(a > b) as in the table of twins above;"
         f" p not corrected for the {len(rows)} comparisons here.",
@@ -81,23 +87,25 @@ def _twin_rows(
             )
         except InputError:  # no layer where both have scores: nothing to compare, no row
             continue
-        rows.append((f"{c.model_a} − {c.model_b}", c.explainer, *figures_of(c)))
+        rows.append((f"{c.model_a} − {c.model_b}", c.explainer, *comparison_cells(c)))
     return tuple(rows)
 
 
-def model_less_free(results: RunResults, resamples: int, seed: int) -> Table:
-    """Within one model: each explainer with a language model less each without, on the same neurons."""
+def llm_difference_table(results: RunResults, resamples: int, seed: int) -> Table:
+    """Return, within one model, each explainer with a language model minus each without one.
+
+    Both are compared on the same neurons.
+    """
     rows: list[tuple[Cell, ...]] = []
     for m in results.principal:
-        with_model, free = _explainers(m)
-        for metric, a, b, policy in product(SCORERS, with_model, free, POLICIES):
+        for metric, a, b, policy in product(SCORERS, *_explainers(m), POLICIES):
             c = _paired(m.scores, a, b, metric, policy, resamples, seed)
             if c is not None:
-                rows.append((m.name, f"{a} − {b}", *figures_of(c)))
+                rows.append((m.name, f"{a} − {b}", *comparison_cells(c)))
     return Table(
-        "model_less_free",
-        "Language model less LLM-free",
-        (Column("model", "model"), Column("explainers", "a − b"), *FIGURES),
+        "llm_minus_llm_free",
+        "Language model minus LLM-free",
+        (Column("model", "model"), Column("explainers", "a − b"), *COMPARISON_COLUMNS),
         tuple(rows),
         "Difference × 100 of two explainers of the same neurons, on the same held-out excerpts: over the"
         " neurons where both have a value (left out) or that both were to score (counted as chance, which is 0"
@@ -108,7 +116,7 @@ def model_less_free(results: RunResults, resamples: int, seed: int) -> Table:
 
 
 def _paired(
-    scores: Iterable[NeuronScore],
+    scores: Sequence[NeuronScore],
     a: str,
     b: str,
     metric: Metric,
@@ -116,10 +124,12 @@ def _paired(
     resamples: int,
     seed: int,
 ) -> Comparison | None:
-    """Explainer `a` less `b` on the neurons of both; None where they have none in common."""
-    mine = [s for s in scores if s.metric == metric and s.explainer in (a, b)]
+    """Explainer `a` minus `b` on the neurons of both; None where they have none in common."""
     # Two explainers of one model are compared as two models are: under one name.
-    sides = [[replace(s, explainer="") for s in mine if s.explainer == side] for side in (a, b)]
+    sides = [
+        [replace(s, explainer="") for s in scores if s.metric == metric and s.explainer == side]
+        for side in (a, b)
+    ]
     try:
         return compare_models(
             sides[0],
@@ -137,20 +147,22 @@ def _paired(
 
 def _explainers(m: ModelResults) -> tuple[list[str], list[str]]:
     """With a language model, and without."""
-    with_model = sorted({e for found in m.with_model for e in found.explainers})
-    free = {e for found in m.sets if not found.name for e in found.explainers}
-    return with_model, sorted(free)
+    by_llm = {e for of_set in m.llm_sets for e in of_set.explainers}
+    without = {e for of_set in m.sets if not of_set.name for e in of_set.explainers}
+    return sorted(by_llm), sorted(without)
 
 
-def figures_of(c: Comparison) -> tuple[Cell, ...]:
+def comparison_cells(c: Comparison) -> tuple[Cell, ...]:
+    """Return the cells of `COMPARISON_COLUMNS`."""
+    effect = None if c.cohens_d is None else Interval(c.cohens_d, c.cohens_d_low, c.cohens_d_high)
     return (
         METRIC_NAMES[c.metric],
         POLICY_NAMES[c.policy],
         c.mean_a,
         c.mean_b,
-        interval_cell(c.difference, c.low, c.high),
+        interval_cell(Interval(c.difference, c.low, c.high)),
         c.p_value,
-        interval_cell(c.cohens_d, c.cohens_d_low, c.cohens_d_high),
+        interval_cell(effect),
         c.superiority,
         "yes" if c.paired else "no",
         c.n_a,

@@ -1,11 +1,19 @@
-"""The leakage audit's tables: documents in both, and passages that are nearly the same."""
+"""The leakage audit's tables: documents explained from and scored on, and near-duplicate passages."""
 
 from cratelm.report.cells import METRIC_NAMES
-from cratelm.results.run_results import ModelResults, ResultSet, RunResults
+from cratelm.results.run_results import ResultSet, RunResults
+from cratelm.score.duplicates import DuplicateAudit
 from cratelm.text.table import Cell, Column, Table
 
 
-def leakage(results: RunResults) -> Table:
+def tables(results: RunResults) -> list[Table]:
+    """Return the tables of this section."""
+    makers = (documents_table, near_duplicates_table, effects_table, examples_table)
+    return [make(results) for make in makers]
+
+
+def documents_table(results: RunResults) -> Table:
+    """Return how many documents were explained from, scored on, and both."""
     columns = (
         Column("model", "model"),
         Column("explained", "documents explained from", ",d"),
@@ -13,22 +21,22 @@ def leakage(results: RunResults) -> Table:
         Column("shared", "in both", ",d"),
     )
     rows = tuple(
-        (found.label(m.name), audit["n_explained"], audit["n_scored"], len(audit["shared"]))
+        (of_set.label, audit.n_explained, audit.n_scored, len(audit.shared))
         for m in results.models
-        for found in m.sets
-        if (audit := found.audit) is not None
+        for of_set in m.sets
+        if (audit := of_set.audit) is not None
     )
     return Table(
         "leakage",
         "Documents",
         columns,
         rows,
-        "From the document numbers that explanations and scores carry themselves, all neurons together.",
+        "From the document numbers recorded with each explanation and score, all neurons together.",
     )
 
 
-def near_duplicates(results: RunResults) -> Table:
-    """How much of what was scored on is nearly the same as what was explained from."""
+def near_duplicates_table(results: RunResults) -> Table:
+    """Return how much of the text scored on is nearly the same as text explained from."""
     columns = (
         Column("model", "model"),
         Column("explained", "passages explained from", ",d"),
@@ -38,26 +46,25 @@ def near_duplicates(results: RunResults) -> Table:
         Column("threshold", "similarity from", ".2f"),
     )
     rows: list[tuple[Cell, ...]] = []
-    for m, found in _audited(results):
-        near = found.near_duplicates
-        n, scored = near["n_near_duplicates"], near["n_passages_scored"]
+    for of_set, near in _audited(results):
+        n, scored = near.n_near_duplicates, near.n_passages_scored
         share = 100 * n / scored if scored else None
-        counts = (near["n_passages_explained"], scored, n, share)
-        rows.append((found.label(m.name), *counts, near["threshold"]))
+        counts = (near.n_passages_explained, scored, n, share)
+        rows.append((of_set.label, *counts, near.threshold))
     return Table(
         "near_duplicates",
         "Near-duplicate passages",
         columns,
         tuple(rows),
-        "Documents of the splits differ, their text may not: licences, tables, copied code. A passage is"
-        " up to 64 tokens around an excerpt; it is a near-duplicate where the Jaccard similarity of its"
-        " runs of 5 tokens with those of a passage that any neuron was explained from reaches the"
-        " threshold. Near-duplicates stay in the scores above; the tables below say what they do.",
+        "Different documents may hold the same text: licences, tables, copied code. A passage is up to 64"
+        " tokens around an excerpt. It is a near-duplicate if the Jaccard similarity of its runs of 5"
+        " tokens with those of a passage that any neuron was explained from reaches the threshold."
+        " Near-duplicates are part of the scores above; the table below shows their effect.",
     )
 
 
-def duplicate_effects(results: RunResults) -> Table:
-    """What leaving near-duplicates out does to the means."""
+def effects_table(results: RunResults) -> Table:
+    """Return the means with and without near-duplicates."""
     columns = (
         Column("model", "model"),
         Column("explainer", "explainer"),
@@ -69,23 +76,24 @@ def duplicate_effects(results: RunResults) -> Table:
         Column("difference", "without − with", ".1f"),
     )
     rows: list[tuple[Cell, ...]] = []
-    for m, found in _audited(results):
-        for effect in found.near_duplicates["effects"]:
-            with_, without = effect["mean_with"], effect["mean_without"]
+    for of_set, near in _audited(results):
+        for e in near.effects:
+            with_, without = e.mean_with, e.mean_without
             gap = None if with_ is None or without is None else without - with_
-            names = (found.label(m.name), effect["explainer"], METRIC_NAMES[effect["metric"]])
-            rows.append((*names, effect["n_neurons"], effect["n_records"], with_, without, gap))
+            names = (of_set.label, e.explainer, METRIC_NAMES[e.metric])
+            rows.append((*names, e.n_neurons, e.n_records, with_, without, gap))
     return Table(
         "duplicate_effects",
         "Scores without near-duplicates",
         columns,
         tuple(rows),
         "Over the neurons that were scored on at least one near-duplicate and have both scores: the mean as"
-        " reported, and with those excerpts left out. Simulation metrics alone.",
+        " reported, and without those excerpts. Simulation metrics only.",
     )
 
 
-def duplicate_examples(results: RunResults) -> Table:
+def examples_table(results: RunResults) -> Table:
+    """Return a few pairs of near-duplicates."""
     columns = (
         Column("model", "model"),
         Column("fit_document", "document explained from", "d"),
@@ -93,9 +101,9 @@ def duplicate_examples(results: RunResults) -> Table:
         Column("similarity", "similarity", ".2f"),
     )
     rows = tuple(
-        (found.label(m.name), pair["fit_document"], pair["held_out_document"], pair["similarity"])
-        for m, found in _audited(results)
-        for pair in found.near_duplicates["examples"]
+        (of_set.label, pair.fit_document, pair.held_out_document, pair.similarity)
+        for of_set, near in _audited(results)
+        for pair in near.examples
     )
     return Table(
         "duplicate_examples",
@@ -106,6 +114,7 @@ def duplicate_examples(results: RunResults) -> Table:
     )
 
 
-def _audited(results: RunResults) -> list[tuple[ModelResults, ResultSet]]:
+def _audited(results: RunResults) -> list[tuple[ResultSet, DuplicateAudit]]:
     """Sets whose near-duplicates were looked for."""
-    return [(m, found) for m in results.models for found in m.sets if found.near_duplicates]
+    sets = [of_set for m in results.models for of_set in m.sets]
+    return [(s, s.near_duplicates) for s in sets if s.near_duplicates is not None]

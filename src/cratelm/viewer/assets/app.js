@@ -1,4 +1,4 @@
-// Keys, theme, values on tap, copying, sorting of exported tables. Pages are whole without it.
+// Keyboard shortcuts, theme, values on tap, copying, sorting of exported tables. Pages work without it.
 "use strict";
 const $ = (selector, from = document) => from.querySelector(selector);
 
@@ -14,7 +14,7 @@ if (themeButton) {
   name();
   themeButton.addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
-    try { localStorage.setItem("cratelm-theme", root.dataset.theme); } catch { /* not kept */ }
+    try { localStorage.setItem("cratelm-theme", root.dataset.theme); } catch { /* storage is blocked: the theme lasts for this page */ }
     name();
   });
 }
@@ -48,8 +48,8 @@ document.addEventListener("click", (event) => {
   tip.style.top = `${box.bottom + scrollY + 3}px`;
 });
 
-// ---- taking a neuron along ----
-const told = (text) => { const done = $("#done"); if (done) done.textContent = text; };
+// ---- export ----
+const report = (text) => { const done = $("#done"); if (done) done.textContent = text; };
 for (const button of document.querySelectorAll(".copy")) {
   button.hidden = false;
   button.addEventListener("click", async () => {
@@ -59,8 +59,8 @@ for (const button of document.querySelectorAll(".copy")) {
       const json = async () => api ? (await fetch(api)).json() : JSON.parse(from.textContent);
       const text = button.dataset.from === "json" ? JSON.stringify(await json(), null, 1) : from.value;
       await navigator.clipboard.writeText(text);
-      told("copied");
-    } catch { told("the browser does not let pages copy here: open the file instead"); }
+      report("copied");
+    } catch { report("the browser does not allow copying here: open the file instead"); }
   });
 }
 const png = $("#png");
@@ -78,17 +78,17 @@ if (png) {
       link.download = name;
       link.href = canvas.toDataURL("image/png");
       link.click();
-      told("saved");
+      report("saved");
     };
-    picture.onerror = () => told("the picture could not be drawn");
+    picture.onerror = () => report("the picture could not be drawn");
     picture.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(svg)}`;
   });
 }
 
-// ---- exported tables sort here ----
+// ---- tables of an exported folder sort in the browser ----
 for (const table of document.querySelectorAll("table.sortable")) {
-  const value = (row, place) => { const cell = row.cells[place]; const told = cell.dataset.value ?? cell.textContent; return told === "" ? NaN : isNaN(told) ? told : Number(told); };
-  [...table.tHead.rows[0].cells].forEach((head, place) => {
+  const value = (row, column) => { const cell = row.cells[column]; const text = cell.dataset.value ?? cell.textContent; return text === "" ? NaN : isNaN(text) ? text : Number(text); };
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = head.textContent;
@@ -99,7 +99,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const rows = [...table.tBodies[0].rows];
       rows.sort((a, b) => {
-        const [x, y] = [value(a, place), value(b, place)];
+        const [x, y] = [value(a, column), value(b, column)];
         if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y);
         return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
       });

@@ -1,4 +1,4 @@
-// The live page: asks the model while a text is typed. All text from outside goes in as textContent.
+// The live page: runs the model while a text is typed. All text from outside is set as textContent.
 "use strict";
 (() => {
   const get = (id) => document.getElementById(id);
@@ -6,7 +6,7 @@
   const fields = Object.fromEntries(["model", "layer", "neuron", "text", "operation", "value", "count"].map((id) => [id, get(id)]));
   const marks = { " ": "␣", "\n": "⏎", "\t": "⇥" };
   const shown = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}]/gu, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
-  const seen = (text) => shown(text.replace(/[ \n\t]/g, (c) => marks[c]));
+  const visible = (text) => shown(text.replace(/[ \n\t]/g, (c) => marks[c]));
   let maximum = 1, position = null, current = null;
   get("live").hidden = false;
 
@@ -21,7 +21,7 @@
     fields.neuron.max = models[fields.model.value][fields.layer.value] - 1;
   };
   fill();
-  let chosen = asked.has("neuron");  // else the strongest at the last token is taken first
+  let chosen = asked.has("neuron");  // else the strongest at the last token is selected first
   for (const id of ["neuron", "text", "operation", "value", "count"]) if (asked.has(id)) fields[id].value = asked.get(id);
   const remember = () => {
     const state = new URLSearchParams(Object.entries(fields).map(([id, field]) => [id, field.value]));
@@ -30,7 +30,7 @@
     get("page").href = `/r/${encodeURIComponent(run)}/neuron/${place.join("/")}`;
   };
 
-  // ---- asking: one question of each kind at a time, a later one drops the earlier ----
+  // ---- requests: one of each kind at a time, a later one cancels the earlier ----
   const pending = {};
   const ask = async (kind, body) => {
     pending[kind]?.abort();
@@ -55,11 +55,11 @@
     const most = Math.max(found.maximum, ...found.values);
     if (found.maximum !== maximum) { maximum = found.maximum; scale(); }
     const spans = found.tokens.map((token, place) => {
-      const span = element("span", seen(token), level(found.values[place], most) ? `l${level(found.values[place], most)}` : "");
+      const span = element("span", visible(token), level(found.values[place], most) ? `l${level(found.values[place], most)}` : "");
       span.title = found.values[place].toPrecision(3);
       span.tabIndex = 0;
       span.setAttribute("role", "button");
-      span.setAttribute("aria-label", `token ${place}, ${seen(token)}, activation ${span.title}`);
+      span.setAttribute("aria-label", `token ${place}, ${visible(token)}, activation ${span.title}`);
       if (place === position) span.classList.add("peak");
       const choose = () => { position = place; read(); strongest(); };
       span.addEventListener("click", choose);
@@ -71,16 +71,16 @@
     get("tokens").replaceChildren(...spans);
     if (focused >= 0) spans[Math.min(focused, spans.length - 1)]?.focus();
     const top = Math.max(...found.values);
-    get("status").textContent = `${found.tokens.length} tokens${found.cut ? `, ${found.cut} more left out` : ""}; largest here ${top.toPrecision(3)}, ${found.maximum > 0 ? `${Math.round((100 * top) / found.maximum)}% of the neuron's largest` : "of a dead neuron"}`;
+    get("status").textContent = `${found.tokens.length} tokens${found.cut ? ` (${found.cut} more do not fit the model)` : ""}; largest activation ${top.toPrecision(3)}, ${found.maximum > 0 ? `${Math.round((100 * top) / found.maximum)}% of the neuron's maximum` : "of a dead neuron"}`;
   });
 
-  const take = (n) => { chosen = true; fields.layer.value = n.layer; fill(); fields.neuron.value = n.index; };
+  const select = (n) => { chosen = true; fields.layer.value = n.layer; fill(); fields.neuron.value = n.index; };
   const strongest = () => tried(async () => {
     if (!current?.length) return;
     if (position === null || position >= current.length) position = current.length - 1;
     const found = await ask("strongest", { position });
-    if (!chosen && found.length) take(found[0]);
-    get("at").textContent = seen(current[position] ?? "");
+    if (!chosen && found.length) select(found[0]);
+    get("at").textContent = visible(current[position] ?? "");
     get("strongest").replaceChildren(...found.map((n) => {
       const row = document.createElement("tr");
       const link = element("a", String(n.index));
@@ -88,10 +88,10 @@
       const cell = element("td", "", "r");
       cell.append(link);
       row.append(element("td", String(n.layer), "r"), cell, element("td", (100 * n.share).toFixed(0), "r"), element("td", n.value.toPrecision(3), "r"), element("td", shown(n.explanation) || "–", "text wide"));
-      const button = element("button", "take", "take");
+      const button = element("button", "select", "select");
       button.type = "button";
-      button.setAttribute("aria-label", `take neuron ${n.index} of layer ${n.layer}`);
-      button.addEventListener("click", () => { take(n); get("neuron").focus(); all(); });
+      button.setAttribute("aria-label", `select neuron ${n.index} of layer ${n.layer}`);
+      button.addEventListener("click", () => { select(n); get("neuron").focus(); all(); });
       cell.append(" ", button);
       return row;
     }));
@@ -108,7 +108,7 @@
   const steer = () => tried(async () => {
     get("shown").textContent = fields.operation.value === "zero" ? "0" : Number(fields.value.value).toPrecision(3);
     const found = await ask("steer", { ...neuron(), operation: fields.operation.value, value: Number(fields.value.value), tokens: Math.min(64, Math.max(0, Math.round(Number(fields.count.value) || 0))) });
-    get("kl").textContent = `The next token changes by ${found.kl.toPrecision(3)} nats (KL divergence).`;
+    get("kl").textContent = `Steering changes the prediction of the next token by ${found.kl.toPrecision(3)} nats (KL divergence).`;
     get("chances").replaceChildren(...found.chances.map((t) => {
       const row = document.createElement("tr");
       const bars = document.createElement("td");
@@ -119,13 +119,13 @@
         bar.setAttribute("aria-label", `${kind}, ${(100 * value).toFixed(1)}%`);
         bars.append(bar);
       }
-      row.append(element("td", seen(t.token), "token"), element("td", (100 * t.before).toFixed(2), "r"), element("td", (100 * t.after).toFixed(2), "r"), bars);
+      row.append(element("td", visible(t.token), "token"), element("td", (100 * t.before).toFixed(2), "r"), element("td", (100 * t.after).toFixed(2), "r"), bars);
       return row;
     }));
-    get("plain").textContent = seen(found.plain);
+    get("plain").textContent = visible(found.plain);
     let same = 0;
     while (same < found.steered.length && found.steered[same] === found.plain[same]) same += 1;
-    get("steered").replaceChildren(document.createTextNode(seen(found.steered.slice(0, same))), element("mark", seen(found.steered.slice(same))));
+    get("steered").replaceChildren(document.createTextNode(visible(found.steered.slice(0, same))), element("mark", visible(found.steered.slice(same))));
   });
 
   // ---- when something changes ----
@@ -133,9 +133,9 @@
   const later = (work, wait = 250) => { clearTimeout(timer); timer = setTimeout(work, wait); };
   const all = async () => {
     remember();
-    if (!fields.text.value) { get("status").textContent = "Type a text."; return; }
+    if (!fields.text.value) { get("status").textContent = "Enter a text."; return; }
     const before = chosen;
-    if (!current) get("status").textContent = "The model is being opened …";
+    if (!current) get("status").textContent = "Loading the model …";
     await read(); await strongest();
     if (chosen !== before) { remember(); await read(); }
     await steer();

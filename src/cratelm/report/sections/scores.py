@@ -1,25 +1,18 @@
-"""The tables of a report, from the figures of a run."""
+"""Scores of the models: the comparison, layers, null controls, neurons without a score, published numbers."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from itertools import product
 
 import numpy as np
 
 from cratelm.explain.config import EXPLAINERS
-from cratelm.records import METRICS, Estimate, Metric
-from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, without_score
+from cratelm.records import METRICS, Control, Metric
+from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, series_of, without_score
+from cratelm.report.drawing import Figure, Panel, Series, distributions, rows, scores_panel
 from cratelm.report.sections.autoencoders import reconstruction_costs
-from cratelm.report.sections.comparisons import model_less_free, twins, twins_with_model
-from cratelm.report.sections.leakage import (
-    duplicate_effects,
-    duplicate_examples,
-    leakage,
-    near_duplicates,
-)
-from cratelm.report.sections.llm import calls, preflights, side_by_side
-from cratelm.results.run_results import MODEL_STAGES, ModelResults, RunResults
-from cratelm.runs import Completion
+from cratelm.report.sections.models import loss_cell, trained_figures
+from cratelm.results.run_results import ModelResults, RunResults
+from cratelm.results.scores import layer_intervals, mean_interval
 from cratelm.text.table import Cell, Column, Table
 
 TUNED_NOTE = (
@@ -33,7 +26,7 @@ PUBLISHED_LOSS = {
     "6l": (2.36, 2.16),
     "12l": (2.27, 2.13),
 }
-"""by size: CRATE, GPT-2, nats a token on the Pile, read off the plot of arXiv 2410.16443"""
+"""by size: CRATE, GPT-2, nats per token on the Pile, read off the plot of arXiv 2410.16443"""
 PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
     "1l": ((3.9, 0), (8.8, 0), (4.8, 0), (8.9, 0), (10.1, 0), (14.2, 0)),
     "2l": ((8.05, 0.06), (4.2, 0.01), (6.95, 1.1), (1.95, 0.12), (11.35, 0), (10.2, 0.25)),
@@ -43,15 +36,36 @@ PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
 }
 """by size: mean and variance over layers, CRATE then GPT-2, for each metric in the order of METRICS
 (arXiv 2410.16443, table of interpretability; last layer left out for 6l and 12l)"""
+_BINS = np.linspace(-1, 1, 41)
+_Line = tuple[Series, ModelResults, Control]
 
 
-def comparison(results: RunResults) -> Table:
-    """The table that `cratelm demo` prints: a column a model when shown."""
+def tables(results: RunResults) -> list[Table]:
+    """Return the tables of this section."""
+    makers = (
+        model_comparison_table,
+        mean_and_variance_table,
+        by_layer_table,
+        nulls_table,
+        unscored_table,
+        reasons_table,
+        published_table,
+    )
+    return [make(results) for make in makers]
+
+
+def figures(results: RunResults) -> list[Figure]:
+    """Return the figures of this section."""
+    return [means_figure(results), by_layer_figure(results), distributions_figure(results)]
+
+
+def model_comparison_table(results: RunResults) -> Table:
+    """Return the table that `cratelm demo` prints, shown with a column per model."""
     columns = [
         Column("model", f"explainer: {results.explainer}"),
         Column("parameters", "parameters", ",d"),
         Column("training_tokens", "training tokens", ",d"),
-        Column("validation_loss", "validation loss ± se, nats a token", ".3f"),
+        Column("validation_loss", "validation loss ± se, nats per token", ".3f"),
     ]
     costs = reconstruction_costs(results)
     if costs:
@@ -71,8 +85,8 @@ def comparison(results: RunResults) -> Table:
         " Shuffled: explanations dealt to other neurons of the layer."
         f"{TUNED_NOTE if results.explainer in EXPLAINERS else ''}"
         + (
-            " MODEL+NAME: latents of autoencoders, with the loss that their reconstruction costs in the"
-            " place of the activations."
+            " MODEL+NAME: latents of autoencoders, with the loss that their reconstruction adds in place of"
+            " the activations."
             if costs
             else ""
         ),
@@ -94,112 +108,32 @@ def _metric_columns(metric: Metric) -> list[Column]:
 def _comparison_row(
     results: RunResults, model: ModelResults, costs: dict[str, Cell]
 ) -> tuple[Cell, ...]:
-    trained = _training(model)
-    own = [model.figure(results.explainer, metric) for metric in results.metrics]
+    trained = trained_figures(model)
+    own = [model.find(results.explainer, metric) for metric in results.metrics]
     cells: list[Cell] = [
         model.name,
         trained.get("parameters"),
         trained.get("tokens"),
-        _loss(trained),
+        loss_cell(trained),
         *([costs.get(model.name)] if costs else []),
         max((s.counts.total for s in own if s), default=None),
     ]
     null = results.null(model)
     for metric, s in zip(results.metrics, own, strict=True):
-        zero = model.figure(results.explainer, metric, policy="count_zero")
+        zero = model.find(results.explainer, metric, policy="count_zero")
         cells += [
             mean_cell(s),
             s.variance if s else None,
             mean_cell(zero),
-            mean_cell(model.figure(results.explainer, metric, "shuffled")),
-            mean_cell(null.figure(results.explainer, metric)) if null else None,
+            mean_cell(model.find(results.explainer, metric, "shuffled")),
+            mean_cell(null.find(results.explainer, metric)) if null else None,
             without_score(s.counts) if s else None,
         ]
     return tuple(cells)
 
 
-def stages(results: RunResults) -> Table:
-    """Seconds of every stage, a line a model."""
-    verbs = MODEL_STAGES.values()
-    columns = (
-        Column("model", "model"),
-        Column("tokenize", "tokenize", ",.1f"),
-        *(Column(verb, verb, ",.1f") for verb in verbs),
-        Column("finished_at", "finished (UTC)"),
-        Column("state", "inputs"),
-    )
-    none = [None] * len(verbs)
-    rows: list[tuple[Cell, ...]] = []
-    if results.tokens:
-        rows.append(("all", results.tokens.seconds, *none, results.tokens.finished_at, "fresh"))
-    for m in results.models:
-        done = [m.completions.get(stage) for stage in MODEL_STAGES]
-        last = max((c.finished_at for c in done if c), default=None)
-        seconds = (c.seconds if c else None for c in done)
-        rows.append((m.name, None, *seconds, last, _state(results, done)))
-        for found in m.with_model:
-            made = [found.completions.get(stage) for stage in MODEL_STAGES]
-            last = max(c.finished_at for c in made if c)
-            seconds = (c.seconds if c else None for c in made)
-            rows.append((found.label(m.name), None, *seconds, last, _state(results, made)))
-    return Table("stages", "Seconds of each stage", columns, tuple(rows))
-
-
-def _state(results: RunResults, done: Iterable[Completion | None]) -> str:
-    """`fresh`, or the stages that are not of today's inputs."""
-    stale = [c.stage for c in done if c and results.run.labelled(c.label).freshness().is_stale]
-    return f"stale: {', '.join(stale)}" if stale else "fresh"
-
-
-def models(results: RunResults) -> Table:
-    """Parameters and losses."""
-    columns = (
-        Column("model", "model"),
-        Column("site", "site"),
-        Column("layers", "layers", ",d"),
-        Column("neurons_per_layer", "neurons a layer", ",d"),
-        Column("parameters", "parameters", ",d"),
-        Column("training_tokens", "training tokens", ",d"),
-        Column("steps", "steps", ",d"),
-        Column("optimizer", "optimizer"),
-        Column("learning_rate", "peak learning rate", ".2g"),
-        Column("seed", "seed", "d"),
-        Column("loss", "last training loss", ".3f"),
-        Column("validation_loss", "validation loss ± se", ".3f"),
-    )
-    return Table(
-        "models",
-        "Parameters and loss",
-        columns,
-        tuple(_model_row(m) for m in results.models),
-        "Site: where in a layer its neurons live. Parameters: trainable, position embedding left out. Losses in nats a token; the training loss is"
-        " that of one batch, the validation loss the mean over fixed held-out sequences ± its standard"
-        " error over them. One training run each: the spread over seeds is not measured here.",
-    )
-
-
-def _model_row(m: ModelResults) -> tuple[Cell, ...]:
-    trained = _training(m)
-    config = m.completions["model"].config if "model" in m.completions else {}
-    neurons = Counter(s.neuron.layer for s in m.summaries)
-    return (
-        m.name,
-        next((s.neuron.site for s in m.scores), None),
-        len(neurons) or None,
-        max(neurons.values(), default=None),
-        trained.get("parameters"),
-        trained.get("tokens"),
-        trained.get("steps"),
-        config.get("optimizer") if trained.get("steps") else None,
-        config.get("learning_rate") if trained.get("steps") else None,
-        config.get("seed"),
-        trained.get("loss"),
-        _loss(trained),
-    )
-
-
-def mean_and_variance(results: RunResults) -> Table:
-    """The paper's table, for this run: each model, and its random initialisation."""
+def mean_and_variance_table(results: RunResults) -> Table:
+    """Return the paper's table for this run: each model and its random initialisation."""
     columns = [Column("explainer", "explainer"), Column("model", "model")]
     for metric in results.metrics:
         name = METRIC_NAMES[metric]
@@ -212,7 +146,7 @@ def mean_and_variance(results: RunResults) -> Table:
     for explainer, m in product(results.explainers, results.models):
         cells: list[Cell] = [explainer, m.name]
         for metric in results.metrics:
-            s = m.figure(explainer, metric)
+            s = m.find(explainer, metric)
             cells += [mean_cell(s), s.variance, s.counts.defined] if s else [None, None, None]
         rows.append(tuple(cells))
     return Table(
@@ -224,7 +158,8 @@ def mean_and_variance(results: RunResults) -> Table:
     )
 
 
-def by_layer(results: RunResults) -> Table:
+def by_layer_table(results: RunResults) -> Table:
+    """Return the mean score of every layer and its shuffled null."""
     columns = (
         Column("metric", "metric"),
         Column("model", "model"),
@@ -236,8 +171,8 @@ def by_layer(results: RunResults) -> Table:
     )
     rows = []
     for metric, m in product(results.metrics, results.models):
-        own = m.figure(results.explainer, metric)
-        null = m.figure(results.explainer, metric, "shuffled")
+        own = m.find(results.explainer, metric)
+        null = m.find(results.explainer, metric, "shuffled")
         shuffled = {layer.layer: layer for layer in null.layers} if null else {}
         for layer in own.layers if own else ():
             other = shuffled.get(layer.layer)
@@ -256,7 +191,8 @@ def by_layer(results: RunResults) -> Table:
     return Table("by_layer", title, columns, tuple(rows), f"Layers count from 0. {INTERVAL_NOTE}")
 
 
-def nulls(results: RunResults) -> Table:
+def nulls_table(results: RunResults) -> Table:
+    """Return the mean scores next to those of the null controls."""
     columns = (
         Column("metric", "metric"),
         Column("model", "model"),
@@ -268,77 +204,31 @@ def nulls(results: RunResults) -> Table:
     rows = []
     for metric, m in product(results.metrics, results.principal):
         null = results.null(m)
-        constant = m.figure(results.explainer, metric, "constant")
+        constant = m.find(results.explainer, metric, "constant")
         rows.append(
             (
                 METRIC_NAMES[metric],
                 m.name,
-                mean_cell(m.figure(results.explainer, metric)),
-                mean_cell(m.figure(results.explainer, metric, "shuffled")),
-                mean_cell(null.figure(results.explainer, metric)) if null else None,
+                mean_cell(m.find(results.explainer, metric)),
+                mean_cell(m.find(results.explainer, metric, "shuffled")),
+                mean_cell(null.find(results.explainer, metric)) if null else None,
                 constant.counts.defined if constant else None,
             )
         )
     return Table(
         "nulls",
-        f"Beside the nulls, explainer {results.explainer}",
+        f"Scores next to the nulls, explainer {results.explainer}",
         columns,
         tuple(rows),
         "Mean × 100. Shuffled: each neuron is simulated from the explanation of another neuron of its"
-        " layer. Random init: the untrained model, with explanations of its own; what it scores needs no"
-        " training. Constant simulation: its correlation cannot exist, so the"
-        f" count must be 0. {INTERVAL_NOTE}",
+        " layer. Random init: the untrained model with explanations of its own; its score needs no"
+        " training. Constant simulation: a correlation with it is undefined, so the count must be 0."
+        f" {INTERVAL_NOTE}",
     )
 
 
-def sparsity(results: RunResults) -> Table:
-    columns = (
-        Column("model", "model"),
-        Column("layer", "layer", "d"),
-        Column("neurons", "neurons", ",d"),
-        Column("dead", "dead", ",d"),
-        Column("dead_percent", "dead, %", ".1f"),
-        Column("active_percent", "active on a token, % of neurons", ".1f"),
-        Column("rate_p5", "firing rate: 5%", ".3g"),
-        Column("rate_median", "median", ".3g"),
-        Column("rate_p95", "95%", ".3g"),
-        Column("kurtosis_median", "median kurtosis", ".3g"),
-    )
-    rows = [
-        (m.name, layer, *_sparsity_row(m, layer))
-        for m in results.models
-        for layer in sorted({s.neuron.layer for s in m.summaries})
-    ]
-    return Table(
-        "sparsity",
-        "Sparsity by layer",
-        columns,
-        tuple(rows),
-        "Over the tokens searched in the held-out split. Dead: never above 0 there. Firing rate: % of"
-        " tokens on which a neuron is above 0; its quantiles and the kurtosis are over neurons that are"
-        " not dead. Kurtosis is 3 for a normal distribution.",
-    )
-
-
-def _sparsity_row(m: ModelResults, layer: int) -> tuple[Cell, ...]:
-    here = [s for s in m.summaries if s.neuron.layer == layer]
-    rates = 100 * np.array([s.firing_rate for s in here])
-    live = rates[[not s.dead for s in here]]
-    kurtosis = np.array([s.kurtosis for s in here if not s.dead])
-    kurtosis = kurtosis[np.isfinite(kurtosis)]
-    quantiles = np.quantile(live, [0.05, 0.5, 0.95]).tolist() if len(live) else [None] * 3
-    n_dead = len(rates) - len(live)
-    return (
-        len(here),
-        n_dead,
-        100 * n_dead / len(here),
-        float(rates.mean()),
-        *quantiles,
-        float(np.median(kurtosis)) if len(kurtosis) else None,
-    )
-
-
-def ledger(results: RunResults) -> Table:
+def unscored_table(results: RunResults) -> Table:
+    """Return the counts of neurons without a score, and the means with and without them."""
     columns = (
         Column("model", "model"),
         Column("explainer", "explainer"),
@@ -353,10 +243,10 @@ def ledger(results: RunResults) -> Table:
     )
     rows = []
     for m, explainer, metric in product(results.models, results.explainers, results.metrics):
-        s = m.figure(explainer, metric)
+        s = m.find(explainer, metric)
         if s is None:
             continue
-        zero = m.figure(explainer, metric, policy="count_zero")
+        zero = m.find(explainer, metric, policy="count_zero")
         c = s.counts
         counts = (c.total, c.defined, c.undefined, c.dead, c.failed)
         rows.append(
@@ -373,7 +263,8 @@ def ledger(results: RunResults) -> Table:
     )
 
 
-def reasons(results: RunResults) -> Table:
+def reasons_table(results: RunResults) -> Table:
+    """Return why neurons have no score, with the number of neurons for each reason."""
     columns = (
         Column("model", "model"),
         Column("explainer", "explainer"),
@@ -384,17 +275,17 @@ def reasons(results: RunResults) -> Table:
     )
     rows = []
     for m in results.models:
-        found = Counter(
+        counts = Counter(
             (s.explainer, METRIC_NAMES[s.metric], str(s.score.status), s.score.reason)
             for s in m.scores
             if s.score.value is None
         )
-        rows += [(m.name, *key, n) for key, n in sorted(found.items())]
+        rows += [(m.name, *key, n) for key, n in sorted(counts.items())]
     return Table("reasons", "Why there is no score", columns, tuple(rows))
 
 
-def published(results: RunResults) -> Table:
-    """Our means above those of the paper, all sizes."""
+def published_table(results: RunResults) -> Table:
+    """Return this run's means above those of the paper, of all sizes."""
     columns = [Column("source", "source"), Column("model", "model")]
     for metric in METRICS:
         columns += [
@@ -409,43 +300,92 @@ def published(results: RunResults) -> Table:
         rows.append(("published", name, *figures, PUBLISHED_LOSS[size][place]))
     return Table(
         "published",
-        "The published numbers beside this run's",
+        "Published numbers next to this run's",
         tuple(columns),
         tuple(rows),
         "For reference, not for comparison: Bai and Ma (2025, arXiv 2410.16443) trained on the Pile with"
         " up to 157 billion tokens, explained with Mistral-7B and simulated with LLaMA-2-7B. This run has"
         f" another scale, another corpus and another explainer ({results.explainer}), so its scores and"
-        " losses are on another footing. Published losses are read off a plot.",
+        " losses cannot be compared with theirs. Published losses are read off a plot.",
     )
 
 
 def _our_row(results: RunResults, m: ModelResults) -> tuple[Cell, ...]:
     cells: list[Cell] = ["this run", m.name]
     for metric in METRICS:
-        s = m.figure(results.explainer, metric)
+        s = m.find(results.explainer, metric)
         cells += [s.mean, s.variance] if s else [None, None]
-    return (*cells, _training(m).get("validation_loss"))
+    return (*cells, trained_figures(m).get("validation_loss"))
 
 
-def all_tables(results: RunResults, resamples: int, seed: int) -> dict[str, Table]:
-    """By name; tables without a row are left out."""
-    makers = (comparison, models, mean_and_variance, by_layer, nulls, sparsity, ledger, reasons)
-    compared = (twins, side_by_side, model_less_free, twins_with_model)
-    checked = (preflights, calls, leakage, near_duplicates, duplicate_effects, duplicate_examples)
-    made: Sequence[Table] = [
-        *(make(results) for make in makers),
-        *(make(results, resamples, seed) for make in compared),
-        *(make(results) for make in checked),
-        published(results),
-        stages(results),
-    ]
-    return {t.name: t for t in made if t.rows}
+def means_figure(results: RunResults) -> Figure:
+    """Return means over layers next to both nulls."""
+    lines = _with_nulls(results)
+    series = [s for s, _, _ in lines]
+
+    def panel(metric: Metric) -> Panel:
+        found = [m.find(results.explainer, metric, control) for _, m, control in lines]
+        means = [mean_interval(s) for s in found]
+        return Panel(METRIC_NAMES[metric], rows(series, means, "mean score × 100"))
+
+    return Figure(
+        "means",
+        "Mean score and its nulls",
+        f"Explainer {results.explainer}. Bars: 95% bootstrap interval over neurons; where none is seen"
+        " it is narrower than the marker. A score says something about a model only as far as it lies"
+        " beyond that of shuffled explanations and of the same model before training.",
+        tuple(panel(metric) for metric in results.metrics),
+        (),
+    )
 
 
-def _training(m: ModelResults) -> dict[str, int | float | None]:
-    return m.completions["model"].results if "model" in m.completions else {}
+def by_layer_figure(results: RunResults) -> Figure:
+    """Return the scores by layer, a panel per metric."""
+    lines = _with_nulls(results)
+    series = [s for s, _, _ in lines]
+
+    def panel(metric: Metric) -> Panel:
+        found = [m.find(results.explainer, metric, control) for _, m, control in lines]
+        return scores_panel(METRIC_NAMES[metric], series, [layer_intervals(s) for s in found])
+
+    return Figure(
+        "score_by_layer",
+        "Score by layer",
+        f"Explainer {results.explainer}. Mean over the neurons of a layer that have a score; bars: 95%"
+        " bootstrap interval over them. Layers count from 0; points of one layer stand side by side.",
+        tuple(panel(metric) for metric in results.metrics),
+        tuple(series),
+    )
 
 
-def _loss(trained: dict[str, int | float | None]) -> Cell:
-    loss, error = trained.get("validation_loss"), trained.get("validation_standard_error")
-    return loss if loss is None or error is None else Estimate(loss, error)
+def distributions_figure(results: RunResults) -> Figure:
+    """Return how the scores of the neurons are distributed."""
+    series = [series_of(m) for m in results.models]
+
+    def panel(metric: Metric) -> Panel:
+        values = [_values(m, results.explainer, metric) for m in results.models]
+        draw = distributions(series, values, _BINS, "score (correlation)")
+        return Panel(METRIC_NAMES[metric], draw)
+
+    return Figure(
+        "distributions",
+        "Scores of the neurons",
+        f"Explainer {results.explainer}. Share of a model's neurons with a score in bins of 0.05; the"
+        " marker stands on the fullest bin. Neurons without a score are in the ledger below.",
+        tuple(panel(metric) for metric in results.metrics),
+        tuple(series),
+    )
+
+
+def _with_nulls(results: RunResults) -> list[_Line]:
+    """Each model, then the shuffled null of the trained ones, then the random initialisations."""
+    lines: list[_Line] = [(series_of(m), m, "none") for m in results.principal]
+    for m in results.principal:
+        series = Series(f"{m.name}, shuffled", m.place, "shuffled")
+        lines.append((series, m, "shuffled"))
+    return lines + [(series_of(m), m, "none") for m in results.models if m.null_of]
+
+
+def _values(m: ModelResults, explainer: str, metric: Metric) -> list[float]:
+    scores = [s.score for s in m.scores if s.explainer == explainer and s.metric == metric]
+    return [s.value for s in scores if s.value is not None]

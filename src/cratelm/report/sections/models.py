@@ -1,0 +1,232 @@
+"""The models: how long each stage took, parameters, losses, and how sparse the neurons are."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from cratelm.records import Estimate, Interval, NeuronSummary
+from cratelm.report.cells import series_of
+from cratelm.report.drawing import Figure, Panel, by_layer, curves
+from cratelm.results.run_results import ModelResults, RunResults
+from cratelm.results.stages import MODEL_STAGES
+from cratelm.runs import Completion
+from cratelm.text.table import Cell, Column, Table
+
+
+def tables(results: RunResults) -> list[Table]:
+    """Return the tables of this section."""
+    return [models_table(results), sparsity_table(results), stages_table(results)]
+
+
+def figures(results: RunResults) -> list[Figure | None]:
+    """Return the figures of this section; None for one without data."""
+    return [loss_figure(results), sparsity_figure(results)]
+
+
+def stages_table(results: RunResults) -> Table:
+    """Return the seconds of every stage, a line per model."""
+    verbs = MODEL_STAGES.values()
+    columns = (
+        Column("model", "model"),
+        Column("tokenize", "tokenize", ",.1f"),
+        *(Column(verb, verb, ",.1f") for verb in verbs),
+        Column("finished_at", "finished (UTC)"),
+        Column("state", "inputs"),
+    )
+    none = [None] * len(verbs)
+    rows: list[tuple[Cell, ...]] = []
+    if results.tokens:
+        rows.append(("all", results.tokens.seconds, *none, results.tokens.finished_at, "fresh"))
+    for m in results.models:
+        done = [m.completions.get(stage) for stage in MODEL_STAGES]
+        last = max((c.finished_at for c in done if c), default=None)
+        seconds = (c.seconds if c else None for c in done)
+        rows.append((m.name, None, *seconds, last, _state(m, done)))
+        for of_set in m.llm_sets:
+            done = [of_set.completions.get(stage) for stage in MODEL_STAGES]
+            last = max(c.finished_at for c in done if c)
+            seconds = (c.seconds if c else None for c in done)
+            rows.append((of_set.label, None, *seconds, last, _state(m, done)))
+    return Table("stages", "Seconds of each stage", columns, tuple(rows))
+
+
+def _state(model: ModelResults, done: Iterable[Completion | None]) -> str:
+    """`fresh`, or the stages that are not of today's inputs."""
+    stale = [c.stage for c in done if c and c.label in model.stale]
+    return f"stale: {', '.join(stale)}" if stale else "fresh"
+
+
+def models_table(results: RunResults) -> Table:
+    """Return parameters and losses."""
+    columns = (
+        Column("model", "model"),
+        Column("site", "site"),
+        Column("layers", "layers", ",d"),
+        Column("neurons_per_layer", "neurons per layer", ",d"),
+        Column("parameters", "parameters", ",d"),
+        Column("training_tokens", "training tokens", ",d"),
+        Column("steps", "steps", ",d"),
+        Column("optimizer", "optimizer"),
+        Column("learning_rate", "peak learning rate", ".2g"),
+        Column("seed", "seed", "d"),
+        Column("loss", "last training loss", ".3f"),
+        Column("validation_loss", "validation loss ± se", ".3f"),
+    )
+    return Table(
+        "models",
+        "Parameters and loss",
+        columns,
+        tuple(_model_row(m) for m in results.models),
+        "Site: where in a layer its neurons live. Parameters: trainable ones without the position embedding."
+        " Losses in nats per token: the training loss is that of one batch, the validation loss the mean over"
+        " fixed held-out sequences ± its standard error over them. Each model was trained once: the spread"
+        " over seeds is not measured here.",
+    )
+
+
+def _model_row(m: ModelResults) -> tuple[Cell, ...]:
+    trained = trained_figures(m)
+    config = m.completions["model"].config if "model" in m.completions else {}
+    neurons = Counter(s.neuron.layer for s in m.summaries)
+    return (
+        m.name,
+        next((s.neuron.site for s in m.scores), None),
+        len(neurons) or None,
+        max(neurons.values(), default=None),
+        trained.get("parameters"),
+        trained.get("tokens"),
+        trained.get("steps"),
+        config.get("optimizer") if trained.get("steps") else None,
+        config.get("learning_rate") if trained.get("steps") else None,
+        config.get("seed"),
+        trained.get("loss"),
+        loss_cell(trained),
+    )
+
+
+def sparsity_table(results: RunResults) -> Table:
+    """Return dead neurons and firing rates by layer."""
+    columns = (
+        Column("model", "model"),
+        Column("layer", "layer", "d"),
+        Column("neurons", "neurons", ",d"),
+        Column("dead", "dead", ",d"),
+        Column("dead_percent", "dead, %", ".1f"),
+        Column("active_percent", "active on a token, % of neurons", ".1f"),
+        Column("rate_p5", "firing rate: 5%", ".3g"),
+        Column("rate_median", "median", ".3g"),
+        Column("rate_p95", "95%", ".3g"),
+        Column("kurtosis_median", "median kurtosis", ".3g"),
+    )
+    rows = [
+        (m.name, layer, *_sparsity_row(m, layer)) for m in results.models for layer in _layers(m)
+    ]
+    return Table(
+        "sparsity",
+        "Sparsity by layer",
+        columns,
+        tuple(rows),
+        "Over the tokens searched in the held-out split. Dead: never above 0 there. Firing rate: % of"
+        " tokens on which a neuron is above 0; its quantiles and the kurtosis are over neurons that are"
+        " not dead. A normal distribution has kurtosis 3.",
+    )
+
+
+def _sparsity_row(m: ModelResults, layer: int) -> tuple[Cell, ...]:
+    neurons = _of_layer(m, layer)
+    rates = 100 * np.array([s.firing_rate for s in neurons])
+    live = rates[[not s.dead for s in neurons]]
+    kurtosis = np.array([s.kurtosis for s in neurons if not s.dead])
+    kurtosis = kurtosis[np.isfinite(kurtosis)]
+    quantiles = np.quantile(live, [0.05, 0.5, 0.95]).tolist() if len(live) else [None] * 3
+    n_dead = len(rates) - len(live)
+    return (
+        len(neurons),
+        n_dead,
+        100 * n_dead / len(neurons),
+        float(rates.mean()),
+        *quantiles,
+        float(np.median(kurtosis)) if len(kurtosis) else None,
+    )
+
+
+def trained_figures(m: ModelResults) -> dict[str, int | float | None]:
+    """Return what `cratelm train` recorded: parameters, tokens, losses; empty for other models."""
+    return m.completions["model"].results if "model" in m.completions else {}
+
+
+def loss_cell(trained: dict[str, int | float | None]) -> Cell:
+    """Return the validation loss with its standard error."""
+    loss, error = trained.get("validation_loss"), trained.get("validation_standard_error")
+    return loss if loss is None or error is None else Estimate(loss, error)
+
+
+def loss_figure(results: RunResults) -> Figure | None:
+    """Return the losses over training; None where nothing was trained here."""
+    trained = [m for m in results.models if any("loss" in line for line in m.curve)]
+    if not trained:
+        return None
+    series = [series_of(m) for m in trained]
+    points = [(*_points(m, "loss"), *_points(m, "validation_loss")) for m in trained]
+    return Figure(
+        "loss",
+        "Training",
+        "Thin lines: loss of each step's batch. Markers: loss on fixed held-out sequences.",
+        (Panel("Loss over training tokens", curves(series, points, "nats per token")),),
+        tuple(series),
+    )
+
+
+def sparsity_figure(results: RunResults) -> Figure | None:
+    """Return firing rates and dead neurons by layer; None without a harvest."""
+    models = [m for m in results.models if m.summaries]
+    if not models:
+        return None
+    series = [series_of(m) for m in models]
+    rates, dead = [_firing_rates(m) for m in models], [_dead_percent(m) for m in models]
+    return Figure(
+        "sparsity",
+        "Sparsity",
+        "Over the tokens searched in the held-out split. Firing rate: share of tokens on which a neuron is"
+        " above 0. Marker: median over the neurons that are not dead; bars: their 5% and 95% quantiles,"
+        " which are the spread of the neurons and not the uncertainty of the median.",
+        (
+            Panel("Firing rate", by_layer(series, rates, "tokens, %", log=True)),
+            Panel("Dead neurons", by_layer(series, dead, "neurons never above 0, %", floor=True)),
+        ),
+        tuple(series),
+    )
+
+
+def _points(m: ModelResults, key: str) -> tuple[list[int], list[float]]:
+    lines = [line for line in m.curve if key in line]
+    return [line["tokens"] for line in lines], [line[key] for line in lines]
+
+
+def _firing_rates(m: ModelResults) -> dict[int, Interval]:
+    """By layer the median and the 5% and 95% quantiles over its live neurons, in %."""
+    quantiles = {}
+    for layer in _layers(m):
+        live = [100 * s.firing_rate for s in _of_layer(m, layer) if not s.dead]
+        quantiles[layer] = np.quantile(live, [0.5, 0.05, 0.95]) if live else [np.nan] * 3
+    return {
+        layer: Interval(float(q[0]), float(q[1]), float(q[2])) for layer, q in quantiles.items()
+    }
+
+
+def _dead_percent(m: ModelResults) -> dict[int, Interval]:
+    found = {}
+    for layer in _layers(m):
+        neurons = _of_layer(m, layer)
+        live = sum(not s.dead for s in neurons)
+        found[layer] = Interval(100 * (1 - live / len(neurons)), None, None)
+    return found
+
+
+def _layers(m: ModelResults) -> list[int]:
+    return sorted({s.neuron.layer for s in m.summaries})
+
+
+def _of_layer(m: ModelResults, layer: int) -> list[NeuronSummary]:
+    return [s for s in m.summaries if s.neuron.layer == layer]

@@ -1,0 +1,119 @@
+"""What `cratelm score` wrote about one set of explanations: statistics, audits, calls.
+
+Files: `scores/MODEL[@SET]/summary.json` and `calls.json`. Scores of single neurons: `cratelm.score.store`.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cratelm.llm.client import Tally
+from cratelm.llm.probe import ProbeResult
+from cratelm.records import Interval
+from cratelm.score.controls import Audit
+from cratelm.score.duplicates import DuplicateAudit, DuplicateEffect, DuplicatePair
+from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """`summary.json` of a set of scores."""
+
+    statistics: tuple[ModelStatistics, ...]
+    audit: Audit
+    near_duplicates: DuplicateAudit | None
+    """None where they were not looked for"""
+    preflight: ProbeResult | None
+    """trial calls of the simulator; None without a language model"""
+
+    def renamed(self, suffix: str) -> "ScoreSummary":
+        """Return the same with `suffix` behind the names of the explainers."""
+        near = self.near_duplicates
+        if near is not None:
+            effects = (replace(e, explainer=e.explainer + suffix) for e in near.effects)
+            near = replace(near, effects=tuple(effects))
+        statistics = (replace(s, explainer=s.explainer + suffix) for s in self.statistics)
+        return replace(self, statistics=tuple(statistics), near_duplicates=near)
+
+
+def read_score_summary(folder: Path) -> ScoreSummary:
+    """Return what `summary.json` in the folder of a set of scores holds."""
+    record = _json(folder / "summary.json")
+    audit = record["leakage_audit"]
+    return ScoreSummary(
+        statistics=tuple(map(_statistics, record["statistics"])),
+        audit=Audit(**{**audit, "shared": tuple(audit["shared"])}),
+        near_duplicates=_duplicate_audit(record.get("near_duplicates")),
+        preflight=_probe_result(record.get("preflight")),
+    )
+
+
+def read_statistics(folder: Path) -> tuple[ModelStatistics, ...]:
+    """Return the statistics alone, which a file that lacks the rest may still have."""
+    return tuple(map(_statistics, _json(folder / "summary.json")["statistics"]))
+
+
+def read_calls(folder: Path) -> Tally | None:
+    """Return what the last command that wrote the folder asked a language model; None if it asked none."""
+    path = folder / "calls.json"
+    if not path.is_file():
+        return None
+    record = _json(path)
+    return Tally(**{**record, "failed": Counter(record["failed"])})
+
+
+def find_statistics(
+    statistics: tuple[ModelStatistics, ...],
+    explainer: str,
+    metric: str,
+    control: str = "none",
+    policy: str = "leave_out",
+) -> ModelStatistics | None:
+    """Return the first of `statistics` with these names; None if there is none."""
+    wanted = (explainer, metric, control, policy)
+    for s in statistics:
+        if (s.explainer, s.metric, s.control, s.policy) == wanted:
+            return s
+    return None
+
+
+def mean_interval(s: ModelStatistics | LayerStatistics | None) -> Interval | None:
+    """Return a mean x 100 with its interval; None if no neuron has a value."""
+    return None if s is None or s.mean is None else Interval(s.mean, s.low, s.high)
+
+
+def layer_intervals(s: ModelStatistics | None) -> dict[int, Interval]:
+    """Return the mean x 100 of every layer that has one, by its number: the curve of scores by layer."""
+    layers = {layer.layer: mean_interval(layer) for layer in (s.layers if s else ())}
+    return {number: mean for number, mean in layers.items() if mean is not None}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _statistics(record: dict[str, Any]) -> ModelStatistics:
+    layers = tuple(
+        LayerStatistics(**{**layer, "counts": Counts(**layer["counts"])})
+        for layer in record["layers"]
+    )
+    known = {f.name for f in fields(ModelStatistics)}
+    plain = {key: value for key, value in record.items() if key in known}
+    return ModelStatistics(**{**plain, "counts": Counts(**record["counts"]), "layers": layers})
+
+
+def _duplicate_audit(record: dict[str, Any] | None) -> DuplicateAudit | None:
+    if not record:
+        return None
+    pairs = tuple(DuplicatePair(**pair) for pair in record["examples"])
+    effects = tuple(DuplicateEffect(**effect) for effect in record["effects"])
+    return DuplicateAudit(**{**record, "examples": pairs, "effects": effects})
+
+
+def _probe_result(record: dict[str, Any] | None) -> ProbeResult | None:
+    if not record:
+        return None
+    values = dict(record)
+    return ProbeResult(supports_logprobs=values.pop("reads"), **values)

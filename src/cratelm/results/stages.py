@@ -1,0 +1,94 @@
+"""Which stages of a run are finished, and how a reader deals with files that are missing or damaged."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import pyarrow as pa
+
+from cratelm.errors import InputError
+from cratelm.runs import Completion, Run, StageName
+from cratelm.runs.names import FAMILIES, family_of, set_name, sets_of, split_set
+
+MODEL_STAGES: dict[StageName, str] = {
+    "model": "train",
+    "activations": "harvest",
+    "explanations": "explain",
+    "scores": "score",
+}
+"""stages of one model, with the verb that makes each"""
+SET_STAGES: dict[StageName, str] = {"explanations": "explain", "scores": "score"}
+"""those of them that exist several times: once without a language model, once for each one asked"""
+SIDE_STAGES: tuple[StageName, ...] = ("sae", "steer", "analysis")
+"""optional measurements of a model"""
+READ_ERRORS = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IndexError, AttributeError)  # fmt: skip
+"""what reading a damaged file may raise"""
+_T = TypeVar("_T")
+
+
+class Problems:
+    """Collects a sentence for every file that could not be read, so that the others are still shown."""
+
+    def __init__(self, lines: Iterable[str] = ()) -> None:
+        self.lines = list(lines)
+
+    def attempt(self, label: str, read: Callable[[], _T], default: _T) -> _T:
+        """Return what `read` returns; where its file is damaged, note that with `label` and return `default`."""
+        try:
+            return read()
+        except (*READ_ERRORS, InputError) as error:
+            self.lines.append(f"{label} ({one_line(error)})")
+            return default
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line, at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def changed_at(run: Run) -> int:
+    """Return when a stage of the run was last finished, in ns; 0 if none ever was."""
+    try:
+        return (run.path / "manifest.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def model_names(run: Run) -> list[str]:
+    """Return the names of all models that have a finished stage of `MODEL_STAGES`, sorted."""
+    return sorted({split_set(name)[0] for stage in MODEL_STAGES for name in run.models(stage)})
+
+
+def set_names(run: Run, model: str) -> list[str]:
+    """Return the names of the sets of explanations and scores that a language model made of `model`."""
+    return sets_of((name for stage in SET_STAGES for name in run.models(stage)), model)
+
+
+def completions(
+    run: Run, name: str, stages: Iterable[StageName] = tuple(MODEL_STAGES)
+) -> dict[StageName, Completion]:
+    """Return the records of the finished ones of `stages` for the model or set `name`."""
+    records: dict[StageName, Completion | None] = {
+        stage: run.stage(stage, name).completion() for stage in stages
+    }
+    return {stage: done for stage, done in records.items() if done is not None}
+
+
+def set_completions(run: Run, model: str, name: str) -> dict[StageName, Completion]:
+    """Return the records of the explanations and scores of one set of `model`."""
+    return completions(run, set_name(model, name), SET_STAGES)
+
+
+def side_completions(run: Run, models: Sequence[str]) -> tuple[Completion, ...]:
+    """Return the records of the finished `SIDE_STAGES` of the models."""
+    stages = (run.stage(stage, name) for stage in SIDE_STAGES for name in run.models(stage))
+    records = (stage.completion() for stage in stages if split_set(stage.name)[0] in models)
+    return tuple(done for done in records if done is not None)
+
+
+def display_order(name: str, null_of: str) -> tuple[bool, int, str]:
+    """Return the sort key of a model: trained ones first, CRATE before GPT-2 before others.
+
+    `null_of` is the model whose null control `name` is, empty for others.
+    """
+    family = family_of(name)
+    return bool(null_of), FAMILIES.index(family) if family else len(FAMILIES), name

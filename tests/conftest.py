@@ -1,0 +1,50 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def viewer_run(tmp_path_factory) -> Path:
+    """A small run for the browser, called `run`; tests that change it take a copy."""
+    from viewer_runs import small_run
+
+    return small_run(tmp_path_factory.mktemp("view"))
+
+
+@pytest.fixture(scope="session")
+def library(viewer_run):
+    """The run as the browser reads it, with its index."""
+    pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
+    from cratelm.viewer.run_reader import Library
+
+    library = Library([viewer_run])
+    library.index_of("run").build()
+    assert library.index_state("run").ready, library.index_state("run").problem
+    return library
+
+
+@pytest.fixture(scope="session")
+def live(library):
+    """Its models, for the live page."""
+    pytest.importorskip("fastapi", reason="the extra `viewer` is not installed")
+    from cratelm.viewer.live import Live
+
+    live = Live(library)
+    yield live
+    live.close()
+
+
+@pytest.fixture(scope="session")
+def client(library, live):
+    """A client of the server, which does not limit its rate."""
+    from fastapi.testclient import TestClient
+
+    from cratelm.viewer import server
+    from cratelm.viewer.live import router
+    from cratelm.viewer.security import Rate
+
+    app = server.application(library, live=router(live), rate=Rate(1e9, 1e9))
+    with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
+        yield client

@@ -1,0 +1,203 @@
+"""The browser's pages: what they show, and that nothing in a corpus acts on them."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from viewer_runs import Parsed, a_neuron, brute
+
+from cratelm.results.views import ExcerptView, LayerQuery, MapPoint, ShadedToken
+from cratelm.viewer import drawings
+from cratelm.viewer.exports import latex_figure
+from cratelm.viewer.pages import Links, Pages, as_data, excerpts_html
+from cratelm.viewer.run_reader import RARELY, Library
+
+pytest.importorskip("fastapi", reason="the extra `viewer` is not installed")
+pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
+
+
+METRICS = ("top_and_random", "random_only", "anthropic")
+
+
+@pytest.fixture
+def run(viewer_run) -> Path:
+    return viewer_run
+
+
+@pytest.fixture
+def copy(viewer_run, tmp_path) -> Path:
+    shutil.copytree(viewer_run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_tokens_at_zero_share_one_span():
+    true = [("a", 0.0, 0), ("b", 0.0, 0), ("c", 1.25, 5), ("d", 2.5, 10), ("e", -0.0, 0), ("א", -0.0, 0), ("f", 0.0, 0), ("g", 0.0, 0)]  # fmt: skip
+    view = ExcerptView("top", 0, 0, 7, "name", tuple(ShadedToken(*t) for t in true), ())
+    assert (
+        '<span title="0">ab</span><span class="l5" title="1.25">c</span>'
+        '<span class="l10" title="2.5">d</span><span title="0">e</span><bdi title="0">א</bdi>'
+        '<span title="0">f</span><span class="peak" title="0">g</span></div>'
+    ) in excerpts_html([view])
+
+
+def all_pages(library) -> dict[str, str]:
+    pages = Pages(library, live=True)
+    found = {"overview": pages.overview(), "live": pages.live_page("run")}
+    for model in ("crate-2l", "gpt2-2l"):
+        found[f"layer {model}"] = pages.layer("run", model, 1, LayerQuery(token="<script>"))
+        for index in range(6):
+            view = library.neuron("run", model, 1, index, excerpts="all")
+            found[f"{model} {index}"] = pages.neuron(view)
+    found["search"] = pages.search("run", "<script>alert(1)</script>", "")
+    found["token"] = pages.search("run", "", "\u202e<img src=x>")
+    found["compare"] = pages.compare("run", "crate-2l/1/2", '"><script>x</script>/1')
+    found["error"] = pages.error(404, "</p><script>alert(1)</script>")
+    return found
+
+
+def test_nothing_in_a_corpus_acts(library):
+    seen = ""
+    for name, page in all_pages(library).items():
+        page.encode("utf-8")
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", page), name  # fmt: skip
+        parsed = Parsed(page)
+        for tag, attributes in parsed.tags:
+            assert tag not in ("iframe", "object", "embed", "img", "base"), (name, tag)
+            assert not any(key.startswith("on") or key == "style" for key in attributes), (name, tag)  # fmt: skip
+            if tag == "script":
+                assert attributes.get("type") == "application/json" or attributes["src"].startswith("/assets/")  # fmt: skip
+            for key in ("href", "src", "action"):
+                assert not (attributes.get(key) or "").startswith(("javascript", "//", "http"))
+        seen += parsed.words
+    assert "script" in seen
+    assert "\\x1b" in seen
+    assert "{{" in seen
+
+
+def test_data_cannot_end_its_block():
+    told = {"a": "</script><script>alert(1)</script><!--", "b": "\ud800\u2028"}
+    shown = str(as_data(told))
+    assert "<" not in shown
+    assert shown.isascii()
+    assert json.loads(shown) == told
+
+
+def test_latex_is_ascii_and_balanced(library):
+    for index in range(8):
+        told = latex_figure(library.neuron("run", "crate-2l", 1, index))
+        assert told.isascii()
+        plain = re.sub(r"\\[{}]", "", told)
+        assert plain.count("{") == plain.count("}")
+        assert r"\begin{figure}" in told
+        assert "\x1b" not in told
+
+
+def test_latex_has_the_strongest_excerpts_alone(library):
+    view = library.neuron("run", "crate-2l", 1, a_neuron(library))
+    assert len({e.kind for e in view.excerpts}) > 2
+    backwards = replace(view, excerpts=view.excerpts[::-1])
+    tops = [e for e in view.excerpts if e.kind == "top"]
+    assert latex_figure(backwards) == latex_figure(replace(view, excerpts=tuple(tops[::-1])))
+    assert latex_figure(view).count("[2pt]") == min(5, len(tops)) > 0
+
+
+def test_an_open_last_bin_is_told(library):
+    view = library.neuron("run", "crate-2l", 1, a_neuron(library))
+    high = view.statistics["maximum"]
+    assert f">{high:.3g}<" in drawings.histogram(replace(view, histogram_high=high))
+    assert f">{high / 2:.3g} or more<" in drawings.histogram(replace(view, histogram_high=high / 2))
+
+
+def test_a_large_map_carries_no_explanations():
+    def points(n):
+        return [MapPoint(i, i / n, 0.5, None if i else 73.4, f"text {i}") for i in range(n)]
+
+    drawn = drawings.layer_map(points(1024), lambda i: f"/n/{i}" if i % 2 else "")
+    assert "<title>0 (73): text 0</title>" in drawn
+    assert "<title>1023 (no score): text 1023</title>" in drawn
+    assert drawn.count("<a ") == 512
+    assert "text" not in drawings.layer_map(points(1025), lambda i: "")
+
+
+def test_overview_colours_are_those_of_the_table(copy):
+    shutil.rmtree(copy / "scores" / "crate-2l")
+    card = Library([copy]).run("copy")
+    assert [c.name for c in card.models if not c.null_of] == ["crate-2l", "gpt2-2l"]
+    drawn = drawings.scores_by_layer(card, "top_and_random")
+    assert "var(--c1)" in drawn
+    assert "var(--c0)" not in drawn
+
+
+def test_layers_and_neurons_side_by_side(client):
+    layers = client.get("/r/run/compare", params={"left": "crate-2l/1"}).text
+    assert "crate-2l, layer 1" in layers
+    assert "gpt2-2l, layer 1" in layers
+    neurons = client.get("/r/run/compare", params={"left": "crate-2l/1/2", "right": "gpt2-2l/0/5"}).text  # fmt: skip
+    assert "crate-2l layer 1 neuron 2" in neurons
+    assert "gpt2-2l layer 0 neuron 5" in neurons
+    assert (
+        "type MODEL/LAYER or MODEL/LAYER/NEURON, such as"
+        in client.get("/r/run/compare?left=x").text
+    )
+
+
+def test_beside_a_neuron_stands_the_twins_nearest(client, library):
+    index = a_neuron(library)
+    near = [n for n in library.nearest("run", "crate-2l", 1, index) if n.model == "gpt2-2l"]
+    best = max(near, key=lambda n: n.similarity)
+    shown = client.get("/r/run/compare", params={"left": f"crate-2l/1/{index}"}).text
+    assert f"gpt2-2l layer {best.layer} neuron {best.index}" in shown
+    assert f"cosine {best.similarity:.2f}" in shown
+    alone = client.get("/r/run/compare", params={"left": "crate-2l-init/1/2"}).text
+    assert "crate-2l-init has no twin in this run" in alone
+    assert "crate-2l-init layer 1 neuron 2" in alone
+
+
+def test_scores_of_layers_beside_each_other(run, library, client):
+    rows = [(index, value) for index, _, value, _, _ in brute(run) if value is not None]
+    found = next(s for s in library.histograms("run", "crate-2l", 1) if s.metric == "random_only")
+    assert found.defined == len(rows)
+    assert found.mean.value == pytest.approx(np.mean([100 * v for _, v in rows]))
+    bins = np.clip([100 * v for _, v in rows], 0, 100) // 5
+    wanted = np.bincount(np.minimum(bins, 19).astype(int), minlength=20) / len(rows)
+    assert found.shares == pytest.approx(wanted.tolist())
+    told = {m: [s.metric for s in library.histograms("run", m, 0)] for m in ("crate-2l", "gpt2-2l")}
+    assert told["crate-2l"] == told["gpt2-2l"] == list(METRICS)
+    shown = client.get("/r/run/compare", params={"left": "crate-2l/1"}).text
+    assert shown.count("distribution of") == len(METRICS)
+    assert f"{found.defined} of {found.neurons}" in shown
+
+
+def test_overview_begins_with_selective_neurons_that_are_explained_well(library, client):
+    for model in ("crate-2l", "gpt2-2l"):
+        columns = library.table("run", model)
+        values = columns.score("top_and_random").values
+        rare = [(v, r) for r, v in enumerate(values.tolist()) if v > 0 and columns.firing_rate[r] < RARELY]  # fmt: skip
+        wanted = [(int(columns.layer[r]), int(columns.index[r])) for v, r in sorted(rare, key=lambda x: -x[0])[:5]]  # fmt: skip
+        assert [(h.layer, h.index) for h in library.best("run", model)] == wanted
+        page = client.get("/r/run").text
+        for layer, index in wanted:
+            assert f">{layer}:{index}</a>" in page
+    assert any(library.best("run", m) for m in ("crate-2l", "gpt2-2l"))
+
+
+def test_another_explainer_simulates_when_asked(library, client):
+    index = a_neuron(library)
+    page = client.get(f"/r/run/neuron/crate-2l/1/{index}").text
+    assert "simulated by trie" in page
+    link = re.search(r'<a href="([^"]*explainer=lookup)#exc">lookup</a>', page)
+    other = client.get(link[1].replace("&amp;", "&")).text
+    assert "simulated by lookup" in other
+    assert re.search(r'explainer=lookup&amp;all=1|explainer=lookup[^"]*all=1', other)
+
+
+def test_links():
+    assert Links().to("r", "a b", "x/y", q="1&2", token="") == "/r/a%20b/x%2Fy?q=1%262"
+    inside = Links(("r", "run", "layer", "m", "0"), static=True)
+    assert inside.to("r", "run", "neuron", "m+s", 0, 3) == "../../neuron/m%2Bs/0/3.html"
+    assert inside.to() == "../../../../index.html"
+    assert inside.asset("app.js") == "../../../../assets/app.js"
