@@ -331,7 +331,8 @@ def _evaluation(run: Run, harvest: Completion) -> SaeEvaluation | None:
     path = evaluation_path(run, harvest)
     if path is None or not path.is_file():
         return None
-    return read_evaluation(path, harvest.inputs.get("sae"), harvest.inputs.get("model"))
+    of = (harvest.inputs.get(role) for role in ("sae", "model", "tokens"))
+    return read_evaluation(path, *of)
 
 
 def _shared_ordinals(run: Run) -> int:

@@ -353,14 +353,18 @@ def evaluation_config(run: Run, name: str) -> dict[str, Any] | None:
     return _json(path)["config"] if path.is_file() else None
 
 
-def read_evaluation(path: Path, sae: str | None, model: str | None) -> SaeEvaluation | None:
+def read_evaluation(
+    path: Path, sae: str | None, model: str | None, tokens: str | None
+) -> SaeEvaluation | None:
     """Return the evaluation in a file that `evaluation_path` names.
 
-    None where it is not of the autoencoders of identity `sae` on the model of identity `model`: figures
-    of what was trained again since say nothing of these.
+    None where it is not of the autoencoders of identity `sae` on the model of identity `model` and the
+    tokens of identity `tokens`: figures of what was made again since say nothing of these.
     """
     record = _json(path)
     if (record.get("identity"), record.get("model_identity")) != (sae, model):
+        return None
+    if (record.get("tokens_identity") or tokens) != tokens:  # version 0.1.0 wrote none
         return None
     sums = record["by_document"]
     return SaeEvaluation(
