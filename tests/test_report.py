@@ -41,7 +41,7 @@ from cratelm.runs import Run, config_dict
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
-from cratelm.steer.effects import LOGIT_EFFECTS
+from cratelm.steer.store import LOGIT_EFFECTS
 from cratelm.text.display import printable, visible
 from cratelm.text.shading import shaded_html
 from cratelm.text.table import Column, Table
