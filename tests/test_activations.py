@@ -441,7 +441,7 @@ def test_a_device_that_is_not_there_is_told(run, verb):
         "steer": {"model": "crate-2l", "neurons": ("0:0",), "zero": True, "text": "a"},
     }.get(verb, {"model": "crate-2l"})
     with pytest.raises(InputError, match=r"--device cuda:99 cannot be used .*--device auto") as e:
-        getattr(cratelm, verb)(run=run, device="cuda:99", **fields)
+        getattr(cratelm.api, verb)(run=run, device="cuda:99", **fields)
     assert "\n" not in str(e.value)
 
 

@@ -648,7 +648,7 @@ def test_readers_take_paths_as_str(name, finished):
 
 def test_an_sae_is_saved_and_loaded_by_str(finished, tmp_path):
     with chdir(tmp_path):
-        cratelm.import_sae(file=str(finished / "0.pt"), out="sae")
+        cratelm.api.import_sae(file=str(finished / "0.pt"), out="sae")
         sae = Sae.load("sae")
         Path("again").mkdir()
         sae.save("again")

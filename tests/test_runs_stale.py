@@ -147,7 +147,7 @@ def test_a_stage_that_was_deleted_was_not_made_again(run):
     shutil.rmtree(run / "model" / MODEL)
     assert Run(run).labelled(f"scores/{MODEL}").freshness().state == "fresh"
     with pytest.raises(InputError, match=f"cratelm train --run {run} --model {MODEL}"):
-        cratelm.effects(run=run, model=MODEL, quiet=True, force=True)
+        cratelm.api.effects(run=run, model=MODEL, quiet=True, force=True)
 
 
 def test_commands_come_in_the_order_in_which_they_are_typed(run):
@@ -162,7 +162,7 @@ def test_commands_come_in_the_order_in_which_they_are_typed(run):
 def test_really_trained_again(run, tmp_path, capsys):
     """The story of the first fault: train again, do not harvest, and nobody says a word."""
     options = {"hidden_size": 8, "num_attention_heads": 2}
-    cratelm.train(
+    cratelm.api.train(
         run=run, model=MODEL, steps=1, sequence_length=32, batch_size=4, validation_sequences=4,
         tensorboard=False, force=True, quiet=True, device="cpu",
         model_overrides=tuple(f"{k}={v}" for k, v in options.items()),
@@ -184,13 +184,13 @@ def shown(run) -> Path:
 
 def test_a_report_marks_what_is_stale(shown):
     run = shown
-    fresh = cratelm.report(run=run, resamples=100)
+    fresh = cratelm.api.report(run=run, resamples=100)
     assert "stale" not in str(fresh)
     assert "stale" not in (run / "report" / "report.html").read_text(encoding="utf-8").split("</style>")[1]  # fmt: skip
     make_again(run, f"model/{MODEL}")
     with pytest.raises(InputError, match=r"input model/crate-2l that has changed since.*--force"):
-        cratelm.report(run=run, resamples=100)
-    result = cratelm.report(run=run, resamples=100, force=True)
+        cratelm.api.report(run=run, resamples=100)
+    result = cratelm.api.report(run=run, resamples=100, force=True)
     lines = str(result).splitlines()
     assert any(f"{MODEL} (stale)" in line for line in lines[:2])
     (told,) = [line for line in lines if line.startswith(f"scores/{MODEL} is stale")]
@@ -216,7 +216,7 @@ def test_text_of_other_tokens_is_not_spelled_with_those_of_today(shown):
     view = library.neuron("run", MODEL, 0, 1)
     assert not view.excerpts
     assert any("harvested from earlier tokens" in line for line in view.problems)
-    result = cratelm.report(run=run, resamples=100, force=True)
+    result = cratelm.api.report(run=run, resamples=100, force=True)
     tables = json.loads(result.tables.read_text(encoding="utf-8"))
     assert "neurons" not in tables
 
@@ -253,14 +253,14 @@ def test_a_model_in_a_folder_is_compared_where_it_is_opened(run, tmp_path):
     folder = Path(shutil.copytree(run / "model" / MODEL, tmp_path / "elsewhere"))
     (folder / RECORD).unlink()
     common = {"run": run, "model": str(folder), "name": "other", "tokens": 200, "device": "cpu"}
-    cratelm.harvest(
+    cratelm.api.harvest(
         **common, top=2, random=2, per_bin=1, context=4, short_context=2, pilot_tokens=64
     )
     assert Run(run).labelled("activations/other").freshness().state == "fresh"
     text = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"holds another model than the one that was harvested.*cratelm harvest .*--force"):  # fmt: skip
-        cratelm.effects(run=run, model="other", tokens=100, quiet=True)
+        cratelm.api.effects(run=run, model="other", tokens=100, quiet=True)
 
 
 @pytest.mark.parametrize("role", ["identity", "model_identity", "tokens_identity"])

@@ -42,13 +42,13 @@ def files(folder: Path) -> dict[str, tuple[str, int]]:
 
 def go_on(run: Path) -> None:
     """The commands of version 0.1.0, typed again."""
-    cratelm.tokenize(run=run, quiet=True, **TOKENIZE)
+    cratelm.api.tokenize(run=run, quiet=True, **TOKENIZE)
     for name, steps in ((MODEL, 2), (f"{MODEL}-init", 0)):
-        cratelm.train(run=run, steps=steps, quiet=True, **TRAIN)
-        cratelm.harvest(run=run, model=name, **HARVEST)
-        cratelm.explain(run=run, model=name, neurons=8, quiet=True)
-        cratelm.score(run=run, model=name, resamples=100, quiet=True)
-    cratelm.effects(run=run, model=MODEL, neurons=4, tokens=100, quiet=True)
+        cratelm.api.train(run=run, steps=steps, quiet=True, **TRAIN)
+        cratelm.api.harvest(run=run, model=name, **HARVEST)
+        cratelm.api.explain(run=run, model=name, neurons=8, quiet=True)
+        cratelm.api.score(run=run, model=name, resamples=100, quiet=True)
+    cratelm.api.effects(run=run, model=MODEL, neurons=4, tokens=100, quiet=True)
 
 
 def test_the_records_are_those_of_0_1_0(run):
@@ -84,7 +84,7 @@ def test_cheaper_stages_of_an_older_format_are_made_again_tokens_and_models_are_
     with pytest.raises(
         InputError, match=r"older format.*type `cratelm harvest --run run .*--force`"
     ):
-        cratelm.explain(run=run, model=MODEL, quiet=True)
+        cratelm.api.explain(run=run, model=MODEL, quiet=True)
     go_on(run)
     assert {name: files(run / name) for name in ("tokens", "model")} == expensive
     told = capsys.readouterr().out
@@ -97,8 +97,8 @@ def test_cheaper_stages_of_an_older_format_are_made_again_tokens_and_models_are_
 
 
 def test_what_follows_is_made_from_the_old_stages(run):
-    cratelm.analyze(run=run, model=MODEL, tokens=200, quiet=True)
-    result = cratelm.report(run=run, resamples=100)
+    cratelm.api.analyze(run=run, model=MODEL, tokens=200, quiet=True)
+    result = cratelm.api.report(run=run, resamples=100)
     assert "stale" not in str(result)
     assert [row["model"] for row in result.comparison] == [MODEL]  # its null is a row of its own
     done = Run(run).stage("analysis", MODEL).require()
@@ -106,7 +106,7 @@ def test_what_follows_is_made_from_the_old_stages(run):
 
 
 def test_a_model_trained_again_makes_old_stages_below_it_stale(run):
-    cratelm.train(run=run, steps=1, quiet=True, force=True, **TRAIN)
+    cratelm.api.train(run=run, steps=1, quiet=True, force=True, **TRAIN)
     found = Run(run).stage("scores", MODEL).freshness()
     assert found.reason == f"because activations/{MODEL} was made from an earlier model/{MODEL}"
     assert [command.split()[1] for command in found.commands] == ["harvest", "explain", "score"]

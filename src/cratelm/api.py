@@ -141,29 +141,29 @@ def tokenize(
     Args:
         run: run directory, in which `tokens/` is written
         corpus: `builtin` (the Python standard library's sources, about 12 MB), a file (.txt .text
-            .md .rst .tex .py: one document; .jsonl .jsonl.zst .parquet: one a row), a folder of
+            .md .rst .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of
             such files, or `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the
             extra `hub`)
         text_field: field of a row that holds the text
         subset_field: field of a row that names its part of the corpus, kept with the document; a
-            dot leads into a nested field; rows without it are fine
-        tokenizer: `train` (byte-level BPE, trained on documents of the train split alone), `gpt2`
+            dot leads into a nested field; rows may lack it
+        tokenizer: `train` (byte-level BPE, trained on documents of the train split only), `gpt2`
             (fetched from the Hub, else through tiktoken), or the path of a tokenizer.json
-        vocab_size: tokens of a trained vocabulary, `<|endoftext|>` among them; other tokenizers
-            bring their own
-        sample_megabytes: a tokenizer is trained on so many megabytes (10^6 bytes of text): the
-            first of the train split
+        vocab_size: size of a trained vocabulary, `<|endoftext|>` included; other tokenizers bring
+            their own
+        sample_megabytes: megabytes (10^6 bytes) of text that a tokenizer is trained on: the first
+            of the train split
         fit: fraction of the documents from which neurons are explained
         held_out: fraction of the documents on which explanations are scored and the loss is
             measured; the rest trains
-        max_documents: stop after so many documents; left out: all
-        max_tokens: stop after the document that reaches so many tokens; left out: all
-        sequence_length: tokens; every split must hold one sequence of this length at least, and one
-            token more
-        on_error: what to do at a document that cannot be read: stop with its file and line, or skip
-            and count
-        force: tokenize again although it is finished
-        quiet: no progress bar
+        max_documents: stop after this many documents. Default: all
+        max_tokens: stop after the document that reaches this many tokens. Default: all
+        sequence_length: in tokens; every split must hold at least one sequence of this length, and
+            one token more
+        on_error: what to do with a document that cannot be read: stop with its file and line, or
+            skip and count it
+        force: redo the stage even if it is finished
+        quiet: show no progress bar
     """
     return _run("tokenize", locals())
 
@@ -193,7 +193,7 @@ def train(
     seed: int = 0,
     model_overrides: tuple[str, ...] = (),
     device: Literal["auto", "cpu"] = "auto",
-    tensorboard: bool = True,
+    tensorboard: bool = False,
     wandb: bool = False,
     force: bool = False,
     quiet: bool = False,
@@ -201,45 +201,47 @@ def train(
     """Train one model on the tokens of a run.
 
     Twins are trained by the same command with another `--model`: they see the same tokens in the
-    same order. Killed and started again with the same command, training goes on where it was.
+    same order. After an interruption the same command resumes from the last checkpoint.
 
     Args:
         run: run directory; its tokens must have been made by `cratelm tokenize`
         model: size by name: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l
-        name: folder of the model in the run; left empty it is --model, with `-init` where --steps
-            is 0
-        recipe: where the numbers below come from that are not given; left out: `paper` for the
-            sizes 6l and 12l, `laptop` for 1l, 2l and 3l (the paper trained those, too, with its one
-            recipe)
-        steps: steps, one batch each (paper 600,000; laptop 600); 0 saves the model as initialised
-        batch_size: sequences a step, over all devices (paper 256; laptop 16)
-        micro_batch_size: sequences that one device takes through the model at once; gradients of
-            several are summed (paper 16; laptop 16)
+        name: name of the model's folder in the run. Default: --model, with `-init` if --steps is 0
+        recipe: defaults of the options below. Default: `paper` for the sizes 6l and 12l, `laptop`
+            for 1l, 2l and 3l (the paper trained those, too, with its one recipe)
+        steps: number of steps of one batch each (paper 600,000; laptop 600); 0 saves the model as
+            initialised
+        batch_size: sequences per step, over all devices (paper 256; laptop 16)
+        micro_batch_size: sequences that one device takes through the model at once; gradients are
+            accumulated over several (paper 16; laptop 16)
         sequence_length: T, tokens of a sequence (paper 1,024; laptop 256)
         optimizer: muon: torch.optim.Muon for the matrices inside the blocks, AdamW for the
             embeddings, the head and the vectors (paper adamw; laptop muon)
-        learning_rate: at its peak (paper 6e-4; laptop 1.5e-2, with adamw 3e-3); one rate for all
-            parameters
-        minimum_ratio: learning rate of the last step, as a part of the peak; a cosine leads there
-        warmup: steps in which the learning rate rises (paper 2,000; laptop 60; the same share of a
-            run of other length)
-        weight_decay: on tensors of 2 or more dimensions
-        clip: largest norm of the gradient over all parameters; 0: no limit
+        learning_rate: peak learning rate, the same for all parameters (paper 6e-4; laptop 1.5e-2,
+            with adamw 3e-3)
+        minimum_ratio: learning rate of the last step as a fraction of the peak; a cosine leads
+            there
+        warmup: steps over which the learning rate rises (paper 2,000; laptop 60; the same fraction
+            of a run of another length)
+        weight_decay: applied to tensors of 2 or more dimensions
+        clip: largest norm of the gradient over all parameters; 0 means no limit
         precision: bf16: mixed precision, weights stay in float32 (paper bf16; laptop fp32)
-        compile: torch.compile: slow to start, faster steps, most of all on GPUs
+        compile: use torch.compile: slow to start, but faster steps, above all on GPUs
         log_every: steps between two points of the training curve (paper 10; laptop 1)
         validate_every: steps between two points of the validation curve (paper 1,000; laptop 100)
-        validation_sequences: sequences of the held-out split, always the same ones (paper 1,024;
-            laptop 128)
+        validation_sequences: sequences of the held-out split to validate on, always the same ones
+            (paper 1,024; laptop 128)
         checkpoint_every: steps between two checkpoints (paper 1,000; laptop 50)
-        seed: of the initial weights, and of the order of the sequences
+        seed: seed of the initial weights and of the order of the sequences
         model_overrides: fields of the model's configuration as key=value, such as
             ista_residual=true ista_steps=3
-        device: auto: the GPU where there is one; several by `torchrun` or `accelerate launch`
-        tensorboard: curves for TensorBoard in the model's folder
-        wandb: curves to Weights & Biases as well (needs cratelm[wandb])
-        force: train again where this was finished already
-        quiet: no progress bar
+        device: auto uses a GPU if there is one; for several, launch with `torchrun` or `accelerate
+            launch`
+        tensorboard: curves for TensorBoard in the model's folder as well (needs the extra
+            `tensorboard`)
+        wandb: curves to Weights & Biases as well (needs the extra `wandb`)
+        force: redo the stage even if it is finished
+        quiet: show no progress bar
     """
     return _run("train", locals())
 
@@ -268,29 +270,30 @@ def evaluate(
     Args:
         run: run directory: its models, and the tokens of its splits
         model: name of a model in the run
-        path: a model folder or a Hub id to measure instead
-        models: several to compare, instead of --model: names in the run, model folders, Hub ids
-            (OWNER/NAME). The first is compared with each of the others, document by document
-        on: what to measure on, one or several: the run's train, fit and held_out; lambada,
+        path: a model folder or Hub id to measure instead of --model
+        models: several models to compare, instead of --model: names in the run, model folders or
+            Hub ids (OWNER/NAME). The first is compared with each of the others, document by
+            document
+        on: what to measure on, one or more: the run's train, fit and held_out; lambada,
             lambada_raw, wikitext2, wikitext103, ptb, openwebtext, pile, pile:SUBSET from the Hub;
-            NAME=PATH reads a set from a local file or folder, and under any other NAME its
-            documents. Left out: --split
-        split: train, fit or held_out, where --on is left out
-        max_tokens: stop after so many tokens of a set (of texts: after the document that reaches
-            it); left out: all
-        max_documents: first documents of each set of texts; left out: all, and 1,000 of openwebtext
-            and of the Pile, which are streamed
-        text_field: field of local rows that holds the text; left out: the one that the set has on
-            the Hub
-        sequence_length: tokens of a sequence, the context a token can have; left out: the most that
-            the model takes, 2,048 at most, 1,024 where it names no limit
-        stride: tokens that the window moves on by: each is still predicted once, from at least
-            sequence_length - stride tokens; left out: sequence_length, no overlap
-        batch_size: sequences at a time, fewer where their logits would pass 1 GiB
+            NAME=PATH reads one of these, or documents under any other name, from a local file or
+            folder. Default: --split
+        split: train, fit or held_out; used when --on is not given
+        max_tokens: stop after this many tokens of a set (of texts: after the document that reaches
+            it). Default: all
+        max_documents: number of documents of each set of texts, from the first. Default: all, but
+            1,000 of openwebtext and of the Pile, which are streamed
+        text_field: field that holds the text in rows of local files. Default: the one that the set
+            has on the Hub
+        sequence_length: tokens of a sequence, the longest context a token can have. Default: the
+            most that the model takes, at most 2,048; 1,024 where it names no limit
+        stride: tokens by which the window moves: each token is still predicted once, from at least
+            sequence_length - stride tokens. Default: sequence_length, no overlap
+        batch_size: sequences at a time; fewer if their logits would exceed 1 GiB
         device: cpu, cuda, ...; auto takes an accelerator where there is one
         dtype: precision of the models; auto: that of their files
         output: also write the figures to this JSON file
-        quiet: no progress bar
+        quiet: show no progress bar
     """
     return _run("evaluate", locals())
 
@@ -316,19 +319,19 @@ def predict(
     Args:
         run: run directory: its models, and the documents of its splits
         models: names in the run, model folders, Hub ids (OWNER/NAME); each reads in its own tokens
-        text: the text; left out: a document of the run
+        text: the text itself. Default: a document of the run
         text_file: a UTF-8 file with the text
-        document: number of a document in its split, from 0; left out: drawn by --seed
+        document: number of a document in its split, from 0. Default: drawn by --seed
         split: which documents: train, fit or held_out
         seed: draws the document
-        tokens: first tokens of the document that are shown, in the first model's tokenizer; a text
-            of your own is shown whole
-        top: likeliest next tokens shown at each place
+        tokens: number of tokens of the document to show, in the run's tokenizer; your own text is
+            shown whole
+        top: most likely next tokens shown for each token
         device: cpu, cuda, ...; auto takes an accelerator where there is one
         dtype: precision of the models; auto: that of their files
-        out: the page; left out: predictions.html in the run. A PNG and a PDF of its name go beside
-            it
-        quiet: no progress bar: this verb has none, and takes the option as all verbs do
+        out: path of the page. Default: predictions.html in the run. A PNG and a PDF of the same
+            name go into the same folder
+        quiet: show no progress bar; `predict` has none and takes the option as all verbs do
     """
     return _run("predict", locals())
 
@@ -361,27 +364,26 @@ def harvest(
         run: run directory
         model: a model of the run by name, or any Hugging Face causal language model by folder or
             Hub id
-        name: name of the harvest in the run; default: the model's name, and of latents `MODEL+SAE`
+        name: name of the harvest in the run. Default: the model's name; of latents `MODEL+SAE`
         site: where neurons live: ista, mssa, heads, mlp, or a module path such as
-            'gpt_neox.layers.*.mlp.dense_4h_to_h:input'; default: ista for CRATE, mlp for others
-        sae: latents of sparse autoencoders in place of neurons: their name in the run (see `cratelm
+            'gpt_neox.layers.*.mlp.dense_4h_to_h:input'. Default: ista for CRATE, mlp for others
+        sae: latents of sparse autoencoders instead of neurons: their name in the run (see `cratelm
             sae train`), or a folder in SAELens' format; needs the extra `sae`
-        tokens: at most so many tokens are searched in each of the splits fit and held_out (the
-            paper: 8,192,000)
-        sequence_length: tokens the model sees at once; default: the most that the model takes,
-            2,048 at most, 1,024 where it names no limit
-        top: excerpts with the highest activation, one a document
+        tokens: most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)
+        sequence_length: tokens the model sees at once. Default: the most that it takes, at most
+            2,048; 1,024 where it names no limit
+        top: excerpts with the highest activation, one per document
         random: excerpts around random tokens
         per_bin: excerpts from each bin of both binnings
-        context: tokens before the chosen token in a long excerpt, and from it on
+        context: tokens before the chosen token in a long excerpt, and as many from it on
         short_context: the same in a short excerpt (Anthropic metric)
-        pilot_tokens: tokens of the pilot that sets the edges of the bins
+        pilot_tokens: tokens of the pilot sample that sets the edges of the bins
         seed: draws random excerpts and the order within bins; twins need the same
-        batch_tokens: tokens a forward pass; more is faster and takes more memory
+        batch_tokens: tokens per forward pass; more is faster and takes more memory
         dtype: precision of the model; statistics are always kept in float32 or more
         device: cpu, cuda, ...; auto takes an accelerator where there is one
         force: redo the stage even if it is finished
-        quiet: no progress bar
+        quiet: show no progress bar
     """
     return _run("harvest", locals())
 
@@ -390,91 +392,92 @@ def explain(
     *,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
+    retry_failed: bool = False,
+    shard: str = "",
+    force: bool = False,
     base_url: str = "",
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    method: Literal["auto", "logprobs", "json"] = "auto",
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
-    method: Literal["auto", "logprobs", "json"] = "auto",
+    offline: bool = False,
     dry_run: bool = False,
     max_calls: int = 0,
     max_tokens: int = 0,
     max_cost: float = 0.0,
     price_prompt: float = 0.0,
     price_completion: float = 0.0,
-    retry_failed: bool = False,
-    offline: bool = False,
-    shard: str = "",
-    force: bool = False,
     quiet: bool = False,
     explainer: str = "",
     explainers: tuple[Literal["lookup", "trie"], ...] = ("lookup", "trie"),
-    name: str = "",
     evidence: tuple[Literal["top", "anthropic"], ...] = ("top", "anthropic"),
     contrast: int = 0,
-    prompts: Literal["cratelm", "openai"] = "cratelm",
-    answer_tokens: int = 60,
-    temperature: float = 0.0,
     max_entries: int = 200,
     depth: int = 4,
     neurons: int = 0,
     only: tuple[str, ...] = (),
     seed: int = 0,
+    prompts: Literal["cratelm", "openai"] = "cratelm",
+    answer_tokens: int = 60,
+    temperature: float = 0.0,
+    name: str = "",
 ) -> "ExplainResult | DryRun | WorkerResult":
     """Explain the neurons of one model from the excerpts of its fit split, with or without a language model.
 
     Args:
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
+        retry_failed: ask again what failed in an earlier command
+        shard: `I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger
+            of its own; the command without --shard then merges the ledgers and finishes the stage
+        force: redo the stage even if it is finished
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
-            http://127.0.0.1:8000/v1; left out: OpenAI's own. The key is read from the environment
-            variable OPENAI_API_KEY alone. Answers are kept by the model's name, not by the address:
-            give other weights another name
+            http://127.0.0.1:8000/v1; default: OpenAI's own. The key is read from the environment
+            variable OPENAI_API_KEY only. Answers are stored by the model's name, not by the
+            address: give other weights another name
         device: for `hf:`: device of the language model; `auto` takes a GPU where there is one
         dtype: for `hf:`: its precision; `auto` takes bfloat16 where the machine computes in it
+        method: for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto`
+            tries the first
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: times a call is repeated after 429, 5xx, a time-out or a lost
             connection
-        method: for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto`
-            tries the first
-        dry_run: ask nothing but short trials: print how many calls and tokens it would take, and an
+        offline: make no call and load no model: use the answers in the ledger only
+        dry_run: make only a few probe calls: print how many calls and tokens it would take, and an
             estimate of cost and time
         max_calls: stop before the run's ledger holds more calls than this, those of all earlier
-            commands counted; 0 = no limit. With a higher limit the same command resumes; with
+            commands included; 0 = no limit. With a higher limit the same command resumes; with
             --shard the ledger is the worker's own
-        max_tokens: likewise for tokens, prompt and completion together
-        max_cost: likewise for US dollars; needs the prices. Earlier calls cost what their own
-            prices said, and those of this model for which none were given what they cost at these
-        price_prompt: US dollars for a million prompt tokens
-        price_completion: US dollars for a million completion tokens
-        retry_failed: ask again what failed in an earlier command
-        offline: ask nothing, and load no model: answers come from the ledger alone
-        shard: `I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger
-            of its own; the command without --shard then merges the ledgers and finishes the stage
-        force: do it again where it was done before
+        max_tokens: the same limit for tokens, prompt and completion together
+        max_cost: the same limit for US dollars; needs the prices. Earlier calls cost what their own
+            prices gave; calls of this model without prices cost what they cost at these
+        price_prompt: US dollars per million prompt tokens
+        price_completion: US dollars per million completion tokens
         quiet: no progress bar
         explainer: a language model that explains: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file,
-            or `smollm2`), or `openai:MODEL` at --base-url; left out: the explainers below, which
+            or `smollm2`), or `openai:MODEL` at --base-url; default: the explainers below, which
             need none
-        explainers: without a language model. `lookup`: mean activation per token (Bills et al.
-            2023); `trie`: what it does after which tokens (Neuron-to-Graph, Foote et al. 2023)
-        name: what the language model's explanations are called in folders and tables; left out: its
-            own name
+        explainers: explainers without a language model. `lookup`: mean activation per token (Bills
+            et al. 2023); `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023)
         evidence: excerpts that a language model explains from: `top`, the strongest (for
             top-and-random and random-only), `anthropic`, the whole range in 8-token excerpts
-        contrast: excerpts that do not activate shown to a language model beside those that do
-        prompts: our prompts, or OpenAI's published ones (extra `openai-prompts`)
-        answer_tokens: longest explanation by a language model, in its tokens
-        temperature: of a language model's explanations; the paper samples at 1
-        max_entries: size of an explanation without a language model: rows of the look-up's table,
+        contrast: excerpts without a reaction that a language model is shown in addition to those
+            with one
+        max_entries: size of an explanation without a language model: rows of the look-up table,
             nodes of the trie
-        depth: tokens of context in the trie, the activating one counted
+        depth: tokens of context in the trie, the activating one included
         neurons: neurons per layer, drawn at random; 0 = all. Models with as many neurons draw the
             same indices
-        only: these neurons alone, as LAYER:INDEX, such as 0:17 1:5
+        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5
         seed: seed of that draw, and of the sampling of a language model
+        prompts: our prompts, or OpenAI's published ones (extra `openai-prompts`)
+        answer_tokens: longest explanation by a language model, in its tokens
+        temperature: sampling temperature of explanations; the paper samples at 1
+        name: name of the language model's explanations in folders and tables; default: the model's
+            own name
     """
     return _run("explain", locals())
 
@@ -483,27 +486,26 @@ def score(
     *,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
+    retry_failed: bool = False,
+    shard: str = "",
+    force: bool = False,
     base_url: str = "",
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    method: Literal["auto", "logprobs", "json"] = "auto",
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
-    method: Literal["auto", "logprobs", "json"] = "auto",
+    offline: bool = False,
     dry_run: bool = False,
     max_calls: int = 0,
     max_tokens: int = 0,
     max_cost: float = 0.0,
     price_prompt: float = 0.0,
     price_completion: float = 0.0,
-    retry_failed: bool = False,
-    offline: bool = False,
-    shard: str = "",
-    force: bool = False,
     quiet: bool = False,
     simulator: str = "",
     explanations: str = "",
-    name: str = "",
     metrics: tuple[
         Literal[
             "top_and_random",
@@ -517,59 +519,60 @@ def score(
         ...,
     ] = ("top_and_random", "random_only", "anthropic"),
     paper_compat: bool = False,
-    prompts: Literal["cratelm", "openai"] = "cratelm",
     resamples: int = 2000,
     seed: int = 0,
+    prompts: Literal["cratelm", "openai"] = "cratelm",
+    name: str = "",
 ) -> "ScoreResult | DryRun | WorkerResult":
     """Score the explanations of one model on held-out excerpts, with null controls.
 
     Args:
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
+        retry_failed: ask again what failed in an earlier command
+        shard: `I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger
+            of its own; the command without --shard then merges the ledgers and finishes the stage
+        force: redo the stage even if it is finished
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
-            http://127.0.0.1:8000/v1; left out: OpenAI's own. The key is read from the environment
-            variable OPENAI_API_KEY alone. Answers are kept by the model's name, not by the address:
-            give other weights another name
+            http://127.0.0.1:8000/v1; default: OpenAI's own. The key is read from the environment
+            variable OPENAI_API_KEY only. Answers are stored by the model's name, not by the
+            address: give other weights another name
         device: for `hf:`: device of the language model; `auto` takes a GPU where there is one
         dtype: for `hf:`: its precision; `auto` takes bfloat16 where the machine computes in it
+        method: for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto`
+            tries the first
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: times a call is repeated after 429, 5xx, a time-out or a lost
             connection
-        method: for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto`
-            tries the first
-        dry_run: ask nothing but short trials: print how many calls and tokens it would take, and an
+        offline: make no call and load no model: use the answers in the ledger only
+        dry_run: make only a few probe calls: print how many calls and tokens it would take, and an
             estimate of cost and time
         max_calls: stop before the run's ledger holds more calls than this, those of all earlier
-            commands counted; 0 = no limit. With a higher limit the same command resumes; with
+            commands included; 0 = no limit. With a higher limit the same command resumes; with
             --shard the ledger is the worker's own
-        max_tokens: likewise for tokens, prompt and completion together
-        max_cost: likewise for US dollars; needs the prices. Earlier calls cost what their own
-            prices said, and those of this model for which none were given what they cost at these
-        price_prompt: US dollars for a million prompt tokens
-        price_completion: US dollars for a million completion tokens
-        retry_failed: ask again what failed in an earlier command
-        offline: ask nothing, and load no model: answers come from the ledger alone
-        shard: `I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger
-            of its own; the command without --shard then merges the ledgers and finishes the stage
-        force: do it again where it was done before
+        max_tokens: the same limit for tokens, prompt and completion together
+        max_cost: the same limit for US dollars; needs the prices. Earlier calls cost what their own
+            prices gave; calls of this model without prices cost what they cost at these
+        price_prompt: US dollars per million prompt tokens
+        price_completion: US dollars per million completion tokens
         quiet: no progress bar
         simulator: a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a
-            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; left out: look-up and trie
+            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: look-up and trie
             simulate themselves
-        explanations: which explanations: the name of a language model that explained; left out:
-            those of the simulator itself, `free` for those made without a language model
-        name: what these scores are called in folders and tables; left out: the explainer's name,
-            and the simulator's where that is another
+        explanations: which explanations: the name of a language model that explained, or `llm-free`
+            for those made without one; default: those of the simulator itself
         metrics: `top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token
             excerpts): simulation. With a language model also `detection`, `fuzzing`, `intruder`,
             `embedding`
-        paper_compat: also score as the paper's code reads levels: the five likeliest tokens alone,
-            a simulated 10 as 1
+        paper_compat: also score with levels read as in the paper's code: only the five most likely
+            tokens, a simulated 10 as 1
+        resamples: bootstrap resamples behind the intervals of `summary.json`
+        seed: seed of the shuffled control, of the bootstrap and of the scorers' draws
         prompts: how levels are asked for: our prompts, or OpenAI's published ones (extra
             `openai-prompts`)
-        resamples: bootstrap resamples behind the intervals of `summary.json`
-        seed: seed of the shuffled control, of the bootstrap and of what scorers draw
+        name: name of these scores in folders and tables; default: the explainer's name, and the
+            simulator's where that is another
     """
     return _run("score", locals())
 
@@ -599,19 +602,19 @@ def report(
 
     Args:
         run: run directory
-        models: models to show, by name; left out: all that are scored. `crate-X` and `gpt2-X` are
+        models: models to show, by name; default: all that are scored. `crate-X` and `gpt2-X` are
             compared as twins, and `NAME-init` is shown as the randomly initialised null of NAME
-        explainer: the explainer of the comparison table and of the neurons shown; left out: `trie`
-            where it was scored, else the first by name. The other tables show every explainer
+        explainer: explainer of the comparison table and of the neurons shown; default: `trie` if it
+            was scored, else the first by name. The other tables show every explainer
         rank_by: metric by which the best neurons are chosen: top_and_random, random_only or
             anthropic
-        neurons: neurons shown of each model: so many with the highest score, and so many drawn at
+        neurons: neurons shown per model: this many with the highest score, and as many drawn at
             random
-        excerpts: held-out excerpts shown of each neuron, true activations beside simulated ones
-        resamples: bootstrap and permutation resamples behind the comparison of twins; the other
+        excerpts: held-out excerpts shown per neuron, with true and simulated activations
+        resamples: bootstrap and permutation resamples for the comparison of twins; the other
             intervals are those that `cratelm score` wrote
-        seed: draws the random neurons, and those resamples
-        force: write the report again where it was finished already
+        seed: seed of the random neurons and of those resamples
+        force: redo the report even if it is finished
         quiet: no progress bar: this verb has none, and takes the option as all verbs do
     """
     return _run("report", locals())
@@ -628,21 +631,21 @@ def view(
     force: bool = False,
     quiet: bool = False,
 ) -> "Any":
-    """Browse the neurons of one run or several, in a web browser on this machine.
+    """Browse the neurons of one or several runs in a web browser on this machine.
 
     Serves pages until Ctrl-C, or writes them into a folder with --static.
 
     Args:
         runs: run directories
-        host: address to listen on. Whoever reaches another one than this machine's own can read the
-            runs and use the model: nothing asks for a password
+        host: address to listen on. With any other than this machine's own, everyone who can reach
+            it can read the runs and use the model: there is no password
         port: port to listen on
-        live: answer what needs the model itself: activations of a text that is typed, steering
-        static: write the pages into this new folder and stop: for any web host, or to be opened
-            from disk
-        neurons: with --static: neurons of each layer that get a page, the best explained ones
-            first; 0: all
-        force: with --static: write over pages that are there
+        live: enable the live page, which needs the model itself: activations of a typed text,
+            steering
+        static: write the pages into this new folder and stop: for any web host, or to open from
+            disk
+        neurons: with --static: neurons per layer that get a page, the best explained first; 0: all
+        force: with --static: replace pages that an earlier export wrote
         quiet: with --static: no progress bar
     """
     return _run("view", locals())
@@ -664,26 +667,26 @@ def analyze(
     force: bool = False,
     quiet: bool = False,
 ) -> "AnalyzeResult":
-    """Measure on held-out text what CRATE's derivation promises, layer by layer, and what neurons do where.
+    """Measure on held-out text what CRATE's derivation promises, by layer, and where its neurons fire.
 
     Every quantity that exists for the model is measured: all of them for CRATE; sparsity, dictionary,
     groups of neurons, consistency and distinctiveness for others.
 
     Args:
         run: run directory, holding the harvest of `--model`
-        model: name of the harvest, which is the model's name
-        tokens: held-out tokens that are read
-        sequence_length: tokens that the model sees at once; left out: as in the harvest
-        ista_steps: steps along which the lasso objective is followed, beyond those that the model
+        model: name of the harvest, which is the name of the model
+        tokens: held-out tokens to read
+        sequence_length: tokens that the model reads at once; default: as in the harvest
+        ista_steps: steps along which the lasso objective is followed; at least those that the model
             takes
-        explainer: whose explanations say which tokens a neuron covers: trie or lookup; left out:
-            trie where it is there. Without explanations consistency and distinctiveness are left
-            out
+        explainer: explainer whose explanations say which tokens a neuron covers: trie or lookup;
+            default: trie where the run has it. Without explanations, consistency and
+            distinctiveness are not measured
         resamples: bootstrap resamples over neurons
-        seed: draws held-out sequences, shuffled explanations, random subspaces and resamples
-        batch_tokens: tokens a forward pass
-        memory_mib: activations held at a time for consistency, in MiB; more neurons take more
-            passes
+        seed: seed of held-out sequences, shuffled explanations, random subspaces and resamples
+        batch_tokens: tokens per forward pass
+        memory_mib: MiB of activations held at a time for consistency; where this is not enough for
+            all neurons of a layer, they take several passes
         device: cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too
         force: redo the stage even if it is finished
         quiet: no progress bar
@@ -793,26 +796,26 @@ def intervene(
     *,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
+    retry_failed: bool = False,
+    shard: str = "",
+    force: bool = False,
     base_url: str = "",
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    method: Literal["auto", "logprobs", "json"] = "auto",
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
-    method: Literal["auto", "logprobs", "json"] = "auto",
+    offline: bool = False,
     dry_run: bool = False,
     max_calls: int = 0,
     max_tokens: int = 0,
     max_cost: float = 0.0,
     price_prompt: float = 0.0,
     price_completion: float = 0.0,
-    retry_failed: bool = False,
-    offline: bool = False,
-    shard: str = "",
-    force: bool = False,
     quiet: bool = False,
     judge: str = "",
-    explanations: str = "free",
+    explanations: str = "llm-free",
     explainer: str = "",
     neurons: int = 8,
     only: tuple[str, ...] = (),
@@ -830,40 +833,40 @@ def intervene(
     Args:
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
+        retry_failed: ask again what failed in an earlier command
+        shard: `I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger
+            of its own; the command without --shard then merges the ledgers and finishes the stage
+        force: redo the stage even if it is finished
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
-            http://127.0.0.1:8000/v1; left out: OpenAI's own. The key is read from the environment
-            variable OPENAI_API_KEY alone. Answers are kept by the model's name, not by the address:
-            give other weights another name
+            http://127.0.0.1:8000/v1; default: OpenAI's own. The key is read from the environment
+            variable OPENAI_API_KEY only. Answers are stored by the model's name, not by the
+            address: give other weights another name
         device: of the steered model, and of a judge `hf:`; auto: as in the harvest, and for the
             judge a GPU where there is one. The steered model's precision is the harvest's, --dtype
             is the judge's
         dtype: for `hf:`: its precision; `auto` takes bfloat16 where the machine computes in it
+        method: for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto`
+            tries the first
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: times a call is repeated after 429, 5xx, a time-out or a lost
             connection
-        method: for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto`
-            tries the first
-        dry_run: ask nothing but short trials: print how many calls and tokens it would take, and an
+        offline: make no call and load no model: use the answers in the ledger only
+        dry_run: make only a few probe calls: print how many calls and tokens it would take, and an
             estimate of cost and time
         max_calls: stop before the run's ledger holds more calls than this, those of all earlier
-            commands counted; 0 = no limit. With a higher limit the same command resumes; with
+            commands included; 0 = no limit. With a higher limit the same command resumes; with
             --shard the ledger is the worker's own
-        max_tokens: likewise for tokens, prompt and completion together
-        max_cost: likewise for US dollars; needs the prices. Earlier calls cost what their own
-            prices said, and those of this model for which none were given what they cost at these
-        price_prompt: US dollars for a million prompt tokens
-        price_completion: US dollars for a million completion tokens
-        retry_failed: ask again what failed in an earlier command
-        offline: ask nothing, and load no model: answers come from the ledger alone
-        shard: `I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger
-            of its own; the command without --shard then merges the ledgers and finishes the stage
-        force: do it again where it was done before
+        max_tokens: the same limit for tokens, prompt and completion together
+        max_cost: the same limit for US dollars; needs the prices. Earlier calls cost what their own
+            prices gave; calls of this model without prices cost what they cost at these
+        price_prompt: US dollars per million prompt tokens
+        price_completion: US dollars per million completion tokens
         quiet: no progress bar
         judge: language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at
             --base-url
-        explanations: explanations to judge: `free`, made without a language model; NAME of the set
-            `explanations/MODEL@NAME`, made by a language model; or `promoted`, the tokens that
+        explanations: explanations to judge: `llm-free`, made without a language model; NAME of the
+            set `explanations/MODEL@NAME`, made by a language model; or `promoted`, the tokens that
             `cratelm effects` found each neuron to promote
         explainer: explainer whose explanations are judged; default: the first of the set by name
         neurons: neurons per layer, drawn at random from those explained; 0 = all
@@ -912,51 +915,50 @@ def sae_train(
     force: bool = False,
     quiet: bool = False,
 ) -> "SaeTrainResult":
-    """Train sparse autoencoders on a site of a model, one a layer, from one pass over train tokens.
+    """Train sparse autoencoders on a site of a model, one per layer, from one pass over train tokens.
 
-    Killed and started again with the same command, training goes on where it was.
+    The same command resumes an interrupted training.
 
     Args:
         run: run directory
-        model: a model of the run, or a folder or Hub id with a causal language model of
-            transformers
+        model: a model of the run, or a folder or Hub id of a causal language model of transformers
         site: ista, mssa, heads, mlp, or a module path with * for the layer: `model.layers.*` is
-            CRATE's residual stream, `model.layers.*.ista` what its sparse block puts out;
-            `transformer.h.*` and `transformer.h.*.mlp` are GPT-2's. Left out: ista for CRATE, mlp
-            for the rest
-        layers: layers, from 0; left out: all. One forward pass serves them all
-        name: folder of the autoencoders in the run, MODEL@NAME; left empty it says architecture,
-            size and site, such as l1-16x
+            CRATE's residual stream, `model.layers.*.ista` the output of its sparse block;
+            `transformer.h.*` and `transformer.h.*.mlp` are GPT-2's. Default: ista for CRATE, mlp
+            for others
+        layers: layers to train on, from 0; default: all. One forward pass serves all of them
+        name: NAME of the folder sae/MODEL@NAME in the run; default: architecture, size and site,
+            such as l1-16x
         architecture: l1 (the paper's), topk (Gao et al. 2024), batchtopk (Bussmann et al. 2024),
             jumprelu (Rajamanoharan et al. 2024b), gated (2024a)
-        expansion: latents by inputs; the paper: 1, 4 and 16
-        d_sae: latents, instead of --expansion
-        l1: of l1 and gated: weight of the sum of the latents against the mean squared error of an
-            input (paper and default 3e-4)
-        k: of topk: latents on at a token; of batchtopk: on average (default 32)
-        l0_coefficient: of jumprelu: weight of the number of latents that are on, likewise (default
-            1e-3)
+        expansion: latents per input; the paper has 1, 4 and 16
+        d_sae: number of latents, instead of --expansion
+        l1: for l1 and gated: weight of the sum of the latents, relative to the mean squared error
+            of an input (default 3e-4, as in the paper)
+        k: for topk: latents that are not 0 at a token; for batchtopk: their average (default 32)
+        l0_coefficient: for jumprelu: weight of the number of latents that are not 0, likewise
+            (default 1e-3)
         tokens: tokens trained on, repeats counted, rounded down to whole batches (paper
             2,000,000,000)
         lr: learning rate of Adam
-        lr_decay: last part of the steps, in which the learning rate falls to 0; 0: it stays
-        batch_size: tokens of a step
-        normalize: train on activations scaled to a mean norm of the root of their number, so that
-            one l1 means the same for every model and layer; the scale is folded into the weights in
-            the end
-        dead_after: tokens without a firing after which a latent counts as dead, is told so in the
-            curve, and is revived; left out: a twentieth of --tokens, at most 10 million
-        sequence_length: T in tokens; left out: the model's longest, 2,048 at most, 1,024 where it
-            names none
-        buffer_mib: MiB of activations that are shuffled together, at least two batches
-        batch_tokens: tokens that go through the model at once
-        precision: bf16: products in 16 bits, weights stay in float32
-        seed: of the initial weights, the order of the tokens, and what dead latents start from
-            again
-        log_every: steps between two points of the curve; left out: a hundredth of the steps
-        checkpoint_minutes: minutes between two checkpoints; 0: one after every step
-        device: auto: the GPU where there is one; cpu, cuda, cuda:1, mps
-        force: train again where this was finished already
+        lr_decay: fraction of the steps, the last ones, in which the learning rate falls to 0; 0: it
+            stays constant
+        batch_size: tokens per step
+        normalize: scale activations to a mean norm of sqrt(inputs), so that one --l1 means the same
+            for every model and layer; the scale is folded into the weights at the end
+        dead_after: tokens without a firing after which a latent counts as dead: the curve counts
+            it, and it is revived; default: a twentieth of --tokens, at most 10 million
+        sequence_length: T in tokens; default: the most that the model takes, 2,048 at most; 1,024
+            where it names no limit
+        buffer_mib: MiB of activations that are shuffled together; at least two batches are
+        batch_tokens: tokens per forward pass of the model
+        precision: bf16: matrix products in 16 bits; weights stay in float32
+        seed: seed of the initial weights, the order of the tokens, and the reinitialisation of dead
+            latents
+        log_every: steps between two points of the curve; default: a hundredth of the steps
+        checkpoint_minutes: minutes between two checkpoints; 0: a checkpoint after every step
+        device: cpu, cuda, cuda:1 ...; auto: an accelerator where there is one
+        force: train again even if the stage is finished
         quiet: no progress bar
     """
     return _run("sae train", locals())
@@ -978,29 +980,29 @@ def sae_evaluate(
     output: str | Path | None = None,
     quiet: bool = False,
 ) -> "SaeEvaluateResult":
-    """Measure sparse autoencoders on tokens they have not seen, beside the site's own activations.
+    """Measure sparse autoencoders on tokens they have not seen, next to the site's own activations.
 
     Args:
-        run: run directory: its tokens, and the model where it is one of the run
-        model: a model of the run, or a folder or Hub id with a causal language model of
-            transformers
+        run: run directory: of the tokens, and of the model where it is one of the run
+        model: a model of the run, or a folder or Hub id of a causal language model of transformers
         sae: NAME or MODEL@NAME of `cratelm sae train`, or a folder in SAELens' format, or one with
-            folders layer-0, layer-1, ...; left out: the model's only ones in the run
-        split: train, fit or held_out
-        tokens: tokens measured on, a seeded sample of whole sequences; fewer where the split holds
+            folders layer-0, layer-1, ...; default: the model's autoencoders in the run, where it
+            has one set
+        split: split to measure on: train, fit or held_out
+        tokens: tokens to measure on, a random sample of whole sequences; fewer where the split has
             fewer
-        sequence_length: T in tokens; left out: the model's longest, 2,048 at most, 1,024 where it
-            names none
-        batch_tokens: tokens that go through the model at once, fewer where their logits would pass
-            1 GiB
-        steered: latents, and neurons of the site below, of each layer that are set to their maximum
-            one at a time to see how faithful steering is; 0: leave this out
-        steered_tokens: tokens that they are steered at, a seeded sample of whole sequences
-        seed: of the samples of sequences, and of what is steered
-        device: auto: the GPU where there is one; cpu, cuda, cuda:1, mps
-        output: also write the figures to this JSON file; the run keeps them in any case, as
-            sae/MODEL@NAME/evaluation.json, those of a folder from elsewhere as
-            sae/MODEL@FOLDER.json
+        sequence_length: T in tokens; default: the most that the model takes, 2,048 at most; 1,024
+            where it names no limit
+        batch_tokens: tokens per forward pass of the model; fewer where their logits would exceed 1
+            GiB
+        steered: how many latents of each layer, and as many neurons of the site, are set to their
+            maximum one at a time to measure how faithful steering is; 0: none
+        steered_tokens: tokens at which they are steered, a random sample of whole sequences
+        seed: seed of the samples of sequences, latents and neurons
+        device: cpu, cuda, cuda:1 ...; auto: an accelerator where there is one
+        output: also write the figures to this JSON file; the run always keeps them, as
+            sae/MODEL@NAME/evaluation.json, or as sae/MODEL@FOLDER.json for autoencoders from a
+            folder elsewhere
         quiet: no progress bar
     """
     return _run("sae evaluate", locals())

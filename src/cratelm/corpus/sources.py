@@ -117,7 +117,7 @@ def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
     if os.path.isdir(path):
         return FileCorpus(_folder_files(path, source), fields)
     if reason := why_unreadable(path):
-        reason = f": {reason}" if os.path.lexists(path) else " is not there"
+        reason = f": {reason}" if os.path.lexists(path) else " does not exist"
         raise InputError(
             f"corpus {source}{reason}. Name a file, a folder, `{BUILTIN}` or `{HUB}ID`"
         )
