@@ -35,13 +35,14 @@ from cratelm.analysis.dictionary import (
 from cratelm.analysis.groups import NONE, CorrelationSums, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, _add_moments, _TextTokens
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
+from cratelm.analysis.store import MEASURES
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models import capture, load, site_of
 from cratelm.models.crate import CrateConfig, Ista
-from cratelm.records import READING_MEASURES, Interval, Status
+from cratelm.records import Interval, Status
 from cratelm.score.simulators import simulate
 from cratelm.stats.intervals import bootstrap, jackknife
 from cratelm.tokens.config import TokenizeConfig
@@ -242,9 +243,7 @@ def test_a_neuron_of_one_token_is_perfect():
     found = measure_coverage(NeuronActivations.of(activations, 5.0), TOKENS == 3)
     assert found.status is Status.DEFINED
     assert (found.n_covered, found.n_elsewhere) == (100, 900)
-    assert [getattr(found, measure) for measure in READING_MEASURES] == pytest.approx(
-        [1, 1, 1, 1, 1]
-    )
+    assert [getattr(found, measure) for measure in MEASURES] == pytest.approx([1, 1, 1, 1, 1])
 
 
 def test_a_neuron_at_random_is_at_chance():

@@ -106,7 +106,7 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(corpus, tmp_path):
 
 def test_a_quiet_demo_says_nothing_and_tells_every_verb_so(tmp_path, monkeypatch, capfd):
     room = importlib.import_module("cratelm.pipelines.demo")
-    from cratelm.pipelines.demo_config import DemoConfig
+    from cratelm.pipelines.config import DemoConfig
 
     told = []
 

@@ -36,8 +36,9 @@ from fake_llm import FakeModel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import cratelm
+from cratelm import api
 from cratelm.activations.store import read_records, read_summaries
-from cratelm.cli import VERBS, _parse, config_class, main, split_words, verb_function
+from cratelm.cli import VERBS, config_class, function_name, main, parse_options, split_words
 from cratelm.explain.store import read_explanations, read_selected, read_unexplained
 from cratelm.interop.authors_checkpoint import read_authors_checkpoint
 from cratelm.interop.openai_records import read_record
@@ -426,7 +427,7 @@ def test_the_reader_of_fences():
 @pytest.mark.parametrize(("page", "words"), CRATELM, ids=[" ".join(c) for _, c in CRATELM])
 def test_commands_parse(page, words):
     verb, arguments = split_words(words)
-    assert _parse(verb, arguments)
+    assert parse_options(verb, arguments)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -662,7 +663,7 @@ def test_verbs_take_paths_as_str(verb, monkeypatch):
     monkeypatch.setattr(
         f"{config.__module__}.{config.__name__}.__post_init__", lambda self: None, raising=False
     )
-    monkeypatch.setattr("cratelm.cli._run", lambda verb, config: config)
+    monkeypatch.setattr("cratelm.cli.run_verb", lambda verb, config: config)
     fields = dataclasses.fields(config)
     required = {
         field.name: ""
@@ -672,8 +673,8 @@ def test_verbs_take_paths_as_str(verb, monkeypatch):
     paths = {field.name: str(field.type) for field in fields if "Path" in str(field.type)}
     assert paths
     for name, kind in paths.items():
-        made = verb_function(verb)(**{**required, name: "one"})
+        made = getattr(api, function_name(verb))(**{**required, name: "one"})
         assert getattr(made, name) == ((Path("one"),) if "tuple" in kind else Path("one"))
         if "tuple" in kind:
-            made = verb_function(verb)(**{**required, name: ["one", Path("two")]})
+            made = getattr(api, function_name(verb))(**{**required, name: ["one", Path("two")]})
             assert getattr(made, name) == (Path("one"), Path("two"))

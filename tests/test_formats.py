@@ -44,7 +44,7 @@ from cratelm.records import (
 )
 from cratelm.runs import Run
 from cratelm.score.store import read_scores, write_scores
-from cratelm.steer.effects import LOGIT_EFFECTS
+from cratelm.steer.store import LOGIT_EFFECTS
 from cratelm.tokens.shards import TokenStore
 
 ORACLE = SHARED / "oracle" / "neuron-record.json"

@@ -29,7 +29,7 @@ from cratelm.llm.backends.openai import LOST, ServerBackend
 from cratelm.llm.client import Client
 from cratelm.llm.config import Budget
 from cratelm.llm.ledger import Ledger
-from cratelm.llm.probe import preflight
+from cratelm.llm.probe import probe_levels
 from cratelm.llm.prompts.neurons import simulate_fill, simulate_read
 from cratelm.llm.requests import (
     NO_RANK,
@@ -748,7 +748,7 @@ def test_why_levels_cannot_be_read_is_told(tmp_path):
         with pytest.raises(
             InputError, match=r"levels failed \(.*no echo is supported.*--method json"
         ):
-            preflight(client)
+            probe_levels(client)
 
 
 def test_slots_that_no_token_begins_at_are_told():

@@ -115,11 +115,11 @@ def test_finished_stages_are_skipped_and_the_free_ones_are_beside(run, model, ca
 def test_the_inputs_that_explain_is_given_stay_as_they_are(run, model):
     room = importlib.import_module("cratelm.explain.explain")
     harvest = Run(run).stage("activations", "m")
-    inputs = {"tokens": "t", "activations": harvest.require("harvest").identity}
+    inputs = {"tokens": "t", "activations": harvest.require("harvest")}
     before = dict(inputs)
     config = ExplainConfig(run=run, explainer="hf:any", only=("0:5",), **ASK)
-    selected = room.select_neurons(harvest.path, 0, 0, config.places())
-    result = room._explain_with_model(config, Run(run), inputs, selected)
+    selected = room.select_neurons(harvest.path, 0, 0, config.neuron_ids())
+    result = room._explain_with_llm(config, Run(run), inputs, selected)
     assert inputs == before
     done = Run(run).stage("explanations", "m@fake").require("explain")
     assert set(done.inputs) == {"tokens", "activations", "prompts"}

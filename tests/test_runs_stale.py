@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from tiny_run import MODEL, copied, make_again, with_side_stages
 
 import cratelm
 from cratelm.errors import InputError
-from cratelm.report.sections.autoencoders import latents
+from cratelm.results.side_results import read_evaluation
 from cratelm.runs import RECORD, Run, Stage
 from cratelm.viewer.live import Live
 from cratelm.viewer.pages import Pages
@@ -264,19 +263,21 @@ def test_a_model_in_a_folder_is_compared_where_it_is_opened(run, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["identity", "model_identity", "tokens_identity"])
-def test_figures_of_other_autoencoders_models_or_tokens_are_not_reported(role, run):
+def test_figures_of_other_autoencoders_models_or_tokens_are_not_reported(role, run, tmp_path):
     """`evaluation.json` is no stage: it names what it is of."""
-    stage = Run(run).labelled(f"activations/{MODEL}+s")
-    read = stage.require().inputs
-    told = {"identity": read["sae"], "model_identity": read["model"], "tokens_identity": read["tokens"]}  # fmt: skip
-    path = run / "sae" / f"{MODEL}@s" / "evaluation.json"
-    model = SimpleNamespace(name=stage.name, completions={"activations": stage.require()})
-    results: Any = SimpleNamespace(run=Run(run), principal=(model,))
-    for there in (told, {k: v for k, v in told.items() if k != "tokens_identity"}):
-        path.write_text(json.dumps(there), encoding="utf-8")
-        assert latents(results)[0].told == there
-    path.write_text(json.dumps({**told, role: "another"}), encoding="utf-8")
-    assert latents(results)[0].told is None
+    read = Run(run).labelled(f"activations/{MODEL}+s").require().inputs
+    identities = {"identity": read["sae"], "model_identity": read["model"], "tokens_identity": read["tokens"]}  # fmt: skip
+    sums: dict[str, list[int]] = {n: [] for n in ("document", "targets", "loss", "reconstruction")}
+    figures = {"loss": {"value": 1.0, "error": 0.1}, "layers": [], "places": [], "by_document": sums}  # fmt: skip
+    path = tmp_path / "evaluation.json"
+
+    def reported(record: dict[str, Any]) -> bool:
+        path.write_text(json.dumps({**figures, **record}), encoding="utf-8")
+        return read_evaluation(path, read["sae"], read["model"], read["tokens"]) is not None
+
+    assert reported(identities)
+    assert reported({k: v for k, v in identities.items() if k != "tokens_identity"})
+    assert not reported({**identities, role: "another"})
 
 
 def test_inputs_without_a_stage_are_not_walked(tmp_path):
