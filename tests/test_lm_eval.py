@@ -138,5 +138,5 @@ def test_the_command_line_knows_crate_by_its_folder(folder: Path) -> None:
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"cratelm\[lm-eval\]"):
+    with pytest.raises(ValueError, match=r"\.\[lm-eval\]"):
         ours.main()

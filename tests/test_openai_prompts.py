@@ -17,7 +17,7 @@ def test_without_the_package_the_extra_is_named(tmp_path):
     except ImportError:
         run = planted.run_with_harvest(tmp_path / "run", n_neurons=3, layers=1)
         config = ExplainConfig(run=run.path, model="m", explainer="hf:x", prompts="openai")
-        with pytest.raises(InputError, match=r"cratelm\[openai-prompts\]"):
+        with pytest.raises(InputError, match=r"\.\[openai-prompts\]"):
             explain(config)
     else:
         openai_prompts.require()

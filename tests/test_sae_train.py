@@ -405,5 +405,5 @@ def test_impossible_settings_are_refused(options, told):
 
 def test_a_missing_package_names_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    with pytest.raises(InputError, match=r"cratelm\[sae\]"):
+    with pytest.raises(InputError, match=r"\.\[sae\]"):
         trained(run)
