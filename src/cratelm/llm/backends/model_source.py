@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, missing_extra
 
 DEFAULT = "smollm2"
 _DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,7 +83,7 @@ def _default() -> ModelSource:
 
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("GGUF files need the package gguf: pip install 'cratelm[gguf]'")
+        raise missing_extra("gguf", "a GGUF file", "gguf")
 
 
 def short_name(specification: str, source: ModelSource) -> str:
