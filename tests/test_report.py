@@ -402,7 +402,7 @@ def test_commands_make_the_same_run(run, page):
     stages |= {"explain": "explanations", "score": "scores"}
     for line in lines[:-1]:
         _, verb, *arguments = shlex.split(line)
-        config = cli._parse(verb, arguments)
+        config = cli.parse_options(verb, arguments)
         assert config.run == run
         name = "" if verb == "tokenize" else config.folder if verb == "train" else config.model
         done = Run(run).stage(stages[verb], name).completion()  # type: ignore[arg-type]
