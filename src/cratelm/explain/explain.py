@@ -219,5 +219,4 @@ def explain_neuron(
 def _token_strings(run: Run) -> list[str]:
     from cratelm.tokens.shards import TokenStore
 
-    store = TokenStore(run.stage("tokens").path)
-    return store.decode_tokens(range(store.vocab_size))
+    return TokenStore(run.stage("tokens").path).token_strings

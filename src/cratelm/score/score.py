@@ -189,7 +189,7 @@ def _read_explained(folder: Path, explainers: Sequence[str], default: str = "") 
 
 
 def _reader(config: ScoreConfig, client: Client, probe: ProbeResult, store: TokenStore) -> Reader:
-    strings = store.decode_tokens(range(store.vocab_size))
+    strings = store.token_strings
     simulators = {"": LLMSimulator.of(probe, strings, config.prompts)}
     if config.paper_compat:
         simulators[COMPAT] = LLMSimulator.of(probe, strings, config.prompts, paper_compat=True)

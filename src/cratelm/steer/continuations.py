@@ -19,8 +19,8 @@ from cratelm.activations.open_harvest import HarvestContext
 from cratelm.errors import InputError
 from cratelm.models.partial_forward import next_logits
 from cratelm.records import NeuronId
-from cratelm.steer.config import Edit
-from cratelm.steer.steer import continue_ids
+from cratelm.steer.edits import Edit
+from cratelm.steer.steer import continue_ids, token_string
 from cratelm.steer.steering import steering
 from cratelm.steer.store import ContinuationTexts
 from cratelm.tokens.shards import TokenSplit
@@ -62,8 +62,7 @@ class Continuations:
         """Return prompts and continuations as text; `strings` has the text of each token id."""
 
         def text(ids: NDArray[np.int64]) -> str:
-            # a model can have more rows in its head than its tokenizer has tokens
-            return "".join(strings[i] if i < len(strings) else f"[{i}]" for i in map(int, ids))
+            return "".join(token_string(strings, int(i)) for i in ids)
 
         return [
             ContinuationTexts(

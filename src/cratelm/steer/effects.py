@@ -192,7 +192,7 @@ def _write(
     ablations: Ablations,
     text: HeldOutText,
 ) -> None:
-    strings = harvested.store.decode_tokens(range(harvested.store.vocab_size))
+    strings = harvested.store.token_strings
     donors = shuffled(list(effects_by_neuron), config.seed)
     effects: list[LogitEffect] = []
     for neuron, effect in effects_by_neuron.items():

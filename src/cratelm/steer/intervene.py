@@ -21,9 +21,9 @@ from cratelm.errors import InputError
 from cratelm.explain.store import SampledNeuron
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
 from cratelm.llm.requests import Request
-from cratelm.llm.session import ledger_path, open_client
+from cratelm.llm.session import is_finished, ledger_path, open_client, write_calls
 from cratelm.records import Interval, NeuronId, NeuronKey, Score, Status
-from cratelm.runs import Draft, Run, Stage, write_json
+from cratelm.runs import Draft, Run
 from cratelm.score.controls import shuffled
 from cratelm.score.scorers import Task
 from cratelm.stats.intervals import bootstrap
@@ -144,11 +144,9 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         judge = client.backend.name
         default = judge if config.explanations == NO_LLM else f"{config.explanations}-by-{judge}"
         stage = interventions_stage(run, config.model, config.name or default)
-        redo = config.force or (config.retry_failed and _has_failed(stage))
-        writes = not (config.dry_run or config.shard)
-        if writes and stage.is_finished(config, inputs, force=redo):
+        if is_finished(config, stage, inputs):
             return _result(stage.path)
-        if writes:  # nobody else asks the same while this one does
+        if not (config.dry_run or config.shard):  # nobody else asks the same while this one does
             held.enter_context(stage.lock())
         harvested = open_harvested(run, config.model, config.device)
         _check_length(config, harvested)
@@ -190,13 +188,13 @@ def _requests(
     explained: JudgedExplanations,
     selected: Sequence[SampledNeuron],
     share: Sequence[SampledNeuron],
-    reads: bool,
+    supports_logprobs: bool,
 ) -> Iterator[NeuronRequests]:
     """The rows and continuations of each neuron of `share`.
 
     The shuffled control draws from all of `selected`, so that a worker's share gets the same partners.
     """
-    strings: list[str] = harvested.store.decode_tokens(range(harvested.store.vocab_size))
+    strings = harvested.store.token_strings
     summaries = {s.neuron: s for s in read_summaries(harvested.folder, "fit")}
     donors = shuffled([s.neuron for s in selected if s.neuron in explained.texts], config.seed)
     alive: dict[int, list[int]] = {}
@@ -213,7 +211,9 @@ def _requests(
         continuations = _continuations(config, harvested, neuron, value, alive[neuron.layer])
         texts = continuations.texts(neuron, strings)
         rows = [
-            _judge_request(config, neuron, explained, control, donors, continuations, texts, reads)
+            _judge_request(
+                config, neuron, explained, control, donors, continuations, texts, supports_logprobs
+            )
             for control in STEERING_CONTROLS
         ]
         yield rows, texts
@@ -260,7 +260,7 @@ def _judge_request(
     donors: Mapping[NeuronId, NeuronId],
     continuations: Continuations,
     texts: Sequence[ContinuationTexts],
-    reads: bool,
+    supports_logprobs: bool,
 ) -> JudgeRequest:
     """One control of one neuron."""
     random = control == "random"
@@ -276,7 +276,7 @@ def _judge_request(
     elif explained_neuron is None or strength is None:
         task = Score(None, Status.UNDEFINED, "the layer has no other neuron to compare with")
     else:
-        task = judging.task(text, pairs, supports_logprobs=reads, seed=config.seed)
+        task = judging.task(text, pairs, supports_logprobs=supports_logprobs, seed=config.seed)
     return _row(neuron, explained, control, text, task, strength, same)
 
 
@@ -340,8 +340,7 @@ def _write(
     rows: Sequence[Intervention],
     continuations: Sequence[ContinuationTexts],
 ) -> None:
-    write_json(draft.path / "calls.json", client.tally.as_dict())
-    draft.unhashed.add("calls.json")
+    write_calls(draft, client)
     write_interventions(draft.path, rows)
     write_continuations(draft.path, continuations)
     draft.results.update(write_intervention_summary(draft.path, summary))
@@ -407,8 +406,3 @@ def _mean(config: InterveneConfig, values: Sequence[float | None]) -> Interval |
 
 def _result(folder: Path, calls: str = "") -> InterveneResult:
     return InterveneResult(path=folder, calls=calls, **vars(read_intervention_summary(folder)))
-
-
-def _has_failed(stage: Stage) -> bool:
-    done = stage.completion()
-    return done is not None and bool(done.results.get("n_failed"))

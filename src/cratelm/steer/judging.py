@@ -1,14 +1,14 @@
-"""Which of two continuations shows more of what an explanation says? Asked in both orders.
+"""What the judge is asked: which of two continuations shows more of what an explanation says? In both orders.
 
-Paulo et al. 2024 (arXiv 2410.13928) score an explanation of an effect by how much likelier a model
-finds the explanation after text made under the intervention than after clean text. The log-probability
-of a whole explanation is not among the requests that every backend here answers, so the judge is given
-the explanation and both continuations, and the probability of its one-token answer is read (where a
-server tells none, its answer is counted). Both orders are asked, so that a liking for the first text
-cancels. A liking for steered or for plain text, whatever the explanation, does not: it shows in the
-control with another neuron's explanation, and the own score is read against that.
+Paulo et al. 2024 (arXiv 2410.13928) score an explanation of an effect by how much more likely a model
+finds the explanation after text made under the intervention than after clean text. Not every backend here
+returns the log-probability of a whole explanation, so the judge is given the explanation and both
+continuations, and the probability of its one-token answer is read (where a server reports none, its answer
+counts). Both orders are asked, so that a preference for the first text cancels. A preference for steered or
+for plain text, whatever the explanation, does not cancel: it shows in the control with another neuron's
+explanation, and the own score is read against that.
 
-The answer stands on a line of its own, as in `cratelm.llm.prompts.scorers`. `VERSION` changes with any word.
+The answer is on a line of its own, as in `cratelm.llm.prompts.scorers`. `VERSION` changes with any word.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from cratelm.score.scorers import Task, failed
 from cratelm.text.display import printable
 
 VERSION = "intervene-1"
-PLACES = ("1", "2")
+ANSWERS = ("1", "2")
 _SLOT = "More of it:\n"
 _PREAMBLE = """\
 Which of the two texts shows more of what the description says? Answer 1 or 2.
@@ -98,33 +98,36 @@ class Pair:
 def task(
     explanation: str, pairs: Sequence[Pair], *, supports_logprobs: bool, seed: int
 ) -> Task | Score:
-    """What is asked about one neuron: each pair that differs in both orders.
+    """Return the requests about one neuron: each pair whose texts differ, in both orders.
 
-    Its value is the mean probability of naming the steered text, 0..1; `n_records` counts pairs.
-    UNDEFINED where no pair differs; FAILED where any request has no answer.
+    Their score is the mean probability of naming the steered text, 0..1; `n_records` counts pairs. It is
+    FAILED where any request has no answer. Where no pair differs, the score UNDEFINED is returned instead.
     """
-    asked = [p for p in pairs if p.plain != p.steered]
-    if not asked:
+    different = [p for p in pairs if p.plain != p.steered]
+    if not different:
         return Score(None, Status.UNDEFINED, "every continuation is the same as without steering")
     ask = _read if supports_logprobs else _fill
     requests: list[Request] = []
-    for pair in asked:
+    for pair in different:
         requests.append(ask(explanation, pair.steered, pair.plain, seed))
         requests.append(ask(explanation, pair.plain, pair.steered, seed))
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
-        steered_is = [0, 1] * len(asked)
-        chances = [_chance(o, place) for o, place in zip(outcomes, steered_is, strict=True)]
-        return Score(float(np.mean(chances)), n_records=len(asked))
+        steered_is = [0, 1] * len(different)  # index of the answer that names the steered text
+        chances = [_probability(o, answer) for o, answer in zip(outcomes, steered_is, strict=True)]
+        return Score(float(np.mean(chances)), n_records=len(different))
 
     return Task(tuple(requests), lambda outcomes: failed(outcomes) or grade(outcomes))
 
 
 def known_task(*, supports_logprobs: bool, seed: int) -> Task:
-    """Questions whose answers are known: what a judge that cannot answer them says is worth nothing."""
+    """Return requests about made-up pairs whose right answer is known.
+
+    A judge that cannot answer these cannot judge the others. The score is the mean over the pairs.
+    """
     parts = [
-        task(what, [Pair(other, shown)], supports_logprobs=supports_logprobs, seed=seed)
-        for what, shown, other in _KNOWN
+        task(description, [Pair(other, match)], supports_logprobs=supports_logprobs, seed=seed)
+        for description, match, other in _KNOWN
     ]
     tasks = [part for part in parts if isinstance(part, Task)]
 
@@ -138,33 +141,33 @@ def known_task(*, supports_logprobs: bool, seed: int) -> Task:
 
 
 def mass(outcomes: Sequence[Outcome]) -> list[float]:
-    """Share of all probability on the two answers, of each reading."""
-    readings = [
+    """Return the fraction of all probability on the two answers, of each outcome that has probabilities."""
+    distributions = [
         o.value for o in outcomes if isinstance(o, Answer) and isinstance(o.value, OptionLogprobs)
     ]
-    return [float(r.mass[0]) for r in readings if r.mass is not None]
+    return [float(r.mass[0]) for r in distributions if r.mass is not None]
 
 
 def _read(explanation: str, first: str, second: str, seed: int) -> LogprobQuery:
     body = f"{_both(first, second)}\n{_SLOT}"
     context = f"Description: {one_line(explanation)}\n"
-    return LogprobQuery(_PREAMBLE, context, body + PLACES[0], (len(body),), PLACES, full=True)
+    return LogprobQuery(_PREAMBLE, context, body + ANSWERS[0], (len(body),), ANSWERS, full=True)
 
 
 def _fill(explanation: str, first: str, second: str, seed: int) -> JsonQuery:
     question = f"Description: {one_line(explanation)}\n\n{_both(first, second)}"
     messages: tuple[tuple[Role, str], ...] = (("system", _SYSTEM), ("user", question))
-    return JsonQuery(messages, 1, 1, len(PLACES), seed)
+    return JsonQuery(messages, 1, 1, len(ANSWERS), seed)
 
 
 def _both(first: str, second: str) -> str:
     return f"1: {printable(first)}\n2: {printable(second)}"
 
 
-def _chance(outcome: Outcome, place: int) -> float:
-    """Probability of the answer `place` (0 or 1); of JSON 0 or 1."""
+def _probability(outcome: Outcome, answer: int) -> float:
+    """Probability of the answer with index 0 or 1; from JSON it is 0 or 1."""
     assert isinstance(outcome, Answer)
     if isinstance(outcome.value, OptionLogprobs):
-        return float(np.exp(outcome.value.log_probs[0, place]))
+        return float(np.exp(outcome.value.log_probs[0, answer]))
     assert isinstance(outcome.value, tuple)
-    return float(outcome.value[0] == place + 1)
+    return float(outcome.value[0] == answer + 1)

@@ -5,7 +5,7 @@ Shape legend: n tokens of the text (the first is the one that texts begin with),
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -160,9 +160,10 @@ def compare_next_tokens(
     order = difference.argsort(descending=True, stable=True).tolist()
 
     def change(token: int) -> TokenChange:
-        shown = display[token] if token < len(display) else f"[{token}]"
         log_ratio = float(after[token] - before[token])
-        return TokenChange(shown, token, float(p[token]), float(q[token]), log_ratio)
+        return TokenChange(
+            token_string(display, token), token, float(p[token]), float(q[token]), log_ratio
+        )
 
     return NextTokenChange(
         gains=tuple(change(i) for i in order[:top] if difference[i] > 0),
@@ -170,6 +171,11 @@ def compare_next_tokens(
         total_variation=float(difference.abs().sum() / 2),
         kl=float((q * (after - before)).sum().clamp(min=0)),
     )
+
+
+def token_string(strings: Sequence[str], token: int) -> str:
+    """Return the text of a token id, or `[id]`: a model can have more rows in its head than there are tokens."""
+    return strings[token] if token < len(strings) else f"[{token}]"
 
 
 @torch.no_grad()

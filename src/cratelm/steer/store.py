@@ -190,7 +190,7 @@ class NeuronAblation:
 
 @dataclass(frozen=True)
 class LayerEffects:
-    """Figures of one layer; intervals are over its neurons, dead ones left out."""
+    """Figures of one layer; intervals are over its neurons without dead ones."""
 
     layer: int
     neurons: int

@@ -109,6 +109,11 @@ class TokenStore:
         return [self._display[int(i)] for i in ids]
 
     @cached_property
+    def token_strings(self) -> list[str]:
+        """Return the display string of every token id that can occur, in order."""
+        return self.decode_tokens(range(self.vocab_size))
+
+    @cached_property
     def _display(self) -> list[str]:
         return display_strings(self.tokenizer)
 

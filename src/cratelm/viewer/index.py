@@ -232,7 +232,7 @@ class Index:
         if not self._texts:
             store = TokenStore(self.run.path / "tokens")
             ids: dict[str, list[int]] = {}
-            for token, string in enumerate(store.decode_tokens(np.arange(store.vocab_size))):
+            for token, string in enumerate(store.token_strings):
                 ids.setdefault(string, []).append(token)
             self._texts = ids
         if text in self._texts:
