@@ -657,13 +657,14 @@ def test_an_sae_is_saved_and_loaded_by_str(finished, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_verbs_take_paths_as_str(verb, monkeypatch):
+def test_verbs_take_paths_as_str(verb, monkeypatch, tmp_path):
     """Every field of a configuration that is a path, or several."""
     config = config_class(verb)
     monkeypatch.setattr(
         f"{config.__module__}.{config.__name__}.__post_init__", lambda self: None, raising=False
     )
-    monkeypatch.setattr("cratelm.cli.run_verb", lambda verb, config: config)
+    monkeypatch.setattr("cratelm.api.run_verb", lambda verb, config: config)
+    monkeypatch.chdir(tmp_path)
     fields = dataclasses.fields(config)
     required = {
         field.name: ""
