@@ -21,7 +21,7 @@ from cratelm.activations.store import read_records
 from cratelm.llm.backends.transformers import LocalBackend
 from cratelm.llm.prompts.neurons import simulate_read
 from cratelm.llm.requests import Answer, LogprobQuery, OptionLogprobs
-from cratelm.records import METRICS
+from cratelm.records import SIMULATION_METRICS
 from cratelm.score.selection import scored_on
 from cratelm.tokens.shards import TokenStore
 
@@ -35,7 +35,7 @@ def requests_of(run: Path, model: str, n_neurons: int) -> list[list[LogprobQuery
     indices = list(range(0, 10 * n_neurons, 10))
     found = []
     for record in read_records(run / "activations" / model, "held_out", [0], indices):
-        excerpts = [e for metric in METRICS for e in scored_on(record, metric)]
+        excerpts = [e for metric in SIMULATION_METRICS for e in scored_on(record, metric)]
         text = f"{EXPLANATION} ({record.neuron.index})"
         found.append([simulate_read(text, e.token_ids, strings, 9) for e in excerpts])
     return found

@@ -11,7 +11,7 @@ from llm_server import MODEL, Fault, LLMServer, storm
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations, read_unexplained
-from cratelm.records import METRICS, Metric, Status
+from cratelm.records import SIMULATION_METRICS, Metric, Status
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
@@ -84,7 +84,7 @@ def _name(s):
 def test_the_key_is_in_no_file(run):
     with LLMServer(storm(0.3, FAULTS), seed=1, key=SECRET) as server:
         explained(run, server)
-        scored(run, server, metrics=METRICS[:1])
+        scored(run, server, metrics=SIMULATION_METRICS[:1])
         files = [p for p in run.rglob("*") if p.is_file()]
         assert len(files) > 20
         assert not [p for p in files if SECRET.encode() in p.read_bytes()]

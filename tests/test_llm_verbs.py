@@ -19,7 +19,7 @@ from cratelm.explain.store import read_explanations, read_selected, read_unexpla
 from cratelm.interop.config import ExportNeuronpediaConfig
 from cratelm.interop.neuronpedia import export_neuronpedia
 from cratelm.llm.client import DryRun, WorkerResult
-from cratelm.records import METRICS, SCORERS, Status
+from cratelm.records import METRICS, SIMULATION_METRICS, Status
 from cratelm.runs import Run
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
@@ -73,8 +73,8 @@ def test_every_live_neuron_is_explained_from_both_kinds_of_evidence(run, model):
 
 def test_right_explanations_score_high_and_others_near_zero(run, model):
     explained(run)
-    result = scored(run, metrics=SCORERS)
-    for metric in METRICS:
+    result = scored(run, metrics=METRICS)
+    for metric in SIMULATION_METRICS:
         own, null = values(result.path, metric), values(result.path, metric, "shuffled")
         for index in range(3, 8):
             assert own[0, index].value > 0.97
@@ -86,7 +86,7 @@ def test_right_explanations_score_high_and_others_near_zero(run, model):
     summary = json.loads((result.path / "summary.json").read_text())
     assert summary["leakage_audit"]["shared"] == []
     assert summary["preflight"]["top_level"] == 9  # the fake splits "10"
-    assert {s["metric"] for s in summary["statistics"]} == set(SCORERS)
+    assert {s["metric"] for s in summary["statistics"]} == set(METRICS)
     assert json.loads((result.path / "calls.json").read_text())["failed"] == {}
 
 
@@ -239,7 +239,7 @@ def test_the_paper_variant_stands_beside_ours(run, model):
 def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
     model.supports_logprobs = False
     explained(run)
-    result = scored(run, metrics=SCORERS)
+    result = scored(run, metrics=METRICS)
     assert values(result.path, "top_and_random")[0, 5].value > 0.97
     summary = json.loads((result.path / "summary.json").read_text())
     assert summary["preflight"] == {

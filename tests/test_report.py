@@ -30,7 +30,7 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models import load
-from cratelm.records import CHANCE, METRICS, SCORERS, Estimate, Interval
+from cratelm.records import CHANCE, METRICS, SIMULATION_METRICS, Estimate, Interval
 from cratelm.report import gallery
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
@@ -558,7 +558,7 @@ def with_model(run, tmp_path_factory) -> Path:
             # Another seed than the LLM-free sample's, of which this would else be a part.
             explain(ExplainConfig(**ask, explainer="hf:any", neurons=3, seed=1))
             few = ("top_and_random", "detection")
-            metrics = few if name.endswith("-init") else SCORERS
+            metrics = few if name.endswith("-init") else METRICS
             paper = name == "crate-2l"
             score(
                 ScoreConfig(
@@ -632,10 +632,13 @@ def test_side_by_side_is_on_the_same_neurons(with_model, asked):
         assert row["chance"] == 100 * CHANCE[metric]
         seen.add((model, row["explainer"], row["neurons"] == 6, metric))
     both = {
-        (m, e, False, metric) for m in MODELS[:2] for e in ("lookup", "trie") for metric in METRICS
+        (m, e, False, metric)
+        for m in MODELS[:2]
+        for e in ("lookup", "trie")
+        for metric in SIMULATION_METRICS
     }
     assert both <= seen
-    assert {(m, FAKE, whole, metric) for m in MODELS[:2] for whole in (True, False) for metric in SCORERS} <= seen  # fmt: skip
+    assert {(m, FAKE, whole, metric) for m in MODELS[:2] for whole in (True, False) for metric in METRICS} <= seen  # fmt: skip
     assert ("crate-2l", PAPER, True, "anthropic") in seen
     assert not [row for row in rows if row["explainer"] == PAPER and row["metric"] == "detection"]
 

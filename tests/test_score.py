@@ -19,7 +19,7 @@ from cratelm.llm.client import Client
 from cratelm.llm.config import Budget
 from cratelm.llm.ledger import Ledger
 from cratelm.llm.requests import JsonQuery
-from cratelm.records import METRICS, Excerpt, Explanation, NeuronId, Score, Status
+from cratelm.records import SIMULATION_METRICS, Excerpt, Explanation, NeuronId, Score, Status
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import ExplanationSet, audit, shuffled
 from cratelm.score.metrics import correlation_score
@@ -126,7 +126,12 @@ def test_simulators_never_see_the_truth(monkeypatch):
         for one in (record, other):
             with pytest.raises(Stop):
                 score_neuron(
-                    one, explanation_of(3, explainer), None, explainer, METRICS, none_is_duplicate
+                    one,
+                    explanation_of(3, explainer),
+                    None,
+                    explainer,
+                    SIMULATION_METRICS,
+                    none_is_duplicate,
                 )
     assert seen[0] == seen[1]
     assert seen[2] == seen[3]
@@ -187,7 +192,9 @@ def test_shuffling_is_a_derangement_within_layers(sizes, seed):
 
 def test_audit_finds_shared_documents():
     explanation = explanation_of(3)
-    scores = score_neuron(held_out(3), explanation, None, "lookup", METRICS, none_is_duplicate)
+    scores = score_neuron(
+        held_out(3), explanation, None, "lookup", SIMULATION_METRICS, none_is_duplicate
+    )
     clean = audit([explanation], scores)
     assert clean.shared == ()
     assert clean.n_explained == len(explanation.documents) > 20
@@ -207,7 +214,7 @@ def test_own_explanation_scores_high_another_near_zero_a_constant_none():
             explanation_of(token),
             explanation_of(token + 1),
             "lookup",
-            METRICS,
+            SIMULATION_METRICS,
             none_is_duplicate,
         )
         assert len(scores) == 9
@@ -225,15 +232,17 @@ def test_own_explanation_scores_high_another_near_zero_a_constant_none():
 def test_no_value_has_one_of_three_reasons():
     dead = harvested(np.zeros(7200), "held_out")
     for s in score_neuron(
-        dead, explanation_of(3), explanation_of(4), "lookup", METRICS, none_is_duplicate
+        dead, explanation_of(3), explanation_of(4), "lookup", SIMULATION_METRICS, none_is_duplicate
     ):
         assert (s.score.status, s.score.value) == (Status.DEAD, None)
     for s in score_neuron(
-        held_out(3), None, explanation_of(4), "lookup", METRICS, none_is_duplicate
+        held_out(3), None, explanation_of(4), "lookup", SIMULATION_METRICS, none_is_duplicate
     ):
         assert (s.score.status, s.score.reason) == (Status.FAILED, "no explanation by lookup")
     silent = replace(held_out(3), excerpts=tuple(map(silenced, held_out(3).excerpts)))
-    for s in score_neuron(silent, explanation_of(3), None, "lookup", METRICS, none_is_duplicate):
+    for s in score_neuron(
+        silent, explanation_of(3), None, "lookup", SIMULATION_METRICS, none_is_duplicate
+    ):
         assert s.score.status == Status.UNDEFINED
         if s.control == "shuffled":
             assert "no other explained neuron" in s.score.reason

@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="the extra `viewer` is not installed")
 pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
 
 
-METRICS = ("top_and_random", "random_only", "anthropic")
+SIMULATION_METRICS = ("top_and_random", "random_only", "anthropic")
 
 
 @pytest.fixture
@@ -166,9 +166,9 @@ def test_scores_of_layers_beside_each_other(run, library, client):
     wanted = np.bincount(np.minimum(bins, 19).astype(int), minlength=20) / len(rows)
     assert found.shares == pytest.approx(wanted.tolist())
     told = {m: [s.metric for s in library.histograms("run", m, 0)] for m in ("crate-2l", "gpt2-2l")}
-    assert told["crate-2l"] == told["gpt2-2l"] == list(METRICS)
+    assert told["crate-2l"] == told["gpt2-2l"] == list(SIMULATION_METRICS)
     shown = client.get("/r/run/compare", params={"left": "crate-2l/1"}).text
-    assert shown.count("distribution of") == len(METRICS)
+    assert shown.count("distribution of") == len(SIMULATION_METRICS)
     assert f"{found.defined} of {found.neurons}" in shown
 
 

@@ -42,10 +42,10 @@ Metric = Literal[
     "intruder",
     "embedding",
 ]
-METRICS: tuple[Metric, ...] = ("top_and_random", "random_only", "anthropic")
-"""the paper's: correlation of simulated with true activations"""
-SCORERS: tuple[Metric, ...] = (*METRICS, "detection", "fuzzing", "intruder", "embedding")
-"""with those of the field that need a language model and no simulation"""
+SIMULATION_METRICS: tuple[Metric, ...] = ("top_and_random", "random_only", "anthropic")
+"""the paper's: the correlation of simulated with true activations"""
+METRICS: tuple[Metric, ...] = (*SIMULATION_METRICS, "detection", "fuzzing", "intruder", "embedding")
+"""these, and those that need a language model and no simulation"""
 CHANCE: dict[Metric, float] = {
     "top_and_random": 0.0,
     "random_only": 0.0,
@@ -61,6 +61,20 @@ Control = Literal["none", "shuffled", "constant"]
 CONTROLS: tuple[Control, ...] = ("none", "shuffled", "constant")
 """`none`: the neuron's own explanation; `shuffled`: that of another neuron of its layer; `constant`: a
 simulation that is the same at every token, whose correlation is undefined by construction"""
+CONTROLS_WITHOUT_SIMULATION: tuple[Control, ...] = ("none", "shuffled")
+"""the controls of metrics that compute no simulation"""
+
+EvidenceKind = Literal["top", "anthropic"]
+
+
+def evidence_for(metric: Metric) -> EvidenceKind:
+    """Return what a language model's explanation is made from so that `metric` may score it.
+
+    `anthropic`, the whole range of activations, for the metric of that name; else `top`, the strongest
+    excerpts. As in the paper, each metric has an explanation from its own kind of excerpts.
+    """
+    return "anthropic" if metric == "anthropic" else "top"
+
 
 MAX_LEVEL = 10
 """highest integer level that a language model is shown"""
@@ -267,6 +281,15 @@ class Explanation:
     """what the simulator needs and nothing else: JSON, so it can be read, kept and shared"""
     documents: tuple[int, ...]
     """ordinals of the documents that the explainer saw, for the leakage audit"""
+
+    @property
+    def evidence(self) -> str:
+        """Return the `EvidenceKind` it was made from; empty if one explanation serves all metrics."""
+        return str(self.payload.get("evidence", ""))
+
+    def serves(self, metric: Metric) -> bool:
+        """Return whether `metric` may score this explanation."""
+        return self.evidence in ("", evidence_for(metric))
 
 
 class Status(StrEnum):

@@ -5,13 +5,12 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.llm.config import LLMConfig, check_specification, option
-from cratelm.records import NeuronKey, parse_neuron_ids
+from cratelm.records import EvidenceKind, NeuronKey, parse_neuron_ids
 from cratelm.runs import at_least
 
 ExplainerName = Literal["lookup", "trie"]
 EXPLAINERS: tuple[ExplainerName, ...] = ("lookup", "trie")
-Evidence = Literal["top", "anthropic"]
-EVIDENCE: tuple[Evidence, ...] = ("top", "anthropic")
+EVIDENCE: tuple[EvidenceKind, ...] = ("top", "anthropic")
 Prompts = Literal["cratelm", "openai"]
 
 
@@ -25,7 +24,7 @@ class ExplainConfig(LLMConfig):
     explainers: tuple[ExplainerName, ...] = EXPLAINERS
     """explainers without a language model. `lookup`: mean activation per token (Bills et al. 2023);
     `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023)"""
-    evidence: tuple[Evidence, ...] = EVIDENCE
+    evidence: tuple[EvidenceKind, ...] = EVIDENCE
     """excerpts that a language model explains from: `top`, the strongest (for top-and-random and
     random-only), `anthropic`, the whole range in 8-token excerpts"""
     contrast: int = 0

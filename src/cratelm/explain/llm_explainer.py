@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from cratelm.explain.config import Evidence, ExplainConfig
+from cratelm.explain.config import ExplainConfig
 from cratelm.explain.selection import contrasting, explained_from
 from cratelm.explain.store import ExplanationFailure
 from cratelm.llm.client import Client
 from cratelm.llm.prompts.neurons import VERSION, explain_request
 from cratelm.llm.prompts.openai import openai_explain_request
 from cratelm.llm.requests import Chat, Failure, FailureKind, Outcome
-from cratelm.records import Excerpt, Explanation, Metric, NeuronId, NeuronRecord
+from cratelm.records import EvidenceKind, Excerpt, Explanation, Metric, NeuronId, NeuronRecord
 
-_METRIC: dict[Evidence, Metric] = {"top": "top_and_random", "anthropic": "anthropic"}
+_METRIC: dict[EvidenceKind, Metric] = {"top": "top_and_random", "anthropic": "anthropic"}
 _OPENING = re.compile(
     r"^(the|this) neuron (reacts|responds|fires|activates|is responding|is reacting) (to|on|for)\s+",
     re.I,
@@ -33,7 +33,7 @@ class ExplanationRequest:
     """What a language model is asked about one neuron."""
 
     neuron: NeuronId
-    evidence: Evidence
+    evidence: EvidenceKind
     documents: tuple[int, ...]
     """ordinals of the documents of the excerpts shown"""
     request: Chat

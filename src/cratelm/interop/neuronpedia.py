@@ -103,11 +103,8 @@ class ExplanationSet:
         These are the scores of its explainer; an explanation from Anthropic's excerpts has those of the
         Anthropic metric, one from the top excerpts the others.
         """
-        evidence = explanation.payload.get("evidence")
         for scorer, score in self.scores.get(explanation.neuron, ()):
-            if score.explained_by == explanation.explainer and (
-                evidence is None or (evidence == "anthropic") == (score.metric == "anthropic")
-            ):
+            if score.explained_by == explanation.explainer and explanation.serves(score.metric):
                 yield scorer or explanation.explainer, score
 
 

@@ -197,8 +197,8 @@ def explanation_row(names: Names, explanation: Explanation, of_set: str) -> Row:
 
 def type_name(explanation: Explanation, of_set: str) -> str:
     """Return how an explanation was made: its explainer, or the excerpts that a language model was given."""
-    evidence = explanation.payload.get("evidence", "")
-    return PREFIX + (f"model_{evidence}".rstrip("_") if of_set else explanation.explainer)
+    of_llm = f"model_{explanation.evidence}".rstrip("_")
+    return PREFIX + (of_llm if of_set else explanation.explainer)
 
 
 def score_row(names: Names, explanation: Row, scorer: str, score: NeuronScore) -> Row:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.errors import InputError
-from cratelm.records import METRICS, Metric
+from cratelm.records import SIMULATION_METRICS, Metric
 from cratelm.runs import at_least, not_in_identity
 
 
@@ -39,8 +39,10 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         at_least(self, {"neurons": 0, "excerpts": 0, "resamples": 100, "seed": 0})
-        if self.rank_by not in METRICS:
-            raise InputError(f"--rank-by is {self.rank_by!r}: choose from {', '.join(METRICS)}")
+        if self.rank_by not in SIMULATION_METRICS:
+            raise InputError(
+                f"--rank-by is {self.rank_by!r}: choose from {', '.join(SIMULATION_METRICS)}"
+            )
 
     def ranking_metric(self, scored: Sequence[Metric]) -> Metric:
         """Return the metric that chooses the best neurons: `rank_by`, or the first of `scored` without it."""

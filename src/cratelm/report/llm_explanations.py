@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cratelm.records import NeuronKey, NeuronScore
+from cratelm.records import Explanation, NeuronKey, NeuronScore
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.results.neuron_view import read_explanations_of
 from cratelm.results.run_results import ModelResults
@@ -19,7 +19,7 @@ class LlmExplanation:
 
     explainer: str
     evidence: str
-    """`top` or `anthropic`: what it was explained from"""
+    """an `EvidenceKind`, or empty"""
     text: str
     scores: str
     """in words; empty where it has none"""
@@ -27,7 +27,8 @@ class LlmExplanation:
     @property
     def source(self) -> str:
         """Return who explained, and from what."""
-        return f"{self.explainer}, {_EVIDENCE.get(self.evidence, self.evidence)}"
+        evidence = _EVIDENCE.get(self.evidence, self.evidence)
+        return f"{self.explainer}, {evidence}" if evidence else self.explainer
 
     @property
     def headline(self) -> bool:
@@ -49,25 +50,22 @@ def llm_explanations(
         if "explanations" in of_set.completions:
             folder = run.stage("explanations", of_set.label).path
             for e in read_explanations_of(folder, neurons):
-                key, evidence = e.neuron.key, str(e.payload.get("evidence", "top"))
-                words = _scores_in_words(scores[key], e.explainer, evidence)
-                one = LlmExplanation(printable(e.explainer), evidence, printable(e.text), words)
+                key = e.neuron.key
+                words = _scores_in_words(scores[key], e)
+                one = LlmExplanation(printable(e.explainer), e.evidence, printable(e.text), words)
                 by_neuron[key] = (*by_neuron.get(key, ()), one)
     return by_neuron
 
 
-def _scores_in_words(
-    scores: Sequence[tuple[NeuronScore, str]], explainer: str, evidence: str
-) -> str:
+def _scores_in_words(scores: Sequence[tuple[NeuronScore, str]], explanation: Explanation) -> str:
     """Scores x 100 of this explanation, by every model that simulated from it.
 
     Each score comes with the suffix of its set's labels.
     """
     by_reader: dict[str, list[str]] = {}
     for s, suffix in scores:
-        from_range = s.metric == "anthropic"
-        if s.explained_by == explainer and from_range == (evidence == "anthropic"):
-            simulator = "" if s.simulator == explainer else s.simulator
+        if s.explained_by == explanation.explainer and explanation.serves(s.metric):
+            simulator = "" if s.simulator == explanation.explainer else s.simulator
             reader = f"{simulator}{s.variant}{suffix}".strip("+ ")
             value = str(s.score.status)
             if s.score.value is not None:

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
-from cratelm.records import SCORERS, NeuronKey
-from cratelm.results.stages import Problems, set_names
+from cratelm.records import METRICS, NeuronKey
+from cratelm.results.stages import Problems, principal_explainer, set_names
 from cratelm.results.views import LayerPage, LayerQuery, NeuronRow
 from cratelm.runs import Run, Stage
 from cratelm.runs.names import set_name
@@ -70,15 +70,15 @@ class NeuronTable:
 
     @cached_property
     def principal(self) -> ExplainerKey | None:
-        """Return whose explanations and scores tables show: the trie, or the first without a language model."""
+        """Return whose explanations and scores tables show; see `principal_explainer`."""
         found = {*self.texts, *((s, e) for s, e, _ in self.scores)}
-        return min(found, key=lambda key: (key[0] != "", key[1] != "trie", key), default=None)
+        return principal_explainer(found)
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
         """Return the metrics of the principal explainer, in their usual order."""
         scored = {m for s, e, m in self.scores if (s, e) == self.principal}
-        return tuple(m for m in SCORERS if m in scored)
+        return tuple(m for m in METRICS if m in scored)
 
     @cached_property
     def explanations(self) -> NDArray[np.object_]:
@@ -188,7 +188,7 @@ def _scores(folder: Path, keys: NDArray[np.int64]) -> dict[tuple[str, str], Scor
     )
     by_metric = {}
     explainers, metrics = (table[c].to_numpy() for c in ("explainer", "metric"))
-    usual = {m: i for i, m in enumerate(SCORERS)}
+    usual = {m: i for i, m in enumerate(METRICS)}
     pairs = set(zip(explainers, metrics, strict=True))
     for explainer, metric in sorted(pairs, key=lambda p: (p[0], usual.get(p[1], len(usual)), p)):
         part = table.filter(pa.array((explainers == explainer) & (metrics == metric)))

@@ -4,7 +4,7 @@ Figures of the models' stages are read here, those of side measurements in `side
 neurons in `neuron_table` and `neuron_view`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cratelm.llm.client import Tally
 from cratelm.llm.probe import ProbeResult
 from cratelm.records import (  # fmt: skip
     METRICS,
-    SCORERS,
+    SIMULATION_METRICS,
     SPLITS,
     Control,
     Metric,
@@ -43,6 +43,7 @@ from cratelm.results.stages import (
     SET_STAGES,
     completions,
     display_order,
+    principal_explainer,
     set_completions,
     set_names,
     side_completions,
@@ -252,7 +253,8 @@ def read_results(run: Run, models: Sequence[str] = (), explainer: str | None = N
     )
     scored = {s.explainer for m in read for s in m.statistics}
     by_llm = {e for m in read for of_set in m.llm_sets for e in of_set.explainers}
-    chosen = explainer or _usual_explainer(scored, by_llm)
+    pairs = (("llm" if e in by_llm else "", e) for e in scored)
+    chosen = explainer or (principal_explainer(pairs) or ("", ""))[1]
     if chosen not in scored:
         raise InputError(
             f"--explainer is {chosen!r}, but the scores are of {', '.join(sorted(scored))}:"
@@ -268,18 +270,14 @@ def read_results(run: Run, models: Sequence[str] = (), explainer: str | None = N
         explainer=chosen,
         explainers=tuple(sorted(without_llm, key=lambda e: (e != chosen, e))),
         llm_explainers=tuple(sorted(by_llm)),
-        metrics=tuple(m for m in METRICS if m in metrics)
-        or tuple(m for m in SCORERS if m in metrics),
+        metrics=tuple(m for m in SIMULATION_METRICS if m in metrics)
+        or tuple(m for m in METRICS if m in metrics),
         side_stages=side_completions(run, names),
         analyses=tuple(read_analyses(run, names)),
         effects=tuple(read_effects(run, names)),
         interventions=tuple(read_interventions(run, names)),
         shared_ordinals=_shared_ordinals(run) if tokens else 0,
     )
-
-
-def _usual_explainer(scored: Iterable[str], by_llm: set[str]) -> str:
-    return "trie" if "trie" in scored else min((set(scored) - by_llm) or set(scored))
 
 
 def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
@@ -364,7 +362,7 @@ def missing_results(results: RunResults) -> list[str]:
     ]
     if not results.twins():
         lines.append("twins: no CRATE and GPT-2 of one size are scored, so nothing is compared")
-    lines += [f"scores by {m}" for m in METRICS if m not in results.metrics]
+    lines += [f"scores by {m}" for m in SIMULATION_METRICS if m not in results.metrics]
     for m in results.principal:
         if m.latents_of and m.evaluation is None:
             config = m.completions["activations"].config

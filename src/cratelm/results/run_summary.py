@@ -7,9 +7,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from cratelm.activations.store import summaries_path
-from cratelm.records import SCORERS
+from cratelm.records import METRICS
 from cratelm.results.scores import find_statistics, layer_intervals, mean_interval, read_statistics
-from cratelm.results.stages import MODEL_STAGES, Problems, display_order, model_names
+from cratelm.results.stages import (
+    MODEL_STAGES,
+    Problems,
+    display_order,
+    model_names,
+    principal_explainer,
+)
 from cratelm.results.views import MetricCard, ModelCard, RunCard
 from cratelm.runs import Completion, Run, StageName
 from cratelm.runs.names import family_of, split_set
@@ -37,8 +43,8 @@ def run_card(key: str, run: Run) -> RunCard:
 def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
     done: dict[StageName, Completion | None] = {}
     for stage in MODEL_STAGES:
-        record = run.stage(stage, name)
-        done[stage] = problems.attempt(f"{record.path} is damaged", record.completion, None)
+        of_model = run.stage(stage, name)
+        done[stage] = problems.attempt(f"{of_model.path} is damaged", of_model.completion, None)
     layers = _layers(run, name, problems) if done["activations"] else _Layers()
     explainer, metrics = _metrics(run, name, problems)
     trained = done["model"].results if done["model"] else {}
@@ -90,15 +96,19 @@ def _layers(run: Run, name: str, problems: Problems) -> _Layers:
 
 
 def _metrics(run: Run, name: str, problems: Problems) -> tuple[str, tuple[MetricCard, ...]]:
-    """Return the principal explainer and its figures: without a language model, else of the first with one."""
+    """Return the principal explainer and its statistics, from the first set of scores that has any.
+
+    MODEL, whose explanations used no language model, sorts before every MODEL@SET.
+    """
     for label in sorted(n for n in run.models("scores") if split_set(n)[0] == name):
         folder = run.stage("scores", label).path
         read = partial(read_statistics, folder)
         statistics = problems.attempt(f"{folder / 'summary.json'} cannot be read", read, ())
-        explainers = {s.explainer for s in statistics}
-        if explainers:
-            explainer = min(explainers, key=lambda e: (e != "trie", e))
-            cards = (_metric_card(statistics, explainer, metric) for metric in SCORERS)
+        of_set = split_set(label)[1]
+        principal = principal_explainer({(of_set, s.explainer) for s in statistics})
+        if principal:
+            explainer = principal[1]
+            cards = (_metric_card(statistics, explainer, metric) for metric in METRICS)
             return explainer, tuple(card for card in cards if card is not None)
     return "", ()
 
@@ -127,6 +137,7 @@ def _missing(
     harvest = done["activations"]
     lines = []
     for stage, verb in MODEL_STAGES.items():
+        # a harvest of a model that this run did not train, called `name` here
         elsewhere = stage == "model" and harvest is not None and harvest.config.get("model") != name
         by_llm = any(split_set(n)[0] == name for n in run.models(stage))
         if done[stage] is None and not elsewhere and not by_llm:

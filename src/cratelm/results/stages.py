@@ -25,6 +25,15 @@ READ_ERRORS = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, Inde
 _T = TypeVar("_T")
 
 
+def principal_explainer(explainers: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """Return whose explanations and scores are shown first, of pairs of an explanation set and an explainer.
+
+    The trie if it is there, else the first by name that used no language model (its set is empty), else the
+    first by name. None if there are no explainers.
+    """
+    return min(explainers, key=lambda e: (e[0] != "", e[1] != "trie", e), default=None)
+
+
 class Problems:
     """Collects a sentence for every file that could not be read, so that the others are still shown."""
 

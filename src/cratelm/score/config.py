@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
 from cratelm.llm.config import LLMConfig, check_specification, option
-from cratelm.records import METRICS, SCORERS, Metric
+from cratelm.records import METRICS, SIMULATION_METRICS, Metric
 from cratelm.runs import at_least
 
 
@@ -19,7 +19,7 @@ class ScoreConfig(LLMConfig):
     explanations: str = ""
     """which explanations: the name of a language model that explained, or `llm-free` for those made
     without one; default: those of the simulator itself"""
-    metrics: tuple[Metric, ...] = METRICS
+    metrics: tuple[Metric, ...] = SIMULATION_METRICS
     """`top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token excerpts): simulation.
     With a language model also `detection`, `fuzzing`, `intruder`, `embedding`"""
     paper_compat: bool = False
@@ -37,7 +37,7 @@ class ScoreConfig(LLMConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = SCORERS if self.simulator else METRICS
+        known = METRICS if self.simulator else SIMULATION_METRICS
         unknown = [m for m in self.metrics if m not in known]
         if unknown or not self.metrics or len(set(self.metrics)) != len(self.metrics):
             needs = "" if self.simulator else " (others need --simulator)"

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from cratelm.explain.store import ExplanationFailure
-from cratelm.records import Control, Explanation, Metric, NeuronId, NeuronScore, Score, Status
+from cratelm.records import (
+    Control,
+    Explanation,
+    Metric,
+    NeuronId,
+    NeuronScore,
+    Score,
+    Status,
+    evidence_for,
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,7 @@ class ExplanationSet:
         """`failures`: explanations that a language model did not give; None where none was asked."""
         self._explanations: dict[tuple[str, str], dict[NeuronId, Explanation]] = {}
         for e in explanations:
-            evidence = str(e.payload.get("evidence", ""))
-            self._explanations.setdefault((e.explainer, evidence), {})[e.neuron] = e
+            self._explanations.setdefault((e.explainer, e.evidence), {})[e.neuron] = e
         self._donors = {
             kind: shuffled(list(of_kind), seed) for kind, of_kind in self._explanations.items()
         }
@@ -81,7 +89,7 @@ class ExplanationSet:
         self, neuron: NeuronId, explainer: str, metric: Metric, control: Control
     ) -> Explanation | Score:
         """Return the explanation that is scored, or the score where there is none."""
-        evidence = "anthropic" if metric == "anthropic" else "top"
+        evidence = evidence_for(metric)
         kind = (explainer, evidence)
         if kind not in self._explanations:
             kind = (explainer, "")  # made without a language model: one for all metrics

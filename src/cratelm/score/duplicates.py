@@ -20,7 +20,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
-from cratelm.records import METRICS, Excerpt, Metric, NeuronScore, Split
+from cratelm.records import SIMULATION_METRICS, Excerpt, Metric, NeuronScore, Split
 from cratelm.tokens.shards import TokenStore
 
 PASSAGE = 64
@@ -137,7 +137,7 @@ class NearDuplicates:
     def audit(self, scores: Sequence[NeuronScore]) -> DuplicateAudit:
         """Return the near-duplicates, and `scores` (of no control) with and without them."""
         groups: dict[tuple[str, Metric], list[NeuronScore]] = {}
-        for s in (s for s in scores if s.control == "none" and s.metric in METRICS):
+        for s in (s for s in scores if s.control == "none" and s.metric in SIMULATION_METRICS):
             groups.setdefault((s.explainer, s.metric), []).append(s)
         return DuplicateAudit(
             threshold=THRESHOLD,

@@ -13,7 +13,8 @@ from cratelm.llm.client import Client
 from cratelm.llm.requests import Answer, Outcome, Request
 from cratelm.records import (
     CONTROLS,
-    METRICS,
+    CONTROLS_WITHOUT_SIMULATION,
+    SIMULATION_METRICS,
     Control,
     Metric,
     NeuronId,
@@ -76,12 +77,12 @@ def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore
     for explainer in scoring.explainers:
         for variant, simulator in scoring.simulators(explainer).items():
             for metric in scoring.metrics:
-                simulated = metric in METRICS
+                simulated = metric in SIMULATION_METRICS
                 if variant == COMPAT and not simulated:
                     continue
                 excerpts = scored_on(record, metric if simulated else "top_and_random")
                 documents = tuple(sorted({e.document for e in excerpts}))
-                for control in CONTROLS if simulated else CONTROLS[:2]:
+                for control in CONTROLS if simulated else CONTROLS_WITHOUT_SIMULATION:
                     plan = _plan(record, explainer, simulator, metric, control, scoring)
                     score = plan if isinstance(plan, Score) else Score(None)
                     row = NeuronScore(

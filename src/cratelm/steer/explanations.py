@@ -67,9 +67,7 @@ def read_judged_explanations(config: InterveneConfig, folder: Path) -> JudgedExp
     if config.explanations == PROMOTED:
         return _promoted_tokens(folder)
     # of a language model's two kinds of evidence, the explanations from the strongest excerpts
-    explanations = [
-        e for e in read_explanations(folder) if e.payload.get("evidence", "top") == "top"
-    ]
+    explanations = [e for e in read_explanations(folder) if e.evidence in ("", "top")]
     names = sorted({e.explainer for e in explanations})
     explainer = config.explainer or (names[0] if names else "")
     if explainer not in names:

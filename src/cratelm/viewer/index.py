@@ -36,7 +36,8 @@ from cratelm.results.views import IndexState
 from cratelm.runs import Run, atomic_folder, atomic_path, hash_json, write_json
 from cratelm.tokens.shards import TokenStore
 
-_FORMAT = 2
+_FORMAT = 3
+"""Raise it with any change of a constant or formula below: an index of this format is used as it is."""
 _TOKENS = 96
 _DIMENSIONS = 64
 _LEAST = 2
@@ -203,6 +204,8 @@ class Index:
         starts = self._arrays["starts"]
         best: dict[int, tuple[float, int]] = {}
         for token in ids:
+            if token + 1 >= len(starts):  # no neuron has an entry of this token or of a later one
+                continue
             span = slice(int(starts[token]), int(starts[token + 1]))
             neurons = self._arrays["neurons"][span]
             here = (neurons >= low) & (neurons < high)
@@ -261,7 +264,7 @@ class Index:
     ) -> list[tuple[int, float]]:
         """Return the rows of `other` with the highest cosine to a neuron of `model`, without itself.
 
-        None before the index is ready.
+        The list is empty before the index is ready.
         """
         if not self.state.ready:
             return []
@@ -357,7 +360,11 @@ def _write(
     *,
     n_neurons: int,
 ) -> None:
-    """Entries sorted by token, and the neurons' vectors."""
+    """Write the entries sorted by token, and the vectors of the neurons.
+
+    `starts` ends at the largest token that has an entry, not at the size of the vocabulary. Neurons are
+    numbered by their row in `read_neuron_table`, model after model.
+    """
     neurons, tokens = neurons.astype(np.int32), tokens.astype(np.int32)
     np.save(folder / "vectors.npy", vectors(neurons, tokens, values, n_neurons))
     order = np.lexsort((-values.astype(np.float32), tokens))
@@ -372,7 +379,7 @@ def _write(
 def vectors(
     neurons: NDArray[np.int32], tokens: NDArray[np.int32], values: NDArray[Any], n_neurons: int
 ) -> NDArray[np.float32]:
-    """[N, D] Return vectors of unit length whose cosines are near those of the profiles; 0 without entries."""
+    """Return vectors [N, D] of unit length whose cosines are near those of the profiles; 0 without entries."""
     from scipy.sparse import csr_matrix, diags
     from scipy.sparse.linalg import norm, svds
 
@@ -392,7 +399,7 @@ def vectors(
 
 
 def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[H, D] -> [H, 2] Return a map by t-SNE, each axis in 0..1. Raises `InputError` without scikit-learn."""
+    """Return a map [H, 2] of vectors [H, D] by t-SNE, each axis in 0..1. Raises `InputError` without scikit-learn."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:

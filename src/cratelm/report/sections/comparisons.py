@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import product
 
 from cratelm.errors import InputError
-from cratelm.records import SCORERS, Interval, Metric, NeuronScore
+from cratelm.records import METRICS, Interval, Metric, NeuronScore
 from cratelm.report.cells import METRIC_NAMES, POLICY_NAMES, interval_cell
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.stats.scores import POLICIES, Comparison, Policy, compare_models
@@ -53,7 +53,7 @@ def twins_table(results: RunResults, resamples: int, seed: int) -> Table:
 
 def llm_twins_table(results: RunResults, resamples: int, seed: int) -> Table:
     """Return each CRATE minus its GPT-2 under every explainer and scorer of a language model."""
-    rows = _twin_rows(results, results.llm_explainers, SCORERS, resamples, seed)
+    rows = _twin_rows(results, results.llm_explainers, METRICS, resamples, seed)
     return Table(
         "twins_llm",
         "CRATE minus GPT-2, with a language model",
@@ -98,7 +98,7 @@ def llm_difference_table(results: RunResults, resamples: int, seed: int) -> Tabl
     """
     rows: list[tuple[Cell, ...]] = []
     for m in results.principal:
-        for metric, a, b, policy in product(SCORERS, *_explainers(m), POLICIES):
+        for metric, a, b, policy in product(METRICS, *_explainers(m), POLICIES):
             c = _paired(m.scores, a, b, metric, policy, resamples, seed)
             if c is not None:
                 rows.append((m.name, f"{a} − {b}", *comparison_cells(c)))

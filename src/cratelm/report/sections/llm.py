@@ -1,7 +1,7 @@
 """Tables about language models: their scores next to those without one, trial calls, and calls."""
 
 from cratelm.llm.probe import LOW_MASS, ProbeResult
-from cratelm.records import CHANCE, SCORERS, Control, Metric, NeuronKey
+from cratelm.records import CHANCE, METRICS, Control, Metric, NeuronKey
 from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, without_score
 from cratelm.results.run_results import ModelResults, ResultSet, RunResults
 from cratelm.stats.scores import ModelStatistics, Policy, model_statistics
@@ -99,7 +99,7 @@ def _rows(
     explainers = [e for of_set in sample.sets for e in of_set.explainers]
     untrained = _Restricted(null, sample.sample, sample.resamples, sample.seed) if null else None
     rows: list[tuple[Cell, ...]] = []
-    for metric in SCORERS:
+    for metric in METRICS:
         for explainer in explainers:
             own = sample.find(explainer, metric)
             if own is None:

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 
 from cratelm.explain.config import EXPLAINERS
-from cratelm.records import METRICS, Control, Metric
+from cratelm.records import SIMULATION_METRICS, Control, Metric
 from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, series_of, without_score
 from cratelm.report.drawing import Figure, Panel, Series, distributions, rows, scores_panel
 from cratelm.report.sections.autoencoders import reconstruction_costs
@@ -34,7 +34,7 @@ PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
     "6l": ((7.96, 2.29), (5.4, 20.85), (6.36, 1.87), (3.14, 18.39), (10.4, 2.01), (8.52, 32.56)),
     "12l": ((6.8, 7.09), (6.34, 11.35), (5.12, 2.83), (2.67, 7.48), (8.88, 18.3), (8.65, 24.65)),
 }
-"""by size: mean and variance over layers, CRATE then GPT-2, for each metric in the order of METRICS
+"""by size: mean and variance over layers, CRATE then GPT-2, for each metric in the order of SIMULATION_METRICS
 (arXiv 2410.16443, table of interpretability; last layer left out for 6l and 12l)"""
 _BINS = np.linspace(-1, 1, 41)
 _Line = tuple[Series, ModelResults, Control]
@@ -287,7 +287,7 @@ def reasons_table(results: RunResults) -> Table:
 def published_table(results: RunResults) -> Table:
     """Return this run's means above those of the paper, of all sizes."""
     columns = [Column("source", "source"), Column("model", "model")]
-    for metric in METRICS:
+    for metric in SIMULATION_METRICS:
         columns += [
             Column(metric, f"{METRIC_NAMES[metric]}, mean × 100", ".2f"),
             Column(f"{metric}_variance", "variance", ".2f"),
@@ -312,7 +312,7 @@ def published_table(results: RunResults) -> Table:
 
 def _our_row(results: RunResults, m: ModelResults) -> tuple[Cell, ...]:
     cells: list[Cell] = ["this run", m.name]
-    for metric in METRICS:
+    for metric in SIMULATION_METRICS:
         s = m.find(results.explainer, metric)
         cells += [s.mean, s.variance] if s else [None, None]
     return (*cells, trained_figures(m).get("validation_loss"))
