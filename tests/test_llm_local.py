@@ -34,7 +34,7 @@ from cratelm.llm.requests import (
     LogprobQuery,
     key,
 )
-from cratelm.steer.steer import continue_ids
+from cratelm.steer.next_tokens import continue_ids
 from cratelm.text.display import printable
 
 LEVELS = tuple(map(str, range(10)))

@@ -12,8 +12,9 @@ from tiny_run import MODEL, copied, make_again, with_side_stages
 
 import cratelm
 from cratelm.errors import InputError
-from cratelm.results.side_results import read_evaluation
+from cratelm.results.side_results import read_sae_evaluation
 from cratelm.runs import RECORD, Run, Stage
+from cratelm.sae.store import evaluation_path
 from cratelm.viewer.live import Live
 from cratelm.viewer.pages import Pages
 from cratelm.viewer.run_reader import Library
@@ -107,7 +108,7 @@ def use(verb: str, run: Path, tmp_path: Path) -> None:
         options["model"] = MODEL
     words = verb.split()
     name = "_".join(words[:2]) if words[0] in ("sae", "export") else words[0]
-    getattr(cratelm, name)(run=run, **options)
+    getattr(cratelm.api, name)(run=run, **options)
 
 
 @pytest.mark.parametrize(("again", "verb"), PAIRS, ids=[f"{a} - {v}" for a, v in PAIRS])
@@ -263,17 +264,21 @@ def test_a_model_in_a_folder_is_compared_where_it_is_opened(run, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["identity", "model_identity", "tokens_identity"])
-def test_figures_of_other_autoencoders_models_or_tokens_are_not_reported(role, run, tmp_path):
+def test_figures_of_other_autoencoders_models_or_tokens_are_not_reported(role, run):
     """`evaluation.json` is no stage: it names what it is of."""
-    read = Run(run).labelled(f"activations/{MODEL}+s").require().inputs
+    harvest = Run(run).labelled(f"activations/{MODEL}+s").require()
+    read = harvest.inputs
     identities = {"identity": read["sae"], "model_identity": read["model"], "tokens_identity": read["tokens"]}  # fmt: skip
     sums: dict[str, list[int]] = {n: [] for n in ("document", "targets", "loss", "reconstruction")}
-    figures = {"loss": {"value": 1.0, "error": 0.1}, "layers": [], "places": [], "by_document": sums}  # fmt: skip
-    path = tmp_path / "evaluation.json"
+    names = {"model": MODEL, "sae": "s", "site": "ista", "split": "held_out", "documents": 1, "tokens": 9}  # fmt: skip
+    lists: dict[str, list] = {n: [] for n in ("layers", "places", "steering", "own_steering")}
+    figures = {"loss": {"value": 1.0, "error": 0.1}, "by_document": sums, "config": {}}
+    path = evaluation_path(Run(run), MODEL, "s")
 
     def reported(record: dict[str, Any]) -> bool:
-        path.write_text(json.dumps({**figures, **record}), encoding="utf-8")
-        return read_evaluation(path, read["sae"], read["model"], read["tokens"]) is not None
+        content = {**names, **lists, **figures, **record}
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return read_sae_evaluation(Run(run), harvest) is not None
 
     assert reported(identities)
     assert reported({k: v for k, v in identities.items() if k != "tokens_identity"})

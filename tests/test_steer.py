@@ -25,7 +25,8 @@ from cratelm.models.sites import hooked
 from cratelm.runs import Run
 from cratelm.steer import Edit, Positions
 from cratelm.steer.config import EffectsConfig, SteerConfig
-from cratelm.steer.steer import compare_next_tokens, steer
+from cratelm.steer.next_tokens import compare_next_tokens
+from cratelm.steer.steer import steer
 from cratelm.steer.steering import chosen, steering
 
 ORACLE = SHARED / "oracle"

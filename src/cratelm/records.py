@@ -276,7 +276,7 @@ class Explanation:
     explainer: str
     """`lookup`, `trie`, or the name of a language model"""
     text: str
-    """a short phrase for people"""
+    """a short phrase, for people and for language models that simulate from it"""
     payload: dict[str, object]
     """what the simulator needs and nothing else: JSON, so it can be read, kept and shared"""
     documents: tuple[int, ...]

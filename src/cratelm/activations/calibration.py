@@ -34,7 +34,7 @@ class Calibration:
     anthropic_edges: torch.Tensor
     """[H, 13], all 0 where no activation was above 0"""
     openai_reach: torch.Tensor
-    """[H, 5] fraction of the sample's tokens at or above the lower edge of each bin"""
+    """[H, 5] estimated fraction of tokens at or above the lower edge of each bin; see `_reach`"""
     anthropic_reach: torch.Tensor
     """[H, 12]"""
 
@@ -61,7 +61,9 @@ class Calibration:
 def _reach(activations: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     """Return the fraction of activations [P, H] at or above each lower edge of [H, bins + 1].
 
-    Above 0 where the edge is 0: zeros are in no bin.
+    An estimate for speed alone: it says how many tokens `layer_harvest` has to look at before each bin is
+    likely to be full, and never which bin a token is in. If a lower edge is 0 for all neurons of the layer,
+    activations above 0 are counted, because most are exactly 0.
     """
     reached = [
         (activations >= lower if (lower != 0).any() else activations > 0).float().mean(0)

@@ -27,7 +27,11 @@ def objective(
 def objectives(
     x: torch.Tensor, atoms: torch.Tensor, step_size: float, weight: float, steps: int
 ) -> torch.Tensor:
-    """Return f [steps + 1, N] of A_0 .. A_steps, for inputs [N, D] and atoms D^T [H, D]."""
+    """Return f [steps + 1, N] of A_0 .. A_steps, for inputs [N, D] and atoms D^T [H, D].
+
+    These are the iterations of `models.crate.Ista.encode` in their plain form, step by step: a change of the
+    solver there is a change here.
+    """
     code = x.new_zeros(len(x), len(atoms))
     values = [objective(x, atoms, code, weight)]
     for _ in range(steps):

@@ -109,7 +109,7 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
         return _explain_with_llm(config, run, inputs, selected)
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
-        return ExplainResult(path=stage.path, **stage.require("explain").results)
+        return stage.result(ExplainResult, path=stage.path)
     explainer = CountingExplainer(config, _token_strings(run))
     n_expected = len(config.explainers) * sum(not s.dead for s in selected)
     with stage.write(config, inputs) as draft:
@@ -133,7 +133,7 @@ def _explain_with_llm(
         name = config.name or client.backend.name
         stage = run.stage("explanations", set_name(config.model, name))
         if is_finished(config, stage, inputs):
-            return ExplainResult(path=stage.path, **stage.require("explain").results)
+            return stage.result(ExplainResult, path=stage.path)
         if not (config.dry_run or config.shard):  # nobody else asks the same while this one does
             held.enter_context(stage.lock())
         if config.neurons:
@@ -200,6 +200,7 @@ def explain_neuron(
             f"{record.neuron} has no excerpts to explain from, or those of the held_out split:"
             " harvest it again"
         )
+    # at least 2 tokens of context, whatever --depth: look-up phrases say what comes before a token
     evidence = collect_evidence(record, depth=max(config.depth, 2), weight=WEIGHT)
     documents = tuple(sorted({e.document for e in record.excerpts}))
     mean = record.summary.mean

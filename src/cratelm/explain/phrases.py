@@ -1,4 +1,7 @@
-"""Write the short phrase of an explanation, for people.
+"""Write the short phrase of an explanation, for people and for language models.
+
+`score --explanations llm-free` and `intervene` give the phrase to a language model, so a change of its
+wording changes scores, and answers in the ledger are asked again.
 
 Tokens stand between backticks, white space is visible (␣ space, ⏎ line break, ⇥ tab), and the
 activating token of an example between « and ».

@@ -88,7 +88,7 @@ def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
     if tokens.is_finished(corpus, inputs, force=config.force):
         done = {**inputs, "tokens": tokens.require("import records")}
         if harvest.is_finished(settings, done, force=config.force):
-            return ImportRecordsResult(harvest.path, **harvest.require("import records").results)
+            return harvest.result(ImportRecordsResult, path=harvest.path)
     texts, order = _survey(paths, config)
     _write_tokens(tokens, corpus, inputs, texts, order)
     inputs["tokens"] = tokens.require("import records")

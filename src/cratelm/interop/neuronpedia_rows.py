@@ -11,9 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from cratelm.activations.calibration import OPENAI_QUANTILES
 from cratelm.interop.openai_records import shortest_float
-from cratelm.records import Excerpt, Explanation, FloatArray, Metric, NeuronScore, NeuronSummary
+from cratelm.records import (
+    OPENAI_QUANTILES,
+    Excerpt,
+    Explanation,
+    FloatArray,
+    Metric,
+    NeuronScore,
+    NeuronSummary,
+)
 from cratelm.steer.store import LogitEffect
 
 Row = dict[str, Any]

@@ -18,14 +18,13 @@ from cratelm.llm.ledger import Bill, Ledger, rounded
 from cratelm.llm.requests import (
     Answer,
     Backend,
-    Chat,
     Failure,
-    JsonQuery,
-    LogprobQuery,
     Outcome,
     Request,
+    completion_tokens,
     key,
     kind_of,
+    prompt_tokens,
 )
 
 
@@ -112,7 +111,7 @@ class Client:
 
     def _room(self, wanted: list[tuple[str, Request]]) -> int:
         """Return how many of `wanted` fit into the limits, by the backend's count of tokens."""
-        budget, spent = self.budget, self._spent()
+        budget, spent = self.budget, self._bill()
         n = len(wanted)
         if budget.max_calls:
             n = min(n, budget.max_calls - spent.calls)
@@ -130,7 +129,7 @@ class Client:
                 return place
         return max(n, 0)
 
-    def _spent(self) -> Bill:
+    def _bill(self) -> Bill:
         """Return what is spent for this run: by earlier commands, as the ledger says, and by this one."""
         tally = self.tally
         return Bill(
@@ -140,7 +139,7 @@ class Client:
         )
 
     def _limit(self, n_left: int) -> str:
-        budget, spent = self.budget, self._spent()
+        budget, spent = self.budget, self._bill()
         limits = [
             f"--max-calls {budget.max_calls}" if budget.max_calls else "",
             f"--max-tokens {budget.max_tokens}" if budget.max_tokens else "",
@@ -262,20 +261,3 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
         cost=budget.cost(prompt, completion) if priced else None,
         seconds=0.0 if not calls else seconds,
     )
-
-
-def prompt_tokens(request: Request, backend: Backend) -> int:
-    """Return the tokens that a server would count as the prompt's, by the backend's own count."""
-    if isinstance(request, Chat | JsonQuery):
-        # about 4 tokens a message mark who speaks
-        return sum(backend.count_tokens(text) + 4 for _, text in request.messages)
-    return backend.count_tokens(request.text)
-
-
-def completion_tokens(request: Request) -> int:
-    """Return the largest number of tokens that the answer can take."""
-    if isinstance(request, Chat):
-        return request.max_tokens
-    if isinstance(request, JsonQuery):
-        return 16 + 4 * request.n
-    return 1 if isinstance(request, LogprobQuery) else 0

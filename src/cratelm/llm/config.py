@@ -41,7 +41,7 @@ class Budget:
 
     @property
     def is_limited(self) -> bool:
-        """Return True where there is a limit."""
+        """Return whether there is a limit; name every limit here, or it counts one command instead of the run."""
         return bool(self.max_calls or self.max_tokens or self.max_cost)
 
     @property
@@ -124,7 +124,11 @@ class LLMConfig:
     def budget(self) -> Budget:
         """Return the limits of this command."""
         return Budget(
-            self.max_calls, self.max_tokens, self.max_cost, self.price_prompt, self.price_completion
+            max_calls=self.max_calls,
+            max_tokens=self.max_tokens,
+            max_cost=self.max_cost,
+            price_prompt=self.price_prompt,
+            price_completion=self.price_completion,
         )
 
     def worker(self) -> tuple[int, int]:

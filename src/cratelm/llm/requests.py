@@ -237,3 +237,20 @@ def key(request: Request, identity: dict[str, str]) -> str:
         identity = {name: value for name, value in identity.items() if name != CHAT_IDENTITY}
     whole = {"kind": kind_of(request), "backend": identity, **content}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def prompt_tokens(request: Request, backend: Backend) -> int:
+    """Return the tokens that a server would count as the prompt's, by the backend's own count."""
+    if isinstance(request, Chat | JsonQuery):
+        # about 4 tokens a message mark who speaks
+        return sum(backend.count_tokens(text) + 4 for _, text in request.messages)
+    return backend.count_tokens(request.text)
+
+
+def completion_tokens(request: Request) -> int:
+    """Return the largest number of tokens that the answer can take."""
+    if isinstance(request, Chat):
+        return request.max_tokens
+    if isinstance(request, JsonQuery):
+        return 16 + 4 * request.n  # of JSON: a number and its punctuation per value, and the frame
+    return 1 if isinstance(request, LogprobQuery) else 0

@@ -160,6 +160,8 @@ class Mssa(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
         self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        # An Identity computes nothing: its output is where hooks read and edit activations. Its path in the
+        # model is named in models/sites.py, interop/ and saved models, so a rename reaches all of these.
         self.subspace = nn.Identity()
         """site: subspace codes U^T x [B, T, D], head after head"""
         self.heads = nn.Identity()
@@ -219,7 +221,10 @@ class Ista(nn.Module):
         """site: the neurons, A_steps [B, T, H], at least 0"""
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sparse code [..., H] of x [..., D]."""
+        """Return the sparse code [..., H] of x [..., D].
+
+        `analysis/sparse_coding.py` repeats these steps to measure the objective along them.
+        """
         atoms, eta = self.dictionary, self.step_size
         shift = (
             -eta * self.threshold * x.new_ones(len(atoms))
@@ -286,7 +291,7 @@ class CratePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02); the attention output map N(0, 0.02 / sqrt(2L)); D uniform in +-sqrt(6/D)."""
+        """Draw N(0, r), r = `initializer_range`; the attention output map N(0, r / sqrt(2L)); D uniform in +-sqrt(6/D)."""
         super()._init_weights(module)
         if isinstance(module, Ista):
             bound = (6 / module.dictionary.shape[1]) ** 0.5

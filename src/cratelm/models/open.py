@@ -22,7 +22,7 @@ from cratelm.errors import InputError
 from cratelm.models.sizes import hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
-from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer
+from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
 
 HUB = "hub:"
 """begins the identity of a Hub model, hub:NAME@COMMIT"""
@@ -255,12 +255,9 @@ def _from_transformers(subject: LoadedModel) -> Encoder | None:
 
     try:
         wrapped = AutoTokenizer.from_pretrained(subject.source, revision=subject.revision or "main")
-        tokenizer = Tokenizer.from_str(wrapped.backend_tokenizer.to_str())
+        tokenizer = without_limits(Tokenizer.from_str(wrapped.backend_tokenizer.to_str()))
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
     encoder = _encoder(wrapped, tokenizer)
     return encoder if _fits(encoder, subject) else None
 

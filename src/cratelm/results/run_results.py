@@ -28,15 +28,11 @@ from cratelm.records import (  # fmt: skip
 from cratelm.results.scores import find_statistics, read_calls, read_score_summary
 from cratelm.results.side_results import (
     Analysis,
-    Effects,
-    Interventions,
-    SaeEvaluation,
     evaluation_inputs,
-    evaluation_path,
     read_analyses,
     read_effects,
-    read_evaluation,
     read_interventions,
+    read_sae_evaluation,
 )
 from cratelm.results.stages import (
     MODEL_STAGES,
@@ -50,10 +46,12 @@ from cratelm.results.stages import (
 )
 from cratelm.runs import Completion, Freshness, Run, StageName
 from cratelm.runs.names import FAMILIES, family_of, set_name, split_set, twin_name, untrained_name
+from cratelm.sae.store import StoredEvaluation
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit
 from cratelm.score.store import read_scores
 from cratelm.stats.scores import ModelStatistics, Policy
+from cratelm.steer.store import EffectsSummary, InterventionSummary
 from cratelm.tokens.shards import TokenStore
 from cratelm.train.log import read_metrics
 
@@ -120,7 +118,7 @@ class ModelResults:
     """over the held-out split; empty without a harvest"""
     curve: list[dict[str, Any]]
     """lines of the training curve; empty without a trained model"""
-    evaluation: SaeEvaluation | None
+    evaluation: StoredEvaluation | None
     """of the autoencoders whose latents its neurons are; None for neurons, and where they were not
     evaluated as they are now"""
     stale: Mapping[str, Freshness]
@@ -176,8 +174,8 @@ class RunResults:
     side_stages: tuple[Completion, ...]
     """records of side measurements of the models shown"""
     analyses: tuple[Analysis, ...]
-    effects: tuple[Effects, ...]
-    interventions: tuple[Interventions, ...]
+    effects: tuple[EffectsSummary, ...]
+    interventions: tuple[InterventionSummary, ...]
     shared_ordinals: int
     """documents in more than one split: 0 where the shards are right, or are gone"""
     _by_name: dict[str, ModelResults] = field(init=False, repr=False)
@@ -295,7 +293,7 @@ def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
         scores=tuple(s for of_set in sets for s in of_set.scores if s.control == "none"),
         summaries=tuple(read_summaries(folder, "held_out")) if harvest else (),
         curve=read_metrics(run.stage("model", name).path) if "model" in done else [],
-        evaluation=_evaluation(run, harvest) if harvest else None,
+        evaluation=read_sae_evaluation(run, harvest) if harvest else None,
         stale=run.stale(name),
     )
 
@@ -323,14 +321,6 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
         preflight=summary.preflight,
         suffix=suffix,
     )  # fmt: skip
-
-
-def _evaluation(run: Run, harvest: Completion) -> SaeEvaluation | None:
-    path = evaluation_path(run, harvest)
-    if path is None or not path.is_file():
-        return None
-    of = (harvest.inputs.get(role) for role in ("sae", "model", "tokens"))
-    return read_evaluation(path, *of)
 
 
 def _shared_ordinals(run: Run) -> int:

@@ -1,9 +1,9 @@
-"""What `analyze`, `effects`, `intervene` and `sae evaluate` measured, read from their files as records.
+"""Collect what `analyze`, `effects`, `intervene` and `sae evaluate` measured of the models of a run.
 
-A model that was not measured is absent. Formats: `docs/white-box.md`, `docs/steering.md`, `docs/saes.md`.
+The files are read by `analysis/store.py`, `steer/store.py` and `sae/store.py`. A model that was not
+measured is absent. Formats: `docs/white-box.md`, `docs/steering.md`, `docs/saes.md`.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,19 @@ from cratelm.analysis.store import (
     read_measure_by_layer,
     read_measure_summaries,
 )
-from cratelm.records import Estimate, Interval
+from cratelm.records import Estimate
 from cratelm.runs import Completion, Run, hash_file
-from cratelm.runs.names import set_name, split_set
+from cratelm.sae.store import EVALUATION, StoredEvaluation, evaluation_path, read_evaluation
+from cratelm.steer.store import (
+    EffectsSummary,
+    InterventionSummary,
+    effects_stage,
+    intervention_names,
+    interventions_stage,
+    models_with_effects,
+    read_effects_summary,
+    read_intervention_summary,
+)
 
 DISTORTION = f"{EPSILON:g}"
 """setting of the coding rates that tables and figures show"""
@@ -110,230 +120,41 @@ def _analysis(name: str, folder: Path) -> Analysis:
     return Analysis(name, tuple(read_layers(folder)), tuple(read_measure_summaries(folder)), folder)
 
 
-# ---- cratelm effects ------------------------------------------------------------------------------
+# ---- cratelm effects and cratelm intervene --------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LayerEffects:
-    """Effects of the neurons of one layer on the output; intervals are over its neurons."""
-
-    layer: int
-    neurons: int
-    dead: int
-    size: Interval | None
-    """mean absolute change of the loss, nats per token"""
-    firing_rise: Interval | None
-    """mean change over tokens predicted from where the neuron fires"""
-    raises: Interval | None
-    """fraction of the neurons without which the loss is higher by more than two standard errors"""
-    lowers: Interval | None
-    agreement: Interval | None
-    """rank correlation over the vocabulary of the first-order estimate with the exact effect"""
-    overlap: Interval | None
-    """fraction of the most promoted tokens that both name"""
-    named: Interval | None
-    """chance that a token that the neuron fires on is promoted more than another"""
-    named_shuffled: Interval | None
-    """the same for tokens that another neuron of the layer fires on"""
-
-
-@dataclass(frozen=True)
-class Effects:
-    """What `cratelm effects` measured of one model: `steer/MODEL/`."""
-
-    name: str
-    ablation: str
-    """`mean` or `zero`: what neurons were replaced by"""
-    loss: Estimate | None
-    """of the plain model on the same tokens, nats per token"""
-    layers: tuple[LayerEffects, ...]
-
-
-def read_effects(run: Run, models: Sequence[str]) -> list[Effects]:
+def read_effects(run: Run, models: Sequence[str]) -> list[EffectsSummary]:
     """Return the effects of those of `models` that were measured, in the order given."""
-    finished = set(run.models("steer"))
-    return [_effects(name, _steer_summary(run, name)) for name in models if name in finished]
-
-
-def _effects(name: str, record: dict[str, Any]) -> Effects:
-    def layer(row: dict[str, Any]) -> LayerEffects:
-        intervals = list(LayerEffects.__dataclass_fields__)[3:]
-        means = {key: _interval(row[key]) for key in intervals}
-        return LayerEffects(row["layer"], row["neurons"], row["dead"], **means)
-
-    layers = tuple(map(layer, record["layers"]))
-    return Effects(name, record["ablation"], _estimate(record.get("loss")), layers)
-
-
-# ---- cratelm intervene ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InterventionControl:
-    """One control of an intervention scoring, over all its neurons."""
-
-    control: str
-    """`none`, `shuffled` or `random`"""
-    mean: Interval | None
-    """chance that the judge names the steered text; interval over neurons"""
-    defined: int
-    undefined: int
-    dead: int
-    failed: int
-
-
-@dataclass(frozen=True)
-class Interventions:
-    """What `cratelm intervene` measured of one model with one judge: `steer/MODEL@NAME/`."""
-
-    name: str
-    """of the model"""
-    explainer: str
-    judge: str
-    n_neurons: int
-    kl: Interval | None
-    """strength of steering: its effect on the next token, nats"""
-    controls: tuple[InterventionControl, ...]
-
-
-def read_interventions(run: Run, models: Sequence[str]) -> list[Interventions]:
-    """Return the intervention scorings of `models`, in the order given."""
-    names = [name for name in run.models("steer") if split_set(name)[1]]
+    finished = set(models_with_effects(run))
     return [
-        _interventions(model, _steer_summary(run, name))
-        for model in models
-        for name in names
-        if split_set(name)[0] == model
+        read_effects_summary(effects_stage(run, name).path) for name in models if name in finished
     ]
 
 
-def _interventions(name: str, record: dict[str, Any]) -> Interventions:
-    return Interventions(
-        name=name,
-        explainer=record["explainer"],
-        judge=record["judge"],
-        n_neurons=record["n_neurons"],
-        kl=_interval(record["kl"]),
-        controls=tuple(
-            InterventionControl(**{**control, "mean": _interval(control["mean"])})
-            for control in record["controls"]
-        ),
-    )
-
-
-def _steer_summary(run: Run, name: str) -> dict[str, Any]:
-    return _json(run.stage("steer", name).path / "summary.json")
+def read_interventions(run: Run, models: Sequence[str]) -> list[InterventionSummary]:
+    """Return the intervention scorings of `models`, in the order given."""
+    return [
+        read_intervention_summary(interventions_stage(run, model, name).path)
+        for model in models
+        for name in intervention_names(run, model)
+    ]
 
 
 # ---- cratelm sae evaluate -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RebuiltLayer:
-    """How well the autoencoder of one layer rebuilds its inputs. Errors: over documents."""
+def read_sae_evaluation(run: Run, harvest: Completion) -> StoredEvaluation | None:
+    """Return the evaluation of the autoencoders whose latents were harvested.
 
-    layer: int
-    inputs: int
-    latents: int
-    explained_variance: Estimate | None
-    l0: Estimate
-    own_l0: Estimate
-    """activations of the site that are not 0, per token"""
-    dead: Estimate
-    """fraction of the latents"""
-    shrinkage: Estimate | None
-
-
-@dataclass(frozen=True)
-class Spliced:
-    """The model with something in place of its activations."""
-
-    loss: Estimate
-    """nats per token"""
-    added: Estimate
-    """minus the loss of the model as it is, on the same tokens"""
-    recovered_from_zero: Estimate | None
-    """1: nothing is lost, 0: as bad as zeros"""
-
-
-@dataclass(frozen=True)
-class SplicedLayers:
-    """What the model loses where the activations of some layers are replaced at once."""
-
-    layers: tuple[int, ...]
-    reconstruction: Spliced
-    own_top: Spliced
-    """the site's own code at the autoencoder's L0"""
-    own: Spliced
-    """all of the site's own code"""
-
-
-@dataclass(frozen=True)
-class SteeringFidelity:
-    """Latents or neurons of one layer, set to their maximum one at a time. Errors: over those steered."""
-
-    layer: int
-    steered: tuple[int, ...]
-    fidelity: Estimate | None
-    edit: Estimate
-    """KL of the edit, nats per token"""
-    rebuilt: float
-    """KL of the reconstruction alone"""
-
-
-@dataclass(frozen=True, eq=False)
-class DocumentLosses:
-    """Sums over the tokens of each document, to compare models on the same ones. [C] documents"""
-
-    documents: tuple[int, ...]
-    """[C] ordinals"""
-    targets: tuple[int, ...]
-    """[C] tokens predicted"""
-    loss: NDArray[np.float64]
-    """[C] of the model as it is"""
-    reconstruction: NDArray[np.float64]
-    """[C] with all layers rebuilt"""
-
-
-@dataclass(frozen=True, eq=False)
-class SaeEvaluation:
-    """What `cratelm sae evaluate` measured of one set of autoencoders."""
-
-    loss: Estimate
-    """of the model as it is, nats per token"""
-    layers: tuple[RebuiltLayer, ...]
-    spliced: tuple[SplicedLayers, ...]
-    """each layer alone, then all together where there are several"""
-    steering: tuple[SteeringFidelity, ...]
-    """latents, by layer"""
-    own_steering: tuple[SteeringFidelity, ...]
-    """neurons of the site itself, by layer"""
-    by_document: DocumentLosses
-
-    @property
-    def all_layers(self) -> SplicedLayers:
-        """Return the figures with all layers rebuilt at once, or with the only one."""
-        return self.spliced[-1]
-
-    def layer(self, number: int) -> RebuiltLayer:
-        """Return the figures of one layer's autoencoder."""
-        return next(layer for layer in self.layers if layer.layer == number)
-
-    def alone(self, number: int) -> SplicedLayers:
-        """Return the figures with this layer alone rebuilt."""
-        return next(s for s in self.spliced if s.layers == (number,))
-
-
-def evaluation_path(run: Run, harvest: Completion) -> Path | None:
-    """Return where the evaluation of a harvest's autoencoders lies; None where it is a harvest of neurons.
-
-    `sae/MODEL@NAME/evaluation.json`, or `sae/MODEL@FOLDER.json` for autoencoders from elsewhere.
+    None for a harvest of neurons, without an evaluation, or if the evaluation is of autoencoders, of a
+    model or of tokens that were made again since: its figures say nothing of these.
     """
-    sae = harvest.config.get("sae")
-    if not sae:
+    path = _evaluation_path(run, harvest)
+    if path is None or not path.is_file():
         return None
-    own = run.path / "sae" / set_name(Path(harvest.config["model"]).name, Path(sae).name)
-    return own / "evaluation.json" if own.is_dir() else own.with_name(f"{own.name}.json")
+    stored = read_evaluation(path)
+    sae, model, tokens = (harvest.inputs.get(role) for role in ("sae", "model", "tokens"))
+    return stored if stored.is_of(sae, model, tokens) else None
 
 
 def evaluation_inputs(run: Run, names: Sequence[str]) -> dict[str, str]:
@@ -341,7 +162,7 @@ def evaluation_inputs(run: Run, names: Sequence[str]) -> dict[str, str]:
     hashes = {}
     for name in names:
         harvest = run.stage("activations", name).completion()
-        path = evaluation_path(run, harvest) if harvest else None
+        path = _evaluation_path(run, harvest) if harvest else None
         if path is not None and path.is_file():
             hashes[f"evaluation/{name}"] = hash_file(path)
     return hashes
@@ -349,96 +170,10 @@ def evaluation_inputs(run: Run, names: Sequence[str]) -> dict[str, str]:
 
 def evaluation_config(run: Run, name: str) -> dict[str, Any] | None:
     """Return the options that evaluated the autoencoders `sae/NAME` of the run; None where nothing did."""
-    path = run.stage("sae", name).path / "evaluation.json"
-    return _json(path)["config"] if path.is_file() else None
+    path = run.stage("sae", name).path / EVALUATION
+    return read_evaluation(path).config if path.is_file() else None
 
 
-def read_evaluation(
-    path: Path, sae: str | None, model: str | None, tokens: str | None
-) -> SaeEvaluation | None:
-    """Return the evaluation in a file that `evaluation_path` names.
-
-    None where it is not of the autoencoders of identity `sae` on the model of identity `model` and the
-    tokens of identity `tokens`: figures of what was made again since say nothing of these.
-    """
-    record = _json(path)
-    if (record.get("identity"), record.get("model_identity")) != (sae, model):
-        return None
-    if (record.get("tokens_identity") or tokens) != tokens:  # version 0.1.0 wrote none
-        return None
-    sums = record["by_document"]
-    return SaeEvaluation(
-        loss=_known_estimate(record["loss"]),
-        layers=tuple(map(_rebuilt_layer, record["layers"])),
-        spliced=tuple(map(_spliced_layers, record["places"])),
-        steering=tuple(map(_fidelity, record.get("steering", ()))),
-        own_steering=tuple(map(_fidelity, record.get("own_steering", ()))),
-        by_document=DocumentLosses(
-            documents=tuple(sums["document"]),
-            targets=tuple(sums["targets"]),
-            loss=np.array(sums["loss"]),
-            reconstruction=np.array(sums["reconstruction"]),
-        ),
-    )
-
-
-def _rebuilt_layer(record: dict[str, Any]) -> RebuiltLayer:
-    return RebuiltLayer(
-        layer=record["layer"],
-        inputs=record["inputs"],
-        latents=record["latents"],
-        explained_variance=_estimate(record["explained_variance"]),
-        l0=_known_estimate(record["l0"]),
-        own_l0=_known_estimate(record["own_l0"]),
-        dead=_known_estimate(record["dead"]),
-        shrinkage=_estimate(record["shrinkage"]),
-    )
-
-
-def _spliced_layers(record: dict[str, Any]) -> SplicedLayers:
-    def spliced(kind: str) -> Spliced:
-        part = record[kind]
-        return Spliced(
-            loss=_known_estimate(part["loss"]),
-            added=_known_estimate(part["added"]),
-            recovered_from_zero=_estimate(part["recovered_from_zero"]),
-        )
-
-    return SplicedLayers(
-        layers=tuple(record["layers"]),
-        reconstruction=spliced("reconstruction"),
-        own_top=spliced("own_top"),
-        own=spliced("own"),
-    )
-
-
-def _fidelity(record: dict[str, Any]) -> SteeringFidelity:
-    return SteeringFidelity(
-        layer=record["layer"],
-        steered=tuple(record["steered"]),
-        fidelity=_estimate(record["fidelity"]),
-        edit=_known_estimate(record["edit"]),
-        rebuilt=record["rebuilt"],
-    )
-
-
-# ---- values of JSON files -------------------------------------------------------------------------
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _interval(record: dict[str, Any] | None) -> Interval | None:
-    return None if record is None else Interval(record["value"], record["low"], record["high"])
-
-
-def _estimate(record: dict[str, Any] | None) -> Estimate | None:
-    """None, too, where the value itself is null."""
-    return None if record is None or record["value"] is None else _known_estimate(record)
-
-
-def _known_estimate(record: dict[str, Any]) -> Estimate:
-    """NaN, which JSON cannot hold, is written as null."""
-    value = record["value"]
-    return Estimate(float("nan") if value is None else value, record["error"])
+def _evaluation_path(run: Run, harvest: Completion) -> Path | None:
+    sae = harvest.config.get("sae")
+    return evaluation_path(run, harvest.config["model"], sae) if sae else None

@@ -11,11 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# recorded with every stage for the reader; no identity depends on them
 _VERSIONED = ("cratelm", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
 
 
 def hash_json(value: Any) -> str:
-    """Return the sha256 of a JSON value, whatever the order of its keys."""
+    """Return the sha256 of a JSON value, whatever the order of its keys.
+
+    Every identity in a run is such a hash: another spelling of the JSON would make all runs stale.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -40,7 +44,9 @@ def git_commit() -> str:
 
     It is read once a process: the code that runs was loaded then, whatever is committed later.
     """
-    return commit_of(Path(__file__).resolve().parents[1])
+    return commit_of(
+        Path(__file__).resolve().parents[1]
+    )  # src/cratelm, two folders above this file
 
 
 def commit_of(package: Path) -> str:

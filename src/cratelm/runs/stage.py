@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import cratelm.runs.atomic as atomic
 import cratelm.runs.names as names
@@ -31,6 +31,7 @@ from cratelm.errors import InputError
 from cratelm.runs.config import Settings, settings_of
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
 
+_Result = TypeVar("_Result")
 StageName = Literal[
     "tokens",
     "model",
@@ -292,6 +293,22 @@ class Stage:
         if found.is_stale:
             raise InputError(f"{self.path} is out of date, {found}")
         return done
+
+    def result(self, kind: type[_Result], **values: Any) -> _Result:
+        """Return the figures of the finished stage as the dataclass `kind`, with its other fields in `values`.
+
+        Figures that `kind` has no field for, which a later version may have recorded, are left out. A
+        field that is added to `kind` needs a default: the records of earlier versions lack it. Raises
+        `InputError` as `require` does, and where a figure without a default is missing.
+        """
+        names = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+        figures = {k: v for k, v in self.require().results.items() if k in names}
+        try:
+            return kind(**{**figures, **values})
+        except TypeError as error:
+            raise InputError(
+                f"{self.path / RECORD} lacks figures ({error}): type `{self.command()}` to make it again"
+            ) from None
 
     def freshness(self) -> Freshness:
         """Whether all that the stage was made from is as it was, up to the tokens."""

@@ -135,10 +135,9 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
         stored = read_evaluation(asked_for.path)
     except InputError:
         return False  # of another version
-    if stored.config != config_dict(config) or not stored.is_of(asked_for.identity, identity):
-        return False
     tokens = run.stage("tokens").require("tokenize").identity
-    if (stored.tokens_identity or tokens) != tokens:  # version 0.1.0 wrote none
+    of = (asked_for.identity, identity, tokens)
+    if stored.config != config_dict(config) or not stored.is_of(*of):
         return False
     print(f"{asked_for.path} is there, skipped (--force redoes it)", flush=True)
     return True

@@ -11,6 +11,7 @@ sae/MODEL@FOLDER.json              the same figures of autoencoders from a folde
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,10 @@ class SaeEvaluation:
         """All layers replaced at once: the only one where there is one."""
         return self.replacements[-1]
 
+    def of_layer(self, layer: int) -> LayerReconstruction:
+        """Return the figures of one layer's autoencoder."""
+        return next(r for r in self.layers if r.layer == layer)
+
     def layer_alone(self, layer: int) -> LayerReplacements:
         """One layer replaced alone."""
         return next(r for r in self.replacements if r.layers == (layer,))
@@ -207,9 +212,13 @@ class StoredEvaluation:
     tokens_identity: str = ""
     """of the run's tokens that were read; empty in files of version 0.1.0"""
 
-    def is_of(self, sae_identity: str | None, model_identity: str | None) -> bool:
-        """True where these autoencoders and this model were measured, not ones trained again since."""
-        return (self.identity, self.model_identity) == (sae_identity, model_identity)
+    def is_of(self, sae: str | None, model: str | None, tokens: str | None) -> bool:
+        """Return whether the autoencoders, model and tokens of these identities were measured.
+
+        Not so if one of them was made again since.
+        """
+        same_tokens = self.tokens_identity in ("", tokens)
+        return (self.identity, self.model_identity) == (sae, model) and same_tokens
 
 
 def evaluation_path(run: Run, model: str, sae: str) -> Path:
@@ -289,9 +298,29 @@ def _steering(content: dict[str, Any]) -> SteeringFidelity:
     return SteeringFidelity(**{**_estimates(content), "steered": tuple(content["steered"])})
 
 
+_OPTIONAL = {
+    "explained_variance",
+    "shrinkage",
+    "norm_ratio",
+    "recovered_from_zero",
+    "recovered_from_mean",
+    "fidelity",
+}
+"""figures of the classes above that may be None"""
+
+
 def _estimates(content: dict[str, Any]) -> dict[str, Any]:
-    """The same with `Estimate` in place of each object."""
-    return {k: Estimate(**v) if isinstance(v, dict) else v for k, v in content.items()}
+    """Return the same with `Estimate` in place of each object.
+
+    JSON has no NaN, which is written as null: a figure whose value is null is None if it may be.
+    """
+
+    def estimate(name: str, figure: dict[str, Any]) -> Estimate | None:
+        if figure["value"] is not None:
+            return Estimate(**figure)
+        return None if name in _OPTIONAL else Estimate(math.nan, figure["error"])
+
+    return {k: estimate(k, v) if isinstance(v, dict) else v for k, v in content.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

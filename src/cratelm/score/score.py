@@ -97,7 +97,7 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     }
     stage = run.stage("scores", config.model)
     if stage.is_finished(config, inputs, force=config.force):
-        return ScoreResult(path=stage.path, **stage.require("score").results)
+        return stage.result(ScoreResult, path=stage.path)
     given = _read_explained(explained.path, explained.require("explain").config["explainers"])
     duplicates = _near_duplicates(TokenStore(run.stage("tokens").path), harvest.path, given)
     scoring = _scoring(config, given, duplicates, None)
@@ -125,7 +125,7 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
         }
         stage = run.stage("scores", set_name(config.model, name))
         if is_finished(config, stage, inputs):
-            return ScoreResult(path=stage.path, **stage.require("score").results)
+            return stage.result(ScoreResult, path=stage.path)
         if not (config.dry_run or config.shard):  # nobody else asks the same while this one does
             held.enter_context(stage.lock())
         given = _read_explained(explained.path, (), config.explanations or reader)

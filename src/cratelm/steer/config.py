@@ -80,7 +80,7 @@ class SteerConfig:
         at_least(self, {"tokens": 1, "top": 1, "generate": 0, "temperature": 0, "seed": 0})
 
     def edits(self) -> list[Edit]:
-        """Return the edits that the options ask for, one per layer."""
+        """Return the edits that the options ask for, one per layer; all have the same operation and positions."""
         layers: dict[int, list[int]] = {}
         for layer, index in parse_neuron_ids("--neurons", self.neurons):
             layers.setdefault(layer, []).append(index)

@@ -20,7 +20,7 @@ from cratelm.errors import InputError
 from cratelm.models.partial_forward import next_logits
 from cratelm.records import NeuronId
 from cratelm.steer.edits import Edit
-from cratelm.steer.steer import continue_ids, token_string
+from cratelm.steer.next_tokens import continue_ids, token_string
 from cratelm.steer.steering import steering
 from cratelm.steer.store import ContinuationTexts
 from cratelm.tokens.shards import TokenSplit

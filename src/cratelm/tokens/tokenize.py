@@ -67,9 +67,7 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
     corpus = open_corpus(config.corpus, Fields(config.text_field, config.subset_field))
     inputs = {"corpus": corpus.identity(), **_tokenizer_identity(config)}
     if stage.is_finished(config, inputs, force=config.force):
-        done = stage.completion()
-        assert done is not None
-        result = TokenizeResult(path=stage.path, **done.results)
+        result = stage.result(TokenizeResult, path=stage.path)
         _check_length(result, config)
         return result
     with stage.write(config, inputs) as draft:

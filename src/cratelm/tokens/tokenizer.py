@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-"""what GPT-2 and GPT-NeoX, LLaMA 3, LLaMA 2 and Gemma end a document with; the first found is used"""
+"""what GPT-2 and GPT-NeoX, LLaMA 3, LLaMA 2 and Gemma end a document with; the first found is used.
+Append only: the order decides the end token of tokenizers that runs hold already."""
 _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 """the trainer's time grows with the square of a word's length: one of 1 MB takes it many minutes"""
 _NAMED_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -42,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     pieces = (piece for text in texts for piece in _LONG_RUN.split(text))
     tokenizer.train_from_iterator(pieces, trainer)
-    return _plain(tokenizer)
+    return without_limits(tokenizer)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -54,7 +55,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise InputError(f"{path} is a folder: type --tokenizer {inside}")
         raise InputError(f"{path} is not a file: name a tokenizer.json with --tokenizer")
     try:
-        return _plain(Tokenizer.from_file(str(path)))
+        return without_limits(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare Exception
         raise InputError(
             f"{path} cannot be read as a tokenizer ({_first_line(error)}):"
@@ -72,7 +73,7 @@ def fetch_gpt2() -> Tokenizer:
     reasons = []
     for fetch in (_fetch_tiktoken, _fetch_hub):
         try:
-            return _plain(fetch())
+            return without_limits(fetch())
         except Exception as error:  # network libraries share no base exception
             reasons.append(f"{fetch.__name__.removeprefix('_fetch_')}: {type(error).__name__}")
     raise InputError(
@@ -205,8 +206,8 @@ def _fetch_hub() -> Tokenizer:
         logging.set_verbosity(before)
 
 
-def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a tokenizer that encodes whole texts, and `<|endoftext|>` in a text as its characters."""
+def without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """Set a tokenizer to encode whole texts, and `<|endoftext|>` in a text as its characters; return it."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

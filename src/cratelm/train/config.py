@@ -198,7 +198,9 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """Return all that decides the weights, each number by its value wherever it came from."""
         recipe = asdict(self.resolved())
-        del recipe["checkpoint_every"]
+        del recipe[
+            "checkpoint_every"
+        ]  # decides no weight; an option that decides none is deleted here
         plain = {k: v for k, v in config_dict(self).items() if k not in ("recipe", "name")}
         return {**plain, **recipe}
 

@@ -125,6 +125,7 @@ def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: s
         loss, norm = _update(setup, config, step)
 
         done, seen = step + 1, (step + 1) * recipe.tokens_per_step
+        # the last step logs and validates whatever the intervals: `_results` reads the final figures there
         logs, validates, keeps = (
             done % every == 0 or done == recipe.steps
             for every in (recipe.log_every, recipe.validate_every, recipe.checkpoint_every)
@@ -270,4 +271,4 @@ def _results(config: TrainConfig, setup: TrainingSetup, folder: Path) -> dict:
 
 
 def _read_result(stage: Stage) -> TrainResult:
-    return TrainResult(stage.name, stage.path, **stage.require("train").results)
+    return stage.result(TrainResult, name=stage.name, path=stage.path)

@@ -24,12 +24,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
 from cratelm.models.open import Encoder, encoder_of
-from cratelm.models.partial_forward import next_logits
 from cratelm.models.sites import capture
 from cratelm.results.stages import changed_at
 from cratelm.results.views import NotFound, plain
 from cratelm.steer.edits import Edit
-from cratelm.steer.steer import compare_next_tokens, continue_ids
+from cratelm.steer.next_tokens import (
+    compare_next_tokens,
+    continue_text,
+    next_log_probabilities,
+    token_string,
+)
 from cratelm.steer.steering import steering
 from cratelm.viewer.run_reader import Library
 from cratelm.viewer.security import Rate
@@ -179,11 +183,12 @@ class Live:
         def work() -> SteeringEffect:
             context, encoder = self._open(run, model)
             ids, _ = self._ids(context, encoder, text, count)
-            before = _log_probabilities(context, ids)
-            plain = _continuation(context, encoder, ids, count)
-            with steering(context.subject.model, edit, site=context.site):
-                after = _log_probabilities(context, ids)
-                steered = _continuation(context, encoder, ids, count)
+            subject_model = context.subject.model
+            before = next_log_probabilities(subject_model, ids)
+            plain = continue_text(subject_model, encoder, ids, count)
+            with steering(subject_model, edit, site=context.site):
+                after = next_log_probabilities(subject_model, ids)
+                steered = continue_text(subject_model, encoder, ids, count)
             change = compare_next_tokens(before, after, encoder.display, _TOKENS_SHOWN)
             chances = _chances(before, after, change, encoder.display)
             return SteeringEffect(chances, change.kl, plain, steered)
@@ -259,7 +264,7 @@ class Live:
         captured = capture(context.subject.model, context.site, ids)
         activations = [a[0, 1:].float().cpu().numpy() for a in captured]
         display = encoder.display
-        tokens = tuple(display[i] if i < len(display) else f"[{i}]" for i in ids[0, 1:].tolist())
+        tokens = tuple(token_string(display, i) for i in ids[0, 1:].tolist())
         self._text = (name, (tokens, cut, activations))
         return tokens, cut, activations
 
@@ -284,20 +289,6 @@ def checked(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-@torch.no_grad()
-def _log_probabilities(context: HarvestContext, ids: torch.Tensor) -> torch.Tensor:
-    """Of the next token [V], at double precision."""
-    logits = next_logits(context.subject.model, ids, 1)[0, 0]
-    return logits.double().log_softmax(-1).cpu()
-
-
-def _continuation(context: HarvestContext, encoder: Encoder, ids: torch.Tensor, count: int) -> str:
-    if not count:
-        return ""
-    made = continue_ids(context.subject.model, ids, count, 0.0, 0, encoder.start)
-    return encoder.tokenizer.decode(made[0].tolist(), skip_special_tokens=False)
-
-
 def _chances(
     before: torch.Tensor, after: torch.Tensor, change: Any, display: list[str]
 ) -> tuple[TokenChance, ...]:
@@ -307,7 +298,7 @@ def _chances(
     tokens = sorted({*changed, *likely}, key=lambda t: -max(float(before[t]), float(after[t])))
     p, q = before.exp(), after.exp()
     return tuple(
-        TokenChance(display[t] if t < len(display) else f"[{t}]", float(p[t]), float(q[t]))
+        TokenChance(token_string(display, t), float(p[t]), float(q[t]))
         for t in tokens[: 2 * _TOKENS_SHOWN]
     )
 

@@ -33,7 +33,6 @@ from cratelm.llm.backends.openai_responses import (
     token_begins,
     tokens_between,
 )
-from cratelm.llm.client import completion_tokens, prompt_tokens
 from cratelm.llm.requests import (
     Answer,
     Chat,
@@ -45,6 +44,8 @@ from cratelm.llm.requests import (
     Outcome,
     Request,
     Value,
+    completion_tokens,
+    prompt_tokens,
 )
 
 Method = Literal["auto", "logprobs", "json"]

@@ -24,8 +24,8 @@ from cratelm.report.drawing import Figure, Panel, scatter, scores_panel
 from cratelm.report.sections.comparisons import COMPARISON_COLUMNS, comparison_cells
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.results.scores import layer_intervals, mean_interval
-from cratelm.results.side_results import RebuiltLayer, SplicedLayers
 from cratelm.runs import Completion
+from cratelm.sae.store import LayerReconstruction, LayerReplacements
 from cratelm.stats.ratio import ratio
 from cratelm.stats.scores import POLICIES, ModelStatistics, compare_models, model_statistics
 from cratelm.text.table import Cell, Column, Table
@@ -74,7 +74,7 @@ def latent_models(results: RunResults) -> list[ModelResults]:
 def reconstruction_costs(results: RunResults) -> dict[str, Cell]:
     """Return by model the loss, in nats per token, that putting its latents' reconstruction in adds."""
     return {
-        m.name: estimate_cell(m.evaluation.all_layers.reconstruction.added)
+        m.name: estimate_cell(m.evaluation.figures.all_layers.reconstruction.added)
         for m in latent_models(results)
         if m.evaluation is not None
     }
@@ -283,12 +283,16 @@ def _loss_points(results: RunResults, latents: Sequence[ModelResults]) -> list[_
     for m in latents:
         if m.evaluation is None:
             continue
-        sums, spliced = m.evaluation.by_document, m.evaluation.all_layers.reconstruction
-        tokens = tuple(zip(sums.documents, sums.targets, strict=True))
-        points[m.name] = _LossPoint(m, spliced.loss, spliced.added, tokens, sums.reconstruction)
+        sums, replaced = m.evaluation.by_document, m.evaluation.figures.all_layers.reconstruction
+        tokens = tuple(zip(sums.document, sums.targets, strict=True))
+        points[m.name] = _LossPoint(
+            m, replaced.loss, replaced.added, tokens, np.array(sums.reconstruction)
+        )
         base = results.model(m.latents_of)
         if base is not None:
-            points[base.name] = _LossPoint(base, m.evaluation.loss, None, tokens, sums.loss)
+            points[base.name] = _LossPoint(
+                base, m.evaluation.figures.loss, None, tokens, np.array(sums.loss)
+            )
     return [points[m.name] for m in _with_bases(results, latents) if m.name in points]
 
 
@@ -361,9 +365,13 @@ def _rebuilt(latents: Sequence[ModelResults]) -> Table:
     for m in latents:
         if m.evaluation is None:
             continue
-        for spliced in m.evaluation.spliced:
-            alone = m.evaluation.layer(spliced.layers[0]) if len(spliced.layers) == 1 else None
-            rows.append((m.name, *_rebuilt_cells(alone), *_spliced_cells(spliced)))
+        for replaced in m.evaluation.figures.replacements:
+            alone = (
+                m.evaluation.figures.of_layer(replaced.layers[0])
+                if len(replaced.layers) == 1
+                else None
+            )
+            rows.append((m.name, *_reconstruction_cells(alone), *_replaced_cells(replaced)))
     return Table(
         "sae_rebuilt",
         "What autoencoders rebuild",
@@ -377,7 +385,7 @@ def _rebuilt(latents: Sequence[ModelResults]) -> Table:
     )
 
 
-def _rebuilt_cells(layer: RebuiltLayer | None) -> tuple[Cell, ...]:
+def _reconstruction_cells(layer: LayerReconstruction | None) -> tuple[Cell, ...]:
     """Of one layer alone; None: all together."""
     if layer is None:
         return ("all", *[None] * 7)
@@ -393,12 +401,12 @@ def _rebuilt_cells(layer: RebuiltLayer | None) -> tuple[Cell, ...]:
     )
 
 
-def _spliced_cells(spliced: SplicedLayers) -> tuple[Cell, ...]:
+def _replaced_cells(replaced: LayerReplacements) -> tuple[Cell, ...]:
     return (
-        estimate_cell(spliced.reconstruction.added),
-        estimate_cell(spliced.reconstruction.recovered_from_zero, 100),
-        estimate_cell(spliced.own_top.added),
-        estimate_cell(spliced.own.added),
+        estimate_cell(replaced.reconstruction.added),
+        estimate_cell(replaced.reconstruction.recovered_from_zero, 100),
+        estimate_cell(replaced.own_top.added),
+        estimate_cell(replaced.own.added),
     )
 
 
@@ -418,13 +426,13 @@ def _steering(latents: Sequence[ModelResults]) -> Table:
     for m in latents:
         if m.evaluation is None:
             continue
-        sides = [(m.name, m.evaluation.steering, "reconstruction")]
+        sides = [(m.name, m.evaluation.figures.steering, "reconstruction")]
         if m.latents_of not in bases:  # a model's neurons are the same next to each autoencoder
             bases.add(m.latents_of)
-            sides.insert(0, (m.latents_of, m.evaluation.own_steering, "own"))
+            sides.insert(0, (m.latents_of, m.evaluation.figures.own_steering, "own"))
         for name, by_layer, kind in sides:
             for f in by_layer:
-                added = getattr(m.evaluation.alone(f.layer), kind).added
+                added = getattr(m.evaluation.figures.layer_alone(f.layer), kind).added
                 shown = (estimate_cell(f.fidelity), estimate_cell(f.edit), f.rebuilt)
                 rows.append((name, f.layer, len(f.steered), *shown, estimate_cell(added)))
     return Table(

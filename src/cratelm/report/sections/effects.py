@@ -9,7 +9,7 @@ from cratelm.records import Interval
 from cratelm.report.cells import estimate_cell, interval_cell, series_of
 from cratelm.report.drawing import Figure, Panel, Series, by_layer
 from cratelm.results.run_results import RunResults
-from cratelm.results.side_results import Effects, Interventions, LayerEffects
+from cratelm.steer.store import EffectsSummary, InterventionSummary, LayerEffects
 from cratelm.text.table import Cell, Column, Table
 
 _CONTROL_NAMES = {
@@ -35,7 +35,7 @@ def figures(results: RunResults) -> list[Figure | None]:
     return [effects_figure(results.effects, series)]
 
 
-def effects_table(effects: Sequence[Effects]) -> Table:
+def effects_table(effects: Sequence[EffectsSummary]) -> Table:
     """Return a row per model and layer."""
     columns = (
         Column("model", "model"),
@@ -70,9 +70,9 @@ def effects_table(effects: Sequence[Effects]) -> Table:
     )
 
 
-def _effects_row(of_model: Effects, layer: LayerEffects) -> tuple[Cell, ...]:
+def _effects_row(of_model: EffectsSummary, layer: LayerEffects) -> tuple[Cell, ...]:
     return (
-        of_model.name,
+        of_model.model,
         layer.layer,
         layer.neurons,
         layer.dead,
@@ -88,7 +88,7 @@ def _effects_row(of_model: Effects, layer: LayerEffects) -> tuple[Cell, ...]:
     )
 
 
-def interventions_table(interventions: Sequence[Interventions]) -> Table:
+def interventions_table(interventions: Sequence[InterventionSummary]) -> Table:
     """Return a row per model, judge and control."""
     columns = (
         Column("model", "model"),
@@ -102,7 +102,7 @@ def interventions_table(interventions: Sequence[Interventions]) -> Table:
     )
     rows = [
         (
-            scoring.name,
+            scoring.model,
             scoring.explainer,
             scoring.judge,
             _CONTROL_NAMES[c.control],
@@ -128,11 +128,13 @@ def interventions_table(interventions: Sequence[Interventions]) -> Table:
     )
 
 
-def effects_figure(effects: Sequence[Effects], series: Mapping[str, Series]) -> Figure | None:
+def effects_figure(
+    effects: Sequence[EffectsSummary], series: Mapping[str, Series]
+) -> Figure | None:
     """Return ablation, neurons that matter and agreement by layer, a line per model; None without any."""
     if not effects:
         return None
-    drawn = [series[one.name] for one in effects]
+    drawn = [series[one.model] for one in effects]
 
     def panel(key: str, title: str, y: str) -> Panel:
         lines = [_line(one, key) for one in effects]
@@ -150,6 +152,6 @@ def effects_figure(effects: Sequence[Effects], series: Mapping[str, Series]) -> 
     )
 
 
-def _line(effects: Effects, key: str) -> dict[int, Interval]:
+def _line(effects: EffectsSummary, key: str) -> dict[int, Interval]:
     """The layers that have the figure."""
     return {layer.layer: v for layer in effects.layers if (v := getattr(layer, key)) is not None}
