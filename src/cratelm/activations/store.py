@@ -24,64 +24,64 @@ from cratelm.records import (
     NeuronSummary,
     Split,
 )
-from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 
 EXCERPTS = TableFile(
     "activations/MODEL/excerpts-SPLIT.parquet",
     (
         *NEURON_COLUMNS,
-        Column(
+        FileColumn(
             "kind",
             pa.dictionary(pa.int8(), pa.string()),
             "`top`, `random`, `openai_bin`, `anthropic_bin` or `out_of_context`",
         ),
-        Column("bin", pa.int8(), "bin it was drawn from, -1 where the kind has none"),
-        Column("rank", pa.int16(), "`top`: 0 is the strongest; others: order of drawing"),
-        Column(
+        FileColumn("bin", pa.int8(), "bin it was drawn from, -1 where the kind has none"),
+        FileColumn("rank", pa.int16(), "`top`: 0 is the strongest; others: order of drawing"),
+        FileColumn(
             "peak", pa.int16(), "offset in the excerpt, in tokens, of the token it was chosen for"
         ),
-        Column("document", pa.int64(), "`ordinal` of its document"),
-        Column(
+        FileColumn("document", pa.int64(), "`ordinal` of its document"),
+        FileColumn(
             "position", pa.int64(), "position of the token it was chosen for in the split, tokens"
         ),
-        Column("token_ids", pa.list_(pa.int32()), "n tokens"),
-        Column("activations", pa.list_(pa.float32()), "n raw activations"),
+        FileColumn("token_ids", pa.list_(pa.int32()), "n tokens"),
+        FileColumn("activations", pa.list_(pa.float32()), "n raw activations"),
     ),
 )
 SUMMARIES = TableFile(
     "activations/MODEL/summaries-SPLIT.parquet",
     (
         *NEURON_COLUMNS,
-        Column("n_tokens", pa.int64(), "tokens searched"),
-        Column("mean", pa.float64(), "raw activation"),
-        Column("variance", pa.float64(), "of the population, raw activation squared"),
-        Column("skew", pa.float64(), "standardised third moment; NaN where the variance is 0"),
-        Column(
+        FileColumn("n_tokens", pa.int64(), "tokens searched"),
+        FileColumn("mean", pa.float64(), "raw activation"),
+        FileColumn("variance", pa.float64(), "of the population, raw activation squared"),
+        FileColumn("skew", pa.float64(), "standardised third moment; NaN where the variance is 0"),
+        FileColumn(
             "kurtosis",
             pa.float64(),
             "standardised fourth moment, 3 for a normal distribution; NaN where the variance is 0",
         ),
-        Column("firing_rate", pa.float64(), "fraction of tokens with an activation above 0"),
-        Column(
+        FileColumn("firing_rate", pa.float64(), "fraction of tokens with an activation above 0"),
+        FileColumn(
             "maximum", pa.float32(), "raw activation; 0 or less: the neuron is dead on the split"
         ),
-        Column("histogram", pa.list_(pa.int64()), "64 counts of tokens over equal bins"),
-        Column(
+        FileColumn("histogram", pa.list_(pa.int64()), "64 counts of tokens over equal bins"),
+        FileColumn(
             "histogram_low",
             pa.float32(),
             "lower edge of the first bin, raw activation; the bin also takes what lies below",
         ),
-        Column(
+        FileColumn(
             "histogram_high",
             pa.float32(),
             "upper edge of the last bin, raw activation; the bin also takes what lies above",
         ),
-        Column(
+        FileColumn(
             "openai_edges",
             pa.list_(pa.float32()),
             "6 raw activations at the quantiles 0, .5, .9, .99, .999, 1 of a pilot sample",
         ),
-        Column(
+        FileColumn(
             "anthropic_edges",
             pa.list_(pa.float32()),
             "13 raw activations: edges of 12 equal bins of the pilot sample's range",

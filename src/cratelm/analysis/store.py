@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cratelm.records import NeuronId, Status
 from cratelm.runs import Run, write_json
-from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 
 CoverageControl = Literal["none", "shuffled"]
 """`none`: the neuron's own explanation; `shuffled`: that of another neuron of its layer"""
@@ -40,15 +40,15 @@ SUMMARY = "summary.json"
 LAYER_FIGURES = TableFile(
     "analysis/MODEL/layers.parquet",
     (
-        Column("layer", pa.int32(), "from 0"),
-        Column("quantity", pa.string(), "such as `coding_rate_before`, `lasso`, `nonzero`"),
-        Column(
+        FileColumn("layer", pa.int32(), "from 0"),
+        FileColumn("quantity", pa.string(), "such as `coding_rate_before`, `lasso`, `nonzero`"),
+        FileColumn(
             "setting",
             pa.string(),
             "what it was taken at: a distortion, a step, `before` or `after`; empty where there is one alone",
         ),
-        Column("value", pa.float64(), "in the quantity's unit"),
-        Column(
+        FileColumn("value", pa.float64(), "in the quantity's unit"),
+        FileColumn(
             "error",
             pa.float64(),
             "standard error over documents; null of what is read off the weights",
@@ -59,56 +59,60 @@ NEURON_FACTS = TableFile(
     "analysis/MODEL/neurons.parquet",
     (
         *NEURON_COLUMNS,
-        Column("dead", pa.bool_(), "at 0 on all tokens read"),
-        Column("group", pa.int32(), "number of its group of neurons that fire alike, -1 for none"),
-        Column("nearest", pa.int32(), "index of the neuron with the highest correlation"),
-        Column("correlation", pa.float64(), "of the activations with it, -1 to 1"),
-        Column("nearest_atom", pa.int32(), "index of the neuron with the most coherent atom"),
-        Column("coherence", pa.float64(), "absolute cosine with that atom, 0 to 1"),
-        Column("duplicate", pa.bool_(), "cosine of 0.95 or more with another atom"),
+        FileColumn("dead", pa.bool_(), "at 0 on all tokens read"),
+        FileColumn(
+            "group", pa.int32(), "number of its group of neurons that fire alike, -1 for none"
+        ),
+        FileColumn("nearest", pa.int32(), "index of the neuron with the highest correlation"),
+        FileColumn("correlation", pa.float64(), "of the activations with it, -1 to 1"),
+        FileColumn("nearest_atom", pa.int32(), "index of the neuron with the most coherent atom"),
+        FileColumn("coherence", pa.float64(), "absolute cosine with that atom, 0 to 1"),
+        FileColumn("duplicate", pa.bool_(), "cosine of 0.95 or more with another atom"),
     ),
 )
 NEURON_READINGS = TableFile(
     "analysis/MODEL/readings.parquet",
     (
         *NEURON_COLUMNS,
-        Column("explainer", pa.string(), "whose explanation says what is covered"),
-        Column(
+        FileColumn("explainer", pa.string(), "whose explanation says what is covered"),
+        FileColumn(
             "control",
             pa.string(),
             "`none`: the neuron's own explanation; `shuffled`: another neuron's",
         ),
-        Column(
+        FileColumn(
             "share",
             pa.float64(),
             "how far between the explanation's default and its largest value a token must be predicted to be covered",
         ),
-        Column("status", pa.string(), "`defined`, `undefined` or `dead`"),
-        Column("n_covered", pa.int64(), "held-out tokens covered"),
-        Column("n_elsewhere", pa.int64(), "the others"),
-        Column("consistency", pa.float64(), "part of the covered tokens at which it fires, 0 to 1"),
-        Column(
+        FileColumn("status", pa.string(), "`defined`, `undefined` or `dead`"),
+        FileColumn("n_covered", pa.int64(), "held-out tokens covered"),
+        FileColumn("n_elsewhere", pa.int64(), "the others"),
+        FileColumn(
+            "consistency", pa.float64(), "part of the covered tokens at which it fires, 0 to 1"
+        ),
+        FileColumn(
             "any_consistency", pa.float64(), "the same, every activation above 0 counted as firing"
         ),
-        Column(
+        FileColumn(
             "evenness",
             pa.float64(),
             "participation ratio of its activations on the covered tokens, 0 to 1",
         ),
-        Column(
+        FileColumn(
             "distinctiveness", pa.float64(), "part of the others at which it does not fire, 0 to 1"
         ),
-        Column(
+        FileColumn(
             "any_distinctiveness",
             pa.float64(),
             "the same, every activation above 0 counted as firing",
         ),
-        Column(
+        FileColumn(
             "contrast",
             pa.float64(),
             "of the mean activations on covered and other tokens: difference over sum, -1 to 1",
         ),
-        Column(
+        FileColumn(
             "auroc",
             pa.float64(),
             "chance that a covered token has the higher activation than another one, 0 to 1",

@@ -26,7 +26,7 @@ from cratelm.evaluate.measurements import (
     measurement,
     measurements_table,
 )
-from cratelm.evaluate.text_sets import NamedSet, Shards, Source, Texts, Windows, named_set
+from cratelm.evaluate.text_sets import NamedSet, Shards, Texts, TextSource, Windows, named_set
 from cratelm.evaluate.windows import Totals, score
 from cratelm.models.open import (
     LoadedModel,
@@ -112,7 +112,7 @@ def _measure(
     stride = _stride(config, length, subject)
     if isinstance(documents, NamedSet):
         encoder = encoder_of(subject, run)
-        source: Source = Texts(
+        source: TextSource = Texts(
             documents.passages(), encoder, documents.kind.unit, config.max_tokens
         )
         vocabulary, on = encoder.vocabulary, documents.name

@@ -68,7 +68,7 @@ class Windows(Protocol):
         ...
 
 
-class Source(Protocol):
+class TextSource(Protocol):
     """Tokens to predict, any number of times."""
 
     @property

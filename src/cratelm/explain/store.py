@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import Explanation, NeuronId
-from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 
 _ROWS_A_GROUP = 256
 """rows read for the payload of one neuron: some 1 MB"""
@@ -26,10 +26,10 @@ EXPLANATIONS = TableFile(
     "explanations/MODEL/explanations.parquet",
     (
         *NEURON_COLUMNS,
-        Column("explainer", pa.string(), "`lookup`, `trie`, or the name of a language model"),
-        Column("text", pa.string(), "for people"),
-        Column("payload", pa.string(), "for the simulator of the same name, JSON"),
-        Column(
+        FileColumn("explainer", pa.string(), "`lookup`, `trie`, or the name of a language model"),
+        FileColumn("text", pa.string(), "for people"),
+        FileColumn("payload", pa.string(), "for the simulator of the same name, JSON"),
+        FileColumn(
             "documents",
             pa.list_(pa.int64()),
             "`ordinal`s of the documents it was made from, all of split `fit`",
@@ -40,15 +40,15 @@ UNEXPLAINED = TableFile(
     "explanations/MODEL/unexplained.parquet",
     (
         *NEURON_COLUMNS,
-        Column("evidence", pa.string(), "kind of excerpts that it was shown"),
-        Column("reason", pa.string(), "in words"),
+        FileColumn("evidence", pa.string(), "kind of excerpts that it was shown"),
+        FileColumn("reason", pa.string(), "in words"),
     ),
 )
 SELECTED = TableFile(
     "explanations/MODEL/neurons.parquet",
     (
         *NEURON_COLUMNS,
-        Column("dead", pa.bool_(), "never above 0 on the fit split"),
+        FileColumn("dead", pa.bool_(), "never above 0 on the fit split"),
     ),
 )
 

@@ -10,7 +10,7 @@ from cratelm.interop.config import ImportAuthorsConfig
 from cratelm.interop.model_card import PAPER, code_block, items, write_card
 from cratelm.interop.model_folder import architecture, save_model, usage
 from cratelm.interop.out_folder import check_out, out_folder
-from cratelm.interop.source_file import Source, locate
+from cratelm.interop.source_file import SourceFile, locate
 from cratelm.models.crate import CrateForCausalLM
 from cratelm.models.sizes import count_parameters
 from cratelm.runs import hash_file
@@ -113,7 +113,7 @@ def _result(
 
 
 def _provenance(
-    source: Source, read: AuthorsCheckpoint, result: ImportAuthorsResult
+    source: SourceFile, read: AuthorsCheckpoint, result: ImportAuthorsResult
 ) -> dict[str, Any]:
     return {
         "written_by": "cratelm import authors",
@@ -129,7 +129,7 @@ def _provenance(
 
 
 def _write_card(
-    folder: Path, source: Source, read: AuthorsCheckpoint, result: ImportAuthorsResult
+    folder: Path, source: SourceFile, read: AuthorsCheckpoint, result: ImportAuthorsResult
 ) -> None:
     is_crate = isinstance(read.model, CrateForCausalLM)
     family = "CRATE" if is_crate else "GPT-2"

@@ -17,7 +17,7 @@ from cratelm.interop.authors_checkpoint import check_tensor, read_torch_file
 from cratelm.interop.config import ImportSaeConfig
 from cratelm.interop.model_card import PAPER, code_block, write_card
 from cratelm.interop.out_folder import check_out, out_folder
-from cratelm.interop.source_file import Source, locate
+from cratelm.interop.source_file import SourceFile, locate
 from cratelm.runs import hash_file
 from cratelm.sae.sae import DTYPES, Sae, SaeConfig, read_json
 
@@ -83,7 +83,7 @@ def import_sae(config: ImportSaeConfig) -> ImportSaeResult:
     )
 
 
-def _settings_path(config: ImportSaeConfig, source: Source) -> Path:
+def _settings_path(config: ImportSaeConfig, source: SourceFile) -> Path:
     if config.config is not None:
         return config.config
     name = f"{source.path.stem}_cfg.json"
@@ -169,7 +169,7 @@ def _place(settings: Mapping[str, Any], path: Path, site: str) -> dict[str, Any]
     }
 
 
-def _write_card(folder: Path, source: Source, config: SaeConfig) -> None:
+def _write_card(folder: Path, source: SourceFile, config: SaeConfig) -> None:
     facts = {
         "inputs": config.d_in,
         "latents": config.d_sae,

@@ -88,7 +88,7 @@ class ExportNeuronpediaResult:
 
 
 @dataclass(frozen=True, eq=False)
-class ExplanationSet:
+class ExportedSet:
     """Explanations of a model by one name, and all scores of them."""
 
     name: str
@@ -160,7 +160,7 @@ def _effects(run: Run, model: str, harvest: str) -> Path | None:
     return stage.path
 
 
-def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
+def explanation_sets(run: Run, model: str) -> list[ExportedSet]:
     """Return all finished sets of explanations of a model, each with the scores of them.
 
     Raises `InputError` where explanations or scores are stale, or the scores' explanations are gone.
@@ -172,7 +172,7 @@ def explanation_sets(run: Run, model: str) -> list[ExplanationSet]:
         found: dict[NeuronId, list[Explanation]] = {}
         for explanation in read_explanations(stage.path):
             found.setdefault(explanation.neuron, []).append(explanation)
-        sets.append(ExplanationSet(split_set(name)[1], found))
+        sets.append(ExportedSet(split_set(name)[1], found))
         by_identity[made.identity] = sets[-1]
     for name in _of_model(run, "scores", model):
         stage = run.stage("scores", name)
@@ -223,7 +223,7 @@ class _Writer:
     config: ExportNeuronpediaConfig
     names: Names
     store: TokenStore
-    sets: list[ExplanationSet]
+    sets: list[ExportedSet]
     counts: dict[str, int]
     imported: bool
     """harvested elsewhere: which quantiles its bins stand for is not known"""
@@ -280,7 +280,7 @@ class _Writer:
             self.counts["without_value"] += len(of_set.scores.get(fit.neuron, ())) - n_written
 
 
-def _write_config(folder: Path, names: Names, sets: list[ExplanationSet]) -> None:
+def _write_config(folder: Path, names: Names, sets: list[ExportedSet]) -> None:
     """The explainers and scorers that rows refer to by name."""
     explained = [(e, s.name) for s in sets for rows in s.explanations.values() for e in rows]
     scored = [found for s in sets for rows in s.scores.values() for found in rows]

@@ -15,7 +15,7 @@ FORMS = "a local path, or hub:OWNER/REPO[@REVISION][/FILE]"
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file on this machine, and how a model card names it."""
 
     path: Path
@@ -36,7 +36,7 @@ class Source:
         return _fetched(repository, self.revision, wanted).path if wanted in found else None
 
 
-def locate(reference: str, suffix: str = ".pt") -> Source:
+def locate(reference: str, suffix: str = ".pt") -> SourceFile:
     """Return the file that `reference` names, fetched from the Hub if it is one of the Hub.
 
     `OWNER/REPO` and `OWNER/REPO/FILE` are of the Hub if no local file has that name. Without FILE it is
@@ -45,7 +45,7 @@ def locate(reference: str, suffix: str = ".pt") -> Source:
     """
     path = Path(reference).expanduser()
     if path.is_file():
-        return Source(path, path.name)
+        return SourceFile(path, path.name)
     match = _HUB.fullmatch(reference)
     only_local = match is None or (not match["hub"] and _looks_local(reference, suffix))
     if only_local or path.exists():
@@ -90,17 +90,17 @@ def _listed(repository: str, revision: str | None) -> list[str]:
     return sorted(file.rfilename for file in info.siblings or [])
 
 
-def _fetched(repository: str, revision: str | None, file: str) -> Source:
+def _fetched(repository: str, revision: str | None, file: str) -> SourceFile:
     from huggingface_hub import hf_hub_download
 
     try:
         path = Path(hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # as above
         raise _unreached(f"{repository}/{file}", revision, error) from None
-    return Source(path, f"hub:{repository}/{file}", commit_of(path))
+    return SourceFile(path, f"hub:{repository}/{file}", hub_commit_of(path))
 
 
-def commit_of(path: Path) -> str:
+def hub_commit_of(path: Path) -> str:
     """Return the commit of a file in the Hub's cache, which lies in `.../snapshots/COMMIT/`."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1]

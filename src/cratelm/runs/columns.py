@@ -11,7 +11,7 @@ import pyarrow as pa
 
 
 @dataclass(frozen=True)
-class Column:
+class FileColumn:
     """A column of a Parquet file."""
 
     name: str
@@ -26,7 +26,7 @@ class TableFile:
 
     path: str
     """in the run directory, with MODEL and SPLIT for what varies"""
-    columns: tuple[Column, ...]
+    columns: tuple[FileColumn, ...]
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -36,9 +36,9 @@ class TableFile:
 
 
 NEURON_COLUMNS = (
-    Column("model", pa.string(), "name of the model in the run"),
-    Column("site", pa.string(), "where its neurons live"),
-    Column("layer", pa.int32(), "from 0"),
-    Column("index", pa.int32(), "neuron in its layer, from 0"),
+    FileColumn("model", pa.string(), "name of the model in the run"),
+    FileColumn("site", pa.string(), "where its neurons live"),
+    FileColumn("layer", pa.int32(), "from 0"),
+    FileColumn("index", pa.int32(), "neuron in its layer, from 0"),
 )
 """the columns that name a neuron, first in every file that has a row per neuron"""

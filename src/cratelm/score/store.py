@@ -11,72 +11,74 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
-from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.score.simulators import COMPAT
 
 SCORES = TableFile(
     "scores/MODEL/scores.parquet",
     (
         *NEURON_COLUMNS,
-        Column(
+        FileColumn(
             "explainer",
             pa.string(),
             "label: the explainer, `/` and the simulator where another language model read its explanation, and the variant",
         ),
-        Column(
+        FileColumn(
             "metric",
             pa.string(),
             "`top_and_random`, `random_only`, `anthropic`; with a language model also `detection`, `fuzzing`, `intruder`, `embedding`",
         ),
-        Column(
+        FileColumn(
             "control",
             pa.string(),
             "`none`: the neuron's own explanation; `shuffled`: another neuron's; `constant`: a constant simulation",
         ),
-        Column(
+        FileColumn(
             "value",
             pa.float64(),
             "simulation: Pearson correlation, -1 to 1; intruder: share of trials won, 0 to 1; the rest: area under the ROC curve or balanced accuracy, 0 to 1. Null where there is none",
         ),
-        Column(
+        FileColumn(
             "status",
             pa.string(),
             "`defined`, `undefined` (truth or simulation is constant), `dead`, `failed` (no answer)",
         ),
-        Column("reason", pa.string(), "why there is no value; empty where there is one"),
-        Column("r2", pa.float64(), "1 - mean squared error / mean squared truth, at most 1"),
-        Column(
+        FileColumn("reason", pa.string(), "why there is no value; empty where there is one"),
+        FileColumn("r2", pa.float64(), "1 - mean squared error / mean squared truth, at most 1"),
+        FileColumn(
             "absolute_deviation",
             pa.float64(),
             "1 - mean absolute error / mean absolute truth, at most 1",
         ),
-        Column("accuracy", pa.float64(), "detection and fuzzing: balanced accuracy, 0 to 1"),
-        Column("n_tokens", pa.int64(), "tokens scored"),
-        Column("n_records", pa.int64(), "excerpts scored"),
-        Column(
+        FileColumn("accuracy", pa.float64(), "detection and fuzzing: balanced accuracy, 0 to 1"),
+        FileColumn("n_tokens", pa.int64(), "tokens scored"),
+        FileColumn("n_records", pa.int64(), "excerpts scored"),
+        FileColumn(
             "n_duplicates", pa.int64(), "of these, near-duplicates of text that was explained from"
         ),
-        Column(
+        FileColumn(
             "without_duplicates",
             pa.float64(),
             "`value` over the other excerpts; null where there are no duplicates",
         ),
-        Column(
+        FileColumn(
             "documents",
             pa.list_(pa.int64()),
             "`ordinal`s of the documents scored on, all of split `held_out`",
         ),
-        Column(
+        FileColumn(
             "explained_by",
             pa.string(),
             "the explainer, as in `explanations.parquet`; not in files of version 0.1.0",
         ),
-        Column(
+        FileColumn(
             "simulator",
             pa.string(),
             "the language model that read the explanation; empty where the explainer's own simulator did. Not in files of version 0.1.0",
         ),
-        Column("variant", pa.string(), "`+paper-compat`, or empty. Not in files of version 0.1.0"),
+        FileColumn(
+            "variant", pa.string(), "`+paper-compat`, or empty. Not in files of version 0.1.0"
+        ),
     ),
 )
 

