@@ -63,7 +63,7 @@ FENCE = re.compile(
 ALONE = "<!-- each section runs alone -->"
 TOPICS = [
     [
-        *("README.md", "docs/index.md", "docs/browser.md", "docs/white-box.md"),
+        *("docs/first-steps.md", "docs/index.md", "docs/browser.md", "docs/white-box.md"),
         *("docs/verbs/demo.md", "docs/verbs/tokenize.md", "docs/verbs/train.md"),
         *("docs/verbs/harvest.md", "docs/verbs/explain.md", "docs/verbs/score.md"),
         *("docs/verbs/report.md", "docs/verbs/view.md", "docs/verbs/analyze.md"),
@@ -275,14 +275,14 @@ def write_models(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A folder with a run that the commands of the README made, `runs/mine`; `runs/demo` is its copy.
+    """A folder with a run that the commands of `first-steps.md` made, `runs/mine`; `runs/demo` is its copy.
 
     The twin is scored, too. Barely trained, 4 neurons a layer explained.
     """
     folder = tmp_path_factory.mktemp("finished")
     write_inputs(folder)
-    (readme,) = examples("README.md")
-    line = next(f for f in readme.fences if f.code.startswith("cratelm tokenize"))
+    (page,) = examples("docs/first-steps.md")
+    line = next(f for f in page.fences if f.code.startswith("cratelm tokenize"))
     commands = [words[1:] for words in line.commands]
     assert [words[0] for words in commands][-4:] == ["explain", "score", "report", "view"]
     twin = [["gpt2-2l" if word == "crate-2l" else word for word in w] for w in commands[-6:-2]]
@@ -387,10 +387,10 @@ def run_torchrun(words: Sequence[str]) -> None:
     assert Path("runs/big/model/crate-2l/completed.json").is_file()
 
 
-def test_first_python_of_the_readme_gives_the_shapes_that_it_states():
-    (readme,) = examples("README.md")
+def test_first_python_gives_the_shapes_that_it_states():
+    (page,) = examples("docs/first-steps.md")
     scope: dict = {}
-    exec(next(f.code for f in readme.fences if f.language == "python"), scope)
+    exec(next(f.code for f in page.fences if f.language == "python"), scope)
     assert [tuple(a.shape) for a in scope["neurons"]] == [(1, 32, 512)] * 2
     assert scope["text"].shape == (1, 40)
 
@@ -490,9 +490,22 @@ def build():
     return module
 
 
-def test_every_verb_is_in_the_table_of_the_readme():
-    rows = re.findall(r"^\| `([\w ]+)` \|", PAGES["README.md"], re.MULTILINE)
-    assert set(rows) >= set(VERBS)
+def test_every_verb_is_in_the_table_of_verbs(build):
+    page = build.generated("verbs.md", PAGES["docs/verbs.md"])
+    rows = re.findall(r"^\| \[`([\w ]+)`\]", page, re.MULTILINE)
+    assert rows == list(VERBS)
+
+
+def test_the_readme_begins_with_what_it_is_two_commands_their_output_and_one_picture():
+    """In this order, before anything else; every page that it names is there."""
+    text = PAGES["README.md"]
+    first = text[: text.index("\n## ")]
+    order = [first.index(mark) for mark in ("# cratelm", "```sh", "make demo", "make test", "```text", "![")]
+    assert order == sorted(order)
+    assert first.count("![") == 1
+    assert len(re.findall(r"^make ", first, re.MULTILINE)) == 2
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -200,6 +200,24 @@ def test_unknown_keys_of_a_record_are_kept(tmp_path):
     assert manifest["format"] == FORMAT
 
 
+@dataclass(frozen=True)
+class Figures:
+    path: Path
+    figure: int
+    added_later: str = "default"
+
+
+def test_figures_of_other_versions_are_read(tmp_path):
+    """One that is unknown is left out, one that was added later has its default, one that is needed is told."""
+    stage = Run(tmp_path).stage("model", "m")
+    write(stage)
+    edit(stage, results={"figure": 7, "of_a_later_version": 1})
+    assert stage.result(Figures, path=stage.path) == Figures(stage.path, 7)
+    edit(stage, results={"of_a_later_version": 1})
+    with pytest.raises(InputError, match=r"lacks figures \(.*'figure'.*cratelm train .* --force"):
+        stage.result(Figures, path=stage.path)
+
+
 def test_a_damaged_record_does_not_stop_other_stages(tmp_path):
     run = Run(tmp_path)
     write(run.stage("model", "bad"))

@@ -591,8 +591,9 @@ def test_two_processes_give_the_losses_of_one(run: Path) -> None:
     for alone, shared in lines:
         assert alone.keys() == shared.keys()
         for key in alone:
-            # the norm of gradients rounds apart by processor: 1.4e-4 was seen, losses stay within 1e-4
-            margin = 1e-3 if key == "gradient_norm" else 1e-4
+            # the norm of gradients and the error of few losses round apart by processor: 1.4e-4 and 2.5e-4
+            # were seen; losses stay within 1e-4
+            margin = 1e-3 if key in ("gradient_norm", "validation_standard_error") else 1e-4
             assert shared[key] == pytest.approx(alone[key], rel=margin), key
     weights = load_file(two / "model.safetensors")
     for name, weight in load_file(one / "model.safetensors").items():

@@ -98,6 +98,20 @@ def test_a_token_is_found_without_its_spaces(library):
     assert "No token is" in note
 
 
+def test_a_token_on_which_no_neuron_has_an_entry_is_found_and_empty(library):
+    """`starts` ends at the largest token with an entry; the vocabulary goes on."""
+    index = library.index_of("run")
+    last = len(index._arrays["starts"]) - 2
+    index._ids("river")  # fills the texts of the tokens
+    index._texts["\x00beyond"] = [last + 1, last + 7]
+    try:
+        found, note = index.on_token("crate-2l", "\x00beyond")
+    finally:
+        del index._texts["\x00beyond"]
+    assert found == {}
+    assert "on the token" in note
+
+
 def test_nearest_neurons(run, library):
     index = library.index_of("run")
     vectors = {m: np.asarray(index._vectors(m), np.float32) for m in ("crate-2l", "gpt2-2l")}
