@@ -279,4 +279,4 @@ def test_an_empty_run_is_a_page(tmp_path):
     client = TestClient(server.application(Library([tmp_path / "empty"])), "http://127.0.0.1")
     answer = client.get("/")
     assert answer.status_code == 200
-    assert "holds no finished model: type `cratelm demo --run" in answer.text
+    assert "has no finished model: type `cratelm demo --run" in answer.text

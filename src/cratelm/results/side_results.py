@@ -1,6 +1,6 @@
-"""What `analyze`, `effects`, `intervene` and `sae evaluate` measured, read from their files as records.
+"""Read the results of `analyze`, `effects`, `intervene` and `sae evaluate` as typed records.
 
-A model that was not measured is absent. Formats: `docs/white-box.md`, `docs/steering.md`, `docs/saes.md`.
+Models without such results are omitted. Formats: `docs/white-box.md`, `docs/steering.md`, `docs/saes.md`.
 """
 
 import json
@@ -35,58 +35,59 @@ _STEP_SIZE, _STEPS = ("step_size", ""), ("ista_steps", "")
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What `cratelm analyze` measured of one model: `analysis/MODEL/`."""
+    """Results of `cratelm analyze` for one model, from `analysis/MODEL/`."""
 
     name: str
     figures: tuple[LayerFigure, ...]
     means: tuple[MeasureSummary, ...]
-    """over neurons; empty where the model has no explanations"""
+    """means over neurons; empty if the model has no explanations"""
     folder: Path
-    """of its files"""
+    """folder with the files"""
     _by_quantity: dict[tuple[str, str], dict[int, Estimate]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        found: dict[tuple[str, str], dict[int, Estimate]] = {}
+        by_quantity: dict[tuple[str, str], dict[int, Estimate]] = {}
         for f in self.figures:
-            found.setdefault((f.quantity, f.setting), {})[f.layer] = Estimate(f.value, f.error)
-        object.__setattr__(self, "_by_quantity", found)
+            of_quantity = by_quantity.setdefault((f.quantity, f.setting), {})
+            of_quantity[f.layer] = Estimate(f.value, f.error)
+        object.__setattr__(self, "_by_quantity", by_quantity)
 
     @property
     def layers(self) -> list[int]:
-        """Return the numbers of the layers measured."""
+        """Return the numbers of the analyzed layers, sorted."""
         return sorted({f.layer for f in self.figures})
 
     @property
     def settings(self) -> list[tuple[str, str]]:
-        """Return the quantities measured, each with its setting."""
+        """Return the measured quantities, each with its setting."""
         return list(self._by_quantity)
 
     def by_layer(self, quantity: str, setting: str = "") -> dict[int, Estimate]:
-        """Return a quantity by layer; empty where it does not exist for the model."""
+        """Return a quantity by layer; empty if it does not exist for the model."""
         return self._by_quantity.get((quantity, setting), {})
 
     def at(self, quantity: str, setting: str, layer: int) -> Estimate | None:
-        """Return a quantity at one layer; None where it does not exist."""
+        """Return a quantity at one layer; None if it does not exist."""
         return self.by_layer(quantity, setting).get(layer)
 
     def lasso_steps(self) -> list[int]:
-        """Return the steps along which the lasso objective was followed, from 0; empty without one."""
+        """Return the step numbers at which the lasso objective was measured, from 0; empty without one."""
         return sorted(int(setting) for quantity, setting in self.settings if quantity == "lasso")
 
     def steps_taken(self, layer: int) -> int | None:
-        """Return the ISTA steps that the model itself takes; None where it takes none."""
+        """Return the number of ISTA steps that the model itself takes; None for a model without ISTA."""
         steps = self.at(*_STEPS, layer)
         return None if steps is None else int(steps.value)
 
     def step_product(self, layer: int) -> float | None:
-        """Return eta |D|^2, step size times squared spectral norm; None without a step size."""
+        """Return eta |D|^2: step size times the squared spectral norm of the dictionary; None without a step size."""
         step, norm = self.at(*_STEP_SIZE, layer), self.at("spectral_norm", "", layer)
         return None if step is None or norm is None else step.value * norm.value**2
 
     def mean(
         self, measure: str, layer: int, control: str = "none", share: float = SHARE
     ) -> MeasureSummary | None:
-        """Return the mean of a measure over the neurons of a layer; None where it was not taken."""
+        """Return the mean of a measure over the neurons of a layer; None if it was not measured."""
         wanted = (measure, layer, control, share)
         for m in self.means:
             if (m.measure, m.layer, m.control, m.share) == wanted:
@@ -94,12 +95,12 @@ class Analysis:
         return None
 
     def neuron_values(self, measure: str) -> dict[int, NDArray[np.float64]]:
-        """Return by layer the values of the neurons that have one under their own explanation."""
+        """Return a measure under the neurons' own explanations, by layer, for the neurons that have a value."""
         return read_measure_by_layer(self.folder, measure)
 
 
 def read_analyses(run: Run, models: Sequence[str]) -> list[Analysis]:
-    """Return the analyses of those of `models` that have one, in the order given."""
+    """Return the analyses of those `models` that have one, in the order of `models`."""
     finished = set(run.models("analysis"))
     return [
         _analysis(name, run.stage("analysis", name).path) for name in models if name in finished
@@ -115,7 +116,7 @@ def _analysis(name: str, folder: Path) -> Analysis:
 
 @dataclass(frozen=True)
 class LayerEffects:
-    """Effects of the neurons of one layer on the output; intervals are over its neurons."""
+    """Effects of the neurons of one layer on the output. Intervals are over the neurons of the layer."""
 
     layer: int
     neurons: int
@@ -123,34 +124,35 @@ class LayerEffects:
     size: Interval | None
     """mean absolute change of the loss, nats per token"""
     firing_rise: Interval | None
-    """mean change over tokens predicted from where the neuron fires"""
+    """mean change of the loss at the positions where the neuron fires, nats per token"""
     raises: Interval | None
-    """fraction of the neurons without which the loss is higher by more than two standard errors"""
+    """fraction of neurons whose ablation raises the loss by more than two standard errors"""
     lowers: Interval | None
+    """fraction of neurons whose ablation lowers the loss by more than two standard errors"""
     agreement: Interval | None
-    """rank correlation over the vocabulary of the first-order estimate with the exact effect"""
+    """rank correlation, over the vocabulary, of the first-order estimate with the exact effect"""
     overlap: Interval | None
-    """fraction of the most promoted tokens that both name"""
+    """fraction of the most promoted tokens that both the estimate and the exact effect contain"""
     named: Interval | None
-    """chance that a token that the neuron fires on is promoted more than another"""
+    """probability that a token on which the neuron fires is promoted more than another token"""
     named_shuffled: Interval | None
-    """the same for tokens that another neuron of the layer fires on"""
+    """the same for tokens on which another neuron of the layer fires"""
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What `cratelm effects` measured of one model: `steer/MODEL/`."""
+    """Results of `cratelm effects` for one model, from `steer/MODEL/`."""
 
     name: str
     ablation: str
-    """`mean` or `zero`: what neurons were replaced by"""
+    """`mean` or `zero`: value that replaced the activation of a neuron"""
     loss: Estimate | None
-    """of the plain model on the same tokens, nats per token"""
+    """loss of the unmodified model on the same tokens, nats per token"""
     layers: tuple[LayerEffects, ...]
 
 
 def read_effects(run: Run, models: Sequence[str]) -> list[Effects]:
-    """Return the effects of those of `models` that were measured, in the order given."""
+    """Return the effects of those `models` for which they were measured, in the order of `models`."""
     finished = set(run.models("steer"))
     return [_effects(name, _steer_summary(run, name)) for name in models if name in finished]
 
@@ -175,7 +177,7 @@ class InterventionControl:
     control: str
     """`none`, `shuffled` or `random`"""
     mean: Interval | None
-    """chance that the judge names the steered text; interval over neurons"""
+    """probability that the judge chooses the steered text; interval over neurons"""
     defined: int
     undefined: int
     dead: int
@@ -184,20 +186,20 @@ class InterventionControl:
 
 @dataclass(frozen=True)
 class Interventions:
-    """What `cratelm intervene` measured of one model with one judge: `steer/MODEL@NAME/`."""
+    """Results of `cratelm intervene` for one model and one judge, from `steer/MODEL@NAME/`."""
 
     name: str
-    """of the model"""
+    """name of the model"""
     explainer: str
     judge: str
     n_neurons: int
     kl: Interval | None
-    """strength of steering: its effect on the next token, nats"""
+    """strength of steering: KL divergence of the next-token distribution, nats"""
     controls: tuple[InterventionControl, ...]
 
 
 def read_interventions(run: Run, models: Sequence[str]) -> list[Interventions]:
-    """Return the intervention scorings of `models`, in the order given."""
+    """Return the intervention scores of `models`, in the order of `models`."""
     names = [name for name in run.models("steer") if split_set(name)[1]]
     return [
         _interventions(model, _steer_summary(run, name))
@@ -230,7 +232,7 @@ def _steer_summary(run: Run, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RebuiltLayer:
-    """How well the autoencoder of one layer rebuilds its inputs. Errors: over documents."""
+    """How well the autoencoder of one layer reconstructs its inputs. Standard errors are over documents."""
 
     layer: int
     inputs: int
@@ -238,96 +240,100 @@ class RebuiltLayer:
     explained_variance: Estimate | None
     l0: Estimate
     own_l0: Estimate
-    """activations of the site that are not 0, per token"""
+    """number of nonzero activations of the site itself, per token"""
     dead: Estimate
-    """fraction of the latents"""
+    """fraction of latents that never fire"""
     shrinkage: Estimate | None
 
 
 @dataclass(frozen=True)
 class Spliced:
-    """The model with something in place of its activations."""
+    """Loss of the model with its activations replaced."""
 
     loss: Estimate
     """nats per token"""
     added: Estimate
-    """minus the loss of the model as it is, on the same tokens"""
+    """increase over the loss of the unmodified model on the same tokens"""
     recovered_from_zero: Estimate | None
-    """1: nothing is lost, 0: as bad as zeros"""
+    """fraction of the loss recovered: 1 means that nothing is lost, 0 that it is as bad as zeros"""
 
 
 @dataclass(frozen=True)
 class SplicedLayers:
-    """What the model loses where the activations of some layers are replaced at once."""
+    """Loss of the model when the activations of one or several layers are replaced at the same time."""
 
     layers: tuple[int, ...]
     reconstruction: Spliced
     own_top: Spliced
-    """the site's own code at the autoencoder's L0"""
+    """replaced by the site's own largest activations, as many per token as the autoencoder has latents on"""
     own: Spliced
-    """all of the site's own code"""
+    """replaced by all of the site's own activations"""
 
 
 @dataclass(frozen=True)
 class SteeringFidelity:
-    """Latents or neurons of one layer, set to their maximum one at a time. Errors: over those steered."""
+    """Fidelity of steering latents or neurons of one layer, each set to its maximum, one at a time.
+
+    Standard errors are over the steered latents or neurons.
+    """
 
     layer: int
     steered: tuple[int, ...]
     fidelity: Estimate | None
     edit: Estimate
-    """KL of the edit, nats per token"""
+    """KL divergence caused by the edit, nats per token"""
     rebuilt: float
-    """KL of the reconstruction alone"""
+    """KL divergence caused by the reconstruction alone"""
 
 
 @dataclass(frozen=True, eq=False)
 class DocumentLosses:
-    """Sums over the tokens of each document, to compare models on the same ones. [C] documents"""
+    """Losses summed over the tokens of each document, to compare models on the same documents. C: documents."""
 
     documents: tuple[int, ...]
     """[C] ordinals"""
     targets: tuple[int, ...]
-    """[C] tokens predicted"""
+    """[C] number of predicted tokens"""
     loss: NDArray[np.float64]
-    """[C] of the model as it is"""
+    """[C] loss of the unmodified model"""
     reconstruction: NDArray[np.float64]
-    """[C] with all layers rebuilt"""
+    """[C] loss with all layers reconstructed"""
 
 
 @dataclass(frozen=True, eq=False)
 class SaeEvaluation:
-    """What `cratelm sae evaluate` measured of one set of autoencoders."""
+    """Results of `cratelm sae evaluate` for one set of autoencoders."""
 
     loss: Estimate
-    """of the model as it is, nats per token"""
+    """loss of the unmodified model, nats per token"""
     layers: tuple[RebuiltLayer, ...]
     spliced: tuple[SplicedLayers, ...]
-    """each layer alone, then all together where there are several"""
+    """each layer alone, then all layers together if there are several"""
     steering: tuple[SteeringFidelity, ...]
-    """latents, by layer"""
+    """steering of latents, by layer"""
     own_steering: tuple[SteeringFidelity, ...]
-    """neurons of the site itself, by layer"""
+    """steering of the neurons of the site itself, by layer"""
     by_document: DocumentLosses
 
     @property
     def all_layers(self) -> SplicedLayers:
-        """Return the figures with all layers rebuilt at once, or with the only one."""
+        """Return the results with all layers reconstructed at once; with one layer, those of that layer."""
         return self.spliced[-1]
 
     def layer(self, number: int) -> RebuiltLayer:
-        """Return the figures of one layer's autoencoder."""
+        """Return the reconstruction results of one layer's autoencoder."""
         return next(layer for layer in self.layers if layer.layer == number)
 
     def alone(self, number: int) -> SplicedLayers:
-        """Return the figures with this layer alone rebuilt."""
+        """Return the results with only this layer reconstructed."""
         return next(s for s in self.spliced if s.layers == (number,))
 
 
 def evaluation_path(run: Run, harvest: Completion) -> Path | None:
-    """Return where the evaluation of a harvest's autoencoders lies; None where it is a harvest of neurons.
+    """Return the path of the evaluation of a harvest's autoencoders; None for a harvest of neurons.
 
-    `sae/MODEL@NAME/evaluation.json`, or `sae/MODEL@FOLDER.json` for autoencoders from elsewhere.
+    This is `sae/MODEL@NAME/evaluation.json`, or `sae/MODEL@FOLDER.json` for autoencoders from outside the run.
+    The file may not exist.
     """
     sae = harvest.config.get("sae")
     if not sae:
@@ -337,7 +343,7 @@ def evaluation_path(run: Run, harvest: Completion) -> Path | None:
 
 
 def evaluation_inputs(run: Run, names: Sequence[str]) -> dict[str, str]:
-    """Return the hash of the evaluation of every model of `names` that has one."""
+    """Return the hash of the evaluation file of each of the models `names` that has one."""
     hashes = {}
     for name in names:
         harvest = run.stage("activations", name).completion()
@@ -348,7 +354,7 @@ def evaluation_inputs(run: Run, names: Sequence[str]) -> dict[str, str]:
 
 
 def evaluation_config(run: Run, name: str) -> dict[str, Any] | None:
-    """Return the options that evaluated the autoencoders `sae/NAME` of the run; None where nothing did."""
+    """Return the options with which the autoencoders `sae/NAME` of the run were evaluated; None if they were not."""
     path = run.stage("sae", name).path / "evaluation.json"
     return _json(path)["config"] if path.is_file() else None
 
@@ -356,10 +362,10 @@ def evaluation_config(run: Run, name: str) -> dict[str, Any] | None:
 def read_evaluation(
     path: Path, sae: str | None, model: str | None, tokens: str | None
 ) -> SaeEvaluation | None:
-    """Return the evaluation in a file that `evaluation_path` names.
+    """Return the evaluation stored in the file at `path`, which `evaluation_path` returned.
 
-    None where it is not of the autoencoders of identity `sae` on the model of identity `model` and the
-    tokens of identity `tokens`: figures of what was made again since say nothing of these.
+    Returns None if the evaluation belongs to other autoencoders than `sae`, another model than `model` or
+    other tokens than `tokens` (all three are identities): it says nothing about the present ones.
     """
     record = _json(path)
     if (record.get("identity"), record.get("model_identity")) != (sae, model):
@@ -434,11 +440,11 @@ def _interval(record: dict[str, Any] | None) -> Interval | None:
 
 
 def _estimate(record: dict[str, Any] | None) -> Estimate | None:
-    """None, too, where the value itself is null."""
+    """Return an estimate; None if there is no record or its value is null."""
     return None if record is None or record["value"] is None else _known_estimate(record)
 
 
 def _known_estimate(record: dict[str, Any]) -> Estimate:
-    """NaN, which JSON cannot hold, is written as null."""
+    """Return an estimate; a null value becomes NaN, which JSON cannot hold."""
     value = record["value"]
     return Estimate(float("nan") if value is None else value, record["error"])
