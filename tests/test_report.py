@@ -460,7 +460,7 @@ def test_leakage_is_told(run, tmp_path):
     config = ReportConfig(run=path, neurons=0, models=("gpt2-2l",), force=True)
     page = Page(report(config).page.read_text())
     assert "2 documents were both explained from and scored on" in page.words
-    assert "not to be trusted" in page.words
+    assert "do not trust these scores" in page.words
     assert ("div", "class", "box bad") in page.attributes
 
 

@@ -315,7 +315,7 @@ def test_losses_on_other_tokens_are_not_subtracted(compared, tmp_path):
     made = report(ReportConfig(run=run, neurons=0, resamples=100, force=True))
     found = json.loads(made.tables.read_text())
     assert {r["above"] for r in found["sae_loss_and_scores"]["rows"]} == {None}
-    assert "Not measured on the same tokens" in found["sae_loss_and_scores"]["note"]
+    assert "The losses were measured on different tokens" in found["sae_loss_and_scores"]["note"]
     assert not (run / "report" / "figures" / "sae_loss.png").exists()
     assert {r["model"] for r in found["sae_steering"]["rows"]} == {"crate-2l", "crate-2l+topk-2x"}
 
