@@ -207,7 +207,7 @@ def test_runs_of_one_name_are_told_apart(run, tmp_path):
     shutil.copytree(run / "tokens", tmp_path / "run" / "tokens")
     library = Library([run, tmp_path / "run"])
     assert library.keys == ("run", "run-2")
-    with pytest.raises(InputError, match="is not there: a run directory was expected"):
+    with pytest.raises(InputError, match="does not exist: name a run directory"):
         Library([tmp_path / "nothing"])
 
 

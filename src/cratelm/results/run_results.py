@@ -363,7 +363,9 @@ def missing_results(results: RunResults) -> list[str]:
         if results.null(m) is None and m.trained_here
     ]
     if not results.twins():
-        lines.append("twins: no CRATE and GPT-2 of the same size are scored, so nothing is compared")
+        lines.append(
+            "twins: no CRATE and GPT-2 of the same size are scored, so nothing is compared"
+        )
     lines += [f"scores by {m}" for m in METRICS if m not in results.metrics]
     for m in results.principal:
         if m.latents_of and m.evaluation is None:

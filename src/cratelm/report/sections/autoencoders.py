@@ -335,7 +335,11 @@ def _loss_and_scores(results: RunResults, latents: Sequence[ModelResults]) -> Ta
         " Their loss is the loss of the model with the activations reconstructed in all layers that have an"
         " autoencoder. Reading a model by its own neurons adds no loss. Standard errors are over documents; those"
         " of differences are over differences on the same documents."
-        + ("" if above else " The losses were measured on different tokens, so no difference is given."),
+        + (
+            ""
+            if above
+            else " The losses were measured on different tokens, so no difference is given."
+        ),
         flipped=True,
     )
 

@@ -139,7 +139,9 @@ def _samples(m: ModelResults) -> list[frozenset[NeuronKey]]:
     """
     with_llm = {of_set.neurons for of_set in m.llm_sets if of_set.scores}
     without = {of_set.neurons for of_set in m.sets if of_set.scores and not of_set.name}
-    samples = with_llm | {sample & other for sample in with_llm for other in without} - {frozenset()}
+    samples = with_llm | {sample & other for sample in with_llm for other in without} - {
+        frozenset()
+    }
     return sorted(samples, key=lambda neurons: (-len(neurons), sorted(neurons)))
 
 

@@ -37,7 +37,9 @@ def stages_table(results: RunResults) -> Table:
     no_seconds = [None] * len(verbs)
     rows: list[tuple[Cell, ...]] = []
     if results.tokens:
-        rows.append(("all", results.tokens.seconds, *no_seconds, results.tokens.finished_at, "fresh"))
+        rows.append(
+            ("all", results.tokens.seconds, *no_seconds, results.tokens.finished_at, "fresh")
+        )
     for m in results.models:
         done = [m.completions.get(stage) for stage in MODEL_STAGES]
         last = max((c.finished_at for c in done if c), default=None)

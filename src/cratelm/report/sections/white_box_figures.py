@@ -73,7 +73,9 @@ def sparsity_figure(drawn: Drawn) -> Figure | None:
         ),
         Panel(
             "Hoyer's measure",
-            _before_after(drawn, "hoyer", "hoyer", "before", "after", "0: equal, 1: a single entry"),
+            _before_after(
+                drawn, "hoyer", "hoyer", "before", "after", "0: equal, 1: a single entry"
+            ),
         ),
     )
     return _figure(
