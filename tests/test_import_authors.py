@@ -248,7 +248,7 @@ def test_nothing_of_others_is_replaced(tmp_path):
     for force in (False, True):
         with pytest.raises(InputError, match="not empty and was not written by"):
             cratelm.api.import_authors(out=theirs, force=force, **call)
-    with pytest.raises(InputError, match=r"holds .*ckpt\.pt, which is read"):
+    with pytest.raises(InputError, match=r"contains the input .*ckpt\.pt"):
         cratelm.api.import_authors(out=tmp_path, force=True, **call)
     with pytest.raises(InputError, match="is a file"):
         cratelm.api.import_authors(out=file, **call)
@@ -463,7 +463,7 @@ def test_a_file_of_the_hub(tmp_path):
         server.server_close()
     first, second, two, third, three, fourth, four = done.stderr.strip().split("\n")
     assert (first, two, three, four) == ("status 0", "status 2", "status 2", "status 2")
-    assert "2 files .pt (ckpt.pt, old/ckpt.pt): name one as hub:owner/repo/FILE" in second
+    assert "2 .pt files (ckpt.pt, old/ckpt.pt): name a file as hub:owner/repo/FILE" in second
     assert "hub:owner/repo/absent.pt cannot be fetched" in third
     assert "hub:a/b cannot be fetched" in fourth
     assert sorted(p.name for p in tmp_path.glob("out-*")) == ["out-0"]

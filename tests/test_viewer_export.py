@@ -137,7 +137,7 @@ def test_without_the_extra_it_says_so_and_pages_can_be_written(copy, tmp_path, m
         in page
     )
     neuron = next((tmp_path / "out/r/copy/neuron/crate-2l/0").iterdir()).read_text()
-    assert "on the same tokens: cosine similarity" in neuron
+    assert "on the same tokens, by cosine similarity" in neuron
 
 
 def test_an_export_that_fails_leaves_nothing(library, tmp_path, monkeypatch):

@@ -268,7 +268,7 @@ def test_a_half_finished_run_says_what_is_missing(copy):
     for verb in ("harvest", "explain", "score"):
         assert f"cratelm {verb} --run" in missing
     page = Pages(library).overview("copy")
-    assert "What is missing" in page
+    assert "Missing results" in page
     with pytest.raises(NotFound, match="no finished harvest of gpt2-2l"):
         library.table("copy", "gpt2-2l")
     assert "trie" in Pages(library).layer("copy", "crate-2l", 0, LayerQuery())
