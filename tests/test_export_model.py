@@ -202,14 +202,14 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     cases = [
         ([*there, "--out", str(inside)], "is inside the input"),
-        ([*there, "--out", str(run.parent)], "holds"),
+        ([*there, "--out", str(run.parent)], "contains the input"),
         (["--path", str(model), "--out", str(model / "x")], "is inside the input"),
         ([*there, "--out", str(tmp_path / "theirs"), "--force"], "not empty"),
         (["--run", str(run), "--model", "crate-9l", *out], "cratelm train"),
         (["--path", str(tmp_path / "nowhere"), *out], "has no config.json"),
         (out, "one of --model"),
         ([*there, "--path", str(model), *out], "one of --model"),
-        ([*there, *out, "--push", "somewhere"], "OWNER/REPO was expected"),
+        ([*there, *out, "--push", "somewhere"], "must have the form OWNER/REPO"),
     ]
     for arguments, told in cases:
         assert main(["export", "model", *arguments]) == 2, arguments

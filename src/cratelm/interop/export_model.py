@@ -219,9 +219,7 @@ def _check_token(push: str) -> None:
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise InputError(
-            f"--push {push} needs a Hub token: type `hf auth login`, or set HF_TOKEN"
-        )
+        raise InputError(f"--push {push} needs a Hub token: type `hf auth login`, or set HF_TOKEN")
 
 
 def _push(folder: Path, repository: str) -> str:
