@@ -137,7 +137,7 @@ def test_damaged_files_are_told_by_name_and_place(data, told, tmp_path):
     ("row", "told"),
     [
         (3, "records[0] is 3, but must be an object of class ActivationRecord"),
-        ({"tokens": ["a"]}, "records[0] has no 'activations' but 'tokens'"),
+        ({"tokens": ["a"]}, "records[0] has no 'activations', only 'tokens'"),
         ({"tokens": "ab", "activations": [1, 2]}, "records[0].tokens is ab, but must be a list"),
         ({"tokens": ["a", 5], "activations": [1, 2]}, "records[0].tokens is 5"),
         (
@@ -347,7 +347,7 @@ TOO_MANY = {
 def test_more_than_the_tables_hold_is_an_error_and_nothing_is_written(what, tmp_path):
     path = tmp_path / "0.json"
     path.write_text(json.dumps(minimal(**TOO_MANY[what])))
-    with pytest.raises(InputError, match=rf"0\.json: .*[0-9] {what}, at most"):
+    with pytest.raises(InputError, match=rf"0\.json: .*[0-9] {what}, but at most"):
         cratelm.api.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
     assert not (tmp_path / "run").exists()
 
