@@ -567,13 +567,13 @@ def test_what_zensical_does_not_look_for_is_found(build, tmp_path):
     )
     (tmp_path / "page" / "index.html").write_text('<a href="..">up</a><img src="../b.png">')
     (found,) = build.problems(tmp_path)
-    assert found == "page/index.html: <img> of ../b.png names no file of the site"
+    assert found == "page/index.html: <img> of ../b.png is not a file of the site"
     (tmp_path / "index.html").write_text(
         '<script src="https://x/y.js"></script><a href="none/">n</a>'
     )
     first, second, _ = build.problems(tmp_path)
-    assert first == "index.html: <script> of https://x/y.js is loaded from elsewhere"
-    assert second == "index.html: <a> of none/ names no file of the site"
+    assert first == "index.html: <script> of https://x/y.js is loaded from another site"
+    assert second == "index.html: <a> of none/ is not a file of the site"
 
 
 @pytest.mark.parametrize(
