@@ -170,7 +170,11 @@ def _harvesting(config: SaeCompareConfig, run: Run, model: str) -> HarvestConfig
     sae = config.sae or _name(config, model)
     config_of_latents = _read(HarvestConfig, {**neurons, "site": None, "name": None, "sae": sae})
     return replace(
-        config_of_latents, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+        config_of_latents,
+        run=run.path,
+        device=config.device,
+        force=config.force,
+        quiet=config.quiet,
     )
 
 
@@ -181,7 +185,11 @@ def _explaining(config: SaeCompareConfig, run: Run, model: str, latents: str) ->
     )
     config_of_latents = _read(ExplainConfig, {**neurons, "model": latents, "neurons": explained})
     return replace(
-        config_of_latents, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+        config_of_latents,
+        run=run.path,
+        device=config.device,
+        force=config.force,
+        quiet=config.quiet,
     )
 
 
@@ -189,7 +197,11 @@ def _scoring(config: SaeCompareConfig, run: Run, model: str, latents: str) -> Sc
     recorded = _config_of(run, "scores", model)
     config_of_latents = _read(ScoreConfig, {**recorded, "model": latents})
     return replace(
-        config_of_latents, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+        config_of_latents,
+        run=run.path,
+        device=config.device,
+        force=config.force,
+        quiet=config.quiet,
     )
 
 
@@ -208,7 +220,9 @@ def _check_comparable(run: Run, model: str) -> None:
             f"{model} was imported without a model that could be run: name a model that was harvested"
         )
     if harvested.get("sae"):
-        raise InputError(f"{model} already consists of latents: name {Path(harvested['model']).name}")
+        raise InputError(
+            f"{model} already consists of latents: name {Path(harvested['model']).name}"
+        )
     if harvest_name(_read(HarvestConfig, {**harvested, "name": None})) != model:
         raise InputError(
             f"{model} is the --name of a harvest of {harvested['model']}: latents are named after their model,"
