@@ -99,8 +99,8 @@ def _statistics(record: dict[str, Any]) -> ModelStatistics:
         LayerStatistics(**{**layer, "counts": Counts(**layer["counts"])})
         for layer in record["layers"]
     )
-    known = {f.name for f in fields(ModelStatistics)}
-    plain = {key: value for key, value in record.items() if key in known}
+    names = {f.name for f in fields(ModelStatistics)}
+    plain = {key: value for key, value in record.items() if key in names}
     return ModelStatistics(**{**plain, "counts": Counts(**record["counts"]), "layers": layers})
 
 

@@ -81,8 +81,8 @@ def latex_figure(view: NeuronView) -> str:
 
 
 def _latex_token(text: str, level: int) -> str:
-    shown = latex(visible(text)).replace(r"\texttt{U+2423}", r"\textvisiblespace{}")
-    shown = shown.replace(r"\texttt{U+23CE}", r"$\hookleftarrow$").replace(
+    token = latex(visible(text)).replace(r"\texttt{U+2423}", r"\textvisiblespace{}")
+    token = token.replace(r"\texttt{U+23CE}", r"$\hookleftarrow$").replace(
         r"\texttt{U+21E5}", r"$\mapsto$"
     )
-    return rf"\colorbox{{orange!{6 * level}}}{{\strut {shown}}}" if level else shown
+    return rf"\colorbox{{orange!{6 * level}}}{{\strut {token}}}" if level else token

@@ -37,6 +37,7 @@ from cratelm.viewer.exports import latex_figure, svg_card
 from cratelm.viewer.run_reader import RARELY, Library
 
 SEARCH_LIMIT = 100
+"""maximum number of neurons on the search page"""
 _KINDS = {
     "top": "Strongest",
     "openai_bin": "By quantile",
@@ -45,6 +46,7 @@ _KINDS = {
     "out_of_context": "Strongest tokens in a short context",
 }
 Crumbs = list[tuple[str, str]]
+"""name and address of each breadcrumb; the page itself has no address"""
 
 
 @dataclass(frozen=True)
@@ -368,13 +370,13 @@ def _facts(view: NeuronView) -> list[tuple[str, str]]:
         "kurtosis": "kurtosis",
         "n_tokens": "tokens searched",
     }
-    shown = []
+    facts = []
     for name, label in names.items():
         if name in s:
             value = s[name]
             fact = f"{100 * value:.3g}% of tokens" if name == "firing_rate" else f"{value:.3g}"
-            shown.append((label, f"{int(value):,}" if name == "n_tokens" else fact))
-    return [*shown, ("site", printable(view.site))]
+            facts.append((label, f"{int(value):,}" if name == "n_tokens" else fact))
+    return [*facts, ("site", printable(view.site))]
 
 
 def _metrics_of(cards: Sequence[ModelCard]) -> list[str]:

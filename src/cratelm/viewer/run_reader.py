@@ -39,6 +39,7 @@ from cratelm.viewer.index import Index
 _CACHED = 64
 """maximum number of cached files, tables and drawings, for all runs together"""
 _NEAREST = 8
+"""number of nearest neurons to return, per model"""
 _HISTOGRAM_BINS = 20
 RARELY = 0.2
 """firing rate below which a neuron is selective enough to be suggested on the overview"""

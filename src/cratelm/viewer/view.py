@@ -47,8 +47,8 @@ def _serve(config: ViewConfig, library: Library) -> None:
     library.start_indexing()
     app = application(library, config.host, live)
     port = listening.getsockname()[1]
-    shown = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"http://{shown}:{port}/  (Ctrl-C stops)", flush=True)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"http://{host}:{port}/  (Ctrl-C stops)", flush=True)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
     )

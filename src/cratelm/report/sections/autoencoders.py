@@ -450,11 +450,11 @@ def _steering(latents: Sequence[ModelResults]) -> Table:
 
 
 def _by_layer_figure(results: RunResults, latents: Sequence[ModelResults]) -> Figure:
-    shown = _with_bases(results, latents)
-    series = [series_of(m) for m in shown]
+    models = _with_bases(results, latents)
+    series = [series_of(m) for m in models]
 
     def panel(metric: Metric) -> Panel:
-        lines = [layer_intervals(m.find(results.explainer, metric)) for m in shown]
+        lines = [layer_intervals(m.find(results.explainer, metric)) for m in models]
         return scores_panel(METRIC_NAMES[metric], series, lines)
 
     return Figure(

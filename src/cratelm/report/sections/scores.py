@@ -37,6 +37,7 @@ PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
 """by size: mean and variance over layers, CRATE then GPT-2, for each metric in the order of METRICS
 (arXiv 2410.16443, table of interpretability, which excludes the last layer for 6l and 12l)"""
 _BINS = np.linspace(-1, 1, 41)
+"""edges of the bins of the distributions"""
 _Line = tuple[Series, ModelResults, Control]
 
 

@@ -18,6 +18,7 @@ from cratelm.results.side_results import DISTORTION, Analysis
 _DRAWN = ("consistency", "evenness", "distinctiveness", "auroc")
 """measures shown in `readings_figure`"""
 Drawn = Sequence[tuple[Series, Analysis]]
+"""the analyses of the models, each with the colour and marker of its model"""
 Draw = Callable[[Axes], None]
 
 
