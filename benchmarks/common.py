@@ -1,4 +1,4 @@
-"""What the benchmarks share: random tokens, and clocks that wait for the device."""
+"""Random tokens and timers for the benchmarks."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
+    """Wait until the device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -30,7 +30,7 @@ def timed(work: Callable[[], Any], device: torch.device = CPU) -> float:
 
 
 def timed_result(work: Callable[[], T], device: torch.device = CPU) -> tuple[float, T]:
-    """Return the seconds that `work` takes on a device, and what it returns."""
+    """Return the seconds that `work` takes on a device, and its result."""
     synchronise(device)
     start = time.perf_counter()
     result = work()
@@ -39,14 +39,14 @@ def timed_result(work: Callable[[], T], device: torch.device = CPU) -> tuple[flo
 
 
 class _RandomSplit:
-    """The part of `TokenSplit` that the measured code reads: random tokens in documents of about 1,000."""
+    """Stands in for a `TokenSplit`: random tokens in documents of about 1,000 tokens."""
 
     name = "held_out"
 
     def __init__(self, n_tokens: int, vocabulary: int):
         generator = np.random.default_rng(0)
         self.n_tokens = n_tokens
-        self.tokens = generator.integers(1, vocabulary, n_tokens)  # 0 is the end of text
+        self.tokens = generator.integers(1, vocabulary, n_tokens)  # 0 is the end-of-text token
         ends = np.sort(generator.choice(n_tokens - 1, n_tokens // 1000, replace=False))
         self.starts = np.unique(np.concatenate([[0], ends + 1, [n_tokens]]))
         self.n_documents = len(self.starts) - 1
@@ -71,7 +71,7 @@ def random_split(n_tokens: int, vocabulary: int) -> TokenSplit:
 
 
 def random_run(path: Path, vocabulary: int, n_tokens: int) -> Run:
-    """Write a run of random tokens: a single document of `n_tokens` in the train split and in the held-out one."""
+    """Write a run of random tokens, with one document of `n_tokens` in each of the splits train and held-out."""
     run, generator = Run(path), np.random.default_rng(0)
     tokens = ["<|endoftext|>", *(f"t{i}" for i in range(1, vocabulary))]
     tokenizer = Tokenizer(WordLevel({t: i for i, t in enumerate(tokens)}, tokens[0]))

@@ -1,11 +1,11 @@
-"""Loss without each neuron: a whole forward pass for each, over what `cratelm effects` does.
+"""Loss without each neuron: time of a whole forward pass per neuron, compared with `cratelm effects`.
 
     python benchmarks/effects.py                        # crate-2l and gpt2-2l
     python benchmarks/effects.py --sizes crate-6l --neurons 4 --tokens 2048 --vocabulary 50304
 
-Both measure the same neurons on the same tokens in one run, in turns; the naive way runs the whole model
-with a hook, as many sequences at a time. Weights and tokens are random: what is saved depends on how often
-neurons fire, which is printed. Of a trained model: `--run runs/demo --model crate-2l`.
+Both methods measure the same neurons on the same tokens, alternately in one process. The naive method runs the whole
+model with a hook, on the same number of sequences at a time. Weights and tokens are random. The time saved depends on
+how often neurons fire, which is printed. For a trained model, use `--run runs/demo --model crate-2l`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from cratelm.steer.steering import steering
 def naive(
     partial: PartialForward, text: HeldOutText, neurons: list[np.ndarray]
 ) -> list[list[float]]:
-    """Mean change of the loss of each neuron, by whole passes."""
+    """Return the mean change of the loss without each neuron, by layer, measured with whole forward passes."""
     tokens, _ = next(text.batches(text.n_tokens))
     ids = torch.from_numpy(tokens).to(partial.model.device)
     step = rows_at_a_time(partial, text.length)
@@ -56,22 +56,22 @@ def naive(
 def compare(
     partial: PartialForward, text: HeldOutText, neurons: list[np.ndarray], turns: int
 ) -> str:
-    """Ratio of the times, and the largest difference of the changes measured."""
+    """Return in words the ratio of the times, and the largest difference between the measured changes."""
     ratios, worst = [], 0.0
     for _ in range(turns):
-        naive_seconds, plain_way = timed_result(lambda: naive(partial, text, neurons))
+        naive_seconds, changes = timed_result(lambda: naive(partial, text, neurons))
         seconds, ours = timed_result(
             lambda: ablate(partial, text, neurons, None, 4096, tqdm(disable=True))
         )
         ratios.append(naive_seconds / seconds)
-        for a, b in zip(plain_way, ours.neurons, strict=True):
+        for a, b in zip(changes, ours.neurons, strict=True):
             worst = max(worst, *(abs(x - y.change.value) for x, y in zip(a, b, strict=True)))
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     return f"{statistics.median(ratios):.2f} times as long ({spread}), largest difference {worst:.1e} nats"
 
 
 def firing(partial: PartialForward, text: HeldOutText) -> float:
-    """Fraction of tokens at which a neuron is not 0."""
+    """Return the fraction of tokens at which a neuron is not 0, mean over neurons and layers."""
     tokens, _ = next(text.batches(4096))
     activations = capture(
         partial.model, partial.site, torch.from_numpy(tokens[:, :-1]).to(partial.model.device)
@@ -80,33 +80,36 @@ def firing(partial: PartialForward, text: HeldOutText) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Loss without each neuron: naive over ours")
+    """Run the benchmark and print its results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["crate-2l", "gpt2-2l"])
-    parser.add_argument("--run", type=Path, help="a run, in place of random weights")
-    parser.add_argument("--model", nargs="+", default=["crate-2l"], help="of the run")
-    parser.add_argument("--neurons", type=int, default=16, help="a layer")
+    parser.add_argument("--run", type=Path, help="run directory to use instead of random weights")
+    parser.add_argument("--model", nargs="+", default=["crate-2l"], help="models of the run")
+    parser.add_argument("--neurons", type=int, default=16, help="neurons per layer")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--turns", type=int, default=3)
-    given = parser.parse_args(arguments)
-    for name in given.model if given.run else given.sizes:
-        if given.run:
-            harvested = open_harvested(Run(given.run), name)
+    options = parser.parse_args(arguments)
+    for name in options.model if options.run else options.sizes:
+        if options.run:
+            harvested = open_harvested(Run(options.run), name)
             model, site, split = (
                 harvested.subject.model, harvested.site, harvested.store.split("held_out"),
             )  # fmt: skip
         else:
-            model = build(name, vocab_size=given.vocabulary, max_position_embeddings=given.length)
+            model = build(
+                name, vocab_size=options.vocabulary, max_position_embeddings=options.length
+            )
             model.eval()
             site = site_of(model)
-            split = random_split(given.tokens + given.length + 1, given.vocabulary)
+            split = random_split(options.tokens + options.length + 1, options.vocabulary)
         partial = PartialForward(model, site)
-        text = HeldOutText.of(split, given.length, given.tokens, 0)
-        neurons = [np.arange(given.neurons)] * site.n_layers
-        comparison = compare(partial, text, neurons, given.turns)
+        text = HeldOutText.of(split, options.length, options.tokens, 0)
+        neurons = [np.arange(options.neurons)] * site.n_layers
+        comparison = compare(partial, text, neurons, options.turns)
         print(
-            f"{name}: the naive way takes {comparison}; neurons fire at"
+            f"{name}: the naive method takes {comparison}; neurons fire at"
             f" {firing(partial, text):.0%} of tokens"
         )
 

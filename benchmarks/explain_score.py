@@ -1,11 +1,10 @@
-"""Neurons per second of `cratelm explain` and `cratelm score`, on generated records.
+"""Speed of `cratelm explain` and `cratelm score` in neurons per second, on generated records.
 
     python benchmarks/explain_score.py [--neurons 256]
 
-Makes a harvest of the size that `cratelm harvest` leaves by default (50 top, 50 random, 20 per bin
-of both binnings, 64 and 8 tokens) of neurons that respond to random sets of tokens, writes it, and
-runs both verbs on it, one process, reading and writing included. The `_cpu` figures count the time of
-this process alone: on a busy machine they tell more.
+Generates a harvest of the default size of `cratelm harvest` (50 top, 50 random, 20 per bin of both binnings, 64 and 8
+tokens) of neurons that respond to random sets of tokens. Then runs both verbs on it in one process; reading and writing
+are included. The `_cpu` results count only the CPU time of this process, which is more reliable on a busy machine.
 """
 
 import argparse
@@ -37,15 +36,16 @@ KINDS: dict[ExcerptKind, tuple[int, int, int]] = {
     "anthropic_bin": (12, 20, 8),
     "out_of_context": (1, 10, 3),
 }
-"""bins, excerpts a bin, tokens an excerpt"""
+"""number of bins, excerpts per bin, tokens per excerpt"""
 DOCUMENT = 1000
-"""tokens of a document, its end included"""
+"""number of tokens of a document, including the end-of-text token"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its results as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--neurons", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=10**6, help="of each split")
+    parser.add_argument("--tokens", type=int, default=10**6, help="tokens of each split")
     options = parser.parse_args(arguments)
     n = options.neurons
     with tempfile.TemporaryDirectory() as folder:
@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def generated_run(path: Path, n_neurons: int, n_tokens: int) -> Run:
-    """A run with `n_tokens` in both splits and a harvest of `n_neurons` in one layer.
+    """Write a run with `n_tokens` in each of two splits, and a harvest of `n_neurons` in one layer.
 
-    Its excerpts are not the text at their positions: the near-duplicate audit alone reads that.
+    Its excerpts differ from the text at their positions, which only the near-duplicate audit reads.
     """
     run = Run(path)
     vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
@@ -91,9 +91,9 @@ def generated_run(path: Path, n_neurons: int, n_tokens: int) -> Run:
 def generated_record(
     rng: np.random.Generator, split: Split, index: int, n_tokens: int
 ) -> NeuronRecord:
-    """A neuron that fires on a tenth of the tokens, by an amount of its own for each, with noise."""
-    own = np.random.default_rng([5, index])  # the same in both splits
-    response = own.exponential(1, VOCABULARY) * (own.random(VOCABULARY) < 0.1)
+    """Return a neuron that fires on a tenth of the tokens, with a random strength for each token, and noise."""
+    neuron_rng = np.random.default_rng([5, index])  # the same in both splits
+    response = neuron_rng.exponential(1, VOCABULARY) * (neuron_rng.random(VOCABULARY) < 0.1)
     excerpts = []
     for kind, (bins, count, length) in KINDS.items():
         if kind == "out_of_context" and split == "fit":

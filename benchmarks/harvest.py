@@ -1,11 +1,11 @@
-"""Cost of a harvest beside a plain forward pass, and beside keeping everything and sorting it.
+"""Cost of a harvest, compared with a plain forward pass, and with storing all activations and sorting them.
 
     python benchmarks/harvest.py                     # crate-2l (d 128), then two layers of d 768
     python benchmarks/harvest.py --sizes crate-12l --device cuda --dtype bfloat16
     python benchmarks/harvest.py --sort              # 1M tokens x 3,072 neurons against sorting
 
-Ratios are of times measured in one run, in turns; the median and the range over the turns are printed.
-Tokens are random: the cost of a harvest depends on how activations are spread, not on the text.
+Ratios are of times measured alternately in one process; the median and the range over the turns are printed. Tokens are
+random: the cost of a harvest depends on the distribution of the activations, not on the text.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SIZES = {
 
 
 class Setting:
-    """A model with a plan over random tokens, made ready to be harvested batch by batch."""
+    """A model with a search plan over random tokens, prepared for a harvest batch by batch."""
 
     def __init__(self, size: str, arguments: argparse.Namespace):
         fields = dict(SIZES[size])
@@ -57,33 +57,35 @@ class Setting:
 
     @torch.no_grad()
     def forward(self, batches) -> None:
+        """Run only the forward passes of the batches."""
         for batch in batches:
             self.model.base_model(input_ids=batch.input_ids, use_cache=False)
 
     @torch.no_grad()
     def harvest(self, batches) -> None:
+        """Harvest the batches."""
         for batch in batches:
             with hooked(self.model, self.site, lambda i, a, b=batch: self.layers[i].add(a, b)):
                 self.model.base_model(input_ids=batch.input_ids, use_cache=False)
 
 
 def throughput(size: str, arguments: argparse.Namespace) -> None:
-    """Forward passes and harvest over the same batches, in turns, over the whole plan."""
+    """Time forward passes and harvest on the same batches, alternately, over the whole plan; print the ratio."""
     setting = Setting(size, arguments)
     batches = list(setting.plan.batches(setting.batch_tokens, setting.device))
     setting.forward(batches[:1])
     turns = np.array_split(np.arange(len(batches)), arguments.turns)
     plain, harvested = [], []
     for turn in turns:
-        some = [batches[i] for i in turn]
-        plain.append(timed(lambda some=some: setting.forward(some), setting.device))
-        harvested.append(timed(lambda some=some: setting.harvest(some), setting.device))
+        of_turn = [batches[i] for i in turn]
+        plain.append(timed(lambda b=of_turn: setting.forward(b), setting.device))
+        harvested.append(timed(lambda b=of_turn: setting.harvest(b), setting.device))
     fractions = [p / h for p, h in zip(plain, harvested, strict=True)]
     tokens = setting.plan.n_tokens()
     print(
         f"{size}: {tokens:,} tokens, forward {tokens / sum(plain):,.0f} tokens/s,"
         f" harvest {tokens / sum(harvested):,.0f} tokens/s,"
-        f" fraction whole {sum(plain) / sum(harvested):.2f},"
+        f" fraction over all turns {sum(plain) / sum(harvested):.2f},"
         f" by turn median {statistics.median(fractions):.2f}"
         f" ({min(fractions):.2f} to {max(fractions):.2f})",
         flush=True,
@@ -91,10 +93,10 @@ def throughput(size: str, arguments: argparse.Namespace) -> None:
 
 
 def against_sorting(arguments: argparse.Namespace) -> None:
-    """The harvest's own time against keeping every activation and sorting it, without the model.
+    """Time a harvest without the model, compared with storing all activations and sorting them; print the ratio.
 
-    Keeping is done for `--sort-neurons` of the `--layer-neurons` and scaled up (12.6 GB would be kept in
-    all of 3,072): the work is the same for each neuron.
+    Storing and sorting is done for `--sort-neurons` of the `--layer-neurons` and scaled up, because the work is the
+    same for each neuron, and storing all 3,072 would take 12.6 GB.
     """
     n_neurons, tokens = arguments.layer_neurons, arguments.sort_tokens
     batch_tokens = 8_192
@@ -102,32 +104,33 @@ def against_sorting(arguments: argparse.Namespace) -> None:
     plan = SearchPlan.of(split, "fit", 0, 1024, tokens, 0)
     generator = torch.Generator().manual_seed(0)
     sample = (torch.randn(batch_tokens, n_neurons, generator=generator) - 1).relu()
-    kept = LayerHarvest(
+    layer_harvest = LayerHarvest(
         Calibration.of(sample),
         random_positions(plan.text_spans(), 0, n_neurons, 50, 0),
         ExcerptSizes(),
         0,
     )
-    own = 0.0
+    harvesting = 0.0
     for batch in plan.batches(batch_tokens, CPU):
         rows = batch.input_ids.numel()
         fresh = (torch.randn(rows, n_neurons) - 1).relu().view(*batch.input_ids.shape, n_neurons)
-        own += timed(lambda a=fresh, b=batch: kept.add(a, b), CPU)
-    some = arguments.sort_neurons
-    everything = torch.empty(tokens, some)
-    keeping = 0.0
+        harvesting += timed(lambda a=fresh, b=batch: layer_harvest.add(a, b), CPU)
+    n_sorted = arguments.sort_neurons
+    stored = torch.empty(tokens, n_sorted)
+    storing = 0.0
     for first in range(0, tokens, batch_tokens):
-        fresh = (torch.randn(min(batch_tokens, tokens - first), some) - 1).relu()
-        keeping += timed(lambda f=fresh, i=first: everything[i : i + len(f)].copy_(f), CPU)
-    sorting = timed(lambda: [everything[:, i].sort(descending=True) for i in range(some)], CPU)
-    whole = (keeping + sorting) * n_neurons / some
+        fresh = (torch.randn(min(batch_tokens, tokens - first), n_sorted) - 1).relu()
+        storing += timed(lambda f=fresh, i=first: stored[i : i + len(f)].copy_(f), CPU)
+    sorting = timed(lambda: [stored[:, i].sort(descending=True) for i in range(n_sorted)], CPU)
+    scaled = (storing + sorting) * n_neurons / n_sorted
     print(
-        f"{tokens:,} tokens x {n_neurons:,} neurons beyond the forward pass: harvest {own:.1f} s,"
-        f" keep and sort {whole:.1f} s (measured on {some} neurons): {whole / own:.1f} times less"
+        f"{tokens:,} tokens x {n_neurons:,} neurons without the forward pass: harvest {harvesting:.1f} s,"
+        f" store and sort {scaled:.1f} s (measured on {n_sorted} neurons): {scaled / harvesting:.1f} times less"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -140,8 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sort", action="store_true")
     parser.add_argument("--sort-tokens", type=int, default=1_000_000)
-    parser.add_argument("--sort-neurons", type=int, default=128, help="measured, and scaled up")
-    parser.add_argument("--layer-neurons", type=int, default=3_072, help="of --sort")
+    parser.add_argument(
+        "--sort-neurons", type=int, default=128, help="neurons to sort; the time is scaled up"
+    )
+    parser.add_argument(
+        "--layer-neurons", type=int, default=3_072, help="neurons of the layer, for --sort"
+    )
     options = parser.parse_args(arguments)
     if options.sort:
         against_sorting(options)

@@ -1,12 +1,12 @@
-"""A run of any size for the neuron browser, tiled from a small real one.
+"""Generate a run of any size for the neuron browser by tiling a small real run.
 
     cratelm demo --run runs/demo
     python benchmarks/large_run.py runs/demo runs/large --layers 12 --neurons 3072
 
-Every neuron of the large run is one of the small run's, with its statistics, held-out excerpts,
-explanations and scores as they are, under another number: files are as large, and as slow to read,
-as those of a real model of that size. 12 x 3,072 neurons take 2 GB and some minutes. The fit
-split is left out. The model itself is not made: live pages need a real one.
+Every neuron of the large run is a copy of a neuron of the small run, with its statistics, held-out excerpts,
+explanations and scores, under another number. Therefore files are as large, and as slow to read, as those of a real
+model of that size. 12 x 3,072 neurons take 2 GB and a few minutes. The fit split is omitted. There is no model, so the
+live page cannot be used.
 """
 
 import argparse
@@ -25,18 +25,19 @@ from cratelm.runs import Run
 
 
 class Tiles:
-    """Which neuron of the small model stands for each of the large one: layer and index in turn."""
+    """Maps each neuron of the large model to a neuron of the small model, cycling over layers and indices."""
 
     def __init__(self, table: pa.Table):
         self.layers = int(np.max(table["layer"].to_numpy())) + 1
         self.neurons = int(np.max(table["index"].to_numpy())) + 1
 
     def of(self, layer: int, index: int) -> tuple[int, int]:
+        """Return layer and index of the small model's neuron."""
         return layer % self.layers, index % self.neurons
 
 
 def renumbered(table: pa.Table, layer: int, shift: int, name: str) -> pa.Table:
-    """The rows of one layer as those of another, their indices moved up."""
+    """Return rows as rows of model `name` and layer `layer`, with `shift` added to their indices."""
     n = len(table)
     columns = {
         "model": pa.array([name] * n),
@@ -44,22 +45,23 @@ def renumbered(table: pa.Table, layer: int, shift: int, name: str) -> pa.Table:
         "index": pa.array((table["index"].to_numpy() + shift).astype(np.int32)),
     }
     for column, values in columns.items():
-        place = table.schema.get_field_index(column)
-        table = table.set_column(place, table.schema.field(place), values)
+        position = table.schema.get_field_index(column)
+        table = table.set_column(position, table.schema.field(position), values)
     return table
 
 
 def tiled(table: pa.Table, layers: int, neurons: int, name: str) -> Iterator[pa.Table]:
-    """A whole table, a tile at a time, sorted by layer and index."""
+    """Yield the rows of the large model, one tile at a time, sorted by layer and index."""
     tiles = Tiles(table)
     by_layer = [table.filter(pa.array(table["layer"].to_numpy() == n)) for n in range(tiles.layers)]
     for layer in range(layers):
         for shift in range(0, neurons, tiles.neurons):
-            whole = renumbered(by_layer[layer % tiles.layers], layer, shift, name)
-            yield whole.filter(pa.array(whole["index"].to_numpy() < neurons))
+            tile = renumbered(by_layer[layer % tiles.layers], layer, shift, name)
+            yield tile.filter(pa.array(tile["index"].to_numpy() < neurons))
 
 
 def write_tiled(source: Path, target: Path, layers: int, neurons: int, name: str) -> None:
+    """Write a table of the large model."""
     table = pq.read_table(source)
     with pq.ParquetWriter(target, table.schema) as writer:
         for part in tiled(table, layers, neurons, name):
@@ -67,7 +69,7 @@ def write_tiled(source: Path, target: Path, layers: int, neurons: int, name: str
 
 
 def write_excerpts(source: Path, target: Path, layers: int, neurons: int, name: str) -> None:
-    """In row groups of as many neurons as a harvest writes."""
+    """Write the excerpts of the large model, in row groups of as many neurons as in a harvest."""
     table = pq.read_table(source)
     with pq.ParquetWriter(target, table.schema, compression="zstd") as writer:
         for part in tiled(table, layers, neurons, name):
@@ -78,14 +80,17 @@ def write_excerpts(source: Path, target: Path, layers: int, neurons: int, name: 
 
 
 def large(source: Path, out: Path, layers: int, neurons: int, names: tuple[str, ...]) -> None:
-    """Writes the run. `names` of the large models, each of a small one of the same family."""
+    """Write the run. Each of the large models `names` is tiled from a small model of the same family."""
     small, run = Run(source), Run(out)
     shutil.copytree(source / "tokens", out / "tokens")
     for name in names:
         family = name.partition("-")[0]
-        of = next(n for n in small.models("scores") if n.startswith(family) and "init" not in n)
-        print(f"{name} from {of}", flush=True)
-        paths = {s: small.stage(s, of).path for s in ("activations", "explanations", "scores")}
+        tiled_from = next(
+            n for n in small.models("scores") if n.startswith(family) and "init" not in n
+        )
+        print(f"{name} from {tiled_from}", flush=True)
+        stages = ("activations", "explanations", "scores")
+        paths = {s: small.stage(s, tiled_from).path for s in stages}
         with run.stage("activations", name).write({"model": name}, {}) as draft:
             for file, write in (("summaries", write_tiled), ("excerpts", write_excerpts)):
                 path = f"{file}-held_out.parquet"
@@ -106,14 +111,15 @@ def large(source: Path, out: Path, layers: int, neurons: int, names: tuple[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the run that the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("source", type=Path, help="directory of the small run")
+    parser.add_argument("out", type=Path, help="directory of the large run")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--neurons", type=int, default=3072)
     parser.add_argument("--models", nargs="+", default=["crate-12l"])
-    given = parser.parse_args(arguments)
-    large(given.source, given.out, given.layers, given.neurons, tuple(given.models))
+    options = parser.parse_args(arguments)
+    large(options.source, options.out, options.layers, options.neurons, tuple(options.models))
 
 
 if __name__ == "__main__":

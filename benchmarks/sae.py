@@ -1,10 +1,10 @@
-"""Cost of training autoencoders beside SAELens' bare steps: what the activations take.
+"""Cost of training autoencoders, including their activations, compared with the bare steps of SAELens.
 
     python benchmarks/sae.py                                   # crate-2l (d 128), 4x, all layers
     python benchmarks/sae.py --architectures topk --expansion 16 --size crate-12l --device cuda
 
-Ratios are of times measured in one run, in turns; the median and the range over the turns are
-printed. Tokens are random: the cost does not depend on the text.
+Ratios are of times measured alternately in one process; the median and the range over the turns are printed. Tokens are
+random: the cost does not depend on the text.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from cratelm.sae.train_config import ARCHITECTURES, SaeTrainConfig
 
 
 def measure(architecture: str, arguments: argparse.Namespace) -> str:
+    """Return the result for one architecture, as a line of text."""
     device = torch.device(arguments.device)
     size, turns = arguments.batch_size, arguments.repeats
     model = build(arguments.size, vocab_size=4096, max_position_embeddings=256).eval()
@@ -75,21 +76,22 @@ def measure(architecture: str, arguments: argparse.Namespace) -> str:
     ratios = [(r + s) / s for r, s in zip(reading, stepping, strict=True)]
     speed = size / (statistics.median(reading) + statistics.median(stepping))
     return (
-        f"{architecture:10} {arguments.expansion}x: activations and steps over bare steps"
+        f"{architecture:10} {arguments.expansion}x: activations and steps / bare steps"
         f" {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f});"
         f" {speed:,.0f} tokens/s, {len(layers)} layers"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
     parser.add_argument("--size", default="crate-2l")
     parser.add_argument("--expansion", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=16, help="steps of a buffer")
+    parser.add_argument("--steps", type=int, default=16, help="training steps per buffer")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="of the random split")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of the random split")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     for architecture in options.architectures:

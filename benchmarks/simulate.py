@@ -1,11 +1,11 @@
-"""Simulating with a local language model, beside the plain way, on one machine and model in one process.
+"""Speed of simulation with a local language model, compared with the plain method.
 
     python benchmarks/simulate.py --run runs/demo --model crate-2l --simulator smollm2 --neurons 3
 
-Plain: for each metric and each of its excerpts one forward pass over the whole prompt, with all logits
-computed, as the published scorer asks for it. Ours: `LocalBackend`, which computes what prompts share
-once, logits only where they are read, and an excerpt that two metrics share once. Both read the same
-levels; the largest difference is printed. `--rounds` times each alternately; ratios are of medians.
+Plain: one forward pass over the whole prompt for each metric and each of its excerpts, computing all logits, as in the
+published scorer. Ours: `LocalBackend`, which computes the common part of prompts only once, logits only where they are
+read, and an excerpt that two metrics share only once. Both run in one process with the same model and read the same
+levels; the largest difference is printed. They are timed alternately, `--rounds` times each; ratios are of medians.
 """
 
 import argparse
@@ -29,21 +29,21 @@ EXPLANATION = "names of things in program code, and quotes around them"
 
 
 def requests_of(run: Path, model: str, n_neurons: int) -> list[list[LogprobQuery]]:
-    """Per neuron, the requests of all three metrics, shared ones as often as metrics hold them."""
+    """Return the requests of all three metrics for each neuron; a shared request occurs once per metric."""
     store = TokenStore(run / "tokens")
     strings = store.decode_tokens(range(store.vocab_size))
     indices = list(range(0, 10 * n_neurons, 10))
-    found = []
+    requests = []
     for record in read_records(run / "activations" / model, "held_out", [0], indices):
         excerpts = [e for metric in SIMULATION_METRICS for e in scored_on(record, metric)]
         text = f"{EXPLANATION} ({record.neuron.index})"
-        found.append([simulate_read(text, e.token_ids, strings, 9) for e in excerpts])
-    return found
+        requests.append([simulate_read(text, e.token_ids, strings, 9) for e in excerpts])
+    return requests
 
 
 @torch.inference_mode()
 def plain(backend: LocalBackend, requests: list[LogprobQuery]) -> list[np.ndarray]:
-    """[n, O] of each request: a whole prompt at a time, all logits."""
+    """Return the log-probabilities [n, O] of each request, from one whole prompt at a time, with all logits."""
     ids = [backend.tokenizer(f"\t{level}\n").input_ids[1] for level in range(10)]
     read = []
     for request in requests:
@@ -56,18 +56,19 @@ def plain(backend: LocalBackend, requests: list[LogprobQuery]) -> list[np.ndarra
 
 
 def ours(backend: LocalBackend, requests: list[LogprobQuery]) -> list[np.ndarray]:
-    """[n, O] of each request; equal ones are asked once, as the client does."""
+    """Return the log-probabilities [n, O] of each request; equal requests are sent once, as the client does."""
     distinct = list(dict.fromkeys(requests))
-    found: dict[LogprobQuery, np.ndarray] = {}
+    answers: dict[LogprobQuery, np.ndarray] = {}
     for group in backend.answer(distinct):
         for index, outcome in group:
             assert isinstance(outcome, Answer)
             assert isinstance(outcome.value, OptionLogprobs)
-            found[distinct[index]] = outcome.value.log_probs
-    return [found[request] for request in requests]
+            answers[distinct[index]] = outcome.value.log_probs
+    return [answers[request] for request in requests]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--model", default="crate-2l")
@@ -75,33 +76,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--neurons", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--profile", action="store_true", help="where the time of ours goes")
-    given = parser.parse_args(arguments)
-    backend = LocalBackend(given.simulator, dtype=given.dtype)
-    neurons = requests_of(given.run, given.model, given.neurons)
-    every = [request for requests in neurons for request in requests]
-    n_tokens = sum(backend.count_tokens(request.text) for request in every)
-    n_distinct = len(set(every))
+    parser.add_argument("--profile", action="store_true", help="print a profile of `LocalBackend`")
+    options = parser.parse_args(arguments)
+    backend = LocalBackend(options.simulator, dtype=options.dtype)
+    neurons = requests_of(options.run, options.model, options.neurons)
+    all_requests = [request for requests in neurons for request in requests]
+    n_tokens = sum(backend.count_tokens(request.text) for request in all_requests)
+    n_distinct = len(set(all_requests))
     ours(backend, neurons[0][:2])  # loads the model
     print(
         f"{backend.name} {backend.identity['dtype']}, {torch.get_num_threads()} threads:"
-        f" {len(neurons)} neurons, {len(every)} excerpts of the three metrics, {n_distinct} distinct,"
+        f" {len(neurons)} neurons, {len(all_requests)} excerpts of the three metrics, {n_distinct} distinct,"
         f" {n_tokens:,} tokens in whole prompts"
     )
     times: dict[str, list[float]] = {"plain": [], "ours": []}
     read: dict[str, list[np.ndarray]] = {}
-    for _ in range(given.rounds):
-        for name, way in (("plain", plain), ("ours", ours)):
+    for _ in range(options.rounds):
+        for name, method in (("plain", plain), ("ours", ours)):
             seconds, read[name] = timed_result(
-                lambda way=way: [r for requests in neurons for r in way(backend, requests)]
+                lambda method=method: [r for requests in neurons for r in method(backend, requests)]
             )
             times[name].append(seconds)
     gap = max(np.abs(a - b).max() for a, b in zip(read["plain"], read["ours"], strict=True))
     medians = {name: statistics.median(all_) for name, all_ in times.items()}
     for name, seconds in medians.items():
-        print(f"{name:6} {seconds / len(neurons):8.2f} s a neuron")
+        print(f"{name:6} {seconds / len(neurons):8.2f} s per neuron")
     print(f"ratio  {medians['plain'] / medians['ours']:8.2f}   largest difference {gap:.3g} nats")
-    if given.profile:
+    if options.profile:
         with torch.profiler.profile() as profile:
             ours(backend, neurons[0])
         print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))

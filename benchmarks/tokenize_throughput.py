@@ -1,11 +1,11 @@
-"""How much of the bare speed of `Tokenizer.encode_batch` is left once a corpus is read, split and written.
+"""Speed of `cratelm tokenize` as a fraction of the bare speed of `Tokenizer.encode_batch`.
 
     python benchmarks/tokenize_throughput.py [--corpus PATH] [--tokenizer PATH] [--repeats 5]
 
-Both sides encode the same documents with the same tokenizer in one process, in turns, so that a
-busy machine slows both. The bare side has all texts in memory and throws the tokens away; the other
-is the verb `tokenize` from the corpus on disk to finished shards. Prints tokens a second of each,
-the ratio of the medians (target 0.8) and the peak memory of the verb alone (Linux).
+Both sides encode the same documents with the same tokenizer, alternately in one process, so that other load slows down
+both. The bare side has all texts in memory and discards the tokens; the other side is the verb `tokenize`, from the
+corpus on disk to finished shards. Prints the tokens per second of each, the ratio of the medians (target 0.8) and the
+peak memory of the verb alone (Linux).
 """
 
 import argparse
@@ -29,6 +29,7 @@ BATCH_CHARACTERS = 2_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its results."""
     options = _options(arguments)
     texts = [d.text for d in open_corpus(options.corpus) if isinstance(d, Document) and d.text]
     with tempfile.TemporaryDirectory() as folder:
@@ -55,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ratio = statistics.median(bare) / statistics.median(verb)
         pairs = [b / v for b, v in zip(bare, verb, strict=True)]
         print(f"ratio {ratio:.2f} (pairs {min(pairs):.2f} to {max(pairs):.2f}), target 0.80")
-        print(f"peak memory of the verb in a process of its own: {_peak_memory(config):,.0f} MB")
+        print(f"peak memory of the verb in a separate process: {_peak_memory(config):,.0f} MB")
 
 
 def encode_all(tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Batches of about 2 million characters, as the verb has them."""
+    """Encode all texts in batches of about 2 million characters, as the verb does."""
     first, characters = 0, 0
     for last, text in enumerate(texts, 1):
         characters += len(text)
@@ -74,9 +75,9 @@ def _show(name: str, seconds: list[float], tokens: int) -> None:
 
 
 def _peak_memory(config: TokenizeConfig) -> float:
-    """MB that `cratelm tokenize` holds at most: Linux's high-water mark of a process of its own.
+    """Return the peak memory of `cratelm tokenize` in MB, measured as Linux's high-water mark of a separate process.
 
-    `getrusage` would carry over the peak of the process that starts it.
+    `getrusage` would include the peak of the process that starts it.
     """
     command = [sys.executable, "-c", _TOKENIZE, str(config.run), config.corpus, config.tokenizer]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -97,7 +98,9 @@ print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", default="builtin")
-    parser.add_argument("--tokenizer", default="train", help="train, or a tokenizer.json")
+    parser.add_argument(
+        "--tokenizer", default="train", help="`train`, or the path of a tokenizer.json"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args(arguments)
 

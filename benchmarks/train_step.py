@@ -1,11 +1,11 @@
-"""Training step of named sizes: tokens/s, MFU, peak memory; the four-product ISTA against the plain five.
+"""Training step of named sizes: tokens/s, MFU, peak memory; the four-product ISTA compared with the five-product one.
 
     python benchmarks/train_step.py                                   # CPU: 2 layers, vocabulary 4,096
     python benchmarks/train_step.py --models crate-12l gpt2-12l --vocab 50304 --length 1024 \\
         --batch 16 --bf16 --compile --peak-tflops 989                 # H100/H200
 
-Variants take turns in each repeat, so that a machine that slows down slows all of them; a ratio is
-taken within a repeat. `loop` is `cratelm train`'s own loop with its log; no checkpoint falls into so few steps.
+Variants take turns in each repeat, so that other load slows down all of them; ratios are taken within a repeat. `loop`
+is the training loop of `cratelm train` including its log; it writes no checkpoint in so few steps.
 """
 
 import argparse
@@ -35,10 +35,10 @@ GIB = 2**30
 
 
 class PlainIsta(Ista):
-    """The recurrence multiplied out: D^T x - D^T (D A), five products at two steps, D A_2 among them."""
+    """ISTA with the recurrence multiplied out, D^T x - D^T (D A): five products at two steps, including D A_2."""
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Sparse code [..., H] of x [..., D]: D^T x in each step, and from the second on D^T (D A)."""
+        """Return the sparse code [..., H] of x [..., D], with D^T x in each step, and D^T (D A) from the second on."""
         atoms, eta, shift = self.dictionary, self.step_size, self.step_size * self.threshold
         code = F.relu(eta * F.linear(x, atoms) - shift)
         for _ in range(self.steps - 1):
@@ -49,32 +49,39 @@ class PlainIsta(Ista):
 
 @dataclass
 class Variant:
-    """One thing that is timed, and its seconds a step in each repeat."""
+    """A variant of the training step, with its measured times."""
 
     name: str
     step: Callable[[int], float]
-    """takes so many steps; seconds they took"""
+    """takes the given number of steps and returns the seconds they took"""
     flops: float
-    """of one step, useful ones: forward and backward of the four-product form"""
+    """useful floating-point operations of one step: forward and backward pass of the four-product form"""
     seconds: list[float] = field(default_factory=list)
+    """seconds per step in each repeat"""
     memory: float = math.nan
-    """peak, in bytes; known on CUDA"""
+    """peak memory in bytes; measured only on CUDA"""
 
 
 def useful_flops(name: str, vocab: int, length: int, batch: int) -> float:
-    """Of one training step: 2 a weight and token forward, twice that backward, attention over T."""
+    """Return the floating-point operations of one training step.
+
+    Counts 2 operations per weight and token for the forward pass, twice that for the backward pass, and attention
+    over `length` tokens.
+    """
     model = build(name, vocab_size=vocab, max_position_embeddings=length)
     config = model.config
     weights = sum(p.numel() for p in block_matrices(model)) + vocab * config.hidden_size
-    if isinstance(config, CrateConfig):  # 2 * steps products with each dictionary, one is counted
-        again = 2 * config.ista_steps - 1
-        weights += again * config.num_hidden_layers * config.num_neurons * config.hidden_size
+    if isinstance(
+        config, CrateConfig
+    ):  # 2 * steps products with each dictionary, of which one is already counted
+        uncounted = 2 * config.ista_steps - 1
+        weights += uncounted * config.num_hidden_layers * config.num_neurons * config.hidden_size
     attention = 4 * config.num_hidden_layers * length * config.hidden_size
     return 3 * batch * length * (2 * weights + attention)
 
 
 def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callable[[int], float]:
-    """Forward, backward, clip and update, and nothing else."""
+    """Return a function that takes bare steps (forward, backward, clipping, update) and returns their seconds."""
     device = torch.device(options.device)
     with mock.patch("cratelm.models.crate.Ista", PlainIsta) if plain else contextlib.nullcontext():
         model = build(name, vocab_size=options.vocab, max_position_embeddings=options.length)
@@ -101,7 +108,10 @@ def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callabl
 
 
 def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
-    """`cratelm train` on random tokens; the seconds of its loop, as its own timing file has them."""
+    """Return a function that runs `cratelm train` on random tokens and returns the seconds of its loop.
+
+    The seconds are taken from its timing file.
+    """
 
     def step(count: int) -> float:
         config = TrainConfig(
@@ -131,7 +141,7 @@ def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
 
 
 def measure(variants: list[Variant], options: argparse.Namespace) -> None:
-    """Warms each up, then lets them take turns."""
+    """Warm up each variant, then time them alternately and record their seconds per step."""
     for variant in variants:
         variant.step(options.warmup)
     for _ in range(options.repeats):
@@ -144,6 +154,7 @@ def measure(variants: list[Variant], options: argparse.Namespace) -> None:
 
 
 def show(variants: list[Variant], options: argparse.Namespace) -> None:
+    """Print a table of the variants and the ratios of their times."""
     tokens = options.batch * options.length
     print(f"{'variant':<24}{'tokens/s':>12}{'ms/step':>10}{'MFU':>8}{'peak GiB':>10}")
     for variant in variants:
@@ -164,10 +175,10 @@ def show(variants: list[Variant], options: argparse.Namespace) -> None:
 
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
-    """What is compared: plain and loop with the model itself, CRATE with its twin."""
-    found = [(name, name.split()[0]) for name in names if " " in name]
+    """Return the pairs to compare: `five-product` and `loop` with the bare step, and CRATE with its twin."""
+    pairs = [(name, name.split()[0]) for name in names if " " in name]
     crates = [n for n in names if n.startswith("crate") and " " not in n]
-    return found + [
+    return pairs + [
         (n, n.replace("crate", "gpt2")) for n in crates if n.replace("crate", "gpt2") in names
     ]
 
@@ -178,20 +189,25 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=[f"crate-{size}", f"gpt2-{size}"])
     parser.add_argument("--vocab", type=int, default=50304 if cuda else 4096)
-    parser.add_argument("--length", type=int, default=1024 if cuda else 256, help="T, tokens")
-    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument(
+        "--length", type=int, default=1024 if cuda else 256, help="tokens per sequence"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, at this precision")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="peak TFLOP/s of the device at this precision, for MFU"
+    )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20 if cuda else 5, help="steps a repeat")
-    parser.add_argument("--warmup", type=int, default=5 if cuda else 1, help="steps")
+    parser.add_argument("--steps", type=int, default=20 if cuda else 5, help="steps per repeat")
+    parser.add_argument("--warmup", type=int, default=5 if cuda else 1, help="warm-up steps")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its results."""
     options = _options(arguments)
     variants = []
     for name in options.models:

@@ -1,11 +1,11 @@
-"""How fast the neuron browser opens a run and makes its pages, and how fast the live model answers.
+"""Time for the neuron browser to open a run, render its pages, and answer requests of the live page.
 
     python benchmarks/large_run.py runs/demo runs/large        # 12 layers x 3,072 neurons
     python benchmarks/viewer.py runs/large
     python benchmarks/viewer.py runs/demo --live crate-2l      # needs the model
 
-Times are of the server's side, through the whole application without a network; p50 and p95 in ms.
-Every request is another neuron, layer or word, so that no page is asked for twice.
+Times are measured on the server side, through the whole application without a network; p50 and p95 in ms. Each request
+uses another neuron, layer or word, so that pages are not requested twice.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def show(name: str, seconds: list[float]) -> None:
 
 
 def pages(run: Path, turns: int, index: bool) -> None:
-    """The pages, another neuron, layer or word each time."""
+    """Time the pages, with another neuron, layer or word for each request, and print the results."""
 
     def opened() -> Library:
         library = Library([run])
@@ -47,16 +47,16 @@ def pages(run: Path, turns: int, index: bool) -> None:
     app = application(library)
 
     def get(path: str, turn: int = 0) -> float:
-        # another client each time: the server limits how much one may ask
+        # another client each time, because the server limits the requests of each client
         client = TestClient(app, ADDRESS, client=(f"10.0.{turn // 256}.{turn % 256}", 50_000))
         return timed(lambda: client.get(path).raise_for_status())
 
     key = library.keys[0]
     models = [m for m in library.run(key).models if m.neurons]
     if index:
-        took = timed(library.index_of(key).build)
+        build_seconds = timed(library.index_of(key).build)
         total = sum(sum(m.neurons.values()) for m in models)
-        print(f"index and maps: {took:.0f} s, {total / took:.0f} neurons a second")
+        print(f"index and maps: {build_seconds:.0f} s, {total / build_seconds:.0f} neurons/s")
     model = models[0]
     layers, n = sorted(model.neurons), max(model.neurons.values())
     rng = np.random.default_rng(0)
@@ -93,19 +93,19 @@ def pages(run: Path, turns: int, index: bool) -> None:
 
 
 def live(run: Path, model: str, turns: int) -> None:
-    """200 tokens, another text each time; then ten clients at once."""
-    asking = Live(Library([run]))
-    key = asking.library.keys[0]
+    """Time requests of the live page on texts of about 200 tokens, for one client and for ten clients at once."""
+    model_server = Live(Library([run]))
+    key = model_server.library.keys[0]
     word = "def read(self, path):\n    return open(path)\n"
 
     def text(number: int) -> str:
         return (f"# {number}\n" + word * 40)[:700]
 
-    tokens = len(asking.activations(key, model, text(-1), 0, 0).tokens)
+    tokens = len(model_server.activations(key, model, text(-1), 0, 0).tokens)
     print(f"live, {model}, {tokens} tokens")
     kinds = {
-        "activations": lambda i: asking.activations(key, model, text(i), 0, i % 64),
-        "strongest": lambda i: asking.strongest(key, model, text(i + 10_000), i % 20),
+        "activations": lambda i: model_server.activations(key, model, text(i), 0, i % 64),
+        "strongest": lambda i: model_server.strongest(key, model, text(i + 10_000), i % 20),
     }
     for name, ask in kinds.items():
         show(f"{name}, one client", [timed(lambda i=i, f=ask: f(i)) for i in range(turns)])
@@ -122,20 +122,21 @@ def live(run: Path, model: str, turns: int) -> None:
         for thread in threads:
             thread.join()
         show(f"{name}, ten clients", times)
-    asking.close()
+    model_server.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--live", default="", help="model whose live answers are timed")
-    parser.add_argument("--turns", type=int, default=100)
-    parser.add_argument("--no-index", action="store_true", help="leave the index out")
-    given = parser.parse_args(arguments)
-    if given.live:
-        live(given.run, given.live, given.turns)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--live", default="", help="model for which the live page is timed")
+    parser.add_argument("--turns", type=int, default=100, help="requests of each kind")
+    parser.add_argument("--no-index", action="store_true", help="do not build the index")
+    options = parser.parse_args(arguments)
+    if options.live:
+        live(options.run, options.live, options.turns)
     else:
-        pages(given.run, given.turns, not given.no_index)
+        pages(options.run, options.turns, not options.no_index)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Builds the documentation's site in `site/`: `python docs/build.py`, or `make docs`.
+"""Build the site of the documentation in `site/`: `python docs/build.py`, or `make docs`.
 
-Pages are first written to `build/docs/`, with tables from the code in place of these markers, so that a
-page cannot differ from the code:
+Pages are first written to `build/docs/`. There, tables generated from the code replace these markers, so that pages
+cannot differ from the code:
 
-`<!-- options -->`       on `verbs/NAME.md`: the verb's options, read from its configuration dataclass
+`<!-- options -->`       on `verbs/NAME.md`: the options of the verb, read from its configuration dataclass
 `<!-- verbs -->`         all verbs
 `<!-- columns: PATH -->` the columns of a Parquet file, read from its `TableFile`
 
-Zensical makes the site of them, and stops at a broken link, a missing anchor or a docstring that is not
-there. `problems` then finds what Zensical does not look for.
+Zensical builds the site from these pages, and stops at a broken link, a missing anchor or a missing docstring.
+`problems` then finds problems that Zensical does not check.
 """
 
 import ast
@@ -39,7 +39,7 @@ CONFIG = ROOT / "zensical.toml"
 
 
 def main() -> int:
-    """Build the site; return 0, or 1 with the problems printed."""
+    """Build the site. Return 0, or print the problems and return 1."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(SOURCE, PAGES, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def generated(path: str, markdown: str) -> str:
-    """The text of a page with its markers replaced by tables."""
+    """Return the text of a page with its markers replaced by tables."""
     if path.startswith("verbs/"):
         verb = next(v for v in VERBS if file_name(v) == Path(path).stem)
         markdown = markdown.replace("<!-- options -->", options(verb))
@@ -67,12 +67,12 @@ def generated(path: str, markdown: str) -> str:
 
 
 def file_name(verb: str) -> str:
-    """Name of a verb's page: `import records` has `import-records`."""
+    """Return the name of a verb's page, such as `import-records` for `import records`."""
     return verb.replace(" ", "-")
 
 
 def overview() -> str:
-    """Table of all verbs, each with a link to its page."""
+    """Return a table of all verbs, each with a link to its page."""
     rows = [
         f"| [`{name}`](verbs/{file_name(name)}.md) | {verb.summary} |"
         for name, verb in VERBS.items()
@@ -81,7 +81,7 @@ def overview() -> str:
 
 
 def options(verb: str) -> str:
-    """Table of a verb's options: flag, default, meaning."""
+    """Return a table of a verb's options: flag, default, meaning."""
     config = config_class(verb)
     meanings = field_docstrings(config)
     rows = [
@@ -92,7 +92,7 @@ def options(verb: str) -> str:
 
 
 def field_docstrings(config: type) -> dict[str, str]:
-    """The text under each field of a dataclass and of those it inherits from, on one line."""
+    """Return the docstring below each field of a dataclass and of its base classes, on one line, by field."""
     texts: dict[str, str] = {}
     for owner in reversed(config.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
@@ -127,7 +127,7 @@ def _default(field: dataclasses.Field) -> str:
 
 @functools.cache
 def table_files() -> dict[str, TableFile]:
-    """Every Parquet file that cratelm declares, by its path in the run directory."""
+    """Return all Parquet files that cratelm declares, by their path in the run directory."""
     modules = [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(cratelm.__path__, "cratelm.")
@@ -138,7 +138,7 @@ def table_files() -> dict[str, TableFile]:
 
 
 def columns(file: TableFile) -> str:
-    """Table of a Parquet file's columns."""
+    """Return a table of a Parquet file's columns."""
     rows = [
         f"| `{column.name}` | {type_name(column.type)} | {column.meaning} |"
         for column in file.columns
@@ -147,7 +147,7 @@ def columns(file: TableFile) -> str:
 
 
 def type_name(kind: pa.DataType) -> str:
-    """A column's type as pandas and polars call it."""
+    """Return the name of a column's type in pandas and polars."""
     if pa.types.is_list(kind):
         return f"list of {type_name(kind.value_type)}"
     if pa.types.is_dictionary(kind):
@@ -155,36 +155,36 @@ def type_name(kind: pa.DataType) -> str:
     return {"double": "float64", "float": "float32"}.get(str(kind), str(kind))
 
 
-# What Zensical does not look for
+# Checks that Zensical does not make
 
 
 def pages_outside_navigation() -> Iterator[str]:
-    """Pages that `zensical.toml` does not list, and entries without a page."""
+    """Yield pages that `zensical.toml` does not list, and entries without a page."""
     listed = set(re.findall(r'= "([\w/-]+\.md)"', CONFIG.read_text()))
-    assert listed  # the pattern still fits the file
+    assert listed  # the pattern still matches the file
     pages = {page.relative_to(PAGES).as_posix() for page in PAGES.rglob("*.md")}
     yield from (f"docs/{page} is not in the navigation of zensical.toml" for page in pages - listed)
     yield from (f"zensical.toml lists {page}, which docs/ does not have" for page in listed - pages)
 
 
 def problems(site: Path) -> Iterator[str]:
-    """Links to files that the site does not have, and anything that a page would load from elsewhere."""
+    """Yield links to files that the site does not have, and everything that a page would load from another site."""
     for page in sorted(site.rglob("*.html")):
         for tag, address in _addresses(page):
-            where = f"{page.relative_to(site)}: <{tag}> of {address}"
+            link = f"{page.relative_to(site)}: <{tag}> of {address}"
             url = urlsplit(address)
             if url.scheme or url.netloc:
                 if tag != "a" and url.scheme != "data":
-                    yield f"{where} is loaded from elsewhere"
+                    yield f"{link} is loaded from another site"
                 continue
             target = site if url.path.startswith("/") else page.parent
             target = target / unquote(url.path).lstrip("/")
             if not (target.is_file() or (target / "index.html").is_file()):
-                yield f"{where} names no file of the site"
+                yield f"{link} is not a file of the site"
 
 
 def _addresses(page: Path) -> list[tuple[str, str]]:
-    """Tag and address of everything that a page links to or loads."""
+    """Return tag and address of everything that a page links to or loads."""
     found: list[tuple[str, str]] = []
 
     class Reader(HTMLParser):

@@ -500,7 +500,10 @@ def test_the_readme_begins_with_what_it_is_two_commands_their_output_and_one_pic
     """In this order, before anything else; every page that it names is there."""
     text = PAGES["README.md"]
     first = text[: text.index("\n## ")]
-    order = [first.index(mark) for mark in ("# cratelm", "```sh", "make demo", "make test", "```text", "![")]
+    order = [
+        first.index(mark)
+        for mark in ("# cratelm", "```sh", "make demo", "make test", "```text", "![")
+    ]
     assert order == sorted(order)
     assert first.count("![") == 1
     assert len(re.findall(r"^make ", first, re.MULTILINE)) == 2
@@ -580,13 +583,13 @@ def test_what_zensical_does_not_look_for_is_found(build, tmp_path):
     )
     (tmp_path / "page" / "index.html").write_text('<a href="..">up</a><img src="../b.png">')
     (found,) = build.problems(tmp_path)
-    assert found == "page/index.html: <img> of ../b.png names no file of the site"
+    assert found == "page/index.html: <img> of ../b.png is not a file of the site"
     (tmp_path / "index.html").write_text(
         '<script src="https://x/y.js"></script><a href="none/">n</a>'
     )
     first, second, _ = build.problems(tmp_path)
-    assert first == "index.html: <script> of https://x/y.js is loaded from elsewhere"
-    assert second == "index.html: <a> of none/ names no file of the site"
+    assert first == "index.html: <script> of https://x/y.js is loaded from another site"
+    assert second == "index.html: <a> of none/ is not a file of the site"
 
 
 @pytest.mark.parametrize(

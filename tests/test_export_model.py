@@ -201,15 +201,15 @@ def test_mistakes_are_told_in_one_line(run, tmp_path, capsys):
     there = ["--run", str(run), "--model", "crate-2l"]
     out = ["--out", str(tmp_path / "out")]
     cases = [
-        ([*there, "--out", str(inside)], "lies in"),
-        ([*there, "--out", str(run.parent)], "holds"),
-        (["--path", str(model), "--out", str(model / "x")], "lies in"),
+        ([*there, "--out", str(inside)], "is inside the input"),
+        ([*there, "--out", str(run.parent)], "contains the input"),
+        (["--path", str(model), "--out", str(model / "x")], "is inside the input"),
         ([*there, "--out", str(tmp_path / "theirs"), "--force"], "not empty"),
         (["--run", str(run), "--model", "crate-9l", *out], "cratelm train"),
-        (["--path", str(tmp_path / "nowhere"), *out], "holds no config.json"),
+        (["--path", str(tmp_path / "nowhere"), *out], "has no config.json"),
         (out, "one of --model"),
         ([*there, "--path", str(model), *out], "one of --model"),
-        ([*there, *out, "--push", "somewhere"], "OWNER/REPO was expected"),
+        ([*there, *out, "--push", "somewhere"], "must have the form OWNER/REPO"),
     ]
     for arguments, told in cases:
         assert main(["export", "model", *arguments]) == 2, arguments
@@ -241,7 +241,7 @@ def test_push_sends_the_folder_and_needs_a_token(run, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     FakeHub.calls = []
-    with pytest.raises(InputError, match="needs a token"):
+    with pytest.raises(InputError, match="needs a Hub token"):
         cratelm.api.export_model(**call)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
@@ -249,7 +249,7 @@ def test_push_sends_the_folder_and_needs_a_token(run, tmp_path, monkeypatch):
     assert done.pushed == "https://hub/me/crate"
     assert FakeHub.calls == [("create", "me/crate", True, True), ("upload", "me/crate", sorted(done.files))]  # fmt: skip
     monkeypatch.setattr(FakeHub, "fails", True)
-    with pytest.raises(InputError, match=r"is written.*ConnectionError: no route.*hf upload") as caught:  # fmt: skip
+    with pytest.raises(InputError, match=r"was written.*ConnectionError: no route.*hf upload") as caught:  # fmt: skip
         cratelm.api.export_model(**call, force=True)
     assert "\n" not in str(caught.value)
     assert (Path(call["out"]) / "config.json").is_file()

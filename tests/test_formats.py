@@ -109,14 +109,14 @@ def test_numbers_that_do_not_exist_stay_as_they_were():
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (b"", "no JSON"),
-        (b'{"neuron_id"', "no JSON"),
-        (b"\xff{}", "no JSON in UTF-8"),
+        (b"", "not JSON"),
+        (b'{"neuron_id"', "not JSON"),
+        (b"\xff{}", "not JSON in UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"1" * 5000, "no JSON"),
-        (b"[]", "the file is [], expected: an object, a NeuronRecord"),
+        (b"1" * 5000, "not JSON"),
+        (b"[]", "the file is [], but must be an object of class NeuronRecord"),
         (b'{"dataclass_name":"ScoredExplanation"}', "dataclass_name is ScoredExplanation"),
-        (b'{"layer":1}', "the file has no 'neuron_id' but 'layer'"),
+        (b'{"layer":1}', "the file has no 'neuron_id', only 'layer'"),
         (b'{"neuron_id":{"layer_index":1}}', "neuron_id has no 'neuron_index'"),
         (b'{"neuron_id":{"layer_index":1,"neuron_index":-2}}', "neuron_index is -2"),
         (b'{"neuron_id":{"layer_index":true,"neuron_index":2}}', "layer_index is true"),
@@ -136,17 +136,17 @@ def test_damaged_files_are_told_by_name_and_place(data, told, tmp_path):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (3, "records[0] is 3, expected: an object, a ActivationRecord"),
-        ({"tokens": ["a"]}, "records[0] has no 'activations' but 'tokens'"),
-        ({"tokens": "ab", "activations": [1, 2]}, "records[0].tokens is ab, expected: a list"),
+        (3, "records[0] is 3, but must be an object of class ActivationRecord"),
+        ({"tokens": ["a"]}, "records[0] has no 'activations', only 'tokens'"),
+        ({"tokens": "ab", "activations": [1, 2]}, "records[0].tokens is ab, but must be a list"),
         ({"tokens": ["a", 5], "activations": [1, 2]}, "records[0].tokens is 5"),
         (
             {"tokens": ["a"], "activations": ["1"]},
-            "records[0].activations is 1, expected: a number",
+            "records[0].activations is 1, but must be a number",
         ),
         ({"tokens": ["a"], "activations": [None]}, "records[0].activations is null"),
         ({"tokens": ["a"], "activations": [True]}, "records[0].activations is true"),
-        ({"tokens": ["a"], "activations": [1, 2]}, "1 tokens, 2 activations, expected: as many"),
+        ({"tokens": ["a"], "activations": [1, 2]}, "1 tokens, 2 activations, but must be as many"),
     ],
 )
 def test_damaged_activation_records(row, told):
@@ -329,7 +329,7 @@ def test_numbers_beyond_float32_are_an_error_and_nothing_is_written(number, tmp_
     path = tmp_path / "files" / "0-5.json"
     path.write_text(path.read_text().replace('"activations":[0.0', f'"activations":[{number}', 1))
     with pytest.raises(
-        InputError, match=r"0-5\.json: random \d+ has an activation that is no finite"
+        InputError, match=r"0-5\.json: random \d+ has an activation that is not a finite"
     ):
         cratelm.api.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
     assert not (tmp_path / "run").exists()
@@ -347,7 +347,7 @@ TOO_MANY = {
 def test_more_than_the_tables_hold_is_an_error_and_nothing_is_written(what, tmp_path):
     path = tmp_path / "0.json"
     path.write_text(json.dumps(minimal(**TOO_MANY[what])))
-    with pytest.raises(InputError, match=rf"0\.json: .*[0-9] {what}, at most"):
+    with pytest.raises(InputError, match=rf"0\.json: .*[0-9] {what}, but at most"):
         cratelm.api.import_records(run=tmp_path / "run", files=(path,), model="m", quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -391,10 +391,10 @@ def test_what_was_imported_is_kept_unless_forced(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        ((), "--files names nothing"),
-        (("absent.json",), "absent.json is not there"),
-        (("empty",), "holds no .json file"),
-        (("one.json", "two.json"), r"two.json is of layer 0, neuron 5, and so is .*one.json"),
+        ((), "--files is empty"),
+        (("absent.json",), "absent.json does not exist"),
+        (("empty",), "has no .json file"),
+        (("one.json", "two.json"), r"two.json and .*one.json are both of layer 0, neuron 5"),
     ],
 )
 def test_files_that_cannot_be_meant(files, told, tmp_path):

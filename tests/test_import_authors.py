@@ -161,7 +161,7 @@ def test_causal_masks_and_half_precision_are_told(tmp_path):
     read = read_authors_checkpoint(saved(tmp_path / "ckpt.pt", checkpoint))
     assert difference(read.model(ids()).logits, model.bfloat16().float()(ids()).logits) <= RELATIVE
     told = "; ".join(read.changes)
-    assert "causal masks left out" in told
+    assert "causal masks omitted" in told
     assert "torch.bfloat16" in told
 
 
@@ -176,7 +176,7 @@ def test_card_and_provenance_say_where_it_comes_from(tmp_path, tokenizer_file):
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     cratelm.api.import_authors(checkpoint=str(file), out=tmp_path / "out", tokenizer=str(tokenizer_file))  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
-    for told in ("library_name: transformers", sha256, "4,321", "2.5000", '"n_embd": 32', "`_orig_mod.` taken off", "Licence", "trust_remote_code=True"):  # fmt: skip
+    for told in ("library_name: transformers", sha256, "4,321", "2.5000", '"n_embd": 32', "`_orig_mod.` removed", "Licence", "trust_remote_code=True"):  # fmt: skip
         assert told in card
     assert str(tmp_path) not in card
     told = json.loads((tmp_path / "out" / "cratelm.json").read_text())
@@ -209,7 +209,7 @@ def test_gpt2s_tokenizer_is_the_default_where_it_fits(tmp_path, tokenizer_file, 
 
     small = saved(tmp_path / "small.pt", crate_checkpoint()[1])
     monkeypatch.setattr(import_authors, "fetch_gpt2", fetch)
-    with pytest.raises(InputError, match=r"301 tokens, the tokenizer gpt2 has 50,257.*none"):
+    with pytest.raises(InputError, match=r"301 tokens, but the tokenizer gpt2 has 50,257.*none"):
         cratelm.api.import_authors(checkpoint=str(small), out=tmp_path / "out")
     _, checkpoint = crate_checkpoint()
     for key in ("transformer.wte.weight", "lm_head.weight"):
@@ -248,7 +248,7 @@ def test_nothing_of_others_is_replaced(tmp_path):
     for force in (False, True):
         with pytest.raises(InputError, match="not empty and was not written by"):
             cratelm.api.import_authors(out=theirs, force=force, **call)
-    with pytest.raises(InputError, match=r"holds .*ckpt\.pt, which is read"):
+    with pytest.raises(InputError, match=r"contains the input .*ckpt\.pt"):
         cratelm.api.import_authors(out=tmp_path, force=True, **call)
     with pytest.raises(InputError, match="is a file"):
         cratelm.api.import_authors(out=file, **call)
@@ -318,23 +318,23 @@ def with_argument(name, value):
         (without(KEY), f"weight {KEY} is missing"),
         (without("transformer.wte.weight"), r"transformer\.wte\.weight is missing"),
         (with_weight(KEY, torch.zeros(3, 3)), rf"{KEY} has shape \(3, 3\).*\(128, 32\)"),
-        (with_weight("surplus", torch.zeros(1)), "surplus has no place"),
-        (with_weight("model.norm.weight", torch.zeros(32)), r"model\.norm\.weight has no place"),
+        (with_weight("surplus", torch.zeros(1)), "surplus does not belong"),
+        (with_weight("model.norm.weight", torch.zeros(32)), r"model\.norm\.weight does not belong"),
         (with_weight(KEY, torch.full((128, 32), torch.nan)), f"{KEY} .* not finite"),
-        (with_weight(KEY, torch.zeros(128, 32, dtype=torch.int8)), f"{KEY} holds torch.int8"),
+        (with_weight(KEY, torch.zeros(128, 32, dtype=torch.int8)), f"{KEY} has type torch.int8"),
         (with_weight(KEY, [1.0]), f"{KEY} is a list"),
         (with_weight("lm_head.weight", torch.ones(301, 32)), r"lm_head\.weight differs"),
         (with_argument("n_layer", 3), r"n_layer 3.*layers 0, 1"),
         (with_argument("n_layer", 10**9), r"n_layer 1000000000.*layers 0, 1"),
         (with_prefix("module."), r"layers none: keys begin with 'module\.', save the weights"),
-        (with_argument("n_embd", 48), r"has shape .*model_args ask for"),
+        (with_argument("n_embd", 48), r"has shape .*model_args require"),
         (with_argument("n_embd", "48"), "n_embd '48'"),
         (with_argument("n_head", 5), "32 is not a multiple"),
         (with_argument("vocab_size", 0), "vocab_size 0"),
         (lambda c: c["model_args"].pop("n_head"), "model_args lacks n_head"),
         (lambda c: c.pop("model_args"), "model_args lacks n_embd, n_layer"),
         (lambda c: c.pop("model"), "no entry 'model'"),
-        (lambda c: c.update(model={"a": torch.zeros(1)}), "neither architecture.*found a"),
+        (lambda c: c.update(model={"a": torch.zeros(1)}), "neither architecture.*keys are a"),
         (lambda c: (c.clear(), c.update(W_enc=torch.zeros(1))), "cratelm import sae"),
     ],
 )
@@ -348,9 +348,9 @@ def test_checkpoints_that_are_wrong(change, told, tmp_path, capsys):
     ("change", "told"),
     [
         (without("transformer.ln_f.bias"), r"ln_f\.bias is missing \(1 in all\)"),
-        (with_argument("bias", False), "bias False, the weights have some"),
+        (with_argument("bias", False), "bias False, but the weights have some"),
         (with_weight("transformer.h.0.attn.c_attn.weight", torch.zeros(32, 96)), r"c_attn\.weight has shape \(32, 96\).*\(96, 32\)"),
-        (with_argument("n_head", 5), "describe no such model"),
+        (with_argument("n_head", 5), "do not describe a valid model"),
     ],
 )  # fmt: skip
 def test_gpt2_checkpoints_that_are_wrong(change, told, tmp_path, capsys):
@@ -463,7 +463,7 @@ def test_a_file_of_the_hub(tmp_path):
         server.server_close()
     first, second, two, third, three, fourth, four = done.stderr.strip().split("\n")
     assert (first, two, three, four) == ("status 0", "status 2", "status 2", "status 2")
-    assert "2 files .pt (ckpt.pt, old/ckpt.pt): name one as hub:owner/repo/FILE" in second
+    assert "2 .pt files (ckpt.pt, old/ckpt.pt): name a file as hub:owner/repo/FILE" in second
     assert "hub:owner/repo/absent.pt cannot be fetched" in third
     assert "hub:a/b cannot be fetched" in fourth
     assert sorted(p.name for p in tmp_path.glob("out-*")) == ["out-0"]

@@ -120,9 +120,9 @@ def test_card_and_configuration(tmp_path):
 def test_settings_elsewhere_and_another_site(tmp_path):
     file = written(tmp_path, act_name="blocks.1.hook_strange", site=None)
     (tmp_path / "0_cfg.json").rename(tmp_path / "settings.json")
-    with pytest.raises(InputError, match=r"0_cfg.json is not next to 0.pt.*--config"):
+    with pytest.raises(InputError, match=r"no 0_cfg.json in the folder of 0.pt.*--config"):
         import_here(file, tmp_path / "out")
-    with pytest.raises(InputError, match=r"blocks.1.hook_strange: no site is known.*--site"):
+    with pytest.raises(InputError, match=r"blocks.1.hook_strange, whose site is unknown.*--site"):
         import_here(file, tmp_path / "out", config=tmp_path / "settings.json")
     done = import_here(file, tmp_path / "out", config=tmp_path / "settings.json", site="heads")
     assert Sae.load(tmp_path / "out").config.site == done.site == "heads"
@@ -161,13 +161,13 @@ def test_weights_that_are_wrong(held, told, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"act_size": 13}, "act_size 13, W_enc of .*0.pt has 12"),
-        ({"dict_size": 41}, "dict_size 41, W_enc of .*0.pt has 40"),
+        ({"act_size": 13}, "act_size 13, but W_enc of .*0.pt has 12"),
+        ({"dict_size": 41}, "dict_size 41, but W_enc of .*0.pt has 40"),
         ({"layer": 0}, "contradicts itself: layer 0"),
         ({"site": "mlp_out"}, "contradicts itself: site mlp_out"),
         ({"act_name": None}, "no act_name"),
         ({"model_name": None}, "no model_name"),
-        ({"act_name": "somewhere"}, "'somewhere': blocks.LAYER.HOOK"),
+        ({"act_name": "somewhere"}, "'somewhere': it must have the form blocks.LAYER.HOOK"),
     ],
 )
 def test_settings_that_are_wrong(changes, told, tmp_path, capsys):

@@ -329,7 +329,7 @@ def test_sections_are_there(page):
         assert ("h2", "id", anchor) in page.attributes
     for anchor in ("leakage", "published", "reproduce"):
         assert ("h2", "id", anchor) in page.attributes
-    assert "the randomly initialised null of gpt2-2l" in page.words
+    assert "the randomly initialised null control of gpt2-2l" in page.words
     assert "No document was both explained from and scored on" in page.words
     assert ("div", "class", "box bad") not in page.attributes
     assert "For reference, not for comparison" in page.words
@@ -422,7 +422,7 @@ def test_one_model_alone(run, tmp_path):
     for verb in ("tokenize", "train", "harvest"):
         assert f"cratelm {verb} --run" in missing
     assert "null of crate-2l" in missing
-    assert "no CRATE and GPT-2 of one size" in missing
+    assert "no CRATE and GPT-2 of the same size" in missing
     assert {"table-twins", "table-sparsity"}.isdisjoint(page.tables)
     assert ("h2", "id", "neurons") not in page.attributes
     assert len(written.comparison) == 1
@@ -460,7 +460,7 @@ def test_leakage_is_told(run, tmp_path):
     config = ReportConfig(run=path, neurons=0, models=("gpt2-2l",), force=True)
     page = Page(report(config).page.read_text())
     assert "2 documents were both explained from and scored on" in page.words
-    assert "not to be trusted" in page.words
+    assert "do not trust these scores" in page.words
     assert ("div", "class", "box bad") in page.attributes
 
 

@@ -315,7 +315,7 @@ def test_losses_on_other_tokens_are_not_subtracted(compared, tmp_path):
     made = report(ReportConfig(run=run, neurons=0, resamples=100, force=True))
     found = json.loads(made.tables.read_text())
     assert {r["above"] for r in found["sae_loss_and_scores"]["rows"]} == {None}
-    assert "Not measured on the same tokens" in found["sae_loss_and_scores"]["note"]
+    assert "The losses were measured on different tokens" in found["sae_loss_and_scores"]["note"]
     assert not (run / "report" / "figures" / "sae_loss.png").exists()
     assert {r["model"] for r in found["sae_steering"]["rows"]} == {"crate-2l", "crate-2l+topk-2x"}
 
@@ -326,7 +326,7 @@ def test_autoencoders_from_a_folder(compared, run, tmp_path):
     for name in ("completed.json", "evaluation.json", "sae.json"):
         (tmp_path / "theirs" / name).unlink()
     options = {"sae": str(tmp_path / "theirs"), "evaluate_tokens": 640, "quiet": True}
-    with pytest.raises(InputError, match="is a folder, for one model"):
+    with pytest.raises(InputError, match="is a folder of autoencoders for one model"):
         sae_compare(SaeCompareConfig(run=run, **options))
     result = sae_compare(SaeCompareConfig(run=run, models=("crate-2l",), **options))
     assert result.models == ("crate-2l", "crate-2l+theirs")
@@ -354,7 +354,7 @@ def test_every_key_of_an_evaluation_is_documented(compared):
     ("options", "told"),
     [
         ({"models": ("crate-9l",)}, "crate-9l is not there or not finished: type `cratelm score"),
-        ({"models": ("crate-2l", "crate-2l")}, "name each once"),
+        ({"models": ("crate-2l", "crate-2l")}, "name each model once"),
         ({"sae": "l1-16x"}, "names no autoencoders of the run"),
         ({"train_tokens": 8, "batch_size": 64}, "--train-tokens 8 is less than one batch"),
         ({"architecture": "l1", "k": 3}, "--k is an option of topk and batchtopk"),
@@ -376,12 +376,14 @@ def test_a_run_without_scores_is_told(run, capsys):
 def test_neurons_named_one_by_one_have_no_latents(run):
     explain(ExplainConfig(run=run, model="crate-2l", only=("0:3",), quiet=True, force=True))
     score(ScoreConfig(run=run, model="crate-2l", resamples=100, quiet=True, force=True))
-    with pytest.raises(InputError, match="--only, which names neurons and no latents"):
+    with pytest.raises(InputError, match="--only, which selects neurons but cannot select latents"):
         sae_compare(SaeCompareConfig(run=run, **SMALL))
 
 
 def test_latents_of_latents_are_refused(compared):
-    with pytest.raises(InputError, match=r"crate-2l\+topk-2x are latents already: name crate-2l"):
+    with pytest.raises(
+        InputError, match=r"crate-2l\+topk-2x already consists of latents: name crate-2l"
+    ):
         sae_compare(SaeCompareConfig(run=compared, models=("crate-2l+topk-2x",), **SMALL))
 
 

@@ -64,12 +64,12 @@ def test_an_export_replaces_only_its_own(run, library, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("mine")
-    with pytest.raises(InputError, match="holds other files"):
+    with pytest.raises(InputError, match="contains other files"):
         export(library, out, 1, True)
     assert (out / "precious").read_text() == "mine"
     (out / "precious").unlink()
     export(library, out, 1, False)
-    with pytest.raises(InputError, match="holds pages already: add --force"):
+    with pytest.raises(InputError, match="already contains pages: add --force"):
         export(library, out, 1, False)
     export(library, out, 2, True)
     assert len(list((out / "r/run/neuron/crate-2l/0").iterdir())) == 2
@@ -109,10 +109,10 @@ def test_pages_are_written_into_no_other_folder(library, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.chdir(tmp_path / "below")
     for named, told in (
-        ("..", "holds other files"),
-        ("/", "holds other files"),
+        ("..", "contains other files"),
+        ("/", "contains other files"),
         ("../file", "is a file"),
-        ("../file/pages", "is a file, a folder was expected"),
+        ("../file/pages", "is a file, not a folder"),
     ):
         with pytest.raises(InputError, match=told) as error:
             export(library, Path(named), 1, force=True)
@@ -137,7 +137,7 @@ def test_without_the_extra_it_says_so_and_pages_can_be_written(copy, tmp_path, m
         in page
     )
     neuron = next((tmp_path / "out/r/copy/neuron/crate-2l/0").iterdir()).read_text()
-    assert "on the same tokens: cosine similarity" in neuron
+    assert "on the same tokens, by cosine similarity" in neuron
 
 
 def test_an_export_that_fails_leaves_nothing(library, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_the_command_serves_until_it_is_interrupted(run):
     assert process.returncode == 0, rest
     assert "Traceback" not in rest
     assert taken.returncode == 2
-    assert "is taken: type --port" in taken.stderr
+    assert "is in use: type --port" in taken.stderr
     assert taken.stderr.count("\n") == 1
 
 

@@ -92,10 +92,10 @@ def test_search_leaves_untrained_controls_out_unless_asked(library):
 def test_a_token_is_found_without_its_spaces(library):
     found, note = library.index_of("run").on_token("crate-2l", "river")
     assert found
-    assert "without its spaces" in note or "on the token" in note
+    assert "ignoring spaces" in note or "on the token" in note
     none, note = library.index_of("run").on_token("crate-2l", "no such token at all")
     assert not none
-    assert "No token is" in note
+    assert "There is no token" in note
 
 
 def test_a_token_on_which_no_neuron_has_an_entry_is_found_and_empty(library):

@@ -153,7 +153,7 @@ def test_a_folder_that_was_harvested_and_is_gone_is_told_at_once(copy, monkeypat
 
 
 def test_texts_that_the_model_is_not_asked_about(live):
-    for text, told in (("x" * (LONGEST_TEXT + 1), "4,001 characters, at most 4,000"), ("", "empty")):  # fmt: skip
+    for text, told in (("x" * (LONGEST_TEXT + 1), "4,001 characters, but at most 4,000"), ("", "empty")):  # fmt: skip
         with pytest.raises(InputError, match=told):
             live.activations("run", "crate-2l", text, 1, 7)
 

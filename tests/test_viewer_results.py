@@ -207,7 +207,7 @@ def test_runs_of_one_name_are_told_apart(run, tmp_path):
     shutil.copytree(run / "tokens", tmp_path / "run" / "tokens")
     library = Library([run, tmp_path / "run"])
     assert library.keys == ("run", "run-2")
-    with pytest.raises(InputError, match="is not there: a run directory was expected"):
+    with pytest.raises(InputError, match="does not exist: name a run directory"):
         Library([tmp_path / "nothing"])
 
 
@@ -268,7 +268,7 @@ def test_a_half_finished_run_says_what_is_missing(copy):
     for verb in ("harvest", "explain", "score"):
         assert f"cratelm {verb} --run" in missing
     page = Pages(library).overview("copy")
-    assert "What is missing" in page
+    assert "Missing results" in page
     with pytest.raises(NotFound, match="no finished harvest of gpt2-2l"):
         library.table("copy", "gpt2-2l")
     assert "trie" in Pages(library).layer("copy", "crate-2l", 0, LayerQuery())
@@ -279,4 +279,4 @@ def test_an_empty_run_is_a_page(tmp_path):
     client = TestClient(server.application(Library([tmp_path / "empty"])), "http://127.0.0.1")
     answer = client.get("/")
     assert answer.status_code == 200
-    assert "holds no finished model: type `cratelm demo --run" in answer.text
+    assert "has no finished model: type `cratelm demo --run" in answer.text

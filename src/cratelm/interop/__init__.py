@@ -1,1 +1,1 @@
-"""Other people's formats, in and out."""
+"""Import from and export to the formats of other projects."""

@@ -1,9 +1,9 @@
-"""Reads the checkpoints of the paper's authors, without running anything that they carry.
+"""Read the checkpoints of the paper's authors without running any code that they contain.
 
-A checkpoint is a torch file with `model` (keys may start with `_orig_mod.`, which `torch.compile`
-adds), `model_args`, and training state that is not needed here (arXiv 2410.16443, public code).
-Memory: the model, and pages of the mapped file, which the system can drop (an old file that is no
-zip archive is read whole).
+A checkpoint is a torch file with `model` (whose keys may start with `_orig_mod.`, which `torch.compile` adds),
+`model_args`, and training state that is not needed here (arXiv 2410.16443, public code). Reading it takes the memory
+of the model, and pages of the mapped file, which the operating system can drop. (An old file that is not a zip
+archive is read into memory as a whole.)
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from cratelm.errors import InputError
 from cratelm.models.crate import CrateConfig, CrateForCausalLM
 from cratelm.models.gpt2 import as_twin, gpt2_config
 
-# What a training script may leave beside tensors and plain Python values: numbers of NumPy.
+# NumPy numbers, which a training script may store in addition to tensors and plain Python values
 ALLOWED_GLOBALS = [
     np.ndarray,
     np.dtype,
@@ -36,66 +36,66 @@ ALLOWED_GLOBALS = [
 ]
 _COMPILED = "_orig_mod."
 _MASK = ".attn.bias"
-"""their causal mask, a buffer of attention without the fused kernel; no weight of either ends so"""
+"""suffix of the causal mask, a buffer of attention without the fused kernel; no weight has this suffix"""
 
 
 @dataclass(frozen=True, eq=False)
 class AuthorsCheckpoint:
-    """A checkpoint that was read: the model, and what the file says of its training."""
+    """Contents of a checkpoint: the model, and the training information stored in the file."""
 
     model: CrateForCausalLM | GPT2LMHeadModel
-    """in evaluation mode"""
+    """the model, in evaluation mode"""
     arguments: dict[str, Any]
-    """`model_args` as the file has them"""
+    """`model_args` of the file"""
     steps: int | None
-    """`iter_num`: optimizer steps taken; None where the file does not say"""
+    """`iter_num`: number of optimizer steps; None if the file does not state it"""
     best_validation_loss: float | None
-    """`best_val_loss`, nats a token; None where the file does not say, or not a finite number"""
+    """`best_val_loss`, nats per token; None if the file does not state it, or if it is not a finite number"""
     training: dict[str, Any]
-    """plain values of `config`, the training script's settings"""
+    """plain values of `config`, the settings of the training script"""
     changes: tuple[str, ...]
-    """how the model's weights differ from the file's, in words"""
+    """differences between the weights of the model and those in the file, in words"""
 
 
 def load_authors_checkpoint(path: str | Path) -> CrateForCausalLM | GPT2LMHeadModel:
     """Return the model of a CRATE or GPT-2 checkpoint of the authors, in evaluation mode.
 
-    Raises `InputError` for a file that is absent, truncated, hostile (it holds more than tensors and
-    plain values), or whose keys or shapes are not those of the two architectures.
+    Raises `InputError` if the file does not exist, is truncated, contains more than tensors and plain values (which
+    could run code), or if its keys or shapes do not match either architecture.
     """
     return read_authors_checkpoint(path).model
 
 
 def read_authors_checkpoint(path: str | Path) -> AuthorsCheckpoint:
-    """Return the model of a checkpoint and what the file says of it. Raises as `load_authors_checkpoint`."""
+    """Return the contents of a checkpoint. Raises as `load_authors_checkpoint`."""
     path = Path(path)
-    held = read_torch_file(path)
-    weights, dropped = _weights(held, path)
+    content = read_torch_file(path)
+    weights, dropped = _weights(content, path)
     layout = _layout(weights, path)
-    config = _config(held.get("model_args"), weights, layout, path)
+    config = _config(content.get("model_args"), weights, layout, path)
     model = _filled(layout, config, weights, path)
-    settings = held.get("config")
+    settings = content.get("config")
     return AuthorsCheckpoint(
         model=model,
-        arguments=_plain(held["model_args"]),
-        steps=None if (steps := _number(held.get("iter_num"))) is None else int(steps),
-        best_validation_loss=_number(held.get("best_val_loss")),
+        arguments=_plain(content["model_args"]),
+        steps=None if (steps := _number(content.get("iter_num"))) is None else int(steps),
+        best_validation_loss=_number(content.get("best_val_loss")),
         training=_plain(settings) if isinstance(settings, Mapping) else {},
-        changes=(*_changes(held["model"], dropped), *layout.changes(model)),
+        changes=(*_changes(content["model"], dropped), *layout.changes(model)),
     )
 
 
 def read_torch_file(path: Path) -> Any:
-    """Return what a torch file holds, by the reader that makes only tensors and plain values.
+    """Return the contents of a torch file, read by a loader that creates only tensors and plain values.
 
-    Raises `InputError` for a file that is absent, damaged, or holds anything else.
+    Raises `InputError` if the file does not exist, is damaged, or contains anything else.
     """
     if not path.is_file():
-        raise InputError(f"{path} is not a file: name one that torch saved, such as ckpt.pt")
+        raise InputError(f"{path} is not a file: name a file saved by torch, such as ckpt.pt")
     try:
         with torch.serialization.safe_globals(ALLOWED_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols, before the refusal that follows
-            mapped = zipfile.is_zipfile(path)  # optimizer states then stay on the disk
+            warnings.simplefilter("ignore")  # about pickle protocols, before the error that follows
+            mapped = zipfile.is_zipfile(path)  # then optimizer states are not read into memory
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise InputError(_refused(path, str(error))) from None
@@ -103,84 +103,84 @@ def read_torch_file(path: Path) -> Any:
         message = (str(error).splitlines() or [""])[0][:120]
         raise InputError(
             f"{path} cannot be read as a torch file ({type(error).__name__}: {message}):"
-            " it may be truncated or damaged, fetch it again"
+            " it may be truncated or damaged; download it again"
         ) from None
 
 
 def _refused(path: Path, message: str) -> str:
-    """The line of torch's long message that names the object it refused, where it names one."""
+    """Return the error for a file that torch refused, with the name of the refused object if torch names it."""
     named = re.search(r"GLOBAL (\S+)", message) or re.search(
         r"(\S+\.\S+) was not an allowed", message
     )
     if named:
         return (
-            f"{path} was refused: it holds more than tensors and plain values ({named[1]}), which"
-            " could run code; ask for a file of tensors"
+            f"{path} was refused: it contains more than tensors and plain values ({named[1]}), which"
+            " could run code; ask the authors for a file of tensors"
         )
-    why = next(
+    reason = next(
         (line.strip() for line in message.splitlines() if "Unsupported" in line), "no tensors"
     )
-    return f"{path} was refused: it is no file of tensors that torch saved ({why}); fetch it again"
+    return f"{path} was refused: it is not a file of tensors saved by torch ({reason}); download it again"
 
 
 def check_tensor(tensor: Any, key: str, path: Path) -> None:
     """Raise `InputError` for anything but a plain tensor of finite floating-point numbers."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        raise InputError(f"{path}: {key} is a {type(tensor).__name__}, a plain tensor was expected")
+        raise InputError(f"{path}: {key} is a {type(tensor).__name__}, but must be a plain tensor")
     if not tensor.is_floating_point():
-        raise InputError(f"{path}: {key} holds {tensor.dtype}, floating point was expected")
+        raise InputError(f"{path}: {key} has type {tensor.dtype}, but must be floating point")
     if not tensor.isfinite().all():
         raise InputError(
-            f"{path}: {key} holds numbers that are not finite: no model computes these"
+            f"{path}: {key} contains numbers that are not finite: no model can compute with them"
         )
 
 
-def _weights(held: Any, path: Path) -> tuple[dict[str, torch.Tensor], int]:
-    """Weights by the authors' keys, less the prefix; and how many causal masks were left out."""
-    if isinstance(held, Mapping) and "W_enc" in held:
+def _weights(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the weights by the authors' keys without the prefix, and the number of causal masks omitted."""
+    if isinstance(content, Mapping) and "W_enc" in content:
         raise InputError(
-            f"{path} holds W_enc, a sparse autoencoder: `cratelm import sae` reads these"
+            f"{path} contains W_enc, a sparse autoencoder: read it with `cratelm import sae`"
         )
-    if not isinstance(held, Mapping) or not isinstance(held.get("model"), Mapping):
+    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise InputError(f"{path} has no entry 'model' with weights: is it a checkpoint?")
-    given = {str(k).removeprefix(_COMPILED): v for k, v in held["model"].items()}
-    weights = {k: v for k, v in given.items() if not k.endswith(_MASK)}
+    tensors = {str(k).removeprefix(_COMPILED): v for k, v in content["model"].items()}
+    weights = {k: v for k, v in tensors.items() if not k.endswith(_MASK)}
     for key, tensor in weights.items():
         check_tensor(tensor, key, path)
-    return weights, len(given) - len(weights)
+    return weights, len(tensors) - len(weights)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the authors keep the weights of an architecture, and how ours keeps them."""
+    """Differences between the authors' weights of an architecture and those of cratelm."""
 
     build: Callable[[Any], Any]
     """configuration -> model"""
     names: Mapping[str, str] = field(default_factory=dict)
-    """parts of their keys -> parts of ours"""
+    """parts of the authors' keys -> parts of cratelm's keys"""
     transposed: tuple[str, ...] = ()
-    """ends of the keys whose weights are [out, in] there and [in, out] here"""
+    """suffixes of keys whose weights are [out, in] in the authors' files and [in, out] in cratelm"""
 
     def theirs(self, key: str) -> str:
-        """Return the authors' key of one of our weights."""
+        """Return the authors' key for a key of cratelm."""
         for theirs, ours in self.names.items():
             key = key.replace(ours, theirs)
         return key
 
     def turned(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a weight transposed, if this one is."""
+        """Return the weight, transposed if its key is one of `transposed`."""
         return tensor.t() if key.endswith(self.transposed) and self.transposed else tensor
 
     def changes(self, model: Any) -> list[str]:
-        """Return how our weights differ from the file's, in words."""
+        """Return the differences between the weights of `model` and those in the file, in words."""
         changes = []
         if self.names:
-            renamed = ", ".join(f"`{a}` is `{b}`" for a, b in self.names.items())
+            renamed = ", ".join(f"`{a}` to `{b}`" for a, b in self.names.items())
             changes.append(f"weights renamed: {renamed}")
         if self.transposed:
             changes.append(f"transposed to [in, out]: {', '.join(self.transposed)}")
         if getattr(model.config, "zero_biases", False):
-            changes.append("biases, which this model does not have and GPT-2's class has, are zero")
+            changes.append("biases set to zero: GPT-2's class has biases, but this model has none")
         return changes
 
 
@@ -214,8 +214,8 @@ def _layout(weights: Mapping[str, torch.Tensor], path: Path) -> _Layout:
         if any(part in key for key in weights):
             return layout
     raise InputError(
-        f"{path} has weights of neither architecture: keys with '.ista.' (CRATE) or '.mlp.' (GPT-2)"
-        f" were expected, found {', '.join(list(weights)[:3]) or 'none'}"
+        f"{path} has weights of neither architecture: it has no keys with '.ista.' (CRATE) or '.mlp.' (GPT-2),"
+        f" its keys are {', '.join(list(weights)[:3]) or 'none'}"
     )
 
 
@@ -228,17 +228,18 @@ _WANTED = {
 }
 
 
-def _config(given: Any, weights: Mapping[str, torch.Tensor], layout: _Layout, path: Path) -> Any:
-    """Configuration from `model_args`, which must not contradict the weights."""
-    arguments = given if isinstance(given, Mapping) else {}
+def _config(
+    model_args: Any, weights: Mapping[str, torch.Tensor], layout: _Layout, path: Path
+) -> Any:
+    """Return the configuration from `model_args`. Raises `InputError` if they contradict the weights."""
+    arguments = model_args if isinstance(model_args, Mapping) else {}
     missing = [k for k in _WANTED if k not in arguments]
     if missing:
         raise InputError(f"{path}: model_args lacks {', '.join(missing)}")
     for name in _WANTED:
         if type(arguments[name]) is not int or arguments[name] < 1:
             raise InputError(
-                f"{path}: model_args has {name} {arguments[name]!r}, a whole number from 1 on was"
-                " expected"
+                f"{path}: model_args has {name} {arguments[name]!r}, but it must be a whole number of at least 1"
             )
     fields = {ours: arguments[theirs] for theirs, ours in _WANTED.items()}
     fields["dropout"] = _number(arguments.get("dropout", 0.0)) or 0.0
@@ -248,17 +249,22 @@ def _config(given: Any, weights: Mapping[str, torch.Tensor], layout: _Layout, pa
     biased = any(key.endswith(".bias") for key in weights)
     if arguments.get("bias", biased) != biased:
         has = "some" if biased else "none"
-        raise InputError(f"{path}: model_args has bias {arguments['bias']}, the weights have {has}")
+        raise InputError(
+            f"{path}: model_args has bias {arguments['bias']}, but the weights have {has}"
+        )
     return _or_input_error(path, lambda: gpt2_config(**fields, zero_biases=not biased))
 
 
 def _check_layers(n_layer: int, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Before a model of `n_layer` layers is built, which may be more than memory holds."""
+    """Raise `InputError` if the weights do not have `n_layer` layers.
+
+    Called before the model is built, because `n_layer` could ask for more memory than there is.
+    """
     found = {int(m[1]) for k in weights if (m := re.match(r"transformer\.h\.(\d{1,6})\.", k))}
     if found != set(range(len(found))) or len(found) != n_layer:
         layers = ", ".join(map(str, sorted(found)[:8]))
         message = (
-            f"{path}: model_args has n_layer {n_layer}, the keys transformer.h.N are of layers"
+            f"{path}: model_args has n_layer {n_layer}, but the keys transformer.h.N have layers"
             f" {layers or 'none'}"
         )
         inner = next((k for k in weights if "transformer.h." in k and not found), "")
@@ -273,27 +279,29 @@ def _or_input_error(path: Path, make: Callable[[], Any]) -> Any:
         return make()
     except (ValueError, TypeError) as error:
         message = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: model_args describe no such model: {message}") from None
+        raise InputError(f"{path}: model_args do not describe a valid model: {message}") from None
 
 
 def _filled(layout: _Layout, config: Any, weights: Mapping[str, torch.Tensor], path: Path) -> Any:
-    """A model that computes with `weights`; every weight of either side must find its other."""
-    with torch.device("meta"):  # shapes without memory: the file may ask for more than there is
+    """Return a model with `weights`. Raises `InputError` for weights that are missing, unknown or of another shape."""
+    with torch.device(
+        "meta"
+    ):  # shapes without memory, since the file may ask for more than there is
         shapes = _or_input_error(path, lambda: layout.build(config)).state_dict()
-    optional = {"lm_head.weight"}  # tied
+    optional = {"lm_head.weight"}  # tied to the embedding
     if getattr(config, "zero_biases", False):
         optional |= {key for key in shapes if key.endswith(".bias")}
     ours = {layout.theirs(key): key for key in shapes}
     for key, tensor in weights.items():
         if key not in ours:
-            raise InputError(f"{path}: weight {key} has no place in a {config.model_type} model")
+            raise InputError(f"{path}: weight {key} does not belong to a {config.model_type} model")
         expected = layout.turned(key, shapes[ours[key]]).shape
         if tensor.shape != expected:
             raise InputError(
                 f"{path}: weight {key} has shape {tuple(tensor.shape)},"
-                f" model_args ask for {tuple(expected)}"
+                f" but model_args require {tuple(expected)}"
             )
-    missing = [k for k, own in ours.items() if k not in weights and own not in optional]
+    missing = [k for k, key in ours.items() if k not in weights and key not in optional]
     if missing:
         raise InputError(f"{path}: weight {missing[0]} is missing ({len(missing)} in all)")
     _check_tied(weights, path)
@@ -308,36 +316,36 @@ def _check_tied(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     head = weights.get("lm_head.weight")
     if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
         raise InputError(
-            f"{path}: lm_head.weight differs from transformer.wte.weight, to which both"
-            " architectures tie it: which of the two was trained cannot be told"
+            f"{path}: lm_head.weight differs from transformer.wte.weight, although both architectures tie them:"
+            " it is not clear which of the two was trained"
         )
 
 
-def _changes(given: Mapping[str, Any], dropped: int) -> list[str]:
-    changes = ["optimizer state left out"]
-    if any(str(key).startswith(_COMPILED) for key in given):
-        changes.append(f"prefix `{_COMPILED}` taken off the keys")
+def _changes(tensors: Mapping[str, Any], dropped: int) -> list[str]:
+    changes = ["optimizer state omitted"]
+    if any(str(key).startswith(_COMPILED) for key in tensors):
+        changes.append(f"prefix `{_COMPILED}` removed from the keys")
     if dropped:
-        changes.append(f"causal masks left out (`*{_MASK}`, {dropped})")
-    kinds = {t.dtype for t in given.values() if isinstance(t, torch.Tensor)} - {torch.float32}
+        changes.append(f"causal masks omitted (`*{_MASK}`, {dropped})")
+    kinds = {t.dtype for t in tensors.values() if isinstance(t, torch.Tensor)} - {torch.float32}
     if kinds:
         changes.append(f"{', '.join(sorted(map(str, kinds)))} converted to float32")
     return changes
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as float, whether Python's, NumPy's or a tensor of one; None for the rest."""
+    """Return a finite number (Python, NumPy or a tensor of one element) as float; None for anything else."""
     with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
         number = float(value)
         return number if math.isfinite(number) else None
     return None
 
 
-def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries that JSON can hold."""
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that JSON can represent."""
     kinds = (str, bool, int, type(None))
     return {
         str(k): v
-        for k, v in given.items()
+        for k, v in settings.items()
         if isinstance(v, kinds) or (isinstance(v, float) and math.isfinite(v))
     }

@@ -1,4 +1,4 @@
-"""Options of `cratelm import` and `cratelm export`, a class per kind. Imports nothing heavy, so that `--help` is quick."""
+"""Options of `cratelm import` and `cratelm export`, one class per command. Imports nothing heavy, so that `--help` is quick."""
 
 import re
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class ImportAuthorsConfig:
     """Write a checkpoint of the paper's authors, CRATE or GPT-2, as a Hugging Face folder."""
 
     checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
-    """local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] is looked up on the Hub if no
-    local file has that name. Nothing in the file is executed"""
+    """local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] refers to the Hub if there is no
+    local file of that name. Nothing in the file is executed"""
     out: Path
     """folder to write: config.json, model.safetensors, the tokenizer, README.md"""
     tokenizer: str = "gpt2"
@@ -31,46 +31,46 @@ class ImportAuthorsConfig:
 
     def __post_init__(self) -> None:
         if not self.checkpoint.strip():
-            raise InputError("the checkpoint is empty: name a file, or a repository of the Hub")
+            raise InputError("the checkpoint is empty: name a file, or a repository on the Hub")
         if not self.tokenizer.strip():
             raise InputError(
-                "--tokenizer is empty: expected gpt2, the path of a tokenizer.json, or none"
+                "--tokenizer is empty: type gpt2, the path of a tokenizer.json, or none"
             )
 
 
 @dataclass(frozen=True)
 class ImportSaeConfig:
-    """Write a sparse autoencoder of the paper's authors as a folder that SAELens reads too."""
+    """Write a sparse autoencoder of the paper's authors as a folder that SAELens can also read."""
 
     file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]]
     """local file NAME.pt, or `hub:OWNER/REPO[@REVISION][/FILE]`. Nothing in the file is executed"""
     out: Path
     """folder to write: cfg.json, sae_weights.safetensors, README.md"""
     config: Path | None = None
-    """JSON file with its settings; default: NAME_cfg.json next to the file"""
+    """JSON file with the settings of the autoencoder; default: NAME_cfg.json in the same folder as the file"""
     site: str = ""
-    """site of its inputs in the model, as for `cratelm harvest --site`; default: that of `act_name` in the
-    settings"""
+    """site of its inputs in the model, as for `cratelm harvest --site`; default: the site that corresponds to
+    `act_name` in the settings"""
     force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier import or export wrote it"""
 
     def __post_init__(self) -> None:
         if not self.file.strip():
-            raise InputError("the file is empty: name a file NAME.pt, or a repository of the Hub")
+            raise InputError("the file is empty: name a file NAME.pt, or a repository on the Hub")
 
 
 @dataclass(frozen=True)
 class ImportRecordsConfig:
-    """Make a run from activations that were harvested elsewhere: OpenAI's NeuronRecord JSON files."""
+    """Create a run from activations that were harvested elsewhere: OpenAI's NeuronRecord JSON files."""
 
     files: tuple[Path, ...]
     """files with one neuron each, or folders that are searched for .json files at any depth"""
     model: str
     """name of the model in the run"""
     run: Path = not_in_identity(Path("runs/elsewhere"))
-    """run directory in which `tokens/` and `activations/MODEL/` are written; a run holds one import"""
+    """run directory in which `tokens/` and `activations/MODEL/` are written; a run can hold one import"""
     site: str = "mlp"
-    """site of these neurons, which the files do not name"""
+    """site of these neurons, which the files do not state"""
     force: bool = not_in_identity(False)
     """redo the import even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -78,7 +78,7 @@ class ImportRecordsConfig:
 
     def __post_init__(self) -> None:
         if not self.files:
-            raise InputError("--files names nothing: name a file or a folder of records")
+            raise InputError("--files is empty: name a file or a folder of records")
         for name in ("model", "site"):
             if not getattr(self, name).strip():
                 raise InputError(f"--{name} is empty: give a name")
@@ -99,8 +99,8 @@ class ExportModelConfig:
     dtype: Literal["fp32", "bf16"] | None = None
     """precision of the weights; default: unchanged"""
     push: str = not_in_identity("")
-    """OWNER/REPO on the Hub to upload the folder to as well; a repository that does not exist is created,
-    private"""
+    """OWNER/REPO on the Hub to which the folder is also uploaded; a repository that does not exist is created as a
+    private one"""
     force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier import or export wrote it"""
 
@@ -108,7 +108,7 @@ class ExportModelConfig:
         if bool(self.model) == (self.path is not None):
             raise InputError("exactly one of --model (with --run) and --path must be given")
         if self.push and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push):
-            raise InputError(f"--push is {self.push!r}: OWNER/REPO was expected")
+            raise InputError(f"--push is {self.push!r}: it must have the form OWNER/REPO")
 
 
 @dataclass(frozen=True)
@@ -149,17 +149,18 @@ class ExportNeuronpediaConfig:
     only: tuple[str, ...] = ()
     """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
     model_id: str = ""
-    """id of the model in Neuronpedia, of letters, digits, `-` and `_`; default: the model's name in
-    lowercase, with `-` for other characters"""
+    """id of the model in Neuronpedia: letters, digits, `-` and `_`; default: the model's name in lowercase,
+    with `-` for other characters"""
     source_set: str = ""
     """name of the set of neurons, whose layers become the sources LAYER-SET; default: the site"""
     excerpts: int = 20
-    """excerpts per kind, bin and split: those with the highest activation, or the first drawn"""
+    """maximum number of excerpts per kind, bin and split: those with the highest activation, or the first
+    drawn"""
     creator_id: str = "clkht01d40000jv08hvalcvly"
-    """id of a user in the importing Neuronpedia; the default is the one that Neuronpedia's own
-    conversion of dashboards falls back to"""
+    """id of a user in the Neuronpedia that imports the files; the default is the fallback of Neuronpedia's own
+    conversion of dashboards"""
     creator_name: str = "cratelm"
-    """name shown as the creator"""
+    """name of the creator to display"""
     force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier export wrote it"""
     quiet: bool = not_in_identity(False)
@@ -173,15 +174,15 @@ class ExportNeuronpediaConfig:
             if value and not _ID.fullmatch(value):
                 flag = name.replace("_", "-")
                 raise InputError(
-                    f"--{flag} is {value!r}: expected 1 to 128 letters, digits, '-' or '_'"
+                    f"--{flag} is {value!r}: it must be 1 to 128 letters, digits, '-' or '_'"
                 )
 
 
 def _check_layers(layers: tuple[int, ...], only: tuple[str, ...]) -> None:
-    """Raises `InputError` for a choice that no harvest can have."""
+    """Raise `InputError` for layers or neurons that no harvest can have."""
     if layers and only:
         raise InputError("--layers and --only cannot be combined")
     wrong = [layer for layer in layers if layer < 0]
     if wrong:
-        raise InputError(f"--layers {wrong[0]}: numbers from 0 were expected")
+        raise InputError(f"--layers {wrong[0]}: layers are numbered from 0")
     parse_neuron_ids("--only", only)

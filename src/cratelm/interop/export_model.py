@@ -1,4 +1,4 @@
-"""`cratelm export model`: a folder that transformers loads without cratelm, ready for the Hub."""
+"""`cratelm export model`: write a folder that transformers loads without cratelm, ready for the Hub."""
 
 import json
 import shutil
@@ -29,44 +29,44 @@ _TOKENIZER = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-"""files of a tokenizer that a model folder may hold; copied as they are"""
+"""tokenizer files that a model folder may contain; they are copied unchanged"""
 
 
 @dataclass(frozen=True)
 class ExportModelResult:
-    """What was exported."""
+    """Result of `cratelm export model`."""
 
     path: Path
     """the folder"""
     architecture: str
     parameters: int
-    """trainable, tied ones once, position embedding left out"""
+    """number of trainable parameters, without the position embedding; tied ones count once"""
     dtype: str
-    """of the weights"""
+    """data type of the weights"""
     files: tuple[str, ...]
     pushed: str
-    """address on the Hub, empty without an upload"""
+    """address on the Hub; empty without an upload"""
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where the model comes from."""
+    """Origin of the exported model."""
 
     folder: Path
     name: str
     trained: Completion | None
-    """record of its training, None for a folder without"""
+    """completion record of its training; None for a folder outside a run"""
     tokens: Completion | None
-    """record of the corpus it was trained on"""
+    """completion record of the corpus on which it was trained"""
     before: dict[str, Any] = field(default_factory=dict)
-    """what the folder says of its own origin, where an import or export wrote it"""
+    """provenance recorded in the folder, if an import or export wrote it"""
 
 
 def export_model(config: ExportModelConfig) -> ExportModelResult:
-    """Load the model, write the folder, and upload it if asked; on an error no folder is left behind.
+    """Load the model, write the folder, and upload it if requested. After an error, no folder is left behind.
 
-    Raises `InputError` for a model that does not exist, a folder that cannot be written, and an upload
-    that fails; in the last case the folder stays.
+    Raises `InputError` if the model does not exist, if the folder cannot be written, or if the upload fails;
+    after a failed upload the folder stays.
     """
     origin = _origin(config)
     check_out(config.out, _sources(config, origin), force=config.force)
@@ -93,7 +93,7 @@ def export_model(config: ExportModelConfig) -> ExportModelResult:
 def _origin(config: ExportModelConfig) -> _Origin:
     if config.path is not None:
         if not (config.path / "config.json").is_file():
-            raise InputError(f"--path {config.path} holds no config.json: name a model folder")
+            raise InputError(f"--path {config.path} has no config.json: name a model folder")
         record = config.path / PROVENANCE
         before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         return _Origin(config.path, config.path.resolve().name, None, None, before)
@@ -104,7 +104,7 @@ def _origin(config: ExportModelConfig) -> _Origin:
 
 
 def _sources(config: ExportModelConfig, origin: _Origin) -> tuple[Path, ...]:
-    """Folders that `--out` must neither hold nor lie in: only stages write into a run."""
+    """Return the folders that `--out` must neither contain nor be inside of: only stages write into a run."""
     return (origin.folder,) if config.path is not None else (config.run, origin.folder)
 
 
@@ -145,15 +145,15 @@ def _write_card(folder: Path, origin: _Origin, model: Any) -> None:
         settings = {"train": _public(origin.trained.config)}
         if origin.tokens is not None:
             settings["tokenize"] = _public(origin.tokens.config)
-        sections["How it was made"] = (
-            f"By cratelm, with these settings:\n\n{code_block(settings)}\n\n"
+        sections["Training"] = (
+            f"Trained by cratelm with these settings:\n\n{code_block(settings)}\n\n"
             f"Versions: {', '.join(f'{k} {v}' for k, v in origin.trained.versions.items())}."
         )
     if origin.before:
-        sections["Where it comes from"] = code_block(origin.before)
+        sections["Origin"] = code_block(origin.before)
     sections["Licence"] = (
-        "None is named for the weights: whoever trained them chooses it, before they are published."
-        " The code of cratelm, `modeling_crate.py` where it is here, is under the MIT licence."
+        "No licence is stated for the weights: whoever trained them must choose one before publishing them."
+        " The code of cratelm, including `modeling_crate.py` if it is in this folder, is under the MIT licence."
     )
     write_card(
         folder,
@@ -182,9 +182,9 @@ def _training_facts(trained: Completion) -> dict[str, Any]:
     if loss is not None:
         loss = f"{loss:.4f}" + (f" ± {error:.4f} (standard error)" if error is not None else "")
     return {
-        "training tokens, repeats counted": results.get("tokens"),
+        "training tokens, including repetitions": results.get("tokens"),
         "optimizer steps": results.get("steps"),
-        "loss on held-out documents, nats a token": loss,
+        "loss on held-out documents, nats per token": loss,
         "trained": trained.finished_at,
         "commit of cratelm": trained.git_commit or None,
     }
@@ -196,12 +196,12 @@ def _corpus_facts(tokens: Completion) -> dict[str, Any]:
         "corpus": settings.get("corpus"),
         "tokens of the train split": n_tokens.get("train"),
         "tokenizer": settings.get("tokenizer"),
-        "sha256 of the corpus' identity": tokens.inputs.get("corpus"),
+        "sha256 of the corpus's identity": tokens.inputs.get("corpus"),
     }
 
 
 def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without the paths of this machine: only the last part of each path is kept."""
+    """Return settings with each path reduced to its last component, to hide the paths of this machine."""
     return {
         k: Path(v).name if isinstance(v, str) and "/" in v and not v.startswith("hub:") else v
         for k, v in settings.items()
@@ -213,15 +213,13 @@ def _dtype(model: Any) -> str:
 
 
 def _check_token(push: str) -> None:
-    """Fail before the work if no Hub token is set."""
+    """Raise `InputError` before any work if `--push` is given but no Hub token is set."""
     if not push:
         return
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise InputError(
-            f"--push {push} needs a token of the Hub: type `hf auth login`, or set HF_TOKEN"
-        )
+        raise InputError(f"--push {push} needs a Hub token: type `hf auth login`, or set HF_TOKEN")
 
 
 def _push(folder: Path, repository: str) -> str:
@@ -235,7 +233,7 @@ def _push(folder: Path, repository: str) -> str:
     except Exception as error:  # network libraries share no base exception
         message = " ".join(str(error).split())[:160]
         raise InputError(
-            f"{folder} is written, but its upload to hub:{repository} failed ({type(error).__name__}:"
+            f"{folder} was written, but the upload to hub:{repository} failed ({type(error).__name__}:"
             f" {message}): type `hf upload {repository} {folder}` to try again"
         ) from None
     return str(address)

@@ -1,23 +1,22 @@
-"""`cratelm export records`: the excerpts of a harvest as OpenAI's NeuronRecord JSON.
+"""`cratelm export records`: write the excerpts of a harvest as OpenAI's NeuronRecord JSON.
 
-One file per neuron, `LAYER/NEURON.json` as in the published data of Bills et al. 2023; the format is
-described in `cratelm.interop.openai_records`. A list of the format has one order of ranks, of
-which the even ones explain and the odd ones are scored on. So the
-splits alternate: rank r of `fit` is at position 2 r, rank r of `held_out` at position 2 r + 1. Excerpts that one
-split has more than the other are left out and counted. Records that are exported and imported again thus
-have the same splits.
+There is one file per neuron, `LAYER/NEURON.json`, as in the published data of Bills et al. 2023.
+`cratelm.interop.openai_records` describes the format. Its lists are ordered by rank; even ranks are used to explain
+a neuron, and odd ranks to score the explanation. Therefore the splits alternate: rank r of `fit` is at position 2 r,
+rank r of `held_out` at position 2 r + 1. If one split has more excerpts than the other, the surplus excerpts are
+omitted, and counted. Records that are exported and imported again thus have the same splits.
 
-| field | from |
+| field | source |
 |---|---|
 | most_positive_activation_records | kind `top` |
 | random_sample | kind `random` |
-| random_sample_by_quantile | kind `openai_bin`, a list a bin |
+| random_sample_by_quantile | kind `openai_bin`, one list per bin |
 | quantile_boundaries | `openai_edges` |
-| mean, variance, skewness, kurtosis | all tokens of both splits; null where the variance is 0 |
+| mean, variance, skewness, kurtosis | all tokens of both splits; null if the variance is 0 |
 
-Activations are written as the shortest number that is the same in float32. Anthropic bins and tokens
-out of context have no field and are left out. Neurons that were imported from such files are written
-as they were read, with all their fields.
+Activations are written as the shortest number that is the same in float32. There is no field for Anthropic bins
+and tokens out of context, so these are omitted. Neurons that were imported from such files are written as they were
+read, with all their fields.
 """
 
 import math
@@ -48,20 +47,20 @@ from cratelm.tokens.shards import TokenStore
 
 @dataclass(frozen=True)
 class ExportRecordsResult:
-    """What was written."""
+    """Result of `cratelm export records`."""
 
     path: Path
     neurons: int
-    """files"""
+    """number of neurons, which is the number of files"""
     left_out: int
-    """excerpts of the three kinds that one split has more than the other"""
+    """number of excerpts of the three kinds that were omitted, because one split has more than the other"""
 
 
 def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
-    """Write the neurons of a harvest; the module says what becomes of each excerpt.
+    """Write the neurons of a harvest, in the format described at the top of this module.
 
-    Raises `InputError` where the run has no harvest of the model or not the neurons asked for, or
-    where `--out` is not empty.
+    Raises `InputError` if the run has no harvest of the model or lacks the requested neurons, or if `--out` is not
+    empty.
     """
     run = Run(config.run)
     stage, identities = harvest_of(run, config.model)
@@ -87,7 +86,7 @@ def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
 def _records(
     run: Run, harvest: Path, chosen: dict[int, list[NeuronSummary]]
 ) -> Iterator[tuple[OpenAIRecord, int]]:
-    """The records, and how many excerpts each leaves out."""
+    """Yield the records, each with the number of excerpts that it omits."""
     if (harvest / SOURCE).is_file():
         yield from ((record, 0) for record in read_source(harvest))
         return
@@ -99,7 +98,7 @@ def _records(
 def openai_record(
     fit: NeuronRecord, held_out: NeuronRecord, store: TokenStore
 ) -> tuple[OpenAIRecord, int]:
-    """Return a neuron as a NeuronRecord, and how many excerpts of its kinds do not fit into it."""
+    """Return a neuron as a NeuronRecord, and the number of excerpts that the record omits."""
     edges = fit.summary.openai_edges
     lists = {
         (kind, bin_): _alternating(_ranked(fit, kind, bin_), _ranked(held_out, kind, bin_))
@@ -120,13 +119,13 @@ def openai_record(
 
 
 def pooled_moments(summaries: Sequence[NeuronSummary]) -> dict[str, Any]:
-    """Return mean, variance, skewness and kurtosis over the tokens of all `summaries`; None where undefined."""
+    """Return mean, variance, skewness and kurtosis over the tokens of all `summaries`, with None for undefined values."""
     share = np.array([s.n_tokens for s in summaries], np.float64)
     share /= share.sum()
     mean, variance = (
         np.array([getattr(s, name) for s in summaries]) for name in ("mean", "variance")
     )
-    # a split without spread has no skew, and central moments of 0
+    # a split with variance 0 has no skew and no kurtosis, but its central moments are 0
     third = np.where(variance > 0, [s.skew for s in summaries] * variance**1.5, 0)
     fourth = np.where(variance > 0, [s.kurtosis for s in summaries] * variance**2, 0)
     centre = share @ mean
@@ -154,7 +153,7 @@ def _ranked(record: NeuronRecord, kind: ExcerptKind, bin_: int) -> list[Excerpt]
 
 
 def _alternating(fit: Sequence[Excerpt], held_out: Sequence[Excerpt]) -> list[Excerpt]:
-    """Excerpts of the two splits in turn, as long as both have one."""
+    """Return excerpts of the two splits in turn, until one split has no more."""
     return [e for pair in zip(fit, held_out, strict=False) for e in pair]
 
 

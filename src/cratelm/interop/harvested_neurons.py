@@ -1,4 +1,4 @@
-"""The neurons of a harvest that an export writes."""
+"""Read the neurons of a harvest that an export writes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from cratelm.runs import Run, Stage
 
 
 def harvest_of(run: Run, model: str) -> tuple[Stage, dict[str, str]]:
-    """Return the harvest of a model, and the identities of what an export of it reads.
+    """Return the harvest of a model, and the identities of the stages that an export of it reads.
 
-    Raises `InputError` where there is none, or where it is stale.
+    Raises `InputError` if there is no harvest, or if it is stale.
     """
     tokens = run.stage("tokens").require("tokenize")
     stage = run.stage("activations", model)
@@ -25,8 +25,8 @@ def chosen_neurons(
 ) -> dict[int, list[NeuronSummary]]:
     """Return the fit summaries of the neurons to write, by layer and index.
 
-    These are all neurons of `layers`, or `only` the named ones (`LAYER:INDEX`), or all. Raises
-    `InputError` for a layer or a neuron that the harvest does not have.
+    These are all neurons of `layers`, or those named in `only` (`LAYER:INDEX`), or all neurons of the harvest.
+    Raises `InputError` for a layer or a neuron that the harvest does not have.
     """
     harvested: dict[int, dict[int, NeuronSummary]] = {}
     for summary in read_summaries(harvest, "fit"):
@@ -41,7 +41,7 @@ def chosen_neurons(
         if key.index not in summaries:
             raise InputError(
                 f"--only {key}: layer {key.layer} of {harvest} has {len(summaries):,} neurons,"
-                f" {min(summaries)} to {max(summaries)}, and not this one"
+                f" {min(summaries)} to {max(summaries)}, but not this one"
             )
         named.setdefault(key.layer, []).append(summaries[key.index])
     return named
@@ -50,7 +50,7 @@ def chosen_neurons(
 def both_splits(
     harvest: Path, chosen: dict[int, list[NeuronSummary]]
 ) -> Iterator[tuple[NeuronRecord, NeuronRecord]]:
-    """Yield the chosen neurons as harvested from `fit` and from `held_out`."""
+    """Yield the records of the chosen neurons from `fit` and from `held_out`, as pairs."""
     for layer, summaries in chosen.items():
         indices = [s.neuron.index for s in summaries]
         splits = [read_records(harvest, s, [layer], indices) for s in ("fit", "held_out")]
@@ -64,5 +64,5 @@ def _layer(
 ) -> dict[int, NeuronSummary]:
     if layer not in harvested:
         has = ", ".join(map(str, sorted(harvested)))
-        raise InputError(f"{option}: layer {layer} is not in {harvest}, which has layers {has}")
+        raise InputError(f"{option}: layer {layer} is not in {harvest}, whose layers are {has}")
     return harvested[layer]

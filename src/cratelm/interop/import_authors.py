@@ -1,4 +1,4 @@
-"""`cratelm import authors`: a checkpoint of the paper's authors as a Hugging Face folder."""
+"""`cratelm import authors`: write a checkpoint of the paper's authors as a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,75 +24,75 @@ GPT2_VOCABULARY = 50257
 
 @dataclass(frozen=True)
 class ImportAuthorsResult:
-    """What was imported."""
+    """Result of `cratelm import authors`."""
 
     path: Path
     """folder that `cratelm.load` and transformers read"""
     architecture: str
     parameters: int
-    """trainable, tied ones once, position embedding left out"""
+    """number of trainable parameters, without the position embedding; tied ones count once"""
     steps: int | str
-    """optimizer steps taken; empty where the file does not give them"""
+    """number of optimizer steps; empty if the file does not state it"""
     best_validation_loss: float | str
-    """as in the file, nats per token; empty where it has none"""
+    """as in the file, nats per token; empty if the file does not state it"""
     tokenizer: str
-    """tokens of the tokenizer and of the model's vocabulary"""
+    """number of tokens of the tokenizer and of the model's vocabulary, in words"""
     sha256: str
-    """of the checkpoint"""
+    """hash of the checkpoint"""
 
 
 def import_authors(config: ImportAuthorsConfig) -> ImportAuthorsResult:
-    """Read the checkpoint and write the folder; on an error nothing is left behind.
+    """Read the checkpoint and write the folder. After an error, nothing is left behind.
 
-    Raises `InputError` for a file that is absent, damaged, hostile or no such checkpoint, for a
-    tokenizer that does not fit it, and for a folder that cannot be written.
+    Raises `InputError` if the file does not exist, is damaged, could run code or is not such a checkpoint, if the
+    tokenizer does not fit it, or if the folder cannot be written.
     """
     source = locate(config.checkpoint)
     check_out(config.out, (source.path,), force=config.force)
-    read = read_authors_checkpoint(source.path)
-    tokenizer = _tokenizer(config.tokenizer, read.model.config.vocab_size, source.path)
-    end = _set_end(read.model, tokenizer)
-    result = _result(config.out, read, tokenizer, hash_file(source.path))
-    provenance = _provenance(source, read, result)
+    checkpoint = read_authors_checkpoint(source.path)
+    tokenizer = _tokenizer(config.tokenizer, checkpoint.model.config.vocab_size, source.path)
+    hf = _set_end(checkpoint.model, tokenizer)
+    result = _result(config.out, checkpoint, tokenizer, hash_file(source.path))
+    provenance = _provenance(source, checkpoint, result)
     with out_folder(config.out, provenance) as folder:
-        save_model(read.model, folder)
-        if end is not None:
-            end.save_pretrained(folder)
-        _write_card(folder, source, read, result)
+        save_model(checkpoint.model, folder)
+        if hf is not None:
+            hf.save_pretrained(folder)
+        _write_card(folder, source, checkpoint, result)
     return result
 
 
 def _tokenizer(name: str, vocabulary: int, checkpoint: Path) -> "Tokenizer | None":
-    """The tokenizer to write. A model may have more tokens than it (padding), not fewer."""
+    """Return the tokenizer to write. The model may have more tokens than the tokenizer (padding), but not fewer."""
     if name == "none":
         return None
-    asked = "name its tokenizer.json with --tokenizer PATH, or leave it out with --tokenizer none"
+    advice = "name its tokenizer.json with --tokenizer PATH, or omit it with --tokenizer none"
     if name == "gpt2" and vocabulary >= GPT2_VOCABULARY:
         try:
             return fetch_gpt2()
         except InputError:
             raise InputError(
-                f"GPT-2's tokenizer can be fetched neither through tiktoken nor from the Hub: {asked}"
+                f"GPT-2's tokenizer can be fetched neither through tiktoken nor from the Hub: {advice}"
             ) from None
     tokenizer = None if name == "gpt2" else load_tokenizer(Path(name).expanduser())
     has = GPT2_VOCABULARY if tokenizer is None else vocabulary_size(tokenizer)
     if tokenizer is None or has > vocabulary:
         raise InputError(
-            f"{checkpoint} has a vocabulary of {vocabulary:,} tokens, the tokenizer {name} has"
-            f" {has:,}: {asked}"
+            f"{checkpoint} has a vocabulary of {vocabulary:,} tokens, but the tokenizer {name} has"
+            f" {has:,}: {advice}"
         )
     return tokenizer
 
 
 def _set_end(model: Any, tokenizer: "Tokenizer | None") -> Any:
-    """The tokenizer for transformers; `generate` learns from it where a text ends."""
+    """Set the model's end-of-text token, and return the tokenizer for transformers; None without a tokenizer."""
     if tokenizer is None:
         return None
-    made = hf_tokenizer(tokenizer)
-    made.model_max_length = model.config.max_position_embeddings
+    hf = hf_tokenizer(tokenizer)
+    hf.model_max_length = model.config.max_position_embeddings
     for config in (model.config, model.generation_config):
-        config.bos_token_id = config.eos_token_id = made.eos_token_id
-    return made
+        config.bos_token_id = config.eos_token_id = hf.eos_token_id
+    return hf
 
 
 def _result(
@@ -141,18 +141,18 @@ def _write_card(
         "revision": source.revision or None,
         "sha256 of the file": result.sha256,
         "optimizer steps (`iter_num`)": read.steps,
-        "best validation loss, nats a token (`best_val_loss`)": read.best_validation_loss,
+        "best validation loss, nats per token (`best_val_loss`)": read.best_validation_loss,
     }
     sections = {
         "How to load it": usage(read.model.config, tokenizer=(folder / "tokenizer.json").is_file()),
-        "What was changed": items(read.changes),
-        "The file's model_args": code_block(read.arguments),
-        "Licence": "The weights are their authors': their terms hold for them, and the file names"
-        " none. The code of cratelm, `modeling_crate.py` where it is here, is under the MIT licence.",
+        "Changes": items(read.changes),
+        "model_args of the file": code_block(read.arguments),
+        "Licence": "The weights belong to their authors, whose terms apply. The file states no licence. The code"
+        " of cratelm, including `modeling_crate.py` if it is in this folder, is under the MIT licence.",
     }
     summary = (
         f"A {family} language model trained by the authors of {PAPER}, or in the format of their"
-        " code, imported by cratelm. The figures below are what the file says of itself."
+        " code, imported by cratelm. The values below are those stated in the file."
     )
     write_card(
         folder,

@@ -1,23 +1,23 @@
-"""`cratelm import records`: a run of activations harvested elsewhere, from OpenAI's NeuronRecord JSON.
+"""`cratelm import records`: create a run from activations harvested elsewhere, in OpenAI's NeuronRecord JSON.
 
-Each activation record becomes an excerpt and its text a document:
+Each activation record becomes an excerpt, and its text becomes a document:
 
-| field of the file | kind of excerpt | rank | token it was chosen for |
+| field of the file | kind of excerpt | rank | peak (token for which it was chosen) |
 |---|---|---|---|
 | most_positive_activation_records | top | 0, 2, 4 ... in `fit`, 1, 3, 5 ... in `held_out` | the highest |
 | random_sample | random | within its split | the middle one |
 | random_sample_by_quantile | openai_bin | within bin and split | the highest |
 
-Even places of a list go to `fit` and odd ones to `held_out`. A text that several records show, of one
-neuron or of many, stays in the split where it was met first. So the ranks of `top` are the file's places
-where no text moved, and always those that `explain` and `score` take. The files hold no Anthropic bins, no
-tokens out of context and no range of the activation: those excerpts are absent, and the edges of the
-Anthropic bins NaN. The mean and the moments are the file's; where it has none, and for the firing
-rate and the histogram, those of the random sample of the split stand in. `n_tokens` counts that
-sample, because how many tokens were searched is not in the files.
+Even positions of a list go to `fit` and odd positions to `held_out`. A text that occurs in several records, of one
+neuron or of many, stays in the split in which it first occurred. If no text moved, the ranks of `top` are the
+positions in the file; in any case they are the ranks that `explain` and `score` expect. The files contain no
+Anthropic bins, no tokens out of context and no range of the activation: these excerpts are missing, and the edges of
+the Anthropic bins are NaN. Mean and moments are taken from the file. If it has none, they are estimated from the
+random sample of the split, as are the firing rate and the histogram. `n_tokens` is the size of that sample, because
+the files do not state how many tokens were searched.
 
-Files are read three times. Memory holds one file at a time, 0.4 kB per different text, and the
-excerpts of a group of neurons.
+Files are read three times. Memory holds one file at a time, 0.4 kB per distinct text, and the excerpts of a group
+of neurons.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,30 +49,31 @@ from cratelm.runs import Completion, Draft, Inputs, Run, Stage, hash_file, hash_
 
 @dataclass(frozen=True)
 class ImportRecordsResult:
-    """What was imported."""
+    """Result of `cratelm import records`."""
 
     path: Path
     """folder of the activations"""
     neurons: int
     left_out: int
-    """neurons without an excerpt in one of the splits: their texts are too few, or all others' too"""
+    """neurons omitted because they have no excerpt in one of the splits: they have too few texts, or share them
+    with other neurons"""
     documents: dict[str, int]
-    """different texts, by split"""
+    """number of distinct texts, by split"""
     moved: int
-    """activation records that followed their text into the other split"""
+    """activation records moved to the other split with their text"""
     repeated: int
-    """activation records left out because their list holds the same text already"""
+    """activation records omitted because their list already contains the same text"""
     without_random: int
-    """neurons, in each split, with no random excerpt: statistics are those of all their excerpts"""
+    """neurons, counted in each split, without a random excerpt: their statistics are over all excerpts"""
     without_mean: int
-    """neurons whose file has no mean: it is that of the random sample"""
+    """neurons whose file has no mean: it is estimated from the random sample"""
 
 
 def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
     """Write `tokens/` and `activations/MODEL/` of a run, as if they had been harvested.
 
-    Raises `InputError` for files that are no NeuronRecords, hold a number that float32 cannot, or
-    show no neuron with two different texts; then nothing is written.
+    Raises `InputError`, and writes nothing, if a file is not a NeuronRecord or contains a number that float32
+    cannot represent, or if no neuron has two different texts.
     """
     run = Run(config.run)
     paths = _find(config.files)
@@ -104,43 +105,43 @@ def import_records(config: ImportRecordsConfig) -> ImportRecordsResult:
     return ImportRecordsResult(harvest.path, **draft.results)
 
 
-def _find(given: Iterable[Path]) -> list[Path]:
-    """All files, those of a folder in the order of their names."""
-    found: list[Path] = []
-    for path in given:
+def _find(paths: Iterable[Path]) -> list[Path]:
+    """Return all files; the files of a folder are sorted by name."""
+    files: list[Path] = []
+    for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*.json") if p.is_file())
             if not inside:
-                raise InputError(f"--files {path} holds no .json file: name a folder of records")
-            found += inside
+                raise InputError(f"--files {path} has no .json file: name a folder of records")
+            files += inside
         elif path.is_file():
-            found.append(path)
+            files.append(path)
         else:
-            raise InputError(f"--files {path} is not there: a file or a folder was expected")
-    return found
+            raise InputError(f"--files {path} does not exist: name a file or a folder of records")
+    return files
 
 
 def _survey(paths: Sequence[Path], config: ImportRecordsConfig) -> tuple[ImportedTexts, list[Path]]:
-    """The texts of all files, and the files that can be used, by layer and index of their neurons."""
-    texts, places, usable = ImportedTexts(), {}, {}
+    """Return the texts of all files, and the usable files sorted by layer and index of their neurons."""
+    texts, by_neuron, usable = ImportedTexts(), {}, {}
     for path in tqdm(paths, desc="read records", unit="file", disable=config.quiet):
         record = read_record(path)
-        place = record.layer, record.index
-        if place in places:
+        neuron = record.layer, record.index
+        if neuron in by_neuron:
             raise InputError(
-                f"{path} is of layer {place[0]}, neuron {place[1]}, and so is {places[place]}: name"
+                f"{path} and {by_neuron[neuron]} are both of layer {neuron[0]}, neuron {neuron[1]}: name only"
                 " one of them with --files"
             )
-        places[place] = path
+        by_neuron[neuron] = path
         for listed in listed_records(record):
             check(listed, path)
         texts.add(record)
         if len(splits_of(record, texts)) == len(IMPORT_SPLITS):
-            usable[place] = path
+            usable[neuron] = path
     if not usable:
         raise InputError(
-            f"none of the {len(paths):,} neurons has two texts, one to explain from and one to score"
-            " on: name records with more different texts with --files"
+            f"none of the {len(paths):,} neurons has two texts, one to explain it from and one to score on:"
+            " name records with more texts with --files"
         )
     return texts, [path for _, path in sorted(usable.items())]
 
@@ -163,24 +164,26 @@ def _write_tokens(
 def _write_activations(
     draft: Draft, config: ImportRecordsConfig, texts: ImportedTexts, order: list[Path]
 ) -> ImportCounts:
-    """Writes the tables, a group of neurons at a time, and the records as they were."""
+    """Write the tables, one group of neurons at a time, and the unchanged records; return the counts."""
     counts = ImportCounts()
     records = map(read_record, tqdm(order, desc="import", unit="neuron", disable=config.quiet))
     with ExitStack() as stack:
-        keep = stack.enter_context(source_writer(draft.path))
+        append = stack.enter_context(source_writer(draft.path))
         group = Path(stack.enter_context(TemporaryDirectory(dir=draft.path, prefix=".group")))
         tables = _open_tables(draft.path, stack)
-        while some := list(islice(records, NEURONS_PER_GROUP)):
-            made = [neuron_records(r, config.model, config.site, texts, counts) for r in some]
+        while of_group := list(islice(records, NEURONS_PER_GROUP)):
+            by_split = [
+                neuron_records(r, config.model, config.site, texts, counts) for r in of_group
+            ]
             for split in IMPORT_SPLITS:
-                # written as the harvest's tables are, then added to them as one row group
-                write_records(group, split, [one[split] for one in made])
+                # written in the format of a harvest, then appended to its tables as one row group
+                write_records(group, split, [neuron[split] for neuron in by_split])
                 for path_of in (summaries_path, excerpts_path):
                     tables[path_of(draft.path, split)].write_table(
                         pq.read_table(path_of(group, split))
                     )
-            for record in some:
-                keep(record)
+            for record in of_group:
+                append(record)
     return counts
 
 

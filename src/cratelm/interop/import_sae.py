@@ -1,7 +1,7 @@
-"""`cratelm import sae`: a sparse autoencoder of the paper's authors as a folder of open files.
+"""`cratelm import sae`: write a sparse autoencoder of the paper's authors as a folder of open files.
 
-Their file is a torch state dict (`W_enc`, `b_enc`, `W_dec`, `b_dec`) with a JSON beside it; places in
-the model are in TransformerLens' words (arXiv 2410.16443, public code).
+Their file is a torch state dict (`W_enc`, `b_enc`, `W_dec`, `b_dec`) with a JSON file in the same folder. The JSON
+names positions in the model as TransformerLens does (arXiv 2410.16443, public code).
 """
 
 import re
@@ -27,12 +27,12 @@ _SITES = {
     "hook_resid_pre": ("transformer.h.*:input", "model.layers.*:input"),
     "hook_resid_post": ("transformer.h.*", "model.layers.*"),
 }
-"""act_name after `blocks.L.` -> site of a GPT-2, of a CRATE"""
+"""part of act_name after `blocks.L.` -> site in GPT-2, site in CRATE"""
 
 
 @dataclass(frozen=True)
 class ImportSaeResult:
-    """What was imported."""
+    """Result of `cratelm import sae`."""
 
     path: Path
     """folder that `cratelm.sae.sae.Sae.load` and SAELens read"""
@@ -40,17 +40,17 @@ class ImportSaeResult:
     site: str
     layer: int
     inputs: int
-    """neurons of the site"""
+    """number of neurons of the site"""
     latents: int
     sha256: str
-    """of the file"""
+    """hash of the imported file"""
 
 
 def import_sae(config: ImportSaeConfig) -> ImportSaeResult:
-    """Read the file and its settings, and write the folder; on an error nothing is left behind.
+    """Read the file and its settings, and write the folder. After an error, nothing is left behind.
 
-    Raises `InputError` for a file that is absent, damaged, hostile or no such autoencoder, for
-    settings that contradict it, and for a folder that cannot be written.
+    Raises `InputError` if the file does not exist, is damaged, could run code or is not such an autoencoder, if the
+    settings contradict it, or if the folder cannot be written.
     """
     source = locate(config.file)
     settings_path = _settings_path(config, source)
@@ -58,25 +58,25 @@ def import_sae(config: ImportSaeConfig) -> ImportSaeResult:
     weights = _weights(source.path)
     settings = read_json(settings_path)
     d_in, d_sae = _shape(settings, weights, settings_path, source.path)
-    place = _place(settings, settings_path, config.site)
+    position = _position(settings, settings_path, config.site)
     sha256 = hash_file(source.path)
     origin = {"source": source.name, "revision": source.revision, "sha256": sha256}
-    made = SaeConfig(
+    sae_config = SaeConfig(
         d_in=d_in,
         d_sae=d_sae,
         dtype=_dtype(weights, source.path),
         provenance={**origin, "settings": settings},
-        **place,
+        **position,
     )
-    sae = Sae.of(made, weights, source.path)
+    sae = Sae.of(sae_config, weights, source.path)
     with out_folder(config.out, {"written_by": "cratelm import sae", **origin}) as folder:
         sae.save(folder)
-        _write_card(folder, source, made)
+        _write_card(folder, source, sae_config)
     return ImportSaeResult(
         path=config.out,
-        model_name=made.model_name,
-        site=made.site,
-        layer=made.layer,
+        model_name=sae_config.model_name,
+        site=sae_config.site,
+        layer=sae_config.layer,
         inputs=d_in,
         latents=d_sae,
         sha256=sha256,
@@ -87,23 +87,25 @@ def _settings_path(config: ImportSaeConfig, source: SourceFile) -> Path:
     if config.config is not None:
         return config.config
     name = f"{source.path.stem}_cfg.json"
-    found = source.beside(name)
-    if found is None:
-        raise InputError(f"{name} is not next to {source.name}: name the settings with --config")
-    return found
+    path = source.beside(name)
+    if path is None:
+        raise InputError(
+            f"there is no {name} in the folder of {source.name}: name the settings with --config"
+        )
+    return path
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
-    held = read_torch_file(path)
-    if isinstance(held, Mapping) and isinstance(held.get("model"), Mapping):
+    content = read_torch_file(path)
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         raise InputError(
-            f"{path} holds a language model, no autoencoder: `cratelm import authors` reads these"
+            f"{path} is a language model, not an autoencoder: read it with `cratelm import authors`"
         )
-    if not isinstance(held, Mapping) or "W_enc" not in held:
+    if not isinstance(content, Mapping) or "W_enc" not in content:
         raise InputError(f"{path}: weight W_enc is missing: is it a sparse autoencoder?")
-    for key, tensor in held.items():
+    for key, tensor in content.items():
         check_tensor(tensor, str(key), path)
-    return dict(held)
+    return dict(content)
 
 
 def _shape(
@@ -112,40 +114,40 @@ def _shape(
     settings_path: Path,
     path: Path,
 ) -> tuple[int, int]:
-    """H and S, on which weights and settings agree."""
+    """Return the number of inputs and of latents. Raises `InputError` if weights and settings disagree."""
     if weights["W_enc"].dim() != 2:
         shape = tuple(weights["W_enc"].shape)
-        raise InputError(f"{path}: weight W_enc has shape {shape}, [inputs, latents] was expected")
+        raise InputError(f"{path}: weight W_enc has shape {shape} instead of [inputs, latents]")
     d_in, d_sae = weights["W_enc"].shape
     expected = {"act_size": d_in, "dict_size": d_sae}
     for key, number in expected.items():
         if settings.get(key, number) != number:
             raise InputError(
-                f"{settings_path} has {key} {settings[key]!r}, W_enc of {path} has {number}: the two are not"
-                " of the same autoencoder"
+                f"{settings_path} has {key} {settings[key]!r}, but W_enc of {path} has {number}: the two files do"
+                " not belong to the same autoencoder"
             )
     return d_in, d_sae
 
 
 def _dtype(weights: Mapping[str, torch.Tensor], path: Path) -> str:
-    """Of all weights, which stay as they are."""
+    """Return the name of the data type of all weights. Raises `InputError` for mixed or unsupported types."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    found = {tensor.dtype for tensor in weights.values()}
-    if len(found) != 1 or not found <= set(names):
-        dtypes = ", ".join(sorted(map(str, found)))
-        raise InputError(f"{path}: weights are {dtypes}; one of {', '.join(DTYPES)} was expected")
-    return names[found.pop()]
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) != 1 or not dtypes <= set(names):
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise InputError(f"{path}: weights are {found}; they must be one of {', '.join(DTYPES)}")
+    return names[dtypes.pop()]
 
 
-def _place(settings: Mapping[str, Any], path: Path, site: str) -> dict[str, Any]:
-    """Model, site and layer that the settings name, in our words."""
+def _position(settings: Mapping[str, Any], path: Path, site: str) -> dict[str, Any]:
+    """Return model, layer, site and hook name from the settings, as fields of `SaeConfig`."""
     for key in ("model_name", "act_name"):
         if not isinstance(settings.get(key), str):
-            raise InputError(f"{path} has no {key}: a name was expected")
+            raise InputError(f"{path} has no {key}: it must be a name")
     match = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", settings["act_name"])
     if match is None:
         raise InputError(
-            f"{path} has act_name {settings['act_name']!r}: blocks.LAYER.HOOK was expected"
+            f"{path} has act_name {settings['act_name']!r}: it must have the form blocks.LAYER.HOOK"
         )
     layer, hook = int(match[1]), match[2]
     if settings.get("layer", layer) != layer:
@@ -157,8 +159,8 @@ def _place(settings: Mapping[str, Any], path: Path, site: str) -> dict[str, Any]
         raise InputError(f"{path} contradicts itself: site {short}, act_name {match[0]}")
     if not site and hook not in _SITES:
         raise InputError(
-            f"{path} has act_name {match[0]}: no site is known for it but for"
-            f" {', '.join(_SITES)}; name it with --site"
+            f"{path} has act_name {match[0]}, whose site is unknown (known are {', '.join(_SITES)}): name the"
+            " site with --site"
         )
     is_crate = "crate" in settings["model_name"].lower()
     return {
@@ -175,8 +177,8 @@ def _write_card(folder: Path, source: SourceFile, config: SaeConfig) -> None:
         "latents": config.d_sae,
         "model": config.model_name,
         "site": config.site,
-        "layer, from 0": config.layer,
-        "in TransformerLens' words": config.hook_name,
+        "layer (from 0)": config.layer,
+        "hook name in TransformerLens": config.hook_name,
         "weights": config.dtype,
         "file": source.name,
         "revision": source.revision or None,
@@ -188,15 +190,14 @@ def _write_card(folder: Path, source: SourceFile, config: SaeConfig) -> None:
         'or, with SAELens, `sae_lens.SAE.load_from_disk("FOLDER")`.'
     )
     sections = {
-        "What it computes": "`z = relu((x - b_dec) W_enc + b_enc)`, `y = z W_dec + b_dec`",
+        "Computation": "`z = relu((x - b_dec) W_enc + b_enc)`, `y = z W_dec + b_dec`",
         "How to load it": loading,
-        "The file's settings": code_block(config.provenance["settings"]),
-        "Licence": "The weights are their authors': their terms hold for them, and the file names"
-        " none.",
+        "Settings of the file": code_block(config.provenance["settings"]),
+        "Licence": "The weights belong to their authors, whose terms apply. The file states no licence.",
     }
     summary = (
         f"A sparse autoencoder by the authors of {PAPER}, or in the format of their code, imported by"
-        " cratelm; weights and keys are as they were."
+        " cratelm. Weights and keys are unchanged."
     )
     write_card(
         folder,

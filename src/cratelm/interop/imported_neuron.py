@@ -1,6 +1,6 @@
-"""One imported record as the neuron's excerpts and statistics, by split.
+"""Convert one imported record into the neuron's excerpts and statistics, by split.
 
-n tokens of an excerpt, m tokens of the sample that statistics stand on.
+Shape legend: n tokens of an excerpt, m tokens of the sample from which statistics are computed.
 """
 
 import math
@@ -33,36 +33,37 @@ from cratelm.records import (
 
 _OPENAI_EDGES, _ANTHROPIC_EDGES = len(OPENAI_QUANTILES), ANTHROPIC_BINS + 1
 _LONGEST = np.iinfo(np.int16).max
-"""tokens of an activation record: the offset of its peak is kept in 16 bits"""
+"""maximum number of tokens of an activation record: the offset of its peak is stored in 16 bits"""
 _MOST_RECORDS = 2**14
-"""activation records of a list: ranks, which count by two for `top`, are kept in 16 bits"""
+"""maximum number of activation records in a list: ranks, which for `top` count by two, are stored in 16 bits"""
 _MOST_BINS = 2**7
-"""quantiles: their numbers are kept in 8 bits"""
+"""maximum number of quantiles: their numbers are stored in 8 bits"""
 
 
 @dataclass
 class ImportCounts:
-    """How much was left out or had to be estimated, over all neurons."""
+    """Counts of what was omitted or had to be estimated, over all neurons."""
 
     repeated: int = 0
-    """activation records left out because their list holds the same text already"""
+    """activation records omitted because their list already contains the same text"""
     without_random: int = 0
-    """neurons and splits with no random excerpt: statistics are those of all excerpts"""
+    """neurons, counted in each split, without a random excerpt: their statistics are over all excerpts"""
     without_mean: int = 0
-    """neurons whose file has no mean: it is that of the sample"""
+    """neurons whose file has no mean: it is estimated from the sample"""
 
 
 def check(listed: ListedRecord, path: Path) -> None:
-    """Raise `InputError` for activations that float32 cannot hold, and for lists that are too long."""
-    where = f"{path}: {listed.kind} {listed.rank}"
-    for found, most, what in (
+    """Raise `InputError` for activations that float32 cannot represent, and for lists that are too long."""
+    position = f"{path}: {listed.kind} {listed.rank}"
+    for count, most, items in (
         (len(listed.record.tokens), _LONGEST, "tokens"),
         (listed.rank + 1, _MOST_RECORDS, "activation records in its list"),
         (listed.bin + 1, _MOST_BINS, "quantiles"),
     ):
-        if found > most:
+        if count > most:
             raise InputError(
-                f"{where}: {found:,} {what}, at most {most:,} were expected: leave it out of --files"
+                f"{position} has {count:,} {items}, but at most {most:,} are supported: leave the file out of"
+                " --files"
             )
     try:
         finite = bool(np.isfinite(_float32(listed)).all())
@@ -70,27 +71,27 @@ def check(listed: ListedRecord, path: Path) -> None:
         finite = False
     if not finite:
         raise InputError(
-            f"{where} has an activation that is no finite number of float32 (NaN, infinite or above"
-            " 3.4e38): leave it out of --files"
+            f"{position} has an activation that is not a finite float32 number (NaN, infinite or above 3.4e38):"
+            " leave the file out of --files"
         )
 
 
 def neuron_records(
     record: OpenAIRecord, model: str, site: str, texts: ImportedTexts, counts: ImportCounts
 ) -> dict[ImportSplit, NeuronRecord]:
-    """Return the neuron in each split, and add to `counts`."""
+    """Return the neuron's record for each split, and add to `counts`."""
     neuron = NeuronId(model, site, record.layer, record.index)
     excerpts = _excerpts(record, texts, counts)
     counts.without_mean += not _is_number(record.mean)
-    made = {}
-    for split, found in excerpts.items():
-        random = [e for e in found if e.kind == "random"]
+    records = {}
+    for split, of_split in excerpts.items():
+        random = [e for e in of_split if e.kind == "random"]
         counts.without_random += not random
-        sample = np.concatenate([e.activations for e in random or found]).astype(np.float64)
-        maximum = max(float(e.activations.max()) for e in found)
+        sample = np.concatenate([e.activations for e in random or of_split]).astype(np.float64)
+        maximum = max(float(e.activations.max()) for e in of_split)
         summary = _summary(neuron, record, sample, maximum)
-        made[split] = NeuronRecord(summary, tuple(found))
-    return made
+        records[split] = NeuronRecord(summary, tuple(of_split))
+    return records
 
 
 def _excerpts(
@@ -100,34 +101,34 @@ def _excerpts(
     seen: set[tuple[str, int]] = set()
     ranks: Counter[tuple[ImportSplit, str, int]] = Counter()
     for listed in listed_records(record):
-        place = texts.position_of(listed.record)
-        if (listed.kind, place.ordinal) in seen:
+        position = texts.position_of(listed.record)
+        if (listed.kind, position.ordinal) in seen:
             counts.repeated += 1
             continue
-        seen.add((listed.kind, place.ordinal))
-        cell = place.split, listed.kind, listed.bin
+        seen.add((listed.kind, position.ordinal))
+        cell = position.split, listed.kind, listed.bin
         nth = ranks[cell]
         values = _float32(listed)
         peak = len(values) // 2 if listed.kind == "random" else int(values.argmax())
         excerpt = Excerpt(
             kind=listed.kind,
-            rank=2 * nth + IMPORT_SPLITS.index(place.split) if listed.kind == "top" else nth,
+            rank=2 * nth + IMPORT_SPLITS.index(position.split) if listed.kind == "top" else nth,
             bin=listed.bin,
             token_ids=np.array(texts.ids(listed.record), np.int32),
             activations=values,
             peak=peak,
-            document=place.ordinal,
-            position=place.start + peak,
+            document=position.ordinal,
+            position=position.start + peak,
         )
         ranks[cell] += 1
-        excerpts[place.split].append(excerpt)
+        excerpts[position.split].append(excerpt)
     return excerpts
 
 
 def _summary(
     neuron: NeuronId, record: OpenAIRecord, sample: NDArray[np.float64], maximum: float
 ) -> NeuronSummary:
-    """Moments from the file where it has them, the rest from `sample` [m]."""
+    """Return the summary, with the moments from the file if it has them, and all other statistics from `sample` [m]."""
     low = min(0.0, float(sample.min()))
     high = max(maximum, low + 1) if maximum <= low else maximum
     counted, _ = np.histogram(sample.clip(low, high), HISTOGRAM_BINS, (low, high))
@@ -152,12 +153,12 @@ def _summary(
 
 
 def _edges(record: OpenAIRecord) -> FloatArray:
-    """The file's quantile boundaries [6]; NaN where there are none, or of other quantiles."""
-    found = record.boundaries or ()
+    """Return the file's quantile boundaries [6]; NaN if it has none, or if they belong to other quantiles."""
+    boundaries = record.boundaries or ()
     n_bins = len(record.by_quantile or ()) or _OPENAI_EDGES - 1
-    if not len(found) == _OPENAI_EDGES == n_bins + 1:
+    if not len(boundaries) == _OPENAI_EDGES == n_bins + 1:
         return np.full(_OPENAI_EDGES, np.nan, np.float32)
-    return np.array([_number(edge, math.nan) for edge in found], np.float32)
+    return np.array([_number(edge, math.nan) for edge in boundaries], np.float32)
 
 
 def _float32(listed: ListedRecord) -> FloatArray:
@@ -168,7 +169,7 @@ def _float32(listed: ListedRecord) -> FloatArray:
 def _is_number(value: float | None) -> bool:
     try:
         return value is not None and math.isfinite(value)
-    except OverflowError:  # a whole number beyond any float
+    except OverflowError:  # an integer too large for a float
         return False
 
 

@@ -1,7 +1,7 @@
-"""ImportedTexts of imported records: a vocabulary of their token strings, and one document a text.
+"""Texts of imported records: a vocabulary of their token strings, and one document per text.
 
-A document is one sequence of tokens. Its split is decided by its text, so that the same text is
-never both explained from and scored on, whichever neurons show it.
+A document is one sequence of tokens. Its split depends only on its text, so that no text is both explained from
+and scored on, even if it occurs in the records of several neurons.
 """
 
 import hashlib
@@ -30,52 +30,52 @@ class ListedRecord:
     record: ActivationRecord
     kind: ExcerptKind
     bin: int
-    """which quantile, -1 for other kinds"""
+    """number of the quantile; -1 for other kinds"""
     rank: int
-    """place in its list"""
+    """position in its list"""
 
     @property
     def preferred_split(self) -> ImportSplit:
-        """Return the split by rank: even ranks explain, odd ones are scored on, as in the paper's top ten."""
+        """Return the split by rank: even ranks explain, odd ranks are scored on, as in the paper's top ten."""
         return IMPORT_SPLITS[self.rank % 2]
 
 
 @dataclass(frozen=True)
 class DocumentPosition:
-    """Where a document lies in the shards."""
+    """Position of a document in the shards."""
 
     split: ImportSplit
     ordinal: int
     start: int
-    """position in the split of its first token"""
+    """position of its first token in the split"""
 
 
 @dataclass
 class ImportedTexts:
-    """Vocabulary and texts of all records, collected in one pass; about 0.4 kB per different text."""
+    """Vocabulary and texts of all records, collected in one pass. Takes about 0.4 kB per distinct text."""
 
     vocabulary: dict[str, int] = field(default_factory=lambda: {END_OF_TEXT: 0})
     splits: dict[bytes, ImportSplit] = field(default_factory=dict)
     """split of each text, by its hash"""
     places: dict[bytes, DocumentPosition] = field(default_factory=dict)
-    """of each document written, by the hash of its tokens"""
+    """position of each written document, by the hash of its tokens"""
     n_moved: int = 0
-    """activation records whose text had been given the other split"""
+    """number of activation records whose text was already assigned to the other split"""
 
     def add(self, record: OpenAIRecord) -> None:
-        """Add a neuron's token strings to the vocabulary, and give each new text its split."""
+        """Add a neuron's token strings to the vocabulary, and assign each new text to a split."""
         for listed in listed_records(record):
             for token in listed.record.tokens:
                 self.vocabulary.setdefault(storable(token), len(self.vocabulary))
-            given = self.splits.setdefault(_hash_text(listed.record), listed.preferred_split)
-            self.n_moved += given != listed.preferred_split
+            split = self.splits.setdefault(_hash_text(listed.record), listed.preferred_split)
+            self.n_moved += split != listed.preferred_split
 
     def split_of(self, record: ActivationRecord) -> ImportSplit:
         """Return the split of a record's text."""
         return self.splits[_hash_text(record)]
 
     def position_of(self, record: ActivationRecord) -> DocumentPosition:
-        """Return where the document of a record was written."""
+        """Return the position of a record's document."""
         return self.places[_hash_tokens(record)]
 
     def ids(self, record: ActivationRecord) -> list[int]:
@@ -83,7 +83,7 @@ class ImportedTexts:
         return [self.vocabulary[storable(token)] for token in record.tokens]
 
     def write(self, writer: StoreWriter, record: OpenAIRecord) -> None:
-        """Write the documents of a neuron that are not written yet."""
+        """Write those documents of a neuron that are not written yet."""
         for listed in listed_records(record):
             key = _hash_tokens(listed.record)
             if key in self.places:
@@ -96,7 +96,7 @@ class ImportedTexts:
             writer.append(split, self.ids(listed.record), document)
 
     def n_documents(self, split: ImportSplit) -> int:
-        """Return how many documents of a split were written."""
+        """Return the number of documents of a split that were written."""
         return sum(place.split == split for place in self.places.values())
 
     def writer(self, folder: Path) -> StoreWriter:
@@ -106,16 +106,16 @@ class ImportedTexts:
 
 
 def listed_records(record: OpenAIRecord) -> Iterator[ListedRecord]:
-    """Yield all activation records of a neuron that hold tokens."""
+    """Yield all activation records of a neuron that contain tokens."""
     kinds: list[tuple[ExcerptKind, int, Sequence[ActivationRecord]]] = [
         ("top", -1, record.top),
         ("random", -1, record.random),
         *(("openai_bin", bin_, rows) for bin_, rows in enumerate(record.by_quantile or ())),
     ]
     for kind, bin_, rows in kinds:
-        for rank, one in enumerate(rows):
-            if one.tokens:
-                yield ListedRecord(one, kind, bin_, rank)
+        for rank, row in enumerate(rows):
+            if row.tokens:
+                yield ListedRecord(row, kind, bin_, rank)
 
 
 def splits_of(record: OpenAIRecord, texts: ImportedTexts) -> set[ImportSplit]:
@@ -124,12 +124,12 @@ def splits_of(record: OpenAIRecord, texts: ImportedTexts) -> set[ImportSplit]:
 
 
 def storable(token: str) -> str:
-    r"""Return a token that UTF-8 can hold: half of a surrogate pair becomes its escape, such as `\ud83d`."""
+    r"""Return a token that UTF-8 can encode: a lone surrogate becomes its escape, such as `\ud83d`."""
     return token.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _tokenizer(vocabulary: Iterable[str]) -> Tokenizer:
-    """Whole strings as tokens, in the byte-level alphabet: so each string is shown again as it is."""
+    """Return a tokenizer of whole strings, in the byte-level alphabet, so that each is decoded unchanged."""
     names = map(byte_level_name, vocabulary)
     return Tokenizer(WordLevel({name: number for number, name in enumerate(names)}))
 
@@ -140,8 +140,8 @@ def _hash_text(record: ActivationRecord) -> bytes:
 
 
 def _hash_tokens(record: ActivationRecord) -> bytes:
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for token in record.tokens:
         data = storable(token).encode()
-        found.update(len(data).to_bytes(8, "little") + data)
-    return found.digest()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()

@@ -1,9 +1,9 @@
-"""EleutherAI's lm-eval on our models.
+"""Run EleutherAI's lm-eval on CRATE models.
 
     python -m cratelm.interop.lm_eval run --model hf --model_args pretrained=FOLDER --tasks TASKS
 
-is `lm_eval` itself, with CRATE known to `transformers`; it takes all of its options. A folder written
-by `cratelm export model` needs no more than plain `lm_eval` and trust_remote_code=True.
+runs `lm_eval` with CRATE registered in `transformers`, and accepts all options of `lm_eval`. For a folder written
+by `cratelm export model`, plain `lm_eval` with trust_remote_code=True is sufficient.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from cratelm.errors import InputError, missing_extra
 
 
 def main() -> None:
-    """Run lm-eval's own command line. Raises `InputError` where it is not installed."""
+    """Run the command line of lm-eval. Raises `InputError` if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise missing_extra("lm-eval", "this command", "lm-eval")
     from lm_eval.__main__ import cli_evaluate

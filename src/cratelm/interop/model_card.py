@@ -1,4 +1,4 @@
-"""Model cards: README.md of a folder that can go to the Hub."""
+"""Model cards: the README.md of a folder that can be uploaded to the Hub."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,16 @@ def write_card(
     sections: Mapping[str, str],
     **metadata: Any,
 ) -> None:
-    """Write README.md: the Hub's `metadata`, what it is, a table of facts, and sections by heading.
+    """Write README.md with the Hub's `metadata`, a title, a summary, a table of facts, and sections by heading.
 
-    Facts that are None are left out.
+    Facts that are None are omitted.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     rows = "\n".join(f"| {k} | {_cell(v)} |" for k, v in facts.items() if v is not None)
     parts = [f"# {_line(title)}", summary, f"| | |\n|---|---|\n{rows}"]
     parts += [f"## {head}\n\n{text}" for head, text in sections.items()]
-    # not from a template: what a foreign file says of itself would be read as one
+    # not from a template: text from an untrusted file could contain template syntax
     text = "\n\n".join(parts)
     ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}\n").save(
         folder / "README.md"
@@ -46,7 +46,7 @@ def code_block(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value in a table: what a foreign file says must not end the row."""
+    """Return a value for a table cell, escaped so that text from an untrusted file cannot end the row."""
     if isinstance(value, float):
         return f"{value:.4f}"
     if isinstance(value, int) and not isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""`cratelm export neuronpedia`: neurons in the format of Neuronpedia's exports.
+"""`cratelm export neuronpedia`: write neurons in the format of Neuronpedia's exports.
 
-The layout is the one that docs.neuronpedia.org ("Exports") publishes, and that a Neuronpedia of one's
-own imports from its admin panel:
+The layout is the one that docs.neuronpedia.org ("Exports") describes, and that a self-hosted Neuronpedia imports
+from its admin panel:
 
 ```
 OUT/config/{explanation_type,explanation_model_type,explanation_score_type,explanation_score_model}.jsonl
@@ -9,21 +9,21 @@ OUT/MODEL_ID/SOURCE_ID/{release,model,sourceset,source}.jsonl
 OUT/MODEL_ID/SOURCE_ID/{features,activations,explanations}/batch-0.jsonl.gz ...
 OUT/MODEL_ID/SOURCE_ID/explanation-scores/batch-0.jsonl.gz ...
 ```
-A source is a layer, `LAYER-SET`; a batch holds 1,024 neurons. Columns and types are Neuronpedia's:
-repository hijohnnylin/neuronpedia, `apps/webapp/prisma/schema.prisma` at 008d504 (tables Neuron,
-Activation, Explanation, ExplanationScore, ...), of which its `export-data.py` at 1a80fe9 and
-SAEDashboard's `neuronpedia_export.py` (jbloomAus/SAEDashboard at 3ea1249) write those given here.
-`neuronpedia.schema.json` states them as JSON Schema.
+A source is a layer, `LAYER-SET`; a batch contains 1,024 neurons. Columns and types are those of Neuronpedia:
+repository hijohnnylin/neuronpedia, `apps/webapp/prisma/schema.prisma` at 008d504 (tables Neuron, Activation,
+Explanation, ExplanationScore, ...). This module writes the columns that Neuronpedia's `export-data.py` at 1a80fe9
+and SAEDashboard's `neuronpedia_export.py` (jbloomAus/SAEDashboard at 3ea1249) write. `neuronpedia.schema.json`
+describes them as a JSON Schema.
 
-A dashboard of SAEDashboard has the same columns under `NeuronpediaDashboardFeature`, and `bin_min` for
-`binMin` and so on in its activations (`sae_dashboard/neuronpedia/neuronpedia_dashboard.py`, 0.8.0). An
-export was read into these classes: they had all that they ask for but how many prompts of which
-data set were searched, which is a matter of the source here.
+A dashboard of SAEDashboard has the same columns under `NeuronpediaDashboardFeature`, with names such as `bin_min`
+instead of `binMin` in its activations (`sae_dashboard/neuronpedia/neuronpedia_dashboard.py`, 0.8.0). An export was
+read into these classes. It has all their required fields except the number of prompts and the data set searched,
+which are properties of the source here.
 
-Neuronpedia publishes no files of scores: `explanation-scores/` has the columns of its table
-ExplanationScore, and its importer passes it over. Only scores that have a value are in it, because a
-value is what the table demands; the others are counted. The tokens that a neuron promotes and suppresses
-are there where `cratelm effects` measured them on this harvest; vectors and correlations are empty lists.
+Neuronpedia publishes no files of scores. `explanation-scores/` has the columns of its table ExplanationScore, and
+its importer ignores the folder. It contains only scores that have a value, because the table requires one; the
+others are counted. The tokens that a neuron promotes and suppresses are included if `cratelm effects` measured them
+on this harvest. Vectors and correlations are empty lists.
 """
 
 import gzip
@@ -65,43 +65,44 @@ from cratelm.steer.store import effects_stage, read_logit_effect
 from cratelm.tokens.shards import TokenStore
 
 BATCH = 1024
-"""neurons of a file, as in Neuronpedia's own exports"""
+"""number of neurons per file, as in Neuronpedia's own exports"""
 _KINDS = ("top", "random", "openai_bin")
 
 
 @dataclass(frozen=True)
 class ExportNeuronpediaResult:
-    """What was written."""
+    """Result of `cratelm export neuronpedia`."""
 
     path: Path
     model_id: str
     sources: tuple[str, ...]
-    """a layer each"""
+    """ids of the sources, one per layer"""
     features: int
+    """number of neurons"""
     activations: int
-    """excerpts"""
+    """number of excerpts"""
     explanations: int
     scores: int
     without_value: int
-    """scores of these neurons that are left out: undefined, dead or failed, or of no explanation (a
-    failed explanation's intruder test)"""
+    """number of scores of these neurons that are omitted: undefined, dead or failed, or without an explanation
+    (the intruder test of a failed explanation)"""
 
 
 @dataclass(frozen=True, eq=False)
 class ExportedSet:
-    """Explanations of a model by one name, and all scores of them."""
+    """A set of explanations of a model, and all their scores."""
 
     name: str
-    """of the language model's set; empty for those without a language model"""
+    """name of the language model's set; empty for the set without a language model"""
     explanations: dict[NeuronId, list[Explanation]]
     scores: dict[NeuronId, list[tuple[str, NeuronScore]]] = field(default_factory=dict)
-    """each with the name of its simulator: a language model, or empty for the explainer itself"""
+    """scores with the name of their simulator: a language model, or empty for the explainer itself"""
 
     def scores_of(self, explanation: Explanation) -> Iterator[tuple[str, NeuronScore]]:
         """Yield the scores of one explanation, each with the name of its simulator.
 
-        These are the scores of its explainer; an explanation from Anthropic's excerpts has those of the
-        Anthropic metric, one from the top excerpts the others.
+        These are the scores of its explainer. If the explanation was made from the Anthropic excerpts, they are
+        restricted to the Anthropic metric; if it was made from the top excerpts, to the other metrics.
         """
         for scorer, score in self.scores.get(explanation.neuron, ()):
             if score.explained_by == explanation.explainer and explanation.serves(score.metric):
@@ -109,10 +110,10 @@ class ExportedSet:
 
 
 def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResult:
-    """Write the harvest of a model with all explanations and scores of it in the run.
+    """Write the harvest of a model with all its explanations and scores in the run.
 
-    Raises `InputError` where the run has no harvest of the model or not the neurons asked for, where
-    scores are of explanations that have changed, or where `--out` is not empty.
+    Raises `InputError` if the run has no harvest of the model or lacks the requested neurons, if scores belong to
+    explanations that have changed, or if `--out` is not empty.
     """
     run = Run(config.run)
     stage, identities = harvest_of(run, config.model)
@@ -128,16 +129,16 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
         imported = (stage.path / SOURCE).is_file()
         effects = _effects(run, config.model, identities["activations"])
         writer = _Writer(config, names, store, sets, counts, imported, effects)
-        everywhere = chosen_neurons(stage.path)
-        widths = {layer: 1 + found[-1].neuron.index for layer, found in everywhere.items()}
+        harvested = chosen_neurons(stage.path)
+        widths = {layer: 1 + of_layer[-1].neuron.index for layer, of_layer in harvested.items()}
         for layer, summaries in chosen.items():
             path = folder / names.model / names.source(layer)
             rows = metadata(names, widths, f"Neurons of {config.model}, by cratelm")
             rows["source"] = [
                 source_row(names, layer, f"{summaries[0].neuron.site}, layer {layer}")
             ]
-            for name, found in rows.items():
-                _write_lines(path / f"{name}.jsonl", found)
+            for name, of_table in rows.items():
+                _write_lines(path / f"{name}.jsonl", of_table)
             writer.write(path, stage.path, {layer: summaries})
     return ExportNeuronpediaResult(
         path=config.out,
@@ -152,7 +153,7 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
 
 
 def _effects(run: Run, model: str, harvest: str) -> Path | None:
-    """The folder of `cratelm effects`; None where that was not run on this harvest."""
+    """Return the folder of `cratelm effects`; None if it was not run on this harvest."""
     stage = effects_stage(run, model)
     done = stage.completion()
     if done is None or done.inputs.get("activations") != harvest:
@@ -161,26 +162,26 @@ def _effects(run: Run, model: str, harvest: str) -> Path | None:
 
 
 def explanation_sets(run: Run, model: str) -> list[ExportedSet]:
-    """Return all finished sets of explanations of a model, each with the scores of them.
+    """Return all finished sets of explanations of a model, each with its scores.
 
-    Raises `InputError` where explanations or scores are stale, or the scores' explanations are gone.
+    Raises `InputError` if explanations or scores are stale, or if the explanations of scores no longer exist.
     """
     sets, by_identity = [], {}
     for name in _of_model(run, "explanations", model):
         stage = run.stage("explanations", name)
-        made = stage.require("explain")
-        found: dict[NeuronId, list[Explanation]] = {}
+        done = stage.require("explain")
+        by_neuron: dict[NeuronId, list[Explanation]] = {}
         for explanation in read_explanations(stage.path):
-            found.setdefault(explanation.neuron, []).append(explanation)
-        sets.append(ExportedSet(split_set(name)[1], found))
-        by_identity[made.identity] = sets[-1]
+            by_neuron.setdefault(explanation.neuron, []).append(explanation)
+        sets.append(ExportedSet(split_set(name)[1], by_neuron))
+        by_identity[done.identity] = sets[-1]
     for name in _of_model(run, "scores", model):
         stage = run.stage("scores", name)
         done = stage.require("score")
         of_set = by_identity.get(done.inputs["explanations"])
         if of_set is None:
             raise InputError(
-                f"{stage.path} scores explanations that are not in {run.path} any more: type"
+                f"{stage.path} scores explanations that are no longer in {run.path}: type"
                 f" `{stage.command()}` after `cratelm explain`, or delete the folder"
             )
         scorer = _simulator_name(str(done.config.get("simulator") or ""))
@@ -190,9 +191,9 @@ def explanation_sets(run: Run, model: str) -> list[ExportedSet]:
     return sets
 
 
-def _simulator_name(given: str) -> str:
-    """The name of a language model in `--simulator`, without its kind and its folder."""
-    return given.partition(":")[2].rstrip("/").rpartition("/")[2]
+def _simulator_name(option: str) -> str:
+    """Return the name of the language model in `--simulator`, without its kind and its folder."""
+    return option.partition(":")[2].rstrip("/").rpartition("/")[2]
 
 
 def _of_model(run: Run, stage: Any, model: str) -> list[str]:
@@ -209,7 +210,7 @@ def _names(config: ExportNeuronpediaConfig, neuron: NeuronId) -> Names:
 
 
 def _slug(name: str) -> str:
-    """The characters that an id may have; the others as one dash each run."""
+    """Return `name` as an id, with each run of characters that an id cannot contain replaced by one dash."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:128] or "model"
 
 
@@ -218,7 +219,7 @@ _FOLDERS = ("features", "activations", "explanations", "explanation-scores")
 
 @dataclass(frozen=True, eq=False)
 class _Writer:
-    """Writes the batches of one layer after another; adds to `counts`."""
+    """Writes the batches of one layer after another, and adds to `counts`."""
 
     config: ExportNeuronpediaConfig
     names: Names
@@ -226,12 +227,12 @@ class _Writer:
     sets: list[ExportedSet]
     counts: dict[str, int]
     imported: bool
-    """harvested elsewhere: which quantiles its bins stand for is not known"""
+    """whether the records were imported: then the quantiles of their bins are unknown"""
     effects: Path | None
-    """folder of what the neurons write to the vocabulary; None where that was not measured"""
+    """folder of the neurons' effects on the vocabulary; None if they were not measured"""
 
     def write(self, folder: Path, harvest: Path, chosen: dict[int, list[NeuronSummary]]) -> None:
-        """Write the batches of the one layer in `chosen`."""
+        """Write the batches of the single layer in `chosen`."""
         ((layer, summaries),) = chosen.items()
         bar = tqdm(
             total=len(summaries),
@@ -241,20 +242,20 @@ class _Writer:
         )
         with bar:
             for batch, first in enumerate(range(0, len(summaries), BATCH)):
-                some = {layer: summaries[first : first + BATCH]}
+                of_batch = {layer: summaries[first : first + BATCH]}
                 with ExitStack() as stack:
                     opened = {
                         name: stack.enter_context(_lines(folder / name / f"batch-{batch}.jsonl.gz"))
                         for name in _FOLDERS
                     }
-                    for fit, held_out in both_splits(harvest, some):
+                    for fit, held_out in both_splits(harvest, of_batch):
                         for name, row in self.rows(fit, held_out):
                             opened[name].write(_line(row))
                             self.counts[name] += 1
                         bar.update()
 
     def rows(self, fit: NeuronRecord, held_out: NeuronRecord) -> Iterator[tuple[str, Row]]:
-        """Yield all rows of a neuron, each with the name of its folder."""
+        """Yield all rows of a neuron, each with the name of the folder it belongs to."""
         both = {"fit": fit, "held_out": held_out}
         summaries = [record.summary for record in both.values()]
         effect = read_logit_effect(self.effects, fit.neuron) if self.effects else None
@@ -281,9 +282,9 @@ class _Writer:
 
 
 def _write_config(folder: Path, names: Names, sets: list[ExportedSet]) -> None:
-    """The explainers and scorers that rows refer to by name."""
+    """Write the tables of explainers, scorers and language models, which other rows refer to by name."""
     explained = [(e, s.name) for s in sets for rows in s.explanations.values() for e in rows]
-    scored = [found for s in sets for rows in s.scores.values() for found in rows]
+    scored = [pair for s in sets for rows in s.scores.values() for pair in rows]
     tables: dict[str, tuple[set[str], Callable[[str], str], bool]] = {
         "explanation_type": ({type_name(*e) for e in explained}, _explainer_text, True),
         "explanation_model_type": ({name for _, name in explained if name}, _model_text, False),
@@ -294,8 +295,8 @@ def _write_config(folder: Path, names: Names, sets: list[ExportedSet]) -> None:
             False,
         ),
     }
-    for table, (found, text_of, owned) in tables.items():
-        rows = [type_row(names, name, text_of(name), owned=owned) for name in sorted(found)]
+    for table, (values, text_of, owned) in tables.items():
+        rows = [type_row(names, name, text_of(name), owned=owned) for name in sorted(values)]
         _write_lines(folder / f"{table}.jsonl", rows)
 
 
@@ -317,11 +318,11 @@ def _write_lines(path: Path, rows: list[Row]) -> None:
 
 
 def _lines(path: Path) -> gzip.GzipFile:
-    """A compressed file without the time, so that the same export has the same bytes."""
+    """Open a compressed file without a timestamp, so that the same export gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return gzip.GzipFile(path, "wb", 6, mtime=0)
 
 
 def _line(row: Row) -> bytes:
-    """JSON on one line. Raises ValueError for a number that JSON cannot write."""
+    """Return JSON on one line. Raises ValueError for a number that JSON cannot represent."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -1,6 +1,6 @@
-"""Rows of Neuronpedia's tables, made of our records. Names of columns are Neuronpedia's.
+"""Build rows of Neuronpedia's tables from records of a run. Column names are those of Neuronpedia.
 
-`cratelm.interop.neuronpedia` says where the columns come from; `neuronpedia.schema.json` holds them.
+`cratelm.interop.neuronpedia` states the source of the columns; `neuronpedia.schema.json` lists them.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from cratelm.steer.store import LogitEffect
 
 Row = dict[str, Any]
 PREFIX = "cratelm_"
-"""before the names of our explainers and metrics: they are not those that Neuronpedia computes"""
+"""prefix of the names of cratelm's explainers and metrics, which differ from those that Neuronpedia computes"""
 METRIC_TEXTS: dict[Metric, str] = {
     "top_and_random": "Correlation of simulated with true activations, top and random excerpts",
     "random_only": "Correlation of simulated with true activations, random excerpts",
     "anthropic": "Correlation of simulated with true activations, short excerpts of all levels",
     "detection": "Area under the ROC curve: which excerpts the neuron fires in",
     "fuzzing": "Area under the ROC curve: whether the right tokens are marked",
-    "intruder": "Share of trials in which the excerpt that does not belong was found",
+    "intruder": "Fraction of trials in which the excerpt that does not belong was found",
     "embedding": "Area under the ROC curve of the similarity of excerpt and explanation",
 }
 _LISTS_LEFT_EMPTY = (
@@ -52,12 +52,12 @@ _LISTS_LEFT_EMPTY = (
     "decoder_weights_dist",
     "vector",
 )
-"""columns of a feature that cratelm has no values for"""
+"""columns of a feature for which cratelm has no values"""
 
 
 @dataclass(frozen=True)
 class Names:
-    """How a model's neurons are called in Neuronpedia."""
+    """Names and ids of a model and its neurons in Neuronpedia."""
 
     model: str
     """`modelId`"""
@@ -67,11 +67,11 @@ class Names:
     creator_name: str
 
     def source(self, layer: int) -> str:
-        """Return the id of a layer's source, which is `layer` in rows."""
+        """Return the id of a layer's source, which is the column `layer` of rows."""
         return f"{layer}-{self.source_set}"
 
     def neuron_columns(self, layer: int, index: int) -> Row:
-        """Return the columns that name a neuron."""
+        """Return the columns that identify a neuron."""
         return {"modelId": self.model, "layer": self.source(layer), "index": str(index)}
 
 
@@ -81,7 +81,7 @@ def identifier(*parts: object) -> str:
 
 
 def metadata(names: Names, widths: dict[int, int], text: str) -> dict[str, list[Row]]:
-    """Return the rows of release, model and source set, by file; `widths` has the neurons of each layer."""
+    """Return the rows of release, model and source set, by file. `widths` is the number of neurons by layer."""
     creator = {"creatorId": names.creator, "visibility": "PUBLIC"}
     release = f"cratelm-{names.model}"
     credit = {**creator, "creatorName": names.creator_name, "description": text, "urls": []}
@@ -112,7 +112,7 @@ def metadata(names: Names, widths: dict[int, int], text: str) -> dict[str, list[
 
 
 def source_row(names: Names, layer: int, notes: str) -> Row:
-    """Return the row of a source: one layer."""
+    """Return the row of a source, which is one layer."""
     return {
         "id": names.source(layer),
         "modelId": names.model,
@@ -159,7 +159,7 @@ def feature_row(
 def activation_row(
     names: Names, summary: NeuronSummary, excerpt: Excerpt, split: str, tokens: list[str]
 ) -> Row:
-    """Return the row of an excerpt whose `tokens` [n] are given as text."""
+    """Return the row of an excerpt with n tokens; `tokens` [n] is their text."""
     neuron, values = summary.neuron, [shortest_float(a) for a in excerpt.activations]
     highest = int(np.argmax(values))
     columns = names.neuron_columns(neuron.layer, neuron.index)
@@ -184,7 +184,7 @@ def activation_row(
 
 
 def explanation_row(names: Names, explanation: Explanation, of_set: str) -> Row:
-    """Return the row of an explanation; `of_set` names its set, empty for those without a language model."""
+    """Return the row of an explanation; `of_set` is the name of its set, empty without a language model."""
     columns = names.neuron_columns(explanation.neuron.layer, explanation.neuron.index)
     kind = type_name(explanation, of_set)
     return {
@@ -203,29 +203,29 @@ def explanation_row(names: Names, explanation: Explanation, of_set: str) -> Row:
 
 
 def type_name(explanation: Explanation, of_set: str) -> str:
-    """Return how an explanation was made: its explainer, or the excerpts that a language model was given."""
+    """Return the type of an explanation: its explainer, or for a language model the kind of its evidence."""
     of_llm = f"model_{explanation.evidence}".rstrip("_")
     return PREFIX + (of_llm if of_set else explanation.explainer)
 
 
 def score_row(names: Names, explanation: Row, scorer: str, score: NeuronScore) -> Row:
     """Return the row of a score that has a value; `scorer` names its simulator."""
-    found = score.score
+    result = score.score
     details = {
         "explainer": score.explainer,
-        "n_tokens": found.n_tokens,
-        "n_records": found.n_records,
-        "n_duplicates": found.n_duplicates,
-        "without_duplicates": found.without_duplicates,
-        "r2": found.r2,
-        "absolute_deviation": found.absolute_deviation,
-        "accuracy": found.accuracy,
+        "n_tokens": result.n_tokens,
+        "n_records": result.n_records,
+        "n_duplicates": result.n_duplicates,
+        "without_duplicates": result.without_duplicates,
+        "r2": result.r2,
+        "absolute_deviation": result.absolute_deviation,
+        "accuracy": result.accuracy,
     }
     return {
         "id": identifier("score", explanation["id"], scorer, score.explainer, score.metric),
         "explanationId": explanation["id"],
         "initiatedByUserId": names.creator,
-        "value": found.value,
+        "value": result.value,
         "explanationScoreTypeName": PREFIX + score.metric,
         "explanationScoreModelName": scorer,
         "jsonDetails": json.dumps(details),
@@ -233,7 +233,7 @@ def score_row(names: Names, explanation: Row, scorer: str, score: NeuronScore) -
 
 
 def type_row(names: Names, name: str, text: str, *, owned: bool) -> Row:
-    """Return a row of the tables of explainers, scorers and their models; rows of models have no owner."""
+    """Return a row of the tables of explainers, scorers and language models; rows of models have no owner."""
     row = {
         "name": name,
         "displayName": name,
@@ -246,10 +246,10 @@ def type_row(names: Names, name: str, text: str, *, owned: bool) -> Row:
 
 
 def _positive_histogram(summaries: Sequence[NeuronSummary]) -> tuple[list[float], list[float]]:
-    """Counts and centres of the histogram's bins over the tokens on which the neuron was above 0.
+    """Return heights and centres of the histogram's bins over the tokens on which the neuron is above 0.
 
-    Bins are those of both splits; what is not above 0 is taken out of the bin that 0 lies in, for
-    otherwise it would be the only bar to be seen. Empty where the splits were cut differently.
+    Counts are summed over both splits. Tokens at or below 0 are subtracted from the bin that contains 0, because
+    this bin would otherwise dwarf all others. Empty if the bins of the splits differ.
     """
     ranges = {(s.histogram_low, s.histogram_high) for s in summaries}
     if len(ranges) > 1:
@@ -266,7 +266,7 @@ def _positive_histogram(summaries: Sequence[NeuronSummary]) -> tuple[list[float]
 
 
 def _bin(summary: NeuronSummary, excerpt: Excerpt) -> Row:
-    """As dashboards have it: -1 for the top, else the bin's edges and its share of the (pilot's) tokens."""
+    """Return the bin as in dashboards: -1 for top excerpts, else its edges and its fraction of the pilot's tokens."""
     if excerpt.kind == "top":
         return {"binMin": -1.0, "binMax": float(summary.maximum), "binContains": -1.0}
     edges: FloatArray = summary.openai_edges

@@ -1,6 +1,6 @@
 """OpenAI's NeuronRecord JSON: activations of one neuron on texts, as token strings.
 
-The format of Bills et al. 2023, as their library `neuron-explainer` serialises its dataclasses
+This is the format of Bills et al. 2023, as their library `neuron-explainer` serialises its dataclasses
 (repository openai/automated-interpretability, `neuron_explainer/activations/activations.py`; PyPI:
 automated-interpretability). Every object names its class in `dataclass_name`:
 
@@ -8,11 +8,10 @@ automated-interpretability). Every object names its class in `dataclass_name`:
 NeuronRecord      neuron_id, random_sample, random_sample_by_quantile, quantile_boundaries,
                   mean, variance, skewness, kurtosis, most_positive_activation_records
 NeuronId          layer_index, neuron_index
-ActivationRecord  tokens, activations (one a token); newer: dfa_values, dfa_target_index
+ActivationRecord  tokens, activations (one per token); newer: dfa_values, dfa_target_index
 ```
-Fields that are not known here are kept and written again, in the order in which they stood, so a
-file that is read and written has the same content. A number that does not exist is `null`, or `NaN`
-where the file had that.
+Unknown fields are kept and written again in their original order, so that a file that is read and written has the
+same content. A number that does not exist is `null`, or `NaN` if the file had `NaN`.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ import numpy as np
 from cratelm.errors import InputError
 
 SOURCE = "records.jsonl.gz"
-"""file in a folder of imported activations: the records as they were read, one per line"""
+"""file in a folder of imported activations that contains the records as they were read, one per line"""
 _ACTIVATION_FIELDS = ("tokens", "activations", "dataclass_name")
 _RECORD_FIELDS = (
     "neuron_id",
@@ -51,47 +50,47 @@ class ActivationRecord:
     tokens: tuple[str, ...]
     """[n]"""
     activations: tuple[float, ...]
-    """[n] raw activations, as the file has them: not checked to be finite"""
+    """[n] raw activations as in the file, which may not be finite"""
     others: Mapping[str, Any] = field(default_factory=dict)
-    """fields that have no name here, and `dataclass_name`"""
+    """unknown fields, and `dataclass_name`"""
     order: tuple[str, ...] = _ACTIVATION_FIELDS
-    """fields in the order in which they are written"""
+    """names of the fields in the order in which they are written"""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the JSON object, fields in their order."""
-        known = {
+        """Return the JSON object with its fields in order."""
+        values = {
             "dataclass_name": "ActivationRecord",
             **self.others,
             "tokens": list(self.tokens),
             "activations": list(self.activations),
         }
-        return {name: known[name] for name in self.order}
+        return {name: values[name] for name in self.order}
 
 
 @dataclass(frozen=True, eq=False)
 class OpenAIRecord:
-    """A NeuronRecord."""
+    """A NeuronRecord: one neuron with its activation records and statistics."""
 
     neuron_id: Mapping[str, Any]
-    """`layer_index` and `neuron_index`, and what else the file has"""
+    """`layer_index`, `neuron_index`, and other fields of the file"""
     top: tuple[ActivationRecord, ...]
-    """`most_positive_activation_records`, the highest first"""
+    """`most_positive_activation_records`, the highest activation first"""
     random: tuple[ActivationRecord, ...] = ()
     by_quantile: tuple[tuple[ActivationRecord, ...], ...] | None = None
-    """a sample of each bin between neighbouring `boundaries`"""
+    """random samples of the bins between neighbouring `boundaries`"""
     boundaries: tuple[float | None, ...] | None = None
     mean: float | None = None
     variance: float | None = None
     skewness: float | None = None
     kurtosis: float | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
-    """fields that have no name here, and `dataclass_name`"""
+    """unknown fields, and `dataclass_name`"""
     order: tuple[str, ...] = _RECORD_FIELDS
-    """fields in the order in which they are written"""
+    """names of the fields in the order in which they are written"""
 
     @classmethod
     def of(cls, layer: int, index: int, **fields: Any) -> "OpenAIRecord":
-        """Return a record with the usual NeuronId."""
+        """Return a record of the neuron `index` of `layer`, with a standard NeuronId."""
         name = {"layer_index": layer, "neuron_index": index, "dataclass_name": "NeuronId"}
         return cls(name, **fields)
 
@@ -106,9 +105,9 @@ class OpenAIRecord:
         return self.neuron_id["neuron_index"]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the JSON object, fields in their order."""
+        """Return the JSON object with its fields in order."""
         bins = self.by_quantile
-        known = {
+        values = {
             "dataclass_name": "NeuronRecord",
             **self.others,
             "neuron_id": dict(self.neuron_id),
@@ -121,11 +120,11 @@ class OpenAIRecord:
             "kurtosis": self.kurtosis,
             "most_positive_activation_records": [r.as_json() for r in self.top],
         }
-        return {name: known[name] for name in self.order}
+        return {name: values[name] for name in self.order}
 
 
 def read_record(path: str | Path) -> OpenAIRecord:
-    """Return the record in a file. Raises `InputError`, naming the field, for any other content."""
+    """Return the record in a file. Raises `InputError`, which names the field, if the content is not a NeuronRecord."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -134,27 +133,27 @@ def read_record(path: str | Path) -> OpenAIRecord:
 
 
 def parse_record(data: bytes, name: str) -> OpenAIRecord:
-    """Return the record in `data`, as `read_record` does; errors call it `name`."""
+    """Return the record in `data`; `name` stands for the file in errors. Raises as `read_record`."""
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise InputError(
-            f"{name} is no JSON in UTF-8 ({reason}): a NeuronRecord of OpenAI's neuron-explainer was"
-            " expected, leave other files out of --files"
+            f"{name} is not JSON in UTF-8 ({reason}): it must be a NeuronRecord of OpenAI's neuron-explainer; leave"
+            " other files out of --files"
         ) from None
     return _Parser(name).record(value)
 
 
 def encode_record(record: OpenAIRecord) -> bytes:
-    """Return JSON in UTF-8 on one line, without white space, as OpenAI's library writes it."""
+    """Return JSON in UTF-8 on one line, without whitespace, as OpenAI's library writes it."""
     text = json.dumps(record.as_json(), separators=(",", ":"), ensure_ascii=False)
-    # half of a surrogate pair cannot be UTF-8: Python's escape of it is JSON's
+    # a lone surrogate cannot be encoded in UTF-8; Python's escape of it is also JSON's
     return text.encode("utf-8", "backslashreplace")
 
 
 def shortest_float(value: np.float32) -> float:
-    """Return the number with the fewest digits that is this float32: 0.1, not 0.10000000149."""
+    """Return the number with the fewest digits that rounds to this float32: 0.1, not 0.10000000149."""
     return float(str(value))
 
 
@@ -163,14 +162,14 @@ def source_writer(folder: str | Path) -> Iterator[Callable[[OpenAIRecord], None]
     """Yield a function that appends a record to `SOURCE` in the folder of the imported activations."""
     with (Path(folder) / SOURCE).open("wb") as file, gzip.GzipFile("", "wb", 6, file, 0) as packed:
 
-        def keep(record: OpenAIRecord) -> None:
+        def append(record: OpenAIRecord) -> None:
             packed.write(encode_record(record) + b"\n")
 
-        yield keep
+        yield append
 
 
 def read_source(folder: str | Path) -> Iterator[OpenAIRecord]:
-    """Yield the records that a folder of imported activations was made from, by layer and index."""
+    """Yield the original records of a folder of imported activations, sorted by layer and index."""
     path = Path(folder) / SOURCE
     with gzip.open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -178,54 +177,54 @@ def read_source(folder: str | Path) -> Iterator[OpenAIRecord]:
 
 
 class _Parser:
-    """Checks JSON values and makes records of them; errors name the file."""
+    """Converts JSON values to records and checks them; errors name the file."""
 
     def __init__(self, name: str):
         self.name = name
 
     def record(self, value: Any) -> OpenAIRecord:
-        """Return the record that a file holds."""
-        found = self.object(value, "the file", "NeuronRecord")
-        neuron = self.object(self.need(found, "neuron_id", "the file"), "neuron_id", "NeuronId")
+        """Return the record in a file. Raises `InputError` if it is not a NeuronRecord."""
+        fields = self.object(value, "the file", "NeuronRecord")
+        neuron = self.object(self.need(fields, "neuron_id", "the file"), "neuron_id", "NeuronId")
         for key in ("layer_index", "neuron_index"):
             number = self.need(neuron, key, "neuron_id")
             if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
                 raise self.wrong(f"neuron_id.{key}", number, "a whole number from 0")
-        bins, edges = found.get("random_sample_by_quantile"), found.get("quantile_boundaries")
+        bins, edges = fields.get("random_sample_by_quantile"), fields.get("quantile_boundaries")
         if bins is not None:
             bins = tuple(
-                self.activations(one, f"random_sample_by_quantile[{place}]")
-                for place, one in enumerate(self.list(bins, "random_sample_by_quantile"))
+                self.activations(of_bin, f"random_sample_by_quantile[{number}]")
+                for number, of_bin in enumerate(self.list(bins, "random_sample_by_quantile"))
             )
         if edges is not None:
             edges = self.list(edges, "quantile_boundaries")
             edges = tuple(self.number(e, "quantile_boundaries") for e in edges)
-        top = self.need(found, "most_positive_activation_records", "the file")
+        top = self.need(fields, "most_positive_activation_records", "the file")
         moments = {
-            key: self.number(found.get(key), key)
+            key: self.number(fields.get(key), key)
             for key in ("mean", "variance", "skewness", "kurtosis")
         }
         return OpenAIRecord(
             neuron_id=neuron,
             top=self.activations(top, "most_positive_activation_records"),
-            random=self.activations(found.get("random_sample", []), "random_sample"),
+            random=self.activations(fields.get("random_sample", []), "random_sample"),
             by_quantile=bins,
             boundaries=edges,
             **moments,
-            others=_without(found, _RECORD_FIELDS),
-            order=tuple(found),
+            others=_without(fields, _RECORD_FIELDS),
+            order=tuple(fields),
         )
 
     def activations(self, value: Any, where: str) -> tuple[ActivationRecord, ...]:
         """Return a list of activation records."""
         rows = enumerate(self.list(value, where))
-        return tuple(self.activation(one, f"{where}[{place}]") for place, one in rows)
+        return tuple(self.activation(row, f"{where}[{number}]") for number, row in rows)
 
     def activation(self, value: Any, where: str) -> ActivationRecord:
-        """Return one activation record, with a number for each token."""
-        found = self.object(value, where, "ActivationRecord")
-        tokens = self.list(self.need(found, "tokens", where), f"{where}.tokens")
-        values = self.list(self.need(found, "activations", where), f"{where}.activations")
+        """Return one activation record, which must have a number for each token."""
+        fields = self.object(value, where, "ActivationRecord")
+        tokens = self.list(self.need(fields, "tokens", where), f"{where}.tokens")
+        values = self.list(self.need(fields, "activations", where), f"{where}.activations")
         for token in tokens:
             if not isinstance(token, str):
                 raise self.wrong(f"{where}.tokens", token, "a string for each token")
@@ -233,14 +232,15 @@ class _Parser:
             if self.number(number, f"{where}.activations") is None:
                 raise self.wrong(f"{where}.activations", None, "a number for each token")
         if len(tokens) != len(values):
-            raise self.wrong(where, f"{len(tokens)} tokens, {len(values)} activations", "as many")
-        others = _without(found, _ACTIVATION_FIELDS)
-        return ActivationRecord(tuple(tokens), tuple(values), others, tuple(found))
+            counts = f"{len(tokens)} tokens, {len(values)} activations"
+            raise self.wrong(where, counts, "as many activations as tokens")
+        others = _without(fields, _ACTIVATION_FIELDS)
+        return ActivationRecord(tuple(tokens), tuple(values), others, tuple(fields))
 
     def object(self, value: Any, where: str, kind: str) -> dict[str, Any]:
         """Return `value` if it is an object of the class `kind`."""
         if not isinstance(value, dict):
-            raise self.wrong(where, value, f"an object, a {kind}")
+            raise self.wrong(where, value, f"an object of class {kind}")
         if value.get("dataclass_name", kind) != kind:
             raise self.wrong(f"{where}: dataclass_name", value["dataclass_name"], kind)
         return value
@@ -257,31 +257,30 @@ class _Parser:
             raise self.wrong(where, value, "a number")
         return value
 
-    def need(self, found: Mapping[str, Any], key: str, where: str) -> Any:
-        """Return a field that must be there."""
-        if key not in found:
-            there = ", ".join(map(repr, list(found)[:8])) or "nothing"
+    def need(self, fields: Mapping[str, Any], key: str, where: str) -> Any:
+        """Return the field `key`. Raises `InputError` if it is missing."""
+        if key not in fields:
+            present = ", ".join(map(repr, list(fields)[:8])) or "no fields"
             raise InputError(
-                f"{self.name}: {where} has no {key!r} but {there}: a NeuronRecord of OpenAI's"
-                " neuron-explainer was expected, leave other files out of --files"
+                f"{self.name}: {where} has no {key!r}, only {present}: it must be a NeuronRecord of OpenAI's"
+                " neuron-explainer; leave other files out of --files"
             )
-        return found[key]
+        return fields[key]
 
-    def wrong(self, where: str, found: Any, expected: str) -> InputError:
-        """Return the error for a value that is not what was expected."""
+    def wrong(self, where: str, value: Any, expected: str) -> InputError:
+        """Return the error for a value that is not as expected."""
         return InputError(
-            f"{self.name}: {where} is {_shown(found)}, expected: {expected}; leave damaged files out"
-            " of --files"
+            f"{self.name}: {where} is {_shown(value)}, but must be {expected}; leave damaged files out of --files"
         )
 
 
-def _without(found: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
-    """The fields that are not known, and the name of the class."""
-    return {k: v for k, v in found.items() if k not in known or k == "dataclass_name"}
+def _without(fields: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields that are not `known`, and `dataclass_name`."""
+    return {k: v for k, v in fields.items() if k not in known or k == "dataclass_name"}
 
 
 def _shown(value: Any) -> str:
-    """A value in an error: JSON on one line, cut short."""
+    """Return a value for an error message: JSON on one line, shortened."""
     text = value if isinstance(value, str) else json.dumps(value)
     text = text.encode("ascii", "backslashreplace").decode()
     return " ".join(text.split())[:60] or "empty"

@@ -1,4 +1,4 @@
-"""The folders that imports and exports write: complete or absent, and never over what others wrote."""
+"""Write the folder of an import or export atomically; never overwrite a folder that cratelm did not write."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -9,27 +9,27 @@ from cratelm.errors import InputError
 from cratelm.runs import atomic_folder, versions, write_json
 
 PROVENANCE = "cratelm.json"
-"""mark of a folder with a model or an autoencoder: what it was made of"""
+"""mark of a folder with a model or an autoencoder, which records its provenance"""
 EXPORT_MARK = ".cratelm-export"
-"""mark of exported records: no .json, because `import records` would take it for one"""
+"""mark of exported records; not a .json file, because `import records` would read it as a record"""
 
 
 def check_out(
     out: Path, sources: tuple[Path, ...] = (), *, force: bool, mark: str = PROVENANCE
 ) -> None:
-    """Check that `out` can be written: called before the work, so that nobody works in vain.
+    """Check that `out` can be written. Called before the work, so that no work is wasted.
 
-    Raises `InputError` where `out` is a file, is not empty and lacks the `mark` of an earlier import or
-    export, has it and `force` is not given, or where it holds one of `sources`, which replacing it
-    would remove, or lies in one.
+    Raises `InputError` if `out` is a file; if it contains one of `sources` (which replacing it would remove) or
+    is inside one of them; if it is not empty and lacks the `mark` of an earlier import or export; or if it has
+    the `mark` and `force` is false.
     """
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file, a folder was expected: name another")
+        raise InputError(f"--out {out} is a file, not a folder: name another folder")
     for source in sources:
         if source.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"--out {out} holds {source}, which is read: name another folder")
+            raise InputError(f"--out {out} contains the input {source}: name another folder")
         if out.resolve().is_relative_to(source.resolve()):
-            raise InputError(f"--out {out} lies in {source}, which is read: name another folder")
+            raise InputError(f"--out {out} is inside the input {source}: name another folder")
     if out.is_dir() and any(out.iterdir()):
         if not (out / mark).is_file():
             raise InputError(
@@ -38,7 +38,7 @@ def check_out(
             )
         if not force:
             raise InputError(
-                f"--out {out} was written before: add --force to replace it, or name another folder"
+                f"--out {out} already exists: add --force to replace it, or name another folder"
             )
 
 
@@ -46,8 +46,8 @@ def check_out(
 def out_folder(out: Path, content: Mapping[str, Any], *, mark: str = PROVENANCE) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` if no error is raised.
 
-    `content` and the versions of the packages are written into its `mark`. Raises `InputError` where
-    another process writes `out`.
+    Its `mark` file holds `content` and the versions of the packages. Raises `InputError` if another process is
+    writing `out`.
     """
     with atomic_folder(out) as draft:
         yield draft

@@ -1,4 +1,4 @@
-"""The file that an import reads: a local one, or one fetched from the Hugging Face Hub."""
+"""Locate the file that an import reads: a local file, or a file fetched from the Hugging Face Hub."""
 
 import re
 from dataclasses import dataclass
@@ -10,38 +10,38 @@ _HUB = re.compile(
     r"(?P<hub>hub:)?(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>.+))?"
 )
 _SECONDS = 20
-"""seconds that the Hub may take to answer; without a limit its client waits for ever"""
+"""timeout of requests to the Hub in seconds; without a timeout its client waits forever"""
 FORMS = "a local path, or hub:OWNER/REPO[@REVISION][/FILE]"
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file on this machine, and how a model card names it."""
+    """A file on this machine, with its name in model cards."""
 
     path: Path
     name: str
-    """file name, or `hub:OWNER/REPO/FILE`; no path of this machine"""
+    """file name, or `hub:OWNER/REPO/FILE`; never a path of this machine"""
     revision: str = ""
-    """commit of the Hub's repository, empty for a local file"""
+    """commit of the Hub repository; empty for a local file"""
 
     def beside(self, name: str) -> Path | None:
-        """Return the file `name` of the same folder, local or on the Hub; None where there is none."""
+        """Return the file `name` in the same folder, local or on the Hub; None if it does not exist."""
         if not self.revision:
             path = self.path.with_name(name)
             return path if path.is_file() else None
         repository, _, file = _parts(self.name)
         folder, slash, _ = (file or "").rpartition("/")
-        found = _listed(repository, self.revision)
+        files = _listed(repository, self.revision)
         wanted = f"{folder}{slash}{name}"
-        return _fetched(repository, self.revision, wanted).path if wanted in found else None
+        return _fetched(repository, self.revision, wanted).path if wanted in files else None
 
 
 def locate(reference: str, suffix: str = ".pt") -> SourceFile:
-    """Return the file that `reference` names, fetched from the Hub if it is one of the Hub.
+    """Return the file that `reference` names, fetching it if it is on the Hub.
 
-    `OWNER/REPO` and `OWNER/REPO/FILE` are of the Hub if no local file has that name. Without FILE it is
-    the repository's only file that ends in `suffix`. Raises `InputError`
-    where nothing is found, or several, or the Hub cannot be reached.
+    `OWNER/REPO` and `OWNER/REPO/FILE` refer to the Hub if there is no local file of that name. Without FILE, the
+    file is the only one in the repository that ends in `suffix`. Raises `InputError` if there is no such file or
+    more than one, or if the Hub cannot be reached.
     """
     path = Path(reference).expanduser()
     if path.is_file():
@@ -57,7 +57,7 @@ def locate(reference: str, suffix: str = ".pt") -> SourceFile:
 
 
 def _looks_local(reference: str, suffix: str) -> bool:
-    """A path in a folder that is here, or of a file where a repository's name would stand."""
+    """Return whether a reference is a path in an existing folder, or has a file name instead of a repository name."""
     first, _, rest = reference.partition("/")
     return (
         first in (".", "..") or Path(first).is_dir() or ("/" not in rest and rest.endswith(suffix))
@@ -65,19 +65,19 @@ def _looks_local(reference: str, suffix: str) -> bool:
 
 
 def _parts(reference: str) -> tuple[str, str | None, str | None]:
-    """Repository, revision and file of a reference to the Hub."""
+    """Return repository, revision and file of a reference to the Hub."""
     match = _HUB.fullmatch(reference)
     assert match is not None
     return match["repository"], match["revision"], match["file"]
 
 
 def _only(repository: str, revision: str | None, suffix: str) -> str:
-    found = [name for name in _listed(repository, revision) if name.endswith(suffix)]
-    if len(found) != 1:
-        named = ", ".join(found[:12]) + (" ..." if len(found) > 12 else "")
-        has = f"{len(found)} files {suffix} ({named})" if found else f"no file {suffix}"
-        raise InputError(f"hub:{repository} has {has}: name one as hub:{repository}/FILE")
-    return found[0]
+    files = [name for name in _listed(repository, revision) if name.endswith(suffix)]
+    if len(files) != 1:
+        names = ", ".join(files[:12]) + (" ..." if len(files) > 12 else "")
+        has = f"{len(files)} {suffix} files ({names})" if files else f"no {suffix} file"
+        raise InputError(f"hub:{repository} has {has}: name a file as hub:{repository}/FILE")
+    return files[0]
 
 
 def _listed(repository: str, revision: str | None) -> list[str]:
@@ -101,16 +101,16 @@ def _fetched(repository: str, revision: str | None, file: str) -> SourceFile:
 
 
 def hub_commit_of(path: Path) -> str:
-    """Return the commit of a file in the Hub's cache, which lies in `.../snapshots/COMMIT/`."""
+    """Return the commit of a file in the Hub's cache, whose path contains `snapshots/COMMIT/`."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1]
 
 
-def _unreached(what: str, revision: str | None, error: Exception) -> InputError:
+def _unreached(name: str, revision: str | None, error: Exception) -> InputError:
     at = f"@{revision}" if revision else ""
     message = " ".join(str(error).split())
     message = message if len(message) <= 160 else f"{message[:159]}…"
     return InputError(
-        f"hub:{what}{at} cannot be fetched ({type(error).__name__}: {message}): check the name and the"
+        f"hub:{name}{at} cannot be fetched ({type(error).__name__}: {message}): check the name and the"
         " network, or name a local file"
     )

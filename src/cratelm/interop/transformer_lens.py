@@ -1,8 +1,9 @@
-"""CRATE under TransformerLens: run with cache, hook names, patching (extra `tools`).
+"""CRATE in TransformerLens: run with cache, hook names, patching (extra `tools`).
 
-TransformerLens wraps a model by an adapter that names its parts
-(https://github.com/TransformerLensOrg/TransformerLens/issues/1298). The names below are its own where
-CRATE has the part, and CRATE's where it has not; the mathematics stays that of `crate.py`.
+TransformerLens wraps a model with an adapter that names its parts
+(https://github.com/TransformerLensOrg/TransformerLens/issues/1298). The names below are those of TransformerLens for
+the parts that it has in common with CRATE, and those of CRATE for all others. The computation is still that of
+`crate.py`.
 """
 
 from typing import Any
@@ -32,10 +33,10 @@ _ALIASES = {
 
 
 class CrateAdapter(ArchitectureAdapter):
-    """Which module of `CrateForCausalLM` is which part of a TransformerLens model.
+    """Maps the modules of `CrateForCausalLM` to the parts of a TransformerLens model.
 
-    `blocks.L.hook_neurons` is the sparse code A [B, T, H]; `blocks.L.hook_resid_mid` and
-    `hook_resid_post` the stream before and after sparse coding [B, T, D].
+    `blocks.L.hook_neurons` is the sparse code A [B, T, H]; `blocks.L.hook_resid_mid` and `hook_resid_post` are the
+    residual stream [B, T, D] before and after sparse coding.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -66,7 +67,7 @@ def _parts(cfg: Any) -> dict[str, GeneralizedComponent]:
 
 
 def _norm(name: str, cfg: Any) -> NormalizationBridge:
-    """Computed by PyTorch, not anew, so that the logits stay the model's to the last bit."""
+    """Return a norm that is computed by PyTorch's own LayerNorm, so that the logits stay bit-identical."""
     return NormalizationBridge(name, cfg, use_native_layernorm_autograd=True)
 
 
@@ -76,10 +77,10 @@ ArchitectureAdapterFactory.register_adapter(CrateForCausalLM.__name__, CrateAdap
 def bridge(model: PreTrainedModel, tokenizer: Any = None) -> TransformerBridge:
     """Return `model` as a TransformerLens model, for `run_with_cache` and `run_with_hooks`.
 
-    CRATE by the adapter above, others (GPT-2 twins) by TransformerLens's own. The model is wrapped in
-    place: it still computes the same, but its modules have other paths, so that `cratelm.site_of`
-    does not find them any more; load it anew for that. Raises `ValueError` for an architecture that
-    TransformerLens does not know.
+    CRATE uses the adapter above; other models (GPT-2 twins) use TransformerLens's own adapters. The model is
+    wrapped in place: its outputs stay the same, but the paths of its modules change, so that `cratelm.site_of` no
+    longer finds them; load the model again for that. Raises `ValueError` for an architecture that TransformerLens
+    does not support.
     """
     return build_bridge_from_module(
         model, type(model).__name__, hf_config=model.config, tokenizer=tokenizer

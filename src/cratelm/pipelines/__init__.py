@@ -1,1 +1,1 @@
-"""Pipelines: several verbs in one command."""
+"""Pipelines: run several stages with one command."""

@@ -14,8 +14,8 @@ class DemoConfig:
     """Run every stage on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
 
     Tokenizes a corpus, trains both models on the same tokens in the same order, harvests, explains and
-    scores their neurons, measures which tokens these promote, and writes a report. Two randomly
-    initialised models are controls. After an interruption the same command resumes.
+    scores their neurons, measures which tokens the neurons promote, and writes a report. Two randomly
+    initialised models serve as controls. After an interruption, the same command resumes.
     """
 
     run: Path = not_in_identity(Path("runs/demo"))
@@ -24,7 +24,7 @@ class DemoConfig:
     """`builtin` (the source files of the Python standard library), a file, a folder or `hub:ID`; see
     `cratelm tokenize --help`"""
     size: Literal["1l", "2l", "3l"] = "2l"
-    """layers of the twins (width 128, 512 neurons a layer)"""
+    """number of layers of the twins (width 128, 512 neurons per layer)"""
     vocab_size: int = 4096
     """number of tokens in the vocabulary, which is trained on the corpus"""
     steps: int = 600
@@ -32,16 +32,16 @@ class DemoConfig:
     tokens: int = 200_000
     """tokens harvested from each of the splits fit and held_out"""
     neurons: int = 256
-    """neurons per layer that are explained and scored, drawn at random; 0 = all"""
+    """neurons per layer to explain and score, drawn at random; 0 = all"""
     sae: bool = False
-    """also train small sparse autoencoders on both twins and compare their latents with the neurons; needs
+    """also train small sparse autoencoders on both twins and compare their latents with the neurons; requires
     the extra `sae`"""
     seed: int = 0
-    """seed of the initial weights, the order of the data, samples and intervals"""
+    """random seed for the initial weights, the order of the data, samples and intervals"""
     force: bool = not_in_identity(False)
     """redo every stage, even if it is finished"""
     quiet: bool = not_in_identity(False)
-    """no progress bars, no plan and no names of the stages"""
+    """no progress bars, no plan and no stage names"""
 
     def __post_init__(self) -> None:
         at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0})
@@ -49,40 +49,41 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class SaeCompareConfig:
-    """Compare neurons with latents: train autoencoders on scored models, and score their latents alike.
+    """Compare neurons with latents: train autoencoders on scored models, and score their latents in the same way.
 
-    Latents are harvested, explained and scored exactly as the model's own neurons were: the same tokens,
-    excerpts, explainers and seeds, and as many per layer. Finished stages are skipped, so that the same
+    Latents are harvested, explained and scored exactly as the model's own neurons were: with the same tokens,
+    excerpts, explainers and seeds, and the same number per layer. Finished stages are skipped, so that the same
     command resumes after an interruption.
     """
 
     run: Path = not_in_identity(Path("runs/default"))
     """run directory with the scored models"""
     models: tuple[str, ...] = ()
-    """names of models in the run; default: all that are scored, without untrained ones"""
+    """names of models in the run; default: all scored models, except untrained ones"""
     sae: str = ""
-    """autoencoders to use: their NAME in the run (`cratelm sae train`), for every model, or a folder in
-    SAELens' format, for one model; default: new ones are trained with the options below"""
+    """autoencoders to use: either their NAME in the run (`cratelm sae train`), for every model, or a folder in
+    SAELens format, for one model; default: train new ones with the options below"""
     architecture: Architecture = SaeTrainConfig.architecture
-    """see `cratelm sae train --help`, as for all options down to --batch-size; its other options need --sae"""
+    """this option and all options down to --batch-size are those of `cratelm sae train`; to use other options of
+    that command, train with it first and name the autoencoders with --sae"""
     expansion: int = SaeTrainConfig.expansion
     """number of latents divided by number of inputs"""
     l1: float | None = None
-    """sparsity weight of l1 and gated"""
+    """sparsity weight for the architectures l1 and gated"""
     k: int | None = None
-    """active latents per token of topk and batchtopk"""
+    """active latents per token for the architectures topk and batchtopk"""
     l0_coefficient: float | None = None
-    """sparsity weight of jumprelu"""
+    """sparsity weight for the architecture jumprelu"""
     train_tokens: int = SaeTrainConfig.tokens
-    """tokens that each autoencoder is trained on"""
+    """tokens on which each autoencoder is trained"""
     lr: float = SaeTrainConfig.lr
     """learning rate of Adam"""
     batch_size: int = SaeTrainConfig.batch_size
     """tokens per training step"""
     evaluate_tokens: int = 100_000
-    """held-out tokens on which reconstructions are measured"""
+    """held-out tokens on which reconstructions are evaluated"""
     seed: int = 0
-    """seed of training and measuring; harvest, explanations and scores use those of the neurons"""
+    """random seed of training and evaluation; harvest, explanations and scores use the seeds of the neurons"""
     device: str = not_in_identity("auto")
     """auto (a GPU if there is one), cpu, cuda, cuda:1 or mps"""
     force: bool = not_in_identity(False)
@@ -93,7 +94,7 @@ class SaeCompareConfig:
     def __post_init__(self) -> None:
         at_least(self, {"evaluate_tokens": 1})
         if len(set(self.models)) < len(self.models):
-            raise InputError(f"--models {' '.join(self.models)}: name each once")
+            raise InputError(f"--models {' '.join(self.models)}: name each model once")
         if self.train_tokens < self.batch_size:
             raise InputError(
                 f"--train-tokens {self.train_tokens} is less than one batch: lower --batch-size"

@@ -1,4 +1,4 @@
-"""`cratelm demo`: every verb in turn, on a scale that fits a laptop."""
+"""`cratelm demo`: run every stage in turn, at a scale that fits a laptop."""
 
 import os
 import shutil
@@ -35,35 +35,36 @@ from cratelm.train.config import TrainConfig
 from cratelm.train.loop import train
 
 _HELD_BACK = 0.15
-"""fraction of the documents in each of fit and held_out: enough for 50 top excerpts of 50 documents"""
+"""fraction of the documents in each of fit and held_out: enough for 50 top excerpts from 50 documents"""
 _SEQUENCE = 256
 _HARVEST_COST = 2.0
-"""seconds of a harvest by seconds of its forward passes, rounded up (benchmarks/harvest.py)"""
+"""duration of a harvest divided by that of its forward passes, rounded up (benchmarks/harvest.py)"""
 _SECONDS_PER_NEURON = 0.04
-"""to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
+"""time to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
-"""held-out tokens of each twin for the white-box figures, and for how well autoencoders reconstruct"""
+"""held-out tokens of each twin for the white-box measurements and for the evaluation of autoencoders"""
 _ABLATED = 2048
-"""held-out tokens on which the loss is measured without each neuron; few, because it is slow"""
+"""held-out tokens on which the loss without each neuron is measured; few, because it is slow"""
 _SECONDS_PER_EFFECT = 0.025
-"""the tokens that a neuron promotes and the loss without it, per layer that runs, on 2 cores"""
+"""time to measure the tokens that a neuron promotes and the loss without it, per layer that runs, on 2 cores"""
 _SAE_TOKENS = 204_800
-"""tokens that an autoencoder is trained on"""
+"""tokens on which an autoencoder is trained"""
 _SAE_SECONDS = 55
-"""to train an autoencoder of one layer, measure it, harvest, explain and score its latents, on 2 cores"""
+"""time to train and evaluate an autoencoder of one layer, and to harvest, explain and score its latents, on 2 cores"""
 _FIXED_SECONDS = 65
-"""tokenizing the built-in corpus, loading libraries, white-box reading, drawing the report"""
+"""time to tokenize the built-in corpus, load libraries, analyze the models and draw the report"""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where the demo's results are."""
+    """Result of `cratelm demo`."""
 
     report: Path
-    """the page"""
+    """page of the report"""
     table: str
-    """the comparison, as text"""
+    """comparison of the models as text"""
     seconds: float
+    """duration of the command"""
 
     def __str__(self) -> str:
         return (
@@ -74,24 +75,24 @@ class DemoResult:
 
 
 def _browse(run: Path) -> str:
-    """The command that works in this shell: with its path where the environment is not activated."""
-    beside = Path(sys.executable).parent / "cratelm"
+    """Return the command that opens the browser, with the path of `cratelm` if its environment is not activated."""
+    script = Path(sys.executable).parent / "cratelm"
     command = shutil.which("cratelm")
-    activated = command is not None and Path(command).samefile(beside) if beside.exists() else True
+    activated = command is not None and Path(command).samefile(script) if script.exists() else True
     if activated:
         return f"cratelm view {run}"
-    shown = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
-    return f"{shown} view {run}"
+    path = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return f"{path} view {run}"
 
 
 def demo(config: DemoConfig) -> DemoResult:
-    """Run every verb in turn, and return where the results are; finished stages are skipped.
+    """Run every stage in turn, and return the report. Finished stages are skipped.
 
-    Raises `InputError` as the verbs do.
+    Raises the same `InputError` as the commands of the stages.
     """
     started = time.monotonic()
     if config.sae:
-        import_sae_lens()  # a missing package is reported before anything is trained
+        import_sae_lens()  # report a missing package before training
     if not config.quiet:
         print(_plan(config), flush=True)
     steps = list(_steps(config))
@@ -105,7 +106,7 @@ def demo(config: DemoConfig) -> DemoResult:
 
 
 def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
-    """The twins, and their randomly initialised controls."""
+    """Return the names of the twins, and of their randomly initialised controls."""
     twins = [f"crate-{config.size}", f"gpt2-{config.size}"]
     return twins, [f"{name}-init" for name in twins]
 
@@ -163,7 +164,7 @@ def _train_config(config: DemoConfig, name: str) -> TrainConfig:
 
 
 def _sae_config(config: DemoConfig) -> SaeCompareConfig:
-    """A small one: 2 latents per input, 32 of them active, a twelfth of the twins' tokens."""
+    """Return the options of small autoencoders: 2 latents per input, 32 active, a twelfth of the twins' tokens."""
     return SaeCompareConfig(
         run=config.run,
         architecture="topk",
@@ -180,7 +181,7 @@ def _sae_config(config: DemoConfig) -> SaeCompareConfig:
 
 
 def _plan(config: DemoConfig) -> str:
-    """What the demo will do and how long it may take, from a short measurement on this machine."""
+    """Return what the demo will do and how long it may take, estimated from a short measurement on this machine."""
     run, (twins, controls) = Run(config.run), _models(config)
     training = harvesting = scoring = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
@@ -199,19 +200,19 @@ def _plan(config: DemoConfig) -> str:
         if config.sae and name in twins and (config.force or not done):
             autoencoders += _SAE_SECONDS * layers
     minutes = [s / 60 for s in (training, harvesting, scoring, writing, autoencoders)]
-    whole = round(sum(minutes) + _FIXED_SECONDS / 60)
+    total = round(sum(minutes) + _FIXED_SECONDS / 60)
     return (
-        f"expected: about {whole} minute{'s' * (whole != 1)} on this machine"
+        f"expected: about {total} minute{'s' * (total != 1)} on this machine"
         f" ({os.cpu_count()} cores): training {minutes[0]:.1f}, harvest {minutes[1]:.1f},"
         f" explaining and scoring {minutes[2]:.1f}, effects {minutes[3]:.1f}"
         f"{f', autoencoders {minutes[4]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
         f"{' and '.join(twins)} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"
-        f" controls {' and '.join(controls)}; everything goes to {config.run}"
+        f" controls {' and '.join(controls)}; all files are written to {config.run}"
     )
 
 
 def _measure(name: str, config: DemoConfig) -> tuple[float, float]:
-    """Seconds of a training step, and of the forward pass of one token."""
+    """Return the seconds of a training step, and the seconds per token of a forward pass."""
     model = build(name, vocab_size=config.vocab_size, max_position_embeddings=_SEQUENCE)
     ids = torch.randint(config.vocab_size, (16, _SEQUENCE))
 
@@ -225,9 +226,9 @@ def _measure(name: str, config: DemoConfig) -> tuple[float, float]:
     return _seconds(step), _seconds(forward) / ids.numel()
 
 
-def _seconds(work: Callable[[], None], turns: int = 3) -> float:
-    work()
+def _seconds(work: Callable[[], None], repetitions: int = 3) -> float:
+    work()  # warm-up
     start = time.perf_counter()
-    for _ in range(turns):
+    for _ in range(repetitions):
         work()
-    return (time.perf_counter() - start) / turns
+    return (time.perf_counter() - start) / repetitions

@@ -1,6 +1,6 @@
-"""`cratelm sae compare`: latents of autoencoders next to the neurons of the models that they read.
+"""`cratelm sae compare`: compare the latents of autoencoders with the neurons of the models they are trained on.
 
-Every option that affects a score is copied from the records of how the neurons were scored.
+Every option that affects a score is copied from the completion records of the neurons' stages.
 """
 
 import time
@@ -32,15 +32,16 @@ _Config = TypeVar("_Config", HarvestConfig, ExplainConfig, ScoreConfig, ReportCo
 
 @dataclass(frozen=True)
 class SaeCompareResult:
-    """Where the comparison is written."""
+    """Result of `cratelm sae compare`."""
 
     report: Path
-    """the page; its section `autoencoders`"""
+    """page of the report; its section `autoencoders` contains the comparison"""
     models: tuple[str, ...]
-    """neurons and latents compared, by their names in the run"""
+    """names in the run of the neurons and latents that were compared"""
     table: str
-    """the comparison, as text"""
+    """comparison as text"""
     seconds: float
+    """duration of the command"""
 
     def __str__(self) -> str:
         return (
@@ -54,64 +55,68 @@ class Step:
 
     stage: str
     model: str
-    """empty for a stage of the whole run"""
+    """name of the model; empty for a stage of the whole run"""
     work: Callable[[], Any]
+    """runs the stage"""
 
     @property
     def label(self) -> str:
-        """Return the stage and its model, as they are printed."""
+        """Return the stage and its model, as printed."""
         return f"{self.stage} {self.model}".strip()
 
 
 def sae_compare(config: SaeCompareConfig) -> SaeCompareResult:
-    """Run the stages that are missing, write the report again, and return where it is.
+    """Run the missing stages, rewrite the report, and return it.
 
-    Raises `InputError` for a model that is not scored, and as the verbs that it calls do.
+    Raises `InputError` for a model that is not scored, and the same `InputError` as the commands of the stages.
     """
     started = time.monotonic()
     import_sae_lens()
     run = Run(config.run)
     models = scored_models(run, config.models)
-    work = steps(config, models)
-    for number, step in enumerate(work, 1):
-        print(f"[{number}/{len(work) + 1}] {step.label}", flush=True)
+    pending = steps(config, models)
+    for number, step in enumerate(pending, 1):
+        print(f"[{number}/{len(pending) + 1}] {step.label}", flush=True)
         step.work()
-    print(f"[{len(work) + 1}/{len(work) + 1}] report", flush=True)
-    made = _report(run)
+    print(f"[{len(pending) + 1}/{len(pending) + 1}] report", flush=True)
+    written = _report(run)
     names = [name for m in models for name in (m, latents_name(m, _name(config, m)))]
     seconds = round(time.monotonic() - started, 1)
-    return SaeCompareResult(made.page, tuple(names), comparison_table(made), seconds)
+    return SaeCompareResult(written.page, tuple(names), comparison_table(written), seconds)
 
 
 def scored_models(run: Run, named: Sequence[str]) -> list[str]:
-    """Return the models to compare: those named, or all whose neurons are scored without a language model.
+    """Return the models to compare: `named`, or all models whose neurons are scored without a language model.
 
-    Raises `InputError` where there are none, or where latents cannot be treated as the neurons were.
+    Raises `InputError` if there are none, or if latents cannot be treated in the same way as the neurons.
     """
     if named:
         for name in named:
             run.stage("scores", name).require("score")
-        found = list(named)
+        models = list(named)
     else:
-        free = [n for n in run.models("scores") if not split_set(n)[1]]
-        scored = [n for n in free if n not in run.null_controls(free)]
-        found = [n for n in scored if not _config_of(run, "activations", n).get("sae")]
-    if not found:
+        without_llm = [n for n in run.models("scores") if not split_set(n)[1]]
+        trained = [n for n in without_llm if n not in run.null_controls(without_llm)]
+        models = [n for n in trained if not _config_of(run, "activations", n).get("sae")]
+    if not models:
         raise InputError(
             f"no neurons of {run.path} are scored without a language model: type"
             f" `cratelm score --run {run.path} --model NAME` first (before it, harvest and explain)"
         )
-    for name in found:
+    for name in models:
         _check_comparable(run, name)
-    return found
+    return models
 
 
 def steps(config: SaeCompareConfig, models: Sequence[str]) -> list[Step]:
-    """Return the stages to run, in order; each reads its options from the run when it runs."""
+    """Return the stages to run, in order. Each reads its options from the run when it is executed.
+
+    Raises `InputError` if one folder of autoencoders is to be used for several models.
+    """
     if config.sae and "/" in config.sae and len(models) > 1:
         raise InputError(
-            f"--sae {config.sae} is a folder, for one model, and --models are {', '.join(models)}:"
-            " name one model"
+            f"--sae {config.sae} is a folder of autoencoders for one model, but the models are"
+            f" {', '.join(models)}: name one model with --models"
         )
     return [step for model in models for step in _steps_of(config, model)]
 
@@ -127,14 +132,14 @@ def _steps_of(config: SaeCompareConfig, model: str) -> Iterator[Step]:
 
 
 def _name(config: SaeCompareConfig, model: str) -> str:
-    """Name of the autoencoders in the names of stages."""
+    """Return the name of the autoencoders as it appears in names of stages."""
     if config.sae:
         return Path(config.sae).name
     return split_set(config.training(model).folder)[1]
 
 
 def _training(config: SaeCompareConfig, run: Run, model: str) -> Any:
-    """On the neurons that were harvested, at the sequence length that they were harvested with."""
+    """Return options that train on the harvested neurons, at the sequence length of their harvest."""
     harvested = _config_of(run, "activations", model)
     return replace(
         config.training(harvested["model"]),
@@ -163,9 +168,13 @@ def _evaluate(config: SaeCompareConfig, run: Run, model: str) -> None:
 def _harvesting(config: SaeCompareConfig, run: Run, model: str) -> HarvestConfig:
     neurons = _config_of(run, "activations", model)
     sae = config.sae or _name(config, model)
-    alike = _read(HarvestConfig, {**neurons, "site": None, "name": None, "sae": sae})
+    config_of_latents = _read(HarvestConfig, {**neurons, "site": None, "name": None, "sae": sae})
     return replace(
-        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+        config_of_latents,
+        run=run.path,
+        device=config.device,
+        force=config.force,
+        quiet=config.quiet,
     )
 
 
@@ -174,43 +183,54 @@ def _explaining(config: SaeCompareConfig, run: Run, model: str, latents: str) ->
     explained = neurons["neurons"] or max(
         run.stage("activations", model).require("harvest").results["neurons"]
     )
-    alike = _read(ExplainConfig, {**neurons, "model": latents, "neurons": explained})
+    config_of_latents = _read(ExplainConfig, {**neurons, "model": latents, "neurons": explained})
     return replace(
-        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+        config_of_latents,
+        run=run.path,
+        device=config.device,
+        force=config.force,
+        quiet=config.quiet,
     )
 
 
 def _scoring(config: SaeCompareConfig, run: Run, model: str, latents: str) -> ScoreConfig:
-    alike = _read(ScoreConfig, {**_config_of(run, "scores", model), "model": latents})
+    recorded = _config_of(run, "scores", model)
+    config_of_latents = _read(ScoreConfig, {**recorded, "model": latents})
     return replace(
-        alike, run=run.path, device=config.device, force=config.force, quiet=config.quiet
+        config_of_latents,
+        run=run.path,
+        device=config.device,
+        force=config.force,
+        quiet=config.quiet,
     )
 
 
 def _report(run: Run) -> ReportResult:
-    """The report of all that the run holds now, with the options of the last one."""
+    """Write the report of all models that the run has now, with the options of the last report."""
     done = run.stage("report").completion()
     options = {} if done is None else {**done.config, "models": ()}
     return report(replace(_read(ReportConfig, options), run=run.path, force=True))
 
 
 def _check_comparable(run: Run, model: str) -> None:
-    """Raises `InputError` where latents cannot be treated as these neurons were."""
+    """Raise `InputError` if latents cannot be treated in the same way as these neurons."""
     harvested = _config_of(run, "activations", model)
     if "model" not in harvested:
         raise InputError(
-            f"{model} was imported, without a model that could be run: name one that was harvested"
+            f"{model} was imported without a model that could be run: name a model that was harvested"
         )
     if harvested.get("sae"):
-        raise InputError(f"{model} are latents already: name {Path(harvested['model']).name}")
+        raise InputError(
+            f"{model} already consists of latents: name {Path(harvested['model']).name}"
+        )
     if harvest_name(_read(HarvestConfig, {**harvested, "name": None})) != model:
         raise InputError(
-            f"{model} is a name given by --name to a harvest of {harvested['model']}: latents are named"
-            " after their model, harvest it under its own name"
+            f"{model} is the --name of a harvest of {harvested['model']}: latents are named after their model,"
+            " so harvest it without --name first"
         )
     if _config_of(run, "explanations", model).get("only"):
         raise InputError(
-            f"{model} was explained with --only, which names neurons and no latents: type"
+            f"{model} was explained with --only, which selects neurons but cannot select latents: type"
             f" `cratelm explain --run {run.path} --model {model} --neurons N --force`, then score"
         )
 
@@ -221,9 +241,9 @@ def _config_of(run: Run, stage: Any, model: str) -> dict[str, Any]:
 
 
 def _read(kind: type[_Config], recorded: dict[str, Any]) -> _Config:
-    """A configuration from the record of it."""
-    known = {f.name for f in fields(kind)}
+    """Return a configuration of class `kind` from its record, ignoring unknown keys."""
+    names = {f.name for f in fields(kind)}
     plain: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if k in known
+        k: tuple(v) if isinstance(v, list) else v for k, v in recorded.items() if k in names
     }
     return kind(**plain)

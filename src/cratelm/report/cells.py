@@ -1,4 +1,4 @@
-"""Names and cells that the tables of a report share."""
+"""Names and cells shared by the tables of a report."""
 
 import math
 
@@ -27,7 +27,7 @@ INTERVAL_NOTE = (
 
 
 def interval_cell(interval: Interval | None, by: float = 1) -> Cell:
-    """Return a figure with its interval, times `by`; the figure alone where it has none."""
+    """Return a value with its interval, both times `by`; the value alone if it has no interval."""
     if interval is None:
         return None
     value, low, high = (
@@ -39,7 +39,7 @@ def interval_cell(interval: Interval | None, by: float = 1) -> Cell:
 
 
 def estimate_cell(estimate: Estimate | None, by: float = 1) -> Cell:
-    """Return a figure with its standard error, times `by`; the figure alone where it has none."""
+    """Return a value with its standard error, both times `by`; the value alone if it has no error."""
     if estimate is None or math.isnan(estimate.value):
         return None
     value, error = by * estimate.value, estimate.error
@@ -57,5 +57,5 @@ def without_score(counts: Counts) -> str:
 
 
 def series_of(m: ModelResults) -> Series:
-    """Return how a model looks in every figure."""
+    """Return the colour, marker and label of a model in all figures."""
     return Series(m.name, m.place, "init" if m.null_of else "")

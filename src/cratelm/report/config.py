@@ -16,26 +16,26 @@ class ReportConfig:
     run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     models: tuple[str, ...] = ()
-    """models to show, by name; default: all that are scored. `crate-X` and `gpt2-X` are compared as
-    twins, and `NAME-init` is shown as the randomly initialised null of NAME"""
+    """names of the models to show; default: all scored models. `crate-X` and `gpt2-X` are compared as
+    twins, and `NAME-init` is shown as the randomly initialised null control of NAME"""
     explainer: str | None = None
     """explainer of the comparison table and of the neurons shown; default: `trie` if it was scored,
     else the first by name. The other tables show every explainer"""
     rank_by: Metric = "top_and_random"
-    """metric by which the best neurons are chosen: top_and_random, random_only or anthropic"""
+    """metric that selects the best neurons: top_and_random, random_only or anthropic"""
     neurons: int = 10
-    """neurons shown per model: this many with the highest score, and as many drawn at random"""
+    """neurons shown per model: this many with the highest scores, and as many drawn at random"""
     excerpts: int = 3
     """held-out excerpts shown per neuron, with true and simulated activations"""
     resamples: int = 2000
-    """bootstrap and permutation resamples for the comparison of twins; the other intervals are those
+    """bootstrap and permutation resamples for the comparison of twins; all other intervals are those
     that `cratelm score` wrote"""
     seed: int = 0
-    """seed of the random neurons and of those resamples"""
+    """random seed for the random neurons and the resamples"""
     force: bool = not_in_identity(False)
     """redo the report even if it is finished"""
     quiet: bool = not_in_identity(False)
-    """no progress bar: this verb has none, and takes the option as all verbs do"""
+    """no progress bar; has no effect, because this command shows none"""
 
     def __post_init__(self) -> None:
         at_least(self, {"neurons": 0, "excerpts": 0, "resamples": 100, "seed": 0})
@@ -45,5 +45,5 @@ class ReportConfig:
             )
 
     def ranking_metric(self, scored: Sequence[Metric]) -> Metric:
-        """Return the metric that chooses the best neurons: `rank_by`, or the first of `scored` without it."""
+        """Return the metric that selects the best neurons: `rank_by`, or the first of `scored` if that lacks it."""
         return self.rank_by if self.rank_by in scored else scored[0]

@@ -1,9 +1,8 @@
-"""Figures, drawn once with matplotlib and written as PNG, PDF and SVG for pages.
+"""Figures, drawn with matplotlib and written as PNG and PDF, and as SVG for pages.
 
-A figure is a row of panels. In PNG and PDF they stand side by side; on a page each panel is an
-SVG of its own, so that they wrap on a narrow screen, and its colours are those of the page's theme.
-The browser draws its curves with the same panels. The same data gives the same bytes: no dates, and
-SVG names from a fixed salt.
+A figure is a row of panels. In PNG and PDF files they are side by side. On a page, each panel is a separate
+SVG, so that panels wrap on a narrow screen, in the colours of the page's theme. The browser draws its curves
+with the same panels. The same data gives the same bytes: files contain no dates, and SVG ids use a fixed salt.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from cratelm.records import Interval
 
 INK, RULE = "#1b1f24", "#c9d1d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's palette, told apart by colour-blind readers; marker and dash differ as well"""
+"""Okabe and Ito's palette, which colour-blind readers can distinguish; markers and dashes differ as well"""
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _PANEL = (3.5, 2.7)
@@ -59,20 +58,20 @@ _PAGE_COLOURS = {
     RULE: "var(--rule)",
     **{colour: f"var(--c{number})" for number, colour in enumerate(COLOURS)},
 }
-"""for each colour of a figure the one of the page's theme"""
+"""colour of the page's theme for each colour of a figure"""
 _settings = threading.Lock()
-"""matplotlib's settings are the process's, and the browser draws in several threads"""
+"""matplotlib's settings are global to the process, and the browser draws in several threads"""
 
 
 @dataclass(frozen=True)
 class Series:
-    """How one model, or one of its nulls, looks in every figure."""
+    """Label and appearance of one model, or of one of its null controls, in every figure."""
 
     label: str
     place: int
-    """which model: sets colour, marker and dash"""
+    """number of the model, which sets colour, marker and dash"""
     null: str = ""
-    """empty for the model itself, else the name of the null: hollow marker, dotted line"""
+    """empty for the model itself, else the null control: `shuffled` or `init`, drawn with x or + and dotted lines"""
 
     @property
     def colour(self) -> str:
@@ -80,7 +79,7 @@ class Series:
         return COLOURS[self.place % len(COLOURS)]
 
     def style(self) -> dict[str, Any]:
-        """Return keywords for matplotlib's lines."""
+        """Return keyword arguments for matplotlib's lines."""
         marker = {"": _MARKERS[self.place % len(_MARKERS)], "shuffled": "x", "init": "+"}[self.null]
         return {
             "color": self.colour,
@@ -100,7 +99,7 @@ class Panel:
     draw: Callable[[Axes], None]
 
     def svg(self, name: str, label: str) -> Markup:
-        """Return the panel for a page; `name` heads its ids there, `label` is read to the blind."""
+        """Return the panel as SVG for a page; `name` prefixes its ids, `label` is the text for screen readers."""
         with _matplotlib_settings():
             canvas = Canvas(figsize=_PANEL, layout="constrained")
             _draw(canvas.subplots(), self)
@@ -116,10 +115,10 @@ class Figure:
     caption: str
     panels: tuple[Panel, ...]
     series: tuple[Series, ...]
-    """for the legend; none where the panels name their lines themselves"""
+    """series of the legend; empty if the panels label their lines themselves"""
 
     def write(self, folder: Path) -> None:
-        """Write `NAME.png` and `NAME.pdf`."""
+        """Write `NAME.png` and `NAME.pdf` into `folder`."""
         with _matplotlib_settings():
             width, height = _PANEL
             canvas = Canvas(figsize=(width * len(self.panels), height + 0.4), layout="constrained")
@@ -137,14 +136,14 @@ class Figure:
             )
 
     def svgs(self) -> list[Markup]:
-        """Return each panel for the page."""
+        """Return the panels as SVG for a page."""
         return [
             panel.svg(f"{self.name}-{number}", f"{self.title}: {panel.title}")
             for number, panel in enumerate(self.panels)
         ]
 
     def swatches(self) -> list[tuple[str, Markup]]:
-        """Return the legend for the page: label and a small drawing of line and marker."""
+        """Return the legend for a page: the label and a small drawing of line and marker for each series."""
         return [(s.label, self._swatch(number, s)) for number, s in enumerate(self.series)]
 
     def _swatch(self, number: int, series: Series) -> Markup:
@@ -160,14 +159,17 @@ class Figure:
 def scores_panel(
     title: str, series: Sequence[Series], lines: Sequence[Mapping[int, Interval]]
 ) -> Panel:
-    """Return the curve of scores by layer of one metric, a line for each series."""
+    """Return a panel of scores by layer under one metric, one line per series."""
     return Panel(title, by_layer(series, lines, "mean score × 100", zero=True))
 
 
 def curves(
     series: Sequence[Series], points: Sequence[tuple[Any, Any, Any, Any]], y: str
 ) -> Callable[[Axes], None]:
-    """Draw losses over tokens: for each series tokens and loss of each step, then of each validation."""
+    """Return a function that draws losses over training tokens.
+
+    The points of a series are tokens and loss of each step, then tokens and loss of each validation.
+    """
 
     def draw(axes: Axes) -> None:
         for s, (steps, loss, validated, validation_loss) in zip(series, points, strict=True):
@@ -190,7 +192,7 @@ def by_layer(
     zero: bool = False,
     floor: bool = False,
 ) -> Callable[[Axes], None]:
-    """Draw for each series values by layer with bars; points of one layer stand side by side.
+    """Return a function that draws values by layer with error bars; points of one layer are side by side.
 
     `log`: logarithmic axis; `zero`: a line at 0; `floor`: the axis starts at 0.
     """
@@ -207,7 +209,7 @@ def by_layer(
         axes.set(xlabel="layer", ylabel=y, xticks=layers)
         if layers:
             axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
-        # of neurons that are all dead there is nothing to show, and a logarithm has no axis for it
+        # if all neurons are dead, all values are 0, for which there is no logarithmic axis
         if log and any(v.value > 0 for line in lines for v in line.values()):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -224,16 +226,19 @@ def by_layer(
 def rows(
     series: Sequence[Series], points: Sequence[Interval | None], x: str
 ) -> Callable[[Axes], None]:
-    """Draw a line per series, from the top: its value and its bar; empty where there is None."""
+    """Return a function that draws a value with its error bar for each series, from top to bottom.
+
+    A row without a point stays empty.
+    """
 
     def draw(axes: Axes) -> None:
-        for place, (s, point) in enumerate(zip(series, points, strict=True)):
+        for row, (s, point) in enumerate(zip(series, points, strict=True)):
             if point is None:
                 continue
             value, low, high = _ends(point)
             style = {**s.style(), "linestyle": "none"}
             bars = np.maximum([[value - low], [high - value]], 0)
-            axes.errorbar([value], [place], xerr=bars, capsize=2, **style)
+            axes.errorbar([value], [row], xerr=bars, capsize=2, **style)
         axes.set_yticks(range(len(series)), [s.label for s in series])
         axes.set(xlabel=x, ylim=(len(series) - 0.5, -0.5))
         axes.axvline(0, color=INK, linewidth=0.7)
@@ -248,7 +253,7 @@ def scatter(
     x: str,
     y: str,
 ) -> Callable[[Axes], None]:
-    """Draw a point per series with a bar along x and one along y; none where there is None."""
+    """Return a function that draws a point per series with error bars along x and y, omitting None."""
 
     def draw(axes: Axes) -> None:
         for s, point in zip(series, points, strict=True):
@@ -272,7 +277,7 @@ def scatter(
 def distributions(
     series: Sequence[Series], values: Sequence[Any], edges: Any, x: str
 ) -> Callable[[Axes], None]:
-    """Draw for each series the share of its values in each bin, as steps."""
+    """Return a function that draws the percentage of each series' values in each bin, as steps."""
 
     def draw(axes: Axes) -> None:
         for s, sample in zip(series, values, strict=True):
@@ -291,7 +296,7 @@ def distributions(
 
 
 def _ends(v: Interval) -> tuple[float, float, float]:
-    """Value and the ends of its bar, which has no length where there is no interval."""
+    """Return the value and the ends of its error bar, which has length 0 without an interval."""
     return v.value, v.value if v.low is None else v.low, v.value if v.high is None else v.high
 
 
@@ -307,10 +312,10 @@ def _matplotlib_settings() -> Iterator[None]:
 
 
 def _page_svg(canvas: Canvas, name: str, label: str) -> Markup:
-    """The canvas as an SVG element of a page: coloured by its theme, with ids of its own.
+    """Return the canvas as an SVG element in the colours of the page's theme, with ids unique to the page.
 
-    Styles become attributes, since a page may allow no inline styles, and numbers lose digits that
-    nobody sees: the element takes half the bytes.
+    Styles become attributes, because a page may forbid inline styles. Coordinates are rounded, which
+    halves the size of the element without a visible change.
     """
     out = io.BytesIO()
     canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -342,26 +347,26 @@ def _page_svg(canvas: Canvas, name: str, label: str) -> Markup:
 
 
 def _page_attributes(attributes: Mapping[str, str], name: str, used: set[str]) -> dict[str, str]:
-    """Attributes of an element; of its ids only those that are used, headed by `name`."""
-    found: dict[str, str] = {}
+    """Return the attributes of an element; only ids in `used` are kept, prefixed by `name`."""
+    kept: dict[str, str] = {}
     for key, value in attributes.items():
-        key = key.partition("}")[2] or key  # xlink:href is href today
+        key = key.partition("}")[2] or key  # xlink:href has become href
         if key == "style":
             styles = (part.split(":", 1) for part in value.split(";") if ":" in part)
             for k, v in ((k.strip(), v.strip()) for k, v in styles):
                 if k == "font":  # older matplotlib: weight, size and family in one
                     size = re.search(r"[\d.]+px", v)
-                    found |= {"font-size": size.group()} if size else {}
+                    kept |= {"font-size": size.group()} if size else {}
                 elif k != "font-family":
-                    found[k] = _PAGE_COLOURS.get(v, v)
+                    kept[k] = _PAGE_COLOURS.get(v, v)
         elif key == "id":
-            found |= {"id": f"{name}-{value}"} if value in used else {}
+            kept |= {"id": f"{name}-{value}"} if value in used else {}
         elif key in ("d", "x", "y", "transform"):
             value = re.sub(
                 r"\d+\.\d+", lambda m: f"{float(m.group()):.2f}", " ".join(value.split())
             )
             if not value.startswith("rotate(-0 "):
-                found[key] = value
+                kept[key] = value
         else:
-            found[key] = value.replace("#", f"#{name}-") if "#" in value else value
-    return found
+            kept[key] = value.replace("#", f"#{name}-") if "#" in value else value
+    return kept

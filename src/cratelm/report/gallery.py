@@ -1,6 +1,6 @@
-"""The neurons shown: the best and some at random, with explanation and shaded excerpts.
+"""The gallery of neurons: the best and some at random, with explanations and shaded excerpts.
 
-Only their excerpts and explanations are read, so memory does not grow with the model.
+Only the excerpts and explanations of these neurons are read, so memory use does not grow with the model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from cratelm.text.table import Cell, Column, Table
 from cratelm.tokens.shards import TokenStore
 
 BEFORE, AFTER = 24, 16
-"""tokens shown before the peak of an excerpt, and from it on"""
+"""number of tokens shown before the peak of an excerpt, and from the peak on"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,43 +37,44 @@ class ShownExcerpt:
 
     label: str
     rows: tuple[tuple[str, Markup], ...]
-    """name of each row (`true`, `simulated`) and its shaded text"""
+    """name (`true` or `simulated`) and shaded text of each row"""
 
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """One neuron of the page."""
+    """One neuron of the gallery."""
 
     neuron: NeuronId
     group: str
+    """how the neuron was selected, in words"""
     scores: dict[Metric, NeuronScore]
     rank_by: Metric
     firing_rate: float
-    """fraction of held-out tokens"""
+    """fraction of held-out tokens on which the neuron fires"""
     maximum: float
     """largest raw activation on the held-out split"""
     text: str
-    """the explanation; empty where there is none"""
+    """the explanation; empty if there is none"""
     llm_explanations: tuple[LlmExplanation, ...]
     excerpts: tuple[ShownExcerpt, ...]
     effect: LogitEffect | None = None
-    """tokens that it promotes and suppresses; None where that was not measured"""
+    """tokens that the neuron promotes and suppresses; None if this was not measured"""
 
     @property
     def score(self) -> str:
-        """Return the score that ranks it, in words."""
+        """Return the score that ranks the neuron, as text."""
         return _shown(self.scores.get(self.rank_by))
 
     @property
     def facts(self) -> str:
-        """Return its scores, firing rate and largest activation, in words."""
-        figures = [f"{METRIC_NAMES[m]} {_shown(s)}" for m, s in self.scores.items()]
+        """Return the neuron's scores, firing rate and largest activation, as text."""
+        scores = [f"{METRIC_NAMES[m]} {_shown(s)}" for m, s in self.scores.items()]
         rate = f"above 0 on {100 * self.firing_rate:.3g}% of held-out tokens"
-        return " · ".join([*figures, rate, f"largest activation {self.maximum:.3g}"])
+        return " · ".join([*scores, rate, f"largest activation {self.maximum:.3g}"])
 
     @property
     def effects(self) -> list[tuple[str, str]]:
-        """Return the tokens that it promotes and suppresses most where it fires, as two named lines."""
+        """Return the tokens that the neuron promotes and suppresses most when it fires, as two named lines."""
         if self.effect is None:
             return []
         sides = (("promotes", self.effect.promoted), ("suppresses", self.effect.suppressed))
@@ -82,35 +83,38 @@ class Card:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """The neurons shown of one model, by how they were chosen."""
+    """The neurons of one model in the gallery, by group."""
 
     model: str
     groups: tuple[tuple[str, tuple[Card, ...]], ...]
+    """how the neurons of each group were selected, and their cards"""
 
 
 def galleries(results: RunResults, config: ReportConfig) -> list[Gallery]:
-    """Return a gallery of each model that is not a null; none where tokens, harvest or explanations are gone."""
+    """Return a gallery for each model that is not a null control and has tokens, a harvest and explanations."""
     if results.tokens is None or not config.neurons:
         return []
     store = TokenStore(results.run.stage("tokens").path)
-    shown = [
+    models = [
         m
         for m in results.principal
         if "activations" in m.completions
         and any("explanations" in s.completions for s in m.sets)
-        # The token ids of other tokens would be spelled as other words.
+        # The token ids of a harvest of earlier tokens would be decoded to the wrong text.
         and m.completions["activations"].inputs.get("tokens") in (None, results.tokens.identity)
     ]
-    made = [_gallery(results, m, config, store) for m in shown]
-    return [g for g in made if any(cards for _, cards in g.groups)]
+    of_models = [_gallery(results, m, config, store) for m in models]
+    return [g for g in of_models if any(cards for _, cards in g.groups)]
 
 
-def neuron_table(shown: Sequence[Gallery], metrics: Sequence[Metric]) -> Table:
-    """Return the neurons shown, as a table."""
-    by_llm = any(card.llm_explanations for g in shown for _, cards in g.groups for card in cards)
+def neuron_table(of_models: Sequence[Gallery], metrics: Sequence[Metric]) -> Table:
+    """Return the neurons of the galleries as a table."""
+    by_llm = any(
+        card.llm_explanations for g in of_models for _, cards in g.groups for card in cards
+    )
     columns = (
         Column("model", "model"),
-        Column("group", "chosen"),
+        Column("group", "group"),
         Column("layer", "layer", "d"),
         Column("index", "index", "d"),
         *(Column(m, f"{METRIC_NAMES[m]} × 100", ".1f") for m in metrics),
@@ -121,7 +125,7 @@ def neuron_table(shown: Sequence[Gallery], metrics: Sequence[Metric]) -> Table:
     )
     rows = [
         _table_row(card, metrics)[: len(columns)]
-        for g in shown
+        for g in of_models
         for _, cards in g.groups
         for card in cards
     ]
@@ -153,17 +157,17 @@ def _gallery(
         f"{config.neurons} best by {METRIC_NAMES[metric]}": _best(ranked, config.neurons),
         f"{config.neurons} at random": _random(ranked, config.neurons, config.seed),
     }
-    asked = [s for s in ranked if any(s.neuron.key in of.neurons for of in model.llm_sets)]
-    if asked:
-        group = f"{config.neurons} at random of those that a language model was asked about"
-        chosen[group] = _random(asked, config.neurons, config.seed)
+    by_llm_too = [s for s in ranked if any(s.neuron.key in of.neurons for of in model.llm_sets)]
+    if by_llm_too:
+        group = f"{config.neurons} at random among those for which a language model was used"
+        chosen[group] = _random(by_llm_too, config.neurons, config.seed)
     neurons = sorted({neuron for group in chosen.values() for neuron in group})
     run = results.run
     explained = {}
     if "explanations" in model.completions:
         folder = run.stage("explanations", model.name).path
-        found = read_explanations_of(folder, neurons, results.explainer)
-        explained = {e.neuron.key: e for e in found}
+        explanations = read_explanations_of(folder, neurons, results.explainer)
+        explained = {e.neuron.key: e for e in explanations}
     by_llm = llm_explanations(run, model, neurons)
     harvest, effects = (run.stage(s, model.name).path for s in ("activations", "steer"))
     held_out, fit = (_records(harvest, split, neurons) for split in ("held_out", "fit"))
@@ -200,7 +204,7 @@ def _best(scores: Sequence[NeuronScore], n: int) -> list[NeuronKey]:
 
 
 def _random(scores: Sequence[NeuronScore], n: int, seed: int) -> list[NeuronKey]:
-    """Of all neurons that were to be scored, those without a value among them."""
+    """Return up to `n` random neurons among all that were selected for scoring, including those without a value."""
     neurons = sorted({s.neuron.key for s in scores})
     drawn = np.random.default_rng(seed).choice(len(neurons), min(n, len(neurons)), replace=False)
     return [neurons[i] for i in sorted(drawn)]
@@ -209,12 +213,12 @@ def _random(scores: Sequence[NeuronScore], n: int, seed: int) -> list[NeuronKey]
 def _records(
     harvest: Path, split: Split, neurons: Sequence[NeuronKey]
 ) -> dict[NeuronKey, NeuronRecord]:
-    found = {}
+    records = {}
     for layer in sorted({n.layer for n in neurons}):
         indices = [n.index for n in neurons if n.layer == layer]
         for record in read_records(harvest, split, layers=[layer], indices=indices):
-            found[record.neuron.key] = record
-    return found
+            records[record.neuron.key] = record
+    return records
 
 
 def _excerpts(
@@ -225,16 +229,16 @@ def _excerpts(
     n: int,
     store: TokenStore,
 ) -> Iterator[ShownExcerpt]:
-    """The strongest fit excerpt, then `n` of those scored on: strong ones, the last a random one."""
+    """Yield the strongest fit excerpt, then `n` held-out excerpts: the strongest, and last a random one."""
     if n == 0:
         return
-    seen = [e for e in fit.of_kind("top") if e.rank == 0]
+    fit_excerpts = [e for e in fit.of_kind("top") if e.rank == 0]
     scored = scored_on(held_out, "top_and_random")
     strong, random = ([e for e in scored if e.kind == kind] for kind in ("top", "random"))
     unseen = [*strong[: max(1, n - 1)], *random][:n]
-    top = largest([e.activations for e in [*seen, *unseen]])
-    for excerpt in seen:
-        label = "Fit split, its strongest excerpt: the explainer saw it"
+    top = largest([e.activations for e in [*fit_excerpts, *unseen]])
+    for excerpt in fit_excerpts:
+        label = "Fit split, strongest excerpt: seen by the explainer"
         yield ShownExcerpt(label, (_row("true", excerpt, excerpt.activations, top, store),))
     simulated = simulate_excerpts(explainer, payload, unseen)
     simulated_top = largest(simulated)
@@ -242,8 +246,8 @@ def _excerpts(
         rows = [_row("true", excerpt, excerpt.activations, top, store)]
         if simulated:
             rows.append(_row("simulated", excerpt, simulated[number], simulated_top, store))
-        which = f"rank {excerpt.rank}" if excerpt.kind == "top" else "around a random token"
-        yield ShownExcerpt(f"Held-out split, {which}: unseen by the explainer", tuple(rows))
+        origin = f"rank {excerpt.rank}" if excerpt.kind == "top" else "around a random token"
+        yield ShownExcerpt(f"Held-out split, {origin}: not seen by the explainer", tuple(rows))
 
 
 def _row(
@@ -251,8 +255,8 @@ def _row(
 ) -> tuple[str, Markup]:
     part = excerpt.narrowed(BEFORE, AFTER)
     start = excerpt.peak - part.peak
-    shown = np.asarray(values)[start : start + len(part)]
-    tokens = shade(store.decode_tokens(part.token_ids), shown, maximum)
+    activations = np.asarray(values)[start : start + len(part)]
+    tokens = shade(store.decode_tokens(part.token_ids), activations, maximum)
     return name, shaded_html(tokens, part.peak, every_value=False)
 
 

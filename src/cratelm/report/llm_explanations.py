@@ -1,4 +1,4 @@
-"""What language models say of the neurons shown, with the scores of these explanations."""
+"""Explanations by language models of the neurons in a gallery, with the scores of these explanations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,27 +19,27 @@ class LlmExplanation:
 
     explainer: str
     evidence: str
-    """an `EvidenceKind`, or empty"""
+    """the `EvidenceKind` of the excerpts from which the neuron was explained; empty if it has none"""
     text: str
     scores: str
-    """in words; empty where it has none"""
+    """scores in words; empty if there are none"""
 
     @property
     def source(self) -> str:
-        """Return who explained, and from what."""
+        """Return the explainer and its evidence, in words."""
         evidence = _EVIDENCE.get(self.evidence, self.evidence)
         return f"{self.explainer}, {evidence}" if evidence else self.explainer
 
     @property
     def headline(self) -> bool:
-        """Return whether it is shown next to the neuron's name: most scores are of it."""
+        """Return whether to show the explanation next to the neuron's name. Most metrics score this one."""
         return self.evidence != "anthropic"
 
 
 def llm_explanations(
     run: Run, model: ModelResults, neurons: Sequence[NeuronKey]
 ) -> dict[NeuronKey, tuple[LlmExplanation, ...]]:
-    """Return by neuron what each set of explanations by a language model says of these neurons."""
+    """Return the explanations of these neurons in all sets that used a language model, by neuron."""
     scores: dict[NeuronKey, list[tuple[NeuronScore, str]]] = {neuron: [] for neuron in neurons}
     for of_set in model.llm_sets:
         for s in of_set.scores:
@@ -58,9 +58,9 @@ def llm_explanations(
 
 
 def _scores_in_words(scores: Sequence[tuple[NeuronScore, str]], explanation: Explanation) -> str:
-    """Scores x 100 of this explanation, by every model that simulated from it.
+    """Return the scores x 100 of one explanation in words, grouped by the model that simulated from it.
 
-    Each score comes with the suffix of its set's labels.
+    Each score comes with the label suffix of its set.
     """
     by_reader: dict[str, list[str]] = {}
     for s, suffix in scores:

@@ -1,4 +1,4 @@
-"""`cratelm report`: one page, tables and figures about all models of a run."""
+"""`cratelm report`: write one page, tables and figures about all models of a run."""
 
 import json
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ from cratelm.text.table import Table
 PAGE, TABLES, COMPARISON = "report.html", "tables.json", "comparison.txt"
 _SECTIONS = (
     ("comparison", "Comparison"),
-    ("run", "What was run"),
+    ("run", "Settings"),
     ("models", "Loss"),
     ("scores", "Scores"),
     ("twins", "Twins"),
@@ -60,16 +60,16 @@ _SECTIONS = (
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Where the report is, and its first table."""
+    """Result of `cratelm report`: the files written, and the comparison table."""
 
     path: Path
     """folder of the report"""
     page: Path
-    """self-contained HTML: opens from disk, loads nothing"""
+    """self-contained HTML: opens from disk and loads no other file"""
     tables: Path
-    """every table as JSON; also as `tables/NAME.csv` and `tables/NAME.tex`"""
+    """every table as JSON; each is also written as `tables/NAME.csv` and `tables/NAME.tex`"""
     figures: tuple[Path, ...]
-    """PNG and PDF"""
+    """every figure as PNG and as PDF"""
     comparison: tuple[dict[str, Any], ...]
     """rows of the comparison table, one per model, at full precision"""
 
@@ -78,9 +78,9 @@ class ReportResult:
 
 
 def report(config: ReportConfig) -> ReportResult:
-    """Write `report/` of a run: page, tables and figures; a finished report of the same inputs is kept.
+    """Write `report/` of a run: page, tables and figures. A finished report of the same inputs is not rewritten.
 
-    Raises `InputError` where no model of the run is scored.
+    Raises `InputError` if no model of the run is scored.
     """
     run = Run(config.run)
     names = scored_models(run, config.models)
@@ -89,25 +89,26 @@ def report(config: ReportConfig) -> ReportResult:
     if stage.is_finished(config, inputs, force=config.force):
         return _read(stage.path)
     results = read_results(run, names, config.explainer)
-    shown = galleries(results, config)
+    of_models = galleries(results, config)
     tables = _tables(results, config)
-    if shown:
-        tables["neurons"] = neuron_table(shown, results.metrics)
+    if of_models:
+        tables["neurons"] = neuron_table(of_models, results.metrics)
     figures = _figures(results)
     stale = Stale(results)
-    tables, figures, shown = stale.tables(tables), stale.figures(figures), stale.galleries(shown)
+    tables, figures = stale.tables(tables), stale.figures(figures)
+    of_models = stale.galleries(of_models)
     with stage.write(config, inputs) as draft:
         _write_tables(draft.path, tables, stale.lines)
         (draft.path / "figures").mkdir()
         for figure in figures.values():
             figure.write(draft.path / "figures")
-        page = _page(results, config, tables, figures, shown, stale.lines)
+        page = _page(results, config, tables, figures, of_models, stale.lines)
         (draft.path / PAGE).write_text(page, encoding="utf-8")
     return _read(stage.path)
 
 
 def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
-    """All tables by name; those without a row are left out."""
+    """Return all tables by name, without empty ones."""
     twins = [(a.name, b.name) for a, b in results.twins()]
     seeded = {"resamples": config.resamples, "seed": config.seed}
     made = [
@@ -124,7 +125,7 @@ def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
 
 
 def _figures(results: RunResults) -> dict[str, Figure]:
-    """All figures by name; those without data are left out."""
+    """Return all figures by name, without those that have no data."""
     series = {m.name: series_of(m) for m in results.models}
     made = [
         *scores.figures(results),
@@ -137,7 +138,7 @@ def _figures(results: RunResults) -> dict[str, Figure]:
 
 
 def comparison_table(result: ReportResult) -> str:
-    """Return the comparison of the models as plain text: losses, scores with intervals, nulls, counts; what is stale."""
+    """Return the comparison of the models as plain text: losses, scores, null controls, counts, and what is stale."""
     return (result.path / COMPARISON).read_text(encoding="utf-8").rstrip("\n")
 
 
@@ -167,17 +168,17 @@ def _page(
     config: ReportConfig,
     tables: dict[str, Table],
     figures: dict[str, Figure],
-    shown: Sequence[Gallery],
+    of_models: Sequence[Gallery],
     stale: Sequence[str],
 ) -> str:
-    """The page. Every value is escaped except our own CSS and SVG."""
+    """Return the page as HTML. Every value is escaped except the package's own CSS and SVG."""
     folder = resources.files("cratelm.report")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["marks"] = faint_marks
     absent = {name for name in ("twins", "sparsity") if name not in tables}
-    absent |= set() if shown else {"neurons"}
+    absent |= set() if of_models else {"neurons"}
     absent |= set() if any(name.startswith("white_box") for name in tables) else {"white-box"}
     absent |= set() if "sae_policies" in tables else {"autoencoders"}
     absent |= set() if {"effects", "interventions"} & set(tables) else {"effects"}
@@ -196,7 +197,7 @@ def _page(
         tables=tables,
         figures=figures,
         facts=facts(results),
-        galleries=shown,
+        galleries=of_models,
         gallery_note=_gallery_note(results, config),
         audit=_audit(results),
         commands=commands(results, config),
@@ -217,21 +218,21 @@ def _lead(results: RunResults) -> str:
     sample = f", some of them also by {' and '.join(by_llm)}" if by_llm else ""
     return (
         f"Run {results.run.path.resolve().name}: {count}, explained from one set of documents by"
-        f" {' and '.join(results.explainers)}{sample}, and scored on documents that no explainer saw."
+        f" {' and '.join(results.explainers)}{sample}, and scored on documents that no explainer has seen."
     )
 
 
 def _gallery_note(results: RunResults, config: ReportConfig) -> str:
     metric = METRIC_NAMES[config.ranking_metric(results.metrics)]
     return (
-        f"Each line has a neuron's layer and index, its score × 100 by {metric} and the explanation by"
-        f" {results.explainer}; open it to see excerpts. The best are chosen by the scores shown, which"
-        " flatters them; those at random are drawn from all neurons, with or without a score. Shade, and"
-        " thickness of the line below, give the level 0 to 10 relative to the neuron's largest activation"
-        " among the excerpts shown (in simulated rows, to the largest simulated one: correlation does not"
-        " depend on scale). The frame marks the token that the excerpt was chosen for;"
-        f" {BEFORE} tokens before it and {AFTER} from it on are shown. ␣ is a space, ⏎ a line break, ⇥ a"
-        " tab; \\x.. and \\u.. stand for bytes and characters that cannot be displayed."
+        f"Each line shows a neuron's layer and index, its score × 100 by {metric} and its explanation by"
+        f" {results.explainer}. Open a line to see excerpts. The best neurons are selected by the scores shown,"
+        " so their scores are biased upwards. The random neurons are drawn from all neurons, with or without a"
+        " score. The shading and the thickness of the underline show the level 0 to 10, relative to the"
+        " neuron's largest activation among the excerpts shown (in simulated rows: relative to the largest"
+        " simulated activation, since correlation does not depend on scale). The frame marks the token for"
+        f" which the excerpt was chosen; {BEFORE} tokens before it and {AFTER} from it on are shown. ␣ is a"
+        " space, ⏎ a line break, ⇥ a tab; \\x.. and \\u.. stand for bytes and characters that cannot be displayed."
     )
 
 
@@ -241,7 +242,7 @@ def _audit(results: RunResults) -> dict[str, Any]:
     if shared or results.shared_ordinals:
         verdict = (
             f"{shared:,} documents were both explained from and scored on, and"
-            f" {results.shared_ordinals:,} are in more than one split: these scores are not to be trusted."
+            f" {results.shared_ordinals:,} are in more than one split: do not trust these scores."
         )
     else:
         verdict = (

@@ -1,4 +1,4 @@
-"""What was run, in words and as commands, from the completion records of the stages."""
+"""The settings of a run, as facts and as commands, from the completion records of the stages."""
 
 import dataclasses
 import shlex
@@ -19,7 +19,7 @@ from cratelm.tokens.config import TokenizeConfig
 from cratelm.train.config import TrainConfig
 
 _IMPORTED = "activation records"
-"""corpus of tokens that were made by an import of records"""
+"""corpus name of tokens that `import records` wrote"""
 _VERBS: dict[str, str] = {"tokens": "tokenize", **MODEL_STAGES}
 _CONFIGS: dict[str, type] = {
     "tokens": TokenizeConfig,
@@ -28,22 +28,22 @@ _CONFIGS: dict[str, type] = {
     "explanations": ExplainConfig,
     "scores": ScoreConfig,
 }
-"""by stage"""
+"""configuration class by stage"""
 
 
 def commands(results: RunResults, config: ReportConfig) -> str:
-    """Return one command per stage, with every setting that is not the default."""
-    made = [
+    """Return one command per stage with all settings that differ from their defaults, one per line."""
+    stages = [
         done
         for done in _all(results)
         if not (done.stage == "tokens" and done.config.get("corpus") == _IMPORTED)
     ]
-    first = [done for done in made if done.stage in ("tokens", "model")]
+    first = [done for done in stages if done.stage in ("tokens", "model")]
     autoencoders = [done for done in results.side_stages if done.stage == "sae"]
     lines = [_command(*_verb(done), _settings(done), results) for done in first]
     for done in autoencoders:
         lines += [_side_command(done, results), *_evaluated(done, results)]
-    later = [done for done in made if done not in first]
+    later = [done for done in stages if done not in first]
     lines += [_command(*_verb(done), _settings(done), results) for done in later]
     others = [done for done in results.side_stages if done not in autoencoders]
     lines += [_side_command(done, results) for done in others]
@@ -51,14 +51,14 @@ def commands(results: RunResults, config: ReportConfig) -> str:
 
 
 def _side_command(done: Completion, results: RunResults) -> str:
-    """Of a side measurement: every setting that is not empty."""
+    """Return the command of an additional measurement, with all settings that are not empty."""
     steer_verb = "intervene" if "@" in done.name else "effects"
     verb = {"analysis": "analyze", "steer": steer_verb, "sae": "sae train"}[done.stage]
     return _words(verb, done.config, results)
 
 
 def _evaluated(done: Completion, results: RunResults) -> list[str]:
-    """The command that measured autoencoders of the run, where one did."""
+    """Return the command that evaluated these autoencoders; empty if they were not evaluated."""
     config = evaluation_config(results.run, done.name)
     return [] if config is None else [_words("sae evaluate", config, results)]
 
@@ -72,14 +72,14 @@ def _words(verb: str, config: dict[str, Any], results: RunResults) -> str:
 
 
 def _verb(done: Completion) -> tuple[str, type]:
-    """The verb that made a stage, and its configuration."""
+    """Return the command that wrote a stage, and its configuration class."""
     if done.config.get("import") == "records":
-        return "import records", ImportRecordsConfig  # makes the tokens too
+        return "import records", ImportRecordsConfig  # also writes the tokens
     return _VERBS[done.stage], _CONFIGS[done.stage]
 
 
 def facts(results: RunResults) -> list[tuple[str, str]]:
-    """Return what was run: corpus, tokens, seeds, versions, time."""
+    """Return facts about the run as pairs of name and value: corpus, tokens, seeds, versions, time."""
     done = _all(results)
     harvests = [
         m.completions["activations"] for m in results.models if "activations" in m.completions
@@ -103,7 +103,7 @@ def facts(results: RunResults) -> list[tuple[str, str]]:
         ("Source commit", _several(c.git_commit for c in done) or "not from a source tree"),
         (
             "Time",
-            f"{sum(c.seconds for c in [*done, *results.side_stages]):,.0f} s over all stages shown here",
+            f"{sum(c.seconds for c in [*done, *results.side_stages]):,.0f} s, total of all stages in this report",
         ),
     ]
 
@@ -135,7 +135,7 @@ def _command(verb: str, config: type, settings: dict[str, Any], results: RunResu
         if field.name in settings and value is not None and value != plain_default:
             words += _flag(field.name, value)
         elif field.name == "model" and value:
-            # named even if it is the default: commands differ by it
+            # always written, even if it is the default, to distinguish the commands of several models
             words += _flag(field.name, value)
     return shlex.join(words)
 
@@ -163,5 +163,5 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _several(values: Iterable[Any]) -> str:
-    """The one value, or all that differ."""
+    """Return the distinct values, joined by `and`."""
     return " and ".join(sorted({str(v) for v in values if v not in (None, "")}))

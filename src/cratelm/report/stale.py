@@ -1,8 +1,8 @@
-"""Results that are not of today's models and tokens, marked wherever a report shows them.
+"""Mark stale results wherever a report shows them.
 
-A report never refuses: it shows what is there. A model of which a stage is stale is called
-`MODEL (stale)` in every table, figure and gallery, and the page and the printed report say why and
-what to type.
+Results are stale if their model or tokens have changed since. A report still shows them, but calls the model
+`MODEL (stale)` in every table, figure and gallery that uses a stale stage. The page and the printed report
+also state the reason and the command to type.
 """
 
 import re
@@ -25,19 +25,19 @@ _STAGES_OF: tuple[tuple[str, tuple[StageName, ...]], ...] = (
     ("effects", ("steer",)),
     ("interventions", ("steer",)),
 )
-"""stages that a table or figure is made of, by the beginning of its name; others: those scored"""
+"""stages that a table or figure depends on, by the beginning of its name; all others depend on `_SCORED`"""
 _NOT_OF_THE_RUN = ("published",)
 
 
 class Stale:
-    """What is stale of the models of a report."""
+    """The stale stages of the models of a report. Copies tables, figures and galleries with stale models marked."""
 
     def __init__(self, results: RunResults):
         self._by_model = {model.name: model.stale for model in results.models}
 
     @property
     def lines(self) -> list[str]:
-        """Return a line for each stage: why it is stale, and what to type."""
+        """Return a line for each stale stage, with the reason and the command to type."""
         return [line for stale in self._by_model.values() for line in stale_lines(stale)]
 
     def tables(self, tables: Mapping[str, Table]) -> dict[str, Table]:
@@ -52,11 +52,11 @@ class Stale:
         """Return the galleries with the names of stale models marked."""
         return [replace(g, model=_marked(g.model, self._names("neurons"))) for g in galleries]
 
-    def _names(self, shown: str) -> list[str]:
-        """Models of which something that a table or figure shows is stale."""
-        if shown in _NOT_OF_THE_RUN:
+    def _names(self, item: str) -> list[str]:
+        """Return the models with a stale stage among those that the table or figure `item` depends on."""
+        if item in _NOT_OF_THE_RUN:
             return []
-        stages = next((s for begin, s in _STAGES_OF if shown.startswith(begin)), _SCORED)
+        stages = next((s for begin, s in _STAGES_OF if item.startswith(begin)), _SCORED)
         return [
             model
             for model, stale in self._by_model.items()
@@ -74,15 +74,15 @@ class Stale:
         if not names:
             return figure
         series = tuple(replace(s, label=_marked(s.label, names)) for s in figure.series)
-        told = f" Stale: {', '.join(names)}."
-        return replace(figure, series=series, caption=figure.caption + told)
+        note = f" Stale: {', '.join(names)}."
+        return replace(figure, series=series, caption=figure.caption + note)
 
 
 def _marked(cell: Cell, names: Sequence[str]) -> Cell:
-    """A cell with the mark behind each of the names, and behind MODEL@SET of it."""
+    """Return a cell with the mark appended to each of the names, also in the form MODEL@SET."""
     if not isinstance(cell, str):
         return cell
     for name in names:
         whole = rf"(?<![\w.+@-]){re.escape(name)}(@[\w.-]+)?(?![\w+@-])"
-        cell = re.sub(whole, lambda found: found[0] + _MARK, cell)
+        cell = re.sub(whole, lambda match: match[0] + _MARK, cell)
     return cell

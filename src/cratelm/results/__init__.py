@@ -1,1 +1,1 @@
-"""The one reader of a finished run: typed records for the report, the viewer and the exports."""
+"""Read the results of a run as typed records, for the report, the viewer and the exports."""

@@ -1,4 +1,4 @@
-"""Excerpts of one neuron as shaded text, and the tokens that it fires on: for the report and the browser.
+"""Excerpts of one neuron as shaded text, and the tokens it fires on, for the report and the browser.
 
 Shape legend: n tokens of an excerpt.
 """
@@ -23,14 +23,16 @@ _FIRST: dict[ExcerptKind, int] = {
     "anthropic_bin": 1,
     "out_of_context": 3,
 }
-"""excerpts of each kind, and bin, on a page that does not show all"""
+"""maximum number of excerpts per kind and bin on a page that does not show all of them"""
 _FAVOURITES = 16
+"""maximum number of tokens returned by `favourite_tokens`"""
 _shaded_token: Callable[[tuple[str, float, int]], ShadedToken] = partial(tuple.__new__, ShadedToken)
-"""ShadedToken._make without its Python: a page takes thousands, and this takes a third of the time"""
+"""like ShadedToken._make but without its Python code: a page needs thousands of tokens, and this takes a
+third of the time"""
 
 
 def shade(tokens: Sequence[str], activations: ArrayLike, maximum: float) -> tuple[ShadedToken, ...]:
-    """Return tokens [n] with their activations [n] and levels 0..10; `maximum` is the value of level 10."""
+    """Return tokens [n] with their activations [n] and levels 0..10; level 10 is the activation `maximum`."""
     values = np.asarray(activations, np.float64)
     shades = levels(values, maximum)
     return tuple(
@@ -41,9 +43,9 @@ def shade(tokens: Sequence[str], activations: ArrayLike, maximum: float) -> tupl
 def simulate_excerpts(
     explainer: str, payload: Mapping[str, Any] | None, excerpts: Sequence[Excerpt]
 ) -> list[NDArray[np.float64]] | None:
-    """Return simulated activations [n] of each excerpt.
+    """Return the simulated activations [n] of each excerpt.
 
-    None without an explanation, and for an explainer whose simulator is a language model.
+    Returns None without excerpts or an explanation, and for explainers whose simulator is a language model.
     """
     if payload is None or explainer not in SIMULATORS or not excerpts:
         return None
@@ -51,7 +53,7 @@ def simulate_excerpts(
 
 
 def largest(arrays: Sequence[ArrayLike] | None) -> float:
-    """Return the largest value of several arrays; 0 without any."""
+    """Return the largest value in several arrays; 0 if there are no values."""
     maxima = (np.max(a) for a in arrays or () if np.size(a))
     return max(map(float, maxima), default=0.0)
 
@@ -64,15 +66,18 @@ def excerpt_views(
     documents: Callable[[Collection[int]], Mapping[int, str]],
     choice: ExcerptChoice,
 ) -> tuple[tuple[ExcerptView, ...], int]:
-    """Return the excerpts chosen, and how many are not shown. `documents` names documents by ordinal."""
+    """Return the chosen excerpts and the number of excerpts that were not chosen.
+
+    `documents` maps document ordinals to names. Without a `store` there is no text, so nothing is shown.
+    """
     if store is None:
         return (), len(excerpts)
-    shown = list(excerpts) if choice == "all" else list(_first(excerpts, choice))
-    simulated = simulate_excerpts(explainer, payload, shown)
-    top, simulated_top = largest([e.activations for e in shown]), largest(simulated)
-    names = documents({e.document for e in shown})
+    chosen = list(excerpts) if choice == "all" else list(_first(excerpts, choice))
+    simulated = simulate_excerpts(explainer, payload, chosen)
+    top, simulated_top = largest([e.activations for e in chosen]), largest(simulated)
+    names = documents({e.document for e in chosen})
     views = []
-    for i, e in enumerate(shown):
+    for i, e in enumerate(chosen):
         tokens = store.decode_tokens(e.token_ids)
         views.append(
             ExcerptView(
@@ -85,11 +90,11 @@ def excerpt_views(
                 simulated=shade(tokens, simulated[i], simulated_top) if simulated else (),
             )
         )
-    return tuple(views), len(excerpts) - len(shown)
+    return tuple(views), len(excerpts) - len(chosen)
 
 
 def _first(excerpts: Sequence[Excerpt], choice: ExcerptChoice) -> Iterator[Excerpt]:
-    """Yield the first of each kind and bin."""
+    """Yield the first excerpts of each kind and bin, as many as `_FIRST` allows."""
     for kind in EXCERPT_KINDS if choice == "some" else ("top",):
         of_kind = [e for e in excerpts if e.kind == kind]
         for bin_ in sorted({e.bin for e in of_kind}):
@@ -99,10 +104,10 @@ def _first(excerpts: Sequence[Excerpt], choice: ExcerptChoice) -> Iterator[Excer
 def favourite_tokens(
     excerpts: Sequence[Excerpt], store: TokenStore | None
 ) -> tuple[TokenValue, ...]:
-    """Return the tokens of highest mean activation; those seen at least twice come first.
+    """Return the tokens with the highest mean activation; tokens that occur at least twice come first.
 
-    Means are the look-up explainer's: each position counts once, and a token of an excerpt that was
-    chosen for its peak counts half of one in a random excerpt.
+    Means are weighted as in the look-up explainer: each position counts once, and a token in an excerpt
+    that was chosen for its peak counts half as much as a token in a random excerpt.
     """
     if store is None or not excerpts:
         return ()

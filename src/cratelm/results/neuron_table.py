@@ -1,9 +1,10 @@
-"""The neurons of one model as columns, one row per neuron by layer and index, and pages of that table.
+"""The neurons of one model as a table with one row per neuron, sorted by layer and index, and pages of that table.
 
-Memory: some 60 bytes per neuron, 9 bytes for each explainer and metric, and the explanations' texts; no
-excerpt, payload or list of documents is read. 36,864 neurons with two explainers take some 20 MB.
+Memory: about 60 bytes per neuron, 9 bytes per neuron for each explainer and metric, and the text of the
+explanations. Excerpts, payloads and lists of documents are not read. 36,864 neurons with two explainers
+take about 20 MB.
 
-Shape legend: n neurons of a model, e entries looked up among them.
+Shape legend: n neurons of a model, e neurons that are looked up in the table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +26,10 @@ from cratelm.runs import Run, Stage
 from cratelm.runs.names import set_name
 
 ExplainerKey = tuple[str, str]
-"""name of the set (empty without a language model), explainer"""
+"""name of the set (empty without a language model) and explainer"""
 OnToken = Mapping[NeuronKey, tuple[float, int]]
-"""by neuron: mean activation on a token over the maximum, and how often the token was seen"""
+"""by neuron: mean activation on a token divided by the neuron's maximum, and number of occurrences of the
+token"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +37,11 @@ class ScoreColumn:
     """Scores of one explainer under one metric."""
 
     values: NDArray[np.float64]
-    """[n] x 100; NaN where there is none"""
+    """[n] x 100; NaN if there is no score"""
     status: NDArray[np.object_]
-    """[n] `defined`, `undefined`, `dead`, `failed`, or empty where it was not to be scored"""
+    """[n] `defined`, `undefined`, `dead`, `failed`, or empty if the neuron was not selected for scoring"""
     reasons: NDArray[np.object_]
-    """[n]"""
+    """[n] why there is no score; empty if there is one"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,27 +54,27 @@ class NeuronTable:
     index: NDArray[np.int32]
     """[n]"""
     firing_rate: NDArray[np.float64]
-    """[n] 0 to 1, held-out"""
+    """[n] fraction of held-out tokens on which the neuron fires"""
     maximum: NDArray[np.float32]
-    """[n] held-out"""
+    """[n] largest raw activation on the held-out split"""
     texts: Mapping[ExplainerKey, NDArray[np.object_]]
-    """[n] each explainer's explanations, empty where there is none"""
+    """[n] explanations of each explainer, empty if there is none"""
     scores: Mapping[tuple[str, str, str], ScoreColumn]
     """by set, explainer and metric"""
     problems: tuple[str, ...]
-    """files that cannot be read"""
+    """messages about files that cannot be read, and about stale stages"""
 
     @cached_property
     def explainers(self) -> tuple[ExplainerKey, ...]:
         """Return all explainers with explanations or scores, the principal one first."""
-        found = {*self.texts, *((s, e) for s, e, _ in self.scores)}
-        return tuple(sorted(found, key=lambda key: (key != self.principal, key)))
+        keys = {*self.texts, *((s, e) for s, e, _ in self.scores)}
+        return tuple(sorted(keys, key=lambda key: (key != self.principal, key)))
 
     @cached_property
     def principal(self) -> ExplainerKey | None:
-        """Return whose explanations and scores tables show; see `principal_explainer`."""
-        found = {*self.texts, *((s, e) for s, e, _ in self.scores)}
-        return principal_explainer(found)
+        """Return the explainer that tables show; see `principal_explainer`."""
+        keys = {*self.texts, *((s, e) for s, e, _ in self.scores)}
+        return principal_explainer(keys)
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ class NeuronTable:
 
     @cached_property
     def explanations(self) -> NDArray[np.object_]:
-        """[n] Return the explanations of the principal explainer, empty where there is none."""
+        """Return the explanations [n] of the principal explainer, empty if there is none."""
         texts = self.texts.get(self.principal) if self.principal else None
         return np.full(len(self.layer), "", object) if texts is None else texts
 
@@ -91,7 +93,7 @@ class NeuronTable:
         return self.scores.get((*self.principal, metric)) if self.principal else None
 
     def best_score(self) -> ScoreColumn | None:
-        """Return the scores under the first metric, by which neurons are ranked; None without scores."""
+        """Return the scores under the first metric, which ranks the neurons; None without scores."""
         return self.score(self.metrics[0]) if self.metrics else None
 
     def rows_of(self, layer: int) -> slice:
@@ -100,18 +102,21 @@ class NeuronTable:
         return slice(int(low), int(high))
 
     def rows(self, layers: NDArray[Any], indices: NDArray[Any]) -> NDArray[np.int64]:
-        """[e] Return the rows of many neurons, -1 for those that the table lacks."""
-        rows, known = _lookup(layers, indices, _packed(self.layer, self.index))
-        return np.where(known, rows, -1)
+        """Return the rows [e] of many neurons; -1 for a neuron that is not in the table."""
+        rows, in_table = _lookup(layers, indices, _packed(self.layer, self.index))
+        return np.where(in_table, rows, -1)
 
     def row(self, layer: int, index: int) -> int | None:
-        """Return the row of a neuron; None if the table lacks it."""
+        """Return the row of a neuron; None if it is not in the table."""
         here = self.rows_of(layer)
         row = here.start + int(np.searchsorted(self.index[here], index))
         return row if row < here.stop and self.index[row] == index else None
 
     def containing(self, text: str, among: Sequence[int] | None = None) -> NDArray[np.int64]:
-        """Return the rows, of those given or of all, whose explanation has all words of `text`."""
+        """Return the rows whose explanation contains every word of `text`, ignoring case.
+
+        `among` restricts the search to these rows; None searches all rows.
+        """
         folded = self._folded
         rows = [r for r in (range(len(folded)) if among is None else among) if folded[r]]
         for word in text.casefold().split():
@@ -127,9 +132,9 @@ class NeuronTable:
 
 
 def read_neuron_table(run: Run, model: str) -> NeuronTable:
-    """Return the neurons of a harvested model. Damaged explanations and scores are named in `problems`.
+    """Return the neurons of a harvested model. `problems` reports explanations and scores that are damaged.
 
-    Raises one of `READ_ERRORS` where the summaries of the held-out split cannot be read.
+    Raises one of `READ_ERRORS` if the summaries of the held-out split cannot be read.
     """
     table = pq.read_table(
         summaries_path(run.stage("activations", model).path, "held_out"),
@@ -145,10 +150,10 @@ def read_neuron_table(run: Run, model: str) -> NeuronTable:
         scored = run.stage("scores", set_name(model, name))
         read_texts = partial(_read_finished, explained, _texts, keys)
         read_scores = partial(_read_finished, scored, _scores, keys)
-        found = problems.attempt(f"{explained.path} cannot be read", read_texts, {})
-        texts |= {(name, explainer): column for explainer, column in found.items()}
-        columns = problems.attempt(f"{scored.path} cannot be read", read_scores, {})
-        scores |= {(name, *key): column for key, column in columns.items()}
+        text_columns = problems.attempt(f"{explained.path} cannot be read", read_texts, {})
+        texts |= {(name, explainer): column for explainer, column in text_columns.items()}
+        score_columns = problems.attempt(f"{scored.path} cannot be read", read_scores, {})
+        scores |= {(name, *key): column for key, column in score_columns.items()}
     return NeuronTable(
         site=str(table["site"][0]) if len(table) else "",
         layer=layer,
@@ -174,9 +179,9 @@ def _texts(folder: Path, keys: NDArray[np.int64]) -> dict[str, NDArray[np.object
     explainers = table["explainer"].to_numpy()
     for explainer in np.unique(explainers.astype(str)).tolist():
         part = table.filter(pa.array(explainers == explainer))
-        rows, known = _rows(part, keys)
+        rows, in_keys = _rows(part, keys)
         column = np.full(len(keys), "", object)
-        column[rows] = part["text"].to_numpy()[known]
+        column[rows] = part["text"].to_numpy()[in_keys]
         by_explainer[explainer] = column
     return by_explainer
 
@@ -192,35 +197,39 @@ def _scores(folder: Path, keys: NDArray[np.int64]) -> dict[tuple[str, str], Scor
     pairs = set(zip(explainers, metrics, strict=True))
     for explainer, metric in sorted(pairs, key=lambda p: (p[0], usual.get(p[1], len(usual)), p)):
         part = table.filter(pa.array((explainers == explainer) & (metrics == metric)))
-        rows, known = _rows(part, keys)
+        rows, in_keys = _rows(part, keys)
         values = np.full(len(keys), np.nan)
         status, reasons = np.full(len(keys), "", object), np.full(len(keys), "", object)
-        values[rows] = 100 * part["value"].to_numpy()[known].astype(float)
-        status[rows] = part["status"].to_numpy()[known]
-        reasons[rows] = part["reason"].to_numpy()[known]
+        values[rows] = 100 * part["value"].to_numpy()[in_keys].astype(float)
+        status[rows] = part["status"].to_numpy()[in_keys]
+        reasons[rows] = part["reason"].to_numpy()[in_keys]
         by_metric[explainer, metric] = ScoreColumn(values, status, reasons)
     return by_metric
 
 
 def _packed(layers: NDArray[Any], indices: NDArray[Any]) -> NDArray[np.int64]:
-    """Layer and index in one integer, so that many neurons are looked up by one binary search."""
+    """Pack layer and index into one integer, so that one binary search can look up many neurons."""
     return layers.astype(np.int64) << 32 | indices
 
 
 def _rows(table: pa.Table, keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Row among the model's neurons of each row of a table, and which of its rows are of one of them."""
-    rows, known = _lookup(table["layer"].to_numpy(), table["index"].to_numpy(), keys)
-    return rows[known], known
+    """Return where the rows of `table` belong among the model's neurons `keys` [n].
+
+    The first array has an entry for each row whose neuron the model has; the second is a mask over all
+    rows that selects them.
+    """
+    rows, in_keys = _lookup(table["layer"].to_numpy(), table["index"].to_numpy(), keys)
+    return rows[in_keys], in_keys
 
 
 def _lookup(
     layers: NDArray[Any], indices: NDArray[Any], keys: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """[e] Position of each neuron in the sorted `keys` [n], and whether it is there at all."""
+    """Return the position [e] of each neuron in the sorted `keys` [n], and a mask [e] of those it contains."""
     wanted = _packed(layers, indices)
     rows = np.searchsorted(keys, wanted).clip(0, max(0, len(keys) - 1))
-    known = keys[rows] == wanted if len(keys) else np.zeros(len(wanted), bool)
-    return rows, known
+    in_keys = keys[rows] == wanted if len(keys) else np.zeros(len(wanted), bool)
+    return rows, in_keys
 
 
 # ---- one page of a layer's table ------------------------------------------------------------------
@@ -234,7 +243,10 @@ def layer_page(
     on_token: OnToken | None,
     note: str,
 ) -> LayerPage:
-    """Return the page that `query` asks for. `on_token`: neurons that fire on the token searched for."""
+    """Return the page that `query` asks for.
+
+    `on_token` holds the neurons that fire on the token searched for; None if no token was searched for.
+    """
     query = _with_order(query, table, on_token is not None)
     here = table.rows_of(layer)
     rows = _matching(np.arange(here.start, here.stop), table, query)
@@ -242,11 +254,11 @@ def layer_page(
         rows = np.array([r for r in rows if (layer, int(table.index[r])) in on_token], int)
     rows = _sorted(rows, layer, table, query, on_token)
     first = (max(1, query.page) - 1) * query.per_page
-    shown = rows[first : first + query.per_page].tolist()
+    on_page = rows[first : first + query.per_page].tolist()
     return LayerPage(
         model=model,
         layer=layer,
-        rows=tuple(map(partial(_row, layer=layer, table=table, on_token=on_token), shown)),
+        rows=tuple(map(partial(_row, layer=layer, table=table, on_token=on_token), on_page)),
         total=len(rows),
         n_neurons=here.stop - here.start,
         query=query,
@@ -257,7 +269,7 @@ def layer_page(
 
 
 def _with_order(query: LayerQuery, table: NeuronTable, by_token: bool) -> LayerQuery:
-    """By the token searched for, else by the first metric, else by number."""
+    """Fill in the default order: by the token searched for, else by the first metric, else by index."""
     if query.sort:
         return query
     best = "token" if by_token else next(iter(table.metrics), "index")
@@ -279,7 +291,7 @@ def _sorted(
     query: LayerQuery,
     on_token: OnToken | None,
 ) -> NDArray[np.int64]:
-    """Those without a value last, whichever the direction; ties by number."""
+    """Sort rows as the query says; rows without a value come last in either direction, ties by index."""
     if query.sort == "token" and on_token is not None:
         values = np.array([on_token[NeuronKey(layer, int(table.index[r]))][0] for r in rows], float)
     elif query.sort in ("firing_rate", "maximum"):

@@ -1,4 +1,4 @@
-"""One neuron, from the files of its run: excerpts, statistics, explanations, effect on the vocabulary."""
+"""Read one neuron from the files of its run: excerpts, statistics, explanations, effect on the vocabulary."""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -37,50 +37,51 @@ _DOCUMENT_NAME = ["source", "name", "line"]
 
 
 class Cache(Protocol):
-    """Keeps what was read under a name."""
+    """A cache of values by name; calls `read` for a name that it does not hold."""
 
     def __call__(self, name: tuple, read: Callable[[], _T], /) -> _T: ...
 
 
 def uncached(_: tuple, read: Callable[[], _T], /) -> _T:
-    """Read every time: the cache of one who reads once."""
+    """Return the result of `read` without caching it."""
     return read()
 
 
 @dataclass(frozen=True)
 class NeuronQuery:
-    """Which neuron, and how much of it."""
+    """A request for one neuron."""
 
     key: str
-    """of the run"""
+    """name of the run in addresses"""
     model: str
     layer: int
     index: int
     split: Split = "held_out"
     explainer: str = ""
-    """whose explanation simulates; empty: the principal one"""
+    """explainer whose explanation is simulated; empty: the principal explainer"""
     excerpts: ExcerptChoice = "some"
 
 
 class NeuronFiles:
-    """The files of a run, of which single neurons are read. `cache` keeps open files."""
+    """The files of a run from which single neurons are read. `cache` holds the open files."""
 
     def __init__(self, run: Run, cache: Cache = uncached):
         self.run, self._cache = run, cache
 
     def tokens(self) -> TokenStore:
-        """Return the run's tokens. Raises `InputError` where the shards are missing or damaged."""
+        """Return the run's tokens. Raises `InputError` if the shards are missing or damaged."""
         path = self.run.path / "tokens"
         return self._cache(("tokens", path), lambda: TokenStore(path))
 
     def tokens_of(self, model: str) -> TokenStore:
-        """Return the tokens that a harvest has read.
+        """Return the tokens that the harvest of `model` read.
 
-        Raises `InputError` where they were made again since: its token ids would be spelled as other words.
+        Raises `InputError` if the run was tokenized again since: the token ids of the harvest would then be
+        decoded to the wrong text.
         """
-        read = self.run.stage("activations", model).completion()
+        harvest = self.run.stage("activations", model).completion()
         tokens = self.run.stage("tokens").completion()
-        if read and tokens and read.inputs.get("tokens", tokens.identity) != tokens.identity:
+        if harvest and tokens and harvest.inputs.get("tokens", tokens.identity) != tokens.identity:
             raise InputError(f"{model} was harvested from earlier tokens")
         return self.tokens()
 
@@ -92,12 +93,12 @@ class NeuronFiles:
         return file.of(query.layer, query.index)
 
     def summary(self, query: NeuronQuery) -> Mapping[str, Any]:
-        """Return its row of the summaries; empty if it has none."""
+        """Return the neuron's row of the summaries; empty if it has none."""
         file = self._file(summaries_path(self._harvest(query), query.split))
         return next(iter(file.rows(query.layer, query.index).to_pylist()), {})
 
     def payload(self, query: NeuronQuery, explainer: str) -> dict[str, Any] | None:
-        """Return what the simulator of an explainer needs; None if there is no such explanation."""
+        """Return the payload that the explainer's simulator needs; None if there is no such explanation."""
         stage = self.run.stage("explanations", query.model)
         if explainer not in SIMULATORS or stage.completion() is None:
             return None
@@ -108,12 +109,12 @@ class NeuronFiles:
         return next(payloads, None)
 
     def effect(self, query: NeuronQuery, site: str) -> LogitEffect | None:
-        """Return the tokens that it promotes and suppresses; None if they were not measured."""
+        """Return the tokens that the neuron promotes and suppresses; None if they were not measured."""
         neuron = NeuronId(query.model, site, query.layer, query.index)
         return read_logit_effect(self.run.stage("steer", query.model).path, neuron)
 
     def documents(self, ordinals: Collection[int]) -> Mapping[int, str]:
-        """Return the names of documents; those that the table lacks are left out."""
+        """Return the names of documents by ordinal, omitting documents that are not in the table."""
         path = self.run.path / "tokens" / "documents.parquet"
         names: dict[int, str] = {}
         metadata = self._cache(("documents", path), lambda: pq.read_metadata(path))
@@ -137,9 +138,9 @@ class NeuronFiles:
 def read_explanations_of(
     folder: Path, neurons: Collection[NeuronKey], explainer: str = ""
 ) -> list[Explanation]:
-    """Return the explanations of these neurons alone: a large model's payloads are gigabytes.
+    """Return the explanations of `neurons`, by one `explainer` or, if it is empty, by all.
 
-    `explainer` restricts whose.
+    Only these rows are read, because the payloads of a large model take gigabytes.
     """
     filters: list[tuple[str, str, Any]] = [("index", "in", sorted({n.index for n in neurons}))]
     filters += [("explainer", "==", explainer)] if explainer else []
@@ -164,9 +165,10 @@ def neuron_view(
     query: NeuronQuery,
     nearest: Callable[[], tuple[Neighbour, ...]],
 ) -> NeuronView:
-    """Return what can be read of a neuron; `problems` says what cannot.
+    """Return everything that can be read about a neuron; its `problems` report what cannot be read.
 
-    Raises `NotFound` for a neuron that the model does not have.
+    `nearest` returns the neurons with the most similar profiles. Raises `NotFound` if the model does not have
+    the neuron.
     """
     row, here, problems = _row(table, query), table.rows_of(query.layer), Problems()
 
@@ -222,7 +224,7 @@ def _shown_excerpts(
     store: TokenStore | None,
     problems: Problems,
 ) -> tuple[str, tuple[ExcerptView, ...], int]:
-    """Return whose explanation simulates (empty: none), the excerpts shown, and how many are not."""
+    """Return the explainer that is simulated (empty: none), the excerpts, and the number of excerpts not shown."""
     principal = table.principal
     usual = principal[1] if principal and not principal[0] and query.excerpts != "top" else ""
     explainer = query.explainer or usual

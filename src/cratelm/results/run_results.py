@@ -1,7 +1,7 @@
-"""The results of a run, model by model: what a report shows, but excerpts and explanations.
+"""The results of a run by model: everything that a report shows except excerpts and explanations.
 
-Figures of the models' stages are read here, those of side measurements in `side_results`, single
-neurons in `neuron_table` and `neuron_view`.
+This module reads the results of the stages of each model. `side_results` reads the additional measurements,
+`neuron_table` and `neuron_view` read single neurons.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,42 +58,42 @@ from cratelm.train.log import read_metrics
 
 @dataclass(frozen=True, eq=False)
 class ResultSet:
-    """What `explain` and `score` made of one model, without a language model or with one."""
+    """Results of `explain` and `score` for one model, either without a language model or with one."""
 
     model: str
     name: str
-    """as in the folder MODEL@NAME; empty for the set without a language model"""
+    """NAME in the folder MODEL@NAME; empty for the set without a language model"""
     completions: dict[StageName, Completion]
-    """of `explanations` and `scores`, those that are finished"""
+    """completion records of `explanations` and `scores`, if finished"""
     calls: dict[str, Tally]
-    """by verb: what the last command asked a language model"""
+    """by command: calls that its last execution made to a language model"""
     statistics: tuple[ModelStatistics, ...] = ()
     """as `cratelm score` wrote them"""
     scores: tuple[NeuronScore, ...] = ()
-    """under all controls"""
+    """scores under all controls"""
     audit: Audit | None = None
-    """documents explained from, scored on, and in both; None without scores"""
+    """number of documents explained from, scored on, and both; None without scores"""
     near_duplicates: DuplicateAudit | None = None
-    """None where they were not looked for"""
+    """None if near-duplicates were not searched for"""
     preflight: ProbeResult | None = None
-    """trial calls of the simulator; None without a language model"""
+    """probe calls of the simulator; None without a language model"""
 
     suffix: str = ""
-    """after the explainers' labels: the set's name in brackets, where the scores were given one"""
+    """appended to the explainers' labels: the name of the set in brackets, if its scores were named"""
 
     @property
     def label(self) -> str:
-        """Return the name of its folders."""
+        """Return the name of the set's folders: MODEL or MODEL@NAME."""
         return set_name(self.model, self.name)
 
     @property
     def explainers(self) -> list[str]:
-        """Return the names of the explainers scored, sorted."""
+        """Return the names of the scored explainers, sorted."""
         return sorted({s.explainer for s in self.statistics})
 
     @property
     def neurons(self) -> frozenset[NeuronKey]:
-        """Return the neurons scored, those without a value among them."""
+        """Return the neurons that were selected for scoring, including those without a value."""
         return frozenset(s.neuron.key for s in self.scores)
 
 
@@ -103,35 +103,35 @@ class ModelResults:
 
     name: str
     place: int
-    """which colour and marker: a null control shares those of the model it belongs to"""
+    """number that sets colour and marker; a null control shares that of its trained model"""
     null_of: str
-    """the model whose untrained null control this is; empty for others"""
+    """the trained model for which this is the untrained null control; empty for any other model"""
     completions: dict[StageName, Completion]
-    """of the finished stages, without a language model"""
+    """completion records of the finished stages that use no language model"""
     sets: tuple[ResultSet, ...]
-    """the one without a language model first, if there is one"""
+    """sets of results, first the one without a language model if it exists"""
     statistics: tuple[ModelStatistics, ...]
-    """of all sets"""
+    """statistics of all sets"""
     scores: tuple[NeuronScore, ...]
-    """of all sets: of the neurons' own explanations, no controls"""
+    """scores of all sets for the neurons' own explanations, without controls"""
     summaries: tuple[NeuronSummary, ...]
-    """over the held-out split; empty without a harvest"""
+    """summaries of the neurons over the held-out split; empty without a harvest"""
     curve: list[dict[str, Any]]
     """lines of the training curve; empty without a trained model"""
     evaluation: StoredEvaluation | None
-    """of the autoencoders whose latents its neurons are; None for neurons, and where they were not
-    evaluated as they are now"""
+    """evaluation of the autoencoders that define the latents; None for neurons, and if the present
+    autoencoders were not evaluated"""
     stale: Mapping[str, Freshness]
-    """by label: its stages that are not of today's inputs"""
+    """stages of the model whose inputs have changed since, by label"""
 
     @property
     def llm_sets(self) -> list[ResultSet]:
-        """Return the sets for which a language model was asked."""
+        """Return the sets that used a language model."""
         return [of_set for of_set in self.sets if of_set.name]
 
     @property
     def latents_of(self) -> str:
-        """Return the model whose latents these are; empty for neurons."""
+        """Return the name of the model whose latents these are; empty for neurons."""
         harvest = self.completions.get("activations")
         if harvest is None or not harvest.config.get("sae"):
             return ""
@@ -139,7 +139,7 @@ class ModelResults:
 
     @property
     def trained_here(self) -> bool:
-        """Return whether the run trained it; False for a model from a folder or the Hub."""
+        """Return whether the run trained the model; False for a model from a folder or the Hub."""
         harvest = self.completions.get("activations")
         return harvest is None or harvest.config.get("model") == self.name
 
@@ -150,34 +150,34 @@ class ModelResults:
         control: Control = "none",
         policy: Policy = "leave_out",
     ) -> ModelStatistics | None:
-        """Return the statistics of these scores; None where there are none."""
+        """Return the statistics of these scores; None if there are none."""
         return find_statistics(self.statistics, explainer, metric, control, policy)
 
 
 @dataclass(frozen=True, eq=False)
 class RunResults:
-    """All that a report shows but excerpts and explanations."""
+    """All results that a report shows, except excerpts and explanations."""
 
     run: Run
     tokens: Completion | None
-    """None where the shards are gone"""
+    """None if the shards do not exist"""
     models: tuple[ModelResults, ...]
-    """trained ones first, CRATE before GPT-2; then the null controls"""
+    """trained models first, CRATE before GPT-2; then the null controls"""
     explainer: str
-    """of the comparison and of the neurons shown"""
+    """explainer of the comparison and of the neurons shown"""
     explainers: tuple[str, ...]
-    """those without a language model, and the one above"""
+    """explainers without a language model, and `explainer`"""
     llm_explainers: tuple[str, ...]
-    """those with one: their scores are of a sample of the neurons"""
+    """explainers with a language model; their scores cover a sample of the neurons"""
     metrics: tuple[Metric, ...]
-    """of the comparison: those by simulation, or the others where a run has no simulation"""
+    """metrics of the comparison: simulation metrics, or the others if the run has no simulation"""
     side_stages: tuple[Completion, ...]
-    """records of side measurements of the models shown"""
+    """completion records of the additional measurements of these models"""
     analyses: tuple[Analysis, ...]
     effects: tuple[EffectsSummary, ...]
     interventions: tuple[InterventionSummary, ...]
     shared_ordinals: int
-    """documents in more than one split: 0 where the shards are right, or are gone"""
+    """number of documents in more than one split: 0 if the shards are correct or do not exist"""
     _by_name: dict[str, ModelResults] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -185,11 +185,11 @@ class RunResults:
 
     @property
     def principal(self) -> tuple[ModelResults, ...]:
-        """Return the models that are not the null control of another one shown."""
+        """Return the models that are not the null control of another model in the report."""
         return tuple(m for m in self.models if not m.null_of)
 
     def model(self, name: str) -> ModelResults | None:
-        """Return the model of this name; None if it is not shown."""
+        """Return the model of this name; None if it is not in the report."""
         return self._by_name.get(name)
 
     def null(self, model: ModelResults) -> ModelResults | None:
@@ -204,9 +204,9 @@ class RunResults:
 
 
 def scored_models(run: Run, models: Sequence[str] = ()) -> list[str]:
-    """Return `models`, or else all scored models, in the order of a report.
+    """Return `models`, or all scored models if it is empty, in the order of a report.
 
-    Raises `InputError` where no model is scored, or one of `models` is not.
+    Raises `InputError` if the run has no scored model, or if one of `models` is not scored.
     """
     scored = {split_set(name)[0] for name in run.models("scores")}
     if not scored:
@@ -222,7 +222,7 @@ def scored_models(run: Run, models: Sequence[str] = ()) -> list[str]:
 
 
 def input_identities(run: Run, models: Sequence[str]) -> dict[str, str]:
-    """Return the identity of everything that `read_results` reads of these models."""
+    """Return the identity of everything that `read_results` reads for these models, by label."""
     tokens = run.stage("tokens").completion()
     records = {"tokens": tokens} if tokens else {}
     for model in models:
@@ -239,8 +239,8 @@ def input_identities(run: Run, models: Sequence[str]) -> dict[str, str]:
 def read_results(run: Run, models: Sequence[str] = (), explainer: str | None = None) -> RunResults:
     """Return the results of `models`, or of all scored models.
 
-    `explainer` is that of the comparison; None takes the trie, or the first by name without one.
-    Raises `InputError` where a model is not scored, or none with the explainer named.
+    `explainer` selects the explainer of the comparison; None selects the trie, or the first by name if there
+    is no trie. Raises `InputError` if a model is not scored, or if no model is scored with `explainer`.
     """
     names = scored_models(run, models)
     nulls = run.null_controls(names)
@@ -302,10 +302,10 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
     done = set_completions(run, model, name)
     folders = {stage: run.stage(stage, set_name(model, name)).path for stage in done}
     calls = {SET_STAGES[stage]: read_calls(folders[stage]) for stage in done}
-    asked = {verb: tally for verb, tally in calls.items() if tally is not None}
+    tallies = {verb: tally for verb, tally in calls.items() if tally is not None}
     if "scores" not in done:
-        return ResultSet(model, name, done, asked)
-    # Who scores the same explanations again under another name gets rows of that name.
+        return ResultSet(model, name, done, tallies)
+    # The same explanations may be scored again under another name: that name labels their rows.
     suffix = f" ({name})" if done["scores"].config.get("name") else ""
     summary = read_score_summary(folders["scores"]).renamed(suffix)
     scores = read_scores(folders["scores"])
@@ -313,7 +313,7 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
         model,
         name,
         done,
-        asked,
+        tallies,
         statistics=summary.statistics,
         scores=tuple(replace(s, explainer=s.explainer + suffix) for s in scores) if suffix else tuple(scores),
         audit=summary.audit,
@@ -330,34 +330,36 @@ def _shared_ordinals(run: Run) -> int:
 
 
 def missing_results(results: RunResults) -> list[str]:
-    """Return what a full report would have and this run lacks, each with the command that makes it."""
+    """Return a line for each result that a full report has and this run lacks, with the command that produces it."""
     path = results.run.path
     lines = [] if results.tokens else [f"the token shards (`cratelm tokenize --run {path}`)"]
     for m in results.models:
-        gone = {s: verb for s, verb in MODEL_STAGES.items() if s not in m.completions}
+        missing = {s: verb for s, verb in MODEL_STAGES.items() if s not in m.completions}
         if m.latents_of:
-            gone.pop("model", None)
+            missing.pop("model", None)
         elif not m.trained_here:
-            gone.pop("model", None)
+            missing.pop("model", None)
             lines.append(f"losses and parameters of {m.name}, which was not trained in this run")
         lines += [
             f"{stage}/{m.name} (`cratelm {verb} --run {path} --model {m.name}`)"
-            for stage, verb in gone.items()
+            for stage, verb in missing.items()
         ]
     lines += [
-        f"the randomly initialised null of {m.name} (`cratelm train --run {path} --model {m.name}"
+        f"the randomly initialised null control of {m.name} (`cratelm train --run {path} --model {m.name}"
         f" --steps 0`, then harvest, explain and score {untrained_name(m.name)})"
         for m in results.principal
         if results.null(m) is None and m.trained_here
     ]
     if not results.twins():
-        lines.append("twins: no CRATE and GPT-2 of one size are scored, so nothing is compared")
+        lines.append(
+            "twins: no CRATE and GPT-2 of the same size are scored, so nothing is compared"
+        )
     lines += [f"scores by {m}" for m in SIMULATION_METRICS if m not in results.metrics]
     for m in results.principal:
         if m.latents_of and m.evaluation is None:
             config = m.completions["activations"].config
             lines.append(
-                f"what the autoencoders of {m.name} rebuild (`cratelm sae evaluate --run {path}"
+                f"the evaluation of the autoencoders of {m.name} (`cratelm sae evaluate --run {path}"
                 f" --model {config['model']} --sae {config['sae']}`)"
             )
     return lines

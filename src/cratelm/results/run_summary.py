@@ -1,4 +1,4 @@
-"""The overview of a run, from the small files of its stages: completions, statistics, summaries."""
+"""The overview of a run, from the small files of its stages: completion records, statistics, summaries."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +23,9 @@ from cratelm.stats.scores import ModelStatistics
 
 
 def run_card(key: str, run: Run) -> RunCard:
-    """Return a card of every model that has a finished stage, trained ones first, CRATE before others.
+    """Return a card for each model with a finished stage, trained models first, CRATE before others.
 
-    Files that are missing or damaged are named in `missing` and `problems`.
+    `missing` and `problems` report files that are missing or damaged. `key` is the name of the run in addresses.
     """
     problems = Problems()
     names = model_names(run)
@@ -34,8 +34,8 @@ def run_card(key: str, run: Run) -> RunCard:
     cards.sort(key=lambda card: display_order(card.name, card.null_of))
     if not names:
         problems.lines.append(
-            f"{run.path} holds no finished model: type `cratelm demo --run {run.path}`, or train,"
-            " harvest, explain and score one"
+            f"{run.path} has no finished model: type `cratelm demo --run {run.path}`, or train, harvest,"
+            " explain and score a model"
         )
     return RunCard(key, str(run.path), tuple(cards), tuple(problems.lines))
 
@@ -68,7 +68,7 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
 
 @dataclass
 class _Layers:
-    """Figures of a harvest by layer; empty without one."""
+    """Statistics of a harvest by layer; empty without a harvest."""
 
     site: str = ""
     neurons: dict[int, int] = field(default_factory=dict)
@@ -81,24 +81,24 @@ def _layers(run: Run, name: str, problems: Problems) -> _Layers:
     columns = ["site", "layer", "firing_rate", "maximum"]
     read = partial(pq.read_table, path, columns=columns)
     table = problems.attempt(f"{path} cannot be read", read, None)
-    found = _Layers()
+    layers = _Layers()
     if table is None or not len(table):
-        return found
-    found.site = str(table["site"][0])
+        return layers
+    layers.site = str(table["site"][0])
     layer, rate = table["layer"].to_numpy(), table["firing_rate"].to_numpy()
     silent = table["maximum"].to_numpy() <= 0
     for number in np.unique(layer).tolist():
         here = layer == number
-        found.neurons[number] = int(here.sum())
-        found.firing[number] = float(rate[here].mean())
-        found.dead[number] = int(silent[here].sum())
-    return found
+        layers.neurons[number] = int(here.sum())
+        layers.firing[number] = float(rate[here].mean())
+        layers.dead[number] = int(silent[here].sum())
+    return layers
 
 
 def _metrics(run: Run, name: str, problems: Problems) -> tuple[str, tuple[MetricCard, ...]]:
-    """Return the principal explainer and its statistics, from the first set of scores that has any.
+    """Return the principal explainer and its metrics, from the first set of scores that has any.
 
-    MODEL, whose explanations used no language model, sorts before every MODEL@SET.
+    MODEL, the set without a language model, sorts before every MODEL@SET.
     """
     for label in sorted(n for n in run.models("scores") if split_set(n)[0] == name):
         folder = run.stage("scores", label).path
@@ -137,10 +137,10 @@ def _missing(
     harvest = done["activations"]
     lines = []
     for stage, verb in MODEL_STAGES.items():
-        # a harvest of a model that this run did not train, called `name` here
-        elsewhere = stage == "model" and harvest is not None and harvest.config.get("model") != name
+        # latents, and models from a folder or the Hub, have no `model` stage of their own
+        external = stage == "model" and harvest is not None and harvest.config.get("model") != name
         by_llm = any(split_set(n)[0] == name for n in run.models(stage))
-        if done[stage] is None and not elsewhere and not by_llm:
+        if done[stage] is None and not external and not by_llm:
             lines.append(f"{stage}: `cratelm {verb} --run {run.path} --model {name}`")
     if not scored and done["scores"] is not None:
         lines.append(f"statistics: `cratelm score --run {run.path} --model {name} --force`")

@@ -1,6 +1,6 @@
-"""What `cratelm score` wrote about one set of explanations: statistics, audits, calls.
+"""Read the results of `cratelm score` for one set of explanations: statistics, audits, calls.
 
-Files: `scores/MODEL[@SET]/summary.json` and `calls.json`. Scores of single neurons: `cratelm.score.store`.
+Files: `scores/MODEL[@SET]/summary.json` and `calls.json`. `cratelm.score.store` reads scores of single neurons.
 """
 
 import json
@@ -19,17 +19,17 @@ from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """`summary.json` of a set of scores."""
+    """Contents of `summary.json` of a set of scores."""
 
     statistics: tuple[ModelStatistics, ...]
     audit: Audit
     near_duplicates: DuplicateAudit | None
-    """None where they were not looked for"""
+    """None if near-duplicates were not searched for"""
     preflight: ProbeResult | None
-    """trial calls of the simulator; None without a language model"""
+    """probe calls of the simulator; None without a language model"""
 
     def renamed(self, suffix: str) -> "ScoreSummary":
-        """Return the same with `suffix` behind the names of the explainers."""
+        """Return a copy with `suffix` appended to the names of the explainers."""
         near = self.near_duplicates
         if near is not None:
             effects = (replace(e, explainer=e.explainer + suffix) for e in near.effects)
@@ -39,7 +39,7 @@ class ScoreSummary:
 
 
 def read_score_summary(folder: Path) -> ScoreSummary:
-    """Return what `summary.json` in the folder of a set of scores holds."""
+    """Return the contents of `summary.json` in the folder of a set of scores."""
     record = _json(folder / "summary.json")
     audit = record["leakage_audit"]
     return ScoreSummary(
@@ -51,12 +51,12 @@ def read_score_summary(folder: Path) -> ScoreSummary:
 
 
 def read_statistics(folder: Path) -> tuple[ModelStatistics, ...]:
-    """Return the statistics alone, which a file that lacks the rest may still have."""
+    """Return only the statistics of `summary.json`, also from a file that lacks the other parts."""
     return tuple(map(_statistics, _json(folder / "summary.json")["statistics"]))
 
 
 def read_calls(folder: Path) -> Tally | None:
-    """Return what the last command that wrote the folder asked a language model; None if it asked none."""
+    """Return the calls to a language model of the last command that wrote the folder; None without calls."""
     path = folder / "calls.json"
     if not path.is_file():
         return None
@@ -71,7 +71,7 @@ def find_statistics(
     control: str = "none",
     policy: str = "leave_out",
 ) -> ModelStatistics | None:
-    """Return the first of `statistics` with these names; None if there is none."""
+    """Return the first of `statistics` with this explainer, metric, control and policy; None if there is none."""
     wanted = (explainer, metric, control, policy)
     for s in statistics:
         if (s.explainer, s.metric, s.control, s.policy) == wanted:
@@ -85,7 +85,7 @@ def mean_interval(s: ModelStatistics | LayerStatistics | None) -> Interval | Non
 
 
 def layer_intervals(s: ModelStatistics | None) -> dict[int, Interval]:
-    """Return the mean x 100 of every layer that has one, by its number: the curve of scores by layer."""
+    """Return the mean x 100 by layer, for the layers that have one: the curve of scores by layer."""
     layers = {layer.layer: mean_interval(layer) for layer in (s.layers if s else ())}
     return {number: mean for number, mean in layers.items() if mean is not None}
 
@@ -99,8 +99,8 @@ def _statistics(record: dict[str, Any]) -> ModelStatistics:
         LayerStatistics(**{**layer, "counts": Counts(**layer["counts"])})
         for layer in record["layers"]
     )
-    known = {f.name for f in fields(ModelStatistics)}
-    plain = {key: value for key, value in record.items() if key in known}
+    names = {f.name for f in fields(ModelStatistics)}
+    plain = {key: value for key, value in record.items() if key in names}
     return ModelStatistics(**{**plain, "counts": Counts(**record["counts"]), "layers": layers})
 
 

@@ -1,7 +1,7 @@
-"""Collect what `analyze`, `effects`, `intervene` and `sae evaluate` measured of the models of a run.
+"""Read the results of `analyze`, `effects`, `intervene` and `sae evaluate` for the models of a run.
 
-The files are read by `analysis/store.py`, `steer/store.py` and `sae/store.py`. A model that was not
-measured is absent. Formats: `docs/white-box.md`, `docs/steering.md`, `docs/saes.md`.
+The files are read by `analysis/store.py`, `steer/store.py` and `sae/store.py`. Models without such results
+are omitted. Formats: `docs/white-box.md`, `docs/steering.md`, `docs/saes.md`.
 """
 
 from collections.abc import Sequence
@@ -45,58 +45,59 @@ _STEP_SIZE, _STEPS = ("step_size", ""), ("ista_steps", "")
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What `cratelm analyze` measured of one model: `analysis/MODEL/`."""
+    """Results of `cratelm analyze` for one model, from `analysis/MODEL/`."""
 
     name: str
     figures: tuple[LayerFigure, ...]
     means: tuple[MeasureSummary, ...]
-    """over neurons; empty where the model has no explanations"""
+    """means over neurons; empty if the model has no explanations"""
     folder: Path
-    """of its files"""
+    """folder with the files"""
     _by_quantity: dict[tuple[str, str], dict[int, Estimate]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        found: dict[tuple[str, str], dict[int, Estimate]] = {}
+        by_quantity: dict[tuple[str, str], dict[int, Estimate]] = {}
         for f in self.figures:
-            found.setdefault((f.quantity, f.setting), {})[f.layer] = Estimate(f.value, f.error)
-        object.__setattr__(self, "_by_quantity", found)
+            of_quantity = by_quantity.setdefault((f.quantity, f.setting), {})
+            of_quantity[f.layer] = Estimate(f.value, f.error)
+        object.__setattr__(self, "_by_quantity", by_quantity)
 
     @property
     def layers(self) -> list[int]:
-        """Return the numbers of the layers measured."""
+        """Return the numbers of the analyzed layers, sorted."""
         return sorted({f.layer for f in self.figures})
 
     @property
     def settings(self) -> list[tuple[str, str]]:
-        """Return the quantities measured, each with its setting."""
+        """Return the measured quantities, each with its setting."""
         return list(self._by_quantity)
 
     def by_layer(self, quantity: str, setting: str = "") -> dict[int, Estimate]:
-        """Return a quantity by layer; empty where it does not exist for the model."""
+        """Return a quantity by layer; empty if it does not exist for the model."""
         return self._by_quantity.get((quantity, setting), {})
 
     def at(self, quantity: str, setting: str, layer: int) -> Estimate | None:
-        """Return a quantity at one layer; None where it does not exist."""
+        """Return a quantity at one layer; None if it does not exist."""
         return self.by_layer(quantity, setting).get(layer)
 
     def lasso_steps(self) -> list[int]:
-        """Return the steps along which the lasso objective was followed, from 0; empty without one."""
+        """Return the step numbers at which the lasso objective was measured, from 0; empty without one."""
         return sorted(int(setting) for quantity, setting in self.settings if quantity == "lasso")
 
     def steps_taken(self, layer: int) -> int | None:
-        """Return the ISTA steps that the model itself takes; None where it takes none."""
+        """Return the number of ISTA steps that the model itself takes; None for a model without ISTA."""
         steps = self.at(*_STEPS, layer)
         return None if steps is None else int(steps.value)
 
     def step_product(self, layer: int) -> float | None:
-        """Return eta |D|^2, step size times squared spectral norm; None without a step size."""
+        """Return eta |D|^2: step size times the squared spectral norm of the dictionary; None without a step size."""
         step, norm = self.at(*_STEP_SIZE, layer), self.at("spectral_norm", "", layer)
         return None if step is None or norm is None else step.value * norm.value**2
 
     def mean(
         self, measure: str, layer: int, control: str = "none", share: float = SHARE
     ) -> MeasureSummary | None:
-        """Return the mean of a measure over the neurons of a layer; None where it was not taken."""
+        """Return the mean of a measure over the neurons of a layer; None if it was not measured."""
         wanted = (measure, layer, control, share)
         for m in self.means:
             if (m.measure, m.layer, m.control, m.share) == wanted:
@@ -104,12 +105,12 @@ class Analysis:
         return None
 
     def neuron_values(self, measure: str) -> dict[int, NDArray[np.float64]]:
-        """Return by layer the values of the neurons that have one under their own explanation."""
+        """Return a measure under the neurons' own explanations, by layer, for the neurons that have a value."""
         return read_measure_by_layer(self.folder, measure)
 
 
 def read_analyses(run: Run, models: Sequence[str]) -> list[Analysis]:
-    """Return the analyses of those of `models` that have one, in the order given."""
+    """Return the analyses of those `models` that have one, in the order of `models`."""
     finished = set(run.models("analysis"))
     return [
         _analysis(name, run.stage("analysis", name).path) for name in models if name in finished
@@ -158,7 +159,7 @@ def read_sae_evaluation(run: Run, harvest: Completion) -> StoredEvaluation | Non
 
 
 def evaluation_inputs(run: Run, names: Sequence[str]) -> dict[str, str]:
-    """Return the hash of the evaluation of every model of `names` that has one."""
+    """Return the hash of the evaluation file of each of the models `names` that has one."""
     hashes = {}
     for name in names:
         harvest = run.stage("activations", name).completion()

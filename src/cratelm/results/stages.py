@@ -15,13 +15,13 @@ MODEL_STAGES: dict[StageName, str] = {
     "explanations": "explain",
     "scores": "score",
 }
-"""stages of one model, with the verb that makes each"""
+"""stages of one model, with the command that writes each"""
 SET_STAGES: dict[StageName, str] = {"explanations": "explain", "scores": "score"}
-"""those of them that exist several times: once without a language model, once for each one asked"""
+"""those that can exist several times: once without a language model, and once for each language model"""
 SIDE_STAGES: tuple[StageName, ...] = ("sae", "steer", "analysis")
 """optional measurements of a model"""
 READ_ERRORS = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IndexError, AttributeError)  # fmt: skip
-"""what reading a damaged file may raise"""
+"""exceptions that reading a damaged file may raise"""
 _T = TypeVar("_T")
 
 
@@ -35,13 +35,13 @@ def principal_explainer(explainers: Iterable[tuple[str, str]]) -> tuple[str, str
 
 
 class Problems:
-    """Collects a sentence for every file that could not be read, so that the others are still shown."""
+    """Messages about files that could not be read, collected so that all other files are still shown."""
 
     def __init__(self, lines: Iterable[str] = ()) -> None:
         self.lines = list(lines)
 
     def attempt(self, label: str, read: Callable[[], _T], default: _T) -> _T:
-        """Return what `read` returns; where its file is damaged, note that with `label` and return `default`."""
+        """Return the result of `read`; if its file is damaged, record `label` with the error and return `default`."""
         try:
             return read()
         except (*READ_ERRORS, InputError) as error:
@@ -55,7 +55,7 @@ def one_line(error: BaseException) -> str:
 
 
 def changed_at(run: Run) -> int:
-    """Return when a stage of the run was last finished, in ns; 0 if none ever was."""
+    """Return the time at which a stage of the run last finished, in ns since the epoch; 0 if none has."""
     try:
         return (run.path / "manifest.json").stat().st_mtime_ns
     except OSError:
@@ -68,14 +68,14 @@ def model_names(run: Run) -> list[str]:
 
 
 def set_names(run: Run, model: str) -> list[str]:
-    """Return the names of the sets of explanations and scores that a language model made of `model`."""
+    """Return the names of the sets of explanations and scores of `model` that used a language model."""
     return sets_of((name for stage in SET_STAGES for name in run.models(stage)), model)
 
 
 def completions(
     run: Run, name: str, stages: Iterable[StageName] = tuple(MODEL_STAGES)
 ) -> dict[StageName, Completion]:
-    """Return the records of the finished ones of `stages` for the model or set `name`."""
+    """Return the completion records of those of `stages` that are finished for the model or set `name`."""
     records: dict[StageName, Completion | None] = {
         stage: run.stage(stage, name).completion() for stage in stages
     }
@@ -83,21 +83,21 @@ def completions(
 
 
 def set_completions(run: Run, model: str, name: str) -> dict[StageName, Completion]:
-    """Return the records of the explanations and scores of one set of `model`."""
+    """Return the completion records of the explanations and scores of one set of `model`."""
     return completions(run, set_name(model, name), SET_STAGES)
 
 
 def side_completions(run: Run, models: Sequence[str]) -> tuple[Completion, ...]:
-    """Return the records of the finished `SIDE_STAGES` of the models."""
+    """Return the completion records of all finished `SIDE_STAGES` of the models."""
     stages = (run.stage(stage, name) for stage in SIDE_STAGES for name in run.models(stage))
     records = (stage.completion() for stage in stages if split_set(stage.name)[0] in models)
     return tuple(done for done in records if done is not None)
 
 
 def display_order(name: str, null_of: str) -> tuple[bool, int, str]:
-    """Return the sort key of a model: trained ones first, CRATE before GPT-2 before others.
+    """Return the sort key of a model: trained models first, CRATE before GPT-2 before other families.
 
-    `null_of` is the model whose null control `name` is, empty for others.
+    `null_of` is the trained model for which `name` is the null control; empty for any other model.
     """
     family = family_of(name)
     return bool(null_of), FAMILIES.index(family) if family else len(FAMILIES), name

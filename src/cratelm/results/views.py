@@ -1,6 +1,6 @@
-"""Records that the pages show. Text is as in the corpus: pages make it visible and escape it.
+"""Records that the pages show. Text is the raw text of the corpus: pages make it printable and escape it.
 
-Units: scores are x 100; activations are raw values of the neuron.
+Units: scores are multiplied by 100; activations are raw values of the neuron.
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from cratelm.records import ExcerptKind, Interval, Split
 from cratelm.runs.names import twin_name
 
 ExcerptChoice = Literal["some", "all", "top"]
-"""excerpts of a neuron: the first of each kind and bin, all, or the first of the strongest"""
+"""excerpts of a neuron: the first of each kind and bin, all, or the first with the largest activations"""
 
 
 class NotFound(InputError):
-    """A run, model, layer or neuron that does not exist."""
+    """Raised for a run, model, layer or neuron that does not exist."""
 
 
 @dataclass(frozen=True)
 class MetricCard:
-    """One model under one metric, its principal explainer."""
+    """Scores of one model under one metric, for its principal explainer."""
 
     metric: str
     mean: Interval | None
     by_layer: Mapping[int, Interval]
     shuffled: Interval | None
-    """null: explanations dealt to other neurons"""
+    """null control: each neuron is scored with the explanation of another neuron"""
     defined: int
     undefined: int
     dead: int
@@ -43,27 +43,28 @@ class ModelCard:
     """`crate`, `gpt2`, or empty"""
     site: str
     neurons: Mapping[int, int]
-    """H of each layer, by its number"""
+    """number of neurons H by layer"""
     null_of: str
-    """the model whose untrained null control this is; empty for others"""
+    """the trained model for which this is the untrained null control; empty for any other model"""
     parameters: int | None
     loss: float | None
     """validation loss, nats per token"""
     loss_error: float | None
+    """standard error of `loss`"""
     explainer: str
-    """whose scores are shown; empty where there are none"""
+    """explainer of the scores; empty if there are none"""
     metrics: tuple[MetricCard, ...]
     firing: Mapping[int, float]
-    """mean firing rate of a layer, 0 to 1, held-out"""
+    """mean firing rate by layer, 0 to 1, held-out"""
     dead: Mapping[int, int]
-    """neurons of a layer never above 0, held-out"""
+    """number of neurons that are never above 0, by layer, held-out"""
     missing: tuple[str, ...]
-    """what a full run would have, with the command that makes it"""
+    """results that the model lacks, each with the command that produces it"""
     stale: tuple[str, ...] = ()
-    """what is not of today's inputs, with the command that makes it again"""
+    """stages whose inputs have changed since, each with the command that redoes it"""
 
     def metric(self, name: str) -> MetricCard | None:
-        """Return the figures under a metric; None where the model was not scored by it."""
+        """Return the scores under a metric; None if the model was not scored with it."""
         return next((m for m in self.metrics if m.metric == name), None)
 
 
@@ -72,14 +73,14 @@ class RunCard:
     """One run, for the overview."""
 
     key: str
-    """its name in addresses"""
+    """name of the run in addresses"""
     path: str
     models: tuple[ModelCard, ...]
     problems: tuple[str, ...]
-    """files that cannot be read"""
+    """messages about files that cannot be read"""
 
     def model(self, name: str) -> ModelCard:
-        """Return the card of a model. Raises `NotFound` if the run has none of it."""
+        """Return the card of a model. Raises `NotFound` if the run does not have the model."""
         for card in self.models:
             if card.name == name:
                 return card
@@ -91,22 +92,22 @@ class RunCard:
         return next((c for c in self.models if c.null_of == card.name), None)
 
     def twin(self, name: str) -> str:
-        """Return the harvested model of the same size of the other family; empty if there is none."""
+        """Return the name of the harvested model of the same size and the other family; empty if there is none."""
         twin = twin_name(name)
         return twin if any(c.name == twin and c.neurons for c in self.models) else ""
 
 
 @dataclass(frozen=True)
 class LayerQuery:
-    """Which neurons of a layer, in which order."""
+    """Filter and order of the neurons of a layer."""
 
     sort: str = ""
-    """`index`, `firing_rate`, `maximum`, `token` or a metric; empty: the best explained first"""
+    """`index`, `firing_rate`, `maximum`, `token` or a metric; empty: the best explained neurons first"""
     descending: bool = False
     text: str = ""
     """words that the explanation must contain"""
     token: str = ""
-    """a token that the neuron must fire on"""
+    """a token on which the neuron must fire"""
     only: Literal["all", "explained", "alive", "dead"] = "all"
     page: int = 1
     per_page: int = 100
@@ -114,15 +115,18 @@ class LayerQuery:
 
 @dataclass(frozen=True)
 class NeuronRow:
-    """One line of a layer's table."""
+    """One row of a layer's table."""
 
     index: int
     explanation: str
     scores: Mapping[str, float | None]
-    """by metric; None where there is no value"""
+    """by metric; None if there is no value"""
     status: Mapping[str, str]
+    """by metric; empty if the neuron was not selected for scoring"""
     firing_rate: float
+    """0 to 1, held-out"""
     maximum: float
+    """largest raw activation on the held-out split"""
     on_token: float | None = None
     """mean activation on the token searched for, as a fraction of the neuron's maximum"""
 
@@ -140,12 +144,15 @@ class LayerPage:
     layer: int
     rows: tuple[NeuronRow, ...]
     total: int
-    """neurons that match"""
+    """number of neurons that match the query, on all pages"""
     n_neurons: int
+    """number of neurons of the layer"""
     query: LayerQuery
     metrics: tuple[str, ...]
     explainer: str
+    """explainer of the explanations and scores; empty if there are none"""
     note: str = ""
+    """which tokens the search matched, in words"""
 
 
 @dataclass(frozen=True)
@@ -156,19 +163,20 @@ class ScoreHistogram:
     mean: Interval | None
     defined: int
     neurons: int
-    """that were to be scored"""
+    """number of neurons selected for scoring"""
     shares: tuple[float, ...]
-    """fraction of those defined in each of several equal bins from 0 to 100; below 0 counts in the first"""
+    """fraction of the defined scores in each of several equal bins from 0 to 100; scores below 0 count in the
+    first bin"""
 
 
 class ShadedToken(NamedTuple):
-    """One token of an excerpt. A tuple, since a page has thousands and a dataclass takes three times as long."""
+    """One token of an excerpt. A tuple, because a page has thousands and a dataclass takes three times as long."""
 
     text: str
     value: float
     """raw activation"""
     level: int
-    """0 to 10 of the neuron's largest activation among the excerpts shown"""
+    """0 to 10, relative to the neuron's largest activation among the excerpts shown"""
 
 
 @dataclass(frozen=True)
@@ -179,15 +187,15 @@ class ExcerptView:
     bin: int
     rank: int
     peak: int
-    """offset of the token that it was chosen for"""
+    """offset of the token for which the excerpt was chosen"""
     document: str
     """name of the document"""
     true: tuple[ShadedToken, ...]
     simulated: tuple[ShadedToken, ...]
-    """empty where no simulator ran"""
+    """empty if the excerpt was not simulated"""
 
     def plain(self) -> dict[str, Any]:
-        """Return JSON values: tokens, true and simulated activations as lists, to six digits."""
+        """Return JSON values: tokens, true and simulated activations as lists, rounded to six digits."""
         return {
             "kind": self.kind,
             "bin": self.bin,
@@ -206,8 +214,10 @@ class ScoreView:
 
     metric: str
     value: float | None
+    """x 100; None if there is no score"""
     status: str
     reason: str
+    """why there is no score; empty if there is one"""
 
 
 @dataclass(frozen=True)
@@ -216,20 +226,20 @@ class ExplanationView:
 
     explainer: str
     set_name: str
-    """of the language model's set; empty without a language model"""
+    """name of the language model's set; empty without a language model"""
     text: str
     scores: tuple[ScoreView, ...]
 
 
 @dataclass(frozen=True)
 class TokenValue:
-    """A token with what a neuron does on it or to it."""
+    """A token with the neuron's activation on it, or the neuron's effect on its logit."""
 
     text: str
     value: float
     """mean activation, or change of the logit"""
     count: int = 0
-    """times that it was seen"""
+    """number of occurrences among the excerpts"""
 
 
 @dataclass(frozen=True)
@@ -240,13 +250,13 @@ class Neighbour:
     layer: int
     index: int
     similarity: float
-    """cosine of the profiles over tokens, -1 to 1"""
+    """cosine of the profiles over tokens, -1 to 1 (see `cratelm.viewer.index`)"""
     explanation: str
 
 
 @dataclass(frozen=True)
 class NeuronView:
-    """One neuron, as its page shows it."""
+    """One neuron with everything that its page shows."""
 
     run: str
     model: str
@@ -255,23 +265,28 @@ class NeuronView:
     index: int
     split: Split
     explainer: str
-    """whose explanation simulates the excerpts; empty where none does"""
+    """explainer whose explanation simulates the excerpts; empty without a simulation"""
     explanations: tuple[ExplanationView, ...]
     statistics: Mapping[str, float]
-    """of the split: firing_rate, mean, variance, skew, kurtosis, maximum, n_tokens"""
+    """statistics over the split: firing_rate, mean, variance, skew, kurtosis, maximum, n_tokens"""
     histogram: tuple[int, ...]
+    """number of tokens in each of several equal bins of the activation; the outer bins include values beyond them"""
     histogram_low: float
+    """lower end of the first bin"""
     histogram_high: float
+    """upper end of the last bin"""
     excerpts: tuple[ExcerptView, ...]
     held_back: int
     """number of excerpts that are not shown"""
     tokens: tuple[TokenValue, ...]
-    """tokens it fires on most"""
+    """tokens on which the neuron fires most strongly"""
     promoted: tuple[TokenValue, ...]
     suppressed: tuple[TokenValue, ...]
     nearest: tuple[Neighbour, ...]
     previous: int | None
+    """index of the previous neuron of the layer; None for the first"""
     following: int | None
+    """index of the next neuron of the layer; None for the last"""
     problems: tuple[str, ...] = ()
     """what cannot be shown, and why"""
 
@@ -283,7 +298,7 @@ class NeuronView:
 
 @dataclass(frozen=True)
 class MapPoint:
-    """A neuron on the map of its layer; x and y are 0 to 1."""
+    """A neuron on the map of its layer; x and y range from 0 to 1."""
 
     index: int
     x: float
@@ -294,23 +309,23 @@ class MapPoint:
 
 @dataclass(frozen=True)
 class SearchHit:
-    """A neuron that a search found."""
+    """A neuron found by a search."""
 
     model: str
     layer: int
     index: int
     explanation: str
     value: float
-    """of a token: mean activation on it over the neuron's maximum; of words: the first score"""
+    """search by token: mean activation on the token divided by the neuron's maximum; by words: the first score"""
     count: int
-    """times that the token was seen; 0 for words"""
+    """number of occurrences of the token; 0 for a search by words"""
     firing_rate: float
-    """0 to 1, held-out: a neuron that is always on fires on every token"""
+    """0 to 1, held-out; a neuron that fires on every token is not specific to the token searched for"""
 
 
 @dataclass(frozen=True)
 class SearchResults:
-    """What a search found, best first."""
+    """Results of a search, best first."""
 
     hits: tuple[SearchHit, ...]
     note: str
@@ -323,9 +338,11 @@ class IndexState:
 
     ready: bool
     done: int
+    """row groups of excerpts that are indexed"""
     total: int
-    """row groups of excerpts"""
+    """row groups of excerpts of the run"""
     problem: str = ""
+    """why the index could not be built; empty if there was no problem"""
 
 
 def plain(value: Any) -> Any:

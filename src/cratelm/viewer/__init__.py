@@ -1,1 +1,1 @@
-"""The neuron browser: a local web application over run directories, and the same pages as a folder."""
+"""The neuron browser: a local web application that shows run directories, also as a folder of static pages."""

@@ -1,4 +1,4 @@
-"""Two layers, or two neurons, side by side."""
+"""Compare two layers or two neurons side by side."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ from cratelm.results.views import LayerPage, LayerQuery, NeuronView, NotFound, S
 from cratelm.viewer.run_reader import Library
 
 _BEST = 25
-"""number of neurons of a layer that are shown"""
+"""number of neurons shown per layer"""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A neuron, a layer with the distribution of its scores, or why there is neither."""
+    """A neuron, a layer with the distribution of its scores, or the reason why there is neither."""
 
     name: str
     problem: str = ""
@@ -21,15 +21,16 @@ class Side:
     firing: float | None = None
     """mean firing rate of the layer, 0 to 1"""
     dead: int = 0
+    """number of dead neurons of the layer"""
 
     def histogram(self, metric: str) -> ScoreHistogram | None:
-        """Return the layer's scores under a metric; None without any."""
+        """Return the distribution of the layer's scores under a metric; None if there are no scores."""
         return next((h for h in self.histograms if h.metric == metric), None)
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Two sides, or one."""
+    """Two sides to compare, or one if there is no counterpart."""
 
     left: str
     right: str
@@ -43,12 +44,15 @@ class SideBySide:
         return tuple(dict.fromkeys(h.metric for side in self.sides for h in side.histograms))
 
     def histograms(self, metric: str) -> tuple[ScoreHistogram | None, ...]:
-        """Return the scores of each side under a metric."""
+        """Return the distribution of the scores of each side under a metric."""
         return tuple(side.histogram(metric) for side in self.sides)
 
 
 def compare(library: Library, key: str, left: str, right: str) -> SideBySide:
-    """Return two sides, each named MODEL/LAYER or MODEL/LAYER/NEURON; without `right` that of the twin."""
+    """Return two sides, each named MODEL/LAYER or MODEL/LAYER/NEURON.
+
+    An empty `right` stands for the counterpart of `left` in the twin. A side that does not exist has a `problem`.
+    """
     note = ""
     if left and not right:
         right, note = _counterpart(library, key, left)
@@ -75,7 +79,11 @@ def _side(library: Library, key: str, name: str) -> Side:
 
 
 def _counterpart(library: Library, key: str, left: str) -> tuple[str, str]:
-    """The twin's layer of the same number; for a neuron, the twin's that fires most alike."""
+    """Return the name of the counterpart in the twin, and a note on how it was chosen.
+
+    For a layer, this is the twin's layer with the same number; for a neuron, the twin's neuron with the most
+    similar profile. The name is empty if there is no counterpart, and the note gives the reason.
+    """
     try:
         model, layer, index = _parse(left)
         twin = library.run(key).twin(model)
@@ -85,19 +93,25 @@ def _counterpart(library: Library, key: str, left: str) -> tuple[str, str]:
     except NotFound:
         return "", ""
     if not nearest:
-        return "", f"No neuron of {twin} is known to fire on the same tokens: name one."
+        return (
+            "",
+            f"No neuron of {twin} is known to fire on the same tokens: name one on the right.",
+        )
     near = nearest[0]
-    note = f"Right: the neuron of {twin} that fires most alike, cosine {near.similarity:.2f}."
+    note = f"Right: the most similar neuron of {twin}, cosine {near.similarity:.2f}."
     return f"{twin}/{near.layer}/{near.index}", note
 
 
 def _parse(name: str) -> tuple[str, int, int | None]:
-    """Model, layer and index. Raises `NotFound` for neither MODEL/LAYER nor MODEL/LAYER/NEURON."""
+    """Return model, layer and index (None for a layer).
+
+    Raises `NotFound` if `name` is neither MODEL/LAYER nor MODEL/LAYER/NEURON.
+    """
     model, *numbers = name.split("/")
     digits = all(n.isascii() and n.isdigit() and len(n) < 9 for n in numbers)
     if len(numbers) not in (1, 2) or not digits:
         raise NotFound(
-            f"{name!r} names no layer and no neuron: type MODEL/LAYER or MODEL/LAYER/NEURON, such as"
+            f"{name!r} is neither a layer nor a neuron: type MODEL/LAYER or MODEL/LAYER/NEURON, such as"
             " crate-2l/0/17"
         )
     return model, int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None

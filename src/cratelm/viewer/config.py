@@ -22,18 +22,19 @@ class ViewConfig:
     )
     """run directories"""
     host: str = not_in_identity("127.0.0.1")
-    """address to listen on. With any other than this machine's own, everyone who can reach it can read the
-    runs and use the model: there is no password"""
+    """address to listen on. With an address other than this machine's own (127.0.0.1), everyone who can reach
+    it can read the runs and use the model: there is no password"""
     port: int = not_in_identity(8000)
     """port to listen on"""
     live: bool = not_in_identity(True)
-    """enable the live page, which needs the model itself: activations of a typed text, steering"""
+    """enable the live page, which runs the model: activations on a text that you type, and steering"""
     static: Path | None = not_in_identity(None)
-    """write the pages into this new folder and stop: for any web host, or to open from disk"""
+    """write the pages into this new folder and exit. Any web host can serve the folder, and a browser can
+    open it from disk"""
     neurons: int = not_in_identity(64)
-    """with --static: neurons per layer that get a page, the best explained first; 0: all"""
+    """with --static: number of neurons per layer that get a page, the best explained first; 0: all"""
     force: bool = not_in_identity(False)
-    """with --static: replace pages that an earlier export wrote"""
+    """with --static: replace the pages of an earlier export"""
     quiet: bool = not_in_identity(False)
     """with --static: no progress bar"""
 
@@ -41,5 +42,5 @@ class ViewConfig:
         if not self.runs:
             raise InputError("no run is named: type `cratelm view runs/NAME`")
         if not 0 <= self.port <= 65535:
-            raise InputError(f"--port is {self.port}, 0 to 65535 was expected")
+            raise InputError(f"--port is {self.port}: it must be between 0 and 65535")
         at_least(self, {"neurons": 0})

@@ -1,7 +1,7 @@
-"""Small drawings as SVG: classes and attributes only, for pages that allow no inline style.
+"""Small drawings as SVG, with classes and attributes only, for pages that forbid inline styles.
 
-The curve of scores by layer is the report's. Histograms and maps are written here: they are on pages of
-single neurons and layers, of which there are thousands, and matplotlib takes a hundred times as long.
+The curve of scores by layer is drawn as in the report. Histograms and maps are written here without matplotlib,
+which takes 100 times as long: they are on the pages of single neurons and layers, of which there are thousands.
 """
 
 import math
@@ -15,20 +15,20 @@ from cratelm.text.display import printable
 
 _PAD = 30
 _LABELLED = 1024
-"""neurons of a layer whose explanations a map carries: of more they would be most of the page"""
+"""largest layer whose map contains the explanations; in larger layers they would take up most of the page"""
 
 
 def scores_by_layer(run: RunCard, metric: str) -> Markup:
-    """Return the mean by layer of every trained model with its interval; dotted: the same model untrained.
+    """Return the mean score by layer of every trained model with its interval, and of its untrained null, dotted.
 
-    Drawn as in the report, in the colours of the table of models. Empty without scores.
+    The colours are those of the table of models. Empty without scores.
     """
     trained = enumerate(card for card in run.models if not card.null_of)
     cards = [(number, card) for number, card in trained if card.metric(metric)]
     series, lines = [], []
     for number, card in cards:
-        for shown, null in ((card, ""), (run.null(card), "init")):
-            scores = shown.metric(metric) if shown else None
+        for model, null in ((card, ""), (run.null(card), "init")):
+            scores = model.metric(metric) if model else None
             if scores and scores.by_layer:
                 series.append(Series(card.name, number, null))
                 lines.append(scores.by_layer)
@@ -46,7 +46,7 @@ def _ticks(bottom: float, top: float) -> list[float]:
 
 
 def score_histograms(sides: Sequence[ScoreHistogram | None], metric: str) -> Markup:
-    """Return the share of each side's neurons by score, as outlines over each other."""
+    """Return overlaid histograms of the scores of each side."""
     scored = [(number, s) for number, s in enumerate(sides) if s is not None and s.defined]
     if not scored:
         return Markup("")
@@ -74,7 +74,7 @@ def score_histograms(sides: Sequence[ScoreHistogram | None], metric: str) -> Mar
 
 
 def histogram(view: NeuronView) -> Markup:
-    """Return counts of tokens over equal bins of the activation, logarithmic; the last bin is open."""
+    """Return the histogram of a neuron's activation over tokens, with a logarithmic axis of counts."""
     counts = view.histogram
     if not counts or not max(counts):
         return Markup("")
@@ -84,10 +84,10 @@ def histogram(view: NeuronView) -> Markup:
     bars = []
     for bin_, count in enumerate(counts):
         if count:
-            tall = (height - 26) * (math.log10(count) + 0.15) / top
-            x, y = _PAD + bin_ * step, height - 18 - tall
+            bar = (height - 26) * (math.log10(count) + 0.15) / top
+            x, y = _PAD + bin_ * step, height - 18 - bar
             bars.append(
-                f'<rect class="column" x="{x:.1f}" y="{y:.1f}" width="{step * 0.9:.2f}" height="{tall:.1f}"/>'
+                f'<rect class="column" x="{x:.1f}" y="{y:.1f}" width="{step * 0.9:.2f}" height="{bar:.1f}"/>'
             )
     labels = []
     for power in range(math.floor(math.log10(max(counts))) + 1):
@@ -95,18 +95,18 @@ def histogram(view: NeuronView) -> Markup:
         labels.append(
             f'<text x="{_PAD - 5}" y="{y + 3.5:.1f}" text-anchor="end">{_short(10**power)}</text>'
         )
-    for where, value in ((0.0, view.histogram_low), (1.0, view.histogram_high)):
-        x = _PAD + where * (width - _PAD - 8)
-        anchor = "start" if where == 0 else "end"
-        beyond = " or more" if where and view.statistics.get("maximum", value) > value else ""
+    for end, value in ((0.0, view.histogram_low), (1.0, view.histogram_high)):
+        x = _PAD + end * (width - _PAD - 8)
+        anchor = "start" if end == 0 else "end"
+        beyond = " or more" if end and view.statistics.get("maximum", value) > value else ""
         labels.append(
             f'<text x="{x:.1f}" y="{height - 4}" text-anchor="{anchor}">{value:.3g}{beyond}</text>'
         )
-    rows = sum(counts)
+    n_tokens = sum(counts)
     return _svg(
         width,
         height,
-        f"histogram of the activation over {rows:,} tokens, logarithmic",
+        f"histogram of the activation over {n_tokens:,} tokens, logarithmic",
         "".join(bars + labels),
     )
 
@@ -116,9 +116,9 @@ def _short(n: int) -> str:
 
 
 def layer_map(points: Sequence[MapPoint], address: Callable[[int], str]) -> Markup:
-    """Return a point per neuron, a link if it has an address; shade: its score.
+    """Return a map with a point per neuron, shaded by its score, and linked to `address(index)` unless that is empty.
 
-    On hover it shows number and score, and in a layer of up to `_LABELLED` neurons the explanation.
+    A tooltip shows the number and score of a neuron, and in layers of up to `_LABELLED` neurons its explanation.
     """
     width = height = 560
     dots = []
@@ -132,13 +132,13 @@ def layer_map(points: Sequence[MapPoint], address: Callable[[int], str]) -> Mark
             f'<circle class="point m{level}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
             f"<title>{label}</title></circle>"
         )
-        where = address(p.index)
-        dots.append(f'<a href="{where}" tabindex="-1">{dot}</a>' if where else dot)
+        href = address(p.index)
+        dots.append(f'<a href="{href}" tabindex="-1">{dot}</a>' if href else dot)
     return _svg(width, height, f"map of {len(points):,} neurons", "".join(dots), kind="map")
 
 
 def shortened(text: str, most: int) -> str:
-    """Return `text` on one line, at most `most` of its characters."""
+    """Return `text` in printable form on one line, cut to `most` of its characters."""
     return printable(text) if len(text) <= most else printable(text[: most - 1]) + "…"
 
 

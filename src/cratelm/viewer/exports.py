@@ -1,4 +1,4 @@
-"""One neuron to take elsewhere: an SVG card, and a LaTeX figure with tokens on coloured boxes."""
+"""Export one neuron as an SVG card, or as a LaTeX figure with tokens in coloured boxes."""
 
 from markupsafe import escape
 
@@ -8,12 +8,12 @@ from cratelm.text.table import latex
 from cratelm.viewer.drawings import shortened
 
 _EXCERPTS, _BEFORE, _AFTER = 5, 12, 8
-"""of the LaTeX figure: excerpts, and tokens before the peak and from it on"""
+"""LaTeX figure: number of excerpts, and of tokens before the peak and from the peak on"""
 
 
 def svg_card(view: NeuronView) -> str:
     """Return a self-contained SVG picture: explanation, scores and the strongest excerpts."""
-    shown = [e for e in view.excerpts if e.kind == "top"][:5]
+    strongest = [e for e in view.excerpts if e.kind == "top"][:5]
     lines = [
         f'<text x="24" y="38" class="t">{escape(f"{view.model} · layer {view.layer} · neuron {view.index}")}</text>'
     ]
@@ -25,9 +25,9 @@ def svg_card(view: NeuronView) -> str:
         for s in (first.scores if first else ())
     )
     lines.append(f'<text x="24" y="84" class="s">{escape(scores or "no scores")}</text>')
-    for number, excerpt in enumerate(shown):
+    for number, excerpt in enumerate(strongest):
         lines.append(_card_line(excerpt, 112 + 30 * number))
-    height = 112 + 30 * len(shown) + 14
+    height = 112 + 30 * len(strongest) + 14
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{height}" viewBox="0 0 860 {height}">'
         "<style>text{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:14px;fill:#1b1f24}"
@@ -38,11 +38,14 @@ def svg_card(view: NeuronView) -> str:
 
 
 def _card_line(excerpt: ExcerptView, y: int) -> str:
-    """Tokens around the peak; a character of a monospaced font of 14 is 8.43 wide."""
-    wide, x, parts = 8.43, 24.0, []
+    """Return the tokens around the peak as SVG, with the baseline at `y`.
+
+    A character of a monospaced font of size 14 is 8.43 wide.
+    """
+    width, x, parts = 8.43, 24.0, []
     for token in excerpt.true[max(0, excerpt.peak - 14) : excerpt.peak + 12]:
         text = visible(token.text)
-        length = wide * len(text)
+        length = width * len(text)
         if x + length > 840:
             break
         if token.level:
@@ -58,15 +61,15 @@ def _card_line(excerpt: ExcerptView, y: int) -> str:
 
 
 def latex_figure(view: NeuronView) -> str:
-    """Return a figure, in ASCII, for a document with the packages xcolor and booktabs."""
+    """Return a LaTeX figure in ASCII, for a document that loads the packages xcolor and booktabs."""
     lines = [
         r"% \usepackage{xcolor}",
         r"\begin{figure}",
         r"  \setlength{\fboxsep}{1pt}\ttfamily\footnotesize\raggedright",
     ]
     for excerpt in [e for e in view.excerpts if e.kind == "top"][:_EXCERPTS]:
-        shown = excerpt.true[max(0, excerpt.peak - _BEFORE) : excerpt.peak + _AFTER]
-        tokens = [_latex_token(t.text, t.level) for t in shown]
+        window = excerpt.true[max(0, excerpt.peak - _BEFORE) : excerpt.peak + _AFTER]
+        tokens = [_latex_token(t.text, t.level) for t in window]
         lines.append("  " + r"\allowbreak{}".join(tokens) + r" \\[2pt]")
     first = view.explanations[0] if view.explanations else None
     text = latex(printable(first.text)) if first else "not explained"
@@ -78,8 +81,8 @@ def latex_figure(view: NeuronView) -> str:
 
 
 def _latex_token(text: str, level: int) -> str:
-    shown = latex(visible(text)).replace(r"\texttt{U+2423}", r"\textvisiblespace{}")
-    shown = shown.replace(r"\texttt{U+23CE}", r"$\hookleftarrow$").replace(
+    token = latex(visible(text)).replace(r"\texttt{U+2423}", r"\textvisiblespace{}")
+    token = token.replace(r"\texttt{U+23CE}", r"$\hookleftarrow$").replace(
         r"\texttt{U+21E5}", r"$\mapsto$"
     )
-    return rf"\colorbox{{orange!{6 * level}}}{{\strut {shown}}}" if level else shown
+    return rf"\colorbox{{orange!{6 * level}}}{{\strut {token}}}" if level else token

@@ -1,14 +1,14 @@
-"""An index of a run for the browser: token -> neurons, neurons that fire alike, a map of each layer.
+"""An index of a run for the browser: the neurons that fire on a token, similar neurons, a map of each layer.
 
-A neuron's *profile* is its mean activation on each token, over its excerpts of the fit split (each
-position once), relative to its largest activation. The index keeps the `_TOKENS` strongest entries
-of each profile, seen twice or more. Nearness of two neurons, of one model or of two, is the cosine of
-their profiles in the span of the first `_DIMENSIONS` singular vectors of all profiles of the run.
-Maps are by t-SNE (van der Maaten & Hinton 2008) on the same vectors.
+A neuron's *profile* is its mean activation on each token, over its excerpts of the fit split (each position
+counts once), relative to its largest activation. The index stores the `_TOKENS` largest entries of each profile,
+among tokens that occur at least `_LEAST` times. The similarity of two neurons, of the same model or of two models,
+is the cosine of their profiles in the span of the first `_DIMENSIONS` singular vectors of all profiles of the run.
+Maps are computed by t-SNE (van der Maaten & Hinton 2008) on the same vectors.
 
-It is built once, in `viewer/` of the run, from one row group of excerpts at a time, and again after a
-harvest or the tokens have changed. Memory while it is built: 14 bytes per entry, 50 MB for 36,864
-neurons with 96 entries each, and some 300 bytes per neuron; in use, only what a request reads.
+The index is built once, in `viewer/` of the run, one row group of excerpts at a time. It is rebuilt after a
+harvest or the tokens have changed. Building it takes 14 bytes of memory per entry (50 MB for 36,864 neurons with
+96 entries each) and about 300 bytes per neuron. Using it takes only the memory of the data that a request reads.
 
 Shape legend: N neurons of all models, V tokens of the vocabulary, E entries, D dimensions.
 """
@@ -41,7 +41,7 @@ _FORMAT = 3
 _TOKENS = 96
 _DIMENSIONS = 64
 _LEAST = 2
-"""times that a token must have been seen"""
+"""minimum number of occurrences of a token in a profile"""
 _SEED = 0
 
 
@@ -57,14 +57,14 @@ class Index:
         self._texts: dict[str, list[int]] = {}
         self._arrays: dict[str, Any] = {}
         self._changed_at: int | None = None
-        """when the run had last changed as this index was built; None before"""
+        """time of the run's last change when the index was built; None before that"""
         self._built = ""
-        """identity of the tokens and harvests that it was built from"""
+        """identity of the tokens and harvests from which the index was built"""
 
     # ---- building ---------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Open the index, or make it; `state` says what went wrong."""
+        """Open the index, or build it if it does not exist. Errors are not raised but reported in `state`."""
         with self._lock:
             self._changed_at = changed_at(self.run)
             try:
@@ -84,21 +84,21 @@ class Index:
         if self._changed_at in (None, now) or self._lock.locked():
             return
         self._changed_at = now
-        with contextlib.suppress(*READ_ERRORS, InputError):  # `build` reports that
+        with contextlib.suppress(*READ_ERRORS, InputError):  # `build` reports these errors
             if self._key() == self._built:
                 return
         self.state = IndexState(False, 0, 0)
         threading.Thread(target=self.build, daemon=True).start()
 
     def _models(self) -> list[str]:
-        """Those whose harvest has read today's tokens: the ids of others would be spelled wrongly."""
+        """Return the models that were harvested from the present tokens; ids of other tokens would be misread."""
         tokens = self.run.stage("tokens").completion()
-        found = {
+        harvests = {
             n: self.run.stage("activations", n).completion() for n in self.run.models("activations")
         }
         return [
             name
-            for name, done in found.items()
+            for name, done in harvests.items()
             if tokens is None or (done and done.inputs.get("tokens") in (None, tokens.identity))
         ]
 
@@ -111,7 +111,7 @@ class Index:
         )
 
     def _root(self) -> Path:
-        """`viewer/` of the run; a temporary folder if that cannot be written to."""
+        """Return `viewer/` of the run, or a temporary folder if that is not writable."""
         folder = self.run.path / "viewer"
         try:
             folder.mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ class Index:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _file(self, name: str) -> Path:
-        """Excerpts that explanations are made from; the held-out ones of a harvest without them."""
+        """Return the file of the fit excerpts; for a harvest without them, that of the held-out excerpts."""
         folder = self.run.stage("activations", name).path
         splits: tuple[Split, ...] = ("fit", "held_out")
         return next(
@@ -170,7 +170,7 @@ class Index:
         self.state = IndexState(True, self.state.total, self.state.total)
 
     def _make_maps(self, folder: Path) -> None:
-        """The maps of all layers, one after another; those that exist are kept."""
+        """Compute the maps of all layers that do not exist yet, one after another."""
         for name in self._models():
             table = read_neuron_table(self.run, name)
             for layer in np.unique(table.layer).tolist():
@@ -183,22 +183,23 @@ class Index:
     # ---- queries ----------------------------------------------------------------------------------
 
     def _vectors(self, model: str) -> NDArray[np.float32]:
-        """[n, D] of a model, unit length."""
+        """Return the vectors [n, D] of the n neurons of a model, of unit length or 0."""
         offsets = self._meta["offsets"]
         start = offsets[model]
         later = [o for o in offsets.values() if o > start]
         return self._arrays["vectors"][start : min(later, default=self._meta["neurons"])]
 
     def on_token(self, model: str, text: str) -> tuple[Mapping[NeuronKey, tuple[float, int]], str]:
-        """Return the neurons of a model that fire on a token, and in words which tokens were matched.
+        """Return the neurons of a model that fire on a token, and a note in words on the tokens that were matched.
 
-        Of each neuron: its mean activation on the token over its maximum, and how often it was seen.
+        The values of a neuron are its mean activation on the token divided by its maximum, and the number of
+        occurrences of the token.
         """
         if not self.state.ready or model not in self._meta["offsets"]:
             return {}, "The index of tokens is not ready yet."
         ids, matched = self._ids(text)
         if not ids:
-            return {}, f"No token is {text!r}."
+            return {}, f"There is no token {text!r}."
         low = self._meta["offsets"][model]
         high = low + len(self._vectors(model))
         starts = self._arrays["starts"]
@@ -223,7 +224,7 @@ class Index:
         return {keys[n]: value_count for n, value_count in best.items()}, matched
 
     def _neurons(self, model: str) -> tuple[NDArray, NDArray]:
-        """Layer and index [n] of the neurons of a model."""
+        """Return layer [n] and index [n] of the neurons of a model."""
         name = f"neurons of {model}"
         if name not in self._arrays:
             table = read_neuron_table(self.run, model)
@@ -231,7 +232,10 @@ class Index:
         return self._arrays[name]
 
     def _ids(self, text: str) -> tuple[list[int], str]:
-        """Tokens that are exactly `text`, else those that differ by spaces only, else that begin with it."""
+        """Return the ids of the tokens that match `text`, and a note on how they were matched.
+
+        These are the tokens equal to `text`, else those that differ only in spaces, else those that begin with it.
+        """
         if not self._texts:
             store = TokenStore(self.run.path / "tokens")
             ids: dict[str, list[int]] = {}
@@ -241,17 +245,17 @@ class Index:
         if text in self._texts:
             return (
                 self._texts[text],
-                f"Neurons that fire on the token {text!r}: mean activation on it, in % of the neuron's largest.",
+                f"Neurons that fire on the token {text!r}: mean activation on it, in % of the neuron's maximum.",
             )
         bare = text.strip()
         near = {t: ids for t, ids in self._texts.items() if t.strip() == bare and bare}
-        how = "without its spaces"
+        how = "ignoring spaces"
         if not near and bare:
             near = {t: ids for t, ids in self._texts.items() if t.strip().startswith(bare)}
-            how = "by their beginning"
-        shown = ", ".join(map(repr, sorted(near)[:6])) + (" ..." if len(near) > 6 else "")
+            how = "by prefix"
+        examples = ", ".join(map(repr, sorted(near)[:6])) + (" ..." if len(near) > 6 else "")
         matched = [token for tokens in near.values() for token in tokens]
-        return matched, f"No token is exactly {text!r}; matched {how}: {shown}."
+        return matched, f"There is no token {text!r}; matched {how}: {examples}."
 
     def nearest(
         self,
@@ -262,9 +266,9 @@ class Index:
         table: NeuronTable,
         other_table: NeuronTable,
     ) -> list[tuple[int, float]]:
-        """Return the rows of `other` with the highest cosine to a neuron of `model`, without itself.
+        """Return the rows of `other` with the highest positive cosine to a neuron of `model`, with the cosines.
 
-        The list is empty before the index is ready.
+        The neuron itself is excluded. Empty until the index is ready.
         """
         if not self.state.ready:
             return []
@@ -284,12 +288,12 @@ class Index:
         return [(int(r), float(cosines[r])) for r in best if cosines[r] > 0]
 
     def map(self, model: str, layer: int) -> NDArray[np.float32] | None:
-        """[H, 2] Return the points of a layer's neurons, in 0..1; None before they are computed."""
+        """Return the points [H, 2] of a layer's neurons, from 0 to 1; None until they are computed."""
         path = self.map_path(model, layer)
         return None if path is None else np.load(path)
 
     def map_path(self, model: str, layer: int) -> Path | None:
-        """Return the file of a map; None before it is computed."""
+        """Return the file of a map; None until it is computed."""
         path = self._folder / map_name(model, layer) if self._folder is not None else None
         return path if path is not None and path.is_file() else None
 
@@ -302,7 +306,7 @@ def map_name(model: str, layer: int) -> str:
 def profile_entries(
     file: pq.ParquetFile, group: int, table: NeuronTable
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float16], NDArray[np.uint16]]:
-    """[e] Return the entries of the neurons of a row group: neuron (row of `table`), token, value, count."""
+    """Return the profile entries [E] of the neurons of a row group: neuron (row of `table`), token, value, count."""
     columns = ["layer", "index", "kind", "peak", "position", "token_ids", "activations"]
     excerpts = file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
     if not len(excerpts):
@@ -318,34 +322,38 @@ def profile_entries(
     first, last = ids.offsets[0].as_py(), ids.offsets[-1].as_py()
     token = ids.values.to_numpy()[first:last].astype(np.int64)
     value = activations.values.to_numpy()[first:last].astype(np.float64)
-    # Excerpts of a neuron overlap: each position counts once. Neuron and position share one integer, so
-    # that one sort finds the repetitions; 40 bits hold the positions of 10^12 tokens.
+    # The excerpts of a neuron overlap, but each position must count once. Neuron and position are packed into
+    # one integer, so that one sort finds the duplicates; 40 bits hold the positions of 10^12 tokens.
     packed = (neuron.astype(np.int64) + 1) << 40 | position
-    seen = np.unique(packed, return_index=True)[1]
-    seen = seen[neuron[seen] >= 0]  # without tokens out of context
-    return _strongest(neuron[seen], token[seen], value[seen])
+    distinct = np.unique(packed, return_index=True)[1]
+    distinct = distinct[neuron[distinct] >= 0]  # without tokens out of context
+    return _strongest(neuron[distinct], token[distinct], value[distinct])
 
 
 def _strongest(
     neuron: NDArray[np.int64], token: NDArray[np.int64], value: NDArray[np.float64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float16], NDArray[np.uint16]]:
-    """Mean of each (neuron, token), of the neuron's largest value; the `_TOKENS` strongest of each."""
+    """Return the profile entries of each neuron, at most `_TOKENS`: neuron, token, value, count.
+
+    The value is the mean over the occurrences of a token, relative to the largest value of the neuron.
+    """
     base = int(token.max(initial=0)) + 1
     keys, at, counts = np.unique(neuron * base + token, return_inverse=True, return_counts=True)
     means = np.bincount(at, value, len(keys)) / counts
-    of, which = keys // base, keys % base
-    top = np.zeros(int(of.max(initial=0)) + 1)
+    neurons, tokens = keys // base, keys % base
+    top = np.zeros(int(neurons.max(initial=0)) + 1)
     np.maximum.at(top, neuron, value)
-    enough = (counts >= _LEAST) & (means > 0)
-    of, which, means, counts = of[enough], which[enough], means[enough], counts[enough]
-    means = means / np.maximum(top[of], 1e-30)
-    order = np.lexsort((-means, of))
-    of, which, means, counts = of[order], which[order], means[order], counts[order]
-    begins = np.searchsorted(of, of)
-    best = np.arange(len(of)) - begins < _TOKENS
+    kept = (counts >= _LEAST) & (means > 0)
+    neurons, tokens, means, counts = neurons[kept], tokens[kept], means[kept], counts[kept]
+    means = means / np.maximum(top[neurons], 1e-30)
+    order = np.lexsort((-means, neurons))
+    neurons, tokens, means, counts = neurons[order], tokens[order], means[order], counts[order]
+    # rank of an entry in its neuron: its position minus that of the neuron's first entry
+    begins = np.searchsorted(neurons, neurons)
+    best = np.arange(len(neurons)) - begins < _TOKENS
     return (
-        of[best].astype(np.int32),
-        which[best].astype(np.int32),
+        neurons[best].astype(np.int32),
+        tokens[best].astype(np.int32),
         means[best].astype(np.float16),
         np.minimum(counts[best], 65535).astype(np.uint16),
     )
@@ -379,7 +387,7 @@ def _write(
 def vectors(
     neurons: NDArray[np.int32], tokens: NDArray[np.int32], values: NDArray[Any], n_neurons: int
 ) -> NDArray[np.float32]:
-    """Return vectors [N, D] of unit length whose cosines are near those of the profiles; 0 without entries."""
+    """Return vectors [N, D] of unit length whose cosines approximate those of the profiles; 0 without entries."""
     from scipy.sparse import csr_matrix, diags
     from scipy.sparse.linalg import norm, svds
 
@@ -392,26 +400,26 @@ def vectors(
         return np.zeros((n_neurons, 1), np.float32)
     first = np.random.default_rng(_SEED).standard_normal(min(shape)).astype(np.float32)
     left, sizes, _ = svds(profiles, dimensions, v0=first)
-    found = left * sizes
-    sizes_of = np.linalg.norm(found, axis=1, keepdims=True)
-    found = np.divide(found, sizes_of, out=np.zeros_like(found), where=sizes_of > 1e-6)
-    return found.astype(np.float32)
+    projected = left * sizes
+    norms = np.linalg.norm(projected, axis=1, keepdims=True)
+    unit = np.divide(projected, norms, out=np.zeros_like(projected), where=norms > 1e-6)
+    return unit.astype(np.float32)
 
 
 def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return a map [H, 2] of vectors [H, D] by t-SNE, each axis in 0..1. Raises `InputError` without scikit-learn."""
+    """Return a t-SNE map [H, 2] of vectors [H, D], each axis from 0 to 1. Raises `InputError` without scikit-learn."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
         raise missing_extra("viewer", "it", "scikit-learn") from None
     points = np.asarray(vectors)
     if len(points) < 5 or not points.any():
-        found = np.zeros((len(points), 2), np.float32)
-        found[:, 0] = np.arange(len(points))
+        placed = np.zeros((len(points), 2), np.float32)
+        placed[:, 0] = np.arange(len(points))
     else:
         perplexity = min(30.0, (len(points) - 1) / 3)
         start = "pca" if points.shape[1] >= 2 else "random"
-        found = TSNE(
+        placed = TSNE(
             2,
             perplexity=perplexity,
             init=start,
@@ -419,5 +427,5 @@ def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
             random_state=_SEED,
             method="barnes_hut",
         ).fit_transform(points)
-    low, high = found.min(0), found.max(0)
-    return ((found - low) / np.maximum(high - low, 1e-9)).astype(np.float32)
+    low, high = placed.min(0), placed.max(0)
+    return ((placed - low) / np.maximum(high - low, 1e-9)).astype(np.float32)

@@ -1,8 +1,8 @@
-"""The live page: activations of a typed text, and steering, computed by the model itself; as JSON over HTTP.
+"""The live page: run the model on a typed text, and steer it. Endpoints return JSON over HTTP.
 
 One thread owns the model. At most `_WAITING` requests wait for it, each for at most `_PATIENCE` seconds,
-so that the server stays responsive. Only the model asked for last is in memory, with the logits and
-activations of one text.
+so that the server stays responsive. Memory holds only the model used last, and the activations of the text
+used last.
 
 Shape legend: T tokens of a text, H neurons of a layer, V vocabulary.
 """
@@ -42,32 +42,32 @@ LONGEST_TEXT = 4000
 """characters"""
 _WAITING, _PATIENCE = 24, 20.0
 _ANSWERS = 64
-"""answers kept; each at most some 100 kB"""
+"""maximum number of cached answers, of at most about 100 kB each"""
 BURST, PER_SECOND = 30, 8
-"""requests to the model by one client"""
+"""rate limit of requests to the model per client: at once, and per second in the long run"""
 _STRONGEST, _TOKENS_SHOWN, _MOST_GENERATED = 20, 10, 64
 _T = TypeVar("_T")
 _Captured = tuple[tuple[str, ...], int, list[np.ndarray]]
 
 
 class Busy(Exception):
-    """Too many requests wait for the model, or it takes too long."""
+    """Raised if too many requests wait for the model, or if the model takes too long."""
 
 
 @dataclass(frozen=True)
 class TextActivations:
-    """One neuron at every token of a text."""
+    """Activation of one neuron at every token of a text."""
 
     tokens: tuple[str, ...]
-    """[T] as they are shown, without the one that every text begins with"""
+    """[T] display strings, without the start token"""
     cut: int
-    """tokens left out because the model takes no more"""
+    """number of tokens at the end of the text that do not fit into the model's context"""
     layer: int
     index: int
     values: tuple[float, ...]
     """[T] raw activations of the neuron"""
     maximum: float
-    """its largest on the held-out split"""
+    """the neuron's largest activation on the held-out split"""
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,19 @@ class TopNeuron:
     value: float
     """raw activation"""
     share: float
-    """of its largest activation on the held-out split"""
+    """`value` divided by the neuron's largest activation on the held-out split"""
     explanation: str
 
 
 @dataclass(frozen=True)
 class TokenChance:
-    """The probability of a next token."""
+    """Probability of one next token."""
 
     token: str
     before: float
-    """unsteered"""
+    """probability without steering"""
     after: float
+    """probability with steering"""
 
 
 @dataclass(frozen=True)
@@ -98,30 +99,32 @@ class SteeringEffect:
     """Effect of an edit on the next token and on the continuation."""
 
     chances: tuple[TokenChance, ...]
-    """of the tokens that change most, and of the likeliest before and after"""
+    """the tokens whose probability changes most, and the most likely ones before and after"""
     kl: float
-    """KL divergence of the next token, nats"""
+    """KL divergence between the next-token distributions without and with steering, nats"""
     plain: str
+    """continuation without steering"""
     steered: str
+    """continuation with steering"""
 
 
 class Live:
-    """The models of a library's runs, one at a time."""
+    """Runs the models of a library, one at a time."""
 
     def __init__(self, library: Library):
         self.library = library
         self._worker = ThreadPoolExecutor(1, "model")
         self._waiting = threading.BoundedSemaphore(_WAITING)
         self._model: tuple[tuple[str, str, str], HarvestContext, Encoder] | None = None
-        """by run, model and identity of its harvest"""
+        """run, model and identity of its harvest; the opened model"""
         self._text: tuple[tuple[str, str, str], _Captured] | None = None
-        """activations of the last text, since several requests are about one text"""
+        """run, model and text; its activations, because several requests usually use the same text"""
         self._answers: LRUCache[tuple, Any] = LRUCache(_ANSWERS)
         self._lock = threading.Lock()
-        """of the answers"""
+        """protects `_answers`"""
 
     def close(self) -> None:
-        """Stop the thread of the model; waiting requests are cancelled."""
+        """Stop the thread of the model and cancel waiting requests."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     # ---- requests ---------------------------------------------------------------------------------
@@ -131,7 +134,8 @@ class Live:
     ) -> TextActivations:
         """Return one neuron's activation at every token of a text.
 
-        Raises `InputError` for a text or neuron that cannot be read, `Busy` if too many requests wait.
+        Raises `InputError` if the text is empty or too long or the neuron does not exist, and `Busy` if too many
+        requests wait.
         """
         state = self._state(run, model)
         maximum = self._maximum(run, model, layer, index)
@@ -145,7 +149,10 @@ class Live:
         return self._ask(("activations", *state, text, layer, index), work)
 
     def strongest(self, run: str, model: str, text: str, position: int) -> tuple[TopNeuron, ...]:
-        """Return the neurons of all layers that are strongest at a token, relative to their own maximum."""
+        """Return the neurons of all layers with the highest activation at a token, relative to their own maximum.
+
+        Raises `InputError` if the text has no token at `position`, and the same errors as `activations`.
+        """
         state = self._state(run, model)
         table = self.library.table(run, model)
 
@@ -171,7 +178,11 @@ class Live:
         return self._ask(("strongest", *state, text, position), work)
 
     def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> SteeringEffect:
-        """Return the effect of an edit at every token on the next token and `count` more, chosen greedily."""
+        """Return the effect of an edit at every token on the next-token distribution and on a continuation.
+
+        The continuation has `count` tokens, chosen greedily. Raises `InputError` if `count` is too large, and the
+        same errors as `activations`.
+        """
         if not 0 <= count <= _MOST_GENERATED:
             raise InputError(
                 f"{count} tokens were requested: 0 to {_MOST_GENERATED} can be generated"
@@ -200,9 +211,10 @@ class Live:
     # ---- in the model's thread --------------------------------------------------------------------
 
     def _state(self, run: str, model: str) -> tuple[str, str, str, int]:
-        """What an answer is about, read before anything else. Raises `NotFound`.
+        """Return the cache key of an answer: run, model, its harvest and the time of the last change of the run.
 
-        An answer that is remembered holds only while the harvest, and what was explained since, is the same.
+        A cached answer is valid only while the harvest and the stages computed from it stay the same. Raises
+        `NotFound` if the run or the model does not exist.
         """
         self.library.table(run, model)
         path = self.library.run_of(run)
@@ -210,7 +222,7 @@ class Live:
         return run, model, harvest, changed_at(path)
 
     def _ask(self, name: tuple, work: Callable[[], _T]) -> _T:
-        """The answer, remembered or from the model's thread."""
+        """Return the cached answer of this name, or compute it in the model's thread."""
         with self._lock:
             if name in self._answers:
                 return self._answers[name]
@@ -230,12 +242,12 @@ class Live:
         return answer
 
     def _open(self, run: str, model: str) -> tuple[HarvestContext, Encoder]:
-        """The model, opened if it is not the one in memory."""
+        """Return the model and its encoder, opening them if another model is in memory."""
         path = self.library.run_of(run)
         harvest = path.stage("activations", model).require("harvest").identity
         name = (run, model, harvest)
         if self._model is None or self._model[0] != name:
-            self._model = self._text = None  # frees the other before this one is loaded
+            self._model = self._text = None  # free the other model before loading this one
             context = open_harvested(path, model)
             context.subject.model.eval()
             self._model = (name, context, encoder_of(context.subject, path))
@@ -244,9 +256,9 @@ class Live:
     def _ids(
         self, context: HarvestContext, encoder: Encoder, text: str, room: int
     ) -> tuple[torch.Tensor, int]:
-        """Token ids [1, 1 + T] with the one that texts begin with, and how many were cut.
+        """Return the token ids [1, 1 + T], beginning with the start token, and the number of tokens cut off.
 
-        `room`: tokens that are to be generated after them.
+        `room` is the number of tokens that will be generated after the text.
         """
         ids = encoder.encode(checked(text)).tolist()
         longest = (context.subject.longest or 1024) - 1 - room
@@ -255,7 +267,7 @@ class Live:
         return torch.tensor([fitting], device=device), max(0, len(ids) - longest)
 
     def _captured(self, run: str, model: str, text: str) -> _Captured:
-        """Tokens as shown [T], how many were cut, and activations [T, H] of each layer."""
+        """Return the display strings [T], the number of tokens cut off, and activations [T, H] of each layer."""
         context, encoder = self._open(run, model)
         name = (run, model, text)
         if self._text is not None and self._text[0] == name:
@@ -269,7 +281,7 @@ class Live:
         return tokens, cut, activations
 
     def _maximum(self, run: str, model: str, layer: int, index: int) -> float:
-        """The neuron's largest value on the held-out split. Raises `InputError` if the model lacks it."""
+        """Return the neuron's largest activation on the held-out split. Raises `InputError` if it does not exist."""
         table = self.library.table(run, model)
         row = table.row(layer, index)
         if row is None:
@@ -278,21 +290,21 @@ class Live:
 
 
 def checked(text: str) -> str:
-    """Return the text. Raises `InputError` for one that is too long or empty."""
+    """Return the text as valid Unicode. Raises `InputError` if it is empty or too long."""
     if len(text) > LONGEST_TEXT:
         raise InputError(
-            f"the text has {len(text):,} characters, at most {LONGEST_TEXT:,} are read"
+            f"the text has {len(text):,} characters, but at most {LONGEST_TEXT:,} are allowed: type a shorter text"
         )
     if not text:
-        raise InputError("the text is empty: type some")
-    # halves of surrogate pairs are no characters; JSON can carry them
+        raise InputError("the text is empty: type a text")
+    # JSON can contain lone surrogates, which are not characters
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _chances(
     before: torch.Tensor, after: torch.Tensor, change: Any, display: list[str]
 ) -> tuple[TokenChance, ...]:
-    """Tokens that gain or lose most, by their probability afterwards or before."""
+    """Return the tokens that gain or lose most and the most likely ones, sorted by the larger probability."""
     changed = {c.id: c for c in (*change.gains, *change.losses)}
     likely = {*before.topk(5).indices.tolist(), *after.topk(5).indices.tolist()}
     tokens = sorted({*changed, *likely}, key=lambda t: -max(float(before[t]), float(after[t])))
@@ -311,7 +323,7 @@ RunKey = Annotated[str, Path(max_length=200)]
 
 
 class LiveRequest(BaseModel):
-    """Fields of every request."""
+    """Fields common to all requests."""
 
     model_config = ConfigDict(extra="forbid")
     model: Annotated[str, Field(max_length=200)]
@@ -319,20 +331,20 @@ class LiveRequest(BaseModel):
 
 
 class ActivationsRequest(LiveRequest):
-    """One neuron at every token."""
+    """Request for the activation of one neuron at every token."""
 
     layer: Index
     neuron: Index
 
 
 class StrongestRequest(LiveRequest):
-    """The strongest neurons at one token."""
+    """Request for the strongest neurons at one token."""
 
     position: Index
 
 
 class SteerRequest(LiveRequest):
-    """One neuron steered at every token."""
+    """Request to steer one neuron at every token."""
 
     layer: Index
     neuron: Index
@@ -341,22 +353,22 @@ class SteerRequest(LiveRequest):
     tokens: Annotated[int, Field(ge=0, le=64)] = 16
 
     def edit(self) -> Edit:
-        """Return the edit that is requested."""
+        """Return the requested edit."""
         value: Any = True if self.operation == "zero" else self.value
         return Edit(self.layer, self.neuron, **{self.operation: value})
 
 
 def router(live: Live, rate: Rate | None = None) -> APIRouter:
-    """Return the endpoints. Each answers in a worker thread, so the event loop stays free.
+    """Return the endpoints of the live page. Each runs in a worker thread, so the event loop stays free.
 
-    `rate`: requests that one client may make, 30 at once and 8 a second by default.
+    `rate` limits the requests of each client; by default 30 at once and 8 per second.
     """
-    allowed = rate or Rate(burst=BURST, per_second=PER_SECOND)
-    made = APIRouter(prefix="/api/r/{run}/live")
+    limit = rate or Rate(burst=BURST, per_second=PER_SECOND)
+    endpoints = APIRouter(prefix="/api/r/{run}/live")
 
     def answer(request: Request, ask: Callable[[], Any]) -> Response:
         client = request.client.host if request.client else ""
-        if not allowed.take(client):
+        if not limit.take(client):
             return JSONResponse({"error": "too many requests at once: wait a second"}, 429)
         try:
             return JSONResponse(plain(ask()))
@@ -367,20 +379,20 @@ def router(live: Live, rate: Rate | None = None) -> APIRouter:
         except InputError as error:
             return JSONResponse({"error": str(error)}, 400)
 
-    @made.post("/activations")
+    @endpoints.post("/activations")
     def activations(run: RunKey, body: ActivationsRequest, request: Request) -> Response:
         return answer(
             request, lambda: live.activations(run, body.model, body.text, body.layer, body.neuron)
         )
 
-    @made.post("/strongest")
+    @endpoints.post("/strongest")
     def strongest(run: RunKey, body: StrongestRequest, request: Request) -> Response:
         return answer(request, lambda: live.strongest(run, body.model, body.text, body.position))
 
-    @made.post("/steer")
+    @endpoints.post("/steer")
     def steer(run: RunKey, body: SteerRequest, request: Request) -> Response:
         return answer(
             request, lambda: live.steer(run, body.model, body.text, body.edit(), body.tokens)
         )
 
-    return made
+    return endpoints

@@ -1,6 +1,6 @@
-"""Pages as HTML, from records: the same for the server and for an exported folder.
+"""Render pages as HTML from records, for the server and for an exported folder.
 
-All corpus text is made visible (`cratelm.text.display`) and escaped, so that nothing in it acts.
+All corpus text is made visible (`cratelm.text.display`) and escaped, so that it cannot contain active content.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from cratelm.viewer.exports import latex_figure, svg_card
 from cratelm.viewer.run_reader import RARELY, Library
 
 SEARCH_LIMIT = 100
+"""maximum number of neurons on the search page"""
 _KINDS = {
     "top": "Strongest",
     "openai_bin": "By quantile",
@@ -45,23 +46,24 @@ _KINDS = {
     "out_of_context": "Strongest tokens in a short context",
 }
 Crumbs = list[tuple[str, str]]
+"""name and address of each breadcrumb; the page itself has no address"""
 
 
 @dataclass(frozen=True)
 class Links:
-    """Addresses of pages as a page at `here` writes them: from the root of a server, or relative in a folder."""
+    """Addresses of pages as written on the page `here`: absolute on a server, relative in a folder."""
 
     here: tuple[str, ...] = ()
     static: bool = False
-    """for a folder: files that end in .html, without queries"""
+    """addresses of files in a folder, which end in .html and have no query"""
 
     def to(self, *parts: str | int, **query: str | int) -> str:
         """Return the address of a page, such as that of ("r", "demo", "layer", "crate-2l", 0)."""
-        given = {k: v for k, v in query.items() if v != ""}
+        parameters = {k: v for k, v in query.items() if v != ""}
         if self.static:
             return self._relative(file_of(tuple(map(str, parts))))
         path = "/" + "/".join(quote(str(p), safe="") for p in parts)
-        return f"{path}?{urlencode(given)}" if given else path
+        return f"{path}?{urlencode(parameters)}" if parameters else path
 
     def asset(self, name: str) -> str:
         """Return the address of a stylesheet or script."""
@@ -75,7 +77,7 @@ class Links:
 
 
 def file_of(parts: Sequence[str]) -> str:
-    """Return the file of a page in an exported folder."""
+    """Return the path of a page's file in an exported folder."""
     return "/".join(parts) + ".html" if parts else "index.html"
 
 
@@ -87,12 +89,12 @@ class Pages:
     live: bool = False
     """whether pages link to the live page"""
     static: bool = False
-    """whether they are files of a folder"""
+    """whether pages are files in a folder"""
     paged: Callable[[str, str, int, int], bool] = lambda *_: True
     """whether a neuron (run, model, layer, index) has a page"""
 
     def overview(self, key: str | None = None) -> str:
-        """Return the overview of one run, or of all."""
+        """Return the overview of one run, or of all runs."""
         keys = (key,) if key else self.library.keys
         runs = [self.library.run(k) for k in keys]
         title = runs[0].key if len(runs) == 1 else "Runs"
@@ -123,7 +125,7 @@ class Pages:
         def has_page(index: int) -> bool:
             return self.paged(key, model, layer, index)
 
-        stem = links.to("r", key, "neuron", model, layer, 0)  # numbers need no quoting
+        stem = links.to("r", key, "neuron", model, layer, 0)  # the index needs no quoting
 
         def address(index: int) -> str:
             end = "0.html" if self.static else "0"
@@ -196,7 +198,9 @@ class Pages:
                 *here, split=other if other != "held_out" else "", explainer=simulator
             ),
             index_state=self._index_state(
-                key, "Nearest neurons", "None: it fires on no token that was seen twice."
+                key,
+                "Nearest neurons",
+                "None: the neuron fires on no token that occurs at least twice.",
             ),
             effects=self.library.effects_command(key, model),
             api=api,
@@ -208,10 +212,10 @@ class Pages:
         )
 
     def search(self, key: str, text: str, token: str, model: str = "") -> str:
-        """Return the search form with the neurons found, if anything was searched for."""
-        found = None
+        """Return the search form, with the results if anything was searched for."""
+        results = None
         if text or token:
-            found = self.library.search(
+            results = self.library.search(
                 key, text=text, token=token, limit=SEARCH_LIMIT, model=model
             )
         models = [m for m in self.library.run(key).models if m.neurons]
@@ -222,7 +226,7 @@ class Pages:
             links.here,
             crumbs,
             key,
-            found=found,
+            found=results,
             text=text,
             token=token,
             model=model,
@@ -231,9 +235,9 @@ class Pages:
         )
 
     def compare(self, key: str, left: str, right: str) -> str:
-        """Return two layers, or two neurons, side by side: MODEL/LAYER or MODEL/LAYER/NEURON.
+        """Return two layers or two neurons side by side, each named MODEL/LAYER or MODEL/LAYER/NEURON.
 
-        Without `right`, that of the twin.
+        An empty `right` stands for the counterpart of `left` in the twin.
         """
         card = self.library.run(key)
         comparison = compare(self.library, key, left, right)
@@ -253,7 +257,7 @@ class Pages:
         )
 
     def live_page(self, key: str) -> str:
-        """Return the page that asks the model itself."""
+        """Return the live page, which runs the model."""
         links = self._links(("r", key, "live"))
         card = self.library.run(key)
         models = {m.name: m.neurons for m in card.models if m.neurons}
@@ -273,36 +277,36 @@ class Pages:
     # ---- parts ------------------------------------------------------------------------------------
 
     def _scores_by_layer(self, run: RunCard, metric: str) -> Markup:
-        """Drawn once: matplotlib takes a hundred times as long as the page."""
+        """Return the curve of scores by layer, drawn once: matplotlib takes 100 times as long as the page."""
         draw = partial(drawings.scores_by_layer, run, metric)
         return self.library.drawing(run.key, ("scores by layer", metric), draw)
 
     def _best(self, run: RunCard) -> list[tuple[str, list[SearchHit]]]:
-        """Of each trained model, neurons to begin with that have a page."""
-        found = []
+        """Return the neurons to start with, by trained model: the best explained ones that have a page."""
+        best = []
         for card in run.models:
             if not card.neurons or card.null_of:
                 continue
-            with contextlib.suppress(NotFound):  # damaged: the card says so
+            with contextlib.suppress(NotFound):  # a damaged harvest, which the model's card reports
                 hits = self.library.best(run.key, card.name)
-                shown = [h for h in hits if self.paged(run.key, h.model, h.layer, h.index)]
-                found += [(card.name, shown)] if shown else []
-        return found
+                with_page = [h for h in hits if self.paged(run.key, h.model, h.layer, h.index)]
+                best += [(card.name, with_page)] if with_page else []
+        return best
 
-    def _index_state(self, key: str, what: str, otherwise: str) -> str:
-        """Why something that needs the index is missing; `otherwise` if the index is ready."""
+    def _index_state(self, key: str, content: str, otherwise: str) -> str:
+        """Return why `content`, which needs the index, is missing; `otherwise` if the index is ready."""
         state = self.library.index_state(key)
         if state.ready:
             return otherwise
         if state.problem:
-            return f"{what} cannot be shown: the index could not be built ({state.problem})."
+            return f"{content} cannot be shown: the index could not be built ({state.problem})."
         progress = f"{state.done} of {state.total} parts are done"
-        return f"{what} will be here when the index is built ({progress}): reload the page then."
+        return f"{content} will appear when the index is built ({progress}): reload the page then."
 
     def _no_map(self, key: str) -> str:
         problem = self.library.index_state(key).problem
-        later = "The map of this layer is being computed: reload the page in a moment."
-        reason = f"The map cannot be drawn ({problem})." if problem else later
+        pending = "The map of this layer is being computed: reload the page in a moment."
+        reason = f"The map cannot be drawn ({problem})." if problem else pending
         return self._index_state(key, "The map", reason)
 
     def _links(self, here: tuple[str, ...]) -> Links:
@@ -329,7 +333,7 @@ class Pages:
 
 
 def excerpts_html(excerpts: Sequence[ExcerptView]) -> Markup:
-    """Return excerpts by kind and bin; each token shaded by true and by simulated activation."""
+    """Return excerpts grouped by kind, with each token shaded by its true and by its simulated activation."""
     parts: list[str] = []
     for kind, members in groupby(excerpts, key=lambda e: e.kind):
         parts.append(f'<h3>{_KINDS[kind]}</h3><div class="excerpts">')
@@ -348,7 +352,7 @@ def excerpts_html(excerpts: Sequence[ExcerptView]) -> Markup:
 
 
 def as_data(value: Any) -> Markup:
-    """Return JSON for a data block: nothing in it can end the block."""
+    """Return JSON for a data block of a page, escaped so that it cannot end the block."""
     data = json.dumps(value, ensure_ascii=True)
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
@@ -366,13 +370,13 @@ def _facts(view: NeuronView) -> list[tuple[str, str]]:
         "kurtosis": "kurtosis",
         "n_tokens": "tokens searched",
     }
-    shown = []
+    facts = []
     for name, label in names.items():
         if name in s:
             value = s[name]
             fact = f"{100 * value:.3g}% of tokens" if name == "firing_rate" else f"{value:.3g}"
-            shown.append((label, f"{int(value):,}" if name == "n_tokens" else fact))
-    return [*shown, ("site", printable(view.site))]
+            facts.append((label, f"{int(value):,}" if name == "n_tokens" else fact))
+    return [*facts, ("site", printable(view.site))]
 
 
 def _metrics_of(cards: Sequence[ModelCard]) -> list[str]:
@@ -381,14 +385,14 @@ def _metrics_of(cards: Sequence[ModelCard]) -> list[str]:
 
 
 def _pairs(card: RunCard) -> list[tuple[ModelCard, ModelCard]]:
-    """CRATE models with a twin."""
+    """Return the harvested CRATE models with their twins."""
     trained = [c for c in card.models if c.family == "crate" and c.neurons and not c.null_of]
     return [(c, card.model(twin)) for c in trained if (twin := card.twin(c.name))]
 
 
 @cache
 def _environment() -> jinja2.Environment:
-    """Return the templates, compiled once a process."""
+    """Return the templates, compiled once per process."""
     folder = resources.files("cratelm.viewer") / "templates"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),

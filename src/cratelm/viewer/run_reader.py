@@ -1,6 +1,6 @@
-"""Runs, read as pages ask for them: nothing is read earlier, and never a whole run.
+"""Read runs on demand: pages read only the files they need, and never a whole run.
 
-Files may be missing, half-finished or damaged: what can be read is shown, and the rest is reported.
+Files may be missing, half-finished or damaged: readable files are shown, and all others are reported.
 """
 
 import threading
@@ -37,18 +37,19 @@ from cratelm.tokens.shards import TokenStore
 from cratelm.viewer.index import Index
 
 _CACHED = 64
-"""open files, tables and drawings kept at a time, for all runs together"""
+"""maximum number of cached files, tables and drawings, for all runs together"""
 _NEAREST = 8
+"""number of nearest neurons to return, per model"""
 _HISTOGRAM_BINS = 20
 RARELY = 0.2
-"""firing rate below which a neuron is selective enough to be shown first"""
+"""firing rate below which a neuron is selective enough to be suggested on the overview"""
 _T = TypeVar("_T")
 
 
 class FileCache:
-    """The `_CACHED` files, tables and drawings used last. Safe for several threads.
+    """Cache of the `_CACHED` files, tables and drawings used last. Safe for several threads.
 
-    Two threads may read the same file at once: a lock around reading would make every page wait.
+    Two threads may read the same file at the same time: a lock around reading would make every page wait.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class FileCache:
         self._lock = threading.Lock()
 
     def get(self, state: Any, name: tuple, read: Callable[[], _T]) -> _T:
-        """Return what was read before under `name` if that was in the same `state`, else read it."""
+        """Return the cached value of `name` if it was read in the same `state`, else read it."""
         with self._lock:
             before = self._cache.get(name)
         if before is not None and before[0] == state:
@@ -70,7 +71,8 @@ class FileCache:
 class Library:
     """Several run directories. Methods may be called from several threads.
 
-    Raises `InputError` if a run does not exist, and `NotFound` for what it does not contain.
+    The constructor raises `InputError` if a run does not exist. Methods raise `NotFound` for a run, model, layer
+    or neuron that does not exist.
     """
 
     def __init__(self, runs: Sequence[Path]):
@@ -78,10 +80,10 @@ class Library:
         for path in runs:
             if not Path(path).is_dir():
                 raise InputError(
-                    f"{path} is not there: a run directory was expected, such as one that `cratelm demo`"
-                    " makes in runs/demo"
+                    f"{path} does not exist: name a run directory, such as runs/demo, which `cratelm demo`"
+                    " creates"
                 )
-            name = Path(path).resolve().name or "run"  # "/" has none
+            name = Path(path).resolve().name or "run"  # "/" has no name
             key, number = name, 1
             while key in self._runs:
                 number += 1
@@ -94,13 +96,13 @@ class Library:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Return the names of the runs in addresses."""
+        """Return the keys of the runs, by which addresses name them."""
         return tuple(self._runs)
 
     def run_of(self, key: str) -> Run:
-        """Return a run directory."""
+        """Return a run directory. Raises `NotFound` if there is no run of this key."""
         if key not in self._runs:
-            raise NotFound(f"there is no run {key!r} here: there are {', '.join(self._runs)}")
+            raise NotFound(f"there is no run {key!r}: the runs are {', '.join(self._runs)}")
         return self._runs[key]
 
     def run(self, key: str) -> RunCard:
@@ -109,7 +111,7 @@ class Library:
         return self._cached(key, ("card", key), lambda: run_card(key, run))
 
     def table(self, key: str, model: str) -> NeuronTable:
-        """Return the neurons of a harvested model."""
+        """Return the neurons of a harvested model. Raises `NotFound` without a readable harvest."""
         run = self.run_of(key)
         if model not in run.models("activations"):
             self.run(key).model(model)
@@ -123,23 +125,23 @@ class Library:
             ) from None
 
     def layer(self, key: str, model: str, layer: int, query: LayerQuery) -> LayerPage:
-        """Return the neurons of a layer that a query asks for."""
+        """Return the page of a layer's neurons that matches a query."""
         table = self.table(key, model)
         here = table.rows_of(layer)
         if here.start == here.stop:
             layers = ", ".join(map(str, np.unique(table.layer).tolist()))
-            raise NotFound(f"{model} has no layer {layer}: it has {layers}")
+            raise NotFound(f"{model} has no layer {layer}: its layers are {layers}")
         on_token, note = None, ""
         if query.token:
             on_token, note = self.index_of(key).on_token(model, query.token)
         return layer_page(model, layer, table, query, on_token, note)
 
     def histograms(self, key: str, model: str, layer: int) -> tuple[ScoreHistogram, ...]:
-        """Return how the scores of a layer are distributed, by metric, of its principal explainer."""
+        """Return the distribution of the scores of a layer under each metric, for the principal explainer."""
         table = self.table(key, model)
         here = table.rows_of(layer)
         means = {m.metric: m.by_layer.get(layer) for m in self.run(key).model(model).metrics}
-        found = []
+        histograms = []
         for metric in table.metrics:
             column = table.score(metric)
             assert column is not None
@@ -148,17 +150,20 @@ class Library:
             counts = np.histogram(defined, _HISTOGRAM_BINS, (0, 100))[0]
             shares = tuple((counts / max(1, len(defined))).tolist())
             scored = int((column.status[here] != "").sum())
-            found.append(ScoreHistogram(metric, means.get(metric), len(defined), scored, shares))
-        return tuple(found)
+            mean = means.get(metric)
+            histograms.append(ScoreHistogram(metric, mean, len(defined), scored, shares))
+        return tuple(histograms)
 
     def best(self, key: str, model: str, n: int = 5) -> tuple[SearchHit, ...]:
-        """Return the best explained neurons of a model that fire on less than `RARELY` of the tokens."""
+        """Return the `n` best explained neurons of a model that fire on less than a fraction `RARELY` of tokens."""
         table = self.table(key, model)
         column = table.best_score()
         if column is None:
             return ()
         values = np.where(table.firing_rate < RARELY, column.values, np.nan)
-        order = np.lexsort((np.arange(len(values)), -values))[:n]  # without a value last
+        order = np.lexsort((np.arange(len(values)), -values))[
+            :n
+        ]  # neurons without a value come last
         return tuple(
             _hit(model, table, int(r), float(values[r]), 0) for r in order if values[r] > 0
         )
@@ -175,13 +180,16 @@ class Library:
         explainer: str = "",
         excerpts: ExcerptChoice = "some",
     ) -> NeuronView:
-        """Return one neuron. `explainer`: whose explanation simulates; empty: the principal one."""
+        """Return one neuron. `explainer` is the explainer to simulate; empty stands for the principal one."""
         query = NeuronQuery(key, model, layer, index, split, explainer, excerpts)
         nearest = partial(self.nearest, key, model, layer, index)
         return neuron_view(self._files(key), self.table(key, model), query, nearest)
 
     def effects_command(self, key: str, model: str) -> str:
-        """Return the command that measures what neurons promote; after a sample, that for all of them."""
+        """Return the command that measures which tokens neurons promote.
+
+        If only a sample of neurons was measured, the command measures all of them.
+        """
         run = self.run_of(key)
         again = " --neurons 0 --force" if model in run.models("steer") else ""
         return f"cratelm effects --run {run.path} --model {model}{again}"
@@ -189,33 +197,36 @@ class Library:
     def nearest(
         self, key: str, model: str, layer: int, index: int, n: int = _NEAREST
     ) -> tuple[Neighbour, ...]:
-        """Return neurons that fire on the same tokens: `n` of this model, `n` of its twin; none without the index."""
+        """Return the neurons that fire on the most similar tokens: `n` of this model and `n` of its twin.
+
+        Empty until the index is ready.
+        """
         twin = self.run(key).twin(model)
         names = [model, twin] if twin else [model]
-        found: list[Neighbour] = []
+        neighbours: list[Neighbour] = []
         for name in names:
             table = self.table(key, name)
             hits = self.index_of(key).nearest(
                 model, (layer, index), name, n, self.table(key, model), table
             )
             texts = table.explanations
-            found += [
+            neighbours += [
                 Neighbour(name, int(table.layer[r]), int(table.index[r]), s, str(texts[r]))
                 for r, s in hits
             ]
-        return tuple(found)
+        return tuple(neighbours)
 
     # ---- the index --------------------------------------------------------------------------------
 
     def index_of(self, key: str) -> Index:
-        """Return the index of a run; after a change of the run it is rebuilt in the background."""
+        """Return the index of a run. If the run has changed, the index is rebuilt in the background."""
         self.run_of(key)
         index = self._indexes[key]
         index.follow()
         return index
 
     def index_state(self, key: str) -> IndexState:
-        """Return how far the index of a run is."""
+        """Return the progress of the index of a run."""
         return self.index_of(key).state
 
     def start_indexing(self) -> None:
@@ -225,7 +236,10 @@ class Library:
         ).start()
 
     def map(self, key: str, model: str, layer: int) -> tuple[MapPoint, ...] | None:
-        """Return the neurons of a layer in a plane, those that fire on the same tokens close together."""
+        """Return a map of a layer, in which neurons that fire on the same tokens are close together.
+
+        None until the map is computed.
+        """
         table = self.table(key, model)
         points = self.index_of(key).map(model, layer)
         here = table.rows_of(layer)
@@ -240,13 +254,13 @@ class Library:
         )
 
     def drawing(self, key: str, name: tuple, draw: Callable[[], _T]) -> _T:
-        """Return a drawing of the run, made once: it is the same on every page until the run changes."""
+        """Return the drawing `name` of a run, drawn once and cached until the run changes."""
         return self._cached(key, ("drawing", key, *name), draw)
 
     def drawn_map(
         self, key: str, model: str, layer: int, draw: Callable[[Sequence[MapPoint]], _T]
     ) -> _T | None:
-        """Return the map of a layer as `draw` makes it, made once; None while it is being computed."""
+        """Return the map of a layer drawn by `draw`, drawn once and cached; None until the map is computed."""
         path = self.index_of(key).map_path(model, layer)
         if path is None:
             return None
@@ -260,9 +274,9 @@ class Library:
     def search(
         self, key: str, text: str = "", token: str = "", limit: int = 100, model: str = ""
     ) -> SearchResults:
-        """Return neurons by words of their explanation, or by a token that they fire on.
+        """Return the neurons whose explanation contains all words of `text`, or that fire on `token`.
 
-        Of one model, or of all but the untrained null controls.
+        Searches one model, or all models except the untrained null controls if `model` is empty.
         """
         hits: list[SearchHit] = []
         notes: set[str] = set()
@@ -283,7 +297,7 @@ class Library:
                 column = table.best_score()
                 matching = table.containing(text)
                 values = column.values[matching] if column else np.full(len(matching), np.nan)
-                order = np.lexsort((matching, -values))[:limit]  # without a value last
+                order = np.lexsort((matching, -values))[:limit]  # neurons without a value come last
                 hits += [
                     _hit(card.name, table, int(matching[i]), float(values[i]), 0) for i in order
                 ]
@@ -293,7 +307,7 @@ class Library:
     # ---- open files -------------------------------------------------------------------------------
 
     def tokens(self, key: str) -> TokenStore:
-        """Return the run's tokens. Raises `InputError` where the shards are missing or damaged."""
+        """Return the run's tokens. Raises `InputError` if the shards are missing or damaged."""
         return self._files(key).tokens()
 
     def _files(self, key: str) -> NeuronFiles:

@@ -1,9 +1,9 @@
 """Rules for requests from the network: hosts, headers, lengths, rates.
 
-A page of another site can make a browser send requests to this server (DNS rebinding, cross-site
-requests). Only requests that name this server as their host and do not come from another site are
-answered. Starlette's TrustedHostMiddleware knows fixed names and suffixes alone: a server that listens on
-all addresses has to allow every IP address and refuse every name.
+A page of another site can make a browser send requests to this server (DNS rebinding, cross-site requests).
+The server therefore answers only requests whose Host header names this server and that do not come from another
+site. Starlette's TrustedHostMiddleware supports only fixed names and suffixes, but a server that listens on all
+addresses has to accept every IP address and reject every name.
 """
 
 import ipaddress
@@ -29,7 +29,7 @@ LONGEST_BODY = 64 * 1024
 
 
 def allowed_hosts(host: str) -> frozenset[str]:
-    """Return the names by which a browser may address a server that listens on `host`."""
+    """Return the host names by which a browser may address a server that listens on `host`."""
     names = {"127.0.0.1", "localhost", "[::1]"}
     if host not in ("0.0.0.0", "::"):
         names.add(f"[{host}]" if ":" in host else host.lower())
@@ -39,7 +39,7 @@ def allowed_hosts(host: str) -> frozenset[str]:
 def is_allowed(header: str, names: frozenset[str], anywhere: bool) -> bool:
     """Return whether a Host header names this server.
 
-    `anywhere`: the server listens on all addresses, so any IP address is accepted.
+    If `anywhere`, the server listens on all addresses, and any IP address is accepted.
     """
     name = header.strip().lower()
     name = (
@@ -65,19 +65,19 @@ def is_own(origin: str, host: str) -> bool:
 
 @dataclass
 class Rate:
-    """A limit for each client: `burst` requests at once, `per_second` in the long run (token bucket).
+    """A rate limit per client (token bucket): `burst` requests at once, `per_second` in the long run.
 
-    The last thousand clients are remembered.
+    Only the last thousand clients are remembered.
     """
 
     burst: float
     per_second: float
     _buckets: LRUCache[str, tuple[float, float]] = field(default_factory=lambda: LRUCache(1000))
-    """by client: requests left, and when that was"""
+    """by client: requests left, and the time of its last request (`time.monotonic`)"""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, client: str, now: float | None = None) -> bool:
-        """Count a request. Return False if the client has to wait."""
+        """Return whether the client may make a request now, and count it if so."""
         now = time.monotonic() if now is None else now
         with self._lock:
             level, then = self._buckets.get(client, (self.burst, now))

@@ -1,4 +1,4 @@
-"""The pages on a web server (FastAPI); each page is made in a worker thread."""
+"""Serve the pages with FastAPI; each page is rendered in a worker thread."""
 
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -45,7 +45,7 @@ def _query(
     direction: Literal["", "ascending", "descending"] = "",
     page: Annotated[int, Query(ge=1, le=10**7)] = 1,
 ) -> LayerQuery:
-    """␣ may be typed for a space, which forms and addresses drop at the ends."""
+    """Return the query of an address. ␣ stands for a space, which forms and addresses strip at the ends."""
     return LayerQuery(sort, direction == "descending", q, _spaced(token), only or "all", page)
 
 
@@ -70,7 +70,8 @@ def _spaced(token: str) -> str:
 Filters = Annotated[LayerQuery, Depends(_query)]
 View = Annotated[NeuronView, Depends(_view)]
 BURST, PER_SECOND = 120, 40
-"""requests of one client: enough for a person who holds a key down, too few for a crawler"""
+"""rate limit of requests per client, at once and per second: enough for a person who holds a key down, but not
+for a crawler"""
 
 
 def application(
@@ -79,10 +80,10 @@ def application(
     live: APIRouter | None = None,
     rate: Rate | None = None,
 ) -> FastAPI:
-    """Return the application that serves the runs.
+    """Return the application that serves the runs on the address `host`.
 
-    `live`: endpoints that need the model; `rate`: requests that one client may make, 120 at once and
-    40 a second by default.
+    `live` holds the endpoints that need the model; without it there is no live page. `rate` limits the requests of
+    each client; by default 120 at once and 40 per second.
     """
     app = FastAPI(title="cratelm", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.library = library
@@ -97,7 +98,7 @@ def application(
 
 
 def _pages(library: Library, pages: Pages) -> APIRouter:
-    """The pages and what they load."""
+    """Return the routes of the pages and their assets."""
     router = APIRouter(default_response_class=HTMLResponse)
 
     @router.get("/")
@@ -129,7 +130,7 @@ def _pages(library: Library, pages: Pages) -> APIRouter:
     @router.get("/r/{run}/live")
     def live(run: str) -> Response:
         if not pages.live:
-            raise NotFound("the live page is switched off: start `cratelm view` without --no-live")
+            raise NotFound("the live page is disabled: start `cratelm view` without --no-live")
         return HTMLResponse(pages.live_page(run))
 
     @router.get("/assets/{name}")
@@ -150,7 +151,7 @@ def _pages(library: Library, pages: Pages) -> APIRouter:
 
 
 def _api(library: Library) -> APIRouter:
-    """The same data as JSON."""
+    """Return the routes that serve the same data as JSON."""
     router = APIRouter()
 
     @router.get("/runs")
@@ -185,13 +186,13 @@ def _api(library: Library) -> APIRouter:
 
 @cache
 def _asset(name: str) -> tuple[bytes, str]:
-    """Content and its tag."""
+    """Return the content of an asset and its ETag."""
     content = (resources.files("cratelm.viewer") / "assets" / name).read_bytes()
     return content, f'"{hashlib.sha256(content).hexdigest()[:20]}"'
 
 
 def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
-    """Refuse what `cratelm.viewer.security` does not allow, and set its headers."""
+    """Add a middleware that rejects requests that `cratelm.viewer.security` does not allow, and sets its headers."""
     names, anywhere = allowed_hosts(host), host in ("0.0.0.0", "::")
 
     def refused(request: Request) -> tuple[int, str] | None:
@@ -203,10 +204,10 @@ def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
         if not is_allowed(host_header, names, anywhere):
             return 421, f"this server does not answer to the host {host_header[:80]!r}"
         if not reads and (origin is None or not is_own(origin, host_header)):
-            return 403, "requests of other sites are not answered"
+            return 403, "requests from other sites are not answered"
         if len(str(request.url)) > LONGEST_ADDRESS:
             return 414, "the address is too long"
-        if not length:  # a body in chunks may never end
+        if not length:  # a chunked body may never end
             return 411, "the request must state the length of its body"
         if not length.isdigit() or int(length) > LONGEST_BODY:
             return 413, f"the body of a request can have at most {LONGEST_BODY:,} bytes"
@@ -227,7 +228,7 @@ def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
 
 
 def _errors(app: FastAPI, pages: Pages) -> None:
-    """Errors are reported in one sentence, as a page or as JSON."""
+    """Add handlers that report errors in one sentence, as a page or as JSON."""
 
     @app.exception_handler(NotFound)
     def not_found(request: Request, error: Exception) -> Response:
@@ -256,12 +257,12 @@ def _errors(app: FastAPI, pages: Pages) -> None:
             pages,
             request,
             500,
-            f"this page could not be made ({kind}): see the terminal for details",
+            f"the page could not be rendered ({kind}): see the terminal for details",
         )
 
 
 def _error(pages: Pages, request: Request, status: int, message: str) -> Response:
-    """An error as a page, or as JSON for the API."""
+    """Return an error as a page, or as JSON for the API."""
     if request.url.path.startswith("/api/"):
         return JSONResponse({"error": message}, status)
     return HTMLResponse(pages.error(status, message), status)

@@ -1,4 +1,4 @@
-"""The pages as a folder that any web host serves, or that a browser opens from disk."""
+"""Write the pages into a folder that any web host can serve, or that a browser opens from disk."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -21,20 +21,22 @@ LayerKey = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the pages are, and how many."""
+    """Result of `cratelm view --static`: the folder, and the number of pages."""
 
     path: Path
     pages: int
     bytes: int
+    """size of all files"""
     neurons: int
+    """number of neurons with a page"""
     of: int
-    """neurons in the layers, with or without a page"""
+    """number of neurons in the layers, with or without a page"""
 
     def __str__(self) -> str:
         without = self.of - self.neurons
-        left = f" ({without:,} have none: --neurons 0 gives all one)" if without else ""
+        note = f" ({without:,} have none: add --neurons 0 to write all)" if without else ""
         return (
-            f"{self.pages:,} pages, {self.bytes / 1e6:.1f} MB, {self.neurons:,} neurons with a page{left}\n"
+            f"{self.pages:,} pages, {self.bytes / 1e6:.1f} MB, {self.neurons:,} neurons with a page{note}\n"
             f"open {self.path / 'index.html'}"
         )
 
@@ -42,12 +44,12 @@ class Exported:
 def export(
     library: Library, folder: Path, neurons: int, force: bool, *, quiet: bool = False
 ) -> Exported:
-    """Write all pages of a library into a new folder.
+    """Write all pages of a library into a new folder, with the pages of at most `neurons` per layer (0: all).
 
-    Raises `InputError` if the folder holds something else, or an earlier export and not `force`.
+    Raises `InputError` if the folder contains other files, or if it contains an earlier export and `force` is false.
     """
     _check(folder, force)
-    target = folder.resolve()  # "." has no name
+    target = folder.resolve()  # "." has no name of its own
     with atomic_folder(target) as draft:
         chosen = {key: _chosen(library, *key, neurons) for key in _layers(library)}
         pages = Pages(
@@ -59,26 +61,24 @@ def export(
         (draft / _MARK).write_text("Written by `cratelm view --static`.\n", encoding="utf-8")
         size = sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
     total = sum(library.run(r).model(m).neurons[layer] for r, m, layer in chosen)
-    shown = folder if folder.is_dir() else target  # a/../b is no path where a is not there
-    return Exported(shown, count, size, sum(map(len, chosen.values())), total)
+    path = folder if folder.is_dir() else target  # a/../b is not a valid path if a does not exist
+    return Exported(path, count, size, sum(map(len, chosen.values())), total)
 
 
 def _check(folder: Path, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--static {folder} is a file: name a folder that is not there yet")
+        raise InputError(f"--static {folder} is a file: name a folder that does not exist yet")
     above = next((p for p in folder.resolve().parents if p.exists()), folder)
     if not above.is_dir():
-        raise InputError(
-            f"--static {folder}: {above} is a file, a folder was expected: name another folder"
-        )
+        raise InputError(f"--static {folder}: {above} is a file, not a folder: name another folder")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / _MARK).is_file():
             raise InputError(
-                f"--static {folder} holds other files: name a folder that is not there yet"
+                f"--static {folder} contains other files: name a folder that does not exist yet"
             )
         if not force:
             raise InputError(
-                f"--static {folder} holds pages already: add --force to write them again"
+                f"--static {folder} already contains pages: add --force to replace them"
             )
 
 
@@ -92,7 +92,7 @@ def _layers(library: Library) -> list[LayerKey]:
 
 
 def _chosen(library: Library, run: str, model: str, layer: int, most: int) -> set[int]:
-    """The best explained of a layer, then the first; all where `most` is 0."""
+    """Return the indices of the neurons that get a page: the best explained, then the first; all if `most` is 0."""
     table = library.table(run, model)
     here = table.rows_of(layer)
     index = table.index[here]

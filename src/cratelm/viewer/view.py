@@ -1,4 +1,4 @@
-"""`cratelm view`: the neuron browser, on this machine or as a folder."""
+"""`cratelm view`: serve the neuron browser on this machine, or write it into a folder."""
 
 import contextlib
 import errno
@@ -12,13 +12,13 @@ from cratelm.viewer.run_reader import Library
 
 
 def view(config: ViewConfig) -> Any:
-    """Serve the runs until interrupted, or write their pages into a folder.
+    """Serve the runs until interrupted, or write their pages into a folder and return what was written.
 
-    Raises `InputError` if a run does not exist, a port is taken, or the extra is missing.
+    Raises `InputError` if a run does not exist, the port is in use, or the extra `viewer` is not installed.
     """
     library = Library(config.runs)
     for key in library.keys:
-        library.run(key)  # reports a damaged run before a browser opens
+        library.run(key)  # report a damaged run before the server starts
     if config.static is not None:
         from cratelm.viewer.static_site import export
 
@@ -30,7 +30,7 @@ def view(config: ViewConfig) -> Any:
 
 
 def _serve(config: ViewConfig, library: Library) -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a page must not wait for the network
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # pages must not wait for the network
     try:
         import uvicorn
 
@@ -47,17 +47,17 @@ def _serve(config: ViewConfig, library: Library) -> None:
     library.start_indexing()
     app = application(library, config.host, live)
     port = listening.getsockname()[1]
-    shown = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"http://{shown}:{port}/  (Ctrl-C stops)", flush=True)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"http://{host}:{port}/  (Ctrl-C stops)", flush=True)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
     )
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after closing
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after shutting down
         uvicorn.Server(settings).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket on the address; 0 takes any free port."""
+    """Return a socket that listens on the address; port 0 selects any free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -67,10 +67,10 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.close()
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise InputError(
-                f"port {port} of {host} is taken: type --port {port + 1}, or --port 0 for a free one"
+                f"port {port} of {host} is in use: type --port {port + 1}, or --port 0 for a free port"
             ) from None
         raise InputError(
-            f"cannot listen on {host}:{port} ({error}): name an address of this machine with --host"
+            f"cannot listen on {host}:{port} ({error}): give an address of this machine with --host"
         ) from None
     listening.listen(128)
     return listening

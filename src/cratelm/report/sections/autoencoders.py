@@ -1,7 +1,7 @@
-"""Neurons next to latents of sparse autoencoders: scores, loss, what is rebuilt, fidelity of steering.
+"""Neurons compared with latents of sparse autoencoders: scores, loss, reconstruction, fidelity of steering.
 
-Latents are models like any other, harvested as `MODEL+NAME`; `cratelm sae evaluate` measures what their
-autoencoders rebuild.
+Latents are harvested as a model of their own, `MODEL+NAME`. `cratelm sae evaluate` measures the reconstruction
+by their autoencoders.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,13 +40,13 @@ _BUDGET = (
     "short_context",
     "seed",
 )
-"""settings of a harvest that must be equal for scores to be compared"""
+"""harvest settings that must be equal for scores to be comparable"""
 _Z95 = 1.959964
 """standard errors in half a 95% interval of a normal distribution"""
 
 
 def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
-    """Return the tables of this section; none where no latents were scored."""
+    """Return the tables of this section; none if no latents were scored."""
     latents = latent_models(results)
     if not latents:
         return []
@@ -61,18 +61,18 @@ def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
 
 
 def figures(results: RunResults) -> list[Figure | None]:
-    """Return the figures of this section; none where no latents were scored."""
+    """Return the figures of this section; none if no latents were scored."""
     latents = latent_models(results)
     return [_by_layer_figure(results, latents), _loss_figure(results, latents)] if latents else []
 
 
 def latent_models(results: RunResults) -> list[ModelResults]:
-    """Return all models of the report that are latents, without those of untrained models."""
+    """Return all models of the report that are latents, except those of untrained models."""
     return [m for m in results.principal if m.latents_of]
 
 
 def reconstruction_costs(results: RunResults) -> dict[str, Cell]:
-    """Return by model the loss, in nats per token, that putting its latents' reconstruction in adds."""
+    """Return the loss, in nats per token, that the reconstruction by a model's latents adds, by model."""
     return {
         m.name: estimate_cell(m.evaluation.figures.all_layers.reconstruction.added)
         for m in latent_models(results)
@@ -81,7 +81,7 @@ def reconstruction_costs(results: RunResults) -> dict[str, Cell]:
 
 
 def _with_bases(results: RunResults, latents: Sequence[ModelResults]) -> list[ModelResults]:
-    """Each model that has latents, with its latents after it."""
+    """Return the models that have latents, each followed by its latents."""
     bases = {m.latents_of for m in latents}
     names = [m.name for m in results.principal]
 
@@ -89,8 +89,8 @@ def _with_bases(results: RunResults, latents: Sequence[ModelResults]) -> list[Mo
         base = m.latents_of or m.name
         return (names.index(base) if base in names else len(names), bool(m.latents_of), m.name)
 
-    shown = [m for m in results.principal if m.name in bases or m.latents_of]
-    return sorted(shown, key=order)
+    models = [m for m in results.principal if m.name in bases or m.latents_of]
+    return sorted(models, key=order)
 
 
 # ---- tables ---------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def _with_bases(results: RunResults, latents: Sequence[ModelResults]) -> list[Mo
 def _policies(
     results: RunResults, latents: Sequence[ModelResults], resamples: int, seed: int
 ) -> Table:
-    """Means under each way to count those without a score."""
+    """Return the means under each policy for neurons and latents without a score."""
     columns = (
         Column("metric", "metric"),
         Column("model", "model"),
@@ -109,8 +109,8 @@ def _policies(
         Column("dead", "dead", ",d"),
         Column("failed", "failed", ",d"),
         Column("leave_out", "mean × 100 of those with a score", ".1f"),
-        Column("live", "mean of the live ones: undefined as 0", ".1f"),
-        Column("all", "mean of all: dead as 0, too", ".1f"),
+        Column("live", "mean without dead: undefined as 0", ".1f"),
+        Column("all", "mean of all: dead also as 0", ".1f"),
         Column("shuffled", "null: shuffled explanations", ".1f"),
         Column("init", "null: random init", ".1f"),
     )
@@ -137,10 +137,10 @@ def _policies(
         f"Neurons and latents under each counting policy, explainer {results.explainer}",
         columns,
         tuple(rows),
-        "Latents and neurons are sampled, searched, explained and scored alike. A latent that hardly ever"
-        " fires has no score if the random excerpts miss it: the first mean leaves it out,"
-        " the second counts it as 0, the third counts those that never fired as 0 as well."
-        " Random init: the untrained model, and autoencoders trained on it; first mean. Undefined, dead,"
+        "Latents and neurons are sampled, searched, explained and scored in the same way. A latent that fires"
+        " very rarely has no score if it fires in none of the random excerpts. The first mean excludes it, the"
+        " second counts it as 0, and the third also counts latents that never fired as 0."
+        " Random init: the first mean of the untrained model, and of autoencoders trained on it. Undefined, dead,"
         f" failed: see “Neurons without a score” below. {INTERVAL_NOTE}",
     )
 
@@ -148,7 +148,7 @@ def _policies(
 def _live(
     m: ModelResults, explainer: str, metric: Metric, resamples: int, seed: int
 ) -> ModelStatistics | None:
-    """Statistics of all that are not dead, those without a score counted as chance."""
+    """Return statistics of all that are not dead, counting those without a score as chance; None if all are dead."""
     live = [s for s in m.scores if s.score.status != Status.DEAD]
     try:
         return model_statistics(
@@ -166,7 +166,7 @@ def _live(
 def _built_in(
     results: RunResults, latents: Sequence[ModelResults], resamples: int, seed: int
 ) -> Table:
-    """Differences of CRATE and its twin's latents, and of each model and its own latents."""
+    """Return the differences of CRATE and its twin's latents, and of each model and its own latents."""
     rows: list[tuple[Cell, ...]] = []
     pairs = list(_pairs(results, latents))
     for (a, b), metric, policy in product(pairs, results.metrics, POLICIES):
@@ -181,24 +181,24 @@ def _built_in(
                 resamples=resamples,
                 seed=seed,
             )
-        except InputError:  # no layer where both have scores
+        except InputError:  # there is no layer in which both have scores
             continue
         rows.append((f"{c.model_a} − {c.model_b}", *comparison_cells(c)))
     return Table(
         "sae_built_in",
-        f"Sparsity built in, and bolted on: differences, explainer {results.explainer}",
+        f"Built-in sparsity compared with sparse autoencoders: differences, explainer {results.explainer}",
         (Column("models", "a − b"), *COMPARISON_COLUMNS),
         tuple(rows),
-        "Difference × 100 over the layers where both have scores. [ ], p and P(a > b) as in the table of"
-        f" twins; p not corrected for the {len(rows)} comparisons here. Neurons and latents of the same"
-        " number have nothing in common, so none are paired.",
+        "Difference × 100 over the layers in which both have scores. [ ], p and P(a > b) as in the table of"
+        f" twins; p is not corrected for the {len(rows)} comparisons here. Neurons and latents with the same"
+        " number are unrelated, so none are paired.",
     )
 
 
 def _pairs(
     results: RunResults, latents: Sequence[ModelResults]
 ) -> Iterator[tuple[ModelResults, ModelResults]]:
-    """CRATE and the latents of its twin; each model and its own latents."""
+    """Yield the pairs to compare: CRATE and the latents of its twin; each model and its own latents."""
     for crate, other in results.twins():
         yield from ((crate, m) for m in latents if m.latents_of == other.name)
     for m in latents:
@@ -208,7 +208,7 @@ def _pairs(
 
 
 def _budget(results: RunResults, latents: Sequence[ModelResults]) -> Table:
-    """What each was given, and whether that is the same."""
+    """Return the tokens and excerpts used for each model, and whether the budget equals that of its neurons."""
     columns = (
         Column("model", "model"),
         Column("fit", "tokens explained from", ",d"),
@@ -245,7 +245,7 @@ def _budget(results: RunResults, latents: Sequence[ModelResults]) -> Table:
         "The same tokens and the same excerpts",
         columns,
         tuple(rows),
-        "Context in tokens to each side, of long and of short excerpts.",
+        "Context: number of tokens on each side, for long and for short excerpts.",
     )
 
 
@@ -253,32 +253,32 @@ def _same(harvest: Completion, base: ModelResults | None) -> str:
     other = base.completions.get("activations") if base else None
     if other is None:
         return "its neurons were not scored"
-    differs = [key for key in _BUDGET if harvest.config.get(key) != other.config.get(key)]
+    differing = [key for key in _BUDGET if harvest.config.get(key) != other.config.get(key)]
     if harvest.results.get("tokens") == other.results.get("tokens"):
-        # asking for more tokens than there are is the same as asking for all
-        differs = [key for key in differs if key != "tokens"]
+        # requesting more tokens than exist is the same as requesting all
+        differing = [key for key in differing if key != "tokens"]
     if harvest.inputs.get("tokens") != other.inputs.get("tokens"):
-        differs.append("shards")
-    return f"no: {', '.join(differs)} differ" if differs else "yes"
+        differing.append("shards")
+    return f"no: {', '.join(differing)} differ" if differing else "yes"
 
 
 @dataclass(frozen=True, eq=False)
 class _LossPoint:
-    """What reading a model in one way costs, and gives."""
+    """Loss of a model read by its neurons, or by latents whose reconstruction replaces its activations."""
 
     model: ModelResults
     loss: Estimate
     """nats per token"""
     added: Estimate | None
-    """by the reconstruction; None for a model as it is"""
+    """loss added by the reconstruction; None for the unmodified model"""
     tokens: tuple[tuple[int, int], ...]
-    """ordinal and tokens predicted of each document [C]"""
+    """[C] ordinal and number of predicted tokens of each document"""
     totals: NDArray[np.float64]
-    """[C] sum of the losses of each document"""
+    """[C] summed loss of each document"""
 
 
 def _loss_points(results: RunResults, latents: Sequence[ModelResults]) -> list[_LossPoint]:
-    """Loss of each model as it is, and with its reconstruction in all layers, on the same tokens."""
+    """Return the loss of each unmodified model, and with reconstructed activations in all layers, on the same tokens."""
     points: dict[str, _LossPoint] = {}
     for m in latents:
         if m.evaluation is None:
@@ -297,9 +297,9 @@ def _loss_points(results: RunResults, latents: Sequence[ModelResults]) -> list[_
 
 
 def _above_best(points: Sequence[_LossPoint]) -> tuple[str, list[Estimate]] | None:
-    """Name of the model of least loss, and how far the others lie above it on the same documents.
+    """Return the name of the model with the lowest loss, and the excess of each point's loss over it.
 
-    None where they were not measured on the same tokens.
+    None if the losses were not measured on the same tokens.
     """
     if not points or len({p.tokens for p in points}) > 1:
         return None
@@ -309,7 +309,7 @@ def _above_best(points: Sequence[_LossPoint]) -> tuple[str, list[Estimate]] | No
 
 
 def _loss_and_scores(results: RunResults, latents: Sequence[ModelResults]) -> Table:
-    """Loss of each way to read a model, and the scores that it gives."""
+    """Return the losses of the unmodified models and of their reconstructions, with the scores of each."""
     points = _loss_points(results, latents)
     above = _above_best(points)
     columns = [
@@ -335,17 +335,21 @@ def _loss_and_scores(results: RunResults, latents: Sequence[ModelResults]) -> Ta
         f"Loss against interpretability, explainer {results.explainer}",
         tuple(columns),
         tuple(rows),
-        "Latents describe the model only as far as their reconstruction can replace the activations:"
-        " their loss is that of the model with all layers rebuilt that have an autoencoder. A model read"
-        " by its own neurons loses nothing. Standard errors over documents; of differences, over"
-        " differences on the same documents."
-        + ("" if above else " Not measured on the same tokens, so that no difference is given."),
+        "Latents describe the model only to the extent that their reconstruction can replace the activations."
+        " Their loss is the loss of the model with the activations reconstructed in all layers that have an"
+        " autoencoder. Reading a model by its own neurons adds no loss. Standard errors are over documents; those"
+        " of differences are over differences on the same documents."
+        + (
+            ""
+            if above
+            else " The losses were measured on different tokens, so no difference is given."
+        ),
         flipped=True,
     )
 
 
 def _rebuilt(latents: Sequence[ModelResults]) -> Table:
-    """What the autoencoders of each layer, and of all together, rebuild."""
+    """Return how well the autoencoders of each layer, and all of them together, reconstruct the activations."""
     columns = (
         Column("model", "model"),
         Column("layer", "layer"),
@@ -374,19 +378,19 @@ def _rebuilt(latents: Sequence[ModelResults]) -> Table:
             rows.append((m.name, *_reconstruction_cells(alone), *_replaced_cells(replaced)))
     return Table(
         "sae_rebuilt",
-        "What autoencoders rebuild",
+        "Reconstruction by the autoencoders",
         columns,
         tuple(rows),
-        "On held-out text, ± standard error over documents. L0: latents that are on per token; own L0:"
-        " activations of the site that are not 0. Shrinkage: below 1 where reconstructions are too small."
-        " Loss added, and recovered relative to zeros in place of the activations: nats per token and"
-        " percent. Own code at that L0: as many of the strongest activations of each token as there are"
-        " latents on, the others 0. Own code, all: nothing is rebuilt, so nothing is lost.",
+        "On held-out text, ± standard error over documents. L0: number of active latents per token; own L0:"
+        " number of nonzero activations of the site per token. Shrinkage: below 1 if reconstructions are too"
+        " small. Loss added: nats per token; loss recovered: percent, relative to replacing the activations by"
+        " zeros. Own code at that L0: for each token, as many of the largest activations as there are active"
+        " latents, all others set to 0. Own code, all: the activations are unchanged, so nothing is lost.",
     )
 
 
 def _reconstruction_cells(layer: LayerReconstruction | None) -> tuple[Cell, ...]:
-    """Of one layer alone; None: all together."""
+    """Return the cells of one layer; None stands for all layers together."""
     if layer is None:
         return ("all", *[None] * 7)
     return (
@@ -411,7 +415,7 @@ def _replaced_cells(replaced: LayerReplacements) -> tuple[Cell, ...]:
 
 
 def _steering(latents: Sequence[ModelResults]) -> Table:
-    """How much of the change that steering makes is that of the edit."""
+    """Return how much of the change made by steering is due to the edit itself."""
     columns = (
         Column("model", "steered"),
         Column("layer", "layer", "d"),
@@ -427,26 +431,26 @@ def _steering(latents: Sequence[ModelResults]) -> Table:
         if m.evaluation is None:
             continue
         sides = [(m.name, m.evaluation.figures.steering, "reconstruction")]
-        if m.latents_of not in bases:  # a model's neurons are the same next to each autoencoder
+        if m.latents_of not in bases:  # a model's neurons are the same for all of its autoencoders
             bases.add(m.latents_of)
             sides.insert(0, (m.latents_of, m.evaluation.figures.own_steering, "own"))
         for name, by_layer, kind in sides:
             for f in by_layer:
                 added = getattr(m.evaluation.figures.layer_alone(f.layer), kind).added
-                shown = (estimate_cell(f.fidelity), estimate_cell(f.edit), f.rebuilt)
-                rows.append((name, f.layer, len(f.steered), *shown, estimate_cell(added)))
+                cells = (estimate_cell(f.fidelity), estimate_cell(f.edit), f.rebuilt)
+                rows.append((name, f.layer, len(f.steered), *cells, estimate_cell(added)))
     return Table(
         "sae_steering",
         "Fidelity of steering",
         columns,
         tuple(rows),
-        "Neurons or latents drawn among those that fire, set to their largest value at every token, one at"
-        " a time. Steering a latent replaces the activations by a reconstruction, which changes the"
-        " predictions before anything is steered. Fidelity is the cosine, over tokens and vocabulary,"
-        " of the whole change of the logits with the change of the edit alone (what cannot be rebuilt is"
-        " left as it is). Neurons are steered without loss: 1, at no cost. The stronger the edit, the"
-        " smaller the share of the reconstruction. ± standard error over those steered; of the loss, over"
-        " documents.",
+        "Neurons or latents are sampled among those that fire. Each is set to its largest value at every token,"
+        " one at a time. Steering a latent replaces the activations by a reconstruction, which already changes"
+        " the predictions before anything is steered. Fidelity is the cosine, over tokens and vocabulary,"
+        " between the whole change of the logits and the change due to the edit alone (in which the"
+        " reconstruction error is added back). Steering a neuron needs no reconstruction: its fidelity is 1 and"
+        " no loss is added. The stronger the edit, the smaller the contribution of the reconstruction."
+        " ± standard error over the steered neurons or latents; for the loss, over documents.",
     )
 
 
@@ -454,18 +458,18 @@ def _steering(latents: Sequence[ModelResults]) -> Table:
 
 
 def _by_layer_figure(results: RunResults, latents: Sequence[ModelResults]) -> Figure:
-    shown = _with_bases(results, latents)
-    series = [series_of(m) for m in shown]
+    models = _with_bases(results, latents)
+    series = [series_of(m) for m in models]
 
     def panel(metric: Metric) -> Panel:
-        lines = [layer_intervals(m.find(results.explainer, metric)) for m in shown]
+        lines = [layer_intervals(m.find(results.explainer, metric)) for m in models]
         return scores_panel(METRIC_NAMES[metric], series, lines)
 
     return Figure(
         "sae_scores",
         "Neurons and latents by layer",
-        f"Explainer {results.explainer}. Mean over the neurons, or latents, of a layer that have a score;"
-        " bars: 95% bootstrap interval over them.",
+        f"Explainer {results.explainer}. Mean over the neurons or latents of a layer that have a score; bars:"
+        " 95% bootstrap interval over them.",
         tuple(panel(metric) for metric in results.metrics),
         tuple(series),
     )
@@ -488,16 +492,16 @@ def _loss_figure(results: RunResults, latents: Sequence[ModelResults]) -> Figure
     return Figure(
         "sae_loss",
         "Loss against interpretability",
-        f"Explainer {results.explainer}; up and to the left is better. Loss of latents: that of the model"
-        f" with their reconstruction in place of the activations. Losses are given above that of {above[0]},"
-        " on the same held-out documents. Bars: 95%, of that difference over documents, of the score over"
-        " neurons; a bar that cannot be seen is narrower than the marker.",
+        f"Explainer {results.explainer}; up and to the left is better. The loss of latents is the loss of the"
+        f" model with their reconstruction instead of its activations. Losses are relative to that of {above[0]},"
+        " on the same held-out documents. Bars: 95% intervals, of the difference in loss over documents and of the"
+        " score over neurons; a bar that is not visible is narrower than the marker.",
         tuple(panel(metric) for metric in results.metrics),
         tuple(series),
     )
 
 
 def _interval(e: Estimate) -> Interval:
-    """Value and 95% interval of a normal distribution."""
+    """Return the value with the 95% interval of a normal distribution."""
     half = _Z95 * (e.error or 0.0)
     return Interval(e.value, e.value - half, e.value + half)

@@ -24,7 +24,7 @@ COMPARISON_COLUMNS = (
     Column("n_a", "n a", ",d"),
     Column("n_b", "n b", ",d"),
 )
-"""of a comparison: what `comparison_cells` returns"""
+"""columns of the cells that `comparison_cells` returns"""
 
 
 def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
@@ -41,13 +41,13 @@ def twins_table(results: RunResults, resamples: int, seed: int) -> Table:
         "CRATE minus GPT-2",
         (Column("models", "a − b"), Column("explainer", "explainer"), *COMPARISON_COLUMNS),
         rows,
-        "Difference × 100 over the layers where both have scores; [ ]: 95% bootstrap interval over neurons"
-        " (over pairs where paired). p: two-sided permutation test within layers, at least"
-        f" 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here. Paired: random-only,"
-        " where neurons of the same layer and index are scored on excerpts at the same positions; there"
-        " only pairs with both values count, so the means differ from those above. P(a > b): chance that a"
-        " neuron of a scores higher, ties counted half. Two trained models are compared, not many"
-        " trainings of each: a difference may be due to these seeds.",
+        "Difference × 100 over the layers in which both have scores; [ ]: 95% bootstrap interval over neurons"
+        " (over pairs if paired). p: two-sided permutation test within layers, at least"
+        f" 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here. Paired: in random-only,"
+        " neurons of the same layer and index are scored on excerpts at the same positions; only pairs with"
+        " both values count, so the means differ from those above. P(a > b): probability that a neuron of a"
+        " scores higher, with ties counted half. Each model was trained only once, so a difference may be due"
+        " to the random seeds.",
     )
 
 
@@ -60,7 +60,7 @@ def llm_twins_table(results: RunResults, resamples: int, seed: int) -> Table:
         (Column("models", "a − b"), Column("explainer", "explainer"), *COMPARISON_COLUMNS),
         rows,
         "Each model's own sample of neurons. [ ], p, pairs and P(a > b) as in the table of twins above;"
-        f" p not corrected for the {len(rows)} comparisons here.",
+        f" p is not corrected for the {len(rows)} comparisons here.",
     )
 
 
@@ -85,14 +85,14 @@ def _twin_rows(
                 resamples=resamples,
                 seed=seed,
             )
-        except InputError:  # no layer where both have scores: nothing to compare, no row
+        except InputError:  # there is no layer in which both have scores
             continue
         rows.append((f"{c.model_a} − {c.model_b}", c.explainer, *comparison_cells(c)))
     return tuple(rows)
 
 
 def llm_difference_table(results: RunResults, resamples: int, seed: int) -> Table:
-    """Return, within one model, each explainer with a language model minus each without one.
+    """Return each explainer with a language model minus each without one, within one model.
 
     Both are compared on the same neurons.
     """
@@ -107,11 +107,11 @@ def llm_difference_table(results: RunResults, resamples: int, seed: int) -> Tabl
         "Language model minus LLM-free",
         (Column("model", "model"), Column("explainers", "a − b"), *COMPARISON_COLUMNS),
         tuple(rows),
-        "Difference × 100 of two explainers of the same neurons, on the same held-out excerpts: over the"
-        " neurons where both have a value (left out) or that both were to score (counted as chance, which is 0"
-        " for a correlation). [ ]: 95%"
-        " bootstrap interval over neurons; p: two-sided test by random signs of the neurons' differences,"
-        f" at least 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here.",
+        "Difference × 100 between two explainers of the same neurons, on the same held-out excerpts: over the"
+        " neurons for which both have a value (left out), or over all neurons selected for both (counted as"
+        " chance, which is 0 for a correlation). [ ]: 95% bootstrap interval over neurons; p: two-sided test by"
+        f" random signs of the neurons' differences, at least 1/{resamples + 1:,}, not corrected for the"
+        f" {len(rows)} comparisons here.",
     )
 
 
@@ -124,8 +124,8 @@ def _paired(
     resamples: int,
     seed: int,
 ) -> Comparison | None:
-    """Explainer `a` minus `b` on the neurons of both; None where they have none in common."""
-    # Two explainers of one model are compared as two models are: under one name.
+    """Return explainer `a` minus `b` on the neurons of both; None if they have no neurons in common."""
+    # `compare_models` compares two models under one explainer; an empty name for both makes it compare explainers
     sides = [
         [replace(s, explainer="") for s in scores if s.metric == metric and s.explainer == side]
         for side in (a, b)
@@ -146,14 +146,14 @@ def _paired(
 
 
 def _explainers(m: ModelResults) -> tuple[list[str], list[str]]:
-    """With a language model, and without."""
+    """Return the explainers of a model with a language model, and those without."""
     by_llm = {e for of_set in m.llm_sets for e in of_set.explainers}
     without = {e for of_set in m.sets if not of_set.name for e in of_set.explainers}
     return sorted(by_llm), sorted(without)
 
 
 def comparison_cells(c: Comparison) -> tuple[Cell, ...]:
-    """Return the cells of `COMPARISON_COLUMNS`."""
+    """Return the cells of a comparison, in the order of `COMPARISON_COLUMNS`."""
     effect = None if c.cohens_d is None else Interval(c.cohens_d, c.cohens_d_low, c.cohens_d_high)
     return (
         METRIC_NAMES[c.metric],

@@ -1,4 +1,4 @@
-"""The leakage audit's tables: documents explained from and scored on, and near-duplicate passages."""
+"""Tables of the leakage audit: documents explained from and scored on, and near-duplicate passages."""
 
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.results.run_results import ResultSet, RunResults
@@ -13,7 +13,7 @@ def tables(results: RunResults) -> list[Table]:
 
 
 def documents_table(results: RunResults) -> Table:
-    """Return how many documents were explained from, scored on, and both."""
+    """Return the numbers of documents explained from, scored on, and both."""
     columns = (
         Column("model", "model"),
         Column("explained", "documents explained from", ",d"),
@@ -31,19 +31,19 @@ def documents_table(results: RunResults) -> Table:
         "Documents",
         columns,
         rows,
-        "From the document numbers recorded with each explanation and score, all neurons together.",
+        "Counted over all neurons, from the document numbers recorded with each explanation and score.",
     )
 
 
 def near_duplicates_table(results: RunResults) -> Table:
-    """Return how much of the text scored on is nearly the same as text explained from."""
+    """Return the fraction of scored passages that are near-duplicates of passages explained from."""
     columns = (
         Column("model", "model"),
         Column("explained", "passages explained from", ",d"),
         Column("scored", "passages scored on", ",d"),
         Column("near_duplicates", "near-duplicates", ",d"),
-        Column("percent", "% of those scored on", ".1f"),
-        Column("threshold", "similarity from", ".2f"),
+        Column("percent", "% of passages scored on", ".1f"),
+        Column("threshold", "similarity threshold", ".2f"),
     )
     rows: list[tuple[Cell, ...]] = []
     for of_set, near in _audited(results):
@@ -56,21 +56,21 @@ def near_duplicates_table(results: RunResults) -> Table:
         "Near-duplicate passages",
         columns,
         tuple(rows),
-        "Different documents may hold the same text: licences, tables, copied code. A passage is up to 64"
-        " tokens around an excerpt. It is a near-duplicate if the Jaccard similarity of its runs of 5"
-        " tokens with those of a passage that any neuron was explained from reaches the threshold."
-        " Near-duplicates are part of the scores above; the table below shows their effect.",
+        "Different documents may contain the same text, such as licences, tables or copied code. A passage is up"
+        " to 64 tokens around an excerpt. It is a near-duplicate if the Jaccard similarity between its sequences"
+        " of 5 tokens and those of a passage from which any neuron was explained reaches the threshold."
+        " The scores above include near-duplicates; the table below shows their effect.",
     )
 
 
 def effects_table(results: RunResults) -> Table:
-    """Return the means with and without near-duplicates."""
+    """Return the mean scores with and without near-duplicates."""
     columns = (
         Column("model", "model"),
         Column("explainer", "explainer"),
         Column("metric", "metric"),
         Column("neurons", "neurons affected", ",d"),
-        Column("records", "excerpts left out", ",d"),
+        Column("records", "excerpts excluded", ",d"),
         Column("mean_with", "mean ×\u00a0100 with", ".1f"),
         Column("mean_without", "without", ".1f"),
         Column("difference", "without − with", ".1f"),
@@ -87,8 +87,8 @@ def effects_table(results: RunResults) -> Table:
         "Scores without near-duplicates",
         columns,
         tuple(rows),
-        "Over the neurons that were scored on at least one near-duplicate and have both scores: the mean as"
-        " reported, and without those excerpts. Simulation metrics only.",
+        "Means over the neurons that were scored on at least one near-duplicate and have a score with and without"
+        " these excerpts. Simulation metrics only.",
     )
 
 
@@ -110,11 +110,11 @@ def examples_table(results: RunResults) -> Table:
         "Pairs of near-duplicates",
         columns,
         rows,
-        "The first few of each model, by their numbers in tokens/documents.parquet.",
+        "The first few pairs of each model. Numbers are rows of tokens/documents.parquet.",
     )
 
 
 def _audited(results: RunResults) -> list[tuple[ResultSet, DuplicateAudit]]:
-    """Sets whose near-duplicates were looked for."""
+    """Return the sets whose near-duplicates were searched for, with the result."""
     sets = [of_set for m in results.models for of_set in m.sets]
     return [(s, s.near_duplicates) for s in sets if s.near_duplicates is not None]

@@ -1,4 +1,4 @@
-"""Tables about language models: their scores next to those without one, trial calls, and calls."""
+"""Tables about language models: scores compared with those without one, probe calls, and calls."""
 
 from cratelm.llm.probe import LOW_MASS, ProbeResult
 from cratelm.records import CHANCE, METRICS, Control, Metric, NeuronKey
@@ -18,7 +18,7 @@ def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
 
 
 def side_by_side_table(results: RunResults, resamples: int, seed: int) -> Table:
-    """Return a row per explainer and scorer, on the neurons that a language model was asked about."""
+    """Return a row per explainer and scorer, restricted to the neurons for which a language model was used."""
     columns = (
         Column("model", "model"),
         Column("metric", "scorer"),
@@ -29,7 +29,7 @@ def side_by_side_table(results: RunResults, resamples: int, seed: int) -> Table:
         Column("chance", "chance", ".0f"),
         Column("init", "random init", ".1f"),
         Column("none", "undefined / dead / failed"),
-        Column("count_zero", "mean with these as chance", ".1f"),
+        Column("count_zero", "mean, these counted as chance", ".1f"),
     )
     rows: list[tuple[Cell, ...]] = []
     for m in results.models:
@@ -40,20 +40,20 @@ def side_by_side_table(results: RunResults, resamples: int, seed: int) -> Table:
         "Scores on the same neurons",
         columns,
         tuple(rows),
-        "Rows of one model with the same number of neurons are of the same neurons: those that a language"
-        " model was asked about. If only some of these have scores without a language model, further rows"
-        " are of those. Every mean is taken over these neurons alone. Top-and-random, random-only and"
-        " Anthropic: correlation × 100 of simulated with true activations. Detection, fuzzing and"
-        " embedding: area under the ROC curve × 100; intruder: trials won × 100. Chance: the score of an"
-        " explanation that says nothing. Shuffled: explanations dealt to other neurons of the layer; the"
-        " intruder scorer shows no explanation, so there it is the same trials once more. Random init: the"
-        " untrained model under the same explainer, on the neurons of the same layer and index if they"
-        f" were scored, else on its own sample. {INTERVAL_NOTE}",
+        "Rows of one model with the same number of neurons refer to the same neurons, those for which a language"
+        " model was used. If only some of these have scores without a language model, additional rows refer to"
+        " those. Every mean is over these neurons only. Top-and-random, random-only and Anthropic: correlation"
+        " × 100 of simulated with true activations. Detection, fuzzing and embedding: area under the ROC curve"
+        " × 100; intruder: trials won × 100. Chance: the score of an explanation without information. Shuffled:"
+        " each neuron is scored with the explanation of another neuron of the layer; the intruder scorer uses no"
+        " explanation, so its shuffled score repeats the same trials. Random init: the untrained model with the"
+        " same explainer, on the neurons of the same layer and index if they were scored, else on its own"
+        f" sample. {INTERVAL_NOTE}",
     )
 
 
 class _Restricted:
-    """Statistics of one model over some of its neurons."""
+    """Statistics of one model, restricted to a sample of its neurons."""
 
     def __init__(self, m: ModelResults, sample: frozenset[NeuronKey], resamples: int, seed: int):
         self.model, self.sample = m, sample
@@ -75,7 +75,10 @@ class _Restricted:
         control: Control = "none",
         policy: Policy = "leave_out",
     ) -> ModelStatistics | None:
-        """Return what `cratelm score` wrote if it is of the very same neurons, else compute it."""
+        """Return the statistics that `cratelm score` wrote if they cover exactly this sample, else compute them.
+
+        None if the explainer has no such scores.
+        """
         if explainer in self._as_written:
             return self.model.find(explainer, metric, control, policy)
         scores = self._scores.get(explainer, [])
@@ -95,7 +98,7 @@ class _Restricted:
 def _rows(
     m: ModelResults, null: ModelResults | None, sample: _Restricted
 ) -> list[tuple[Cell, ...]]:
-    """Explainers without a language model first."""
+    """Return the rows of one sample by metric, explainers without a language model first."""
     explainers = [e for of_set in sample.sets for e in of_set.explainers]
     untrained = _Restricted(null, sample.sample, sample.resamples, sample.seed) if null else None
     rows: list[tuple[Cell, ...]] = []
@@ -129,40 +132,45 @@ def _init(
 
 
 def _samples(m: ModelResults) -> list[frozenset[NeuronKey]]:
-    """The neurons that a language model was asked about, and those of them that the set without one has
-    where it has not all; each sample once, the largest first."""
-    asked = {of_set.neurons for of_set in m.llm_sets if of_set.scores}
+    """Return the samples of neurons to compare, each once, the largest first.
+
+    These are the neurons for which a language model was used, and those of them that also have scores
+    without one.
+    """
+    with_llm = {of_set.neurons for of_set in m.llm_sets if of_set.scores}
     without = {of_set.neurons for of_set in m.sets if of_set.scores and not of_set.name}
-    samples = asked | {sample & other for sample in asked for other in without} - {frozenset()}
+    samples = with_llm | {sample & other for sample in with_llm for other in without} - {
+        frozenset()
+    }
     return sorted(samples, key=lambda neurons: (-len(neurons), sorted(neurons)))
 
 
 def probe_table(results: RunResults) -> Table:
-    """Return how levels are read of each language model."""
+    """Return how activation levels are read from each language model."""
     columns = (
         Column("model", "model"),
         Column("read", "how levels are read"),
         Column("levels", "levels"),
         Column("tokens_of_ten", 'tokens of "10"', "d"),
         Column("mass", "probability on the levels, %", ".0f"),
-        Column("lowest_mass", "least at one token, %", ".0f"),
+        Column("lowest_mass", "lowest at one token, %", ".0f"),
         Column("remark", "remark"),
     )
     rows: list[tuple[Cell, ...]] = []
     for of_set in _llm_sets(results):
         if p := of_set.preflight:
-            how = "log-probabilities" if p.supports_logprobs else "JSON"
+            method = "log-probabilities" if p.supports_logprobs else "JSON"
             shares = (_percent(p.mass), _percent(p.lowest_mass))
             levels = f"0 to {p.top_level}"
-            rows.append((of_set.label, how, levels, p.tokens_of_ten, *shares, _remark(p)))
+            rows.append((of_set.label, method, levels, p.tokens_of_ten, *shares, _remark(p)))
     return Table(
         "preflights",
         "How levels are read",
         columns,
         tuple(rows),
-        'From two trial calls before the scoring. A level must be one token, so if "10" takes two the'
-        " levels run to 9. Probability on the levels: the share of the next token's probability that falls"
-        f" on them; below {LOW_MASS:.0%} the model would mostly answer something else.",
+        'From two probe calls before scoring. A level must be a single token, so if "10" takes two tokens the'
+        " levels end at 9. Probability on the levels: the fraction of the next-token probability that is on"
+        f" levels; below {LOW_MASS:.0%}, the model would mostly answer something else.",
     )
 
 
@@ -170,7 +178,7 @@ def _remark(p: ProbeResult) -> str:
     if not p.supports_logprobs:
         return p.reason
     if p.mass is None:
-        return "both trial calls failed"
+        return "both probe calls failed"
     return "WARNING: below half" if p.mass < LOW_MASS else ""
 
 
@@ -179,7 +187,7 @@ def _percent(share: float | None) -> float | None:
 
 
 def calls_table(results: RunResults) -> Table:
-    """Return how much the last commands asked language models."""
+    """Return the number and cost of the calls that the last commands made to language models."""
     columns = (
         Column("model", "model"),
         Column("verb", "command"),
@@ -193,17 +201,17 @@ def calls_table(results: RunResults) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for of_set in _llm_sets(results):
         for verb, tally in of_set.calls.items():
-            figures = [getattr(tally, c.key) for c in columns[2:-1]]
+            counts = [getattr(tally, c.key) for c in columns[2:-1]]
             failed = ", ".join(f"{n:,} {kind}" for kind, n in sorted(tally.failed.items()))
-            rows.append((of_set.label, verb, *figures, failed or "none"))
+            rows.append((of_set.label, verb, *counts, failed or "none"))
     return Table(
         "calls",
         "Calls of language models",
         columns,
         tuple(rows),
-        "Of the last command of each kind: calls of an interrupted command, or of other workers, count as"
-        " answers from the ledger. Tokens: the whole prompt each time. Seconds: spent in calls. Failed: by"
-        " kind, among all outcomes including those from the ledger.",
+        "Counts are of the last command of each kind: calls of an interrupted command or of other workers count"
+        " as answers from the ledger. Prompt tokens: the whole prompt of every call. Seconds: time spent in calls."
+        " Failed: by kind, among all results including those from the ledger.",
     )
 
 

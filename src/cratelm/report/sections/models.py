@@ -1,4 +1,4 @@
-"""The models: how long each stage took, parameters, losses, and how sparse the neurons are."""
+"""The models: duration of each stage, parameters, losses, and sparsity of the neurons."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -20,12 +20,12 @@ def tables(results: RunResults) -> list[Table]:
 
 
 def figures(results: RunResults) -> list[Figure | None]:
-    """Return the figures of this section; None for one without data."""
+    """Return the figures of this section, with None for a figure without data."""
     return [loss_figure(results), sparsity_figure(results)]
 
 
 def stages_table(results: RunResults) -> Table:
-    """Return the seconds of every stage, a line per model."""
+    """Return the duration of each stage in seconds, with a row per model and set."""
     verbs = MODEL_STAGES.values()
     columns = (
         Column("model", "model"),
@@ -34,10 +34,12 @@ def stages_table(results: RunResults) -> Table:
         Column("finished_at", "finished (UTC)"),
         Column("state", "inputs"),
     )
-    none = [None] * len(verbs)
+    no_seconds = [None] * len(verbs)
     rows: list[tuple[Cell, ...]] = []
     if results.tokens:
-        rows.append(("all", results.tokens.seconds, *none, results.tokens.finished_at, "fresh"))
+        rows.append(
+            ("all", results.tokens.seconds, *no_seconds, results.tokens.finished_at, "fresh")
+        )
     for m in results.models:
         done = [m.completions.get(stage) for stage in MODEL_STAGES]
         last = max((c.finished_at for c in done if c), default=None)
@@ -52,7 +54,7 @@ def stages_table(results: RunResults) -> Table:
 
 
 def _state(model: ModelResults, done: Iterable[Completion | None]) -> str:
-    """`fresh`, or the stages that are not of today's inputs."""
+    """Return `fresh`, or the stages whose inputs have changed since."""
     stale = [c.stage for c in done if c and c.label in model.stale]
     return f"stale: {', '.join(stale)}" if stale else "fresh"
 
@@ -78,10 +80,10 @@ def models_table(results: RunResults) -> Table:
         "Parameters and loss",
         columns,
         tuple(_model_row(m) for m in results.models),
-        "Site: where in a layer its neurons live. Parameters: trainable ones without the position embedding."
-        " Losses in nats per token: the training loss is that of one batch, the validation loss the mean over"
-        " fixed held-out sequences ± its standard error over them. Each model was trained once: the spread"
-        " over seeds is not measured here.",
+        "Site: position in a layer at which its neurons are read. Parameters: trainable parameters without the"
+        " position embedding. Losses are in nats per token: the training loss is that of one batch; the validation"
+        " loss is the mean over fixed held-out sequences ± its standard error over them. Each model was trained"
+        " once: the variation over seeds is not measured here.",
     )
 
 
@@ -113,10 +115,10 @@ def sparsity_table(results: RunResults) -> Table:
         Column("neurons", "neurons", ",d"),
         Column("dead", "dead", ",d"),
         Column("dead_percent", "dead, %", ".1f"),
-        Column("active_percent", "active on a token, % of neurons", ".1f"),
-        Column("rate_p5", "firing rate: 5%", ".3g"),
+        Column("active_percent", "active per token, % of neurons", ".1f"),
+        Column("rate_p5", "firing rate: 5% quantile", ".3g"),
         Column("rate_median", "median", ".3g"),
-        Column("rate_p95", "95%", ".3g"),
+        Column("rate_p95", "95% quantile", ".3g"),
         Column("kurtosis_median", "median kurtosis", ".3g"),
     )
     rows = [
@@ -127,8 +129,8 @@ def sparsity_table(results: RunResults) -> Table:
         "Sparsity by layer",
         columns,
         tuple(rows),
-        "Over the tokens searched in the held-out split. Dead: never above 0 there. Firing rate: % of"
-        " tokens on which a neuron is above 0; its quantiles and the kurtosis are over neurons that are"
+        "Over the tokens searched in the held-out split. Dead: never above 0 on these tokens. Firing rate: % of"
+        " tokens on which a neuron is above 0; its quantiles and the median kurtosis are over neurons that are"
         " not dead. A normal distribution has kurtosis 3.",
     )
 
@@ -152,18 +154,18 @@ def _sparsity_row(m: ModelResults, layer: int) -> tuple[Cell, ...]:
 
 
 def trained_figures(m: ModelResults) -> dict[str, int | float | None]:
-    """Return what `cratelm train` recorded: parameters, tokens, losses; empty for other models."""
+    """Return the results that `cratelm train` recorded: parameters, tokens, losses; empty for other models."""
     return m.completions["model"].results if "model" in m.completions else {}
 
 
 def loss_cell(trained: dict[str, int | float | None]) -> Cell:
-    """Return the validation loss with its standard error."""
+    """Return the validation loss with its standard error, if it has one."""
     loss, error = trained.get("validation_loss"), trained.get("validation_standard_error")
     return loss if loss is None or error is None else Estimate(loss, error)
 
 
 def loss_figure(results: RunResults) -> Figure | None:
-    """Return the losses over training; None where nothing was trained here."""
+    """Return the losses over training; None if the run trained no model."""
     trained = [m for m in results.models if any("loss" in line for line in m.curve)]
     if not trained:
         return None
@@ -172,7 +174,7 @@ def loss_figure(results: RunResults) -> Figure | None:
     return Figure(
         "loss",
         "Training",
-        "Thin lines: loss of each step's batch. Markers: loss on fixed held-out sequences.",
+        "Thin lines: loss on the batch of each step. Markers: loss on fixed held-out sequences.",
         (Panel("Loss over training tokens", curves(series, points, "nats per token")),),
         tuple(series),
     )
@@ -188,9 +190,9 @@ def sparsity_figure(results: RunResults) -> Figure | None:
     return Figure(
         "sparsity",
         "Sparsity",
-        "Over the tokens searched in the held-out split. Firing rate: share of tokens on which a neuron is"
-        " above 0. Marker: median over the neurons that are not dead; bars: their 5% and 95% quantiles,"
-        " which are the spread of the neurons and not the uncertainty of the median.",
+        "Over the tokens searched in the held-out split. Firing rate: percentage of tokens on which a neuron is"
+        " above 0. Marker: median over the neurons that are not dead; bars: their 5% and 95% quantiles, which show"
+        " the spread of the neurons and not the uncertainty of the median.",
         (
             Panel("Firing rate", by_layer(series, rates, "tokens, %", log=True)),
             Panel("Dead neurons", by_layer(series, dead, "neurons never above 0, %", floor=True)),
@@ -205,7 +207,7 @@ def _points(m: ModelResults, key: str) -> tuple[list[int], list[float]]:
 
 
 def _firing_rates(m: ModelResults) -> dict[int, Interval]:
-    """By layer the median and the 5% and 95% quantiles over its live neurons, in %."""
+    """Return the median and the 5% and 95% quantiles over the live neurons of each layer, in %."""
     quantiles = {}
     for layer in _layers(m):
         live = [100 * s.firing_rate for s in _of_layer(m, layer) if not s.dead]
@@ -216,12 +218,12 @@ def _firing_rates(m: ModelResults) -> dict[int, Interval]:
 
 
 def _dead_percent(m: ModelResults) -> dict[int, Interval]:
-    found = {}
+    dead = {}
     for layer in _layers(m):
         neurons = _of_layer(m, layer)
         live = sum(not s.dead for s in neurons)
-        found[layer] = Interval(100 * (1 - live / len(neurons)), None, None)
-    return found
+        dead[layer] = Interval(100 * (1 - live / len(neurons)), None, None)
+    return dead
 
 
 def _layers(m: ModelResults) -> list[int]:

@@ -1,4 +1,4 @@
-"""Scores of the models: the comparison, layers, null controls, neurons without a score, published numbers."""
+"""Scores of the models: comparison, layers, null controls, neurons without a score, published numbers."""
 
 from collections import Counter
 from itertools import product
@@ -16,8 +16,8 @@ from cratelm.results.scores import layer_intervals, mean_interval
 from cratelm.text.table import Cell, Column, Table
 
 TUNED_NOTE = (
-    " Two constants of the look-up and the trie were chosen on held-out scores of two small models,"
-    " so these explainers' scores are not blind to that choice; it moves them by a point at most."
+    " Two constants of the look-up and the trie were chosen on held-out scores of two small models, so the"
+    " scores of these explainers are not independent of that choice; it changes them by at most one point."
 )
 PUBLISHED_LOSS = {
     "1l": (4.06, 3.83),
@@ -26,7 +26,7 @@ PUBLISHED_LOSS = {
     "6l": (2.36, 2.16),
     "12l": (2.27, 2.13),
 }
-"""by size: CRATE, GPT-2, nats per token on the Pile, read off the plot of arXiv 2410.16443"""
+"""by size: CRATE, GPT-2; nats per token on the Pile, read off a plot in arXiv 2410.16443"""
 PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
     "1l": ((3.9, 0), (8.8, 0), (4.8, 0), (8.9, 0), (10.1, 0), (14.2, 0)),
     "2l": ((8.05, 0.06), (4.2, 0.01), (6.95, 1.1), (1.95, 0.12), (11.35, 0), (10.2, 0.25)),
@@ -35,8 +35,9 @@ PUBLISHED: dict[str, tuple[tuple[float, float], ...]] = {
     "12l": ((6.8, 7.09), (6.34, 11.35), (5.12, 2.83), (2.67, 7.48), (8.88, 18.3), (8.65, 24.65)),
 }
 """by size: mean and variance over layers, CRATE then GPT-2, for each metric in the order of SIMULATION_METRICS
-(arXiv 2410.16443, table of interpretability; last layer left out for 6l and 12l)"""
+(arXiv 2410.16443, table of interpretability, which excludes the last layer for 6l and 12l)"""
 _BINS = np.linspace(-1, 1, 41)
+"""edges of the bins of the distributions"""
 _Line = tuple[Series, ModelResults, Control]
 
 
@@ -60,7 +61,7 @@ def figures(results: RunResults) -> list[Figure]:
 
 
 def model_comparison_table(results: RunResults) -> Table:
-    """Return the table that `cratelm demo` prints, shown with a column per model."""
+    """Return the table that `cratelm demo` prints: a row per model, displayed as a column per model."""
     columns = [
         Column("model", f"explainer: {results.explainer}"),
         Column("parameters", "parameters", ",d"),
@@ -79,14 +80,14 @@ def model_comparison_table(results: RunResults) -> Table:
         "Comparison",
         tuple(columns),
         rows,
-        "Scores are correlations × 100, mean over layers of the mean over neurons; neurons without a"
-        f" score are left out, and counted. {INTERVAL_NOTE} Validation loss: standard error over held-out"
-        " sequences. Random init: the same model before training, harvested, explained and scored alike."
-        " Shuffled: explanations dealt to other neurons of the layer."
+        "Scores are correlations × 100: the mean over layers of the mean over neurons. Neurons without a"
+        f" score are excluded, and counted. {INTERVAL_NOTE} Validation loss: standard error over held-out"
+        " sequences. Random init: the same model before training, harvested, explained and scored in the same"
+        " way. Shuffled: each neuron is scored with the explanation of another neuron of the layer."
         f"{TUNED_NOTE if results.explainer in EXPLAINERS else ''}"
         + (
-            " MODEL+NAME: latents of autoencoders, with the loss that their reconstruction adds in place of"
-            " the activations."
+            " MODEL+NAME: latents of autoencoders, with the loss added when their reconstruction replaces the"
+            " activations."
             if costs
             else ""
         ),
@@ -98,7 +99,7 @@ def _metric_columns(metric: Metric) -> list[Column]:
     return [
         Column(metric, f"{METRIC_NAMES[metric]}, mean × 100 [95%]", ".1f", "head"),
         Column(f"{metric}_variance", "variance over layers", ".2f", "minor"),
-        Column(f"{metric}_count_zero", "mean with the others as 0", ".1f", "minor"),
+        Column(f"{metric}_count_zero", "mean, others counted as 0", ".1f", "minor"),
         Column(f"{metric}_shuffled", "null: shuffled explanations", ".1f", "minor"),
         Column(f"{metric}_init", "null: random init", ".1f", "minor"),
         Column(f"{metric}_none", "undefined / dead / failed", "", "minor"),
@@ -133,7 +134,7 @@ def _comparison_row(
 
 
 def mean_and_variance_table(results: RunResults) -> Table:
-    """Return the paper's table for this run: each model and its random initialisation."""
+    """Return the paper's table for this run: mean and variance of each model and of its random initialisation."""
     columns = [Column("explainer", "explainer"), Column("model", "model")]
     for metric in results.metrics:
         name = METRIC_NAMES[metric]
@@ -154,12 +155,12 @@ def mean_and_variance_table(results: RunResults) -> Table:
         "Mean and variance over layers",
         tuple(columns),
         tuple(rows),
-        f"Variance: of the layer means over the layers, (× 100)². n: neurons with a score. {INTERVAL_NOTE}",
+        f"Variance: of the layer means, over the layers, (× 100)². n: neurons with a score. {INTERVAL_NOTE}",
     )
 
 
 def by_layer_table(results: RunResults) -> Table:
-    """Return the mean score of every layer and its shuffled null."""
+    """Return the mean score of each layer and its shuffled null control."""
     columns = (
         Column("metric", "metric"),
         Column("model", "model"),
@@ -167,7 +168,7 @@ def by_layer_table(results: RunResults) -> Table:
         Column("mean", "mean × 100 [95%]", ".1f"),
         Column("shuffled", "shuffled explanations", ".1f"),
         Column("defined", "neurons with a score", ",d"),
-        Column("neurons", "of", ",d"),
+        Column("neurons", "neurons", ",d"),
     )
     rows = []
     for metric, m in product(results.metrics, results.models):
@@ -221,14 +222,14 @@ def nulls_table(results: RunResults) -> Table:
         columns,
         tuple(rows),
         "Mean × 100. Shuffled: each neuron is simulated from the explanation of another neuron of its"
-        " layer. Random init: the untrained model with explanations of its own; its score needs no"
+        " layer. Random init: the untrained model with its own explanations; this score does not depend on"
         " training. Constant simulation: a correlation with it is undefined, so the count must be 0."
         f" {INTERVAL_NOTE}",
     )
 
 
 def unscored_table(results: RunResults) -> Table:
-    """Return the counts of neurons without a score, and the means with and without them."""
+    """Return the counts of neurons without a score, and the means including and excluding them."""
     columns = (
         Column("model", "model"),
         Column("explainer", "explainer"),
@@ -238,8 +239,8 @@ def unscored_table(results: RunResults) -> Table:
         Column("undefined", "undefined", ",d"),
         Column("dead", "dead", ",d"),
         Column("failed", "failed", ",d"),
-        Column("leave_out", "mean × 100, others left out", ".1f"),
-        Column("count_zero", "mean × 100, others as 0", ".1f"),
+        Column("leave_out", "mean × 100, others excluded", ".1f"),
+        Column("count_zero", "mean × 100, others counted as 0", ".1f"),
     )
     rows = []
     for m, explainer, metric in product(results.models, results.explainers, results.metrics):
@@ -257,14 +258,14 @@ def unscored_table(results: RunResults) -> Table:
         "Neurons without a score",
         columns,
         tuple(rows),
-        "Undefined: the correlation does not exist, because the truth or the simulation is constant on"
-        " the excerpts. Dead: never above 0 on the fit or on the held-out split. Failed: the explainer or"
+        "Undefined: the correlation does not exist, because the true or the simulated activations are constant"
+        " on the excerpts. Dead: never above 0 on the fit or on the held-out split. Failed: the explainer or"
         f" the simulator did not answer. {INTERVAL_NOTE}",
     )
 
 
 def reasons_table(results: RunResults) -> Table:
-    """Return why neurons have no score, with the number of neurons for each reason."""
+    """Return the reasons for missing scores, with the number of neurons for each reason."""
     columns = (
         Column("model", "model"),
         Column("explainer", "explainer"),
@@ -285,7 +286,7 @@ def reasons_table(results: RunResults) -> Table:
 
 
 def published_table(results: RunResults) -> Table:
-    """Return this run's means above those of the paper, of all sizes."""
+    """Return this run's means, followed by the paper's for all sizes."""
     columns = [Column("source", "source"), Column("model", "model")]
     for metric in SIMULATION_METRICS:
         columns += [
@@ -294,19 +295,19 @@ def published_table(results: RunResults) -> Table:
         ]
     columns.append(Column("validation_loss", "validation loss", ".2f"))
     rows = [_our_row(results, m) for m in results.principal]
-    for size, place in product(PUBLISHED, (0, 1)):
-        figures = [x for pair in PUBLISHED[size][place::2] for x in pair]
-        name = f"{('crate', 'gpt2')[place]}-{size}"
-        rows.append(("published", name, *figures, PUBLISHED_LOSS[size][place]))
+    for size, family in product(PUBLISHED, (0, 1)):
+        figures = [x for pair in PUBLISHED[size][family::2] for x in pair]
+        name = f"{('crate', 'gpt2')[family]}-{size}"
+        rows.append(("published", name, *figures, PUBLISHED_LOSS[size][family]))
     return Table(
         "published",
         "Published numbers next to this run's",
         tuple(columns),
         tuple(rows),
         "For reference, not for comparison: Bai and Ma (2025, arXiv 2410.16443) trained on the Pile with"
-        " up to 157 billion tokens, explained with Mistral-7B and simulated with LLaMA-2-7B. This run has"
-        f" another scale, another corpus and another explainer ({results.explainer}), so its scores and"
-        " losses cannot be compared with theirs. Published losses are read off a plot.",
+        " up to 157 billion tokens, explained with Mistral-7B and simulated with LLaMA-2-7B. This run differs"
+        f" in scale, corpus and explainer ({results.explainer}), so its scores and losses cannot be compared"
+        " with theirs. Published losses were read off a plot.",
     )
 
 
@@ -319,21 +320,21 @@ def _our_row(results: RunResults, m: ModelResults) -> tuple[Cell, ...]:
 
 
 def means_figure(results: RunResults) -> Figure:
-    """Return means over layers next to both nulls."""
+    """Return the means over layers, compared with both null controls."""
     lines = _with_nulls(results)
     series = [s for s, _, _ in lines]
 
     def panel(metric: Metric) -> Panel:
-        found = [m.find(results.explainer, metric, control) for _, m, control in lines]
-        means = [mean_interval(s) for s in found]
+        statistics = [m.find(results.explainer, metric, control) for _, m, control in lines]
+        means = [mean_interval(s) for s in statistics]
         return Panel(METRIC_NAMES[metric], rows(series, means, "mean score × 100"))
 
     return Figure(
         "means",
         "Mean score and its nulls",
-        f"Explainer {results.explainer}. Bars: 95% bootstrap interval over neurons; where none is seen"
-        " it is narrower than the marker. A score says something about a model only as far as it lies"
-        " beyond that of shuffled explanations and of the same model before training.",
+        f"Explainer {results.explainer}. Bars: 95% bootstrap interval over neurons; a bar that is not visible is"
+        " narrower than the marker. A score says something about a model only to the extent that it exceeds the"
+        " scores of shuffled explanations and of the same model before training.",
         tuple(panel(metric) for metric in results.metrics),
         (),
     )
@@ -345,21 +346,21 @@ def by_layer_figure(results: RunResults) -> Figure:
     series = [s for s, _, _ in lines]
 
     def panel(metric: Metric) -> Panel:
-        found = [m.find(results.explainer, metric, control) for _, m, control in lines]
-        return scores_panel(METRIC_NAMES[metric], series, [layer_intervals(s) for s in found])
+        statistics = [m.find(results.explainer, metric, control) for _, m, control in lines]
+        return scores_panel(METRIC_NAMES[metric], series, [layer_intervals(s) for s in statistics])
 
     return Figure(
         "score_by_layer",
         "Score by layer",
         f"Explainer {results.explainer}. Mean over the neurons of a layer that have a score; bars: 95%"
-        " bootstrap interval over them. Layers count from 0; points of one layer stand side by side.",
+        " bootstrap interval over them. Layers count from 0; points of the same layer are drawn side by side.",
         tuple(panel(metric) for metric in results.metrics),
         tuple(series),
     )
 
 
 def distributions_figure(results: RunResults) -> Figure:
-    """Return how the scores of the neurons are distributed."""
+    """Return the distribution of the scores of the neurons."""
     series = [series_of(m) for m in results.models]
 
     def panel(metric: Metric) -> Panel:
@@ -370,15 +371,15 @@ def distributions_figure(results: RunResults) -> Figure:
     return Figure(
         "distributions",
         "Scores of the neurons",
-        f"Explainer {results.explainer}. Share of a model's neurons with a score in bins of 0.05; the"
-        " marker stands on the fullest bin. Neurons without a score are in the ledger below.",
+        f"Explainer {results.explainer}. Percentage of a model's scored neurons in bins of 0.05; the marker is"
+        " at the fullest bin. Neurons without a score are listed under “Neurons without a score” below.",
         tuple(panel(metric) for metric in results.metrics),
         tuple(series),
     )
 
 
 def _with_nulls(results: RunResults) -> list[_Line]:
-    """Each model, then the shuffled null of the trained ones, then the random initialisations."""
+    """Return the lines of a figure: each model, the shuffled nulls of trained models, the random initialisations."""
     lines: list[_Line] = [(series_of(m), m, "none") for m in results.principal]
     for m in results.principal:
         series = Series(f"{m.name}, shuffled", m.place, "shuffled")

@@ -1,6 +1,6 @@
-"""What `cratelm analyze` measured: tables. Figures: `white_box_figures`.
+"""Tables of the results of `cratelm analyze`. The figures are in `white_box_figures`.
 
-A quantity that does not exist for a model is a dash; a model that was not analysed has no row.
+A quantity that does not exist for a model is shown as a dash; a model that was not analysed has no row.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def tables(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[Table]:
-    """Return the tables of this section; `twins` are names of models compared, first minus second."""
+    """Return the tables of this section; `twins` are pairs of names of models to compare, first minus second."""
     by_name = {a.name: a for a in analyses}
     pairs = [(by_name[a], by_name[b]) for a, b in twins if a in by_name and b in by_name]
     return [
@@ -71,11 +71,12 @@ def rates_table(analyses: Sequence[Analysis]) -> Table:
         "Coding rates before and after attention",
         tuple(columns),
         tuple(rows),
-        f"Nats, at distortion ε = {DISTORTION}, of held-out tokens as attention takes them in (after its"
-        " LayerNorm), and of the residual stream after it put through the same LayerNorm. R^c: the"
-        " compression term, whose descent MSSA is derived from, in the heads' own projections (their scale"
-        " counts) and in orthonormal bases of the same subspaces (it does not). R: the expansion term."
-        " ±: standard error by the jackknife, leaving out a twentieth of the documents at a time.",
+        f"Coding rates in nats at distortion ε = {DISTORTION} on held-out tokens. Before: the input of attention,"
+        " after its LayerNorm. After: the residual stream after attention, passed through the same LayerNorm."
+        " R^c is the compression term from whose descent MSSA is derived. It is computed in the heads' own"
+        " projections, where their scale matters, and in orthonormal bases of the same subspaces, where it does"
+        " not. R is the expansion term. ±: jackknife standard error, leaving out a twentieth of the documents"
+        " at a time.",
     )
 
 
@@ -109,13 +110,13 @@ def distortion_table(analyses: Sequence[Analysis]) -> Table:
         "Change of the coding rates, by distortion",
         tuple(columns),
         tuple(rows),
-        "After minus before attention, nats; the smaller ε, the more directions count.",
+        "After minus before attention, in nats. The smaller ε is, the more directions count.",
     )
 
 
 def sparsity_table(analyses: Sequence[Analysis]) -> Table:
-    """Return how sparse tokens are before the second step of a layer, and its neurons after it."""
-    quantities = {"nonzero": "not 0, %", "above_tenth": "above a tenth, %", "hoyer": "Hoyer"}
+    """Return the sparsity of the input of a layer's second step, and of its neurons."""
+    quantities = {"nonzero": "nonzero, %", "above_tenth": "above a tenth, %", "hoyer": "Hoyer"}
     columns = [Column("model", "model"), Column("layer", "layer", "d")]
     for key, label in quantities.items():
         form = ".2f" if key == "hoyer" else ".1f"
@@ -143,23 +144,23 @@ def sparsity_table(analyses: Sequence[Analysis]) -> Table:
         "Sparsity before and after sparse coding",
         tuple(columns),
         tuple(rows),
-        "Of the vector of one token, mean over held-out tokens. Before: the input of ISTA or of the MLP,"
-        " after the LayerNorm; after: the neurons. Above a tenth: entries whose size is more than a tenth of"
-        " the vector's largest. Hoyer: 0 for equal entries, 1 for a single one. Dead: never above 0 on"
-        " these tokens. ±: standard error over documents.",
+        "Sparsity of the vector of one token, mean over held-out tokens. Before: the input of ISTA or of the MLP,"
+        " after the LayerNorm; after: the neurons. Above a tenth: entries whose absolute value is more than a"
+        " tenth of the largest in the vector. Hoyer: 0 if all entries are equal, 1 if only one is nonzero."
+        " Dead: never above 0 on these tokens. ±: standard error over documents.",
     )
 
 
 def lasso_table(analyses: Sequence[Analysis]) -> Table:
-    """Return the lasso objective along the unrolled steps."""
+    """Return the lasso objective after each unrolled step."""
     columns = (
         Column("model", "model"),
         Column("layer", "layer", "d"),
         Column("step", "step", "d"),
         Column("taken", "taken by the model"),
         Column("objective", "objective", ".2f"),
-        Column("relative", "of that at step 0, %", ".1f"),
-        Column("falls", "tokens where the step lowers it, %", ".1f"),
+        Column("relative", "% of the value at step 0", ".1f"),
+        Column("falls", "tokens at which the step lowers it, %", ".1f"),
     )
     rows = []
     for a in analyses:
@@ -169,22 +170,22 @@ def lasso_table(analyses: Sequence[Analysis]) -> Table:
                 value = a.at("lasso", str(step), layer)
                 if value is None or start is None:
                     continue
-                own = "" if taken is None or step > taken else "yes"
+                is_taken = "" if taken is None or step > taken else "yes"
                 falls = estimate_cell(a.at("lasso_falls", str(step), layer), 100)
                 relative = 100 * value.value / start.value
-                rows.append((a.name, layer, step, own, estimate_cell(value), relative, falls))
+                rows.append((a.name, layer, step, is_taken, estimate_cell(value), relative, falls))
     return Table(
         "white_box_lasso",
         "The lasso objective along the steps",
         columns,
         tuple(rows),
-        "1/2 |x − D A|² + λ |A|₁ of the codes A after each step, mean over held-out tokens; steps beyond"
-        " those that the model takes show where the iteration leads. ±: standard error over documents.",
+        "1/2 |x − D A|² + λ |A|₁ of the codes A after each step, mean over held-out tokens. Steps beyond those"
+        " that the model takes show how the iteration would continue. ±: standard error over documents.",
     )
 
 
 def weights_table(analyses: Sequence[Analysis]) -> Table:
-    """Return figures of the dictionary, step size, heads and groups of neurons."""
+    """Return measures of the dictionary, the step size, the heads and the groups of neurons."""
     columns = (
         Column("model", "model"),
         Column("layer", "layer", "d"),
@@ -192,18 +193,18 @@ def weights_table(analyses: Sequence[Analysis]) -> Table:
         Column("norm", "norm of D", ".2f"),
         Column("product", "η |D|²", ".2f"),
         Column("mutual_coherence", "mutual coherence", ".3f"),
-        Column("median_coherence", "median to the nearest atom", ".3f"),
-        Column("welch_bound", "least possible", ".3f"),
+        Column("median_coherence", "median with the nearest atom", ".3f"),
+        Column("welch_bound", "Welch bound", ".3f"),
         Column("duplicated", "duplicated atoms, %", ".1f"),
         Column("effective_rank", "effective rank of a head", ".1f"),
         Column("stable_rank", "stable rank", ".1f"),
         Column("overlap", "overlap of two heads", ".3f"),
-        Column("overlap_random", "of random ones", ".3f"),
+        Column("overlap_random", "overlap of random heads", ".3f"),
         Column("angle", "smallest angle, °", ".1f"),
-        Column("angle_random", "of random ones, °", ".1f"),
+        Column("angle_random", "angle of random heads, °", ".1f"),
         Column("groups", "groups of neurons", ",d"),
-        Column("grouped", "neurons in them, %", ".1f"),
-        Column("largest", "largest", ",d"),
+        Column("grouped", "neurons in groups, %", ".1f"),
+        Column("largest", "largest group", ",d"),
     )
     rows = [_weights_row(a, layer) for a in analyses for layer in a.layers]
     return Table(
@@ -211,11 +212,12 @@ def weights_table(analyses: Sequence[Analysis]) -> Table:
         "Dictionary, heads and groups of neurons",
         columns,
         tuple(rows),
-        "Coherence: |cosine| of two atoms; mutual: the largest; GPT-2's atoms are the rows of its MLP's"
-        " last projection. Duplicated: a cosine of 0.95 or more with another. With η |D|² up to 1 no step"
-        " raises the lasso objective, up to 2 the iteration converges. Overlap: mean squared cosine of the"
-        " principal angles of two heads' subspaces, with that of random ones of the same shape. Groups:"
-        " average linkage of the correlation over tokens, cut at 0.5.",
+        "Coherence: |cosine| of two atoms; mutual coherence: the largest of these. GPT-2's atoms are the rows of"
+        " the last projection of its MLP. Welch bound: the lowest possible mutual coherence. Duplicated: atoms"
+        " with a cosine of 0.95 or more with another atom. With η |D|² up to 1, no step raises the lasso"
+        " objective; up to 2, the iteration converges. Overlap: mean squared cosine of the principal angles of"
+        " two heads' subspaces, also for random subspaces of the same shape. Groups: average linkage of the"
+        " correlation over tokens, cut at 0.5.",
     )
 
 
@@ -250,7 +252,7 @@ def _weights_row(a: Analysis, layer: int) -> tuple[Cell, ...]:
 
 
 def readings_table(analyses: Sequence[Analysis]) -> Table:
-    """Return consistency and distinctiveness of the neurons."""
+    """Return the consistency and distinctiveness of the neurons."""
     columns = (
         Column("model", "model"),
         Column("layer", "layer", "d"),
@@ -271,13 +273,13 @@ def readings_table(analyses: Sequence[Analysis]) -> Table:
         "Consistency and distinctiveness",
         columns,
         tuple(rows),
-        "On held-out tokens. An explanation covers a token where it predicts at least half of its largest"
-        " value (counted from its default). Consistency: fraction of the covered tokens at which the neuron is"
-        " above a tenth of its maximum on the fit documents; evenness: 1 where it is equally strong at all"
-        " of them; distinctiveness: fraction of the other tokens at which it is not above that tenth; contrast:"
-        " (m − m') / (m + m') of its mean activations m on covered and m' on other tokens; AUROC:"
-        " chance that it is stronger at a covered token than at another. Shuffled: another neuron's"
-        " explanation. Undefined: nothing is covered. [ ]: 95% bootstrap interval over neurons.",
+        "On held-out tokens. An explanation covers a token if it predicts at least half of its largest value"
+        " there, measured from its default. Consistency: fraction of the covered tokens at which the neuron is"
+        " above a tenth of its maximum on the fit documents. Evenness: 1 if its activation is the same at all"
+        " covered tokens. Distinctiveness: fraction of the other tokens at which it is not above that tenth."
+        " Contrast: (m − m') / (m + m'), with m and m' its mean activations on covered and on other tokens."
+        " AUROC: probability that its activation is larger at a covered token than at another token. Shuffled:"
+        " another neuron's explanation. Undefined: no token is covered. [ ]: 95% bootstrap interval over neurons.",
     )
 
 
@@ -296,7 +298,7 @@ def _readings_row(a: Analysis, layer: int, control: str) -> tuple[Cell, ...]:
 
 
 def share_table(analyses: Sequence[Analysis]) -> Table:
-    """Return how these depend on the share from which a token counts as covered."""
+    """Return the same measures for each threshold from which a token counts as covered."""
     shares = sorted({m.share for a in analyses for m in a.means})
     columns = (
         Column("model", "model"),
@@ -315,16 +317,16 @@ def share_table(analyses: Sequence[Analysis]) -> Table:
                     rows.append((a.name, layer, share, *cells, means[-1].defined))
     return Table(
         "white_box_shares",
-        "The same, by what counts as covered",
+        "The same measures, by the threshold for covered tokens",
         columns,
         tuple(rows),
-        "Covered from: how far a prediction lies between the default of the explanation (0) and its largest"
-        " value (1).",
+        "Covered from: the prediction from which a token counts as covered, between the default of the"
+        " explanation (0) and its largest value (1).",
     )
 
 
 def twins_table(pairs: Sequence[tuple[Analysis, Analysis]], resamples: int, seed: int) -> Table:
-    """Return differences of the neurons' means, by layer and over the layers."""
+    """Return the differences between the means over neurons of two models, by layer and over the layers."""
     columns = (
         Column("models", "a − b"),
         Column("layer", "layer"),
@@ -344,10 +346,10 @@ def twins_table(pairs: Sequence[tuple[Analysis, Analysis]], resamples: int, seed
         "Consistency and distinctiveness: CRATE minus GPT-2",
         columns,
         tuple(rows),
-        "Means over neurons with a value, of each layer, and the mean of these over the layers; [ ]: 95%"
-        " bootstrap interval over neurons, drawn within their layer and model. Neurons of twins are not"
-        " paired: neurons of the same index mean different things. Each model was trained once: a"
-        " difference may be due to these seeds.",
+        "Mean over the neurons of a layer that have a value, and the mean of these over the layers. [ ]: 95%"
+        " bootstrap interval over neurons, resampled within their layer and model. Neurons of twins are not"
+        " paired, because neurons with the same index are unrelated. Each model was trained once, so a"
+        " difference may be due to the random seed.",
     )
 
 
@@ -380,14 +382,14 @@ def _twin_rows(
 
 
 def _mean_cell(mean: MeasureSummary | None) -> Cell:
-    """A mean over neurons with its interval."""
+    """Return a mean over neurons with its interval."""
     if mean is None or mean.mean is None:
         return None
     return interval_cell(Interval(mean.mean, mean.low, mean.high), scale(mean.measure))
 
 
 def scale(measure: str) -> float:
-    """Return what a measure is multiplied by where it is shown: shares are percentages."""
+    """Return the factor by which a measure is multiplied for display: 100 for fractions, shown as percentages."""
     return 100 if measure in ("consistency", "distinctiveness") else 1
 
 
@@ -396,7 +398,7 @@ def _form(measure: str) -> str:
 
 
 def plain_label(measure: str) -> str:
-    """Return the name of a measure as it is shown."""
+    """Return the display name of a measure."""
     return "AUROC" if measure == "auroc" else measure
 
 

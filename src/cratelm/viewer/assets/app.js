@@ -1,4 +1,4 @@
-// Keyboard shortcuts, theme, values on tap, copying, sorting of exported tables. Pages work without it.
+// Keyboard shortcuts, theme, token values on tap, copying, sorting of exported tables. Pages work without this script.
 "use strict";
 const $ = (selector, from = document) => from.querySelector(selector);
 
@@ -14,7 +14,7 @@ if (themeButton) {
   name();
   themeButton.addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
-    try { localStorage.setItem("cratelm-theme", root.dataset.theme); } catch { /* storage is blocked: the theme lasts for this page */ }
+    try { localStorage.setItem("cratelm-theme", root.dataset.theme); } catch { /* storage is blocked: the theme applies to this page only */ }
     name();
   });
 }
@@ -27,13 +27,13 @@ document.addEventListener("keydown", (event) => {
     "/": () => $("#find")?.focus(),
     j: () => go("a[rel=next]"), k: () => go("a[rel=prev]"),
     u: () => { const up = [...document.querySelectorAll(".bar nav a")].pop(); if (up) location.href = up.href; },
-    t: () => { const all = [...document.querySelectorAll("input[name=mode]")]; if (all.length) all[(all.findIndex((m) => m.checked) + 1) % all.length].checked = true; },
+    t: () => { const modes = [...document.querySelectorAll("input[name=mode]")]; if (modes.length) modes[(modes.findIndex((m) => m.checked) + 1) % modes.length].checked = true; },
     "?": () => $("#keys").showModal(),
   };
   if (actions[event.key]) { event.preventDefault(); actions[event.key](); }
 });
 
-// ---- the value of a token, on tap ----
+// ---- show the value of a token on tap ----
 let tip = null;
 document.addEventListener("click", (event) => {
   tip?.remove();
@@ -60,7 +60,7 @@ for (const button of document.querySelectorAll(".copy")) {
       const text = button.dataset.from === "json" ? JSON.stringify(await json(), null, 1) : from.value;
       await navigator.clipboard.writeText(text);
       report("copied");
-    } catch { report("the browser does not allow copying here: open the file instead"); }
+    } catch { report("the browser does not allow copying from this page: open the file instead"); }
   });
 }
 const png = $("#png");
@@ -85,7 +85,7 @@ if (png) {
   });
 }
 
-// ---- tables of an exported folder sort in the browser ----
+// ---- tables of an exported folder are sorted and filtered in the browser ----
 for (const table of document.querySelectorAll("table.sortable")) {
   const value = (row, column) => { const cell = row.cells[column]; const text = cell.dataset.value ?? cell.textContent; return text === "" ? NaN : isNaN(text) ? text : Number(text); };
   [...table.tHead.rows[0].cells].forEach((head, column) => {

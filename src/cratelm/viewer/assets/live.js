@@ -1,4 +1,4 @@
-// The live page: runs the model while a text is typed. All text from outside is set as textContent.
+// The live page: runs the model while a text is typed. All text from the server is set as textContent.
 "use strict";
 (() => {
   const get = (id) => document.getElementById(id);
@@ -10,78 +10,78 @@
   let maximum = 1, position = null, current = null;
   get("live").hidden = false;
 
-  // ---- state in the address, so that it can be shared ----
-  const asked = new URLSearchParams(location.search);
-  if (asked.get("model") in models) fields.model.value = asked.get("model");
+  // ---- state is stored in the address, so that it can be shared ----
+  const query = new URLSearchParams(location.search);
+  if (query.get("model") in models) fields.model.value = query.get("model");
   const fill = () => {
     const layers = Object.keys(models[fields.model.value]);
-    const before = fields.layer.value || asked.get("layer");
+    const before = fields.layer.value || query.get("layer");
     fields.layer.replaceChildren(...layers.map((n) => new Option(n, n)));
     if (layers.includes(before)) fields.layer.value = before;
     fields.neuron.max = models[fields.model.value][fields.layer.value] - 1;
   };
   fill();
-  let chosen = asked.has("neuron");  // else the strongest at the last token is selected first
-  for (const id of ["neuron", "text", "operation", "value", "count"]) if (asked.has(id)) fields[id].value = asked.get(id);
+  let chosen = query.has("neuron");  // if not, the strongest neuron at the last token is selected first
+  for (const id of ["neuron", "text", "operation", "value", "count"]) if (query.has(id)) fields[id].value = query.get(id);
   const remember = () => {
     const state = new URLSearchParams(Object.entries(fields).map(([id, field]) => [id, field.value]));
     if (state.toString().length < 3000) history.replaceState(null, "", `?${state}`);
-    const place = [fields.model, fields.layer, fields.neuron].map((f) => encodeURIComponent(f.value));
-    get("page").href = `/r/${encodeURIComponent(run)}/neuron/${place.join("/")}`;
+    const path = [fields.model, fields.layer, fields.neuron].map((f) => encodeURIComponent(f.value));
+    get("page").href = `/r/${encodeURIComponent(run)}/neuron/${path.join("/")}`;
   };
 
-  // ---- requests: one of each kind at a time, a later one cancels the earlier ----
+  // ---- requests: one of each kind at a time; a new request cancels the previous one ----
   const pending = {};
   const ask = async (kind, body) => {
     pending[kind]?.abort();
     const control = (pending[kind] = new AbortController());
-    const answer = await fetch(`/api/r/${encodeURIComponent(run)}/live/${kind}`, {
+    const response = await fetch(`/api/r/${encodeURIComponent(run)}/live/${kind}`, {
       method: "POST", headers: { "Content-Type": "application/json" }, signal: control.signal,
       body: JSON.stringify({ model: fields.model.value, text: fields.text.value, ...body }),
     });
-    const found = await answer.json();
-    if (!answer.ok) throw new Error(found.error ?? "the server did not answer");
-    return found;
+    const answer = await response.json();
+    if (!response.ok) throw new Error(answer.error ?? "the server did not answer");
+    return answer;
   };
   const neuron = () => ({ layer: Number(fields.layer.value), neuron: Number(fields.neuron.value) });
-  const tried = async (work) => {
+  const withStatus = async (work) => {
     try { await work(); } catch (error) { if (error.name !== "AbortError") get("status").textContent = error.message; }
   };
-  const level = (value, most) => (value > 0 && most > 0 ? Math.max(1, Math.min(10, Math.round((10 * value) / most))) : 0);
-  const element = (tag, text, kind) => { const made = document.createElement(tag); made.textContent = text; if (kind) made.className = kind; return made; };
+  const level = (value, top) => (value > 0 && top > 0 ? Math.max(1, Math.min(10, Math.round((10 * value) / top))) : 0);
+  const element = (tag, text, kind) => { const node = document.createElement(tag); node.textContent = text; if (kind) node.className = kind; return node; };
 
-  const read = () => tried(async () => {
-    const found = await ask("activations", neuron());
-    const most = Math.max(found.maximum, ...found.values);
-    if (found.maximum !== maximum) { maximum = found.maximum; scale(); }
-    const spans = found.tokens.map((token, place) => {
-      const span = element("span", visible(token), level(found.values[place], most) ? `l${level(found.values[place], most)}` : "");
-      span.title = found.values[place].toPrecision(3);
+  const read = () => withStatus(async () => {
+    const answer = await ask("activations", neuron());
+    const largest = Math.max(answer.maximum, ...answer.values);
+    if (answer.maximum !== maximum) { maximum = answer.maximum; scale(); }
+    const spans = answer.tokens.map((token, index) => {
+      const span = element("span", visible(token), level(answer.values[index], largest) ? `l${level(answer.values[index], largest)}` : "");
+      span.title = answer.values[index].toPrecision(3);
       span.tabIndex = 0;
       span.setAttribute("role", "button");
-      span.setAttribute("aria-label", `token ${place}, ${visible(token)}, activation ${span.title}`);
-      if (place === position) span.classList.add("peak");
-      const choose = () => { position = place; read(); strongest(); };
+      span.setAttribute("aria-label", `token ${index}, ${visible(token)}, activation ${span.title}`);
+      if (index === position) span.classList.add("peak");
+      const choose = () => { position = index; read(); strongest(); };
       span.addEventListener("click", choose);
       span.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(); } });
       return span;
     });
-    current = found.tokens;
+    current = answer.tokens;
     const focused = [...get("tokens").children].indexOf(document.activeElement);
     get("tokens").replaceChildren(...spans);
     if (focused >= 0) spans[Math.min(focused, spans.length - 1)]?.focus();
-    const top = Math.max(...found.values);
-    get("status").textContent = `${found.tokens.length} tokens${found.cut ? ` (${found.cut} more do not fit the model)` : ""}; largest activation ${top.toPrecision(3)}, ${found.maximum > 0 ? `${Math.round((100 * top) / found.maximum)}% of the neuron's maximum` : "of a dead neuron"}`;
+    const top = Math.max(...answer.values);
+    get("status").textContent = `${answer.tokens.length} tokens${answer.cut ? ` (${answer.cut} more do not fit into the model's context)` : ""}; largest activation ${top.toPrecision(3)}, ${answer.maximum > 0 ? `${Math.round((100 * top) / answer.maximum)}% of the neuron's maximum` : "of a dead neuron"}`;
   });
 
   const select = (n) => { chosen = true; fields.layer.value = n.layer; fill(); fields.neuron.value = n.index; };
-  const strongest = () => tried(async () => {
+  const strongest = () => withStatus(async () => {
     if (!current?.length) return;
     if (position === null || position >= current.length) position = current.length - 1;
-    const found = await ask("strongest", { position });
-    if (!chosen && found.length) select(found[0]);
+    const neurons = await ask("strongest", { position });
+    if (!chosen && neurons.length) select(neurons[0]);
     get("at").textContent = visible(current[position] ?? "");
-    get("strongest").replaceChildren(...found.map((n) => {
+    get("strongest").replaceChildren(...neurons.map((n) => {
       const row = document.createElement("tr");
       const link = element("a", String(n.index));
       link.href = `/r/${encodeURIComponent(run)}/neuron/${encodeURIComponent(fields.model.value)}/${n.layer}/${n.index}`;
@@ -100,16 +100,16 @@
   const scale = () => {
     const kind = fields.operation.value;
     fields.value.disabled = kind === "zero";
-    const most = kind === "scale" ? 4 : 2 * Math.max(maximum, 1e-6);
+    const top = kind === "scale" ? 4 : 2 * Math.max(maximum, 1e-6);
     const share = Number(fields.value.value) / Number(fields.value.max || 1);
-    Object.assign(fields.value, { min: kind === "add" ? -most : 0, max: most, step: most / 200 });
-    if (Number(fields.value.value) > most || share === 1) fields.value.value = most / 2;
+    Object.assign(fields.value, { min: kind === "add" ? -top : 0, max: top, step: top / 200 });
+    if (Number(fields.value.value) > top || share === 1) fields.value.value = top / 2;
   };
-  const steer = () => tried(async () => {
+  const steer = () => withStatus(async () => {
     get("shown").textContent = fields.operation.value === "zero" ? "0" : Number(fields.value.value).toPrecision(3);
-    const found = await ask("steer", { ...neuron(), operation: fields.operation.value, value: Number(fields.value.value), tokens: Math.min(64, Math.max(0, Math.round(Number(fields.count.value) || 0))) });
-    get("kl").textContent = `Steering changes the prediction of the next token by ${found.kl.toPrecision(3)} nats (KL divergence).`;
-    get("chances").replaceChildren(...found.chances.map((t) => {
+    const effect = await ask("steer", { ...neuron(), operation: fields.operation.value, value: Number(fields.value.value), tokens: Math.min(64, Math.max(0, Math.round(Number(fields.count.value) || 0))) });
+    get("kl").textContent = `Steering changes the prediction of the next token by ${effect.kl.toPrecision(3)} nats (KL divergence).`;
+    get("chances").replaceChildren(...effect.chances.map((t) => {
       const row = document.createElement("tr");
       const bars = document.createElement("td");
       bars.className = "bars";
@@ -122,13 +122,13 @@
       row.append(element("td", visible(t.token), "token"), element("td", (100 * t.before).toFixed(2), "r"), element("td", (100 * t.after).toFixed(2), "r"), bars);
       return row;
     }));
-    get("plain").textContent = visible(found.plain);
+    get("plain").textContent = visible(effect.plain);
     let same = 0;
-    while (same < found.steered.length && found.steered[same] === found.plain[same]) same += 1;
-    get("steered").replaceChildren(document.createTextNode(visible(found.steered.slice(0, same))), element("mark", visible(found.steered.slice(same))));
+    while (same < effect.steered.length && effect.steered[same] === effect.plain[same]) same += 1;
+    get("steered").replaceChildren(document.createTextNode(visible(effect.steered.slice(0, same))), element("mark", visible(effect.steered.slice(same))));
   });
 
-  // ---- when something changes ----
+  // ---- updates after a change; quick successive changes cause one update ----
   let timer = 0;
   const later = (work, wait = 250) => { clearTimeout(timer); timer = setTimeout(work, wait); };
   const all = async () => {
