@@ -163,7 +163,7 @@ def _one_line(error: BaseException, limit: int = 200) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Hide the progress bar of loading weights: loading is quick, and the verbs have their own bars."""
+    """Hide the progress bar of the weights: they are small, and the verbs have progress bars."""
 
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
