@@ -30,7 +30,7 @@ def level(probability: float) -> int:
 
 
 def percent(probability: float) -> str:
-    """Return a probability as a percentage with two significant digits: 38%, 2.1%, 0.03%."""
+    """Return a probability as a rounded percentage: 38%, 2.1%, 0.03%."""
     value = 100 * probability
     return "<0.01%" if value < 0.01 else f"{value:.{2 if value < 1 else 1 if value < 10 else 0}f}%"
 

@@ -410,7 +410,11 @@ def _hub_documents(name: str, kind: Kind) -> Iterator[Document | ReadError]:
     try:
         for number, row in enumerate(_load(name, kind), 1):
             yield row_document(row, fields, file, number, "row")
-    except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises, according to its source
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what `datasets` raises, according to its source
         if isinstance(error, InputError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]

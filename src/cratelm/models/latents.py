@@ -116,6 +116,5 @@ def _check(layer: int, sae: Any, below: Site, folder: Path) -> None:
     if sae.cfg.d_in != below.n_neurons[layer]:
         raise InputError(
             f"{folder} reads {sae.cfg.d_in} activations, but site {below.name} of this model has"
-
             f" {below.n_neurons[layer]}: is it an autoencoder of another model or site?"
         )

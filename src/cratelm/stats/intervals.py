@@ -82,6 +82,8 @@ def jackknife(statistic: Callable[[Array], float], sums: Array, counts: Array) -
     groups = len(counts)
     if groups < 2:
         return Estimate(value, None)
-    reduced = np.array([statistic((whole - s) / (n - c)) for s, c in zip(sums, counts, strict=True)])
+    reduced = np.array(
+        [statistic((whole - s) / (n - c)) for s, c in zip(sums, counts, strict=True)]
+    )
     spread = (groups - 1) / groups * ((reduced - reduced.mean()) ** 2).sum()
     return Estimate(value, float(np.sqrt(spread)))

@@ -51,7 +51,9 @@ DOCUMENTS = TableFile(
             "number of the document, over all splits; the other files name documents by it",
         ),
         Column("split", pa.string(), "`train`, `fit` or `held_out`, by the hash of the text"),
-        Column("source", pa.string(), "the corpus as the user named it: `builtin`, a path, `hub:ID`"),
+        Column(
+            "source", pa.string(), "the corpus as the user named it: `builtin`, a path, `hub:ID`"
+        ),
         Column(
             "subset",
             pa.string(),
