@@ -1,14 +1,14 @@
-"""Builds the documentation's site in `site/`: `python docs/build.py`, or `make docs`.
+"""Build the documentation's site in `site/`: `python docs/build.py`, or `make docs`.
 
-Pages are first written to `build/docs/`, with tables from the code in place of these markers, so that a
+Pages are first written to `build/docs/`, with tables from the code instead of these markers, so that a
 page cannot differ from the code:
 
 `<!-- options -->`       on `verbs/NAME.md`: the verb's options, read from its configuration dataclass
-`<!-- verbs -->`         all verbs
+`<!-- verbs -->`         all verbs, with links to their pages
 `<!-- columns: PATH -->` the columns of a Parquet file, read from its `TableFile`
 
-Zensical makes the site of them, and stops at a broken link, a missing anchor or a docstring that is not
-there. `problems` then finds what Zensical does not look for.
+Zensical builds the site from them, and stops at a broken link, a missing anchor or a missing docstring.
+`problems` then checks what Zensical does not check.
 """
 
 import ast
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def generated(path: str, markdown: str) -> str:
-    """The text of a page with its markers replaced by tables."""
+    """Return the text of a page with its markers replaced by tables."""
     if path.startswith("verbs/"):
         verb = next(v for v in VERBS if file_name(v) == Path(path).stem)
         markdown = markdown.replace("<!-- options -->", options(verb))
@@ -67,12 +67,12 @@ def generated(path: str, markdown: str) -> str:
 
 
 def file_name(verb: str) -> str:
-    """Name of a verb's page: `import records` has `import-records`."""
+    """Return the name of a verb's page: `import-records` for `import records`."""
     return verb.replace(" ", "-")
 
 
 def overview() -> str:
-    """Table of all verbs, each with a link to its page."""
+    """Return a table of all verbs, each with a link to its page."""
     rows = [
         f"| [`{name}`](verbs/{file_name(name)}.md) | {verb.summary} |"
         for name, verb in VERBS.items()
@@ -81,7 +81,7 @@ def overview() -> str:
 
 
 def options(verb: str) -> str:
-    """Table of a verb's options: flag, default, meaning."""
+    """Return a table of a verb's options: flag, default, meaning."""
     config = config_class(verb)
     meanings = field_docstrings(config)
     rows = [
@@ -92,7 +92,7 @@ def options(verb: str) -> str:
 
 
 def field_docstrings(config: type) -> dict[str, str]:
-    """The text under each field of a dataclass and of those it inherits from, on one line."""
+    """Return the docstring under each field of a dataclass and of its bases, each on one line."""
     texts: dict[str, str] = {}
     for owner in reversed(config.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
@@ -127,7 +127,7 @@ def _default(field: dataclasses.Field) -> str:
 
 @functools.cache
 def table_files() -> dict[str, TableFile]:
-    """Every Parquet file that cratelm declares, by its path in the run directory."""
+    """Return every Parquet file that cratelm declares, by its path in the run directory."""
     modules = [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(cratelm.__path__, "cratelm.")
@@ -138,7 +138,7 @@ def table_files() -> dict[str, TableFile]:
 
 
 def columns(file: TableFile) -> str:
-    """Table of a Parquet file's columns."""
+    """Return a table of a Parquet file's columns."""
     rows = [
         f"| `{column.name}` | {type_name(column.type)} | {column.meaning} |"
         for column in file.columns
@@ -147,7 +147,7 @@ def columns(file: TableFile) -> str:
 
 
 def type_name(kind: pa.DataType) -> str:
-    """A column's type as pandas and polars call it."""
+    """Return a column's type by its name in pandas and polars."""
     if pa.types.is_list(kind):
         return f"list of {type_name(kind.value_type)}"
     if pa.types.is_dictionary(kind):
@@ -155,20 +155,20 @@ def type_name(kind: pa.DataType) -> str:
     return {"double": "float64", "float": "float32"}.get(str(kind), str(kind))
 
 
-# What Zensical does not look for
+# What Zensical does not check
 
 
 def pages_outside_navigation() -> Iterator[str]:
-    """Pages that `zensical.toml` does not list, and entries without a page."""
+    """Yield the pages that `zensical.toml` does not list, and its entries without a page."""
     listed = set(re.findall(r'= "([\w/-]+\.md)"', CONFIG.read_text()))
-    assert listed  # the pattern still fits the file
+    assert listed, "the pattern does not fit the file"
     pages = {page.relative_to(PAGES).as_posix() for page in PAGES.rglob("*.md")}
     yield from (f"docs/{page} is not in the navigation of zensical.toml" for page in pages - listed)
     yield from (f"zensical.toml lists {page}, which docs/ does not have" for page in listed - pages)
 
 
 def problems(site: Path) -> Iterator[str]:
-    """Links to files that the site does not have, and anything that a page would load from elsewhere."""
+    """Yield links to files that the site does not have, and anything that a page would load from elsewhere."""
     for page in sorted(site.rglob("*.html")):
         for tag, address in _addresses(page):
             where = f"{page.relative_to(site)}: <{tag}> of {address}"
@@ -184,7 +184,7 @@ def problems(site: Path) -> Iterator[str]:
 
 
 def _addresses(page: Path) -> list[tuple[str, str]]:
-    """Tag and address of everything that a page links to or loads."""
+    """Return tag and address of everything that a page links to or loads."""
     found: list[tuple[str, str]] = []
 
     class Reader(HTMLParser):
