@@ -207,14 +207,14 @@ def _subset(row: Mapping[str, Any], path: str) -> str:
 
 def _missing(field: str, found: list[str]) -> str:
     names = ", ".join(found[:6]) or "none"
-    return f"there is no field {field!r} (fields: {names}); name the text's with --text-field"
+    return f"no field {field!r} (fields: {names}): name the field of the text with --text-field"
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"expected UTF-8, found byte 0x{error.object[error.start]:02x} at {error.start}"
+        return f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
-        return f"expected one JSON object per line ({error.msg} at column {error.colno})"
+        return f"invalid JSON, expected an object per line ({error.msg} at column {error.colno})"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return (str(error).splitlines() or [type(error).__name__])[0]
