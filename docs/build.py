@@ -49,9 +49,10 @@ def main() -> int:
     built = subprocess.run([*command, "--config-file", str(CONFIG)], check=False)
     if built.returncode:
         return 1
-    found = [*pages_outside_navigation(), *problems(SITE)]
-    print("\n".join(found) or f"{SITE / 'index.html'}", file=sys.stderr if found else sys.stdout)
-    return bool(found)
+    failures = [*pages_outside_navigation(), *problems(SITE)]
+    stream = sys.stderr if failures else sys.stdout
+    print("\n".join(failures) or f"{SITE / 'index.html'}", file=stream)
+    return bool(failures)
 
 
 # Tables from the code
@@ -185,14 +186,14 @@ def problems(site: Path) -> Iterator[str]:
 
 def _addresses(page: Path) -> list[tuple[str, str]]:
     """Return tag and address of everything that a page links to or loads."""
-    found: list[tuple[str, str]] = []
+    addresses: list[tuple[str, str]] = []
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            found.extend((tag, v) for k, v in attrs if k in ("src", "href") and v)
+            addresses.extend((tag, v) for k, v in attrs if k in ("src", "href") and v)
 
     Reader().feed(page.read_text())
-    return found
+    return addresses
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ class LayerHarvest:
             return
         best = torch.stack([flat[low:high].amax(0) for low, high in batch.segments])  # [S, H]
         self.maximum = torch.maximum(self.maximum, best.amax(0))
-        # of a document's segments in this batch only the best can matter, the first where they tie
+        # only the best segment of a document in this batch can matter; of equal ones, the first
         spans = batch.document_spans()
         segment_of_best = torch.stack([best[a:b].argmax(0) + a for a, b in spans])  # [documents, H]
         best = best.gather(0, segment_of_best)

@@ -205,9 +205,9 @@ def _subset(row: Mapping[str, Any], path: str) -> str:
     return value if isinstance(value, str) and is_encodable(value) else ""
 
 
-def _missing(field: str, found: list[str]) -> str:
-    names = ", ".join(found[:6]) or "none"
-    return f"no field {field!r} (fields: {names}): name the field of the text with --text-field"
+def _missing(field: str, fields: list[str]) -> str:
+    first = ", ".join(fields[:6]) or "none"
+    return f"no field {field!r} (fields: {first}): name the field of the text with --text-field"
 
 
 def _reason(error: Exception) -> str:

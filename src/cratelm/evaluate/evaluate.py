@@ -59,7 +59,7 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Measure models of a run, or any other causal language models.
+    """Measure models of a run, or any other causal language models, and return their figures.
 
     Raises `InputError` if a model, tokens or a set are missing or do not belong together, if there are
     too few tokens, and if a loss is not finite.
@@ -180,9 +180,9 @@ def _differences(
 ) -> list[Difference]:
     """Return the first model minus each of the others on one set."""
     first, *others = config.subjects
-    sums, shown = measured[on, first]
+    sums, figures = measured[on, first]
     pairs = [
-        difference(sums, measured[on, other][0], model=first, less=other, on=shown.on)
+        difference(sums, measured[on, other][0], model=first, less=other, on=figures.on)
         for other in others
     ]
     return [pair for pair in pairs if pair is not None]

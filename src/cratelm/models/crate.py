@@ -286,7 +286,7 @@ class CratePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02); the attention output map N(0, 0.02 / sqrt(2L)); D uniform in +-sqrt(6/D)."""
+        """Draw N(0, 0.02); the attention output map N(0, 0.02 / sqrt(2L)); D uniform in +-sqrt(6/D)."""
         super()._init_weights(module)
         if isinstance(module, Ista):
             bound = (6 / module.dictionary.shape[1]) ** 0.5
@@ -400,8 +400,8 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, last, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

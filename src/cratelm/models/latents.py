@@ -71,7 +71,7 @@ def _layer_of(sae: Any, folder: Path) -> int:
         return metadata["layer"]
     match = re.search(r"\.(\d+)(?:\.|$)", str(metadata.get("hook_name", "")))
     if match is None:
-        raise InputError(f"{folder / CONFIG} names no layer: rename the folder to, say, layer-0")
+        raise InputError(f"{folder / CONFIG} names no layer: give the folder a name like layer-0")
     return int(match.group(1))
 
 

@@ -173,7 +173,7 @@ class PartialForward:
     def _logits(
         self, ids: torch.Tensor, block: int, hidden: torch.Tensor | None, last: int | None
     ) -> torch.Tensor:
-        """Return logits [n, last, V] where `block` returns `hidden` [n, T, D]; block -1: a plain pass."""
+        """Return logits [n, last, V] if `block` returns `hidden` [n, T, D]; block -1 is a plain pass."""
         with self._replayed(block, hidden):
             return next_logits(self.model, ids, last or ids.shape[1]).float()
 

@@ -479,8 +479,9 @@ class Draft:
     def __init__(self, path: Path, fresh: bool):
         self.path = path
         self.fresh = fresh
-        """False where an interrupted attempt with the same configuration and inputs was found"""
+        """False if the draft of an interrupted attempt with the same configuration and inputs is reused"""
         self.results: dict[str, Any] = {}
+        """figures for the completion record"""
         self.scratch: set[str] = set()
         """names of folders directly in `path` that are removed when the stage finishes"""
         self.unhashed: set[str] = set()

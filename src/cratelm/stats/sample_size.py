@@ -7,8 +7,8 @@ s sqrt((1 - n / N) / (n L)) (Cochran 1977, sections 2.6 and 5.3), and the half-w
 is that times the normal quantile.
 
 The bootstrap (`cratelm.stats.intervals`) draws with replacement, which omits the factor 1 - n / N:
-where the sample is a large fraction of the layer, the bootstrap interval is wider. It answers another
-question: what other neurons of the same kind would give, not what the rest of this layer would.
+if the sample is a large fraction of the layer, the bootstrap interval is wider. It answers another
+question: what other neurons of the same kind would give, not what the other neurons of this layer would.
 """
 
 import math

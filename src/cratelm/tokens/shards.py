@@ -4,10 +4,10 @@
 tokens/
   tokenizer.json                     the `tokenizers` library's format
   meta.json                          vocabulary, type of the tokens, tokens and documents of each split
-  SPLIT-00000.bin SPLIT-00001.bin    token ids, little endian, 16 bit where the vocabulary allows it
+  SPLIT-00000.bin SPLIT-00001.bin    token ids, little endian, 16 bits if the vocabulary allows it
   SPLIT.starts.npy                   int64 [n_documents + 1], position of each document's first token
   SPLIT.ordinals.npy                 int64 [n_documents], row of the document in documents.parquet
-  documents.parquet                  where each document came from
+  documents.parquet                  origin of each document
 ```
 The tokens of a document are followed by one end-of-text token, which belongs to the document.
 Positions count tokens from the start of the split, across all its files.
@@ -301,6 +301,7 @@ class _SplitWriter:
         return start
 
     def close(self) -> None:
+        """Finish all files."""
         self._starts.append(self.n_tokens)
         self._starts.close()
         self._ordinals.close()
@@ -327,10 +328,12 @@ class _ArrayFile:
         self._header()
 
     def append(self, value: int) -> None:
+        """Append a number."""
         self._file.write(value.to_bytes(8, "little"))
         self._n += 1
 
     def close(self) -> None:
+        """Write the final header and close the file."""
         self._file.seek(0)
         self._header()
         self._file.close()

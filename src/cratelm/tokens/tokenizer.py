@@ -103,9 +103,9 @@ def from_tiktoken(encoding: Any) -> Tokenizer:
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """Return the id of the token that ends a document. Raises `InputError` if there is none."""
     for token in END_TOKENS:
-        found = tokenizer.token_to_id(token)
-        if found is not None:
-            return found
+        token_id = tokenizer.token_to_id(token)
+        if token_id is not None:
+            return token_id
     raise InputError(
         f"the tokenizer has none of the tokens {' '.join(END_TOKENS)}, one of which is written"
         " between documents: name another with --tokenizer, or train one with --tokenizer train"

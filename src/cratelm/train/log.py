@@ -103,10 +103,10 @@ def draw(folder: Path, title: str) -> None:
 
 
 def _truncate(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
+    lines = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
     with atomic_path(path) as temporary:
-        lines = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary.write_text(lines, encoding="utf-8")
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def import_tensorboard() -> Any:
