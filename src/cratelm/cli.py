@@ -39,12 +39,12 @@ VERBS: dict[str, Verb] = {
     "demo": Verb(
         "cratelm.pipelines.demo",
         "cratelm.pipelines.config:DemoConfig",
-        "the whole pipeline on a small scale: train twins, harvest, explain, score, report",
+        "run the whole pipeline on a small scale: train twins, harvest, explain, score, report",
     ),
     "tokenize": Verb(
         "cratelm.tokens.tokenize",
         "cratelm.tokens.config:TokenizeConfig",
-        "documents -> token shards with document boundaries",
+        "turn documents into token shards with document boundaries",
     ),
     "train": Verb(
         "cratelm.train.loop", "cratelm.train.config:TrainConfig", "train a model on the shards"
@@ -52,17 +52,17 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(
         "cratelm.evaluate.evaluate",
         "cratelm.evaluate.config:EvaluateConfig",
-        "loss, perplexity and accuracy of models on the shards and on named sets",
+        "measure loss, perplexity and accuracy of models on the shards and on named sets",
     ),
     "predict": Verb(
         "cratelm.evaluate.predict",
         "cratelm.evaluate.config:PredictConfig",
-        "next-token predictions of models on the same text, as a page",
+        "show next-token predictions of models on the same text, as a page",
     ),
     "harvest": Verb(
         "cratelm.activations.harvest",
         "cratelm.activations.config:HarvestConfig",
-        "excerpts and statistics of every neuron",
+        "collect excerpts and statistics of every neuron",
     ),
     "explain": Verb(
         "cratelm.explain.explain",
@@ -77,7 +77,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb(
         "cratelm.report.report",
         "cratelm.report.config:ReportConfig",
-        "one page, tables and figures about a run",
+        "write a page, tables and figures about a run",
     ),
     "view": Verb(
         "cratelm.viewer.view",
@@ -87,7 +87,7 @@ VERBS: dict[str, Verb] = {
     "analyze": Verb(
         "cratelm.analysis.analyze",
         "cratelm.analysis.config:AnalyzeConfig",
-        "what CRATE's derivation predicts, measured layer by layer",
+        "measure, layer by layer, what CRATE's derivation predicts",
     ),
     "steer": Verb(
         "cratelm.steer.steer",
@@ -97,7 +97,7 @@ VERBS: dict[str, Verb] = {
     "effects": Verb(
         "cratelm.steer.effects",
         "cratelm.steer.config:EffectsConfig",
-        "what each neuron writes to the vocabulary, and the loss without it",
+        "measure what each neuron writes to the vocabulary, and the loss without it",
     ),
     "intervene": Verb(
         "cratelm.steer.intervene",
@@ -112,7 +112,7 @@ VERBS: dict[str, Verb] = {
     "sae evaluate": Verb(
         "cratelm.sae.evaluate",
         "cratelm.sae.evaluate_config:SaeEvaluateConfig",
-        "how well autoencoders preserve activations and loss, compared with the site's own code",
+        "measure what autoencoders keep of activations and loss, next to the site's own code",
     ),
     "sae compare": Verb(
         "cratelm.pipelines.sae_compare",
@@ -122,32 +122,32 @@ VERBS: dict[str, Verb] = {
     "import authors": Verb(
         "cratelm.interop.import_authors",
         "cratelm.interop.config:ImportAuthorsConfig",
-        "a checkpoint of the paper's authors as a Hugging Face folder",
+        "convert a checkpoint of the paper's authors to a Hugging Face folder",
     ),
     "import sae": Verb(
         "cratelm.interop.import_sae",
         "cratelm.interop.config:ImportSaeConfig",
-        "a sparse autoencoder of the paper's authors as a folder",
+        "convert a sparse autoencoder of the paper's authors to a folder",
     ),
     "import records": Verb(
         "cratelm.interop.import_records",
         "cratelm.interop.config:ImportRecordsConfig",
-        "a run of activations harvested elsewhere, from OpenAI's NeuronRecord JSON",
+        "make a run from activations harvested elsewhere, in OpenAI's NeuronRecord JSON",
     ),
     "export model": Verb(
         "cratelm.interop.export_model",
         "cratelm.interop.config:ExportModelConfig",
-        "a folder that transformers loads without cratelm, ready for the Hub",
+        "write a folder that transformers loads without cratelm, ready for the Hub",
     ),
     "export records": Verb(
         "cratelm.interop.export_records",
         "cratelm.interop.config:ExportRecordsConfig",
-        "excerpts of a harvest as OpenAI's NeuronRecord JSON",
+        "write excerpts of a harvest as OpenAI's NeuronRecord JSON",
     ),
     "export neuronpedia": Verb(
         "cratelm.interop.neuronpedia",
         "cratelm.interop.config:ExportNeuronpediaConfig",
-        "neurons, excerpts, explanations and scores in Neuronpedia's export format",
+        "write neurons, excerpts, explanations and scores in Neuronpedia's export format",
     ),
 }
 

@@ -261,7 +261,7 @@ def _chosen(
     models = sorted({s.neuron.model for s in chosen})
     if len(models) != 1:
         raise InputError(
-            f"scores of {' and '.join(models) or 'no model'} for {explainer}, {metric}, control"
+            f"found scores of {' and '.join(models) or 'no model'} for {explainer}, {metric}, control"
             f" {control}: give the scores of exactly one model"
         )
     return chosen

@@ -57,7 +57,10 @@ class TokenizeConfig:
         for name in ("fit", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {getattr(self, name)}: it must be a fraction")
+                raise InputError(
+                    f"--{flag} is {getattr(self, name)}: it must be a fraction, above 0 and below 1"
+                )
+
         if self.fit + self.held_out >= 1:
             raise InputError(
                 f"--fit {self.fit} and --held-out {self.held_out} leave nothing to train on:"
