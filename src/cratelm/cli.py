@@ -33,6 +33,8 @@ class Verb:
     config: str
     """`module:Class` of its configuration"""
     summary: str
+    """what the verb does, as one line of `cratelm --help`"""
+
 
 
 VERBS: dict[str, Verb] = {

@@ -42,8 +42,11 @@ class ExcerptSizes:
     """Numbers and lengths of the excerpts that are kept per neuron."""
 
     top: int = 50
+    """number of excerpts with the highest activation"""
     random: int = 50
+    """number of excerpts around random tokens"""
     per_bin: int = 20
+    """number of excerpts from each bin of both binnings"""
     context: int = 32
     """tokens of a long excerpt before the chosen one, and again from it on"""
     short_context: int = 4

@@ -25,13 +25,18 @@ class Rows:
 
     kind: ExcerptKind
     neuron: np.ndarray
-    """[n]"""
+    """[n], as are all columns but `window`"""
     bin: np.ndarray
+    """bin, -1 if the kind has no bins"""
     rank: np.ndarray
     start: np.ndarray
+    """first position of the excerpt in the split"""
     stop: np.ndarray
+    """one past its last position"""
     position: np.ndarray
+    """position of the token that it was chosen for"""
     document: np.ndarray
+    """ordinal of its document"""
     window: np.ndarray
     """[n, W] activations around `position`, which is in column W / 2"""
 
