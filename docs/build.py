@@ -1,14 +1,14 @@
-"""Build the site of the documentation in `site/`: `python docs/build.py`, or `make docs`.
+"""Build the documentation's site in `site/`: `python docs/build.py`, or `make docs`.
 
-Pages are first written to `build/docs/`. There, tables generated from the code replace these markers, so that pages
-cannot differ from the code:
+Pages are first written to `build/docs/`, with tables from the code instead of these markers, so that a
+page cannot differ from the code:
 
-`<!-- options -->`       on `verbs/NAME.md`: the options of the verb, read from its configuration dataclass
-`<!-- verbs -->`         all verbs
+`<!-- options -->`       on `verbs/NAME.md`: the verb's options, read from its configuration dataclass
+`<!-- verbs -->`         all verbs, with links to their pages
 `<!-- columns: PATH -->` the columns of a Parquet file, read from its `TableFile`
 
-Zensical builds the site from these pages, and stops at a broken link, a missing anchor or a missing docstring.
-`problems` then finds problems that Zensical does not check.
+Zensical builds the site from them, and stops at a broken link, a missing anchor or a missing docstring.
+`problems` then checks what Zensical does not check.
 """
 
 import ast
@@ -49,9 +49,10 @@ def main() -> int:
     built = subprocess.run([*command, "--config-file", str(CONFIG)], check=False)
     if built.returncode:
         return 1
-    found = [*pages_outside_navigation(), *problems(SITE)]
-    print("\n".join(found) or f"{SITE / 'index.html'}", file=sys.stderr if found else sys.stdout)
-    return bool(found)
+    failures = [*pages_outside_navigation(), *problems(SITE)]
+    stream = sys.stderr if failures else sys.stdout
+    print("\n".join(failures) or f"{SITE / 'index.html'}", file=stream)
+    return bool(failures)
 
 
 # Tables from the code
@@ -92,7 +93,7 @@ def options(verb: str) -> str:
 
 
 def field_docstrings(config: type) -> dict[str, str]:
-    """Return the docstring below each field of a dataclass and of its base classes, on one line, by field."""
+    """Return the docstring under each field of a dataclass and of its bases, each on one line."""
     texts: dict[str, str] = {}
     for owner in reversed(config.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
@@ -127,7 +128,7 @@ def _default(field: dataclasses.Field) -> str:
 
 @functools.cache
 def table_files() -> dict[str, TableFile]:
-    """Return all Parquet files that cratelm declares, by their path in the run directory."""
+    """Return every Parquet file that cratelm declares, by its path in the run directory."""
     modules = [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(cratelm.__path__, "cratelm.")
@@ -155,20 +156,20 @@ def type_name(kind: pa.DataType) -> str:
     return {"double": "float64", "float": "float32"}.get(str(kind), str(kind))
 
 
-# Checks that Zensical does not make
+# What Zensical does not check
 
 
 def pages_outside_navigation() -> Iterator[str]:
-    """Yield pages that `zensical.toml` does not list, and entries without a page."""
+    """Yield the pages that `zensical.toml` does not list, and its entries without a page."""
     listed = set(re.findall(r'= "([\w/-]+\.md)"', CONFIG.read_text()))
-    assert listed  # the pattern still matches the file
+    assert listed, "the pattern does not fit the file"
     pages = {page.relative_to(PAGES).as_posix() for page in PAGES.rglob("*.md")}
     yield from (f"docs/{page} is not in the navigation of zensical.toml" for page in pages - listed)
     yield from (f"zensical.toml lists {page}, which docs/ does not have" for page in listed - pages)
 
 
 def problems(site: Path) -> Iterator[str]:
-    """Yield links to files that the site does not have, and everything that a page would load from another site."""
+    """Yield links to files that the site does not have, and anything that a page would load from elsewhere."""
     for page in sorted(site.rglob("*.html")):
         for tag, address in _addresses(page):
             link = f"{page.relative_to(site)}: <{tag}> of {address}"
@@ -185,14 +186,14 @@ def problems(site: Path) -> Iterator[str]:
 
 def _addresses(page: Path) -> list[tuple[str, str]]:
     """Return tag and address of everything that a page links to or loads."""
-    found: list[tuple[str, str]] = []
+    addresses: list[tuple[str, str]] = []
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            found.extend((tag, v) for k, v in attrs if k in ("src", "href") and v)
+            addresses.extend((tag, v) for k, v in attrs if k in ("src", "href") and v)
 
     Reader().feed(page.read_text())
-    return found
+    return addresses
 
 
 if __name__ == "__main__":

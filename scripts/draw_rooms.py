@@ -1,9 +1,9 @@
-"""Which rooms the package has, which may import which, and a picture of it: docs/rooms.svg.
+"""Define the rooms (subpackages) and which may import which, and draw them as docs/rooms.svg.
 
     python scripts/draw_rooms.py
 
-The table below is the architecture. tests/test_rooms.py holds the imports of every module against it, and
-the picture against both: what a box says it uses is read from the imports.
+The table below is the architecture. tests/test_rooms.py checks the imports of every module against it, and
+the picture against both: the rooms that a box says it uses are read from the imports.
 """
 
 import ast
@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "cratelm"
 FILE = ROOT / "docs" / "rooms.svg"
 
 GROUND = {"columns", "errors", "records", "runs", "stats", "text"}
-"""anyone may import these; they import each other alone"""
+"""rooms that every room may import; they import only each other"""
 LINE = [
     {"corpus"},
     {"tokens"},
@@ -35,7 +35,7 @@ LINE = [
 ]
 """each group may import the groups before it; rooms of one group do not import each other"""
 ASKING = {"explain", "score", "steer", "results", "interop", "report", "viewer", "pipelines"}
-"""rooms that may import `llm`, which itself imports the ground alone"""
+"""rooms that may import `llm`, which itself imports only the ground"""
 TOP = {"cli", "api", "__main__", "__init__"}
 PURPOSE = {
     "corpus": "files, folders and Hub data sets as documents",
@@ -56,26 +56,26 @@ PURPOSE = {
     "pipelines": "several stages in one command",
     "llm": "requests to language models, and a ledger of their answers",
 }
-"""a few words on each room"""
+"""purpose of each room, for its box in the picture"""
 
 WIDTH, MARGIN, GAP = 960, 16, 14
 SIDE = 190
-"""width of the box of `llm`, right of the line"""
+"""width of the box of `llm`, to the right of the other rooms"""
 
 
 def modules() -> list[Path]:
-    """Return the modules of the package, as paths in it."""
+    """Return the modules of the package, as paths within it."""
     return sorted(p.relative_to(SOURCE) for p in SOURCE.rglob("*.py"))
 
 
 def room_of(path: Path) -> str:
-    """Return the room of a module: its folder, or its own name where it lies in none."""
+    """Return the room of a module: its folder, or its own name if it is in no folder."""
     return path.parts[0] if len(path.parts) > 1 else path.stem
 
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """Return the names that a module imports, wherever in it the import stands."""
+    """Return the names that a module imports, at its top or inside a function."""
     names = set()
     for node in ast.walk(ast.parse((SOURCE / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -87,7 +87,7 @@ def imports(path: Path) -> frozenset[str]:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Return the rooms that a module imports, its own among them."""
+    """Return the rooms that a module imports, which may include its own."""
     return {name.split(".")[1] for name in imports(path) if name.startswith("cratelm.")}
 
 
@@ -103,7 +103,7 @@ def allowed(room: str) -> set[str]:
 
 
 def uses(room: str) -> list[str]:
-    """Return the rooms that a room imports, in the order of the line; the ground is left out."""
+    """Return the rooms that a room imports, in the order of `LINE`, without the ground."""
     order = [name for group in LINE for name in sorted(group)] + ["llm"]
     used = {name for path in modules() if room_of(path) == room for name in imported_rooms(path)}
     return [name for name in order if name in used - {room}]
@@ -150,7 +150,7 @@ def picture() -> str:
 
 
 def _lines(room: str, width: float) -> list[tuple[str, str]]:
-    """What a box says below its name, each line with its style."""
+    """Return the lines of a box below its name, each with its style."""
     lines = [("p", line) for line in textwrap.wrap(PURPOSE[room], int(width / 7))]
     if used := uses(room):
         lines += [
@@ -175,7 +175,7 @@ def _box(
 
 
 def _text(parts: list[str], x: float, y: float, text: str, style: str) -> int:
-    """Adds a line of text; returns the height that it takes."""
+    """Append a line of text, and return the height that it takes."""
     parts.append(f'<text x="{x:g}" y="{y:g}" class="{style}">{escape(text)}</text>')
     return 28
 

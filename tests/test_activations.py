@@ -428,9 +428,7 @@ def test_a_harvest_is_opened_as_it_was_made(run, tmp_path):
     assert open_harvested(Run(run), "mine").subject.model.dtype == torch.bfloat16
     saved = json.loads((tmp_path / "mine" / "config.json").read_text())
     (tmp_path / "mine" / "config.json").write_text(json.dumps({**saved, "bos_token_id": 1}))
-    with pytest.raises(
-        InputError, match=r"holds another model than the one that was harvested.*--force"
-    ):
+    with pytest.raises(InputError, match=r"no longer has the model that was harvested.*--force"):
         open_harvested(Run(run), "mine")
 
 
@@ -517,10 +515,10 @@ def test_a_model_without_a_name_takes_no_folder_of_the_run(run, tmp_path, monkey
     """Its results would lie in `activations/` itself, over those of all models."""
     monkeypatch.chdir(tmp_path)
     before = sorted(run.rglob("*"))
-    with pytest.raises(InputError, match=r"has no name to call results by: ") as error:
+    with pytest.raises(InputError, match=r"has no name that could name the results: ") as error:
         cratelm.api.harvest(run=run, model=named)
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"--sae .* has no name to call results by"):
+    with pytest.raises(InputError, match=r"--sae .* has no name that could name the results"):
         cratelm.api.harvest(run=run, model="crate-2l", sae=named)
     assert sorted(run.rglob("*")) == before
 

@@ -85,17 +85,17 @@ def test_a_missing_field_is_a_fault_that_names_the_fields_found(tmp_path: Path, 
     WRITERS[name](path, [{"body": "x"}])
     message = fault(path)
     assert str(path) in message
-    assert "no field 'text' (fields found: body), name it with --text-field" in message
+    assert "no field 'text' (fields: body): name the field of the text with --text-field" in message
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b'{"text": "a"', "broken JSON"),
-        (b'{"text": "\xff"}', "byte 0xff at 10 found, UTF-8 was expected"),
-        (b'{"text": 5}', "field 'text' holds int, a string was expected"),
-        (b'{"text": null}', "holds NoneType"),
-        (b"[1, 2]", "list found, a JSON object was expected"),
+        (b'{"text": "a"', "invalid JSON"),
+        (b'{"text": "\xff"}', "byte 0xff at 10 is not UTF-8"),
+        (b'{"text": 5}', "field 'text' must be a string, not int"),
+        (b'{"text": null}', "not NoneType"),
+        (b"[1, 2]", "expected a JSON object, found list"),
         (rb'{"text": "\ud800"}', "lone surrogate"),
         (b"[" * 200_000, ""),  # deeper than the parser goes: the reason is Python's
     ],
@@ -144,7 +144,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_a_text_file_that_is_not_utf8_is_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("naïve".encode("latin-1"))
-    assert "byte 0xef at 2 found, UTF-8 was expected" in fault(path)
+    assert "byte 0xef at 2 is not UTF-8" in fault(path)
 
 
 def test_a_broken_parquet_file_is_a_fault(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_parquet_row_that_is_not_utf8_is_a_fault_and_the_others_are_read(tmp_p
     column = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffc"))
     pq.write_table(pa.table({"text": column}), path)
     assert [d.text for d in read(path) if isinstance(d, Document)] == ["a", "c"]
-    assert f"{path}, row 2: byte 0xff at 0 found, UTF-8 was expected" in fault(path)
+    assert f"{path}, row 2: byte 0xff at 0 is not UTF-8" in fault(path)
 
 
 def make_unreadable(path: Path, kind: str) -> None:
@@ -176,8 +176,8 @@ def make_unreadable(path: Path, kind: str) -> None:
 UNREADABLE = {
     "dangling link": r"cannot be read \(No such file or directory\)",
     "link to itself": r"cannot be read \(Too many levels of symbolic links\)",
-    "pipe": "a pipe, a socket or a device was found, a file was expected",
-    "device": "a pipe, a socket or a device was found, a file was expected",
+    "pipe": "it is a pipe, a socket or a device and not a file",
+    "device": "it is a pipe, a socket or a device and not a file",
 }
 
 

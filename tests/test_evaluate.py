@@ -399,8 +399,8 @@ def test_weights_that_are_no_numbers_are_told(run: Path, tmp_path: Path) -> None
         ({"stride": T + 1}, "--stride is 17, more than the 16"),
         ({"batch_size": 0}, "--batch-size"),
         ({"split": "test"}, "--split"),
-        ({"models": ("crate-1l", "crate-1l")}, "--models names the same thing twice"),
-        ({"on": ("mine=a.jsonl", "mine=b.jsonl")}, "--on names the same thing twice"),
+        ({"models": ("crate-1l", "crate-1l")}, "--models has the same name twice"),
+        ({"on": ("mine=a.jsonl", "mine=b.jsonl")}, "--on has the same name twice"),
         ({"models": ("crate-1l",), "path": "x"}, "--path and --models"),
     ],
 )

@@ -121,8 +121,8 @@ def test_what_does_not_fit_is_told(tmp_path, folder):
     config = tmp_path / "cut" / "layer-0" / "cfg.json"
     config.write_text(config.read_text()[:40])
     expected = {
-        "": "holds no autoencoder",
-        "narrow": "reads 32 activations, site ista of this model has 64",
+        "": "has no autoencoder",
+        "narrow": "reads 32 activations, but site ista of this model has 64",
         "deep": "layers 0 to 1",
         "mixed": "several sites, ista, mssa",
         "cut": "cannot be read as an autoencoder",

@@ -350,7 +350,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, fold
     [
         ("wikitext", "did you mean wikitext2"),
         ("mine=/nowhere", "/nowhere is not there"),
-        ("held_out=/tmp", "held_out is the run's split"),
+        ("held_out=/tmp", "held_out is a split of the run"),
         ("lambada:Github", "not known"),
         ("held_out", "cratelm tokenize"),
     ],
@@ -365,7 +365,7 @@ def test_what_cannot_be_measured_is_told(folder: Path, tmp_path: Path) -> None:
     broken.write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(InputError, match="line 2"):
         measure(folder, f"mine={broken}")
-    with pytest.raises(InputError, match="holds no token to predict"):
+    with pytest.raises(InputError, match="has no token to predict"):
         measure(folder, f"mine={jsonl(tmp_path / 'empty.jsonl', ['', ''])}")
     with pytest.raises(InputError, match="a single word"):
         measure(folder, f"lambada={jsonl(tmp_path / 'word.jsonl', ['word'])}")

@@ -70,13 +70,13 @@ def test_told_in_one_sentence():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((0, 2, 15.0), "0 neurons of a layer were asked for: give 1 or more"),
-        ((300, 2, 15.0, 256), "300 neurons of a layer were asked for: give 1 to 256"),
-        ((10, 0, 15.0), "0 layers"),
-        ((10, 2, math.nan), "standard deviation of nan"),
-        ((10, 2, -1.0), "standard deviation of -1"),
-        ((10, 2, 1.0, 0), "a layer of 0 neurons"),
-        ((10, 2, 1.0, None, 95), "a confidence of 95"),
+        ((0, 2, 15.0), "neurons per layer must be at least 1, not 0"),
+        ((300, 2, 15.0, 256), "neurons per layer must be from 1 to 256, not 300"),
+        ((10, 0, 15.0), "layers must be at least 1, not 0"),
+        ((10, 2, math.nan), "standard deviation must be finite and at least 0, not nan"),
+        ((10, 2, -1.0), "standard deviation must be finite and at least 0, not -1"),
+        ((10, 2, 1.0, 0), "a layer must have at least 1 neuron, not 0"),
+        ((10, 2, 1.0, None, 95), "confidence must be between 0 and 1, such as 0.95, not 95"),
     ],
 )
 def test_numbers_that_make_no_sense(arguments, said):

@@ -228,14 +228,14 @@ def test_a_file_is_read_and_the_page_lies_in_the_run(run: Path, tmp_path: Path) 
     [
         ({"text": ""}, "the text has 0 tokens for crate-1l, 1 to 31 were expected"),
         ({"text": "Q" * T}, "the text has 32 tokens for crate-1l, 1 to 31 were expected"),
-        ({"text": "a", "document": 1}, "--text and --document are both given"),
+        ({"text": "a", "document": 1}, "--text and --document cannot be combined"),
         ({"document": 1000}, "--document is 1000, the held_out split has"),
         ({"text_file": Path("/nowhere.txt")}, "/nowhere.txt cannot be read"),
         ({"models": ()}, "--models is empty"),
         ({"models": ("crate-9l",)}, "cratelm train"),
         ({"top": 0}, "--top must be at least 1, not 0"),
         ({"split": "test"}, "--split is 'test'"),
-        ({"out": Path("page.htm")}, r"ends in \.html"),
+        ({"out": Path("page.htm")}, r"must end in \.html"),
     ],
 )
 def test_mistakes_say_what_to_type_and_leave_nothing(

@@ -255,7 +255,7 @@ def test_a_stage_of_an_older_format_than_is_read_is_made_again(tmp_path, monkeyp
     assert not stage.is_finished(Config(), {"tokens": "abc"})
     told = capsys.readouterr().out
     assert "scores/m was written by cratelm 0.1.0 in an older format" in told
-    assert "it is made again" in told
+    assert "it will be redone" in told
     with pytest.raises(InputError, match=r"older format.*cratelm score"):
         stage.require("score")
 

@@ -259,7 +259,7 @@ def test_a_model_in_a_folder_is_compared_where_it_is_opened(run, tmp_path):
     assert Run(run).labelled("activations/other").freshness().state == "fresh"
     text = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"holds another model than the one that was harvested.*cratelm harvest .*--force"):  # fmt: skip
+    with pytest.raises(InputError, match=r"no longer has the model that was harvested.*cratelm harvest .*--force"):  # fmt: skip
         cratelm.api.effects(run=run, model="other", tokens=100, quiet=True)
 
 

@@ -353,7 +353,7 @@ def test_every_key_of_an_evaluation_is_documented(compared):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"models": ("crate-9l",)}, "crate-9l is not there or not finished: type `cratelm score"),
+        ({"models": ("crate-9l",)}, "crate-9l is missing or not finished: type `cratelm score"),
         ({"models": ("crate-2l", "crate-2l")}, "name each model once"),
         ({"sae": "l1-16x"}, "names no autoencoders of the run"),
         ({"train_tokens": 8, "batch_size": 64}, "--train-tokens 8 is less than one batch"),

@@ -328,7 +328,7 @@ def test_what_is_not_there_is_refused(finished, options, told):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"d_in": 64, "d_sae": 64}, r"64 activations, site ista .* 128"),
+        ({"d_in": 64, "d_sae": 64}, r"64 activations, but site ista .* 128"),
         ({"layer": 2}, "layer 2"),
         ({"site": "transformer.h.*"}, "no site"),
         ({"provenance": {"model_identity": "x"}}, "was trained on another model than crate is now"),

@@ -262,7 +262,7 @@ def test_equal_constants_have_no_effect_size():
 
 def test_no_common_layer_is_named():
     b = [replace(s, neuron=replace(s.neuron, layer=7)) for s in scores([[0.3, 0.4]], "gpt2")]
-    with pytest.raises(InputError, match="no layer where both"):
+    with pytest.raises(InputError, match="no layer in which both"):
         compare_models(scores([[0.1]], "crate"), b, "top_and_random", explainer="lookup")
 
 

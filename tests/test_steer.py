@@ -480,7 +480,7 @@ def test_the_verbs_text_and_seed(run, tmp_path):
         (["--neurons", "0:1", "--zero", "--text-file", "/nowhere"], "cannot be read"),
         (["--neurons", "0:1", "--zero", "--text", "x " * 90], "more than the 64"),
         (["--neurons", "0:1", "--zero", "--site", "mlp"], "no site 'mlp'"),
-        (["--neurons", "0:1", "--zero", "--sae", "none"], "holds no autoencoder"),
+        (["--neurons", "0:1", "--zero", "--sae", "none"], "has no autoencoder"),
         (["--neurons", "0:1", "--zero", "--model", "nobody"], "cratelm train"),
     ],
 )  # fmt: skip

@@ -217,7 +217,7 @@ def test_a_store_that_is_not_there_names_the_verb(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cratelm tokenize --run"):
         TokenStore(tmp_path / "tokens")
     (tmp_path / "meta.json").write_text('{"format": 99}')
-    with pytest.raises(InputError, match="format 1 was expected"):
+    with pytest.raises(InputError, match="it must describe shards of format 1"):
         TokenStore(tmp_path)
 
 
@@ -383,7 +383,7 @@ def bad_corpus(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("broken", r"c\.jsonl, line 151: broken JSON"),
+        ("broken", r"c\.jsonl, line 151: invalid JSON"),
         ("field", r"c\.jsonl, line 151: no field 'text'"),
         ("utf8", r"c\.jsonl, line 151: byte 0xff"),
         ("truncated", r"c\.jsonl\.zst, after line \d+: the file is cut short"),
@@ -440,7 +440,7 @@ def test_files_that_cannot_be_opened_stop_or_are_counted(tmp_path: Path, tokeniz
         (
             ["a b c"],
             {},
-            r"the train split has 6 tokens in 1 documents, at least 17 tokens are needed",
+            r"the train split has 6 tokens in 1 documents, but at least 17 tokens are needed",
         ),
         (sentences(150), {"sequence_length": 5000}, "or a lower --sequence-length"),
         (sentences(150), {"tokenizer": "nowhere.json"}, "nowhere.json is not a file"),

@@ -8,7 +8,7 @@ Every verb of the command line is a function of `cratelm.api`, with the same arg
     cratelm.api.train(run="runs/mine", model="crate-2l", steps=500)
     cratelm.api.harvest(run="runs/mine", model="crate-2l")
 
-They are not functions of `cratelm` itself, where `cratelm.train` is the package with the training loop.
+They are not functions of `cratelm` itself, because `cratelm.train` is the package of the training loop.
 Models are Hugging Face models: `cratelm.build`, `cratelm.load`, `cratelm.CrateForCausalLM`;
 `cratelm.steering(model, cratelm.Edit(...))` edits neurons while a model runs.
 Nothing heavy is imported before it is used.
@@ -59,10 +59,11 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # a checker that sees `__getattr__` takes any name for right
+if not TYPE_CHECKING:  # a type checker that sees `__getattr__` accepts any name
 
     def __getattr__(name: str) -> Any:
-        """Import what is asked for: torch and transformers take seconds, `cratelm --help` needs none."""
+        """Import `name` on first use: torch and transformers take seconds, and `--help` needs neither."""
+
         if name == "api":
             return importlib.import_module("cratelm.api")
         if name in _MODULES:

@@ -1,9 +1,9 @@
-"""The command line: a table of verbs, most of them one stage of a run each.
+"""The command line: a table of verbs, most of which run one stage.
 
 A verb is a configuration dataclass, whose fields are its options, and a function of that dataclass.
-A verb of two words, `import records`, is a kind of the first word. `cratelm.api` offers the same
-verbs as Python functions. A failure prints one line and exits with a status other than 0;
-`CRATELM_TRACEBACK=1` shows where it came from.
+A verb may have two words: in `import records`, `records` is a kind of `import`. `cratelm.api` offers
+the same verbs as Python functions. A failure prints one line and exits with a status other than 0;
+with `CRATELM_TRACEBACK=1` it prints the traceback.
 """
 
 import ast
@@ -26,25 +26,26 @@ from cratelm.errors import BudgetReached, InputError
 
 @dataclass(frozen=True)
 class Verb:
-    """Modules of a verb's configuration and function; nothing is imported before it is used."""
+    """Modules of a verb's configuration and function, which are imported only when they are used."""
 
     module: str
     """module of the function, which has the verb's name"""
     config: str
     """`module:Class` of its configuration"""
     summary: str
+    """what the verb does, as one line of `cratelm --help`"""
 
 
 VERBS: dict[str, Verb] = {
     "demo": Verb(
         "cratelm.pipelines.demo",
         "cratelm.pipelines.config:DemoConfig",
-        "the whole line on a small scale: train twins, harvest, explain, score, report",
+        "run the whole pipeline on a small scale: train twins, harvest, explain, score, report",
     ),
     "tokenize": Verb(
         "cratelm.tokens.tokenize",
         "cratelm.tokens.config:TokenizeConfig",
-        "documents -> token shards with document borders",
+        "turn documents into token shards with document boundaries",
     ),
     "train": Verb(
         "cratelm.train.loop", "cratelm.train.config:TrainConfig", "train a model on the shards"
@@ -52,17 +53,17 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb(
         "cratelm.evaluate.evaluate",
         "cratelm.evaluate.config:EvaluateConfig",
-        "loss, perplexity and accuracy of models on the shards and on named sets",
+        "measure loss, perplexity and accuracy of models on the shards and on named sets",
     ),
     "predict": Verb(
         "cratelm.evaluate.predict",
         "cratelm.evaluate.config:PredictConfig",
-        "next-token predictions of models on the same text, as a page",
+        "show next-token predictions of models on the same text, as a page",
     ),
     "harvest": Verb(
         "cratelm.activations.harvest",
         "cratelm.activations.config:HarvestConfig",
-        "excerpts and statistics of every neuron",
+        "collect excerpts and statistics of every neuron",
     ),
     "explain": Verb(
         "cratelm.explain.explain",
@@ -77,7 +78,7 @@ VERBS: dict[str, Verb] = {
     "report": Verb(
         "cratelm.report.report",
         "cratelm.report.config:ReportConfig",
-        "one page, tables and figures about a run",
+        "write a page, tables and figures about a run",
     ),
     "view": Verb(
         "cratelm.viewer.view",
@@ -87,67 +88,67 @@ VERBS: dict[str, Verb] = {
     "analyze": Verb(
         "cratelm.analysis.analyze",
         "cratelm.analysis.config:AnalyzeConfig",
-        "what CRATE's derivation promises, measured layer by layer",
+        "measure, layer by layer, what CRATE's derivation predicts",
     ),
     "steer": Verb(
         "cratelm.steer.steer",
         "cratelm.steer.config:SteerConfig",
-        "set, add, scale or zero neurons; see the next token and the continuation change",
+        "set, add, scale or zero neurons; see how the next token and the continuation change",
     ),
     "effects": Verb(
         "cratelm.steer.effects",
         "cratelm.steer.config:EffectsConfig",
-        "what each neuron writes to the vocabulary, and the loss without it",
+        "measure what each neuron writes to the vocabulary, and the loss without it",
     ),
     "intervene": Verb(
         "cratelm.steer.intervene",
         "cratelm.steer.config:InterveneConfig",
-        "does steering change the text as the explanation says? asked of a language model",
+        "ask a language model whether steering changes the text as the explanation says",
     ),
     "sae train": Verb(
         "cratelm.sae.train",
         "cratelm.sae.train_config:SaeTrainConfig",
-        "sparse autoencoders on a site of a model, with SAELens underneath",
+        "train sparse autoencoders on a site of a model, using SAELens",
     ),
     "sae evaluate": Verb(
         "cratelm.sae.evaluate",
         "cratelm.sae.evaluate_config:SaeEvaluateConfig",
-        "what autoencoders keep of the activations and of the loss, beside the site's own code",
+        "measure what autoencoders keep of activations and loss, next to the site's own code",
     ),
     "sae compare": Verb(
         "cratelm.pipelines.sae_compare",
         "cratelm.pipelines.config:SaeCompareConfig",
-        "neurons beside latents: all of it in one command, from training to the report",
+        "compare neurons with latents in one command, from training to the report",
     ),
     "import authors": Verb(
         "cratelm.interop.import_authors",
         "cratelm.interop.config:ImportAuthorsConfig",
-        "a checkpoint of the paper's authors as a Hugging Face folder",
+        "convert a checkpoint of the paper's authors to a Hugging Face folder",
     ),
     "import sae": Verb(
         "cratelm.interop.import_sae",
         "cratelm.interop.config:ImportSaeConfig",
-        "a sparse autoencoder of the paper's authors as a folder",
+        "convert a sparse autoencoder of the paper's authors to a folder",
     ),
     "import records": Verb(
         "cratelm.interop.import_records",
         "cratelm.interop.config:ImportRecordsConfig",
-        "a run of activations harvested elsewhere, from OpenAI's NeuronRecord JSON",
+        "make a run from activations harvested elsewhere, in OpenAI's NeuronRecord JSON",
     ),
     "export model": Verb(
         "cratelm.interop.export_model",
         "cratelm.interop.config:ExportModelConfig",
-        "a folder that transformers loads without cratelm, ready for the Hub",
+        "write a folder that transformers loads without cratelm, ready for the Hub",
     ),
     "export records": Verb(
         "cratelm.interop.export_records",
         "cratelm.interop.config:ExportRecordsConfig",
-        "excerpts of a harvest as OpenAI's NeuronRecord JSON",
+        "write excerpts of a harvest as OpenAI's NeuronRecord JSON",
     ),
     "export neuronpedia": Verb(
         "cratelm.interop.neuronpedia",
         "cratelm.interop.config:ExportNeuronpediaConfig",
-        "neurons, excerpts, explanations and scores in Neuronpedia's export format",
+        "write neurons, excerpts, explanations and scores in Neuronpedia's export format",
     ),
 }
 
@@ -158,7 +159,7 @@ GROUPS = {
     "limits": "limit",
     "output": "output",
 }
-"""groups of options, in the order of `--help`, and the word that `--help` sets before "options" """
+"""groups of options, in the order of `--help`, and the word that `--help` prints before "options" """
 _GROUP_OF_NAME = {
     **dict.fromkeys(
         ("max_tokens", "max_documents", "batch_tokens", "memory_mib", "buffer_mib"), "limits"
@@ -167,7 +168,7 @@ _GROUP_OF_NAME = {
         ("out", "output", "static", "push", "tensorboard", "wandb", "force", "quiet"), "output"
     ),
 }
-"""options that mean the same in every verb, where a field does not name its group itself"""
+"""group of options that mean the same in every verb; used if a field does not name its own group"""
 
 
 def function_name(verb: str) -> str:
@@ -205,17 +206,21 @@ def option_texts(config: type) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
+    """Run the command line and return its exit status.
+
+    The status is 0 for success, 2 for a mistake in the input, 3 for a limit that the user set, 130 for an
+    interruption, 141 for a closed output and 1 for any other failure.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if given else 2
-    if given[0] == "--version":
+        return 0 if words else 2
+    if words[0] == "--version":
         from importlib.metadata import version
 
         print(version("cratelm"))
         return 0
-    verb, options = split_words(given)
+    verb, options = split_words(words)
     kinds = _kinds()
     if verb in kinds:
         if options and options[0] not in ("-h", "--help"):
@@ -238,17 +243,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def split_words(given: Sequence[str]) -> tuple[str, list[str]]:
+def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
     """Split a command into its verb, of one word or two, and its options.
 
-    Where the words name no verb, the first word is returned in its stead.
+    If the words name no verb, the first word is returned as the verb.
     """
-    two = " ".join(given[:2])
-    return (two, list(given[2:])) if two in VERBS else (given[0], list(given[1:]))
+    two = " ".join(words[:2])
+    return (two, list(words[2:])) if two in VERBS else (words[0], list(words[1:]))
 
 
 def _kinds() -> dict[str, list[str]]:
-    """Second words of the verbs of two words, by their first word."""
+    """Return the second words of two-word verbs, by their first word."""
     kinds: dict[str, list[str]] = {}
     for first, _, second in (verb.partition(" ") for verb in VERBS):
         if second:
@@ -257,30 +262,31 @@ def _kinds() -> dict[str, list[str]]:
 
 
 def _first_words() -> list[str]:
-    """First words of all verbs, in the order of the table."""
+    """Return the first words of all verbs, in the order of the table."""
     return list(dict.fromkeys(verb.split()[0] for verb in VERBS))
 
 
-def _unknown(what: str, word: str, choices: Sequence[str]) -> str:
+def _unknown(noun: str, word: str, choices: Sequence[str]) -> str:
+    """Return the message for a word that is not among the choices; `noun` says what they are."""
     near = difflib.get_close_matches(word, choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"there is no {what} {word!r}: {hint}{what.capitalize()}s are {', '.join(choices)}"
+    return f"there is no {noun} {word!r}: {hint}{noun.capitalize()}s are {', '.join(choices)}"
 
 
 def parse_options(verb: str, arguments: list[str]) -> Any:
-    """Return the configuration that the arguments give.
+    """Return the configuration that the arguments specify.
 
     Prints the help and raises `SystemExit` for `--help`. Raises `InputError` for arguments that do
-    not parse, and for values that the configuration refuses.
+    not parse, and for values that the configuration rejects.
     """
     import tyro
 
     # tyro offers no public hook for errors: `console_outputs=False` drops the message altogether, and
     # `SubcommandApp`, which would import the configuration of every verb, prints the same boxes. So
-    # what it prints is caught and put on one line.
-    caught = io.StringIO()
+    # its output is captured and reduced to one line.
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(caught):
+        with contextlib.redirect_stderr(stderr):
             parsed = tyro.cli(
                 _grouped(config_class(verb)),
                 prog=f"cratelm {verb}",
@@ -290,7 +296,7 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(_one_line(caught.getvalue(), verb)) from None
+        raise InputError(_one_line(stderr.getvalue(), verb)) from None
     options: dict[str, Any] = {}
     for field in dataclasses.fields(parsed):
         value = getattr(parsed, field.name)
@@ -302,17 +308,17 @@ _NESTED = "group_"
 
 
 def _grouped(config: type) -> type:
-    """A dataclass with the fields of `config`, those of all groups but the first nested by group.
+    """Return a dataclass with the fields of `config`, in which all groups but the first are nested.
 
-    tyro draws the options of a nested dataclass as a box of their own. The configurations stay flat,
-    as they are saved in the run.
+    tyro draws the options of a nested dataclass in a box of their own. The configurations themselves
+    stay flat, which is how they are saved in the run.
     """
     import tyro
 
     types, texts = get_type_hints(config, include_extras=True), option_texts(config)
     members: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in GROUPS}
     for field in dataclasses.fields(config):
-        # an empty default says nothing: the option's text says what happens without it
+        # an empty default is not informative: the option's text says what happens without it
         hint = "" if field.default in (None, "", ()) else None
         arg = tyro.conf.arg(help=texts.get(field.name, ""), help_behavior_hint=hint)
         annotated = Annotated[types[field.name], arg]
@@ -325,20 +331,20 @@ def _grouped(config: type) -> type:
             box = dataclasses.make_dataclass("Group", members[group], kw_only=True)
             name = _NESTED + group.replace(" ", "_")
             nested.append((name, Annotated[box, tyro.conf.arg(name=GROUPS[group], help="")]))
-    made = dataclasses.make_dataclass("Options", [*members[first], *nested], kw_only=True)
-    made.__doc__ = config.__doc__
-    return made
+    options = dataclasses.make_dataclass("Options", [*members[first], *nested], kw_only=True)
+    options.__doc__ = config.__doc__
+    return options
 
 
 def _one_line(box: str, verb: str) -> str:
-    """The message of tyro's error box, without the help of options that it repeats.
+    """Return the message of tyro's error box on one line, without the option help that it repeats.
 
-    The box holds a title and blocks between rules: what is wrong, then suggestions or the option's
-    help. Under a line that ends in a colon, options are indented by 4 and their help by 8.
+    The box contains a title and blocks between rules: the error, then suggestions or the option's
+    help. Below a line that ends in a colon, options are indented by 4 and their help by 8.
     """
     blocks: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:
-        text = line[1:].removeprefix(" ").rstrip(" │╮╯")  # borders are blanks where no UTF-8 is
+        text = line[1:].removeprefix(" ").rstrip(" │╮╯")  # borders are blank without UTF-8
         if set(text.strip()) <= {"─", "-"}:
             blocks.append([])
         elif not text.startswith(" " * 8):
@@ -357,13 +363,13 @@ def _one_line(box: str, verb: str) -> str:
 
 
 def _message_and_status(error: Exception) -> tuple[str, int]:
-    """What is printed of an error, and the exit status that it ends with."""
+    """Return the text to print for an error, and the exit status."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, BudgetReached):
         return str(error), 3
     message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {message} (CRATELM_TRACEBACK=1 shows where)", 1
+    return f"{type(error).__name__}: {message} (CRATELM_TRACEBACK=1 prints the traceback)", 1
 
 
 def _fail(verb: str, message: str, status: int) -> int:
@@ -391,7 +397,7 @@ def _value(value: Any) -> str:
 
 
 def _overview(first: str = "") -> str:
-    """All verbs, or the kinds of a first word."""
+    """Return the list of all verbs, or of the kinds of a first word."""
     summaries = {
         name: verb.summary
         for name, verb in VERBS.items()

@@ -1,8 +1,8 @@
-"""Records that pass between the rooms: frozen, documented, and nothing else passes.
+"""Frozen records that the rooms exchange; rooms pass nothing else to each other.
 
 Shape legend: n tokens of an excerpt, N tokens of a corpus split, H neurons of a layer.
 Units: an *activation* is the raw value of a neuron at one token; a *level* is the integer 0..10
-that a language model is shown (`levels`).
+that a language model sees (`levels`).
 """
 
 import re
@@ -43,9 +43,9 @@ Metric = Literal[
     "embedding",
 ]
 SIMULATION_METRICS: tuple[Metric, ...] = ("top_and_random", "random_only", "anthropic")
-"""the paper's: the correlation of simulated with true activations"""
+"""metrics of the paper: correlation of simulated with true activations"""
 METRICS: tuple[Metric, ...] = (*SIMULATION_METRICS, "detection", "fuzzing", "intruder", "embedding")
-"""these, and those that need a language model and no simulation"""
+"""these metrics, and those from the literature that need a language model but no simulation"""
 CHANCE: dict[Metric, float] = {
     "top_and_random": 0.0,
     "random_only": 0.0,
@@ -55,7 +55,7 @@ CHANCE: dict[Metric, float] = {
     "intruder": 0.2,
     "embedding": 0.5,
 }
-"""what an explanation that says nothing is worth under each"""
+"""score of an uninformative explanation under each metric"""
 
 Control = Literal["none", "shuffled", "constant"]
 CONTROLS: tuple[Control, ...] = ("none", "shuffled", "constant")
@@ -77,21 +77,21 @@ def evidence_for(metric: Metric) -> EvidenceKind:
 
 
 MAX_LEVEL = 10
-"""highest integer level that a language model is shown"""
+"""highest integer level that a language model sees"""
 
 
 def levels(activations: ArrayLike, max_activation: float) -> NDArray[np.int64]:
-    """Return the integers 0..10 that a language model is shown: min(10, floor(10 relu(a) / max)).
+    """Return the integers 0..10 that a language model sees: min(10, floor(10 relu(a) / max)).
 
-    The discretisation of Bills et al. (2023). All 0 where `max_activation` is not above 0. Raises
-    `InputError` on a value that is not finite.
+    This is the discretisation of Bills et al. (2023). All levels are 0 if `max_activation` is not above
+    0. Raises `InputError` for a value that is not finite.
     """
     raw = np.asarray(activations, dtype=np.float64)
     if not (np.isfinite(raw).all() and np.isfinite(max_activation)):
-        raise InputError("activations hold NaN or infinity: finite values were expected")
+        raise InputError("activations contain NaN or infinity: all values must be finite")
     if max_activation <= 0:
         return np.zeros(raw.shape, dtype=np.int64)
-    with np.errstate(over="ignore"):  # beyond the largest float is above 10 as well
+    with np.errstate(over="ignore"):  # infinity becomes level 10, too
         scaled = np.floor(MAX_LEVEL * np.maximum(raw, 0) / max_activation)
     return np.minimum(MAX_LEVEL, scaled).astype(np.int64)
 
@@ -100,22 +100,22 @@ class NeuronKey(NamedTuple):
     """A neuron within one site of one model: layer and index, both from 0."""
 
     layer: int
-    index: int  # type: ignore[assignment]  (hides tuple.index, which nobody needs of a key)
+    index: int  # type: ignore[assignment]  (hides tuple.index, which a key does not need)
 
     def __str__(self) -> str:
         return f"{self.layer}:{self.index}"
 
 
 def parse_neuron_ids(option: str, texts: Iterable[str]) -> list[NeuronKey]:
-    """Return the neurons that texts such as `0:17` name, sorted, each once.
+    """Return the neurons named by texts such as `0:17`, sorted and without duplicates.
 
-    Raises `InputError` naming `option` for any other form than LAYER:INDEX.
+    Raises `InputError`, which names `option`, for any form other than LAYER:INDEX.
     """
     keys = set()
     for text in texts:
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
         if match is None:
-            raise InputError(f"{option} {text}: LAYER:INDEX was expected, such as 0:17")
+            raise InputError(f"{option} {text}: write a neuron as LAYER:INDEX, such as 0:17")
         keys.add(NeuronKey(int(match[1]), int(match[2])))
     return sorted(keys)
 
@@ -126,10 +126,10 @@ class Interval:
 
     value: float
     low: float | None
-    """None where there is no interval, as for a single value"""
+    """None if there is no interval, as for a single value"""
     high: float | None
     n: int | None = None
-    """values that the figure is the mean of; None where it does not say"""
+    """number of values that the figure is the mean of; None if not recorded"""
 
     def show(self, form: str) -> str:
         """Return the figure and its bounds in a format such as `.2f`."""
@@ -144,19 +144,19 @@ class Estimate:
 
     value: float
     error: float | None
-    """None where there is none, as for a single document"""
+    """None if there is none, as for a single document"""
 
     def show(self, form: str) -> str:
-        """Return both in a format such as `.4f` or `.2%`."""
-        shown = format(self.value, form)
+        """Return the figure and its error in a format such as `.4f` or `.2%`."""
+        value = format(self.value, form)
         if self.error is None:
-            return shown
-        return f"{shown} ± {format(self.error, form.removeprefix('+')).removesuffix('%')}"
+            return value
+        return f"{value} ± {format(self.error, form.removeprefix('+')).removesuffix('%')}"
 
 
 @dataclass(frozen=True, order=True)
 class NeuronId:
-    """Which neuron: coordinate `index` of site `site` in layer `layer` (both from 0) of `model`."""
+    """A neuron: coordinate `index` of site `site` in layer `layer` (both from 0) of `model`."""
 
     model: str
     """name of the model in its run, such as `crate-2l`"""
@@ -167,7 +167,7 @@ class NeuronId:
 
     @property
     def key(self) -> NeuronKey:
-        """Layer and index: what names the neuron within its model and site."""
+        """Return layer and index, which identify the neuron within its model and site."""
         return NeuronKey(self.layer, self.index)
 
     def __str__(self) -> str:
@@ -176,29 +176,29 @@ class NeuronId:
 
 @dataclass(frozen=True, eq=False)
 class Excerpt:
-    """A stretch of one document, inside one sequence, with one neuron's activation at each token."""
+    """A stretch of one document, within one sequence, with one neuron's activation at each token."""
 
     kind: ExcerptKind
     rank: int
-    """place among its kind (and bin): for `top` 0 is the strongest; for the others the order of drawing"""
+    """rank within its kind (and bin): for `top`, 0 is the strongest; for other kinds, the order of drawing"""
     bin: int
-    """which bin it was drawn from, -1 where the kind has none"""
+    """bin that it was drawn from, -1 if the kind has no bins"""
     token_ids: IntArray
     """[n]"""
     activations: FloatArray
     """[n], raw activations"""
     peak: int
-    """offset in the excerpt of the token that it was chosen for"""
+    """offset, within the excerpt, of the token that it was chosen for"""
     document: int
     """ordinal of the document in the run's shards (`tokens/documents.parquet`)"""
     position: int
-    """position in the split of the token that it was chosen for, in tokens"""
+    """position, in tokens within the split, of the token that it was chosen for"""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def narrowed(self, before: int, after: int) -> "Excerpt":
-        """The part from `before` tokens before the peak to `after` tokens from it (the peak counted)."""
+        """Return the `before` tokens before the peak and `after` tokens from it on, peak included."""
         start, stop = max(0, self.peak - before), min(len(self), self.peak + after)
         return Excerpt(
             kind=self.kind,
@@ -213,32 +213,32 @@ class Excerpt:
 
 
 HISTOGRAM_BINS = 64
-"""equal bins of a neuron's histogram"""
+"""number of equal bins in a neuron's histogram"""
 OPENAI_QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
-"""bins of the OpenAI metrics (Bills et al. 2023, as arXiv 2410.16443 takes them)"""
+"""quantiles that bound the bins of the OpenAI metrics (Bills et al. 2023, as used in arXiv 2410.16443)"""
 ANTHROPIC_BINS = 12
-"""equal bins of the activation range (Bricken et al. 2023)"""
+"""number of equal bins of the activation range (Bricken et al. 2023)"""
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronSummary:
-    """What one neuron did over all tokens of a split."""
+    """Statistics of one neuron over the tokens of a split."""
 
     neuron: NeuronId
     n_tokens: int
-    """tokens that were searched"""
+    """number of tokens searched"""
     mean: float
     variance: float
     """population variance, raw activation squared"""
     skew: float
-    """standardised third moment; NaN where the variance is 0"""
+    """standardised third moment; NaN if the variance is 0"""
     kurtosis: float
-    """standardised fourth moment (3 for a normal distribution); NaN where the variance is 0"""
+    """standardised fourth moment (3 for a normal distribution); NaN if the variance is 0"""
     firing_rate: float
     """fraction of tokens with an activation above 0"""
     maximum: float
     histogram: NDArray[np.int64]
-    """[64] counts over equal bins between `histogram_low` and `histogram_high`; the outer bins take what lies beyond"""
+    """[64] counts over equal bins between `histogram_low` and `histogram_high`; the outer bins also count values beyond"""
     histogram_low: float
     histogram_high: float
     openai_edges: FloatArray
@@ -248,7 +248,7 @@ class NeuronSummary:
 
     @property
     def dead(self) -> bool:
-        """True where the neuron was never above 0 on the tokens searched."""
+        """Return True if the neuron was never above 0 on the tokens searched."""
         return self.maximum <= 0
 
 
@@ -262,15 +262,17 @@ class NeuronRecord:
 
     @property
     def neuron(self) -> NeuronId:
+        """Return the neuron that the record is about."""
         return self.summary.neuron
 
     def of_kind(self, kind: ExcerptKind) -> tuple[Excerpt, ...]:
+        """Return the excerpts of one kind, sorted by bin and rank."""
         return tuple(e for e in self.excerpts if e.kind == kind)
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What an explainer says of a neuron, readable by people and by the simulator of the same name."""
+    """An explainer's account of a neuron, readable by people and by the simulator of the same name."""
 
     neuron: NeuronId
     explainer: str
@@ -278,7 +280,7 @@ class Explanation:
     text: str
     """a short phrase, for people and for language models that simulate from it"""
     payload: dict[str, object]
-    """what the simulator needs and nothing else: JSON, so it can be read, kept and shared"""
+    """exactly what the simulator needs, as JSON, so that it can be read, stored and shared"""
     documents: tuple[int, ...]
     """ordinals of the documents that the explainer saw, for the leakage audit"""
 
@@ -293,13 +295,13 @@ class Explanation:
 
 
 class Status(StrEnum):
-    """Why a score has a value or has none. The four never mix, and each is counted."""
+    """Whether a score has a value, and if not, why. The four are counted separately and never merged."""
 
     DEFINED = "defined"
     UNDEFINED = "undefined"
     """the correlation does not exist: the truth or the simulation is constant"""
     DEAD = "dead"
-    """the neuron never fired on the split, so that there is nothing to explain or to score"""
+    """the neuron never fired on the split, so there is nothing to explain or to score"""
     FAILED = "failed"
     """the explainer or the simulator did not answer"""
 
@@ -309,43 +311,43 @@ class Score:
     """How well an explanation predicts a neuron on held-out excerpts."""
 
     value: float | None
-    """None where there is none. Simulation: Pearson correlation pooled over all tokens, -1..1.
+    """None if there is none. Simulation: Pearson correlation pooled over all tokens, -1..1.
     Detection, fuzzing, embedding: area under the ROC curve, 0..1 (of yes-or-no answers: their balanced
-    accuracy). Intruder: share of trials won, 0..1"""
+    accuracy). Intruder: fraction of trials won, 0..1"""
     status: Status = Status.DEFINED
     reason: str = ""
-    """why there is no value, in words; empty where there is one"""
+    """why there is no value, in words; empty if there is one"""
     r2: float | None = None
     """1 - mean squared error / mean squared truth, uncalibrated as in OpenAI's published scorer"""
     absolute_deviation: float | None = None
     """1 - mean absolute error / mean absolute truth, likewise"""
     accuracy: float | None = None
-    """detection and fuzzing: balanced accuracy of the answer that the model thought more likely, 0..1"""
+    """detection and fuzzing: balanced accuracy of the answer that the model considered more likely, 0..1"""
     n_tokens: int = 0
     n_records: int = 0
     n_duplicates: int = 0
-    """of the records: those that are near-duplicates of text that was explained from"""
+    """number of these records that are near-duplicates of text that the explainer saw"""
     without_duplicates: float | None = None
-    """the value over the other records; None where it does not exist or there are no duplicates"""
+    """the value over the other records; None if it does not exist or there are no duplicates"""
 
 
 @dataclass(frozen=True)
 class NeuronScore:
-    """A score with all that names it."""
+    """A score with the neuron, explainer, metric and control that it belongs to."""
 
     neuron: NeuronId
     explainer: str
-    """label in tables: the explainer, `/` and the simulator where another language model read the
-    explanation, and the variant; to be shown and compared, never to be taken apart"""
+    """label in tables: the explainer, `/` and the simulator if another language model read the
+    explanation, and the variant; for display and comparison, never to be parsed"""
     metric: Metric
     control: Control
-    """`none`: the neuron's own explanation; else which null control"""
+    """`none`: the neuron's own explanation; otherwise the null control"""
     score: Score
     documents: tuple[int, ...] = field(default=())
     """ordinals of the documents of the excerpts scored, for the leakage audit"""
     explained_by: str = ""
     """the explainer whose explanation was read: `Explanation.explainer`"""
     simulator: str = ""
-    """name of the language model that read it; empty where the explainer's own simulator did"""
+    """name of the language model that read it; empty if the explainer's own simulator did"""
     variant: str = ""
-    """way of reading where there are several: empty, or `+paper-compat`"""
+    """variant of the simulation, if there are several: empty, or `+paper-compat`"""

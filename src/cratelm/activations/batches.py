@@ -1,7 +1,8 @@
-"""The plan of a harvest over one split, and its batches: which token is where.
+"""The plan of a harvest over one split, and its batches, which say where each token is.
 
 Shape legend: B sequences, T positions of a sequence, N = B * T tokens of a batch, S segments of a
-batch (a segment is the text of one document inside one sequence, without its end mark).
+batch (a segment is the text of one document inside one sequence, without its end mark, which is the
+end-of-text token).
 """
 
 from collections.abc import Iterator
@@ -16,12 +17,12 @@ from cratelm.tokens.shards import TokenSplit
 
 Int64 = NDArray[np.int64]
 NEVER = np.iinfo(np.int64).max
-"""a sampling key that no token has: for end marks"""
+"""sampling key of end marks, which no text token has"""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences of tokens with all that a layer needs to know about them. Tensors are on the device."""
+    """Sequences of tokens, with what a `LayerHarvest` needs about them. Tensors are on the device."""
 
     input_ids: torch.Tensor
     """[B, T]"""
@@ -48,7 +49,7 @@ class Batch:
         return sum(stop - start for start, stop in self.segments)
 
     def document_spans(self) -> list[tuple[int, int]]:
-        """Return the segments [first, past last) of each document in the batch."""
+        """Return, for each document in the batch, its first segment and one past its last."""
         document = self.document.tolist()
         firsts = [i for i, d in enumerate(document) if i == 0 or d != document[i - 1]]
         return list(zip(firsts, [*firsts[1:], len(document)], strict=True))
@@ -77,7 +78,7 @@ class SearchPlan:
         tokens: int,
         seed: int,
     ) -> "SearchPlan":
-        """Return a plan that searches at most `tokens` tokens of `split`, at least one sequence."""
+        """Return a plan that searches at most `tokens` tokens of `split`, but at least one sequence."""
         n_sequences = -(-split.n_tokens // sequence_length)
         wanted = max(1, tokens // sequence_length)
         sequences = np.arange(n_sequences)
@@ -87,16 +88,19 @@ class SearchPlan:
         return cls(split, name, eot_id, sequence_length, sequences, seed)
 
     def bounds(self, sequence: int) -> tuple[int, int]:
-        """Return the first token of a sequence and one past its last; a split's last one may be short."""
+        """Return the first token of a sequence and one past its last; the last sequence may be shorter."""
         start = int(sequence) * self.sequence_length
         return start, min(start + self.sequence_length, self.split.n_tokens)
 
     def n_tokens(self) -> int:
-        """Return the number of tokens searched, end marks counted."""
+        """Return the number of tokens searched, including end marks."""
         return sum(stop - start for start, stop in map(self.bounds, self.sequences))
 
     def text_spans(self) -> tuple[Int64, Int64]:
-        """Return the spans of text searched, ascending: positions [start, stop) without end marks."""
+        """Return the starts and stops of the spans of text searched, ascending, without end marks.
+
+        A span has the positions start <= position < stop.
+        """
         starts, stops = [], []
         for sequence in self.sequences:
             for start, stop, _ in self._segments(*self.bounds(sequence)):
@@ -115,7 +119,7 @@ class SearchPlan:
             index += 1
 
     def batches(self, batch_tokens: int, device: torch.device) -> Iterator[Batch]:
-        """Yield all sequences in ascending order, in batches of one length: the last one may be shorter."""
+        """Yield all sequences in ascending order, in batches of equal length: the last may be shorter."""
         size = max(1, batch_tokens // self.sequence_length)
         whole = [
             i
@@ -166,10 +170,10 @@ class SearchPlan:
 def sampling_keys(position: Int64, seed: int) -> Int64:
     """Return one pseudo-random non-negative int64 per position (splitmix64, Steele et al. 2014).
 
-    The members of a bin with the lowest keys are a uniform sample of it. Reservoir sampling would give
-    one too, but another for every order of the tokens and every number of processes; a key that is a
-    function of the position alone gives the same one, so shards can be searched apart and merged
-    exactly.
+    The members of a bin with the lowest keys are a uniform sample of it. Reservoir sampling would also
+    give one, but a different one for each order of the tokens and each number of processes. A key that
+    depends only on the position always gives the same sample, so shards can be searched separately and
+    merged exactly.
     """
     with np.errstate(over="ignore"):
         x = position.astype(np.uint64) + np.uint64(1)  # as the generator counts its states
@@ -197,7 +201,7 @@ def random_positions(
     for index in range(n_neurons):
         generator = np.random.default_rng((seed, layer, index))
         drawn[index, :taken] = generator.choice(n_text, taken, replace=False, shuffle=True)
-    # From the number of a text token to the span that it is in, and so to its position in the split.
+    # Convert the number of a text token to the span that it is in, and then to its position in the split.
     span = np.searchsorted(ends, drawn, side="right").clip(0, max(0, len(ends) - 1))
     before = ends[span] - (stops - starts)[span] if n_text else drawn
     return np.where(drawn >= 0, starts[span] + drawn - before, -1) if n_text else drawn

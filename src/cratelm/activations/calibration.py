@@ -1,7 +1,7 @@
-"""A short pass over a few tokens: edges of the bins, range of the histogram, centre of the moments.
+"""A short pass over a few tokens that sets bin edges, histogram range and centre of the moments.
 
-Quantiles of all activations would need them all at once; those of a pilot sample are good enough to cut
-bins by, and every activation is then counted in the bin that it is in.
+Quantiles of all activations would need all of them in memory; those of a pilot sample are good enough as
+bin edges, and every activation is then counted in its bin.
 
 Shape legend: P tokens of the pilot sample, H neurons.
 """
@@ -16,7 +16,7 @@ from cratelm.models.sites import Site, hooked
 from cratelm.records import ANTHROPIC_BINS, OPENAI_QUANTILES
 
 _PILOT_BYTES = 256 * 2**20
-"""how much of the pilot sample is held at once; layers that do not fit together are run in turns"""
+"""memory for the pilot sample; layers that do not fit together are processed one group after another"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +28,11 @@ class Calibration:
     low: torch.Tensor
     """[H] lower end of the histogram: the minimum, at most 0"""
     high: torch.Tensor
-    """[H] upper end of the histogram: the maximum, or low + 1 where that is not above low"""
+    """[H] upper end of the histogram: the maximum, or low + 1 if the maximum is not above low"""
     openai_edges: torch.Tensor
     """[H, 6]"""
     anthropic_edges: torch.Tensor
-    """[H, 13], all 0 where no activation was above 0"""
+    """[H, 13], all 0 if no activation was above 0"""
     openai_reach: torch.Tensor
     """[H, 5] estimated fraction of tokens at or above the lower edge of each bin; see `_reach`"""
     anthropic_reach: torch.Tensor
@@ -40,7 +40,7 @@ class Calibration:
 
     @classmethod
     def of(cls, activations: torch.Tensor) -> "Calibration":
-        """Return the figures of activations [P, H] of the pilot's tokens."""
+        """Return the figures of activations [P, H] on the pilot sample."""
         ordered = activations.sort(0).values
         ranks = [int(q * (len(ordered) - 1)) for q in OPENAI_QUANTILES]
         low, high = ordered[0].clamp(max=0), ordered[-1]
@@ -78,7 +78,7 @@ def calibrate(
 ) -> list[Calibration]:
     """Return a `Calibration` per layer, from about `tokens` tokens in sequences spread over the plan.
 
-    Memory: the larger of 256 MiB and tokens * H * 4 bytes of one layer.
+    Memory: the larger of 256 MiB and, for one layer, tokens * H * 4 bytes.
     """
     wanted = min(len(plan.sequences), max(1, tokens // plan.sequence_length))
     chosen = plan.sequences[:: max(1, len(plan.sequences) // wanted)][:wanted]

@@ -9,39 +9,39 @@ from cratelm.runs import at_least, not_in_identity
 
 
 def last_name(option: str, path: str) -> str:
-    """Return the last name of a path or Hub id, by which results are called.
+    """Return the last name in a path or Hub id, which names the results; `option` is for messages.
 
-    Raises `InputError` where it has none, as `.`, `..` and `/`.
+    Raises `InputError` if there is none, as in `.`, `..` and `/`.
     """
     name = Path(path).name
     if name in ("", ".."):
         whole = Path(path).resolve()
         instead = f"type {option} {whole}" if whole.name else "name another folder"
-        raise InputError(f"{option} {path} has no name to call results by: {instead}")
+        raise InputError(f"{option} {path} has no name that could name the results: {instead}")
     return name
 
 
 @dataclass(frozen=True)
 class HarvestConfig:
-    """Collect, in one pass over held-back tokens, the excerpts and statistics of every neuron."""
+    """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens."""
 
     run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     model: str = "crate-2l"
     """a model of the run by name, or any Hugging Face causal language model by folder or Hub id"""
     name: str | None = None
-    """name of the harvest in the run. Default: the model's name; of latents `MODEL+SAE`"""
+    """name of the harvest in the run. Default: the model's name; for latents `MODEL+SAE`"""
     site: str | None = None
     """where neurons live: ista, mssa, heads, mlp, or a module path such as
     'gpt_neox.layers.*.mlp.dense_4h_to_h:input'. Default: ista for CRATE, mlp for others"""
     sae: str | None = None
-    """latents of sparse autoencoders instead of neurons: their name in the run (see `cratelm sae train`),
-    or a folder in SAELens' format; needs the extra `sae`"""
+    """harvest latents of sparse autoencoders instead of neurons: their name in the run (see
+    `cratelm sae train`), or a folder in SAELens' format; needs the extra `sae`"""
     tokens: int = 8_192_000
     """most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)"""
     sequence_length: int | None = None
-    """tokens the model sees at once. Default: the most that it takes, at most 2,048; 1,024 where it names
-    no limit"""
+    """tokens per sequence. Default: the model's maximum, but at most 2,048; 1,024 if the model states no
+    maximum"""
     top: int = 50
     """excerpts with the highest activation, one per document"""
     random: int = 50
@@ -49,19 +49,19 @@ class HarvestConfig:
     per_bin: int = 20
     """excerpts from each bin of both binnings"""
     context: int = 32
-    """tokens before the chosen token in a long excerpt, and as many from it on"""
+    """tokens of a long excerpt before the chosen token, and as many again from the chosen token on"""
     short_context: int = 4
-    """the same in a short excerpt (Anthropic metric)"""
+    """the same for a short excerpt (Anthropic metric)"""
     pilot_tokens: int = 8_192
     """tokens of the pilot sample that sets the edges of the bins"""
     seed: int = 0
-    """draws random excerpts and the order within bins; twins need the same"""
+    """seed of the random excerpts and of the order within bins; twins need the same one"""
     batch_tokens: int = not_in_identity(8_192)
-    """tokens per forward pass; more is faster and takes more memory"""
+    """tokens per forward pass; more are faster and take more memory"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """precision of the model; statistics are always kept in float32 or more"""
     device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    """cpu, cuda, ...; auto uses an accelerator if there is one"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -80,5 +80,5 @@ class HarvestConfig:
             )
         if self.sae and self.site:
             raise InputError(
-                f"--site {self.site} and --sae cannot be combined: autoencoders say what site they read"
+                f"--site {self.site} and --sae cannot be combined: autoencoders determine their site"
             )

@@ -37,30 +37,32 @@ from cratelm.tokens.shards import TokenStore, check_vocabulary
 
 @dataclass(frozen=True)
 class HarvestResult:
-    """What a harvest wrote, in figures."""
+    """Result of `cratelm harvest`."""
 
     path: Path
     """folder of the files (`cratelm.activations.store` reads them)"""
     site: str
     neurons: tuple[int, ...]
-    """[L] neurons of each layer"""
+    """[L] number of neurons in each layer"""
     tokens: dict[str, int]
-    """tokens searched in each split, end marks left out"""
+    """number of tokens searched, without end marks, by split"""
     dead: dict[str, int]
-    """neurons never above 0, by split"""
+    """number of neurons that were never above 0, by split"""
 
 
 def harvest(config: HarvestConfig) -> HarvestResult:
-    """Run the stage, or read its result if it is finished.
+    """Harvest a model and return the result; a finished stage is only read.
 
     Raises `InputError` for a model, site or tokenizer that does not fit.
     """
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
     source = find_model(run, config.model).pinned()
-    made = source.record or source.identity
     stage = run.stage("activations", harvest_name(config))
-    inputs: dict[str, Completion | str] = {"tokens": tokens, "model": made}
+    inputs: dict[str, Completion | str] = {
+        "tokens": tokens,
+        "model": source.record or source.identity,
+    }
     autoencoder = None
     if config.sae:
         autoencoder, inputs["sae"] = _sae_source(config, run)
@@ -78,7 +80,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
 
 
 def harvest_name(config: HarvestConfig) -> str:
-    """Return the name of the harvest in the run; of latents it is `MODEL+SAE`."""
+    """Return the name of the harvest in the run; for latents it is `MODEL+SAE` by default."""
     if config.name:
         return config.name
     model = last_name("--model", config.model)
@@ -94,7 +96,7 @@ def harvest_split(
     batch_tokens: int = 8_192,
     quiet: bool = False,
 ) -> list[LayerHarvest]:
-    """Return what is kept of each layer [L] in one pass over the tokens of `plan`, without the head."""
+    """Return the harvest of each layer [L] from one pass over the tokens of `plan`, without the head."""
     spans = plan.text_spans()
     layers = [
         LayerHarvest(
@@ -136,7 +138,7 @@ def _write_splits(
     results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
     for split in ("fit", "held_out"):
         plan = _plan(config, store, split, length)
-        # Both splits share the bins that were set on the first one.
+        # Both splits use the bins that were set on the first one.
         calibrations = calibrations or calibrate(
             model, site, plan, config.pilot_tokens, config.batch_tokens
         )
@@ -147,7 +149,7 @@ def _write_splits(
         results["tokens"][split] = layers[0].n_tokens
         results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
     draft.results.update(results, site=site.name, neurons=list(site.n_neurons))
-    # For what is measured on the same neurons later (`open_harvest`).
+    # For later measurements on the same neurons (`open_harvest`).
     draft.results.update(sequence_length=length, device=config.device)
     fields = asdict(replace(site, autoencoders=()))
     del fields["autoencoders"]
@@ -162,7 +164,7 @@ def _write(
     site: Site,
     name: str,
 ) -> None:
-    """Write a split; to held-out excerpts, top tokens out of their context are added."""
+    """Write a split; held-out excerpts include top tokens out of their context."""
     out_of_context = (
         out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
     )
@@ -185,12 +187,12 @@ def _write(
 def _plan(config: HarvestConfig, store: TokenStore, split: Split, length: int) -> SearchPlan:
     tokens = store.split(split)
     if tokens.n_tokens == 0:
-        raise InputError(f"split {split} holds no tokens: tokenize more text or raise its share")
+        raise InputError(f"split {split} has no tokens: tokenize more text or raise its fraction")
     return SearchPlan.of(tokens, split, store.eot_id, length, config.tokens, config.seed)
 
 
 def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str]:
-    """Return where the autoencoders are, and the record of those of the run or the identity of a folder."""
+    """Return the folder of the autoencoders, and their record in the run or the identity of the folder."""
     assert config.sae is not None
     stage = run.stage(
         "sae", set_name(last_name("--model", config.model), last_name("--sae", config.sae))
@@ -207,7 +209,7 @@ def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str
 
 
 def autoencoder_identity(folder: Path) -> str:
-    """Return the sha256 over configurations and weights of the autoencoders in a folder."""
+    """Return a sha256 over the configurations and weights of the autoencoders in a folder."""
     files = [*folder.rglob("cfg.json"), *folder.rglob("*.safetensors")]
     return hash_json({str(p.relative_to(folder)): hash_file(p) for p in sorted(files)})
 

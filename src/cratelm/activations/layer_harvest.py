@@ -1,9 +1,9 @@
 """Statistics and excerpts of the neurons of one layer, updated batch after batch.
 
-Every activation of a corpus passes through here once, so this file is written for time per activation
-(6 to 8 ns on two cores, where sorting them all takes 58: `benchmarks/harvest.py`). Most of an activation's
-time is reading it from memory; hence the blocks that fit a processor's cache, and hence the plan by which
-most activations are read for their statistics alone and never considered as excerpts:
+Every activation of a corpus passes through here once, so this file is optimised for time per activation
+(6 to 8 ns on two cores; sorting them all takes 58: `benchmarks/harvest.py`). Most of that time is spent
+reading the activation from memory. Hence the blocks that fit into a processor's cache, and hence the plan
+by which most activations are read only for their statistics and never considered as excerpts:
 
     moments, firing counts    every activation
     histogram                 every activation
@@ -11,8 +11,8 @@ most activations are read for their statistics alone and never considered as exc
     random excerpts           positions drawn beforehand, looked up
     samples of bins           the tokens with the lowest sampling keys, and rare high activations
 
-Memory depends on neurons and excerpts, never on the number of tokens: `bytes_per_neuron` is the
-formula, 77 kB at the default sizes. The activations of one batch come on top.
+Memory depends on neurons and excerpts, never on the number of tokens: `bytes_per_neuron` has the
+formula, which gives 77 kB at the default sizes. The activations of one batch are extra.
 
 Shape legend: N tokens of a batch, H neurons, S segments, W tokens of an excerpt, m excerpts.
 """
@@ -29,31 +29,35 @@ from cratelm.errors import InputError
 from cratelm.records import ANTHROPIC_BINS, HISTOGRAM_BINS
 
 _PREFIX = 16
-"""at least half as many tokens, those with the lowest keys, have all their activations considered as
-samples of bins in each batch"""
+"""in each batch, at least half as many tokens, those with the lowest keys, have all their activations
+considered as samples of bins"""
 _HISTOGRAM_BLOCK = 64
-"""neurons whose histograms are counted together: their 4,096 counters fit into the nearest cache"""
+"""number of neurons whose histograms are counted together: their 4,096 counters fit into the L1 cache"""
 _GATHER = 2**22
 """elements gathered at once when a segment's maximum is located: 16 MiB"""
 
 
 @dataclass(frozen=True)
 class ExcerptSizes:
-    """How many excerpts of which length are kept per neuron."""
+    """Numbers and lengths of the excerpts that are kept per neuron."""
 
     top: int = 50
+    """number of excerpts with the highest activation"""
     random: int = 50
+    """number of excerpts around random tokens"""
     per_bin: int = 20
+    """number of excerpts from each bin of both binnings"""
     context: int = 32
-    """tokens before the chosen one in a long excerpt, and from it on"""
+    """tokens of a long excerpt before the chosen one, and again from it on"""
     short_context: int = 4
+    """the same for a short excerpt"""
 
 
 def bytes_per_neuron(sizes: ExcerptSizes) -> int:
     """Return the bytes that a harvest holds per neuron, however many tokens it searches.
 
-    A slot takes 4 bytes per token of its window and 40 of bookkeeping (48 if random); a bin 20 more
-    for its edge, its reach and its threshold; the statistics 644.
+    A slot takes 4 bytes per token of its window and 40 for bookkeeping (48 if random); a bin takes 20
+    more for its edge, its reach and its threshold; the statistics take 644.
     """
     long, short = 4 * 2 * sizes.context, 4 * 2 * sizes.short_context
     top = sizes.top * (40 + long) + 8
@@ -64,10 +68,10 @@ def bytes_per_neuron(sizes: ExcerptSizes) -> int:
 
 
 class Binning:
-    """One way of cutting the activations of H neurons into bins, with a sample of each bin.
+    """One way of dividing the activations of H neurons into bins, with a sample of each bin.
 
-    The sample of a bin are the members with the lowest sampling keys (`batches.sampling_keys`): uniform,
-    without counting the members, and the same in whatever order tokens are searched.
+    The sample of a bin consists of the members with the lowest sampling keys (`batches.sampling_keys`). It
+    is uniform, needs no count of the members, and does not depend on the order in which tokens are searched.
     """
 
     def __init__(
@@ -78,14 +82,14 @@ class Binning:
         slots: int,
         context: int,
     ) -> None:
-        """`is_open` [H, bins] is False for bins of no width: they take nothing."""
+        """`is_open` [H, bins] is False for bins of zero width, which take no samples."""
         self.n_bins = lower.shape[1]
         self.lower = lower
         """[H, bins] an activation is in the last bin whose lower edge it reaches"""
         self.edges = lower.T.contiguous()
-        """[bins, H] the same, laid out for a comparison with [n, H]"""
+        """[bins, H] the same, transposed for a comparison with [n, H]"""
         self.reach = reach
-        """[H, bins] fraction of tokens that reach it, as estimated by the calibration"""
+        """[H, bins] fraction of tokens that reach the bin, as estimated by the calibration"""
         self.context = context
         self.samples = TopKBuffers(lower.numel(), slots, 2 * context, lower.device)
         """[H * bins] a buffer per neuron and bin"""
@@ -99,11 +103,11 @@ class Binning:
     def assign(
         self, value: torch.Tensor, neuron: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the buffer (neuron and bin) of each value, and True where its key is low enough for it.
+        """Return the buffer (neuron and bin) of each value, and whether its key is low enough for it.
 
         Shapes: value [n, H] with neuron [H] and key [n, 1], or all [n].
         """
-        # Counting the edges that are reached takes a third to a ninth of the time of a bisection per value.
+        # Counting the edges reached takes a third to a ninth of the time of a bisection per value.
         number = torch.full_like(value, -1, dtype=torch.int8)
         for edge in self.edges:
             number += value >= (edge if value.dim() == 2 else edge[neuron])
@@ -112,18 +116,18 @@ class Binning:
 
 
 class LayerHarvest:
-    """Statistics and excerpts of the H neurons of one layer; takes batch after batch, in order."""
+    """Statistics and excerpts of the H neurons of one layer; batches are added in order."""
 
     def __init__(
         self, calibration: Calibration, random: np.ndarray, sizes: ExcerptSizes, layer: int
     ):
-        """`random` [H, K_r] are positions of the split for random excerpts, -1 for none."""
+        """`random` [H, K_r] are the positions in the split of random excerpts, -1 for none."""
         device, n_neurons = calibration.mean.device, len(calibration.mean)
         self.calibration, self.sizes, self.layer = calibration, sizes, layer
         self.n_neurons = n_neurons
         self.n_tokens = 0
         self.prefix = _PREFIX
-        """tokens of the last batch whose activations were all considered as samples"""
+        """number of tokens of the last batch whose activations were all considered as samples"""
         self.powers = torch.zeros(4, n_neurons, dtype=torch.float64, device=device)
         """[4, H] sums of (a - calibration mean)^k, k = 1..4: sums of plain powers would cancel"""
         self.fired = torch.zeros(n_neurons, dtype=torch.float64, device=device)
@@ -136,7 +140,7 @@ class LayerHarvest:
         self._plan_random(random, window, device)
 
     def _plan_random(self, random: np.ndarray, window: int, device: torch.device) -> None:
-        """Sort the positions of random excerpts once, so that a batch finds its own by bisection."""
+        """Sort the positions of random excerpts once, so that a batch finds its positions by bisection."""
         neuron, rank = np.nonzero(random >= 0)
         order = np.argsort(random[neuron, rank], kind="stable")
         self.random_neuron, self.random_rank = neuron[order], rank[order]
@@ -149,10 +153,10 @@ class LayerHarvest:
 
     @torch.no_grad()
     def add(self, activations: torch.Tensor, batch: Batch) -> None:
-        """Add activations [B, T, H] of a batch. Raises `InputError` where they are not finite."""
+        """Add activations [B, T, H] of a batch. Raises `InputError` if they are not finite."""
         flat = activations.reshape(-1, self.n_neurons).float()  # [N, H]
-        # The prefix first: it tells from which activation on the other tokens can matter to a bin, and
-        # the sweep, which reads all activations anyway, notes where they are.
+        # The prefix first: it determines how high an activation of the other tokens must be to matter to
+        # a bin, and the sweep, which reads all activations anyway, records where these are.
         cut, last_key = self._sample_prefix(flat, batch)
         reached = self._sweep(flat, batch, cut)
         self._count_histogram(flat, batch)
@@ -164,7 +168,8 @@ class LayerHarvest:
     def _sweep(self, flat: torch.Tensor, batch: Batch, cut: torch.Tensor) -> torch.Tensor:
         """Add to moments and firing counts; return the offsets [n] in flat of activations >= cut [H].
 
-        In pieces that stay in the processor's cache: twice as fast as whole on one core, at 3,072 neurons.
+        It works in pieces that stay in the processor's cache: twice as fast as all at once, on one core at
+        3,072 neurons.
         """
         rows = len(flat) if flat.is_cuda else max(8, 2**17 // self.n_neurons)  # 512 KiB
         reached = []
@@ -184,13 +189,13 @@ class LayerHarvest:
         return torch.cat(reached)
 
     def _count_histogram(self, flat: torch.Tensor, batch: Batch) -> None:
-        """Count text tokens in the histograms, in blocks of neurons whose counters stay in the nearest cache.
+        """Count text tokens in the histograms, in blocks of neurons whose counters stay in the L1 cache.
 
-        1.3 to 1.5 times as fast as all neurons at once on one core (512 and 3,072 neurons).
+        This is 1.3 to 1.5 times as fast as all neurons at once, on one core (512 and 3,072 neurons).
         """
         width = self.n_neurons if flat.is_cuda else _HISTOGRAM_BLOCK
-        # End marks are counted with the text and subtracted again: few rows, where copying the text
-        # without them would copy nearly all.
+        # End marks are counted with the text and subtracted again: they are few rows, whereas copying the
+        # text without them would copy nearly all rows.
         end_marks = flat[batch.is_text == 0]
         for first in range(0, self.n_neurons, width):
             block = slice(first, first + width)
@@ -206,17 +211,17 @@ class LayerHarvest:
         return torch.bincount(bins.flatten(), minlength=len(low) * HISTOGRAM_BINS)
 
     def _update_top(self, flat: torch.Tensor, batch: Batch) -> None:
-        """Offer the maximum of each document; most fall short of the K-th best and cost nothing more."""
+        """Offer the maximum of each document; most are below the K-th best and cost nothing more."""
         if not batch.segments:
             return
         best = torch.stack([flat[low:high].amax(0) for low, high in batch.segments])  # [S, H]
         self.maximum = torch.maximum(self.maximum, best.amax(0))
-        # of a document's segments in this batch only the best can matter, the first where they tie
+        # only the best segment of a document in this batch can matter; of equal ones, the first
         spans = batch.document_spans()
         segment_of_best = torch.stack([best[a:b].argmax(0) + a for a, b in spans])  # [documents, H]
         best = best.gather(0, segment_of_best)
-        # The bits of a float that is not negative, read as an integer, are in the order of the floats:
-        # an exact integer key, as the samples have, without a second kind of buffer.
+        # The bits of non-negative floats, read as integers, have the order of the floats. This gives an
+        # exact integer key, as the samples have, without a second kind of buffer.
         keys = -best.clamp(min=0).view(torch.int32).to(torch.int64)
         document, neuron = torch.nonzero((keys < self.top.threshold) & (best > 0), as_tuple=True)
         segment, value = segment_of_best[document, neuron], best[document, neuron]
@@ -247,16 +252,16 @@ class LayerHarvest:
     def _sample_prefix(self, flat: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """Offer all activations of the tokens with the lowest keys to both binnings.
 
-        Return cut [H], the lowest activation with which the other tokens can still matter, and the key
-        up to which tokens were dealt with here.
+        Return cut [H], the lowest activation with which the other tokens can still matter, and the
+        highest key of the tokens that were processed here.
 
-        The plain way asks of every activation which bin it is in and whether its key is low enough for
-        that bin. But a bin that is full has a threshold, and of tokens with higher keys it takes none.
-        So after the tokens with the lowest keys, in order, common bins are done: they fill up soon and
-        their thresholds lie below all remaining keys. Only rare bins still wait, and these are high
-        activations: what the other tokens have above `cut`, the lowest edge of a bin that waits. The
-        prefix is doubled until it costs as much as searching what is above `cut` in the rest, by the
-        fractions that the calibration found.
+        The plain method determines for every activation its bin, and whether its key is low enough for
+        that bin. But a full bin has a threshold, and takes no token with a higher key. So once the tokens
+        with the lowest keys are processed, in order, common bins are complete: they fill up soon, and
+        their thresholds are below all remaining keys. Only rare bins can still take tokens, and these
+        are bins of high activations: those of the other tokens above `cut`, the lowest edge of such a
+        bin. The prefix is doubled until it costs as much as searching the other tokens for activations
+        above `cut`, whose fraction the calibration estimated.
         """
         ordered, rows = torch.sort(batch.key)
         n_text = int((ordered < NEVER).sum())
@@ -278,20 +283,20 @@ class LayerHarvest:
     def _cut(self, key: int) -> tuple[torch.Tensor, float]:
         """Return the lower edge [H] of the lowest bin that may take tokens with keys above `key`.
 
-        And the fraction of tokens that reach it, mean over the neurons.
+        Also return the fraction of tokens that reach it, averaged over the neurons.
         """
         cut = torch.full_like(self.maximum, torch.inf)
         reach = torch.zeros_like(cut)
         for binning in (self.openai, self.anthropic):
-            waiting = binning.threshold > key
-            cut = torch.minimum(cut, torch.where(waiting, binning.lower, torch.inf).amin(1))
-            reach = torch.maximum(reach, torch.where(waiting, binning.reach, 0.0).amax(1))
+            unfilled = binning.threshold > key
+            cut = torch.minimum(cut, torch.where(unfilled, binning.lower, torch.inf).amin(1))
+            reach = torch.maximum(reach, torch.where(unfilled, binning.reach, 0.0).amax(1))
         return cut, float(reach.mean())
 
     def _sample_above(
         self, flat: torch.Tensor, batch: Batch, reached: torch.Tensor, last_key: int
     ) -> None:
-        """Offer the activations `reached` [n] of the tokens that `_sample_prefix` did not deal with."""
+        """Offer the activations `reached` [n] of the tokens that `_sample_prefix` did not process."""
         row, neuron = reached // self.n_neurons, reached % self.n_neurons
         key = batch.key[row]
         others = torch.nonzero((key > last_key) & (key < NEVER)).flatten()
@@ -333,7 +338,7 @@ class LayerHarvest:
 
 
 def _openai_binning(calibration: Calibration, sizes: ExcerptSizes) -> Binning:
-    """Return 5 bins between quantiles; the outer ones take what lies beyond the calibration's range."""
+    """Return 5 bins between quantiles; the outer bins also take values beyond the calibration's range."""
     edges = calibration.openai_edges
     is_open = edges[:, 1:] > edges[:, :-1]
     is_open[:, -1] = True
@@ -343,7 +348,7 @@ def _openai_binning(calibration: Calibration, sizes: ExcerptSizes) -> Binning:
 
 
 def _anthropic_binning(calibration: Calibration, sizes: ExcerptSizes) -> Binning:
-    """Return 12 equal bins above 0; the last takes what lies beyond the calibration's maximum."""
+    """Return 12 equal bins above 0; the last also takes values beyond the calibration's maximum."""
     edges = calibration.anthropic_edges
     is_open = edges[:, 1:] > edges[:, :-1]
     lower = edges[:, :-1].clone()
@@ -360,9 +365,9 @@ def _locate(
 ) -> torch.Tensor:
     """Return the first row [n] of each segment at which its neuron has `value`.
 
-    Only for maxima that pass the threshold: an argmax over every segment and neuron would cost as much
-    as the maximum itself once more. In groups of segments of similar length, so that what is gathered,
-    the longest segment of a group times its size, stays bounded.
+    It is used only for maxima that pass the threshold: an argmax over every segment and neuron would cost
+    as much again as the maximum itself. Segments are processed in groups of similar length, which bounds
+    what is gathered: the longest segment of a group times the size of the group.
     """
     bounds = torch.tensor(batch.segments, device=flat.device)
     low, length = bounds[segment, 0], bounds[segment, 1] - bounds[segment, 0]
@@ -385,8 +390,8 @@ def _windows(
 ) -> torch.Tensor:
     """Return activations [m, 2 * context] of neuron [m] around row [m], 0 outside the segment.
 
-    A fixed width, the chosen token in column `context`, so that all windows of a buffer are one tensor;
-    the tables cut off what lies outside.
+    The width is fixed, with the chosen token in column `context`, so that all windows of a buffer are one
+    tensor; the tables later cut off the columns outside the excerpt.
     """
     rows = row[:, None] + torch.arange(-context, context, device=flat.device)
     rows = rows.clamp(0, len(flat) - 1)
@@ -395,7 +400,10 @@ def _windows(
 
 
 def _nonzero(mask: torch.Tensor) -> torch.Tensor:
-    """Return the offsets of the true elements of a matrix. NumPy's takes a third to a ninth of the time of torch's."""
+    """Return the offsets of the true elements of a matrix.
+
+    NumPy's function takes a third to a ninth of the time of torch's.
+    """
     if mask.is_cuda:
         return torch.nonzero(mask.flatten()).flatten()
     return torch.from_numpy(np.flatnonzero(mask.numpy()))

@@ -23,22 +23,21 @@ from cratelm.tokens.shards import TokenStore
 
 @dataclass(frozen=True, eq=False)
 class HarvestContext:
-    """A model of which a run has a harvest."""
+    """The model, site and tokens of a harvest."""
 
     subject: LoadedModel
     site: Site
     store: TokenStore
     folder: Path
-    """of the harvest"""
+    """folder of the harvest"""
     sequence_length: int
-    """tokens that it read at once"""
+    """tokens per sequence in the harvest"""
 
 
 def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None) -> Site:
     """Return the site called `site`, or the latents of the autoencoders called `sae`.
 
-    `sae` is a name in the run, or a folder.
-    Raises `InputError` where there is none.
+    `sae` is a name in the run, or a folder. Raises `InputError` if there is no such site or autoencoder.
     """
     if sae is None:
         return site_of(subject.model, site)
@@ -57,15 +56,16 @@ def _sae_stage(run: Run, subject: LoadedModel, sae: str) -> Stage:
 
 
 def _folder_of(run: Run, subject: LoadedModel, sae: str) -> Path | None:
-    """The folder that `sae` names; None where it names autoencoders of the run."""
-    own = "/" not in sae and _sae_stage(run, subject, sae).completion() is not None
-    return None if own else Path(sae)
+    """Return the folder that `sae` names; None if it names autoencoders of the run."""
+    in_run = "/" not in sae and _sae_stage(run, subject, sae).completion() is not None
+    return None if in_run else Path(sae)
 
 
 def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedModel:
-    """Return the model that was harvested, from where it was then and in the same precision.
+    """Return the harvested model, from its location at the time and in the same precision.
 
-    It is never looked for on the Hub if it was not from there, and on the Hub at the same commit.
+    A model from the Hub is loaded at the same commit; any other is never looked up on the Hub. `again` is
+    what to type to harvest it again, for messages.
     """
     name: str = harvest.config["model"]
     identity = harvest.inputs.get("model", "")
@@ -77,52 +77,48 @@ def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedMod
     if folder.is_dir() and name not in run.models():
         if identity not in ("", folder_identity(folder)):
             raise InputError(
-                f"{folder} holds another model than the one that was harvested: put its files back, or"
-                f" {again}"
+                f"{folder} no longer has the model that was harvested: restore its files, or {again}"
             )
         return find_model(run, name, from_run=False).load(device, dtype)
     if len(folder.parts) > 1:
         raise InputError(
-            f"{name} is not there: put the folder of the model back, or harvest it again"
+            f"{name} does not exist: restore the folder of the model, or harvest it again"
         )
     return find_model(run, name).load(device, dtype)
 
 
 def _device(harvest: Completion) -> str:
-    """Return the device of the harvest, `auto` where this machine has none of this name."""
-    wanted = harvest.results.get("device", "auto")  # not in runs of version 0.1.0
+    """Return the device of the harvest; `auto` if this machine does not have it."""
+    device = harvest.results.get("device", "auto")  # absent in runs of version 0.1.0
     try:
-        device_of(wanted)
+        device_of(device)
     except InputError:
         return "auto"
-    return wanted
+    return device
 
 
 def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     """Return the model, site and tokens of the harvest called `name`, in the harvest's precision.
 
-    `device` `auto`: that of the harvest, where this machine has it. Raises `InputError` where the
-    harvest is not finished, stale or imported, or its model is gone or another one. Models and
-    autoencoders from a folder are compared here, by their content.
+    With `device` `auto`, it is the harvest's device if this machine has it. Raises `InputError` if the
+    harvest is not finished, is stale or was imported, or if its model is missing or has changed. Models
+    and autoencoders from a folder are compared here, by their content.
     """
     stage = run.stage("activations", name)
     harvest = stage.require("harvest")
     run.stage("tokens").require("tokenize")
     if "model" not in harvest.config or not (stage.path / "sites.json").is_file():
-        raise InputError(
-            f"{stage.path} was imported without a model that could be run: harvest a model"
-        )
+        raise InputError(f"{stage.path} was imported, so there is no model to run: harvest a model")
     again = f"type `{stage.command()}`"
-    wanted = _device(harvest) if device == "auto" else device
-    subject = _opened(run, harvest, wanted, again)
+    subject = _opened(run, harvest, _device(harvest) if device == "auto" else device, again)
     store = TokenStore(run.stage("tokens").path)
     check_store(subject, store, run)
-    # What the harvest read at once; not in runs of version 0.1.0.
+    # The harvest's sequence length; absent in runs of version 0.1.0.
     length = harvest.results.get("sequence_length")
     length = length or sequence_length(subject, harvest.config.get("sequence_length"))
     sae = harvest.config.get("sae")
     site = open_site(run, subject, harvest.config.get("site"), sae)
     from_folder = _folder_of(run, subject, sae) if sae else None
     if from_folder and autoencoder_identity(from_folder) != harvest.inputs.get("sae"):
-        raise InputError(f"{sae} holds other autoencoders than those that were harvested: {again}")
+        raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")
     return HarvestContext(subject, site, store, stage.path, length)

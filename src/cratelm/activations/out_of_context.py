@@ -1,7 +1,7 @@
 """Activations of top tokens in a context of 3 tokens.
 
 The Anthropic metric scores on them (Bricken et al. 2023; arXiv 2410.16443, section 4): an explanation
-that rests on the context must not be rewarded for the token, so the activations are those of the
+that relies on the context must not be rewarded for the token, so the activations are those in the
 short text and not those that the token had in its excerpt.
 
 Neurons share many of these short texts, so each distinct one is run once.
@@ -17,7 +17,7 @@ from cratelm.activations.tables import Rows, excerpt_rows, tokens_at
 from cratelm.models.sites import Site, hooked
 
 N_TOKENS = 10
-"""top tokens of a neuron, the peaks of its highest excerpts"""
+"""number of top tokens of a neuron: the peaks of its highest excerpts"""
 _CONTEXT = 1
 """tokens on each side of the peak"""
 _SEQUENCES = 2_048
@@ -39,7 +39,7 @@ def out_of_context_rows(
 
 
 def _peaks(layer: LayerHarvest) -> Rows:
-    """Return the highest excerpts cut to a token on each side, their activations not measured yet."""
+    """Return the highest excerpts, cut to a token on each side, with activations yet to be measured."""
     top = excerpt_rows(layer, 0, layer.n_neurons)[0]
     chosen = top.rank < N_TOKENS
     position = top.position[chosen]
@@ -57,7 +57,7 @@ def _peaks(layer: LayerHarvest) -> Rows:
 
 
 def _unique_texts(plan: SearchPlan, spans: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """Return the distinct token sequences of the spans [n, 2], and which of them each span is [n]."""
+    """Return the distinct token sequences of the spans [n, 2], and the number of each span's sequence [n]."""
     lengths = spans[:, 1] - spans[:, 0]
     positions = spans[:, :1] + np.arange(2 * _CONTEXT + 1)
     inside = np.arange(2 * _CONTEXT + 1) < lengths[:, None]
@@ -75,7 +75,7 @@ def _run(
     which: np.ndarray,
     tops: list[Rows],
 ) -> None:
-    """Run texts of one length and write the activations into the windows of the rows they belong to."""
+    """Run texts of one length, and write their activations into the windows of the rows with these texts."""
     ends = np.cumsum([0] + [len(t.neuron) for t in tops])
     for first in range(0, len(texts), _SEQUENCES):
         batch = numbers[first : first + _SEQUENCES]
@@ -90,7 +90,7 @@ def _run(
             text = row_of[which[ends[layer] : ends[layer + 1]]]
             chosen = np.flatnonzero(text >= 0)
             values = activations.float().cpu().numpy()[text[chosen], :, rows.neuron[chosen]]
-            # Column 2 of the window is the peak: a text that begins at the peak starts there.
+            # Column 2 of the window is the peak, so a text that begins at the peak starts there.
             column = _CONTEXT + 1 - (rows.position[chosen] - rows.start[chosen])
             for offset in range(values.shape[1]):
                 rows.window[chosen, column + offset] = values[:, offset]

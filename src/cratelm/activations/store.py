@@ -1,8 +1,9 @@
 """Harvested neurons on disk: two Parquet files per split, read lazily.
 
 `summaries-SPLIT.parquet` has a row per neuron (fields of `NeuronSummary`), `excerpts-SPLIT.parquet` a
-row per excerpt (fields of `Excerpt`, with model, site, layer and index of the neuron), both sorted by
-layer and index, excerpts further by kind, bin and rank. A row group holds whole neurons.
+row per excerpt (fields of `Excerpt`, with model, site, layer and index of the neuron). Both are sorted by
+layer and index, excerpts also by kind, bin and rank. The rows of a neuron are never split between row
+groups.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ EXCERPTS = TableFile(
             pa.dictionary(pa.int8(), pa.string()),
             "`top`, `random`, `openai_bin`, `anthropic_bin` or `out_of_context`",
         ),
-        FileColumn("bin", pa.int8(), "bin it was drawn from, -1 where the kind has none"),
+        FileColumn("bin", pa.int8(), "bin it was drawn from, -1 if the kind has no bins"),
         FileColumn("rank", pa.int16(), "`top`: 0 is the strongest; others: order of drawing"),
         FileColumn(
             "peak", pa.int16(), "offset in the excerpt, in tokens, of the token it was chosen for"
@@ -52,14 +53,14 @@ SUMMARIES = TableFile(
     "activations/MODEL/summaries-SPLIT.parquet",
     (
         *NEURON_COLUMNS,
-        FileColumn("n_tokens", pa.int64(), "tokens searched"),
+        FileColumn("n_tokens", pa.int64(), "number of tokens searched"),
         FileColumn("mean", pa.float64(), "raw activation"),
-        FileColumn("variance", pa.float64(), "of the population, raw activation squared"),
-        FileColumn("skew", pa.float64(), "standardised third moment; NaN where the variance is 0"),
+        FileColumn("variance", pa.float64(), "population variance, raw activation squared"),
+        FileColumn("skew", pa.float64(), "standardised third moment; NaN if the variance is 0"),
         FileColumn(
             "kurtosis",
             pa.float64(),
-            "standardised fourth moment, 3 for a normal distribution; NaN where the variance is 0",
+            "standardised fourth moment, 3 for a normal distribution; NaN if the variance is 0",
         ),
         FileColumn("firing_rate", pa.float64(), "fraction of tokens with an activation above 0"),
         FileColumn(
@@ -69,12 +70,12 @@ SUMMARIES = TableFile(
         FileColumn(
             "histogram_low",
             pa.float32(),
-            "lower edge of the first bin, raw activation; the bin also takes what lies below",
+            "lower edge of the first bin, raw activation; the bin also counts lower values",
         ),
         FileColumn(
             "histogram_high",
             pa.float32(),
-            "upper edge of the last bin, raw activation; the bin also takes what lies above",
+            "upper edge of the last bin, raw activation; the bin also counts higher values",
         ),
         FileColumn(
             "openai_edges",
@@ -91,7 +92,7 @@ SUMMARIES = TableFile(
 
 
 NEURONS_PER_GROUP = 16
-"""neurons in a row group of excerpts: about 1 MB in memory, 10 ms to read one of them"""
+"""neurons in a row group of excerpts, which takes about 1 MB in memory and 10 ms to read"""
 
 
 def excerpts_path(folder: str | Path, split: Split) -> Path:
@@ -105,7 +106,7 @@ def summaries_path(folder: str | Path, split: Split) -> Path:
 
 
 def write_records(folder: str | Path, split: Split, records: Sequence[NeuronRecord]) -> None:
-    """Write records, sorted by layer and index, as one row group per file."""
+    """Write records, which must be sorted by layer and index, as one row group per file."""
     with (
         pq.ParquetWriter(summaries_path(folder, split), SUMMARIES.schema) as summaries,
         pq.ParquetWriter(excerpts_path(folder, split), EXCERPTS.schema) as excerpts,
@@ -126,9 +127,9 @@ def read_records(
     layers: Sequence[int] | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[NeuronRecord]:
-    """Yield the neurons of a harvest with their excerpts, by layer and index; holds one row group.
+    """Yield the neurons of a harvest with their excerpts, by layer and index; memory: one row group.
 
-    `layers` and `indices` restrict them; row groups that hold none of them are not read.
+    `layers` and `indices` restrict the neurons; row groups without any of them are not read.
     """
     layers_wanted = None if layers is None else set(layers)
     indices_wanted = None if indices is None else set(indices)
@@ -152,8 +153,8 @@ def read_records(
 class NeuronFile:
     """A Parquet file with columns `layer` and `index`, from which one neuron's rows can be read.
 
-    The footer, with the bounds of each row group, is read once; the file is opened for each reading, so
-    that threads do not share a position in it. Raises `InputError` where the file is not there.
+    The footer, with the bounds of each row group, is read once. The file is opened for each read, so that
+    threads do not share a file position. Raises `InputError` if the file does not exist.
     """
 
     def __init__(self, path: str | Path):
@@ -165,7 +166,7 @@ class NeuronFile:
         self._bounds = np.array(bounds, np.int64).reshape(-1, 4)
 
     def keys_in(self, group: int, wanted: Iterable[NeuronKey]) -> set[NeuronKey]:
-        """Return those of the wanted neurons that may be in a row group, by its bounds."""
+        """Return the wanted neurons that may be in a row group, according to its bounds."""
         layer_low, layer_high, index_low, index_high = self._bounds[group].tolist()
         return {
             key
@@ -181,7 +182,7 @@ class NeuronFile:
             return file.read_row_group(group, columns=columns, use_threads=threads)
 
     def rows(self, layer: int, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the rows of one neuron; `columns` must hold `layer` and `index`."""
+        """Return the rows of one neuron; `columns` must include `layer` and `index`."""
         low, high = self._bounds[:, [0, 2]], self._bounds[:, [1, 3]]
         inside = ((low <= (layer, index)) & ((layer, index) <= high)).all(1)
         tables = [self.read_group(g, columns, True) for g in np.flatnonzero(inside).tolist()]
@@ -201,13 +202,13 @@ class ExcerptFile(NeuronFile):
         super().__init__(excerpts_path(folder, split))
 
     def of(self, layer: int, index: int) -> tuple[Excerpt, ...]:
-        """Return the excerpts of one neuron; none where the file has none."""
+        """Return the excerpts of one neuron; an empty tuple if the file has none."""
         return _by_neuron(self.rows(layer, index)).get(NeuronKey(layer, index), ())
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise InputError(f"{path} is not there: type `cratelm harvest` for this model first")
+        raise InputError(f"{path} does not exist: type `cratelm harvest` for this model first")
     return path
 
 
@@ -224,7 +225,7 @@ def _bounds(file: pq.ParquetFile, group: int) -> tuple[int, int, int, int]:
 
 def _rows_of(table: pa.Table, keys: set[NeuronKey]) -> pa.Table:
     """Return the rows of some neurons."""
-    # Layer and index in one integer: one `isin` over the table, where a filter on pairs would need two
+    # Layer and index in one integer need one `isin` over the table; a filter on pairs would need two
     # columns and a join.
     packed = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
     wanted = np.isin(packed, [key.layer << 32 | key.index for key in keys])

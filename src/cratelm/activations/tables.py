@@ -1,4 +1,4 @@
-"""The tables of `store` from what a harvest kept of a layer, without a Python object per token.
+"""Tables of `store` from the harvest of a layer, built without a Python object per token.
 
 Shape legend: H neurons, n excerpts, W tokens of a window.
 """
@@ -25,13 +25,18 @@ class Rows:
 
     kind: ExcerptKind
     neuron: np.ndarray
-    """[n]"""
+    """[n], as are all columns but `window`"""
     bin: np.ndarray
+    """bin, -1 if the kind has no bins"""
     rank: np.ndarray
     start: np.ndarray
+    """first position of the excerpt in the split"""
     stop: np.ndarray
+    """one past its last position"""
     position: np.ndarray
+    """position of the token that it was chosen for"""
     document: np.ndarray
+    """ordinal of its document"""
     window: np.ndarray
     """[n, W] activations around `position`, which is in column W / 2"""
 
@@ -42,7 +47,7 @@ class Rows:
         return Rows(**{k: v if k == "kind" else v[chosen] for k, v in columns.items()})
 
     def table(self, split: TokenSplit) -> pa.Table:
-        """Return the columns of `EXCERPTS` but model, site and layer."""
+        """Return the columns of `EXCERPTS` except model, site and layer."""
         context = self.window.shape[1] // 2
         columns = np.arange(self.window.shape[1]) - context
         positions = self.position[:, None] + columns
@@ -134,7 +139,8 @@ def excerpt_table(
 def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> pa.Table:
     """Return one row per neuron of `SUMMARIES`, from the sums of the harvest."""
     n, calibration = harvest.n_tokens, harvest.calibration
-    # Central moments from moments about the calibration's mean, which is near the mean: little cancels.
+    # Central moments from moments about the calibration's mean, which is near the mean, so that little
+    # cancels.
     p1, p2, p3, p4 = (p / n for p in harvest.powers.cpu().numpy())
     variance = np.maximum(p2 - p1**2, 0)
     third = p3 - 3 * p1 * p2 + 2 * p1**3

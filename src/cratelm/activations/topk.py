@@ -1,10 +1,10 @@
-"""Top-k buffers: for many buffers at once, the few candidates of each with the smallest keys.
+"""Top-k buffers: many buffers at once, each of which keeps the few candidates with the smallest keys.
 
-Every excerpt of a harvest is kept by one rule: each buffer (one neuron, or one bin of one neuron) holds
-the K candidates with the smallest keys seen so far. For top excerpts the key is the negative
-activation, for samples of a bin a pseudo-random number. A candidate that is not among the best K now
-can never be later, so memory does not depend on the number of tokens, and the result does not depend
-on how they are batched (exactly: keys have no ties, or `position` breaks them).
+Every excerpt of a harvest is chosen by one rule: each buffer (one neuron, or one bin of one neuron) holds
+the K candidates with the smallest keys so far. For top excerpts the key is the negative activation, for
+samples of a bin a pseudo-random number. A candidate that is not among the best K now can never be later,
+so memory does not depend on the number of tokens, and the result does not depend on how they are batched
+(exactly: keys have no ties, or `position` breaks them).
 
 All tensors have one row per buffer, so that the buffers of a layer (18 per neuron) are updated by a few
 tensor operations; one heap per buffer would be a million Python calls per batch.
@@ -20,8 +20,8 @@ import torch
 EMPTY = torch.iinfo(torch.int64).max
 """key of an empty slot: any candidate is better"""
 _WAVES = 6
-"""most candidates of one buffer that are inserted one after another; where a buffer has more, all are
-sorted together with what the buffers hold"""
+"""most candidates of one buffer that are inserted one after another; if a buffer has more, all candidates
+are sorted together with what the buffers hold"""
 
 Windows = Callable[[torch.Tensor], torch.Tensor]
 """from numbers of candidates [m] to their activations [m, W]"""
@@ -36,7 +36,7 @@ class Candidates:
     key: torch.Tensor
     """smaller is better; below `EMPTY`"""
     position: torch.Tensor
-    """breaks ties where documents are unique: the smaller is better; elsewhere keys have no ties"""
+    """breaks ties if documents are unique: the smaller is better; otherwise keys have no ties"""
     start: torch.Tensor
     """first position of the excerpt"""
     stop: torch.Tensor
@@ -49,9 +49,9 @@ class Candidates:
 
 
 class TopKBuffers:
-    """C buffers of K slots. Memory: C * K * (5 * 8 + 4 * W) bytes, however many candidates come.
+    """C buffers of K slots. Memory: C * K * (5 * 8 + 4 * W) bytes, however many candidates there are.
 
-    With `unique_documents` a buffer keeps at most one candidate per document, its best.
+    With `unique_documents` a buffer keeps at most one candidate per document, the best one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TopKBuffers:
         self.slots, self.unique_documents = slots, unique_documents
         shape = (buffers, slots)
         self.key = torch.full(shape, EMPTY, device=device)
-        """[C, K] in no order: only which slots are taken matters until the end"""
+        """[C, K] in no order: until the end it only matters which slots are taken"""
         self.position = torch.zeros(shape, dtype=torch.int64, device=device)
         self.start = torch.zeros_like(self.position)
         self.stop = torch.zeros_like(self.position)
@@ -76,18 +76,19 @@ class TopKBuffers:
         """[C] largest key held: a candidate must have a smaller key to be kept"""
 
     def update(self, candidates: Candidates, windows: Windows) -> None:
-        """Keep the best K of what each buffer holds and of its candidates.
+        """Keep the best K of each buffer's slots and candidates.
 
         `windows` is called only for candidates that are kept: soon these are one in thousands, and
-        cutting the window costs more than all the rest.
+        cutting the window costs more than everything else.
         """
         index = torch.nonzero(candidates.key < self.threshold[candidates.buffer]).flatten()
         if not len(index):
             return
         # Once the buffers are full, few candidates pass the threshold, mostly one per buffer. Those are
         # inserted in waves of at most one per buffer, at the cost of the K keys of the buffers they
-        # touch. Sorting them with all that these buffers hold takes 2 to 7 times as long (200 to 9,000 candidates, K = 20); but waves
-        # are as many as one buffer has candidates, which is why the first batches are sorted.
+        # touch. Sorting them with all that these buffers hold takes 2 to 7 times as long (200 to 9,000
+        # candidates, K = 20). But there are as many waves as one buffer has candidates, which is why the
+        # first batches are sorted.
         if int(torch.bincount(candidates.buffer[index]).max()) > _WAVES:
             self._merge(candidates[index], index, windows)
             return
@@ -99,12 +100,13 @@ class TopKBuffers:
             self._insert(passed[in_wave], index[in_wave], windows)
 
     def _insert(self, new: Candidates, index: torch.Tensor, windows: Windows) -> None:
-        """Insert at most one candidate per buffer, in the slot of the worst held, if it is better.
+        """Insert at most one candidate per buffer, in the slot of the worst one held, if it is better.
 
-        Where documents are unique and the buffer holds one of its document, in that slot instead.
+        With unique documents, if the buffer holds a candidate of the same document, use that slot instead.
         """
         keys, positions = self.key[new.buffer], self.position[new.buffer]  # [n, K]
-        # The worst: the largest key and, of these, the largest position. An empty slot has key EMPTY.
+        # The worst has the largest key and, among equal keys, the largest position. An empty slot has
+        # key EMPTY.
         at_worst = keys == keys.amax(1, keepdim=True)
         slot = torch.where(at_worst, positions, -1).argmax(1)
         if self.unique_documents:
@@ -121,8 +123,8 @@ class TopKBuffers:
         """Keep the best of any number of candidates per buffer, by sorting them with what it holds."""
         touched, row = torch.unique(new.buffer, return_inverse=True)  # [U], [n] row in touched
         kept_old, kept_new = self._survivors(touched, row, new)
-        # What stays keeps its slot, so that its window of W numbers is not moved; what is new fills
-        # the slots that became free, in the order of the candidates.
+        # Candidates that stay keep their slots, so that their windows of W numbers are not moved; new ones
+        # fill the slots that became free, in the order of the candidates.
         self.key[touched] = torch.where(kept_old, self.key[touched], EMPTY)
         survivors = torch.nonzero(kept_new).flatten()
         survivors = survivors[torch.argsort(row[survivors], stable=True)]
@@ -145,7 +147,7 @@ class TopKBuffers:
     def _survivors(
         self, touched: torch.Tensor, row: torch.Tensor, new: Candidates
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which of the held [U, K] and of the new [n] are among the best K of their buffer."""
+        """Return which held [U, K] and which new [n] candidates are among the best K of their buffer."""
         device, n_old = row.device, len(touched) * self.slots
         old_rows = torch.arange(len(touched), device=device).repeat_interleave(self.slots)
         rows = torch.cat([old_rows, row])
@@ -183,7 +185,8 @@ def _lexsort(*columns: torch.Tensor) -> torch.Tensor:
 
 
 def _is_first(*columns: torch.Tensor) -> torch.Tensor:
-    """Return True where a row differs from the one before it: the first of each group of equal rows."""
+    """Return whether each row differs from the one before it, as the first of a group of equal rows does."""
+
     first = torch.ones(len(columns[0]), dtype=torch.bool, device=columns[0].device)
     if len(first) > 1:
         first[1:] = torch.stack([c[1:] != c[:-1] for c in columns]).any(0)

@@ -1,6 +1,6 @@
 """Readers of one file: plain text, JSON lines (plain or zstd, the Pile's format) and Parquet.
 
-Each yields `Document`s and, where something cannot be read, a `ReadError` with file and line; the
+Each yields `Document`s and, for what cannot be read, a `ReadError` with file and line; the
 caller decides whether that stops the run or is counted. Memory: one document and a read buffer
 of 128 KiB (Parquet: 64 rows and the column chunk that they are in).
 """
@@ -21,16 +21,16 @@ Found = Iterator[Document | ReadError]
 
 _CHUNK = 1 << 17
 _LARGEST_WINDOW = 2**31
-"""bytes; the Pile's files were compressed with --long=31, more than the library takes by default"""
+"""bytes; the Pile's files were compressed with --long=31, more than the library accepts by default"""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where in a row of JSON or Parquet the text and the subset are."""
+    """Fields of a JSON or Parquet row that hold the text and the subset."""
 
     text: str = "text"
     subset: str = "meta.pile_set_name"
-    """a dot leads into a nested object"""
+    """a dot selects a field of a nested object"""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class CorpusFile:
     source: str
     """the corpus as the user named it"""
     name: str
-    """path relative to the corpus, as `readable` writes it"""
+    """path relative to the corpus, as `readable` returns it"""
     subset: str = ""
     fault: str = ""
-    """why it cannot be read, where that was seen before it was opened: a folder without permission"""
+    """why it cannot be read, if that is known before it is opened, as for a folder without permission"""
 
 
 def readable(path: Path | str) -> str:
-    r"""The path as valid UTF-8: a byte that is not UTF-8 is written \xNN."""
+    r"""Return the path as valid UTF-8; a byte that is not UTF-8 is written \xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def why_unreadable(path: Path) -> str:
-    """Return why `path` cannot be read as a file, without opening it; empty where nothing is known."""
+    """Return why `path` cannot be read as a file, without opening it; empty if no reason is known."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
@@ -61,7 +61,7 @@ def why_unreadable(path: Path) -> str:
     if stat.S_ISREG(mode):
         return ""
     kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-    return f"{kind} was found, a file was expected"
+    return f"it is {kind} and not a file"
 
 
 def read_text(file: CorpusFile, fields: Fields) -> Found:
@@ -80,7 +80,7 @@ def read_jsonl(file: CorpusFile, fields: Fields) -> Found:
 
 
 def read_jsonl_zst(file: CorpusFile, fields: Fields) -> Found:
-    """Yield a document per line of a file compressed with zstd; a file cut short is a read error."""
+    """Yield a document per line of a file compressed with zstd; a truncated file gives a read error."""
     yield from _json_documents(_zst_lines(file.path), file, fields)
 
 
@@ -114,24 +114,24 @@ def read_parquet(file: CorpusFile, fields: Fields) -> Found:
 def row_document(
     row: Mapping[str, Any], fields: Fields, file: CorpusFile, number: int, unit: str
 ) -> Document | ReadError:
-    """Return the document in a row of JSON or of a table."""
-    place = f"{readable(file.path)}, {unit} {number}"
+    """Return the document in a row of JSON or of a table; `unit` and `number` locate it in messages."""
+    location = f"{readable(file.path)}, {unit} {number}"
     if not isinstance(row, Mapping):
-        return ReadError(f"{place}: {type(row).__name__} found, a JSON object was expected")
+        return ReadError(f"{location}: expected a JSON object, found {type(row).__name__}")
     if fields.text not in row:
-        return ReadError(f"{place}: {_missing(fields.text, list(row))}")
+        return ReadError(f"{location}: {_missing(fields.text, list(row))}")
     text = row[fields.text]
     if not isinstance(text, str):
         return ReadError(
-            f"{place}: field {fields.text!r} holds {type(text).__name__}, a string was expected"
+            f"{location}: field {fields.text!r} must be a string, not {type(text).__name__}"
         )
     if not is_encodable(text):
-        return ReadError(f"{place}: a lone surrogate found, valid Unicode was expected")
+        return ReadError(f"{location}: expected valid Unicode, found a lone surrogate")
     return Document(text, file.source, file.name, number, _subset(row, fields.subset))
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """Rows of an Arrow batch; in the place of one whose text is not UTF-8, the error."""
+    """Yield the rows of an Arrow batch; the error instead of a row whose text is not UTF-8."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -143,7 +143,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Opens the file when the first line is asked for, so that the reader's `try` sees the error."""
+    """Yield lines; the file is opened for the first one, so that the reader's `try` sees the error."""
     with path.open("rb") as stream:
         yield from stream
 
@@ -166,22 +166,22 @@ def _json_documents(lines: Iterator[bytes], file: CorpusFile, fields: Fields) ->
 
 
 def _zst_lines(path: Path) -> Iterator[bytes]:
-    rest: list[bytes] = []
+    unfinished: list[bytes] = []
     for chunk in _zst_chunks(path):
         head, *tail = chunk.split(b"\n")
-        rest.append(head)
+        unfinished.append(head)
         if tail:
-            yield b"".join(rest) + b"\n"
+            yield b"".join(unfinished) + b"\n"
             yield from (line + b"\n" for line in tail[:-1])
-            rest = [tail[-1]]
-    if last := b"".join(rest):
+            unfinished = [tail[-1]]
+    if last := b"".join(unfinished):
         yield last
 
 
 def _zst_chunks(path: Path) -> Iterator[bytes]:
-    """Yield decompressed pieces. Raises EOFError for a file cut short.
+    """Yield decompressed pieces. Raises `EOFError` for a truncated file.
 
-    The library's stream reader takes that for the end of the file, hence frame by frame.
+    The library's stream reader treats a truncated file as a complete one; hence frame by frame.
     """
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
     frame, begun = decompressor.decompressobj(), False
@@ -205,16 +205,16 @@ def _subset(row: Mapping[str, Any], path: str) -> str:
     return value if isinstance(value, str) and is_encodable(value) else ""
 
 
-def _missing(field: str, found: list[str]) -> str:
-    names = ", ".join(found[:6]) or "none"
-    return f"no field {field!r} (fields found: {names}), name it with --text-field"
+def _missing(field: str, fields: list[str]) -> str:
+    first = ", ".join(fields[:6]) or "none"
+    return f"no field {field!r} (fields: {first}): name the field of the text with --text-field"
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"byte 0x{error.object[error.start]:02x} at {error.start} found, UTF-8 was expected"
+        return f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8"
     if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON ({error.msg} at column {error.colno}), one object a line was expected"
+        return f"invalid JSON, expected an object per line ({error.msg} at column {error.colno})"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return (str(error).splitlines() or [type(error).__name__])[0]

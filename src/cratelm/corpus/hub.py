@@ -1,4 +1,4 @@
-"""Corpora of the Hugging Face Hub, streamed by `datasets`: nothing is downloaded ahead."""
+"""Corpora of the Hugging Face Hub, streamed by `datasets`: nothing is downloaded in advance."""
 
 import re
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ _NAME = re.compile(r"hub:(?P<path>[^:@]+)(:(?P<name>[^@]+))?(@(?P<revision>.+))?
 class HubCorpus:
     """The train split of a dataset, in its own order.
 
-    Raises `InputError` for a name of another form than `hub:ID[:CONFIGURATION][@REVISION]`, and
-    where `datasets` is not installed, or cannot read the dataset.
+    Raises `InputError` for a name that is not of the form `hub:ID[:CONFIGURATION][@REVISION]`, and
+    if `datasets` is not installed or cannot read the dataset.
     """
 
     corpus: str
     fields: Fields
     n_documents: None = None
-    """only reading tells"""
+    """unknown before the corpus is read"""
     _options: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -37,20 +37,20 @@ class HubCorpus:
         object.__setattr__(self, "_options", match.groupdict())
 
     def identity(self) -> str:
-        """Return the name itself: only @REVISION pins a dataset, so a change without it is not noticed."""
+        """Return the name itself: a change of the dataset is noticed only if @REVISION pins it."""
         return self.corpus
 
     def __iter__(self) -> Iterator[Document | ReadError]:
-        place = CorpusFile(Path(self.corpus), self.corpus, "")
+        file = CorpusFile(Path(self.corpus), self.corpus, "")
         number = 0
         try:
             for number, row in enumerate(self._load(), 1):
-                yield row_document(row, self.fields, place, number, "row")
+                yield row_document(row, self.fields, file, number, "row")
         except (
             OSError,
             ValueError,
             RuntimeError,
-        ) as error:  # what `datasets` raises, by its source
+        ) as error:  # what `datasets` raises, according to its source
             if isinstance(error, InputError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""From what the user names to documents: `builtin`, a file, a folder, or `hub:ID`.
+"""The corpora that a user can name: `builtin`, a file, a folder, or `hub:ID`.
 
 A corpus can be read any number of times and gives the same documents in the same order.
 """
@@ -36,10 +36,10 @@ READERS: dict[str, Reader] = {
     ".jsonl.zst": read_jsonl_zst,
     ".parquet": read_parquet,
 }
-"""how a file is read, by the end of its name; in a folder, files that end otherwise are skipped"""
+"""reader of a file, by the end of its name; other files in a folder are skipped"""
 
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
-"""folders of the standard library that differ most between installations"""
+"""skipped folders of the standard library: they differ most between installations"""
 _WHOLE = 16 * 2**20
 """bytes; a larger file is identified by samples of its content"""
 _SAMPLES, _SAMPLE = 16, 2**20
@@ -50,7 +50,7 @@ class Corpus(Protocol):
 
     @property
     def n_documents(self) -> int | None:
-        """Return the number of documents, None where only reading tells."""
+        """Return the number of documents; None if it is unknown before reading."""
         ...
 
     def identity(self) -> str:
@@ -70,21 +70,21 @@ class FileCorpus:
     files: tuple[CorpusFile, ...]
     fields: Fields
     reader: Reader | None = None
-    """reads every file; None: by the end of its name"""
+    """reader of every file; None: chosen by the end of its name"""
 
     @property
     def n_documents(self) -> int | None:
-        """Return the number of files where each is one document, else None."""
+        """Return the number of files if each is one document, else None."""
         whole = all(_reader_of(f.path) in (read_text, None) for f in self.files)
         return len(self.files) if whole or self.reader else None
 
     def identity(self) -> str:
         """Return a hash over each file's name, size and content.
 
-        Of a file above 16 MiB, 16 evenly spread samples of 1 MiB stand for the content, so that a
-        corpus of terabytes is checked in seconds; a change between the samples that leaves the size
-        as it was goes unnoticed (in a compressed file hardly any change does). A file that cannot be
-        read enters with its name alone.
+        For a file above 16 MiB, 16 evenly spread samples of 1 MiB represent the content, so that a
+        corpus of terabytes is checked in seconds. A change between the samples that keeps the size
+        goes unnoticed (in a compressed file hardly any change does). A file that cannot be read
+        contributes only its name.
         """
         digest = hashlib.sha256()
         for file in self.files:
@@ -104,7 +104,7 @@ class FileCorpus:
 
 
 def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
-    """Return the corpus that `corpus` names. Raises `InputError` where there is none, or it is empty."""
+    """Return the corpus that `corpus` names. Raises `InputError` if it does not exist or is empty."""
     fields = fields or Fields()
     if corpus == BUILTIN:
         return builtin_corpus(fields)
@@ -112,7 +112,7 @@ def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
         from cratelm.corpus.hub import HubCorpus
 
         return HubCorpus(corpus, fields)
-    # os.path, because Path raises where a folder above may not be entered or a name is too long
+    # os.path, because Path raises if a parent folder may not be entered or a name is too long
     path, source = Path(os.path.expanduser(corpus)), readable(corpus)
     if os.path.isdir(path):
         return FileCorpus(_folder_files(path, source), fields)
@@ -123,8 +123,8 @@ def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
         )
     if _reader_of(path) is None:
         raise InputError(
-            f"corpus {source} ends in {path.suffix or 'no suffix'!r}, one of {' '.join(READERS)}"
-            " was expected: convert the file, or rename it to .txt where it is plain text"
+            f"corpus {source} ends in {path.suffix or 'no suffix'!r}, but must end in one of"
+            f" {' '.join(READERS)}: convert the file, or rename it to .txt if it is plain text"
         )
     return FileCorpus((CorpusFile(path, source, readable(path.name)),), fields)
 
@@ -132,7 +132,8 @@ def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
 def builtin_corpus(fields: Fields) -> FileCorpus:
     """Return the Python standard library's own source files, about 12 MB; subset = top-level module.
 
-    Without installed packages, test folders, and the build's own settings (`_sysconfigdata*`).
+    Installed packages, test folders and the build's own settings (`_sysconfigdata*`) are excluded. Raises
+    `InputError` if there are no sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple(
@@ -146,7 +147,7 @@ def builtin_corpus(fields: Fields) -> FileCorpus:
 
 
 def read_python(file: CorpusFile, fields: Fields) -> Found:
-    """Yield a Python file in the encoding that it declares (PEP 263), with `\\n` as line end."""
+    """Yield a Python file, decoded as it declares (PEP 263), with `\\n` for line breaks."""
     try:
         with python_source.open(file.path) as stream:
             text = stream.read()
@@ -157,7 +158,7 @@ def read_python(file: CorpusFile, fields: Fields) -> Found:
 
 
 def _folder_files(folder: Path, source: str) -> tuple[CorpusFile, ...]:
-    """Files that have a reader, and folders that cannot be listed, each with its fault."""
+    """Return the files that have a reader, and the folders that cannot be listed, each with its fault."""
     files = tuple(
         CorpusFile(path, source, readable(path.relative_to(folder).as_posix()), fault=fault)
         for path, fault in _walk(folder, frozenset())
@@ -170,19 +171,22 @@ def _folder_files(folder: Path, source: str) -> tuple[CorpusFile, ...]:
     return files
 
 
-def _walk(root: Path, left_out: frozenset[str]) -> list[tuple[Path, str]]:
-    """Return the files under `root` by their path, without hidden ones, and the folders that cannot be
-    listed, each with the reason (empty for files)."""
-    found: list[tuple[Path, str]] = []
+def _walk(root: Path, skipped: frozenset[str]) -> list[tuple[Path, str]]:
+    """Return the files under `root`, and the folders that cannot be listed with the reason.
+
+    They are sorted by path. The reason is empty for files. Hidden files and folders, and folders named
+    in `skipped`, are skipped.
+    """
+    entries: list[tuple[Path, str]] = []
 
     def unlisted(error: OSError) -> None:
         reason = f"the folder cannot be listed ({error.strerror})"
-        found.append((Path(os.fsdecode(error.filename)), reason))
+        entries.append((Path(os.fsdecode(error.filename)), reason))
 
     for folder, folders, names in os.walk(root, onerror=unlisted):
-        folders[:] = [d for d in folders if d not in left_out and not d.startswith(".")]
-        found += [(Path(folder, name), "") for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda entry: entry[0].relative_to(root).as_posix())
+        folders[:] = [d for d in folders if d not in skipped and not d.startswith(".")]
+        entries += [(Path(folder, name), "") for name in names if not name.startswith(".")]
+    return sorted(entries, key=lambda entry: entry[0].relative_to(root).as_posix())
 
 
 def _reader_of(path: Path) -> Reader | None:
@@ -195,7 +199,7 @@ def _top_level(name: str) -> str:
 
 
 def _size_and_digest(file: CorpusFile) -> tuple[str, bytes]:
-    """Size in bytes and hash of the content; "unreadable" and nothing where it cannot be read."""
+    """Return size in bytes and hash of the content; "unreadable" and no bytes if it cannot be read."""
     if file.fault or why_unreadable(file.path):
         return "unreadable", b""
     try:

@@ -23,28 +23,29 @@ class EvaluateConfig:
     """several models to compare, instead of --model: names in the run, model folders or Hub ids
     (OWNER/NAME). The first is compared with each of the others, document by document"""
     on: tuple[str, ...] = ()
-    """what to measure on, one or more: the run's train, fit and held_out; lambada, lambada_raw,
+    """one or more sets to measure on: the run's train, fit and held_out; lambada, lambada_raw,
     wikitext2, wikitext103, ptb, openwebtext, pile, pile:SUBSET from the Hub; NAME=PATH reads one of
     these, or documents under any other name, from a local file or folder. Default: --split"""
     split: Split = "held_out"
     """train, fit or held_out; used when --on is not given"""
     max_tokens: int | None = None
-    """stop after this many tokens of a set (of texts: after the document that reaches it). Default: all"""
+    """stop after this many tokens of a set (of texts: after the document that reaches this number).
+    Default: all"""
     max_documents: int | None = None
-    """number of documents of each set of texts, from the first. Default: all, but 1,000 of openwebtext
-    and of the Pile, which are streamed"""
+    """read only this many documents of each set of texts. Default: all, but 1,000 of openwebtext and of
+    the Pile, which are streamed"""
     text_field: str | None = None
-    """field that holds the text in rows of local files. Default: the one that the set has on the Hub"""
+    """field that holds the text in rows of local files. Default: the set's field on the Hub"""
     sequence_length: int | None = None
-    """tokens of a sequence, the longest context a token can have. Default: the most that the model takes,
-    at most 2,048; 1,024 where it names no limit"""
+    """tokens per sequence, which limits the context of a token. Default: the model's maximum, but at most
+    2,048; 1,024 if the model states no maximum"""
     stride: int | None = None
     """tokens by which the window moves: each token is still predicted once, from at least
     sequence_length - stride tokens. Default: sequence_length, no overlap"""
     batch_size: int = 16
     """sequences at a time; fewer if their logits would exceed 1 GiB"""
     device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    """cpu, cuda, ...; auto uses an accelerator if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the models; auto: that of their files"""
     output: Path | None = not_in_identity(None)
@@ -61,22 +62,22 @@ class EvaluateConfig:
              "batch_size": 1},
         )  # fmt: skip
         if self.models and self.path is not None:
-            raise InputError("--path and --models are both given: name the folder in --models")
+            raise InputError("--path and --models cannot be combined: name the folder in --models")
         for field in ("models", "on"):
             names = [
-                given.split("=")[0] if field == "on" else given for given in getattr(self, field)
+                value.split("=")[0] if field == "on" else value for value in getattr(self, field)
             ]
             if len(set(names)) < len(names):
-                raise InputError(f"--{field} names the same thing twice: {' '.join(names)}")
+                raise InputError(f"--{field} has the same name twice: {' '.join(names)}")
 
     @property
     def subjects(self) -> tuple[str, ...]:
-        """Return the models to measure, as they were named."""
+        """Return the models to measure, as the user named them."""
         return self.models or (self.path or self.model,)
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Return what to measure on, as it was named."""
+        """Return the sets to measure on, as the user named them."""
         return self.on or (self.split,)
 
 
@@ -87,7 +88,7 @@ class PredictConfig:
     run: Path = not_in_identity(Path("runs/default"))
     """run directory: its models, and the documents of its splits"""
     models: tuple[str, ...] = ("crate-2l", "gpt2-2l")
-    """names in the run, model folders, Hub ids (OWNER/NAME); each reads in its own tokens"""
+    """names in the run, model folders, Hub ids (OWNER/NAME); each model reads in its own tokens"""
     text: str | None = None
     """the text itself. Default: a document of the run"""
     text_file: Path | None = None
@@ -97,30 +98,30 @@ class PredictConfig:
     split: Split = "held_out"
     """which documents: train, fit or held_out"""
     seed: int = 0
-    """draws the document"""
+    """seed of the random choice of the document"""
     tokens: int = 96
     """number of tokens of the document to show, in the run's tokenizer; your own text is shown whole"""
     top: int = 5
-    """most likely next tokens shown for each token"""
+    """number of most likely next tokens to show for each token"""
     device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    """cpu, cuda, ...; auto uses an accelerator if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of the models; auto: that of their files"""
     out: Path | None = not_in_identity(None)
-    """path of the page. Default: predictions.html in the run. A PNG and a PDF of the same name go into
-    the same folder"""
+    """path of the page. Default: predictions.html in the run. A PNG and a PDF of the same name are
+    written to the same folder"""
     quiet: bool = not_in_identity(False)
-    """show no progress bar; `predict` has none and takes the option as all verbs do"""
+    """no effect: `predict` has no progress bar, and accepts this option as every verb does"""
 
     def __post_init__(self) -> None:
-        given = [f for f in ("text", "text_file", "document") if getattr(self, f) is not None]
-        if len(given) > 1:
-            flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise InputError(f"{flags} are both given: one text was expected")
+        texts = [f for f in ("text", "text_file", "document") if getattr(self, f) is not None]
+        if len(texts) > 1:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in texts)
+            raise InputError(f"{flags} cannot be combined: give one text")
         if not self.models or len(set(self.models)) < len(self.models):
-            raise InputError("--models is empty or names a model twice: name one, two or more")
+            raise InputError("--models is empty or names a model twice: name one or more models")
         if self.split not in SPLITS:
             raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
         at_least(self, {"document": 0, "seed": 0, "tokens": 1, "top": 1})
         if self.out is not None and Path(self.out).suffix != ".html":
-            raise InputError(f"--out is {self.out}, a name that ends in .html was expected")
+            raise InputError(f"--out is {self.out}: its name must end in .html")

@@ -2,8 +2,8 @@
 
 A split is cut into sequences of T tokens as in training; the last one is shorter. Every token but
 the first of the split is predicted exactly once, from what precedes it in its sequence, which may
-include the end of another document. A text of a named set stands alone, after the token that texts
-begin with, and each model reads it in its own tokens.
+include the end of another document. A text of a named set is read by itself, after the token that begins
+a text, and in each model's own tokens.
 """
 
 import math
@@ -44,12 +44,12 @@ from cratelm.tokens.tokenizer import token_sizes
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Figures of every model on every set, and the first model against each of the others."""
+    """Figures of every model on every set, and differences between the first model and the others."""
 
     measurements: tuple[Measurement, ...]
-    """set by set, in the order asked for"""
+    """set by set, in the order of `--on` and `--models`"""
     differences: tuple[Difference, ...]
-    """empty for a single model, and where the models were not measured on the same documents"""
+    """empty for a single model, and if the models were not measured on the same documents"""
 
     def __str__(self) -> str:
         tables = [measurements_table(self.measurements)]
@@ -59,10 +59,10 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Measure models of a run, or any other causal language models.
+    """Measure models of a run, or any other causal language models, and return their figures.
 
-    Raises `InputError` where a model, tokens or a set are missing, do not belong together, or are
-    too few, and where a loss is not a number.
+    Raises `InputError` if a model, tokens or a set are missing or do not belong together, if there are
+    too few tokens, and if a loss is not finite.
     """
     run = Run(config.run)
     sets: dict[str, Split | NamedSet] = {n: _split_or_set(n, config) for n in config.sets}
@@ -128,7 +128,7 @@ def _measure(
         windows = source.windows(length, stride)
         totals = score(subject.model, label, windows, config.batch_size, bar)
     if not totals.tokens.any():
-        raise InputError(f"{on} holds no token to predict: name another set with --on")
+        raise InputError(f"{on} has no token to predict: name another set with --on")
     sums = _by_document(totals, windows, vocabulary, last_word)
     return sums, measurement(
         sums,
@@ -152,7 +152,7 @@ def _stride(config: EvaluateConfig, length: int, subject: LoadedModel) -> int:
 def _shards(store: TokenStore, name: Split, config: EvaluateConfig) -> Shards:
     split = store.split(name)
     if split.n_tokens < 2:
-        raise InputError(f"the {name} split has {split.n_tokens} tokens: at least 2 are needed")
+        raise InputError(f"the {name} split has {split.n_tokens} tokens, but needs at least 2")
     n = min(split.n_tokens - 1, config.max_tokens or split.n_tokens)
     return Shards(split, n, token_sizes(store.tokenizer, store.eot_id))
 
@@ -180,16 +180,16 @@ def _differences(
 ) -> list[Difference]:
     """Return the first model minus each of the others on one set."""
     first, *others = config.subjects
-    sums, shown = measured[on, first]
+    sums, figures = measured[on, first]
     pairs = [
-        difference(sums, measured[on, other][0], model=first, less=other, on=shown.on)
+        difference(sums, measured[on, other][0], model=first, less=other, on=figures.on)
         for other in others
     ]
     return [pair for pair in pairs if pair is not None]
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON values: a number that JSON cannot write becomes null."""
+    """Return a value as JSON values: a number that JSON does not have becomes null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -28,7 +28,7 @@ _FIGURES: tuple[tuple[str, str, str], ...] = (
 )
 """field, heading, format"""
 _LONG = 1e6
-"""from here on a perplexity is written with an exponent"""
+"""perplexities from this value on are written with an exponent"""
 
 
 @dataclass(frozen=True)
@@ -39,43 +39,46 @@ class Measurement:
     on: str
     """split of the run, or name of the set"""
     documents: int
-    """documents with at least one predicted token"""
+    """number of documents with at least one predicted token"""
     unit: str
     """what a document is, in the plural"""
     tokens: int
-    """tokens predicted; of shards <|endoftext|> is one"""
+    """number of predicted tokens, including <|endoftext|> in shards"""
     bytes: int
     """UTF-8 bytes of the predicted text"""
     words: int | None
-    """predicted words, between white space; None for shards"""
+    """number of predicted words, which white space separates; None for shards"""
     sequence_length: int
     stride: int
     loss: Estimate
     """nats per token"""
     perplexity: Estimate
-    """by token"""
+    """per token"""
     bits_per_byte: Estimate | None
-    """of UTF-8 text, the bits of <|endoftext|> included; None for a text without a byte"""
+    """of UTF-8 text, including the bits of <|endoftext|>; None for a text without a byte"""
     top_1: Estimate
     """fraction of tokens that were the model's top prediction"""
     top_5: Estimate
     """fraction of tokens among the model's five most likely"""
     word_perplexity: Estimate | None
-    """exp of the nats per word, None for shards; of LAMBADA: per last word"""
+    """exp of the nats per word; for LAMBADA, per last word; None for shards"""
     last_word: Estimate | None
     """fraction of last words whose every token was the model's top prediction; only for LAMBADA"""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first model minus another on the same documents; a figure is None where they predict other things."""
+    """The first model minus another on the same documents.
+
+    A figure is None if the models do not predict the same things.
+    """
 
     model: str
     less: str
     on: str
     documents: int
     loss: Estimate | None
-    """nats per token; None for models of different tokenizers"""
+    """nats per token; None for models with different tokenizers"""
     bits_per_byte: Estimate | None
     top_1: Estimate | None
     top_5: Estimate | None
@@ -92,9 +95,9 @@ class DocumentTotals:
     words: NDArray[np.int64] | None
     """[C]"""
     whole: NDArray[np.float64] | None
-    """[C] 1 where every token was the top prediction; only for LAMBADA"""
+    """[C] 1 if every token was the top prediction, else 0; only for LAMBADA"""
     vocabulary: str
-    """identity of the tokenizer: models are compared token by token only where it is the same"""
+    """identity of the tokenizer: models are compared token by token only if it is the same"""
 
 
 def measurement(
@@ -126,7 +129,7 @@ def measurement(
 def difference(
     a: DocumentTotals, b: DocumentTotals, *, model: str, less: str, on: str
 ) -> Difference | None:
-    """Return model `a` minus model `b`; None where they were not measured on the same documents."""
+    """Return model `a` minus model `b`; None if they were not measured on the same documents."""
     if not np.array_equal(a.bytes, b.bytes):
         return None
     same = a.vocabulary == b.vocabulary and np.array_equal(a.totals.tokens, b.totals.tokens)
@@ -146,7 +149,7 @@ def difference(
 
 
 def _over(x: NDArray[np.float64] | None, y: NDArray | None) -> Estimate | None:
-    """Return the ratio, None where a side is missing or the sum of `y` is 0."""
+    """Return the ratio; None if a side is missing or the sum of `y` is 0."""
     return None if x is None or y is None or not y.sum() else ratio(x, y)
 
 
@@ -156,7 +159,7 @@ def _word_perplexity(totals: Totals, words: NDArray[np.int64] | None) -> Estimat
 
 
 def measurements_table(measurements: Sequence[Measurement]) -> str:
-    """Return a block per set: what was predicted, and a line per model."""
+    """Return a block per set: how much was predicted, and a line per model."""
     blocks = []
     for on, group in groupby(measurements, key=lambda m: m.on):
         models = list(group)
@@ -170,17 +173,17 @@ def measurements_table(measurements: Sequence[Measurement]) -> str:
 
 def differences_table(differences: Sequence[Difference]) -> str:
     """Return a line per pair and set: the first model minus the other."""
-    shown = _figures(differences, lambda d: f"{d.on}: {d.model} - {d.less}", "+")
-    return "\n".join(["difference on the same documents, ± standard error over them", shown])
+    figures = _figures(differences, lambda d: f"{d.on}: {d.model} - {d.less}", "+")
+    return "\n".join(["difference on the same documents, ± standard error over them", figures])
 
 
 def _amount(m: Measurement) -> str:
-    """Return what was predicted, in words."""
+    """Return, in words, how much was predicted."""
     words = "" if m.words is None else f", {m.words:,} words"
-    moved = "" if m.stride == m.sequence_length else f", stride {m.stride}"
+    stride = "" if m.stride == m.sequence_length else f", stride {m.stride}"
     return (
         f"{m.tokens:,} tokens{words}, {m.bytes:,} bytes in {m.documents:,} {m.unit},"
-        f" T = {m.sequence_length}{moved}"
+        f" T = {m.sequence_length}{stride}"
     )
 
 

@@ -1,7 +1,6 @@
-"""`cratelm predict`: show what models expect after each token of the same text, as a page and a figure.
+"""`cratelm predict`: show what models predict after each token of the same text, as a page and a figure.
 
-The text stands alone, after the token that texts begin with, and each model reads it in its own
-tokens.
+The text is read by itself, after the token that begins a text, and in each model's own tokens.
 """
 
 import random
@@ -20,12 +19,12 @@ from cratelm.tokens.shards import TokenStore
 
 PAGE = "predictions.html"
 AHEAD = 32
-"""tokens of the document's continuation that are read; the page shows their beginning"""
+"""number of tokens of the document's continuation to read; the page shows their beginning"""
 
 
 @dataclass(frozen=True)
 class PredictResult:
-    """The page, and what it shows."""
+    """The page and its content."""
 
     page: Path
     figures: tuple[Path, ...]
@@ -46,9 +45,9 @@ class PredictResult:
 
 
 def predict(config: PredictConfig) -> PredictResult:
-    """Write the page, and a PNG and a PDF of it in the same folder.
+    """Write the page, and a PNG and a PDF of it in the same folder; return what they show.
 
-    Raises `InputError` where a model or the text is missing, or the text is longer than a model takes.
+    Raises `InputError` if a model or the text is missing, or if the text is too long for a model.
     """
     from cratelm.evaluate.predict_view import draw, page  # matplotlib: slow to import
 
@@ -95,29 +94,27 @@ def _document(config: PredictConfig, store: TokenStore, most: int) -> PredictedT
         number = random.Random(config.seed).randrange(split.n_documents)
     if number is None or number >= split.n_documents:
         raise InputError(
-            f"--document is {number}, the {config.split} split has {split.n_documents} documents,"
+            f"--document is {number}, but the {config.split} split has {split.n_documents} documents,"
             " numbered from 0"
         )
-    start, stop = (
-        int(split.starts[number]),
-        int(split.starts[number + 1]) - 1,
-    )  # without its end token
-    shown = split.read(start, min(stop, start + most))
-    following = split.read(start + len(shown), min(stop, start + len(shown) + AHEAD))
-    text, continuation = (_decoded(store, ids.tolist()) for ids in (shown, following))
+    # without its end-of-text token
+    start, stop = int(split.starts[number]), int(split.starts[number + 1]) - 1
+    first_ids = split.read(start, min(stop, start + most))
+    next_ids = split.read(start + len(first_ids), min(stop, start + len(first_ids) + AHEAD))
+    text, continuation = (_decoded(store, ids.tolist()) for ids in (first_ids, next_ids))
     row = pq.read_table(
         store.path / "documents.parquet",
         columns=["source", "name", "line"],
         filters=[("ordinal", "=", int(split.ordinals[number]))],
     ).to_pylist()[0]
-    where = " ".join(str(v) for v in (row["source"], row["name"], row["line"] or "") if v)
+    location = " ".join(str(v) for v in (row["source"], row["name"], row["line"] or "") if v)
     drawn = "" if config.document is not None else f", drawn with seed {config.seed}"
-    first = f"its first {len(shown):,} of {stop - start:,} tokens"
+    part = f"its first {len(first_ids):,} of {stop - start:,} tokens"
     return PredictedText(
-        text, f"Document {number} of {config.split} ({where}){drawn}: {first}", continuation
+        text, f"Document {number} of {config.split} ({location}){drawn}: {part}", continuation
     )
 
 
 def _decoded(store: TokenStore, ids: list[int]) -> str:
-    """Return the text of tokens, without incomplete characters where it was cut."""
+    """Return the text of tokens, without incomplete characters at its ends."""
     return store.tokenizer.decode(ids, skip_special_tokens=False).strip("\ufffd")

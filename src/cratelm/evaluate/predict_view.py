@@ -1,7 +1,7 @@
 """Predictions as a page and as a figure.
 
 The page opens from disk, loads nothing, and everything in it is escaped. The figure has each model's
-shaded text and what it expects after the end; the same text gives the same bytes, without dates.
+shaded text and its predictions after the end; without dates, the same text gives the same bytes.
 """
 
 import bisect
@@ -30,9 +30,9 @@ def level(probability: float) -> int:
 
 
 def percent(probability: float) -> str:
-    """Return a probability as people read it: 38%, 2.1%, 0.03%."""
-    share = 100 * probability
-    return "<0.01%" if share < 0.01 else f"{share:.{2 if share < 1 else 1 if share < 10 else 0}f}%"
+    """Return a probability as a rounded percentage: 38%, 2.1%, 0.03%."""
+    value = 100 * probability
+    return "<0.01%" if value < 0.01 else f"{value:.{2 if value < 1 else 1 if value < 10 else 0}f}%"
 
 
 def page(text: PredictedText, predictions: Sequence[Prediction]) -> str:
@@ -73,11 +73,11 @@ def _listed(names: Sequence[str]) -> str:
 
 INK, SOFT, BAR, SHADE = "#1b1f24", "#57606a", "#0072b2", "#ff9224"
 _ALPHA = (0.0, 0.12, 0.22, 0.34, 0.46, 0.6, 0.78, 1.0)
-"""of each shade, as on the page"""
+"""opacity of each shade, as on the page"""
 _COLUMNS = 100
-"""characters of a line"""
+"""characters per line"""
 _LINE, _CHARACTER = 0.2, 0.078
-"""inches, of the monospaced font at 9 points"""
+"""height of a line and width of a character, in inches, of the monospaced font at 9 points"""
 _MARGIN = 0.15
 _STYLE: Any = {
     "text.parse_math": False,
@@ -91,18 +91,18 @@ _STYLE: Any = {
 
 def draw(text: PredictedText, predictions: Sequence[Prediction], path: Path, form: str) -> None:
     """Write the figure as `form`, `png` or `pdf`."""
-    laid = [_lines(p) for p in predictions]
-    heights = [_LINE * (1 + max(row for row, *_ in lines)) for lines in laid]
+    layouts = [_lines(p) for p in predictions]
+    heights = [_LINE * (1 + max(row for row, *_ in lines)) for lines in layouts]
     bars = 0.35 + 0.22 * len(predictions[0].after)
     width = _COLUMNS * _CHARACTER + 2 * _MARGIN
     tall = sum(heights) + 0.42 * len(heights) + bars + 0.85
     undated = {"CreationDate": None, "Producer": None} if form == "pdf" else {"Software": None}
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        # A character that the font lacks is drawn as a box: the page has it.
+        # A character that the font lacks is drawn as a box; the page has it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width, tall))
         top = tall - 0.1
-        for prediction, lines, height in zip(predictions, laid, heights, strict=True):
+        for prediction, lines, height in zip(predictions, layouts, heights, strict=True):
             _shaded(figure, prediction, lines, top, height)
             top -= height + 0.42
         _ends(figure, text, predictions, top)
@@ -110,15 +110,15 @@ def draw(text: PredictedText, predictions: Sequence[Prediction], path: Path, for
 
 
 def _lines(prediction: Prediction) -> list[tuple[int, int, str, int]]:
-    """Return line, column, text and shade of each token; one that does not fit begins a new line."""
+    """Return line, column, text and shade of each token; a token that does not fit begins a new line."""
     lines: list[tuple[int, int, str, int]] = []
     row = column = 0
     for step in prediction.steps:
-        shown = visible(step.token)
-        if column and column + len(shown) > _COLUMNS:
+        text = visible(step.token)
+        if column and column + len(text) > _COLUMNS:
             row, column = row + 1, 0
-        lines.append((row, column, shown, level(step.probability)))
-        column += len(shown)
+        lines.append((row, column, text, level(step.probability)))
+        column += len(text)
     return lines
 
 
@@ -135,15 +135,15 @@ def _shaded(
     axes.set_axis_off()
     title = f"{prediction.model}: {prediction.loss:.3f} nats per token"
     axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", pad=5)
-    for row, column, shown, shade in lines:
+    for row, column, text, shade in lines:
         box = (column + 0.05, row + 0.08)
         axes.add_patch(
-            Rectangle(box, len(shown) - 0.1, 0.84, color=SHADE, alpha=_ALPHA[shade], linewidth=0)
+            Rectangle(box, len(text) - 0.1, 0.84, color=SHADE, alpha=_ALPHA[shade], linewidth=0)
         )
-        # a character a column, whatever the font thinks of its width
-        for place, character in enumerate(shown):
+        # one character per column, whatever its width in the font
+        for offset, character in enumerate(text):
             axes.text(
-                column + place + 0.5,
+                column + offset + 0.5,
                 row + 0.54,
                 character,
                 family="monospace",
@@ -157,7 +157,7 @@ def _shaded(
 def _ends(
     figure: Figure, text: PredictedText, predictions: Sequence[Prediction], top: float
 ) -> None:
-    """Draw what each model expects after the end, side by side; `top` in inches."""
+    """Draw each model's predictions after the end, side by side; `top` in inches."""
     width, height = figure.get_size_inches()
     tail = ("… " if len(text.text) > 48 else "") + visible(text.text[-48:])
     figure.text(
@@ -168,9 +168,9 @@ def _ends(
     figure.text(_MARGIN / width, 0.1 / height, legend, fontsize=7.5, color=SOFT)
     each = (width - 2 * _MARGIN) / len(predictions)
     label = min(1.3, each / 2)
-    for place, p in enumerate(predictions):
+    for number, p in enumerate(predictions):
         bars = 0.22 * len(p.after)
-        left = _MARGIN + place * each + label
+        left = _MARGIN + number * each + label
         axes = _axes(figure, left, top - 0.55 - bars, each - label - 0.55, bars)
         _bars(axes, p, max(c.probability for q in predictions for c in q.after))
 
@@ -186,8 +186,8 @@ def _bars(axes: Axes, prediction: Prediction, most: float) -> None:
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.set_title(prediction.model, loc="left", fontsize=9, pad=3)
-    for place, c in enumerate(after):
-        axes.text(c.probability, place, f" {percent(c.probability)}", va="center", fontsize=8)
+    for row, c in enumerate(after):
+        axes.text(c.probability, row, f" {percent(c.probability)}", va="center", fontsize=8)
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:

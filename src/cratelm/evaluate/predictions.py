@@ -1,4 +1,4 @@
-"""What a model expects before each token of a text, and after the last.
+"""A model's predictions for each token of a text, and after the last.
 
 Memory: the logits of one text, at most the model's longest sequence times its vocabulary.
 
@@ -25,26 +25,26 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PredictedToken:
-    """One token of the text, and what the model expected there."""
+    """One token of the text, and the model's predictions at its position."""
 
     token: str
     probability: float
-    """that the model gave to it"""
+    """probability that the model gave to the token"""
     rank: int
     """rank of its probability in the vocabulary, from 1"""
     expected: tuple[Candidate, ...]
-    """[k] the most likely, in order"""
+    """[k] the most likely tokens at its position, most likely first"""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One model on the text."""
+    """Predictions of one model on the text."""
 
     model: str
     steps: tuple[PredictedToken, ...]
     """[n]"""
     after: tuple[Candidate, ...]
-    """[k] what it expects after the end of the text"""
+    """[k] the most likely tokens after the end of the text, most likely first"""
     loss: float
     """nats per token"""
     bits_per_byte: float
@@ -52,27 +52,27 @@ class Prediction:
 
 @dataclass(frozen=True)
 class PredictedText:
-    """A text to predict, and where it is from."""
+    """A text to predict, and its origin."""
 
     text: str
     origin: str
     """in words"""
     continuation: str
-    """of the document; empty for the user's own text"""
+    """what follows in the document; empty for the user's own text"""
 
 
 @torch.no_grad()
 def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> Prediction:
-    """Return what a model expects before each token of a text, and after the last.
+    """Return a model's predictions for each token of a text, and after the last.
 
-    Raises `InputError` where the text has no token, or more than the model takes.
+    Raises `InputError` if the text has no token, or more tokens than the model accepts.
     """
     ids = encoder.encode(text)  # [n]
     most = subject.longest
     if not len(ids) or (most is not None and len(ids) >= most):
         raise InputError(
-            f"the text has {len(ids)} tokens for {subject.name},"
-            f" 1 to {'any number' if most is None else most - 1} were expected: give another --text"
+            f"the text has {len(ids)} tokens for {subject.name}, which accepts"
+            f" {'1 or more' if most is None else f'1 to {most - 1}'}: give another --text"
         )
     tokens = torch.tensor([[encoder.start, *ids]], device=subject.model.device)
     logits = next_logits(subject.model, tokens, tokens.shape[1])[0].float()  # [n + 1, V]
@@ -80,16 +80,16 @@ def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> P
     targets = torch.from_numpy(ids)
     losses = -logs[:-1].gather(1, targets[:, None])[:, 0]  # [n]
     ranks = (logs[:-1] > -losses[:, None]).sum(-1) + 1  # [n]
-    best, places = logs.topk(min(k, logs.shape[1]))  # [n + 1, k] each
+    best, best_ids = logs.topk(min(k, logs.shape[1]))  # [n + 1, k] each
     expected = [
-        tuple(Candidate(_shown(encoder, i), math.exp(p)) for p, i in zip(*row, strict=True))
-        for row in zip(best.tolist(), places.tolist(), strict=True)
+        tuple(Candidate(_token_text(encoder, i), math.exp(p)) for p, i in zip(*row, strict=True))
+        for row in zip(best.tolist(), best_ids.tolist(), strict=True)
     ]
     rows = zip(ids, losses.tolist(), ranks.tolist(), expected[:-1], strict=True)
     return Prediction(
         model=subject.name,
         steps=tuple(
-            PredictedToken(_shown(encoder, i), math.exp(-x), rank, e) for i, x, rank, e in rows
+            PredictedToken(_token_text(encoder, i), math.exp(-x), rank, e) for i, x, rank, e in rows
         ),
         after=expected[-1],
         loss=float(losses.mean()),
@@ -97,6 +97,6 @@ def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> P
     )
 
 
-def _shown(encoder: Encoder, token: int) -> str:
-    """Return the token as text; an embedding row beyond the vocabulary by its number."""
+def _token_text(encoder: Encoder, token: int) -> str:
+    """Return the text of a token id; an embedding row beyond the vocabulary appears as its number."""
     return encoder.display[token] if token < len(encoder.display) else f"[{token}]"

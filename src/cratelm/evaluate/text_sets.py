@@ -1,4 +1,4 @@
-"""What models are measured on: a split of the run, or a named set of texts, as windows of tokens.
+"""Sets that models are measured on: a split of the run, or a named set of texts, as windows of tokens.
 
 A named set comes from the Hub through `datasets`, or from a local file:
 
@@ -35,11 +35,11 @@ from cratelm.records import SPLITS
 from cratelm.tokens.shards import TokenSplit
 
 STREAMED_DOCUMENTS = 1000
-"""of a streamed set, where no limit is given"""
+"""number of documents of a streamed set if no limit is given"""
 
 
 _PIECE = 2**20
-"""tokens of a split that are read at a time"""
+"""number of tokens of a split that are read at a time"""
 
 
 # --- documents as sources of windows ---------------------------------------------------------------
@@ -51,7 +51,7 @@ class Passage:
 
     text: str
     predicted_from: int = 0
-    """first character that is predicted; what precedes it is only context"""
+    """offset of the first character that is predicted; what precedes it is only context"""
 
 
 class Windows(Protocol):
@@ -69,7 +69,7 @@ class Windows(Protocol):
 
 
 class TextSource(Protocol):
-    """Tokens to predict, any number of times."""
+    """Tokens to predict, which can be read any number of times."""
 
     @property
     def unit(self) -> str:
@@ -78,11 +78,11 @@ class TextSource(Protocol):
 
     @property
     def n_tokens(self) -> int | None:
-        """Return how many tokens will be predicted, None where only reading tells."""
+        """Return how many tokens will be predicted; None if that is unknown before reading."""
         ...
 
     def windows(self, length: int, stride: int) -> Windows:
-        """Return windows of at most `length` tokens, each later one moved on by `stride`."""
+        """Return windows of at most `length` tokens, each `stride` tokens after the previous one."""
         ...
 
 
@@ -122,7 +122,7 @@ class Shards:
 
 @dataclass(frozen=True, eq=False)
 class ShardWindows:
-    """Windows over shards, whose documents have the same sizes before they are read as after."""
+    """Windows over shards; the sizes of their documents are known before they are read."""
 
     shards: Shards
     length: int
@@ -139,16 +139,16 @@ class ShardWindows:
         return self.shards.n_bytes()
 
     def n_words(self) -> None:
-        """Return None: tokens of a split are not counted in words."""
+        """Return None: words of a split are not counted."""
         return
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """Texts in a model's own tokens, each after the token that a text begins with, and nothing else.
+    """Texts in a model's own tokens, each by itself after the token that begins a text.
 
-    Before context that is not predicted that token stands only where the tokenizer sets it there
-    itself, as in EleutherAI's harness. Memory: one text, and two numbers per document of each pass.
+    Before context that is not predicted, that token is added only if the tokenizer itself adds it, as
+    in EleutherAI's harness. Memory: one text, and two numbers per document of each pass.
     """
 
     passages: Iterable[Passage]
@@ -177,7 +177,7 @@ class Texts:
 class TextWindows:
     """One pass over texts, with the sizes of the documents read so far.
 
-    Raises `InputError` where a predicted end is longer than a window.
+    Raises `InputError` if a predicted end is longer than a window.
     """
 
     def __init__(self, texts: Texts, length: int, stride: int):
@@ -206,23 +206,23 @@ class TextWindows:
             document = len(self._bytes)
             self._bytes.append(len(predicted.encode()))
             self._words.append(len(predicted.split()))
-            tokens, known = texts.tokens_of(passage)
+            tokens, context = texts.tokens_of(passage)
             n = len(tokens) - 1
-            n_tokens += n - known
-            cuts = [_end(n, known, length)] if passage.predicted_from else cut(n, length, stride)
+            n_tokens += n - context
+            cuts = [_end(n, context, length)] if passage.predicted_from else cut(n, length, stride)
             for start, stop, first in cuts:
                 documents = np.full(stop - first, document)
                 yield Window(tokens[start : stop + 1], first - start, documents)
 
 
-def _end(n: int, known: int, length: int) -> tuple[int, int, int]:
-    """Return one window for the last targets, as `cut` does; the first `known` are only context."""
-    if n - known > length:
+def _end(n: int, context: int, length: int) -> tuple[int, int, int]:
+    """Return one window for the last targets, as `cut` does; the first `context` are only context."""
+    if n - context > length:
         raise InputError(
-            f"a last word has {n - known} tokens, more than a sequence ({length}): raise"
-            " --sequence-length, or take another model"
+            f"a last word has {n - context} tokens, more than a sequence ({length}): raise"
+            " --sequence-length, or use another model"
         )
-    return max(0, n - length), n, known
+    return max(0, n - length), n, context
 
 
 # --- texts cut into passages -----------------------------------------------------------------------
@@ -244,13 +244,13 @@ def last_words(texts: Iterable[str]) -> Iterator[Passage]:
         space = text.rfind(" ")
         if space < 1:
             raise InputError(
-                f"text {text[:40]!r} is a single word, words before the last were expected"
+                f"text {text[:40]!r} is a single word, but there must be words before the last"
             )
         yield Passage(text, space)
 
 
 def articles(texts: Iterable[str]) -> Iterator[Passage]:
-    """Yield WikiText's articles: from one heading of the first level, ` = Title = `, to the next.
+    """Yield WikiText's articles: from one first-level heading, ` = Title = `, to the next.
 
     Rows are lines, as on the Hub, or whole files.
     """
@@ -284,7 +284,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a set consists of, and where the Hub has it."""
+    """Content of a named set, and its location on the Hub."""
 
     hub: dict[str, Any] = field(default_factory=dict)
     """arguments of `datasets.load_dataset`"""
@@ -314,7 +314,7 @@ KINDS: dict[str, Kind] = {
     ),
     "wikitext2": _wikitext("wikitext-2-raw-v1"),
     "wikitext103": _wikitext("wikitext-103-raw-v1"),
-    # the set's own branch is a script, which `datasets` reads no more; the Hub's copy is Parquet
+    # the set's own branch is a script, which `datasets` no longer reads; the Hub's copy is Parquet
     "ptb": Kind(
         {
             "path": "ptb-text-only/ptb_text_only",
@@ -340,11 +340,10 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A set of texts: `NAME` from the Hub, `NAME=PATH` from a file; of the Pile `pile:SUBSET`, too.
+    """A set of texts: `NAME` from the Hub, `NAME=PATH` from a file; for the Pile also `pile:SUBSET`.
 
-    It can be read any number of times and gives the same passages in the same order. Raises
-    `InputError` for a name that is not known and has no path, while reading for a text that cannot
-    be read, and where the Hub cannot be reached.
+    It can be read any number of times and gives the same passages in the same order. Reading raises
+    `InputError` for a text that cannot be read, and if the Hub cannot be reached.
     """
 
     name: str
@@ -352,12 +351,12 @@ class NamedSet:
     """empty: from the Hub"""
     kind: Kind
     subset: str
-    """part of the Pile, empty: all"""
+    """part of the Pile; empty for all"""
     max_documents: int | None
     text_field: str | None
 
     def passages(self) -> Iterator[Passage]:
-        """Yield all passages, of the first `max_documents` where there is a limit."""
+        """Yield all passages; only the first `max_documents` if there is a limit."""
         most = self.max_documents
         if most is None and self.kind.streamed and not self.path:
             most = STREAMED_DOCUMENTS
@@ -373,7 +372,7 @@ class NamedSet:
                 yield document.text
         if not any_text:
             part = f" of subset {self.subset!r} (meta.pile_set_name)" if self.subset else ""
-            raise InputError(f"{self.name} holds no text{part}: name another set with --on")
+            raise InputError(f"{self.name} has no text{part}: name another set with --on")
 
     def _documents(self) -> Iterator[Document | ReadError]:
         fields = Fields(text=self.text_field or self.kind.field)
@@ -385,19 +384,22 @@ class NamedSet:
 def named_set(
     given: str, max_documents: int | None = None, text_field: str | None = None
 ) -> NamedSet:
-    """Return the set that `--on` names. Raises `InputError` for an unknown name without a path."""
+    """Return the set that `given`, a value of `--on`, names.
+
+    Raises `InputError` for an unknown name without a path, and for a path that does not exist.
+    """
     name, _, path = given.partition("=")
     base, _, subset = name.partition(":")
     if name in SPLITS and path:
-        raise InputError(f"{given}: {name} is the run's split, give the file another name")
+        raise InputError(f"{given}: {name} is a split of the run: give the file another name")
     if path and not path.startswith(HUB) and not Path(path).expanduser().exists():
-        raise InputError(f"{path} is not there: name a file or a folder, --on {name}=PATH")
+        raise InputError(f"{path} does not exist: name a file or a folder, --on {name}=PATH")
     if (subset and base != "pile") or (base not in KINDS and not path):
-        known = [*SPLITS, *KINDS, "pile:SUBSET"]
-        near = difflib.get_close_matches(base, known, n=1)
+        choices = [*SPLITS, *KINDS, "pile:SUBSET"]
+        near = difflib.get_close_matches(base, choices, n=1)
         hint = f" did you mean {near[0]}?" if near else ""
         raise InputError(
-            f"--on {given} is not known:{hint} choose from {', '.join(known)}, or NAME=PATH"
+            f"--on {given} is not known:{hint} choose from {', '.join(choices)}, or NAME=PATH"
         )
     return NamedSet(name, path, KINDS.get(base, Kind()), subset, max_documents, text_field)
 
@@ -408,7 +410,11 @@ def _hub_documents(name: str, kind: Kind) -> Iterator[Document | ReadError]:
     try:
         for number, row in enumerate(_load(name, kind), 1):
             yield row_document(row, fields, file, number, "row")
-    except (OSError, ValueError, RuntimeError) as error:  # what `datasets` raises, by its source
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what `datasets` raises, according to its source
         if isinstance(error, InputError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -426,7 +432,7 @@ def _load(name: str, kind: Kind) -> Any:
         otherwise = f", or name a local copy, --on {name}=PATH"
         raise missing_extra("hub", name, "datasets", otherwise) from None
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # without a network: twelve lines about retries before our one
+    logging.set_verbosity_error()  # without a network it prints twelve lines about retries
     try:
         return load_dataset(**kind.hub, streaming=kind.streamed)
     finally:

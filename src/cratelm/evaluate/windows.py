@@ -1,10 +1,10 @@
 """Tokens cut into windows, each counted exactly once, and the loss and rank of each counted token.
 
 Memory: 16 batches of windows; the logits of one forward pass, at most 2^28 of them (1 GiB at 32 bit) or
-those of one window where these are more; twice those of one window; and a few numbers per document.
+those of one window if these are more; twice those of one window; and a few numbers per document.
 
-Shape legend: T tokens of a whole window, S tokens that it moves on by, n input tokens of one window,
-m of its targets that are counted, B windows, V vocabulary, C documents.
+Shape legend: T tokens of a whole window, S stride in tokens, n input tokens of one window, m of its
+targets that are counted, B windows, V vocabulary, C documents.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,19 +21,19 @@ from cratelm.errors import InputError
 from cratelm.models.partial_forward import next_logits
 
 AHEAD = 16
-"""batches of windows read ahead, to put those of like length together"""
+"""number of batches of windows that are read ahead, to group windows of similar length"""
 MOST_LOGITS = 2**28
-"""logits of one forward pass"""
+"""most logits of one forward pass"""
 TOP = 5
-"""the second accuracy: the token is among so many most likely ones"""
+"""the second accuracy counts a token that is among this many most likely ones"""
 FloatArray = NDArray[np.float64]
 
 
 class Window(NamedTuple):
-    """What a model reads in one go, and which of its next tokens are counted."""
+    """Input of a model, and which of its next tokens are counted."""
 
     tokens: NDArray[np.int64]
-    """[n + 1] the input, and after it the last target; target i is token i + 1"""
+    """[n + 1] the input, followed by the last target; target i is token i + 1"""
     first: int
     """targets before this one are only context"""
     documents: NDArray[np.int64]
@@ -43,11 +43,11 @@ class Window(NamedTuple):
 def cut(n: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield windows over a stream of n + 1 tokens whose first is only context: start, stop, first target.
 
-    The model reads tokens `start` to `stop` - 1 and is asked for tokens `first` + 1 to `stop`. The
-    first window has nothing before it: all its T targets are counted, from 1 to T tokens of context.
-    Each later one moves on by S and counts its last S targets, from T - S + 1 to T tokens of context;
-    the last one is shorter. With S = T nothing overlaps; with S = 1 every target has all the
-    context that the model takes.
+    The model reads tokens `start` to `stop` - 1 and predicts tokens `first` + 1 to `stop`. The first
+    window has nothing before it: all its T targets are counted, with 1 to T tokens of context. Each later
+    window begins S tokens later and counts its last S targets, with T - S + 1 to T tokens of context; the
+    last one is shorter. With S = T nothing overlaps; with S = 1 every target has as much context as the
+    window allows.
     """
     done = 0
     while done < n:
@@ -58,7 +58,7 @@ def cut(n: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
 
 
 def batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
-    """Yield groups of at most `size` windows, those of similar length together, to pad little.
+    """Yield groups of at most `size` windows of similar length, which need little padding.
 
     Memory: 16 groups of windows.
     """
@@ -71,7 +71,7 @@ def batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
 
 @dataclass(frozen=True, eq=False)
 class Totals:
-    """Sums over the counted tokens of each document, by its number; all 0 for one without a token."""
+    """Sums over the counted tokens of each document, by its number; 0 for a document without any."""
 
     tokens: FloatArray
     """[C]"""
@@ -89,11 +89,11 @@ class TokenScores(NamedTuple):
     losses: torch.Tensor
     """[m] nats"""
     ranks: torch.Tensor
-    """[m] tokens that the model considered more likely"""
+    """[m] number of tokens that the model considered more likely"""
 
 
 def score(model: Any, name: str, windows: Iterable[Window], batch_size: int, bar: tqdm) -> Totals:
-    """Return the totals over all windows. Raises `InputError` where a loss is not a finite number."""
+    """Return the totals over all windows. Raises `InputError` if a loss is not finite."""
     sums = np.zeros((4, 1024))
     for batch in batches(windows, batch_size):
         for part in _fitting(batch, model.config.get_text_config().vocab_size):
@@ -128,7 +128,8 @@ def _fitting(batch: list[Window], vocabulary: int) -> Iterable[list[Window]]:
 def _forward(model: Any, batch: list[Window]) -> list[TokenScores]:
     """Return the scores of each window's counted targets.
 
-    Shorter windows are padded at their end, which a causal model cannot see from before it.
+    Shorter windows are padded at their end, which does not affect the earlier tokens of a causal model.
+
     """
     lengths = [len(window.tokens) - 1 for window in batch]
     longest = max(lengths)

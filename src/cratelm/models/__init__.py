@@ -1,4 +1,4 @@
-"""Models: CRATE in one file, its GPT-2 twin, sizes by name, and where neurons live in any model."""
+"""Models: CRATE in one file, its GPT-2 twin, sizes by name, and the sites of neurons in any model."""
 
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.sites import Site, capture, site_of

@@ -1,8 +1,8 @@
-"""CRATE for causal language modelling, whole in this file: configuration, model, language model.
+"""CRATE for causal language modelling, complete in this file: configuration, model, language model.
 
 Source: Bai & Ma, "Improving Neuron-level Interpretability with White-box Language Models"
 (arXiv 2410.16443), after Yu et al., "White-Box Transformers via Sparse Rate Reduction"
-(arXiv 2306.01129). The file imports torch and transformers only, so that a saved model can carry it.
+(arXiv 2306.01129). It imports only torch and transformers, so that it can be saved with a model.
 
     Z_0       = token embedding + position embedding
     Z_{l+1/2} = Z_l + MSSA(LN(Z_l))             compression towards K subspaces, residual
@@ -52,20 +52,20 @@ class CrateConfig(PreTrainedConfig):
     expansion: int = 4
     """H / D: how overcomplete the dictionary is"""
     ista_steps: int = 2
-    """unrolled steps of sparse coding; the paper takes 2"""
+    """number of unrolled sparse-coding steps; the paper uses 2"""
     step_size: float = 0.1
     """eta of the proximal gradient step"""
     threshold: float = 0.1
-    """lambda, weight of the l1 norm; eta * lambda is taken off each step"""
+    """lambda, weight of the l1 norm; each step subtracts eta * lambda"""
     ista_residual: bool = False
-    """add the block's input to its output (CRATE-alpha; the paper: no)"""
+    """add the block's input to its output (as CRATE-alpha does; the paper does not)"""
     decoupled_dictionary: bool = False
-    """reconstruct with a second dictionary (CRATE-alpha; the paper: no)"""
+    """reconstruct with a second dictionary (as CRATE-alpha does; the paper does not)"""
     dropout: float = 0.0
-    """probability, on the embedding, the attention weights and the attention output"""
+    """probability; applied to the embedding, the attention weights and the attention output"""
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
-    """standard deviation of linear and embedding weights at the start"""
+    """standard deviation of the initial linear and embedding weights"""
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -81,7 +81,7 @@ class CrateConfig(PreTrainedConfig):
             )
         for name in ("vocab_size", "num_hidden_layers", "expansion", "ista_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, 1 or more was expected")
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.step_size <= 0 or self.threshold < 0:
             raise ValueError(
                 f"step_size {self.step_size} must be above 0 and threshold {self.threshold} at least 0"
@@ -89,12 +89,12 @@ class CrateConfig(PreTrainedConfig):
 
     @property
     def num_neurons(self) -> int:
-        """Return H, the neurons of one layer."""
+        """Return H, the number of neurons per layer."""
         return self.expansion * self.hidden_size
 
 
 class SharedProjectionLayer(DynamicLayer):
-    """Cache of one layer that holds a single tensor [B, K, S, P]: in MSSA the keys are the values."""
+    """Cache of one layer with a single tensor [B, K, S, P]: in MSSA the keys are the values."""
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -103,12 +103,12 @@ class SharedProjectionLayer(DynamicLayer):
 
     @values.setter
     def values(self, _: torch.Tensor | None) -> None:
-        """Set nothing: whatever the base class does to its values, it has done to the keys."""
+        """Set nothing: whatever the base class does to the values, it has already done to the keys."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append key_states [B, K, T, P]; return all of them [B, K, S, P], twice."""
+        """Append key_states [B, K, T, P]; return all keys [B, K, S, P] twice, as keys and as values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -143,10 +143,10 @@ def attend(
 
 
 class OutputMap(nn.Linear):
-    """Map from the heads' outputs to the residual stream, its weights smaller at the start.
+    """Map from the heads' outputs to the residual stream, with smaller initial weights.
 
-    A class of its own because transformers calls `_init_weights` only for modules with parameters
-    of their own where the model is not part of the library.
+    It is a separate class because, for models that are not part of the library, transformers calls
+    `_init_weights` only for modules that have parameters themselves.
     """
 
 
@@ -175,7 +175,7 @@ class Mssa(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output [B, T, D] and, where the implementation has them, the attention weights."""
+        """Return the output [B, T, D] and, if the implementation has them, the attention weights."""
         codes = self.subspace(self.projection(x))  # [B, T, D]
         query = codes.view(*codes.shape[:-1], -1, self.head_dim).transpose(1, 2)  # [B, K, T, P]
         key = value = query
@@ -204,8 +204,8 @@ class Ista(nn.Module):
 
         A_0 = 0;  A_{k+1} = ReLU(A_k + eta D^T (x - D A_k) - eta lambda);  out = D A_steps
 
-    Written with 2 * steps products with D (four at the paper's two steps): the first residual is x
-    itself, and each later one is formed in the narrow space before it meets D^T.
+    This takes 2 * steps products with D (four at the paper's two steps): the first residual is x
+    itself, and each later one is formed in the narrow space [D] before it is multiplied by D^T.
     """
 
     def __init__(self, config: CrateConfig):
@@ -216,7 +216,7 @@ class Ista(nn.Module):
         self.dictionary = nn.Parameter(torch.empty(shape))
         """D^T [H, D]: row i is the atom of neuron i"""
         self.decoder = nn.Parameter(torch.empty(shape)) if config.decoupled_dictionary else None
-        """second dictionary [H, D], starts as a copy of the first"""
+        """second dictionary [H, D], initialised as a copy of the first"""
         self.code = nn.Identity()
         """site: the neurons, A_steps [B, T, H], at least 0"""
 
@@ -273,7 +273,7 @@ class CrateBlock(GradientCheckpointingLayer):
 
 
 class CratePreTrainedModel(PreTrainedModel):
-    """Initialisation and what transformers may do with the model."""
+    """Initial weights, and the features of transformers that the model supports."""
 
     config: CrateConfig
     base_model_prefix = "model"
@@ -337,7 +337,7 @@ class CrateModel(CratePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return the normalised hidden states [B, T, D] of token ids [B, T]."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, exactly one of them")
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
         assert inputs_embeds is not None
@@ -391,10 +391,10 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits [B, T, V]; only those of the last `logits_to_keep` positions where above 0.
+        """Return logits [B, T, V]; only those of the last `logits_to_keep` positions if that is above 0.
 
-        With `labels` [B, T] also the mean cross-entropy in nats per token; labels are shifted inside,
-        -100 is ignored.
+        With `labels` [B, T] also return the mean cross-entropy in nats per token; labels are shifted
+        inside, and labels of -100 are ignored.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -405,8 +405,8 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, last, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -421,13 +421,13 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> Any:
-        """Where `generate` would take its plain default cache, take ours."""
-        given = model_kwargs.get("past_key_values")
-        done = super()._prepare_cache_for_generation(  # type: ignore[misc]
+        """Use `CrateCache` where `generate` would use its plain default cache."""
+        callers_cache = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
-        made = model_kwargs.get("past_key_values")
+        default_cache = model_kwargs.get("past_key_values")
         plain = generation_config.cache_implementation in (None, "dynamic")
-        if given is None and plain and type(made) is DynamicCache:
+        if callers_cache is None and plain and type(default_cache) is DynamicCache:
             model_kwargs["past_key_values"] = CrateCache()
-        return done
+        return result

@@ -1,7 +1,7 @@
 """The baseline: transformers' own GPT-2 with ReLU and without biases, the twin of a CRATE model.
 
-Biases exist in that class, so they are set to 0 and frozen: every tool that reads GPT-2 reads the
-twin, and the mathematics is that of a GPT-2 without them (arXiv 2410.16443, section 4).
+That class has biases, so they are set to 0 and frozen: every tool that reads GPT-2 reads the twin,
+and the computation is that of a GPT-2 without biases (arXiv 2410.16443, section 4).
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def gpt2_config(
     zero_biases: bool = True,
     **others: Any,
 ) -> GPT2Config:
-    """Return a GPT-2 configuration from CRATE's names; `others` are fields of `GPT2Config`."""
+    """Return a GPT-2 configuration from CRATE's field names; `others` are fields of `GPT2Config`."""
     return GPT2Config(
         n_embd=hidden_size,
         n_layer=num_hidden_layers,
@@ -42,7 +42,7 @@ def gpt2_config(
 
 
 def freeze_biases(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Set every bias, LayerNorm's too, to 0 and exclude it from training."""
+    """Set every bias, including LayerNorm's, to 0, exclude it from training, and return the model."""
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             nn.init.zeros_(parameter)
@@ -56,6 +56,6 @@ def build_gpt2(config: GPT2Config) -> GPT2LMHeadModel:
 
 
 def as_twin(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Prepare a GPT-2 that was built or loaded: freeze its biases if its configuration has `zero_biases`."""
-    model.loss_type = "ForCausalLM"  # transformers cannot tell it from the class name, and warns
+    """Return a GPT-2, built or loaded, with frozen biases if its configuration has `zero_biases`."""
+    model.loss_type = "ForCausalLM"  # transformers cannot infer it from the class name, and warns
     return freeze_biases(model) if getattr(model.config, "zero_biases", False) else model

@@ -1,8 +1,8 @@
 """Latents of sparse autoencoders as a site: harvested, explained, scored and steered like neurons.
 
 An autoencoder is a folder in SAELens' format, written by `cratelm sae train`, `cratelm import sae` or
-SAELens itself; a folder of several holds `layer-0/`, `layer-1/` ... SAELens computes them, whatever
-their architecture.
+SAELens itself; a folder of several has `layer-0/`, `layer-1/` ... SAELens computes the latents, whatever
+the architecture.
 """
 
 import os
@@ -23,8 +23,8 @@ CONFIG = "cfg.json"
 def latents_of(model: PreTrainedModel, folder: str | Path) -> Site:
     """Return the site of the latents of the autoencoder or autoencoders in `folder`, on `model`.
 
-    Raises `InputError` where SAELens is missing, the folder holds no autoencoder, or one does not
-    fit the model: another site, a layer that is not there, another width.
+    Raises `InputError` if SAELens is missing, if the folder has no autoencoder, or if one does not fit
+    the model: another site, a layer that the model does not have, or another width.
     """
     folder = Path(folder)
     by_layer = {_layer(path): path for path in _folders(folder)}
@@ -52,49 +52,49 @@ def _folders(folder: Path) -> list[Path]:
     folders = [p.parent for p in folder.glob(f"layer-*/{CONFIG}")]
     if not folders:
         raise InputError(
-            f"{folder} holds no autoencoder ({CONFIG}, or layer-0/{CONFIG} ...): name a folder of"
+            f"{folder} has no autoencoder ({CONFIG}, or layer-0/{CONFIG} ...): name a folder of"
             " `cratelm sae train`, `cratelm import sae` or SAELens"
         )
     return folders
 
 
 def _layer(folder: Path) -> int:
-    """Return the layer in the folder's name, -1 where it has none."""
+    """Return the layer in the folder's name, -1 if it has none."""
     match = re.fullmatch(r"layer-(\d+)", folder.name)
     return int(match.group(1)) if match else -1
 
 
 def _layer_of(sae: Any, folder: Path) -> int:
-    """Return the layer by the configuration: cratelm's entry, else the first number in the hook's name."""
+    """Return the layer in the configuration: cratelm's entry, else the first number in the hook's name."""
     metadata = sae.cfg.metadata.to_dict()
     if isinstance(metadata.get("layer"), int):
         return metadata["layer"]
     match = re.search(r"\.(\d+)(?:\.|$)", str(metadata.get("hook_name", "")))
     if match is None:
-        raise InputError(f"{folder / CONFIG} names no layer: rename the folder, such as layer-0")
+        raise InputError(f"{folder / CONFIG} names no layer: give the folder a name like layer-0")
     return int(match.group(1))
 
 
 def _load(folder: Path, device: torch.device) -> Any:
-    os.environ.setdefault("WANDB_MODE", "disabled")  # SAELens imports it; nothing is sent
+    os.environ.setdefault("WANDB_MODE", "disabled")  # SAELens imports wandb; nothing is sent
     try:
         from sae_lens import SAE
     except ImportError:
         raise missing_extra("sae", "an autoencoder", "sae-lens") from None
     try:
         return SAE.load_from_disk(folder, device=str(device)).eval()
-    except Exception as error:  # SAELens raises whatever its parts do
+    except Exception as error:  # SAELens and its parts share no base exception
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{folder} cannot be read as an autoencoder ({reason})") from None
 
 
 def _site_below(model: PreTrainedModel, saes: dict[int, Any], folder: Path) -> Site:
-    """Return the site that all of them are of: by cratelm's entry, else by the hook's name."""
+    """Return the one site that the autoencoders read: cratelm's entry, else the hook's name."""
     names = {_site_name(sae) for sae in saes.values()}
     if len(names) > 1:
         raise InputError(
-            f"{folder} holds autoencoders of several sites, {', '.join(sorted(map(str, names)))}:"
-            " name the folder of one"
+            f"{folder} has autoencoders of several sites, {', '.join(sorted(map(str, names)))}:"
+            " name the folder of one site"
         )
     return site_of(model, names.pop())
 
@@ -110,11 +110,11 @@ def _site_name(sae: Any) -> str | None:
 def _check(layer: int, sae: Any, below: Site, folder: Path) -> None:
     if layer >= below.n_layers:
         raise InputError(
-            f"{folder} is of layer {layer}, the model has layers 0 to {below.n_layers - 1}:"
+            f"{folder} is of layer {layer}, but the model has layers 0 to {below.n_layers - 1}:"
             " is it an autoencoder of another model?"
         )
     if sae.cfg.d_in != below.n_neurons[layer]:
         raise InputError(
-            f"{folder} reads {sae.cfg.d_in} activations, site {below.name} of this model has"
+            f"{folder} reads {sae.cfg.d_in} activations, but site {below.name} of this model has"
             f" {below.n_neurons[layer]}: is it an autoencoder of another model or site?"
         )

@@ -1,9 +1,9 @@
-"""From the name of a model to the model: its folder or Hub id, identity, device, precision, tokenizer.
+"""Open a model by its name: find its folder or Hub id, identity, device, precision and tokenizer.
 
-One rule for all verbs. A name without a slash is a model of the run if the run has one of this name, or
-if there is no folder of this name; else it is a folder if there is one, else a Hub id. A model is named
-in records by its identity: that of the stage that trained it, a hash of the files of a folder, or the
-Hub's repository with the commit.
+All verbs follow one rule. A name without a slash is a model of the run if the run has a model of this
+name, or if there is no folder of this name. Otherwise it is a folder if there is one, else a Hub id.
+Records name a model by its identity: that of the stage that trained it, a hash of the files of a folder,
+or the Hub's repository with the commit.
 """
 
 import hashlib
@@ -25,33 +25,33 @@ from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
 
 HUB = "hub:"
-"""begins the identity of a Hub model, hub:NAME@COMMIT"""
+"""prefix of the identity of a Hub model, hub:NAME@COMMIT"""
 NO_LIMIT = 1024
-"""sequence length, in tokens, for models that name no longest one"""
+"""sequence length, in tokens, for models that state no maximum"""
 LONGEST = 2048
-"""longest default sequence: the logits of 131,072 tokens, which some models take, exceed the memory of most
-machines"""
+"""longest default sequence, in tokens: the logits of 131,072 tokens, which some models accept, exceed the
+memory of most machines"""
 
 
-# --- where a model is --------------------------------------------------------------------------------
+# --- location of a model -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is, before anything of it is loaded."""
+    """Location of a model, before anything is loaded."""
 
     name: str
     """as the user named it"""
     location: str | Path
     """folder or Hub id"""
     record: Completion | None = None
-    """of the stage that trained it; None for a model that is not of the run"""
+    """record of the stage that trained it; None for a model from outside the run"""
     revision: str | None = None
-    """commit of the Hub's repository; None: its newest, and for folders"""
+    """commit of the Hub's repository; None for the newest commit, and for folders"""
 
     @property
     def identity(self) -> str:
-        """Return what changes when the model does. Reads all files of a folder that is not of the run."""
+        """Return a string that changes when the model does. Reads all files of a folder outside the run."""
         if self.record is not None:
             return self.record.identity
         if isinstance(self.location, Path):
@@ -59,28 +59,29 @@ class ModelSource:
         return f"{HUB}{self.location}@{self.revision or hub_commit(self.location)}"
 
     def pinned(self) -> "ModelSource":
-        """Return the same source with a Hub model's commit of now: loaded and identified as one."""
+        """Return the source with a Hub model's current commit, so that the model loaded is the one named."""
         if self.record is not None or isinstance(self.location, Path) or self.revision:
             return self
         return replace(self, revision=hub_commit(self.location))
 
     def load(self, device: str = "auto", dtype: str = "auto") -> "LoadedModel":
-        """Return the model on a device in a precision; `auto`: an accelerator if any, that of the files.
+        """Return the model on a device and in a precision.
 
-        Raises `InputError` for a device that is not on this machine, or a model that cannot be loaded.
+        `auto` stands for an accelerator if there is one, and for the precision of the files. Raises
+        `InputError` for a device that this machine does not have, or a model that cannot be loaded.
         """
-        where = device_of(device)  # before anything is loaded
+        torch_device = device_of(device)  # may raise, so before anything is loaded
         options: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
         if self.revision:
             options["revision"] = self.revision
         model: Any = load(self.location, **options)
-        return LoadedModel(self.name, self.location, model.to(where), self.revision)
+        return LoadedModel(self.name, self.location, model.to(torch_device), self.revision)
 
 
 def find_model(
     run: Run, name: str, *, from_run: bool = True, revision: str | None = None
 ) -> ModelSource:
-    """Return where the model called `name` is; with `from_run` False a folder or Hub id of any form.
+    """Return the location of the model called `name`; with `from_run` False, of a folder or Hub id.
 
     Raises `InputError` for a model of the run that is not trained.
     """
@@ -96,7 +97,7 @@ def find_model(
 
 
 def folder_identity(folder: Path) -> str:
-    """Return the sha256 over the configuration and weight files of a model's folder."""
+    """Return a sha256 over the configuration and weight files of a model's folder."""
     files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
     return hash_json({p.name: hash_file(p) for p in files})
 
@@ -108,13 +109,13 @@ def revision_of(identity: str) -> str | None:
 
 
 def device_of(wanted: str) -> torch.device:
-    """Return the device called `wanted`; `auto`: an accelerator where there is one, else the CPU.
+    """Return the device called `wanted`; for `auto`, an accelerator if there is one, else the CPU.
 
-    Raises `InputError` for one that is not on this machine.
+    Raises `InputError` for a device that this machine does not have.
     """
     if wanted == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        # Statistics are sums in float64, which MPS does not have.
+        # Statistics are sums in float64, which MPS does not support.
         usable = accelerator is not None and accelerator.type != "mps"
         return torch.device(accelerator.type if accelerator is not None and usable else "cpu")
     try:
@@ -133,23 +134,23 @@ def device_of(wanted: str) -> torch.device:
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model, how it was named, and where it came from."""
+    """A loaded model, with the name that the user gave it and its source."""
 
     name: str
     source: str | Path
     """folder or Hub id"""
     model: Any
     revision: str | None = None
-    """commit of the Hub's repository, where one was asked for"""
+    """commit of the Hub's repository, if it was pinned"""
 
     @property
     def vocab_size(self) -> int:
-        """Return the rows of its embedding."""
+        """Return the number of rows of its embedding."""
         return self.model.config.get_text_config().vocab_size
 
     @property
     def longest(self) -> int | None:
-        """Return the most tokens that it takes, None where it names no limit."""
+        """Return the longest sequence that it accepts, in tokens; None if it states no maximum."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -167,20 +168,20 @@ def open_model(
 
 
 def check_store(subject: LoadedModel, store: TokenStore, run: Run) -> None:
-    """Raise `InputError` where the run's tokens are not those of the model."""
+    """Raise `InputError` if the run's tokens are not those of the model."""
     check_vocabulary(store, subject.vocab_size)
     path = Path(subject.source) / "tokenizer.json"
     if path.is_file() and Tokenizer.from_file(str(path)).get_vocab() != store.tokenizer.get_vocab():
         raise InputError(
-            f"{path} is another tokenizer than that of the run {run.path}: name a model trained on"
-            " these tokens, another --run, or texts with --on, which each model reads in its own way"
+            f"{path} differs from the tokenizer of the run {run.path}: name a model trained on these"
+            " tokens, another --run, or texts with --on, which each model reads in its own tokens"
         )
 
 
 def sequence_length(subject: LoadedModel, wanted: int | None) -> int:
-    """Return the tokens of a sequence: `wanted`, else the most that the model takes, at most `LONGEST`.
+    """Return a sequence length in tokens: `wanted`, else the model's maximum, but at most `LONGEST`.
 
-    Raises `InputError` where the model does not take so many.
+    Raises `InputError` if `wanted` is above the model's maximum.
     """
     most = subject.longest
     if wanted and most and wanted > most:
@@ -195,14 +196,14 @@ def sequence_length(subject: LoadedModel, wanted: int | None) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A model's tokenizer, for texts: special tokens in a text are plain text to it."""
+    """A model's tokenizer, for texts; it reads special tokens in a text as plain text."""
 
     tokenizer: Tokenizer
     start: int
-    """token before a text: beginning of text where the tokenizer has one, else end of text (GPT-2's
-    are the same)"""
+    """id of the token before a text: beginning of text if the tokenizer has one, else end of text (in
+    GPT-2 they are the same)"""
     adds_start: bool
-    """the tokenizer sets it before every text by itself, as LLaMA's does and GPT-2's does not"""
+    """True if the tokenizer itself adds it before every text, as LLaMA's does and GPT-2's does not"""
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the token ids of a text [n], without special tokens."""
@@ -210,21 +211,21 @@ class Encoder:
 
     @cached_property
     def vocabulary(self) -> str:
-        """Return a hash of all tokens and their ids: models with the same one predict the same tokens."""
+        """Return a hash of all tokens and their ids: models with equal hashes predict the same tokens."""
         tokens = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(tokens.encode()).hexdigest()
 
     @cached_property
     def display(self) -> list[str]:
-        """Return a string for each token id."""
+        """Return a display string for each token id."""
         return display_strings(self.tokenizer)
 
 
 def encoder_of(subject: LoadedModel, run: Run) -> Encoder:
     """Return the model's own tokenizer.
 
-    The tokenizer.json in its folder, else what transformers finds for it, else the run's. Raises
-    `InputError` where none has the vocabulary of the model.
+    This is the tokenizer.json in its folder, else what transformers finds for it, else the run's.
+    Raises `InputError` if none has the vocabulary of the model.
     """
     path = Path(subject.source) / "tokenizer.json"
     encoder = _from_folder(path) if path.is_file() else _from_transformers(subject)
@@ -233,8 +234,8 @@ def encoder_of(subject: LoadedModel, run: Run) -> Encoder:
         encoder = Encoder(tokenizer, end_of_text_id(tokenizer), False)
     if encoder is None or not _fits(encoder, subject):
         raise InputError(
-            f"no tokenizer with the vocabulary of {subject.name} ({subject.vocab_size:,} tokens) is"
-            f" found: put its tokenizer.json into {subject.source}"
+            f"there is no tokenizer with the vocabulary of {subject.name} ({subject.vocab_size:,}"
+            f" tokens): put its tokenizer.json into {subject.source}"
         )
     return encoder
 
@@ -243,14 +244,16 @@ def _from_folder(path: Path) -> Encoder:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = load_tokenizer(path)
-    wrapped = PreTrainedTokenizerFast.from_pretrained(
-        path.parent
-    )  # reads tokenizer_config.json, too
+    # reads tokenizer_config.json, too
+    wrapped = PreTrainedTokenizerFast.from_pretrained(path.parent)
     return _encoder(wrapped, tokenizer)
 
 
 def _from_transformers(subject: LoadedModel) -> Encoder | None:
-    """Return None where there is none, or a made-up one: a GPT-2 without files gets one of a single token."""
+    """Return the tokenizer that transformers finds, or None if there is none.
+
+    For a GPT-2 without tokenizer files transformers makes one up, with a single token: this is None, too.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -263,7 +266,7 @@ def _from_transformers(subject: LoadedModel) -> Encoder | None:
 
 
 def _encoder(wrapped: Any, tokenizer: Tokenizer) -> Encoder:
-    """Return an encoder with what transformers knows: the special tokens, and what is added to a text."""
+    """Return an encoder with the special tokens that transformers reports for a tokenizer."""
     special = (wrapped.bos_token_id, wrapped.eos_token_id)
     start = next((t for t in special if t is not None), None)
     start = end_of_text_id(tokenizer) if start is None else start
@@ -271,6 +274,6 @@ def _encoder(wrapped: Any, tokenizer: Tokenizer) -> Encoder:
 
 
 def _fits(encoder: Encoder, subject: LoadedModel) -> bool:
-    """Return whether its tokens are nearly all rows of the model's embedding, and it can read a letter."""
+    """Return whether its tokens fill nearly all rows of the model's embedding, and it can encode a letter."""
     unused = subject.vocab_size - max(encoder.tokenizer.get_vocab().values(), default=-1) - 1
     return 0 <= unused <= MOST_UNUSED_ROWS and len(encoder.encode("a")) > 0

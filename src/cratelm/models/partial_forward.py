@@ -1,24 +1,25 @@
 """Run only the blocks after a layer, replaying stored outputs of the earlier ones.
 
-A model that is run again for every neuron repeats all that comes before the neuron. Here the blocks up
-to it return what they returned in one plain pass, and the model's own code does the rest.
+Running the whole model again for every neuron repeats all computation that precedes the neuron. Here the
+blocks before the edit return what they returned in one plain pass, and the model's own code runs the
+others.
 
-Why replaying outputs works: a block of a decoder reads the residual stream that the block before it
-returned, and nothing else of the earlier blocks (without a cache of keys and values, as here). So if a
-block returns its stored output, whatever the blocks before it return is never used; they return their
-own input, which costs nothing. Masks, position codes, norms and head are computed by the model as always,
-whatever its kind, where a loop over blocks written here would have to know each architecture.
+Why replaying outputs works: a block of a decoder reads the residual stream that the previous block
+returned, and nothing else from earlier blocks (without a key-value cache, as here). So if a block returns
+its stored output, the outputs of the blocks before it are never used; they return their own input, which
+costs nothing. The model computes masks, position encodings, norms and head as always, whatever its
+architecture. A loop over blocks, written here, would have to know each architecture.
 
-Where what a neuron writes is a row of a matrix that is added to the block's output (D in CRATE, the MLP's
-last projection elsewhere), the edited output of the block is a rank-one change of the stored one, and
-its own block need not run either. This is checked on each layer, not assumed: where a norm follows the
-projection, as in Gemma 2, or where the site is in the attention, the block is run with a hook.
+If a neuron writes a row of a matrix that is added to the block's output (D in CRATE, the MLP's last
+projection elsewhere), the edited output of the block is a rank-one change of the stored output, and the
+neuron's own block need not run either. This is checked on each layer, not assumed: if a norm follows the
+projection, as in Gemma 2, or if the site is in the attention, the block runs with a hook.
 
-Measured on the demo's models of two layers: 1.8 (CRATE) and 1.9 (GPT-2) times as fast as a whole pass per
-neuron (`benchmarks/effects.py`); with more layers it gains more, the later the neuron.
+Measured on the demo's models of two layers, it is 1.8 (CRATE) and 1.9 (GPT-2) times as fast as a whole
+pass per neuron (`benchmarks/effects.py`). The gain grows with the number of blocks before the neuron.
 
 Shape legend: B sequences, T positions, D width, H neurons, V vocabulary, n rows (a row is one sequence
-with one neuron edited).
+with one neuron edited). A place is the number of a layer among the layers of the site, from 0.
 """
 
 import contextlib
@@ -43,16 +44,16 @@ TOLERANCE = 1e-3
 def next_logits(model: Any, tokens: torch.Tensor, last: int) -> torch.Tensor:
     """Return logits [B, last, V] after each of the last `last` tokens of [B, n].
 
-    The others are not computed where the model takes `logits_to_keep`.
+    The others are not computed if the model supports `logits_to_keep`.
     """
-    takes_it = "logits_to_keep" in inspect.signature(model.forward).parameters
-    keep = {"logits_to_keep": last} if takes_it else {}
+    is_supported = "logits_to_keep" in inspect.signature(model.forward).parameters
+    keep = {"logits_to_keep": last} if is_supported else {}
     return model(input_ids=tokens, use_cache=False, **keep).logits[:, -last:]
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One plain pass."""
+    """Stored results of one plain pass."""
 
     ids: torch.Tensor
     """[B, T]"""
@@ -62,13 +63,19 @@ class Trace:
     """[B, T, H] at each place of the site"""
 
     def by_token(self, block: int) -> "Trace":
-        """Return the output of the last block as sequences of one token: what follows treats each by itself."""
+        """Return the trace with the output of `block` as sequences of one token.
+
+        It is meant for the last block, after which the model treats each token separately.
+        """
         flat = self.outputs[block].flatten(0, 1)[:, None]  # [B * T, 1, D]
         return Trace(self.ids.reshape(-1, 1), {block: flat}, [])
 
 
 class PartialForward:
-    """A model from each layer of a site on. Raises `InputError` where the site is in no numbered block."""
+    """Forward passes that begin at a layer of a site.
+
+    Raises `InputError` if the site is not in a numbered block.
+    """
 
     def __init__(self, model: Any, site: Site):
         self.model, self.site = model, site
@@ -76,21 +83,21 @@ class PartialForward:
         parents = {m[1] for m in matches if m}
         if None in matches or len(parents) != 1:
             raise InputError(
-                f"site {site.name} is in no numbered block: name a path with * for the layer"
+                f"site {site.name} is not in a numbered block: name a path with * for the layer"
             )
         self.blocks: list[nn.Module] = list(model.get_submodule(parents.pop()).children())
         self.block_numbers = [int(m[2]) for m in matches if m]
         """block of each place of the site"""
         self._returns_tuple: dict[int, bool] = {}
-        """of each block: some architectures' blocks return a tuple, and so must what replaces them"""
+        """by block: blocks of some architectures return a tuple, and so must their replacements"""
         self.writes: list[torch.Tensor | None] = [None] * len(site.paths)
-        """[H, D] what each neuron adds to its block's output per unit of activation; None where that is
-        not constant"""
+        """[H, D] by place: what each neuron adds to its block's output per unit of activation; None if
+        that is not constant"""
         for place, path in enumerate(site.paths):
             self.writes[place] = self._checked(place, write_directions(model, site, path))
 
     def is_last(self, place: int) -> bool:
-        """Return whether no block follows that of a place."""
+        """Return whether the block of a place is the last one."""
         return self.block_numbers[place] == len(self.blocks) - 1
 
     @torch.no_grad()
@@ -147,7 +154,7 @@ class PartialForward:
         delta: torch.Tensor,
         last: int | None,
     ) -> torch.Tensor:
-        """Return the same by running the block of the place, from what the one before it returned."""
+        """Return the same by running the block of the place on the stored output of the previous block."""
         row = torch.arange(len(rows), device=rows.device)
 
         def add(hooked_place: int, activations: torch.Tensor) -> torch.Tensor | None:
@@ -166,15 +173,15 @@ class PartialForward:
     def _logits(
         self, ids: torch.Tensor, block: int, hidden: torch.Tensor | None, last: int | None
     ) -> torch.Tensor:
-        """Return logits [n, last, V] where `block` returns `hidden` [n, T, D]; block -1: a plain pass."""
+        """Return logits [n, last, V] if `block` returns `hidden` [n, T, D]; block -1 is a plain pass."""
         with self._replayed(block, hidden):
             return next_logits(self.model, ids, last or ids.shape[1]).float()
 
     @contextlib.contextmanager
     def _replayed(self, block: int, hidden: torch.Tensor | None) -> Iterator[None]:
-        """While open, `block` returns `hidden`, and the blocks before it their own input."""
-        # `forward` is set on the instance and not `__call__`, which Python looks up on the class: so
-        # hooks of the blocks still run, and removing the attribute restores the class's method.
+        """Make `block` return `hidden`, and the blocks before it their own input, while open."""
+        # `forward` is set on the instance, not `__call__`, which Python looks up on the class. So hooks
+        # of the blocks still run, and removing the attribute restores the class's method.
         patched = self.blocks[: block + 1]
         try:
             for number, module in enumerate(patched):
@@ -188,7 +195,8 @@ class PartialForward:
     def _checked(self, place: int, writes: torch.Tensor | None) -> torch.Tensor | None:
         """Return `writes` if changing a neuron by it gives the logits that the hook gives, else None.
 
-        On 6 random tokens and 2 random neurons; steps of both signs, larger than any activation.
+        This is checked on 6 random tokens and 2 random neurons, with steps of both signs that are larger
+        than any activation.
         """
         if writes is None:
             return None
@@ -200,16 +208,16 @@ class PartialForward:
         neurons = torch.randint(len(writes), (2,), generator=generator).to(writes.device)
         rows = torch.zeros(2, dtype=torch.long, device=writes.device)
         delta = size * torch.linspace(-1, 1, 6, device=writes.device).expand(2, 6)
-        wanted = self._edited_by_hook(trace, place, rows, neurons, delta, None)
+        by_hook = self._edited_by_hook(trace, place, rows, neurons, delta, None)
         hidden = trace.outputs[self.block_numbers[place]][rows]
         hidden = hidden + delta[..., None] * writes[neurons][:, None]
         rank_one = self._logits(ids[rows], self.block_numbers[place], hidden, None)
-        change = (wanted - self.plain(trace)).abs().max()
-        return writes if (rank_one - wanted).abs().max() <= TOLERANCE * change + 1e-6 else None
+        change = (by_hook - self.plain(trace)).abs().max()
+        return writes if (rank_one - by_hook).abs().max() <= TOLERANCE * change + 1e-6 else None
 
 
 def _returning(output: torch.Tensor | None, as_tuple: bool) -> Callable[..., Any]:
-    """Return a `forward` of a block that returns `output`, or its own input where that is None."""
+    """Return a `forward` for a block that returns `output`, or its own input if that is None."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         block_input = args[0] if args else kwargs["hidden_states"]
@@ -223,8 +231,8 @@ def _returning(output: torch.Tensor | None, as_tuple: bool) -> Callable[..., Any
 def write_directions(model: nn.Module, site: Site, path: str) -> torch.Tensor | None:
     """Return [H, D]: row i is what a unit of neuron i adds to the output of the map that follows the site.
 
-    D^T of CRATE (its decoder where that is another), the weights of the linear module whose input the
-    site is; None where there is neither.
+    This is D^T in CRATE (the decoder, if that is separate), or the weights of the linear module whose
+    input is the site; None if there is neither.
     """
     if site.autoencoders:
         return None

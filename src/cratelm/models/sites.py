@@ -1,10 +1,11 @@
-"""Where neurons live in a model, ours or any of Hugging Face's: a name, or a module path.
+"""Sites, where neurons live in cratelm's models or any of Hugging Face's: by name or by module path.
 
 A site is one tensor [B, T, H] per layer: the output of a module, or its input. It is written `PATH`,
-`PATH:output` or `PATH:input`, with `*` for the layer number, for instance `gpt_neox.layers.*.mlp.dense_4h_to_h:input`. Names stand for the usual ones: `ista`, `mssa` and
-`heads` in CRATE, `mlp` (activations of the MLP, what its last projection takes in) in the rest.
+`PATH:output` or `PATH:input`, with `*` for the layer number, for instance
+`gpt_neox.layers.*.mlp.dense_4h_to_h:input`. The usual sites have names: `ista`, `mssa` and `heads` in
+CRATE, `mlp` (activations of the MLP, which its last projection reads) in other models.
 
-On top of a site can stand the latents of sparse autoencoders (`cratelm.models.latents`).
+The latents of sparse autoencoders can be placed on top of a site (`cratelm.models.latents`).
 """
 
 import contextlib
@@ -39,11 +40,12 @@ _DEFAULTS = ("ista", "mlp")
 
 
 Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
-"""called with the number of a place and its activations [B, T, H]; may return others instead"""
+"""called with a place (number of a layer among those of the site, from 0) and its activations [B, T, H];
+may return other activations instead"""
 
 
 class Autoencoder(Protocol):
-    """Turns activations [..., H] into latents [..., S] and back."""
+    """Map from activations [..., H] to latents [..., S] and back."""
 
     def encode(self, x: torch.Tensor, /) -> torch.Tensor:
         """Return latents [..., S] of activations [..., H]."""
@@ -56,7 +58,7 @@ class Autoencoder(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """Where neurons live: one tensor per layer."""
+    """Where neurons live: one tensor per layer, for L layers."""
 
     name: str
     """as the user wrote it"""
@@ -68,24 +70,24 @@ class Site:
     layers: tuple[int, ...] = ()
     """[L] numbers of the layers in the model; empty: 0, 1, 2 ..."""
     autoencoders: tuple[Autoencoder, ...] = field(default=(), repr=False, compare=False)
-    """[L] those whose latents are the neurons; empty: the activations themselves are"""
+    """[L] the autoencoders whose latents are the neurons; empty: the activations are"""
 
     @property
     def n_layers(self) -> int:
-        """Return L, the layers that have the site."""
+        """Return L, the number of layers that have the site."""
         return len(self.paths)
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:
-        """Return the numbers [L] by which the neurons are named."""
+        """Return the layer numbers [L] that the names of the neurons use."""
         return self.layers or tuple(range(self.n_layers))
 
 
 def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
     """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
 
-    Runs the model once on one token to learn H. Raises `InputError` where no module is of that
-    name or where what it carries is not [B, T, H].
+    Runs the model once on one token to determine H. Raises `InputError` if no module has that name, or
+    if its tensor is not [B, T, H].
     """
     candidates = _DEFAULTS if name is None else (name,)
     for candidate in candidates:
@@ -105,10 +107,10 @@ def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
 def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
     """Call `on_activation(place, activations [B, T, H])` in every forward pass while open.
 
-    `place` counts the tensors of the site, which are its layers where it has them all. What
-    `on_activation` returns, where not None, replaces the activations; of latents, their change is
-    decoded and added, so that what the autoencoder cannot reconstruct stays as it is. Hooks are removed
-    whatever happens inside.
+    `place` counts the tensors of the site; it equals the layer number if the site has all layers. If
+    `on_activation` returns a tensor, this replaces the activations. For latents, their change is decoded
+    and added to the activations, so that what the autoencoder cannot reconstruct stays as it is. Hooks
+    are removed even after an error.
     """
     if site.autoencoders:
         on_activation = _through(site.autoencoders, on_activation)
@@ -128,7 +130,7 @@ def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
 
 
 def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
-    """Return a hook of activations that calls a hook of their latents."""
+    """Return a hook for activations that calls a hook for their latents."""
 
     def on_activation(place: int, activations: torch.Tensor) -> torch.Tensor | None:
         autoencoder = autoencoders[place]
@@ -143,11 +145,11 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
 
 def _output_hook(layer: int, on_activation: Hook):
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        tensor, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        tensor, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         changed = on_activation(layer, tensor)
-        if changed is None or rest is None:
+        if changed is None or others is None:
             return changed
-        return (changed, *rest)
+        return (changed, *others)
 
     return hook
 
@@ -164,9 +166,9 @@ def _input_hook(layer: int, on_activation: Hook):
 def capture(
     model: PreTrainedModel, site: Site | str, input_ids: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Return activations [B, T, H] of every layer on input_ids [B, T], all in memory; runs no head.
+    """Return activations [B, T, H] of every layer on input_ids [B, T], all in memory, without the head.
 
-    `site`: a site, or its name as `site_of` takes it.
+    `site`: a site, or a name for `site_of`.
     """
     site = site_of(model, site) if isinstance(site, str) else site
     captured: list[torch.Tensor] = []
@@ -183,7 +185,7 @@ def _parse(pattern: str) -> tuple[str, Side]:
 
 
 def _expand(model: nn.Module, path: str) -> tuple[str, ...]:
-    """Return the modules that `path` names, by layer number; empty where there is none."""
+    """Return the modules that `path` names, by layer number; an empty tuple if there is none."""
     pattern = re.compile(re.escape(path).replace(r"\*", r"(\d+)"))
     if path.count("*") > 1:
         raise InputError(f"site {path!r} has more than one *: only the layer number varies")

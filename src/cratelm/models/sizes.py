@@ -25,7 +25,7 @@ AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)
 
 @dataclass(frozen=True)
 class Size:
-    """Width D, heads K, layers L; H = 4D neurons per layer."""
+    """Shape of a model: width D, heads K, layers L; H = 4D neurons per layer."""
 
     hidden_size: int
     num_attention_heads: int
@@ -52,11 +52,11 @@ def build(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Return a model with fresh weights by the name of its size (`crate-2l`, `gpt2-12l`, ...).
+    """Return a model of a named size (`crate-2l`, `gpt2-12l`, ...) with fresh weights.
 
     `overrides` are fields of `CrateConfig` or of `GPT2Config` (for both families also `hidden_size`,
     `num_hidden_layers`, `num_attention_heads`, `dropout`). The same seed gives the same weights;
-    the global random state is left as it was. Raises `InputError` for an unknown name or field.
+    the global random state does not change. Raises `InputError` for an unknown name or field.
     """
     config = config_of(
         name,
@@ -72,11 +72,14 @@ def build(
 
 
 def config_of(name: str, **fields: Any) -> CrateConfig | GPT2Config:
-    """Return the configuration of a size by name, its values replaced by `fields`."""
+    """Return the configuration of a named size, with its values replaced by `fields`.
+
+    Raises `InputError` for an unknown name or field, and for values that do not fit together.
+    """
     if name not in SIZES:
         near = difflib.get_close_matches(name, SIZES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"no size is called {name!r}{hint}: choose from {', '.join(SIZES)}")
+        raise InputError(f"there is no size {name!r}{hint}: choose from {', '.join(SIZES)}")
     shape = {**vars(SIZES[name]), **fields}
     is_crate = name.startswith("crate")
     _check_fields(shape, CrateConfig if is_crate else GPT2Config, () if is_crate else _GPT2_NAMES)
@@ -89,20 +92,20 @@ def config_of(name: str, **fields: Any) -> CrateConfig | GPT2Config:
 _GPT2_NAMES = tuple(inspect.signature(gpt2_config).parameters)
 
 
-def _check_fields(fields: dict[str, Any], config: type, more: tuple[str, ...]) -> None:
-    known = set(inspect.signature(config).parameters) | set(more)
+def _check_fields(fields: dict[str, Any], config: type, aliases: tuple[str, ...]) -> None:
+    names = set(inspect.signature(config).parameters) | set(aliases)
     for field in fields:
-        if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
+        if field not in names:
+            near = difflib.get_close_matches(field, names, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise InputError(f"{config.__name__} has no field {field!r}{hint}")
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Return a saved model, ours or any causal language model of Hugging Face, in evaluation mode.
+    """Return a saved model, cratelm's or any Hugging Face causal language model, in evaluation mode.
 
-    `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError` where
-    nothing can be loaded from it.
+    `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError` if nothing can
+    be loaded from it.
     """
     with _quiet(), _loading(path):
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
@@ -114,18 +117,18 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 def hub_commit(name: str) -> str:
     """Return the commit of the Hub's repository that `load` would read now.
 
-    Without a network, that of the local cache. Raises `InputError` as `load` does.
+    Without a network, it is the commit in the local cache. Raises `InputError` as `load` does.
     """
     with _loading(name):
         path = cached_file(name, "config.json")
-    assert path is not None, "cached_file raises where there is none"
+    assert path is not None, "cached_file raises if there is none"
     parts = Path(path).parts  # the cache keeps a file in `.../snapshots/COMMIT/`
     return parts[parts.index("snapshots") + 1]
 
 
 @contextlib.contextmanager
 def _loading(path: str | Path):
-    """Turn what transformers raises where nothing can be loaded into one line."""
+    """Turn what transformers raises when nothing can be loaded into a one-line `InputError`."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -136,13 +139,16 @@ def _loading(path: str | Path):
 
 
 def count_parameters(model: PreTrainedModel) -> int:
-    """Return the trainable parameters as the paper counts: tied ones once, no position embedding."""
+    """Return the number of trainable parameters as the paper counts them.
+
+    Tied weights count once, and the position embedding does not count.
+    """
     excluded = {id(p) for p in position_parameters(model)}
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in excluded)
 
 
 def position_parameters(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Return the weights of learned position embeddings; empty for models unlike CRATE and GPT-2."""
+    """Return the weights of learned position embeddings; none for models other than CRATE and GPT-2."""
     base = model.base_model
     if isinstance(base, CrateModel):
         return [base.embed_positions.weight]
@@ -157,7 +163,8 @@ def _one_line(error: BaseException, limit: int = 200) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """Hide the progress bar of the weights: they are small, and the verbs have their own."""
+    """Hide the progress bar of the weights: they are small, and the verbs have progress bars."""
+
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -2,9 +2,9 @@
 
 ```
 runs/NAME/
-  manifest.json                     every finished stage, gathered from the records below
+  manifest.json                     all finished stages, collected from the records below
   tokens/                           shards, tokenizer, documents
-  model/MODEL/  activations/MODEL/  explanations/MODEL/  scores/MODEL/   one folder a model
+  model/MODEL/  activations/MODEL/  explanations/MODEL/  scores/MODEL/   one folder per model
   steer/MODEL/  analysis/MODEL/  sae/MODEL@NAME/                         likewise
   report/
 ```

@@ -3,18 +3,18 @@
 A process that is killed at any moment leaves the old or the new result, never a mixture:
 
 ```
-.XXXXXXXX.NAME.tmp   draft, XXXXXXXX drawn at random: two writers never share one
-.NAME.partial        draft of a folder that an interrupted writer resumes: its name is fixed
-.NAME.new            whole and on disk: from here on the new folder stands
+.XXXXXXXX.NAME.tmp   draft; XXXXXXXX is random, so that two writers never share one
+.NAME.partial        draft of a folder that resumes after an interruption: its name is fixed
+.NAME.new            complete and on disk: from now on the new folder counts
 .NAME.old            the folder that it replaces
-.NAME.lock           locked while NAME is written; holds who writes it
+.NAME.lock           locked while NAME is written; its content says who writes it
 ```
-The next writer of NAME, or the next reader that misses it, puts `.NAME.new` in its place, or brings
-`.NAME.old` back; drafts that are left are removed by the next writer.
+The next writer of NAME, or the next reader that does not find it, moves `.NAME.new` into place or
+restores `.NAME.old`. The next writer also removes leftover drafts.
 
 Who holds a lock. The operating system releases the lock of a dead process, so on one machine (and in
-its containers) a lock that can be taken is free. A file system that is shared by several machines may
-not pass locks on between them. There, a lock file of another machine counts as held until it has not
+its containers) a lock that can be acquired is free. A file system that is shared by several machines may
+not propagate locks between them. There, a lock file of another machine counts as held until it has not
 been touched for `EXPIRES` seconds; a living holder touches it every `HEARTBEAT` seconds.
 """
 
@@ -35,14 +35,14 @@ from typing import Any
 from cratelm.errors import InputError
 
 HEARTBEAT, EXPIRES = 30.0, 150.0
-"""seconds; attributes of files on NFS may be 60 s old, so that 2 heartbeats in a row can go unseen"""
+"""seconds; file attributes on NFS may be 60 s old, so 2 heartbeats in a row can go unnoticed"""
 _FILE_WAIT = 10.0
-"""seconds that the writer of a file waits for another one; a file is written in milliseconds"""
+"""seconds that the writer of a file waits for another writer; writing a file takes milliseconds"""
 _SWAP_WAIT = 1.0
-"""seconds that a reader waits for a folder that is just being put in place"""
+"""seconds that a reader waits for a folder that is being moved into place"""
 _DRAFT = re.compile(r"\.[0-9a-f]{8}\..+\.tmp")
 _held: dict[tuple[Path, int], int] = {}
-"""locks of this process, by path and thread: how many times over"""
+"""number of times that a thread of this process holds the lock of a path, by path and thread"""
 
 
 # ---- locks ----------------------------------------------------------------------------------------
@@ -50,9 +50,9 @@ _held: dict[tuple[Path, int], int] = {}
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: float = 0.0) -> Iterator[None]:
-    """Hold the lock of `path` (which need not exist); the thread that holds it may take it again.
+    """Hold the lock of `path` (which need not exist); the thread that holds it may acquire it again.
 
-    Raises `InputError`, saying who holds it, where it is not free within `wait` seconds.
+    Raises `InputError`, which says who holds the lock, if it is not free within `wait` seconds.
     """
     from filelock import FileLock, SoftFileLock, Timeout  # on first use: `--help` needs none
 
@@ -68,16 +68,16 @@ def lock(path: Path, *, wait: float = 0.0) -> Iterator[None]:
     new_parent = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _lock_file(path)
-    held = FileLock(file, timeout=wait, poll_interval=0.01, thread_local=False)
+    file_lock = FileLock(file, timeout=wait, poll_interval=0.01, thread_local=False)
     try:
-        held.acquire()
+        file_lock.acquire()
     except Timeout:
         raise _refusal(path) from None
-    # Without flock (some network file systems), filelock falls back to a file of its own format.
-    ours = not isinstance(held, SoftFileLock)
+    # Without flock (some network file systems), filelock falls back to a file in its own format.
+    is_flock = not isinstance(file_lock, SoftFileLock)
     stop = threading.Event()
     try:
-        if ours:
+        if is_flock:
             if _is_held_elsewhere(file):
                 raise _refusal(path)
             _write_holder(file)
@@ -88,23 +88,23 @@ def lock(path: Path, *, wait: float = 0.0) -> Iterator[None]:
             yield
         finally:
             del _held[key]
-            if ours:
-                # Before it is released: whoever waits sees that the file has no name any more, and
-                # makes a new one.
+            if is_flock:
+                # Before the release: a waiting process sees that the file is unlinked, and creates a
+                # new one.
                 file.unlink(missing_ok=True)
     finally:
         stop.set()
-        held.release()
+        file_lock.release()
         if new_parent:
-            with contextlib.suppress(OSError):  # something was written
+            with contextlib.suppress(OSError):  # the folder is not empty
                 path.parent.rmdir()
 
 
 def check_unlocked(path: Path) -> None:
-    """Raise `InputError`, saying who, where another process writes `path` now."""
+    """Raise `InputError`, which says who the writer is, if another process is writing `path`."""
     path = path.resolve()
     if (path, threading.get_ident()) not in _held and _lock_file(path).exists():
-        with lock(path):  # a dead process left it, or this raises
+        with lock(path):  # raises, unless a dead process left the file
             pass
 
 
@@ -119,7 +119,7 @@ def _write_holder(file: Path) -> None:
         "machine": _machine(),
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+    with contextlib.suppress(OSError):  # Windows does not allow writing to a locked file
         file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
 
 
@@ -136,19 +136,19 @@ def _refusal(path: Path) -> InputError:
     who = "another process"
     if holder:
         who = f"process {holder.get('process')} on {holder.get('host')} since {holder.get('since')}"
-    later = ""
+    if_stopped = ""
     if holder.get("machine", _machine()) != _machine():
-        later = (
+        if_stopped = (
             f" (if that machine has stopped, it can be written again after {EXPIRES:.0f} seconds)"
         )
     return InputError(
         f"{path} is being written by {who}: wait until that process has finished, or stop it, and"
-        f" type the same command again{later}"
+        f" type the same command again{if_stopped}"
     )
 
 
 def _is_held_elsewhere(file: Path) -> bool:
-    """True where the file was written on another machine whose process still touches it."""
+    """Return whether the file was written on another machine whose process still touches it."""
     machine = _read_holder(file).get("machine")
     if machine is None or machine == _machine():
         return False
@@ -156,7 +156,7 @@ def _is_held_elsewhere(file: Path) -> bool:
 
 
 def _machine() -> str:
-    """One kernel since its start: all containers on it share it, and the locks it keeps."""
+    """Return an id of the running kernel: all containers on it share the id and the kernel's locks."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:  # not Linux
@@ -174,12 +174,12 @@ def _beat(file: Path, stop: threading.Event) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty draft that becomes the folder `path` where no error is raised.
+    """Yield an empty draft that becomes the folder `path` if no error is raised.
 
-    On an error the draft is removed and `path` stays as it was. Raises `InputError` where another
-    process writes `path`.
+    On an error the draft is removed and `path` stays as it was. Raises `InputError` if another process
+    is writing `path`.
     """
-    path = Path(path).resolve()  # so that `.` has a name, and a link's own folder is replaced
+    path = Path(path).resolve()  # so that `.` has a name, and the folder behind a link is replaced
     with lock(path):
         recover(path)
         remove_drafts(path)
@@ -193,27 +193,27 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def new_draft(path: Path) -> Path:
-    """Make an empty folder next to `path`, under a name that nobody else has."""
+    """Create an empty folder next to `path`, under a unique name, and return it."""
     draft = _temporary(path)
     draft.mkdir(parents=True)
     return draft
 
 
 def resumable_draft(path: Path) -> Path:
-    """Return the name of the draft that is resumed after an interruption.
+    """Return the path of the draft that resumes after an interruption.
 
-    Fixed, so that it is found again; the lock of `path` keeps it to one writer.
+    The name is fixed, so that it is found again; the lock of `path` limits it to one writer.
     """
     return path.with_name(f".{path.name}.partial")
 
 
 def put_in_place(draft: Path, path: Path) -> None:
-    """Make the folder `draft` the folder `path`, replacing one that is there.
+    """Make the folder `draft` the folder `path`, replacing any folder that is there.
 
-    From the first rename on the new folder stands: whatever kills the process then, `recover` ends
-    what was begun. Two renames are needed because no system replaces a folder that is not empty. The
-    working directory and the root of a mounted disk are emptied and filled, not replaced: a shell
-    would stay in the folder that is gone, and a mounted one cannot be renamed.
+    From the first rename on, the new folder counts: if the process is killed after it, `recover`
+    completes the replacement. Two renames are needed because no system replaces a folder that is not
+    empty. The working directory and the root of a mounted disk are emptied and filled instead of
+    replaced: a shell would stay in the deleted folder, and a mount point cannot be renamed.
     """
     sync_folder(draft)
     if path.is_dir() and (path == Path.cwd() or path.is_mount()):
@@ -231,7 +231,7 @@ def put_in_place(draft: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """End what a killed `put_in_place` of `path` had begun; the caller holds the lock of `path`."""
+    """Complete a `put_in_place` of `path` that was killed; the caller holds the lock of `path`."""
     new, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
     if new.is_dir():
         _swap(new, path)
@@ -241,21 +241,21 @@ def recover(path: Path) -> None:
 
 
 def is_interrupted(path: Path) -> bool:
-    """True where a `put_in_place` of `path` was begun and has not ended."""
+    """Return whether a `put_in_place` of `path` has begun and not ended."""
     return any(path.with_name(f".{path.name}.{kind}").is_dir() for kind in ("new", "old"))
 
 
 def recover_missing(path: Path) -> None:
-    """For readers: bring back a folder whose writer was killed while it was put in place.
+    """Restore, for a reader, a folder whose writer was killed while moving it into place.
 
-    A writer at work is given a moment. Nothing is done where the folder cannot be written.
+    Waits briefly for an active writer. Does nothing if the folder cannot be written.
     """
     deadline = time.monotonic() + _SWAP_WAIT
     while is_interrupted(path) and not path.exists():
         try:
             with lock(path):
                 recover(path)
-        except InputError:  # somebody is at it
+        except InputError:  # another process is writing it
             if time.monotonic() > deadline:
                 return
             time.sleep(0.01)
@@ -264,32 +264,31 @@ def recover_missing(path: Path) -> None:
 
 
 def remove_drafts(path: Path, *, resumable: bool = True) -> None:
-    """Remove what killed writers of `path` left; the caller holds the lock of `path`.
+    """Remove drafts that killed writers of `path` left; the caller holds the lock of `path`.
 
-    `resumable`: the draft that could be resumed, too.
+    `resumable`: also remove the draft that could be resumed.
     """
     if not path.parent.is_dir():
         return
     name = re.escape(path.name)
-    left = re.compile(
-        rf"\.[0-9a-f]{{8}}\.{name}\.tmp|\.{name}\.[0-9]+\.tmp"
-    )  # ours, version 0.1.0's
-    for found in path.parent.iterdir():
-        if left.fullmatch(found.name):
-            _remove(found)
+    # the names that this version and version 0.1.0 give to drafts
+    draft = re.compile(rf"\.[0-9a-f]{{8}}\.{name}\.tmp|\.{name}\.[0-9]+\.tmp")
+    for entry in path.parent.iterdir():
+        if draft.fullmatch(entry.name):
+            _remove(entry)
     if resumable:
         _remove(resumable_draft(path))
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the operating system write a folder with all that is in it to the disk."""
+    """Make the operating system write a folder and everything in it to disk."""
     from concurrent.futures import ThreadPoolExecutor  # on first use: `--help` needs none
 
-    found = [p for p in folder.rglob("*") if not p.is_symlink()]
-    # At once, so that the file system writes them in few commits: 60 files took 0.15 to 0.3 s one
-    # after another and 0.02 to 0.06 s together, on ext4 on a virtual disk.
-    with ThreadPoolExecutor(min(16, len(found) + 1)) as pool:
-        list(pool.map(_sync, found))
+    paths = [p for p in folder.rglob("*") if not p.is_symlink()]
+    # In parallel, so that the file system groups them into few commits: 60 files took 0.15 to 0.3 s
+    # one after another and 0.02 to 0.06 s together, on ext4 on a virtual disk.
+    with ThreadPoolExecutor(min(16, len(paths) + 1)) as pool:
+        list(pool.map(_sync, paths))
     _sync(folder)
 
 
@@ -324,13 +323,13 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """fsync; nothing where the system cannot do it to a folder (Windows) or on this file system."""
+    """Call fsync; do nothing if folders (Windows) or the file system do not support it."""
     with contextlib.suppress(OSError):
-        number = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(number)
+            os.fsync(descriptor)
         finally:
-            os.close(number)
+            os.close(descriptor)
 
 
 # ---- files ----------------------------------------------------------------------------------------
@@ -338,13 +337,13 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a name next to `path`; the file written there becomes `path`, or nothing does on an error.
+    """Yield a name next to `path`; the file written there becomes `path` if no error is raised.
 
-    Writers of one file wait for each other. Use it for files that are written at once: a writer
-    that takes longer than 10 seconds has the others give up with an `InputError`.
+    Writers of one file wait for each other. Use it for files that are written quickly: if a writer
+    takes longer than 10 seconds, the others give up with an `InputError`.
     """
     path = Path(path).resolve()
-    # A draft has one writer, and is synced as a whole when it is put in place.
+    # A draft has one writer, and is synced as a whole when it is moved into place.
     in_draft = any(_DRAFT.fullmatch(part) for part in path.parts)
     with contextlib.nullcontext() if in_draft else lock(path, wait=_FILE_WAIT):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -362,32 +361,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file: it is the old or the new one, whenever the process is killed."""
+    """Write a UTF-8 file: whenever the process is killed, the file is either the old or the new one."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON that every reader takes, atomically.
+    """Write JSON that every reader accepts, atomically.
 
-    JSON has no NaN and no infinity: they become `null`, which says that there is no such number. Text
-    that is not valid Unicode is written as `valid_text` gives it.
+    JSON has no NaN and no infinity: they become `null`, which means that there is no such number. Text
+    that is not valid Unicode is written as `valid_text` returns it.
     """
     text = json.dumps(_strict(value), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
 def valid_text(text: str) -> str:
-    r"""Return `text` with every byte of a file name that is not UTF-8 as `\xNN`.
+    r"""Return `text` with each byte that is not UTF-8, as in some file names, written as `\xNN`.
 
-    Python reads such a byte as half of a surrogate pair, which no UTF-8 file can hold.
+    Python represents such a byte by a lone surrogate, which a UTF-8 file cannot hold.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
         try:
             return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        except UnicodeEncodeError:  # half a pair that stands for no byte
+        except UnicodeEncodeError:  # a surrogate that represents no byte
             return text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text
 

@@ -1,7 +1,7 @@
-"""Parquet files of a run directory: their columns, types and what each means.
+"""Parquet files of a run directory: their columns, with types and meanings.
 
-A stage declares each file that it writes once, as a `TableFile`. The schema of the file and the table in
-the documentation (docs/files.md) are both made from it.
+A stage declares each Parquet file that it writes once, as a `TableFile`. The schema of the file and the
+table in the documentation (docs/files.md) are both made from it.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,12 @@ class TableFile:
     """A Parquet file that a stage writes."""
 
     path: str
-    """in the run directory, with MODEL and SPLIT for what varies"""
+    """path in the run directory, with MODEL and SPLIT as placeholders"""
     columns: tuple[FileColumn, ...]
 
     @cached_property
     def schema(self) -> pa.Schema:
+        """Return the Arrow schema of the file."""
         # The meanings are not written into the files as metadata: a reworded sentence would change the
         # hash of a file and with it the identity of the stage.
         return pa.schema([(column.name, column.type) for column in self.columns])
@@ -41,4 +42,4 @@ NEURON_COLUMNS = (
     FileColumn("layer", pa.int32(), "from 0"),
     FileColumn("index", pa.int32(), "neuron in its layer, from 0"),
 )
-"""the columns that name a neuron, first in every file that has a row per neuron"""
+"""the columns that identify a neuron, first in every file that has a row per neuron"""

@@ -1,4 +1,4 @@
-"""Configurations: what of them decides a result, what their options' defaults are, what they may be."""
+"""Configurations: which options decide a result, their defaults, and their limits."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ from cratelm.runs.atomic import valid_text
 
 @dataclass(frozen=True)
 class Settings:
-    """A configuration as a completion record keeps it."""
+    """A configuration as a completion record stores it."""
 
     values: dict[str, Any]
-    """what decides the result, as JSON values"""
+    """the options that decide the result, as JSON values"""
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """the value of each option where the user names none: what a record that lacks it stands for"""
+    """the default of each option; a record that lacks an option counts as having its default"""
     options: tuple[str, ...] = ()
-    """words of the command line that give these values again, without `--run`"""
+    """words of the command line that reproduce these values, without `--run`"""
 
 
 def settings_of(config: Any) -> Settings:
@@ -32,25 +32,25 @@ def settings_of(config: Any) -> Settings:
 
 
 def config_dict(config: Any) -> dict[str, Any]:
-    """Return a configuration dataclass as JSON values, without what does not change results.
+    """Return a configuration dataclass as JSON values, without options that do not change results.
 
     Fields made by `not_in_identity` (`--run`, `--force`, device, workers ...) are absent.
     """
     if isinstance(config, Mapping):
         return _plain(config)
-    kept = {f.name: getattr(config, f.name) for f in _deciding(config)}
+    options = {f.name: getattr(config, f.name) for f in _deciding(config)}
     return _plain(
         {
             k: dataclasses.asdict(v)
             if dataclasses.is_dataclass(v) and not isinstance(v, type)
             else v
-            for k, v in kept.items()
+            for k, v in options.items()
         }
     )
 
 
 def options_of(config: Any) -> tuple[str, ...]:
-    """Return the options that differ from their defaults, and `--model`, as words of a command line."""
+    """Return `--model` and the options that differ from their defaults, as words of a command line."""
     values, defaults = config_dict(config), _defaults(config)
     words: list[str] = []
     for name, value in values.items():
@@ -61,28 +61,28 @@ def options_of(config: Any) -> tuple[str, ...]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            given = value if isinstance(value, list) else [value]
-            words += [f"--{flag}", *map(str, given)]
+            items = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *map(str, items)]
     return tuple(words)
 
 
 def not_in_identity(default: Any) -> Any:
-    """Return a dataclass field that does not enter the identity of a stage (where to run, how to show)."""
+    """Return a dataclass field that is not part of a stage's identity (where to run, what to display)."""
     return dataclasses.field(default=default, metadata={"identity": False})
 
 
 def at_least(config: object, lowest: Mapping[str, float], why: str = "") -> None:
     """Raise `InputError` for the first option in `lowest` that is below its lowest value, or NaN.
 
-    `config` has the options as attributes; an option that is None was not given. `why` ends the
+    `config` has the options as attributes; None means that an option was not given. `why` ends the
     message: the reason for the limit, or what to type.
     """
     for name, least in lowest.items():
         value = getattr(config, name)
         if value is not None and not value >= least:
             option = name.replace("_", "-")
-            told = f": {why}" if why else ""
-            raise InputError(f"--{option} must be at least {least}, not {value}{told}")
+            reason = f": {why}" if why else ""
+            raise InputError(f"--{option} must be at least {least}, not {value}{reason}")
 
 
 def _deciding(config: Any) -> list[dataclasses.Field[Any]]:
@@ -90,19 +90,19 @@ def _deciding(config: Any) -> list[dataclasses.Field[Any]]:
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    found = {}
+    defaults = {}
     for f in _deciding(config):
         if f.default is not dataclasses.MISSING:
-            found[f.name] = f.default
+            defaults[f.name] = f.default
         elif f.default_factory is not dataclasses.MISSING:
-            found[f.name] = f.default_factory()
-        if dataclasses.is_dataclass(found.get(f.name)):
-            found[f.name] = dataclasses.asdict(found[f.name])
-    return _plain(found)
+            defaults[f.name] = f.default_factory()
+        if dataclasses.is_dataclass(defaults.get(f.name)):
+            defaults[f.name] = dataclasses.asdict(defaults[f.name])
+    return _plain(defaults)
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as they are read back from a record."""
+    """Return values as JSON would give them back when a record is read."""
     text = json.dumps(dict(values), default=str)
     return _valid(json.loads(text))
 

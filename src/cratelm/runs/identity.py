@@ -1,4 +1,4 @@
-"""What a result is and what made it: hashes, versions, the commit of cratelm's own repository."""
+"""Identity and provenance of results: hashes, versions, the commit of cratelm's own repository."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ _VERSIONED = ("cratelm", "torch", "transformers", "tokenizers", "numpy", "pyarro
 
 
 def hash_json(value: Any) -> str:
-    """Return the sha256 of a JSON value, whatever the order of its keys.
+    """Return the sha256 of a JSON value; the order of its keys does not matter.
 
     Every identity in a run is such a hash: another spelling of the JSON would make all runs stale.
     """
@@ -31,18 +31,18 @@ def hash_file(path: str | Path) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of cratelm and of the libraries that matter for results."""
-    found = {"python": platform.python_version()}
+    by_name = {"python": platform.python_version()}
     for name in _VERSIONED:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            by_name[name] = metadata.version(name)
+    return by_name
 
 
 @functools.cache
 def git_commit() -> str:
-    """Return the commit of the source tree that runs; see `commit_of`.
+    """Return the commit of the running source tree; see `commit_of`.
 
-    It is read once a process: the code that runs was loaded then, whatever is committed later.
+    It is read once per process, because later commits do not change the code that was loaded.
     """
     return commit_of(
         Path(__file__).resolve().parents[1]
@@ -52,9 +52,9 @@ def git_commit() -> str:
 def commit_of(package: Path) -> str:
     """Return the commit of the repository whose `src/cratelm` is `package`, or an empty string.
 
-    The commit ends in `+dirty` where a tracked file of the repository was changed, or the package
-    has a file that is not tracked. A package that is installed, even inside somebody's repository,
-    is in none of its own and has no commit.
+    The commit ends in `+dirty` if a tracked file of the repository was changed, or if the package
+    has a file that is not tracked. An installed package has no commit, even if it is installed inside
+    another repository.
     """
     top = _git(package, "rev-parse", "--show-toplevel").strip()
     if not top or (Path(top) / "src" / "cratelm").resolve() != package.resolve():
@@ -68,13 +68,14 @@ def commit_of(package: Path) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Return what git prints; empty where it fails or is not installed.
+    """Return what git prints; an empty string if it fails or is not installed.
 
-    GIT_DIR and its like, which hooks set, would name another repository than that of the folder.
+    GIT_DIR and similar variables, which hooks set, are removed: they would name another repository than
+    the folder's.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(folder), *arguments],
             capture_output=True,
             encoding="utf-8",
@@ -85,4 +86,4 @@ def _git(folder: Path, *arguments: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return result.stdout if result.returncode == 0 else ""

@@ -1,13 +1,13 @@
-"""Names of models and of what is made of them, formatted and parsed here alone.
+"""Names of models and of results about them, formatted and parsed only here.
 
 ```
-MODEL            a model of the run, and every stage of it without a language model
+MODEL            a model of the run, and each of its stages without a language model
 MODEL+SAE        latents of the autoencoders SAE on top of MODEL
 MODEL@SET        explanations, scores or judgements by a language model called SET
 MODEL@SAE        in `sae/`: the autoencoders SAE of MODEL
 MODEL-init       the usual name of MODEL with its initial weights: a null control
 ```
-A name alone never makes a null control: whether a model is untrained is in its completion record.
+A name alone does not make a null control: the completion record says whether a model is untrained.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,18 +18,18 @@ _UNTRAINED = "-init"
 
 
 def set_name(model: str, name: str) -> str:
-    """Return `MODEL@NAME`; `MODEL` where `name` is empty, for results without a language model."""
+    """Return `MODEL@NAME`; `MODEL` if `name` is empty, for results without a language model."""
     return f"{model}@{name}" if name else model
 
 
 def split_set(name: str) -> tuple[str, str]:
-    """Return MODEL and SET of `MODEL@SET`; SET is empty without one."""
+    """Return MODEL and SET of `MODEL@SET`; SET is empty if there is none."""
     model, _, of_set = name.partition("@")
     return model, of_set
 
 
 def sets_of(names: Iterable[str], model: str) -> list[str]:
-    """Return the SETs, sorted and each once, of those of `names` that are `MODEL@SET` of `model`."""
+    """Return SET of each `MODEL@SET` in `names` whose MODEL is `model`, sorted, without duplicates."""
     return sorted({s for m, s in map(split_set, names) if m == model and s})
 
 
@@ -39,19 +39,19 @@ def latents_name(model: str, sae: str) -> str:
 
 
 def split_latents(name: str) -> tuple[str, str]:
-    """Return MODEL and SAE of `MODEL+SAE`; SAE is empty without one."""
+    """Return MODEL and SAE of `MODEL+SAE`; SAE is empty if there is none."""
     model, _, sae = name.partition("+")
     return model, sae
 
 
 def untrained_name(model: str) -> str:
-    """Return the usual name of the null control of `model`: X-init of X, X-init+SAE of X+SAE."""
+    """Return the usual name of the null control of `model`: X-init for X, X-init+SAE for X+SAE."""
     model, sae = split_latents(model)
     return latents_name(model + _UNTRAINED, sae) if sae else model + _UNTRAINED
 
 
 def trained_name(name: str) -> str:
-    """Return X of X-init, and X+SAE of X-init+SAE; empty for every other name."""
+    """Return X for X-init, and X+SAE for X-init+SAE; an empty string for every other name."""
     model, sae = split_latents(name)
     base = model.removesuffix(_UNTRAINED)
     if base in ("", model):
@@ -62,22 +62,23 @@ def trained_name(name: str) -> str:
 def null_controls(names: Iterable[str], is_untrained: Callable[[str], bool]) -> dict[str, str]:
     """Return the null controls among `names`, each with the trained model that it belongs to.
 
-    X-init is the null control of X where it is untrained by its record, and X is there and trained.
-    A model that somebody trained and called X-init is a model like any other.
+    X-init is the null control of X if its record says that it is untrained, and `names` has a trained X.
+    A trained model that happens to be called X-init is an ordinary model.
     """
-    given = set(names)
-    untrained = {name for name in given if is_untrained(name)}
+    all_names = set(names)
+    untrained = {name for name in all_names if is_untrained(name)}
     pairs = ((name, trained_name(name)) for name in sorted(untrained))
-    return {name: base for name, base in pairs if base in given - untrained}
+    return {name: base for name, base in pairs if base in all_names - untrained}
 
 
 def family_of(name: str) -> str:
-    """Return the family in which `name` can have a twin; empty for other models."""
+    """Return the family of `name`, `crate` or `gpt2`; an empty string for models without a family."""
     return next((f for f in FAMILIES if name.startswith(f"{f}-")), "")
 
 
 def twin_name(name: str) -> str:
-    """Return the model of the same size in the other family; empty where there is none."""
+    """Return the name of the same size in the other family; an empty string without a family."""
+
     crate, gpt2 = FAMILIES
     other = {crate: gpt2, gpt2: crate}.get(family_of(name), "")
     return other and other + name.removeprefix(family_of(name))

@@ -1,17 +1,17 @@
-"""Stages of a run: what each was made with and from, whether it is finished, and whether it is stale.
+"""Stages of a run: their configurations and inputs, whether they are finished, and whether they are stale.
 
-A stage's folder is complete when it holds `completed.json`, written last. The record carries the
-configuration, the identity of every input and a hash of every output file, so that a finished stage
-is skipped, one whose inputs changed says so, and a folder without a record is never taken for done.
+A stage's folder is complete when it contains `completed.json`, which is written last. This record has
+the configuration, the identity of every input and a hash of every output file, so that a finished stage
+is skipped, changed inputs are reported, and a folder without a record never counts as finished.
 
-A stage may be used only if its whole chain of inputs is that of today. The record names the stage
-behind each input; `Stage.freshness` walks these names up to the tokens and compares identities:
+A stage may be used only if its whole chain of inputs is current. The record names the stage behind each
+input; `Stage.freshness` follows these names up to the tokens and compares identities:
 
-- a stage above that was made again with another result makes everything below it stale;
-- a stage above that is gone (deleted to save space) was not made again: what was made from it stays
-  usable, unless a verb needs the missing files themselves;
-- models and autoencoders from a folder or from the Hub are no stages. They are compared where they
-  are opened, because hashing gigabytes at every verb would take minutes.
+- an upstream stage that was redone with another result makes everything downstream of it stale;
+- an upstream stage that was deleted (to save space) was not redone: what was made from it stays usable,
+  unless a verb needs the missing files themselves;
+- models and autoencoders from a folder or from the Hub are not stages. They are compared when they are
+  opened, because hashing gigabytes in every verb would take minutes.
 """
 
 import contextlib
@@ -46,18 +46,18 @@ StageName = Literal[
 STAGES: tuple[StageName, ...] = get_args(StageName)
 RECORD = "completed.json"
 PLAN = ".plan.json"
-"""configuration and inputs of a draft, by which an interrupted one is recognised"""
+"""configuration and inputs of a draft, by which an interrupted draft is recognised"""
 FORMAT = 2
-"""of the records and files of a run. Version 0.1.0 wrote format 1 and no number; format 2 has the
-stages behind the inputs, and the options, in each record. Every change is a new number, with a test
-that continues a run of the number before."""
+"""format of the records and files of a run. Version 0.1.0 wrote format 1, without a number; format 2
+adds the stages behind the inputs, and the options, to each record. Every change gets a new number, and a
+test that continues a run of the previous format."""
 OLDEST_READ: dict[StageName, int] = dict.fromkeys(STAGES, 1)
-"""oldest format of each stage that today's code reads; an older one is made again. Tokens and models
-are too expensive for that: whoever changes them converts the old ones."""
+"""oldest format of each stage that the current code reads; an older stage is redone. Tokens and models
+are too expensive to redo: a change of their format must convert the old ones."""
 RENAMED: dict[StageName, dict[str, str]] = {}
-"""options that had another name in older records, by stage: the old name and today's"""
+"""options that had another name in older records, by stage: from the old name to the current one"""
 IMPORTED_CORPUS = "activation records"
-"""corpus of tokens that `import records` made"""
+"""name of the corpus in the record of tokens that `import records` made"""
 _VERBS: dict[StageName, str] = {
     "tokens": "tokenize",
     "model": "train",
@@ -73,45 +73,47 @@ _VERBS: dict[StageName, str] = {
 
 @dataclass(frozen=True)
 class Completion:
-    """What is written when a stage has finished."""
+    """Record of a finished stage."""
 
     stage: StageName
     name: str
-    """model the stage is about; empty for stages of the whole run"""
+    """model that the stage is about; empty for stages of the whole run"""
     config: dict[str, Any]
     inputs: dict[str, str]
-    """identity of all that it read, by role: `tokens`, `model`, `activations` ..."""
+    """identity of everything that it read, by role: `tokens`, `model`, `activations` ..."""
     outputs: dict[str, str]
     """sha256 of each file it wrote, by path in the stage's folder"""
     identity: str
     """sha256 over configuration, inputs and outputs: changes when any of them does"""
     seconds: float
-    """of the attempt that finished it; interrupted ones before are not counted"""
+    """duration of the attempt that finished it; interrupted attempts before it are not counted"""
     finished_at: str
     """UTC, ISO 8601"""
     versions: dict[str, str]
     git_commit: str
-    """commit of cratelm's own repository, `+dirty` where it was changed; empty where there is none"""
+    """commit of cratelm's own repository, with `+dirty` if it was changed; empty if there is none"""
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
     """figures worth showing without opening the files (loss, tokens, counts)"""
     input_stages: dict[str, str] = dataclasses.field(default_factory=dict)
-    """label of the stage behind an input, such as `model/crate-2l`, by role; others are no stages"""
+    """label of the stage behind an input, such as `model/crate-2l`, by role; other inputs are no stages"""
     options: list[str] = dataclasses.field(default_factory=list)
-    """words of the command line that make it again, without `--run`"""
+    """words of the command line that redo it, without `--run`"""
     format: int = 1
+    """format in which the stage was written: see `FORMAT`"""
 
     @property
     def label(self) -> str:
+        """Return the stage and its name as one word, such as `tokens` or `model/crate-2l`."""
         return f"{self.stage}/{self.name}" if self.name else self.stage
 
     @property
     def is_untrained(self) -> bool:
-        """True for a model that was saved with its initial weights."""
+        """Return whether the stage is a model that was saved with its initial weights."""
         return self.stage == "model" and self.results.get("steps") == 0
 
     @property
     def verb(self) -> str:
-        """The verb that made it."""
+        """Return the verb that made the stage, as it is typed after `cratelm`."""
         imported = self.config.get("import") == "records"
         if imported or self.config.get("corpus") == IMPORTED_CORPUS:
             return "import records"
@@ -119,7 +121,7 @@ class Completion:
 
 
 Inputs = Mapping[str, Completion | str]
-"""what a stage reads, by role: the records of stages, and the identities of all else"""
+"""what a stage reads, by role: the records of stages, and the identities of other inputs"""
 
 
 def identity_of(value: Completion | str) -> str:
@@ -134,20 +136,23 @@ def verb_of(stage: StageName, name: str = "") -> str:
 
 @dataclass(frozen=True)
 class Freshness:
-    """Whether what a stage was made from is still there as it was."""
+    """Whether the inputs of a stage are still those that it was made from."""
 
     state: Literal["fresh", "stale", "missing"]
+    """`missing`: the stage itself has not finished"""
     reason: str = ""
-    """of a stale one: what was made again since, as a clause"""
+    """of a stale stage: what was redone since, as a clause"""
     commands: tuple[str, ...] = ()
-    """of a stale one: what makes it fresh, in order"""
+    """of a stale stage: the commands that make it fresh, in order"""
 
     @property
     def is_stale(self) -> bool:
+        """Return whether an input was redone since."""
         return self.state == "stale"
 
     @property
     def to_type(self) -> str:
+        """Return the commands, in words."""
         return ", then ".join(f"`{command}`" for command in self.commands)
 
     def __str__(self) -> str:
@@ -155,78 +160,82 @@ class Freshness:
 
 
 def stale_lines(stale: Mapping[str, Freshness]) -> list[str]:
-    """Return a line for each stale stage: why it is stale, and what to type that no line before names."""
+    """Return a line per stale stage: why it is stale, and the commands that no earlier line names."""
     lines, typed = [], set()
-    for label, found in stale.items():
-        new = [command for command in found.commands if command not in typed]
+    for label, freshness in stale.items():
+        new = [command for command in freshness.commands if command not in typed]
         typed.update(new)
-        lines.append(f"{label} is stale, {dataclasses.replace(found, commands=tuple(new))}")
+        lines.append(f"{label} is stale, {dataclasses.replace(freshness, commands=tuple(new))}")
     return lines
 
 
 class Run:
     """A run directory. Creating the object writes nothing.
 
-    Raises `InputError` when the path exists and is not a directory.
+    Raises `InputError` if the path exists and is not a directory.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(
-                f"{self.path} is a file, a run directory was expected: name a folder with --run"
+                f"{self.path} is a file and not a run directory: name a folder with --run"
             )
 
     def stage(self, stage: StageName, name: str = "") -> "Stage":
+        """Return a stage of the run. Raises `InputError` for a name that cannot name a folder."""
         return Stage(self, stage, name)
 
     def models(self, stage: StageName = "model") -> list[str]:
-        """Names of the models for which `stage` is finished, sorted."""
+        """Return the names of the models for which `stage` is finished, sorted."""
         root = self.path / stage
         if not root.is_dir():
             return []
-        for kind in ("new", "old"):  # a kill while the folder was put in place
-            for left in root.glob(f".?*.{kind}"):
-                atomic.recover_missing(root / left.name[1 : -len(kind) - 1])
+        for kind in ("new", "old"):  # the process was killed while moving the folder into place
+            for leftover in root.glob(f".?*.{kind}"):
+                atomic.recover_missing(root / leftover.name[1 : -len(kind) - 1])
         return sorted(p.parent.name for p in root.glob(f"[!.]*/{RECORD}"))
 
     def labels(self) -> list[str]:
-        """Labels of all finished stages, in the order of the line."""
+        """Return the labels of all finished stages, in the order of the pipeline."""
         single = [s for s in STAGES if (self.path / s / RECORD).is_file()]
         several = {s: [f"{s}/{name}" for name in self.models(s)] for s in STAGES}
         return [label for s in STAGES for label in ([s] if s in single else []) + several[s]]
 
     def labelled(self, label: str) -> "Stage":
-        """The stage of a label, such as `tokens` or `model/crate-2l`."""
+        """Return the stage with a label such as `tokens` or `model/crate-2l`.
+
+        Raises `InputError` if the label names no stage.
+        """
         stage, _, name = label.partition("/")
         if stage not in STAGES:
             raise InputError(f"{label} names no stage: the stages are {', '.join(STAGES)}")
         return Stage(self, stage, name)
 
     def completions(self) -> list[Completion]:
-        """Records of all finished stages, in the order of the line; those that can be read."""
-        found = []
+        """Return the readable records of all finished stages, in the order of the pipeline."""
+        records = []
         for label in self.labels():
             with contextlib.suppress(InputError):
-                found.append(self.labelled(label).completion())
-        return [done for done in found if done is not None]
+                records.append(self.labelled(label).completion())
+        return [done for done in records if done is not None]
 
     def stale(self, model: str) -> dict[str, Freshness]:
-        """The stale stages of a model, of its sets and its autoencoders, by label, in the order of the line."""
+        """Return the stale stages of a model, its sets and its autoencoders, by label, in pipeline order."""
         labels = [label for label in self.labels() if _model_of(label) == model]
-        found = {label: self.labelled(label).freshness() for label in labels}
-        return {label: freshness for label, freshness in found.items() if freshness.is_stale}
+        by_label = {label: self.labelled(label).freshness() for label in labels}
+        return {label: freshness for label, freshness in by_label.items() if freshness.is_stale}
 
     def stale_lines(self, model: str) -> list[str]:
-        """What is stale of a model and what to type, a line a stage; each command once, in order."""
+        """Return a line per stale stage of a model, with what to type; each command appears once."""
         return stale_lines(self.stale(model))
 
     def null_controls(self, models: list[str] | set[str]) -> dict[str, str]:
-        """The null controls among `models`, each with the trained model that it belongs to."""
+        """Return the null controls among `models`, each with the trained model that it belongs to."""
         return names.null_controls(models, self.is_untrained)
 
     def is_untrained(self, model: str) -> bool:
-        """True where `model` is one with its initial weights, or a harvest of one, by its record."""
+        """Return whether `model` has its initial weights, or is a harvest of such a model, by the records."""
         with contextlib.suppress(InputError):
             harvest = self.stage("activations", model).completion()
             of = model if harvest is None else str(harvest.config.get("model", ""))
@@ -235,9 +244,9 @@ class Run:
         return False
 
     def write_manifest(self) -> None:
-        """Write `manifest.json`: the records as they are, of this version or another."""
+        """Write `manifest.json`: the records as they are, whichever version wrote them."""
         path = self.path / "manifest.json"
-        with atomic.lock(path, wait=10.0):  # so that who finishes last has seen all records
+        with atomic.lock(path, wait=10.0):  # so that the last one to finish has seen all records
             records, unreadable = [], {}
             for label in self.labels():
                 record = self.labelled(label).path / RECORD
@@ -251,7 +260,7 @@ class Run:
 
 
 class Stage:
-    """One stage of a run, for one model where it is about one."""
+    """One stage of a run: of one model, or of the whole run."""
 
     def __init__(self, run: Run, stage: StageName, name: str = ""):
         if name and (name != Path(name).name or name.startswith(".")):
@@ -264,34 +273,38 @@ class Stage:
 
     @property
     def label(self) -> str:
+        """Return the stage and its name as one word, such as `tokens` or `model/crate-2l`."""
         return f"{self.stage}/{self.name}" if self.name else self.stage
 
-    # ---- what is there ----------------------------------------------------------------------------
+    # ---- reading ----------------------------------------------------------------------------------
 
     def completion(self) -> Completion | None:
-        """The record of the finished stage, or None where it has not finished."""
+        """Return the record of the stage, or None if it has not finished.
+
+        Raises `InputError` if the record is damaged, or of a later format.
+        """
         record = self.path / RECORD
         if not record.is_file():
             atomic.recover_missing(self.path)
         return _read_record(record) if record.is_file() else None
 
     def require(self, verb: str = "") -> Completion:
-        """The record of the finished stage, of which the whole chain of inputs is that of today.
+        """Return the record of the stage, which is finished and whose whole chain of inputs is current.
 
-        Raises `InputError` that says what to type: where it has not finished (`verb`, the one that
-        makes it), was written in a format that is not read any more, or is stale.
+        Raises `InputError`, which says what to type, if the stage has not finished (`verb` is the verb
+        that makes it), was written in a format that is no longer read, or is stale.
         """
         done = self.completion()
         if done is None:
             model = f" --model {self.name}" if self.name else ""
             verb = verb or verb_of(self.stage, self.name)
             raise InputError(
-                f"{self.path} is not there or not finished:"
+                f"{self.path} is missing or not finished:"
                 f" type `cratelm {verb} --run {self.run.path}{model}` first"
             )
-        found = self.freshness()
-        if found.is_stale:
-            raise InputError(f"{self.path} is out of date, {found}")
+        freshness = self.freshness()
+        if freshness.is_stale:
+            raise InputError(f"{self.path} is out of date, {freshness}")
         return done
 
     def result(self, kind: type[_Result], **values: Any) -> _Result:
@@ -311,7 +324,7 @@ class Stage:
             ) from None
 
     def freshness(self) -> Freshness:
-        """Whether all that the stage was made from is as it was, up to the tokens."""
+        """Return whether everything that the stage was made from, up to the tokens, is unchanged."""
         try:
             if self.completion() is None:
                 return Freshness("missing")
@@ -323,7 +336,7 @@ class Stage:
         return Freshness("stale", next(iter(stale.values())), tuple(_commands(self.run, stale)))
 
     def command(self, *, force: bool = True) -> str:
-        """What makes the stage again, as it was made before."""
+        """Return the command that redoes the stage with the options that it was made with."""
         with contextlib.suppress(InputError):
             done = self.completion()
             if done is not None:
@@ -333,37 +346,37 @@ class Stage:
         return f"cratelm {verb} --run {self.run.path}{model}{' --force' if force else ''}"
 
     def _stale(self) -> dict[str, str]:
-        """Labels of the stale stages among this one and those above, top first, each with its reason."""
+        """Return the labels of the stale stages, upstream first and this one last, each with its reason."""
         done = self.completion()
         if done is None:
             return {}
         if done.format < OLDEST_READ[self.stage]:
-            return {self.label: f"because {self.label} is of an older format ({done.format})"}
-        found: dict[str, str] = {}
+            return {self.label: f"because {self.label} has an older format ({done.format})"}
+        stale: dict[str, str] = {}
         reason = ""
         for role, label in _input_stages(self.run, done).items():
-            above = self.run.labelled(label)
+            upstream = self.run.labelled(label)
             try:
-                current = above.completion()
-                found |= above._stale()
+                current = upstream.completion()
+                stale |= upstream._stale()
             except InputError as error:
                 reason = reason or f"because the record of {label} cannot be read ({error})"
                 continue
             if current is not None and current.identity != done.inputs[role]:
                 reason = reason or f"because {self.label} was made from an earlier {label}"
-        if reason or found:
-            found[self.label] = reason
-        return found
+        if reason or stale:
+            stale[self.label] = reason
+        return stale
 
     # ---- writing ----------------------------------------------------------------------------------
 
     def is_finished(self, config: Any, inputs: Inputs, *, force: bool = False) -> bool:
-        """True, with a line printed, where the stage was finished with this configuration and inputs.
+        """Return True, and print a line, if the stage finished with this configuration and these inputs.
 
-        An option that the record lacks counts as its default: versions that know more options skip
-        what older ones finished. Raises `InputError` where it was finished with others, because
-        redoing would replace results (`--force` asks for that), and where another process writes it
-        now. With `force`, always False.
+        An option that the record lacks counts as its default, so that a version with more options skips
+        what an older version finished. Raises `InputError` if the stage finished with another
+        configuration or other inputs, because redoing it would replace results (`--force` allows that),
+        and if another process is writing it. With `force`, always returns False.
         """
         if force or not self._is_finished(settings_of(config), inputs):
             atomic.check_unlocked(self.path)
@@ -382,7 +395,7 @@ class Stage:
             version = done.versions.get("cratelm", "an earlier version")
             print(
                 f"{self.label} was written by cratelm {version} in an older format ({done.format},"
-                f" oldest read {OLDEST_READ[self.stage]}): it is made again",
+                f" oldest read {OLDEST_READ[self.stage]}): it will be redone",
                 flush=True,
             )
             return False
@@ -398,24 +411,24 @@ class Stage:
         return True
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps other processes from writing the stage; readers are not held up.
+        """Return a lock that keeps other processes from writing the stage; readers are not blocked.
 
-        Raises `InputError`, saying who, where one writes it now. `write` takes the lock by itself:
-        this is for verbs that do expensive work before they write.
+        Acquiring it raises `InputError`, which says who the writer is, if another process is writing the
+        stage. `write` acquires the lock itself: this is for verbs that do expensive work before they write.
         """
         return atomic.lock(self.path)
 
     @contextlib.contextmanager
     def write(self, config: Any, inputs: Inputs, *, resume: bool = False) -> Iterator["Draft"]:
-        """Yields a `Draft` in a temporary folder; on leaving without an error the folder becomes the stage.
+        """Yield a `Draft` in a temporary folder, which becomes the stage if no error is raised.
 
-        On an error nothing of the stage changes, and the draft is removed. With `resume` the draft
-        survives errors and kills, and the next `write` with `resume` finds it as it was left: the
-        caller says what in it can be used (see `Draft.fresh`). Raises `InputError` where another
-        process writes the stage.
+        On an error the stage stays as it was, and the draft is removed. With `resume` the draft survives
+        errors and kills, and the next `write` with `resume` finds it as it was left: the caller decides
+        what in it can be used (see `Draft.fresh`). Raises `InputError` if another process is writing the
+        stage.
         """
         settings = settings_of(config)
-        git_commit()  # the code that runs now, not what is committed while it does
+        git_commit()  # read (and cached) now: there may be another commit while the stage runs
         with self.lock():
             atomic.recover(self.path)
             plan = {
@@ -446,11 +459,11 @@ class Stage:
     def _finish(
         self, draft: "Draft", plan: dict[str, Any], settings: Settings, inputs: Inputs
     ) -> None:
-        left_out = {PLAN, RECORD, *draft.scratch, *draft.unhashed}
+        excluded = {PLAN, RECORD, *draft.scratch, *draft.unhashed}
         outputs = {
             str(p.relative_to(draft.path)): hash_file(p)
             for p in sorted(draft.path.rglob("*"))
-            if p.is_file() and left_out.isdisjoint(p.relative_to(draft.path).parts)
+            if p.is_file() and excluded.isdisjoint(p.relative_to(draft.path).parts)
         }
         labels = {r: v.label for r, v in inputs.items() if isinstance(v, Completion)}
         record = Completion(
@@ -472,23 +485,24 @@ class Stage:
         atomic.write_json(draft.path / RECORD, dataclasses.asdict(record))
         atomic.write_json(draft.path / PLAN, {**plan, "scratch": sorted(draft.scratch)})
         atomic.put_in_place(draft.path, self.path)
-        # Only now: killed before, the next attempt still finds plan and checkpoints.
+        # Last: after a kill before this line, the next attempt still finds plan and checkpoints.
         _tidy(self.path)
         self.run.write_manifest()
 
 
 class Draft:
-    """A stage in the making: write files under `path`, figures into `results`."""
+    """An unfinished stage: write files under `path`, and figures into `results`."""
 
     def __init__(self, path: Path, fresh: bool):
         self.path = path
         self.fresh = fresh
-        """False where an interrupted attempt with the same configuration and inputs was found"""
+        """False if the draft of an interrupted attempt with the same configuration and inputs is reused"""
         self.results: dict[str, Any] = {}
+        """figures for the completion record"""
         self.scratch: set[str] = set()
         """names of folders directly in `path` that are removed when the stage finishes"""
         self.unhashed: set[str] = set()
-        """names of files or folders whose content carries times and is left out of the identity"""
+        """names of files or folders whose content includes times and is not part of the identity"""
         self.started = time.monotonic()
 
 
@@ -497,7 +511,7 @@ def _model_of(label: str) -> str:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what only the making of a stage needed."""
+    """Remove files that were needed only while the stage was made."""
     plan = _json(folder / PLAN) or {}
     for scratch in plan.get("scratch", []):
         shutil.rmtree(folder / scratch, ignore_errors=True)
@@ -505,31 +519,31 @@ def _tidy(folder: Path) -> None:
 
 
 def _read_record(path: Path) -> Completion:
-    """The record in a file: keys that this version does not know are passed over.
+    """Return the record in a file, without keys that this version does not know.
 
-    Raises `InputError` where it is damaged, or of a later format.
+    Raises `InputError` if it is damaged, or of a later format.
     """
-    again = f"delete the folder {path.parent} and run its stage again"
+    remedy = f"delete the folder {path.parent} and run its stage again"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        number = value.get("format", 1)
-        if isinstance(number, int) and number > FORMAT:
+        written_in = value.get("format", 1)
+        if isinstance(written_in, int) and written_in > FORMAT:
             raise InputError(
-                f"{path} was written by a later version of cratelm (format {number}, this one reads"
-                f" up to {FORMAT}): upgrade cratelm, or {again}"
+                f"{path} was written by a later version of cratelm (format {written_in}, this one reads"
+                f" up to {FORMAT}): upgrade cratelm, or {remedy}"
             )
-        known = {f.name for f in dataclasses.fields(Completion)}
-        done = Completion(**{k: v for k, v in value.items() if k in known})
+        fields = {f.name for f in dataclasses.fields(Completion)}
+        done = Completion(**{k: v for k, v in value.items() if k in fields})
         for part in (done.config, done.inputs, done.outputs, done.results, done.input_stages):
             if not isinstance(part, dict):
-                raise TypeError(f"an object was expected, not {part!r:.40}")
+                raise TypeError(f"expected an object, not {part!r:.40}")
         if done.stage not in STAGES:
             raise ValueError(f"there is no stage {done.stage!r:.40}")
     except InputError:
         raise
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise InputError(
-            f"{path} cannot be read as a completion record ({error}): {again}"
+            f"{path} cannot be read as a completion record ({error}): {remedy}"
         ) from None
     renamed = RENAMED.get(done.stage, {})
     config = {renamed.get(name, name): value for name, value in done.config.items()}
@@ -550,18 +564,18 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(old: Mapping[str, Any], settings: Settings) -> list[str]:
-    """In words, the options whose values differ between a record and the settings of today."""
-    named = []
+    """Return, in words, the options whose values differ between a record and the current settings."""
+    differences = []
     for key in sorted({*old, *settings.values}):
         before = _with_defaults(old, settings.defaults, key)
         now = settings.values.get(key)
         if before != now:
-            named.append(f"{key}={str(before)[:40]}, now {str(now)[:40]}")
-    return named
+            differences.append(f"{key}={str(before)[:40]}, now {str(now)[:40]}")
+    return differences
 
 
 def _with_defaults(old: Mapping[str, Any], defaults: Mapping[str, Any], key: str) -> Any:
-    """The recorded value of an option, what it lacks taken from the defaults, at any depth."""
+    """Return the recorded value of an option, missing parts filled in from the defaults at any depth."""
     value, default = old.get(key, defaults.get(key)), defaults.get(key)
     if isinstance(value, dict) and isinstance(default, dict):
         return {k: _with_defaults(value, default, k) for k in {*value, *default}}
@@ -572,18 +586,18 @@ def _with_defaults(old: Mapping[str, Any], defaults: Mapping[str, Any], key: str
 
 
 def _input_stages(run: Run, done: Completion) -> dict[str, str]:
-    """Label of the stage behind each input, by role."""
+    """Return the label of the stage behind each input, by role."""
     if done.format > 1:
         return {role: label for role, label in done.input_stages.items() if role in done.inputs}
     return {role: label for role in done.inputs if (label := _label_of_format_1(run, done, role))}
 
 
 def _label_of_format_1(run: Run, done: Completion, role: str) -> str:
-    """The stage behind an input of a record of version 0.1.0; empty where it is none.
+    """Return the stage behind an input of a record of version 0.1.0; an empty string if there is none.
 
-    Those records have identities alone; which stage it was follows from the configuration.
+    Those records have only identities; which stage it was follows from the configuration.
     """
-    if done.stage == "report":  # there the roles are labels
+    if done.stage == "report":  # its roles are labels
         stage = role.partition("/")[0]
         return role if stage in STAGES else ""
     model = str(done.config.get("model", ""))
@@ -603,27 +617,30 @@ def _label_of_format_1(run: Run, done: Completion, role: str) -> str:
 
 
 def _explanations_of_format_1(run: Run, done: Completion, harvest: str) -> str:
-    """Scores by a language model do not say which set they read where it was the model's own."""
-    given = str(done.config.get("explanations") or "")
-    if given == "promoted":
+    """Return the label of the explanations that scores of version 0.1.0 read.
+
+    Scores by a language model do not record the set if it was the model's own.
+    """
+    named = str(done.config.get("explanations") or "")
+    if named == "promoted":
         return f"steer/{harvest}"
-    own = f"explanations/{names.set_name(harvest, names.split_set(done.name)[1])}"
-    if given:
-        return f"explanations/{names.set_name(harvest, '' if given == 'free' else given)}"
+    of_same_model = f"explanations/{names.set_name(harvest, names.split_set(done.name)[1])}"
+    if named:
+        return f"explanations/{names.set_name(harvest, '' if named == 'free' else named)}"
     if not done.config.get("name"):
-        return own
+        return of_same_model
     for name in run.models("explanations"):
-        made = run.stage("explanations", name).completion()
-        if made is not None and made.identity == done.inputs["explanations"]:
-            return made.label
-    return own
+        candidate = run.stage("explanations", name).completion()
+        if candidate is not None and candidate.identity == done.inputs["explanations"]:
+            return candidate.label
+    return of_same_model
 
 
 # ---- commands -------------------------------------------------------------------------------------
 
 
 def _commands(run: Run, stale: Mapping[str, str]) -> list[str]:
-    """What makes the stale stages again, top first, each once."""
+    """Return the commands that redo the stale stages, upstream first, without duplicates."""
     return list(dict.fromkeys(run.labelled(label).command() for label in stale))
 
 
@@ -634,19 +651,19 @@ def _command(stage: Stage, done: Completion, *, force: bool) -> str:
 
 
 def _options_in(done: Completion) -> list[str]:
-    """Every option that the configuration has a value for: records of format 1 keep no options."""
+    """Return every option that the configuration has a value for: records of format 1 have no options."""
     config = dict(done.config)
     if config.pop("import", None):
         config["model"] = config.pop("name")
     if done.stage == "model":
-        usual = str(config.get("model"))
-        usual = usual if config.get("steps") else names.untrained_name(usual)
-        config["name"] = "" if done.name == usual else done.name
+        usual_name = str(config.get("model"))
+        usual_name = usual_name if config.get("steps") else names.untrained_name(usual_name)
+        config["name"] = "" if done.name == usual_name else done.name
     words = []
     for name, value in config.items():
         if value is True:
             words.append(f"--{name.replace('_', '-')}")
         elif value not in (None, "", [], False):
-            given = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, given)]
+            items = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, items)]
     return words

@@ -1,9 +1,9 @@
 """Uncertainty of means: the percentile bootstrap and the grouped jackknife.
 
 The bootstrap draws its own resamples instead of calling `scipy.stats.bootstrap`. Both draw the same
-ones from the same generator (a test compares them), but SciPy's has no strata, no second moment of
-the same draws and, unless told a batch size, no bound on its memory, all of which `stats.scores`
-needs; and its quantiles differ from published figures in the last digit.
+resamples from the same generator (a test compares them), but SciPy's has no strata, no second moment of
+the same draws and, without a batch size, no bound on its memory; `stats.scores` needs all of these. Its
+quantiles also differ from published figures in the last digit.
 
 Shape legend: n values, R resamples, G groups.
 """
@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 def bootstrap(values: ArrayLike, seed: int, resamples: int = RESAMPLES) -> Interval | None:
     """Return the mean of `values` [n] with its 95% percentile bootstrap interval over them.
 
-    None for no values; no bounds for a single one (Efron & Tibshirani 1993, chapter 13).
+    Returns None for no values, and no bounds for a single one (Efron & Tibshirani 1993, chapter 13).
     """
     array = np.asarray(values, np.float64)
     n = len(array)
@@ -48,7 +48,7 @@ def resampled_moments(
 ) -> tuple[Array, Array]:
     """Return [R] means and [R] population variances of `values` [n] drawn with replacement.
 
-    Drawn in blocks of bounded memory; the draws do not depend on the size of the blocks.
+    They are drawn in blocks of bounded memory; the draws do not depend on the size of the blocks.
     """
     means, variances = np.zeros(resamples), np.zeros(resamples)
     if not len(values):
@@ -71,9 +71,9 @@ def percentile_bounds(resampled: Array, confidence: float) -> tuple[float, float
 def jackknife(statistic: Callable[[Array], float], sums: Array, counts: Array) -> Estimate:
     """Return `statistic` of the mean over all groups, with its error from leaving out one at a time.
 
-    `sums` [G, ...] are sums over each group, `counts` [G] how many were summed; `statistic` takes
-    their ratio [...]. No error below two groups. Grouped jackknife: Efron & Tibshirani 1993,
-    chapter 11.
+    `sums` [G, ...] are sums over each group, `counts` [G] the numbers of values summed; `statistic` takes
+    their ratio [...]. There is no error for fewer than two groups. Grouped jackknife: Efron & Tibshirani
+    1993, chapter 11.
     """
     used = counts > 0
     sums, counts = sums[used], counts[used]
@@ -82,6 +82,8 @@ def jackknife(statistic: Callable[[Array], float], sums: Array, counts: Array) -
     groups = len(counts)
     if groups < 2:
         return Estimate(value, None)
-    left = np.array([statistic((whole - s) / (n - c)) for s, c in zip(sums, counts, strict=True)])
-    spread = (groups - 1) / groups * ((left - left.mean()) ** 2).sum()
+    reduced = np.array(
+        [statistic((whole - s) / (n - c)) for s, c in zip(sums, counts, strict=True)]
+    )
+    spread = (groups - 1) / groups * ((reduced - reduced.mean()) ** 2).sum()
     return Estimate(value, float(np.sqrt(spread)))

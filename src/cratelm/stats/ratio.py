@@ -7,7 +7,8 @@ Techniques, section 6.4):
     R = sum(x) / sum(y),    se(R)^2 = C / (C - 1) sum((x - R y)^2) / sum(y)^2
 
 A perplexity is exp(R), with the error exp(R) se(R) (delta method). Two models on the same documents
-are compared by the ratio of (x_a - x_b) to y, whose error excludes what makes a document hard for both.
+are compared by the ratio of (x_a - x_b) to y, whose error excludes the difficulty that a document has for
+both.
 
 Shape legend: C documents.
 """
@@ -32,6 +33,6 @@ def ratio(x: ArrayLike, y: ArrayLike) -> Estimate:
 
 
 def perplexity(loss: Estimate) -> Estimate:
-    """Return exp of a loss in nats; infinite where the number is too large to write."""
+    """Return exp of a loss in nats; infinity if the result is too large for a float."""
     value = math.exp(loss.value) if loss.value < 700 else math.inf
     return Estimate(value, None if loss.error is None else value * loss.error)

@@ -7,8 +7,8 @@ resampled with replacement within their layer (percentile bootstrap, Efron & Tib
 `permutation_test` have no strata, so neither can draw within layers.
 
 Scores without a value (undefined, dead, failed) follow one of two policies: `leave_out` takes the mean
-over the neurons that have a value, `count_zero` gives the others what an explanation is worth that says
-nothing: 0 for a correlation, chance for the other scorers.
+over the neurons that have a value; `count_zero` gives the others the score of an uninformative
+explanation: 0 for a correlation, chance for the other scorers.
 
 Shapes: n neurons of a layer, L layers, R resamples.
 """
@@ -33,7 +33,7 @@ _BLOCK = 2_000_000
 
 @dataclass(frozen=True)
 class Counts:
-    """How many neurons have a score, and how many have none for which reason."""
+    """Numbers of neurons by the status of their score."""
 
     defined: int
     undefined: int
@@ -55,9 +55,9 @@ class LayerStatistics:
 
     layer: int
     mean: float | None
-    """x 100; None where no neuron has a value"""
+    """x 100; None if no neuron has a value"""
     low: float | None
-    """lower bound of the bootstrap interval, x 100; None below two neurons"""
+    """lower bound of the bootstrap interval, x 100; None for fewer than two neurons"""
     high: float | None
     counts: Counts
 
@@ -72,15 +72,15 @@ class ModelStatistics:
     control: Control
     policy: Policy
     mean: float | None
-    """mean over layers of the layer means, x 100; over the layers that have a value, None where none has"""
+    """mean over layers of the layer means, x 100, over the layers that have a value; None if none has"""
     low: float | None
-    """lower bound of the bootstrap interval, neurons resampled within their layer, x 100; None where one
+    """lower bound of the bootstrap interval, neurons resampled within their layer, x 100; None if one
     of the layers has a single value"""
     high: float | None
     variance: float | None
-    """population variance of the layer means over the layers, (x 100)^2: the steadiness figure"""
+    """population variance of the layer means over the layers, (x 100)^2: low if scores are steady"""
     confidence: float
-    """of the intervals, such as 0.95"""
+    """confidence of the intervals, such as 0.95"""
     counts: Counts
     layers: tuple[LayerStatistics, ...]
 
@@ -95,10 +95,10 @@ class Comparison:
     metric: Metric
     policy: Policy
     paired: bool
-    """True where the neurons of the same layer and index were scored on the same excerpt positions;
-    then only pairs with both values count"""
+    """True if neurons of the same layer and index were scored on the same excerpt positions;
+    then only pairs in which both have a value count"""
     n_a: int
-    """neurons that count"""
+    """number of neurons that count"""
     n_b: int
     n_layers: int
     mean_a: float
@@ -107,18 +107,18 @@ class Comparison:
     difference: float
     """mean_a - mean_b, x 100"""
     low: float | None
-    """lower bound of the bootstrap interval of the difference; None where a layer has fewer than two neurons"""
+    """lower bound of the bootstrap interval of the difference; None if a layer has fewer than two neurons"""
     high: float | None
     p_value: float
-    """two-sided permutation test within layers: of labels, or of signs where paired"""
+    """two-sided permutation test within layers: of labels, or of signs if paired"""
     cohens_d: float | None
-    """difference / standard deviation pooled within layers and models; None where that is 0"""
+    """difference / standard deviation pooled within layers and models; None if the deviation is 0"""
     cohens_d_low: float | None
-    """bounds of its bootstrap interval"""
+    """lower bound of its bootstrap interval"""
     cohens_d_high: float | None
     superiority: float
-    """chance that a neuron of a scores higher than one of the same layer of b (ties count half), 0..1;
-    where paired, than its twin. Mean over layers"""
+    """probability that a neuron of a scores higher than one of the same layer of b (ties count half),
+    0..1; if paired, higher than its twin. Mean over layers"""
     confidence: float
 
 
@@ -135,7 +135,7 @@ def model_statistics(
 ) -> ModelStatistics:
     """Return mean, interval, variance over layers and counts of one model's scores.
 
-    Raises `InputError` where `scores` hold none such, or those of several models.
+    Raises `InputError` if `scores` has no such scores, or those of several models.
     """
     chosen = _chosen(scores, explainer, metric, control)
     rng = np.random.default_rng(seed)
@@ -150,8 +150,8 @@ def model_statistics(
         if len(values):
             centres.append(mean)
             spread.append(means)
-    several = len(spread) > 0 and all(c.low is not None for c in layers if c.mean is not None)
-    low, high = percentile_bounds(np.mean(spread, axis=0), confidence) if several else (None, None)
+    bounded = len(spread) > 0 and all(c.low is not None for c in layers if c.mean is not None)
+    low, high = percentile_bounds(np.mean(spread, axis=0), confidence) if bounded else (None, None)
     return ModelStatistics(
         model=chosen[0].neuron.model,
         explainer=explainer,
@@ -202,13 +202,13 @@ def compare_models(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """Return the difference of two models' own scores, over the layers where both have any.
+    """Return the difference between two models' scores (control `none`) over the layers that both have.
 
-    `paired` None pairs only `random_only`: there twins of the same layer and index are scored on
-    excerpts at the same positions. The p-value is (1 + as extreme) / (1 + R) (Phipson & Smyth 2010),
-    so it is never 0.
+    With `paired` None, only `random_only` is paired: its excerpts of neurons of the same layer and index
+    are at the same positions in both twins. The p-value is (1 + as extreme) / (1 + R) (Phipson & Smyth
+    2010), so it is never 0.
 
-    Raises `InputError` where the two have no layer in common with values to compare.
+    Raises `InputError` if the two have no layer in common with values to compare.
     """
     paired = metric == "random_only" if paired is None else paired
     chosen = [_chosen(s, explainer, metric, "none") for s in (scores_a, scores_b)]
@@ -216,18 +216,18 @@ def compare_models(
     layers = _common_layers(_values(chosen[0], policy), _values(chosen[1], policy), paired)
     if not layers:
         raise InputError(
-            f"{model_a} and {model_b} have no layer where both"
+            f"{model_a} and {model_b} have no layer in which both"
             f" have {explainer} scores on {metric}: score the same layers of both"
         )
     rng = np.random.default_rng(seed)  # drawn from in this order: effects, then relabellings
     a, b = ([layer[side] for layer in layers] for side in (0, 1))
     mean_a, mean_b = (float(np.mean([v.mean() for v in side])) for side in (a, b))
     effects, differences = _resampled_effects(layers, paired, resamples, rng)
-    several = all(len(v) > 1 for v in a + b)
-    low, high = percentile_bounds(differences, confidence) if several else (None, None)
+    bounded = all(len(v) > 1 for v in a + b)
+    low, high = percentile_bounds(differences, confidence) if bounded else (None, None)
     pooled = _pooled_deviation([np.var(v) for v in a + b], [len(v) for v in a + b])
     d_low, d_high = (
-        percentile_bounds(effects, confidence) if several and pooled > 0 else (None, None)
+        percentile_bounds(effects, confidence) if bounded and pooled > 0 else (None, None)
     )
     return Comparison(
         model_a=model_a,
@@ -261,8 +261,8 @@ def _chosen(
     models = sorted({s.neuron.model for s in chosen})
     if len(models) != 1:
         raise InputError(
-            f"scores of {' and '.join(models) or 'no model'} for {explainer}, {metric}, control"
-            f" {control}: those of exactly one model were expected"
+            f"found scores of {' and '.join(models) or 'no model'} for {explainer}, {metric}, control"
+            f" {control}: give the scores of exactly one model"
         )
     return chosen
 
@@ -286,7 +286,7 @@ def _counts(scores: Sequence[NeuronScore]) -> Counts:
 def _common_layers(
     a: dict[tuple[str, int, int], float], b: dict[tuple[str, int, int], float], paired: bool
 ) -> list[tuple[NDArray, NDArray]]:
-    """Return the values of a and of b by layer; where paired, those of the same index in the same order.
+    """Return the values of a and of b by layer; if paired, those of the same index in the same order.
 
     Sites differ between architectures (`ista`, `mlp`), so neurons are matched by layer and index.
     """
@@ -327,7 +327,7 @@ def _resampled_effects(
 
 
 def _pooled_deviation(variances: Sequence, sizes: Sequence[int]) -> NDArray:
-    """Return the standard deviation within groups of these population variances and sizes.
+    """Return the pooled standard deviation of groups, from their population variances and sizes.
 
     Its square is unbiased.
     """
@@ -342,7 +342,7 @@ def _permutation_p(
     resamples: int,
     rng: np.random.Generator,
 ) -> float:
-    """Return how often a relabelling within layers gives a difference as large, of either sign."""
+    """Return the fraction of relabellings within layers with a difference as large, of either sign."""
     relabelled = np.mean(
         [
             _flipped(a - b, resamples, rng) if paired else _relabelled(a, b, resamples, rng)
@@ -350,7 +350,7 @@ def _permutation_p(
         ],
         axis=0,
     )  # [R]
-    # The margin keeps ties, which rounding would break either way, among the extreme ones.
+    # The margin counts ties, which rounding would break either way, as extreme.
     extreme = np.abs(relabelled) >= abs(observed) * (1 - 1e-9)
     return float((1 + extreme.sum()) / (1 + resamples))
 
@@ -364,7 +364,7 @@ def _flipped(gaps: NDArray, resamples: int, rng: np.random.Generator) -> NDArray
 
 
 def _relabelled(a: NDArray, b: NDArray, resamples: int, rng: np.random.Generator) -> NDArray:
-    """Return [R] differences of means after dealing all values into new groups of these sizes."""
+    """Return [R] differences of means after assigning all values at random to groups of these sizes."""
     together = np.concatenate([a, b])
     first = np.zeros(len(together))
     first[: len(a)] = 1
@@ -378,11 +378,12 @@ def _relabelled(a: NDArray, b: NDArray, resamples: int, rng: np.random.Generator
 
 
 def _superiority(a: NDArray, b: NDArray, paired: bool) -> float:
-    """Return P(a > b) + P(a = b) / 2 over all pairs or, where paired, over the given ones.
+    """Return P(a > b) + P(a = b) / 2 over all pairs or, if paired, over corresponding elements.
 
-    Over all pairs it is `stats.auc.roc_area`, by binary search: in another order of operations, and so
-    not always equal to it in the last digit.
+    Over all pairs this is `stats.auc.roc_area`, computed by binary search: the order of operations
+    differs, and so may the last digit.
     """
+
     if paired:
         return float(np.mean((a > b) + 0.5 * (a == b)))
     ordered = np.sort(b)

@@ -1,10 +1,10 @@
-"""Tables: one made once and written five ways, and columns of plain text for a terminal.
+"""Tables that are built once and written in five formats, and aligned columns of plain text.
 
-A `Table` is HTML (by the page's template), CSV, JSON, LaTeX and plain text. The page, the files and
+A `Table` becomes HTML (in the page's template), CSV, JSON, LaTeX and plain text. The page, the files and
 the terminal show the same cells, so their numbers cannot differ.
 
 Plain text is aligned here and not by `rich.table`, which fits columns to the width of the terminal:
-output that is redirected to a file, or read by a test, would depend on it.
+output that is redirected to a file, or read by a test, would depend on that width.
 """
 
 import csv
@@ -21,7 +21,7 @@ MISSING = "–"
 
 
 Cell = str | int | float | Interval | Estimate | None
-"""None where there is no figure, shown as a dash"""
+"""None if there is no figure, which is displayed as a dash"""
 
 
 def align(lines: Sequence[Sequence[str]], right: Sequence[bool] | None = None) -> list[str]:
@@ -46,7 +46,7 @@ def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: how it is named and how its numbers are written."""
+    """Name of a column and format of its numbers."""
 
     key: str
     """name in CSV and JSON"""
@@ -55,10 +55,10 @@ class Column:
     form: str = ""
     """format of its numbers, such as `,d`, `.2f` or `.3g`; empty for words"""
     level: Literal["", "head", "minor"] = ""
-    """in a flipped table: `head` opens a group of lines, `minor` belongs to the group above"""
+    """in a flipped table: `head` begins a group of lines, `minor` belongs to the group above"""
 
     def show(self, cell: Cell) -> str:
-        """Return a cell as it is shown, numbers in the format of the column."""
+        """Return a cell as text, with its numbers in the format of the column."""
         if cell is None or (isinstance(cell, float) and math.isnan(cell)):
             return MISSING
         if isinstance(cell, str):
@@ -74,9 +74,9 @@ class Column:
         return self._number(cell)
 
     def _number(self, value: float) -> str:
-        shown = format(value, self.form or ",")
-        # Negative numbers that round to nothing lose their sign, as in `-0.0`.
-        return shown.removeprefix("-") if not shown.strip("-0.,%") else shown
+        text = format(value, self.form or ",")
+        # Negative numbers that round to zero lose their sign, as in `-0.0`.
+        return text.removeprefix("-") if not text.strip("-0.,%") else text
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class Table:
     note: str = ""
     """how to read it: what the intervals are over, what is counted"""
     flipped: bool = False
-    """shown with one line per column: for few rows with many figures each"""
+    """displayed with one line per column: for few rows with many figures each"""
 
     def grid(self) -> list[list[str]]:
-        """Return header and rows as they are shown."""
+        """Return header and rows as text, transposed if the table is flipped."""
         header = [c.label for c in self.columns]
-        shown = [[c.show(cell) for c, cell in zip(self.columns, r, strict=True)] for r in self.rows]
-        lines = [header, *shown]
+        rows = [[c.show(cell) for c, cell in zip(self.columns, r, strict=True)] for r in self.rows]
+        lines = [header, *rows]
         return [list(line) for line in zip(*lines, strict=True)] if self.flipped else lines
 
     def numeric(self) -> list[bool]:
@@ -107,7 +107,7 @@ class Table:
         return [bool(c.form) for c in self.columns]
 
     def records(self) -> list[dict[str, Any]]:
-        """Return rows as JSON values at full precision, figures with bounds as objects."""
+        """Return the rows as JSON values at full precision; figures with bounds become objects."""
         return [
             {c.key: _plain(cell) for c, cell in zip(self.columns, row, strict=True)}
             for row in self.rows
@@ -124,7 +124,7 @@ class Table:
         }
 
     def to_csv(self) -> str:
-        """Return CSV at full precision; bounds have columns of their own, such as `mean_low` and `mean_high`."""
+        """Return CSV at full precision; bounds have separate columns, such as `mean_low` and `mean_high`."""
         rows = [_flat(record) for record in self.records()]
         keys = [k for c in self.columns for k in (c.key, *_bounds(rows, c.key))]
         out = io.StringIO()
@@ -134,7 +134,7 @@ class Table:
         return out.getvalue()
 
     def to_latex(self) -> str:
-        """Return a `tabular` for the package booktabs, in ASCII, so that every LaTeX engine reads it."""
+        """Return a `tabular` for the package booktabs, in ASCII, which every LaTeX engine reads."""
         header, *rows = self._indented(r"\quad ", [[latex(c) for c in li] for li in self.grid()])
         align = "".join("r" if right else "l" for right in self.numeric())
         body = [" & ".join(row) + r" \\" for row in rows]
@@ -151,18 +151,18 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def to_text(self) -> str:
-        """Return text for a terminal: columns aligned, no colour."""
+        """Return text for a terminal: aligned columns, no colour."""
         grid = self._indented("  ", self.grid())
         header, *rows = align(grid, self.numeric())
         widths = _widths(grid)
         return "\n".join([header, "-" * (sum(widths) + 2 * (len(widths) - 1)), *rows])
 
     def _indented(self, by: str, lines: list[list[str]]) -> list[list[str]]:
-        """In a flipped table, minor lines moved in."""
+        """Return the lines, with minor lines of a flipped table indented."""
         if not self.flipped:
             return lines
-        moved = [by if c.level == "minor" else "" for c in self.columns]
-        return [[m + line[0], *line[1:]] for m, line in zip(moved, lines, strict=True)]
+        indents = [by if c.level == "minor" else "" for c in self.columns]
+        return [[i + line[0], *line[1:]] for i, line in zip(indents, lines, strict=True)]
 
 
 def _plain(cell: Cell) -> Any:
@@ -209,7 +209,10 @@ _LATEX = {
 
 
 def latex(text: str) -> str:
-    """Return `text` escaped for LaTeX; what is not ASCII by its code point, of which pdfLaTeX knows few."""
+    """Return `text` escaped for LaTeX; other characters than ASCII become their code points.
+
+    pdfLaTeX supports few of them.
+    """
     return "".join(
         _LATEX.get(c) or (c if c.isascii() else rf"\texttt{{U+{ord(c):04X}}}") for c in text
     )

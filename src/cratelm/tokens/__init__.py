@@ -1,1 +1,1 @@
-"""Tokens: tokenizers, and documents as token shards with their borders and splits."""
+"""Tokens: tokenizers, and documents as token shards with their boundaries and splits."""

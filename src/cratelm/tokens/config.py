@@ -13,7 +13,7 @@ LEAST_VOCABULARY = 257
 
 @dataclass(frozen=True)
 class TokenizeConfig:
-    """Turn a corpus into token shards with document borders, split by the hash of each document."""
+    """Turn a corpus into token shards with document boundaries, split by the hash of each document."""
 
     run: Path = not_in_identity(Path("runs/default"))
     """run directory, in which `tokens/` is written"""
@@ -24,26 +24,26 @@ class TokenizeConfig:
     text_field: str = "text"
     """field of a row that holds the text"""
     subset_field: str = "meta.pile_set_name"
-    """field of a row that names its part of the corpus, kept with the document; a dot leads into a
+    """field of a row that names its part of the corpus, stored with the document; a dot selects a
     nested field; rows may lack it"""
     tokenizer: str = "train"
-    """`train` (byte-level BPE, trained on documents of the train split only), `gpt2` (fetched from
-    the Hub, else through tiktoken), or the path of a tokenizer.json"""
+    """`train` (byte-level BPE, trained on documents of the train split only), `gpt2` (fetched through
+    tiktoken, else from the Hub), or the path of a tokenizer.json"""
     vocab_size: int = 4096
-    """size of a trained vocabulary, `<|endoftext|>` included; other tokenizers bring their own"""
+    """size of a trained vocabulary, including `<|endoftext|>`; other tokenizers have their own size"""
     sample_megabytes: float = 64.0
-    """megabytes (10^6 bytes) of text that a tokenizer is trained on: the first of the train split"""
+    """megabytes (10^6 bytes) of text, from the start of the train split, to train a tokenizer on"""
     fit: float = 0.05
     """fraction of the documents from which neurons are explained"""
     held_out: float = 0.05
-    """fraction of the documents on which explanations are scored and the loss is measured; the rest
-    trains"""
+    """fraction of the documents on which explanations are scored and the loss is measured; all other
+    documents train the model"""
     max_documents: int | None = None
     """stop after this many documents. Default: all"""
     max_tokens: int | None = None
     """stop after the document that reaches this many tokens. Default: all"""
     sequence_length: int = not_in_identity(128)
-    """in tokens; every split must hold at least one sequence of this length, and one token more"""
+    """length in tokens; every split must have at least one sequence of this length plus one token"""
     on_error: Literal["stop", "skip"] = "stop"
     """what to do with a document that cannot be read: stop with its file and line, or skip and count it"""
     force: bool = not_in_identity(False)
@@ -57,7 +57,10 @@ class TokenizeConfig:
         for name in ("fit", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {getattr(self, name)}, a fraction was expected")
+                raise InputError(
+                    f"--{flag} is {getattr(self, name)}: it must be a fraction, above 0 and below 1"
+                )
+
         if self.fit + self.held_out >= 1:
             raise InputError(
                 f"--fit {self.fit} and --held-out {self.held_out} leave nothing to train on:"
@@ -67,6 +70,6 @@ class TokenizeConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {value}, more than 0 was expected")
+                raise InputError(f"--{flag} is {value}: it must be above 0")
         if self.on_error not in ("stop", "skip"):
             raise InputError(f"--on-error is {self.on_error!r}: choose from stop, skip")

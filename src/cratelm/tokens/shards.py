@@ -4,13 +4,13 @@
 tokens/
   tokenizer.json                     the `tokenizers` library's format
   meta.json                          vocabulary, type of the tokens, tokens and documents of each split
-  SPLIT-00000.bin SPLIT-00001.bin    token ids, little endian, 16 bit where the vocabulary allows it
+  SPLIT-00000.bin SPLIT-00001.bin    token ids, little endian, 16 bits if the vocabulary allows it
   SPLIT.starts.npy                   int64 [n_documents + 1], position of each document's first token
   SPLIT.ordinals.npy                 int64 [n_documents], row of the document in documents.parquet
-  documents.parquet                  where each document came from
+  documents.parquet                  origin of each document
 ```
 The tokens of a document are followed by one end-of-text token, which belongs to the document.
-Positions are tokens from the start of the split, running on across its files.
+Positions count tokens from the start of the split, across all its files.
 """
 
 import json
@@ -36,11 +36,11 @@ FORMAT = 1
 TOKENS_PER_FILE = 2**28
 """tokens of a .bin file: 0.5 GiB at 16 bit"""
 PADDING = 64
-"""embedding rows come in multiples of it, which is what GPUs multiply fastest; GPT-2: 50,304"""
+"""the number of embedding rows is a multiple of this, as GPUs multiply fastest; GPT-2: 50,304"""
 MOST_UNUSED_ROWS = 1024
 """most embedding rows beyond the vocabulary that count as padding; phi-2 has 905"""
 _ROWS_PER_GROUP = 8192
-"""documents kept in memory before a row group of documents.parquet is written"""
+"""documents held in memory before a row group of documents.parquet is written"""
 
 DOCUMENTS = TableFile(
     "tokens/documents.parquet",
@@ -52,22 +52,22 @@ DOCUMENTS = TableFile(
         ),
         FileColumn("split", pa.string(), "`train`, `fit` or `held_out`, by the hash of the text"),
         FileColumn(
-            "source", pa.string(), "the corpus as it was named: `builtin`, a path, `hub:ID`"
+            "source", pa.string(), "the corpus as the user named it: `builtin`, a path, `hub:ID`"
         ),
         FileColumn(
             "subset",
             pa.string(),
-            "part of the corpus, such as `pile_set_name`; empty where not known",
+            "part of the corpus, such as `pile_set_name`; empty if not known",
         ),
         FileColumn("name", pa.string(), "file in the corpus, relative to its folder"),
         FileColumn(
             "line",
             pa.int64(),
-            "line or row in the file, from 1; 0 where the document is the whole file",
+            "line or row in the file, from 1; 0 if the document is the whole file",
         ),
         FileColumn("start", pa.int64(), "position of its first token in the split, tokens"),
-        FileColumn("n_tokens", pa.int64(), "tokens, the end-of-text token counted"),
-        FileColumn("characters", pa.int64(), "characters of the text"),
+        FileColumn("n_tokens", pa.int64(), "number of tokens, including the end-of-text token"),
+        FileColumn("characters", pa.int64(), "number of characters of the text"),
     ),
 )
 
@@ -75,7 +75,7 @@ DOCUMENTS = TableFile(
 class TokenStore:
     """The finished shards of a run.
 
-    Raises `InputError` where `path` holds none, or files that do not fit together.
+    Raises `InputError` if `path` has none, or has files that do not fit together.
     """
 
     def __init__(self, path: str | Path):
@@ -84,30 +84,30 @@ class TokenStore:
         self.vocab_size: int = meta["vocab_size"]
         """number of token ids that can occur"""
         self.eot_id: int = meta["eot_id"]
-        """the end-of-text token"""
+        """id of the end-of-text token"""
         self._meta = meta
         self._splits: dict[Split, TokenSplit] = {}
 
     @property
     def padded_vocab_size(self) -> int:
-        """Return the embedding rows that a model should have: the vocabulary, up to a multiple of 64."""
+        """Return the number of embedding rows for a model: the vocabulary, rounded up to a multiple of 64."""
         return -(-self.vocab_size // PADDING) * PADDING
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that made the shards; special tokens in a text are plain text to it."""
+        """Return the tokenizer that made the shards; it reads special tokens in a text as plain text."""
         return load_tokenizer(self.path / "tokenizer.json")
 
     def split(self, name: Split) -> "TokenSplit":
-        """Return the tokens of one split. Raises `InputError` where its files are damaged."""
+        """Return the tokens of one split. Raises `InputError` if its files are damaged."""
         if name not in SPLITS:
-            raise InputError(f"split {name!r} is not known: choose from {', '.join(SPLITS)}")
+            raise InputError(f"there is no split {name!r}: choose from {', '.join(SPLITS)}")
         if name not in self._splits:
             self._splits[name] = TokenSplit(self.path, name, self._meta)
         return self._splits[name]
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.integer]) -> list[str]:
-        r"""Return one display string per token, [n]; bytes that are part of a character show as \xNN."""
+        r"""Return one display string per token, [n]; incomplete characters appear as bytes, \xNN."""
         return [self._display[int(i)] for i in ids]
 
     @cached_property
@@ -121,9 +121,9 @@ class TokenStore:
 
 
 class TokenSplit:
-    """One split of a store, memory-mapped: reading costs the pages that are touched.
+    """One split of a store, memory-mapped: reading loads only the pages that are touched.
 
-    T tokens of a sequence.
+    Shape legend: T tokens of a sequence, n positions.
     """
 
     def __init__(self, folder: Path, name: Split, meta: dict[str, Any]):
@@ -152,7 +152,7 @@ class TokenSplit:
         return tokens
 
     def n_sequences(self, length: int) -> int:
-        """Return how many sequences of `length` tokens have a next token for every position."""
+        """Return the number of sequences of `length` tokens that have a next token for every position."""
         return max(0, (self.n_tokens - 1) // length)
 
     def sequence(self, index: int, length: int) -> NDArray[np.int64]:
@@ -169,30 +169,30 @@ class TokenSplit:
             path = folder / f"{self.name}-{len(files):05d}.bin"
             n = min(self._tokens_per_file, self.n_tokens - first)
             if not path.is_file() or path.stat().st_size != n * dtype.itemsize:
-                raise _damaged(path, f"{n * dtype.itemsize:,} bytes were expected")
+                raise _damaged(path, f"it must have {n * dtype.itemsize:,} bytes")
             files.append(np.memmap(path, dtype, "r", shape=(n,)))
         return files
 
 
 def check_vocabulary(store: TokenStore, model_vocab_size: int) -> None:
-    """Raise `InputError` where a model with so many embedding rows cannot be meant for these tokens.
+    """Raise `InputError` if a model with so many embedding rows cannot be meant for these tokens.
 
-    Too few rows cannot hold the ids; more than 1,024 unused ones are no padding but another
+    Too few rows cannot represent all ids; more than 1,024 unused rows are not padding but another
     vocabulary.
     """
     unused = model_vocab_size - store.vocab_size
     if not 0 <= unused <= MOST_UNUSED_ROWS:
         raise InputError(
-            f"the model has a vocabulary of {model_vocab_size:,}, the tokens in {store.path} have"
+            f"the model has a vocabulary of {model_vocab_size:,}, but the tokens in {store.path} have"
             f" {store.vocab_size:,}: tokenize with the model's own tokenizer (--tokenizer PATH), or"
             " name a model that was trained on these tokens"
         )
 
 
 class StoreWriter:
-    """Writes a store document by document; `close` makes it readable.
+    """Writer of a store, document by document; `close` makes it readable.
 
-    Memory: the rows of 8,192 documents (not their text), whatever the length of the corpus.
+    Memory: the rows of 8,192 documents (not their text), however long the corpus is.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class StoreWriter:
         tokenizer.save(str(folder / "tokenizer.json"))
 
     def append(self, split: Split, ids: Sequence[int], document: Document) -> None:
-        """Append a document with its token ids, and the end-of-text token after them."""
+        """Append a document's token ids, followed by the end-of-text token."""
         tokens = np.empty(len(ids) + 1, self.dtype)
         tokens[:-1] = ids
         tokens[-1] = self.eot_id
@@ -238,11 +238,11 @@ class StoreWriter:
             self._write_rows()
 
     def n_tokens(self, split: Split) -> int:
-        """Return the tokens written to `split` so far, end-of-text tokens counted."""
+        """Return the number of tokens written to `split` so far, including end-of-text tokens."""
         return self._splits[split].n_tokens
 
     def n_split_documents(self, split: Split) -> int:
-        """Return the documents written to `split` so far."""
+        """Return the number of documents written to `split` so far."""
         return self._splits[split].n_documents
 
     def close(self) -> None:
@@ -275,7 +275,7 @@ class StoreWriter:
 
 
 class _SplitWriter:
-    """Token files and document borders of one split."""
+    """Writer of the token files and document boundaries of one split."""
 
     def __init__(self, folder: Path, name: Split, tokens_per_file: int):
         self.folder, self.name, self.tokens_per_file = folder, name, tokens_per_file
@@ -292,15 +292,16 @@ class _SplitWriter:
         while len(tokens):
             if self.n_tokens % self.tokens_per_file == 0:
                 self._next_file()
-            room = self.tokens_per_file - self.n_tokens % self.tokens_per_file
+            capacity = self.tokens_per_file - self.n_tokens % self.tokens_per_file
             assert self._file is not None
-            self._file.write(tokens[:room].tobytes())
-            self.n_tokens += min(room, len(tokens))
-            tokens = tokens[room:]
+            self._file.write(tokens[:capacity].tobytes())
+            self.n_tokens += min(capacity, len(tokens))
+            tokens = tokens[capacity:]
         self.n_documents += 1
         return start
 
     def close(self) -> None:
+        """Finish all files."""
         self._starts.append(self.n_tokens)
         self._starts.close()
         self._ordinals.close()
@@ -317,8 +318,8 @@ class _SplitWriter:
 class _ArrayFile:
     """An int64 .npy file that grows.
 
-    NumPy leaves room in the header for a longer first axis, so the header is written twice: with length
-    0 to reserve its place, with the final length at the end.
+    NumPy pads the header so that the first axis can grow. So the header is written twice: first with
+    length 0, to reserve its space, and with the final length at the end.
     """
 
     def __init__(self, path: Path):
@@ -327,10 +328,12 @@ class _ArrayFile:
         self._header()
 
     def append(self, value: int) -> None:
+        """Append a number."""
         self._file.write(value.to_bytes(8, "little"))
         self._n += 1
 
     def close(self) -> None:
+        """Write the final header and close the file."""
         self._file.seek(0)
         self._header()
         self._file.close()
@@ -344,7 +347,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     if not path.is_file():
         raise InputError(
-            f"{folder} holds no token shards: type `cratelm tokenize --run {folder.parent}` first"
+            f"{folder} has no token shards: type `cratelm tokenize --run {folder.parent}` first"
         )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -352,7 +355,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             return meta
     except (ValueError, KeyError, TypeError):
         pass
-    raise _damaged(path, f"a description of shards of format {FORMAT} was expected")
+    raise _damaged(path, f"it must describe shards of format {FORMAT}")
 
 
 def _map_array(path: Path, n: int) -> NDArray[np.int64]:
@@ -361,14 +364,14 @@ def _map_array(path: Path, n: int) -> NDArray[np.int64]:
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
-        raise _damaged(path, f"an array of {n:,} numbers was expected") from None
+        raise _damaged(path, f"it must be an array of {n:,} numbers") from None
     if array.shape != (n,):
-        raise _damaged(path, f"{n:,} numbers were expected")
+        raise _damaged(path, f"it must have {n:,} numbers")
     return np.asarray(array)
 
 
 def _damaged(path: Path, expected: str) -> InputError:
     return InputError(
-        f"{path} is missing or damaged, {expected}: type"
+        f"{path} is missing or damaged ({expected}): type"
         f" `cratelm tokenize --run {path.parent.parent} --force` to write the shards again"
     )

@@ -1,8 +1,8 @@
 """`cratelm tokenize`: turn documents into token shards.
 
-One pass over the corpus (two where a tokenizer is trained). Memory is bounded, whatever the length
-of the corpus, by two batches of text (2 million characters each, or the longest document where that
-is longer) with their tokens, and by the table of distinct words where a tokenizer is trained.
+It takes one pass over the corpus (two if a tokenizer is trained). Memory is bounded, however long the
+corpus is, by two batches of text (2 million characters each, or the longest document if that is longer)
+with their tokens and, if a tokenizer is trained, by the table of distinct words.
 """
 
 import dataclasses
@@ -38,27 +38,28 @@ _Batch = list[tuple[Split, Document]]
 
 @dataclass(frozen=True)
 class TokenizeResult:
-    """What was written to `tokens/`."""
+    """Result of `cratelm tokenize`."""
 
     path: Path
+    """the folder `tokens/`"""
     vocab_size: int
-    """token ids that can occur; below --vocab-size where the text gave fewer"""
+    """number of token ids that can occur; below --vocab-size if the text yields fewer"""
     bytes_per_token: float
-    """UTF-8 bytes of text per token, end-of-text tokens left out"""
+    """UTF-8 bytes of text per token, without end-of-text tokens"""
     tokens: dict[Split, int]
-    """tokens of each split, end-of-text tokens counted"""
+    """number of tokens in each split, including end-of-text tokens"""
     documents: dict[Split, int]
-    """documents of each split"""
+    """number of documents in each split"""
     empty: int
-    """documents without text, which are skipped"""
+    """number of documents without text, which are skipped"""
     skipped: int
-    """documents (or ends of files) that could not be read and were skipped (`--on-error skip`)"""
+    """number of documents (or ends of files) that could not be read and were skipped (`--on-error skip`)"""
     first_skipped: str = ""
     """file, line and reason of the first of them"""
 
 
 def tokenize(config: TokenizeConfig) -> TokenizeResult:
-    """Write `tokens/` of the run, or read its result if it is finished.
+    """Write `tokens/` of the run and return the result; a finished stage is only read.
 
     Raises `InputError` for a corpus or a tokenizer that cannot be used; then nothing is written.
     """
@@ -78,10 +79,10 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
 
 
 def split_of(text: str, fit: float, held_out: float) -> Split:
-    """Return the split of a document by the hash of its text, so that duplicates share one.
+    """Return the split of a document by the hash of its text, so that duplicates share a split.
 
     `fit` and `held_out` are the fractions of the splits. The split of a document does not depend on other
-    documents: adding some to a corpus moves none.
+    documents: adding documents to a corpus moves none.
     """
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
     fraction = number / 2**64
@@ -92,7 +93,7 @@ def split_of(text: str, fit: float, held_out: float) -> Split:
 
 @dataclass
 class TokenizeStats:
-    """Documents that are not written, counted while the corpus is read."""
+    """Counts of documents that are not written, updated while the corpus is read."""
 
     empty: int = 0
     skipped: int = 0
@@ -208,7 +209,7 @@ def _check_length(result: TokenizeResult, config: TokenizeConfig) -> None:
     for split, n in result.tokens.items():
         if n <= config.sequence_length:
             raise InputError(
-                f"the {split} split has {n:,} tokens in {result.documents[split]:,} documents,"
+                f"the {split} split has {n:,} tokens in {result.documents[split]:,} documents, but"
                 f" at least {config.sequence_length + 1:,} tokens are needed: give more text, a larger"
                 " fraction (--fit, --held-out), or a lower --sequence-length"
             )
@@ -240,4 +241,4 @@ def _tokenizer_identity(config: TokenizeConfig) -> dict[str, str]:
     if config.tokenizer in ("train", "gpt2"):
         return {}
     path = Path(config.tokenizer).expanduser()
-    return {"tokenizer": hash_file(path) if path.is_file() else ""}  # loading it says what is wrong
+    return {"tokenizer": hash_file(path) if path.is_file() else ""}  # loading it raises

@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-"""what GPT-2 and GPT-NeoX, LLaMA 3, LLaMA 2 and Gemma end a document with; the first found is used.
-Append only: the order decides the end token of tokenizers that runs hold already."""
+"""end-of-document tokens of GPT-2 and GPT-NeoX, LLaMA 3, LLaMA 2 and Gemma; the first found is used.
+Append only: the order decides the end token of tokenizers that existing runs hold."""
 _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
-"""the trainer's time grows with the square of a word's length: one of 1 MB takes it many minutes"""
+"""the trainer's time grows with the square of a word's length: a word of 1 MB takes many minutes"""
 _NAMED_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE of at most `vocab_size` tokens, `<|endoftext|>` being token 0.
+    """Return a byte-level BPE of at most `vocab_size` tokens, of which `<|endoftext|>` is token 0.
 
-    Pairs are merged while one occurs at least twice, so little text gives fewer tokens. Pre-tokenization is GPT-2's (Radford et al. 2019, section 2.2).
+    Pairs are merged while any occurs at least twice, so little text yields fewer tokens. Pre-tokenization
+    is GPT-2's (Radford et al. 2019, section 2.2).
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -47,7 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json` file. Raises `InputError` where it cannot be read."""
+    """Return the tokenizer of a `tokenizer.json` file. Raises `InputError` if it cannot be read."""
     path = Path(path)
     if not path.is_file():
         inside = path / "tokenizer.json"
@@ -64,11 +65,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def fetch_gpt2() -> Tokenizer:
-    """Return GPT-2's tokenizer through tiktoken, else from the Hub.
+    """Return GPT-2's tokenizer, fetched through tiktoken, else from the Hub.
 
-    tiktoken goes first because it fails at once without a network, the Hub after 23 s of retries.
-    Both give the same ids (a test checks the conversion). Raises `InputError` where neither can
-    be reached.
+    tiktoken comes first because, without a network, it fails at once, and the Hub only after 23 s of
+    retries. Both give the same ids (a test checks the conversion). Raises `InputError` if neither can be
+    reached.
     """
     reasons = []
     for fetch in (_fetch_tiktoken, _fetch_hub):
@@ -87,7 +88,7 @@ def from_tiktoken(encoding: Any) -> Tokenizer:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     class FromRanks(TikTokenConverter):
-        """Takes the ranks as they are, where the library wants a file of them."""
+        """Converter that takes the ranks themselves, not the name of a file of ranks."""
 
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: Any) -> dict[bytes, int]:
@@ -101,11 +102,11 @@ def from_tiktoken(encoding: Any) -> Tokenizer:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Return the token that ends a document. Raises `InputError` where the tokenizer has none."""
+    """Return the id of the token that ends a document. Raises `InputError` if there is none."""
     for token in END_TOKENS:
-        found = tokenizer.token_to_id(token)
-        if found is not None:
-            return found
+        token_id = tokenizer.token_to_id(token)
+        if token_id is not None:
+            return token_id
     raise InputError(
         f"the tokenizer has none of the tokens {' '.join(END_TOKENS)}, one of which is written"
         " between documents: name another with --tokenizer, or train one with --tokenizer train"
@@ -117,28 +118,28 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-# --- how tokens are spelled: here and nowhere else ---------------------------------------------------
+# --- spelling of tokens: only here -------------------------------------------------------------------
 #
-# A byte-level BPE (GPT-2's way) names each token by one character per byte, from a table of 256; a
+# A byte-level BPE, such as GPT-2's, spells each token with one character per byte, from a table of 256; a
 # SentencePiece vocabulary writes a space as U+2581 and a single byte as <0xNN>.
 
 
 def display_strings(tokenizer: Tokenizer) -> list[str]:
-    r"""Return a string for each token id, [vocab_size]; bytes that are part of a character show as \xNN."""
+    r"""Return a string for each token id, [vocab_size]; incomplete characters appear as bytes, \xNN."""
     byte_of = {character: byte for byte, character in _characters_of_bytes().items()}
     added, byte_level = _added_tokens(tokenizer), is_byte_level(tokenizer)
-    shown = [""] * vocabulary_size(tokenizer)
+    strings = [""] * vocabulary_size(tokenizer)
     for token, index in tokenizer.get_vocab().items():
         if token not in added and byte_level:
             token = bytes(byte_of[c] for c in token).decode("utf-8", "backslashreplace")
         elif token not in added:
             token = _NAMED_BYTE.sub(r"\\x\1", token.replace("\u2581", " "))
-        shown[index] = token
-    return shown
+        strings[index] = token
+    return strings
 
 
 def token_sizes(tokenizer: Tokenizer, special: int) -> NDArray[np.int64]:
-    """Return the UTF-8 bytes that each token id stands for, [vocab_size]; 0 for the `special` one."""
+    """Return the number of UTF-8 bytes of each token id, [vocab_size]; 0 for the token `special`."""
     byte_level = is_byte_level(tokenizer)
     sizes = np.zeros(vocabulary_size(tokenizer), np.int64)
     for token, index in tokenizer.get_vocab().items():
@@ -149,13 +150,13 @@ def token_sizes(tokenizer: Tokenizer, special: int) -> NDArray[np.int64]:
 
 
 def byte_level_name(text: str) -> str:
-    """Return `text` as a byte-level BPE names a token: one character per UTF-8 byte."""
+    """Return `text` as a byte-level BPE spells it: one character per UTF-8 byte."""
     character_of = _characters_of_bytes()
     return "".join(character_of[byte] for byte in text.encode())
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:
-    """Return whether every token that was not added by hand is spelled in the characters of bytes."""
+    """Return whether all tokens except added ones are spelled in the 256 characters of bytes."""
     characters = set(_characters_of_bytes().values())
     return all(
         characters.issuperset(t) for t in tokenizer.get_vocab().keys() - _added_tokens(tokenizer)
@@ -177,7 +178,7 @@ def _added_tokens(tokenizer: Tokenizer) -> set[str]:
 
 
 def hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
-    """Return the same tokenizer for `transformers`, with its end-of-text token; for model folders."""
+    """Return a tokenizer for `transformers`, with its end-of-text token, to save in a model's folder."""
     from transformers import PreTrainedTokenizerFast
 
     end = tokenizer.id_to_token(end_of_text_id(tokenizer))
@@ -199,7 +200,7 @@ def _fetch_hub() -> Tokenizer:
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # without a network: six lines about retries before our one
+    logging.set_verbosity_error()  # without a network it prints six lines about retries
     try:
         return Tokenizer.from_pretrained("openai-community/gpt2")
     finally:
@@ -207,7 +208,7 @@ def _fetch_hub() -> Tokenizer:
 
 
 def without_limits(tokenizer: Tokenizer) -> Tokenizer:
-    """Set a tokenizer to encode whole texts, and `<|endoftext|>` in a text as its characters; return it."""
+    """Set a tokenizer to encode whole texts, and `<|endoftext|>` in a text as plain text; return it."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

@@ -1,5 +1,5 @@
 """Training: one flat loop on Accelerate, fed from token shards by step number alone.
 
-`config` the recipes, `data` which sequences a step reads, `optimizers` which optimizer updates which tensor, `loop`
-the loop, `checkpoints` exact resume, `log` curves.
+`config` has the recipes, `data` selects the sequences of each step, `optimizers` assigns tensors to
+optimizers, `loop` is the loop, `checkpoints` resumes exactly, and `log` writes the curves.
 """

@@ -1,7 +1,8 @@
 """Checkpoints that stay usable if the process is killed at any moment.
 
 A checkpoint is written under a temporary name and renamed when it is complete; the last two are kept.
-The batch sampler needs only the number of the step, so model, optimizers and random states are all.
+The batch sampler needs only the step number, so a checkpoint consists of model, optimizers and random
+states.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from cratelm.runs.atomic import put_in_place
 FOLDER = "checkpoints"
 KEPT = 2
 
-# Accelerate warns at each checkpoint that of two tied tensors one is saved: that is what is wanted.
+# Accelerate warns at each checkpoint that only one of two tied tensors is saved, which is intended.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
@@ -33,7 +34,7 @@ def shared_draft(
     settings: Settings,
     inputs: Mapping[str, Completion | str],
 ) -> Iterator[Draft]:
-    """Open the stage's draft on the main process, which finishes it too; the others receive its path."""
+    """Open the stage's draft on the main process, which also finishes it; the others receive its path."""
     if accelerator.is_main_process:
         with stage.write(settings, inputs, resume=True) as draft:
             draft.scratch.add(FOLDER)
@@ -76,7 +77,7 @@ def found(draft: Draft) -> list[Path]:
 
 
 def save_model(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
-    """Save the model in a `NextTokenLoss` by `save_pretrained`, its weights gathered from all ranks."""
+    """Save the model of a `NextTokenLoss` with `save_pretrained`, its weights gathered from all ranks."""
     state = accelerator.get_state_dict(model)
     state = {name.removeprefix("model."): weight for name, weight in state.items()}
     bare: Any = accelerator.unwrap_model(model).model

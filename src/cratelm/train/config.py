@@ -12,13 +12,13 @@ from cratelm.runs.names import untrained_name
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between a training run on a cluster and on a laptop."""
+    """Settings that differ between a training run on a cluster and on a laptop."""
 
     steps: int
     batch_size: int
     """sequences per step, over all devices"""
     micro_batch_size: int
-    """most sequences that one device takes through the model at once"""
+    """most sequences that one device processes at once"""
     sequence_length: int
     """T, in tokens"""
     optimizer: Literal["adamw", "muon"]
@@ -36,13 +36,13 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Return the tokens of a step, over all devices."""
+        """Return the number of tokens per step, over all devices."""
         return self.batch_size * self.sequence_length
 
 
 PAPER = Recipe(
     steps=600_000,
-    batch_size=256,  # x 1,024 tokens x 600,000 steps = 157B tokens, as the paper counts for 12l
+    batch_size=256,  # x 1,024 tokens x 600,000 steps = 157B tokens, the paper's figure for 12l
     micro_batch_size=16,
     sequence_length=1024,
     optimizer="adamw",
@@ -84,31 +84,31 @@ class TrainConfig:
     run: Path = not_in_identity(Path("runs/default"))
     """run directory; its tokens must have been made by `cratelm tokenize`"""
     model: str = "crate-2l"
-    """size by name: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l"""
+    """name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l"""
     name: str = ""
     """name of the model's folder in the run. Default: --model, with `-init` if --steps is 0"""
     recipe: Literal["paper", "laptop"] | None = None
     """defaults of the options below. Default: `paper` for the sizes 6l and 12l, `laptop` for 1l, 2l and
-    3l (the paper trained those, too, with its one recipe)"""
+    3l (the paper trained these sizes, too, with its one recipe)"""
     steps: int | None = None
-    """number of steps of one batch each (paper 600,000; laptop 600); 0 saves the model as initialised"""
+    """number of steps, of one batch each (paper 600,000; laptop 600); 0 saves the model as initialised"""
     batch_size: int | None = None
     """sequences per step, over all devices (paper 256; laptop 16)"""
     micro_batch_size: int | None = None
-    """sequences that one device takes through the model at once; gradients are accumulated over several
-    (paper 16; laptop 16)"""
+    """sequences that one device processes at once; gradients are accumulated over the micro-batches of a
+    step (paper 16; laptop 16)"""
     sequence_length: int | None = None
-    """T, tokens of a sequence (paper 1,024; laptop 256)"""
+    """T, tokens per sequence (paper 1,024; laptop 256)"""
     optimizer: Literal["adamw", "muon"] | None = None
     """muon: torch.optim.Muon for the matrices inside the blocks, AdamW for the embeddings, the head
     and the vectors (paper adamw; laptop muon)"""
     learning_rate: float | None = None
     """peak learning rate, the same for all parameters (paper 6e-4; laptop 1.5e-2, with adamw 3e-3)"""
     minimum_ratio: float = 0.1
-    """learning rate of the last step as a fraction of the peak; a cosine leads there"""
+    """learning rate of the last step as a fraction of the peak; it falls along a cosine"""
     warmup: int | None = None
-    """steps over which the learning rate rises (paper 2,000; laptop 60; the same fraction of a run of
-    another length)"""
+    """steps over which the learning rate rises (paper 2,000; laptop 60; with another --steps the same
+    fraction of the steps)"""
     weight_decay: float = 0.1
     """applied to tensors of 2 or more dimensions"""
     clip: float = 1.0
@@ -122,7 +122,7 @@ class TrainConfig:
     validate_every: int | None = None
     """steps between two points of the validation curve (paper 1,000; laptop 100)"""
     validation_sequences: int | None = None
-    """sequences of the held-out split to validate on, always the same ones (paper 1,024; laptop 128)"""
+    """number of held-out sequences to validate on, always the same ones (paper 1,024; laptop 128)"""
     checkpoint_every: int | None = not_in_identity(None)
     """steps between two checkpoints (paper 1,000; laptop 50)"""
     seed: int = 0
@@ -132,9 +132,9 @@ class TrainConfig:
     device: Literal["auto", "cpu"] = not_in_identity("auto")
     """auto uses a GPU if there is one; for several, launch with `torchrun` or `accelerate launch`"""
     tensorboard: bool = not_in_identity(False)
-    """curves for TensorBoard in the model's folder as well (needs the extra `tensorboard`)"""
+    """also write curves for TensorBoard to the model's folder (needs the extra `tensorboard`)"""
     wandb: bool = not_in_identity(False)
-    """curves to Weights & Biases as well (needs the extra `wandb`)"""
+    """also send curves to Weights & Biases (needs the extra `wandb`)"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -160,20 +160,23 @@ class TrainConfig:
         self.overrides()
 
     def resolved(self) -> Recipe:
-        """Return the recipe, its values replaced by the options that were given."""
+        """Return the recipe, with its values replaced by the options that were given."""
         large = self.model.endswith(("-6l", "-12l"))
         name = self.recipe or ("paper" if large else "laptop")
         base = RECIPES[name]
-        given = {f.name: getattr(self, f.name) for f in fields(Recipe)}
-        given = {name: value for name, value in given.items() if value is not None}
-        if given.get("optimizer", base.optimizer) != base.optimizer:
-            given.setdefault("learning_rate", OTHER_LEARNING_RATES[name])
-        if "steps" in given and "warmup" not in given:
-            given["warmup"] = base.warmup * given["steps"] // base.steps
-        return replace(base, **given)
+        options = {f.name: getattr(self, f.name) for f in fields(Recipe)}
+        options = {name: value for name, value in options.items() if value is not None}
+        if options.get("optimizer", base.optimizer) != base.optimizer:
+            options.setdefault("learning_rate", OTHER_LEARNING_RATES[name])
+        if "steps" in options and "warmup" not in options:
+            options["warmup"] = base.warmup * options["steps"] // base.steps
+        return replace(base, **options)
 
     def overrides(self) -> dict[str, Any]:
-        """Return `model_overrides` as values: parsed as JSON where that is possible, else as text."""
+        """Return `model_overrides` as values: parsed as JSON if possible, else as text.
+
+        Raises `InputError` for a pair that is not key=value.
+        """
         values = {}
         for pair in self.model_overrides:
             key, equals, text = pair.partition("=")
@@ -186,17 +189,17 @@ class TrainConfig:
 
     @property
     def folder(self) -> str:
-        """Return the name of the model in its run."""
-        usual = untrained_name(self.model) if self.resolved().steps == 0 else self.model
-        return self.name or usual
+        """Return the name of the model's folder in its run."""
+        usual_name = untrained_name(self.model) if self.resolved().steps == 0 else self.model
+        return self.name or usual_name
 
     def settings(self) -> Settings:
-        """Return what a completion record keeps: `identity`, and what it is by default."""
+        """Return the settings for a completion record: `identity`, with and without the given options."""
         usual = TrainConfig(model=self.model, recipe=self.recipe)
         return Settings(self.identity(), usual.identity(), options_of(self))
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides the weights, each number by its value wherever it came from."""
+        """Return everything that decides the weights, each as its value, whether given or default."""
         recipe = asdict(self.resolved())
         del recipe[
             "checkpoint_every"

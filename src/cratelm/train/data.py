@@ -1,7 +1,7 @@
 """Which sequences a step reads: a pure function of the step, the seed and the corpus.
 
-Nothing is kept between steps, so resuming needs no state of a loader, and two models trained with one
-seed see the same tokens in the same order, whatever they are.
+No state is kept between steps, so resuming needs no loader state, and any two models trained with the
+same seed see the same tokens in the same order.
 
 Shape legend: B sequences per step over all ranks, b of one micro-batch, T tokens of a sequence.
 """
@@ -17,12 +17,12 @@ from cratelm.tokens.shards import TokenSplit
 
 
 class BatchSampler:
-    """Reads the share of one rank of each step's batch from memory-mapped shards.
+    """Sampler of one rank's share of each step's batch, from memory-mapped shards.
 
     An epoch is a permutation of all sequences of the split (8 bytes per sequence in memory: 0.8 GB for
-    100B tokens at T = 1,024); batches run across the border of epochs, so every sequence is read
-    once before any is read again. Raises `InputError` where the split holds no whole sequence, or
-    where the ranks cannot share the batch evenly.
+    100B tokens at T = 1,024); batches cross epoch boundaries, so every sequence is read once before any
+    is read again. Raises `InputError` if the split has no whole sequence, or if the ranks cannot share
+    the batch evenly.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class BatchSampler:
         self.n_sequences = split.n_sequences(sequence_length)
         if self.n_sequences == 0:
             raise InputError(
-                f"the train split has {split.n_tokens} tokens: at least {sequence_length + 1}"
+                f"the train split has {split.n_tokens} tokens, but at least {sequence_length + 1}"
                 " are needed: give more text, or a lower --sequence-length"
             )
-        share, rest = divmod(batch_size, n_ranks)
+        share, remainder = divmod(batch_size, n_ranks)
         micro = min(micro_batch_size, share)
-        if rest or share % micro:
+        if remainder or share % micro:
             raise InputError(
-                f"--batch-size {batch_size} cannot be shared by {n_ranks} processes in micro-batches"
+                f"--batch-size {batch_size} cannot be divided among {n_ranks} processes in micro-batches"
                 f" of {micro_batch_size} sequences: choose a multiple of {n_ranks * micro_batch_size}"
             )
         self.n_micro = share // micro
@@ -56,7 +56,7 @@ class BatchSampler:
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """Return the sequences of the whole batch of `step` (from 0), [B], the same on every rank."""
-        # The batch as positions in an endless row of epochs; where it crosses into the next epoch, each
+        # The batch as positions in an endless sequence of epochs; if it crosses into the next epoch, each
         # part is looked up in its own permutation.
         positions = step * self.batch_size + np.arange(self.batch_size)
         epochs, offsets = np.divmod(positions, self.n_sequences)
@@ -71,7 +71,7 @@ class BatchSampler:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield this rank's inputs [b, T] and next-token targets [b, T] of `step`, by micro-batch.
 
-        Reading is a copy out of the page cache and a GPU works asynchronously, so a loader process
+        Reading is a copy out of the page cache, and a GPU works asynchronously, so a loader process
         would gain nothing.
         """
         shares = self.indices(step).reshape(self.n_micro, self.n_ranks, -1)

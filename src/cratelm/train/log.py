@@ -1,7 +1,7 @@
-"""Curves of a training run: JSON lines that two equal runs share to the byte, and views of them.
+"""Curves of a training run: JSON lines, which are identical for two equal runs, and views of them.
 
 metrics.jsonl   step, tokens, loss, learning_rate, gradient_norm; validation_loss and its error
-timing.jsonl    tokens per second (differs from run to run: no part of the stage's identity)
+timing.jsonl    tokens per second (differs from run to run: not part of the stage's identity)
 tensorboard/    both, with --tensorboard
 loss.png        loss over tokens
 """
@@ -19,9 +19,9 @@ UNHASHED = (TIMING, TENSORBOARD)
 
 
 class Log:
-    """Writes one step's figures at a time; without a folder (ranks other than the first) nothing.
+    """Writer of one step's figures at a time; without a folder (ranks but the first) it writes nothing.
 
-    Lines after `step`, written by an attempt that was killed, are dropped: they will come again.
+    Lines after `step`, written by an attempt that was killed, are dropped: they will be written again.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Log:
             self._wandb = import_wandb().init(project="cratelm", name=wandb_name, dir=str(folder))
 
     def write(self, step: int, tokens: int, **figures: float) -> None:
-        """Append figures after `step` steps and `tokens` tokens."""
+        """Append the figures after `step` steps and `tokens` tokens."""
         self._line(METRICS, {"step": step, "tokens": tokens, **figures})
         self._show(step, figures)
 
@@ -73,14 +73,14 @@ class Log:
 
 
 def read_metrics(folder: str | Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """Return the lines of a curve file in order of steps, without a last line that was not finished."""
+    """Return the lines of a curve file in order of steps, without an unfinished last line."""
     path = Path(folder) / name
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def last(metrics: list[dict[str, Any]], key: str) -> float | None:
-    """Return the last value of `key`, None where no line has it."""
+    """Return the last value of `key`, or None if no line has it."""
     return next((line[key] for line in reversed(metrics) if key in line), None)
 
 
@@ -103,26 +103,26 @@ def draw(folder: Path, title: str) -> None:
 
 
 def _truncate(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
+    lines = [line for line in read_metrics(path.parent, path.name) if line["step"] <= step]
     with atomic_path(path) as temporary:
-        lines = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary.write_text(lines, encoding="utf-8")
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def import_tensorboard() -> Any:
-    """Return TensorBoard's writer; raises `InputError` that names the extra where it is missing."""
+    """Return TensorBoard's writer class. Raises `InputError`, which names the extra, if it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
     except ImportError:
-        otherwise = ", or leave it out: the curves are in metrics.jsonl and loss.png too"
+        otherwise = ", or omit the option: the curves are also in metrics.jsonl and loss.png"
         raise missing_extra("tensorboard", "--tensorboard", "tensorboard", otherwise) from None
     return SummaryWriter
 
 
 def import_wandb() -> Any:
-    """Return the optional package. Raises `InputError` that names the extra where it is missing."""
+    """Return the package wandb. Raises `InputError`, which names the extra, if it is missing."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise missing_extra("wandb", "--wandb", "wandb", ", or leave it out") from None
+        raise missing_extra("wandb", "--wandb", "wandb", ", or omit the option") from None
     return wandb

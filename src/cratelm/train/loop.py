@@ -1,6 +1,6 @@
 """The training loop, top to bottom.
 
-Shape legend: B sequences a step over all ranks, b of one micro-batch, T tokens of a sequence.
+Shape legend: B sequences per step over all ranks, b of one micro-batch, T tokens of a sequence.
 """
 
 import math
@@ -36,17 +36,17 @@ from cratelm.train.optimizers import learning_rate, make_optimizers, set_learnin
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A trained model: where it is, how long it was trained and how well it predicts."""
+    """Result of `cratelm train`: where the model is, how long it was trained, how well it predicts."""
 
     name: str
     path: Path
     steps: int
     tokens: int
-    """tokens seen, repeats counted"""
+    """number of tokens seen, including repeats"""
     parameters: int
-    """trainable parameters, without the position embedding"""
+    """number of trainable parameters, without the position embedding"""
     loss: float | None
-    """of the last step's batch, nats per token; None where no step was taken"""
+    """of the last step's batch, nats per token; None if no step was taken"""
     validation_loss: float
     """on the fixed held-out sequences, nats per token"""
     validation_standard_error: float
@@ -55,7 +55,7 @@ class TrainResult:
 
 @dataclass(frozen=True, eq=False)
 class TrainingSetup:
-    """What the loop works with, each part prepared for the devices at hand."""
+    """Objects that the loop works with, each prepared for the available devices."""
 
     accelerator: Accelerator
     model: torch.nn.Module
@@ -69,8 +69,8 @@ class TrainingSetup:
 def train(config: TrainConfig) -> TrainResult:
     """Train a model on the train split of a run and save it in `model/NAME`.
 
-    Raises `InputError` for a configuration that cannot be run, and where loss or gradient stop being
-    numbers (the checkpoints are kept).
+    Raises `InputError` for a configuration that cannot be run, and if the loss or the gradient is no
+    longer finite (the checkpoints are kept).
     """
     run = Run(config.run)
     stage = run.stage("model", config.folder)
@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: str) -> None:
-    """Take all steps that are not taken yet, from the last checkpoint on."""
+    """Take all remaining steps, starting from the last checkpoint."""
     recipe, model, accelerator = config.resolved(), setup.model, setup.accelerator
     first = checkpoints.restore(accelerator, draft)
     log = Log(
@@ -130,7 +130,7 @@ def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: s
             done % every == 0 or done == recipe.steps
             for every in (recipe.log_every, recipe.validate_every, recipe.checkpoint_every)
         )
-        if logs or keeps:  # checked before a checkpoint, too: none holds weights gone bad
+        if logs or keeps:  # also checked before each checkpoint, so that none has diverged weights
             figures = _figures(accelerator, loss, norm)
             _check_finite(figures, done, config, draft)
             bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
@@ -149,7 +149,7 @@ def _update(
 ) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """Update the weights by one batch; return this rank's mean loss and the norm of the gradient.
 
-    Both stay tensors on the device: reading a number would make the host wait for it at each step.
+    Both stay tensors on the device: reading a number would make the host wait at each step.
     """
     accelerator, model, sampler = setup.accelerator, setup.model, setup.sampler
     loss, norm = torch.zeros((), device=accelerator.device), torch.zeros(())
@@ -168,7 +168,7 @@ def _update(
 
 
 def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
-    """Return accelerator, model, optimizers and data, prepared in the order in which they need each other."""
+    """Return accelerator, model, optimizers and data, prepared in the order of their dependencies."""
     recipe = config.resolved()
     accelerator = open_accelerator(config)
     sampler = BatchSampler(
@@ -199,7 +199,7 @@ def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
 
 
 def _summary(config: TrainConfig, setup: TrainingSetup, label: str) -> str:
-    """Return one line on the training that is about to start."""
+    """Return one line about the training that is about to start."""
     recipe = config.resolved()
     epochs = recipe.steps * recipe.batch_size / setup.sampler.n_sequences
     return (
@@ -210,9 +210,12 @@ def _summary(config: TrainConfig, setup: TrainingSetup, label: str) -> str:
 
 
 def open_accelerator(config: TrainConfig) -> Accelerator:
-    """Return Accelerate on the devices found, or on those of `torchrun` and `accelerate launch`."""
+    """Return an accelerator on the available devices, or on those of `torchrun` or `accelerate launch`.
+
+    Raises `InputError` for Muon under FSDP.
+    """
     recipe = config.resolved()
-    # Accelerate keeps one state for the whole process and refuses another precision later, but each
+    # Accelerate keeps one state for the whole process and rejects another precision later, but each
     # training run needs a fresh one. There is no public way: transformers' own trainer calls this, too.
     # Process groups stay.
     AcceleratorState._reset_state()
@@ -225,10 +228,10 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if sharded and recipe.optimizer == "muon":
         raise InputError(
-            "--optimizer muon needs whole matrices, FSDP splits them:"
-            " take --optimizer adamw, or launch without FSDP"
+            "--optimizer muon needs whole matrices, but FSDP splits them:"
+            " use --optimizer adamw, or launch without FSDP"
         )
-    set_seed(config.seed, device_specific=True)  # dropout, where a model has it
+    set_seed(config.seed, device_specific=True)  # for dropout, if the model has any
     return accelerator
 
 
@@ -243,16 +246,16 @@ def _figures(
 
 
 def _check_finite(figures: dict[str, float], step: int, config: TrainConfig, draft: Draft) -> None:
-    bad = next((name for name, value in figures.items() if not math.isfinite(value)), None)
-    if bad is None:
+    diverged = next((name for name, value in figures.items() if not math.isfinite(value)), None)
+    if diverged is None:
         return
     saved = checkpoints.found(draft)
-    where = f" (the last good state is {saved[-1]})" if saved else ""
+    last_good = f" (the last good state is {saved[-1]})" if saved else ""
     recipe = config.resolved()
-    bf16 = ", or --precision fp32" if recipe.precision == "bf16" else ""
+    bf16 = ", or use --precision fp32" if recipe.precision == "bf16" else ""
     raise InputError(
-        f"{bad.replace('_', ' ')} is {figures[bad]} at step {step}{where}: training has diverged,"
-        f" lower --learning-rate (now {recipe.learning_rate:g}), raise --warmup (now"
+        f"the {diverged.replace('_', ' ')} is {figures[diverged]} at step {step}{last_good}: training"
+        f" has diverged; lower --learning-rate (now {recipe.learning_rate:g}), raise --warmup (now"
         f" {recipe.warmup}){bf16}"
     )
 

@@ -22,9 +22,9 @@ from cratelm.train.data import read_batch, spread
 class NextTokenLoss(nn.Module):
     """A language model with its loss inside, so that logits [B, T, V] never leave it.
 
-    Not the model's own loss: that one shifts the labels, which wastes the last target of each
-    sequence, and keeps the logits and their gradient. Torch's chunked form of head and cross-entropy
-    does not: on 2 cores (16 x 256 tokens, V 4,096) it takes 100 ms where the plain one takes 165.
+    The model's own loss is not used: it shifts the labels, which wastes the last target of each
+    sequence, and it keeps the logits and their gradient. Torch's chunked form of head and cross-entropy
+    does not: on 2 cores (16 x 256 tokens, V 4,096) it takes 100 ms, and the plain form 165.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -33,7 +33,7 @@ class NextTokenLoss(nn.Module):
         self._no_split_modules = model._no_split_modules  # read by FSDP's wrapping policy
 
     def tie_weights(self) -> None:
-        """Tie the weights again: FSDP calls this once it has replaced the parameters."""
+        """Tie the weights again: FSDP calls this after it has replaced the parameters."""
         self.model.tie_weights()
 
     def forward(
@@ -42,8 +42,8 @@ class NextTokenLoss(nn.Module):
         """Return the cross-entropy in nats of targets [B, T] after tokens [B, T]: the mean, or each [B, T]."""
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         head: Any = self.model.get_output_embeddings()
-        # The chunked form gives its loss in the precision of its input, three digits in bf16; and a
-        # compiler cannot look into it, but fuses the plain form itself.
+        # The chunked form returns its loss in the precision of its input, which is three digits in bf16;
+        # and torch.compile cannot trace into it, but fuses the plain form itself.
         plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type)
         losses = F.linear_cross_entropy(
             hidden.flatten(0, 1),  # [B T, D]
@@ -58,7 +58,7 @@ class NextTokenLoss(nn.Module):
 class Validation:
     """Loss on a fixed set of held-out sequences, evenly spread over the split.
 
-    Raises `InputError` where the held-out split holds no whole sequence.
+    Raises `InputError` if the held-out split has no whole sequence.
     """
 
     def __init__(self, split: TokenSplit, recipe: Recipe, accelerator: Accelerator):
@@ -67,7 +67,7 @@ class Validation:
         available = split.n_sequences(self.length)
         if available == 0:
             raise InputError(
-                f"the held_out split has {split.n_tokens} tokens: at least {self.length + 1} are"
+                f"the held_out split has {split.n_tokens} tokens, but at least {self.length + 1} are"
                 " needed: give more text, or a lower --sequence-length"
             )
         self.indices = spread(available, recipe.validation_sequences)  # [n]
@@ -89,7 +89,7 @@ class Validation:
         """Return the mean loss of each sequence [n], in float64 and in one order for any number of ranks."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         n = len(self.indices)
-        share = -(-n // ranks)  # the same for each rank, so that collective calls match
+        share = -(-n // ranks)  # the same on each rank, so that collective calls match
         of_rank = self.indices[(np.arange(share) * ranks + rank) % n]
         device = self.accelerator.device
         parts = []

@@ -6,10 +6,10 @@
     vectors (biases, LayerNorm)                 AdamW            AdamW
 
 Inside the blocks: in CRATE the projection U, the output map and the dictionary D; in GPT-2 the four
-matrices of a block (query, key and value are one fused matrix there and are treated as one). Muon:
-Jordan et al. 2024, the update is the momentum made orthogonal. Its size is brought to 0.2 a weight,
+matrices of a block (query, key and value are one fused matrix there and are treated as one). In Muon
+(Jordan et al. 2024) the update is the orthogonalised momentum. It is scaled to a size of 0.2 per weight,
 about that of AdamW (`match_rms_adamw`; Liu et al. 2025, arXiv 2502.16982), so that one learning rate
-serves both, and so does one weight decay.
+and one weight decay serve both.
 """
 
 import math
@@ -31,8 +31,8 @@ def make_optimizers(
     if kind == "adamw":
         return [_adamw(list(trainable.values()), weight_decay)]
     matrices = block_matrices(model)
-    taken = {id(p) for p in matrices}
-    others = [p for key, p in trainable.items() if key not in taken]
+    with_muon = {id(p) for p in matrices}
+    others = [p for key, p in trainable.items() if key not in with_muon]
     muon = torch.optim.Muon(
         matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
     )
