@@ -81,7 +81,7 @@ class AnalyzeResult:
 def analyze(config: AnalyzeConfig) -> AnalyzeResult:
     """Measure a model, and write `analysis/MODEL/`. A finished stage is read back.
 
-    Raises `InputError` where the harvest or its model is missing, or `--explainer` has no explanations.
+    Raises `InputError` if the harvest or its model is missing, or `--explainer` has no explanations.
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model).require("harvest")
@@ -103,9 +103,9 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
 
 
 def _explanations(run: Run, config: AnalyzeConfig, finished: bool) -> list[Explanation]:
-    """Those of one explainer: `--explainer`, by default the trie; none where the stage is not `finished`.
+    """Those of one explainer: `--explainer`, by default the trie; none if the stage is not `finished`.
 
-    Raises `InputError` where `--explainer` has no explanations.
+    Raises `InputError` if `--explainer` has no explanations.
     """
     folder = run.stage("explanations", config.model).path
     explanations = read_explanations(folder) if finished else []

@@ -103,7 +103,7 @@ def measure_coverage(neuron: NeuronActivations, covered: NDArray[np.bool_]) -> C
 def contrast(inside: NDArray[np.float32], outside: NDArray[np.float32]) -> float | None:
     """Return the contrast of activations on covered and on other tokens.
 
-    None where an activation is negative or all are 0.
+    None if an activation is negative or all are 0.
     """
     if min(inside.min(), outside.min()) < 0:
         return None

@@ -45,7 +45,7 @@ LAYER_FIGURES = TableFile(
         Column(
             "setting",
             pa.string(),
-            "what it was taken at: a distortion, a step, `before` or `after`; empty where there is one alone",
+            "what it was taken at: a distortion, a step, `before` or `after`; empty if there is one alone",
         ),
         Column("value", pa.float64(), "in the quantity's unit"),
         Column(
@@ -124,15 +124,15 @@ class LayerFigure:
     layer: int
     quantity: str
     setting: str
-    """what it was taken at: a distortion, a step, before or after; empty where there is only one"""
+    """what it was taken at: a distortion, a step, before or after; empty if there is only one"""
     value: float
     error: float | None = None
-    """standard error over documents; None where the figure is of the weights"""
+    """standard error over documents; None if the figure is of the weights"""
 
 
 @dataclass(frozen=True)
 class NeuronFacts:
-    """One neuron of the site. None where a quantity does not exist."""
+    """One neuron of the site. None if a quantity does not exist."""
 
     neuron: NeuronId
     dead: bool
@@ -154,7 +154,7 @@ class NeuronFacts:
 class CoverageMeasures:
     """One neuron against the tokens that one explanation covers (`cratelm.analysis.consistency`).
 
-    None where there is no value.
+    None if there is no value.
     """
 
     status: Status
@@ -170,7 +170,7 @@ class CoverageMeasures:
     any_distinctiveness: float | None = None
     """likewise"""
     contrast: float | None = None
-    """of activations that are never negative: None where one is, or all are 0"""
+    """of activations that are never negative: None if one is, or all are 0"""
     auroc: float | None = None
 
 
@@ -195,7 +195,7 @@ class MeasureSummary:
     measure: str
     """one of `MEASURES`"""
     mean: float | None
-    """None where no neuron has a value"""
+    """None if no neuron has a value"""
     low: float | None
     """95% bootstrap interval over neurons; None below two"""
     high: float | None
@@ -248,7 +248,7 @@ def write_readings(folder: str | Path, rows: Sequence[NeuronCoverage]) -> None:
 
 
 def read_readings(folder: str | Path) -> list[NeuronCoverage]:
-    """Return the rows of `readings.parquet`, in the order of the file; none where there are no explanations."""
+    """Return the rows of `readings.parquet`, in the order of the file; none if there are no explanations."""
     path = Path(folder) / READINGS
     coverages = []
     for row in pq.read_table(path).to_pylist() if path.is_file() else []:
@@ -281,7 +281,7 @@ def write_measure_summaries(folder: str | Path, summaries: Sequence[MeasureSumma
 
 
 def read_measure_summaries(folder: str | Path) -> list[MeasureSummary]:
-    """Return the means over neurons of `summary.json`; none where there are no explanations."""
+    """Return the means over neurons of `summary.json`; none if there are no explanations."""
     content: dict[str, Any] = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))
     return [MeasureSummary(**summary) for summary in content["readings"]]
 

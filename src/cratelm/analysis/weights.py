@@ -99,7 +99,7 @@ def head_figures(bases: Array, seed: int) -> Figures:
 
 
 def coherence_of(atoms: Array | None) -> Coherence | None:
-    """Return how alike the atoms are; None where there are none, or only one."""
+    """Return how alike the atoms are; None if there are none, or only one."""
     return None if atoms is None or len(atoms) < 2 else coherence(atoms)
 
 

@@ -91,11 +91,11 @@ class CountingExplainer:
 def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     """Explain the neurons of one model of a run.
 
-    Writes `explanations/MODEL/`, or `explanations/MODEL@NAME/` where a language model called NAME
+    Writes `explanations/MODEL/`, or `explanations/MODEL@NAME/` if a language model called NAME
     explains. With `--dry-run` nothing is asked or written and the `DryRun` is returned; with
     `--shard` answers go to the worker's ledger alone.
 
-    Raises `InputError` where the run has no tokens or no harvest of the model, or the language model
+    Raises `InputError` if the run has no tokens or no harvest of the model, or the language model
     cannot be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
     """
     run = Run(config.run)
@@ -190,7 +190,7 @@ def explain_neuron(
 ) -> list[Explanation]:
     """Return one explanation per explainer of `config`; none for a dead neuron.
 
-    `record` is of the fit split; `token_strings` [V] shows each token. Raises `InputError` where
+    `record` is of the fit split; `token_strings` [V] shows each token. Raises `InputError` if
     the record holds out-of-context excerpts, which exist for scoring only, or no tokens at all.
     """
     if record.summary.dead:

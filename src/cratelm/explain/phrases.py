@@ -115,6 +115,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _ends_alike(a: list[int], b: list[int]) -> bool:
-    """Return True where one context is the end of the other."""
+    """Return True if one context is the end of the other."""
     n = min(len(a), len(b))
     return a[-n:] == b[-n:]

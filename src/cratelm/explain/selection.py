@@ -34,7 +34,7 @@ def select_neurons(
 ) -> list[SampledNeuron]:
     """Return `per_layer` neurons of each layer, 0 for all, by layer and index; or `only` these (layer, index).
 
-    Raises `InputError` where the harvest lacks one of `only`.
+    Raises `InputError` if the harvest lacks one of `only`.
 
     The draw depends on the seed, the layer and the number of neurons of the layer, and on nothing
     else: twins draw the same indices, and a smaller sample is part of a larger one.
@@ -71,7 +71,7 @@ def read_selected_records(
 ) -> Iterator[NeuronRecord]:
     """Yield the records of the selected neurons of one split, by layer and index, one at a time.
 
-    Raises `InputError` where the harvest lacks one of them.
+    Raises `InputError` if the harvest lacks one of them.
     """
     layers: dict[int, list[int]] = {}
     for s in selected:

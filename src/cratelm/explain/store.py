@@ -88,7 +88,7 @@ def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) 
 
 
 def read_explanations(folder: str | Path) -> list[Explanation]:
-    """Return the explanations in `folder`, in the order written; `InputError` where there are none."""
+    """Return the explanations in `folder`, in the order written; `InputError` if there are none."""
     return [
         Explanation(
             _neuron(row),
@@ -123,7 +123,7 @@ def write_unexplained(folder: str | Path, failures: Sequence[ExplanationFailure]
 
 
 def read_unexplained(folder: str | Path) -> list[ExplanationFailure]:
-    """Return the explanations that a language model did not give; none where it was not asked."""
+    """Return the explanations that a language model did not give; none if it was not asked."""
     path = Path(folder) / "unexplained.parquet"
     rows = _rows(path) if path.is_file() else []
     return [ExplanationFailure(_neuron(row), row["evidence"], row["reason"]) for row in rows]

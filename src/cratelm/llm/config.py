@@ -41,7 +41,7 @@ class Budget:
 
     @property
     def is_limited(self) -> bool:
-        """Return True where there is a limit."""
+        """Return True if there is a limit."""
         return bool(self.max_calls or self.max_tokens or self.max_cost)
 
     @property
@@ -140,7 +140,7 @@ class LLMConfig:
 
 
 def check_specification(option: str, specification: str) -> None:
-    """Raise `InputError` where `specification` names no language model."""
+    """Raise `InputError` if `specification` names no language model."""
     kind, _, rest = specification.partition(":")
     if kind not in ("hf", "openai") or not rest:
         raise InputError(

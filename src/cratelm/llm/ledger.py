@@ -79,7 +79,7 @@ class Ledger:
     Several processes on one machine may write one ledger; on shared storage each worker has its
     own (`--shard`), and `merge` combines them.
 
-    Raises `InputError` where the file is not a ledger.
+    Raises `InputError` if the file is not a ledger.
     """
 
     def __init__(self, path: str | Path):
@@ -126,7 +126,7 @@ class Ledger:
     ) -> None:
         """Store (key, kind, outcome) rows, all or none. A failure never replaces an answer.
 
-        `prices` are None where they are unknown.
+        `prices` are None if they are unknown.
         """
         rows = [_row(key, kind, model, outcome, prices) for key, kind, outcome in outcomes]
         with self._database:
@@ -175,7 +175,7 @@ class Ledger:
             )
 
     def recall(self, specification: str) -> dict[str, Any] | None:
-        """Return the facts that `remember` stored; None where there are none."""
+        """Return the facts that `remember` stored; None if there are none."""
         row = self._database.execute(
             "SELECT record FROM models WHERE specification = ?", (specification,)
         ).fetchone()

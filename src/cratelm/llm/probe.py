@@ -31,7 +31,7 @@ class ProbeResult:
     top_level: int
     """highest level that is asked for: 10, or 9 where "10" is not one token"""
     tokens_of_ten: int | None
-    """tokens that "10" takes; None where the server does not report it"""
+    """tokens that "10" takes; None if the server does not report it"""
     mass: float | None
     """mean fraction of all probability that falls on the levels at the slots of two probes; None
     without log-probabilities, or where both probes failed"""
@@ -68,7 +68,7 @@ def probe_levels(client: Client) -> ProbeResult:
 
     A call that fails leaves a figure unknown and stops nothing.
 
-    Raises `InputError` where the model splits digits.
+    Raises `InputError` if the model splits digits.
     """
     backend, ledger = client.backend, client.ledger
     if not backend.supports_logprobs:
@@ -105,7 +105,7 @@ def probe_levels(client: Client) -> ProbeResult:
 def top_level(counts: list[int]) -> int:
     """Return the highest level up to which every level is one token.
 
-    `counts` [11]: tokens of "0" ... "10". Raises `InputError` where not all ten digits are single
+    `counts` [11]: tokens of "0" ... "10". Raises `InputError` if not all ten digits are single
     tokens.
     """
     if len(counts) != MAX_LEVEL + 1 or any(n != 1 for n in counts[:MAX_LEVEL]):

@@ -104,10 +104,10 @@ class OptionLogprobs:
     """[n, O] natural logarithm of each option's probability among the options (each row's
     probabilities add up to 1); -inf where a server does not report it"""
     mass: NDArray[np.float32] | None = None
-    """[n] fraction of all probability that falls on the options, 0..1; None where it was not asked for"""
+    """[n] fraction of all probability that falls on the options, 0..1; None if it was not asked for"""
     ranks: NDArray[np.uint16] | None = None
     """[n, O] rank of each option among all tokens, 0 the most likely, `NO_RANK` where unknown; None
-    where it was not asked for"""
+    if it was not asked for"""
 
 
 Value = str | OptionLogprobs | tuple[int, ...] | NDArray[np.float32]
@@ -175,12 +175,12 @@ class Backend(Protocol):
 
     @property
     def supports_logprobs(self) -> bool:
-        """Return True where it answers `LogprobQuery`; else `JsonQuery` is used instead."""
+        """Return True if it answers `LogprobQuery`; else `JsonQuery` is used instead."""
         ...
 
     @property
     def reason(self) -> str:
-        """Return why it does not answer `LogprobQuery`, in words; empty where it does."""
+        """Return why it does not answer `LogprobQuery`, in words; empty if it does."""
         ...
 
     @property
@@ -198,7 +198,7 @@ class Backend(Protocol):
 
         Closing the generator early cancels what is in flight.
 
-        What concerns one request is a `Failure` and never raised. Raises `InputError` where no request
+        What concerns one request is a `Failure` and never raised. Raises `InputError` if no request
         can succeed (wrong key, no such model, no server).
         """
         ...
@@ -208,7 +208,7 @@ class Backend(Protocol):
         ...
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
-        """Return how many tokens each option takes after `slot_before`; empty where that is unknown."""
+        """Return how many tokens each option takes after `slot_before`; empty if that is unknown."""
         ...
 
 

@@ -22,7 +22,7 @@ def open_client(config: LLMConfig, specification: str) -> Iterator[Client]:
 
     With `config.shard` the ledger is that worker's own; without it, those of workers are merged
     first. Weights are loaded and servers are called at the first request only. Raises `InputError`
-    where the model or the ledger cannot be opened.
+    if the model or the ledger cannot be opened.
     """
     with Ledger(ledger_path(config)) as ledger:
         if not config.shard:

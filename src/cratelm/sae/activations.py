@@ -40,7 +40,7 @@ class StreamPosition:
 class ActivationBuffer:
     """Batches of activations of several layers, the same tokens for each layer.
 
-    Raises `InputError` where the split holds no sequence, and where an activation is not a finite number.
+    Raises `InputError` if the split holds no sequence, and where an activation is not a finite number.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ def layer_activations(
 
 
 def check_finite(activations: torch.Tensor, site: Site, layer: int) -> None:
-    """Raise `InputError` where an activation is not a finite number."""
+    """Raise `InputError` if an activation is not a finite number."""
     if not activations.isfinite().all():
         bad = activations[~activations.isfinite()][0].item()
         raise InputError(

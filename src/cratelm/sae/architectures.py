@@ -61,7 +61,7 @@ def build_sae(config: SaeTrainConfig, d_in: int, layer: int, device: torch.devic
 
 
 def n_latents(config: SaeTrainConfig, d_in: int) -> int:
-    """Return S for H inputs. Raises `InputError` where `--k` is more than that."""
+    """Return S for H inputs. Raises `InputError` if `--k` is more than that."""
     latents = config.d_sae if config.d_sae is not None else config.expansion * d_in
     if config.architecture in ("topk", "batchtopk") and (config.k or K) > latents:
         raise InputError(

@@ -43,7 +43,7 @@ def save(
 
 
 def restore(draft: Draft, trainers: list[Any]) -> tuple[StreamPosition, list[int]] | None:
-    """Load weights and trainers from the last whole checkpoint; return None where there is none.
+    """Load weights and trainers from the last whole checkpoint; return None if there is none.
 
     Returned are the position in the stream, and the latents that were reinitialised in each layer so far.
     """

@@ -311,7 +311,7 @@ def _ratio(x: np.ndarray, y: np.ndarray) -> Estimate:
 
 
 def _over(x: np.ndarray, y: np.ndarray) -> Estimate | None:
-    """`_ratio`, or None where the second sum is 0."""
+    """`_ratio`, or None if the second sum is 0."""
     return _ratio(x, y) if y.sum() else None
 
 

@@ -111,7 +111,7 @@ def measure(
 ) -> ReconstructionSums:
     """Sum everything about the autoencoders of a site of latents, on the tokens of a plan.
 
-    Raises `InputError` where an activation or a loss is not a finite number.
+    Raises `InputError` if an activation or a loss is not a finite number.
     """
     saes = latents.autoencoders
     site = replace(latents, autoencoders=())  # the activations below

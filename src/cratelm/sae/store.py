@@ -86,7 +86,7 @@ class ReplacedLoss:
     added: Estimate
     """loss minus that of the unedited model, on the same tokens"""
     recovered_from_zero: Estimate | None
-    """1: nothing is lost, 0: as bad as zeros; None where zeros do not raise the loss"""
+    """1: nothing is lost, 0: as bad as zeros; None if zeros do not raise the loss"""
     recovered_from_mean: Estimate | None
     """likewise, against the mean in place of activations"""
 
@@ -101,15 +101,15 @@ class LayerReconstruction:
     latents: int
     """S"""
     explained_variance: Estimate | None
-    """None where all tokens have the same activations"""
+    """None if all tokens have the same activations"""
     l0: Estimate
     """latents that are not 0 at a token"""
     dead: Estimate
     """fraction of the latents that are 0 at all tokens"""
     shrinkage: Estimate | None
-    """None where all reconstructions are 0"""
+    """None if all reconstructions are 0"""
     norm_ratio: Estimate | None
-    """None where all activations are 0"""
+    """None if all activations are 0"""
     own_l0: Estimate
     """activations of the site that are not 0 at a token"""
 
@@ -140,7 +140,7 @@ class SteeringFidelity:
     tokens: int
     """text tokens at which they were steered"""
     fidelity: Estimate | None
-    """mean over those steered, -1 to 1, its standard error over them; None where no edit changes anything"""
+    """mean over those steered, -1 to 1, its standard error over them; None if no edit changes anything"""
     edit: Estimate
     """KL(plain | edit), nats per token, likewise"""
     rebuilt: float
@@ -165,7 +165,7 @@ class SaeEvaluation:
     replacements: tuple[LayerReplacements, ...]
     """each layer alone, then all together where there are several; `places` in the file"""
     steering: tuple[SteeringFidelity, ...] = ()
-    """latents, by layer; empty where none were steered"""
+    """latents, by layer; empty if none were steered"""
     own_steering: tuple[SteeringFidelity, ...] = ()
     """neurons of the site itself, by layer"""
 
@@ -208,7 +208,7 @@ class StoredEvaluation:
     """of the run's tokens that were read; empty in files of version 0.1.0"""
 
     def is_of(self, sae_identity: str | None, model_identity: str | None) -> bool:
-        """True where these autoencoders and this model were measured, not ones trained again since."""
+        """True if these autoencoders and this model were measured, not ones trained again since."""
         return (self.identity, self.model_identity) == (sae_identity, model_identity)
 
 

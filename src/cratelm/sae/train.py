@@ -260,7 +260,7 @@ def _figures(trainer: Any, output: Any) -> dict[str, float]:
 
 
 def _check(figures: list[dict[str, float]], training: _Training, step: int) -> None:
-    """Raise `InputError` where a loss is not a finite number."""
+    """Raise `InputError` if a loss is not a finite number."""
     for layer, of_layer in zip(training.layers, figures, strict=True):
         if not math.isfinite(of_layer["loss"]):
             raise InputError(

@@ -65,7 +65,7 @@ class ExplanationSet:
         failures: Sequence[ExplanationFailure] | None,
         seed: int,
     ):
-        """`failures`: explanations that a language model did not give; None where none was asked."""
+        """`failures`: explanations that a language model did not give; None if none was asked."""
         self._explanations: dict[tuple[str, str], dict[NeuronId, Explanation]] = {}
         for e in explanations:
             evidence = str(e.payload.get("evidence", ""))
@@ -80,7 +80,7 @@ class ExplanationSet:
     def find(
         self, neuron: NeuronId, explainer: str, metric: Metric, control: Control
     ) -> Explanation | Score:
-        """Return the explanation that is scored, or the score where there is none."""
+        """Return the explanation that is scored, or the score if there is none."""
         evidence = "anthropic" if metric == "anthropic" else "top"
         kind = (explainer, evidence)
         if kind not in self._explanations:

@@ -46,9 +46,9 @@ def correlation_score(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike])
     `r2` = 1 - mean((true - simulated)^2) / mean(true^2) and `absolute_deviation` =
     1 - mean|true - simulated| / mean|true|: both relative to 0 and without calibration, as in OpenAI's
     scorer, so that they are meaningful only for a simulation in the neuron's own unit. They are None
-    where the truth is all zero.
+    if the truth is all zero.
 
-    Raises `InputError` where the records or their lengths do not match.
+    Raises `InputError` if the records or their lengths do not match.
     """
     a, b = _pool(true, simulated)
     counts = {"n_tokens": len(a), "n_records": len(true)}
@@ -78,7 +78,7 @@ def _shown(lengths: list[int]) -> str:
 
 
 def _not_numbers(a: NDArray, b: NDArray) -> str:
-    """Return why no figure exists; empty where one does."""
+    """Return why no figure exists; empty if one does."""
     if len(a) == 0:
         return "no tokens"
     if not np.isfinite(a).all():
@@ -87,14 +87,14 @@ def _not_numbers(a: NDArray, b: NDArray) -> str:
 
 
 def _no_variance(a: NDArray, b: NDArray) -> str:
-    """Return why the correlation does not exist; empty where it does."""
+    """Return why the correlation does not exist; empty if it does."""
     if a.min() == a.max():
         return "the truth is constant"
     return CONSTANT if b.min() == b.max() else ""
 
 
 def _explained(a: NDArray, b: NDArray, power: int) -> float | None:
-    """Return 1 - mean|a - b|^power / mean|a|^power; None where that is no number (truth all zero, overflow)."""
+    """Return 1 - mean|a - b|^power / mean|a|^power; None if that is no number (truth all zero, overflow)."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         value = 1 - np.mean(np.abs(a - b) ** power) / np.mean(np.abs(a) ** power)
     return float(value) if np.isfinite(value) else None

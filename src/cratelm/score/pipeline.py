@@ -62,7 +62,7 @@ class Scoring:
 
 @dataclass(frozen=True, eq=False)
 class PendingScore:
-    """A planned score: its row, and the task behind it; None where the row is complete."""
+    """A planned score: its row, and the task behind it; None if the row is complete."""
 
     row: NeuronScore
     task: Task | None

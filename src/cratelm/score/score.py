@@ -78,11 +78,11 @@ class ScoreResult:
 def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     """Score the explanations of one model of a run.
 
-    Writes `scores/MODEL/`, or `scores/MODEL@NAME/` where a language model reads the explanations
+    Writes `scores/MODEL/`, or `scores/MODEL@NAME/` if a language model reads the explanations
     called NAME. With `--dry-run` nothing is asked or written and the `DryRun` is returned; with
     `--shard` answers go to the worker's ledger alone.
 
-    Raises `InputError` where the run has no harvest or no explanations of the model, where a
+    Raises `InputError` if the run has no harvest or no explanations of the model, where a
     document was both explained from and scored on, or where the language model cannot be reached;
     `BudgetReached` at a limit, with all answers so far in the ledger.
     """

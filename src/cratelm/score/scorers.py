@@ -111,11 +111,11 @@ class Scorer(Protocol):
 
     @property
     def uses_explanation(self) -> bool:
-        """Return False where only the excerpts are judged."""
+        """Return False if only the excerpts are judged."""
         ...
 
     def examples(self, record: NeuronRecord, control: Control, seed: int) -> Examples | Score:
-        """Return the texts of a held-out record, or the score where there are none to ask about.
+        """Return the texts of a held-out record, or the score if there are none to ask about.
 
         `control` is `none` or `shuffled`: `constant` does not exist for these metrics.
         """
@@ -135,7 +135,7 @@ class Scorer(Protocol):
 def scorer_task(
     scorer: Scorer, record: NeuronRecord, explanation: str, control: Control, prompting: Prompting
 ) -> Task | Score:
-    """Return what to ask to score `record`, or the score where there is nothing to ask.
+    """Return what to ask to score `record`, or the score if there is nothing to ask.
 
     A score needs all answers: with any failure among them it is FAILED.
     """
@@ -425,7 +425,7 @@ def _leaning(value: Value) -> NDArray[np.float64]:
 
 
 def _won(value: Value, position: int) -> float:
-    """Return 1 where `position` (from 0) is the only most likely one, 1 / m where it is one of m, else 0."""
+    """Return 1 if `position` (from 0) is the only most likely one, 1 / m where it is one of m, else 0."""
     if isinstance(value, OptionLogprobs):
         row = value.log_probs[0]
         likeliest = np.flatnonzero(row == row.max())

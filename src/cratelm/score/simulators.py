@@ -157,7 +157,7 @@ class LLMSimulator:
     ) -> "LLMSimulator":
         """Return the simulator for a model with this probe result.
 
-        Raises `InputError` where the model gives no log-probabilities and these are needed.
+        Raises `InputError` if the model gives no log-probabilities and these are needed.
         """
         needs = "--paper-compat" if paper_compat else "--prompts openai"
         if not probe.supports_logprobs and (paper_compat or prompts == "openai"):
@@ -217,7 +217,7 @@ SIMULATORS: dict[str, LookupSimulator | TrieSimulator] = {
 
 
 def simulator_of(explainer: str) -> LookupSimulator | TrieSimulator:
-    """Return the simulator without a language model for an explainer; `InputError` where it has none."""
+    """Return the simulator without a language model for an explainer; `InputError` if it has none."""
     if explainer not in SIMULATORS:
         raise InputError(f"no simulator for {explainer!r}: expected one of {', '.join(SIMULATORS)}")
     return SIMULATORS[explainer]
@@ -226,7 +226,7 @@ def simulator_of(explainer: str) -> LookupSimulator | TrieSimulator:
 def simulate(explainer: str, payload: Mapping[str, Any], token_ids: Sequence[NDArray]) -> Simulated:
     """Return the activations that an explanation predicts without a language model.
 
-    One array per sequence of `token_ids`, in the neuron's own unit. Raises `InputError` where no
+    One array per sequence of `token_ids`, in the neuron's own unit. Raises `InputError` if no
     simulator reads the payloads of `explainer`.
     """
     return simulator_of(explainer).predict(payload, token_ids)

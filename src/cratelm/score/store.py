@@ -36,14 +36,14 @@ SCORES = TableFile(
         Column(
             "value",
             pa.float64(),
-            "simulation: Pearson correlation, -1 to 1; intruder: share of trials won, 0 to 1; the rest: area under the ROC curve or balanced accuracy, 0 to 1. Null where there is none",
+            "simulation: Pearson correlation, -1 to 1; intruder: share of trials won, 0 to 1; the rest: area under the ROC curve or balanced accuracy, 0 to 1. Null if there is none",
         ),
         Column(
             "status",
             pa.string(),
             "`defined`, `undefined` (truth or simulation is constant), `dead`, `failed` (no answer)",
         ),
-        Column("reason", pa.string(), "why there is no value; empty where there is one"),
+        Column("reason", pa.string(), "why there is no value; empty if there is one"),
         Column("r2", pa.float64(), "1 - mean squared error / mean squared truth, at most 1"),
         Column(
             "absolute_deviation",
@@ -59,7 +59,7 @@ SCORES = TableFile(
         Column(
             "without_duplicates",
             pa.float64(),
-            "`value` over the other excerpts; null where there are no duplicates",
+            "`value` over the other excerpts; null if there are no duplicates",
         ),
         Column(
             "documents",
@@ -74,7 +74,7 @@ SCORES = TableFile(
         Column(
             "simulator",
             pa.string(),
-            "the language model that read the explanation; empty where the explainer's own simulator did. Not in files of version 0.1.0",
+            "the language model that read the explanation; empty if the explainer's own simulator did. Not in files of version 0.1.0",
         ),
         Column("variant", pa.string(), "`+paper-compat`, or empty. Not in files of version 0.1.0"),
     ),
@@ -104,7 +104,7 @@ def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
 
 
 def read_scores(folder: str | Path) -> list[NeuronScore]:
-    """Return the scores in `folder`, in the order written; `InputError` where there are none."""
+    """Return the scores in `folder`, in the order written; `InputError` if there are none."""
     path = Path(folder) / "scores.parquet"
     if not path.is_file():
         raise InputError(f"{path} is not there: type `cratelm score` for this model first")

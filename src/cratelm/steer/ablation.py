@@ -50,7 +50,7 @@ class HeldOutText:
     def of(cls, split: TokenSplit, length: int, tokens: int, seed: int) -> "HeldOutText":
         """Draw at most `tokens` tokens in whole sequences, at least one sequence.
 
-        Raises `InputError` where the split is shorter than one sequence.
+        Raises `InputError` if the split is shorter than one sequence.
         """
         n_sequences = split.n_sequences(length)
         if not n_sequences:

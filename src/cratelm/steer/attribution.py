@@ -43,7 +43,7 @@ class VocabularyEffect:
     exact: NDArray[np.float64]
     """[V] mean over the tokens, minus the mean over the vocabulary"""
     first_order: NDArray[np.float64] | None
-    """[V] at the same mean activation; None where the model has no first-order reading"""
+    """[V] at the same mean activation; None if the model has no first-order reading"""
     activation: float
     """mean over the tokens"""
     n_positions: int
@@ -55,7 +55,7 @@ class VocabularyEffect:
     def agreement(self) -> float | None:
         """Spearman's rank correlation of the two effects over the vocabulary.
 
-        None where one is missing or constant.
+        None if one is missing or constant.
         """
         return None if self.first_order is None else rank_correlation(self.exact, self.first_order)
 
@@ -69,7 +69,7 @@ class VocabularyEffect:
     def promotes(self, tokens: NDArray[np.int64]) -> float | None:
         """Return the chance that one of `tokens` is promoted more than another token, 0..1, a tie counting half.
 
-        The area under the ROC curve. None where `tokens` is empty, or the whole vocabulary.
+        The area under the ROC curve. None if `tokens` is empty, or the whole vocabulary.
         """
         n, m = len(tokens), len(self.exact) - len(tokens)
         if not n or not m:
@@ -83,7 +83,7 @@ def best(effect: NDArray[np.float64], top: int) -> NDArray[np.int64]:
 
 
 def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
-    """Return Spearman's rank correlation; None where one side is constant."""
+    """Return Spearman's rank correlation; None if one side is constant."""
     ranks = [rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
     scale = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
     return float(ranks[0] @ ranks[1] / scale) if scale else None

@@ -53,7 +53,7 @@ class Continuations:
     steered: NDArray[np.int64]
     """[B, G]"""
     random: NDArray[np.int64] | None
-    """[B, G] with another neuron steered; None where the layer has no other"""
+    """[B, G] with another neuron steered; None if the layer has no other"""
     strength: SteeringStrength
     other_strength: SteeringStrength | None
     """of that other neuron"""
@@ -81,7 +81,7 @@ def draw_prompts(
 ) -> NDArray[np.int64]:
     """Return beginnings [B, T] inside documents, drawn by seed, layer and index: twins get the same.
 
-    Every stretch of `length` tokens inside a document is equally likely. Raises `InputError` where the split
+    Every stretch of `length` tokens inside a document is equally likely. Raises `InputError` if the split
     has no document of that length.
     """
     plan = SearchPlan.of(split, "held_out", eot, max(2, split.n_tokens), split.n_tokens, 0)

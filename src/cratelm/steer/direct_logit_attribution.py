@@ -24,7 +24,7 @@ TOLERANCE = 0.01
 def direct_logit_attribution(partial: PartialForward, trace: Trace) -> torch.Tensor | None:
     """Return R [V, D], with s averaged over the trace.
 
-    None where the model ends in something other than a norm and a linear head. Norms differ in two ways that
+    None if the model ends in something other than a norm and a linear head. Norms differ in two ways that
     no attribute tells (LayerNorm subtracts the mean, RMSNorm does not; Gemma stores the gain minus 1), so each
     of the four forms is tried against the norm's own output.
     """
@@ -52,7 +52,7 @@ def direct_logit_attribution(partial: PartialForward, trace: Trace) -> torch.Ten
 
 
 def _final_norm(partial: PartialForward, trace: Trace) -> tuple[nn.Module, torch.Tensor] | None:
-    """The norm that reads the last block's output [B, T, D], and that output; None where there is none.
+    """The norm that reads the last block's output [B, T, D], and that output; None if there is none.
 
     It is the last module outside of the blocks whose class is called a norm and that is given a tensor of
     that shape: models call it by different names.

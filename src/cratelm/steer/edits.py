@@ -30,7 +30,7 @@ class Positions:
 
     @property
     def everywhere(self) -> bool:
-        """True where every token is edited, so that no positions have to be followed."""
+        """True if every token is edited, so that no positions have to be followed."""
         return self == Positions()
 
     @classmethod
@@ -79,7 +79,7 @@ def _no_positions(given: object) -> InputError:
 class Edit:
     """What is done to some neurons of one layer: exactly one of `set`, `add`, `scale`, `zero`.
 
-    Raises `InputError` where none or several of these are given, for a number that is not finite, and where
+    Raises `InputError` if none or several of these are given, for a number that is not finite, and where
     no neuron is named.
     """
 

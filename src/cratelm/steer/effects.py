@@ -90,7 +90,7 @@ def effects(config: EffectsConfig) -> EffectsResult:
 
     A finished stage is read back.
 
-    Raises `InputError` where the run has no harvest of the model, or too little held-out text.
+    Raises `InputError` if the run has no harvest of the model, or too little held-out text.
     """
     run = Run(config.run)
     inputs = {

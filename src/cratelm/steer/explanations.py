@@ -61,7 +61,7 @@ def explanation_source(run: Run, config: InterveneConfig) -> Stage:
 def read_judged_explanations(config: InterveneConfig, folder: Path) -> JudgedExplanations:
     """Return the explanations of one explainer, from the folder of `explanation_source`.
 
-    The explainer is `--explainer`, or the first by name. Raises `InputError` where the set has none of that
+    The explainer is `--explainer`, or the first by name. Raises `InputError` if the set has none of that
     name.
     """
     if config.explanations == PROMOTED:

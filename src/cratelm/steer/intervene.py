@@ -68,7 +68,7 @@ class InterveneResult(InterventionSummary):
 
     path: Path
     calls: str = ""
-    """what this command asked the judge; empty where the stage had been finished before"""
+    """what this command asked the judge; empty if the stage had been finished before"""
 
     def __str__(self) -> str:
         mass = "" if self.mass is None else f" ({self.mass:.0%} of its probability on the answers)"
@@ -130,7 +130,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
     With `--dry-run` nothing is asked or written and the `DryRun` is returned; with `--shard` answers go to
     the worker's ledger alone.
 
-    Raises `InputError` where the run has no harvest or no such explanations of the model, or the
+    Raises `InputError` if the run has no harvest or no such explanations of the model, or the
     judge cannot be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
     """
     run = Run(config.run)

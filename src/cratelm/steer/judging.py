@@ -101,7 +101,7 @@ def task(
     """Return the requests about one neuron: each pair whose texts differ, in both orders.
 
     Their score is the mean probability of naming the steered text, 0..1; `n_records` counts pairs. It is
-    FAILED where any request has no answer. Where no pair differs, the score UNDEFINED is returned instead.
+    FAILED if any request has no answer. Where no pair differs, the score UNDEFINED is returned instead.
     """
     different = [p for p in pairs if p.plain != p.steered]
     if not different:

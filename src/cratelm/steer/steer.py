@@ -106,7 +106,7 @@ def _table(heading: str, changes: tuple[TokenChange, ...]) -> list[str]:
 def steer(config: SteerConfig) -> SteerResult:
     """Run the model on the text with the edits and without.
 
-    Raises `InputError` where the model, the text, the site or a neuron is missing, the text is
+    Raises `InputError` if the model, the text, the site or a neuron is missing, the text is
     longer than the model takes, or no token stands at the positions.
     """
     run = Run(config.run)
@@ -275,7 +275,7 @@ def _check_length(ids: torch.Tensor, subject: LoadedModel, config: SteerConfig) 
 
 
 def _check_positions(edit: Edit, ids: torch.Tensor, count: int) -> None:
-    """Raises `InputError` where no token of the text or the continuation stands at the positions.
+    """Raises `InputError` if no token of the text or the continuation stands at the positions.
 
     The last token generated is read by no further pass, so that no edit can be made at it.
     """

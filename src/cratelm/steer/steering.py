@@ -29,7 +29,7 @@ def steering(
     (run `backward` inside where the model checkpoints its gradients). Contexts nest. On leaving,
     however that happens, the model is as before.
 
-    Raises `InputError` where the site, a layer or a neuron does not exist.
+    Raises `InputError` if the site, a layer or a neuron does not exist.
     """
     edited_site = site if isinstance(site, Site) else site_of(model, site)
     by_site_layer = _by_site_layer(edits, edited_site)

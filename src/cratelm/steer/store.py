@@ -108,7 +108,7 @@ INTERVENTIONS = TableFile(
         Column(
             "value",
             pa.float64(),
-            "mean probability that the judge names the steered text, 0 to 1, chance 0.5; null where there is none",
+            "mean probability that the judge names the steered text, 0 to 1, chance 0.5; null if there is none",
         ),
         Column("status", pa.string(), "`defined`, `undefined`, `dead` or `failed`"),
         Column("reason", pa.string(), "why there is no value"),
@@ -172,7 +172,7 @@ class Ablation:
     change: Estimate
     """over all tokens; standard error over documents"""
     where_firing: Estimate | None
-    """over tokens predicted from where it fires; None where it does not fire"""
+    """over tokens predicted from where it fires; None if it does not fire"""
     n_tokens: int
     n_firing: int
     n_documents: int
@@ -259,7 +259,7 @@ def read_logit_effect(
 ) -> LogitEffect | None:
     """Return the effect of one neuron.
 
-    None where it was not measured: the folder has no such file, or it is another site's, or the neuron is
+    None if it was not measured: the folder has no such file, or it is another site's, or the neuron is
     dead or was not drawn.
     """
     if not _path(LOGIT_EFFECTS, folder).is_file():
@@ -345,7 +345,7 @@ class Intervention:
     """mean probability that the judge names the steered text, 0..1, chance 0.5"""
     status: str
     reason: str
-    """why there is no value; empty where there is one"""
+    """why there is no value; empty if there is one"""
     pairs: int
     """pairs of continuations judged"""
     same: int
@@ -367,7 +367,7 @@ class ContinuationTexts:
     plain: str
     steered: str
     random: str
-    """with another neuron steered as strongly; empty where the layer has no other"""
+    """with another neuron steered as strongly; empty if the layer has no other"""
 
 
 @dataclass(frozen=True)
@@ -399,10 +399,10 @@ class InterventionSummary:
     kl: Interval | None
     """what steering does to the next token, nats"""
     mass: float | None
-    """mean fraction of all probability that falls on the judge's two answers; None where the judge reports
+    """mean fraction of all probability that falls on the judge's two answers; None if the judge reports
     no probabilities"""
     known: float | None
-    """mean probability that the judge gives the right answer on made-up pairs; None where a call failed.
+    """mean probability that the judge gives the right answer on made-up pairs; None if a call failed.
     Near 0.5 it cannot judge"""
     n_failed: int
     """rows whose calls failed"""

@@ -45,7 +45,7 @@ class ModelSource:
 
 
 def locate(specification: str) -> ModelSource:
-    """Return the source that follows `hf:`; raise `InputError` where there is no such model."""
+    """Return the source that follows `hf:`; raise `InputError` if there is no such model."""
     if specification == DEFAULT:
         return _default()
     path = Path(specification).expanduser()

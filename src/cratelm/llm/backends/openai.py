@@ -106,7 +106,7 @@ class ServerBackend:
         `base_url` None: OpenAI's own. `concurrency`: calls in flight at a time. `deadline`: seconds
         that one call may take, all retries together.
 
-        Raises `InputError` where `openai` is not installed, no key is set for OpenAI, or an argument
+        Raises `InputError` if `openai` is not installed, no key is set for OpenAI, or an argument
         is out of range.
         """
         _require_openai()
@@ -158,7 +158,7 @@ class ServerBackend:
     def supports_logprobs(self) -> bool:
         """Return whether the server answers `LogprobQuery`: with `auto` one probe call decides, see `reason`.
 
-        Raises `InputError` where the probe decides nothing: no connection, no answer in time.
+        Raises `InputError` if the probe decides nothing: no connection, no answer in time.
         """
         if self._logprobs is None:
             self._logprobs = self._probed()
@@ -187,7 +187,7 @@ class ServerBackend:
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         """Yield outcomes one by one as they come. Closed early, it cancels the calls in flight.
 
-        Raises `InputError` where, before anything was answered, the key or the model is refused or
+        Raises `InputError` if, before anything was answered, the key or the model is refused or
         the server cannot be reached. If a server is lost later, the remaining calls fail.
         """
         if self._is_lost:
@@ -202,7 +202,7 @@ class ServerBackend:
         return math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
-        """Return the tokens of each option after `slot_before`; empty where the server does not report them.
+        """Return the tokens of each option after `slot_before`; empty if the server does not report them.
 
         One echoed call per option, `PROBE_ATTEMPTS` at most. An option that is merged with its
         surroundings counts one token more: it is not a single token there.
@@ -412,7 +412,7 @@ class ServerBackend:
     # errors
 
     def _classify(self, error: Exception, request: Request) -> tuple[FailureKind, str]:
-        """Return kind and reason of a failed call; raise `InputError` where no call can succeed."""
+        """Return kind and reason of a failed call; raise `InputError` if no call can succeed."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         if isinstance(error, APIStatusError):
@@ -438,7 +438,7 @@ class ServerBackend:
         return FailureKind.CONNECTION, f"no connection, or it broke ({cause})"
 
     def _raise_if_hopeless(self, status: int, reason: str, is_probe: bool) -> None:
-        """Raise `InputError` where a refusal before the first answer means that all will be refused."""
+        """Raise `InputError` if a refusal before the first answer means that all will be refused."""
         if self._has_answered:
             return
         if status == 401 or (status == 403 and not is_probe):
@@ -478,7 +478,7 @@ def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Return True where the same call may succeed later; a server may decide by `x-should-retry`."""
+    """Return True if the same call may succeed later; a server may decide by `x-should-retry`."""
     from openai import APIConnectionError, APIStatusError
 
     if isinstance(error, APIStatusError):
@@ -551,7 +551,7 @@ def _require_openai() -> None:
 
 
 def _key(*, needed: bool) -> str:
-    """Return the key; empty where none is set and none is needed."""
+    """Return the key; empty if none is set and none is needed."""
     key = os.environ.get(KEY, "").strip()
     if not key and needed:
         raise InputError(

@@ -61,7 +61,7 @@ def read_value(request: Request, body: Body, n_top: int) -> Value:
 
 
 def parse_body(content: bytes) -> Body:
-    """Return the JSON object in a response's bytes; raise `UnusableAnswer` where there is none."""
+    """Return the JSON object in a response's bytes; raise `UnusableAnswer` if there is none."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
@@ -80,7 +80,7 @@ def _unreadable(reason: str) -> UnusableAnswer:
 
 
 def read_usage(body: Body) -> tuple[int | None, int | None]:
-    """Return prompt and completion tokens, None where they are not reported."""
+    """Return prompt and completion tokens, None if they are not reported."""
     usage = body.get("usage")
     counts = usage if isinstance(usage, dict) else {}
     prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
@@ -157,7 +157,7 @@ def _read_vector(body: Body) -> np.ndarray:
 def read_logprobs(request: LogprobQuery, body: Body, n_top: int) -> OptionLogprobs:
     """Return the log-probabilities of the options at each slot.
 
-    Raises `UnusableAnswer` of kind `UNREADABLE` where no token begins at a slot, or none of the options
+    Raises `UnusableAnswer` of kind `UNREADABLE` if no token begins at a slot, or none of the options
     is among the `n_top` tokens reported there.
     """
     begins, tokens, tops = _prompt_tokens(body, request.text)

@@ -60,7 +60,7 @@ DECODING = "the likeliest token; at a temperature with Gumbel noise of the reque
 class LocalBackend:
     """A causal language model in this process. Loaded at the first request that needs it.
 
-    Raises `InputError` where the model is not there or cannot be read.
+    Raises `InputError` if the model is not there or cannot be read.
     """
 
     supports_logprobs = True
@@ -212,7 +212,7 @@ class LocalBackend:
         return f"one of the options {', '.join(map(repr, request.options))} is not a single token"
 
     def _option_ids(self, request: LogprobQuery) -> list[int] | None:
-        """Return the token of each option at the first slot, [O]; None where one is not a single token."""
+        """Return the token of each option at the first slot, [O]; None if one is not a single token."""
         before = request.text[: request.offsets[0]] if request.slots else ""
         # Tokenisation of an option depends on the text near it, so the last two lines stand for the whole
         # prompt. Not the last line alone: it may be empty, and some tokenizers treat the beginning of a
@@ -507,7 +507,7 @@ def _group(request: Request) -> Any:
 def _places(offsets: Sequence[tuple[int, int]], wanted: Sequence[int]) -> list[int] | None:
     """Return the token that begins at each character offset, [n].
 
-    None where an offset has none, or it is the first token, which nothing predicts.
+    None if an offset has none, or it is the first token, which nothing predicts.
     """
     begins = {a: i for i, (a, b) in reversed(list(enumerate(offsets))) if b > a}
     places = [begins.get(offset, 0) for offset in wanted]

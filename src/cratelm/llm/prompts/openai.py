@@ -81,7 +81,7 @@ def openai_simulate_read(
 
 
 def require() -> None:
-    """Raise `InputError` where the package is not installed."""
+    """Raise `InputError` if the package is not installed."""
     try:
         import neuron_explainer  # noqa: F401
     except ImportError:
