@@ -339,11 +339,11 @@ def test_missing_explanations_say_what_there_is(run, model):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"explainer": "gpt-4"}, "--explainer gpt-4: expected hf:ID_OR_PATH"),
-        ({"explainer": "hf:"}, "expected hf:ID_OR_PATH"),
-        ({"shard": "3/3"}, "--shard 3/3: I/N was expected"),
+        ({"explainer": "gpt-4"}, "--explainer gpt-4: it must be hf:ID_OR_PATH"),
+        ({"explainer": "hf:"}, "must be hf:ID_OR_PATH"),
+        ({"shard": "3/3"}, "--shard 3/3: it must be I/N"),
         ({"shard": "a"}, "--shard a"),
-        ({"max_cost": 1.0}, "--max-cost needs the prices"),
+        ({"max_cost": 1.0}, "--max-cost needs prices"),
         ({"max_calls": -1}, "--max-calls must be at least 0, not -1"),
         ({"deadline": 0.0}, "--deadline 0.0"),
         ({"only": ("5",)}, "--only 5: LAYER:INDEX"),
@@ -364,7 +364,7 @@ def test_bad_options_are_named(fields, message):
         ({"metrics": ("detection",)}, r"need --simulator"),
         ({"explanations": "x"}, "add --simulator"),
         ({"paper_compat": True}, "add --simulator"),
-        ({"simulator": "mistral"}, "--simulator mistral: expected hf:"),
+        ({"simulator": "mistral"}, "--simulator mistral: it must be hf:"),
     ],
 )
 def test_bad_scoring_options_are_named(fields, message):
