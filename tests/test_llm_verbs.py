@@ -246,7 +246,7 @@ def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
         "reads": False, "top_level": 10, "tokens_of_ten": None, "mass": None, "lowest_mass": None,
         "reason": "",
     }  # fmt: skip
-    with pytest.raises(InputError, match="--paper-compat reads log-probabilities"):
+    with pytest.raises(InputError, match="--paper-compat needs log-probabilities"):
         scored(run, paper_compat=True, name="other")
 
 
@@ -331,7 +331,7 @@ def test_contrast_excerpts_are_shown_and_audited(run, model):
 def test_missing_explanations_say_what_there_is(run, model):
     explained(run, name="mine")
     with pytest.raises(
-        InputError, match="those by mine, llm-free can be named with --explanations"
+        InputError, match="name one of mine, llm-free with --explanations"
     ):
         scored(run)
 

@@ -1,6 +1,6 @@
 """Read and write scores: `scores.parquet`, one row per neuron, explainer, metric and control.
 
-A value that does not exist is null, and `status` with `reason` says why.
+A value that does not exist is null; `status` and `reason` say why.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ SCORES = TableFile(
         Column(
             "explainer",
             pa.string(),
-            "label: the explainer, `/` and the simulator where another language model read its explanation, and the variant",
+            "label: the explainer, then `/` and the simulator if another language model read its explanation, then the variant",
         ),
         Column(
             "metric",
@@ -36,7 +36,7 @@ SCORES = TableFile(
         Column(
             "value",
             pa.float64(),
-            "simulation: Pearson correlation, -1 to 1; intruder: share of trials won, 0 to 1; the rest: area under the ROC curve or balanced accuracy, 0 to 1. Null if there is none",
+            "simulation: Pearson correlation, -1 to 1; intruder: fraction of trials won, 0 to 1; other metrics: area under the ROC curve or balanced accuracy, 0 to 1. Null if there is none",
         ),
         Column(
             "status",
@@ -53,13 +53,11 @@ SCORES = TableFile(
         Column("accuracy", pa.float64(), "detection and fuzzing: balanced accuracy, 0 to 1"),
         Column("n_tokens", pa.int64(), "tokens scored"),
         Column("n_records", pa.int64(), "excerpts scored"),
-        Column(
-            "n_duplicates", pa.int64(), "of these, near-duplicates of text that was explained from"
-        ),
+        Column("n_duplicates", pa.int64(), "of these, near-duplicates of text explained from"),
         Column(
             "without_duplicates",
             pa.float64(),
-            "`value` over the other excerpts; null if there are no duplicates",
+            "`value` over the other excerpts; null if there are no near-duplicates",
         ),
         Column(
             "documents",
@@ -104,10 +102,10 @@ def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
 
 
 def read_scores(folder: str | Path) -> list[NeuronScore]:
-    """Return the scores in `folder`, in the order written; `InputError` if there are none."""
+    """Return the scores in `folder`, in the order written; raise `InputError` if there are none."""
     path = Path(folder) / "scores.parquet"
     if not path.is_file():
-        raise InputError(f"{path} is not there: type `cratelm score` for this model first")
+        raise InputError(f"{path} does not exist: type `cratelm score` for this model first")
     return [_score(row) for row in pq.read_table(path).to_pylist()]
 
 
@@ -124,7 +122,7 @@ def _score(row: dict) -> NeuronScore:
             reason=row["reason"],
             r2=row["r2"],
             absolute_deviation=row["absolute_deviation"],
-            accuracy=row.get("accuracy"),  # this and the next two: not in the first files
+            accuracy=row.get("accuracy"),  # missing in old files, like `n_duplicates` and the next
             n_tokens=row["n_tokens"],
             n_records=row["n_records"],
             n_duplicates=row.get("n_duplicates", 0),
@@ -140,7 +138,7 @@ def _score(row: dict) -> NeuronScore:
 def _names(row: dict) -> tuple[str, str, str]:
     """Return explainer, simulator and variant of a row.
 
-    Files of version 0.1.0 have the label alone, made of names without a slash.
+    Files of version 0.1.0 have only the label, made of names without a slash.
     """
     if row.get("explained_by"):
         return row["explained_by"], row["simulator"], row["variant"]
