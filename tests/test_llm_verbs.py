@@ -330,9 +330,7 @@ def test_contrast_excerpts_are_shown_and_audited(run, model):
 
 def test_missing_explanations_say_what_there_is(run, model):
     explained(run, name="mine")
-    with pytest.raises(
-        InputError, match="name one of mine, llm-free with --explanations"
-    ):
+    with pytest.raises(InputError, match="name one of mine, llm-free with --explanations"):
         scored(run)
 
 

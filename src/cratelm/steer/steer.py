@@ -1,6 +1,6 @@
 """`cratelm steer`: edit neurons while a model reads a text, and show how its output changes.
 
-Shape legend: n tokens of the text (the first is the one that texts begin with), V vocabulary.
+Shape legend: n tokens of the text (including the token that begins every text), V vocabulary.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from cratelm.tokens.shards import TokenStore
 
 @dataclass(frozen=True)
 class TokenChange:
-    """How the probability that a token comes next changes."""
+    """Change of the probability that a token comes next."""
 
     token: str
     id: int
@@ -45,33 +45,34 @@ class TokenChange:
 
 @dataclass(frozen=True)
 class NextTokenChange:
-    """The next-token distribution after a text, with the edits against without."""
+    """Change of the next-token distribution after a text, with the edits versus without."""
 
     gains: tuple[TokenChange, ...]
     """tokens with the largest differences, in order; only positive ones"""
     losses: tuple[TokenChange, ...]
     """tokens with the most negative differences, in order; only negative ones"""
     total_variation: float
-    """half the sum of absolute differences, 0..1"""
+    """half of the sum of absolute differences, 0..1"""
     kl: float
     """Kullback-Leibler divergence of the edited distribution from the plain one, nats"""
 
 
 @dataclass(frozen=True)
 class SteerResult:
-    """What the edits do to the next token, and to the continuation."""
+    """Result of `cratelm steer`: the effect of the edits on the next token and on the continuation."""
 
     model: str
     site: str
     edits: str
-    """in words"""
+    """the edits in words"""
     text: str
     n_tokens: int
-    """of the text, with the token that every text begins with"""
+    """tokens of the text, including the token that begins every text"""
     next_token: NextTokenChange
     continuation: str
-    """without the edits; empty with `--generate 0`"""
+    """continuation without the edits; empty with `--generate 0`"""
     steered_continuation: str
+    """continuation with the edits; empty with `--generate 0`"""
 
     def __str__(self) -> str:
         change = self.next_token
@@ -91,7 +92,7 @@ class SteerResult:
 
 
 def _table(heading: str, changes: tuple[TokenChange, ...]) -> list[str]:
-    """One line per token, columns aligned."""
+    """Return the lines of a table, one per token, with aligned columns."""
     if not changes:
         return [f"{heading}: none"]
     header = [heading, "  before", "   after", "difference", "ln ratio"]
@@ -104,10 +105,10 @@ def _table(heading: str, changes: tuple[TokenChange, ...]) -> list[str]:
 
 
 def steer(config: SteerConfig) -> SteerResult:
-    """Run the model on the text with the edits and without.
+    """Run the model on the text with and without the edits, and return the changes.
 
-    Raises `InputError` if the model, the text, the site or a neuron is missing, the text is
-    longer than the model takes, or no token stands at the positions.
+    Raises `InputError` if the model, the text, the site or a neuron is missing, if the text is longer than
+    the model takes, or if there is no token at the positions.
     """
     run = Run(config.run)
     subject = open_model(
@@ -150,10 +151,10 @@ def steer(config: SteerConfig) -> SteerResult:
 def compare_next_tokens(
     before: torch.Tensor, after: torch.Tensor, display: list[str], top: int
 ) -> NextTokenChange:
-    """Return how the next-token distribution changes, and the `top` tokens that gain and lose most.
+    """Return the change of the next-token distribution, with the `top` tokens that rise and fall most.
 
-    `before` and `after` are log-probabilities [V] without and with the edits; `display` has a string for
-    each token id.
+    `before` and `after` are log-probabilities [V] without and with the edits; `display` has a string for each
+    token id.
     """
     p, q = before.exp(), after.exp()
     difference = q - p
@@ -174,13 +175,13 @@ def compare_next_tokens(
 
 
 def token_string(strings: Sequence[str], token: int) -> str:
-    """Return the text of a token id, or `[id]`: a model can have more rows in its head than there are tokens."""
+    """Return the text of a token id, or `[id]` if it has none: a head can have more rows than there are tokens."""
     return strings[token] if token < len(strings) else f"[{token}]"
 
 
 @torch.no_grad()
 def _next(subject: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [V] of the token after ids [1, n], in double precision."""
+    """Return the log-probabilities [V] of the token after ids [1, n], in double precision."""
     logits = next_logits(subject.model, ids, 1)[0, 0]
     return logits.double().log_softmax(-1).cpu()
 
@@ -188,11 +189,11 @@ def _next(subject: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
 def _continued(
     subject: LoadedModel, encoder: Encoder, ids: torch.Tensor, config: SteerConfig
 ) -> str:
-    """The text that follows ids [1, n]."""
-    made = continue_ids(
+    """Return the text that the model generates after ids [1, n]."""
+    new_ids = continue_ids(
         subject.model, ids, config.generate, config.temperature, config.seed, encoder.start
     )
-    return encoder.tokenizer.decode(made[0].tolist(), skip_special_tokens=False)
+    return encoder.tokenizer.decode(new_ids[0].tolist(), skip_special_tokens=False)
 
 
 @torch.no_grad()
@@ -206,26 +207,28 @@ def continue_ids(
 ) -> torch.Tensor:
     """Return the `count` tokens [B, count] that the model generates after ids [B, n].
 
-    The same seed draws from the same random numbers, whatever the model or its edits; the global random
-    state is left as it was. `padding` is the id that `generate` may pad with; nothing is padded here.
+    The same seed uses the same random numbers, whatever the model or its edits; the global random state is
+    restored. `padding` is the id that `generate` needs for padding; nothing is padded here.
     """
-    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    # min_new_tokens: an end-of-text token does not end it, so that all continuations are equally long
-    how = GenerationConfig(
-        max_new_tokens=count, min_new_tokens=count, pad_token_id=padding, **sampled
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    # min_new_tokens: an end-of-text token does not end a continuation, so that all are equally long
+    settings = GenerationConfig(
+        max_new_tokens=count, min_new_tokens=count, pad_token_id=padding, **sampling
     )
     mask = torch.ones_like(ids)
     devices = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _plain_generation(model):
         torch.manual_seed(seed)
-        made = model.generate(ids, attention_mask=mask, generation_config=how)  # type: ignore[operator]
-    return made[:, ids.shape[1] :]
+        generated = model.generate(ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+    return generated[:, ids.shape[1] :]
 
 
 @contextlib.contextmanager
 def _plain_generation(model: Any) -> Iterator[None]:
-    """Without the model's own settings of generation, such as a repetition penalty, which `generate`
-    takes over wherever it is given none; its special tokens stay."""
+    """Suspend the model's own generation settings, such as a repetition penalty, while the context is open.
+
+    `generate` would use them for every setting that it is not given. The special tokens stay.
+    """
     before = model.generation_config
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(before, name) for name in special})
@@ -236,15 +239,15 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 
 def _in_words(config: SteerConfig) -> str:
-    """The edits in words: `neurons 1:32 0:7 set 3 at positions all`."""
+    """Return the edits in words, such as `neurons 1:32 0:7 set 3 at positions all`."""
     operation, value = config.edits()[0].operation
-    done = "zero" if operation == "zero" else f"{operation} {value:g}"
-    many = "neuron" if len(config.neurons) == 1 else "neurons"
-    return f"{many} {' '.join(config.neurons)} {done} at positions {config.positions}"
+    action = "zero" if operation == "zero" else f"{operation} {value:g}"
+    noun = "neuron" if len(config.neurons) == 1 else "neurons"
+    return f"{noun} {' '.join(config.neurons)} {action} at positions {config.positions}"
 
 
 def _text(config: SteerConfig, run: Run) -> str:
-    """The text given, or the beginning of a held-out document."""
+    """Return the text of the options, or by default the beginning of a held-out document."""
     if config.text is not None:
         return config.text
     if config.text_file is not None:
@@ -269,20 +272,20 @@ def _check_length(ids: torch.Tensor, subject: LoadedModel, config: SteerConfig) 
     whole = ids.shape[1] + config.generate
     if subject.longest is not None and whole > subject.longest:
         raise InputError(
-            f"the text has {ids.shape[1]} tokens, which with --generate {config.generate} is more than the"
-            f" {subject.longest} that {subject.name} takes: give a shorter text, or generate fewer"
+            f"the text has {ids.shape[1]} tokens, which with --generate {config.generate} exceeds the"
+            f" {subject.longest} that {subject.name} takes: give a shorter text or a lower --generate"
         )
 
 
 def _check_positions(edit: Edit, ids: torch.Tensor, count: int) -> None:
-    """Raises `InputError` if no token of the text or the continuation stands at the positions.
+    """Raise `InputError` if no token of the text or the continuation is at the positions of the edit.
 
-    The last token generated is read by no further pass, so that no edit can be made at it.
+    The last generated token is not read by any further pass, so that it cannot be edited.
     """
     n = ids.shape[1]
     position = torch.arange(n + max(0, count - 1))[None]
     if not chosen(edit.where, position, torch.tensor([[n]])).any():
         raise InputError(
-            f"no token stands at the positions: the text has {n} tokens, numbered from 0, and"
+            f"no token is at these positions: the text has {n} tokens, numbered from 0, and"
             f" {count} are generated; give other --positions"
         )
