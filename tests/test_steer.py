@@ -384,7 +384,7 @@ def test_a_mask_that_does_not_tell_padding_is_refused():
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     with (
         steering(model, Edit(0, 1, set=1.0, positions="2:")),
-        pytest.raises(InputError, match=r"\(2, 1, 6, 6\), \(2, 6\) was expected"),
+        pytest.raises(InputError, match=r"\(2, 1, 6, 6\), but \(2, 6\) is needed"),
     ):
         logits(model, x, attention_mask=mask)
 
