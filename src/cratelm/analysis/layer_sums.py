@@ -127,12 +127,12 @@ def sum_over_text(
     sums: dict[int, LayerSums] = defaultdict(LayerSums)
     ordinals = np.asarray(plan.split.ordinals)
     documents = len(ordinals)
-    seen, group_tokens = np.zeros(documents), np.zeros(GROUPS)
+    document_tokens, group_tokens = np.zeros(documents), np.zeros(GROUPS)
     # at other sites, the neurons are not computed from the input of the second step
     steps = steps_of(model) if site.name in ("ista", "mlp") else []
     for batch in plan.batches(batch_tokens, model.device):
         tokens = _TextTokens.of(batch, ordinals)
-        seen += np.bincount(tokens.document, minlength=documents)
+        document_tokens += np.bincount(tokens.document, minlength=documents)
         group_tokens += np.bincount(tokens.document % GROUPS, minlength=GROUPS)
 
         def on_activation(
@@ -146,7 +146,9 @@ def sum_over_text(
         with torch.no_grad(), hooked(model, site, on_activation), watched:
             model.base_model(input_ids=batch.input_ids, use_cache=False)
         progress(batch.input_ids.numel())
-    return TextSums(dict(sums), int(seen.sum()), int((seen > 0).sum()), group_tokens)
+    return TextSums(
+        dict(sums), int(document_tokens.sum()), int((document_tokens > 0).sum()), group_tokens
+    )
 
 
 @contextlib.contextmanager

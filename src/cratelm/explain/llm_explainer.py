@@ -72,21 +72,21 @@ class LLMExplainer:
             if record.summary.dead:
                 continue
             for evidence in self._config.evidence:
-                shown = explained_from(record, _METRIC[evidence])
+                excerpts = explained_from(record, _METRIC[evidence])
                 silent = contrasting(record, _METRIC[evidence], self._config.contrast)
-                documents = tuple(sorted({e.document for e in shown + silent}))
-                request = self._request(shown, silent)
+                documents = tuple(sorted({e.document for e in excerpts + silent}))
+                request = self._request(excerpts, silent)
                 yield ExplanationRequest(record.neuron, evidence, documents, request)
 
-    def _request(self, shown: Sequence[Excerpt], silent: Sequence[Excerpt]) -> Chat:
+    def _request(self, excerpts: Sequence[Excerpt], silent: Sequence[Excerpt]) -> Chat:
         sampling: dict[str, Any] = {
             "max_tokens": self._config.answer_tokens,
             "temperature": self._config.temperature,
             "seed": self._config.seed,
         }
         if self._config.prompts == "openai":
-            return openai_explain_request(shown, self._strings, **sampling)
-        return explain_request(shown, silent, self._strings, **sampling)
+            return openai_explain_request(excerpts, self._strings, **sampling)
+        return explain_request(excerpts, silent, self._strings, **sampling)
 
     def _read(
         self, request: ExplanationRequest, outcome: Outcome

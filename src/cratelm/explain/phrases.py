@@ -33,9 +33,9 @@ def lookup_phrase(
         table.values > table.default, table.counts * (table.values - table.default) ** 2, 0
     )
     tokens = table.tokens[_ranked(gains)[:N_NAMED]]
-    where = _listed([_quoted([t], token_strings) for t in tokens])
+    contexts = _listed([_quoted([t], token_strings) for t in tokens])
     after = _mostly_after(evidence, tokens, token_strings)
-    return _phrase(record, where + after, token_strings)
+    return _phrase(record, contexts + after, token_strings)
 
 
 def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) -> str:
@@ -50,8 +50,8 @@ def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) 
             named.append(context)
         if len(named) == N_NAMED:
             break
-    where = _listed([_in_context(c, token_strings) for c in named])
-    return _phrase(record, where, token_strings)
+    contexts = _listed([_in_context(c, token_strings) for c in named])
+    return _phrase(record, contexts, token_strings)
 
 
 def _ranked(gains: NDArray) -> NDArray[np.int64]:
@@ -60,10 +60,10 @@ def _ranked(gains: NDArray) -> NDArray[np.int64]:
     return order[gains[order] > MIN_GAIN * gains.max(initial=0)]
 
 
-def _phrase(record: NeuronRecord, where: str, token_strings: Sequence[str]) -> str:
+def _phrase(record: NeuronRecord, contexts: str, token_strings: Sequence[str]) -> str:
     percent = 100 * record.summary.firing_rate
     rate = f"fires on {percent:{'.0f' if percent >= 10 else '.2g'}}% of tokens"
-    most = f", most on {where}" if where else ", on none much more than on others"
+    most = f", most on {contexts}" if contexts else ", on none much more than on others"
     return f"{rate}{most}; e.g. {_example(record.excerpts, token_strings)}"
 
 

@@ -80,46 +80,46 @@ class Client:
         in the ledger.
         """
         keys = [key(r, self.identity) for r in requests]
-        known = self._known(keys)
-        missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in known}
-        self.tally.known += sum(k in known for k in keys)
+        outcome_by_key = self._stored(keys)
+        missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in outcome_by_key}
+        self.tally.known += sum(k in outcome_by_key for k in keys)
         for portion in self._portions(list(missing.items())):
-            known |= self._send(portion)
-        outcomes = [known[k] for k in keys]
+            outcome_by_key |= self._send(portion)
+        outcomes = [outcome_by_key[k] for k in keys]
         self.tally.failed.update(str(o.kind) for o in outcomes if isinstance(o, Failure))
         return outcomes
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
         """Return the requests that `ask` would send, without duplicates."""
-        wanted = {key(r, self.identity): r for r in requests}
-        known = self._known(list(wanted))
-        return [r for k, r in wanted.items() if k not in known]
+        by_key = {key(r, self.identity): r for r in requests}
+        stored = self._stored(list(by_key))
+        return [r for k, r in by_key.items() if k not in stored]
 
-    def _known(self, keys: list[str]) -> dict[str, Outcome]:
-        found = self.ledger.find(keys)
+    def _stored(self, keys: list[str]) -> dict[str, Outcome]:
+        stored = self.ledger.find(keys)
         if not self._retry_failed:
-            return found
-        return {k: o for k, o in found.items() if isinstance(o, Answer) or k in self._tried}
+            return stored
+        return {k: o for k, o in stored.items() if isinstance(o, Answer) or k in self._tried}
 
-    def _portions(self, wanted: list[tuple[str, Request]]) -> Iterator[list[tuple[str, Request]]]:
-        """Yield `wanted` in batches that fit the budget; raise `BudgetReached` if the next one does not."""
-        while wanted:
-            portion = wanted[: self._room(wanted)]
+    def _portions(self, unsent: list[tuple[str, Request]]) -> Iterator[list[tuple[str, Request]]]:
+        """Yield `unsent` in batches that fit the budget; raise `BudgetReached` if the next one does not."""
+        while unsent:
+            portion = unsent[: self._room(unsent)]
             if not portion:
-                raise BudgetReached(self._limit(len(wanted)))
+                raise BudgetReached(self._limit(len(unsent)))
             yield portion
-            wanted = wanted[len(portion) :]
+            unsent = unsent[len(portion) :]
 
-    def _room(self, wanted: list[tuple[str, Request]]) -> int:
-        """Return how many of `wanted` fit into the limits, by the backend's count of tokens."""
+    def _room(self, unsent: list[tuple[str, Request]]) -> int:
+        """Return how many of `unsent` fit into the limits, by the backend's count of tokens."""
         budget, spent = self.budget, self._spent()
-        n = len(wanted)
+        n = len(unsent)
         if budget.max_calls:
             n = min(n, budget.max_calls - spent.calls)
         if not (budget.max_tokens or budget.max_cost):
             return max(n, 0)
         prompt = completion = 0
-        for n_before, (_, request) in enumerate(wanted[: max(n, 0)]):
+        for n_before, (_, request) in enumerate(unsent[: max(n, 0)]):
             prompt += prompt_tokens(request, self.backend)
             completion += completion_tokens(request)
             tokens = spent.tokens + prompt + completion
@@ -155,25 +155,25 @@ class Client:
 
     def _send(self, portion: list[tuple[str, Request]]) -> dict[str, Outcome]:
         requests = [request for _, request in portion]
-        found: dict[str, Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         with contextlib.closing(self.backend.answer(requests)) as groups:
             for group in groups:
                 rows = []
                 for index, outcome in group:
                     k, kind = portion[index][0], kind_of(requests[index])
                     rows.append((k, kind, outcome))
-                    found[k] = rounded(kind, outcome)
+                    outcomes[k] = rounded(kind, outcome)
                     self._tried.add(k)
                     self._count(outcome)
                 self.ledger.write(
                     self.backend.name, rows, self._prices if any(self._prices) else None
                 )
-        if len(found) != len(portion):
+        if len(outcomes) != len(portion):
             raise InputError(
-                f"{self.backend.name} returned {len(found)} outcomes for {len(portion)} requests:"
+                f"{self.backend.name} returned {len(outcomes)} outcomes for {len(portion)} requests:"
                 " type the same command again to ask for the others"
             )
-        return found
+        return outcomes
 
     def _count(self, outcome: Outcome) -> None:
         self.tally.calls += 1
@@ -235,11 +235,11 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
     """
     calls, prompt, completion = 0, 0, 0
     kinds: set[str] = set()
-    seen: set[bytes] = set()
+    counted: set[bytes] = set()
     for group in requests:
         new = {key(r, client.identity): r for r in group}
-        new = {k: r for k, r in new.items() if bytes.fromhex(k[:32]) not in seen}
-        seen.update(bytes.fromhex(k[:32]) for k in new)
+        new = {k: r for k, r in new.items() if bytes.fromhex(k[:32]) not in counted}
+        counted.update(bytes.fromhex(k[:32]) for k in new)
         for request in client.missing(list(new.values())):
             calls += 1
             prompt += prompt_tokens(request, client.backend)
@@ -254,8 +254,8 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
         share = (prompt + completion) / tokens
         seconds = so_far.seconds * share / client.backend.parallel
     return DryRun(
-        requests=len(seen),
-        known=len(seen) - calls,
+        requests=len(counted),
+        known=len(counted) - calls,
         calls=calls,
         prompt_tokens=prompt,
         completion_tokens=completion,

@@ -111,15 +111,15 @@ class Ledger:
 
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
         """Return the stored outcomes of these keys."""
-        found: dict[str, Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         for start in range(0, len(keys), 500):
             portion = keys[start : start + 500]
             placeholders = ",".join("?" * len(portion))
             for row in self._database.execute(
                 f"SELECT {_COLUMNS} FROM calls WHERE key IN ({placeholders})", portion
             ):
-                found[row[0]] = _outcome(row)
-        return found
+                outcomes[row[0]] = _outcome(row)
+        return outcomes
 
     def write(
         self, model: str, outcomes: Iterable[tuple[str, str, Outcome]], prices: Prices | None = None

@@ -115,15 +115,15 @@ def _facts(backend: Backend) -> dict[str, Any]:
 
 
 def _backend(config: LLMConfig, specification: str) -> Backend:
-    kind, _, rest = specification.partition(":")
+    kind, _, name = specification.partition(":")
     if kind == "hf":
         from cratelm.llm.backends.transformers import LocalBackend
 
-        return LocalBackend(rest, device=config.device, dtype=config.dtype)
+        return LocalBackend(name, device=config.device, dtype=config.dtype)
     from cratelm.llm.backends.openai import ServerBackend
 
     return ServerBackend(
-        rest,
+        name,
         config.base_url or None,
         concurrency=config.concurrency,
         retries=config.retries,

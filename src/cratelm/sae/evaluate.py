@@ -350,7 +350,7 @@ def _layer_table(layers: tuple[LayerReconstruction, ...]) -> str:
 def _replacement_table(result: SaeEvaluateResult) -> str:
     lines = [["in place of activations", "loss added", "from zero", "from mean"]]
     for replaced in result.replacements:
-        where = f"layer {replaced.layers[0]}" if len(replaced.layers) == 1 else "all layers"
+        layers = f"layer {replaced.layers[0]}" if len(replaced.layers) == 1 else "all layers"
         kept = ", ".join(map(str, replaced.own_kept))
         rows = {
             "reconstruction": replaced.reconstruction,
@@ -363,7 +363,7 @@ def _replacement_table(result: SaeEvaluateResult) -> str:
             recovered = [
                 _show(r, ".2%") for r in (loss.recovered_from_zero, loss.recovered_from_mean)
             ]
-            lines.append([f"{where}: {label}", loss.added.show("+.4f"), *recovered])
+            lines.append([f"{layers}: {label}", loss.added.show("+.4f"), *recovered])
     return "\n".join(align(lines))
 
 

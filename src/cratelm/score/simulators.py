@@ -84,7 +84,7 @@ class TrieSimulator:
         return self.predict(explanation.payload, token_ids)
 
     def predict(self, payload: Mapping[str, Any], token_ids: Sequence[NDArray]) -> Simulated:
-        """Return the same from the payload alone.
+        """Return the prediction of `simulate` from the payload of the explanation.
 
         All tokens go down the trie together, one level at a time: contexts whose node has no child for
         the next token drop out, and those that remain overwrite the value of the level above.

@@ -133,17 +133,17 @@ def one_operation(
     messages: `--` for options of a command.
     """
     values: dict[Operation, float | None] = {"set": set_, "add": add, "scale": scale}
-    given: list[tuple[Operation, float]] = [(k, v) for k, v in values.items() if v is not None]
+    operations: list[tuple[Operation, float]] = [(k, v) for k, v in values.items() if v is not None]
     if zero:
-        given.append(("zero", 0.0))
-    if len(given) != 1:
+        operations.append(("zero", 0.0))
+    if len(operations) != 1:
         names = ", ".join(dashes + name for name in ("set", "add", "scale", "zero"))
-        if not given:
+        if not operations:
             raise InputError(f"no operation on the neurons is given: give one of {names}")
         raise InputError(
-            f"{' and '.join(dashes + name for name, _ in given)} cannot be combined: give one of {names}"
+            f"{' and '.join(dashes + name for name, _ in operations)} cannot be combined: give one of {names}"
         )
-    name, value = given[0]
+    name, value = operations[0]
     if not math.isfinite(value):
         raise InputError(f"{dashes}{name} is {value}: it must be a finite number")
     return name, value

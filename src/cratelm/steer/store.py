@@ -282,8 +282,8 @@ def read_logit_effect(
     """
     if not _path(LOGIT_EFFECTS, folder).is_file():
         return None
-    wanted = [("layer", "=", neuron.layer), ("index", "=", neuron.index), ("kind", "=", kind)]
-    rows = _read(LOGIT_EFFECTS, folder, wanted)
+    filters = [("layer", "=", neuron.layer), ("index", "=", neuron.index), ("kind", "=", kind)]
+    rows = _read(LOGIT_EFFECTS, folder, filters)
     return _logit_effect(rows[0]) if rows and rows[0]["site"] == neuron.site else None
 
 

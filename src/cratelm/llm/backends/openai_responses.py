@@ -165,18 +165,22 @@ def read_logprobs(request: LogprobQuery, body: Body, n_top: int) -> OptionLogpro
     first: dict[int, int] = {}
     for i, begin in enumerate(begins):
         first.setdefault(begin, i)
-    places = [
+    slot_tokens = [
         _checked_token(first.get(slot), tokens, request.text, slot) for slot in request.offsets
     ]
-    if None in places:
-        raise _unreadable(f"no token begins at {places.count(None)} of {len(places)} slots")
-    matched = [_match_options(tops[i], request.options, n_top) for i in places if i is not None]
+    if None in slot_tokens:
+        raise _unreadable(
+            f"no token begins at {slot_tokens.count(None)} of {len(slot_tokens)} slots"
+        )
+    matched = [
+        _match_options(tops[i], request.options, n_top) for i in slot_tokens if i is not None
+    ]
     absolute = np.array([log_probs for log_probs, _ in matched])  # [n, O]
     n_silent = int(np.isneginf(absolute).all(axis=1).sum())
     if n_silent:
         raise _unreadable(
             f"none of the options is among the {n_top} most likely tokens at {n_silent} of"
-            f" {len(places)} slots"
+            f" {len(slot_tokens)} slots"
         )
     total = np.logaddexp.reduce(absolute, axis=1, keepdims=True)  # [n, 1]
     return OptionLogprobs(

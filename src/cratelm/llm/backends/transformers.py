@@ -182,33 +182,35 @@ class LocalBackend:
         started = time.monotonic()
         encoded = self.tokenizer([r.text for r in requests], return_offsets_mapping=True)
         ids: list[list[int]] = encoded.input_ids
-        places = [
-            _places(offsets, r.offsets)
+        slot_tokens = [
+            _slot_tokens(offsets, r.offsets)
             for offsets, r in zip(encoded.offset_mapping, requests, strict=True)
         ]
         options = self._option_ids(requests[0])
-        readable = [i for i, p in enumerate(places) if p is not None and options is not None]
-        found: dict[int, OptionLogprobs] = {}
+        readable = [i for i, p in enumerate(slot_tokens) if p is not None and options is not None]
+        logprobs: dict[int, OptionLogprobs] = {}
         if readable:
             # A slot is predicted from the token before it, which must pass through the model in this
             # batch: the shared prefix ends before the earliest such token.
-            first = min(places[i][0] for i in readable) - 1  # type: ignore[index]
+            first = min(slot_tokens[i][0] for i in readable) - 1  # type: ignore[index]
             n_shared = min(_n_common([ids[i] for i in readable]), first)
             cache = self._context_cache(ids[readable[0]][:n_shared], requests[0])
             for batch in self._batches(readable, ids, n_shared):
-                rows = [(ids[i][n_shared:], [p - n_shared for p in places[i] or ()]) for i in batch]
+                rows = [
+                    (ids[i][n_shared:], [p - n_shared for p in slot_tokens[i] or ()]) for i in batch
+                ]
                 answers = self._forward(rows, cache, n_shared, options or [], requests[0].full)
-                found |= dict(zip(batch, answers, strict=True))
+                logprobs |= dict(zip(batch, answers, strict=True))
         seconds = (time.monotonic() - started) / len(requests)
         return [
-            Answer(found[i], len(ids[i]), 0, seconds)
-            if i in found
-            else Failure(FailureKind.UNREADABLE, self._why(requests[i], places[i]))
+            Answer(logprobs[i], len(ids[i]), 0, seconds)
+            if i in logprobs
+            else Failure(FailureKind.UNREADABLE, self._why(requests[i], slot_tokens[i]))
             for i in range(len(requests))
         ]
 
-    def _why(self, request: LogprobQuery, places: list[int] | None) -> str:
-        if places is None:
+    def _why(self, request: LogprobQuery, slot_tokens: list[int] | None) -> str:
+        if slot_tokens is None:
             return "no token begins at one of the slots"
         return f"one of the options {', '.join(map(repr, request.options))} is not a single token"
 
@@ -288,8 +290,8 @@ class LocalBackend:
             tokens[row, : len(ids)] = torch.tensor(ids)
             mask[row, n_shared : n_shared + len(ids)] = 1
         # logits at a token predict the next one, so those of the token before a slot are read
-        where = [(row, p - 1) for row, (_, places) in enumerate(rows) for p in places]
-        before = torch.tensor(where, device=self._device)  # [sum n, 2]
+        predicting = [(row, p - 1) for row, (_, slots) in enumerate(rows) for p in slots]
+        before = torch.tensor(predicting, device=self._device)  # [sum n, 2]
         with _Head(self.model, before, None if full else options) as head:
             self.model(
                 tokens.to(self._device),
@@ -298,7 +300,7 @@ class LocalBackend:
                 past_key_values=_repeated(cache, len(rows)),
             )
         logits = head.logits[0]  # [sum n, V] or [sum n, O]
-        return _option_logprobs(logits, [len(places) for _, places in rows], options, full)
+        return _option_logprobs(logits, [len(slots) for _, slots in rows], options, full)
 
     # --- chats and embeddings --------------------------------------------------------------------
 
@@ -505,14 +507,14 @@ def _group(request: Request) -> Any:
     return (type(request),)
 
 
-def _places(offsets: Sequence[tuple[int, int]], slots: Sequence[int]) -> list[int] | None:
+def _slot_tokens(offsets: Sequence[tuple[int, int]], slots: Sequence[int]) -> list[int] | None:
     """Return the index of the token that begins at each slot, a character offset, [n].
 
     None if no token begins at one of the slots, or if it is the first token, which nothing predicts.
     """
     begins = {a: i for i, (a, b) in reversed(list(enumerate(offsets))) if b > a}
-    places = [begins.get(slot, 0) for slot in slots]
-    return places if places and min(places) > 0 else None
+    tokens = [begins.get(slot, 0) for slot in slots]
+    return tokens if tokens and min(tokens) > 0 else None
 
 
 def _n_common(rows: list[list[int]]) -> int:

@@ -94,7 +94,7 @@ def require() -> None:
     except ImportError:
         package, otherwise = (
             "automated-interpretability",
-            ", in an environment of its own: it needs numpy < 2",
+            ", in a separate environment, since it needs numpy < 2",
         )
         raise missing_extra("openai-prompts", "--prompts openai", package, otherwise) from None
 
