@@ -443,7 +443,7 @@ class ServerBackend:
         if self._has_answered:
             return
         if status == 401 or (status == 403 and not is_probe):
-            check = f"check {KEY}" if self._key else f"{KEY} is not set, so set it"
+            check = f"check {KEY}" if self._key else f"set {KEY} to your key"
             raise InputError(self._one_line(f"{self._server} refused the key: {check} ({reason})"))
         if status == 404 and not is_probe:
             raise InputError(
