@@ -68,7 +68,7 @@ class LocalBackend:
     parallel = 1
 
     def __init__(self, specification: str, *, device: str = "auto", dtype: str = "auto"):
-        """`specification` is what follows `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
+        """`specification` is the text after `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
         self._source = locate(specification)
         self.name = short_name(specification, self._source)
         self._device = torch.device(_device() if device == "auto" else device)

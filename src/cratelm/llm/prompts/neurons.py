@@ -133,7 +133,7 @@ def simulate_read(
         preamble=simulate_preamble(top),
         context=simulate_context(explanation),
         body="".join(lines),
-        # the slot is where `UNKNOWN` begins: before it and the line break at the end of each line
+        # each line ends with `UNKNOWN` and a line break; the slot is the beginning of `UNKNOWN`
         slots=tuple(int(end) - 1 - len(UNKNOWN) for end in ends),
         options=tuple(map(str, range(top + 1))),
         full=full,
