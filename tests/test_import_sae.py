@@ -205,10 +205,10 @@ def test_damaged_and_hostile_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda c: c.update(architecture="topk"), "architecture 'topk', only 'standard' is"),
+        (lambda c: c.update(architecture="topk"), "architecture 'topk', but only 'standard' is"),
         (lambda c: c.update(normalize_activations="layer_norm"), "normalize_activations"),
         (lambda c: c.update(apply_b_dec_to_input=False), "apply_b_dec_to_input"),
-        (lambda c: c.update(d_in=11), r"W_enc has shape \(12, 40\), \(11, 40\)"),
+        (lambda c: c.update(d_in=11), r"W_enc has shape \(12, 40\), but \(11, 40\)"),
         (lambda c: c.update(d_in="12"), "d_in is '12'"),
         (lambda c: c["metadata"].pop("site"), "no site under metadata"),
         (lambda c: c.update(dtype="int8"), "dtype is 'int8'"),

@@ -217,7 +217,7 @@ def test_how_many_tokens_a_level_takes(backend, tmp_path):
     counts = whole.tokens_at_slot([*LEVELS, "10"], " word\t")
     assert counts == [1] * 11
     assert top_level(counts) == 10
-    with pytest.raises(InputError, match="ten digits must be one token each"):
+    with pytest.raises(InputError, match="each of the ten digits must be one token"):
         top_level([1, 2] + [1] * 9)
 
 
@@ -320,7 +320,7 @@ def test_identity_follows_the_weights_and_the_precision(folder, tmp_path):
     ("specification", "message"),
     [
         ("/no/such/folder", "there is no such folder"),
-        ("/no/such/model.gguf", "there is no such file"),
+        ("/no/such/model.gguf", "there is no such GGUF file"),
         ("a b", "there is no such folder"),
     ],
 )

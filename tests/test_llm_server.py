@@ -223,10 +223,10 @@ def test_fault_is_its_kind_of_failure(fault, request_):
 def test_reasons_say_what_was_found():
     with LLMServer(always(Fault.WRONG_COUNT)) as server:
         failure = failed(ask(backend(server), FILL)[0])
-        assert failure.reason == "9 values, 11 were expected"
+        assert failure.reason == "9 values instead of 11"
         assert failure.completion_tokens > 0
     with LLMServer(always(Fault.GARBAGE)) as server:
-        assert failed(ask(backend(server), FILL)[0]).reason == "JSON cut off at the limit of tokens"
+        assert failed(ask(backend(server), FILL)[0]).reason == "JSON cut off at the token limit"
 
 
 def test_garbage_in_a_chat_is_a_text():
@@ -292,11 +292,11 @@ CONTENTS = {
     "[1, 2": "no JSON",
     "[1, 2]": 'JSON without a list of "values"',
     '{"values": 3}': 'JSON without a list of "values"',
-    '{"values": [1, 2, 3]}': "3 values, 2 were expected",
-    '{"values": [1, true]}': "1 values are no integers 0..9",
-    '{"values": [1, 2.0]}': "1 values are no integers 0..9",
-    '{"values": [-1, 10]}': "2 values are no integers 0..9",
-    '{"values": ["1", null]}': "2 values are no integers 0..9",
+    '{"values": [1, 2, 3]}': "3 values instead of 2",
+    '{"values": [1, true]}': "1 values are not integers 0..9",
+    '{"values": [1, 2.0]}': "1 values are not integers 0..9",
+    '{"values": [-1, 10]}': "2 values are not integers 0..9",
+    '{"values": ["1", null]}': "2 values are not integers 0..9",
     '{"values": [1, ' + "9" * 5000 + "]}": "no JSON",
     "[" * 100_000: "no JSON",
 }
@@ -488,7 +488,7 @@ def test_unknown_model_stops_at_the_first_call():
 def test_server_that_is_not_there_stops_at_the_first_call():
     with LLMServer() as server:
         model = backend(server, retries=1)
-    with pytest.raises(InputError, match="cannot be reached: check that the server runs"):
+    with pytest.raises(InputError, match="cannot be reached: check that the server is running"):
         ask(model, CHAT)
 
 
@@ -595,7 +595,7 @@ def test_secrets_in_the_address_are_refused_unseen(url):
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "ftp://host/v1", "http:///v1"])
 def test_addresses_of_no_server_are_refused(url):
-    with pytest.raises(InputError, match="was expected"):
+    with pytest.raises(InputError, match="must be an address"):
         ServerBackend(MODEL, url)
 
 
@@ -686,7 +686,7 @@ def test_auto_reads_where_offsets_are_right():
     ("options", "reason"),
     [
         ({"echo": False}, "Only no echo is supported"),
-        ({"offsets": "decoded"}, "not those of its characters"),
+        ({"offsets": "decoded"}, "do not count its characters"),
         ({"faults": always(Fault.ERROR)}, "HTTP 500"),
         ({"faults": always(Fault.EMPTY)}, "reports no log-probabilities"),
     ],
@@ -717,7 +717,7 @@ def test_auto_decides_nothing_without_an_answer():
     with LLMServer(always(Fault.STALL, attempts=1)) as server:
         assert backend(server, method="auto", deadline=0.5).supports_logprobs
     with LLMServer(always(Fault.STALL)) as server:
-        with pytest.raises(InputError, match="to a probe call"):
+        with pytest.raises(InputError, match="did not answer a probe call"):
             _ = backend(server, method="auto", deadline=0.3).supports_logprobs
         assert not backend(server, method="json").supports_logprobs
         assert backend(server, method="logprobs").supports_logprobs
@@ -768,7 +768,7 @@ def test_slots_without_an_option_are_told():
     read = LogprobQuery("", "", READ.text, READ.offsets, ("yes", "no"))
     with LLMServer() as server:
         failure = failed(ask(backend(server), read)[0])
-    told = f"none of the options is among the 20 likeliest tokens at 11 of {len(STRINGS)} slots"
+    told = f"none of the options is among the 20 most likely tokens at 11 of {len(STRINGS)} slots"
     assert (failure.kind, failure.reason) == (FailureKind.UNREADABLE, told)
 
 

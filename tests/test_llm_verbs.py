@@ -246,7 +246,7 @@ def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
         "reads": False, "top_level": 10, "tokens_of_ten": None, "mass": None, "lowest_mass": None,
         "reason": "",
     }  # fmt: skip
-    with pytest.raises(InputError, match="--paper-compat reads log-probabilities"):
+    with pytest.raises(InputError, match="--paper-compat needs log-probabilities"):
         scored(run, paper_compat=True, name="other")
 
 
@@ -330,20 +330,18 @@ def test_contrast_excerpts_are_shown_and_audited(run, model):
 
 def test_missing_explanations_say_what_there_is(run, model):
     explained(run, name="mine")
-    with pytest.raises(
-        InputError, match="those by mine, llm-free can be named with --explanations"
-    ):
+    with pytest.raises(InputError, match="name one of mine, llm-free with --explanations"):
         scored(run)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"explainer": "gpt-4"}, "--explainer gpt-4: expected hf:ID_OR_PATH"),
-        ({"explainer": "hf:"}, "expected hf:ID_OR_PATH"),
-        ({"shard": "3/3"}, "--shard 3/3: I/N was expected"),
+        ({"explainer": "gpt-4"}, "--explainer gpt-4: it must be hf:ID_OR_PATH"),
+        ({"explainer": "hf:"}, "must be hf:ID_OR_PATH"),
+        ({"shard": "3/3"}, "--shard 3/3: it must be I/N"),
         ({"shard": "a"}, "--shard a"),
-        ({"max_cost": 1.0}, "--max-cost needs the prices"),
+        ({"max_cost": 1.0}, "--max-cost needs prices"),
         ({"max_calls": -1}, "--max-calls must be at least 0, not -1"),
         ({"deadline": 0.0}, "--deadline 0.0"),
         ({"only": ("5",)}, "--only 5: LAYER:INDEX"),
@@ -364,7 +362,7 @@ def test_bad_options_are_named(fields, message):
         ({"metrics": ("detection",)}, r"need --simulator"),
         ({"explanations": "x"}, "add --simulator"),
         ({"paper_compat": True}, "add --simulator"),
-        ({"simulator": "mistral"}, "--simulator mistral: expected hf:"),
+        ({"simulator": "mistral"}, "--simulator mistral: it must be hf:"),
     ],
 )
 def test_bad_scoring_options_are_named(fields, message):

@@ -355,7 +355,7 @@ def test_every_key_of_an_evaluation_is_documented(compared):
     [
         ({"models": ("crate-9l",)}, "crate-9l is missing or not finished: type `cratelm score"),
         ({"models": ("crate-2l", "crate-2l")}, "name each model once"),
-        ({"sae": "l1-16x"}, "names no autoencoders of the run"),
+        ({"sae": "l1-16x"}, "is neither a folder nor a name in the run"),
         ({"train_tokens": 8, "batch_size": 64}, "--train-tokens 8 is less than one batch"),
         ({"architecture": "l1", "k": 3}, "--k is an option of topk and batchtopk"),
         ({"evaluate_tokens": 0}, "--evaluate-tokens must be at least 1, not 0"),

@@ -331,7 +331,7 @@ def test_what_is_not_there_is_refused(finished, options, told):
         ({"d_in": 64, "d_sae": 64}, r"64 activations, but site ista .* 128"),
         ({"layer": 2}, "layer 2"),
         ({"site": "transformer.h.*"}, "no site"),
-        ({"provenance": {"model_identity": "x"}}, "was trained on another model than crate is now"),
+        ({"provenance": {"model_identity": "x"}}, "which differs from crate as it is now"),
     ],
 )
 def test_what_does_not_fit_is_refused(run, tmp_path, options, told):
@@ -347,7 +347,7 @@ def test_a_model_trained_anew_is_told(run, tmp_path):
     with pytest.raises(InputError, match="sae/crate@topk-2x was made from an earlier model/crate"):
         evaluated(run, sae="topk-2x")
     shutil.copytree(run / "sae" / "crate@topk-2x", tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="trained on another model than crate is now"):
+    with pytest.raises(InputError, match="which differs from crate as it is now"):
         evaluated(run, sae=str(tmp_path / "elsewhere"))
 
 

@@ -372,7 +372,10 @@ def test_a_diverging_loss_is_told(run):
         ({"layers": (2,)}, "has layers 0 to 1"),
         ({"site": "nothing"}, "no site 'nothing'"),
         ({"model": "gpt2", "site": "ista"}, "no site 'ista'"),
-        ({"architecture": "topk", "k": 300}, "--k is 300, the autoencoder has 256 latents"),
+        (
+            {"architecture": "topk", "k": 300},
+            "--k is 300, but the autoencoder has only 256 latents",
+        ),
         ({"sequence_length": 17}, "17"),
         ({"model": "other"}, "cratelm train"),
     ],

@@ -245,7 +245,7 @@ def test_no_value_has_one_of_three_reasons():
     ):
         assert s.score.status == Status.UNDEFINED
         if s.control == "shuffled":
-            assert "no other explained neuron" in s.score.reason
+            assert "no other neuron with an explanation" in s.score.reason
 
 
 def none_is_duplicate(excerpt: Excerpt) -> bool:

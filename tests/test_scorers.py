@@ -458,8 +458,8 @@ def test_intruder_needs_four_top_and_its_null_five_random():
     few = dataclasses.replace(
         record(), excerpts=tuple(e for e in record().excerpts if e.rank not in (1, 3))
     )
-    assert "3 top excerpts, 4 were needed" in unasked("intruder", few).reason
-    assert "random excerpts, 5 were needed" in unasked("intruder", few, "shuffled").reason
+    assert "3 top excerpts, but 4 are needed" in unasked("intruder", few).reason
+    assert "random excerpts, but 5 are needed" in unasked("intruder", few, "shuffled").reason
 
 
 def test_counts():

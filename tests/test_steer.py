@@ -353,14 +353,14 @@ def test_a_static_cache_steers_everywhere_or_says_why_not():
         (lambda m: steering(m, Edit(0, -1, set=1.0)), "neuron -1"),
         (lambda m: steering(m, Edit(0, (4, 4), add=1.0)), "twice"),
         (lambda m: steering(m, Edit(0, 0, set=1.0), site="mlp"), "no site 'mlp'"),
-        (lambda m: Edit(0, 0), "nothing is given"),
+        (lambda m: Edit(0, 0), "no operation on the neurons is given"),
         (lambda m: Edit(0, 0, set=1.0, zero=True), "set and zero"),
         (lambda m: Edit(0, (), set=1.0), "no neuron"),
         (lambda m: Edit(0, 0, scale=float("nan")), "finite"),
         (lambda m: Edit(0, 0, set=1.0, positions="first"), "positions 'first'"),
         (lambda m: Edit(0, 0, set=1.0, positions=[]), r"positions \[\]"),
         (lambda m: Edit(0, 0, set=1.0, positions=1.5), "positions 1.5"),
-        (lambda m: SteerConfig(neurons=("1:2",)), "nothing is given"),
+        (lambda m: SteerConfig(neurons=("1:2",)), "no operation on the neurons is given"),
         (lambda m: SteerConfig(neurons=("1:2",), set=1, add=2), "--set and --add"),
         (lambda m: SteerConfig(neurons=("1.2",), set=1), "--neurons 1.2"),
         (lambda m: SteerConfig(neurons=(), set=1), "names no neuron"),
@@ -385,7 +385,7 @@ def test_a_mask_that_does_not_tell_padding_is_refused():
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     with (
         steering(model, Edit(0, 1, set=1.0, positions="2:")),
-        pytest.raises(InputError, match=r"\(2, 1, 6, 6\), \(2, 6\) was expected"),
+        pytest.raises(InputError, match=r"\(2, 1, 6, 6\), but \(2, 6\) is needed"),
     ):
         logits(model, x, attention_mask=mask)
 
@@ -474,9 +474,9 @@ def test_the_verbs_text_and_seed(run, tmp_path):
     [
         (["--neurons", "0:9999", "--set", "1"], "neuron 9999 of layer 0"),
         (["--neurons", "5:1", "--set", "1"], "layer 5"),
-        (["--neurons", "0:1"], "nothing is given"),
-        (["--neurons", "0:1", "--zero", "--positions", "60"], "no token stands"),
-        (["--neurons", "0:1", "--zero", "--positions", "generated", "--generate", "0"], "no token stands"),
+        (["--neurons", "0:1"], "no operation on the neurons is given"),
+        (["--neurons", "0:1", "--zero", "--positions", "60"], "no token is at these positions"),
+        (["--neurons", "0:1", "--zero", "--positions", "generated", "--generate", "0"], "no token is at these positions"),
         (["--neurons", "0:1", "--zero", "--text-file", "/nowhere"], "cannot be read"),
         (["--neurons", "0:1", "--zero", "--text", "x " * 90], "more than the 64"),
         (["--neurons", "0:1", "--zero", "--site", "mlp"], "no site 'mlp'"),

@@ -1,1 +1,1 @@
-"""White-box analysis: measure on held-out text what the derivation of CRATE promises."""
+"""White-box analysis: measure on held-out text the properties that the derivation of CRATE predicts."""

@@ -1,9 +1,9 @@
-"""`cratelm analyze`: measure what CRATE's derivation promises, by layer, and where its neurons fire.
+"""`cratelm analyze`: measure the properties that CRATE's derivation predicts, by layer, and where neurons fire.
 
-One pass over held-out text sums what the steps of each layer do (`layer_sums`); coding rates, sparsity and groups
-of neurons come from these sums, dictionary and heads from the weights (`weights`); further passes compare neurons
-with what their explanations cover (`consistency`). Writes the folder `analysis/MODEL/` of the run;
-`cratelm.analysis.store` documents its files and reads them.
+One pass over held-out text accumulates sums over the two steps of each layer (`layer_sums`); coding rates,
+sparsity and groups of neurons are computed from these sums, figures of the dictionary and the heads from the
+weights (`weights`). Further passes compare neurons with the tokens that their explanations cover (`consistency`).
+Writes the folder `analysis/MODEL/` of the run; `cratelm.analysis.store` documents its files and reads them.
 
 Shape legend: D width, K heads, P width of a head, G groups of documents.
 """
@@ -63,9 +63,10 @@ Rate = Callable[[np.ndarray, float], float]
 
 @dataclass(frozen=True)
 class AnalyzeResult:
-    """What was measured: `layers.parquet`, `neurons.parquet`, `readings.parquet`, `summary.json`."""
+    """Result of `cratelm analyze`."""
 
     path: Path
+    """folder of `layers.parquet`, `neurons.parquet`, `readings.parquet` and `summary.json`"""
     model: str
     tokens: int
     """held-out text tokens read"""
@@ -79,20 +80,21 @@ class AnalyzeResult:
 
 
 def analyze(config: AnalyzeConfig) -> AnalyzeResult:
-    """Measure a model, and write `analysis/MODEL/`. A finished stage is read back.
+    """Measure a model, write `analysis/MODEL/`, and return the main figures.
 
-    Raises `InputError` where the harvest or its model is missing, or `--explainer` has no explanations.
+    If the stage is finished, its results are read back. Raises `InputError` if the harvest or its model is
+    missing, or if `--explainer` has no explanations.
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model).require("harvest")
     explained = run.stage("explanations", config.model)
-    known = explained.completion() is not None
+    is_explained = explained.completion() is not None
     stage = run.stage("analysis", config.model)
     inputs = {"activations": harvest}
-    if known:
+    if is_explained:
         inputs["explanations"] = explained.require("explain")
     if not stage.is_finished(config, inputs, force=config.force):
-        explanations = _explanations(run, config, known)
+        explanations = _explanations(run, config, is_explained)
         opened = open_harvested(run, config.model, config.device)
         with stage.write(config, inputs) as draft:
             draft.results.update(_measure(config, opened, explanations, draft.path))
@@ -103,21 +105,21 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
 
 
 def _explanations(run: Run, config: AnalyzeConfig, finished: bool) -> list[Explanation]:
-    """Those of one explainer: `--explainer`, by default the trie; none where the stage is not `finished`.
+    """Return the explanations by `--explainer`, by default the trie; none if the stage is not `finished`.
 
-    Raises `InputError` where `--explainer` has no explanations.
+    Raises `InputError` if `--explainer` has no explanations.
     """
     folder = run.stage("explanations", config.model).path
     explanations = read_explanations(folder) if finished else []
     names = sorted({e.explainer for e in explanations})
-    wanted = config.explainer or ("trie" if "trie" in names else next(iter(names), ""))
+    explainer = config.explainer or ("trie" if "trie" in names else next(iter(names), ""))
     if config.explainer and config.explainer not in names:
         raise InputError(
-            f"--explainer is {config.explainer!r}, {folder} has {', '.join(names) or 'none'}:"
+            f"--explainer is {config.explainer!r}, but {folder} has {', '.join(names) or 'none'}:"
             f" choose one of these, or type `cratelm explain --run {run.path} --model"
             f" {config.model}` first"
         )
-    return [e for e in explanations if e.explainer == wanted]
+    return [e for e in explanations if e.explainer == explainer]
 
 
 def _measure(
@@ -169,14 +171,14 @@ def _write(
 
 
 def _fit_maximum(folder: Path) -> dict[NeuronKey, float]:
-    """Largest activation of each neuron on the fit split."""
+    """Return the largest activation of each neuron on the fit split."""
     return {s.neuron.key: s.maximum for s in read_summaries(folder, "fit")}
 
 
 def _figures(
     config: AnalyzeConfig, opened: HarvestContext, text: TextSums
 ) -> tuple[list[LayerFigure], list[NeuronFacts]]:
-    """Figures of all layers, and of each neuron."""
+    """Return the figures of all layers, and the facts about each neuron."""
     figures: list[LayerFigure] = []
     neurons: list[NeuronFacts] = []
     model, site = opened.subject.model, opened.site
@@ -203,7 +205,7 @@ def _figures(
 
 
 def _rates(sums: LayerSums, counts: np.ndarray, bases: np.ndarray | None) -> Figures:
-    """Coding rates before and after the first step, their change, and those in the heads' subspaces.
+    """Return coding rates before and after the first step and their change, overall and in the heads' subspaces.
 
     `counts` [G] are the tokens of each group of documents, `bases` [K, P, D] the heads' projections.
     """
@@ -223,7 +225,7 @@ def _rates(sums: LayerSums, counts: np.ndarray, bases: np.ndarray | None) -> Fig
                 figures[f"{name}_{when}", key] = jackknife(
                     lambda m, r=rate, e=epsilon: r(m, e), moments[:, side], counts
                 )
-            # of both sides at once: the error of the change is not that of two independent figures
+            # computed from both sides jointly, since the error of the change is not that of independent figures
             figures[f"{name}_change", key] = jackknife(
                 lambda m, r=rate, e=epsilon: r(m[1], e) - r(m[0], e), moments, counts
             )
@@ -231,14 +233,14 @@ def _rates(sums: LayerSums, counts: np.ndarray, bases: np.ndarray | None) -> Fig
 
 
 def _groups(sums: LayerSums) -> NeuronGroups | None:
-    """Groups of neurons that fire alike; None for a single neuron."""
+    """Return groups of neurons that fire alike; None for a layer with a single neuron."""
     assert sums.correlation is not None
     assert sums.fired is not None
     return None if len(sums.fired) < 2 else group_neurons(sums.correlation.correlation())
 
 
 def _neuron_figures(sums: LayerSums, groups: NeuronGroups | None) -> Figures:
-    """Dead neurons and groups, as figures of the layer."""
+    """Return the fraction of dead neurons and the figures of the groups of a layer."""
     assert sums.fired is not None
     figures: Figures = {("dead", ""): float(1 - sums.fired.double().mean())}
     if groups is not None:
@@ -257,7 +259,7 @@ def _neurons(
     groups: NeuronGroups | None,
     alike: Coherence | None,
 ) -> list[NeuronFacts]:
-    """The facts about each neuron of a layer."""
+    """Return the facts about each neuron of a layer."""
     assert sums.fired is not None
     return [
         NeuronFacts(

@@ -1,11 +1,11 @@
-"""Coding rates: how many nats it takes to encode a token, up to a distortion.
+"""Coding rates: the number of nats needed to encode a token up to a distortion.
 
     R(Z)        = 1/2 logdet(I + p / (N eps^2) Z Z^T)          Z [p, N], N tokens
     R^c(Z; U)   = sum_k R(U_k^T Z)
 
 Source: Yu et al. 2023, "White-Box Transformers via Sparse Rate Reduction" (arXiv 2306.01129), equations
-2 and 5. MSSA is derived as a gradient step on R^c: tokens are to be compressed towards the subspaces.
-Both depend on Z only through its second moment Z Z^T / N, so only that is summed over the text.
+2 and 5. MSSA is derived as a gradient step on R^c, which compresses tokens towards the subspaces. Both
+depend on Z only through its second moment Z Z^T / N, so only that is summed over the text.
 
 Shape legend: D width, K heads, P = D/K width of a head, p either of these.
 """
@@ -30,5 +30,5 @@ def compression_rate(moment: Array, bases: Array, epsilon: float) -> float:
 
 
 def orthonormal(bases: Array) -> Array:
-    """Return bases [K, P, D] of the same subspaces with orthonormal rows: U without its scale."""
+    """Return bases [K, P, D] of the same subspaces with orthonormal rows, that is, without the scale of U."""
     return np.stack([np.linalg.qr(u.T)[0].T for u in bases])

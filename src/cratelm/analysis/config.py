@@ -8,10 +8,10 @@ from cratelm.runs import at_least, not_in_identity
 
 @dataclass(frozen=True)
 class AnalyzeConfig:
-    """Measure on held-out text what CRATE's derivation promises, by layer, and where its neurons fire.
+    """Measure on held-out text the properties that CRATE's derivation predicts, and where its neurons fire.
 
     Every quantity that exists for the model is measured: all of them for CRATE; sparsity, dictionary,
-    groups of neurons, consistency and distinctiveness for others.
+    groups of neurons, consistency and distinctiveness for other models.
     """
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -23,21 +23,21 @@ class AnalyzeConfig:
     sequence_length: int | None = None
     """tokens that the model reads at once; default: as in the harvest"""
     ista_steps: int = 10
-    """steps along which the lasso objective is followed; at least those that the model takes"""
+    """number of ISTA steps at which the lasso objective is measured; at least those of the model"""
     explainer: str | None = None
-    """explainer whose explanations say which tokens a neuron covers: trie or lookup; default: trie where
-    the run has it. Without explanations, consistency and distinctiveness are not measured"""
+    """explainer whose explanations determine the covered tokens: trie or lookup; default: trie if the run has
+    it. Without explanations, consistency and distinctiveness are not measured"""
     resamples: int = 2000
-    """bootstrap resamples over neurons"""
+    """number of bootstrap resamples over neurons"""
     seed: int = 0
-    """seed of held-out sequences, shuffled explanations, random subspaces and resamples"""
+    """seed of the held-out sequences, shuffled explanations, random subspaces and the bootstrap"""
     batch_tokens: int = not_in_identity(8192)
     """tokens per forward pass"""
     memory_mib: int = not_in_identity(512)
-    """MiB of activations held at a time for consistency; where this is not enough for all neurons of a layer,
-    they take several passes"""
+    """MiB of activations in memory at a time for consistency; if this is not enough for all neurons of a
+    layer, several passes are made"""
     device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too"""
+    """cpu, cuda, ...; auto: as in the harvest. The precision is always that of the harvest"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)

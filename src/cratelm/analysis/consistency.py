@@ -1,25 +1,25 @@
-"""Consistency and distinctiveness of a neuron: the paper's account of where interpretability comes from.
+"""Consistency and distinctiveness of a neuron, to which the paper attributes interpretability.
 
-An explanation covers a token where its simulator predicts much:
+An explanation covers a token if its simulator predicts a high value there:
 
     covered(t)  <=>  s(t) >= s_0 + x (s_max - s_0)
 
-with s_0 the explanation's default, s_max the largest value in it, and x a half (other shares show how much
-depends on it). Explanations were made from the fit split, and so was the threshold at which a neuron counts as
-firing, a tenth of its largest activation there; everything below is counted on held-out tokens.
+with s_0 the explanation's default, s_max its largest value, and x a half (other values of x show how much
+depends on it). Explanations were made from the fit split, and so was the threshold above which a neuron counts
+as firing, a tenth of its largest activation there; everything below is measured on held-out tokens.
 
     consistency       fraction of the covered tokens at which the neuron fires
-    evenness          (sum a)^2 / (n sum a^2) over the n covered tokens: 1 where all activations are equal, 1/n
-                      where one token has it all (participation ratio; 1 / (1 + squared variation coefficient))
+    evenness          (sum a)^2 / (n sum a^2) over the n covered tokens: 1 if all activations are equal, 1/n if
+                      all but one are 0 (participation ratio; 1 / (1 + squared coefficient of variation))
     distinctiveness   fraction of the other tokens at which it does not fire
-    contrast          (m - m') / (m + m') of the mean activations m on covered and m' on other tokens; it needs no
-                      threshold: 1 for a neuron that is 0 elsewhere, 0 for one that makes no difference
-    AUROC             chance that a covered token has the higher activation than another one, a tie counting half
+    contrast          (m - m') / (m + m') for the mean activations m on covered and m' on other tokens; it needs
+                      no threshold: 1 for a neuron that is 0 elsewhere, 0 for one with equal means
+    AUROC             probability that a covered token has a higher activation than another token; ties count half
 
-The two ideas are those of Bai & Ma (arXiv 2410.16443, section 5); as numbers they are defined here.
+The two concepts are those of Bai & Ma (arXiv 2410.16443, section 5); their numerical definitions are ours.
 
 Memory: activations of as many neurons as fit into a bound, 4 bytes per token and neuron, and which tokens each
-explanation covers, a byte per token, neuron and share.
+explanation covers, one byte per token, neuron and share.
 
 Shape legend: N text tokens, n neurons.
 """
@@ -48,27 +48,27 @@ FIRING = 0.1
 
 @dataclass(frozen=True, eq=False)
 class NeuronActivations:
-    """One neuron on held-out tokens."""
+    """Activations of one neuron on held-out tokens."""
 
     activations: NDArray[np.float32]
     """[N]"""
     ranks: NDArray[np.float64]
-    """[N] from 1, ties share their mean"""
+    """[N] ranks of the activations, from 1; ties share their mean rank"""
     firing: float
-    """raw activation above which it fires; 0 or less: dead on the fit split"""
+    """raw activation above which the neuron fires; 0 or less: dead on the fit split"""
 
     @classmethod
     def of(cls, activations: NDArray[np.float32], fit_maximum: float) -> "NeuronActivations":
-        """Rank activations [N] once, for all explanations that they are compared with."""
+        """Return activations [N] with their ranks, computed once for all explanations of the neuron."""
         return cls(activations, rankdata(activations), FIRING * fit_maximum)
 
 
 def covered_tokens(
     payload: Mapping[str, Any], simulated: NDArray[np.float64], share: float
 ) -> NDArray[np.bool_]:
-    """Return which tokens [N] an explanation covers, from what it predicts for them.
+    """Return which tokens [N] an explanation covers, from its predictions `simulated` [N].
 
-    None of them where it has no value above its default.
+    An explanation without a value above its default covers no token.
     """
     default = float(payload["default"])
     top = max(payload["values"], default=default)
@@ -101,10 +101,7 @@ def measure_coverage(neuron: NeuronActivations, covered: NDArray[np.bool_]) -> C
 
 
 def contrast(inside: NDArray[np.float32], outside: NDArray[np.float32]) -> float | None:
-    """Return the contrast of activations on covered and on other tokens.
-
-    None where an activation is negative or all are 0.
-    """
+    """Return the contrast of activations on covered and on other tokens; None if one is negative or all are 0."""
     if min(inside.min(), outside.min()) < 0:
         return None
     m, other = (float(part.mean(dtype=np.float64)) for part in (inside, outside))
@@ -116,7 +113,7 @@ def contrast(inside: NDArray[np.float32], outside: NDArray[np.float32]) -> float
 
 @dataclass(frozen=True, eq=False)
 class HeldOutPass:
-    """A model, where its neurons are, and the held-out tokens that it reads."""
+    """A model, the site of its neurons, and the held-out tokens that it reads."""
 
     model: Any
     site: Site
@@ -133,11 +130,11 @@ def measure_neurons(
     seed: int,
     progress: Callable[[int], Any],
 ) -> Iterator[NeuronCoverage]:
-    """Yield the measures of every explained neuron, against its own explanation and another neuron's.
+    """Yield the measures of every explained neuron, with its own explanation and with another neuron's.
 
     As many neurons of a layer share a pass over the text as fit into `memory_bytes`. The other explanation is
-    that of a neuron of the same pass; a neuron alone in its pass has none. `progress` is called with the
-    number of tokens read.
+    that of a neuron of the same pass; a neuron that is alone in its pass has none. `fit_maximum` is the largest
+    activation of each neuron on the fit split; `progress` is called with the number of tokens read.
     """
     segments = _segments(held_out)
     n_tokens = sum(map(len, segments))
@@ -161,9 +158,9 @@ def measure_neurons(
 
 
 def draw_partners(n: int, seed: int) -> NDArray[np.int64]:
-    """Return another neuron for each of n, every one once: its explanation is the null. n is at least 2.
+    """Return another neuron [n] for each of n >= 2 neurons, each used once: its explanation is the null control.
 
-    The neurons are put into a random ring, in which each gets the one before it.
+    The neurons are put into a random ring, in which each gets the previous one.
     """
     order = np.random.default_rng(seed).permutation(n)
     partner = np.empty(n, np.int64)
@@ -172,7 +169,7 @@ def draw_partners(n: int, seed: int) -> NDArray[np.int64]:
 
 
 def _passes(explanations: Sequence[Explanation], at_once: int) -> Iterator[list[Explanation]]:
-    """Explanations of one layer, at most `at_once` at a time."""
+    """Yield explanations of neurons of one layer, at most `at_once` at a time."""
     for layer in sorted({e.neuron.layer for e in explanations}):
         of_layer = [e for e in explanations if e.neuron.layer == layer]
         for low in range(0, len(of_layer), at_once):
@@ -180,7 +177,7 @@ def _passes(explanations: Sequence[Explanation], at_once: int) -> Iterator[list[
 
 
 def _segments(held_out: HeldOutPass) -> list[NDArray[np.int64]]:
-    """Text of each document inside each sequence, in the order in which batches have it: N tokens in all."""
+    """Return the text tokens of each document in each sequence, in the order of the batches: N tokens in total."""
     segments = []
     for batch in held_out.plan.batches(held_out.batch_tokens, torch.device("cpu")):
         tokens = batch.input_ids.flatten().numpy()
@@ -191,7 +188,7 @@ def _segments(held_out: HeldOutPass) -> list[NDArray[np.int64]]:
 def _covered(
     explanation: Explanation, segments: list[NDArray[np.int64]]
 ) -> list[NDArray[np.bool_]]:
-    """Which tokens [N] an explanation covers, for each share."""
+    """Return which tokens [N] an explanation covers, for each share in `SHARES`."""
     simulated = np.concatenate(simulate(explanation.explainer, explanation.payload, segments))
     return [covered_tokens(explanation.payload, simulated, share) for share in SHARES]
 
@@ -199,7 +196,7 @@ def _covered(
 def _activations(
     held_out: HeldOutPass, keys: Sequence[NeuronKey], progress: Callable[[int], Any]
 ) -> NDArray[np.float32]:
-    """Activations [n, N] of neurons of one layer on all text tokens, from one pass."""
+    """Return the activations [n, N] of neurons of one layer on all text tokens, from one pass."""
     layer = keys[0].layer
     indices = torch.tensor([key.index for key in keys])
     parts: list[NDArray[np.float32]] = []

@@ -11,14 +11,14 @@ from scipy.linalg import subspace_angles
 
 Array = NDArray[np.float64]
 DUPLICATE = 0.95
-"""cosine with another atom from which an atom counts as a duplicate"""
+"""smallest cosine with another atom at which an atom counts as a duplicate"""
 _BLOCK = 1024
-"""atoms whose cosines with all others are held at a time: 25 MB at H = 3,072"""
+"""number of atoms whose cosines with all others are in memory at a time: 25 MB at H = 3,072"""
 
 
 @dataclass(frozen=True, eq=False)
 class Coherence:
-    """How alike the atoms of one dictionary are."""
+    """Similarity of the atoms of one dictionary."""
 
     nearest: NDArray[np.int64]
     """[H] the other atom with the largest |cosine|"""
@@ -34,12 +34,12 @@ class Coherence:
 
     @property
     def duplicated(self) -> NDArray[np.bool_]:
-        """[H] which atoms have a cosine of `DUPLICATE` or more with another."""
+        """[H] whether each atom has a cosine of at least `DUPLICATE` with another atom."""
         return self.signed >= DUPLICATE
 
 
 def coherence(atoms: Array) -> Coherence:
-    """Return how alike the atoms [H, D] are, H at least 2; an atom of zeros is like no other."""
+    """Return the similarity of atoms [H, D], with H >= 2; an atom of zeros has cosine 0 with all others."""
     norm = np.linalg.norm(atoms, axis=1, keepdims=True)
     unit = np.divide(atoms, norm, out=np.zeros_like(atoms), where=norm > 0)
     nearest, cosine, signed = [], [], []
@@ -55,7 +55,7 @@ def coherence(atoms: Array) -> Coherence:
 
 
 def welch_bound(n_atoms: int, width: int) -> float:
-    """Return the least mutual coherence that H atoms in D dimensions can have (Welch 1974); 0 up to H = D."""
+    """Return the lowest possible mutual coherence of H atoms in D dimensions (Welch 1974); 0 if H <= D."""
     if n_atoms <= width:
         return 0.0
     return float(np.sqrt((n_atoms - width) / (width * (n_atoms - 1))))
@@ -72,28 +72,28 @@ def stable_rank(matrix: Array) -> float:
 
 
 def effective_rank(matrix: Array) -> float:
-    """Return exp of the entropy of the singular values, normalised to a sum of 1 (Roy & Vetterli 2007)."""
+    """Return exp of the entropy of the singular values normalised to a sum of 1 (Roy & Vetterli 2007)."""
     values = np.linalg.svd(matrix, compute_uv=False)
     share = values[values > 0] / values.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def overlap(a: Array, b: Array) -> tuple[float, float]:
-    """Return the mean squared cosine, and the smallest in degrees, of the principal angles of two row spaces [P, D].
+    """Return two figures of the principal angles of two row spaces [P, D]: mean squared cosine, smallest angle.
 
-    Björck & Golub 1973. The mean squared cosine is 1 for equal subspaces, 0 for orthogonal ones, P/D for
-    random ones on average.
+    The angle is in degrees (Björck & Golub 1973). The mean squared cosine is 1 for equal subspaces, 0 for
+    orthogonal ones, and P/D on average for random ones.
     """
     angles = subspace_angles(a.T, b.T)
     return float(np.mean(np.cos(angles) ** 2)), float(np.degrees(angles.min()))
 
 
 def overlaps(bases: Array) -> Array:
-    """Return [pairs, 2]: the `overlap` of every two heads of [K, P, D]."""
+    """Return the `overlap` [pairs, 2] of every pair of heads in [K, P, D]."""
     pairs = [(i, j) for i in range(len(bases)) for j in range(i)]
     return np.array([overlap(bases[i], bases[j]) for i, j in pairs]).reshape(-1, 2)
 
 
 def random_bases(shape: tuple[int, ...], seed: int) -> Array:
-    """Return normal entries [K, P, D]: subspaces in random directions."""
+    """Return bases [K, P, D] of random subspaces, with normally distributed entries."""
     return np.random.default_rng(seed).standard_normal(shape)

@@ -1,9 +1,9 @@
-"""One pass over held-out text: what the two steps of each layer do to tokens, as sums by document.
+"""One pass over held-out text: sums by document over the effect of the two steps of each layer on tokens.
 
-The first step of a layer is attention (MSSA in CRATE), the second the one that codes sparsely (ISTA, or the MLP).
+The first step of a layer is attention (MSSA in CRATE), the second is the sparse-coding step (ISTA, or the MLP).
 
 Memory: the activations of one batch and layer; for each layer second moments, 8 G D^2 bytes before the first step
-and as many after it (G = 20 groups of documents), and 8 H^2 of the neurons: 264 MB per layer at D = 768,
+and as many after it (G = 20 groups of documents), and 8 H^2 bytes for the neurons: 264 MB per layer at D = 768,
 H = 3,072.
 
 Shape legend: N text tokens of a batch, D width, H neurons, C documents, G groups of documents.
@@ -30,7 +30,7 @@ from cratelm.records import Estimate
 from cratelm.stats.ratio import ratio
 
 GROUPS = 20
-"""groups of documents, one of which is left out at a time for the errors of coding rates"""
+"""number of groups of documents, of which the jackknife for the errors of coding rates omits one at a time"""
 Quantity = tuple[str, str]
 """quantity and setting, such as ("nonzero", "after")"""
 Array = NDArray[np.float64]
@@ -38,17 +38,18 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The two steps of a layer, by their LayerNorms; `sparse` is CRATE's sparse-coding step."""
+    """The LayerNorms of the two steps of a layer."""
 
     first: nn.Module
-    """in front of MSSA, or attention"""
+    """LayerNorm before MSSA, or attention"""
     second: nn.Module
-    """in front of ISTA, or the MLP"""
+    """LayerNorm before ISTA, or the MLP"""
     sparse: Any = None
+    """CRATE's sparse-coding step; None for other models"""
 
 
 def steps_of(model: Any) -> list[Steps]:
-    """Return the steps of the layers of a CRATE or GPT-2; none of other models, whose blocks differ."""
+    """Return the steps of the layers of a CRATE or GPT-2; none for other models, whose blocks differ."""
     if isinstance(model, CrateForCausalLM):
         return [Steps(b.norm_mssa, b.norm_ista, b.ista) for b in model.model.layers]  # type: ignore[arg-type]
     if isinstance(model, GPT2LMHeadModel):
@@ -58,18 +59,18 @@ def steps_of(model: Any) -> list[Steps]:
 
 @dataclass(eq=False)
 class LayerSums:
-    """Sums about one layer."""
+    """Sums for one layer."""
 
     correlation: CorrelationSums | None = None
-    """of the neurons"""
+    """sums for the correlations of neurons"""
     second_moments: torch.Tensor | None = None
-    """[G, 2, D, D] of tokens before and after the first step, both after the same LayerNorm"""
+    """[G, 2, D, D] sums of outer products of tokens before and after the first step, both after its LayerNorm"""
     fired: torch.Tensor | None = None
-    """[H] bool, at any token"""
+    """[H] bool, whether each neuron fired at any token"""
     totals: dict[Quantity, Array] = field(default_factory=dict)
-    """[C] sums over each document's tokens"""
+    """[C] sums of each quantity over each document's tokens"""
     counts: dict[Quantity, Array] = field(default_factory=dict)
-    """[C] tokens that have a value, which these sums are over"""
+    """[C] number of tokens with a value, over which `totals` are summed"""
 
     def estimates(self) -> dict[Quantity, Estimate]:
         """Return the means over tokens, with their standard errors over documents."""
@@ -82,9 +83,10 @@ class LayerSums:
 
 @dataclass(eq=False)
 class TextSums:
-    """Sums of all layers over the held-out text, by number of the layer."""
+    """Sums over the held-out text."""
 
     layers: dict[int, LayerSums]
+    """by number of the layer"""
     tokens: int
     documents: int
     group_tokens: Array
@@ -93,10 +95,10 @@ class TextSums:
 
 @dataclass(frozen=True, eq=False)
 class _TextTokens:
-    """Which of a batch's tokens are text, and of which document each is."""
+    """Which tokens of a batch are text, and the document of each."""
 
     text: torch.Tensor
-    """[N + end-of-text tokens] bool, of all tokens of the batch"""
+    """bool for every token of the batch, N of them True"""
     document: NDArray[np.int64]
     """[N] index into the split's list of documents"""
 
@@ -117,20 +119,20 @@ def sum_over_text(
     ista_steps: int,
     progress: Callable[[int], Any],
 ) -> TextSums:
-    """Run the model on the tokens of a plan and sum over them.
+    """Run the model on the tokens of a plan, and return the sums over them.
 
-    `ista_steps` are the steps along which the lasso objective is followed; `progress` is called with the
-    number of tokens read.
+    `ista_steps` is the number of ISTA steps at which the lasso objective is measured; `progress` is called
+    with the number of tokens read.
     """
     sums: dict[int, LayerSums] = defaultdict(LayerSums)
     ordinals = np.asarray(plan.split.ordinals)
     documents = len(ordinals)
-    seen, group_tokens = np.zeros(documents), np.zeros(GROUPS)
-    # at another site, the input of the second step is not what the neurons are computed from
+    document_tokens, group_tokens = np.zeros(documents), np.zeros(GROUPS)
+    # at other sites, the neurons are not computed from the input of the second step
     steps = steps_of(model) if site.name in ("ista", "mlp") else []
     for batch in plan.batches(batch_tokens, model.device):
         tokens = _TextTokens.of(batch, ordinals)
-        seen += np.bincount(tokens.document, minlength=documents)
+        document_tokens += np.bincount(tokens.document, minlength=documents)
         group_tokens += np.bincount(tokens.document % GROUPS, minlength=GROUPS)
 
         def on_activation(
@@ -144,7 +146,9 @@ def sum_over_text(
         with torch.no_grad(), hooked(model, site, on_activation), watched:
             model.base_model(input_ids=batch.input_ids, use_cache=False)
         progress(batch.input_ids.numel())
-    return TextSums(dict(sums), int(seen.sum()), int((seen > 0).sum()), group_tokens)
+    return TextSums(
+        dict(sums), int(document_tokens.sum()), int((document_tokens > 0).sum()), group_tokens
+    )
 
 
 @contextlib.contextmanager
@@ -155,9 +159,9 @@ def _watched(
     documents: int,
     ista_steps: int,
 ) -> Iterator[None]:
-    """While open, add what enters both steps of each layer to its sums."""
+    """While the context is open, add the inputs of both steps of each layer to its sums."""
     handles = []
-    before: dict[int, torch.Tensor] = {}  # by layer, what entered the first step
+    before: dict[int, torch.Tensor] = {}  # by layer, the input of the first step
     try:
         for layer, step in enumerate(steps):
 
@@ -167,8 +171,8 @@ def _watched(
             def second(
                 module: nn.Module, args: Any, output: torch.Tensor, layer=layer, step=step
             ) -> None:
-                # The tokens after the first step, put through its LayerNorm so that both sides are normalised
-                # alike. `forward` is called directly: calling the module would run the hook above.
+                # The tokens after the first step pass through its LayerNorm, so that both sides have the same
+                # normalisation. `forward` is called directly, since calling the module would run the hook above.
                 after = step.first.forward(args[0]).flatten(0, 1)[tokens.text].float()
                 _add_moments(sums[layer], before.pop(layer), after, tokens)
                 inputs = output.flatten(0, 1)[tokens.text].float()
@@ -189,7 +193,7 @@ def _watched(
 def _add_neurons(
     sums: LayerSums, neurons: torch.Tensor, tokens: _TextTokens, documents: int
 ) -> None:
-    """Add neurons [N, H]."""
+    """Add the activations [N, H] of the neurons at the text tokens."""
     neurons = neurons.float()
     if sums.correlation is None or sums.fired is None:
         sums.correlation = CorrelationSums(neurons.shape[1])
@@ -210,8 +214,8 @@ def _add_moments(
     for number in group.unique().tolist():
         of_group = group == number
         for side, vectors in enumerate((before[of_group], after[of_group])):
-            # In float64: float32's rounding of the widest direction would exceed the narrow ones, which count
-            # at small distortions.
+            # in float64: float32's rounding errors in the widest direction would exceed the narrow directions,
+            # which matter at small distortions
             vectors = vectors.cpu().double()
             sums.second_moments[number, side] += vectors.T @ vectors
 
@@ -219,7 +223,7 @@ def _add_moments(
 def _add_sparsity(
     sums: LayerSums, vectors: torch.Tensor, setting: str, tokens: _TextTokens, documents: int
 ) -> None:
-    """Add the measures of sparsity of vectors [N, D] before, or [N, H] after, the second step."""
+    """Add the sparsity measures of vectors [N, D] before, or [N, H] after, the second step."""
     for name, values in sparsity(vectors).items():
         _add(sums, (name, setting), values, tokens, documents)
 
@@ -232,7 +236,7 @@ def _add_objectives(
     tokens: _TextTokens,
     documents: int,
 ) -> None:
-    """Add the lasso objective along the steps, and whether each step lowers it."""
+    """Add the lasso objective after each step, and whether each step lowers it."""
     atoms = sparse.dictionary.float()
     n_steps = max(ista_steps, sparse.steps)
     values = objectives(inputs, atoms, sparse.step_size, sparse.threshold, n_steps)
@@ -246,7 +250,7 @@ def _add_objectives(
 def _add(
     sums: LayerSums, quantity: Quantity, values: torch.Tensor, tokens: _TextTokens, documents: int
 ) -> None:
-    """Add values [N] to the sums of their documents; a token with NaN has no value and is not counted."""
+    """Add values [N] to the sums of their documents; a token with NaN counts as having no value."""
     array = values.double().cpu().numpy()
     has_value = ~np.isnan(array)
     document = tokens.document[has_value]

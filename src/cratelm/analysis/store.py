@@ -1,8 +1,8 @@
-"""What `cratelm analyze` leaves in a run: the folder `analysis/MODEL/`, written and read here.
+"""Read and write the results of `cratelm analyze`: the folder `analysis/MODEL/` of a run.
 
-`layers.parquet`     a row a figure of a layer
-`neurons.parquet`    a row a neuron of the site
-`readings.parquet`   a row a neuron, control and share: consistency and distinctiveness; absent where there are
+`layers.parquet`     one row per figure of a layer
+`neurons.parquet`    one row per neuron of the site
+`readings.parquet`   one row per neuron, control and share: consistency and distinctiveness; absent if there are
                      no explanations
 `summary.json`       means over neurons with their intervals, by layer
 """
@@ -25,14 +25,14 @@ from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 CoverageControl = Literal["none", "shuffled"]
 """`none`: the neuron's own explanation; `shuffled`: that of another neuron of its layer"""
 EPSILONS = (0.1, 0.5, 1.0)
-"""distortions at which coding rates are taken; tokens come from a LayerNorm, so that their entries have
+"""distortions at which coding rates are computed; tokens come from a LayerNorm, so that their entries have
 variance 1"""
 EPSILON = 0.5
-"""the distortion that tables and figures show"""
+"""the distortion used in tables and figures"""
 SHARES = (0.25, 0.5, 0.75)
-"""how far between an explanation's default and its largest value a token must be predicted to be covered"""
+"""thresholds for covered tokens, as fractions of the range from an explanation's default to its largest value"""
 SHARE = 0.5
-"""the share that tables and figures show"""
+"""the share used in tables and figures"""
 MEASURES = ("consistency", "evenness", "distinctiveness", "contrast", "auroc")
 """fields of `CoverageMeasures` that are averaged over neurons"""
 LAYERS, NEURONS, READINGS = "layers.parquet", "neurons.parquet", "readings.parquet"
@@ -45,13 +45,13 @@ LAYER_FIGURES = TableFile(
         FileColumn(
             "setting",
             pa.string(),
-            "what it was taken at: a distortion, a step, `before` or `after`; empty where there is one alone",
+            "where it was measured: a distortion, a step, `before` or `after`; empty if there is only one value",
         ),
         FileColumn("value", pa.float64(), "in the quantity's unit"),
         FileColumn(
             "error",
             pa.float64(),
-            "standard error over documents; null of what is read off the weights",
+            "standard error over documents; null for figures of the weights",
         ),
     ),
 )
@@ -59,7 +59,7 @@ NEURON_FACTS = TableFile(
     "analysis/MODEL/neurons.parquet",
     (
         *NEURON_COLUMNS,
-        FileColumn("dead", pa.bool_(), "at 0 on all tokens read"),
+        FileColumn("dead", pa.bool_(), "never above 0 on the tokens read"),
         FileColumn(
             "group", pa.int32(), "number of its group of neurons that fire alike, -1 for none"
         ),
@@ -67,14 +67,18 @@ NEURON_FACTS = TableFile(
         FileColumn("correlation", pa.float64(), "of the activations with it, -1 to 1"),
         FileColumn("nearest_atom", pa.int32(), "index of the neuron with the most coherent atom"),
         FileColumn("coherence", pa.float64(), "absolute cosine with that atom, 0 to 1"),
-        FileColumn("duplicate", pa.bool_(), "cosine of 0.95 or more with another atom"),
+        FileColumn("duplicate", pa.bool_(), "cosine of at least 0.95 with another atom"),
     ),
 )
 NEURON_READINGS = TableFile(
     "analysis/MODEL/readings.parquet",
     (
         *NEURON_COLUMNS,
-        FileColumn("explainer", pa.string(), "whose explanation says what is covered"),
+        FileColumn(
+            "explainer",
+            pa.string(),
+            "explainer of the explanation that determines the covered tokens",
+        ),
         FileColumn(
             "control",
             pa.string(),
@@ -83,16 +87,18 @@ NEURON_READINGS = TableFile(
         FileColumn(
             "share",
             pa.float64(),
-            "how far between the explanation's default and its largest value a token must be predicted to be covered",
+            "threshold for covered tokens, as a fraction of the range from the explanation's default to its largest value",
         ),
         FileColumn("status", pa.string(), "`defined`, `undefined` or `dead`"),
-        FileColumn("n_covered", pa.int64(), "held-out tokens covered"),
-        FileColumn("n_elsewhere", pa.int64(), "the others"),
+        FileColumn("n_covered", pa.int64(), "covered held-out tokens"),
+        FileColumn("n_elsewhere", pa.int64(), "other held-out tokens"),
         FileColumn(
-            "consistency", pa.float64(), "part of the covered tokens at which it fires, 0 to 1"
+            "consistency", pa.float64(), "fraction of the covered tokens at which it fires, 0 to 1"
         ),
         FileColumn(
-            "any_consistency", pa.float64(), "the same, every activation above 0 counted as firing"
+            "any_consistency",
+            pa.float64(),
+            "the same, with every activation above 0 counted as firing",
         ),
         FileColumn(
             "evenness",
@@ -100,22 +106,24 @@ NEURON_READINGS = TableFile(
             "participation ratio of its activations on the covered tokens, 0 to 1",
         ),
         FileColumn(
-            "distinctiveness", pa.float64(), "part of the others at which it does not fire, 0 to 1"
+            "distinctiveness",
+            pa.float64(),
+            "fraction of the other tokens at which it does not fire, 0 to 1",
         ),
         FileColumn(
             "any_distinctiveness",
             pa.float64(),
-            "the same, every activation above 0 counted as firing",
+            "the same, with every activation above 0 counted as firing",
         ),
         FileColumn(
             "contrast",
             pa.float64(),
-            "of the mean activations on covered and other tokens: difference over sum, -1 to 1",
+            "mean activations on covered and other tokens: difference divided by sum, -1 to 1",
         ),
         FileColumn(
             "auroc",
             pa.float64(),
-            "chance that a covered token has the higher activation than another one, 0 to 1",
+            "probability that a covered token has a higher activation than another token, 0 to 1",
         ),
     ),
 )
@@ -128,15 +136,15 @@ class LayerFigure:
     layer: int
     quantity: str
     setting: str
-    """what it was taken at: a distortion, a step, before or after; empty where there is only one"""
+    """where it was measured: a distortion, a step, before or after; empty if there is only one value"""
     value: float
     error: float | None = None
-    """standard error over documents; None where the figure is of the weights"""
+    """standard error over documents; None for figures of the weights"""
 
 
 @dataclass(frozen=True)
 class NeuronFacts:
-    """One neuron of the site. None where a quantity does not exist."""
+    """Facts about one neuron of the site; a field is None if the quantity does not exist for the model."""
 
     neuron: NeuronId
     dead: bool
@@ -146,35 +154,36 @@ class NeuronFacts:
     nearest: int
     """index of the other neuron of the layer with the highest correlation"""
     correlation: float
+    """correlation of the activations with that neuron"""
     nearest_atom: int | None
     """index of the other neuron of the layer with the most coherent atom"""
     coherence: float | None
-    """|cosine| with it"""
+    """|cosine| with that atom"""
     duplicate: bool | None
-    """its atom has a cosine of 0.95 or more with another"""
+    """whether its atom has a cosine of at least 0.95 with another"""
 
 
 @dataclass(frozen=True)
 class CoverageMeasures:
-    """One neuron against the tokens that one explanation covers (`cratelm.analysis.consistency`).
+    """Measures of one neuron on the tokens that one explanation covers and on others; None without a value.
 
-    None where there is no value.
+    Definitions: `cratelm.analysis.consistency`.
     """
 
     status: Status
     n_covered: int
-    """tokens"""
+    """covered tokens"""
     n_elsewhere: int
-    """the other tokens"""
+    """other tokens"""
     consistency: float | None = None
     any_consistency: float | None = None
     """consistency with every activation above 0 counted as firing"""
     evenness: float | None = None
     distinctiveness: float | None = None
     any_distinctiveness: float | None = None
-    """likewise"""
+    """distinctiveness with every activation above 0 counted as firing"""
     contrast: float | None = None
-    """of activations that are never negative: None where one is, or all are 0"""
+    """also None if an activation is negative, or all are 0"""
     auroc: float | None = None
 
 
@@ -199,14 +208,15 @@ class MeasureSummary:
     measure: str
     """one of `MEASURES`"""
     mean: float | None
-    """None where no neuron has a value"""
+    """None if no neuron has a value"""
     low: float | None
-    """95% bootstrap interval over neurons; None below two"""
+    """95% bootstrap interval over neurons; None with fewer than two"""
     high: float | None
     defined: int
     """neurons with a value"""
     undefined: int
-    """the explanation covers no held-out token, or all; or no covered token has an activation (evenness)"""
+    """neurons whose explanation covers no held-out token, or all; for evenness also those without any
+    activation on covered tokens; for contrast also those with a negative activation, or none"""
     dead: int
     """never above 0 on the fit split"""
 
@@ -252,7 +262,7 @@ def write_readings(folder: str | Path, rows: Sequence[NeuronCoverage]) -> None:
 
 
 def read_readings(folder: str | Path) -> list[NeuronCoverage]:
-    """Return the rows of `readings.parquet`, in the order of the file; none where there are no explanations."""
+    """Return the rows of `readings.parquet`, in the order of the file; none if there are no explanations."""
     path = Path(folder) / READINGS
     coverages = []
     for row in pq.read_table(path).to_pylist() if path.is_file() else []:
@@ -264,16 +274,16 @@ def read_readings(folder: str | Path) -> list[NeuronCoverage]:
 
 
 def read_measure_by_layer(folder: str | Path, measure: str) -> dict[int, NDArray[np.float64]]:
-    """Return one measure of the neurons that have it, by layer: own explanations, at `SHARE`.
+    """Return one measure of the neurons that have it, by layer, for their own explanations at `SHARE`.
 
-    In the order of the file; a layer without any value is absent, and so are all where there are no
-    explanations.
+    Values are in the order of the file. A layer without any value is absent, and so are all layers if there
+    are no explanations.
     """
     path = Path(folder) / READINGS
     if not path.is_file():
         return {}
-    wanted = [("control", "=", "none"), ("share", "=", SHARE)]
-    table = pq.read_table(path, columns=["layer", measure], filters=wanted)
+    filters = [("control", "=", "none"), ("share", "=", SHARE)]
+    table = pq.read_table(path, columns=["layer", measure], filters=filters)
     layer, value = table["layer"].to_numpy(), table[measure].to_numpy().astype(float)
     by_layer = {int(n): value[(layer == n) & ~np.isnan(value)] for n in np.unique(layer)}
     return {number: values for number, values in by_layer.items() if len(values)}
@@ -285,7 +295,7 @@ def write_measure_summaries(folder: str | Path, summaries: Sequence[MeasureSumma
 
 
 def read_measure_summaries(folder: str | Path) -> list[MeasureSummary]:
-    """Return the means over neurons of `summary.json`; none where there are no explanations."""
+    """Return the means over neurons of `summary.json`; none if there are no explanations."""
     content: dict[str, Any] = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))
     return [MeasureSummary(**summary) for summary in content["readings"]]
 
@@ -296,5 +306,5 @@ def models_with_analysis(run: Run) -> list[str]:
 
 
 def _take_neuron(row: dict[str, Any]) -> NeuronId:
-    """The neuron that a row is about; its columns are taken out of the row."""
+    """Return the neuron that a row is about, and remove its columns from the row."""
     return NeuronId(*(row.pop(column.name) for column in NEURON_COLUMNS))

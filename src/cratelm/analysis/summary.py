@@ -1,4 +1,4 @@
-"""Measures of neurons as means with intervals, and the table that `cratelm analyze` prints."""
+"""Summarise measures of neurons as means with intervals, and format the table that `cratelm analyze` prints."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from cratelm.text.table import align
 
 
 def summarise(rows: Sequence[NeuronCoverage], resamples: int, seed: int) -> list[MeasureSummary]:
-    """Return the mean of each measure over the neurons of a layer, by layer, control, share and measure."""
+    """Return the mean of each measure over neurons, by layer, control, share and measure."""
     cells: dict[tuple[int, CoverageControl, float], list[CoverageMeasures]] = defaultdict(list)
     for row in rows:
         cells[row.neuron.layer, row.control, row.share].append(row.measures)
@@ -71,7 +71,7 @@ _ROWS = (
 
 
 def show(figures: Sequence[LayerFigure], summaries: Sequence[MeasureSummary]) -> str:
-    """Return a text table: a line per quantity that the model has, a column per layer."""
+    """Return a text table with a line per quantity that the model has, and a column per layer."""
     layers = sorted({f.layer for f in figures})
     by_quantity = {(f.layer, f.quantity, f.setting): f for f in figures}
     lines = [["layer", *(str(layer) for layer in layers)]]
@@ -96,8 +96,8 @@ def show(figures: Sequence[LayerFigure], summaries: Sequence[MeasureSummary]) ->
 def _cell(figure: LayerFigure | None, form: str) -> str:
     if figure is None:
         return "–"
-    shown = format(figure.value, form)
-    return shown if figure.error is None else f"{shown} ± {format(figure.error, form)}"
+    value = format(figure.value, form)
+    return value if figure.error is None else f"{value} ± {format(figure.error, form)}"
 
 
 def _mean(summary: MeasureSummary) -> str:

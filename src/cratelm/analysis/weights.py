@@ -1,4 +1,4 @@
-"""Figures of the weights of one layer: dictionary, step size, subspaces of the heads.
+"""Figures computed from the weights of one layer: dictionary, step size, subspaces of the heads.
 
 Shape legend: H atoms, D width, K heads, P width of a head.
 """
@@ -24,15 +24,16 @@ from cratelm.models.sites import Site
 
 Array = NDArray[np.float64]
 DRAWS = 5
-"""draws of random subspaces that the heads are compared with"""
+"""number of draws of random subspaces with which the heads are compared"""
 Figures = dict[tuple[str, str], float]
 """by quantity and setting"""
 
 
 def atoms_of(model: Any, site: Site, layer: int) -> Array | None:
-    """Return the atoms [H, D] of the neurons; None for other models and sites.
+    """Return the atoms [H, D] of the neurons at CRATE's site `ista` or GPT-2's `mlp`; None for others.
 
-    CRATE's dictionary (of a decoupled one the encoder), or the rows of the last projection of GPT-2's MLP.
+    These are CRATE's dictionary (the encoder, if it is decoupled), or the rows of the last projection of
+    GPT-2's MLP.
     """
     if isinstance(model, CrateForCausalLM) and site.name == "ista":
         return _array(_block(model, layer).ista.dictionary)
@@ -47,7 +48,7 @@ def _block(model: Any, layer: int) -> Any:
 
 
 def bases_of(model: Any, layer: int) -> Array | None:
-    """Return U_k^T [K, P, D] of MSSA's heads; None for attention with query, key and value projections."""
+    """Return U_k^T [K, P, D] of MSSA's heads; None for models other than CRATE, which have several projections."""
     if not isinstance(model, CrateForCausalLM):
         return None
     weight = _array(_block(model, layer).mssa.projection.weight)  # [D, D]
@@ -55,7 +56,7 @@ def bases_of(model: Any, layer: int) -> Array | None:
 
 
 def dictionary_figures(atoms: Array, alike: Coherence) -> Figures:
-    """Return the figures of atoms [H, D] and of how alike they are."""
+    """Return the figures of atoms [H, D] and of their similarity `alike`."""
     return {
         ("spectral_norm", ""): spectral_norm(atoms),
         ("mutual_coherence", ""): alike.mutual,
@@ -66,7 +67,7 @@ def dictionary_figures(atoms: Array, alike: Coherence) -> Figures:
 
 
 def step_figures(model: Any, layer: int, norm: float) -> Figures:
-    """Return the number of steps, their size, and the largest size that is sure to lower the lasso objective.
+    """Return the number of steps, the step size, and the largest size that never raises the lasso objective.
 
     `norm` is the spectral norm of the dictionary. Empty for models other than CRATE.
     """
@@ -81,9 +82,9 @@ def step_figures(model: Any, layer: int, norm: float) -> Figures:
 
 
 def head_figures(bases: Array, seed: int) -> Figures:
-    """Return ranks of the heads [K, P, D] and angles between them, and the angles between random subspaces.
+    """Return the ranks of the heads [K, P, D], the angles between them, and those between random subspaces.
 
-    Means over heads, and over pairs of heads.
+    Ranks are means over heads, angles and overlaps means over pairs of heads.
     """
     figures = {
         ("head_stable_rank", ""): float(np.mean([stable_rank(u) for u in bases])),
@@ -99,7 +100,7 @@ def head_figures(bases: Array, seed: int) -> Figures:
 
 
 def coherence_of(atoms: Array | None) -> Coherence | None:
-    """Return how alike the atoms are; None where there are none, or only one."""
+    """Return the similarity of the atoms; None if there are none, or only one."""
     return None if atoms is None or len(atoms) < 2 else coherence(atoms)
 
 

@@ -20,29 +20,29 @@ class ExplainConfig(LLMConfig):
 
     explainer: str = ""
     """a language model that explains: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file, or `smollm2`),
-    or `openai:MODEL` at --base-url; default: the explainers below, which need none"""
+    or `openai:MODEL` at --base-url; default: the explainers below, which need no language model"""
     explainers: tuple[ExplainerName, ...] = EXPLAINERS
     """explainers without a language model. `lookup`: mean activation per token (Bills et al. 2023);
     `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023)"""
     evidence: tuple[EvidenceKind, ...] = EVIDENCE
-    """excerpts that a language model explains from: `top`, the strongest (for top-and-random and
-    random-only), `anthropic`, the whole range in 8-token excerpts"""
+    """excerpts that a language model explains from: `top`, those with the highest activations (for the
+    metrics top-and-random and random-only); `anthropic`, 8-token excerpts over the whole range"""
     contrast: int = 0
-    """excerpts without a reaction that a language model is shown in addition to those with one"""
+    """number of excerpts without a reaction that a language model sees in addition to those with one"""
     max_entries: int = 200
     """size of an explanation without a language model: rows of the look-up table, nodes of the trie"""
     depth: int = 4
-    """tokens of context in the trie, the activating one included"""
+    """tokens of context in the trie, including the activating one"""
     neurons: int = 0
-    """neurons per layer, drawn at random; 0 = all. Models with as many neurons draw the same indices"""
+    """neurons per layer, drawn at random; 0 = all. Models with equally many neurons draw the same indices"""
     only: tuple[str, ...] = ()
     """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
     seed: int = 0
     """seed of that draw, and of the sampling of a language model"""
     prompts: Prompts = option("cratelm", "language model")
-    """our prompts, or OpenAI's published ones (extra `openai-prompts`)"""
+    """cratelm's prompts, or OpenAI's published ones (extra `openai-prompts`)"""
     answer_tokens: int = option(60, "language model")
-    """longest explanation by a language model, in its tokens"""
+    """maximum length of an explanation by a language model, in its tokens"""
     temperature: float = option(0.0, "language model")
     """sampling temperature of explanations; the paper samples at 1"""
     name: str = option("", "output")
@@ -61,20 +61,20 @@ class ExplainConfig(LLMConfig):
         )  # fmt: skip
         if self.prompts == "openai" and self.contrast:
             raise InputError(
-                "--contrast cannot be combined with --prompts openai, which have no place for it"
+                "--contrast and --prompts openai cannot be combined: those prompts have no contrast excerpts"
             )
         if self.only and self.neurons:
             raise InputError("--only and --neurons cannot be combined")
         self.neuron_ids()
 
     def neuron_ids(self) -> list[NeuronKey]:
-        """Return the neurons of `only`, sorted."""
+        """Return the neurons of `only`, sorted; raise `InputError` if one is not LAYER:INDEX."""
         return parse_neuron_ids("--only", self.only)
 
 
-def _each_once(option: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
-    if not given or not set(given) <= set(known) or len(set(given)) != len(given):
+def _each_once(option: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    if not values or not set(values) <= set(allowed) or len(set(values)) != len(values):
         raise InputError(
-            f"{option} {' '.join(given) or '(none)'}: expected one or more of {', '.join(known)},"
+            f"{option} {' '.join(values) or '(none)'}: give one or more of {', '.join(allowed)},"
             " each once"
         )

@@ -1,6 +1,6 @@
-"""The fit excerpts of one neuron as flat arrays that explainers count over.
+"""The fit excerpts of one neuron as flat arrays that explainers aggregate.
 
-Shapes: n tokens of all excerpts, N of them kept, each position of the split once.
+Shapes: n tokens of all excerpts; N of them after removing repeated positions of the split.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from cratelm.records import Excerpt, NeuronRecord
 
 NO_TOKEN = -1
-"""in a context: a token before the excerpt"""
+"""entry of a context for positions before the excerpt"""
 WEIGHT = 0.5
-"""Weight of a token that is only in excerpts chosen for their peak, see `collect_evidence`. Chosen on
-held-out scores as `cratelm.explain.lookup.STRENGTH`: 0.5 and 1 are within 0.4 points of each other in all
-metrics, 0.1 loses 2 to 3 points: the loss of evidence on rare tokens outweighs the bias."""
+"""Weight of a token that occurs only in excerpts chosen for their peak, see `collect_evidence`. Tuned on
+held-out scores like `cratelm.explain.lookup.STRENGTH`: 0.5 and 1 are within 0.4 points of each other in all
+metrics, while 0.1 loses 2 to 3 points: the loss of evidence on rare tokens outweighs the bias."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Tokens on which a neuron's activation is known, with the tokens before each."""
+    """Tokens with known activations of one neuron, each with the tokens before it."""
 
     contexts: NDArray[np.int64]
     """[N, depth]: column 0 the token itself, column j the j-th token before it, `NO_TOKEN` where the
@@ -29,22 +29,22 @@ class Evidence:
     activations: NDArray[np.float64]
     """[N], raw activations"""
     weights: NDArray[np.float64]
-    """[N], how much a token counts: 1 in a random excerpt, less in one that was chosen for its peak"""
+    """[N], 1 for a token of a random excerpt, less for one that occurs only in excerpts chosen for a peak"""
 
 
 def collect_evidence(record: NeuronRecord, depth: int, weight: float) -> Evidence:
-    """Return the evidence of all excerpts of `record`, `depth` tokens of context each.
+    """Return the evidence from all excerpts of `record`, with `depth` tokens of context each.
 
-    Excerpts of several kinds overlap, so each position of the split counts once, where it has the
-    most context before it. A token of a random excerpt weighs 1; one that is only in excerpts that
-    were chosen because the neuron was high (or in a given bin) weighs `weight`: such excerpts show
-    a token where it activates more than it does on average.
+    Excerpts of several kinds overlap, so each position of the split counts once, in the excerpt with the
+    most context before it. A token of a random excerpt has weight 1. One that occurs only in excerpts
+    chosen because the neuron was high (or in a given bin) has weight `weight`, since such excerpts contain
+    a token where it activates the neuron more than on average.
     """
     return evidence_of(record.excerpts, depth, weight)
 
 
 def evidence_of(excerpts: Sequence[Excerpt], depth: int, weight: float) -> Evidence:
-    """Return the evidence of these excerpts of one neuron, as `collect_evidence` does of a record."""
+    """Return the evidence from these excerpts of one neuron, as `collect_evidence` does for a record."""
     excerpts = [e for e in excerpts if e.kind != "out_of_context" and len(e)]
     if not excerpts:
         return Evidence(np.zeros((0, depth), dtype=np.int64), np.zeros(0), np.zeros(0))

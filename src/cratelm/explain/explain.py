@@ -1,4 +1,4 @@
-"""`cratelm explain`: from the fit excerpts of each neuron to what it responds to."""
+"""`cratelm explain`: describe what each neuron responds to, from its excerpts of the fit split."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -35,23 +35,23 @@ from cratelm.stats.sample_size import precision_statement
 
 @dataclass(frozen=True)
 class ExplainResult:
-    """What `explain` did."""
+    """Result of `cratelm explain`."""
 
     path: Path
     """folder of `explanations.parquet`"""
     n_neurons: int
-    """neurons that were to be explained"""
+    """neurons selected to be explained"""
     n_dead: int
-    """of them, never above 0 on the fit split: without an explanation"""
+    """of these, neurons that are never above 0 on the fit split and so have no explanation"""
     n_explanations: int
     n_failed: int = 0
-    """explanations that a language model was asked for and did not give"""
+    """explanations that were requested from a language model and failed"""
     calls: str = ""
-    """what a language model was asked, in words"""
+    """number and cost of the calls to a language model, in words"""
 
     def __str__(self) -> str:
         failed = (
-            f", {self.n_failed:,} explanations failed (--retry-failed asks again)"
+            f", {self.n_failed:,} explanations failed (--retry-failed repeats the calls)"
             if self.n_failed
             else ""
         )
@@ -63,23 +63,23 @@ class ExplainResult:
 
 
 class Explainer(Protocol):
-    """Anything that explains neurons: without a language model, or by one."""
+    """Anything that explains neurons, with or without a language model."""
 
     def explain(
         self, records: Iterable[NeuronRecord]
     ) -> Iterator[Explanation | ExplanationFailure]:
-        """Yield what there is to say about each record of the fit split, in the order of `records`.
+        """Yield explanations and failures for records of the fit split, in the order of `records`.
 
-        Several per neuron where there are several ways or kinds of evidence; none for a dead neuron.
+        One neuron can have several, by explainer or kind of evidence; a dead neuron has none.
         """
         ...
 
 
 class CountingExplainer:
-    """Explains by counting over the fit excerpts: `lookup`, `trie` or both, as `config` has it."""
+    """Explains without a language model, by counting over the fit excerpts: `config.explainers`."""
 
     def __init__(self, config: ExplainConfig, token_strings: Sequence[str]):
-        """`token_strings` [V] shows each token."""
+        """`token_strings` [V] is the text of each token id."""
         self._config, self._strings = config, token_strings
 
     def explain(self, records: Iterable[NeuronRecord]) -> Iterator[Explanation]:
@@ -89,14 +89,14 @@ class CountingExplainer:
 
 
 def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
-    """Explain the neurons of one model of a run.
+    """Explain the neurons of one model of a run, and return the counts.
 
-    Writes `explanations/MODEL/`, or `explanations/MODEL@NAME/` where a language model called NAME
-    explains. With `--dry-run` nothing is asked or written and the `DryRun` is returned; with
-    `--shard` answers go to the worker's ledger alone.
+    Writes `explanations/MODEL/`, or `explanations/MODEL@NAME/` with the explanations of the language
+    model NAME. With `--dry-run` no explanation is requested, nothing is written and a `DryRun` is
+    returned; with `--shard` answers are written only to the worker's ledger.
 
-    Raises `InputError` where the run has no tokens or no harvest of the model, or the language model
-    cannot be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
+    Raises `InputError` if the run has no tokens or no harvest of the model, or the language model cannot
+    be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model)
@@ -134,7 +134,8 @@ def _explain_with_llm(
         stage = run.stage("explanations", set_name(config.model, name))
         if is_finished(config, stage, inputs):
             return stage.result(ExplainResult, path=stage.path)
-        if not (config.dry_run or config.shard):  # nobody else asks the same while this one does
+        # no other process may make the same calls meanwhile
+        if not (config.dry_run or config.shard):
             held.enter_context(stage.lock())
         if config.neurons:
             layers = len({s.neuron.layer for s in selected})
@@ -142,13 +143,12 @@ def _explain_with_llm(
         explainer = LLMExplainer(client, name, config, _token_strings(run))
         records = read_selected_records(harvest, "fit", of_worker)
         if config.dry_run:
-            return dry_run(client, ([asked.request] for asked in explainer.requests(records)))
+            return dry_run(client, ([r.request] for r in explainer.requests(records)))
         n_expected = len(config.evidence) * sum(not s.dead for s in of_worker)
         label = f"{config.model} by {name}"
         outcomes = list(_progress(explainer.explain(records), n_expected, label, config.quiet))
-        if (
-            config.shard
-        ):  # answers are in the ledger: the command that merges the workers writes them
+        if config.shard:
+            # answers are in the ledger: the command that merges the workers writes the stage
             return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
         with stage.write(config, inputs) as draft:
             write_calls(draft, client)
@@ -188,17 +188,17 @@ def _write(
 def explain_neuron(
     record: NeuronRecord, config: ExplainConfig, token_strings: Sequence[str]
 ) -> list[Explanation]:
-    """Return one explanation per explainer of `config`; none for a dead neuron.
+    """Return one explanation per explainer in `config.explainers`; none for a dead neuron.
 
-    `record` is of the fit split; `token_strings` [V] shows each token. Raises `InputError` where
-    the record holds out-of-context excerpts, which exist for scoring only, or no tokens at all.
+    `record` is of the fit split; `token_strings` [V] is the text of each token id. Raises `InputError` if
+    the record has out-of-context excerpts, which exist for scoring only, or no tokens at all.
     """
     if record.summary.dead:
         return []
     if record.of_kind("out_of_context") or not any(len(e) for e in record.excerpts):
         raise InputError(
-            f"{record.neuron} has no excerpts to explain from, or those of the held_out split:"
-            " harvest it again"
+            f"{record.neuron} has no excerpts, or has excerpts of the held_out split instead of fit:"
+            " type `cratelm harvest --force` for this model"
         )
     # at least 2 tokens of context, whatever --depth: look-up phrases say what comes before a token
     evidence = collect_evidence(record, depth=max(config.depth, 2), weight=WEIGHT)

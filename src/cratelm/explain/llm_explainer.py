@@ -1,7 +1,7 @@
 """Explain neurons with a language model: one conversation per neuron and kind of evidence.
 
-An answer becomes an explanation; a failed call, or an answer without a word, is a failure with its
-reason and never an explanation. The words are those of `cratelm.llm.prompts.neurons`.
+An answer becomes an explanation; a failed call, or an answer without a word, is a failure with a reason
+and never an explanation. The wording of the prompts is in `cratelm.llm.prompts.neurons`.
 """
 
 import re
@@ -25,27 +25,27 @@ _OPENING = re.compile(
     re.I,
 )
 LONGEST = 600
-"""characters after which an explanation is cut"""
+"""characters after which an explanation is truncated"""
 
 
 @dataclass(frozen=True, eq=False)
 class ExplanationRequest:
-    """What a language model is asked about one neuron."""
+    """A request to explain one neuron from one kind of evidence."""
 
     neuron: NeuronId
     evidence: EvidenceKind
     documents: tuple[int, ...]
-    """ordinals of the documents of the excerpts shown"""
+    """ordinals of the documents that the excerpts in the prompt come from"""
     request: Chat
 
 
 class LLMExplainer:
-    """Explains neurons by the language model behind `client`; its explanations are called `name`."""
+    """Explains neurons with the language model behind `client`; the explainer's name is `name`."""
 
     def __init__(
         self, client: Client, name: str, config: ExplainConfig, token_strings: Sequence[str]
     ):
-        """`token_strings` [V] shows each token."""
+        """`token_strings` [V] is the text of each token id."""
         self._client, self._name = client, name
         self._config, self._strings = config, token_strings
 
@@ -54,17 +54,17 @@ class LLMExplainer:
     ) -> Iterator[Explanation | ExplanationFailure]:
         """Yield an explanation or a failure per neuron and kind of evidence.
 
-        As many requests are asked together as keep the backend busy; no more records are held. Raises
-        `BudgetReached` as `Client.ask`.
+        Requests are sent in batches that keep the backend busy; only the records of one batch are in
+        memory. Raises `BudgetReached` as `Client.ask` does.
         """
-        pending = self.requests(records)
-        while batch := list(islice(pending, self._client.backend.window)):
-            outcomes = self._client.ask([asked.request for asked in batch])
-            for asked, outcome in zip(batch, outcomes, strict=True):
-                yield self._read(asked, outcome)
+        requests = self.requests(records)
+        while batch := list(islice(requests, self._client.backend.window)):
+            outcomes = self._client.ask([pending.request for pending in batch])
+            for request, outcome in zip(batch, outcomes, strict=True):
+                yield self._read(request, outcome)
 
     def requests(self, records: Iterable[NeuronRecord]) -> Iterator[ExplanationRequest]:
-        """Yield one request per neuron and kind of evidence; none about a dead neuron.
+        """Yield one request per neuron and kind of evidence; none for a dead neuron.
 
         `records` are of the fit split.
         """
@@ -72,38 +72,42 @@ class LLMExplainer:
             if record.summary.dead:
                 continue
             for evidence in self._config.evidence:
-                shown = explained_from(record, _METRIC[evidence])
+                excerpts = explained_from(record, _METRIC[evidence])
                 silent = contrasting(record, _METRIC[evidence], self._config.contrast)
-                documents = tuple(sorted({e.document for e in shown + silent}))
-                request = self._request(shown, silent)
+                documents = tuple(sorted({e.document for e in excerpts + silent}))
+                request = self._request(excerpts, silent)
                 yield ExplanationRequest(record.neuron, evidence, documents, request)
 
-    def _request(self, shown: Sequence[Excerpt], silent: Sequence[Excerpt]) -> Chat:
+    def _request(self, excerpts: Sequence[Excerpt], silent: Sequence[Excerpt]) -> Chat:
         sampling: dict[str, Any] = {
             "max_tokens": self._config.answer_tokens,
             "temperature": self._config.temperature,
             "seed": self._config.seed,
         }
         if self._config.prompts == "openai":
-            return openai_explain_request(shown, self._strings, **sampling)
-        return explain_request(shown, silent, self._strings, **sampling)
+            return openai_explain_request(excerpts, self._strings, **sampling)
+        return explain_request(excerpts, silent, self._strings, **sampling)
 
     def _read(
-        self, asked: ExplanationRequest, outcome: Outcome
+        self, request: ExplanationRequest, outcome: Outcome
     ) -> Explanation | ExplanationFailure:
         text = parse_explanation(outcome)
         if isinstance(text, Failure):
-            return ExplanationFailure(asked.neuron, asked.evidence, f"{text.kind}: {text.reason}")
+            reason = f"{text.kind}: {text.reason}"
+            return ExplanationFailure(request.neuron, request.evidence, reason)
         prompts = self._config.prompts
         payload: dict[str, object] = {
-            "evidence": asked.evidence,
+            "evidence": request.evidence,
             "prompts": VERSION if prompts == "cratelm" else prompts,
         }
-        return Explanation(asked.neuron, self._name, text, payload, asked.documents)
+        return Explanation(request.neuron, self._name, text, payload, request.documents)
 
 
 def parse_explanation(outcome: Outcome) -> str | Failure:
-    """Return the explanation in an answer: its first line with a word, without quotes around it."""
+    """Return the explanation in an answer: its first line that contains a word, without enclosing quotes.
+
+    A failed outcome, or an answer without a word, is returned as a `Failure`.
+    """
     if isinstance(outcome, Failure):
         return outcome
     assert isinstance(outcome.value, str)
@@ -111,11 +115,11 @@ def parse_explanation(outcome: Outcome) -> str | Failure:
         text = _unquoted(_OPENING.sub("", line.strip(" *")))
         if re.search(r"\w", text):
             return text[:LONGEST]
-    return Failure(FailureKind.EMPTY, "the answer has no word in it")
+    return Failure(FailureKind.EMPTY, "the answer contains no word")
 
 
 def _unquoted(text: str) -> str:
-    """Return `text` without quotes around all of it; quotes around a part of it stay."""
+    """Return `text` without quotes that enclose all of it; other quotes are left unchanged."""
     inside = text[1:-1]
     if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'`" and text[0] not in inside:
         return inside.strip()

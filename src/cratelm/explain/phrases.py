@@ -3,8 +3,8 @@
 `score --explanations llm-free` and `intervene` give the phrase to a language model, so a change of its
 wording changes scores, and answers in the ledger are asked again.
 
-Tokens stand between backticks, white space is visible (␣ space, ⏎ line break, ⇥ tab), and the
-activating token of an example between « and ».
+Tokens are in backticks, white space is visible (␣ space, ⏎ line break, ⇥ tab), and the activating
+token of an example is between « and ».
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from cratelm.text.display import visible_folded
 N_NAMED = 4
 """tokens or contexts named in a phrase"""
 MIN_GAIN = 0.02
-"""what a named token or context explains, as a fraction of what the first one named explains"""
+"""smallest gain of a named token or context, as a fraction of the gain of the first one named"""
 MIN_SEEN = 5
-"""tokens of evidence before a phrase says what comes before them"""
+"""tokens of evidence that are needed before a phrase names the token that precedes them"""
 BEFORE, AFTER = 6, 4
-"""tokens of the example before the activating one, and from it"""
+"""tokens of the example before the activating one, and from it on"""
 
 
 def lookup_phrase(
@@ -36,9 +36,9 @@ def lookup_phrase(
         table.values > table.default, table.counts * (table.values - table.default) ** 2, 0
     )
     tokens = table.tokens[_ranked(gains)[:N_NAMED]]
-    where = _listed([_quoted([t], token_strings) for t in tokens])
+    contexts = _listed([_quoted([t], token_strings) for t in tokens])
     after = _mostly_after(evidence, tokens, token_strings)
-    return _phrase(record, where + after, token_strings)
+    return _phrase(record, contexts + after, token_strings)
 
 
 def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) -> str:
@@ -53,42 +53,41 @@ def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) 
             named.append(context)
         if len(named) == N_NAMED:
             break
-    where = _listed([_in_context(c, token_strings) for c in named])
-    return _phrase(record, where, token_strings)
+    contexts = _listed([_in_context(c, token_strings) for c in named])
+    return _phrase(record, contexts, token_strings)
 
 
 def _ranked(gains: NDArray) -> NDArray[np.int64]:
-    """Return the indices of the gains that are worth naming, the largest first."""
+    """Return the indices of the gains above `MIN_GAIN` of the largest, in descending order."""
     order = np.argsort(-gains, kind="stable")
     return order[gains[order] > MIN_GAIN * gains.max(initial=0)]
 
 
-def _phrase(record: NeuronRecord, where: str, token_strings: Sequence[str]) -> str:
+def _phrase(record: NeuronRecord, contexts: str, token_strings: Sequence[str]) -> str:
     percent = 100 * record.summary.firing_rate
     rate = f"fires on {percent:{'.0f' if percent >= 10 else '.2g'}}% of tokens"
-    most = f", most on {where}" if where else ", on none much more than on others"
+    most = f", most on {contexts}" if contexts else ", on none much more than on others"
     return f"{rate}{most}; e.g. {_example(record.excerpts, token_strings)}"
 
 
 def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
-    """Return the text around the strongest activation; a live neuron has it in a top excerpt."""
+    """Return the text around the strongest activation, from a top excerpt if there is one."""
     candidates = [e for e in excerpts if e.kind == "top" and len(e)] or [
         e for e in excerpts if len(e)
     ]
     excerpt = max(candidates, key=lambda e: e.activations.max())
     peak = int(excerpt.activations.argmax())
 
-    def shown(start: int, stop: int) -> str:
+    def text(start: int, stop: int) -> str:
         return visible_folded("".join(token_strings[int(t)] for t in excerpt.token_ids[start:stop]))
 
     return (
-        f"{shown(max(0, peak - BEFORE), peak)}«{shown(peak, peak + 1)}»"
-        f"{shown(peak + 1, peak + AFTER)}"
+        f"{text(max(0, peak - BEFORE), peak)}«{text(peak, peak + 1)}»{text(peak + 1, peak + AFTER)}"
     )
 
 
 def _mostly_after(evidence: Evidence, tokens: NDArray, token_strings: Sequence[str]) -> str:
-    """Return which token precedes `tokens` in more than half of their activation; empty for none."""
+    """Return `, mostly after TOKEN` if TOKEN precedes more than half of the activation on `tokens`, else ""."""
     if evidence.contexts.shape[1] < 2:
         return ""
     rows = np.isin(evidence.contexts[:, 0], tokens) & (evidence.activations > 0)
@@ -118,6 +117,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _ends_alike(a: list[int], b: list[int]) -> bool:
-    """Return True where one context is the end of the other."""
+    """Return True if one context is a suffix of the other."""
     n = min(len(a), len(b))
     return a[-n:] == b[-n:]

@@ -1,6 +1,6 @@
-"""Choose the neurons to explain, and the fit excerpts that a language model is shown of each.
+"""Choose the neurons to explain, and the fit excerpts from which a language model explains each.
 
-The excerpts have the paper's ranks (Bai & Ma 2025), on our `fit` split; scores come from `held_out`
+The excerpts have the ranks used in the paper (Bai & Ma 2025), in our `fit` split; scores use `held_out`
 (`cratelm.score.selection`). Explainers that need no language model read every fit excerpt instead.
 
 | metric | explained from |
@@ -8,7 +8,7 @@ The excerpts have the paper's ranks (Bai & Ma 2025), on our `fit` split; scores 
 | top_and_random, random_only | top ranks 0, 2, 4, 6, 8, 64 tokens |
 | anthropic | top 15, 2 of each of 12 bins, 5 random, 8 tokens |
 
-Where a neuron has fewer excerpts, those that exist are used.
+If a neuron has fewer excerpts, those that exist are used.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -32,12 +32,13 @@ N_RANDOM = 5
 def select_neurons(
     harvest: Path, per_layer: int, seed: int, only: Sequence[tuple[int, int]] = ()
 ) -> list[SampledNeuron]:
-    """Return `per_layer` neurons of each layer, 0 for all, by layer and index; or `only` these (layer, index).
+    """Return the neurons to explain, sorted by layer and index.
 
-    Raises `InputError` where the harvest lacks one of `only`.
+    They are `per_layer` neurons of each layer (0 for all), or, if `only` is not empty, those (layer, index).
+    The draw depends only on the seed, the layer and the number of neurons of the layer, so that twins draw
+    the same indices and a smaller sample is a subset of a larger one.
 
-    The draw depends on the seed, the layer and the number of neurons of the layer, and on nothing
-    else: twins draw the same indices, and a smaller sample is part of a larger one.
+    Raises `InputError` if the harvest lacks one of `only`.
     """
     layers: dict[int, list[SampledNeuron]] = {}
     for summary in read_summaries(harvest, "fit"):
@@ -51,16 +52,17 @@ def select_neurons(
         for layer, index in only:
             if (layer, index) not in by_key:
                 raise InputError(
-                    f"--only {layer}:{index}: {harvest} has layers {', '.join(map(str, sorted(layers)))} of"
-                    f" {len(next(iter(layers.values())))} neurons and not this one"
+                    f"--only {layer}:{index}: {harvest} does not have this neuron; it has layers"
+                    f" {', '.join(map(str, sorted(layers)))} of {len(next(iter(layers.values())))} neurons"
+                    " each"
                 )
         return [by_key[NeuronKey(*key)] for key in only]
     chosen = []
     for layer, neurons in sorted(layers.items()):
         if 0 < per_layer < len(neurons):
-            # the first of a permutation, so that more neurons per layer add to the same ones
-            draw = np.random.default_rng([seed, layer])
-            drawn = np.sort(draw.permutation(len(neurons))[:per_layer])
+            # the beginning of a permutation, so that a larger sample contains a smaller one
+            rng = np.random.default_rng([seed, layer])
+            drawn = np.sort(rng.permutation(len(neurons))[:per_layer])
             neurons = [neurons[i] for i in drawn]
         chosen += neurons
     return chosen
@@ -71,7 +73,7 @@ def read_selected_records(
 ) -> Iterator[NeuronRecord]:
     """Yield the records of the selected neurons of one split, by layer and index, one at a time.
 
-    Raises `InputError` where the harvest lacks one of them.
+    Raises `InputError` if the harvest lacks one of them.
     """
     layers: dict[int, list[int]] = {}
     for s in selected:
@@ -83,13 +85,13 @@ def read_selected_records(
             yield record
         if n_read != len(indices):
             raise InputError(
-                f"{harvest} holds {n_read} of the {len(indices)} explained neurons of layer"
+                f"{harvest} has only {n_read} of the {len(indices)} explained neurons of layer"
                 f" {layer} in the {split} split: type `cratelm harvest --force` for this model"
             )
 
 
 def explained_from(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
-    """Return the excerpts of `record` (of the fit split) that `metric` explains from, in a fixed order."""
+    """Return the excerpts of `record` (of the fit split) to explain from for `metric`, in a fixed order."""
     if metric != "anthropic":
         return by_rank(record, "top", TOP_RANKS)
     top = by_rank(record, "top", ANTHROPIC_TOP_RANKS)
@@ -101,14 +103,14 @@ def explained_from(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
 def contrasting(record: NeuronRecord, metric: Metric, n: int) -> tuple[Excerpt, ...]:
     """Return up to `n` random excerpts of `record` that do not activate the neuron, the lowest first.
 
-    Its activation stays below half of its maximum in them. They are cut as `metric` has it; excerpts
-    that `explained_from` returns are skipped.
+    In these, its activation stays below half of its maximum. They are cut to the window of `metric`;
+    excerpts that `explained_from` returns are skipped.
     """
-    shown = {e.position for e in explained_from(record, metric)}
+    used = {e.position for e in explained_from(record, metric)}
     candidates = [
         e.narrowed(*ANTHROPIC_WINDOW) if metric == "anthropic" else e
         for e in record.of_kind("random")
-        if e.position not in shown and len(e)
+        if e.position not in used and len(e)
     ]
     silent = [e for e in candidates if float(e.activations.max()) < record.summary.maximum / 2]
     return tuple(sorted(silent, key=lambda e: (float(e.activations.max()), e.rank))[:n])
@@ -123,10 +125,9 @@ def by_rank(record: NeuronRecord, kind: ExcerptKind, ranks: Iterable[int]) -> tu
 def first_of_bins(
     record: NeuronRecord, per_bin: int, without: Collection[int] = ()
 ) -> tuple[Excerpt, ...]:
-    """Return the first `per_bin` excerpts of each Anthropic bin, by bin and rank.
+    """Return the first `per_bin` excerpts of each Anthropic bin, sorted by bin and rank.
 
-    Excerpts whose chosen token is at a position in `without` are skipped, so that no token is chosen
-    twice.
+    Excerpts whose peak is at a position in `without` are skipped, so that no token is used twice.
     """
     chosen: dict[int, list[Excerpt]] = {}
     for excerpt in sorted(record.of_kind("anthropic_bin"), key=lambda e: (e.bin, e.rank)):

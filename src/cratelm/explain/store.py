@@ -1,11 +1,11 @@
 """Read and write explanations.
 
 `explanations.parquet`   one row per neuron and explainer
-`neurons.parquet`        one row per neuron that was to be explained, dead ones too
-`unexplained.parquet`    what a language model was asked for and did not give
+`neurons.parquet`        one row per neuron selected to be explained, including dead ones
+`unexplained.parquet`    one row per explanation that was requested from a language model and failed
 
 The folder is `explanations/MODEL/` without a language model and `explanations/MODEL@NAME/` with one.
-A language model explains a neuron once for each kind of evidence; `payload` says from which.
+A language model explains a neuron once for each kind of evidence, which `payload` names.
 """
 
 import json
@@ -21,18 +21,20 @@ from cratelm.records import Explanation, NeuronId
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 
 _ROWS_A_GROUP = 256
-"""rows read for the payload of one neuron: some 1 MB"""
+"""rows that are read to get the payload of one neuron: about 1 MB"""
 EXPLANATIONS = TableFile(
     "explanations/MODEL/explanations.parquet",
     (
         *NEURON_COLUMNS,
         FileColumn("explainer", pa.string(), "`lookup`, `trie`, or the name of a language model"),
-        FileColumn("text", pa.string(), "for people"),
+        FileColumn(
+            "text", pa.string(), "for people, and for language models that simulate from it"
+        ),
         FileColumn("payload", pa.string(), "for the simulator of the same name, JSON"),
         FileColumn(
             "documents",
             pa.list_(pa.int64()),
-            "`ordinal`s of the documents it was made from, all of split `fit`",
+            "`ordinal`s of the documents that it was made from, all of split `fit`",
         ),
     ),
 )
@@ -40,8 +42,8 @@ UNEXPLAINED = TableFile(
     "explanations/MODEL/unexplained.parquet",
     (
         *NEURON_COLUMNS,
-        FileColumn("evidence", pa.string(), "kind of excerpts that it was shown"),
-        FileColumn("reason", pa.string(), "in words"),
+        FileColumn("evidence", pa.string(), "kind of excerpts in the prompt: `top` or `anthropic`"),
+        FileColumn("reason", pa.string(), "why it failed, in words"),
     ),
 )
 SELECTED = TableFile(
@@ -55,16 +57,16 @@ SELECTED = TableFile(
 
 @dataclass(frozen=True)
 class SampledNeuron:
-    """A neuron that was to be explained."""
+    """A neuron selected to be explained."""
 
     neuron: NeuronId
     dead: bool
-    """never above 0 on the fit split, so that there is no explanation"""
+    """never above 0 on the fit split, and so without an explanation"""
 
 
 @dataclass(frozen=True)
 class ExplanationFailure:
-    """An explanation that a language model was asked for and did not give."""
+    """An explanation that was requested from a language model and failed."""
 
     neuron: NeuronId
     evidence: str
@@ -88,7 +90,7 @@ def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) 
 
 
 def read_explanations(folder: str | Path) -> list[Explanation]:
-    """Return the explanations in `folder`, in the order written; `InputError` where there are none."""
+    """Return the explanations in `folder`, in the order written; raise `InputError` if there are none."""
     return [
         Explanation(
             _neuron(row),
@@ -102,28 +104,31 @@ def read_explanations(folder: str | Path) -> list[Explanation]:
 
 
 def write_selected(folder: str | Path, selected: Sequence[SampledNeuron]) -> None:
-    """Write `neurons.parquet` into `folder`."""
+    """Write `neurons.parquet`, the neurons selected to be explained, into `folder`."""
     rows = [{**vars(s.neuron), "dead": s.dead} for s in selected]
     table = pa.Table.from_pylist(rows, schema=SELECTED.schema)
     pq.write_table(table, Path(folder) / "neurons.parquet")
 
 
 def read_selected(folder: str | Path) -> list[SampledNeuron]:
-    """Return the neurons that were to be explained, dead ones too, by layer and index."""
+    """Return the neurons selected to be explained, including dead ones, by layer and index.
+
+    Raises `InputError` if the file does not exist.
+    """
     return [
         SampledNeuron(_neuron(row), row["dead"]) for row in _rows(Path(folder) / "neurons.parquet")
     ]
 
 
 def write_unexplained(folder: str | Path, failures: Sequence[ExplanationFailure]) -> None:
-    """Write `unexplained.parquet` into `folder`."""
+    """Write `unexplained.parquet`, the failed explanations, into `folder`."""
     rows = [{**vars(f.neuron), "evidence": f.evidence, "reason": f.reason} for f in failures]
     table = pa.Table.from_pylist(rows, schema=UNEXPLAINED.schema)
     pq.write_table(table, Path(folder) / "unexplained.parquet")
 
 
 def read_unexplained(folder: str | Path) -> list[ExplanationFailure]:
-    """Return the explanations that a language model did not give; none where it was not asked."""
+    """Return the explanations that a language model failed to give; none if the file does not exist."""
     path = Path(folder) / "unexplained.parquet"
     rows = _rows(path) if path.is_file() else []
     return [ExplanationFailure(_neuron(row), row["evidence"], row["reason"]) for row in rows]
@@ -131,7 +136,7 @@ def read_unexplained(folder: str | Path) -> list[ExplanationFailure]:
 
 def _rows(path: Path) -> list[dict]:
     if not path.is_file():
-        raise InputError(f"{path} is not there: type `cratelm explain` for this model first")
+        raise InputError(f"{path} does not exist: type `cratelm explain` for this model first")
     return pq.read_table(path).to_pylist()
 
 

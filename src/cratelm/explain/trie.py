@@ -1,20 +1,20 @@
 """Context trie: a neuron's activation by the last tokens (Neuron-to-Graph, Foote et al. 2023).
 
-A node stands for the last k tokens, the activating token included; its children for the same with
-one more token before. A node's value is the mean activation where its context occurs, shrunk
-toward its parent's value v by as much as `STRENGTH` tokens would:
+A node represents the last k tokens, including the activating token; its children add one more token
+before them. A node's value is the mean activation where its context occurs, shrunk toward its parent's
+value v, which counts as `STRENGTH` tokens:
 
     v_c = (sum_i w_i a_i + STRENGTH v) / (sum_i w_i + STRENGTH)        over the evidence i with context c
 
-and the root's value is the neuron's mean over the whole fit split. The deepest node that matches
-predicts. So after pruning, a node with children predicts only where none of them matches: its value
-becomes the mean activation over these tokens, shrunk toward v_c in the same way.
+and the root's value is the neuron's mean over the whole fit split. The deepest matching node predicts.
+So after pruning, a node with children predicts only where none of them matches: its value becomes the
+mean activation over these tokens, shrunk toward v_c in the same way.
 
-How this differs from Neuron-to-Graph: N2G asks the model, on prompts with tokens removed or
-replaced, which context an activation needs, and adds synonyms from a second model. Here no model is
-asked: a context is kept where it occurs at least `MIN_COUNT` times in the harvested excerpts and
-changes the prediction most, and nothing is added. So it costs milliseconds per neuron, and it has
-only contexts that the excerpts hold.
+Difference from Neuron-to-Graph: N2G runs the model on prompts with tokens removed or replaced to find
+which context an activation needs, and adds synonyms from a second model. Here no model is run: a context
+is kept if it occurs at least `MIN_COUNT` times in the harvested excerpts and changes the prediction most,
+and nothing is added. So a trie costs milliseconds per neuron, and has only contexts that occur in the
+excerpts.
 """
 
 from dataclasses import dataclass
@@ -25,30 +25,30 @@ from numpy.typing import NDArray
 from cratelm.explain.evidence import NO_TOKEN, Evidence
 
 STRENGTH = 0.3
-"""tokens of evidence that the parent's value is worth; chosen as in `cratelm.explain.lookup`, with the
-same outcome"""
+"""number of tokens of evidence that the parent's value counts as; tuned as in `cratelm.explain.lookup`, with
+the same result"""
 MIN_COUNT = 2
-"""times a context must occur; a single token needs one"""
+"""how often a context must occur; once suffices for a single token"""
 ROOT = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Trie:
-    """A trie explanation. K nodes, parents before their children."""
+    """A trie explanation with K nodes, parents before their children."""
 
     default: float
-    """raw activation predicted where no node matches"""
+    """raw activation predicted if no node matches"""
     parents: NDArray[np.int64]
     """[K] index of the parent node, `ROOT` for single tokens"""
     tokens: NDArray[np.int64]
     """[K] the token that the node adds before its parent's context (for single tokens: the token itself)"""
     values: NDArray[np.float64]
-    """[K] raw activation predicted"""
+    """[K] predicted raw activation"""
     counts: NDArray[np.int64]
-    """[K] tokens of evidence"""
+    """[K] number of tokens of evidence"""
 
     def payload(self) -> dict[str, object]:
-        """Return the trie as the explanation stores it, in JSON values."""
+        """Return the trie in JSON values, as the explanation stores it."""
         return {
             "default": self.default,
             "parents": self.parents.tolist(),
@@ -69,11 +69,11 @@ class Trie:
 def context_trie(
     evidence: Evidence, mean: float, max_nodes: int, *, depth: int, strength: float = STRENGTH
 ) -> Trie:
-    """Return the trie over `evidence`, contexts of up to `depth` tokens, pruned to `max_nodes` nodes.
+    """Return the trie of contexts of up to `depth` tokens in `evidence`, pruned to `max_nodes` nodes.
 
-    A node's gain is the squared error that it removes beyond its parent, (sum of weights)
-    (v_c - v)^2. Nodes are ranked by the best gain in their subtree, so that the nodes that change the
-    prediction most are kept together with their ancestors.
+    `mean` is the neuron's mean over the split. A node's gain is the squared error that it removes in addition
+    to its parent, (sum of weights) (v_c - v)^2. Nodes are ranked by the best gain in their subtree, so that
+    the nodes that change the prediction most are kept together with their ancestors.
     """
     full = _grow(evidence, mean, depth, strength)
     best = full.gains.copy()
@@ -82,10 +82,10 @@ def context_trie(
         if parent != ROOT and best[node] > best[parent]:
             best[parent] = best[node]
     # Ties go to the smaller index, and a parent comes before its children and has at least their best
-    # gain: no kept node loses an ancestor.
+    # gain, so every ancestor of a kept node is kept.
     kept = np.sort(np.argsort(-best, kind="stable")[:max_nodes])
     kept = kept[best[kept] > 0]
-    # Renumber parents by their index among the kept. `ROOT` is -1: the extra last entry answers for it.
+    # Renumber parents by their index among the kept nodes. `ROOT` is -1, which indexes the extra last entry.
     renumbered = np.full(len(best) + 1, ROOT)
     renumbered[kept] = np.arange(len(kept))
     parents = np.where(full.parents[kept] == ROOT, ROOT, renumbered[full.parents[kept]])
@@ -99,16 +99,16 @@ def _values_after_pruning(
     """Return values [K] of the kept nodes, for the evidence that none of their kept children covers."""
     values, weights, totals = (f[kept] for f in (full.values, full.weights, full.totals))
     inner = np.flatnonzero(parents != ROOT)
-    left_weights, left_totals = weights.copy(), totals.copy()
-    np.subtract.at(left_weights, parents[inner], weights[inner])
-    np.subtract.at(left_totals, parents[inner], totals[inner])
-    left = (left_totals + strength * values) / (left_weights + strength)
-    return np.where(np.isin(np.arange(len(kept)), parents), left, values)
+    uncovered_weights, uncovered_totals = weights.copy(), totals.copy()
+    np.subtract.at(uncovered_weights, parents[inner], weights[inner])
+    np.subtract.at(uncovered_totals, parents[inner], totals[inner])
+    uncovered = (uncovered_totals + strength * values) / (uncovered_weights + strength)
+    return np.where(np.isin(np.arange(len(kept)), parents), uncovered, values)
 
 
 @dataclass(frozen=True, eq=False)
 class _Grown:
-    """Nodes before pruning, [nodes] each."""
+    """Nodes before pruning; each field is [nodes]."""
 
     parents: NDArray[np.int64]
     tokens: NDArray[np.int64]
@@ -148,7 +148,7 @@ def _level(
     back: int,
     strength: float,
 ) -> tuple[_Grown, NDArray[np.int64]]:
-    """Return the nodes one level down, and for each of `rows` which of them it is in, -1 for none."""
+    """Return the nodes one level down, and the index among them of each of `rows`, -1 for none."""
     tokens = evidence.contexts[rows, back]
     # One number per (parent, token), so that one `unique` groups the rows of all parents at once; node
     # and token are shifted by 1 since both can be -1. Tokens are below 2^32, nodes below 2^31: no overflow.

@@ -1,9 +1,9 @@
 """Ask a language model through the ledger, within a budget.
 
-`Client.ask` takes from the ledger what was answered before and sends the other requests to the
-backend, in portions that the budget allows; outcomes are committed before they are returned. When the
-budget is used up it raises `BudgetReached`, with nothing lost: the same command with a higher limit
-resumes from the ledger. A budget is that of a run: everything that its ledger says was spent counts.
+`Client.ask` reads earlier answers from the ledger and sends the other requests to the backend, in
+batches that fit the budget. Outcomes are committed before they are returned. When the budget is used up,
+`Client.ask` raises `BudgetReached` and nothing is lost: the same command with a higher limit resumes from
+the ledger. A budget applies to a run: all spending recorded in its ledger counts.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from cratelm.llm.requests import (
 
 @dataclass
 class Tally:
-    """What a command has asked for and received so far."""
+    """Counts of a command's requests and their cost so far."""
 
     known: int = 0
     """requests answered from the ledger"""
     calls: int = 0
     """requests sent"""
     prompt_tokens: int = 0
-    """of the requests sent, as a server counts them: the whole prompt of each"""
+    """prompt tokens of the requests sent, counted as a server counts them: the whole prompt of each"""
     completion_tokens: int = 0
     seconds: float = 0.0
     failed: Counter[str] = field(default_factory=Counter)
@@ -69,56 +69,56 @@ class Client:
         self.identity = dict(backend.identity)
         self._tried: set[str] = set()
         self._prices = budget.prices
-        # limits are those of the run, not of this command: a command typed again spends no new budget
+        # limits apply to the run, not to this command: repeating a command grants no new budget
         self._before = ledger.bill(backend.name, self._prices) if budget.is_limited else Bill()
 
     def ask(self, requests: Sequence[Request]) -> list[Outcome]:
         """Return one outcome per request, in order; equal requests are sent once.
 
-        Raises `BudgetReached` before a request that the budget has no room for; what was answered
-        until then is in the ledger.
+        Raises `BudgetReached` before the first request that does not fit the budget; earlier answers are
+        in the ledger.
         """
         keys = [key(r, self.identity) for r in requests]
-        known = self._known(keys)
-        missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in known}
-        self.tally.known += sum(k in known for k in keys)
+        outcome_by_key = self._stored(keys)
+        missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in outcome_by_key}
+        self.tally.known += sum(k in outcome_by_key for k in keys)
         for portion in self._portions(list(missing.items())):
-            known |= self._send(portion)
-        outcomes = [known[k] for k in keys]
+            outcome_by_key |= self._send(portion)
+        outcomes = [outcome_by_key[k] for k in keys]
         self.tally.failed.update(str(o.kind) for o in outcomes if isinstance(o, Failure))
         return outcomes
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
-        """Return the requests that `ask` would send, each once."""
-        wanted = {key(r, self.identity): r for r in requests}
-        known = self._known(list(wanted))
-        return [r for k, r in wanted.items() if k not in known]
+        """Return the requests that `ask` would send, without duplicates."""
+        by_key = {key(r, self.identity): r for r in requests}
+        stored = self._stored(list(by_key))
+        return [r for k, r in by_key.items() if k not in stored]
 
-    def _known(self, keys: list[str]) -> dict[str, Outcome]:
-        found = self.ledger.find(keys)
+    def _stored(self, keys: list[str]) -> dict[str, Outcome]:
+        stored = self.ledger.find(keys)
         if not self._retry_failed:
-            return found
-        return {k: o for k, o in found.items() if isinstance(o, Answer) or k in self._tried}
+            return stored
+        return {k: o for k, o in stored.items() if isinstance(o, Answer) or k in self._tried}
 
-    def _portions(self, wanted: list[tuple[str, Request]]) -> Iterator[list[tuple[str, Request]]]:
-        """Cut `wanted` to what the budget has room for; raise where it has none for the next."""
-        while wanted:
-            portion = wanted[: self._room(wanted)]
+    def _portions(self, unsent: list[tuple[str, Request]]) -> Iterator[list[tuple[str, Request]]]:
+        """Yield `unsent` in batches that fit the budget; raise `BudgetReached` if the next one does not."""
+        while unsent:
+            portion = unsent[: self._room(unsent)]
             if not portion:
-                raise BudgetReached(self._limit(len(wanted)))
+                raise BudgetReached(self._limit(len(unsent)))
             yield portion
-            wanted = wanted[len(portion) :]
+            unsent = unsent[len(portion) :]
 
-    def _room(self, wanted: list[tuple[str, Request]]) -> int:
-        """Return how many of `wanted` fit into the limits, by the backend's count of tokens."""
+    def _room(self, unsent: list[tuple[str, Request]]) -> int:
+        """Return how many of `unsent` fit into the limits, by the backend's count of tokens."""
         budget, spent = self.budget, self._bill()
-        n = len(wanted)
+        n = len(unsent)
         if budget.max_calls:
             n = min(n, budget.max_calls - spent.calls)
         if not (budget.max_tokens or budget.max_cost):
             return max(n, 0)
         prompt = completion = 0
-        for place, (_, request) in enumerate(wanted[: max(n, 0)]):
+        for n_before, (_, request) in enumerate(unsent[: max(n, 0)]):
             prompt += prompt_tokens(request, self.backend)
             completion += completion_tokens(request)
             tokens = spent.tokens + prompt + completion
@@ -126,11 +126,11 @@ class Client:
             over_tokens = budget.max_tokens and tokens > budget.max_tokens
             over_cost = budget.max_cost and cost > budget.max_cost
             if over_tokens or over_cost:
-                return place
+                return n_before
         return max(n, 0)
 
     def _bill(self) -> Bill:
-        """Return what is spent for this run: by earlier commands, as the ledger says, and by this one."""
+        """Return the run's spending: that of earlier commands, from the ledger, and of this one."""
         tally = self.tally
         return Bill(
             self._before.calls + tally.calls,
@@ -147,32 +147,32 @@ class Client:
         ]
         return (
             f"stopped at {' '.join(filter(None, limits))}: {spent.calls:,} calls, {spent.tokens:,}"
-            f" tokens{f', ${spent.cost:,.4f}' if any(self._prices) else ''} are spent in"
-            f" {self.ledger.path}, of which this command: {self.tally}. {n_left:,} or more calls are"
-            " left: raise the limit and type the same command again, it resumes from the ledger"
+            f" tokens{f', ${spent.cost:,.4f}' if any(self._prices) else ''} are spent according to"
+            f" {self.ledger.path}; this command made {self.tally}. At least {n_left:,} calls remain:"
+            " raise the limit and type the same command again, and it resumes from the ledger"
         )
 
     def _send(self, portion: list[tuple[str, Request]]) -> dict[str, Outcome]:
         requests = [request for _, request in portion]
-        found: dict[str, Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         with contextlib.closing(self.backend.answer(requests)) as groups:
             for group in groups:
                 rows = []
                 for index, outcome in group:
                     k, kind = portion[index][0], kind_of(requests[index])
                     rows.append((k, kind, outcome))
-                    found[k] = rounded(kind, outcome)
+                    outcomes[k] = rounded(kind, outcome)
                     self._tried.add(k)
                     self._count(outcome)
                 self.ledger.write(
                     self.backend.name, rows, self._prices if any(self._prices) else None
                 )
-        if len(found) != len(portion):
+        if len(outcomes) != len(portion):
             raise InputError(
-                f"{self.backend.name} gave {len(found)} outcomes for {len(portion)} requests:"
+                f"{self.backend.name} returned {len(outcomes)} outcomes for {len(portion)} requests:"
                 " type the same command again to ask for the others"
             )
-        return found
+        return outcomes
 
     def _count(self, outcome: Outcome) -> None:
         self.tally.calls += 1
@@ -183,11 +183,11 @@ class Client:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a command would ask: `--dry-run`."""
+    """Result of a command with `--dry-run`: the calls that it would make, and an estimate of their cost."""
 
     requests: int
     known: int
-    """answers that are in the ledger already"""
+    """requests that the ledger already has an answer for"""
     calls: int
     prompt_tokens: int
     completion_tokens: int
@@ -195,7 +195,7 @@ class DryRun:
     cost: float | None
     """US dollars, at most; None without prices"""
     seconds: float | None
-    """from the rate of earlier calls to this model in this run; None before the first"""
+    """extrapolated from the rate of earlier calls to this model in this run; None before the first call"""
 
     def __str__(self) -> str:
         cost = "unknown (give --price-prompt and --price-completion)"
@@ -205,7 +205,7 @@ class DryRun:
         if self.seconds is not None:
             time_ = f"about {self.seconds / 60:,.1f} min at the rate of the calls so far"
         return (
-            f"dry run: {self.requests:,} requests, {self.known:,} of them answered in the ledger,"
+            f"dry run: {self.requests:,} requests, {self.known:,} of them already in the ledger,"
             f" {self.calls:,} calls to make\n  tokens  {self.prompt_tokens:,} prompt, at most"
             f" {self.completion_tokens:,} completion\n  cost    {cost}\n  time    {time_}"
         )
@@ -213,7 +213,7 @@ class DryRun:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What one worker of several did: it wrote answers into its ledger, nothing else."""
+    """Result of one of several workers (`--shard`), which writes answers to its own ledger and nothing else."""
 
     ledger: Path
     n_neurons: int
@@ -221,24 +221,24 @@ class WorkerResult:
 
     def __str__(self) -> str:
         return (
-            f"{self.n_neurons:,} neurons of this shard answered: {self.ledger}\n  {self.calls}\n  when"
-            " all shards are done, the same command without --shard merges them and finishes"
+            f"answers for the {self.n_neurons:,} neurons of this shard: {self.ledger}\n  {self.calls}\n"
+            "  when all shards are done, the same command without --shard merges them and finishes the stage"
         )
 
 
 def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
-    """Return what asking for these lists of requests would cost. Sends nothing.
+    """Return an estimate of the cost of these lists of requests, without sending any.
 
-    Equal requests count once, in whichever lists they are. Only half of each key is held, about 80
-    bytes a request, so that a run of millions of requests can be estimated on a laptop.
+    Equal requests count once, even in different lists. Only half of each key is held, about 80
+    bytes per request, so that a run of millions of requests can be estimated on a laptop.
     """
     calls, prompt, completion = 0, 0, 0
     kinds: set[str] = set()
-    seen: set[bytes] = set()
-    for some in requests:
-        new = {key(r, client.identity): r for r in some}
-        new = {k: r for k, r in new.items() if bytes.fromhex(k[:32]) not in seen}
-        seen.update(bytes.fromhex(k[:32]) for k in new)
+    counted: set[bytes] = set()
+    for group in requests:
+        new = {key(r, client.identity): r for r in group}
+        new = {k: r for k, r in new.items() if bytes.fromhex(k[:32]) not in counted}
+        counted.update(bytes.fromhex(k[:32]) for k in new)
         for request in client.missing(list(new.values())):
             calls += 1
             prompt += prompt_tokens(request, client.backend)
@@ -253,8 +253,8 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
         share = (prompt + completion) / tokens
         seconds = so_far.seconds * share / client.backend.parallel
     return DryRun(
-        requests=len(seen),
-        known=len(seen) - calls,
+        requests=len(counted),
+        known=len(counted) - calls,
         calls=calls,
         prompt_tokens=prompt,
         completion_tokens=completion,

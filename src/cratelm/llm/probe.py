@@ -1,7 +1,7 @@
-"""Probe a language model before any spending: how does it tokenise levels, does it answer with them?
+"""Probe a language model before the main calls: how it tokenises levels, and whether it answers with them.
 
 A level must be one token, since each slot is read once. Many models split "10" in two (SmolLM2,
-LLaMA-2): there levels run to 9, so that every level is one token.
+LLaMA-2): for these, levels end at 9, so that every level is one token.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from cratelm.llm.requests import Answer, OptionLogprobs
 from cratelm.records import MAX_LEVEL
 
 LOW_MASS = 0.5
-"""below this fraction of all probability on the levels, the levels say little about the model's answer"""
+"""if less than this fraction of the probability is on the levels, they say little about the model's answer"""
 _PROBES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("names of animals", ("The", " fox", " and", " the", " heron", " left", " at", " dawn", ".")),
     ("numbers", ("On", " page", " 12", ",", " line", " 7", ":", "\\n", "é", " 中", "\\t", '"')),
@@ -24,17 +24,17 @@ _PROBES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the probe of a simulator found before it was used."""
+    """Result of probing a simulator."""
 
     supports_logprobs: bool
-    """levels are read from log-probabilities; else the model is asked for JSON"""
+    """levels are read from log-probabilities; otherwise the model is asked for JSON"""
     top_level: int
-    """highest level that is asked for: 10, or 9 where "10" is not one token"""
+    """highest level that is asked for: 10, or 9 if "10" is not one token"""
     tokens_of_ten: int | None
-    """tokens that "10" takes; None where the server does not report it"""
+    """tokens that "10" takes; None if the server does not report it"""
     mass: float | None
     """mean fraction of all probability that falls on the levels at the slots of two probes; None
-    without log-probabilities, or where both probes failed"""
+    without log-probabilities, or if both probes failed"""
     lowest_mass: float | None
     reason: str = ""
     """why log-probabilities are not used"""
@@ -42,7 +42,9 @@ class ProbeResult:
     def __str__(self) -> str:
         if not self.supports_logprobs:
             why = f" ({self.reason})" if self.reason else ""
-            return f"levels 0..{self.top_level} by JSON: this model gives no log-probabilities{why}"
+            return (
+                f"levels 0..{self.top_level} by JSON: this model reports no log-probabilities{why}"
+            )
         split = "one token" if self.tokens_of_ten == 1 else f"{self.tokens_of_ten} tokens"
         text = f"levels 0..{self.top_level} ('10' is {split} of this model)"
         if self.mass is None:
@@ -51,7 +53,9 @@ class ProbeResult:
             f"; {self.mass:.0%} of the probability falls on them (lowest: {self.lowest_mass:.0%})"
         )
         if self.mass < LOW_MASS:
-            text += " - WARNING: low; levels are a small part of what the model would answer"
+            text += (
+                " - WARNING: low; the model would mostly answer with something other than a level"
+            )
         return text
 
     def as_dict(self) -> dict[str, object]:
@@ -64,11 +68,12 @@ class ProbeResult:
 
 
 def probe_levels(client: Client) -> ProbeResult:
-    """Ask for the levels of two made-up excerpts: two calls at most, stored in the ledger like others.
+    """Ask for the levels of two made-up excerpts, and return what is found.
 
-    A call that fails leaves a figure unknown and stops nothing.
+    Makes at most two calls, in addition to those that count tokens; their answers are stored in the ledger. If
+    such a call fails, `mass` is unknown and nothing is raised.
 
-    Raises `InputError` where the model splits digits.
+    Raises `InputError` if the model splits digits, or a server does not say how it tokenises levels.
     """
     backend, ledger = client.backend, client.ledger
     if not backend.supports_logprobs:
@@ -80,8 +85,8 @@ def probe_levels(client: Client) -> ProbeResult:
         if not counts:
             why = f" ({backend.reason})" if backend.reason else ""
             raise InputError(
-                f"{backend.name}: a probe call for how it tokenises the levels failed{why}: type the"
-                " command again, or ask for levels by JSON with --method json"
+                f"{backend.name}: the probe call that finds how it tokenises levels failed{why}: type the"
+                " command again, or request levels as JSON with --method json"
             )
         ledger.remember(label, {"counts": counts})
     top = top_level(counts)
@@ -105,12 +110,12 @@ def probe_levels(client: Client) -> ProbeResult:
 def top_level(counts: list[int]) -> int:
     """Return the highest level up to which every level is one token.
 
-    `counts` [11]: tokens of "0" ... "10". Raises `InputError` where not all ten digits are single
+    `counts` [11]: tokens of "0" ... "10". Raises `InputError` if not all ten digits are single
     tokens.
     """
     if len(counts) != MAX_LEVEL + 1 or any(n != 1 for n in counts[:MAX_LEVEL]):
         raise InputError(
-            f"this model splits the levels 0 ... 10 into {counts} tokens: the ten digits must be one"
-            " token each; choose another model, or one behind a server with --method json"
+            f"this model splits the levels 0 ... 10 into {counts} tokens: each of the ten digits must be"
+            " one token; choose another model, or a model behind a server with --method json"
         )
     return MAX_LEVEL if counts[MAX_LEVEL] == 1 else MAX_LEVEL - 1

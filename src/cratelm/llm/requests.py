@@ -1,7 +1,7 @@
 """Requests to a language model and their outcomes: four kinds of requests, answers, failures.
 
-Every request is a frozen value: its content, together with the identity of the backend, is the key
-under which the ledger keeps its answer. A failure is a value of its own, never a text or a number.
+Every request is a frozen value: a hash of its content and of the backend's identity is the key under
+which the ledger stores its answer. A failure has a type of its own; it is never a text or a number.
 
 Shapes: n slots of a prompt, O options at each, E width of an embedding.
 """
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 Role = Literal["system", "user", "assistant"]
 CHAT_IDENTITY = "decoding"
-"""entry of a backend's identity that is part of the keys of chats only: how texts are generated does not
-change log-probabilities or embeddings"""
+"""entry of a backend's identity that enters the keys of chats only: the decoding method does not change
+log-probabilities or embeddings"""
 NO_RANK = 65_535
 """rank of an option that is not among the tokens whose rank is known"""
 
@@ -33,29 +33,29 @@ class Chat:
     temperature: float = 0.0
     """0: the most likely token each time"""
     seed: int = 0
-    """of the sampling, where the backend has one"""
+    """sampling seed, for backends that have one"""
     stop: str = ""
-    """a text after which nothing is needed: a backend may stop there, and need not"""
+    """a text after which nothing more is needed: a backend may stop there but need not"""
 
 
 @dataclass(frozen=True)
 class LogprobQuery:
-    """A text with slots: how likely is each option at each slot?
+    """A text with slots, and a request for the probability of each option at each slot.
 
-    The text is `preamble + context + body`. It is cut in three so that a backend can compute the
-    preamble once for all requests of a kind, and the context once for all that share it.
+    The text is `preamble + context + body`. It is split in three so that a backend can compute the
+    preamble once for all requests of a kind, and the context once for all requests that share it.
     """
 
     preamble: str
     """instructions and examples: the same for all neurons"""
     context: str
-    """what the requests on one explanation share"""
+    """the part that all requests on one explanation share"""
     body: str
     slots: tuple[int, ...]
-    """[n] offsets in `body`, in characters (code points), increasing: the character before which an
-    option is considered. The text that follows a slot is not seen there: models read left to right"""
+    """[n] increasing offsets in `body`, in characters (code points): an option is considered just before
+    that character. The text after a slot does not affect it, since models read left to right"""
     options: tuple[str, ...]
-    """[O] texts that could stand at a slot, such as "0" ... "9"; each a single token of the model"""
+    """[O] texts that could follow at a slot, such as "0" ... "9"; each a single token of the model"""
     full: bool = False
     """also return the fraction of all probability that falls on the options, and their ranks among all
     tokens"""
@@ -76,7 +76,7 @@ class LogprobQuery:
 class JsonQuery:
     """A conversation to be answered by JSON `{"values": [...]}`: `n` integers from `low` to `high`.
 
-    For servers that give no log-probabilities.
+    For servers that report no log-probabilities.
     """
 
     messages: tuple[tuple[Role, str], ...]
@@ -88,7 +88,7 @@ class JsonQuery:
 
 @dataclass(frozen=True)
 class Embed:
-    """A text to be turned into a vector."""
+    """A text to be embedded as a vector."""
 
     text: str
 
@@ -102,12 +102,12 @@ class OptionLogprobs:
 
     log_probs: NDArray[np.float32]
     """[n, O] natural logarithm of each option's probability among the options (each row's
-    probabilities add up to 1); -inf where a server does not report it"""
+    probabilities add up to 1); -inf if the server does not report it"""
     mass: NDArray[np.float32] | None = None
-    """[n] fraction of all probability that falls on the options, 0..1; None where it was not asked for"""
+    """[n] fraction of all probability that falls on the options, 0..1; None if `full` is False"""
     ranks: NDArray[np.uint16] | None = None
-    """[n, O] rank of each option among all tokens, 0 the most likely, `NO_RANK` where unknown; None
-    where it was not asked for"""
+    """[n, O] rank of each option among all tokens, 0 the most likely, `NO_RANK` if unknown; None if `full`
+    is False"""
 
 
 Value = str | OptionLogprobs | tuple[int, ...] | NDArray[np.float32]
@@ -116,7 +116,7 @@ Value = str | OptionLogprobs | tuple[int, ...] | NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """The value that a request gave, and its cost."""
+    """The value returned for a request, and its cost."""
 
     value: Value
     prompt_tokens: int
@@ -128,7 +128,7 @@ class FailureKind(StrEnum):
     """Why a request has no answer."""
 
     CONNECTION = "connection"
-    """no connection, or it broke"""
+    """no connection, or a broken one"""
     DEADLINE = "deadline"
     """no complete answer within the deadline"""
     STATUS = "status"
@@ -136,20 +136,20 @@ class FailureKind(StrEnum):
     EMPTY = "empty"
     REFUSED = "refused"
     MALFORMED = "malformed"
-    """not what was asked for: no JSON, truncated, not the number of values, out of range"""
+    """not in the requested form: no JSON, truncated, the wrong number of values, or values out of range"""
     UNREADABLE = "unreadable"
-    """log-probabilities that cannot be located: no token begins at a slot, or no option is among those reported"""
+    """log-probabilities that cannot be located: no token begins at a slot, or no option is reported there"""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that has no answer. Never scored; counted; retried when asked."""
+    """A request without an answer. It is counted but never scored, and `--retry-failed` repeats it."""
 
     kind: FailureKind
     reason: str
     """one line, without secrets"""
     prompt_tokens: int = 0
-    """paid for all the same, where the server reports them"""
+    """charged even though the request failed; 0 if the server does not report them"""
     completion_tokens: int = 0
     seconds: float = 0.0
 
@@ -167,54 +167,54 @@ class Backend(Protocol):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return all that decides its answers (weights, precision, server), and no secret.
+        """Return everything that determines the answers (weights, precision, server), and no secret.
 
-        It is part of every key of the ledger.
+        It enters every key of the ledger.
         """
         ...
 
     @property
     def supports_logprobs(self) -> bool:
-        """Return True where it answers `LogprobQuery`; else `JsonQuery` is used instead."""
+        """Return True if the backend answers `LogprobQuery`; otherwise `JsonQuery` is used."""
         ...
 
     @property
     def reason(self) -> str:
-        """Return why it does not answer `LogprobQuery`, in words; empty where it does."""
+        """Return why the backend does not answer `LogprobQuery`, in words; empty if it does."""
         ...
 
     @property
     def window(self) -> int:
-        """Return how many requests to pass at a time so that it stays busy."""
+        """Return how many requests to pass at a time so that the backend stays busy."""
         ...
 
     @property
     def parallel(self) -> int:
-        """Return how many calls it has in flight at a time."""
+        """Return how many calls the backend has in flight at a time."""
         ...
 
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
-        """Yield outcomes with the index of their request, as they come, in groups to be kept together.
+        """Yield outcomes with the index of their request, as they arrive, in groups to be stored together.
 
-        Closing the generator early cancels what is in flight.
+        Closing the generator early cancels the calls in flight.
 
-        What concerns one request is a `Failure` and never raised. Raises `InputError` where no request
-        can succeed (wrong key, no such model, no server).
+        A problem with a single request is a `Failure` and is never raised. Raises `InputError` if no
+        request can succeed (wrong key, no such model, no server).
         """
         ...
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text: an estimate where the tokenizer is not at hand."""
+        """Return the number of tokens of a text; an estimate if the tokenizer is not available."""
         ...
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
-        """Return how many tokens each option takes after `slot_before`; empty where that is unknown."""
+        """Return how many tokens each option takes after `slot_before`; empty if that is unknown."""
         ...
 
 
 _KINDS = {Chat: "Chat", LogprobQuery: "Read", JsonQuery: "Fill", Embed: "Embed"}
-"""Written into every key and row of a ledger. "Read" and "Fill" are the names that version 0.1.0 gave
-these requests: another word here would orphan every answer that was paid for."""
+"""Names written into every key and row of a ledger. "Read" and "Fill" are the names that version 0.1.0
+gave these requests: other names would make all stored answers unreachable."""
 
 
 def kind_of(request: Request) -> str:
@@ -225,8 +225,8 @@ def kind_of(request: Request) -> str:
 def key(request: Request, identity: dict[str, str]) -> str:
     """Return the sha256 of a request and of the backend's identity.
 
-    It is equal for equal requests, in every process and version. A `LogprobQuery` is keyed by its
-    text, slots, options and `full`; how the text is cut does not count.
+    It is the same for equal requests in every process and version. A `LogprobQuery` is keyed by its
+    text, slots, options and `full`; how the text is split does not matter.
     """
     content: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request)}
     if isinstance(request, LogprobQuery):

@@ -1,6 +1,6 @@
 """Open a language model for a verb: its backend, the run's ledger, the budget.
 
-A verb reads its inputs first, enters `open_client` before it asks, and asks through that client alone.
+A verb first reads its inputs, then enters `open_client`, and makes all its requests through that client.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from cratelm.runs import Draft, Inputs, Stage, write_json
 
 @contextlib.contextmanager
 def open_client(config: LLMConfig, specification: str) -> Iterator[Client]:
-    """Open the language model that `specification` names, over the ledger of the run.
+    """Open the language model that `specification` names, with the ledger of the run.
 
-    With `config.shard` the ledger is that worker's own; without it, those of workers are merged
+    With `config.shard` the worker's ledger is used; without it, the ledgers of workers are merged
     first. Weights are loaded and servers are called at the first request only. Raises `InputError`
-    where the model or the ledger cannot be opened.
+    if the model or the ledger cannot be opened.
     """
     with Ledger(ledger_path(config)) as ledger:
         if not config.shard:
@@ -36,7 +36,7 @@ def open_client(config: LLMConfig, specification: str) -> Iterator[Client]:
 
 
 def ledger_path(config: LLMConfig) -> Path:
-    """Return the ledger of the run, or of the worker that `config.shard` names."""
+    """Return the path of the run's ledger, or of the ledger of the worker that `config.shard` names."""
     if not config.shard:
         return config.run / FILE
     index, count = config.worker()
@@ -44,10 +44,10 @@ def ledger_path(config: LLMConfig) -> Path:
 
 
 def is_finished(config: LLMConfig, stage: Stage, inputs: Inputs) -> bool:
-    """Return True, and print a note, if a verb that asks a language model has nothing to do.
+    """Return True and print a note if a verb that calls a language model has nothing to do.
 
     Never True for `--dry-run` and `--shard`, which write no stage, for `--force`, and for
-    `--retry-failed` where something failed. Raises `InputError` as `Stage.is_finished`.
+    `--retry-failed` if a call failed. Raises `InputError` as `Stage.is_finished` does.
     """
     if config.dry_run or config.shard:
         return False
@@ -58,13 +58,16 @@ def is_finished(config: LLMConfig, stage: Stage, inputs: Inputs) -> bool:
 
 
 def write_calls(draft: Draft, client: Client) -> None:
-    """Write `calls.json`: what was asked. It holds times, so it does not enter the stage's identity."""
+    """Write `calls.json`, the counts of calls. It holds times, so it does not enter the stage's identity."""
     write_json(draft.path / "calls.json", client.tally.as_dict())
     draft.unhashed.add("calls.json")
 
 
 class ReplayBackend:
-    """A model that is not opened: what the ledger has of it, and nothing more."""
+    """A model that is not opened: its facts are read from the ledger, and it answers no request.
+
+    Used with `--offline`, where the client answers all requests from the ledger.
+    """
 
     window = 4096
     parallel = 1
@@ -80,7 +83,7 @@ class ReplayBackend:
         """Raise `InputError`: these answers are not in the ledger."""
         raise InputError(
             f"--offline: {len(requests):,} answers of {self._label} are not in the ledger: type the"
-            " command without --offline to ask for them"
+            " command without --offline to request them"
         )
         yield []
 
@@ -89,7 +92,7 @@ class ReplayBackend:
         return len(text.encode()) // 4 + 1
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
-        """Return nothing: the tokenizer is not there."""
+        """Return an empty list: the tokenizer is not available."""
         return []
 
 
@@ -112,15 +115,15 @@ def _facts(backend: Backend) -> dict[str, Any]:
 
 
 def _backend(config: LLMConfig, specification: str) -> Backend:
-    kind, _, rest = specification.partition(":")
+    kind, _, name = specification.partition(":")
     if kind == "hf":
         from cratelm.llm.backends.transformers import LocalBackend
 
-        return LocalBackend(rest, device=config.device, dtype=config.dtype)
+        return LocalBackend(name, device=config.device, dtype=config.dtype)
     from cratelm.llm.backends.openai import ServerBackend
 
     return ServerBackend(
-        rest,
+        name,
         config.base_url or None,
         concurrency=config.concurrency,
         retries=config.retries,

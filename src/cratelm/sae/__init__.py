@@ -1,1 +1,1 @@
-"""Sparse autoencoders on the activations of a model: trained and measured, with SAELens."""
+"""Sparse autoencoders on the activations of a model: training and evaluation with SAELens."""

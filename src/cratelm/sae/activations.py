@@ -1,13 +1,13 @@
 """Activations of a site as shuffled batches: a pure function of the model, the tokens and the seed.
 
-Sequences of the train split go through the model in a random order, a new one each epoch. Their activations,
-without those at end-of-text tokens, fill a buffer, whose rows are served in a random order; the rows left at its
-end that do not fill a batch are dropped. A position in the stream is therefore two numbers, and an interrupted
-training resumes after filling one buffer. SAELens' own mixing buffer carries old rows over into every refill, so
-that its state is known only by running it from the start.
+Sequences of the train split are read by the model in a random order, a new one each epoch. Their activations,
+excluding those at end-of-text tokens, fill a buffer, whose rows are served in a random order; remaining rows that
+do not fill a batch are dropped. A position in the stream is therefore two numbers, and an interrupted training
+resumes after filling one buffer. SAELens' mixing buffer, in contrast, carries old rows over into every refill, so
+that its state can only be restored by running it from the start.
 
-Memory: the buffer, `--buffer-mib` or two batches and the tokens of one forward pass, whichever is
-more, and one forward pass.
+Memory: the buffer (`--buffer-mib`, or two batches plus the tokens of one forward pass if that is more), and one
+forward pass.
 
 Shape legend: b sequences of a forward pass, T tokens of a sequence, R rows (tokens) of the buffer,
 B tokens of a batch, H inputs of a layer.
@@ -29,18 +29,18 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """A position in the stream of activations: that of the next batch."""
+    """The position of the next batch in the stream of activations."""
 
     first: int = 0
-    """forward passes before those that filled the buffer"""
+    """number of forward passes before those that filled the buffer"""
     served: int = 0
-    """batches served from the buffer"""
+    """number of batches served from the buffer"""
 
 
 class ActivationBuffer:
-    """Batches of activations of several layers, the same tokens for each layer.
+    """Batches of activations of several layers, with the same tokens for each layer.
 
-    Raises `InputError` where the split holds no sequence, and where an activation is not a finite number.
+    Raises `InputError` if the split has no full sequence, or an activation is not a finite number.
     """
 
     def __init__(
@@ -58,7 +58,11 @@ class ActivationBuffer:
         most_rows: int,
         seed: int,
     ):
-        """`batch_size` is in rows, `batch_tokens` those of a forward pass, `most_rows` what is needed in all."""
+        """Allocate the buffer; no forward pass is run yet.
+
+        `batch_size` is in rows, `batch_tokens` in tokens of a forward pass; `most_rows` is the number of rows
+        that are needed in total, which limits the size of the buffer.
+        """
         self.model, self.site, self.layers, self.eot_id = model, site, layers, eot_id
         self.batch_size, self.seed = batch_size, seed
         b = max(1, batch_tokens // sequence_length)
@@ -70,13 +74,13 @@ class ActivationBuffer:
             seed=seed,
         )
         widths = [site.n_neurons[layer] for layer in layers]
-        # The buffer counts as filled at `rows`, a whole number of batches; the forward pass that fills it
-        # may reach beyond by less than its own tokens, for which there is room.
+        # The buffer counts as filled at `rows`, a whole number of batches. The last forward pass can exceed
+        # `rows` by less than its own number of tokens, so the buffer has room for that many more.
         extra = b * sequence_length
         rows = buffer_bytes // (_FLOAT_BYTES * sum(widths)) - extra
-        wanted = min(max(rows, 2 * batch_size), max(most_rows, batch_size))
-        self.rows = -(-wanted // batch_size) * batch_size
-        """R: rows at which the buffer counts as filled"""
+        rows = min(max(rows, 2 * batch_size), max(most_rows, batch_size))
+        self.rows = -(-rows // batch_size) * batch_size
+        """R: number of rows at which the buffer counts as filled"""
         self._buffers = [
             torch.empty(self.rows + extra, width, device=model.device) for width in widths
         ]
@@ -91,7 +95,7 @@ class ActivationBuffer:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the buffer."""
+        """Size of the buffer in bytes."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     @property
@@ -100,7 +104,7 @@ class ActivationBuffer:
         return self._position
 
     def seek(self, position: StreamPosition) -> None:
-        """Continue from a position that `position` returned before: the next batch is the one it named."""
+        """Continue from an earlier value of `position`: the next batch is the one at that position."""
         self._position = position
         self._filled = 0
 
@@ -132,7 +136,7 @@ class ActivationBuffer:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """Fill the buffer from forward pass `first` on, and draw the order in which its rows are served."""
+        """Fill the buffer, beginning with forward pass `first`, and draw the order of its rows."""
         first = self._position.first
         self._passes = 0
         while self._filled < self.rows:
@@ -147,7 +151,7 @@ class ActivationBuffer:
                 buffer[self._filled : self._filled + count] = activations.flatten(0, 1)[text]
             self._filled += count
             self._passes += 1
-        # seeded by where the buffer begins, so that seeking to a position in it gives the same order
+        # seeded by the first forward pass, so that seeking to a position in the buffer gives the same order
         generator = np.random.default_rng((self.seed, first, 1))
         self._order = generator.permutation(self._filled)
 
@@ -155,9 +159,9 @@ class ActivationBuffer:
 def layer_activations(
     model: PreTrainedModel, site: Site, layers: tuple[int, ...], tokens: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Return activations [b, T, H] of some layers on token ids [b, T], in float32; the head is not run.
+    """Return the activations [b, T, H] of `layers` on token ids [b, T], in float32; the head is not run.
 
-    Raises `InputError` that names the layer where one is not a finite number.
+    Raises `InputError` with the layer if an activation is not a finite number.
     """
     by_layer: dict[int, torch.Tensor] = {}
 
@@ -172,7 +176,7 @@ def layer_activations(
 
 
 def check_finite(activations: torch.Tensor, site: Site, layer: int) -> None:
-    """Raise `InputError` where an activation is not a finite number."""
+    """Raise `InputError` if an activation is not a finite number."""
     if not activations.isfinite().all():
         bad = activations[~activations.isfinite()][0].item()
         raise InputError(

@@ -1,7 +1,7 @@
-"""SAELens' trainable autoencoders under cratelm's names, and how their dead latents are revived.
+"""Build SAELens' trainable autoencoders under cratelm's names, and revive their dead latents.
 
 SAELens sums squared errors over the H inputs. cratelm's coefficients are relative to the mean squared error, so
-that they mean the same at every width: they are multiplied by H here.
+that they mean the same at every width; they are multiplied by H here.
 
 Dead latents are revived by SAELens' auxiliary loss in `topk` and `batchtopk` (Gao et al. 2024, appendix A.2),
 by its loss on the pre-activations of dead latents in `jumprelu`, and by resampling in `l1` and `gated`
@@ -23,18 +23,18 @@ RESAMPLED = ("l1", "gated")
 """architectures whose dead latents are reinitialised during training"""
 _RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
 """fractions of the steps after which dead latents are reinitialised, as in Bricken et al.: every 25,000 of
-200,000 steps, up to half of them"""
+200,000 steps, in the first half"""
 _RESAMPLED_NORM = 0.2
 """norm of a new encoder column, relative to the mean norm of those that are not dead (Bricken et al.)"""
 _WARM_UP = 20
-"""the coefficient of the sparsity rises from 0 over the first twentieth of the steps"""
+"""the sparsity coefficient rises from 0 over 1 / `_WARM_UP` of the steps"""
 _PRE_ACTIVATION_LOSS = 3e-6
-"""coefficient for dead latents in jumprelu, as SAELens gives it for Anthropic's setup"""
+"""coefficient of the loss on dead latents in jumprelu, as in SAELens' version of Anthropic's setup"""
 
 
 def import_sae_lens() -> Any:
-    """Return the optional package `sae_lens`. Raises `InputError` that names the extra where it is missing."""
-    # It imports wandb, which must write nothing here and connect nowhere.
+    """Return the optional package `sae_lens`; raise `InputError` with the name of the extra if it is missing."""
+    # It imports wandb, which must not write files or connect to a server.
     os.environ.setdefault("WANDB_MODE", "disabled")
     try:
         import sae_lens
@@ -44,7 +44,7 @@ def import_sae_lens() -> Any:
 
 
 def build_sae(config: SaeTrainConfig, d_in: int, layer: int, device: torch.device) -> Any:
-    """Return SAELens' `TrainingSAE` with initial weights, which depend on seed and layer only."""
+    """Return SAELens' `TrainingSAE` for H = `d_in`, with initial weights that depend on seed and layer only."""
     lens = import_sae_lens()
     name, kind = _KINDS[config.architecture]
     common = {
@@ -61,11 +61,11 @@ def build_sae(config: SaeTrainConfig, d_in: int, layer: int, device: torch.devic
 
 
 def n_latents(config: SaeTrainConfig, d_in: int) -> int:
-    """Return S for H inputs. Raises `InputError` where `--k` is more than that."""
+    """Return the number of latents S for `d_in` inputs; raise `InputError` if `--k` exceeds it."""
     latents = config.d_sae if config.d_sae is not None else config.expansion * d_in
     if config.architecture in ("topk", "batchtopk") and (config.k or K) > latents:
         raise InputError(
-            f"--k is {config.k or K}, the autoencoder has {latents} latents: lower --k, or raise"
+            f"--k is {config.k or K}, but the autoencoder has only {latents} latents: lower --k, or raise"
             " --expansion"
         )
     return latents
@@ -100,14 +100,14 @@ _KINDS = {
     "jumprelu": ("JumpReLUTrainingSAE", _jumprelu),
     "gated": ("GatedTrainingSAE", _gated),
 }
-"""name of the class in SAELens, and what its configuration takes besides the shape"""
+"""by architecture: SAELens' class, and the function that returns its settings other than the shape"""
 
 
 def keep_rows_at_norm_one(sae: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Make every further step of the optimizer leave the decoder's rows at norm 1.
+    """Normalise the decoder's rows to norm 1 after every further step of the optimizer.
 
     The component of the gradient along a row is removed before the step, so that Adam's moments do not
-    accumulate what the projection undoes (Bricken et al. 2023).
+    accumulate a component that the projection removes (Bricken et al. 2023).
     """
 
     def before(*_: Any) -> None:
@@ -123,7 +123,7 @@ def keep_rows_at_norm_one(sae: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 def resampling_steps(config: SaeTrainConfig) -> set[int]:
-    """Return the steps after which dead latents are reinitialised."""
+    """Return the steps after which dead latents are reinitialised; none for architectures with a loss instead."""
     if config.architecture not in RESAMPLED:
         return set()
     return {int(fraction * config.steps) for fraction in _RESAMPLE_AT}
@@ -134,8 +134,8 @@ def resample(trainer: Any, batch: torch.Tensor, generator: torch.Generator) -> i
     """Reinitialise the dead latents of SAELens' trainer from badly reconstructed inputs; return their number.
 
     Inputs are drawn from a batch [B, H] with probability proportional to the square of their squared error.
-    Decoder row and encoder column become the direction from `b_dec` to the input; biases and Adam's moments
-    become 0.
+    The decoder row and encoder column are set to the direction from `b_dec` to the input; biases and Adam's
+    moments are set to 0.
     """
     sae, dead = trainer.sae, trainer.dead_neurons.nonzero()[:, 0]  # [n]
     if not len(dead):
@@ -146,12 +146,16 @@ def resample(trainer: Any, batch: torch.Tensor, generator: torch.Generator) -> i
     away = x[drawn.to(x.device)] - sae.b_dec  # [n, H]
     directions = away / away.norm(dim=1, keepdim=True).clamp_min(1e-8)
     alive = ~trainer.dead_neurons
-    columns = sae.W_enc[:, alive if alive.any() else ~alive]  # [H, alive]; all where none is alive
+    columns = sae.W_enc[
+        :, alive if alive.any() else ~alive
+    ]  # [H, alive]; all columns if none is alive
     row_norm = sae.W_dec.norm(dim=1).mean()
     sae.W_dec[dead] = directions * row_norm
     sae.W_enc[:, dead] = directions.T * columns.norm(dim=0).mean() * _RESAMPLED_NORM
     for name, parameter in sae.named_parameters():
-        if parameter.dim() == 1 and name != "b_dec":  # of latents; b_dec is of inputs
+        if (
+            parameter.dim() == 1 and name != "b_dec"
+        ):  # one entry per latent; b_dec has one per input
             parameter[dead] = 0
         if name != "b_dec":
             # latents are along axis 1 of W_enc [H, S], along axis 0 of W_dec [S, H] and of biases [S]
@@ -161,6 +165,6 @@ def resample(trainer: Any, batch: torch.Tensor, generator: torch.Generator) -> i
 
 
 def _clear_moments(state: dict[str, torch.Tensor], dead: torch.Tensor, axis: int) -> None:
-    """Set Adam's two moments of the latents `dead` along an axis to 0."""
+    """Set Adam's two moments to 0 for the latents `dead` along an axis."""
     for name in ("exp_avg", "exp_avg_sq"):
         state[name].index_fill_(axis, dead, 0)

@@ -1,8 +1,8 @@
-"""Checkpoints of autoencoders in training that a kill at any moment leaves usable.
+"""Checkpoints of autoencoders in training, which remain usable if the process is killed at any moment.
 
-A checkpoint is written under a temporary name and renamed when it is whole; then the one before it
-is removed. It holds each layer's weights and trainer as SAELens saves them, and the position in the
-stream of activations; nothing else carries over from step to step.
+A checkpoint is written under a temporary name and renamed when it is complete; then the previous one is
+removed. It contains the weights and trainer of each layer as SAELens saves them, and the position in the
+stream of activations; there is no other state between steps.
 """
 
 import json
@@ -27,7 +27,8 @@ def save(
 ) -> None:
     """Write the state after `step` steps, then remove older checkpoints.
 
-    `trainers` are SAELens' of each layer, `resampled` the latents that were reinitialised in each so far.
+    `trainers` are SAELens' trainers, one per layer; `resampled` is the number of latents reinitialised so far
+    in each layer.
     """
     folder = draft.path / FOLDER
     partial, whole = folder / "partial", folder / f"step-{step:09d}"
@@ -43,9 +44,10 @@ def save(
 
 
 def restore(draft: Draft, trainers: list[Any]) -> tuple[StreamPosition, list[int]] | None:
-    """Load weights and trainers from the last whole checkpoint; return None where there is none.
+    """Load weights and trainers from the last complete checkpoint.
 
-    Returned are the position in the stream, and the latents that were reinitialised in each layer so far.
+    Returns the position in the stream and the number of latents reinitialised so far in each layer, or None
+    if there is no checkpoint.
     """
     last = max((draft.path / FOLDER).glob("step-*"), default=None)
     if last is None:

@@ -1,19 +1,19 @@
-"""`cratelm sae evaluate`: how well autoencoders reconstruct, and what the model loses by it.
+"""`cratelm sae evaluate`: measure how well autoencoders reconstruct, and how much the model loses by it.
 
 Figures are ratios of sums over documents with their standard errors (`cratelm.stats.ratio`):
 
     explained variance   1 - sum |x - y|^2 / sum |x - mean|^2
-    L0                   latents that are not 0 at a token
-    dead                 fraction of the latents that are 0 at all tokens seen; error: jackknife
-    shrinkage            sum |y|^2 / sum x.y: below 1 where reconstructions are too small in their own
+    L0                   mean number of latents that are not 0 at a token
+    dead                 fraction of the latents that are 0 at all tokens read; error: jackknife
+    shrinkage            sum |y|^2 / sum x.y: below 1 if reconstructions are too small in their own
                          direction (Rajamanoharan et al. 2024, "relative reconstruction bias")
-    norm ratio           sum |y| / sum |x|: below 1 also where a large part of x is not reconstructed
+    norm ratio           sum |y| / sum |x|: below 1 also if a large component of x is not reconstructed
     loss recovered       (loss ablated - loss spliced) / (loss ablated - loss of the model)
 
-x are the activations of a text token, y their reconstruction. Ablated: 0, or the mean over the tokens
-seen, in place of x. Spliced: y in place of x; for comparison also the largest activations of x, as many
-as the autoencoder has latents on (the site's own code at the same L0), and all of x. How faithful
-steering is, with a reconstruction on the way and without: `cratelm.sae.fidelity`.
+x are the activations at a text token, y is their reconstruction. Ablated: x is replaced by 0, or by the mean
+over the tokens read. Spliced: x is replaced by y; for comparison also by the largest activations of x, as many
+as the autoencoder has active latents (the site's own code at the same L0), and by all of x. The faithfulness of
+steering, with and without a reconstruction, is measured in `cratelm.sae.fidelity`.
 
 Shape legend: C documents, S latents.
 """
@@ -57,7 +57,7 @@ from cratelm.tokens.shards import TokenSplit, TokenStore, check_vocabulary
 
 
 class SaeEvaluateResult(SaeEvaluation):
-    """Figures of the autoencoders of one site; printed as tables."""
+    """Result of `cratelm sae evaluate`; printed as tables."""
 
     def __str__(self) -> str:
         head = (
@@ -71,10 +71,10 @@ class SaeEvaluateResult(SaeEvaluation):
 
 
 def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
-    """Measure autoencoders; the figures are stored in the run, where a report finds them.
+    """Measure autoencoders, store the figures in the run for reports, and return them.
 
-    Raises `InputError` for autoencoders that do not exist or are of another model, site or width, and
-    where activations or losses are not finite numbers.
+    Raises `InputError` if the autoencoders do not exist or belong to another model, site or width, or if
+    activations or losses are not finite numbers.
     """
     import_sae_lens()
     run = Run(config.run)
@@ -91,8 +91,8 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     split = store.split(config.split)
     if split.n_tokens < 2:
         raise InputError(
-            f"the {config.split} split has {split.n_tokens} tokens, at least 2 are needed: choose another"
-            " --split"
+            f"the {config.split} split has {split.n_tokens} tokens, but at least 2 are needed: choose"
+            " another --split"
         )
 
     def plan(tokens: int) -> SearchPlan:
@@ -125,7 +125,10 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
 
 
 def is_evaluated(config: SaeEvaluateConfig) -> bool:
-    """Return True and print a note if the run has figures of these autoencoders with this configuration."""
+    """Return True and print a note if the run already has these figures with this configuration.
+
+    Raises `InputError` if `--sae` or `--model` names nothing.
+    """
     run = Run(config.run)
     asked_for = _autoencoders(config, run)
     identity = find_model(run, config.model).identity
@@ -134,12 +137,12 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     try:
         stored = read_evaluation(asked_for.path)
     except InputError:
-        return False  # of another version
+        return False  # written by another version
     tokens = run.stage("tokens").require("tokenize").identity
     of = (asked_for.identity, identity, tokens)
     if stored.config != config_dict(config) or not stored.is_of(*of):
         return False
-    print(f"{asked_for.path} is there, skipped (--force redoes it)", flush=True)
+    print(f"{asked_for.path} exists, skipped (--force redoes it)", flush=True)
     return True
 
 
@@ -148,38 +151,42 @@ class _Autoencoders:
     """The autoencoders that `--sae` names."""
 
     name: str
-    """as it is shown"""
+    """name for display"""
     folder: Path
     identity: str
     path: Path
-    """file of the run with their figures"""
+    """the file in the run for their figures"""
 
 
 def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
-    """The autoencoders that `--sae` names, by default the model's only ones in the run."""
-    own = last_name("--model", config.model)
-    known = [name for name in run.models("sae") if split_set(name)[0] == own]
-    named = config.sae if split_set(config.sae)[1] else set_name(own, config.sae)
-    if not config.sae and len(known) == 1:
-        named = known[0]
-    if named in run.models("sae"):
-        stage = run.stage("sae", named)
+    """Return the autoencoders that `--sae` names, by default the model's only ones in the run."""
+    model = last_name("--model", config.model)
+    of_model = [name for name in run.models("sae") if split_set(name)[0] == model]
+    name = config.sae if split_set(config.sae)[1] else set_name(model, config.sae)
+    if not config.sae and len(of_model) == 1:
+        name = of_model[0]
+    if name in run.models("sae"):
+        stage = run.stage("sae", name)
         identity = stage.require("sae train").identity
-        return _Autoencoders(named, stage.path, identity, stage.path / EVALUATION)
+        return _Autoencoders(name, stage.path, identity, stage.path / EVALUATION)
     folder = Path(config.sae)
     if config.sae and folder.is_dir():
-        kept = run.path / "sae" / f"{set_name(own, last_name('--sae', config.sae))}.json"
-        return _Autoencoders(config.sae, folder, autoencoder_identity(folder), kept)
-    has = f"the run has {', '.join(known)}" if known else f"the run has none of {own}"
-    given = f"--sae {config.sae} is no folder and" if config.sae else "--sae is not given and"
+        path = run.path / "sae" / f"{set_name(model, last_name('--sae', config.sae))}.json"
+        return _Autoencoders(config.sae, folder, autoencoder_identity(folder), path)
+    has = f"the run has {', '.join(of_model)}" if of_model else f"the run has none of {model}"
+    problem = (
+        f"--sae {config.sae} is neither a folder nor a name in the run ({has})"
+        if config.sae
+        else f"--sae is not given and the run does not have exactly one set of autoencoders ({has})"
+    )
     raise InputError(
-        f"{given} names no autoencoders of the run ({has}): name one of them or a folder, or type"
+        f"{problem}: name autoencoders of the run or a folder, or type"
         f" `cratelm sae train --run {run.path} --model {config.model}` first"
     )
 
 
 def _open(config: SaeEvaluateConfig, folder: Path, model: Any, identity: str) -> Site:
-    """The site of the latents, checked against the model, under the name of the site that they read."""
+    """Return the site of the latents, checked against the model, with the name of the site that they read."""
     try:
         site = latents_of(model, folder)
     except InputError as error:
@@ -188,8 +195,8 @@ def _open(config: SaeEvaluateConfig, folder: Path, model: Any, identity: str) ->
     for of_layer in metadata:
         if (of_layer.provenance or {}).get("model_identity", identity) != identity:
             raise InputError(
-                f"{folder} was trained on another model than {config.model} is now (it was called"
-                f" {of_layer.model_name}): name that one, or type `cratelm sae train` again"
+                f"{folder} was trained on a model called {of_layer.model_name}, which differs from"
+                f" {config.model} as it is now: give that --model, or type `cratelm sae train` again"
             )
     return dataclasses.replace(site, name=str(metadata[0].site or metadata[0].hook_name))
 
@@ -216,15 +223,15 @@ def _result(
 
 
 def _by_document(measured: ReconstructionSums, split: TokenSplit) -> DocumentLosses:
-    """Sums of each document that has a predicted token."""
+    """Return the sums of each document that has a predicted token."""
     sums = measured.sums
-    seen = sums["targets"] > 0
+    predicted = sums["targets"] > 0
     all_layers = sums[measured.groups[-1], "reconstruction"]
     return DocumentLosses(
-        document=tuple(split.ordinals[sums.documents[seen]].tolist()),
-        targets=tuple(sums["targets"][seen].astype(int).tolist()),
-        loss=tuple(sums["loss"][seen].tolist()),
-        reconstruction=tuple(all_layers[seen].tolist()),
+        document=tuple(split.ordinals[sums.documents[predicted]].tolist()),
+        targets=tuple(sums["targets"][predicted].astype(int).tolist()),
+        loss=tuple(sums["loss"][predicted].tolist()),
+        reconstruction=tuple(all_layers[predicted].tolist()),
     )
 
 
@@ -232,7 +239,7 @@ def _layer_reconstruction(
     site_layer: int, layer: int, sae: Any, measured: ReconstructionSums
 ) -> LayerReconstruction:
     by_name = measured.sums.by_name
-    # names about this layer are (site_layer, figure); a string's first character is no number
+    # the sums of this layer are named (site_layer, figure); other names do not begin with a number
     sums = {name[1]: values for name, values in by_name.items() if name[0] == site_layer}
     text = measured.sums["text"]
     unexplained = _over(sums["error"], sums["spread"])
@@ -252,19 +259,21 @@ def _layer_reconstruction(
 
 
 def dead_fraction(firing: Firing, documents: int) -> Estimate:
-    """Return the fraction of the latents that never fired, with its error by the jackknife over documents.
+    """Return the fraction of the latents that never fired, with its jackknife error over `documents` documents.
 
-    Without document i also those are dead that fired only there, so that the fraction is dead + only_i
+    Without document i, the latents that fired only there are dead too, so that the fraction is dead + only_i
     (Efron & Stein 1981: se^2 = (C - 1) / C sum_i (fraction_i - mean fraction)^2).
     """
     latents = len(firing.documents)
     dead = float((firing.documents == 0).mean())
     if documents < 2:
         return Estimate(dead, None)
-    once = firing.last[firing.documents == 1]  # the one document of each latent with only one
+    once = firing.last[
+        firing.documents == 1
+    ]  # for each latent that fired in one document, that document
     only = np.unique(once, return_counts=True)[1] / latents
-    # dead is the same in every fraction_i and cancels; documents without such a latent have only_i = 0 and are
-    # not in `only`: each of them adds mean^2
+    # `dead` is the same in every fraction_i and cancels. Documents without such a latent have only_i = 0 and
+    # are not in `only`; each of them adds mean^2.
     mean = only.sum() / documents
     spread = ((only - mean) ** 2).sum() + (documents - len(only)) * mean**2
     return Estimate(dead, math.sqrt((documents - 1) / documents * spread))
@@ -304,13 +313,13 @@ def _replaced_loss(measured: ReconstructionSums, group: Group, kind: Replacement
 
 
 def _ratio(x: np.ndarray, y: np.ndarray) -> Estimate:
-    """sum(x) / sum(y) over the documents that have a token of either."""
-    seen = (x != 0) | (y != 0)
-    return ratio(x[seen], y[seen])
+    """Return sum(x) / sum(y) over the documents in which x or y is not 0."""
+    nonzero = (x != 0) | (y != 0)
+    return ratio(x[nonzero], y[nonzero])
 
 
 def _over(x: np.ndarray, y: np.ndarray) -> Estimate | None:
-    """`_ratio`, or None where the second sum is 0."""
+    """Return `_ratio`, or None if the second sum is 0."""
     return _ratio(x, y) if y.sum() else None
 
 
@@ -332,15 +341,15 @@ _LAYER_FIGURES = (
 def _layer_table(layers: tuple[LayerReconstruction, ...]) -> str:
     lines = [["", "inputs", "latents", *(heading for _, heading, _ in _LAYER_FIGURES)]]
     for f in layers:
-        shown = [_show(getattr(f, name), form) for name, _, form in _LAYER_FIGURES]
-        lines.append([f"layer {f.layer}", f"{f.inputs:,}", f"{f.latents:,}", *shown])
+        cells = [_show(getattr(f, name), form) for name, _, form in _LAYER_FIGURES]
+        lines.append([f"layer {f.layer}", f"{f.inputs:,}", f"{f.latents:,}", *cells])
     return "\n".join(align(lines))
 
 
 def _replacement_table(result: SaeEvaluateResult) -> str:
     lines = [["in place of activations", "loss added", "from zero", "from mean"]]
     for replaced in result.replacements:
-        where = f"layer {replaced.layers[0]}" if len(replaced.layers) == 1 else "all layers"
+        layers = f"layer {replaced.layers[0]}" if len(replaced.layers) == 1 else "all layers"
         kept = ", ".join(map(str, replaced.own_kept))
         rows = {
             "reconstruction": replaced.reconstruction,
@@ -353,7 +362,7 @@ def _replacement_table(result: SaeEvaluateResult) -> str:
             recovered = [
                 _show(r, ".2%") for r in (loss.recovered_from_zero, loss.recovered_from_mean)
             ]
-            lines.append([f"{where}: {label}", loss.added.show("+.4f"), *recovered])
+            lines.append([f"{layers}: {label}", loss.added.show("+.4f"), *recovered])
     return "\n".join(align(lines))
 
 
@@ -362,6 +371,6 @@ def _steering_table(result: SaeEvaluateResult) -> str:
     sides = (("latents", result.steering), ("neurons of the site", result.own_steering))
     for label, figures in sides:
         for f in figures:
-            shown = [_show(f.fidelity, ".3f"), f.edit.show(".4f"), f"{f.rebuilt:.4f}"]
-            lines.append([f"layer {f.layer}: {len(f.steered)} {label}", *shown])
+            cells = [_show(f.fidelity, ".3f"), f.edit.show(".4f"), f"{f.rebuilt:.4f}"]
+            lines.append([f"layer {f.layer}: {len(f.steered)} {label}", *cells])
     return "\n".join(align(lines))

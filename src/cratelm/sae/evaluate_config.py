@@ -10,35 +10,35 @@ from cratelm.runs import at_least, not_in_identity
 
 @dataclass(frozen=True)
 class SaeEvaluateConfig:
-    """Measure sparse autoencoders on tokens they have not seen, next to the site's own activations."""
+    """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations."""
 
     run: Path = not_in_identity(Path("runs/default"))
-    """run directory: of the tokens, and of the model where it is one of the run"""
+    """run directory with the tokens, and with the model if it is one of the run"""
     model: str = "crate-2l"
     """a model of the run, or a folder or Hub id of a causal language model of transformers"""
     sae: str = ""
     """NAME or MODEL@NAME of `cratelm sae train`, or a folder in SAELens' format, or one with folders
-    layer-0, layer-1, ...; default: the model's autoencoders in the run, where it has one set"""
+    layer-0, layer-1, ...; default: the model's autoencoders in the run, if there is only one set"""
     split: Split = "held_out"
     """split to measure on: train, fit or held_out"""
     tokens: int = 100_000
-    """tokens to measure on, a random sample of whole sequences; fewer where the split has fewer"""
+    """tokens to measure on, a random sample of whole sequences; fewer if the split has fewer"""
     sequence_length: int | None = None
-    """T in tokens; default: the most that the model takes, 2,048 at most; 1,024 where it names no limit"""
+    """T in tokens; default: the maximum of the model, but at most 2,048; 1,024 if it specifies no maximum"""
     batch_tokens: int = 8192
-    """tokens per forward pass of the model; fewer where their logits would exceed 1 GiB"""
+    """tokens per forward pass of the model; fewer if their logits would exceed 1 GiB"""
     steered: int = 8
-    """how many latents of each layer, and as many neurons of the site, are set to their maximum one at a time
-    to measure how faithful steering is; 0: none"""
+    """number of latents per layer, and of neurons of the site, that are set to their maximum one at a time to
+    measure how faithful steering is; 0: none"""
     steered_tokens: int = 2048
     """tokens at which they are steered, a random sample of whole sequences"""
     seed: int = 0
     """seed of the samples of sequences, latents and neurons"""
     device: str = not_in_identity("auto")
-    """cpu, cuda, cuda:1 ...; auto: an accelerator where there is one"""
+    """cpu, cuda, cuda:1 ...; auto: an accelerator if there is one"""
     output: Path | None = not_in_identity(None)
-    """also write the figures to this JSON file; the run always keeps them, as sae/MODEL@NAME/evaluation.json,
-    or as sae/MODEL@FOLDER.json for autoencoders from a folder elsewhere"""
+    """also write the figures to this JSON file; they are always stored in the run, in
+    sae/MODEL@NAME/evaluation.json, or in sae/MODEL@FOLDER.json for autoencoders from a folder elsewhere"""
     quiet: bool = not_in_identity(False)
     """no progress bar"""
 

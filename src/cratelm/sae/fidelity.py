@@ -1,23 +1,23 @@
-"""How faithful steering a latent is, given that the activations are reconstructed on the way.
+"""Faithfulness of steering a latent when the activations are replaced by their reconstruction.
 
-A latent i is set to the largest value that it takes, at every text token. Four runs of the model:
+A latent i is set to its largest value, at every text token. There are four runs of the model:
 
     plain     unedited
-    edit      x + decode(z') - decode(z): the latent is set, what the autoencoder cannot reconstruct stays
-    rebuilt   decode(z): the reconstruction in place of x, no latent is set
+    edit      x + decode(z') - decode(z): the latent is set, and the reconstruction error is kept
+    rebuilt   decode(z): the reconstruction in place of x, with no latent set
     steered   decode(z'): the latent is set in a reconstruction
 
-z are the latents of x, z' the same with z_i set. With d the change of the logits relative to plain,
-minus its mean over the vocabulary at each token (then it is a change of log-probabilities as well),
+z are the latents of x, and z' are the same with z_i set. Let d be the change of the logits relative to plain,
+minus its mean over the vocabulary at each token (so that it is the same for log-probabilities). Then
 
     fidelity = sum d_edit . d_steered / sqrt(sum |d_edit|^2  sum |d_steered|^2)
 
-over tokens and vocabulary: 1 where steering does what the edit does and nothing else. Also measured are how far
-the edit moves the predictions, KL(plain | edit), and how far the reconstruction does by itself,
-KL(plain | rebuilt), nats per token. A neuron of the site is steered in the same way with the identity
-as autoencoder: then rebuilt is plain, and steered is edit.
+over tokens and vocabulary, which is 1 if steering has the effect of the edit and no other. Also measured are the
+effect of the edit on the predictions, KL(plain | edit), and that of the reconstruction alone,
+KL(plain | rebuilt), in nats per token. A neuron of the site is steered in the same way, with the identity as
+autoencoder: then rebuilt equals plain, and steered equals edit.
 
-Memory: four sets of logits of one forward pass, 1 GiB at most.
+Memory: four sets of logits of one forward pass, at most 1 GiB.
 
 Shape legend: b sequences of a forward pass, T tokens of a sequence, n text tokens of a forward pass,
 H inputs, S latents, V vocabulary.
@@ -43,17 +43,17 @@ class Identity:
     """The identity as autoencoder: its latents are the neurons of the site."""
 
     def encode(self, x: torch.Tensor, /) -> torch.Tensor:
-        """Return x itself."""
+        """Return x unchanged."""
         return x
 
     def decode(self, latents: torch.Tensor, /) -> torch.Tensor:
-        """Return the latents themselves."""
+        """Return the latents unchanged."""
         return latents
 
 
 @dataclass(eq=False)
 class _LayerSums:
-    """Sums about the steered latents, or neurons, of one layer."""
+    """Sums for the steered latents, or neurons, of one layer."""
 
     site_layer: int
     """index into the layers of the site"""
@@ -70,7 +70,7 @@ class _LayerSums:
     tokens: int = 0
 
     def figures(self, layer: int) -> SteeringFidelity:
-        """Return the means over tokens, and over those steered."""
+        """Return the means over tokens, and over the steered latents or neurons."""
         crossed, edits, steered = self.products.T
         # an edit that changes nothing has no direction to compare
         moved = (edits > 0) & (steered > 0)
@@ -95,9 +95,9 @@ def steering_fidelity(
     seed: int,
     quiet: bool,
 ) -> tuple[tuple[SteeringFidelity, ...], tuple[SteeringFidelity, ...]]:
-    """Return the figures of `count` latents of each layer, and of as many neurons of the site below.
+    """Return the figures of `count` latents per layer, and of `count` neurons per layer of the underlying site.
 
-    A layer in which nothing fires on the tokens of the plan has none.
+    A layer in which nothing fires on the tokens of the plan is omitted.
     """
     site = replace(latents, autoencoders=())
     vocabulary = model.config.get_text_config().vocab_size
@@ -111,7 +111,7 @@ def steering_fidelity(
                 [_draw(i, autoencoders[i], maxima[i], count, seed) for i in range(site.n_layers)]
             )
         layers = [layer for side in drawn for layer in side if layer.indices]
-        # plain once; rebuilt once per layer; edit and steered for each that is steered
+        # plain once; rebuilt once per layer; edit and steered once for each latent or neuron
         passes = 1 + sum(1 + 2 * len(layer.indices) for layer in layers)
         total = plan.n_tokens() * passes
         with tqdm(total=total, desc="steering", unit="tok", unit_scale=True, disable=quiet) as bar:
@@ -135,7 +135,7 @@ def _maxima(
     plan: SearchPlan,
     batch_tokens: int,
 ) -> list[torch.Tensor]:
-    """Largest value of each latent [S] over the text tokens of the plan, by layer of the site."""
+    """Return the largest value of each latent [S] over the text tokens of the plan, by layer of the site."""
     maxima: list[Any] = [None] * site.n_layers
     for batch in plan.batches(batch_tokens, model.device):
         text = text_of(batch)
@@ -153,7 +153,7 @@ def _maxima(
 def _draw(
     site_layer: int, autoencoder: Autoencoder, maxima: torch.Tensor, count: int, seed: int
 ) -> _LayerSums:
-    """Draw which of those with a maximum [S] above 0 are steered."""
+    """Return empty sums for up to `count` latents, drawn from those with a maximum [S] above 0."""
     firing = np.flatnonzero(maxima.cpu().numpy() > 0)
     rng = np.random.default_rng((seed, site_layer))
     indices = np.sort(rng.choice(firing, min(count, len(firing)), replace=False)).tolist()
@@ -170,7 +170,7 @@ def _add(
     rebuilt = _logits(model, site, batch, {site_layer: lambda x: sae.decode(sae.encode(x))})
     layer.rebuilt += _kl(plain, rebuilt)
     layer.tokens += len(plain)
-    del rebuilt  # one of the four sets of logits that are held at most
+    del rebuilt  # so that at most four sets of logits are in memory
     for row, (index, value) in enumerate(zip(layer.indices, layer.values, strict=True)):
 
         def steered(x: torch.Tensor, index: int = index, value: float = value) -> torch.Tensor:
@@ -192,24 +192,24 @@ def _add(
 def _logits(
     model: PreTrainedModel, site: Site, batch: Batch, replacements: dict[int, Replace]
 ) -> torch.Tensor:
-    """Logits [n, V] of the text tokens, with replacements in layers of the site."""
+    """Return the logits [n, V] at the text tokens, with replacements in layers of the site."""
     text = text_of(batch)
     with spliced(model, site, text, replacements):
         return model(input_ids=batch.input_ids, use_cache=False).logits[text].float()
 
 
 def _centred(change: torch.Tensor) -> torch.Tensor:
-    """[n, V] minus its mean over the vocabulary."""
+    """Return the change [n, V] minus its mean over the vocabulary."""
     return change - change.mean(1, keepdim=True)
 
 
 def _kl(plain: torch.Tensor, other: torch.Tensor) -> float:
-    """Sum over tokens of KL(plain | other), from logits [n, V]."""
+    """Return the sum over tokens of KL(plain | other), from logits [n, V]."""
     log_p, log_q = plain.log_softmax(1), other.log_softmax(1)
     return float((log_p.exp() * (log_p - log_q)).sum(1).double().sum())
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    """Mean of [m] and its standard error."""
+    """Return the mean of values [m] and its standard error."""
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return Estimate(float(values.mean()), error)

@@ -1,11 +1,12 @@
-"""Sums by document about what autoencoders reconstruct, and about the loss with it in place of activations.
+"""Sums by document for the reconstructions of autoencoders, and for the loss with activations replaced.
 
-Two passes over the tokens. The first, without the head, gives each layer's mean activation and its
-autoencoder's L0; the second everything else, which needs these two. Only text is replaced: end-of-text tokens keep
-their activations, which no autoencoder was trained on. Loss is counted at every token but the first of a sequence.
+There are two passes over the tokens. The first, without the head, computes each layer's mean activation and its
+autoencoder's L0; the second computes everything else, which needs these two. Only the activations of text are
+replaced: end-of-text tokens keep theirs, on which no autoencoder was trained. The loss is summed over every token
+but the first of a sequence.
 
-The layers of a site are counted here as the site does, from 0 in `site_layer`, whichever layers of the model they
-are. A *group* are layers of the site that are replaced at once.
+Layers are numbered here as in the site, from 0 in `site_layer`, whichever layers of the model they are. A *group*
+is a set of layers of the site that are replaced together.
 
 Memory: a few numbers per document and per latent, and the logits of one forward pass.
 
@@ -32,29 +33,29 @@ from cratelm.sae.activations import check_finite
 
 Replacement = Literal["zero", "mean", "reconstruction", "own_top", "own"]
 REPLACEMENTS: tuple[Replacement, ...] = ("zero", "mean", "reconstruction", "own_top", "own")
-"""what stands in place of the activations: 0, their mean, the autoencoder's reconstruction, the strongest of
-themselves (as many as the autoencoder has latents on), and all of themselves"""
+"""replacements of the activations: 0, their mean, the autoencoder's reconstruction, the strongest of the
+activations themselves (as many as the autoencoder has active latents), and all of them, unchanged"""
 _NOT_COUNTED = -100
 """target that cross_entropy ignores"""
 MOST_LOGITS = 2**28
-"""logits held at a time: 1 GiB at 32 bit"""
+"""maximum number of logits in memory at a time: 1 GiB at 32 bit"""
 Float = NDArray[np.float64]
 Group = tuple[int, ...]
-"""layers of the site, counted from 0"""
+"""layers of the site, numbered from 0"""
 Replace = Callable[[torch.Tensor], torch.Tensor]
-"""activations of text [n, H] -> what replaces them [n, H]"""
+"""activations of text [n, H] -> their replacement [n, H]"""
 ReplaceInDocuments = Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor]
-"""the same, given the documents [n] of the tokens as well"""
+"""the same, with the documents [n] of the tokens as second argument"""
 
 
 @dataclass(eq=False)
 class Firing:
-    """In how many documents each latent fired, and in which one last: what a jackknife over documents needs."""
+    """Documents in which each latent fired, as far as a jackknife over documents needs them."""
 
     documents: NDArray[np.int64]
-    """[S] number of documents in which it fired"""
+    """[S] number of documents in which the latent fired"""
     last: NDArray[np.int64]
-    """[S] the last of them, -1 for none"""
+    """[S] the last of these documents, -1 for none"""
 
     @classmethod
     def of(cls, latents: int) -> "Firing":
@@ -62,9 +63,9 @@ class Firing:
         return cls(np.zeros(latents, np.int64), np.full(latents, -1, np.int64))
 
     def add(self, fired: NDArray[np.bool_], document: int) -> None:
-        """Count the latents that `fired` [S] somewhere in a document.
+        """Count the latents that fired, `fired` [S], somewhere in a document.
 
-        Documents come in ascending order, one several times where it lies in several batches.
+        Call this with documents in ascending order, several times for a document that spans several batches.
         """
         new = fired & (self.last != document)
         self.documents += new
@@ -80,7 +81,7 @@ class DocumentSums:
     by_name: dict[Any, Float] = field(default_factory=dict)
 
     def add(self, name: Any, documents: NDArray[np.int64], values: torch.Tensor | float) -> None:
-        """Add values [m], or one for all, of tokens whose documents [m] are given."""
+        """Add values [m], or one value for all, to the sums `name` of the tokens' documents [m]."""
         rows = np.searchsorted(self.documents, documents)
         weights = values.double().cpu().numpy() if isinstance(values, torch.Tensor) else values
         np.add.at(self.by_name.setdefault(name, np.zeros(len(self.documents))), rows, weights)
@@ -91,10 +92,10 @@ class DocumentSums:
 
 @dataclass(frozen=True, eq=False)
 class ReconstructionSums:
-    """Everything that is summed about the autoencoders of a site.
+    """All sums for the autoencoders of a site.
 
-    Names among the sums: `text`, text tokens; `targets`, predicted tokens; `loss`, of the unedited model;
-    (site_layer, figure), about the reconstructions; (group, replacement), losses.
+    Names of the sums: `text`, number of text tokens; `targets`, number of predicted tokens; `loss`, loss of the
+    unedited model; (site_layer, figure), figures of the reconstructions; (group, replacement), losses.
     """
 
     sums: DocumentSums
@@ -103,15 +104,15 @@ class ReconstructionSums:
     kept: list[int]
     """activations per token that `own_top` keeps, by site_layer: the autoencoder's L0, rounded, at least 1"""
     groups: tuple[Group, ...]
-    """layers that were replaced at once: each alone, then all together where there are several"""
+    """layers that were replaced together: each alone, then all of them if there are several"""
 
 
 def measure(
     model: PreTrainedModel, latents: Site, plan: SearchPlan, batch_tokens: int, *, quiet: bool
 ) -> ReconstructionSums:
-    """Sum everything about the autoencoders of a site of latents, on the tokens of a plan.
+    """Return all sums for the autoencoders of a site of latents, on the tokens of a plan.
 
-    Raises `InputError` where an activation or a loss is not a finite number.
+    Raises `InputError` if an activation or a loss is not a finite number.
     """
     saes = latents.autoencoders
     site = replace(latents, autoencoders=())  # the activations below
@@ -140,7 +141,7 @@ def measure(
 
 
 class _FirstPass:
-    """Total activation [H] and number of latents on, of each layer of the site."""
+    """Total activation [H] and number of active latents, for each layer of the site."""
 
     def __init__(self, site: Site, saes: Sequence[Any]):
         self.site, self.saes, self.n_text = site, saes, 0
@@ -148,7 +149,7 @@ class _FirstPass:
         self.on = [0] * len(saes)
 
     def add(self, model: PreTrainedModel, batch: Batch) -> None:
-        """Run the model on a batch without its head, and add."""
+        """Run the model without its head on a batch, and add to the totals."""
         text = text_of(batch)
         self.n_text += int(text.sum())
 
@@ -163,18 +164,18 @@ class _FirstPass:
 
 
 class _Reconstruction:
-    """Reconstructions in one layer of the site, and sums about them."""
+    """Reconstructions in one layer of the site, and their sums."""
 
     def __init__(self, sae: Any, site_layer: int, mean: torch.Tensor, sums: DocumentSums):
         self.sae, self.site_layer, self.mean, self.sums = sae, site_layer, mean, sums
         self.firing = Firing.of(sae.cfg.d_sae)
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> [n, H]"""
+        """Return the reconstruction [n, H] of activations [n, H]."""
         return self.sae.decode(self.sae.encode(x))
 
     def reconstruct_and_count(self, x: torch.Tensor, documents: NDArray[np.int64]) -> torch.Tensor:
-        """The same, and add to the sums; `documents` [n] are those of the tokens."""
+        """Return the reconstruction [n, H] and add its figures to the sums of the tokens' documents [n]."""
         latents = self.sae.encode(x)  # [n, S]
         y = self.sae.decode(latents)
         on = latents != 0
@@ -191,33 +192,35 @@ class _Reconstruction:
         for name, values in figures.items():
             self.sums.add((self.site_layer, name), documents, values)
         for document in np.unique(documents):
-            here = torch.from_numpy(documents == document).to(on.device)
-            self.firing.add(on[here].any(0).cpu().numpy(), int(document))
+            rows = torch.from_numpy(documents == document).to(on.device)
+            self.firing.add(on[rows].any(0).cpu().numpy(), int(document))
         return y
 
 
 def keep_strongest(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Return x [n, H] with all but the k largest activations (by size) of each token set to 0."""
+    """Return x [n, H] with all but the k largest activations (by absolute value) of each token set to 0."""
     indices = x.abs().topk(min(k, x.shape[1]), dim=1).indices
     return torch.zeros_like(x).scatter(1, indices, x.gather(1, indices))
 
 
 @dataclass(frozen=True, eq=False)
 class _Variant:
-    """A way to run the model: its name among the sums, and what replaces the activations of which layer."""
+    """A way to run the model."""
 
     name: Any
+    """name of its losses in the sums"""
     replace: Mapping[int, ReplaceInDocuments]
+    """replacement of the activations, by site_layer"""
 
 
 def _variants(
     groups: tuple[Group, ...], layers: Sequence[_Reconstruction], kept: Sequence[int]
 ) -> Iterator[_Variant]:
-    """The unedited model, then each replacement in each group."""
+    """Yield the unedited model, then each replacement in each group."""
     yield _Variant("loss", {})
     for group in groups:
         for kind in REPLACEMENTS:
-            # figures about reconstructions are of activations that no other layer's replacement has changed
+            # reconstructions are measured only on activations that no other layer's replacement has changed
             counted = kind == "reconstruction" and len(group) == 1
             yield _Variant(
                 (group, kind), {i: _replacement(kind, layers[i], kept[i], counted) for i in group}
@@ -227,7 +230,7 @@ def _variants(
 def _replacement(
     kind: Replacement, layer: _Reconstruction, k: int, counted: bool
 ) -> ReplaceInDocuments:
-    """The function that replaces the activations of one layer."""
+    """Return the function that replaces the activations of one layer."""
     if counted:
         return layer.reconstruct_and_count
     plain: dict[Replacement, Replace] = {
@@ -244,7 +247,10 @@ def _replacement(
 def spliced(
     model: PreTrainedModel, site: Site, text: torch.Tensor, replacements: Mapping[int, Replace]
 ) -> Iterator[None]:
-    """Replace activations at the tokens `text` [b, T], in some layers of a site, while the context is open."""
+    """Replace the activations of some layers of a site at the tokens `text` [b, T] while the context is open.
+
+    `replacements` are functions by site_layer.
+    """
 
     def on_activation(site_layer: int, activations: torch.Tensor) -> torch.Tensor | None:
         if site_layer not in replacements:
@@ -265,7 +271,7 @@ def _add_losses(
     variant: _Variant,
     sums: DocumentSums,
 ) -> None:
-    """Add the loss of every token but the first of a sequence to its document's."""
+    """Add the loss of every token but the first of a sequence to the sum of its document."""
     text = text_of(batch)
     of_text = documents[text.cpu().numpy().ravel()]
     replacements = {
@@ -274,7 +280,7 @@ def _add_losses(
     }
     with spliced(model, site, text, replacements):
         logits = model(input_ids=batch.input_ids, use_cache=False).logits  # [b, T, V]
-    # The last token of a sequence has no next one. Its logits are not cut off but ignored: cutting would
+    # The last token of a sequence has no next one. Its logits are ignored rather than sliced off, which would
     # copy all of them, up to 1 GiB.
     targets = F.pad(batch.input_ids[:, 1:], (0, 1), value=_NOT_COUNTED)  # [b, T]
     losses = F.cross_entropy(
@@ -300,20 +306,20 @@ def _add_losses(
 
 
 def text_of(batch: Batch) -> torch.Tensor:
-    """Return [b, T] True for text, False for end-of-text tokens."""
+    """Return which tokens [b, T] are text: True for text, False for end-of-text tokens."""
     return batch.is_text.reshape(batch.input_ids.shape) > 0
 
 
 def _document_of(plan: SearchPlan, batch: Batch) -> NDArray[np.int64]:
-    """[b * T] index into the split's list of the document of each token; an end-of-text token is its document's."""
+    """Return the index [b * T] of each token's document in the split; end-of-text tokens belong to theirs."""
     return np.searchsorted(plan.split.starts, batch.position.cpu().numpy(), side="right") - 1
 
 
 def _documents(plan: SearchPlan) -> NDArray[np.int64]:
-    """[C] indices into the split's list of all documents that a plan touches, ascending."""
-    touched = set()
+    """Return the indices [C] in the split of all documents that overlap a plan, ascending."""
+    indices = set()
     for sequence in plan.sequences:
         start, stop = plan.bounds(sequence)
         low, high = np.searchsorted(plan.split.starts, [start, stop - 1], side="right") - 1
-        touched.update(range(low, high + 1))
-    return np.array(sorted(touched), np.int64)
+        indices.update(range(low, high + 1))
+    return np.array(sorted(indices), np.int64)

@@ -1,10 +1,10 @@
-"""The standard sparse autoencoder as a module and as files; it needs no optional package.
+"""The standard sparse autoencoder as a module and as files. Needs no optional package.
 
-`cratelm import sae` writes these files from the paper's authors' checkpoints. Autoencoders of all architectures
+`cratelm import sae` writes these files from checkpoints of the paper's authors. Autoencoders of all architectures
 are trained and measured with SAELens, which reads the same files.
 
 A folder has `cfg.json` and `sae_weights.safetensors` in SAELens' format (version 6), so that
-`sae_lens.SAE.load_from_disk` reads it; fields that the format lacks are under `metadata`.
+`sae_lens.SAE.load_from_disk` can read it; fields that the format lacks are under `metadata`.
 
 Shape legend: ... any leading axes (tokens), H inputs (neurons of the site), S latents.
 """
@@ -26,7 +26,7 @@ from cratelm.runs import write_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMAT_VERSION = "6.0.0"
-"""version of SAELens whose configuration file is written; readers of older versions expect other keys"""
+"""version of SAELens whose configuration format is written; older versions expect other keys"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FIXED = {
     "architecture": "standard",
@@ -34,12 +34,12 @@ _FIXED = {
     "normalize_activations": "none",
     "reshape_activations": "none",
 }
-"""what an SAE of this class computes, in SAELens' keys"""
+"""settings in SAELens' keys that describe what an SAE of this class computes"""
 
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """Shape of an SAE, and which activations it reads."""
+    """Shape of an SAE, and the activations that it reads."""
 
     d_in: int
     """H"""
@@ -56,7 +56,7 @@ class SaeConfig:
     dtype: str = "float32"
     """precision of the weights: float32, bfloat16 or float16"""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """where the SAE comes from, as JSON values"""
+    """origin of the SAE, as JSON values"""
 
     def __post_init__(self) -> None:
         for name, least in (("d_in", 1), ("d_sae", 1), ("layer", 0)):
@@ -70,7 +70,7 @@ class SaeConfig:
 
 
 class Sae(nn.Module):
-    """The standard sparse autoencoder: ReLU latents, made sparse in training by an l1 penalty.
+    """The standard sparse autoencoder, with ReLU latents that an l1 penalty makes sparse in training.
 
         z = ReLU((x - b_dec) W_enc + b_enc)        latents  [..., S]
         y = z W_dec + b_dec                        reconstruction  [..., H]
@@ -88,7 +88,7 @@ class Sae(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(s, dtype=dtype))
         """[S]"""
         self.W_dec = nn.Parameter(torch.zeros(s, h, dtype=dtype))
-        """[S, H]: row i is what latent i writes"""
+        """[S, H]: row i is the direction that latent i writes"""
         self.b_dec = nn.Parameter(torch.zeros(h, dtype=dtype))
         """[H]"""
 
@@ -97,7 +97,7 @@ class Sae(nn.Module):
         return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
 
     def activate(self, pre: torch.Tensor) -> torch.Tensor:
-        """Return latents [..., S], at least 0, of pre-activations [..., S]."""
+        """Return the latents [..., S], which are at least 0, for pre-activations [..., S]."""
         return F.relu(pre)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,8 +127,8 @@ class Sae(nn.Module):
     def load(cls, folder: str | Path) -> "Sae":
         """Return the SAE in a folder that `save` wrote.
 
-        Raises `InputError` for files that are absent or damaged, for an SAE that computes something else
-        (another architecture, normalised inputs), and for weights that do not fit the configuration.
+        Raises `InputError` for files that are absent or damaged, for an unsupported SAE (another
+        architecture, normalised inputs), and for weights that do not match the configuration.
         """
         folder = Path(folder)
         config = _read_config(folder / CONFIG)
@@ -145,18 +145,18 @@ class Sae(nn.Module):
     def of(cls, config: SaeConfig, weights: Mapping[str, torch.Tensor], path: Path) -> "Sae":
         """Return an SAE with these weights.
 
-        Raises `InputError` that names `path` and the key for weights that do not fit.
+        Raises `InputError` with `path` and the key for weights that do not match the configuration.
         """
         with torch.device("meta"):  # shapes without memory
             shapes = {key: tuple(value.shape) for key, value in cls(config).state_dict().items()}
         for key, shape in shapes.items():
             if key not in weights:
                 names = ", ".join(weights) or "none"
-                raise InputError(f"{path}: weight {key} is missing, the file has {names}")
+                raise InputError(f"{path}: weight {key} is missing; the file has {names}")
             if tuple(weights[key].shape) != shape:
                 raise InputError(
-                    f"{path}: weight {key} has shape {tuple(weights[key].shape)},"
-                    f" {shape} was expected"
+                    f"{path}: weight {key} has shape {tuple(weights[key].shape)}, but"
+                    f" {shape} is needed"
                 )
         surplus = sorted(weights.keys() - shapes.keys())
         if surplus:
@@ -169,15 +169,15 @@ class Sae(nn.Module):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises `InputError` for a file that is absent or has another content."""
+    """Return the JSON object in a file; raise `InputError` if the file is absent or has other content."""
     if not path.is_file():
-        raise InputError(f"{path} is not a file: a configuration in JSON was expected")
+        raise InputError(f"{path} is not a file: it must be a configuration in JSON")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, a JSON object was expected")
+        raise InputError(f"{path} contains a {type(content).__name__} instead of a JSON object")
     return content
 
 
@@ -186,14 +186,14 @@ def _read_config(path: Path) -> SaeConfig:
     for key, expected in _FIXED.items():
         if content.get(key) != expected:
             raise InputError(
-                f"{path} has {key} {content.get(key)!r}, only {expected!r} is supported"
+                f"{path} has {key} {content.get(key)!r}, but only {expected!r} is supported"
             )
     metadata = content.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     for key, where in (("d_in", ""), ("d_sae", ""), ("site", "metadata"), ("layer", "metadata")):
         if key not in (metadata if where else content):
             under = f" under {where}" if where else ""
-            raise InputError(f"{path} has no {key}{under}: was it written by cratelm?")
+            raise InputError(f"{path} has no {key}{under}: it must be a file written by cratelm")
     try:
         return SaeConfig(
             d_in=content["d_in"],

@@ -1,13 +1,13 @@
-"""What `cratelm sae train` and `cratelm sae evaluate` leave in a run: the folders under `sae/`, read here.
+"""Read and write the results of `cratelm sae train` and `cratelm sae evaluate`: the folder `sae/` of a run.
 
 sae/MODEL@NAME/                    written by sae train
   layer-0/ layer-1/ ...            cfg.json and sae_weights.safetensors in SAELens' format, which
                                    `sae_lens.SAE.load_from_disk` reads; decoder rows have norm 1
-  sae.json                         what was trained on what, and the last figures of each layer
-  metrics.jsonl                    the curves, a line a layer and point
-  timing.jsonl                     tokens per second (no part of the stage's identity)
+  sae.json                         a description of the training, and the last figures of each layer
+  metrics.jsonl                    the curves, one line per layer and point
+  timing.jsonl                     tokens per second (not part of the stage's identity)
   evaluation.json                  written by sae evaluate
-sae/MODEL@FOLDER.json              the same figures of autoencoders from a folder elsewhere
+sae/MODEL@FOLDER.json              the same figures for autoencoders from a folder elsewhere
 """
 
 import json
@@ -29,7 +29,7 @@ DESCRIPTION, EVALUATION = "sae.json", "evaluation.json"
 
 @dataclass(frozen=True)
 class SaeLayerTraining:
-    """The last point of one layer's curve: figures of one batch of train tokens."""
+    """The last point of one layer's curve: figures for one batch of train tokens."""
 
     layer: int
     inputs: int
@@ -42,26 +42,26 @@ class SaeLayerTraining:
     dead: int
     """latents that fired at none of the last --dead-after tokens"""
     resampled: int
-    """dead latents that were reinitialised over the whole training; 0 where dead latents are revived by a
-    loss"""
+    """dead latents that were reinitialised during the whole training; 0 for architectures that revive dead
+    latents by a loss"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaeTraining:
-    """`sae.json`: the autoencoders of one site and how they were trained."""
+    """`sae.json`: the autoencoders of one site and their training."""
 
     model: str
     site: str
     architecture: str
     tokens: int
-    """tokens seen, repeats counted"""
+    """tokens trained on, including repeats"""
     revived_by: str
-    """what revives dead latents: `resampling` or `auxiliary loss`"""
+    """method that revives dead latents: `resampling` or `auxiliary loss`"""
     layers: tuple[SaeLayerTraining, ...]
 
 
 def write_training(folder: Path, training: SaeTraining, inputs: dict[str, str]) -> dict[str, Any]:
-    """Write `sae.json` into an existing folder; return the description without the `inputs` of the stage."""
+    """Write `sae.json` into an existing folder; return its content without the `inputs` of the stage."""
     content = asdict(training)
     write_json(folder / DESCRIPTION, {**content, "inputs": inputs})
     return content
@@ -80,21 +80,21 @@ def read_training(folder: Path) -> SaeTraining:
 
 @dataclass(frozen=True)
 class ReplacedLoss:
-    """Loss of the model with something in place of its activations."""
+    """Loss of the model with its activations replaced."""
 
     loss: Estimate
     """nats per token"""
     added: Estimate
-    """loss minus that of the unedited model, on the same tokens"""
+    """loss minus the loss of the unedited model on the same tokens"""
     recovered_from_zero: Estimate | None
-    """1: nothing is lost, 0: as bad as zeros; None where zeros do not raise the loss"""
+    """1: no loss is added, 0: as bad as zeros; None if zeros do not raise the loss"""
     recovered_from_mean: Estimate | None
-    """likewise, against the mean in place of activations"""
+    """the same relative to the mean instead of zeros"""
 
 
 @dataclass(frozen=True)
 class LayerReconstruction:
-    """How well one layer's autoencoder reconstructs its inputs."""
+    """Quality of the reconstructions of one layer's autoencoder (definitions: `cratelm.sae.evaluate`)."""
 
     layer: int
     inputs: int
@@ -102,50 +102,53 @@ class LayerReconstruction:
     latents: int
     """S"""
     explained_variance: Estimate | None
-    """None where all tokens have the same activations"""
+    """None if all tokens have the same activations"""
     l0: Estimate
-    """latents that are not 0 at a token"""
+    """mean number of latents that are not 0 at a token"""
     dead: Estimate
     """fraction of the latents that are 0 at all tokens"""
     shrinkage: Estimate | None
-    """None where all reconstructions are 0"""
+    """None if all reconstructions are 0"""
     norm_ratio: Estimate | None
-    """None where all activations are 0"""
+    """None if all activations are 0"""
     own_l0: Estimate
-    """activations of the site that are not 0 at a token"""
+    """mean number of activations of the site that are not 0 at a token"""
 
 
 @dataclass(frozen=True)
 class LayerReplacements:
-    """What the model loses where the activations of some layers are replaced, all of them at once."""
+    """Losses of the model with the activations of some layers replaced together."""
 
     layers: tuple[int, ...]
     own_kept: tuple[int, ...]
     """activations per token that `own_top` keeps, by layer"""
     reconstruction: ReplacedLoss
     own_top: ReplacedLoss
-    """the site's own activations, the strongest of each token: as many as the autoencoder has latents on"""
+    """the site's own activations, the strongest at each token: as many as the autoencoder has active latents"""
     own: ReplacedLoss
-    """all of the site's own activations: nothing is lost"""
+    """all of the site's own activations, which adds no loss"""
     mean: ReplacedLoss
     zero: ReplacedLoss
 
 
 @dataclass(frozen=True)
 class SteeringFidelity:
-    """Latents of one layer, or neurons of the site below, set to their maximum one at a time."""
+    """Figures for latents of one layer, or neurons of the underlying site, set to their maximum one at a time.
+
+    Definitions: `cratelm.sae.fidelity`.
+    """
 
     layer: int
     steered: tuple[int, ...]
-    """their indices, drawn from those that fire on the tokens"""
+    """indices of the steered latents or neurons, drawn from those that fire on the tokens"""
     tokens: int
     """text tokens at which they were steered"""
     fidelity: Estimate | None
-    """mean over those steered, -1 to 1, its standard error over them; None where no edit changes anything"""
+    """mean over the steered ones, -1 to 1, with its standard error; None if no edit has an effect"""
     edit: Estimate
-    """KL(plain | edit), nats per token, likewise"""
+    """KL(plain | edit) in nats per token: mean over the steered ones, with its standard error"""
     rebuilt: float
-    """KL(plain | rebuilt), nats per token: what steering costs before anything is steered"""
+    """KL(plain | rebuilt), nats per token: the effect of the reconstruction alone"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,25 +157,25 @@ class SaeEvaluation:
 
     model: str
     sae: str
-    """the autoencoders as they were named"""
+    """name of the autoencoders, as given"""
     site: str
     split: str
     documents: int
     tokens: int
-    """text tokens seen"""
+    """text tokens read"""
     loss: Estimate
-    """of the unedited model, nats per token"""
+    """loss of the unedited model, nats per token"""
     layers: tuple[LayerReconstruction, ...]
     replacements: tuple[LayerReplacements, ...]
-    """each layer alone, then all together where there are several; `places` in the file"""
+    """each layer alone, then all together if there are several; `places` in the file"""
     steering: tuple[SteeringFidelity, ...] = ()
-    """latents, by layer; empty where none were steered"""
+    """latents, by layer; empty if none were steered"""
     own_steering: tuple[SteeringFidelity, ...] = ()
     """neurons of the site itself, by layer"""
 
     @property
     def all_layers(self) -> LayerReplacements:
-        """All layers replaced at once: the only one where there is one."""
+        """All layers replaced together; the only entry if there is one layer."""
         return self.replacements[-1]
 
     def of_layer(self, layer: int) -> LayerReconstruction:
@@ -180,51 +183,48 @@ class SaeEvaluation:
         return next(r for r in self.layers if r.layer == layer)
 
     def layer_alone(self, layer: int) -> LayerReplacements:
-        """One layer replaced alone."""
+        """Return the figures of one layer replaced alone."""
         return next(r for r in self.replacements if r.layers == (layer,))
 
 
 @dataclass(frozen=True)
 class DocumentLosses:
-    """Sums over the predicted tokens of each document, for models to be compared on the same documents."""
+    """Sums over the predicted tokens of each document, for comparing models on the same documents."""
 
     document: tuple[int, ...]
-    """ordinals"""
+    """ordinals of the documents"""
     targets: tuple[int, ...]
-    """tokens predicted"""
+    """number of predicted tokens"""
     loss: tuple[float, ...]
-    """of the unedited model, nats"""
+    """loss of the unedited model, nats"""
     reconstruction: tuple[float, ...]
-    """with all layers reconstructed at once, nats"""
+    """loss with all layers replaced by their reconstructions, nats"""
 
 
 @dataclass(frozen=True)
 class StoredEvaluation:
-    """An evaluation as the run keeps it: with what it was made from."""
+    """An evaluation as stored in the run, with its inputs."""
 
     figures: SaeEvaluation
     config: dict[str, Any]
     """options of the command"""
     identity: str
-    """of the autoencoders"""
+    """identity of the autoencoders"""
     model_identity: str
     by_document: DocumentLosses
     tokens_identity: str = ""
-    """of the run's tokens that were read; empty in files of version 0.1.0"""
+    """identity of the run's tokens that were read; empty in files of version 0.1.0"""
 
     def is_of(self, sae: str | None, model: str | None, tokens: str | None) -> bool:
-        """Return whether the autoencoders, model and tokens of these identities were measured.
-
-        Not so if one of them was made again since.
-        """
-        same_tokens = self.tokens_identity in ("", tokens)
+        """Return whether exactly the autoencoders, model and tokens of these identities were measured."""
+        same_tokens = self.tokens_identity in ("", tokens)  # version 0.1.0 did not write it
         return (self.identity, self.model_identity) == (sae, model) and same_tokens
 
 
 def evaluation_path(run: Run, model: str, sae: str) -> Path:
-    """Return where the run keeps the figures of autoencoders of `model`: a name in the run, or a folder.
+    """Return the path in the run for the figures of autoencoders of `model`; the file need not exist.
 
-    `model` is a name in the run, or a folder or Hub id. The file need not be there.
+    `model` is a name in the run, a folder or a Hub id; `sae` is a name in the run or a folder.
     """
     name = set_name(Path(model).name, Path(sae).name)
     trained_here = run.path / "sae" / name
@@ -310,9 +310,9 @@ _OPTIONAL = {
 
 
 def _estimates(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the same with `Estimate` in place of each object.
+    """Return `content` with each JSON object converted to an `Estimate`.
 
-    JSON has no NaN, which is written as null: a figure whose value is null is None if it may be.
+    JSON has no NaN, which is written as null: a figure whose value is null is None if its field allows that.
     """
 
     def estimate(name: str, figure: dict[str, Any]) -> Estimate | None:

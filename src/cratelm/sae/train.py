@@ -1,6 +1,6 @@
 """`cratelm sae train`: train sparse autoencoders on the activations of a model.
 
-SAELens' trainers take the steps; the activations, the loop, the log and the checkpoints are those of cratelm.
+SAELens' trainers take the steps; the activations, the loop, the log and the checkpoints are cratelm's.
 Writes the folder `sae/MODEL@NAME/` of the run; `cratelm.sae.store` documents its files and reads them.
 
 Shape legend: B tokens of a batch, H inputs, S latents.
@@ -40,17 +40,18 @@ from cratelm.train.log import METRICS, TIMING, Log, read_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class SaeTrainResult(SaeTraining):
-    """Trained autoencoders and where they are. `cratelm sae evaluate` measures them."""
+    """Result of `cratelm sae train`; `cratelm sae evaluate` measures the autoencoders."""
 
     name: str
     """MODEL@NAME"""
     path: Path
+    """folder of the autoencoders"""
 
     def __str__(self) -> str:
         lines = [f"{self.name} on {self.site}, {self.tokens:,} tokens: {self.path}"]
         lines += [
             f"layer {r.layer}: {r.inputs:,} inputs, {r.latents:,} latents; last batch: explained"
-            f" variance {r.explained_variance:.1%}, {r.l0:.1f} on at a token, {r.dead:,} dead"
+            f" variance {r.explained_variance:.1%}, {r.l0:.1f} active per token, {r.dead:,} dead"
             for r in self.layers
         ]
         return "\n".join(lines)
@@ -58,7 +59,7 @@ class SaeTrainResult(SaeTraining):
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """What the training loop works with."""
+    """State and settings of the training loop."""
 
     config: SaeTrainConfig
     site: Site
@@ -67,15 +68,15 @@ class _Training:
     trainers: list[Any]
     """SAELens' trainer of each layer"""
     resampled: list[int]
-    """latents of each layer that were reinitialised so far"""
+    """number of latents reinitialised so far, by layer"""
     draft: Draft
 
 
 def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
-    """Train the autoencoders of a site and save them in `sae/MODEL@NAME` of the run.
+    """Train the autoencoders of a site, save them in `sae/MODEL@NAME` of the run, and return their description.
 
-    Raises `InputError` for a model, site or layer that does not exist, and where activations or the
-    loss stop being finite numbers (checkpoints are kept).
+    Raises `InputError` if the model, the site or a layer does not exist, or if activations or the loss are no
+    longer finite numbers (checkpoints are kept).
     """
     import_sae_lens()  # before anything is written
     run = Run(config.run)
@@ -90,7 +91,7 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = site_of(model, config.site)
     layers = _layers(config, site)
-    # made before the draft, so that what cannot run is refused before anything is written
+    # created before the draft, so that invalid input is rejected before anything is written
     activations = _activations(config, model, store, site, layers)
     with stage.write(config, inputs, resume=True) as draft:
         draft.scratch.add(checkpoints.FOLDER)
@@ -102,16 +103,16 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
 
 
 def _layers(config: SaeTrainConfig, site: Site) -> tuple[int, ...]:
-    """The layers to train on, ascending. Raises `InputError` for one that the site has not."""
-    wanted = config.layers or tuple(range(site.n_layers))
-    beyond = [layer for layer in wanted if layer >= site.n_layers]
-    if beyond:
+    """Return the layers to train on, ascending; raise `InputError` for a layer that the site lacks."""
+    layers = config.layers or tuple(range(site.n_layers))
+    missing = [layer for layer in layers if layer >= site.n_layers]
+    if missing:
         raise InputError(
-            f"--layers names {beyond[0]}, site {site.name} has layers 0 to {site.n_layers - 1}"
+            f"--layers names {missing[0]}, but site {site.name} has layers 0 to {site.n_layers - 1}"
         )
-    for layer in wanted:
+    for layer in layers:
         n_latents(config, site.n_neurons[layer])
-    return tuple(sorted(wanted))
+    return tuple(sorted(layers))
 
 
 def _activations(
@@ -144,7 +145,7 @@ def _prepare(
     activations: ActivationBuffer,
     draft: Draft,
 ) -> _Training:
-    """Activations and trainers as the last checkpoint left them, or ready for the first step."""
+    """Return activations and trainers as of the last checkpoint, or ready for the first step."""
     if not config.quiet:
         print(_plan(config, site, layers, activations), flush=True)
     saes = [build_sae(config, site.n_neurons[layer], layer, activations.device) for layer in layers]
@@ -162,7 +163,7 @@ def _prepare(
 def _plan(
     config: SaeTrainConfig, site: Site, layers: tuple[int, ...], activations: ActivationBuffer
 ) -> str:
-    """The line that is printed before the first step."""
+    """Return the line that is printed before the first step."""
     sizes = ", ".join(
         f"{site.n_neurons[i]} -> {n_latents(config, site.n_neurons[i])}" for i in layers
     )
@@ -174,9 +175,9 @@ def _plan(
 
 
 def make_trainer(config: SaeTrainConfig, sae: Any) -> Any:
-    """Return SAELens' trainer of an autoencoder, of which only the steps are used.
+    """Return SAELens' trainer for an autoencoder, of which only the steps are used.
 
-    Its loop, logging and checkpoints stay unused: they would log to wandb and resume from other states.
+    Its loop, logging and checkpoints are not used: they would log to wandb and resume from other states.
     """
     lens = import_sae_lens()
     from sae_lens.config import SAETrainerConfig
@@ -202,7 +203,7 @@ def make_trainer(config: SaeTrainConfig, sae: Any) -> Any:
 def _start_from_data(
     config: SaeTrainConfig, activations: ActivationBuffer, trainers: list[Any]
 ) -> None:
-    """Set the scale and `b_dec` from the first buffer: its mean, where Bricken et al. take the median."""
+    """Set the scale and `b_dec` from the first buffer; `b_dec` is its mean (Bricken et al. use the median)."""
     means, norms = activations.means(), activations.mean_norms()
     for trainer, mean, norm in zip(trainers, means, norms, strict=True):
         if config.normalize:  # to a mean norm of sqrt(H)
@@ -212,7 +213,7 @@ def _start_from_data(
 
 
 def _take_steps(training: _Training, label: str) -> None:
-    """Take all steps that are not taken yet."""
+    """Take the remaining steps, with logs, checkpoints and resampling."""
     config, trainers = training.config, training.trainers
     first = trainers[0].n_training_steps
     log = Log(training.draft.path, first, tensorboard=False, wandb_name=None)
@@ -228,7 +229,9 @@ def _take_steps(training: _Training, label: str) -> None:
         logs = done % config.log_steps == 0 or done == config.steps
         due = time.monotonic() >= saved_at + 60 * config.checkpoint_minutes
         saves = due and done < config.steps
-        if logs or saves:  # checked before a checkpoint, too: none holds weights gone bad
+        if (
+            logs or saves
+        ):  # also checked before a checkpoint, so that none contains diverged weights
             figures = [_figures(t, o) for t, o in zip(trainers, outputs, strict=True)]
             _check(figures, training, done)
             if logs:
@@ -246,7 +249,7 @@ def _take_steps(training: _Training, label: str) -> None:
 
 
 def _figures(trainer: Any, output: Any) -> dict[str, float]:
-    """SAELens' figures of one step under plain names."""
+    """Return SAELens' figures of one step under plain names."""
     logged = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
     losses = {k.removeprefix("losses/"): v for k, v in logged.items() if k.startswith("losses/")}
     losses["loss"] = losses.pop("overall_loss")
@@ -260,7 +263,7 @@ def _figures(trainer: Any, output: Any) -> dict[str, float]:
 
 
 def _check(figures: list[dict[str, float]], training: _Training, step: int) -> None:
-    """Raise `InputError` where a loss is not a finite number."""
+    """Raise `InputError` if a loss is not a finite number."""
     for layer, of_layer in zip(training.layers, figures, strict=True):
         if not math.isfinite(of_layer["loss"]):
             raise InputError(
@@ -278,7 +281,7 @@ def _log(log: Log, training: _Training, step: int, figures: list[dict[str, float
 
 
 def _resample(training: _Training, batch: list[torch.Tensor], step: int) -> None:
-    """Reinitialise the dead latents of each layer from a batch [B, H], with draws that the step fixes."""
+    """Reinitialise the dead latents of each layer from a batch [B, H], with draws seeded by the step."""
     for index, (layer, x) in enumerate(zip(training.layers, batch, strict=True)):
         seed = np.random.SeedSequence((training.config.seed, layer, step)).generate_state(1)
         generator = torch.Generator().manual_seed(int(seed[0]))
@@ -286,7 +289,7 @@ def _resample(training: _Training, batch: list[torch.Tensor], step: int) -> None
 
 
 def _write(training: _Training, inputs: dict[str, str]) -> None:
-    """Write the autoencoders in SAELens' format, and what was trained, into the draft."""
+    """Write the autoencoders in SAELens' format, and the description of the training, into the draft."""
     config, site, draft = training.config, training.site, training.draft
     last = {line["layer"]: line for line in read_metrics(draft.path, METRICS)}
     layers = []
@@ -312,14 +315,14 @@ def _write(training: _Training, inputs: dict[str, str]) -> None:
 
 @torch.no_grad()
 def _fold_scales(config: SaeTrainConfig, trainer: Any) -> Any:
-    """The trained autoencoder with the inputs' scale folded into its weights and decoder rows at norm 1.
+    """Return the trained autoencoder with the inputs' scale folded into its weights and decoder rows at norm 1.
 
-    It computes the same, of activations as they are.
+    It computes the same function of unscaled activations.
     """
     sae = trainer.sae.eval()
     if trainer.activation_scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
-    if config.architecture not in ("topk", "batchtopk"):  # SAELens folds these as it saves them
+    if config.architecture not in ("topk", "batchtopk"):  # SAELens folds these when it saves them
         sae.fold_W_dec_norm()
     return sae
 
@@ -327,7 +330,7 @@ def _fold_scales(config: SaeTrainConfig, trainer: Any) -> Any:
 def _provenance(
     config: SaeTrainConfig, site: Site, layer: int, inputs: dict[str, str]
 ) -> dict[str, Any]:
-    """Metadata that SAELens' configuration has no field for, under the keys that `cratelm import sae` uses."""
+    """Return metadata for which SAELens' configuration has no field, with the keys of `cratelm import sae`."""
     side = ":input" if site.side == "input" else ""
     return {
         "model_name": Path(config.model).name,

@@ -13,21 +13,21 @@ from cratelm.runs.names import set_name
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "gated"]
 ARCHITECTURES: tuple[Architecture, ...] = ("l1", "topk", "batchtopk", "jumprelu", "gated")
 L1, K, L0_COEFFICIENT = 3e-4, 32, 1e-3
-"""defaults of the options of these names; the first is the paper's"""
+"""defaults of --l1 (as in the paper), --k and --l0-coefficient"""
 _SPARSITY: dict[str, tuple[Architecture, ...]] = {
     "l1": ("l1", "gated"),
     "k": ("topk", "batchtopk"),
     "l0_coefficient": ("jumprelu",),
 }
-"""architectures that each option of the sparsity belongs to"""
+"""architectures to which each sparsity option belongs"""
 _MOST_TOKENS_UNTIL_DEAD = 10_000_000
 
 
 @dataclass(frozen=True)
 class SaeTrainConfig:
-    """Train sparse autoencoders on a site of a model, one per layer, from one pass over train tokens.
+    """Train sparse autoencoders on a site of a model, one per layer, in one pass over train tokens.
 
-    The same command resumes an interrupted training.
+    After an interruption the same command resumes.
     """
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -37,43 +37,44 @@ class SaeTrainConfig:
     site: str | None = None
     """ista, mssa, heads, mlp, or a module path with * for the layer: `model.layers.*` is CRATE's
     residual stream, `model.layers.*.ista` the output of its sparse block; `transformer.h.*` and
-    `transformer.h.*.mlp` are GPT-2's. Default: ista for CRATE, mlp for others"""
+    `transformer.h.*.mlp` are those of GPT-2. Default: ista for CRATE, mlp for other models"""
     layers: tuple[int, ...] = ()
-    """layers to train on, from 0; default: all. One forward pass serves all of them"""
+    """layers to train on, from 0; default: all. All layers share the forward passes"""
     name: str = ""
     """NAME of the folder sae/MODEL@NAME in the run; default: architecture, size and site, such as l1-16x"""
     architecture: Architecture = "l1"
     """l1 (the paper's), topk (Gao et al. 2024), batchtopk (Bussmann et al. 2024), jumprelu
     (Rajamanoharan et al. 2024b), gated (2024a)"""
     expansion: int = 16
-    """latents per input; the paper has 1, 4 and 16"""
+    """latents per input; the paper uses 1, 4 and 16"""
     d_sae: int | None = None
     """number of latents, instead of --expansion"""
     l1: float | None = None
     """for l1 and gated: weight of the sum of the latents, relative to the mean squared error of an input
     (default 3e-4, as in the paper)"""
     k: int | None = None
-    """for topk: latents that are not 0 at a token; for batchtopk: their average (default 32)"""
+    """for topk: number of latents that are not 0 at a token; for batchtopk: their mean number (default 32)"""
     l0_coefficient: float | None = None
-    """for jumprelu: weight of the number of latents that are not 0, likewise (default 1e-3)"""
+    """for jumprelu: weight of the number of latents that are not 0, relative to the mean squared error of an
+    input (default 1e-3)"""
     tokens: int = 20_000_000
-    """tokens trained on, repeats counted, rounded down to whole batches (paper 2,000,000,000)"""
+    """tokens to train on, including repeats, rounded down to whole batches (paper 2,000,000,000)"""
     lr: float = 1e-4
     """learning rate of Adam"""
     lr_decay: float = 0.2
-    """fraction of the steps, the last ones, in which the learning rate falls to 0; 0: it stays constant"""
+    """fraction of the steps, at the end, over which the learning rate falls to 0; 0: it stays constant"""
     batch_size: int = 4096
     """tokens per step"""
     normalize: bool = True
-    """scale activations to a mean norm of sqrt(inputs), so that one --l1 means the same for every model and
-    layer; the scale is folded into the weights at the end"""
+    """scale activations to a mean norm of sqrt(inputs), so that the same --l1 has the same meaning for every
+    model and layer; the scale is folded into the weights at the end"""
     dead_after: int | None = None
-    """tokens without a firing after which a latent counts as dead: the curve counts it, and it is revived;
+    """number of tokens without firing after which a latent counts as dead, in the curves and for revival;
     default: a twentieth of --tokens, at most 10 million"""
     sequence_length: int | None = None
-    """T in tokens; default: the most that the model takes, 2,048 at most; 1,024 where it names no limit"""
+    """T in tokens; default: the maximum of the model, but at most 2,048; 1,024 if it specifies no maximum"""
     buffer_mib: int = 512
-    """MiB of activations that are shuffled together; at least two batches are"""
+    """MiB of activations that are shuffled together, but at least two batches"""
     batch_tokens: int = 8192
     """tokens per forward pass of the model"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -81,11 +82,11 @@ class SaeTrainConfig:
     seed: int = 0
     """seed of the initial weights, the order of the tokens, and the reinitialisation of dead latents"""
     log_every: int | None = None
-    """steps between two points of the curve; default: a hundredth of the steps"""
+    """steps between two points of the curves; default: a hundredth of the steps"""
     checkpoint_minutes: float = not_in_identity(2.0)
     """minutes between two checkpoints; 0: a checkpoint after every step"""
     device: str = not_in_identity("auto")
-    """cpu, cuda, cuda:1 ...; auto: an accelerator where there is one"""
+    """cpu, cuda, cuda:1 ...; auto: an accelerator if there is one"""
     force: bool = not_in_identity(False)
     """train again even if the stage is finished"""
     quiet: bool = not_in_identity(False)
@@ -118,10 +119,10 @@ class SaeTrainConfig:
     def _check_sparsity(self) -> None:
         for field, owners in _SPARSITY.items():
             if getattr(self, field) is not None and self.architecture not in owners:
-                own = next(f for f, names in _SPARSITY.items() if self.architecture in names)
+                right = next(f for f, names in _SPARSITY.items() if self.architecture in names)
                 raise InputError(
-                    f"--{field.replace('_', '-')} is an option of {' and '.join(owners)}, --architecture is"
-                    f" {self.architecture}: give --{own.replace('_', '-')}"
+                    f"--{field.replace('_', '-')} is an option of {' and '.join(owners)}, but --architecture"
+                    f" is {self.architecture}: give --{right.replace('_', '-')} instead"
                 )
 
     @property
@@ -131,13 +132,13 @@ class SaeTrainConfig:
 
     @property
     def dead_steps(self) -> int:
-        """Steps without a firing after which a latent counts as dead."""
+        """Number of steps without firing after which a latent counts as dead."""
         tokens = self.dead_after or min(self.tokens // 20, _MOST_TOKENS_UNTIL_DEAD)
         return max(1, tokens // self.batch_size)
 
     @property
     def log_steps(self) -> int:
-        """Steps between two points of the curve."""
+        """Number of steps between two points of the curves."""
         return self.log_every or max(1, self.steps // 100)
 
     @property

@@ -17,39 +17,39 @@ class ScoreConfig(LLMConfig):
     """a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file, or
     `smollm2`), or `openai:MODEL` at --base-url; default: look-up and trie simulate themselves"""
     explanations: str = ""
-    """which explanations: the name of a language model that explained, or `llm-free` for those made
+    """explanations to score: the name of the language model that wrote them, or `llm-free` for those made
     without one; default: those of the simulator itself"""
     metrics: tuple[Metric, ...] = SIMULATION_METRICS
     """`top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token excerpts): simulation.
     With a language model also `detection`, `fuzzing`, `intruder`, `embedding`"""
     paper_compat: bool = False
-    """also score with levels read as in the paper's code: only the five most likely tokens, a simulated
-    10 as 1"""
+    """also score with levels read as in the paper's code: only among the five most likely tokens, and with a
+    simulated 10 read as 1"""
     resamples: int = 2000
-    """bootstrap resamples behind the intervals of `summary.json`"""
+    """number of bootstrap resamples for the intervals in `summary.json`"""
     seed: int = 0
-    """seed of the shuffled control, of the bootstrap and of the scorers' draws"""
+    """seed of the shuffled control, of the bootstrap and of the scorers' random draws"""
     prompts: Prompts = option("cratelm", "language model")
-    """how levels are asked for: our prompts, or OpenAI's published ones (extra `openai-prompts`)"""
+    """prompts that ask for levels: cratelm's, or OpenAI's published ones (extra `openai-prompts`)"""
     name: str = option("", "output")
-    """name of these scores in folders and tables; default: the explainer's name, and the simulator's
-    where that is another"""
+    """name of these scores in folders and tables; default: the explainer's name, and the simulator's if it
+    differs"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = METRICS if self.simulator else SIMULATION_METRICS
-        unknown = [m for m in self.metrics if m not in known]
+        allowed = METRICS if self.simulator else SIMULATION_METRICS
+        unknown = [m for m in self.metrics if m not in allowed]
         if unknown or not self.metrics or len(set(self.metrics)) != len(self.metrics):
-            needs = "" if self.simulator else " (others need --simulator)"
+            needs = "" if self.simulator else " (other metrics need --simulator)"
             raise InputError(
                 f"--metrics {' '.join(self.metrics) or '(none)'}:"
-                f" expected one or more of {', '.join(known)}, each once{needs}"
+                f" give one or more of {', '.join(allowed)}, each once{needs}"
             )
         if self.simulator:
             check_specification("--simulator", self.simulator)
         elif self.explanations or self.paper_compat or self.name:
             raise InputError(
-                "--explanations, --name and --paper-compat need a language model that simulates:"
+                "--explanations, --name and --paper-compat need a language model as simulator:"
                 " add --simulator hf:ID_OR_PATH or openai:MODEL"
             )
         at_least(self, {"resamples": 100, "seed": 0})

@@ -1,4 +1,4 @@
-"""Guards of a score: the explanation that each control uses, and the audit of shared documents."""
+"""Null controls and leakage audit: the explanation that each control uses, and the documents of both splits."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,20 +20,21 @@ from cratelm.records import (
 
 @dataclass(frozen=True)
 class Audit:
-    """Documents explained from and scored on, over all neurons of a model."""
+    """Documents explained from and documents scored on, over all neurons of a model."""
 
     n_explained: int
-    """documents that any explainer saw"""
+    """documents that any explanation was made from"""
     n_scored: int
-    """documents that any score pools"""
+    """documents that any score includes"""
     shared: tuple[int, ...]
-    """ordinals of those in both: none, where the splits are what they should be"""
+    """ordinals of documents in both; empty if the splits are disjoint, as they should be"""
 
 
 def audit(explanations: Iterable[Explanation], scores: Iterable[NeuronScore]) -> Audit:
-    """Compare the documents in the records themselves, over the whole model.
+    """Return the documents explained from and scored on, as the explanations and scores list them.
 
-    So it also covers the shuffled control, whose explanation is another neuron's.
+    The whole model is compared, so that the audit covers the shuffled control, which uses another neuron's
+    explanation.
     """
     explained = {document for e in explanations for document in e.documents}
     scored = {document for s in scores for document in s.documents}
@@ -41,10 +42,10 @@ def audit(explanations: Iterable[Explanation], scores: Iterable[NeuronScore]) ->
 
 
 def shuffled(neurons: Sequence[NeuronId], seed: int) -> dict[NeuronId, NeuronId]:
-    """Return for each neuron another one of its layer, each chosen once: a seeded derangement.
+    """Return for each neuron another neuron of its layer, each used once: a seeded derangement.
 
-    The neurons of a layer are put in random order and each is given the next one's explanation, the
-    last the first one's. A neuron alone in its layer has none and is absent.
+    The neurons of a layer are put in random order and each gets the explanation of the next one, the last
+    that of the first. A neuron that is alone in its layer is absent.
     """
     donors: dict[NeuronId, NeuronId] = {}
     for layer in sorted({n.layer for n in neurons}):
@@ -57,15 +58,15 @@ def shuffled(neurons: Sequence[NeuronId], seed: int) -> dict[NeuronId, NeuronId]
 
 
 def dead_score(split: str) -> Score:
-    """Return the score of a neuron that never fired on a split: `fit` or `held-out`."""
+    """Return the score of a neuron that never fired on the split `fit` or `held-out`."""
     return Score(None, Status.DEAD, f"never above 0 on the {split} split")
 
 
 class ExplanationSet:
-    """Explanations of one set by explainer, kind of evidence and neuron, with the donors of the shuffled control.
+    """Explanations of one set, by explainer, kind of evidence and neuron, with donors for the shuffled control.
 
-    A language model explains a neuron from several kinds of evidence, and each metric reads its own;
-    explainers without one make a single explanation for all metrics.
+    A language model explains a neuron from several kinds of evidence, and each metric uses one of them;
+    explainers without a language model make a single explanation for all metrics.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ExplanationSet:
         failures: Sequence[ExplanationFailure] | None,
         seed: int,
     ):
-        """`failures`: explanations that a language model did not give; None where none was asked."""
+        """`failures`: explanations that a language model failed to give; None if none was called."""
         self._explanations: dict[tuple[str, str], dict[NeuronId, Explanation]] = {}
         for e in explanations:
             self._explanations.setdefault((e.explainer, e.evidence), {})[e.neuron] = e
@@ -88,7 +89,7 @@ class ExplanationSet:
     def find(
         self, neuron: NeuronId, explainer: str, metric: Metric, control: Control
     ) -> Explanation | Score:
-        """Return the explanation that is scored, or the score where there is none."""
+        """Return the explanation to score, or, if there is none, a score that says why."""
         evidence = evidence_for(metric)
         kind = (explainer, evidence)
         if kind not in self._explanations:
@@ -97,13 +98,13 @@ class ExplanationSet:
         if neuron not in of_kind:
             reason = f"no explanation by {explainer}"
             if self._reasons is not None:
-                why = self._reasons.get((neuron, evidence), "none was asked for from this evidence")
+                why = self._reasons.get((neuron, evidence), "none was requested for this evidence")
                 reason = f"{reason}: {why}"
             return Score(None, Status.FAILED, reason)
         if control != "shuffled":
             return of_kind[neuron]
         donor = self._donors[kind].get(neuron)
         if donor is None:
-            reason = "the layer has no other explained neuron to take an explanation from"
+            reason = "the layer has no other neuron with an explanation"
             return Score(None, Status.UNDEFINED, reason)
         return of_kind[donor]

@@ -1,15 +1,15 @@
 """Find near-duplicate passages between excerpts explained from (fit) and excerpts scored on (held-out).
 
-Documents of the two splits differ, but their text may not: licence headers, tables, copied code. A
-passage is up to 64 tokens inside one document, on a grid of 32 tokens from the document's start: the
-text around an excerpt, since 8 tokens alone are alike too often. Two passages are near-duplicates where
-the Jaccard similarity of their 5-token shingles is `THRESHOLD` or more. MinHash (Broder 1997), by the
-library datasketch, proposes pairs; the shingles themselves decide, so no unlike pair is called alike.
+The documents of the two splits differ, but they may share text: licence headers, tables, copied code. A
+passage is up to 64 tokens inside one document, on a grid of 32 tokens from the document's start. It is the
+text around an excerpt, because 8 tokens alone match too often. Two passages are near-duplicates if the
+Jaccard similarity of their 5-token shingles is at least `THRESHOLD`. MinHash (Broder 1997), from the
+library datasketch, proposes pairs; the shingles themselves decide, so there are no false positives.
 
-Bound: each passage is hashed once, however many neurons share it, and there are at most as many passages
-as tokens of the fit split / 32, or 3 times the excerpts shown. Measured: 9 kB each, 0.3 GB per million
-tokens. 512 neurons of the demo (490,000 fit tokens, 218,000 excerpts, 7,507 passages) take 2 s, and the
-reading of the fit excerpts 2 s more.
+Cost: each passage is hashed once, however many neurons share it. The number of passages is at most the
+number of tokens of the fit split / 32, and at most 3 times the number of excerpts explained from. Measured:
+9 kB each, 0.3 GB per million tokens. 512 neurons of the demo (490,000 fit tokens, 218,000 excerpts, 7,507
+passages) take 2 s, and reading the fit excerpts takes another 2 s.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,18 +30,19 @@ GRID = 32
 SHINGLE = 5
 """tokens"""
 THRESHOLD = 0.3
-"""A copy is at most half the grid, 16 tokens, off the nearest passage: 44 of 76 shingles are shared,
-0.58. One token in ten changed leaves 0.33 to 0.45. Two passages drawn at random share 0.0002 in the
-demo's corpus, where the pairs above 0.3 (8 in 100,000) are tables and boilerplate, and where 8.8% of
-the held-out passages have a twin at 0.6, 11.6% at 0.3: what lies between is copied and edited."""
+"""Smallest Jaccard similarity of near-duplicates. An exact copy is at most half the grid, 16 tokens, away
+from the nearest passage: then 44 of 76 shingles are shared, 0.58. With one token in ten changed, 0.33 to
+0.45 remain. In the demo's corpus two random passages share 0.0002 on average, and the random pairs above
+0.3 (8 in 100,000) are tables and boilerplate; 8.8% of the held-out passages have a match at 0.6 and 11.6%
+at 0.3, and those in between are edited copies."""
 _BANDS = (32, 2)
-"""bands and hashes in each: a pair of similarity 0.3 is proposed with 95%, 0.35 with 98.5%, 0.58 always.
-In the demo 514 of the 515 scored passages with a twin among those explained were found."""
+"""Bands, and hashes in each: a pair of similarity 0.3 is proposed with probability 95%, 0.35 with 98.5%,
+0.58 always. In the demo, 514 of the 515 scored passages with a match among those explained were found."""
 _PERMUTATIONS = _BANDS[0] * _BANDS[1]
 _SEED = 1
 _AROUND = 1
-"""passages before and after an explained excerpt's own that count as explained from: those that share
-half their tokens with it"""
+"""passages before and after that of an explained excerpt that also count as explained from: those that
+share half of their tokens with it"""
 _EXAMPLES = 5
 
 
@@ -67,9 +68,9 @@ class DuplicateEffect:
     n_records: int
     """excerpts that are near-duplicates, over these neurons"""
     mean_with: float | None
-    """x 100, mean over these neurons that have both scores, as reported; None for none"""
+    """x 100, mean score as reported, over those of these neurons that have both scores; None if none has"""
     mean_without: float | None
-    """x 100, mean over the same neurons, near-duplicates left out"""
+    """x 100, mean over the same neurons without near-duplicates"""
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,18 @@ class DuplicateAudit:
 
     threshold: float
     n_passages_explained: int
-    """distinct passages around what any explainer was shown"""
+    """distinct passages around excerpts that any explainer used"""
     n_passages_scored: int
-    """distinct passages around what was scored on"""
+    """distinct passages around excerpts that were scored on"""
     n_near_duplicates: int
     """of these, near-duplicates of one explained from"""
     examples: tuple[DuplicatePair, ...]
-    """a few, of different documents"""
+    """a few pairs, from different documents"""
     effects: tuple[DuplicateEffect, ...]
 
 
 class NearDuplicates:
-    """Tells which held-out excerpts are near-duplicates of excerpts that explainers were shown."""
+    """Index that finds held-out excerpts that are near-duplicates of excerpts explained from."""
 
     def __init__(self, store: TokenStore):
         self._store = store
@@ -97,23 +98,23 @@ class NearDuplicates:
         self._explained: dict[int, NDArray[np.int64]] = {}
         """shingles of each passage, by its first position"""
         self._scored: dict[int, bool] = {}
-        """verdict on each passage, by its first position"""
+        """whether each passage is a near-duplicate, by its first position"""
         self._verdicts: dict[int, bool] = {}
-        """the same by the position of an excerpt: scoring asks about each many times"""
+        """the same by the position of the excerpt, since scoring looks up each one many times"""
         self._first = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)
         self._pairs: dict[tuple[int, int], DuplicatePair] = {}
-        """the first found, by the ordinals of their documents"""
+        """the first pairs found, by the ordinals of their documents"""
 
     def register(self, excerpts: Iterable[Excerpt]) -> None:
-        """Register excerpts explained from; all of them before the first `is_duplicate`.
+        """Register excerpts explained from. All of them must be registered before `is_duplicate` is called.
 
-        A passage explained from for any neuron counts for all of them.
+        A passage used to explain any neuron counts for all neurons.
         """
         assert not self._scored
-        shown = [e.position for e in excerpts if e.kind != "out_of_context"]
-        passages = self._passages("fit", np.unique(np.array(shown, dtype=np.int64)))  # [n, 3]
-        # Neighbours count as shown, too: an excerpt may begin or end anywhere on the grid, and a copy of
-        # it lies in the passages that share half their tokens with its own.
+        positions = [e.position for e in excerpts if e.kind != "out_of_context"]
+        passages = self._passages("fit", np.unique(np.array(positions, dtype=np.int64)))  # [n, 3]
+        # Neighbouring passages count too: an excerpt may begin or end anywhere on the grid, so that a copy
+        # of it may match a passage that shares half of its tokens with the excerpt's own.
         for step in range(-_AROUND, _AROUND + 1):
             starts = passages[:, 0] + step * GRID
             inside = (passages[:, 1] <= starts) & (starts <= _last(passages))
@@ -135,7 +136,7 @@ class NearDuplicates:
         return self._verdicts[excerpt.position]
 
     def audit(self, scores: Sequence[NeuronScore]) -> DuplicateAudit:
-        """Return the near-duplicates, and `scores` (of no control) with and without them."""
+        """Return counts of near-duplicates, and the means of `scores` with and without them, controls excluded."""
         groups: dict[tuple[str, Metric], list[NeuronScore]] = {}
         for s in (s for s in scores if s.control == "none" and s.metric in SIMULATION_METRICS):
             groups.setdefault((s.explainer, s.metric), []).append(s)
@@ -166,7 +167,7 @@ class NearDuplicates:
         starts = self._store.split(split).starts
         document = np.searchsorted(starts, positions, side="right") - 1
         low, high = starts[document], starts[document + 1]
-        # the position in the middle of the passage, unless the document begins or ends before that
+        # `position` is in the middle of the passage, unless the document begins or ends near it
         middle = np.maximum(low, np.minimum(positions - PASSAGE // 2, high - PASSAGE))
         return np.stack([low + _on_grid(middle - low), low, high], axis=1)
 
@@ -197,12 +198,15 @@ def _jaccard(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
 
 
 def shingles_of(tokens: NDArray) -> NDArray[np.int64]:
-    """Return a 32-bit number for each distinct run of `SHINGLE` tokens of a passage, or for all of a shorter one."""
+    """Return a sorted 32-bit hash of each distinct run of `SHINGLE` tokens in a passage.
+
+    A passage with fewer tokens is one run.
+    """
     length = max(1, min(SHINGLE, len(tokens)))
     mixed = np.zeros(max(0, len(tokens) - length + 1), dtype=np.uint64)
     for offset in range(length):
-        # FNV-1a over tokens, all runs at once: 64 bits that wrap around. MinHash takes 32 of them: not the
-        # lowest, which mix least.
+        # FNV-1a over tokens, for all runs at once, in 64 bits that wrap around. MinHash takes 32 of these
+        # bits, but not the lowest, which are mixed least.
         part = tokens[offset : len(tokens) - length + 1 + offset].astype(np.uint64)
         mixed = (mixed ^ (part + np.uint64(1))) * np.uint64(1_099_511_628_211)
     return np.unique(mixed >> np.uint64(16) & np.uint64(0xFFFF_FFFF)).astype(np.int64)

@@ -1,7 +1,7 @@
-"""How close a simulation is to the truth. n is the tokens of all records together.
+"""Agreement of simulated with true activations. Shapes: n is the number of tokens of all records together.
 
-The three figures are those of OpenAI's scorer (Bills et al. 2023, automated-interpretability):
-correlation and the two explained fractions, all pooled over the tokens of all records.
+The three figures are those of OpenAI's scorer (Bills et al. 2023, automated-interpretability): the
+correlation and two explained fractions, all pooled over the tokens of all records.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,17 @@ from cratelm.errors import InputError
 from cratelm.records import Excerpt, Score, Status
 
 CONSTANT = "the simulation is constant"
-"""why a score is undefined"""
+"""reason of an undefined score"""
 IsDuplicate = Callable[[Excerpt], bool]
 
 
 def simulation_score(
     excerpts: Sequence[Excerpt], simulated: Sequence[NDArray], is_duplicate: IsDuplicate
 ) -> Score:
-    """Return the score of simulated activations, with the value over the excerpts that are no near-duplicates."""
+    """Return the score of simulated activations, including its value without near-duplicate excerpts.
+
+    `simulated` has one array per excerpt, as long as the excerpt. Raises `InputError` if lengths differ.
+    """
     score = correlation_score([e.activations for e in excerpts], simulated)
     distinct = [i for i, e in enumerate(excerpts) if not is_duplicate(e)]
     if len(distinct) == len(excerpts):
@@ -39,16 +42,16 @@ def simulation_score(
 def correlation_score(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike]) -> Score:
     """Return the Pearson correlation of simulated with true activations, pooled over all tokens.
 
-    `true` and `simulated` hold one sequence of floats per record, of equal lengths. The value is
-    None, the status UNDEFINED and the reason given where the correlation does not exist: no tokens,
-    a constant truth, a constant simulation, or a value that is not finite.
+    `true` and `simulated` contain one sequence of floats per record, of equal lengths. If the correlation
+    does not exist, the value is None, the status UNDEFINED, and `reason` says why: no tokens, a constant
+    truth, a constant simulation, or a value that is not finite.
 
     `r2` = 1 - mean((true - simulated)^2) / mean(true^2) and `absolute_deviation` =
-    1 - mean|true - simulated| / mean|true|: both relative to 0 and without calibration, as in OpenAI's
-    scorer, so that they are meaningful only for a simulation in the neuron's own unit. They are None
-    where the truth is all zero.
+    1 - mean|true - simulated| / mean|true|. Both are relative to 0 and without calibration, as in OpenAI's
+    scorer, so that they are meaningful only for a simulation in the neuron's unit. They are None if the
+    truth is all zero.
 
-    Raises `InputError` where the records or their lengths do not match.
+    Raises `InputError` if the records or their lengths do not match.
     """
     a, b = _pool(true, simulated)
     counts = {"n_tokens": len(a), "n_records": len(true)}
@@ -66,19 +69,19 @@ def _pool(true: Sequence[ArrayLike], simulated: Sequence[ArrayLike]) -> tuple[ND
     lengths_a, lengths_b = [len(r) for r in rows_a], [len(r) for r in rows_b]
     if lengths_a != lengths_b:
         raise InputError(
-            f"true records have {_shown(lengths_a)} tokens and simulated ones {_shown(lengths_b)}:"
-            " give one simulated value per token"
+            f"the true activations are {_lengths(lengths_a)} tokens, the simulated ones"
+            f" {_lengths(lengths_b)}: give one simulated value per token"
         )
     empty = np.zeros(0)
     return np.concatenate([empty, *rows_a]), np.concatenate([empty, *rows_b])
 
 
-def _shown(lengths: list[int]) -> str:
+def _lengths(lengths: list[int]) -> str:
     return f"{len(lengths)} records of " + ", ".join(map(str, lengths[:8]))
 
 
 def _not_numbers(a: NDArray, b: NDArray) -> str:
-    """Return why no figure exists; empty where one does."""
+    """Return why no figure can be computed; empty if one can."""
     if len(a) == 0:
         return "no tokens"
     if not np.isfinite(a).all():
@@ -87,14 +90,14 @@ def _not_numbers(a: NDArray, b: NDArray) -> str:
 
 
 def _no_variance(a: NDArray, b: NDArray) -> str:
-    """Return why the correlation does not exist; empty where it does."""
+    """Return why the correlation does not exist; empty if it does."""
     if a.min() == a.max():
         return "the truth is constant"
     return CONSTANT if b.min() == b.max() else ""
 
 
 def _explained(a: NDArray, b: NDArray, power: int) -> float | None:
-    """Return 1 - mean|a - b|^power / mean|a|^power; None where that is no number (truth all zero, overflow)."""
+    """Return 1 - mean|a - b|^power / mean|a|^power; None if not finite (truth all zero, or overflow)."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         value = 1 - np.mean(np.abs(a - b) ** power) / np.mean(np.abs(a) ** power)
     return float(value) if np.isfinite(value) else None

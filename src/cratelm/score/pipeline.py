@@ -1,8 +1,8 @@
 """One pipeline for all scores: each explainer, variant, metric and control of each neuron.
 
-A score is first planned: its row, and the requests behind it (none for simulators without a language
-model). The requests of some neurons are asked together, and each score is graded from its answers. Only
-these neurons are in memory.
+A score is first planned: its row, and the requests that it needs (none for simulators without a language
+model). The requests of a batch of neurons are sent together, and each score is computed from its answers.
+Only one batch of neurons is in memory.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ from cratelm.score.selection import scored_on
 from cratelm.score.simulators import COMPAT, ConstantSimulator, Simulator, simulator_of
 
 REQUESTS_PER_NEURON = 128
-"""about; decides how many neurons are asked about together"""
+"""rough estimate, from which the number of neurons per batch is computed"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,38 +39,38 @@ class Reader:
 
     name: str
     simulators: Mapping[str, Simulator]
-    """by variant: "" and, with --paper-compat, `COMPAT`"""
+    """simulators by variant: "" and, with --paper-compat, `COMPAT`"""
     prompting: Prompting
 
 
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """What is the same for all neurons of one scoring."""
+    """Settings that are the same for all neurons of one `cratelm score`."""
 
     metrics: Sequence[Metric]
     explainers: Sequence[str]
     explanations: ExplanationSet
     dead_on_fit: Collection[NeuronId]
-    """neurons that never fired on the split that they were to be explained from"""
+    """neurons that never fired on the fit split and so have no explanation"""
     is_duplicate: IsDuplicate
     reader: Reader | None = None
-    """None: each explainer's own simulator predicts, without a language model"""
+    """None: each explainer's own simulator is used, without a language model"""
 
     def simulators(self, explainer: str) -> Mapping[str, Simulator]:
-        """Return the simulators of an explainer's explanations, by variant."""
+        """Return the simulators for an explainer's explanations, by variant."""
         return self.reader.simulators if self.reader else {"": simulator_of(explainer)}
 
 
 @dataclass(frozen=True, eq=False)
 class PendingScore:
-    """A planned score: its row, and the task behind it; None where the row is complete."""
+    """A planned score: its row, and the task that computes it; `task` is None if the row is complete."""
 
     row: NeuronScore
     task: Task | None
 
 
 def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore]:
-    """Yield all scores of one neuron, by explainer, variant, metric and control.
+    """Yield all planned scores of one neuron, by explainer, variant, metric and control.
 
     `record` is of the held-out split.
     """
@@ -114,7 +114,7 @@ def _plan(
     explanation = scoring.explanations.find(record.neuron, explainer, metric, control)
     scorer = BY_METRIC.get(metric)
     if scorer is not None:
-        assert scoring.reader is not None  # `ScoreConfig` refuses these metrics without one
+        assert scoring.reader is not None  # `ScoreConfig` rejects these metrics without one
         if isinstance(explanation, Score) and scorer.uses_explanation:
             return explanation
         text = "" if isinstance(explanation, Score) else explanation.text
@@ -123,16 +123,16 @@ def _plan(
         return explanation
     if control == "constant":
         if scoring.reader is not None:
-            # levels have no unit in which a constant could be given: there is nothing to simulate
+            # levels have no unit, so there is no value for a constant simulation
             return Score(None, Status.UNDEFINED, CONSTANT)
         simulator = ConstantSimulator()
     excerpts = scored_on(record, metric)
-    token_ids = [e.token_ids for e in excerpts]  # all that a simulator is given of the truth
+    token_ids = [e.token_ids for e in excerpts]  # simulators get token ids only, never activations
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
-        none = failed(outcomes)
-        if none is not None:
-            return none
+        failure = failed(outcomes)
+        if failure is not None:
+            return failure
         answers = [o for o in outcomes if isinstance(o, Answer)]
         simulated = simulator.simulate(explanation, token_ids, answers)
         return simulation_score(excerpts, simulated, scoring.is_duplicate)
@@ -143,21 +143,21 @@ def _plan(
 def _is_without_excerpts(score: Score, scoring: Scoring) -> bool:
     """Return True for rows that list no documents: dead and failed ones, without a language model.
 
-    With one, these rows list the documents that would have been scored on. The difference is kept
-    because the audit in `summary.json` counts documents.
+    With a language model, these rows list the documents that would have been scored on. The difference is
+    kept because the audit in `summary.json` counts documents.
     """
     return scoring.reader is None and score.status in (Status.DEAD, Status.FAILED)
 
 
 def _label(explainer: str, reader: Reader | None) -> str:
-    """Return the name in tables; a model that reads its own explanations has a single name."""
+    """Return the label in tables; a model that reads its own explanations is named only once."""
     return explainer if reader is None or explainer == reader.name else f"{explainer}/{reader.name}"
 
 
 def plan_batches(
     records: Iterable[NeuronRecord], scoring: Scoring, client: Client | None
 ) -> Iterator[list[PendingScore]]:
-    """Yield the planned scores of as many neurons as keep the backend busy; one neuron without it."""
+    """Yield planned scores in batches of neurons that keep the backend busy; without a client, of one neuron."""
     n = max(1, client.backend.window // REQUESTS_PER_NEURON) if client else 1
     plans = (list(plan_scores(record, scoring)) for record in records)
     while batch := list(islice(plans, n)):
@@ -165,7 +165,7 @@ def plan_batches(
 
 
 def requests_of(batch: Sequence[PendingScore]) -> list[Request]:
-    """Return all requests behind some scores, in order."""
+    """Return all requests of the planned scores, in order."""
     return [request for pending in batch if pending.task for request in pending.task.requests]
 
 
@@ -174,12 +174,12 @@ def score_records(
 ) -> Iterator[NeuronScore]:
     """Yield the scores of held-out records, in their order.
 
-    `client` asks the language model of `scoring.reader`. Raises `BudgetReached` as `Client.ask`.
+    `client` calls the language model of `scoring.reader`. Raises `BudgetReached` as `Client.ask` does.
     """
     for batch in plan_batches(records, scoring, client):
         requests = requests_of(batch)
         outcomes = client.ask(requests) if client else []
-        assert len(outcomes) == len(requests)  # no client: simulators that need none
+        assert len(outcomes) == len(requests)  # without a client, no simulator has requests
         start = 0
         for pending in batch:
             if pending.task is None:

@@ -40,51 +40,51 @@ from cratelm.tokens.shards import TokenStore
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What `score` did."""
+    """Result of `cratelm score`."""
 
     path: Path
     """folder of `scores.parquet` and `summary.json`"""
     n_scores: int
-    """rows: neurons x explainers x metrics x controls"""
+    """number of rows: neurons x explainers x metrics x controls"""
     n_neurons: int
     n_dead: int
     """neurons that never fired on the fit or on the held-out split"""
     shared_documents: int
-    """documents both explained from and scored on: 0, or there would be no result"""
+    """documents both explained from and scored on: always 0, since otherwise `score` raises"""
     n_duplicates: int
-    """scored passages that are near-duplicates of what was explained from"""
+    """scored passages that are near-duplicates of passages explained from"""
     means: dict[str, str]
-    """by explainer and metric: own score and shuffled control, in words"""
+    """mean of the explanations' own scores and of the shuffled control, in words, by explainer and metric"""
     n_failed: int = 0
-    """scores, those of null controls too, that the explainer or the simulator failed to give"""
+    """scores, including those of null controls, that do not exist because an explainer or simulator failed"""
     calls: str = ""
-    """what a language model was asked, in words"""
+    """number and cost of the calls to a language model, in words"""
 
     def __str__(self) -> str:
         failed = (
-            f", {self.n_failed:,} scores failed (--retry-failed asks again)"
+            f", {self.n_failed:,} scores failed (--retry-failed repeats the calls)"
             if self.n_failed
             else ""
         )
         calls = f"\n  {self.calls}" if self.calls else ""
         head = (
             f"{self.n_scores:,} scores of {self.n_neurons:,} neurons, {self.n_dead:,} dead,"
-            f" {self.shared_documents} documents shared, {self.n_duplicates:,} passages"
-            f" near-duplicates{failed}: {self.path}{calls}"
+            f" {self.shared_documents} shared documents, {self.n_duplicates:,} near-duplicate"
+            f" passages{failed}: {self.path}{calls}"
         )
         return "\n".join([head, *(f"  {name:<24} {text}" for name, text in self.means.items())])
 
 
 def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
-    """Score the explanations of one model of a run.
+    """Score the explanations of one model of a run, and return the counts and means.
 
-    Writes `scores/MODEL/`, or `scores/MODEL@NAME/` where a language model reads the explanations
-    called NAME. With `--dry-run` nothing is asked or written and the `DryRun` is returned; with
-    `--shard` answers go to the worker's ledger alone.
+    Writes `scores/MODEL/`, or `scores/MODEL@NAME/` if a language model reads the explanations, where NAME
+    is `config.name`. With `--dry-run` no score is requested, nothing is written and a `DryRun` is returned;
+    with `--shard` answers are written only to the worker's ledger.
 
-    Raises `InputError` where the run has no harvest or no explanations of the model, where a
-    document was both explained from and scored on, or where the language model cannot be reached;
-    `BudgetReached` at a limit, with all answers so far in the ledger.
+    Raises `InputError` if the run has no harvest or no explanations of the model, if a document was
+    both explained from and scored on, or if the language model cannot be reached; `BudgetReached` at a
+    limit, with all answers so far in the ledger.
     """
     run = Run(config.run)
     if config.simulator:
@@ -98,13 +98,15 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     stage = run.stage("scores", config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return stage.result(ScoreResult, path=stage.path)
-    given = _read_explained(explained.path, explained.require("explain").config["explainers"])
-    duplicates = _near_duplicates(TokenStore(run.stage("tokens").path), harvest.path, given)
-    scoring = _scoring(config, given, duplicates, None)
+    explanations = _read_explained(
+        explained.path, explained.require("explain").config["explainers"]
+    )
+    duplicates = _near_duplicates(TokenStore(run.stage("tokens").path), harvest.path, explanations)
+    scoring = _scoring(config, explanations, duplicates, None)
     with stage.write(config, inputs) as draft:
-        records = _held_out(config, harvest.path, given.selected)
+        records = _held_out(config, harvest.path, explanations.selected)
         scores = list(score_records(records, scoring))
-        results = _finish(draft, config, given, scores, duplicates, {})
+        results = _finish(draft, config, explanations, scores, duplicates, {})
     return ScoreResult(path=stage.path, **results)
 
 
@@ -126,53 +128,53 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
         stage = run.stage("scores", set_name(config.model, name))
         if is_finished(config, stage, inputs):
             return stage.result(ScoreResult, path=stage.path)
-        if not (config.dry_run or config.shard):  # nobody else asks the same while this one does
+        # no other process may make the same calls meanwhile
+        if not (config.dry_run or config.shard):
             held.enter_context(stage.lock())
-        given = _read_explained(explained.path, (), config.explanations or reader)
+        explanations = _read_explained(explained.path, (), config.explanations or reader)
         store = TokenStore(run.stage("tokens").path)
         probe = probe_levels(client)
         print(f"{reader}: {probe}", flush=True)
-        duplicates = _near_duplicates(store, harvest.path, given)
-        scoring = _scoring(config, given, duplicates, _reader(config, client, probe, store))
+        duplicates = _near_duplicates(store, harvest.path, explanations)
+        scoring = _scoring(config, explanations, duplicates, _reader(config, client, probe, store))
         index, count = config.worker()
-        of_worker = given.selected[index::count]
+        of_worker = explanations.selected[index::count]
         records = _held_out(config, harvest.path, of_worker)
         if config.dry_run:
             batches = plan_batches(records, scoring, client)
             return dry_run(client, (requests_of(batch) for batch in batches))
         scores = list(score_records(records, scoring, client))
-        if (
-            config.shard
-        ):  # answers are in the ledger: the command that merges the workers scores them
+        if config.shard:
+            # answers are in the ledger: the command that merges the workers writes the stage
             return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
         with stage.write(config, inputs) as draft:
             write_calls(draft, client)
-            more = {"preflight": probe.as_dict()}
-            results = _finish(draft, config, given, scores, duplicates, more)
+            preflight = {"preflight": probe.as_dict()}
+            results = _finish(draft, config, explanations, scores, duplicates, preflight)
     return ScoreResult(path=stage.path, calls=str(client.tally), **results)
 
 
 def _explanation_set(run: Run, config: ScoreConfig, reader: str) -> str:
-    """Return the name of the explanations that `config` asks for; empty for those without a language model."""
+    """Return the name of the explanations to score; empty for those made without a language model."""
     if config.explanations == NO_LLM:
         return ""
-    wanted = config.explanations or reader
-    if run.stage("explanations", set_name(config.model, wanted)).completion() is None:
-        there = sets_of(run.models("explanations"), config.model)
+    name = config.explanations or reader
+    if run.stage("explanations", set_name(config.model, name)).completion() is None:
+        existing = sets_of(run.models("explanations"), config.model)
         raise InputError(
-            f"{run.path} has no explanations of {config.model} by {wanted}: those by"
-            f" {', '.join([*there, NO_LLM])} can be named with --explanations; or type `cratelm explain"
+            f"{run.path} has no explanations of {config.model} by {name}: name one of"
+            f" {', '.join([*existing, NO_LLM])} with --explanations, or type `cratelm explain"
             f" --run {run.path} --model {config.model} --explainer {config.simulator}` first"
         )
-    return wanted
+    return name
 
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """The folder of an explanation set, as read once."""
+    """Content of the folder of an explanation set."""
 
     selected: list[SampledNeuron]
-    """neurons that were to be explained"""
+    """neurons selected to be explained"""
     explanations: list[Explanation]
     failures: list[ExplanationFailure]
     explainers: Sequence[str]
@@ -180,11 +182,14 @@ class Explained:
 
 
 def _read_explained(folder: Path, explainers: Sequence[str], default: str = "") -> Explained:
-    """Read an explanation set. `explainers` empty: those found, or `default` where there is none."""
+    """Return the explanation set in `folder`.
+
+    If `explainers` is empty, those in the file are used, or `default` if the file has no explanation.
+    """
     explanations = read_explanations(folder)
-    found = sorted({e.explainer for e in explanations}) or [default]
+    in_file = sorted({e.explainer for e in explanations}) or [default]
     return Explained(
-        read_selected(folder), explanations, read_unexplained(folder), explainers or found
+        read_selected(folder), explanations, read_unexplained(folder), explainers or in_file
     )
 
 
@@ -198,27 +203,27 @@ def _reader(config: ScoreConfig, client: Client, probe: ProbeResult, store: Toke
 
 
 def _scoring(
-    config: ScoreConfig, given: Explained, duplicates: NearDuplicates, reader: Reader | None
+    config: ScoreConfig, explained: Explained, duplicates: NearDuplicates, reader: Reader | None
 ) -> Scoring:
-    failures = given.failures if reader else None
+    failures = explained.failures if reader else None
     return Scoring(
         metrics=config.metrics,
-        explainers=given.explainers,
-        explanations=ExplanationSet(given.explanations, failures, config.seed),
-        dead_on_fit={s.neuron for s in given.selected if s.dead},
+        explainers=explained.explainers,
+        explanations=ExplanationSet(explained.explanations, failures, config.seed),
+        dead_on_fit={s.neuron for s in explained.selected if s.dead},
         is_duplicate=duplicates.is_duplicate,
         reader=reader,
     )
 
 
-def _near_duplicates(store: TokenStore, harvest: Path, given: Explained) -> NearDuplicates:
-    """Register all that explainers were shown: excerpts of the fit split from the documents they name."""
+def _near_duplicates(store: TokenStore, harvest: Path, explained: Explained) -> NearDuplicates:
+    """Return an index of all excerpts that explainers used: fit excerpts from the documents they list."""
     duplicates = NearDuplicates(store)
-    seen: dict[NeuronId, set[int]] = {}
-    for explanation in given.explanations:
-        seen.setdefault(explanation.neuron, set()).update(explanation.documents)
-    for record in read_selected_records(harvest, "fit", given.selected):
-        documents = seen.get(record.neuron, set())
+    documents_of: dict[NeuronId, set[int]] = {}
+    for explanation in explained.explanations:
+        documents_of.setdefault(explanation.neuron, set()).update(explanation.documents)
+    for record in read_selected_records(harvest, "fit", explained.selected):
+        documents = documents_of.get(record.neuron, set())
         duplicates.register(e for e in record.excerpts if e.document in documents)
     return duplicates
 
@@ -238,16 +243,19 @@ def _held_out(
 def _finish(
     draft: Draft,
     config: ScoreConfig,
-    given: Explained,
+    explained: Explained,
     scores: Sequence[NeuronScore],
     duplicates: NearDuplicates,
-    more: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the files of the stage; return the figures of `ScoreResult`."""
-    documents = _disjoint(audit(given.explanations, scores), config)
+    """Write the files of the stage; return the fields of `ScoreResult`.
+
+    `extra` is added to `summary.json`.
+    """
+    documents = _disjoint(audit(explained.explanations, scores), config)
     write_scores(draft.path, scores)
     near = duplicates.audit(scores)
-    results = _write_summary(draft.path, config, given.selected, scores, documents, near, more)
+    results = _write_summary(draft.path, config, explained.selected, scores, documents, near, extra)
     draft.results.update(results)
     return results
 
@@ -256,8 +264,8 @@ def _disjoint(documents: Audit, config: ScoreConfig) -> Audit:
     if documents.shared:
         raise InputError(
             f"{len(documents.shared)} documents (first: {documents.shared[0]}) were both explained from"
-            f" and scored on, none was expected: type `cratelm harvest --force --run {config.run}"
-            f" --model {config.model}`, then explain and score again"
+            f" and scored on, but the splits must be disjoint: type `cratelm harvest --force --run"
+            f" {config.run} --model {config.model}`, then explain and score again"
         )
     return documents
 
@@ -269,9 +277,9 @@ def _write_summary(
     scores: Sequence[NeuronScore],
     documents: Audit,
     near: DuplicateAudit,
-    more: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write `summary.json`; return the figures of `ScoreResult`."""
+    """Write `summary.json`; return the fields of `ScoreResult`."""
     statistics = all_statistics(scores, resamples=config.resamples, seed=config.seed)
     write_json(
         folder / "summary.json",
@@ -279,7 +287,7 @@ def _write_summary(
             "model": config.model,
             "leakage_audit": asdict(documents),
             "near_duplicates": asdict(near),
-            **more,
+            **extra,
             "statistics": [asdict(s) for s in statistics],
         },
     )
@@ -287,8 +295,8 @@ def _write_summary(
         (s.explainer, s.metric, s.control): s for s in statistics if s.policy == "leave_out"
     }
     means = {
-        f"{explainer} {metric}": f"{_shown(own)}; shuffled"
-        f" {_shown(defined_only[explainer, metric, 'shuffled'])};"
+        f"{explainer} {metric}": f"{_mean(own)}; shuffled"
+        f" {_mean(defined_only[explainer, metric, 'shuffled'])};"
         f" {own.counts.undefined} undefined, {own.counts.failed} failed"
         for (explainer, metric, control), own in defined_only.items()
         if control == "none"
@@ -304,7 +312,7 @@ def _write_summary(
     }
 
 
-def _shown(statistics: ModelStatistics) -> str:
+def _mean(statistics: ModelStatistics) -> str:
     if statistics.mean is None:
         return "none"
     if statistics.low is None:

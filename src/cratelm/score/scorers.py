@@ -1,23 +1,23 @@
-"""The field's scorers that need a language model and no simulation.
+"""Scorers from the literature that need a language model but no simulation.
 
-| metric | asked | value | chance |
+| metric | question | value | chance |
 |---|---|---|---|
 | detection | does the text contain what the explanation says? | area under the ROC curve | 0.5 |
 | fuzzing | are the marked tokens what the explanation says? | area under the ROC curve | 0.5 |
 | intruder | which of five texts does not belong (no explanation)? | fraction of trials won | 0.2 |
-| embedding | nothing: similarity of explanation and text | area under the ROC curve | 0.5 |
+| embedding | none: similarity of explanation and text | area under the ROC curve | 0.5 |
 
-Detection, fuzzing and embedding are after Paulo et al. 2024 (arXiv 2410.13928), intruder after Paulo
+Detection, fuzzing and embedding follow Paulo et al. 2024 (arXiv 2410.13928), intruder follows Paulo
 & Belrose 2025 (arXiv 2507.08473). All use the excerpts of the top-and-random metric
-(`cratelm.score.selection`). Active are the top excerpts. Inactive are the random ones in which the
+(`cratelm.score.selection`). The top excerpts are active. Inactive are the random excerpts in which the
 neuron stays below half of the weakest top excerpt's peak: dense neurons fire in nearly every text, so
-"never above 0" would leave them without any. Random excerpts in between are neither, and not used.
+with "never above 0" they would have no inactive text. Random excerpts in between are not used.
 
 Prompts depend on activations only through which excerpts are active, which are inactive, and which
-tokens are marked. Draws are seeded by neuron (and excerpt): equal in every process.
+tokens are marked. Random draws are seeded by neuron (and excerpt), and so are equal in every process.
 
 A scorer is a dataclass with three methods: `examples` chooses texts and marks, `prompt` writes the
-requests about them, `grade` turns the answers into a score. To add one, add its metric to
+requests about them, `grade` turns the answers into a score. To add a scorer, add its metric to
 `cratelm.records` and an instance to `BY_METRIC`.
 
 Shapes: n tokens of an excerpt, P active and Q inactive texts, E width of an embedding.
@@ -49,18 +49,18 @@ from cratelm.score.selection import scored_on
 from cratelm.stats.auc import roc_area
 
 MOST_MARKED = 8
-"""tokens marked in a text: marks on half of it would point at nothing"""
+"""maximum number of marked tokens in a text: marks on half of the text would not be informative"""
 WINDOW = (16, 16)
-"""tokens of an intruder text before the peak, and from it on: one prompt holds five texts"""
+"""tokens of an intruder text before the peak, and from it on; short, because one prompt has five texts"""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The requests behind one score."""
+    """The requests for one score, and the function that computes the score from their answers."""
 
     requests: tuple[Request, ...]
     grade: Callable[[Sequence[Outcome]], Score]
-    """from the outcomes, in the order of the requests, to the score; it also handles failures"""
+    """returns the score for the outcomes, in the order of the requests; it also handles failures"""
 
 
 def failed(outcomes: Sequence[Outcome]) -> Score | None:
@@ -77,54 +77,54 @@ def failed(outcomes: Sequence[Outcome]) -> Score | None:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A text that a question is about."""
+    """A text in a question."""
 
     excerpt: Excerpt
     positive: bool
-    """the answer yes is right; of intruder: it is the one that does not belong"""
+    """True if the right answer is yes; for intruder, True if this text does not belong"""
     marked: NDArray[np.intp] | None = None
-    """offsets of the tokens shown as marked"""
+    """offsets of the marked tokens; None for no marks"""
 
     def text(self, strings: Sequence[str]) -> str:
-        """Return the text as prompts show it; `strings` [V] shows each token."""
+        """Return the text as it appears in prompts; `strings` [V] is the text of each token id."""
         return shown(self.excerpt.token_ids, strings, () if self.marked is None else self.marked)
 
 
 Examples = Sequence[Sequence[Example]]
-"""texts in groups: those of one group may stand in one request"""
+"""texts in groups; the texts of one group may share a request"""
 
 
 @dataclass(frozen=True, eq=False)
 class Prompting:
-    """How a language model is asked, the same for all neurons."""
+    """Settings of requests that are the same for all neurons."""
 
     strings: Sequence[str]
-    """[V] shows each token"""
+    """[V] text of each token id"""
     supports_logprobs: bool
-    """`LogprobQuery` is used; else `JsonQuery`"""
+    """True: `LogprobQuery` is used; False: `JsonQuery`"""
     seed: int
-    """of the draws, and of a server's sampling"""
+    """seed of the random draws, and of a server's sampling"""
 
 
 class Scorer(Protocol):
-    """One way to score an explanation by questions about texts."""
+    """A way to score an explanation by questions about texts."""
 
     @property
     def uses_explanation(self) -> bool:
-        """Return False where only the excerpts are judged."""
+        """Return True if the score depends on the explanation, False if it depends only on the excerpts."""
         ...
 
     def examples(self, record: NeuronRecord, control: Control, seed: int) -> Examples | Score:
-        """Return the texts of a held-out record, or the score where there are none to ask about.
+        """Return the texts of a held-out record, or, if there are none, an undefined or dead score.
 
-        `control` is `none` or `shuffled`: `constant` does not exist for these metrics.
+        `control` is `none` or `shuffled`; these metrics have no control `constant`.
         """
         ...
 
     def prompt(
         self, explanation: str, examples: Examples, prompting: Prompting
     ) -> Sequence[Request]:
-        """Return the requests; for the control `shuffled`, `explanation` is the donor's."""
+        """Return the requests about `examples`; for the control `shuffled`, `explanation` is another neuron's."""
         ...
 
     def grade(self, examples: Examples, values: Sequence[Value]) -> Score:
@@ -135,7 +135,7 @@ class Scorer(Protocol):
 def scorer_task(
     scorer: Scorer, record: NeuronRecord, explanation: str, control: Control, prompting: Prompting
 ) -> Task | Score:
-    """Return what to ask to score `record`, or the score where there is nothing to ask.
+    """Return the task that scores `record`, or an undefined or dead score if there is nothing to ask.
 
     A score needs all answers: with any failure among them it is FAILED.
     """
@@ -146,23 +146,23 @@ def scorer_task(
     requests = tuple(scorer.prompt(explanation, examples, prompting))
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
-        none = failed(outcomes)
-        return none or scorer.grade(examples, [o.value for o in outcomes if isinstance(o, Answer)])
+        values = [o.value for o in outcomes if isinstance(o, Answer)]
+        return failed(outcomes) or scorer.grade(examples, values)
 
     return Task(requests, grade)
 
 
 @dataclass(frozen=True)
 class YesNoScorer:
-    """Asks of each text whether it, or what is marked in it, is what the explanation says."""
+    """Asks for each text whether it contains, or its marked tokens are, what the explanation says."""
 
     wording: Wording
     choose: Callable[[NeuronRecord, int], Examples | Score]
-    """from a record and a seed to the texts"""
+    """returns the texts for a record and a seed"""
     uses_explanation: bool = True
 
     def examples(self, record: NeuronRecord, control: Control, seed: int) -> Examples | Score:
-        """Return the texts that `choose` gives; the same for both controls."""
+        """Return the texts that `choose` returns, the same for both controls."""
         return self.choose(record, seed)
 
     def prompt(
@@ -175,7 +175,7 @@ class YesNoScorer:
         return [fill_yes_no(self.wording, explanation, texts, prompting.seed) for texts in groups]
 
     def grade(self, examples: Examples, values: Sequence[Value]) -> Score:
-        """Return the ROC area of how much each answer leans to yes, with the balanced accuracy."""
+        """Return the area under the ROC curve of the answers' leaning to yes, and the balanced accuracy."""
         leaning = np.concatenate([_leaning(value) for value in values])
         positive = np.array([e.positive for group in examples for e in group])
         yes, no = leaning[positive], leaning[~positive]
@@ -187,9 +187,9 @@ class YesNoScorer:
 
 
 def detection_examples(record: NeuronRecord, seed: int) -> Examples | Score:
-    """Return active and inactive texts in a drawn order, in one group.
+    """Return active and inactive texts in one group, in random order.
 
-    Mixed, because in a list of texts the position must not give the answer away.
+    They are mixed so that the position in the list does not reveal the answer.
     """
     split = _active_and_inactive(record)
     if isinstance(split, Score):
@@ -203,11 +203,11 @@ def detection_examples(record: NeuronRecord, seed: int) -> Examples | Score:
 def fuzzing_examples(record: NeuronRecord, seed: int) -> Examples | Score:
     """Return each top excerpt twice, once with right and once with wrong marks, in two groups.
 
-    Right are its strongest tokens (`_strongest`); wrong are as many at random among those at level 0
-    or 1 of 10 of the excerpt's own peak. Wrong marks in active texts are one of the two ways of Paulo
-    et al.'s code, the other being marks in inactive ones; this one leaves only the marks to judge by.
-    No group holds both versions of an excerpt, which would make one the answer to the other: each of
-    the two groups is right in half of its texts.
+    The right marks are on its strongest tokens (`_strongest`). The wrong marks are on equally many random
+    tokens among those at level 0 or 1 of 10, relative to the excerpt's own peak. Paulo et al.'s code can
+    put wrong marks in active texts or in inactive ones; here they are in active texts, so that only the
+    marks differ. No group contains both versions of an excerpt, since one would reveal the answer to the
+    other; each of the two groups has right marks in half of its texts.
     """
     if record.summary.dead:
         return dead_score("held-out")
@@ -233,23 +233,23 @@ def fuzzing_examples(record: NeuronRecord, seed: int) -> Examples | Score:
 
 @dataclass(frozen=True)
 class IntruderScorer:
-    """Asks which of five texts does not belong: do the neuron's active texts have enough in common?
+    """Asks which of five texts does not belong, which tests whether the active texts have enough in common.
 
-    Five trials: four top excerpts and an inactive one, which takes each of the five positions once, so
-    that a model that always names the same position wins exactly one trial. Each trial leaves out
-    another top excerpt; where there are fewer inactive excerpts than trials they take turns. The
-    strongest tokens are marked, in the intruder as many random ones as in the others on average. The
-    value is the fraction of trials in which the intruder was the most likely answer; where several are
-    equally likely the trial is shared among them.
+    Each of five trials has four top excerpts and an inactive one, the intruder. The intruder takes each of
+    the five positions once, so that a model that always names the same position wins exactly one trial.
+    Each trial omits a different top excerpt; if there are fewer inactive excerpts than trials, they are
+    reused in turn. The strongest tokens are marked; in the intruder, random tokens are marked, as many as
+    in the other texts on average. The value is the fraction of trials in which the intruder is the most
+    likely answer; a tie of m answers counts 1 / m.
 
-    Control `shuffled`: the five random excerpts, random tokens marked in all, each called the
-    intruder once: nothing to find.
+    Control `shuffled`: the five random excerpts with random marks, each treated as the intruder once, so
+    that there is no right answer to find.
     """
 
     uses_explanation: bool = False
 
     def examples(self, record: NeuronRecord, control: Control, seed: int) -> Examples | Score:
-        """Return the five texts of each trial, in the order shown."""
+        """Return the five texts of each trial, in the order of the prompt."""
         trials = _null_trials(record) if control == "shuffled" else _trials(record)
         if isinstance(trials, Score):
             return trials
@@ -281,12 +281,12 @@ class IntruderScorer:
 
 @dataclass(frozen=True)
 class EmbeddingScorer:
-    """Compares embeddings: is the explanation closer (cosine) to active texts than to inactive ones?"""
+    """Tests whether the explanation's embedding is closer (cosine) to active texts than to inactive ones."""
 
     uses_explanation: bool = True
 
     def examples(self, record: NeuronRecord, control: Control, seed: int) -> Examples | Score:
-        """Return active texts, then inactive ones."""
+        """Return two groups: active texts, then inactive ones."""
         split = _active_and_inactive(record)
         if isinstance(split, Score):
             return split
@@ -296,12 +296,12 @@ class EmbeddingScorer:
     def prompt(
         self, explanation: str, examples: Examples, prompting: Prompting
     ) -> Sequence[Request]:
-        """Return requests for the vectors of the explanation and of each text."""
+        """Return requests for the embeddings of the explanation and of each text."""
         texts = [e.text(prompting.strings) for group in examples for e in group]
         return [Embed(one_line(explanation)), *map(Embed, texts)]
 
     def grade(self, examples: Examples, values: Sequence[Value]) -> Score:
-        """Return the ROC area of the cosines."""
+        """Return the area under the ROC curve of the cosines, active versus inactive texts."""
         vectors = np.array(values, dtype=np.float64)  # [1 + P + Q, E]
         norms = np.linalg.norm(vectors, axis=1)
         if not (np.isfinite(norms).all() and norms.min() > 0):
@@ -329,8 +329,8 @@ def shown(
 ) -> str:
     """Return tokens as one line of text, runs of the tokens at the offsets `marked` inside guillemets.
 
-    Line ends and other characters that do not print are escaped, so a text cannot pass for another
-    field of a prompt.
+    `strings` [V] is the text of each token id. Line breaks and other non-printing characters are escaped,
+    so that a text cannot be mistaken for another field of a prompt.
     """
     ids = np.asarray(token_ids)
     mask = np.zeros(len(ids), dtype=bool)
@@ -338,7 +338,7 @@ def shown(
     return excerpt_text(ids, strings, mask)
 
 
-# --- which excerpts --------------------------------------------------------------------------------
+# --- choice of excerpts ----------------------------------------------------------------------------
 
 
 def _top(record: NeuronRecord) -> tuple[Excerpt, ...]:
@@ -348,25 +348,31 @@ def _top(record: NeuronRecord) -> tuple[Excerpt, ...]:
 def _active_and_inactive(
     record: NeuronRecord,
 ) -> tuple[tuple[Excerpt, ...], tuple[Excerpt, ...]] | Score:
-    """Return top excerpts, and random ones below half of the weakest one's peak; a score where either is none."""
+    """Return the top excerpts, and the random ones below half of the weakest top peak.
+
+    If there are none of either, the undefined or dead score is returned.
+    """
     if record.summary.dead:
         return dead_score("held-out")
     top = _top(record)
     if not top:
-        return _undefined("the neuron has too few top excerpts: none to score on")
+        return _undefined("the neuron has no top excerpt to score on")
     random = scored_on(record, "random_only")
     limit = min(float(e.activations.max()) for e in top) / 2
     inactive = tuple(e for e in random if float(e.activations.max()) < limit)
     if not inactive:
         return _undefined(
-            f"no inactive excerpt: in each of the {len(random)} random ones the neuron reaches half"
+            f"no inactive excerpt: in each of the {len(random)} random excerpts the neuron reaches half"
             " of the weakest top excerpt's peak"
         )
     return top, inactive
 
 
 def _strongest(excerpt: Excerpt) -> NDArray[np.intp]:
-    """Return the offsets of tokens at half the excerpt's maximum or above, the strongest first, `MOST_MARKED` at most."""
+    """Return the offsets of tokens at half of the excerpt's maximum or above, strongest first.
+
+    At most `MOST_MARKED` of them.
+    """
     a = excerpt.activations
     order = np.argsort(-a, kind="stable")
     return order[(a[order] >= a.max() / 2) & (a[order] > 0)][:MOST_MARKED]
@@ -383,8 +389,8 @@ def _trials(record: NeuronRecord) -> list[_Trial] | Score:
     top, inactive = split
     n = len(PLACES)
     if len(top) < n - 1:
-        return _undefined(f"{len(top)} top excerpts, {n - 1} were needed")
-    # of five top excerpts each is left out once; of four, none is
+        return _undefined(f"{len(top)} top excerpts, but {n - 1} are needed")
+    # of five top excerpts, each is omitted once; of four, none is
     others = [[e for i, e in enumerate(top) if len(top) < n or i != t] for t in range(n)]
     return [(others[t], inactive[t % len(inactive)]) for t in range(n)]
 
@@ -394,14 +400,14 @@ def _null_trials(record: NeuronRecord) -> list[_Trial] | Score:
         return dead_score("held-out")
     random, n = scored_on(record, "random_only"), len(PLACES)
     if len(random) < n:
-        return _undefined(f"{len(random)} random excerpts, {n} were needed")
+        return _undefined(f"{len(random)} random excerpts, but {n} are needed")
     return [([e for i, e in enumerate(random) if i != t], random[t]) for t in range(n)]
 
 
 def _intruder_texts(
     others: Sequence[Excerpt], odd: Excerpt, rng: np.random.Generator, at_random: bool
 ) -> list[Example]:
-    """Return five texts around the peaks: the four in drawn order, then the intruder."""
+    """Return five texts around the peaks: the four others in random order, then the intruder."""
     short = [others[i].narrowed(*WINDOW) for i in rng.permutation(len(others))]
     odd = odd.narrowed(*WINDOW)
     marks: list[NDArray[np.intp]] = [_strongest(e) for e in short]
@@ -416,7 +422,7 @@ def _intruder_texts(
 
 
 def _leaning(value: Value) -> NDArray[np.float64]:
-    """Return how much each answer leans to yes, above 0 for yes: log-odds, or +-1/2 of a 0 or 1 in JSON."""
+    """Return how much each answer leans to yes, above 0 for yes: the log-odds, or 1/2 or -1/2 for JSON."""
     if isinstance(value, OptionLogprobs):
         no, yes = value.log_probs[0].astype(np.float64)
         return np.array([yes - no])
@@ -425,7 +431,7 @@ def _leaning(value: Value) -> NDArray[np.float64]:
 
 
 def _won(value: Value, position: int) -> float:
-    """Return 1 where `position` (from 0) is the only most likely one, 1 / m where it is one of m, else 0."""
+    """Return 1 if `position` (from 0) is the only most likely answer, 1 / m if it is one of m, else 0."""
     if isinstance(value, OptionLogprobs):
         row = value.log_probs[0]
         likeliest = np.flatnonzero(row == row.max())
@@ -435,7 +441,7 @@ def _won(value: Value, position: int) -> float:
 
 
 def _share_above(leaning: NDArray[np.float64]) -> float:
-    """Return the fraction above 0, those at 0 counting half."""
+    """Return the fraction of values above 0; values at 0 count half."""
     return float(np.mean((leaning > 0) + 0.5 * (leaning == 0)))
 
 

@@ -1,8 +1,8 @@
 """Choose the held-out excerpts that each metric scores an explanation on.
 
-The ranks are the paper's (Bai & Ma 2025, section on interpretability, with Bills et al. 2023 and
-Bricken et al. 2023); ours come from the `held_out` split, while explanations come from `fit`
-(`cratelm.explain.selection`), so the documents are disjoint.
+The ranks are those of the paper (Bai & Ma 2025, section on interpretability, with Bills et al. 2023 and
+Bricken et al. 2023). Our excerpts come from the `held_out` split and explanations from `fit`
+(`cratelm.explain.selection`), so that the documents are disjoint.
 
 | metric | scored on |
 |---|---|
@@ -10,7 +10,7 @@ Bricken et al. 2023); ours come from the `held_out` split, while explanations co
 | random_only | 5 random, 64 tokens |
 | anthropic | held-out top ranks 15..24, 2 of each of 12 bins, 5 random, 10 out of context; 8 tokens (3 out of context) |
 
-Where a neuron has fewer excerpts, those that exist are used: the score reports how many records it pools.
+If a neuron has fewer excerpts, those that exist are used; the score reports the number of records.
 """
 
 from cratelm.explain.selection import ANTHROPIC_WINDOW, N_RANDOM, PER_BIN, by_rank, first_of_bins
@@ -22,7 +22,7 @@ N_OUT_OF_CONTEXT = 10
 
 
 def scored_on(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
-    """Return the excerpts of `record` (of the held-out split) that `metric` pools, in a fixed order."""
+    """Return the excerpts of `record` (of the held-out split) that `metric` scores on, in a fixed order."""
     random = by_rank(record, "random", range(N_RANDOM))
     if metric == "random_only":
         return random

@@ -1,8 +1,8 @@
-"""Simulators: from an explanation and tokens alone to predicted activations.
+"""Simulators, which predict activations from an explanation and tokens only.
 
-One protocol for all of them, with or without a language model; adding one means a class with two
-methods. A simulator is given an explanation and token ids: no activation can reach it. The token ids of
-all excerpts of a neuron are passed together.
+All of them follow one protocol, with or without a language model; a new one is a class with two methods.
+A simulator gets an explanation and token ids, and so has no access to activations. The token ids of all
+excerpts of a neuron are passed together.
 
 Shapes: n tokens of an excerpt (or of all excerpts together), O options.
 """
@@ -27,41 +27,41 @@ from cratelm.records import MAX_LEVEL, Explanation
 COMPAT = "+paper-compat"
 """variant of `LLMSimulator`, added to the label of its rows"""
 COMPAT_SEARCHED = 5
-"""most likely tokens in which the paper's code looks for a level"""
+"""number of most likely tokens that the paper's code searches for a level"""
 
 Simulated = list[NDArray[np.float64]]
 """one array [n] per excerpt"""
 
 
 class Simulator(Protocol):
-    """Predicts activations, in any unit: scores are correlations."""
+    """Predicts activations, in any unit, since scores are correlations."""
 
     def requests(self, explanation: Explanation, token_ids: Sequence[NDArray]) -> list[Request]:
-        """Return what a language model has to be asked; empty for simulators without one."""
+        """Return the requests for a language model; empty for simulators without one."""
         ...
 
     def simulate(
         self, explanation: Explanation, token_ids: Sequence[NDArray], answers: Sequence[Answer]
     ) -> Simulated:
-        """Return the activation predicted at each token; `answers` are those to `requests`, in order."""
+        """Return the predicted activation at each token; `answers` are those to `requests`, in order."""
         ...
 
 
 class LookupSimulator:
-    """Predicts the table's value of each token, in the neuron's own unit."""
+    """Predicts the table's value for each token, in the neuron's unit."""
 
     def requests(self, explanation: Explanation, token_ids: Sequence[NDArray]) -> list[Request]:
-        """Return nothing: no language model is asked."""
+        """Return an empty list, since no language model is used."""
         return []
 
     def simulate(
         self, explanation: Explanation, token_ids: Sequence[NDArray], answers: Sequence[Answer]
     ) -> Simulated:
-        """Return the table's value at each token, its default for tokens that it lacks."""
+        """Return the table's value at each token, and its default for tokens not in the table."""
         return self.predict(explanation.payload, token_ids)
 
     def predict(self, payload: Mapping[str, Any], token_ids: Sequence[NDArray]) -> Simulated:
-        """Return the same from the payload alone."""
+        """Return the prediction of `simulate` from the payload of the explanation."""
         tokens, values = _sorted(payload["tokens"], payload["values"])
         lengths = [len(t) for t in token_ids]
         if not sum(lengths):
@@ -71,20 +71,20 @@ class LookupSimulator:
 
 
 class TrieSimulator:
-    """Predicts the value of the deepest node that matches the tokens up to each token."""
+    """Predicts the value of the deepest node that matches the tokens up to each token, in the neuron's unit."""
 
     def requests(self, explanation: Explanation, token_ids: Sequence[NDArray]) -> list[Request]:
-        """Return nothing: no language model is asked."""
+        """Return an empty list, since no language model is used."""
         return []
 
     def simulate(
         self, explanation: Explanation, token_ids: Sequence[NDArray], answers: Sequence[Answer]
     ) -> Simulated:
-        """Return the deepest matching node's value at each token, the default where none matches."""
+        """Return the deepest matching node's value at each token, and the default if none matches."""
         return self.predict(explanation.payload, token_ids)
 
     def predict(self, payload: Mapping[str, Any], token_ids: Sequence[NDArray]) -> Simulated:
-        """Return the same from the payload alone.
+        """Return the prediction of `simulate` from the payload of the explanation.
 
         All tokens go down the trie together, one level at a time: contexts whose node has no child for
         the next token drop out, and those that remain overwrite the value of the level above.
@@ -99,7 +99,7 @@ class TrieSimulator:
         contexts = contexts_of(list(token_ids), depth)  # [n, depth]
         simulated = np.full(len(contexts), float(payload["default"]))
         # One number per (parent, token), as when the trie was built, so that one binary search finds the
-        # children of all nodes. The highest token id, here or in the trie, bounds the second digit.
+        # children of all nodes. `base` is above every token id in the contexts and in the trie.
         base = max(int(contexts.max(initial=0)), int(tokens.max(initial=0))) + 2
         keys, nodes = _sorted((parents + 1) * base + tokens + 1, np.arange(len(tokens)))
         at, node = np.arange(len(contexts)), np.full(len(contexts), ROOT)
@@ -114,7 +114,7 @@ class ConstantSimulator:
     """Null control: predicts the explanation's default value at every token."""
 
     def requests(self, explanation: Explanation, token_ids: Sequence[NDArray]) -> list[Request]:
-        """Return nothing: no language model is asked."""
+        """Return an empty list, since no language model is used."""
         return []
 
     def simulate(
@@ -127,22 +127,22 @@ class ConstantSimulator:
 
 @dataclass(frozen=True, eq=False)
 class LLMSimulator:
-    """A language model that reads the explanation (Bills et al. 2023). Predicts levels, 0..top_level.
+    """A language model that reads the explanation (Bills et al. 2023) and predicts levels, 0..top_level.
 
-    One request per excerpt: the levels of all tokens are read from one pass, each as the expected value
-    over the levels. `paper_compat` is the variant of Bai & Ma (2025): levels 0..10, only the first token
-    of a level is read (where "10" is two tokens a 10 reads as 1), and only the five most likely tokens of
-    all are searched; where no level is among them the value is 0.
+    There is one request per excerpt: the levels of all tokens are read from one pass, each as the expected
+    value over the levels. `paper_compat` is the variant of Bai & Ma (2025): levels are 0..10, only the first
+    token of a level is read (if "10" is two tokens, a 10 is read as 1), and only the five most likely tokens
+    are searched; if no level is among them, the value is 0.
     """
 
     strings: Sequence[str]
-    """[V] shows each token"""
+    """[V] text of each token id"""
     supports_logprobs: bool
-    """levels are read from log-probabilities; else they are asked for by JSON"""
+    """True: levels are read from log-probabilities; False: they are requested as JSON"""
     top_level: int
-    """levels 0..top_level are asked for"""
+    """levels 0..top_level are requested"""
     n_options: int
-    """levels that are single tokens: 0..n_options - 1 are read"""
+    """number of levels that are single tokens: 0..n_options - 1 are read"""
     paper_compat: bool = False
     prompts: Prompts = "cratelm"
 
@@ -157,14 +157,15 @@ class LLMSimulator:
     ) -> "LLMSimulator":
         """Return the simulator for a model with this probe result.
 
-        Raises `InputError` where the model gives no log-probabilities and these are needed.
+        `strings` [V] is the text of each token id. Raises `InputError` if log-probabilities are needed and
+        the model does not report them.
         """
         needs = "--paper-compat" if paper_compat else "--prompts openai"
         if not probe.supports_logprobs and (paper_compat or prompts == "openai"):
             raise InputError(
-                f"{needs} reads log-probabilities, which this server does not give: leave it out"
+                f"{needs} needs log-probabilities, which this server does not report: omit the option"
             )
-        # OpenAI's prompts speak of 0..10 whatever the model's tokens
+        # the wording of OpenAI's prompts says 0..10, whatever the model's tokens are
         to_ten = paper_compat or prompts == "openai"
         return cls(
             strings=strings,
@@ -213,20 +214,20 @@ SIMULATORS: dict[str, LookupSimulator | TrieSimulator] = {
     "lookup": LookupSimulator(),
     "trie": TrieSimulator(),
 }
-"""simulators without a language model, by the explainer whose payload each reads"""
+"""simulators without a language model, by the explainer whose payloads they read"""
 
 
 def simulator_of(explainer: str) -> LookupSimulator | TrieSimulator:
-    """Return the simulator without a language model for an explainer; `InputError` where it has none."""
+    """Return the simulator without a language model for an explainer; raise `InputError` if it has none."""
     if explainer not in SIMULATORS:
-        raise InputError(f"no simulator for {explainer!r}: expected one of {', '.join(SIMULATORS)}")
+        raise InputError(f"no simulator for {explainer!r}: name one of {', '.join(SIMULATORS)}")
     return SIMULATORS[explainer]
 
 
 def simulate(explainer: str, payload: Mapping[str, Any], token_ids: Sequence[NDArray]) -> Simulated:
     """Return the activations that an explanation predicts without a language model.
 
-    One array per sequence of `token_ids`, in the neuron's own unit. Raises `InputError` where no
+    There is one array per sequence in `token_ids`, in the neuron's unit. Raises `InputError` if no
     simulator reads the payloads of `explainer`.
     """
     return simulator_of(explainer).predict(payload, token_ids)
@@ -245,9 +246,9 @@ def _sorted(keys: Any, values: Any) -> tuple[NDArray, NDArray]:
     return keys[order], values[order]
 
 
-def _find(wanted: NDArray, keys: NDArray, values: NDArray, default: float) -> NDArray:
-    """Return `values` at each of `wanted` in the sorted `keys`, `default` where it is not among them."""
+def _find(queries: NDArray, keys: NDArray, values: NDArray, default: float) -> NDArray:
+    """Return the value of each of `queries` in the sorted `keys`, `default` for those that are missing."""
     if not len(keys):
-        return np.full(len(wanted), default)
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], default)
+        return np.full(len(queries), default)
+    at = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[at] == queries, values[at], default)

@@ -1,6 +1,6 @@
 """Read and write scores: `scores.parquet`, one row per neuron, explainer, metric and control.
 
-A value that does not exist is null, and `status` with `reason` says why.
+A value that does not exist is null; `status` and `reason` say why.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ SCORES = TableFile(
         FileColumn(
             "explainer",
             pa.string(),
-            "label: the explainer, `/` and the simulator where another language model read its explanation, and the variant",
+            "label: the explainer, then `/` and the simulator if another language model read its explanation, then the variant",
         ),
         FileColumn(
             "metric",
@@ -36,14 +36,14 @@ SCORES = TableFile(
         FileColumn(
             "value",
             pa.float64(),
-            "simulation: Pearson correlation, -1 to 1; intruder: share of trials won, 0 to 1; the rest: area under the ROC curve or balanced accuracy, 0 to 1. Null where there is none",
+            "simulation: Pearson correlation, -1 to 1; intruder: fraction of trials won, 0 to 1; other metrics: area under the ROC curve or balanced accuracy, 0 to 1. Null if there is none",
         ),
         FileColumn(
             "status",
             pa.string(),
             "`defined`, `undefined` (truth or simulation is constant), `dead`, `failed` (no answer)",
         ),
-        FileColumn("reason", pa.string(), "why there is no value; empty where there is one"),
+        FileColumn("reason", pa.string(), "why there is no value; empty if there is one"),
         FileColumn("r2", pa.float64(), "1 - mean squared error / mean squared truth, at most 1"),
         FileColumn(
             "absolute_deviation",
@@ -53,13 +53,11 @@ SCORES = TableFile(
         FileColumn("accuracy", pa.float64(), "detection and fuzzing: balanced accuracy, 0 to 1"),
         FileColumn("n_tokens", pa.int64(), "tokens scored"),
         FileColumn("n_records", pa.int64(), "excerpts scored"),
-        FileColumn(
-            "n_duplicates", pa.int64(), "of these, near-duplicates of text that was explained from"
-        ),
+        FileColumn("n_duplicates", pa.int64(), "of these, near-duplicates of text explained from"),
         FileColumn(
             "without_duplicates",
             pa.float64(),
-            "`value` over the other excerpts; null where there are no duplicates",
+            "`value` over the other excerpts; null if there are no near-duplicates",
         ),
         FileColumn(
             "documents",
@@ -74,7 +72,7 @@ SCORES = TableFile(
         FileColumn(
             "simulator",
             pa.string(),
-            "the language model that read the explanation; empty where the explainer's own simulator did. Not in files of version 0.1.0",
+            "the language model that read the explanation; empty if the explainer's own simulator did. Not in files of version 0.1.0",
         ),
         FileColumn(
             "variant", pa.string(), "`+paper-compat`, or empty. Not in files of version 0.1.0"
@@ -106,10 +104,10 @@ def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
 
 
 def read_scores(folder: str | Path) -> list[NeuronScore]:
-    """Return the scores in `folder`, in the order written; `InputError` where there are none."""
+    """Return the scores in `folder`, in the order written; raise `InputError` if there are none."""
     path = Path(folder) / "scores.parquet"
     if not path.is_file():
-        raise InputError(f"{path} is not there: type `cratelm score` for this model first")
+        raise InputError(f"{path} does not exist: type `cratelm score` for this model first")
     return [_score(row) for row in pq.read_table(path).to_pylist()]
 
 
@@ -126,7 +124,7 @@ def _score(row: dict) -> NeuronScore:
             reason=row["reason"],
             r2=row["r2"],
             absolute_deviation=row["absolute_deviation"],
-            accuracy=row.get("accuracy"),  # this and the next two: not in the first files
+            accuracy=row.get("accuracy"),  # missing in old files, like `n_duplicates` and the next
             n_tokens=row["n_tokens"],
             n_records=row["n_records"],
             n_duplicates=row.get("n_duplicates", 0),
@@ -142,7 +140,7 @@ def _score(row: dict) -> NeuronScore:
 def _names(row: dict) -> tuple[str, str, str]:
     """Return explainer, simulator and variant of a row.
 
-    Files of version 0.1.0 have the label alone, made of names without a slash.
+    Files of version 0.1.0 have only the label, made of names without a slash.
     """
     if row.get("explained_by"):
         return row["explained_by"], row["simulator"], row["variant"]

@@ -1,7 +1,8 @@
-"""Steering: edit neurons while a model runs, and measure what they do to its output.
+"""Steering: edit neurons while a model runs, and measure their effect on its output.
 
-`steering` edits, `steer` shows one edit on one text, `effects` measures what single neurons do to logits and
-loss, `intervene` asks a language model whether steering changes texts as explanations say.
+`steering` makes the edits, `steer` shows the effect of edits on one text, `effects` measures the effect of
+single neurons on logits and loss, and `intervene` asks a language model whether steering changes texts as
+explanations say.
 """
 
 from cratelm.steer.edits import Edit, Positions

@@ -1,13 +1,13 @@
 """The loss on held-out text without each neuron, one at a time.
 
 A neuron is set to 0 (or to its mean) at every token, and the loss of every next token is measured again, paired
-with the loss of the same token in the unedited model. What precedes the neuron is computed once
+with the loss of the same token in the unedited model. The blocks before the neuron are computed once
 (`cratelm.models.partial_forward`). A sequence in which the edit changes nothing is not run again, because its
-change is 0; after the last block the same holds for single tokens. A whole pass for each neuron takes 1.7 to 1.9
-times as long on the demo's twins (`benchmarks/effects.py`) and gives the same to 1e-7.
+change is 0; after the last block the same holds for single tokens. Running the whole model for each neuron takes
+1.7 to 1.9 times as long on the demo's twins (`benchmarks/effects.py`) and agrees to 1e-7.
 
-Memory: the activations and block outputs of `batch_tokens` tokens, `MOST_LOGITS` logits (or those of one
-sequence) three times over, and three numbers for each neuron and document.
+Memory: the activations and block outputs of `batch_tokens` tokens, three times `MOST_LOGITS` logits (or those of
+one sequence), and three numbers for each neuron and document.
 
 Shape legend: B sequences, T positions, H neurons, k neurons measured in a layer, g of them in a group, C documents,
 n rows (a row is one sequence with one neuron edited), V vocabulary, L layers of the site.
@@ -30,9 +30,9 @@ from cratelm.steer.store import Ablation
 from cratelm.tokens.shards import TokenSplit
 
 MOST_LOGITS = 2**24
-"""logits held at a time: 64 MiB at 32 bit"""
+"""maximum number of logits in memory at a time: 64 MiB at 32 bit"""
 GROUP = 32
-"""neurons whose changes are held at a time"""
+"""number of neurons whose changes are in memory at a time"""
 Float64 = NDArray[np.float64]
 
 
@@ -44,31 +44,31 @@ class HeldOutText:
     length: int
     """T, tokens"""
     sequences: NDArray[np.int64]
-    """numbers of the sequences, ascending"""
+    """[n] numbers of the sequences in the split, ascending"""
 
     @classmethod
     def of(cls, split: TokenSplit, length: int, tokens: int, seed: int) -> "HeldOutText":
-        """Draw at most `tokens` tokens in whole sequences, at least one sequence.
+        """Return a random sample of whole sequences with at most `tokens` tokens, but at least one sequence.
 
-        Raises `InputError` where the split is shorter than one sequence.
+        Raises `InputError` if the split is shorter than one sequence.
         """
         n_sequences = split.n_sequences(length)
         if not n_sequences:
             raise InputError(
-                f"the {split.name} split has {split.n_tokens:,} tokens, not one sequence of {length}:"
-                " give a lower --sequence-length"
+                f"the {split.name} split has {split.n_tokens:,} tokens, less than one sequence of"
+                f" {length}: give a lower --sequence-length"
             )
-        wanted = min(n_sequences, max(1, tokens // length))
-        chosen = np.random.default_rng(seed).choice(n_sequences, wanted, replace=False)
-        return cls(split, length, np.sort(chosen))
+        n_drawn = min(n_sequences, max(1, tokens // length))
+        drawn = np.random.default_rng(seed).choice(n_sequences, n_drawn, replace=False)
+        return cls(split, length, np.sort(drawn))
 
     @property
     def n_tokens(self) -> int:
-        """Predicted tokens of all sequences."""
+        """Number of predicted tokens in all sequences."""
         return len(self.sequences) * self.length
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield tokens [B, T + 1], and the ordinal of the document of each target [B, T]."""
+        """Yield tokens [B, T + 1] and the ordinals [B, T] of the documents of the targets."""
         size = max(1, batch_tokens // self.length)
         for first in range(0, len(self.sequences), size):
             numbers = self.sequences[first : first + size]
@@ -81,12 +81,12 @@ class HeldOutText:
 
 @dataclass(frozen=True)
 class Ablations:
-    """The loss of the unedited model, and that without each neuron."""
+    """The loss of the unedited model, and its change without each neuron."""
 
     base: Estimate
     """loss of the unedited model, nats per token"""
     neurons: list[list[Ablation]]
-    """[L][k], in the order asked for"""
+    """[L][k], in the order of the arguments of `ablate`"""
 
 
 def ablate(
@@ -97,9 +97,10 @@ def ablate(
     batch_tokens: int,
     bar: tqdm,
 ) -> Ablations:
-    """Measure the loss without each of the neurons [L][k] of the site's layers.
+    """Return the loss without each of `neurons` [L][k], indices of neurons by layer of the site.
 
-    They are set to `means` [L][k], or to 0 where None. `bar` advances by one for each neuron and batch.
+    Neurons are set to `means` [L][k], or to 0 if `means` is None. `bar` advances by one for each neuron and
+    batch.
     """
     column_of: dict[int, int] = {}  # ordinal of a document -> its column in the sums
     sums = [_Sums(len(of_layer)) for of_layer in neurons]
@@ -135,7 +136,7 @@ def ablate(
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """What is the same for all neurons of a layer in a batch of sequences."""
+    """A batch of sequences, and everything about it that is the same for all neurons of a layer."""
 
     partial: PartialForward
     trace: Trace
@@ -144,7 +145,7 @@ class _Batch:
     targets: torch.Tensor
     """[B, T]"""
     losses: torch.Tensor
-    """[B, T] of the unedited model"""
+    """[B, T] losses of the unedited model"""
     columns: torch.Tensor
     """[B, T] column of the target's document in the sums"""
 
@@ -152,8 +153,8 @@ class _Batch:
 class _Sums:
     """Sums over tokens for each of k neurons and each document.
 
-    `tables` are [k, C]: `all`, changes of the loss; `firing`, those where the neuron fires; `n`, how many
-    tokens these are. Documents get their columns as batches meet them.
+    `tables` are [k, C]: `all`, changes of the loss; `firing`, changes at tokens where the neuron fires; `n`,
+    the number of these tokens. Documents get their columns in the order in which batches contain them.
     """
 
     def __init__(self, k: int):
@@ -161,14 +162,14 @@ class _Sums:
         self.tables = {n: torch.zeros(k, 0, dtype=torch.double) for n in ("all", "firing", "n")}
 
     def grow(self, n_documents: int) -> None:
-        """Make the tables as wide as `n_documents`, with zeros in the new columns."""
-        more = n_documents - self.tables["n"].shape[1]
-        self.tables = {name: F.pad(table, (0, more)) for name, table in self.tables.items()}
+        """Widen the tables to `n_documents` columns, with zeros in the new ones."""
+        added = n_documents - self.tables["n"].shape[1]
+        self.tables = {name: F.pad(table, (0, added)) for name, table in self.tables.items()}
 
     def add(
         self, name: str, neuron: torch.Tensor, column: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Add values of tokens whose neuron (0..k-1) and document column are given, all of one shape."""
+        """Add `values` of tokens to a table, at rows `neuron` (0..k-1) and columns `column` of the same shape."""
         table = self.tables[name]
         # entry (i, c) of [k, C] is entry i C + c of the flat table: one index_add_ for all tokens
         flat = (neuron * table.shape[1] + column).flatten().cpu()
@@ -176,7 +177,7 @@ class _Sums:
 
 
 def _plain_losses(partial: PartialForward, trace: Trace, targets: torch.Tensor) -> torch.Tensor:
-    """[B, T] of the unedited model, as many sequences at a time as fit."""
+    """Return the losses [B, T] of the unedited model, computed for as many sequences at a time as fit."""
     step = rows_at_a_time(partial, trace.ids.shape[1])
     parts = []
     for first in range(0, len(targets), step):
@@ -201,15 +202,19 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _measure(
     batch: _Batch, neurons: torch.Tensor, first: int, value: torch.Tensor | None, sums: _Sums
 ) -> None:
-    """Add the changes of neurons [g] of a layer, set to `value` [g] or 0; the first is row `first` of `sums`."""
+    """Add the changes of the loss with `neurons` [g] of a layer set to `value` [g], or to 0 if None, to `sums`.
+
+    They belong to the rows `first` ... `first + g - 1` of `sums`.
+    """
     activations = batch.trace.activations[batch.site_layer][..., neurons]  # [B, T, g]
     delta = (0 if value is None else value) - activations
     firing = (activations > 0).double()
     table_rows = torch.arange(first, first + len(neurons), device=activations.device)
     columns = batch.columns[..., None].expand(activations.shape)
     sums.add("n", table_rows.expand(activations.shape), columns, firing)
-    # After the last block tokens do not see each other: each is a sequence of one, so that those at which
-    # the neuron is silent need not be run. Possible where an edit adds to the block's output (`writes`).
+    # After the last block, tokens do not depend on each other: each is treated as a sequence of one, so that
+    # tokens where the neuron is silent need not be run. This needs an edit that adds to the block's output
+    # (`writes`).
     if (
         batch.partial.is_last(batch.site_layer)
         and batch.partial.writes[batch.site_layer] is not None
@@ -230,14 +235,14 @@ def _measure(
 
 
 def _by_token(batch: _Batch) -> _Batch:
-    """The batch as B * T sequences of one token."""
+    """Return the batch as B * T sequences of one token."""
     block = batch.partial.block_numbers[batch.site_layer]
     flat = (x.reshape(-1, 1) for x in (batch.targets, batch.losses, batch.columns))
     return _Batch(batch.partial, batch.trace.by_token(block), batch.site_layer, *flat)
 
 
 def _ablation(sums: _Sums, j: int, tokens: Float64) -> Ablation:
-    """From the sums of neuron `j`, and the tokens [C] of each document."""
+    """Return the figures of neuron `j` from its sums, and from the number of tokens [C] of each document."""
     change, where_firing, firing = (sums.tables[name][j].numpy() for name in ("all", "firing", "n"))
     fired = firing > 0  # documents without a firing have no tokens to divide by
     return Ablation(

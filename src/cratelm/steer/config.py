@@ -12,7 +12,7 @@ from cratelm.runs import at_least, not_in_identity
 from cratelm.steer.edits import Edit, Positions, one_operation
 
 PROMOTED = "promoted"
-"""name of the explanations that `cratelm effects` gives: the tokens that a neuron promotes most"""
+"""name of the explanations derived from `cratelm effects`: the tokens that a neuron promotes most"""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class SteerConfig:
     path: str | None = None
     """a model folder or Hub id, instead of a model of the run"""
     site: str | None = None
-    """where neurons live: ista, mssa, heads, mlp, or a module path with * for the layer; default: ista
-    for CRATE, mlp for others"""
+    """site of the neurons: ista, mssa, heads, mlp, or a module path with * for the layer; default: ista
+    for CRATE, mlp for other models"""
     sae: str | None = None
     """steer latents of sparse autoencoders instead of neurons: their name in the run, or a folder"""
     set: float | None = None
@@ -42,40 +42,39 @@ class SteerConfig:
     """set the activation to 0"""
     positions: str = "all"
     """tokens at which neurons are edited: all, last, generated, a span such as 5: or -3:, or numbers such as
-    2,5. Position 0 is the token that every text begins with; negative positions count from the end of the
-    text"""
+    2,5. Position 0 is the token that begins every text; negative positions count from the end of the text"""
     text: str | None = None
     """the text; default: the beginning of a held-out document of the run"""
     text_file: Path | None = None
     """UTF-8 file with the text"""
     tokens: int = 48
-    """tokens read from the beginning of the held-out document"""
+    """tokens of the default text, from the beginning of the held-out document"""
     top: int = 10
-    """how many of the tokens that gain most, and of those that lose most, are shown"""
+    """number of tokens shown among those whose probability rises most, and among those whose falls most"""
     generate: int = 32
-    """tokens generated after the text, with the edits and without; 0 = none"""
+    """tokens generated after the text, with and without the edits; 0 = none"""
     temperature: float = 0.0
     """sampling temperature of the continuation; 0: the most likely token each time"""
     seed: int = 0
-    """seed of the document drawn, and of the tokens at a temperature above 0: both continuations use the same
-    random numbers"""
+    """seed of the choice of document, and of sampling at a temperature above 0: both continuations use the
+    same random numbers"""
     device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto takes an accelerator where there is one"""
+    """cpu, cuda, ...; auto uses an accelerator if there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the models; auto: that of their files"""
+    """precision of the model; auto: as in its files"""
     output: Path | None = None
-    """also write the figures to this JSON file"""
+    """also write the results to this JSON file"""
 
     def __post_init__(self) -> None:
         one_operation(self.set, self.add, self.scale, self.zero, dashes="--")
         Positions.of(self.positions)
         if not parse_neuron_ids("--neurons", self.neurons):
-            raise InputError("--neurons names no neuron: LAYER:INDEX was expected, such as 0:17")
+            raise InputError("--neurons names no neuron: give LAYER:INDEX, such as 0:17")
         if self.text is not None and self.text_file is not None:
             raise InputError("--text and --text-file cannot be combined: give one of them")
         if self.sae and self.site:
             raise InputError(
-                f"--site {self.site} and --sae cannot be combined: autoencoders name the site that they read"
+                f"--site {self.site} and --sae cannot be combined: autoencoders determine their site"
             )
         at_least(self, {"tokens": 1, "top": 1, "generate": 0, "temperature": 0, "seed": 0})
 
@@ -92,7 +91,7 @@ class SteerConfig:
 
 @dataclass(frozen=True)
 class EffectsConfig:
-    """Measure what each neuron writes to the vocabulary, and the loss on held-out text without it."""
+    """Measure the effect of each neuron on the logits, and the loss on held-out text without it."""
 
     run: Path = not_in_identity(Path("runs/default"))
     """run directory, holding the harvest of `--model`"""
@@ -103,21 +102,23 @@ class EffectsConfig:
     only: tuple[str, ...] = ()
     """measure only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
     top: int = 10
-    """how many of the tokens that a neuron promotes most, and of those it suppresses most, are stored"""
+    """number of tokens stored among those that a neuron promotes most, and among those it suppresses most"""
     positions: int = 16
-    """tokens of the fit split, of those where a neuron fires, over which its exact effect is averaged"""
+    """number of tokens of the fit split, among those where a neuron fires, over which its exact effect is
+    averaged"""
     tokens: int = 8192
     """held-out tokens on which the loss without each neuron is measured"""
     ablation: Literal["zero", "mean"] = "zero"
-    """what a neuron is set to: 0, or its mean on the fit split"""
+    """value that an ablated neuron is set to: 0, or its mean on the fit split"""
     sequence_length: int | None = None
     """tokens that the model reads at once; default: as in the harvest"""
     seed: int = 0
-    """seed of neurons, positions and held-out sequences drawn, of shuffled explanations and of resamples"""
+    """seed of the sampled neurons, positions and held-out sequences, the shuffled explanations and the
+    bootstrap"""
     batch_tokens: int = not_in_identity(4096)
-    """held-out tokens whose activations are held in memory at a time"""
+    """held-out tokens whose activations are in memory at a time"""
     device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto: as in the harvest. The precision is the harvest's, too"""
+    """cpu, cuda, ...; auto: as in the harvest. The precision is always that of the harvest"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -137,36 +138,37 @@ class InterveneConfig(LLMConfig):
     """Ask a language model whether steering each neuron changes the text as its explanation says."""
 
     device: str = not_in_identity("auto")
-    """of the steered model, and of a judge `hf:`; auto: as in the harvest, and for the judge a GPU where
-    there is one. The steered model's precision is the harvest's, --dtype is the judge's"""
+    """device of the steered model, and of a judge `hf:`; auto: as in the harvest, and for the judge a GPU if
+    there is one. The steered model has the precision of the harvest; --dtype is for the judge"""
     judge: str = ""
     """language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at --base-url"""
     explanations: str = NO_LLM
     """explanations to judge: `llm-free`, made without a language model; NAME of the set
-    `explanations/MODEL@NAME`, made by a language model; or `promoted`, the tokens that `cratelm effects`
-    found each neuron to promote"""
+    `explanations/MODEL@NAME`, made by a language model; or `promoted`, the tokens that each neuron promotes
+    according to `cratelm effects`"""
     explainer: str = ""
-    """explainer whose explanations are judged; default: the first of the set by name"""
+    """explainer whose explanations are judged; default: the first name in the set"""
     neurons: int = 8
     """neurons per layer, drawn at random from those explained; 0 = all"""
     only: tuple[str, ...] = ()
     """judge only these neurons, as LAYER:INDEX"""
     texts: int = 4
-    """held-out texts that are continued, per neuron"""
+    """number of held-out texts that are continued per neuron"""
     prompt_tokens: int = 24
     """tokens of each text"""
     generate: int = 24
-    """tokens generated after each text, with the neuron steered and without"""
+    """tokens generated after each text, with and without steering"""
     strength: float = 1.0
-    """the neuron is set to this multiple of its maximum on the fit split, at all positions"""
+    """multiple of the neuron's maximum on the fit split to which it is set, at all positions"""
     temperature: float = 1.0
     """sampling temperature of the continuations; 0: the most likely token each time"""
     name: str = ""
     """NAME of the results, in the folder steer/MODEL@NAME; default: the name of the judge"""
     resamples: int = 2000
-    """bootstrap resamples over neurons"""
+    """number of bootstrap resamples over neurons"""
     seed: int = 0
-    """seed of neurons, texts and continuations drawn, of shuffled explanations, random neurons and resamples"""
+    """seed of the sampled neurons, texts and continuations, the shuffled explanations, the random neurons and
+    the bootstrap"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,10 @@
-"""Held-out beginnings continued in three ways: as the model is, with a neuron steered, with another as strongly.
+"""Continue held-out prompts in three ways: unedited, with a neuron steered, and with another steered as strongly.
 
-"As strongly" means that the next-token distribution moves as far: the Kullback-Leibler divergence from the
-unedited model's, averaged over the tokens of the beginnings. Which activation of the other neuron does that
-is found by trying.
+"As strongly" means that the next-token distribution changes by as much, measured by the Kullback-Leibler
+divergence from the unedited model, averaged over the tokens of the prompts. The activation of the other neuron
+that achieves this is found by a search.
 
-Shape legend: B beginnings, T tokens of each, G tokens of a continuation, V vocabulary.
+Shape legend: B prompts, T tokens of each, G tokens of a continuation, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ from cratelm.steer.store import ContinuationTexts
 from cratelm.tokens.shards import TokenSplit
 
 DOUBLINGS, HALVINGS = 12, 16
-"""steps of the search for a strength: it is doubled until it is too strong, then the interval is halved"""
+"""maximum steps of the search for a strength: doubled until it is too strong, then the interval is halved"""
 CLOSE = 0.05
-"""relative difference of divergences at which the search ends"""
+"""relative difference of divergences at which the search stops"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SteeringStrength:
 
 @dataclass(frozen=True, eq=False)
 class Continuations:
-    """The beginnings and continuations of one neuron, as token ids."""
+    """The prompts and continuations for one neuron, as token ids."""
 
     prompts: NDArray[np.int64]
     """[B, T]"""
@@ -53,13 +53,13 @@ class Continuations:
     steered: NDArray[np.int64]
     """[B, G]"""
     random: NDArray[np.int64] | None
-    """[B, G] with another neuron steered; None where the layer has no other"""
+    """[B, G] with another neuron steered; None if the layer has no other"""
     strength: SteeringStrength
     other_strength: SteeringStrength | None
-    """of that other neuron"""
+    """strength of that other neuron; None if there is none"""
 
     def texts(self, neuron: NeuronId, strings: Sequence[str]) -> list[ContinuationTexts]:
-        """Return prompts and continuations as text; `strings` has the text of each token id."""
+        """Return prompts and continuations as text; `strings` [V] is the text of each token id."""
 
         def text(ids: NDArray[np.int64]) -> str:
             return "".join(token_string(strings, int(i)) for i in ids)
@@ -79,10 +79,10 @@ class Continuations:
 def draw_prompts(
     split: TokenSplit, eot: int, count: int, length: int, seed: int, layer: int, index: int
 ) -> NDArray[np.int64]:
-    """Return beginnings [B, T] inside documents, drawn by seed, layer and index: twins get the same.
+    """Return prompts [B, T] from inside documents, drawn by seed, layer and index: twins get the same prompts.
 
-    Every stretch of `length` tokens inside a document is equally likely. Raises `InputError` where the split
-    has no document of that length.
+    Every span of `length` tokens inside a document is equally likely. Raises `InputError` if the split has no
+    document of that length.
     """
     plan = SearchPlan.of(split, "held_out", eot, max(2, split.n_tokens), split.n_tokens, 0)
     starts, stops = plan.text_spans()
@@ -92,9 +92,9 @@ def draw_prompts(
             f"the held-out split has no document of {length} tokens: give fewer --prompt-tokens"
         )
     rng = np.random.default_rng([seed, layer, index])
-    # All possible first tokens are numbered through, document after document: `ends` [documents] is the
-    # number behind each document's last one, so that a number drawn falls into the first document whose
-    # end is above it, and what is above the end of the document before is the offset in it.
+    # All possible first tokens are numbered consecutively, document after document, and `ends` [documents] is
+    # one past each document's last number. A drawn number belongs to the first document whose end is above
+    # it, and its offset in that document is its distance from the end of the previous document.
     ends = np.cumsum(room)
     drawn = rng.integers(0, ends[-1], count)
     span = np.searchsorted(ends, drawn, side="right")
@@ -114,9 +114,9 @@ def continue_prompts(
     temperature: float,
     seed: int,
 ) -> Continuations:
-    """Continue the beginnings [B, T] by `count` tokens in three ways, with the same draws.
+    """Return three continuations of the prompts [B, T] by `count` tokens, with the same random numbers.
 
-    `value` is what the neuron is set to; `other` is the neuron that is steered as strongly.
+    The neuron `index` is set to `value`; the neuron `other` is steered as strongly, unless it is None.
     """
     model = harvested.subject.model
     ids = torch.from_numpy(prompts).to(model.device)
@@ -148,7 +148,7 @@ def continue_prompts(
 
 @torch.no_grad()
 def log_probs(harvested: HarvestContext, ids: torch.Tensor, edit: Edit | None) -> torch.Tensor:
-    """Return the log-probabilities [B, T, V] of the token after each of ids [B, T]."""
+    """Return the log-probabilities [B, T, V] of the token after each of ids [B, T], with an edit or without."""
     model = harvested.subject.model
     with steering(model, *([edit] if edit else []), site=harvested.site):
         return next_logits(model, ids, ids.shape[1]).float().log_softmax(-1)
@@ -162,12 +162,12 @@ def divergence(
     value: float,
     plain: torch.Tensor,
 ) -> float:
-    """Return KL(steered | plain) in nats, mean over tokens, with the neuron set to `value` at all of them.
+    """Return KL(steered | plain) in nats per token, with the neuron set to `value` at all tokens.
 
     `plain` are the log-probabilities [B, T, V] of the unedited model.
     """
     steered = log_probs(harvested, ids, Edit(layer, index, set=value))
-    # 0 or more by definition; rounding can leave a small negative sum
+    # at least 0 by definition; rounding can leave a small negative sum
     return float((steered.exp() * (steered - plain)).sum(-1).mean().clamp(min=0))
 
 
@@ -180,11 +180,11 @@ def match_strength(
     target: float,
     plain: torch.Tensor,
 ) -> SteeringStrength:
-    """Return the setting of a neuron, among those tried, whose divergence is nearest to `target`.
+    """Return the value of a neuron, among those tried, whose divergence is closest to `target`.
 
-    `first` is tried first, then its doublings until the target is reached, then the middles of the interval
-    that is left. The divergence need not rise with the value, and may never reach the target: then the
-    nearest one tried is returned.
+    The search tries `first`, doubles it until the target is reached, and then bisects the interval. The
+    divergence need not increase with the value and may never reach the target, so the closest value tried is
+    returned.
     """
 
     def at(value: float) -> SteeringStrength:

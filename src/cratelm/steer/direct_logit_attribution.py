@@ -1,10 +1,10 @@
-"""The first-order reading: what a change of the last block's output does to the logits, without the other blocks.
+"""First-order effect of a change of the last block's output on the logits, ignoring the other blocks.
 
     logits = U norm(h),   norm(h) = gain * (h - mean h) / s(h) + bias
-    effect of d on the logits, to first order, s held at its average:   R d = U (gain * (d - mean d)) * mean(1 / s)
+    effect of d on the logits, to first order, with 1 / s at its mean:   R d = U (gain * (d - mean d)) * mean(1 / s)
 
 This is the "logit lens" (nostalgebraist 2020), applied to a neuron's column as in Dar et al. 2023 (arXiv
-2209.02535). It ignores the change of s, and every block between the neuron and the end.
+2209.02535). It ignores the change of s, and every block between the neuron and the head.
 
 Shape legend: B sequences, T positions, D width, V vocabulary.
 """
@@ -17,16 +17,16 @@ from torch import nn
 from cratelm.models.partial_forward import PartialForward, Trace
 
 TOLERANCE = 0.01
-"""largest difference between the formula and the norm itself, relative to the norm's largest value"""
+"""largest allowed difference between the formula and the norm's output, relative to its largest value"""
 
 
 @torch.no_grad()
 def direct_logit_attribution(partial: PartialForward, trace: Trace) -> torch.Tensor | None:
-    """Return R [V, D], with s averaged over the trace.
+    """Return R [V, D], with 1 / s averaged over the trace.
 
-    None where the model ends in something other than a norm and a linear head. Norms differ in two ways that
-    no attribute tells (LayerNorm subtracts the mean, RMSNorm does not; Gemma stores the gain minus 1), so each
-    of the four forms is tried against the norm's own output.
+    None if the model ends in something other than a norm and a linear head. Norms differ in two ways that
+    no attribute reveals (LayerNorm subtracts the mean, RMSNorm does not; Gemma stores the gain minus 1), so
+    each of the four forms is compared with the norm's output.
     """
     head = partial.model.get_output_embeddings()
     final = _final_norm(partial, trace)
@@ -46,16 +46,16 @@ def direct_logit_attribution(partial: PartialForward, trace: Trace) -> torch.Ten
             normed = gain * numerator * inverse + (0 if bias is None else bias)
             if (normed - expected).abs().max() <= TOLERANCE * expected.abs().max():
                 matrix = head.weight * gain * inverse.mean()
-                # taking the mean off each row of R is the same as taking the mean off every d
+                # subtracting the mean from each row of R is the same as subtracting it from every d
                 return matrix - matrix.mean(-1, keepdim=True) if centred else matrix
     return None
 
 
 def _final_norm(partial: PartialForward, trace: Trace) -> tuple[nn.Module, torch.Tensor] | None:
-    """The norm that reads the last block's output [B, T, D], and that output; None where there is none.
+    """Return the norm that reads the last block's output [B, T, D], and that output; None if there is none.
 
-    It is the last module outside of the blocks whose class is called a norm and that is given a tensor of
-    that shape: models call it by different names.
+    Models use different names for it, so it is found as the last module outside of the blocks that has "Norm"
+    in its class name and gets a tensor of that shape.
     """
     last = len(partial.blocks) - 1
     inside = {id(m) for block in partial.blocks for m in block.modules()}

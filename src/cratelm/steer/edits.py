@@ -1,4 +1,4 @@
-"""Edits of neurons: which neurons, what is done to them, and at which tokens. Imports nothing heavy."""
+"""Edits of neurons: which neurons, which operation, and at which tokens. Imports nothing heavy."""
 
 import math
 import re
@@ -13,15 +13,15 @@ Operation = Literal["set", "add", "scale", "zero"]
 
 @dataclass(frozen=True)
 class Positions:
-    """Which tokens of a text are edited.
+    """The tokens of a text at which neurons are edited.
 
     The position of a token is the number of real tokens before it in its row. Padding has no position and is
-    not counted; tokens that a cache holds are counted. Negative positions count from the end of the prompt:
-    of what `generate` was given, or, outside of `generate`, of what the pass has read.
+    not counted; cached tokens are counted. Negative positions count from the end of the prompt: the input of
+    `generate`, or, outside of `generate`, all tokens up to the end of the pass.
     """
 
     listed: tuple[int, ...] | None = None
-    """only these; None for the span below"""
+    """only these positions; None for the span below"""
     start: int = 0
     stop: int | None = None
     """first position after the span; None: to the end, generated tokens included"""
@@ -30,26 +30,27 @@ class Positions:
 
     @property
     def everywhere(self) -> bool:
-        """True where every token is edited, so that no positions have to be followed."""
+        """True if every token is edited, so that positions need not be tracked."""
         return self == Positions()
 
     @classmethod
-    def of(cls, given: "str | int | Sequence[int] | Positions") -> "Positions":
-        """Parse `all`, `last`, `generated`, a span such as `5:` or `-3:`, one number or several.
+    def of(cls, value: "str | int | Sequence[int] | Positions") -> "Positions":
+        """Return the positions that `value` names.
 
-        Raises `InputError` for anything else.
+        These are `all`, `last`, `generated`, a span such as `5:` or `-3:`, or one or more numbers. Raises
+        `InputError` for anything else.
         """
-        if isinstance(given, Positions):
-            return given
-        if isinstance(given, str):
-            return _from_words(given)
+        if isinstance(value, Positions):
+            return value
+        if isinstance(value, str):
+            return _from_words(value)
         try:
-            numbers = (given,) if isinstance(given, int) else tuple(given)
+            numbers = (value,) if isinstance(value, int) else tuple(value)
             if numbers and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
                 return cls(listed=numbers)
         except TypeError:
             pass
-        raise _no_positions(given)
+        raise _no_positions(value)
 
 
 def _from_words(text: str) -> Positions:
@@ -68,24 +69,24 @@ def _from_words(text: str) -> Positions:
     raise _no_positions(text)
 
 
-def _no_positions(given: object) -> InputError:
+def _no_positions(value: object) -> InputError:
     return InputError(
-        f"positions {given!r} cannot be read: give all, last, generated, a span such as 5: or -3:, or"
+        f"positions {value!r} cannot be read: give all, last, generated, a span such as 5: or -3:, or"
         " numbers such as 2,5"
     )
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done to some neurons of one layer: exactly one of `set`, `add`, `scale`, `zero`.
+    """An operation on neurons of one layer: exactly one of `set`, `add`, `scale`, `zero`.
 
-    Raises `InputError` where none or several of these are given, for a number that is not finite, and where
-    no neuron is named.
+    Raises `InputError` if none or several of these are given, if the number is not finite, or if no neuron
+    is named.
     """
 
     layer: int
     neurons: int | Sequence[int]
-    """one index or several; a tuple once the edit is made"""
+    """one index or several; converted to a tuple"""
     set: float | None = None
     """value that the raw activation is set to"""
     add: float | None = None
@@ -119,7 +120,7 @@ class Edit:
 
     @property
     def operation(self) -> tuple[Operation, float]:
-        """What is done, and with which number."""
+        """The operation and its number."""
         return one_operation(self.set, self.add, self.scale, self.zero)
 
 
@@ -128,21 +129,21 @@ def one_operation(
 ) -> tuple[Operation, float]:
     """Return the operation that is given, and its number.
 
-    Raises `InputError` unless exactly one is given, with a finite number. `dashes` stands before the names in
-    messages: `--` where they are options of a command.
+    Raises `InputError` unless exactly one is given, with a finite number. `dashes` is a prefix of the names in
+    messages: `--` for options of a command.
     """
     values: dict[Operation, float | None] = {"set": set_, "add": add, "scale": scale}
-    given: list[tuple[Operation, float]] = [(k, v) for k, v in values.items() if v is not None]
+    operations: list[tuple[Operation, float]] = [(k, v) for k, v in values.items() if v is not None]
     if zero:
-        given.append(("zero", 0.0))
-    if len(given) != 1:
+        operations.append(("zero", 0.0))
+    if len(operations) != 1:
         names = ", ".join(dashes + name for name in ("set", "add", "scale", "zero"))
-        if not given:
-            raise InputError(f"nothing is given to do to the neurons: give one of {names}")
+        if not operations:
+            raise InputError(f"no operation on the neurons is given: give one of {names}")
         raise InputError(
-            f"{' and '.join(dashes + name for name, _ in given)} cannot be combined: give one of {names}"
+            f"{' and '.join(dashes + name for name, _ in operations)} cannot be combined: give one of {names}"
         )
-    name, value = given[0]
+    name, value = operations[0]
     if not math.isfinite(value):
         raise InputError(f"{dashes}{name} is {value}: it must be a finite number")
     return name, value

@@ -1,4 +1,4 @@
-"""`cratelm effects`: what each neuron writes to the vocabulary, and the loss without it.
+"""`cratelm effects`: the effect of each neuron on the logits, and the loss without it.
 
 Writes the folder `steer/MODEL/` of the run; `cratelm.steer.store` documents its files and reads them.
 """
@@ -41,12 +41,12 @@ from cratelm.steer.store import (
 from cratelm.text.table import align
 
 CLEAR = 2
-"""standard errors beyond which a change of the loss counts in `raises` and `lowers`"""
+"""number of standard errors that a change of the loss must exceed to count in `raises` and `lowers`"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EffectsResult(EffectsSummary):
-    """What `cratelm effects` measured, and where it is."""
+    """Result of `cratelm effects`."""
 
     path: Path
     """folder of `logit_effects.parquet`, `ablation.parquet` and `summary.json`"""
@@ -86,11 +86,11 @@ def _show(mean: Interval | None, form: str) -> str:
 
 
 def effects(config: EffectsConfig) -> EffectsResult:
-    """Measure the effects of single neurons on logits and loss, and write `steer/MODEL/`.
+    """Measure the effects of single neurons on logits and loss, write `steer/MODEL/`, and return the summary.
 
-    A finished stage is read back.
+    If the stage is finished, its summary is read back.
 
-    Raises `InputError` where the run has no harvest of the model, or too little held-out text.
+    Raises `InputError` if the run has no harvest of the model, or too little held-out text.
     """
     run = Run(config.run)
     inputs = {
@@ -116,7 +116,7 @@ def effects(config: EffectsConfig) -> EffectsResult:
 def _by_layer(
     harvested: HarvestContext, selected: Sequence[SampledNeuron]
 ) -> list[NDArray[np.int64]]:
-    """[L][k] indices of the neurons of each layer of the site."""
+    """Return the indices [L][k] of the selected neurons of each layer of the site."""
     return [
         np.array([s.neuron.index for s in selected if s.neuron.layer == layer], np.int64)
         for layer in harvested.site.layer_numbers
@@ -130,7 +130,7 @@ def _effects(
     selected: Sequence[SampledNeuron],
     text: HeldOutText,
 ) -> dict[NeuronId, VocabularyEffect]:
-    """The effects on the logits of all selected neurons that fire at a token drawn."""
+    """Return the effects on the logits of all selected neurons that fire at a drawn token."""
     tokens, _ = next(text.batches(config.batch_tokens))
     sample = partial.trace(torch.from_numpy(tokens[:, :-1]).to(partial.model.device))
     matrix = direct_logit_attribution(partial, sample)
@@ -163,7 +163,7 @@ def _ablations(
     selected: Sequence[SampledNeuron],
     text: HeldOutText,
 ) -> Ablations:
-    """The loss without each selected neuron."""
+    """Return the loss without each selected neuron."""
     neurons = _by_layer(harvested, selected)
     means = None
     if config.ablation == "mean":
@@ -172,7 +172,7 @@ def _ablations(
             np.array([mean_of[s.neuron] for s in selected if s.neuron.layer == layer])
             for layer in harvested.site.layer_numbers
         ]
-    # rounded up, as `HeldOutText.batches` makes them
+    # rounded up, like the batches of `HeldOutText.batches`
     batches = -(-len(text.sequences) // max(1, config.batch_tokens // text.length))
     with tqdm(
         total=len(selected) * batches,
@@ -221,7 +221,7 @@ def _write(
 def _neuron_ablations(
     harvested: HarvestContext, selected: Sequence[SampledNeuron], ablations: Ablations
 ) -> list[NeuronAblation]:
-    """The ablations under the names of their neurons, in the order of `selected`."""
+    """Return the ablations with their neurons, in the order of `selected`."""
     by_neuron: dict[NeuronId, Ablation] = {}
     for layer, of_layer in zip(harvested.site.layer_numbers, ablations.neurons, strict=True):
         neurons = [s.neuron for s in selected if s.neuron.layer == layer]
@@ -232,9 +232,9 @@ def _neuron_ablations(
 def _logit_effects(
     effect: VocabularyEffect, other: NDArray[np.int64], top: int, strings: Sequence[str]
 ) -> list[LogitEffect]:
-    """The exact effect, and the first-order reading where there is one.
+    """Return the exact effect, and the first-order effect if there is one.
 
-    `other` are the tokens that another neuron of the layer fires on: the null of `named`.
+    `other` are the tokens that another neuron of the layer fires on: the null control of `named`.
     """
     effects = [
         replace(
@@ -257,7 +257,7 @@ def _strongest(
     top: int,
     strings: Sequence[str],
 ) -> LogitEffect:
-    """The `top` tokens that gain most of `values` [V], and those that lose most."""
+    """Return the `top` tokens with the largest `values` [V], and those with the smallest."""
     up, down = best(values, top), best(-values, top)
     return LogitEffect(
         neuron=effect.neuron,
@@ -276,7 +276,7 @@ def _strongest(
 def _layer(
     layer: int, without: Sequence[NeuronAblation], exact: Sequence[LogitEffect], seed: int
 ) -> LayerEffects:
-    """Figures of one layer; dead neurons are counted and enter no mean."""
+    """Return the figures of one layer; dead neurons are counted but excluded from means."""
     of_layer = [row for row in without if row.neuron.layer == layer]
     alive = [row.ablation for row in of_layer if not row.dead]
     effects = [effect for effect in exact if effect.neuron.layer == layer]

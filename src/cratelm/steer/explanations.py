@@ -1,4 +1,4 @@
-"""Which explanations `cratelm intervene` has judged, and of which neurons."""
+"""Choose the explanations and neurons that `cratelm intervene` judges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,25 +20,25 @@ from cratelm.steer.config import NO_LLM, PROMOTED, InterveneConfig
 from cratelm.steer.store import effects_stage, read_ablations, read_logit_effects
 
 _PROMOTED_SHOWN = 6
-"""tokens that an explanation by promoted tokens names"""
+"""number of tokens in an explanation made of promoted tokens"""
 
 
 @dataclass(frozen=True, eq=False)
 class JudgedExplanations:
-    """The explanations of one explainer."""
+    """The explanations by one explainer."""
 
     explainer: str
     selected: list[SampledNeuron]
-    """neurons that were to be explained"""
+    """neurons selected to be explained"""
     texts: dict[NeuronId, str]
     reasons: dict[NeuronId, str]
-    """why a neuron has no explanation"""
+    """why a neuron has no explanation, for those that failed"""
 
 
 def explanation_source(run: Run, config: InterveneConfig) -> Stage:
-    """Return the stage that holds the explanations that `--explanations` names.
+    """Return the stage with the explanations that `--explanations` names.
 
-    Raises `InputError` that lists the sets of the model where that one is not finished.
+    If it is not finished, raises `InputError` with a list of the model's sets.
     """
     if config.explanations == PROMOTED:
         stage = effects_stage(run, config.model)
@@ -51,28 +51,29 @@ def explanation_source(run: Run, config: InterveneConfig) -> Stage:
         if run.stage("explanations", config.model).completion():
             sets.append(NO_LLM)
         raise InputError(
-            f"{run.path} has no explanations of {config.model} called {config.explanations}, it has"
-            f" {', '.join(sets) or 'none'}: type `cratelm explain --run {run.path} --model"
-            f" {config.model}` first, or name one of these with --explanations"
+            f"{run.path} has no explanations of {config.model} called {config.explanations} (it has"
+            f" {', '.join(sets) or 'none'}): name another set with --explanations, or type `cratelm explain"
+            f" --run {run.path} --model {config.model}` first"
         )
     return stage
 
 
 def read_judged_explanations(config: InterveneConfig, folder: Path) -> JudgedExplanations:
-    """Return the explanations of one explainer, from the folder of `explanation_source`.
+    """Return the explanations by one explainer, from the folder of `explanation_source`.
 
-    The explainer is `--explainer`, or the first by name. Raises `InputError` where the set has none of that
-    name.
+    The explainer is `--explainer`, or the first by name. Raises `InputError` if the set has no explainer of
+    that name.
     """
     if config.explanations == PROMOTED:
         return _promoted_tokens(folder)
-    # of a language model's two kinds of evidence, the explanations from the strongest excerpts
+    # a language model explains from two kinds of evidence: use the explanations from the top excerpts
     explanations = [e for e in read_explanations(folder) if e.evidence in ("", "top")]
     names = sorted({e.explainer for e in explanations})
     explainer = config.explainer or (names[0] if names else "")
     if explainer not in names:
         raise InputError(
-            f"--explainer {explainer or '(none)'}: {folder} has {', '.join(names) or 'no explanation'}"
+            f"--explainer {explainer or '(none)'}: {folder} has explanations by"
+            f" {', '.join(names) or 'no explainer'}; name an explainer of that folder"
         )
     return JudgedExplanations(
         explainer,
@@ -83,7 +84,7 @@ def read_judged_explanations(config: InterveneConfig, folder: Path) -> JudgedExp
 
 
 def _promoted_tokens(folder: Path) -> JudgedExplanations:
-    """The tokens that each neuron promotes most, from a folder of `cratelm effects`, as explanations."""
+    """Return the tokens that each neuron promotes most, from a folder of `cratelm effects`, as explanations."""
     texts = {
         effect.neuron: ", ".join(f"`{token}`" for token in effect.promoted[:_PROMOTED_SHOWN])
         for effect in read_logit_effects(folder)
@@ -95,9 +96,9 @@ def _promoted_tokens(folder: Path) -> JudgedExplanations:
 def choose_neurons(
     config: InterveneConfig, selected: Sequence[SampledNeuron]
 ) -> list[SampledNeuron]:
-    """Return the neurons of `--only`, or `--neurons` of each layer, drawn by seed and layer.
+    """Return the neurons of `--only`, or `--neurons` neurons of each layer, drawn by seed and layer.
 
-    Raises `InputError` for a neuron of `--only` that was not to be explained.
+    Raises `InputError` for a neuron of `--only` that was not selected to be explained.
     """
     by_key = {s.neuron.key: s for s in selected}
     if config.only:
@@ -105,7 +106,7 @@ def choose_neurons(
         missing = [key for key in keys if key not in by_key]
         if missing:
             raise InputError(
-                f"--only {missing[0]}: this neuron is not among those that were to be explained"
+                f"--only {missing[0]}: this neuron was not selected to be explained; name one that was"
             )
         return [by_key[key] for key in keys]
     chosen = []

@@ -1,9 +1,9 @@
-"""`cratelm intervene`: does steering a neuron change the text as its explanation says?
+"""`cratelm intervene`: test whether steering a neuron changes the text as its explanation says.
 
-For each neuron: its explanation (`explanations`), texts continued with it steered and without
-(`continuations`), a language model that says which of two texts the explanation fits better (`judging`), and
-the same under two controls. Writes the folder `steer/MODEL@NAME/` of the run; `cratelm.steer.store` documents
-its files and reads them.
+For each neuron: choose its explanation (`explanations`), continue texts with and without steering
+(`continuations`), ask a language model which of two texts fits the explanation better (`judging`), and repeat
+under two controls. Writes the folder `steer/MODEL@NAME/` of the run; `cratelm.steer.store` documents its files
+and reads them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,18 +57,19 @@ from cratelm.steer.store import (
 )
 
 NEURONS_A_TIME = 16
-"""neurons whose requests go to the judge together"""
+"""number of neurons whose requests are sent to the judge together"""
 RELIABLE = 0.75
-"""below this on pairs whose answer is known, a judge's answers are not to be relied on"""
+"""if a judge scores below this on pairs with a known answer, its other answers are unreliable"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterveneResult(InterventionSummary):
-    """What `cratelm intervene` measured, and where it is."""
+    """Result of `cratelm intervene`."""
 
     path: Path
+    """folder of `interventions.parquet`, `continuations.parquet` and `summary.json`"""
     calls: str = ""
-    """what this command asked the judge; empty where the stage had been finished before"""
+    """number and cost of this command's calls to the judge, in words; empty if the stage was finished before"""
 
     def __str__(self) -> str:
         mass = "" if self.mass is None else f" ({self.mass:.0%} of its probability on the answers)"
@@ -78,7 +79,7 @@ class InterveneResult(InterventionSummary):
         lines = [
             f"{self.model}, explained by {self.explainer}, judged by {self.judge}{mass}:"
             f" {self.n_neurons} neurons, KL {_show(self.kl, '.3f')} nats per token: {self.path}",
-            f"  the judge on made-up pairs whose right answer is known: {known}",
+            f"  the judge's score on made-up pairs with a known answer: {known}",
             "probability that the judge names the steered text (chance 0.5):",
         ]
         for control in self.controls:
@@ -99,14 +100,14 @@ def _show(mean: Interval | None, form: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class JudgeRequest:
-    """One row of `interventions.parquet` before its judgement: `task` says how to get that, or is its score."""
+    """One row of `interventions.parquet` before it is judged; `task` yields its score, or is the score."""
 
     row: Intervention
     task: Task | Score
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """What the judge is asked for the row."""
+        """The requests to the judge for this row."""
         return self.task.requests if isinstance(self.task, Task) else ()
 
     def judged(self, score: Score) -> Intervention:
@@ -121,16 +122,16 @@ class JudgeRequest:
 
 
 NeuronRequests = tuple[list[JudgeRequest], list[ContinuationTexts]]
-"""the rows of one neuron, and its continuations"""
+"""the rows of one neuron, and its prompts with continuations"""
 
 
 def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResult:
-    """Steer neurons of a model, have a language model judge the texts, and write `steer/MODEL@NAME/`.
+    """Steer neurons of a model, have a language model judge the texts, and return the summary.
 
-    With `--dry-run` nothing is asked or written and the `DryRun` is returned; with `--shard` answers go to
-    the worker's ledger alone.
+    Writes `steer/MODEL@NAME/`. With `--dry-run` no judgement is requested, nothing is written and a `DryRun`
+    is returned; with `--shard` answers are written only to the worker's ledger.
 
-    Raises `InputError` where the run has no harvest or no such explanations of the model, or the
+    Raises `InputError` if the run has no harvest or no such explanations of the model, or the
     judge cannot be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
     """
     run = Run(config.run)
@@ -146,7 +147,9 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         stage = interventions_stage(run, config.model, config.name or default)
         if is_finished(config, stage, inputs):
             return _result(stage.path)
-        if not (config.dry_run or config.shard):  # nobody else asks the same while this one does
+        if not (
+            config.dry_run or config.shard
+        ):  # no other process may make the same calls meanwhile
             held.enter_context(stage.lock())
         harvested = open_harvested(run, config.model, config.device)
         _check_length(config, harvested)
@@ -178,7 +181,7 @@ def _check_length(config: InterveneConfig, harvested: HarvestContext) -> None:
     if longest is not None and whole > longest:
         raise InputError(
             f"--prompt-tokens {config.prompt_tokens} and --generate {config.generate} add up to {whole}"
-            f" tokens, the model takes at most {longest}: give fewer"
+            f" tokens, but the model takes at most {longest}: give lower numbers"
         )
 
 
@@ -190,9 +193,9 @@ def _requests(
     share: Sequence[SampledNeuron],
     supports_logprobs: bool,
 ) -> Iterator[NeuronRequests]:
-    """The rows and continuations of each neuron of `share`.
+    """Yield the rows and continuations of each neuron in `share`, the neurons of this worker.
 
-    The shuffled control draws from all of `selected`, so that a worker's share gets the same partners.
+    The shuffled control draws from all of `selected`, so that the partners do not depend on the workers.
     """
     strings = harvested.store.token_strings
     summaries = {s.neuron: s for s in read_summaries(harvested.folder, "fit")}
@@ -226,8 +229,8 @@ def _continuations(
     value: float,
     alive: Sequence[int],
 ) -> Continuations:
-    """Held-out texts continued in three ways; the other neuron is drawn from those alive in the layer."""
-    # the last number sets this stream apart from that of `draw_prompts`
+    """Return three continuations of held-out texts; the other neuron is drawn from those alive in the layer."""
+    # the last number makes this stream differ from that of `draw_prompts`
     rng = np.random.default_rng([config.seed, neuron.layer, neuron.index, 1])
     others = sorted(set(alive) - {neuron.index})
     prompts = draw_prompts(
@@ -262,7 +265,7 @@ def _judge_request(
     texts: Sequence[ContinuationTexts],
     supports_logprobs: bool,
 ) -> JudgeRequest:
-    """One control of one neuron."""
+    """Return the row of one neuron under one control, with its requests."""
     random = control == "random"
     pairs = [judging.Pair(t.plain, t.random if random else t.steered) for t in texts]
     same = sum(p.plain == p.steered for p in pairs)
@@ -312,7 +315,7 @@ def _ask(
     requests: Iterator[NeuronRequests],
     n_neurons: int,
 ) -> tuple[list[Intervention], list[ContinuationTexts], list[float]]:
-    """Rows of both files, and the fraction of probability on the two answers at each reading."""
+    """Return the rows of both files, and the fraction of probability on the two answers for each request."""
     rows: list[Intervention] = []
     continuations: list[ContinuationTexts] = []
     masses: list[float] = []
@@ -391,7 +394,7 @@ def _control(
 def _own_minus(
     config: InterveneConfig, rows: Sequence[Intervention], control: SteeringControl
 ) -> Interval | None:
-    """Own minus a control, over the neurons that have a value under both."""
+    """Return the mean of own score minus control, over the neurons that have both."""
     values: dict[NeuronKey, dict[SteeringControl, float]] = {}
     for row in rows:
         if row.value is not None:

@@ -1,12 +1,12 @@
-"""What the judge is asked: which of two continuations shows more of what an explanation says? In both orders.
+"""Questions for the judge: which of two continuations shows more of what an explanation says, in both orders.
 
-Paulo et al. 2024 (arXiv 2410.13928) score an explanation of an effect by how much more likely a model
-finds the explanation after text made under the intervention than after clean text. Not every backend here
-returns the log-probability of a whole explanation, so the judge is given the explanation and both
-continuations, and the probability of its one-token answer is read (where a server reports none, its answer
-counts). Both orders are asked, so that a preference for the first text cancels. A preference for steered or
-for plain text, whatever the explanation, does not cancel: it shows in the control with another neuron's
-explanation, and the own score is read against that.
+Paulo et al. 2024 (arXiv 2410.13928) score an explanation of an effect by how much more likely a model finds
+the explanation after text generated under the intervention than after clean text. Not every backend here
+returns the log-probability of a whole explanation, so the judge reads the explanation and both continuations,
+and the probability of its one-token answer is the score (if a server reports no probability, its answer
+counts as 0 or 1). Each pair is asked in both orders, so that position bias cancels. A preference for steered
+or for plain text, whatever the explanation, does not cancel: it appears in the control with another neuron's
+explanation, with which the own score is compared.
 
 The answer is on a line of its own, as in `cratelm.llm.prompts.scorers`. `VERSION` changes with any word.
 """
@@ -89,19 +89,22 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two continuations of one beginning."""
+    """Two continuations of one prompt."""
 
     plain: str
+    """without steering"""
     steered: str
+    """with the neuron steered"""
 
 
 def task(
     explanation: str, pairs: Sequence[Pair], *, supports_logprobs: bool, seed: int
 ) -> Task | Score:
-    """Return the requests about one neuron: each pair whose texts differ, in both orders.
+    """Return the task with the requests about one neuron: each pair whose texts differ, in both orders.
 
-    Their score is the mean probability of naming the steered text, 0..1; `n_records` counts pairs. It is
-    FAILED where any request has no answer. Where no pair differs, the score UNDEFINED is returned instead.
+    Its score is the mean probability of naming the steered text, 0..1, and FAILED if any request has no
+    answer; `n_records` counts pairs. If the texts of every pair are equal, an UNDEFINED score is returned
+    instead of a task.
     """
     different = [p for p in pairs if p.plain != p.steered]
     if not different:
@@ -121,7 +124,7 @@ def task(
 
 
 def known_task(*, supports_logprobs: bool, seed: int) -> Task:
-    """Return requests about made-up pairs whose right answer is known.
+    """Return the task with requests about made-up pairs with a known answer.
 
     A judge that cannot answer these cannot judge the others. The score is the mean over the pairs.
     """
@@ -141,7 +144,7 @@ def known_task(*, supports_logprobs: bool, seed: int) -> Task:
 
 
 def mass(outcomes: Sequence[Outcome]) -> list[float]:
-    """Return the fraction of all probability on the two answers, of each outcome that has probabilities."""
+    """Return the fraction of all probability on the two answers, for each outcome with probabilities."""
     distributions = [
         o.value for o in outcomes if isinstance(o, Answer) and isinstance(o.value, OptionLogprobs)
     ]
@@ -165,7 +168,7 @@ def _both(first: str, second: str) -> str:
 
 
 def _probability(outcome: Outcome, answer: int) -> float:
-    """Probability of the answer with index 0 or 1; from JSON it is 0 or 1."""
+    """Return the probability of the answer with index 0 or 1; 0 or 1 for answers in JSON."""
     assert isinstance(outcome, Answer)
     if isinstance(outcome.value, OptionLogprobs):
         return float(np.exp(outcome.value.log_probs[0, answer]))

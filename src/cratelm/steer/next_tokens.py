@@ -19,7 +19,7 @@ from cratelm.models.partial_forward import next_logits
 
 @dataclass(frozen=True)
 class TokenChange:
-    """How the probability that a token comes next changes."""
+    """Change of the probability that a token comes next."""
 
     token: str
     id: int
@@ -36,14 +36,14 @@ class TokenChange:
 
 @dataclass(frozen=True)
 class NextTokenChange:
-    """The next-token distribution after a text, with the edits against without."""
+    """Change of the next-token distribution after a text, with the edits versus without."""
 
     gains: tuple[TokenChange, ...]
     """tokens with the largest differences, in order; only positive ones"""
     losses: tuple[TokenChange, ...]
     """tokens with the most negative differences, in order; only negative ones"""
     total_variation: float
-    """half the sum of absolute differences, 0..1"""
+    """half of the sum of absolute differences, 0..1"""
     kl: float
     """Kullback-Leibler divergence of the edited distribution from the plain one, nats"""
 
@@ -58,7 +58,7 @@ def next_log_probabilities(model: torch.nn.Module, ids: torch.Tensor) -> torch.T
 def compare_next_tokens(
     before: torch.Tensor, after: torch.Tensor, display: list[str], top: int
 ) -> NextTokenChange:
-    """Return how the next-token distribution changes, and the `top` tokens that gain and lose most.
+    """Return the change of the next-token distribution, with the `top` tokens that rise and fall most.
 
     `before` and `after` are log-probabilities [V] without and with the edits; `display` has a string for
     each token id.
@@ -82,7 +82,7 @@ def compare_next_tokens(
 
 
 def token_string(strings: Sequence[str], token: int) -> str:
-    """Return the text of a token id, or `[id]`: a model can have more rows in its head than there are tokens."""
+    """Return the text of a token id, or `[id]` if it has none: a head can have more rows than there are tokens."""
     return strings[token] if token < len(strings) else f"[{token}]"
 
 
@@ -112,26 +112,28 @@ def continue_ids(
 ) -> torch.Tensor:
     """Return the `count` tokens [B, count] that the model generates after ids [B, n].
 
-    The same seed draws from the same random numbers, whatever the model or its edits; the global random
-    state is left as it was. `padding` is the id that `generate` may pad with; nothing is padded here.
+    The same seed uses the same random numbers, whatever the model or its edits; the global random state is
+    restored. `padding` is the id that `generate` needs for padding; nothing is padded here.
     """
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    # min_new_tokens: an end-of-text token does not end it, so that all continuations are equally long
-    how = GenerationConfig(
+    # min_new_tokens: an end-of-text token does not end a continuation, so that all are equally long
+    settings = GenerationConfig(
         max_new_tokens=count, min_new_tokens=count, pad_token_id=padding, **sampled
     )
     mask = torch.ones_like(ids)
     devices = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _plain_generation(model):
         torch.manual_seed(seed)
-        made = model.generate(ids, attention_mask=mask, generation_config=how)  # type: ignore[operator]
+        made = model.generate(ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
     return made[:, ids.shape[1] :]
 
 
 @contextlib.contextmanager
 def _plain_generation(model: Any) -> Iterator[None]:
-    """Without the model's own settings of generation, such as a repetition penalty, which `generate`
-    takes over wherever it is given none; its special tokens stay."""
+    """Suspend the model's own generation settings, such as a repetition penalty, while the context is open.
+
+    `generate` would use them for every setting that it is not given. The special tokens stay.
+    """
     before = model.generation_config
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(before, name) for name in special})

@@ -1,6 +1,6 @@
 """`cratelm steer`: edit neurons while a model reads a text, and show how its output changes.
 
-Shape legend: n tokens of the text (the first is the one that texts begin with), V vocabulary.
+Shape legend: n tokens of the text (including the token that begins every text), V vocabulary.
 """
 
 import random
@@ -30,19 +30,20 @@ from cratelm.tokens.shards import TokenStore
 
 @dataclass(frozen=True)
 class SteerResult:
-    """What the edits do to the next token, and to the continuation."""
+    """Result of `cratelm steer`: the effect of the edits on the next token and on the continuation."""
 
     model: str
     site: str
     edits: str
-    """in words"""
+    """the edits in words"""
     text: str
     n_tokens: int
-    """of the text, with the token that every text begins with"""
+    """tokens of the text, including the token that begins every text"""
     next_token: NextTokenChange
     continuation: str
-    """without the edits; empty with `--generate 0`"""
+    """continuation without the edits; empty with `--generate 0`"""
     steered_continuation: str
+    """continuation with the edits; empty with `--generate 0`"""
 
     def __str__(self) -> str:
         change = self.next_token
@@ -62,7 +63,7 @@ class SteerResult:
 
 
 def _table(heading: str, changes: tuple[TokenChange, ...]) -> list[str]:
-    """One line per token, columns aligned."""
+    """Return the lines of a table, one per token, with aligned columns."""
     if not changes:
         return [f"{heading}: none"]
     header = [heading, "  before", "   after", "difference", "ln ratio"]
@@ -75,10 +76,10 @@ def _table(heading: str, changes: tuple[TokenChange, ...]) -> list[str]:
 
 
 def steer(config: SteerConfig) -> SteerResult:
-    """Run the model on the text with the edits and without.
+    """Run the model on the text with and without the edits, and return the changes.
 
-    Raises `InputError` where the model, the text, the site or a neuron is missing, the text is
-    longer than the model takes, or no token stands at the positions.
+    Raises `InputError` if the model, the text, the site or a neuron is missing, if the text is longer than
+    the model takes, or if there is no token at the positions.
     """
     run = Run(config.run)
     subject = open_model(
@@ -117,15 +118,15 @@ def steer(config: SteerConfig) -> SteerResult:
 
 
 def _in_words(config: SteerConfig) -> str:
-    """The edits in words: `neurons 1:32 0:7 set 3 at positions all`."""
+    """Return the edits in words, such as `neurons 1:32 0:7 set 3 at positions all`."""
     operation, value = config.edits()[0].operation
-    done = "zero" if operation == "zero" else f"{operation} {value:g}"
-    many = "neuron" if len(config.neurons) == 1 else "neurons"
-    return f"{many} {' '.join(config.neurons)} {done} at positions {config.positions}"
+    action = "zero" if operation == "zero" else f"{operation} {value:g}"
+    noun = "neuron" if len(config.neurons) == 1 else "neurons"
+    return f"{noun} {' '.join(config.neurons)} {action} at positions {config.positions}"
 
 
 def _text(config: SteerConfig, run: Run) -> str:
-    """The text given, or the beginning of a held-out document."""
+    """Return the text of the options, or by default the beginning of a held-out document."""
     if config.text is not None:
         return config.text
     if config.text_file is not None:
@@ -150,20 +151,20 @@ def _check_length(ids: torch.Tensor, subject: LoadedModel, config: SteerConfig) 
     whole = ids.shape[1] + config.generate
     if subject.longest is not None and whole > subject.longest:
         raise InputError(
-            f"the text has {ids.shape[1]} tokens, which with --generate {config.generate} is more than the"
-            f" {subject.longest} that {subject.name} takes: give a shorter text, or generate fewer"
+            f"the text has {ids.shape[1]} tokens, which with --generate {config.generate} exceeds the"
+            f" {subject.longest} that {subject.name} takes: give a shorter text or a lower --generate"
         )
 
 
 def _check_positions(edit: Edit, ids: torch.Tensor, count: int) -> None:
-    """Raises `InputError` where no token of the text or the continuation stands at the positions.
+    """Raise `InputError` if no token of the text or the continuation is at the positions of the edit.
 
-    The last token generated is read by no further pass, so that no edit can be made at it.
+    The last generated token is not read by any further pass, so that it cannot be edited.
     """
     n = ids.shape[1]
     position = torch.arange(n + max(0, count - 1))[None]
     if not chosen(edit.where, position, torch.tensor([[n]])).any():
         raise InputError(
-            f"no token stands at the positions: the text has {n} tokens, numbered from 0, and"
+            f"no token is at these positions: the text has {n} tokens, numbered from 0, and"
             f" {count} are generated; give other --positions"
         )

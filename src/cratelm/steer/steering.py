@@ -1,7 +1,6 @@
-"""Edit neurons while a model runs: any supported model, in `generate` and with its cache too.
+"""Edit neurons while a model runs: any supported model, also in `generate` and with its cache.
 
-Shape legend: B rows, T tokens of a pass, S tokens that the cache holds and T, H neurons of a layer, n neurons
-of an edit.
+Shape legend: B rows, T tokens of a pass, S cached tokens plus T, H neurons of a layer, n neurons of an edit.
 """
 
 import contextlib
@@ -23,13 +22,13 @@ from cratelm.steer.edits import Edit, Operation, Positions
 def steering(
     model: PreTrainedModel, *edits: Edit, site: str | Site | None = None
 ) -> Iterator[None]:
-    """Run every pass of the model with the edits, in the order given, while the context is open.
+    """Apply the edits, in the order given, in every pass of the model while the context is open.
 
-    The edits act in `generate` as well, with the cache as without it; gradients flow through them
-    (run `backward` inside where the model checkpoints its gradients). Contexts nest. On leaving,
-    however that happens, the model is as before.
+    The edits also apply in `generate`, with or without the cache. Gradients flow through them (run
+    `backward` inside the context if the model uses gradient checkpointing). Contexts can be nested. On exit,
+    also after an exception, the model is as before.
 
-    Raises `InputError` where the site, a layer or a neuron does not exist.
+    Raises `InputError` if the site, a layer or a neuron does not exist.
     """
     edited_site = site if isinstance(site, Site) else site_of(model, site)
     by_site_layer = _by_site_layer(edits, edited_site)
@@ -40,7 +39,7 @@ def steering(
         return edited(activations, of_layer, positions) if of_layer else None
 
     with contextlib.ExitStack() as stack:
-        # following positions costs a mask and a cumulative sum per pass: only where an edit needs them
+        # tracking positions costs a mask and a cumulative sum per pass, so it is done only if an edit needs it
         if not all(edit.where.everywhere for edit in edits):
             stack.enter_context(_followed(model, positions))
         stack.enter_context(hooked(model, edited_site, on_activation))
@@ -49,20 +48,20 @@ def steering(
 
 @dataclass
 class _TokenPositions:
-    """The positions of the tokens of the pass that is running; each pass overwrites them."""
+    """Positions of the tokens of the current pass; each pass overwrites them."""
 
     position: torch.Tensor | None = None
     """[B, T] number of real tokens before each token, -1 for padding"""
     prompt: torch.Tensor | None = None
     """[B, 1] real tokens of the prompt"""
     prompt_width: int | None = None
-    """tokens of each row that `generate` was given, padding counted; None outside of `generate`"""
+    """tokens per row in the input of `generate`, including padding; None outside of `generate`"""
 
 
 def edited(
     activations: torch.Tensor, edits: Sequence[Edit], positions: _TokenPositions
 ) -> torch.Tensor:
-    """Return a copy of activations [B, T, H] with the edits made, one after the other."""
+    """Return a copy of activations [B, T, H] with the edits applied one after the other."""
     changed = activations.clone()
     for edit in edits:
         indices = torch.tensor(edit.indices, device=changed.device)
@@ -72,9 +71,9 @@ def edited(
         if not edit.where.everywhere:
             assert positions.position is not None
             assert positions.prompt is not None
-            here = chosen(edit.where, positions.position, positions.prompt).to(changed.device)
-            new = torch.where(here[..., None], new, old)
-        # not in place: autograd needs the old values where gradients flow through an edit
+            at = chosen(edit.where, positions.position, positions.prompt).to(changed.device)
+            new = torch.where(at[..., None], new, old)
+        # not in place: autograd needs the old values if gradients flow through an edit
         changed = changed.index_copy(-1, indices, new)
     return changed
 
@@ -90,7 +89,7 @@ _OPERATIONS: dict[Operation, Callable[[torch.Tensor, float], torch.Tensor]] = {
 def chosen(where: Positions, position: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
     """Return which tokens are edited, [B, T] bool.
 
-    `position` are positions [B, T], -1 for padding; `prompt` the lengths of the prompts [B, 1].
+    `position` are positions [B, T], -1 for padding; `prompt` are the lengths [B, 1] of the prompts.
     """
 
     def at(number: int) -> torch.Tensor:
@@ -105,21 +104,24 @@ def chosen(where: Positions, position: torch.Tensor, prompt: torch.Tensor) -> to
 
 
 def _by_site_layer(edits: Sequence[Edit], site: Site) -> dict[int, list[Edit]]:
-    """Edits by index into the layers of the site. Raises `InputError` for a layer or neuron that is not there."""
+    """Return the edits by index into the layers of the site.
+
+    Raises `InputError` for a layer or neuron that does not exist, and for a neuron named twice in an edit.
+    """
     numbers = site.layer_numbers
     by_site_layer: dict[int, list[Edit]] = {}
     for edit in edits:
         if edit.layer not in numbers:
             raise InputError(
-                f"layer {edit.layer}: site {site.name} has the layers"
+                f"layer {edit.layer} does not exist: site {site.name} has the layers"
                 f" {', '.join(map(str, numbers))}"
             )
         site_layer = numbers.index(edit.layer)
         wrong = [i for i in edit.indices if not 0 <= i < site.n_neurons[site_layer]]
         if wrong:
             raise InputError(
-                f"neuron {wrong[0]} of layer {edit.layer}: site {site.name} has neurons 0 to"
-                f" {site.n_neurons[site_layer] - 1} there"
+                f"neuron {wrong[0]} of layer {edit.layer} does not exist: site {site.name} has neurons 0 to"
+                f" {site.n_neurons[site_layer] - 1} in this layer"
             )
         if len(set(edit.indices)) < len(edit.indices):
             raise InputError(f"an edit of layer {edit.layer} names a neuron twice: name it once")
@@ -129,11 +131,11 @@ def _by_site_layer(edits: Sequence[Edit], site: Site) -> dict[int, list[Edit]]:
 
 @contextlib.contextmanager
 def _followed(model: PreTrainedModel, positions: _TokenPositions) -> Iterator[None]:
-    """While open, every pass of the model first writes its tokens' positions into `positions`.
+    """While the context is open, make every pass of the model first write its positions into `positions`.
 
-    A pass alone does not tell a prompt from what was generated after it, least of all without a cache, where
-    each pass reads the whole text again. So `generate` of this object is wrapped, too, and says how wide
-    its prompt is.
+    A single pass cannot distinguish the prompt from the tokens generated after it, least of all without a
+    cache, where each pass reads the whole text again. So `generate` of this object is also wrapped, and
+    records the width of its prompt.
     """
     base = model.base_model
     signature = inspect.signature(base.forward)
@@ -141,8 +143,8 @@ def _followed(model: PreTrainedModel, positions: _TokenPositions) -> Iterator[No
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _follow(signature.bind_partial(*args, **kwargs).arguments, positions)
 
-    # on the object, not the class: other models of the class stay as they are. What somebody else put on
-    # the object before is put back.
+    # on the object, not the class, so that other models of the class are unaffected; an earlier attribute of
+    # the object is restored
     generate, replaced = getattr(model, "generate", None), model.__dict__.get("generate")
     handle = base.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -159,12 +161,12 @@ def _followed(model: PreTrainedModel, positions: _TokenPositions) -> Iterator[No
 def _with_prompt_width(
     generate: Callable[..., Any], positions: _TokenPositions
 ) -> Callable[..., Any]:
-    """`generate` that writes the width of its prompt into `positions` while it runs."""
+    """Return a wrapped `generate` that writes the width of its prompt into `positions` while it runs."""
     signature = inspect.signature(generate)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
-        inputs = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        arguments = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
+        inputs = (arguments.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
         prompt = next((tensor for tensor in inputs if tensor is not None), None)
         positions.prompt_width = 1 if prompt is None else prompt.shape[1]  # none: a begin token
         try:
@@ -176,7 +178,7 @@ def _with_prompt_width(
 
 
 def _follow(arguments: Mapping[str, Any], positions: _TokenPositions) -> None:
-    """Fill `positions` from the arguments of a pass. Raises `InputError` for a mask of another form."""
+    """Fill `positions` from the arguments of a pass; raise `InputError` for a mask that is not [B, S]."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     assert tokens is not None
@@ -189,11 +191,11 @@ def _follow(arguments: Mapping[str, Any], positions: _TokenPositions) -> None:
     if not isinstance(mask, torch.Tensor) or mask.shape != (rows, width):
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise InputError(
-            f"the attention mask is {shape}, ({rows}, {width}) was expected, which tells padding from"
-            " text: give such a mask and the default cache, or steer all positions"
+            f"the attention mask is {shape}, but ({rows}, {width}) is needed to distinguish padding from"
+            " text: give such a mask and use the default cache, or steer all positions"
         )
     real = mask.bool()
-    # the n-th real token of a row, cached ones counted, has position n - 1; only this pass's T are kept
+    # the n-th real token of a row, including cached ones, has position n - 1; only the T of this pass are kept
     position = real.long().cumsum(1) - 1  # [B, S]
     positions.position = position.masked_fill(~real, -1)[:, past:]
     positions.prompt = real[:, : positions.prompt_width or width].sum(1, keepdim=True)

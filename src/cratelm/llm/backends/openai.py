@@ -1,12 +1,12 @@
 """Any OpenAI-compatible server as a backend: `openai:MODEL`, with `--base-url` for your own server.
 
-`LogprobQuery` asks `/completions` to echo the prompt with log-probabilities and locates the slots by
-character offsets (`cratelm.llm.backends.openai_responses` checks these). vLLM and llama-cpp-python answer
-that; OpenAI has the endpoint for a few older models; llama.cpp's own server refuses the echo (HTTP 500)
-and SGLang reports no offsets (-1). With `--method auto` one probe call decides, and servers that cannot
-are asked for JSON (`JsonQuery`) instead.
+A `LogprobQuery` asks `/completions` to echo the prompt with log-probabilities; the slots are located by
+character offsets (`cratelm.llm.backends.openai_responses` checks these). vLLM and llama-cpp-python support
+this, and OpenAI does for a few older models; llama.cpp's own server refuses the echo (HTTP 500) and SGLang
+reports no offsets (-1). With `--method auto` one probe call decides, and servers without support are asked
+for JSON (`JsonQuery`) instead.
 
-This module sends: concurrency, retries, deadlines, lost servers, secrets.
+This module sends requests: concurrency, retries, deadlines, lost servers, secrets.
 """
 
 import asyncio
@@ -55,20 +55,20 @@ R = TypeVar("R")
 OPENAI = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
 TOP_LOGPROBS = (20, 5)
-"""likeliest tokens asked for at each place: vLLM serves up to 20 by default, OpenAI 5"""
+"""number of most likely tokens requested at each position: vLLM allows up to 20 by default, OpenAI 5"""
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE = 0.5
-"""seconds before the first retry; each further pause is twice as long, plus a random part"""
+"""seconds before the first retry; each further pause is twice as long, plus a random amount"""
 LONGEST_PAUSE = 8.0
 """seconds"""
 LONGEST_RETRY_AFTER = 60.0
-"""seconds: a server that asks for more is asked again after the usual pause, since waiting would use up
-the deadline"""
+"""seconds: if a server asks for a longer wait, the usual pause is used, since waiting would use up the
+deadline"""
 PROBE_ATTEMPTS = 5
-"""times that a call before the first request is made, in addition to the retries of each"""
+"""attempts at a probe call for token counts, in addition to the retries of each"""
 BYTES_PER_TOKEN = 3.5
 LOST = 8
-"""calls in a row without a connection, after all retries, after which a server counts as lost"""
+"""consecutive calls without a connection, each after all retries, after which a server counts as lost"""
 _REASON_CHARACTERS = 200
 _TRANSIENT = (FailureKind.CONNECTION, FailureKind.DEADLINE)
 """failures that say nothing about what a server supports"""
@@ -80,16 +80,16 @@ _PROBE = LogprobQuery(
     slots=(38, 46, 54),
     options=tuple("0123456789"),
 )
-"""Any model predicts the last three digits of this count, so they are among the likeliest tokens if the
-offsets are right even after non-ASCII text"""
+"""Any model can predict the last three digits of this sequence, so they are among the most likely tokens
+if the offsets are correct even after non-ASCII text"""
 
 
 class ServerBackend:
     """A model behind an OpenAI-compatible server. Connects at the first call.
 
     The key is read from the environment variable `OPENAI_API_KEY` and sent to the server only.
-    Transient errors (408, 409, 429, 5xx, lost connections) are retried with growing pauses, or those
-    that a server's Retry-After asks for, all within the deadline of the call.
+    Transient errors (408, 409, 429, 5xx, lost connections) are retried after growing pauses, or after
+    those that the server's Retry-After header requests, all within the deadline of the call.
     """
 
     def __init__(
@@ -104,20 +104,20 @@ class ServerBackend:
     ):
         """Check the arguments; nothing is sent.
 
-        `base_url` None: OpenAI's own. `concurrency`: calls in flight at a time. `deadline`: seconds
-        that one call may take, all retries together.
+        `base_url` None: OpenAI's API. `concurrency`: calls in flight at a time. `deadline`: seconds
+        that one call may take, including all retries.
 
-        Raises `InputError` where `openai` is not installed, no key is set for OpenAI, or an argument
+        Raises `InputError` if `openai` is not installed, no key is set for OpenAI, or an argument
         is out of range.
         """
         _require_openai()
         if not model.strip() or concurrency < 1 or retries < 0 or not deadline > 0:
             raise InputError(
                 f"model {model!r}, concurrency {concurrency}, retries {retries}, deadline {deadline}:"
-                " expected a model's name, at least 1, at least 0 and more than 0 seconds"
+                " these must be a model's name, at least 1, at least 0, and more than 0 seconds"
             )
         if method not in ("auto", "logprobs", "json"):
-            raise InputError(f"method {method}: auto, logprobs or json was expected")
+            raise InputError(f"method {method}: it must be auto, logprobs or json")
         self._model, self._url, self._server = (
             model,
             base_url or OPENAI,
@@ -128,9 +128,9 @@ class ServerBackend:
         self._method: Method = method
         self.name = re.sub(r"[^A-Za-z0-9._-]", "-", _last_part(model)).strip(".-") or "model"
         self.reason = ""
-        """why `supports_logprobs` is False though `auto` was asked for; empty otherwise"""
+        """why `supports_logprobs` is False with the method `auto`; empty otherwise"""
         self._has_answered = False  # the server has answered a request
-        self._n_unconnected = 0  # calls in a row without a connection
+        self._n_unconnected = 0  # consecutive calls without a connection
         self._is_lost = False  # too many of them: the remaining requests are not sent
         self._logprobs: bool | None = None  # not decided yet
         self._top = TOP_LOGPROBS[0]
@@ -138,7 +138,7 @@ class ServerBackend:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return the model's name and the method: not the address, where a server may move."""
+        """Return the model's name and the method, but not the address, since a server may move."""
         return {
             "backend": "openai",
             "model": self._model,
@@ -157,9 +157,9 @@ class ServerBackend:
 
     @property
     def supports_logprobs(self) -> bool:
-        """Return whether the server answers `LogprobQuery`: with `auto` one probe call decides, see `reason`.
+        """Return whether the server answers `LogprobQuery`; with `auto` one probe call decides, see `reason`.
 
-        Raises `InputError` where the probe decides nothing: no connection, no answer in time.
+        Raises `InputError` if the probe is inconclusive: no connection, or no answer in time.
         """
         if self._logprobs is None:
             self._logprobs = self._probed()
@@ -175,7 +175,7 @@ class ServerBackend:
             return True
         if outcome.kind in _TRANSIENT:
             raise InputError(
-                f"{self._server} gave no answer to a probe call ({outcome.kind}: {outcome.reason}):"
+                f"{self._server} did not answer a probe call ({outcome.kind}: {outcome.reason}):"
                 " type the command again, with a longer --deadline or with --method json"
             )
         self.reason = f"{outcome.kind}: {outcome.reason}"
@@ -186,27 +186,27 @@ class ServerBackend:
         return outcome
 
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
-        """Yield outcomes one by one as they come. Closed early, it cancels the calls in flight.
+        """Yield outcomes one by one as they arrive; closing the generator early cancels the calls in flight.
 
-        Raises `InputError` where, before anything was answered, the key or the model is refused or
-        the server cannot be reached. If a server is lost later, the remaining calls fail.
+        Raises `InputError` if, before the first answer, the key or the model is refused or the server
+        cannot be reached. If the server is lost later, the remaining calls fail.
         """
         if self._is_lost:
-            self._has_answered = False  # the server may have been replaced: begin anew
+            self._has_answered = False  # the server may have been replaced: start over
         self._is_lost, self._n_unconnected = False, 0
         with contextlib.closing(self._run_all(requests, self._outcome)) as outcomes:
             for index, outcome in outcomes:
                 yield [(index, outcome)]
 
     def count_tokens(self, text: str) -> int:
-        """Return an estimate: the tokenizer is with the server."""
+        """Return an estimate from the number of bytes, since only the server has the tokenizer."""
         return math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
-        """Return the tokens of each option after `slot_before`; empty where the server does not report them.
+        """Return the number of tokens of each option after `slot_before`; empty if it is not reported.
 
-        One echoed call per option, `PROBE_ATTEMPTS` at most. An option that is merged with its
-        surroundings counts one token more: it is not a single token there.
+        Makes one echoed call per option, and up to `PROBE_ATTEMPTS` if it fails. An option that is
+        merged with its surroundings counts as one more token, since it is not a single token there.
         """
         if not self.supports_logprobs:
             return []
@@ -214,16 +214,16 @@ class ServerBackend:
         counts: dict[str, int] = {}
         ask_begins = partial(self._outcome, value=token_begins)
         for _ in range(PROBE_ATTEMPTS):
-            left = [option for option in options if option not in counts]
-            echoes = [LogprobQuery("", slot_before, option + "\n", (), ()) for option in left]
+            uncounted = [option for option in options if option not in counts]
+            echoes = [LogprobQuery("", slot_before, option + "\n", (), ()) for option in uncounted]
             with contextlib.closing(self._run_all(echoes, ask_begins)) as outcomes:
                 for index, outcome in outcomes:
                     if isinstance(outcome, Failure):
                         self.reason = f"{outcome.kind}: {outcome.reason}"
                     else:
                         begins: Any = outcome.value
-                        end = start + len(left[index])
-                        counts[left[index]] = tokens_between(begins, start, end)
+                        end = start + len(uncounted[index])
+                        counts[uncounted[index]] = tokens_between(begins, start, end)
             if len(counts) == len(set(options)):
                 self.reason = ""
                 return [counts[option] for option in options]
@@ -236,8 +236,9 @@ class ServerBackend:
     ) -> Generator[tuple[int, R]]:
         """Yield the index and `do(client, item)` of all items as they finish, `concurrency` at a time.
 
-        The event loop runs in its own thread: calls continue while the caller handles outcomes, and
-        a caller may have a running loop already (notebooks). What `do` raises is raised here.
+        The event loop runs in a thread of its own, so that calls continue while the caller handles
+        outcomes, and the caller may already have a running loop (notebooks). Exceptions of `do` are
+        raised here.
         """
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -295,11 +296,11 @@ class ServerBackend:
         request: Request,
         value: Callable[[Request, Body, int], Value] | None = None,
     ) -> Outcome:
-        """Return the outcome of one request; `value` reads it from the response's body."""
+        """Return the outcome of one request; `value` extracts it from the response's body."""
         from openai import OpenAIError
 
         if self._is_lost:
-            return Failure(FailureKind.CONNECTION, "not sent: the server was lost in calls before")
+            return Failure(FailureKind.CONNECTION, "not sent: earlier calls lost the server")
         started = time.perf_counter()
         used: tuple[int | None, int | None] = (None, None)
         broken: OpenAIError | None = None
@@ -323,21 +324,21 @@ class ServerBackend:
                 self._estimate(request, n_characters) if used[1] is None else used[1],
                 time.perf_counter() - started,
             )
-        # Outside the handler: the library's error can hold the key, and must not become the context of
-        # an error that is raised here.
+        # Outside the handler, because the library's error can contain the key and must not become the
+        # context of an error that is raised here.
         if broken is not None:
             kind, reason = self._classify(broken, request)
         seconds = time.perf_counter() - started
         return Failure(kind, self._one_line(reason), used[0] or 0, used[1] or 0, seconds)
 
     def _estimate(self, request: Request, characters: int) -> int:
-        """Return the completion tokens where the server does not report them."""
+        """Return an estimate of the completion tokens, for servers that do not report them."""
         if isinstance(request, Chat):
             return min(request.max_tokens, math.ceil(characters / BYTES_PER_TOKEN))
         return completion_tokens(request)
 
     async def _body(self, client: Any, request: Request) -> tuple[Body, int]:
-        """Return the response's body; for a `LogprobQuery` also how many tokens it reports at each place."""
+        """Return the response's body, and how many tokens it reports per position (0 for other requests)."""
         if isinstance(request, LogprobQuery):
             return await self._echo(client, request.text)
         if isinstance(request, JsonQuery):
@@ -355,7 +356,7 @@ class ServerBackend:
         ), 0
 
     async def _send(self, create: Any, **options: Any) -> Body:
-        """Make one call, again after transient errors; the deadline of the caller covers the pauses."""
+        """Make one call, repeated after transient errors; the caller's deadline includes the pauses."""
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
         retrying = AsyncRetrying(
@@ -368,7 +369,7 @@ class ServerBackend:
         return parse_body(response.content)
 
     async def _json_values(self, client: Any, request: JsonQuery) -> Body:
-        """Ask with a schema, or without where the server refuses one."""
+        """Request JSON with a schema, or without one if the server refuses it."""
         from openai import BadRequestError, UnprocessableEntityError
 
         options = {
@@ -388,11 +389,11 @@ class ServerBackend:
         return body
 
     async def _echo(self, client: Any, text: str) -> tuple[Body, int]:
-        """Return the prompt's log-probabilities, of as many tokens per place as the server allows."""
+        """Return the prompt's log-probabilities, for as many tokens per position as the server allows."""
         from openai import BadRequestError, UnprocessableEntityError
 
-        wanted = [n for n in TOP_LOGPROBS if n <= self._top]
-        for n_top in wanted:
+        allowed = [n for n in TOP_LOGPROBS if n <= self._top]
+        for n_top in allowed:
             try:
                 body = await self._send(
                     client.completions.with_raw_response.create,
@@ -403,7 +404,7 @@ class ServerBackend:
                     temperature=0.0,
                 )
             except (BadRequestError, UnprocessableEntityError):
-                if n_top == wanted[-1]:
+                if n_top == allowed[-1]:
                     raise
                 continue
             self._top = n_top
@@ -413,13 +414,13 @@ class ServerBackend:
     # errors
 
     def _classify(self, error: Exception, request: Request) -> tuple[FailureKind, str]:
-        """Return kind and reason of a failed call; raise `InputError` where no call can succeed."""
+        """Return kind and reason of a failed call; raise `InputError` if no call can succeed."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         if isinstance(error, APIStatusError):
             self._n_unconnected = 0
             reason = f"HTTP {error.status_code}: {error.message}"
-            # a server may lack the one endpoint that a probe asks for, and serve the others
+            # a server may lack the endpoint that a probe uses but support the others
             is_probe = isinstance(request, LogprobQuery) and self._method == "auto"
             self._raise_if_hopeless(error.status_code, reason, is_probe)
             return FailureKind.STATUS, reason
@@ -434,21 +435,21 @@ class ServerBackend:
             self._is_lost or cause in ("ConnectError", "ConnectTimeout")
         ):
             raise InputError(
-                f"{self._server} cannot be reached: check that the server runs, and --base-url"
+                f"{self._server} cannot be reached: check that the server is running, and check --base-url"
             )
-        return FailureKind.CONNECTION, f"no connection, or it broke ({cause})"
+        return FailureKind.CONNECTION, f"no connection, or a broken one ({cause})"
 
     def _raise_if_hopeless(self, status: int, reason: str, is_probe: bool) -> None:
-        """Raise `InputError` where a refusal before the first answer means that all will be refused."""
+        """Raise `InputError` if a refusal before the first answer means that all will be refused."""
         if self._has_answered:
             return
         if status == 401 or (status == 403 and not is_probe):
-            check = f"check {KEY}" if self._key else f"set {KEY}, which is not set"
+            check = f"check {KEY}" if self._key else f"set {KEY} to your key"
             raise InputError(self._one_line(f"{self._server} refused the key: {check} ({reason})"))
         if status == 404 and not is_probe:
             raise InputError(
                 self._one_line(
-                    f"{self._server} has no model {self._model}: check openai:MODEL, and --base-url,"
+                    f"{self._server} has no model {self._model}: check openai:MODEL and --base-url,"
                     f" which often ends in /v1 ({reason})"
                 )
             )
@@ -462,7 +463,7 @@ class ServerBackend:
 
 
 def _run_loop(runner: asyncio.Runner, work: Any, put: Callable[[Any], None]) -> None:
-    """Run the loop to its end and pass on what it raises; nobody may be waiting any more."""
+    """Run the loop to its end and pass its exception to `put`, even if nobody is waiting any more."""
     try:
         with runner:
             runner.run(work)
@@ -479,7 +480,7 @@ def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Return True where the same call may succeed later; a server may decide by `x-should-retry`."""
+    """Return True if the same call may succeed later; the header `x-should-retry` takes precedence."""
     from openai import APIConnectionError, APIStatusError
 
     if isinstance(error, APIStatusError):
@@ -491,7 +492,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _pause(state: Any) -> float:
-    """Return the seconds before the next attempt: what the server asks for, or growing and random."""
+    """Return the seconds before the next attempt: as the server requests, else growing, with jitter."""
     from tenacity import wait_exponential_jitter
 
     seconds = _retry_after(state.outcome.exception())
@@ -501,7 +502,7 @@ def _pause(state: Any) -> float:
 
 
 def _retry_after(error: BaseException | None) -> float | None:
-    """Return the seconds that a response asks to wait, given as a number or as an HTTP date; else None."""
+    """Return the seconds to wait from a Retry-After header, a number or an HTTP date; None if unusable."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     text = headers.get("retry-after", "")
     try:
@@ -514,7 +515,7 @@ def _retry_after(error: BaseException | None) -> float | None:
     return seconds if 0 < seconds <= LONGEST_RETRY_AFTER else None
 
 
-# what is sent
+# request bodies
 
 
 def _messages(request: Chat | JsonQuery) -> list[dict[str, str]]:
@@ -552,28 +553,34 @@ def _require_openai() -> None:
 
 
 def _key(*, needed: bool) -> str:
-    """Return the key; empty where none is set and none is needed."""
+    """Return the API key; empty if none is set and none is needed.
+
+    Raises `InputError` if a needed key is not set, or if it contains characters that no key has.
+    """
     key = os.environ.get(KEY, "").strip()
     if not key and needed:
         raise InputError(
-            f"{KEY} is not set: set it to your key, or give --base-url for a server of your own"
+            f"{KEY} is not set: set it to your key, or give --base-url for your own server"
         )
     if not re.fullmatch(r"[!-~]*", key):
-        raise InputError(f"{KEY} holds characters that no key has: set it to your key only")
+        raise InputError(f"{KEY} contains characters that no key has: set it to your key only")
     return key
 
 
 def _address(url: str) -> str:
-    """Return host and path of a server's address, without anything secret."""
-    expected = "an address such as http://HOST:PORT/v1 was expected"
+    """Return host and path of a server's address, without anything secret.
+
+    Raises `InputError` if `url` is not an HTTP address, or contains a password or a query.
+    """
+    expected = "it must be an address such as http://HOST:PORT/v1"
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
-        raise InputError(f"--base-url is no address: {expected}") from None
+        raise InputError(f"--base-url is not an address: {expected}") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise InputError(
-            f"--base-url holds a password or a query: {expected}; a key goes into {KEY}"
+            f"--base-url contains a password or a query: {expected}; a key goes into {KEY}"
         )
     if parts.scheme not in ("http", "https") or not host:
         raise InputError(f"--base-url {url}: {expected}")

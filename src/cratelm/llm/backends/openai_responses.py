@@ -1,16 +1,16 @@
 """Read the responses of OpenAI-compatible servers: texts, integers, vectors, log-probabilities.
 
-Servers and proxies return anything: every field is checked before it is used, and what is not the
-answer that was asked for raises `UnusableAnswer`, which becomes a `Failure` and never a number.
+Servers and proxies can return anything, so every field is checked before it is used. Anything other than
+the requested answer raises `UnusableAnswer`, which becomes a `Failure` and never a number.
 
-Log-probabilities of a prompt come as tokens with character offsets. Offsets are checked, not trusted:
-- vLLM adds up the lengths of decoded tokens. Where the bytes of one character are cut over several
+Log-probabilities of a prompt arrive as tokens with character offsets. Offsets are checked, not trusted:
+- vLLM adds up the lengths of decoded tokens. If the bytes of one character are split over several
   tokens, all but one of them decode to nothing, and later offsets drift;
-- vLLM counts a begin token such as `<s>` as text: all offsets are shifted by its length;
+- vLLM counts a begin token such as `<s>` as text, so that all offsets are shifted by its length;
 - SGLang reports -1 for every offset.
-A drift of one character would read the level of a neighbouring token, a wrong number that looks like
-a right one. So the tokens must end where the text ends, and at each slot the token's own string must be
-the text that stands there; a slot that fails either check makes the request `UNREADABLE`.
+A drift of one character would read the level of a neighbouring token: a wrong number that looks right.
+So the tokens must end where the text ends, and at each slot the token's own string must match the text;
+if either check fails, the request is `UNREADABLE`.
 
 Shapes: n slots of a request, O options, P tokens of a prompt, E width of an embedding.
 """
@@ -36,11 +36,11 @@ from cratelm.llm.requests import (
 
 Body = dict[str, Any]
 _MINUS_INFINITY = -9999.0
-"""written by vLLM for minus infinity"""
+"""the value that vLLM reports for minus infinity"""
 
 
 class UnusableAnswer(Exception):
-    """An answer came, but not the one that was asked for."""
+    """Raised for an answer that is not in the requested form."""
 
     def __init__(self, kind: FailureKind, reason: str):
         super().__init__(reason)
@@ -50,7 +50,8 @@ class UnusableAnswer(Exception):
 def read_value(request: Request, body: Body, n_top: int) -> Value:
     """Return the value of `request` in the response `body`.
 
-    `n_top`: tokens reported at each place, for a `LogprobQuery`. Raises `UnusableAnswer`.
+    `n_top`: tokens reported at each position, for a `LogprobQuery`. Raises `UnusableAnswer` if the body
+    does not hold an answer in the requested form.
     """
     if isinstance(request, LogprobQuery):
         return read_logprobs(request, body, n_top)
@@ -61,13 +62,13 @@ def read_value(request: Request, body: Body, n_top: int) -> Value:
 
 
 def parse_body(content: bytes) -> Body:
-    """Return the JSON object in a response's bytes; raise `UnusableAnswer` where there is none."""
+    """Return the JSON object in a response's bytes; raise `UnusableAnswer` if there is none."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        raise _malformed(f"the server's {len(content):,} bytes are no JSON object")
+        raise _malformed(f"the server's {len(content):,} bytes are not a JSON object")
     return body
 
 
@@ -80,7 +81,7 @@ def _unreadable(reason: str) -> UnusableAnswer:
 
 
 def read_usage(body: Body) -> tuple[int | None, int | None]:
-    """Return prompt and completion tokens, None where they are not reported."""
+    """Return prompt and completion tokens, None if they are not reported."""
     usage = body.get("usage")
     counts = usage if isinstance(usage, dict) else {}
     prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
@@ -111,30 +112,30 @@ def _message_text(body: Body) -> str:
     if text is None or (isinstance(text, str) and not text.strip()):
         raise UnusableAnswer(FailureKind.EMPTY, "the answer is empty")
     if not isinstance(text, str):
-        raise _malformed("the answer is no text")
-    return text.encode(errors="replace").decode()  # halves of a cut pair of surrogates are no text
+        raise _malformed("the answer is not text")
+    return text.encode(errors="replace").decode()  # an unpaired surrogate cannot be encoded
 
 
 def _read_integers(request: JsonQuery, text: str, choice: Body) -> tuple[int, ...]:
-    """Return the [n] values asked for; a Markdown fence around them is accepted."""
+    """Return the [n] requested values; a Markdown fence around the JSON is accepted."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", text, re.DOTALL)
     try:
         answer = json.loads(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         cut = choice.get("finish_reason") == "length"
-        raise _malformed("JSON cut off at the limit of tokens" if cut else "no JSON") from None
+        raise _malformed("JSON cut off at the token limit" if cut else "no JSON") from None
     values = answer.get("values") if isinstance(answer, dict) else None
     if not isinstance(values, list):
         raise _malformed('JSON without a list of "values"')
     if len(values) != request.n:
-        raise _malformed(f"{len(values)} values, {request.n} were expected")
+        raise _malformed(f"{len(values)} values instead of {request.n}")
     wrong = [
         v
         for v in values
         if not isinstance(v, int) or isinstance(v, bool) or not request.low <= v <= request.high
     ]
     if wrong:
-        raise _malformed(f"{len(wrong)} values are no integers {request.low}..{request.high}")
+        raise _malformed(f"{len(wrong)} values are not integers {request.low}..{request.high}")
     return tuple(values)
 
 
@@ -146,7 +147,7 @@ def _read_vector(body: Body) -> np.ndarray:
     if not isinstance(numbers, list) or not numbers:
         raise _malformed("no vector")
     if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers):
-        raise _malformed("a vector of other things than numbers")
+        raise _malformed("a vector with entries that are not numbers")
     with np.errstate(over="ignore"):
         vector = np.array(numbers, dtype=np.float64).astype(np.float32)
     if not np.isfinite(vector).all():
@@ -157,25 +158,29 @@ def _read_vector(body: Body) -> np.ndarray:
 def read_logprobs(request: LogprobQuery, body: Body, n_top: int) -> OptionLogprobs:
     """Return the log-probabilities of the options at each slot.
 
-    Raises `UnusableAnswer` of kind `UNREADABLE` where no token begins at a slot, or none of the options
-    is among the `n_top` tokens reported there.
+    `n_top`: number of most likely tokens that were requested at each position. Raises `UnusableAnswer` of
+    kind `UNREADABLE` if no token begins at a slot, or none of the options is among the tokens reported there.
     """
     begins, tokens, tops = _prompt_tokens(body, request.text)
     first: dict[int, int] = {}
     for i, begin in enumerate(begins):
         first.setdefault(begin, i)
-    places = [
+    slot_tokens = [
         _checked_token(first.get(slot), tokens, request.text, slot) for slot in request.offsets
     ]
-    if None in places:
-        raise _unreadable(f"no token begins at {places.count(None)} of {len(places)} slots")
-    matched = [_match_options(tops[i], request.options, n_top) for i in places if i is not None]
+    if None in slot_tokens:
+        raise _unreadable(
+            f"no token begins at {slot_tokens.count(None)} of {len(slot_tokens)} slots"
+        )
+    matched = [
+        _match_options(tops[i], request.options, n_top) for i in slot_tokens if i is not None
+    ]
     absolute = np.array([log_probs for log_probs, _ in matched])  # [n, O]
     n_silent = int(np.isneginf(absolute).all(axis=1).sum())
     if n_silent:
         raise _unreadable(
-            f"none of the options is among the {n_top} likeliest tokens at {n_silent} of"
-            f" {len(places)} slots"
+            f"none of the options is among the {n_top} most likely tokens at {n_silent} of"
+            f" {len(slot_tokens)} slots"
         )
     total = np.logaddexp.reduce(absolute, axis=1, keepdims=True)  # [n, 1]
     return OptionLogprobs(
@@ -186,10 +191,10 @@ def read_logprobs(request: LogprobQuery, body: Body, n_top: int) -> OptionLogpro
 
 
 def _prompt_tokens(body: Body, text: str) -> tuple[list[int], list[str], list[Any]]:
-    """Return of each token of the prompt [P]: its offset in `text`, its string, its top log-probabilities.
+    """Return the offset in `text`, the string and the top log-probabilities of each token of the prompt, [P].
 
-    Raises `UNREADABLE` unless the tokens end where the text ends, with or without a begin token before
-    the text and with or without the generated token after it.
+    Raises `UnusableAnswer` (`UNREADABLE`) unless the tokens end where the text ends, with or without a begin
+    token before the text and with or without the generated token after it.
     """
     logprobs = _choice(body).get("logprobs")
     logprobs = logprobs if isinstance(logprobs, dict) else {}
@@ -203,17 +208,17 @@ def _prompt_tokens(body: Body, text: str) -> tuple[list[int], list[str], list[An
     ):
         raise _unreadable("the server reports no log-probabilities and offsets of the prompt")
     ends = [*offsets[1:], offsets[-1] + len(tokens[-1])]
-    # A begin token counts in the offsets though it is not in the text: then all offsets are too large
-    # by its length. Both readings are tried, each with and without the one generated token at the end
-    # (servers echo it, too); the last offset decides which of them is that of this text.
+    # A begin token that is not in the text may count in the offsets: then all of them are too large by its
+    # length. Both interpretations are tried, each with and without the one generated token at the end
+    # (servers echo it too); the last offset decides which one matches this text.
     special = 0 if text.startswith(_with_spaces(tokens[0])) else len(tokens[0])
     for shift in sorted({0, special}):
         for n in (len(tokens) - 1, len(tokens)):
             if n and ends[n - 1] - shift == len(text):
                 return [offset - shift for offset in offsets[:n]], tokens[:n], tops[:n]
     raise _unreadable(
-        f"the offsets of the prompt's tokens end at {ends[-1]}, and it has {len(text)} characters:"
-        " they are not those of its characters"
+        f"the offsets of the prompt's tokens end at {ends[-1]}, but the prompt has {len(text)} characters:"
+        " the offsets do not count its characters"
     )
 
 
@@ -224,8 +229,8 @@ def _as_list(x: Any) -> list[Any]:
 def _checked_token(i: int | None, tokens: list[str], text: str, slot: int) -> int | None:
     """Return `i`, the first token reported to begin at a slot, if its string is in `text` there; else None.
 
-    An empty string proves nothing: where the bytes of a character are cut over tokens, servers report
-    all but one of them as empty.
+    An empty string is no evidence: if the bytes of a character are split over several tokens, servers
+    report all but one of them as empty.
     """
     token = "" if i is None else _with_spaces(tokens[i])
     return i if token and text.startswith(token, slot) else None
@@ -236,10 +241,10 @@ def _with_spaces(token: str) -> str:
 
 
 def _match_options(top: Any, options: tuple[str, ...], n_top: int) -> tuple[list[float], list[int]]:
-    """Return [O] absolute log-probabilities (-inf where not reported) and ranks of the options.
+    """Return absolute log-probabilities [O] (-inf if not reported) and ranks [O] of the options.
 
-    Tokens are matched as they are, or without spaces around them where no option matches as it is.
-    Servers also report the token of the prompt itself, beyond the `n_top` likeliest: its rank is unknown.
+    Tokens are matched exactly, or, if no option matches exactly, without the spaces around them. Servers
+    also report the prompt's own token in addition to the `n_top` most likely ones: its rank is unknown.
     """
     reported = {
         token: float(x)
@@ -264,6 +269,6 @@ def token_begins(request: Request, body: Body, n_top: int) -> tuple[int, ...]:
 
 
 def tokens_between(begins: Sequence[int], start: int, end: int) -> int:
-    """Return the number of tokens with a part between `start` and `end`, plus 1 where they reach beyond."""
+    """Return the number of tokens that overlap `start`..`end`, plus 1 if they extend beyond it."""
     inside = sum(start <= b < end for b in begins) + (start not in begins)
     return inside if start in begins and end in begins else inside + 1

@@ -1,18 +1,18 @@
-"""A local Hugging Face causal language model as a backend: `hf:ID_OR_PATH`, GGUF files too.
+"""A local Hugging Face causal language model as a backend: `hf:ID_OR_PATH`, including GGUF files.
 
 Three things make `LogprobQuery` requests fast:
-- the tokens that all requests share (instructions and examples) go through the model once, those
+- the tokens that all requests share (instructions and examples) pass through the model once, and those
   that the requests on one explanation share once per explanation; their keys and values are reused;
 - logits are computed only at the slots, and only for the options (unless `full`);
-- slots are located by character offsets, so one pass answers all slots of a text.
+- slots are located by character offsets, so that one pass answers all slots of a text.
 
-What is shared is the common prefix of the token ids of whole texts, never of the text: a text is
-tokenised whole first, so reuse does not change how it is tokenised.
+The shared part is the common prefix of the token ids of whole texts, never of the text itself: each text
+is first tokenised as a whole, so that reuse does not change its tokenisation.
 
-Precision: bfloat16 where the machine computes in it (GPUs; CPUs with avx512_bf16 or amx_bf16), else
-float32; logits at slots always in float32.
+Precision: bfloat16 if the hardware supports it (GPUs; CPUs with avx512_bf16 or amx_bf16), else float32;
+logits at slots are always in float32.
 
-Memory beyond the weights: `BATCH_TOKENS` tokens of keys and values, shared ones counted for every row.
+Memory in addition to the weights: `BATCH_TOKENS` tokens of keys and values, shared ones counted per row.
 
 Shapes: B requests of a batch, S tokens after the shared ones, n slots of a request, O options,
 V vocabulary, d width of the model.
@@ -52,15 +52,15 @@ BATCH_TOKENS = 4096
 """tokens of keys and values held for one batch"""
 CHAT_BATCH = 8
 RANKED = 20
-"""likeliest tokens at each slot whose ranks are reported"""
+"""number of most likely tokens at each slot whose ranks are reported"""
 DECODING = "the likeliest token; at a temperature with Gumbel noise of the request's own seed"
-"""how chats are answered, for the identity: a model's own generation settings are not used"""
+"""how chats are decoded, as it enters the identity; a model's own generation settings are not used"""
 
 
 class LocalBackend:
-    """A causal language model in this process. Loaded at the first request that needs it.
+    """A causal language model in this process, loaded at the first request that needs it.
 
-    Raises `InputError` where the model is not there or cannot be read.
+    Raises `InputError` if the model does not exist or cannot be read.
     """
 
     supports_logprobs = True
@@ -68,7 +68,7 @@ class LocalBackend:
     parallel = 1
 
     def __init__(self, specification: str, *, device: str = "auto", dtype: str = "auto"):
-        """`specification` is what follows `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
+        """`specification` is the text after `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
         self._source = locate(specification)
         self.name = short_name(specification, self._source)
         self._device = torch.device(_device() if device == "auto" else device)
@@ -78,7 +78,7 @@ class LocalBackend:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return fingerprint and precision of the weights, and how chats are answered."""
+        """Return fingerprint and precision of the weights, and how chats are decoded."""
         return {
             "backend": "hf",
             "weights": self._fingerprint,
@@ -106,8 +106,8 @@ class LocalBackend:
             )
         if not tokenizer.is_fast:
             raise InputError(
-                f"{self._source} has a slow tokenizer, which gives no character offsets: a model with"
-                " a fast tokenizer (tokenizer.json) was expected"
+                f"{self._source} has a slow tokenizer, which reports no character offsets: choose a model"
+                " with a fast tokenizer (tokenizer.json)"
             )
         return tokenizer
 
@@ -140,31 +140,32 @@ class LocalBackend:
             inside = [(a, b) for a, b in offsets if a < start + len(option) and b > start]
             begins = bool(inside) and inside[0][0] == start
             ends = bool(inside) and inside[-1][1] == start + len(option)
-            # an option that is merged with its surroundings is not a single token either
+            # an option that is merged with its surroundings is not a single token
             counts.append(len(inside) if begins and ends else len(inside) + 1)
         return counts
 
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
-        """Yield outcomes: queries of one context together, chats and embeddings in batches.
+        """Yield outcomes with the index of their request, in groups.
 
-        A batch has equal settings.
+        Queries with the same context form one group, chats and embeddings form batches; all requests of a
+        group have the same settings. A `JsonQuery` fails, since local models report log-probabilities.
         """
         groups: dict[Any, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(_group(request), []).append(index)
         for indices in groups.values():
-            some: list[Any] = [requests[i] for i in indices]
-            if isinstance(some[0], LogprobQuery):
-                parts = [(indices, self._read(some))]
+            group: list[Any] = [requests[i] for i in indices]
+            if isinstance(group[0], LogprobQuery):
+                parts = [(indices, self._read(group))]
             else:
-                cuts = range(0, len(some), CHAT_BATCH)
+                cuts = range(0, len(group), CHAT_BATCH)
                 parts = (
-                    (indices[c : c + CHAT_BATCH], self._batch(some[c : c + CHAT_BATCH]))
+                    (indices[c : c + CHAT_BATCH], self._batch(group[c : c + CHAT_BATCH]))
                     for c in cuts
                 )
-            for places, outcomes in parts:
-                yield list(zip(places, outcomes, strict=True))
+            for part_indices, outcomes in parts:
+                yield list(zip(part_indices, outcomes, strict=True))
 
     def _batch(self, requests: list[Any]) -> list[Outcome]:
         if isinstance(requests[0], Chat):
@@ -181,42 +182,44 @@ class LocalBackend:
         started = time.monotonic()
         encoded = self.tokenizer([r.text for r in requests], return_offsets_mapping=True)
         ids: list[list[int]] = encoded.input_ids
-        places = [
-            _places(offsets, r.offsets)
+        slot_tokens = [
+            _slot_tokens(offsets, r.offsets)
             for offsets, r in zip(encoded.offset_mapping, requests, strict=True)
         ]
         options = self._option_ids(requests[0])
-        readable = [i for i, p in enumerate(places) if p is not None and options is not None]
-        found: dict[int, OptionLogprobs] = {}
+        readable = [i for i, p in enumerate(slot_tokens) if p is not None and options is not None]
+        logprobs: dict[int, OptionLogprobs] = {}
         if readable:
-            # A slot is predicted from the token before it, which must go through the model in this
-            # batch: the shared part ends before the earliest such token.
-            first = min(places[i][0] for i in readable) - 1  # type: ignore[index]
+            # A slot is predicted from the token before it, which must pass through the model in this
+            # batch: the shared prefix ends before the earliest such token.
+            first = min(slot_tokens[i][0] for i in readable) - 1  # type: ignore[index]
             n_shared = min(_n_common([ids[i] for i in readable]), first)
             cache = self._context_cache(ids[readable[0]][:n_shared], requests[0])
             for batch in self._batches(readable, ids, n_shared):
-                rows = [(ids[i][n_shared:], [p - n_shared for p in places[i] or ()]) for i in batch]
+                rows = [
+                    (ids[i][n_shared:], [p - n_shared for p in slot_tokens[i] or ()]) for i in batch
+                ]
                 answers = self._forward(rows, cache, n_shared, options or [], requests[0].full)
-                found |= dict(zip(batch, answers, strict=True))
+                logprobs |= dict(zip(batch, answers, strict=True))
         seconds = (time.monotonic() - started) / len(requests)
         return [
-            Answer(found[i], len(ids[i]), 0, seconds)
-            if i in found
-            else Failure(FailureKind.UNREADABLE, self._why(requests[i], places[i]))
+            Answer(logprobs[i], len(ids[i]), 0, seconds)
+            if i in logprobs
+            else Failure(FailureKind.UNREADABLE, self._why(requests[i], slot_tokens[i]))
             for i in range(len(requests))
         ]
 
-    def _why(self, request: LogprobQuery, places: list[int] | None) -> str:
-        if places is None:
+    def _why(self, request: LogprobQuery, slot_tokens: list[int] | None) -> str:
+        if slot_tokens is None:
             return "no token begins at one of the slots"
         return f"one of the options {', '.join(map(repr, request.options))} is not a single token"
 
     def _option_ids(self, request: LogprobQuery) -> list[int] | None:
-        """Return the token of each option at the first slot, [O]; None where one is not a single token."""
+        """Return the token id of each option at the first slot, [O]; None if one is not a single token."""
         before = request.text[: request.offsets[0]] if request.slots else ""
-        # Tokenisation of an option depends on the text near it, so the last two lines stand for the whole
-        # prompt. Not the last line alone: it may be empty, and some tokenizers treat the beginning of a
-        # text differently (SentencePiece puts a space before it).
+        # The tokenisation of an option depends on the text near it only, so the last two lines replace the
+        # whole prompt. The last line alone is not enough: it may be empty, and some tokenizers treat the
+        # beginning of a text differently (SentencePiece puts a space before it).
         line = before.rfind("\n")
         before = before[before.rfind("\n", 0, max(line, 0)) + 1 :]
         if any(n != 1 for n in self.tokens_at_slot(request.options, before)):
@@ -224,20 +227,20 @@ class LocalBackend:
         ids = []
         for option in request.options:
             encoded = self.tokenizer(f"{before}{option}\n", return_offsets_mapping=True)
-            place = next(
+            at = next(
                 i for i, (a, b) in enumerate(encoded.offset_mapping) if a == len(before) and b > a
             )
-            ids.append(encoded.input_ids[place])
+            ids.append(encoded.input_ids[at])
         return ids
 
     def _context_cache(self, ids: list[int], request: LogprobQuery) -> Any:
-        """Return keys and values of `ids`; the preamble's are those of the last call where they are equal."""
+        """Return keys and values of `ids`; those of the preamble are reused from the last call if it is equal."""
         from transformers import DynamicCache
 
         if not ids:
             return DynamicCache()
-        known, cache = self._shared
-        n = _n_common([known, ids]) if cache is not None else 0
+        previous, cache = self._shared
+        n = _n_common([previous, ids]) if cache is not None else 0
         n_preamble = min(len(self.tokenizer(request.preamble).input_ids) - 1, len(ids) - 1)
         if n < n_preamble:
             # without a configuration, so that every layer holds every token: a sliding window
@@ -257,11 +260,11 @@ class LocalBackend:
     def _batches(
         self, indices: list[int], ids: list[list[int]], n_shared: int
     ) -> Iterator[list[int]]:
-        """Yield requests of about one length together, `BATCH_TOKENS` at most (at least one request)."""
+        """Yield batches of requests of similar length, at most `BATCH_TOKENS` tokens or a single request."""
         batch: list[int] = []
         for i in sorted(indices, key=lambda i: -len(ids[i])):
             longest = len(ids[batch[0]]) if batch else 0
-            # sorted from long to short: begin a new batch at a fifth of padding, or at too many tokens
+            # sorted from long to short: begin a new batch if a fifth would be padding, or at the limit
             short = len(ids[i]) - n_shared < 0.8 * (longest - n_shared)
             if batch and (short or (len(batch) + 1) * longest > BATCH_TOKENS):
                 yield batch
@@ -278,7 +281,7 @@ class LocalBackend:
         options: list[int],
         full: bool,
     ) -> list[OptionLogprobs]:
-        """Return the log-probabilities of rows (token ids after the shared ones, tokens that the slots are)."""
+        """Return the log-probabilities of `rows`: (token ids after the shared ones, indices of the slots in them)."""
         longest = max(len(ids) for ids, _ in rows)
         tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # [B, S]
         mask = torch.zeros(len(rows), n_shared + longest, dtype=torch.long)
@@ -286,9 +289,9 @@ class LocalBackend:
         for row, (ids, _) in enumerate(rows):
             tokens[row, : len(ids)] = torch.tensor(ids)
             mask[row, n_shared : n_shared + len(ids)] = 1
-        # logits at a token predict the next one: those of the token before a slot are read
-        where = [(row, p - 1) for row, (_, places) in enumerate(rows) for p in places]
-        before = torch.tensor(where, device=self._device)  # [sum n, 2]
+        # logits at a token predict the next one, so those of the token before a slot are read
+        predicting = [(row, p - 1) for row, (_, slots) in enumerate(rows) for p in slots]
+        before = torch.tensor(predicting, device=self._device)  # [sum n, 2]
         with _Head(self.model, before, None if full else options) as head:
             self.model(
                 tokens.to(self._device),
@@ -297,7 +300,7 @@ class LocalBackend:
                 past_key_values=_repeated(cache, len(rows)),
             )
         logits = head.logits[0]  # [sum n, V] or [sum n, O]
-        return _option_logprobs(logits, [len(places) for _, places in rows], options, full)
+        return _option_logprobs(logits, [len(slots) for _, slots in rows], options, full)
 
     # --- chats and embeddings --------------------------------------------------------------------
 
@@ -329,37 +332,37 @@ class LocalBackend:
         new = produced[:, ids.shape[1] :]
         seconds = (time.monotonic() - started) / len(requests)
         outcomes: list[Outcome] = []
-        for row, given in zip(rows, new, strict=True):
-            text = tokenizer.decode(given, skip_special_tokens=True).strip()
-            prompt, n = len(row), int((given != self._pad).sum())
+        for row, new_ids in zip(rows, new, strict=True):
+            text = tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+            prompt, n = len(row), int((new_ids != self._pad).sum())
             if text:
                 outcomes.append(Answer(text, prompt, n, seconds))
             else:
-                reason = "the model answered nothing"
+                reason = "the model's answer is empty"
                 outcomes.append(Failure(FailureKind.EMPTY, reason, prompt, n, seconds))
         return outcomes
 
     def _after_shared(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Return token ids and mask [B, S] of conversations, and keys and values of their common prefix.
 
-        Masked padding stands between the shared tokens and the other ones.
+        Masked padding separates the shared tokens from the other ones.
         """
         from transformers import DynamicCache
 
         n = min(_n_common(rows), min(map(len, rows)) - 1)
-        known, cache = self._shared_chat
-        if known != rows[0][:n] or cache is None:
+        previous, cache = self._shared_chat
+        if previous != rows[0][:n] or cache is None:
             cache = DynamicCache()
             self._run(rows[0][:n], cache)
             self._shared_chat = (rows[0][:n], cache)
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self._pad)
         mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):
+        for i, row in enumerate(rows):
             padding = longest - len(row)
-            ids[place, :n], mask[place, :n] = torch.tensor(row[:n]), 1
-            ids[place, n + padding :] = torch.tensor(row[n:])
-            mask[place, n + padding :] = 1
+            ids[i, :n], mask[i, :n] = torch.tensor(row[:n]), 1
+            ids[i, n + padding :] = torch.tensor(row[n:])
+            mask[i, n + padding :] = 1
         copies = _repeated(_of_first(cache, n), len(rows))
         return ids.to(self._device), mask.to(self._device), copies
 
@@ -375,7 +378,7 @@ class LocalBackend:
                 return self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True
                 )
-            except Exception:  # templates raise errors of their own: some know no system message
+            except Exception:  # templates can raise any error: some do not support system messages
                 messages = _without_system(messages)
                 return self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True
@@ -384,7 +387,7 @@ class LocalBackend:
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n\nassistant:"
 
     def _embed(self, requests: list[Embed]) -> list[Outcome]:
-        """Return the mean of the last hidden states over the tokens, as embedding of each text."""
+        """Return the embedding of each text: the mean of the last hidden states over its tokens, [E]."""
         started = time.monotonic()
         outcomes: list[Outcome] = []
         for request in requests:
@@ -403,11 +406,11 @@ class LocalBackend:
 
 
 class _GumbelNoise:
-    """Makes greedy decoding a draw from the softmax at a temperature.
+    """Logits processor that turns greedy decoding into sampling from the softmax at a temperature.
 
-    The largest of logits / temperature plus Gumbel noise is such a draw (Gumbel 1954). Each row has its
-    own generator, so that an answer does not depend on the other requests of its batch; `generate` draws
-    from one generator for all rows.
+    The argmax of logits / temperature plus Gumbel noise is such a sample (Gumbel 1954). Each row has its
+    own generator, so that an answer does not depend on the other requests in its batch; the sampling of
+    `generate` itself uses one generator for all rows.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float):
@@ -424,13 +427,13 @@ class _GumbelNoise:
 
 
 class _Head:
-    """While entered, the model's output head computes only the logits that are read.
+    """Context in which the model's output head computes only the logits that are needed, in float32.
 
-    `before` [m, 2]: (row, token) of the hidden states to read, None for none at all; `columns`: token
-    ids whose logits are wanted, None for all of them, in float32.
+    `before` [m, 2]: (row, token) of the hidden states to read, None for none; `columns`: token ids whose
+    logits are needed, None for all of them. After a pass, `logits` is [1, m, V or O].
 
-    Hooks on the head, not a call of it, because the model's own forward continues after it: scaling and
-    soft-capping of logits (Gemma 2 and others) still apply.
+    Uses hooks on the head rather than a direct call, because the model's forward continues after the head:
+    scaling and soft-capping of logits (Gemma 2 and others) still apply.
     """
 
     def __init__(self, model: Any, before: torch.Tensor | None, columns: list[int] | None):
@@ -471,7 +474,7 @@ class _Head:
 def _option_logprobs(
     logits: torch.Tensor, lengths: list[int], options: list[int], full: bool
 ) -> list[OptionLogprobs]:
-    """Return the answer to each request, from logits [sum n, V] where `full`, else [sum n, O]."""
+    """Return the answer to each request, from logits [sum n, V] if `full`, else [sum n, O]."""
     chosen = logits[:, options] if full else logits  # [sum n, O]
     log_probs = chosen.log_softmax(-1).cpu().numpy()
     mass = ranks = None
@@ -489,14 +492,14 @@ def _option_logprobs(
 def _ranks(best: NDArray, options: list[int]) -> NDArray[np.uint16]:
     """Return the rank of each option among the `best` tokens [m, RANKED] of each row, [m, O].
 
-    `NO_RANK` where it is not among them.
+    The rank is `NO_RANK` if the option is not among them.
     """
     same = best[:, :, None] == np.array(options)  # [m, RANKED, O]
     return np.where(same.any(axis=1), same.argmax(axis=1), NO_RANK).astype(np.uint16)
 
 
 def _group(request: Request) -> Any:
-    """Return what requests of one batch have in common."""
+    """Return a key that is equal for requests that may share a batch."""
     if isinstance(request, LogprobQuery):
         return (LogprobQuery, request.preamble, request.context, request.options, request.full)
     if isinstance(request, Chat):
@@ -504,22 +507,22 @@ def _group(request: Request) -> Any:
     return (type(request),)
 
 
-def _places(offsets: Sequence[tuple[int, int]], wanted: Sequence[int]) -> list[int] | None:
-    """Return the token that begins at each character offset, [n].
+def _slot_tokens(offsets: Sequence[tuple[int, int]], slots: Sequence[int]) -> list[int] | None:
+    """Return the index of the token that begins at each slot, a character offset, [n].
 
-    None where an offset has none, or it is the first token, which nothing predicts.
+    None if no token begins at one of the slots, or if it is the first token, which nothing predicts.
     """
     begins = {a: i for i, (a, b) in reversed(list(enumerate(offsets))) if b > a}
-    places = [begins.get(offset, 0) for offset in wanted]
-    return places if places and min(places) > 0 else None
+    tokens = [begins.get(slot, 0) for slot in slots]
+    return tokens if tokens and min(tokens) > 0 else None
 
 
 def _n_common(rows: list[list[int]]) -> int:
     """Return the length of the longest prefix that all rows share."""
     n = min(map(len, rows))
-    for place in range(n):
-        if any(row[place] != rows[0][place] for row in rows):
-            return place
+    for i in range(n):
+        if any(row[i] != rows[0][i] for row in rows):
+            return i
     return n
 
 
@@ -536,8 +539,8 @@ def _repeated(cache: Any, n: int) -> Any:
 def _changed(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Return a cache with `change` applied to keys and values [B, heads, T, d] of each layer.
 
-    These are views: nothing is copied. That is safe because `DynamicCache` concatenates when it grows and
-    never writes into the tensors that it has.
+    The results are views: nothing is copied. That is safe because `DynamicCache` concatenates when it grows
+    and never writes into its existing tensors.
     """
     changed = copy.copy(cache)
     changed.layers = [copy.copy(layer) for layer in cache.layers]

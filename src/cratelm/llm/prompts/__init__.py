@@ -1,1 +1,1 @@
-"""Prompts: what language models are asked, word for word."""
+"""Prompts: the exact texts that are sent to language models."""

@@ -15,14 +15,15 @@ def excerpt_text(
 ) -> str:
     """Return the tokens of an excerpt as one line, runs of `marked` tokens inside guillemets.
 
-    `strings` [V] shows each token (`TokenStore.decode_tokens`); `marked` [n] or empty for none.
+    `token_ids` [n]; `strings` [V] is the text of each token id (`TokenStore.token_strings`); `marked` [n],
+    or empty to mark none.
     """
     parts = []
     inside = False
-    for place, token in enumerate(token_ids):
-        now = bool(len(marked)) and bool(marked[place])
-        if now != inside:
-            parts.append(OPEN if now else CLOSE)
+    for i, token in enumerate(token_ids):
+        is_marked = bool(len(marked)) and bool(marked[i])
+        if is_marked != inside:
+            parts.append(OPEN if is_marked else CLOSE)
         parts.append(printable(strings[int(token)]))
-        inside = now
+        inside = is_marked
     return "".join(parts) + (CLOSE if inside else "")

@@ -1,10 +1,11 @@
 """Prompts that explain a neuron from excerpts, and that simulate it from an explanation.
 
-The words are ours; the protocol is Bills et al. (2023) as Bai & Ma (2025) use it: excerpts with
-levels 0..10 to the explainer, one `token<TAB>level` line a token to the simulator, all levels of an
-excerpt read from one pass. `VERSION` is part of every explanation and changes with any word here.
+The wording is ours; the protocol is that of Bills et al. (2023) as used by Bai & Ma (2025): the explainer
+reads excerpts with levels 0..10, the simulator reads one line `token<TAB>level` per token, and all levels
+of an excerpt are read from one pass. `VERSION` is stored with every explanation and changes with any word
+here.
 
-Levels: integers 0..top, top 10, or 9 where the model splits "10" in two (`cratelm.llm.probe`).
+Levels: integers 0..top, where top is 10, or 9 if the model splits "10" in two (`cratelm.llm.probe`).
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from cratelm.text.display import printable
 
 VERSION = "1"
 UNKNOWN = "unknown"
-"""stands where a level is asked for"""
+"""placeholder at each position whose level is requested"""
 MOST_LISTED = 10
 """tokens listed with their strength after the excerpts"""
 
@@ -78,9 +79,10 @@ def explain_request(
     temperature: float,
     seed: int,
 ) -> Chat:
-    """Return the request for an explanation, from excerpts and, where given, some without a reaction.
+    """Return the request for an explanation of the excerpts `shown`.
 
-    Levels are relative to the largest activation of all that is shown (Bills et al. 2023).
+    `contrast` are excerpts without a reaction, possibly none; `strings` [V] is the text of each token id.
+    Levels are relative to the largest activation in `shown` (Bills et al. 2023).
     """
     maximum = max((float(e.activations.max()) for e in shown if len(e)), default=0.0)
     level = [levels(e.activations, maximum) for e in shown]  # [n] each
@@ -102,7 +104,7 @@ def explain_request(
 
 
 def simulate_preamble(top: int) -> str:
-    """Return instructions and examples, the same for all neurons; levels 0..`top`."""
+    """Return instructions and examples for levels 0..`top`, the same for all neurons."""
     head = (
         f"A neuron of a language model reacts to each token with a strength from 0 to {top}; most"
         f" strengths are 0. Each part says what the neuron reacts to, then lists the tokens of a text,"
@@ -117,7 +119,7 @@ def simulate_preamble(top: int) -> str:
 
 
 def simulate_context(explanation: str) -> str:
-    """Return the line that names the explanation."""
+    """Return the line with the explanation."""
     return f"\nNeuron reacts to: {printable(explanation)}\n"
 
 
@@ -131,7 +133,7 @@ def simulate_read(
         preamble=simulate_preamble(top),
         context=simulate_context(explanation),
         body="".join(lines),
-        # the level stands before the line's last two characters: itself and the line break
+        # each line ends with `UNKNOWN` and a line break; the slot is the beginning of `UNKNOWN`
         slots=tuple(int(end) - 1 - len(UNKNOWN) for end in ends),
         options=tuple(map(str, range(top + 1))),
         full=full,
@@ -141,7 +143,7 @@ def simulate_read(
 def simulate_fill(
     explanation: str, token_ids: NDArray, strings: Sequence[str], top: int
 ) -> JsonQuery:
-    """Return the same request for servers without log-probabilities: JSON with one integer per token."""
+    """Return the request of `simulate_read` for servers without log-probabilities: one integer per token in JSON."""
     n = len(token_ids)
     system = (
         f"A neuron of a language model reacts to each token with a strength from 0 to {top}; most"
@@ -154,8 +156,8 @@ def simulate_fill(
         values = ", ".join(str(_level(value, top)) for _, value in tokens)
         messages.append(("user", _simulation_question(example, [token for token, _ in tokens])))
         messages.append(("assistant", f'{{"values": [{values}]}}'))
-    shown = [printable(strings[int(t)]) for t in token_ids]
-    messages.append(("user", _simulation_question(explanation, shown)))
+    texts = [printable(strings[int(t)]) for t in token_ids]
+    messages.append(("user", _simulation_question(explanation, texts)))
     return JsonQuery(tuple(messages), n, 0, top)
 
 
@@ -172,7 +174,7 @@ def _level(value: float, top: int) -> int:
 
 
 def _marked(level: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return True for the tokens of an excerpt that are marked, [n]: half its highest level or more."""
+    """Return which tokens of an excerpt are marked, [n]: those at half of its highest level or above."""
     return (level > 0) & (2 * level >= level.max(initial=0))
 
 

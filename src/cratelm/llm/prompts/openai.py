@@ -1,10 +1,11 @@
-"""OpenAI's published few-shot prompts (Bills et al. 2023), from their own package, word for word.
+"""OpenAI's published few-shot prompts (Bills et al. 2023), built verbatim by OpenAI's own package.
 
 The package `automated-interpretability` needs NumPy below 2: install cratelm with the extra
-`openai-prompts` in a separate environment. Its functions make the prompts; it sends and scores nothing.
+`openai-prompts` in a separate environment. Only its prompt builders are used; it neither sends requests nor
+computes scores.
 
-Control characters in tokens are written as escapes, as in our own prompts: a raw tab in a token could
-not be told from the tab that separates it from its level.
+Control characters in tokens are written as escapes, as in our own prompts: a raw tab in a token would be
+indistinguishable from the tab between a token and its level.
 """
 
 # pyright: reportMissingImports=false
@@ -33,7 +34,10 @@ def openai_explain_request(
     temperature: float,
     seed: int,
 ) -> Chat:
-    """Return the request for an explanation, in the words of OpenAI's token-and-activation explainer."""
+    """Return the request for an explanation in the wording of OpenAI's token-and-activation explainer.
+
+    `strings` [V] is the text of each token id.
+    """
     from neuron_explainer.activations.activation_records import calculate_max_activation
     from neuron_explainer.activations.activations import ActivationRecord
 
@@ -53,7 +57,10 @@ def openai_explain_request(
 def openai_simulate_read(
     explanation: str, token_ids: NDArray, strings: Sequence[str], *, full: bool = False
 ) -> LogprobQuery:
-    """Return the request for the level 0..10 of each token of one excerpt, in the words of OpenAI's simulator."""
+    """Return the request for the level 0..10 of each token of one excerpt in the wording of OpenAI's simulator.
+
+    `strings` [V] is the text of each token id; the request has one slot per token, [n].
+    """
     from neuron_explainer.activations.activation_records import (
         UNKNOWN_ACTIVATION_STRING,
         format_sequences_for_simulation,
@@ -81,13 +88,13 @@ def openai_simulate_read(
 
 
 def require() -> None:
-    """Raise `InputError` where the package is not installed."""
+    """Raise `InputError` if the package `automated-interpretability` is not installed."""
     try:
         import neuron_explainer  # noqa: F401
     except ImportError:
         package, otherwise = (
             "automated-interpretability",
-            ", in an environment of its own: it needs numpy < 2",
+            ", in a separate environment, since it needs numpy < 2",
         )
         raise missing_extra("openai-prompts", "--prompts openai", package, otherwise) from None
 
@@ -97,8 +104,8 @@ def _explainer() -> Any:
     from neuron_explainer.explanations.explainer import TokenActivationPairExplainer
 
     class Explainer(TokenActivationPairExplainer):
-        """Makes prompts only. Their length is not checked here: that would download a tokenizer, and the
-        model that is asked reports it anyway."""
+        """Explainer that only builds prompts. Their length is not checked here: that would download a
+        tokenizer, and the model reports prompts that are too long anyway."""
 
         def _prompt_is_too_long(self, prompt_builder: Any, max_tokens_for_completion: int) -> bool:
             return False

@@ -1,11 +1,11 @@
 """Prompts of detection, fuzzing and intruder: for log-probabilities (plain text) and for JSON (chat).
 
-The prompts for log-probabilities are plain text to be continued, so that base models and small ones
-manage: an instruction, worked examples, then the question in the same form up to the answer. The answer
-has a line of its own. After a colon and a space no token would begin at it, since tokenizers like
-GPT-2's put a space and a digit into one token; right after a colon SmolLM2-135M-Instruct expects a
-space. On 72 easy questions it put 0.8 of all probability on the two answers after a colon, 0.9 after a
-line's end.
+The prompts for log-probabilities are plain text to be continued, so that base models and small models can
+answer them: an instruction, worked examples, then the question in the same form up to the answer. The
+answer is on a line of its own. After a colon and a space no token would begin at the answer, since
+tokenizers like GPT-2's merge a space and a digit into one token; directly after a colon
+SmolLM2-135M-Instruct expects a space. On 72 easy questions it put 0.8 of all probability on the two answers
+after a colon, and 0.9 after a line break.
 
 `VERSION` changes whenever any of the texts does.
 """
@@ -22,14 +22,14 @@ PLACES = ("1", "2", "3", "4", "5")
 
 @dataclass(frozen=True)
 class Wording:
-    """The words of a yes-or-no question about a text and a description."""
+    """The wording of a yes-or-no question about a text and a description."""
 
     preamble: str
-    """of a `LogprobQuery`: instruction and examples, ending before the description"""
+    """for a `LogprobQuery`: instruction and examples, ending before the description"""
     slot: str
-    """what stands before the answer"""
+    """the line before the answer"""
     system: str
-    """of a `JsonQuery`"""
+    """system message of a `JsonQuery`"""
 
 
 DETECTION = Wording(
@@ -147,31 +147,31 @@ You are given five numbered texts. Four have something in common, seen best in t
 
 
 def read_yes_no(wording: Wording, explanation: str, text: str) -> LogprobQuery:
-    """Return the request that judges one text by the probability of 1 against 0."""
+    """Return the request that judges one text by the probability of 1 versus 0."""
     body = f"Text: {text}\n{wording.slot}"
     context = f"Description: {one_line(explanation)}\n"
     return LogprobQuery(wording.preamble, context, body + YES_NO[0], (len(body),), YES_NO)
 
 
 def fill_yes_no(wording: Wording, explanation: str, texts: Sequence[str], seed: int) -> JsonQuery:
-    """Return the request that judges several texts by 0 or 1 each."""
+    """Return the request that judges several texts as 0 or 1 each, in JSON."""
     question = f"Description: {one_line(explanation)}\n\n{_numbered(texts)}"
     return JsonQuery(_chat(wording.system, question), len(texts), 0, 1, seed)
 
 
 def read_intruder(texts: Sequence[str]) -> LogprobQuery:
-    """Return the request for the one of five texts that does not belong, by the probability of its number."""
+    """Return the request for which of five texts does not belong, by the probability of its number."""
     body = f"{_numbered(texts)}\n{_INTRUDER_SLOT}"
     return LogprobQuery(_INTRUDER_PREAMBLE, "", body + PLACES[0], (len(body),), PLACES)
 
 
 def fill_intruder(texts: Sequence[str], seed: int) -> JsonQuery:
-    """Return the request for the one of five texts that does not belong, by its number."""
+    """Return the request for the number of the one of five texts that does not belong, in JSON."""
     return JsonQuery(_chat(_INTRUDER_SYSTEM, _numbered(texts)), 1, 1, len(PLACES), seed)
 
 
 def one_line(text: str) -> str:
-    """Return `text` with single spaces for all white space: it cannot pass for another field of a prompt."""
+    """Return `text` with each run of white space replaced by one space, so that it stays on one prompt line."""
     return " ".join(text.split())
 
 
