@@ -660,7 +660,7 @@ def test_name_is_a_slug(model, name):
     ],
 )
 def test_arguments_out_of_range_are_refused(wrong):
-    with pytest.raises(InputError, match="expected"):
+    with pytest.raises(InputError, match="must be"):
         ServerBackend(MODEL, "http://h/v1", **wrong)
 
 

@@ -434,7 +434,7 @@ def test_dense_neuron_has_no_inactive_text(metric):
     dense = np.random.default_rng(0).uniform(0.9, 1, len(TOKENS))
     score = unasked(metric, harvested(dense, "held_out"))
     assert score.status == Status.UNDEFINED
-    assert "in each of the 5 random ones" in score.reason
+    assert "in each of the 5 random excerpts" in score.reason
 
 
 def test_fuzzing_without_inactive_tokens():
