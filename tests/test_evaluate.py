@@ -449,6 +449,5 @@ def test_a_wrong_name_is_told_before_another_model_is_measured(
     monkeypatch.setattr(
         "cratelm.evaluate.evaluate._measure", lambda *_: pytest.fail("was measured")
     )
-    with pytest.raises(InputError, match="gpt2-9l is missing or not finished"
-):
+    with pytest.raises(InputError, match="gpt2-9l is missing or not finished"):
         result_of(run, models=("crate-1l", "gpt2-9l"))

@@ -36,7 +36,6 @@ class Verb:
     """what the verb does, as one line of `cratelm --help`"""
 
 
-
 VERBS: dict[str, Verb] = {
     "demo": Verb(
         "cratelm.pipelines.demo",
