@@ -422,7 +422,7 @@ def test_a_model_of_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> N
     swapped = text.replace('"<|endoftext|>"', '"<|other|>"')
     assert swapped != text
     (copy / "tokenizer.json").write_text(swapped)
-    with pytest.raises(InputError, match="another tokenizer"):
+    with pytest.raises(InputError, match="differs from the tokenizer of the run"):
         measure(run, path=str(copy))
 
 
@@ -449,5 +449,5 @@ def test_a_wrong_name_is_told_before_another_model_is_measured(
     monkeypatch.setattr(
         "cratelm.evaluate.evaluate._measure", lambda *_: pytest.fail("was measured")
     )
-    with pytest.raises(InputError, match="gpt2-9l is not there"):
+    with pytest.raises(InputError, match="gpt2-9l is missing or not finished"):
         result_of(run, models=("crate-1l", "gpt2-9l"))

@@ -349,7 +349,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, fold
     ("on", "said"),
     [
         ("wikitext", "did you mean wikitext2"),
-        ("mine=/nowhere", "/nowhere is not there"),
+        ("mine=/nowhere", "/nowhere does not exist"),
         ("held_out=/tmp", "held_out is a split of the run"),
         ("lambada:Github", "not known"),
         ("held_out", "cratelm tokenize"),

@@ -226,10 +226,10 @@ def test_a_file_is_read_and_the_page_lies_in_the_run(run: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"text": ""}, "the text has 0 tokens for crate-1l, 1 to 31 were expected"),
-        ({"text": "Q" * T}, "the text has 32 tokens for crate-1l, 1 to 31 were expected"),
+        ({"text": ""}, "the text has 0 tokens for crate-1l, which accepts 1 to 31"),
+        ({"text": "Q" * T}, "the text has 32 tokens for crate-1l, which accepts 1 to 31"),
         ({"text": "a", "document": 1}, "--text and --document cannot be combined"),
-        ({"document": 1000}, "--document is 1000, the held_out split has"),
+        ({"document": 1000}, "--document is 1000, but the held_out split has"),
         ({"text_file": Path("/nowhere.txt")}, "/nowhere.txt cannot be read"),
         ({"models": ()}, "--models is empty"),
         ({"models": ("crate-9l",)}, "cratelm train"),
