@@ -144,7 +144,7 @@ class Hostile:
     [
         ({k: v for k, v in weights().items() if k != "b_enc"}, "b_enc is missing"),
         ({k: v for k, v in weights().items() if k != "W_enc"}, "W_enc is missing"),
-        (weights(W_dec=torch.zeros(12, 40)), r"W_dec has shape \(12, 40\), \(40, 12\)"),
+        (weights(W_dec=torch.zeros(12, 40)), r"W_dec has shape \(12, 40\), but \(40, 12\)"),
         (weights(W_enc=torch.zeros(12)), r"W_enc has shape \(12,\)"),
         (weights(b_dec=torch.full((12,), torch.inf)), "b_dec .* not finite"),
         (weights(b_dec=[0.0]), "b_dec is a list"),

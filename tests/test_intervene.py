@@ -349,7 +349,7 @@ def test_mistakes(run, judge, capsys):
         (["--judge", "hf:x"], "called llm-free"),
         (["--judge", "hf:x", "--explanations", "truth", "--explainer", "no"], "--explainer no"),
         (["--judge", "hf:x", "--explanations", "truth", "--only", "0:1"], "--only 0:1"),
-        (["--judge", "hf:x", "--explanations", "truth", "--generate", "900"], "give fewer"),
+        (["--judge", "hf:x", "--explanations", "truth", "--generate", "900"], "give lower numbers"),
         (["--judge", "hf:x", "--strength", "0"], "--strength"),
         (["--judge", "hf:x", "--explanations", "promoted"], "type `cratelm effects"),
     ):

@@ -348,7 +348,7 @@ def test_a_static_cache_steers_everywhere_or_says_why_not():
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda m: steering(m, Edit(2, 0, set=1.0)), "layer 2: site ista has the layers 0, 1"),
+        (lambda m: steering(m, Edit(2, 0, set=1.0)), "layer 2 does not exist: site ista has the layers 0, 1"),
         (lambda m: steering(m, Edit(0, 128, set=1.0)), "neuron 128 .* neurons 0 to 127"),
         (lambda m: steering(m, Edit(0, -1, set=1.0)), "neuron -1"),
         (lambda m: steering(m, Edit(0, (4, 4), add=1.0)), "twice"),
@@ -478,7 +478,7 @@ def test_the_verbs_text_and_seed(run, tmp_path):
         (["--neurons", "0:1", "--zero", "--positions", "60"], "no token is at these positions"),
         (["--neurons", "0:1", "--zero", "--positions", "generated", "--generate", "0"], "no token is at these positions"),
         (["--neurons", "0:1", "--zero", "--text-file", "/nowhere"], "cannot be read"),
-        (["--neurons", "0:1", "--zero", "--text", "x " * 90], "more than the 64"),
+        (["--neurons", "0:1", "--zero", "--text", "x " * 90], "exceeds the 64"),
         (["--neurons", "0:1", "--zero", "--site", "mlp"], "no site 'mlp'"),
         (["--neurons", "0:1", "--zero", "--sae", "none"], "has no autoencoder"),
         (["--neurons", "0:1", "--zero", "--model", "nobody"], "cratelm train"),
