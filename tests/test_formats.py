@@ -874,9 +874,9 @@ def test_nothing_of_others_is_replaced(export, harvested, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"layers": (3,)}, "--layers: layer 3 is not in .* has layers 0"),
-        ({"layers": (-1,)}, "--layers -1: numbers from 0"),
-        ({"only": ("3:4",)}, "--only: layer 3 is not in .* has layers 0"),
+        ({"layers": (3,)}, "--layers: layer 3 is not in .* whose layers are 0"),
+        ({"layers": (-1,)}, "--layers -1: layers are numbered from 0"),
+        ({"only": ("3:4",)}, "--only: layer 3 is not in .* whose layers are 0"),
         ({"only": ("0:4", "0:99")}, "--only 0:99: layer 0 .* 4 to 9"),
         ({"only": ("4",)}, "--only 4: write a neuron as LAYER:INDEX"),
         ({"only": ("0:4",), "layers": (0,)}, "cannot be combined"),

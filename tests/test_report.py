@@ -421,7 +421,7 @@ def test_one_model_alone(run, tmp_path):
     missing = page.words.partition("Not in this report")[2].partition("Comparison")[0]
     for verb in ("tokenize", "train", "harvest"):
         assert f"cratelm {verb} --run" in missing
-    assert "null of crate-2l" in missing
+    assert "null control of crate-2l" in missing
     assert "no CRATE and GPT-2 of the same size" in missing
     assert {"table-twins", "table-sparsity"}.isdisjoint(page.tables)
     assert ("h2", "id", "neurons") not in page.attributes
@@ -746,7 +746,7 @@ def test_neurons_show_what_the_language_model_said(with_model, asked):
     config = ReportConfig(**SETTINGS, run=with_model)
     first = gallery.galleries(read_results(Run(with_model)), config)[0]
     titles = [title for title, _ in first.groups]
-    assert titles[2] == "4 at random of those that a language model was asked about"
+    assert titles[2] == "4 at random among those for which a language model was used"
     said = {
         (e.neuron.layer, e.neuron.index, e.payload["evidence"]): printable(e.text)
         for e in read_explanations(with_model / "explanations" / f"crate-2l@{FAKE}")

@@ -188,7 +188,7 @@ def test_the_command_serves_until_it_is_interrupted(run):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nothing/here"], "nothing/here is not there: a run directory was expected"),
+        (["nothing/here"], "nothing/here does not exist: name a run directory"),
         (["--port", "99999"], "--port is 99999"),
         (["--neurons", "-1"], "--neurons must be at least 0, not -1"),
     ],

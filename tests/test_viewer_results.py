@@ -117,7 +117,7 @@ def test_a_layer_is_filtered_and_paged(run, library):
     assert 0 < len(wanted) == len(found(text=word.upper()))
     assert found(per_page=10, page=3) == [r[0] for r in rows][20:30]
     assert found(text="no explanation says this") == []
-    with pytest.raises(NotFound, match="crate-2l has no layer 7: it has 0, 1"):
+    with pytest.raises(NotFound, match="crate-2l has no layer 7: its layers are 0, 1"):
         library.layer("run", "crate-2l", 7, LayerQuery())
 
 
@@ -172,7 +172,7 @@ def test_neighbours_in_the_layer_and_effects(library):
     assert not any(library.neuron("run", "gpt2-2l", 0, i).promoted for i in range(3))
     left_out = next(v for v in views if not v.promoted)
     pages, command = Pages(library), "cratelm effects --run"
-    assert "--neurons 0 --force` measures it" in pages.neuron(left_out)
+    assert "--neurons 0 --force` to measure them" in pages.neuron(left_out)
     assert command not in pages.neuron(next(v for v in views if v.promoted))
     never = pages.neuron(library.neuron("run", "gpt2-2l", 0, 0))
     assert command in never
@@ -191,7 +191,7 @@ def test_a_dead_neuron_and_one_without_explanation(library):
 @pytest.mark.parametrize(
     ("place", "told"),
     [
-        (("nope", "crate-2l", 0, 0), "there is no run 'nope' here: there are run"),
+        (("nope", "crate-2l", 0, 0), "there is no run 'nope': the runs are run"),
         (("run", "nope", 0, 0), "run has no harvest of nope: it has crate-2l"),
         (("run", "crate-2l", 0, 64), "no neuron 64 in layer 0: it has 0 to 63"),
         (("run", "crate-2l", 9, 0), "no such layer"),
