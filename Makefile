@@ -16,7 +16,7 @@ demo-sae: $(INSTALLED)  ## the same with sparse autoencoders on both, beside the
 	$(BIN)/cratelm demo --sae
 
 test: $(DEVELOPED)  ## all tests, offline, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: $(DEVELOPED)  ## the neuron browser in chromium, which it installs where it may
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || \

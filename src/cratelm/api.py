@@ -395,9 +395,6 @@ def explain(
     *,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
-    retry_failed: bool = False,
-    shard: str = "",
-    force: bool = False,
     base_url: str = "",
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -406,12 +403,15 @@ def explain(
     deadline: float = 120.0,
     retries: int = 4,
     offline: bool = False,
+    retry_failed: bool = False,
+    shard: str = "",
     dry_run: bool = False,
     max_calls: int = 0,
     max_tokens: int = 0,
     max_cost: float = 0.0,
     price_prompt: float = 0.0,
     price_completion: float = 0.0,
+    force: bool = False,
     quiet: bool = False,
     explainer: str = "",
     explainers: tuple[Literal["lookup", "trie"], ...] = ("lookup", "trie"),
@@ -432,10 +432,6 @@ def explain(
     Args:
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
-        retry_failed: repeat the calls that failed in an earlier command
-        shard: `I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate
-            ledger; the command without --shard then merges the ledgers and finishes the stage
-        force: redo the stage even if it is finished
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
             http://127.0.0.1:8000/v1; default: OpenAI's API. The key is read only from the
             environment variable OPENAI_API_KEY. Answers are stored under the model's name, not the
@@ -450,6 +446,9 @@ def explain(
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
             connection
         offline: make no call and load no language model: use only the answers in the ledger
+        retry_failed: repeat the calls that failed in an earlier command
+        shard: `I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate
+            ledger; the command without --shard then merges the ledgers and finishes the stage
         dry_run: make only a few probe calls, and print how many calls and tokens the command needs,
             with an estimate of cost and time
         max_calls: stop before the run's ledger holds more calls than this, including those of all
@@ -460,6 +459,7 @@ def explain(
             given then; calls to this model that were made without prices count at the current ones
         price_prompt: US dollars per million prompt tokens
         price_completion: US dollars per million completion tokens
+        force: redo the stage even if it is finished
         quiet: no progress bar
         explainer: a language model that explains: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file,
             or `smollm2`), or `openai:MODEL` at --base-url; default: the explainers below, which
@@ -491,9 +491,6 @@ def score(
     *,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
-    retry_failed: bool = False,
-    shard: str = "",
-    force: bool = False,
     base_url: str = "",
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -502,12 +499,15 @@ def score(
     deadline: float = 120.0,
     retries: int = 4,
     offline: bool = False,
+    retry_failed: bool = False,
+    shard: str = "",
     dry_run: bool = False,
     max_calls: int = 0,
     max_tokens: int = 0,
     max_cost: float = 0.0,
     price_prompt: float = 0.0,
     price_completion: float = 0.0,
+    force: bool = False,
     quiet: bool = False,
     simulator: str = "",
     explanations: str = "",
@@ -534,10 +534,6 @@ def score(
     Args:
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
-        retry_failed: repeat the calls that failed in an earlier command
-        shard: `I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate
-            ledger; the command without --shard then merges the ledgers and finishes the stage
-        force: redo the stage even if it is finished
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
             http://127.0.0.1:8000/v1; default: OpenAI's API. The key is read only from the
             environment variable OPENAI_API_KEY. Answers are stored under the model's name, not the
@@ -552,6 +548,9 @@ def score(
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
             connection
         offline: make no call and load no language model: use only the answers in the ledger
+        retry_failed: repeat the calls that failed in an earlier command
+        shard: `I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate
+            ledger; the command without --shard then merges the ledgers and finishes the stage
         dry_run: make only a few probe calls, and print how many calls and tokens the command needs,
             with an estimate of cost and time
         max_calls: stop before the run's ledger holds more calls than this, including those of all
@@ -562,6 +561,7 @@ def score(
             given then; calls to this model that were made without prices count at the current ones
         price_prompt: US dollars per million prompt tokens
         price_completion: US dollars per million completion tokens
+        force: redo the stage even if it is finished
         quiet: no progress bar
         simulator: a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a
             GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: look-up and trie
@@ -805,9 +805,6 @@ def intervene(
     *,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
-    retry_failed: bool = False,
-    shard: str = "",
-    force: bool = False,
     base_url: str = "",
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -816,12 +813,15 @@ def intervene(
     deadline: float = 120.0,
     retries: int = 4,
     offline: bool = False,
+    retry_failed: bool = False,
+    shard: str = "",
     dry_run: bool = False,
     max_calls: int = 0,
     max_tokens: int = 0,
     max_cost: float = 0.0,
     price_prompt: float = 0.0,
     price_completion: float = 0.0,
+    force: bool = False,
     quiet: bool = False,
     judge: str = "",
     explanations: str = "llm-free",
@@ -842,10 +842,6 @@ def intervene(
     Args:
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
-        retry_failed: repeat the calls that failed in an earlier command
-        shard: `I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate
-            ledger; the command without --shard then merges the ledgers and finishes the stage
-        force: redo the stage even if it is finished
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
             http://127.0.0.1:8000/v1; default: OpenAI's API. The key is read only from the
             environment variable OPENAI_API_KEY. Answers are stored under the model's name, not the
@@ -862,6 +858,9 @@ def intervene(
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
             connection
         offline: make no call and load no language model: use only the answers in the ledger
+        retry_failed: repeat the calls that failed in an earlier command
+        shard: `I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate
+            ledger; the command without --shard then merges the ledgers and finishes the stage
         dry_run: make only a few probe calls, and print how many calls and tokens the command needs,
             with an estimate of cost and time
         max_calls: stop before the run's ledger holds more calls than this, including those of all
@@ -872,6 +871,7 @@ def intervene(
             given then; calls to this model that were made without prices count at the current ones
         price_prompt: US dollars per million prompt tokens
         price_completion: US dollars per million completion tokens
+        force: redo the stage even if it is finished
         quiet: no progress bar
         judge: language model that judges: `hf:ID_OR_PATH` (or hf:smollm2), or `openai:MODEL` at
             --base-url

@@ -63,13 +63,6 @@ class LLMConfig:
     """run directory, holding the harvest of `--model`"""
     model: str = "crate-2l"
     """name of the model in the run"""
-    retry_failed: bool = option(False, in_identity=False)
-    """repeat the calls that failed in an earlier command"""
-    shard: str = option("", in_identity=False)
-    """`I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate ledger; the
-    command without --shard then merges the ledgers and finishes the stage"""
-    force: bool = option(False, in_identity=False)
-    """redo the stage even if it is finished"""
     base_url: str = option("", "language model", in_identity=False)
     """for `openai:MODEL`: address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1;
     default: OpenAI's API. The key is read only from the environment variable OPENAI_API_KEY. Answers are
@@ -89,6 +82,11 @@ class LLMConfig:
     """for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost connection"""
     offline: bool = option(False, "language model", in_identity=False)
     """make no call and load no language model: use only the answers in the ledger"""
+    retry_failed: bool = option(False, "language model", in_identity=False)
+    """repeat the calls that failed in an earlier command"""
+    shard: str = option("", "language model", in_identity=False)
+    """`I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate ledger; the
+    command without --shard then merges the ledgers and finishes the stage"""
     dry_run: bool = option(False, "limits", in_identity=False)
     """make only a few probe calls, and print how many calls and tokens the command needs, with an estimate
     of cost and time"""
@@ -105,6 +103,8 @@ class LLMConfig:
     """US dollars per million prompt tokens"""
     price_completion: float = option(0.0, "limits", in_identity=False)
     """US dollars per million completion tokens"""
+    force: bool = option(False, "output", in_identity=False)
+    """redo the stage even if it is finished"""
     quiet: bool = option(False, "output", in_identity=False)
     """no progress bar"""
 
