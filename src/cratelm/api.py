@@ -1082,8 +1082,8 @@ def import_authors(
         checkpoint: local file, or `hub:OWNER/REPO[@REVISION][/FILE]`; OWNER/REPO[/FILE] refers to
             the Hub if there is no local file of that name. Nothing in the file is executed
         out: folder to write: config.json, model.safetensors, the tokenizer, README.md
-        tokenizer: `gpt2`, which the authors' models use (fetched from the Hub, else through
-            tiktoken), the path of a tokenizer.json, or `none`
+        tokenizer: `gpt2`, which the authors' models use (through tiktoken if it is installed, else
+            from the Hub), the path of a tokenizer.json, or `none`
         force: replace the folder `--out` if an earlier import or export wrote it
     """
     return _run("import authors", locals())

@@ -24,7 +24,7 @@ class ImportAuthorsConfig:
     out: Path
     """folder to write: config.json, model.safetensors, the tokenizer, README.md"""
     tokenizer: str = "gpt2"
-    """`gpt2`, which the authors' models use (fetched from the Hub, else through tiktoken), the path of a
+    """`gpt2`, which the authors' models use (through tiktoken if it is installed, else from the Hub), the path of a
     tokenizer.json, or `none`"""
     force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier import or export wrote it"""
