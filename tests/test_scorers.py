@@ -25,7 +25,7 @@ from cratelm.llm.requests import (
     Request,
 )
 from cratelm.records import CHANCE, Control, Excerpt, NeuronRecord, Score, Status
-from cratelm.score.scorers import BY_METRIC, MOST_MARKED, Prompting, Task, scorer_task, shown
+from cratelm.score.scorers import BY_METRIC, MOST_MARKED, Prompting, Task, example_text, scorer_task
 from cratelm.score.selection import scored_on
 from cratelm.stats.auc import roc_area
 
@@ -160,7 +160,7 @@ def test_intruder_texts(control):
     kind = {"none": "top", "shuffled": "random"}[control]
     own = {e.kind: [] for e in found.excerpts}
     for e in scored_on(found, "top_and_random"):
-        own[e.kind].append(shown(e.narrowed(16, 16).token_ids, STRINGS))
+        own[e.kind].append(example_text(e.narrowed(16, 16).token_ids, STRINGS))
     for request in made.requests:
         texts = [t.replace("«", "").replace("»", "") for t in judged(request)]
         assert sum(t in own[kind] for t in texts) == (4 if kind == "top" else 5)
@@ -243,21 +243,21 @@ def test_inactive_are_below_half_of_the_weakest_peak():
     assert len(made.requests) == 5 + 1
     random = [e for e in found.excerpts if e.kind == "random" and e.rank == 0]
     texts = [judged(r)[0] for r in made.requests]
-    assert shown(random[0].token_ids, STRINGS) in texts
+    assert example_text(random[0].token_ids, STRINGS) in texts
 
 
 def test_fuzzing_marks_the_strongest_and_as_many_of_the_weak():
     found = record()
     made = task("fuzzing", found)
     for e in scored_on(found, "top_and_random")[:5]:
-        plain = shown(e.token_ids, STRINGS)
+        plain = example_text(e.token_ids, STRINGS)
         versions = [
             t
             for r in made.requests
             for t in judged(r)
             if t.replace("«", "").replace("»", "") == plain
         ]
-        right = shown(
+        right = example_text(
             e.token_ids, STRINGS, np.flatnonzero(e.activations >= e.activations.max() / 2)
         )
         assert right in versions
@@ -341,17 +341,17 @@ def test_slots_stand_on_the_answer(strings, metric, text):
 def test_shown_is_one_line_and_marks_runs(tokens):
     strings = [s for s, _ in tokens]
     marks = [i for i, (_, marked) in enumerate(tokens) if marked]
-    text = shown(range(len(tokens)), strings, marks)
+    text = example_text(range(len(tokens)), strings, marks)
     assert len(text.splitlines()) <= 1
     runs = sum(1 for i in marks if i - 1 not in marks)
     own = sum(s.count("«") for s in strings)
     assert text.count("«") == runs + own
-    assert shown(range(len(tokens)), strings) == text if not marks else True
+    assert example_text(range(len(tokens)), strings) == text if not marks else True
 
 
 def test_shown_known():
     strings = ["a", "\n", "\t", " b", "\\xf0"]
-    assert shown([0, 1, 2, 3, 4, 0], strings, [0, 3, 4]) == "«a»\\n\\t« b\\xf0»a"
+    assert example_text([0, 1, 2, 3, 4, 0], strings, [0, 3, 4]) == "«a»\\n\\t« b\\xf0»a"
 
 
 # --- leakage ---------------------------------------------------------------------------------------

@@ -87,7 +87,9 @@ class Example:
 
     def text(self, strings: Sequence[str]) -> str:
         """Return the text as it appears in prompts; `strings` [V] is the text of each token id."""
-        return shown(self.excerpt.token_ids, strings, () if self.marked is None else self.marked)
+        return example_text(
+            self.excerpt.token_ids, strings, () if self.marked is None else self.marked
+        )
 
 
 Examples = Sequence[Sequence[Example]]
@@ -322,7 +324,7 @@ BY_METRIC: dict[Metric, Scorer] = {
 }
 
 
-def shown(
+def example_text(
     token_ids: Sequence[int] | NDArray[np.integer],
     strings: Sequence[str],
     marked: Collection[int] | NDArray[np.integer] = (),

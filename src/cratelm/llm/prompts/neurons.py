@@ -71,7 +71,7 @@ SIMULATE_EXAMPLES: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = (
 
 
 def explain_request(
-    shown: Sequence[Excerpt],
+    excerpts: Sequence[Excerpt],
     contrast: Sequence[Excerpt],
     strings: Sequence[str],
     *,
@@ -79,21 +79,21 @@ def explain_request(
     temperature: float,
     seed: int,
 ) -> Chat:
-    """Return the request for an explanation of the excerpts `shown`.
+    """Return the request for an explanation of `excerpts`.
 
     `contrast` are excerpts without a reaction, possibly none; `strings` [V] is the text of each token id.
-    Levels are relative to the largest activation in `shown` (Bills et al. 2023).
+    Levels are relative to the largest activation in `excerpts` (Bills et al. 2023).
     """
-    maximum = max((float(e.activations.max()) for e in shown if len(e)), default=0.0)
-    level = [levels(e.activations, maximum) for e in shown]  # [n] each
+    maximum = max((float(e.activations.max()) for e in excerpts if len(e)), default=0.0)
+    level = [levels(e.activations, maximum) for e in excerpts]  # [n] each
     lines = [
         f"{number}. {excerpt_text(e.token_ids, strings, _marked(n))}"
-        for number, (e, n) in enumerate(zip(shown, level, strict=True), 1)
+        for number, (e, n) in enumerate(zip(excerpts, level, strict=True), 1)
     ]
     if contrast:
         lines.append("No reaction in:")
         lines += [f"- {excerpt_text(e.token_ids, strings)}" for e in contrast]
-    lines.append(f"Strongest: {_strongest(shown, level, strings)}")
+    lines.append(f"Strongest: {_strongest(excerpts, level, strings)}")
     messages: list[tuple[Role, str]] = []
     messages.append(("system", EXPLAIN_SYSTEM))
     for example, answer in _EXPLAIN_EXAMPLES:
@@ -179,11 +179,11 @@ def _marked(level: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _strongest(
-    shown: Sequence[Excerpt], level: Sequence[NDArray[np.int64]], strings: Sequence[str]
+    excerpts: Sequence[Excerpt], level: Sequence[NDArray[np.int64]], strings: Sequence[str]
 ) -> str:
     """Return the tokens with the highest levels over all excerpts, each once."""
     highest: dict[str, int] = {}
-    for excerpt, levels_ in zip(shown, level, strict=True):
+    for excerpt, levels_ in zip(excerpts, level, strict=True):
         for token_id, n in zip(excerpt.token_ids, levels_, strict=True):
             token = f"«{printable(strings[int(token_id)])}»"
             highest[token] = max(highest.get(token, 0), int(n))

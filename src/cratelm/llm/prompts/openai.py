@@ -27,7 +27,7 @@ VERSION = "openai"
 
 
 def openai_explain_request(
-    shown: Sequence[Excerpt],
+    excerpts: Sequence[Excerpt],
     strings: Sequence[str],
     *,
     max_tokens: int,
@@ -43,7 +43,7 @@ def openai_explain_request(
 
     records = [
         ActivationRecord(_tokens(e.token_ids, strings), [float(a) for a in e.activations])
-        for e in shown
+        for e in excerpts
     ]
     messages = _explainer().make_explanation_prompt(
         all_activation_records=records,
