@@ -428,7 +428,9 @@ def test_a_harvest_is_opened_as_it_was_made(run, tmp_path):
     assert open_harvested(Run(run), "mine").subject.model.dtype == torch.bfloat16
     saved = json.loads((tmp_path / "mine" / "config.json").read_text())
     (tmp_path / "mine" / "config.json").write_text(json.dumps({**saved, "bos_token_id": 1}))
-    with pytest.raises(InputError, match=r"holds another model than the one that was harvested.*--force"):
+    with pytest.raises(
+        InputError, match=r"holds another model than the one that was harvested.*--force"
+    ):
         open_harvested(Run(run), "mine")
 
 

@@ -381,7 +381,9 @@ def test_neurons_named_one_by_one_have_no_latents(run):
 
 
 def test_latents_of_latents_are_refused(compared):
-    with pytest.raises(InputError, match=r"crate-2l\+topk-2x already consists of latents: name crate-2l"):
+    with pytest.raises(
+        InputError, match=r"crate-2l\+topk-2x already consists of latents: name crate-2l"
+    ):
         sae_compare(SaeCompareConfig(run=compared, models=("crate-2l+topk-2x",), **SMALL))
 
 
