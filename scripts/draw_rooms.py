@@ -129,7 +129,7 @@ def picture() -> str:
     askers = ", ".join(r for r in PURPOSE if "llm" in uses(r))
     lines += [("u", line) for line in textwrap.wrap(f"used by {askers}", 29)]
     _box(parts, side, llm_top, SIDE, 22 + 15 * len(lines) + 8, "llm", lines)
-    ground = [("p", "records, errors, columns: what passes between rooms · runs: stages on disk · stats: intervals, tests · text: tables, visible text")]  # fmt: skip
+    ground = [("p", "records, errors: what is passed between rooms · runs: stages on disk · stats: intervals, tests · text: tables, visible text")]  # fmt: skip
     _box(parts, left, y, WIDTH - 2 * MARGIN, 45, "the ground", ground)
     y += 45 + MARGIN
     style = "".join(
