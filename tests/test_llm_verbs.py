@@ -344,7 +344,7 @@ def test_missing_explanations_say_what_there_is(run, model):
         ({"max_cost": 1.0}, "--max-cost needs prices"),
         ({"max_calls": -1}, "--max-calls must be at least 0, not -1"),
         ({"deadline": 0.0}, "--deadline 0.0"),
-        ({"only": ("5",)}, "--only 5: LAYER:INDEX"),
+        ({"only": ("5",)}, "--only 5: write a neuron as LAYER:INDEX"),
         ({"only": ("0:5",), "neurons": 2}, "--only and --neurons"),
         ({"temperature": -1.0}, "--temperature must be at least 0, not -1"),
         ({"contrast": -1}, "--contrast must be at least 0, not -1"),

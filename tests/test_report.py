@@ -835,7 +835,15 @@ def test_tokens_that_a_neuron_promotes_are_shown_with_their_spaces(run, tmp_path
     with Run(path).stage("steer", "crate-2l").write({}, {}) as draft:
         table = pa.Table.from_pylist(rows, schema=LOGIT_EFFECTS.schema)
         pq.write_table(table, draft.path / "logit_effects.parquet")
-        (draft.path / "summary.json").write_text('{"layers": [], "ablation": "zero"}')
+        summary = {
+            "model": "crate-2l",
+            "layers": [],
+            "ablation": "zero",
+            "n_tokens": 0,
+            "n_documents": 0,
+        }
+        summary["loss"] = {"value": 3.0, "error": 0.1}
+        (draft.path / "summary.json").write_text(json.dumps(summary))
     page = report(ReportConfig(run=path, force=True, **SETTINGS)).page.read_text(encoding="utf-8")
     assert "<dt>promotes</dt>" in page
     assert "⏎" in page[page.index("<dt>promotes</dt>") :][:200]

@@ -487,5 +487,5 @@ def test_page_tells_every_key(file, kind):
 
 def test_page_tells_every_column_of_the_ledger():
     """Its table is told in a sentence."""
-    sentence = FILES[FILES.index("Table `calls`") : FILES.index("Table\n`models`")]
+    sentence = FILES[FILES.index("Table `calls`") : FILES.index("Table `models`")]
     assert re.findall(r"`(\w+)`", sentence)[1:] == _COLUMNS.split(", ")

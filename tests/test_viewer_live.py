@@ -148,7 +148,7 @@ def test_a_folder_that_was_harvested_and_is_gone_is_told_at_once(copy, monkeypat
     done = copy / "activations" / "gpt2-2l" / "completed.json"
     told = json.loads(done.read_text())
     done.write_text(json.dumps(told | {"config": told["config"] | {"model": "models/mine"}}))
-    with pytest.raises(InputError, match="models/mine is not there"):
+    with pytest.raises(InputError, match="models/mine does not exist"):
         open_harvested(Run(copy), "gpt2-2l")
 
 
