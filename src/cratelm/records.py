@@ -65,6 +65,8 @@ CONTROLS_WITHOUT_SIMULATION: tuple[Control, ...] = ("none", "shuffled")
 """the controls of metrics that compute no simulation"""
 
 EvidenceKind = Literal["top", "anthropic"]
+"""excerpts that a language model explains from. A new kind also needs an entry in `evidence_for`, in
+`explain/config.py`, in `explain/llm_explainer.py` and in `report/llm_explanations.py`"""
 
 
 def evidence_for(metric: Metric) -> EvidenceKind:

@@ -30,7 +30,7 @@ from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import hooked
 from cratelm.records import Split
-from cratelm.runs import Completion, Draft, Run, hash_file, hash_json, write_json
+from cratelm.runs import Completion, Draft, Run, Stage, hash_file, hash_json, write_json
 from cratelm.runs.names import latents_name, set_name
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 
@@ -67,7 +67,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     if config.sae:
         autoencoder, inputs["sae"] = _sae_source(config, run)
     if stage.is_finished(config, inputs, force=config.force):
-        return _result(stage.path, stage.require("harvest").results)
+        return _result(stage)
     loaded = source.load(config.device, config.dtype)
     model = loaded.model
     store = TokenStore(run.path / "tokens")
@@ -75,8 +75,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
     with stage.write(config, inputs) as draft:
         _write_splits(config, store, loaded, site, stage.name, draft)
-        results = draft.results
-    return _result(stage.path, results)
+    return _result(stage)
 
 
 def harvest_name(config: HarvestConfig) -> str:
@@ -214,7 +213,6 @@ def autoencoder_identity(folder: Path) -> str:
     return hash_json({str(p.relative_to(folder)): hash_file(p) for p in sorted(files)})
 
 
-def _result(path: Path, results: dict) -> HarvestResult:
-    return HarvestResult(
-        path, results["site"], tuple(results["neurons"]), results["tokens"], results["dead"]
-    )
+def _result(stage: Stage) -> HarvestResult:
+    neurons = tuple(stage.require("harvest").results["neurons"])
+    return stage.result(HarvestResult, path=stage.path, neurons=neurons)

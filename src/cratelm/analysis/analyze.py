@@ -98,10 +98,7 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
         opened = open_harvested(run, config.model, config.device)
         with stage.write(config, inputs) as draft:
             draft.results.update(_measure(config, opened, explanations, draft.path))
-    results = stage.require("analyze").results
-    return AnalyzeResult(
-        stage.path, config.model, results["tokens"], results["documents"], results["table"]
-    )
+    return stage.result(AnalyzeResult, path=stage.path, model=config.model)
 
 
 def _explanations(run: Run, config: AnalyzeConfig, finished: bool) -> list[Explanation]:

@@ -10,6 +10,9 @@ from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import CorpusFile, Fields, row_document
 from cratelm.errors import InputError, missing_extra
 
+HUB_ERRORS = (OSError, ValueError, RuntimeError)
+"""what `datasets` raises when it reads a dataset, according to its source; `InputError` is a `ValueError`"""
+# the names of the groups are arguments of `datasets.load_dataset`
 _NAME = re.compile(r"hub:(?P<path>[^:@]+)(:(?P<name>[^@]+))?(@(?P<revision>.+))?")
 
 
@@ -46,16 +49,11 @@ class HubCorpus:
         try:
             for number, row in enumerate(self._load(), 1):
                 yield row_document(row, self.fields, file, number, "row")
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # what `datasets` raises, according to its source
+        except HUB_ERRORS as error:
             if isinstance(error, InputError):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{self.corpus} cannot be read after row {number} ({reason}): check the name and the"
+                f"{self.corpus} cannot be read after row {number} ({first_line(error)}): check the name and the"
                 " network, or name a local --corpus"
             ) from None
 
@@ -65,3 +63,8 @@ class HubCorpus:
         except ImportError:
             raise missing_extra("hub", self.corpus, "datasets") from None
         return load_dataset(**self._options, split="train", streaming=True)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from cratelm.corpus.documents import Document, ReadError
 from cratelm.corpus.formats import CorpusFile, Fields, row_document
+from cratelm.corpus.hub import HUB_ERRORS, first_line
 from cratelm.corpus.sources import HUB, open_corpus
 from cratelm.errors import InputError, missing_extra
 from cratelm.evaluate.windows import Window, cut
@@ -410,16 +411,11 @@ def _hub_documents(name: str, kind: Kind) -> Iterator[Document | ReadError]:
     try:
         for number, row in enumerate(_load(name, kind), 1):
             yield row_document(row, fields, file, number, "row")
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # what `datasets` raises, according to its source
+    except HUB_ERRORS as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{name} cannot be read from the Hub ({reason}): check the network, or name a local copy,"
+            f"{name} cannot be read from the Hub ({first_line(error)}): check the network, or name a local copy,"
             f" --on {name}=PATH"
         ) from None
 

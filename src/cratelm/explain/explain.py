@@ -126,7 +126,10 @@ def _explain_with_llm(
     if config.prompts == "openai":
         openai_prompts.require()
     harvest = run.stage("activations", config.model).path
-    inputs = {**inputs, "prompts": VERSION if config.prompts == "cratelm" else config.prompts}
+    inputs = {
+        **inputs,
+        "prompts": VERSION if config.prompts == "cratelm" else openai_prompts.VERSION,
+    }
     index, count = config.worker()
     of_worker = selected[index::count]
     with open_client(config, config.explainer) as client, ExitStack() as held:

@@ -14,12 +14,15 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.explain.selection import contrasting, explained_from
 from cratelm.explain.store import ExplanationFailure
 from cratelm.llm.client import Client
+from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts.neurons import VERSION, explain_request
 from cratelm.llm.prompts.openai import openai_explain_request
 from cratelm.llm.requests import Chat, Failure, FailureKind, Outcome
 from cratelm.records import EvidenceKind, Excerpt, Explanation, Metric, NeuronId, NeuronRecord
 
 _METRIC: dict[EvidenceKind, Metric] = {"top": "top_and_random", "anthropic": "anthropic"}
+"""a metric by which `explained_from` selects the excerpts: `top` gives the strongest ones, none at random.
+The inverse of `records.evidence_for`"""
 _OPENING = re.compile(
     r"^(the|this) neuron (reacts|responds|fires|activates|is responding|is reacting) (to|on|for)\s+",
     re.I,
@@ -98,7 +101,7 @@ class LLMExplainer:
         prompts = self._config.prompts
         payload: dict[str, object] = {
             "evidence": request.evidence,
-            "prompts": VERSION if prompts == "cratelm" else prompts,
+            "prompts": VERSION if prompts == "cratelm" else openai_prompts.VERSION,
         }
         return Explanation(request.neuron, self._name, text, payload, request.documents)
 

@@ -23,9 +23,10 @@ def harvest_of(run: Run, model: str) -> tuple[Stage, dict[str, str]]:
 def chosen_neurons(
     harvest: Path, layers: Sequence[int] = (), only: Sequence[str] = ()
 ) -> dict[int, list[NeuronSummary]]:
-    """Return the fit summaries of the neurons to write, by layer and index.
+    """Return the fit summaries of the neurons to write, by layer, in ascending order of the index.
 
-    These are all neurons of `layers`, or those named in `only` (`LAYER:INDEX`), or all neurons of the harvest.
+    These are all neurons of `layers`, or those named in `only` (`LAYER:INDEX`), or all neurons of the harvest;
+    at most one of the two is given.
     Raises `InputError` for a layer or a neuron that the harvest does not have.
     """
     harvested: dict[int, dict[int, NeuronSummary]] = {}

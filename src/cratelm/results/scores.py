@@ -5,9 +5,10 @@ Files: `scores/MODEL[@SET]/summary.json` and `calls.json`. `cratelm.score.store`
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cratelm.llm.client import Tally
 from cratelm.llm.probe import ProbeResult
@@ -15,6 +16,8 @@ from cratelm.records import Interval
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit, DuplicateEffect, DuplicatePair
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
+
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,22 @@ def _statistics(record: dict[str, Any]) -> ModelStatistics:
         LayerStatistics(**{**layer, "counts": Counts(**layer["counts"])})
         for layer in record["layers"]
     )
-    names = {f.name for f in fields(ModelStatistics)}
-    plain = {key: value for key, value in record.items() if key in names}
-    return ModelStatistics(**{**plain, "counts": Counts(**record["counts"]), "layers": layers})
+    counts = Counts(**record["counts"])
+    return _known(ModelStatistics, {**record, "counts": counts, "layers": layers})
 
 
 def _duplicate_audit(record: dict[str, Any] | None) -> DuplicateAudit | None:
     if not record:
         return None
-    pairs = tuple(DuplicatePair(**pair) for pair in record["examples"])
-    effects = tuple(DuplicateEffect(**effect) for effect in record["effects"])
-    return DuplicateAudit(**{**record, "examples": pairs, "effects": effects})
+    pairs = tuple(_known(DuplicatePair, pair) for pair in record["examples"])
+    effects = tuple(_known(DuplicateEffect, effect) for effect in record["effects"])
+    return _known(DuplicateAudit, {**record, "examples": pairs, "effects": effects})
+
+
+def _known(kind: type[_Record], values: Mapping[str, Any]) -> _Record:
+    """Return a dataclass from the values that it has fields for; a later version may write more."""
+    names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def _probe_result(record: dict[str, Any] | None) -> ProbeResult | None:

@@ -1,5 +1,8 @@
 """Sums by document for the reconstructions of autoencoders, and for the loss with activations replaced.
 
+`evaluate.py` turns these sums into figures, and reads them by the names in `figures` and `REPLACEMENTS`;
+`fidelity.py` shares `spliced` and `text_of`.
+
 There are two passes over the tokens. The first, without the head, computes each layer's mean activation and its
 autoencoder's L0; the second computes everything else, which needs these two. Only the activations of text are
 replaced: end-of-text tokens keep theirs, on which no autoencoder was trained. The loss is summed over every token

@@ -75,7 +75,10 @@ class DuplicateEffect:
 
 @dataclass(frozen=True)
 class DuplicateAudit:
-    """Near-duplicates between excerpts explained from and excerpts scored on, for one model."""
+    """Near-duplicates between excerpts explained from and excerpts scored on, for one model.
+
+    Stored in `summary.json` of the scores, and read by `results/scores.py`: a new field needs a default.
+    """
 
     threshold: float
     n_passages_explained: int
