@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from cratelm.errors import InputError
-from cratelm.runs import RECORD, Run, at_least, names, not_in_identity
+from cratelm.runs import RECORD, Run, at_least, known_fields, names, not_in_identity
 from cratelm.runs.identity import commit_of
 from cratelm.runs.stage import FORMAT, OLDEST_READ, RENAMED
+from cratelm.steer.store import LayerEffects, read_effects_summary
 
 
 @dataclass(frozen=True)
@@ -383,3 +384,17 @@ def test_a_package_that_its_repository_does_not_track_has_no_commit(tmp_path):
 def test_without_git_there_is_no_commit(repository, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit_of(repository / "src" / "cratelm") == ""
+
+
+def test_keys_that_a_later_version_wrote_are_ignored():
+    """In every record that is rebuilt from a file; one that is missing stays missing."""
+    assert known_fields(Figures, {"figure": 7, "of_a_later_version": 1}) == {"figure": 7}
+
+
+def test_a_summary_of_effects_by_a_later_version_is_read(tmp_path):
+    layer = dict.fromkeys((f.name for f in dataclasses.fields(LayerEffects)), None)
+    layer |= {"layer": 0, "neurons": 2, "dead": 0, "silent": 0, "of_a_later_version": 1}
+    content = {"model": "m", "ablation": "zero", "n_tokens": 9, "n_documents": 1}
+    content |= {"loss": {"value": 3.0, "error": 0.1}, "layers": [layer], "of_a_later_version": 1}
+    (tmp_path / "summary.json").write_text(json.dumps(content), encoding="utf-8")
+    assert read_effects_summary(tmp_path).layers[0].neurons == 2

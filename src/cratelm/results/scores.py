@@ -5,19 +5,17 @@ Files: `scores/MODEL[@SET]/summary.json` and `calls.json`. `cratelm.score.store`
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cratelm.llm.client import Tally
 from cratelm.llm.probe import ProbeResult
 from cratelm.records import Interval
+from cratelm.runs import known_fields
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit, DuplicateEffect, DuplicatePair
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
-
-_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -103,21 +101,21 @@ def _statistics(record: dict[str, Any]) -> ModelStatistics:
         for layer in record["layers"]
     )
     counts = Counts(**record["counts"])
-    return _known(ModelStatistics, {**record, "counts": counts, "layers": layers})
+    return ModelStatistics(
+        **known_fields(ModelStatistics, {**record, "counts": counts, "layers": layers})
+    )
 
 
 def _duplicate_audit(record: dict[str, Any] | None) -> DuplicateAudit | None:
     if not record:
         return None
-    pairs = tuple(_known(DuplicatePair, pair) for pair in record["examples"])
-    effects = tuple(_known(DuplicateEffect, effect) for effect in record["effects"])
-    return _known(DuplicateAudit, {**record, "examples": pairs, "effects": effects})
-
-
-def _known(kind: type[_Record], values: Mapping[str, Any]) -> _Record:
-    """Return a dataclass from the values that it has fields for; a later version may write more."""
-    names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
-    return kind(**{name: value for name, value in values.items() if name in names})
+    pairs = tuple(DuplicatePair(**known_fields(DuplicatePair, pair)) for pair in record["examples"])
+    effects = tuple(
+        DuplicateEffect(**known_fields(DuplicateEffect, effect)) for effect in record["effects"]
+    )
+    return DuplicateAudit(
+        **known_fields(DuplicateAudit, {**record, "examples": pairs, "effects": effects})
+    )
 
 
 def _probe_result(record: dict[str, Any] | None) -> ProbeResult | None:

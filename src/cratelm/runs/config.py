@@ -115,3 +115,13 @@ def _valid(value: Any) -> Any:
     if isinstance(value, dict):
         return {valid_text(k): _valid(v) for k, v in value.items()}
     return value
+
+
+def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those `values` that the dataclass `kind` has fields for.
+
+    A later version may have written more: what is read from a file goes through here, so that it is ignored
+    and not an error.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in names}

@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeVar, get_args
 import cratelm.runs.atomic as atomic
 import cratelm.runs.names as names
 from cratelm.errors import InputError
-from cratelm.runs.config import Settings, settings_of
+from cratelm.runs.config import Settings, known_fields, settings_of
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
 
 _Result = TypeVar("_Result")
@@ -314,8 +314,7 @@ class Stage:
         field that is added to `kind` needs a default: the records of earlier versions lack it. Raises
         `InputError` as `require` does, and where a figure without a default is missing.
         """
-        names = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-        figures = {k: v for k, v in self.require().results.items() if k in names}
+        figures = known_fields(kind, self.require().results)
         try:
             return kind(**{**figures, **values})
         except TypeError as error:
@@ -532,8 +531,7 @@ def _read_record(path: Path) -> Completion:
                 f"{path} was written by a later version of cratelm (format {written_in}, this one reads"
                 f" up to {FORMAT}): upgrade cratelm, or {remedy}"
             )
-        fields = {f.name for f in dataclasses.fields(Completion)}
-        done = Completion(**{k: v for k, v in value.items() if k in fields})
+        done = Completion(**known_fields(Completion, value))
         for part in (done.config, done.inputs, done.outputs, done.results, done.input_stages):
             if not isinstance(part, dict):
                 raise TypeError(f"expected an object, not {part!r:.40}")

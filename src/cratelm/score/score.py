@@ -123,7 +123,7 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
             "tokens": run.stage("tokens").require("tokenize"),
             "activations": harvest.require("harvest"),
             "explanations": explained.require("explain"),
-            "prompts": _prompt_versions(config),
+            "prompts": f"{prompts.VERSION} {scorer_prompts.VERSION}",
         }
         stage = run.stage("scores", set_name(config.model, name))
         if is_finished(config, stage, inputs):
@@ -152,11 +152,6 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
             preflight = {"preflight": probe.as_dict()}
             results = _finish(draft, config, explanations, scores, duplicates, preflight)
     return ScoreResult(path=stage.path, calls=str(client.tally), **results)
-
-
-def _prompt_versions(config: ScoreConfig) -> str:
-    versions = [prompts.VERSION, scorer_prompts.VERSION]
-    return " ".join([*versions, openai_prompts.VERSION] if config.prompts == "openai" else versions)
 
 
 def _explanation_set(run: Run, config: ScoreConfig, reader: str) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratelm.records import Estimate, Interval, NeuronId
-from cratelm.runs import Run, Stage, write_json
+from cratelm.runs import Run, Stage, known_fields, write_json
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.names import set_name, sets_of, split_set
 
@@ -348,7 +348,11 @@ def read_effects_summary(folder: Path) -> EffectsSummary:
         for layer in content.pop("layers")
     ]
     loss = Estimate(**content.pop("loss"))
-    return EffectsSummary(loss=loss, layers=tuple(LayerEffects(**x) for x in layers), **content)
+    return EffectsSummary(
+        loss=loss,
+        layers=tuple(LayerEffects(**known_fields(LayerEffects, x)) for x in layers),
+        **known_fields(EffectsSummary, content),
+    )
 
 
 # ---- interventions: steer/MODEL@NAME/ -------------------------------------------------------------
@@ -475,7 +479,10 @@ def read_intervention_summary(folder: Path) -> InterventionSummary:
     for name in ("over_shuffled", "over_random", "kl"):
         content[name] = _mean(content[name])
     controls = [{**c, "mean": _mean(c["mean"])} for c in content.pop("controls")]
-    return InterventionSummary(controls=tuple(ControlSummary(**c) for c in controls), **content)
+    return InterventionSummary(
+        controls=tuple(ControlSummary(**known_fields(ControlSummary, c)) for c in controls),
+        **known_fields(InterventionSummary, content),
+    )
 
 
 # ---- files ----------------------------------------------------------------------------------------
