@@ -5,6 +5,17 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports whose figures are empty files, for tests of something else: most of a report's time is drawing."""
+
+    def write(self, folder: Path) -> None:
+        for kind in ("png", "pdf"):
+            (folder / f"{self.name}.{kind}").touch()
+
+    monkeypatch.setattr("cratelm.report.drawing.Figure.write", write)
+
+
 @pytest.fixture(scope="session")
 def viewer_run(tmp_path_factory) -> Path:
     """A small run for the browser, called `run`; tests that change it take a copy."""

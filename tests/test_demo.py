@@ -49,7 +49,7 @@ def corpus(tmp_path_factory) -> Path:
 def command(run: Path, corpus: Path) -> list[str]:
     return [
         sys.executable, "-m", "cratelm", "demo", "--run", str(run), "--corpus", str(corpus),
-        "--size", "1l", "--vocab-size", "300", "--steps", "6", "--tokens", "3000", "--neurons", "6",
+        "--size", "1l", "--vocab-size", "300", "--steps", "3", "--tokens", "3000", "--neurons", "6",
     ]  # fmt: skip
 
 
@@ -72,13 +72,20 @@ def kill_when(process: subprocess.Popen, told: str) -> bool:
     return False
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_demo_killed_anywhere_ends_as_if_it_had_not_been(corpus, tmp_path):
-    whole = tmp_path / "whole"
-    done = start(whole, corpus)
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> tuple[Path, str]:
+    """The run of a demo that nobody killed, and what it said."""
+    path = tmp_path_factory.mktemp("demo") / "whole"
+    done = start(path, corpus)
     out, _ = done.communicate()
     assert done.returncode == 0, out
+    return path, out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_demo_killed_anywhere_ends_as_if_it_had_not_been(whole, corpus, tmp_path):
+    whole, out = whole
     assert out.startswith("expected: about")
     assert "top-and-random" in out
     assert str(whole / "report" / "report.html") in out
@@ -138,17 +145,16 @@ def test_a_quiet_demo_says_nothing_and_tells_every_verb_so(tmp_path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_twins_see_the_same_tokens_and_results_can_be_read(corpus, tmp_path):
-    import cratelm
+def test_twins_see_the_same_tokens_and_results_can_be_read(whole):
     from cratelm.score.store import read_scores
 
-    cratelm.api.demo(run=tmp_path, corpus=str(corpus), size="1l", vocab_size=300, steps=3, tokens=2000, neurons=4)  # fmt: skip
-    models = Run(tmp_path).models("scores")
+    path, _ = whole
+    models = Run(path).models("scores")
     assert models == ["crate-1l", "crate-1l-init", "gpt2-1l", "gpt2-1l-init"]
-    trained = {c.name: c for c in Run(tmp_path).completions() if c.stage == "model"}
+    trained = {c.name: c for c in Run(path).completions() if c.stage == "model"}
     assert trained["crate-1l"].results["tokens"] == trained["gpt2-1l"].results["tokens"] == 3 * 16 * 256  # fmt: skip
     assert trained["crate-1l"].inputs == trained["gpt2-1l"].inputs
     for model in models:
-        scores = read_scores(tmp_path / "scores" / model)
+        scores = read_scores(path / "scores" / model)
         assert {s.metric for s in scores} == {"top_and_random", "random_only", "anthropic"}
         assert all((s.score.value is None) == (s.score.status != "defined") for s in scores)

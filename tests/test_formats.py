@@ -190,6 +190,7 @@ def elsewhere(tmp_path_factory):
     return Run(folder / "run"), folder / "files", result
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_imported_neurons_are_explained_and_scored_by_the_usual_verbs(elsewhere):
     run, _, result = elsewhere
     assert (result.neurons, result.left_out) == (len(NEURONS), 0)
@@ -771,6 +772,7 @@ def test_scores_belong_to_the_explanation_that_was_read(harvested, neuronpedia):
     assert names == {r["explanationScoreTypeName"] for r in rows}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_bins_of_files_of_others_are_not_said_to_be_our_quantiles(tmp_path):
     bins = [
         [{"tokens": [f"{b}", f"{n}"], "activations": [n, b]} for n in range(4)] for b in range(5)

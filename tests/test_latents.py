@@ -155,6 +155,7 @@ def run(tmp_path_factory):
     return path
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_latents_go_down_the_whole_line(run):
     """Harvested, explained, scored and reported as a model of their own, beside the neurons."""
     common: dict[str, Any] = {"run": run, "tokens": 1500, "pilot_tokens": 256, "device": "cpu"}

@@ -451,6 +451,7 @@ def test_without_scores_the_verb_is_named(run, tmp_path):
         report(ReportConfig(run=tmp_path / "nothing"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_leakage_is_told(run, tmp_path):
     path = _copy(run, tmp_path)
     summary = path / "scores" / "gpt2-2l" / "summary.json"
@@ -730,6 +731,7 @@ def test_calls_and_preflight_are_shown(with_model, asked):
     assert tables["preflights"]["rows"][0]["mass"] == pytest.approx(90)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_little_probability_on_the_levels_is_warned_of(with_model, tmp_path):
     path = _copy(with_model, tmp_path)
     summary = path / "scores" / f"gpt2-2l@{FAKE}" / "summary.json"
@@ -782,6 +784,7 @@ def test_language_model_alone(with_model, tmp_path):
     assert "cratelm score --run" in Page(written.page.read_text()).words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scores_under_another_name_have_rows_of_their_own(with_model, tmp_path, monkeypatch):
     path = _copy(with_model, tmp_path)
     fake = FakeModel()
@@ -823,6 +826,7 @@ def test_a_model_without_a_live_neuron_has_a_report(run, tmp_path):
     assert {row["dead"] for row in found["ledger"]["rows"]} == {8}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tokens_that_a_neuron_promotes_are_shown_with_their_spaces(run, tmp_path):
     """And hostile ones are harmless."""
     path = _copy(run, tmp_path)

@@ -182,6 +182,7 @@ def shown(run) -> Path:
     return run
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_marks_what_is_stale(shown):
     run = shown
     fresh = cratelm.api.report(run=run, resamples=100)
@@ -209,6 +210,7 @@ def test_a_report_marks_what_is_stale(shown):
     assert states[f"{MODEL}-init"] == states["all"] == "fresh"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_text_of_other_tokens_is_not_spelled_with_those_of_today(shown):
     run = shown
     make_again(run, "tokens")

@@ -122,6 +122,7 @@ def test_latents_get_the_budget_of_the_neurons(compared):
             assert {k for k in configs[0] if configs[0][k] != configs[1][k]} == {"model"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_model_explained_whole_is_compared_with_as_many_latents(run):
     explain(ExplainConfig(run=run, model="crate-2l", quiet=True, force=True))
     score(ScoreConfig(run=run, model="crate-2l", resamples=100, quiet=True, force=True))
@@ -130,6 +131,7 @@ def test_a_model_explained_whole_is_compared_with_as_many_latents(run):
     assert len(told) == 2 * 128
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_autoencoders_are_of_the_site_that_was_harvested(run):
     harvest(HarvestConfig(run=run, model="crate-2l", site="mssa", tokens=2000, pilot_tokens=256, force=True))  # fmt: skip
     explain(ExplainConfig(run=run, model="crate-2l", neurons=20, quiet=True, force=True))
@@ -143,6 +145,7 @@ def test_autoencoders_are_of_the_site_that_was_harvested(run):
     assert [r["model"] for r in shown] == ["crate-2l", "crate-2l+topk-2x", "gpt2-2l"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_command_does_nothing_twice(compared, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(compared, run)
@@ -285,6 +288,7 @@ def copied(compared, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_figures_of_other_autoencoders_are_not_shown(compared, tmp_path):
     run = copied(compared, tmp_path)
     path = run / "sae" / "crate-2l@topk-2x" / "evaluation.json"
@@ -297,6 +301,7 @@ def test_figures_of_other_autoencoders_are_not_shown(compared, tmp_path):
     assert {r["model"] for r in found["sae_policies"]["rows"]} >= {"crate-2l+topk-2x"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_budget_is_told(compared, tmp_path):
     run = copied(compared, tmp_path)
     asked = HarvestConfig(run=run, model="crate-2l", sae="topk-2x", tokens=900, pilot_tokens=256, force=True)  # fmt: skip
@@ -309,6 +314,7 @@ def test_another_budget_is_told(compared, tmp_path):
     assert row["same"] == "no: tokens, seed differ"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_losses_on_other_tokens_are_not_subtracted(compared, tmp_path):
     run = copied(compared, tmp_path)
     assert main(["sae", "evaluate", "--run", str(run), "--model", "gpt2-2l", "--tokens", "300", "--steered", "0", "--quiet"]) == 0  # fmt: skip
@@ -320,6 +326,7 @@ def test_losses_on_other_tokens_are_not_subtracted(compared, tmp_path):
     assert {r["model"] for r in found["sae_steering"]["rows"]} == {"crate-2l", "crate-2l+topk-2x"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_autoencoders_from_a_folder(compared, run, tmp_path):
     """Those that somebody else trained, for one model."""
     shutil.copytree(compared / "sae" / "crate-2l@topk-2x", tmp_path / "theirs")
@@ -391,6 +398,7 @@ def test_latents_of_latents_are_refused(compared):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_demo_with_autoencoders(tmp_path, monkeypatch, capsys):
     demo_module = importlib.import_module("cratelm.pipelines.demo")
     monkeypatch.setattr(demo_module, "_SAE_TOKENS", 2048)

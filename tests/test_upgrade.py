@@ -96,6 +96,7 @@ def test_cheaper_stages_of_an_older_format_are_made_again_tokens_and_models_are_
     assert [s.get("format", 1) for s in manifest["stages"]] == [1, 1, 1] + [FORMAT] * 7
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_follows_is_made_from_the_old_stages(run):
     cratelm.api.analyze(run=run, model=MODEL, tokens=200, quiet=True)
     result = cratelm.api.report(run=run, resamples=100)

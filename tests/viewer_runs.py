@@ -86,12 +86,13 @@ class Parsed(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
+        self._data: list[str] = []
         self.feed(text)
         self.close()
+        self.words = "".join(self._data)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        self.words += data
+        self._data.append(data)

@@ -19,6 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -103,6 +104,7 @@ class Panel:
         with _matplotlib_settings():
             canvas = Canvas(figsize=_PANEL, layout="constrained")
             _draw(canvas.subplots(), self)
+            _lay_out(canvas)
             return _page_svg(canvas, name, label)
 
 
@@ -130,6 +132,7 @@ class Figure:
             if handles:
                 columns = min(len(handles), 2 * len(self.panels))
                 canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
+            _lay_out(canvas)
             canvas.savefig(folder / f"{self.name}.png", dpi=160, metadata={"Software": None})
             canvas.savefig(
                 folder / f"{self.name}.pdf", metadata={"CreationDate": None, "Producer": None}
@@ -301,8 +304,21 @@ def _ends(v: Interval) -> tuple[float, float, float]:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    axes.set_title(panel.title)
+    # a height given in advance: else every drawing measures all ticks to see if they are in the title's way
+    axes.set_title(panel.title, y=1.0)
     panel.draw(axes)
+
+
+def _lay_out(canvas: Canvas) -> None:
+    """Place what the canvas holds, once; a layout engine that stays would do so again for every file, twice.
+
+    Measuring needs a renderer, which only a canvas of a backend keeps from one measurement to the next.
+    """
+    FigureCanvasAgg(canvas)
+    engine = canvas.get_layout_engine()
+    assert engine is not None
+    engine.execute(canvas)
+    canvas.set_layout_engine("none")
 
 
 @contextlib.contextmanager
