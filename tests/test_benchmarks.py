@@ -15,6 +15,7 @@ TINY = {
     "harvest, sort": "--sort --sort-tokens 3000 --sort-neurons 2 --layer-neurons 8",
     "sae": "--architectures topk --expansion 1 --batch-size 64 --steps 2 --repeats 1 --tokens 20000",
     "tokenize_throughput": "--corpus CORPUS --repeats 1",
+    "verify": "--sizes crate-2l --neurons 3 --vocab 300 --repeats 1",
     "train_step": "--models crate-2l --vocab 300 --length 32 --batch 2 --repeats 1 --steps 1",
 }
 

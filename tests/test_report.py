@@ -21,6 +21,7 @@ import pytest
 from fake_llm import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_run import reseal
 
 from cratelm import cli
 from cratelm.activations.config import HarvestConfig
@@ -458,6 +459,7 @@ def test_leakage_is_told(run, tmp_path):
     record = json.loads(summary.read_text())
     record["leakage_audit"]["shared"] = [3, 5]
     summary.write_text(json.dumps(record))
+    reseal(summary.parent)
     config = ReportConfig(run=path, neurons=0, models=("gpt2-2l",), force=True)
     page = Page(report(config).page.read_text())
     assert "2 documents were both explained from and scored on" in page.words
@@ -738,6 +740,7 @@ def test_little_probability_on_the_levels_is_warned_of(with_model, tmp_path):
     record = json.loads(summary.read_text())
     record["preflight"]["mass"] = 0.49
     summary.write_text(json.dumps(record))
+    reseal(summary.parent)
     tables = _tables(report(ReportConfig(run=path, neurons=0, resamples=100, force=True)))
     remarks = {r["model"]: r["remark"] for r in tables["preflights"]["rows"]}
     assert "WARNING" in remarks[f"gpt2-2l@{FAKE}"]

@@ -343,7 +343,7 @@ def test_what_does_not_fit_is_refused(run, tmp_path, options, told):
 def test_a_model_trained_anew_is_told(run, tmp_path):
     """Autoencoders of the run by the chain of its stages, others by what their files say."""
     record = run / "model" / "crate" / "completed.json"
-    write_json(record, {**json.loads(record.read_text()), "identity": "another"})
+    write_json(record, {**json.loads(record.read_text()), "identity": "another", "checksum": ""})
     with pytest.raises(InputError, match="sae/crate@topk-2x was made from an earlier model/crate"):
         evaluated(run, sae="topk-2x")
     shutil.copytree(run / "sae" / "crate@topk-2x", tmp_path / "elsewhere")

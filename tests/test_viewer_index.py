@@ -167,7 +167,9 @@ def test_the_index_is_made_once_and_again_when_the_harvest_changes(copy):
     again.index_of("copy").build()
     assert (folder / "meta.json").stat().st_mtime_ns == changed
     path = copy / "activations" / "crate-2l" / "completed.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"identity": "another"}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"identity": "another", "checksum": ""})
+    )
     third = Library([copy])
     third.index_of("copy").build()
     (other,) = (copy / "viewer").glob("index-*")

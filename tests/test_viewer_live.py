@@ -147,7 +147,9 @@ def test_a_folder_that_was_harvested_and_is_gone_is_told_at_once(copy, monkeypat
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     done = copy / "activations" / "gpt2-2l" / "completed.json"
     told = json.loads(done.read_text())
-    done.write_text(json.dumps(told | {"config": told["config"] | {"model": "models/mine"}}))
+    done.write_text(
+        json.dumps(told | {"checksum": "", "config": told["config"] | {"model": "models/mine"}})
+    )
     with pytest.raises(InputError, match="models/mine does not exist"):
         open_harvested(Run(copy), "gpt2-2l")
 

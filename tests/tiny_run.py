@@ -5,7 +5,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from cratelm.runs import RECORD, Run
+from cratelm.runs import RECORD, Run, hash_file
 
 SOURCE = Path(__file__).parent / "run_0_1_0"
 MODEL = "crate-2l"
@@ -65,10 +65,18 @@ def with_side_stages(path: Path) -> Path:
     return path
 
 
+def reseal(folder: Path) -> None:
+    """Give the record of a stage the hashes of its files as they are, as if the stage had written them so."""
+    path = folder / RECORD
+    record = json.loads(path.read_text(encoding="utf-8"))
+    outputs = {name: hash_file(folder / name) for name in record["outputs"]}
+    path.write_text(json.dumps(record | {"outputs": outputs, "checksum": ""}), encoding="utf-8")
+
+
 def make_again(path: Path, label: str) -> None:
     """Gives a stage the record of another result, as making it again with other options would."""
     stage = Run(path).labelled(label)
     record = json.loads((stage.path / RECORD).read_text(encoding="utf-8"))
-    record["identity"] = uuid.uuid4().hex
+    record |= {"identity": uuid.uuid4().hex, "checksum": ""}
     (stage.path / RECORD).write_text(json.dumps(record), encoding="utf-8")
     stage.run.write_manifest()

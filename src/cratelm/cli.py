@@ -85,6 +85,11 @@ VERBS: dict[str, Verb] = {
         "cratelm.viewer.config:ViewConfig",
         "browse neurons in a web browser, or write the pages into a folder",
     ),
+    "check": Verb(
+        "cratelm.runs.check",
+        "cratelm.runs.check_config:CheckConfig",
+        "verify every file of a run; list what is damaged, stale or left over",
+    ),
     "analyze": Verb(
         "cratelm.analysis.analyze",
         "cratelm.analysis.config:AnalyzeConfig",
@@ -209,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     The status is 0 for success, 2 for a mistake in the input, 3 for a limit that the user set, 130 for an
-    interruption, 141 for a closed output and 1 for any other failure.
+    interruption, 141 for a closed output and 1 for any other failure. `check` adds 4 and 5, for what it found.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -230,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return _fail("", _unknown("verb", verb, _first_words()), 2)
     try:
-        print(as_text(run_verb(verb, parse_options(verb, options))))
+        result = run_verb(verb, parse_options(verb, options))
+        print(as_text(result))
     except KeyboardInterrupt:
         return _fail(verb, "interrupted; the same command resumes the work", 130)
     except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
@@ -240,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("CRATELM_TRACEBACK"):
             raise
         return _fail(verb, *_message_and_status(error))
-    return 0
+    return getattr(result, "exit_status", 0)
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -26,6 +26,7 @@ from cratelm.records import (
     Split,
 )
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
+from cratelm.runs.reading import read_rows, reading, verified
 
 EXCERPTS = TableFile(
     "activations/MODEL/excerpts-SPLIT.parquet",
@@ -117,8 +118,7 @@ def write_records(folder: str | Path, split: Split, records: Sequence[NeuronReco
 
 def read_summaries(folder: str | Path, split: Split) -> list[NeuronSummary]:
     """Return the summaries of all neurons of a harvest, by layer and index."""
-    table = pq.read_table(_existing(summaries_path(folder, split)))
-    return [_summary(row) for row in table.to_pylist()]
+    return read_rows(_existing(summaries_path(folder, split)), _summary)
 
 
 def read_records(
@@ -159,7 +159,7 @@ class NeuronFile:
 
     def __init__(self, path: str | Path):
         self.path = _existing(Path(path))
-        with pq.ParquetFile(self.path) as file:
+        with reading(self.path, "a Parquet file by neuron"), pq.ParquetFile(self.path) as file:
             self._metadata = file.metadata
             bounds = [_bounds(file, group) for group in range(file.num_row_groups)]
         self.n_groups = len(bounds)
@@ -178,7 +178,10 @@ class NeuronFile:
         self, group: int, columns: Sequence[str] | None = None, threads: bool = False
     ) -> pa.Table:
         """Return a row group, or some of its columns."""
-        with pq.ParquetFile(self.path, metadata=self._metadata) as file:
+        with (
+            reading(self.path, "the row groups that its footer lists"),
+            pq.ParquetFile(self.path, metadata=self._metadata) as file,
+        ):
             return file.read_row_group(group, columns=columns, use_threads=threads)
 
     def rows(self, layer: int, index: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -207,18 +210,20 @@ class ExcerptFile(NeuronFile):
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if not verified(path).is_file():
         raise InputError(f"{path} does not exist: type `cratelm harvest` for this model first")
     return path
 
 
 def _bounds(file: pq.ParquetFile, group: int) -> tuple[int, int, int, int]:
     """Return lowest and highest layer, lowest and highest index of the neurons in a row group."""
-    columns = [file.metadata.row_group(group).column(number) for number in (2, 3)]
+    row_group = file.metadata.row_group(group)
     bounds = []
-    for column in columns:
+    for number, name in ((2, "layer"), (3, "index")):
+        column = row_group.column(number)
         statistics = column.statistics
-        assert statistics is not None, "written without statistics"
+        if column.path_in_schema != name or statistics is None:
+            raise ValueError(f"it has no column {name} with statistics")
         bounds += [statistics.min, statistics.max]
     return tuple(bounds)  # type: ignore[return-value]
 

@@ -7,7 +7,6 @@
 `summary.json`       means over neurons with their intervals, by layer
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from cratelm.records import NeuronId, Status
 from cratelm.runs import Run, write_json
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
+from cratelm.runs.reading import read_json, read_parquet, read_rows, verified
 
 CoverageControl = Literal["none", "shuffled"]
 """`none`: the neuron's own explanation; `shuffled`: that of another neuron of its layer"""
@@ -229,7 +229,7 @@ def write_layers(folder: str | Path, figures: Sequence[LayerFigure]) -> None:
 
 def read_layers(folder: str | Path) -> list[LayerFigure]:
     """Return the figures of all layers, in the order of the file."""
-    return [LayerFigure(**row) for row in pq.read_table(Path(folder) / LAYERS).to_pylist()]
+    return read_rows(Path(folder) / LAYERS, lambda row: LayerFigure(**row))
 
 
 def write_neurons(folder: str | Path, neurons: Sequence[NeuronFacts]) -> None:
@@ -240,8 +240,9 @@ def write_neurons(folder: str | Path, neurons: Sequence[NeuronFacts]) -> None:
 
 def read_neurons(folder: str | Path) -> list[NeuronFacts]:
     """Return the facts about all neurons, in the order of the file."""
-    rows = pq.read_table(Path(folder) / NEURONS).to_pylist()
-    return [NeuronFacts(neuron=_take_neuron(row), **row) for row in rows]
+    return read_rows(
+        Path(folder) / NEURONS, lambda row: NeuronFacts(neuron=_take_neuron(row), **row)
+    )
 
 
 def write_readings(folder: str | Path, rows: Sequence[NeuronCoverage]) -> None:
@@ -264,13 +265,13 @@ def write_readings(folder: str | Path, rows: Sequence[NeuronCoverage]) -> None:
 def read_readings(folder: str | Path) -> list[NeuronCoverage]:
     """Return the rows of `readings.parquet`, in the order of the file; none if there are no explanations."""
     path = Path(folder) / READINGS
-    coverages = []
-    for row in pq.read_table(path).to_pylist() if path.is_file() else []:
-        neuron, status = _take_neuron(row), Status(row.pop("status"))
-        explainer, control, share = (row.pop(name) for name in ("explainer", "control", "share"))
-        measures = CoverageMeasures(status, **row)
-        coverages.append(NeuronCoverage(neuron, explainer, control, share, measures))
-    return coverages
+    return read_rows(path, _coverage) if verified(path).is_file() else []
+
+
+def _coverage(row: dict[str, Any]) -> NeuronCoverage:
+    neuron, status = _take_neuron(row), Status(row.pop("status"))
+    explainer, control, share = (row.pop(name) for name in ("explainer", "control", "share"))
+    return NeuronCoverage(neuron, explainer, control, share, CoverageMeasures(status, **row))
 
 
 def read_measure_by_layer(folder: str | Path, measure: str) -> dict[int, NDArray[np.float64]]:
@@ -280,10 +281,10 @@ def read_measure_by_layer(folder: str | Path, measure: str) -> dict[int, NDArray
     are no explanations.
     """
     path = Path(folder) / READINGS
-    if not path.is_file():
+    if not verified(path).is_file():
         return {}
     filters = [("control", "=", "none"), ("share", "=", SHARE)]
-    table = pq.read_table(path, columns=["layer", measure], filters=filters)
+    table = read_parquet(path, columns=["layer", measure], filters=filters)
     layer, value = table["layer"].to_numpy(), table[measure].to_numpy().astype(float)
     by_layer = {int(n): value[(layer == n) & ~np.isnan(value)] for n in np.unique(layer)}
     return {number: values for number, values in by_layer.items() if len(values)}
@@ -296,8 +297,10 @@ def write_measure_summaries(folder: str | Path, summaries: Sequence[MeasureSumma
 
 def read_measure_summaries(folder: str | Path) -> list[MeasureSummary]:
     """Return the means over neurons of `summary.json`; none if there are no explanations."""
-    content: dict[str, Any] = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))
-    return [MeasureSummary(**summary) for summary in content["readings"]]
+    return read_json(
+        Path(folder) / SUMMARY,
+        lambda content: [MeasureSummary(**summary) for summary in content["readings"]],
+    )
 
 
 def models_with_analysis(run: Run) -> list[str]:

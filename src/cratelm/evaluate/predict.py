@@ -7,13 +7,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from cratelm.errors import InputError
 from cratelm.evaluate.config import PredictConfig
 from cratelm.evaluate.predictions import PredictedText, Prediction, predict_text
 from cratelm.models.open import LoadedModel, encoder_of, open_model
 from cratelm.runs import Run, atomic_path
+from cratelm.runs.reading import read_parquet
 from cratelm.text.display import visible
 from cratelm.tokens.shards import TokenStore
 
@@ -102,7 +101,7 @@ def _document(config: PredictConfig, store: TokenStore, most: int) -> PredictedT
     first_ids = split.read(start, min(stop, start + most))
     next_ids = split.read(start + len(first_ids), min(stop, start + len(first_ids) + AHEAD))
     text, continuation = (_decoded(store, ids.tolist()) for ids in (first_ids, next_ids))
-    row = pq.read_table(
+    row = read_parquet(
         store.path / "documents.parquet",
         columns=["source", "name", "line"],
         filters=[("ordinal", "=", int(split.ordinals[number]))],

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from cratelm.errors import InputError
 from cratelm.records import Explanation, NeuronId
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
+from cratelm.runs.reading import read_rows, verified
 
 _ROWS_A_GROUP = 256
 """rows that are read to get the payload of one neuron: about 1 MB"""
@@ -91,16 +93,18 @@ def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) 
 
 def read_explanations(folder: str | Path) -> list[Explanation]:
     """Return the explanations in `folder`, in the order written; raise `InputError` if there are none."""
-    return [
-        Explanation(
-            _neuron(row),
-            row["explainer"],
-            row["text"],
-            json.loads(row["payload"]),
-            tuple(row["documents"]),
-        )
-        for row in _rows(Path(folder) / "explanations.parquet")
-    ]
+    return read_rows(_existing(Path(folder) / "explanations.parquet"), explanation_of)
+
+
+def explanation_of(row: dict[str, Any]) -> Explanation:
+    """Return the explanation in a row of `explanations.parquet`."""
+    return Explanation(
+        _neuron(row),
+        row["explainer"],
+        row["text"],
+        json.loads(row["payload"]),
+        tuple(row["documents"]),
+    )
 
 
 def write_selected(folder: str | Path, selected: Sequence[SampledNeuron]) -> None:
@@ -115,9 +119,8 @@ def read_selected(folder: str | Path) -> list[SampledNeuron]:
 
     Raises `InputError` if the file does not exist.
     """
-    return [
-        SampledNeuron(_neuron(row), row["dead"]) for row in _rows(Path(folder) / "neurons.parquet")
-    ]
+    path = _existing(Path(folder) / "neurons.parquet")
+    return read_rows(path, lambda row: SampledNeuron(_neuron(row), row["dead"]))
 
 
 def write_unexplained(folder: str | Path, failures: Sequence[ExplanationFailure]) -> None:
@@ -130,14 +133,17 @@ def write_unexplained(folder: str | Path, failures: Sequence[ExplanationFailure]
 def read_unexplained(folder: str | Path) -> list[ExplanationFailure]:
     """Return the explanations that a language model failed to give; none if the file does not exist."""
     path = Path(folder) / "unexplained.parquet"
-    rows = _rows(path) if path.is_file() else []
-    return [ExplanationFailure(_neuron(row), row["evidence"], row["reason"]) for row in rows]
+    if not verified(path).is_file():
+        return []
+    return read_rows(
+        path, lambda row: ExplanationFailure(_neuron(row), row["evidence"], row["reason"])
+    )
 
 
-def _rows(path: Path) -> list[dict]:
-    if not path.is_file():
+def _existing(path: Path) -> Path:
+    if not verified(path).is_file():
         raise InputError(f"{path} does not exist: type `cratelm explain` for this model first")
-    return pq.read_table(path).to_pylist()
+    return path
 
 
 def _neuron(row: dict) -> NeuronId:

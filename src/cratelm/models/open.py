@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from cratelm.errors import InputError
 from cratelm.models.sizes import hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
+from cratelm.runs.reading import verified, verify_folder
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
 
@@ -68,9 +69,12 @@ class ModelSource:
         """Return the model on a device and in a precision.
 
         `auto` stands for an accelerator if there is one, and for the precision of the files. Raises
-        `InputError` for a device that this machine does not have, or a model that cannot be loaded.
+        `InputError` for a device that this machine does not have, for a model that cannot be loaded, and for files
+        that are not those that `train` wrote.
         """
         torch_device = device_of(device)  # may raise, so before anything is loaded
+        if isinstance(self.location, Path):
+            verify_folder(self.location)
         options: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
         if self.revision:
             options["revision"] = self.revision
@@ -230,7 +234,7 @@ def encoder_of(subject: LoadedModel, run: Run) -> Encoder:
     path = Path(subject.source) / "tokenizer.json"
     encoder = _from_folder(path) if path.is_file() else _from_transformers(subject)
     if encoder is None and (run.path / "tokens" / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(run.path / "tokens" / "tokenizer.json")
+        tokenizer = load_tokenizer(verified(run.path / "tokens" / "tokenizer.json"))
         encoder = Encoder(tokenizer, end_of_text_id(tokenizer), False)
     if encoder is None or not _fits(encoder, subject):
         raise InputError(

@@ -1,6 +1,5 @@
 """`cratelm report`: write one page, tables and figures about all models of a run."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -35,6 +34,7 @@ from cratelm.results.run_results import (
     scored_models,
 )
 from cratelm.runs import Run, versions, write_json
+from cratelm.runs.reading import read_json, verified
 from cratelm.text.shading import faint_marks
 from cratelm.text.table import Table
 
@@ -139,11 +139,11 @@ def _figures(results: RunResults) -> dict[str, Figure]:
 
 def comparison_table(result: ReportResult) -> str:
     """Return the comparison of the models as plain text: losses, scores, null controls, counts, and what is stale."""
-    return (result.path / COMPARISON).read_text(encoding="utf-8").rstrip("\n")
+    return verified(result.path / COMPARISON).read_text(encoding="utf-8").rstrip("\n")
 
 
 def _read(folder: Path) -> ReportResult:
-    tables = json.loads((folder / TABLES).read_text(encoding="utf-8"))
+    tables = read_json(folder / TABLES)
     return ReportResult(
         path=folder,
         page=folder / PAGE,

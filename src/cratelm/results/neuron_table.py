@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
@@ -24,6 +23,7 @@ from cratelm.results.stages import Problems, principal_explainer, set_names
 from cratelm.results.views import LayerPage, LayerQuery, NeuronRow
 from cratelm.runs import Run, Stage
 from cratelm.runs.names import set_name
+from cratelm.runs.reading import read_parquet
 
 ExplainerKey = tuple[str, str]
 """name of the set (empty without a language model) and explainer"""
@@ -136,7 +136,7 @@ def read_neuron_table(run: Run, model: str) -> NeuronTable:
 
     Raises one of `READ_ERRORS` if the summaries of the held-out split cannot be read.
     """
-    table = pq.read_table(
+    table = read_parquet(
         summaries_path(run.stage("activations", model).path, "held_out"),
         columns=["site", "layer", "index", "firing_rate", "maximum"],
     )
@@ -174,7 +174,7 @@ def _read_finished(
 
 def _texts(folder: Path, keys: NDArray[np.int64]) -> dict[str, NDArray[np.object_]]:
     columns = ["layer", "index", "explainer", "text"]
-    table = pq.read_table(folder / "explanations.parquet", columns=columns)
+    table = read_parquet(folder / "explanations.parquet", columns=columns)
     by_explainer = {}
     explainers = table["explainer"].to_numpy()
     for explainer in np.unique(explainers.astype(str)).tolist():
@@ -188,7 +188,7 @@ def _texts(folder: Path, keys: NDArray[np.int64]) -> dict[str, NDArray[np.object
 
 def _scores(folder: Path, keys: NDArray[np.int64]) -> dict[tuple[str, str], ScoreColumn]:
     columns = ["layer", "index", "explainer", "metric", "value", "status", "reason"]
-    table = pq.read_table(
+    table = read_parquet(
         folder / "scores.parquet", columns=columns, filters=[("control", "=", "none")]
     )
     by_metric = {}

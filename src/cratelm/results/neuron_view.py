@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from cratelm.activations.store import ExcerptFile, NeuronFile, summaries_path
 from cratelm.errors import InputError
+from cratelm.explain.store import explanation_of
 from cratelm.records import Excerpt, Explanation, NeuronId, NeuronKey, Split
 from cratelm.results.excerpts import excerpt_views, favourite_tokens
 from cratelm.results.neuron_table import NeuronTable
@@ -28,6 +29,7 @@ from cratelm.results.views import (
     TokenValue,
 )
 from cratelm.runs import Run
+from cratelm.runs.reading import read_rows, verified
 from cratelm.score.simulators import SIMULATORS
 from cratelm.steer.store import LogitEffect, read_logit_effect
 from cratelm.tokens.shards import TokenStore
@@ -117,7 +119,7 @@ class NeuronFiles:
         """Return the names of documents by ordinal, omitting documents that are not in the table."""
         path = self.run.path / "tokens" / "documents.parquet"
         names: dict[int, str] = {}
-        metadata = self._cache(("documents", path), lambda: pq.read_metadata(path))
+        metadata = self._cache(("documents", path), lambda: pq.read_metadata(verified(path)))
         sizes = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         ends = np.cumsum(sizes)
         for ordinal in sorted(o for o in ordinals if 0 <= o < metadata.num_rows):
@@ -144,19 +146,9 @@ def read_explanations_of(
     """
     filters: list[tuple[str, str, Any]] = [("index", "in", sorted({n.index for n in neurons}))]
     filters += [("explainer", "==", explainer)] if explainer else []
-    rows = pq.read_table(folder / "explanations.parquet", filters=filters).to_pylist()
+    found = read_rows(folder / "explanations.parquet", explanation_of, filters)
     wanted = set(neurons)
-    return [
-        Explanation(
-            neuron=NeuronId(row["model"], row["site"], row["layer"], row["index"]),
-            explainer=row["explainer"],
-            text=row["text"],
-            payload=json.loads(row["payload"]),
-            documents=tuple(row["documents"]),
-        )
-        for row in rows
-        if (row["layer"], row["index"]) in wanted
-    ]
+    return [explanation for explanation in found if explanation.neuron.key in wanted]
 
 
 def neuron_view(

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from cratelm.activations.store import summaries_path
 from cratelm.records import METRICS
@@ -19,6 +18,7 @@ from cratelm.results.stages import (
 from cratelm.results.views import MetricCard, ModelCard, RunCard
 from cratelm.runs import Completion, Run, StageName
 from cratelm.runs.names import family_of, split_set
+from cratelm.runs.reading import read_parquet
 from cratelm.stats.scores import ModelStatistics
 
 
@@ -79,7 +79,7 @@ class _Layers:
 def _layers(run: Run, name: str, problems: Problems) -> _Layers:
     path = summaries_path(run.stage("activations", name).path, "held_out")
     columns = ["site", "layer", "firing_rate", "maximum"]
-    read = partial(pq.read_table, path, columns=columns)
+    read = partial(read_parquet, path, columns=columns)
     table = problems.attempt(f"{path} cannot be read", read, None)
     layers = _Layers()
     if table is None or not len(table):

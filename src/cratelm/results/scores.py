@@ -3,7 +3,6 @@
 Files: `scores/MODEL[@SET]/summary.json` and `calls.json`. `cratelm.score.store` reads scores of single neurons.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from cratelm.llm.client import Tally
 from cratelm.llm.probe import ProbeResult
 from cratelm.records import Interval
 from cratelm.runs import known_fields
+from cratelm.runs.reading import read_json
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit, DuplicateEffect, DuplicatePair
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
@@ -41,7 +41,10 @@ class ScoreSummary:
 
 def read_score_summary(folder: Path) -> ScoreSummary:
     """Return the contents of `summary.json` in the folder of a set of scores."""
-    record = _json(folder / "summary.json")
+    return read_json(folder / "summary.json", _score_summary)
+
+
+def _score_summary(record: dict[str, Any]) -> ScoreSummary:
     audit = record["leakage_audit"]
     return ScoreSummary(
         statistics=tuple(map(_statistics, record["statistics"])),
@@ -53,7 +56,9 @@ def read_score_summary(folder: Path) -> ScoreSummary:
 
 def read_statistics(folder: Path) -> tuple[ModelStatistics, ...]:
     """Return only the statistics of `summary.json`, also from a file that lacks the other parts."""
-    return tuple(map(_statistics, _json(folder / "summary.json")["statistics"]))
+    return read_json(
+        folder / "summary.json", lambda record: tuple(map(_statistics, record["statistics"]))
+    )
 
 
 def read_calls(folder: Path) -> Tally | None:
@@ -61,8 +66,7 @@ def read_calls(folder: Path) -> Tally | None:
     path = folder / "calls.json"
     if not path.is_file():
         return None
-    record = _json(path)
-    return Tally(**{**record, "failed": Counter(record["failed"])})
+    return read_json(path, lambda record: Tally(**{**record, "failed": Counter(record["failed"])}))
 
 
 def find_statistics(
@@ -89,10 +93,6 @@ def layer_intervals(s: ModelStatistics | None) -> dict[int, Interval]:
     """Return the mean x 100 by layer, for the layers that have one: the curve of scores by layer."""
     layers = {layer.layer: mean_interval(layer) for layer in (s.layers if s else ())}
     return {number: mean for number, mean in layers.items() if mean is not None}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _statistics(record: dict[str, Any]) -> ModelStatistics:

@@ -22,7 +22,6 @@ from cratelm.runs.config import (
 )
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
 from cratelm.runs.stage import (
-    RECORD,
     STAGES,
     Completion,
     Draft,
@@ -33,6 +32,7 @@ from cratelm.runs.stage import (
     StageName,
     identity_of,
 )
+from cratelm.runs.verified import RECORD
 
 __all__ = [
     "RECORD",

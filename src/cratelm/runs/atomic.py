@@ -372,7 +372,7 @@ def write_json(path: str | Path, value: Any) -> None:
     JSON has no NaN and no infinity: they become `null`, which means that there is no such number. Text
     that is not valid Unicode is written as `valid_text` returns it.
     """
-    text = json.dumps(_strict(value), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(strict(value), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
 
@@ -391,13 +391,14 @@ def valid_text(text: str) -> str:
     return text
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """Return a value as `write_json` writes it: NaN and infinity as None, all text valid Unicode."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
         return valid_text(value)
     if isinstance(value, dict):
-        return {valid_text(k) if isinstance(k, str) else k: _strict(v) for k, v in value.items()}
+        return {valid_text(k) if isinstance(k, str) else k: strict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(v) for v in value]
+        return [strict(v) for v in value]
     return value

@@ -30,6 +30,7 @@ import cratelm.runs.names as names
 from cratelm.errors import InputError
 from cratelm.runs.config import Settings, known_fields, settings_of
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
+from cratelm.runs.verified import RECORD, VERIFIED, first_problem, note_large_files
 
 _Result = TypeVar("_Result")
 StageName = Literal[
@@ -44,7 +45,6 @@ StageName = Literal[
     "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
-RECORD = "completed.json"
 PLAN = ".plan.json"
 """configuration and inputs of a draft, by which an interrupted draft is recognised"""
 FORMAT = 2
@@ -100,6 +100,8 @@ class Completion:
     """words of the command line that redo it, without `--run`"""
     format: int = 1
     """format in which the stage was written: see `FORMAT`"""
+    checksum: str = ""
+    """sha256 of all of the above, so that a changed record is noticed; earlier versions wrote none"""
 
     @property
     def label(self) -> str:
@@ -407,6 +409,11 @@ class Stage:
                 f"{self.path} was finished with {'; '.join(changed[:3])}:"
                 " add --force to redo it, or name another --run"
             )
+        if found := first_problem(self.path):
+            path, problem = found
+            raise InputError(
+                f"{path} is damaged ({problem}): type `{self.command()}` to make it again"
+            )
         return True
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
@@ -458,7 +465,7 @@ class Stage:
     def _finish(
         self, draft: "Draft", plan: dict[str, Any], settings: Settings, inputs: Inputs
     ) -> None:
-        excluded = {PLAN, RECORD, *draft.scratch, *draft.unhashed}
+        excluded = {PLAN, RECORD, VERIFIED, *draft.scratch, *draft.unhashed}
         outputs = {
             str(p.relative_to(draft.path)): hash_file(p)
             for p in sorted(draft.path.rglob("*"))
@@ -481,7 +488,10 @@ class Stage:
             options=list(settings.options),
             format=FORMAT,
         )
-        atomic.write_json(draft.path / RECORD, dataclasses.asdict(record))
+        note_large_files(draft.path, outputs)
+        values = json.loads(json.dumps(atomic.strict(dataclasses.asdict(record))))
+        values["checksum"] = _checksum(values)
+        atomic.write_json(draft.path / RECORD, values)
         atomic.write_json(draft.path / PLAN, {**plan, "scratch": sorted(draft.scratch)})
         atomic.put_in_place(draft.path, self.path)
         # Last: after a kill before this line, the next attempt still finds plan and checkpoints.
@@ -531,6 +541,8 @@ def _read_record(path: Path) -> Completion:
                 f"{path} was written by a later version of cratelm (format {written_in}, this one reads"
                 f" up to {FORMAT}): upgrade cratelm, or {remedy}"
             )
+        if value.get("checksum") and value["checksum"] != _checksum(value):
+            raise ValueError("its content is not what its stage wrote")
         done = Completion(**known_fields(Completion, value))
         for part in (done.config, done.inputs, done.outputs, done.results, done.input_stages):
             if not isinstance(part, dict):
@@ -546,6 +558,10 @@ def _read_record(path: Path) -> Completion:
     renamed = RENAMED.get(done.stage, {})
     config = {renamed.get(name, name): value for name, value in done.config.items()}
     return dataclasses.replace(done, config=config)
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hash_json({name: value for name, value in record.items() if name != "checksum"})
 
 
 def _read_plan(work: Path) -> dict[str, Any] | None:

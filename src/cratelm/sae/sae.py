@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from cratelm.errors import InputError
 from cratelm.runs import write_json
+from cratelm.runs.reading import verified
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMAT_VERSION = "6.0.0"
@@ -133,7 +134,7 @@ class Sae(nn.Module):
         folder = Path(folder)
         config = _read_config(folder / CONFIG)
         try:
-            weights = load_file(folder / WEIGHTS)
+            weights = load_file(verified(folder / WEIGHTS))
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(
@@ -170,7 +171,7 @@ class Sae(nn.Module):
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raise `InputError` if the file is absent or has other content."""
-    if not path.is_file():
+    if not verified(path).is_file():
         raise InputError(f"{path} is not a file: it must be a configuration in JSON")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

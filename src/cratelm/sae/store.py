@@ -20,6 +20,7 @@ from cratelm.errors import InputError
 from cratelm.records import Estimate
 from cratelm.runs import Run, write_json
 from cratelm.runs.names import set_name
+from cratelm.runs.reading import read_json
 
 DESCRIPTION, EVALUATION = "sae.json", "evaluation.json"
 
@@ -69,7 +70,10 @@ def write_training(folder: Path, training: SaeTraining, inputs: dict[str, str]) 
 
 def read_training(folder: Path) -> SaeTraining:
     """Return the description in a folder that `cratelm sae train` wrote."""
-    content = _read_json(folder / DESCRIPTION)
+    return read_json(folder / DESCRIPTION, _training)
+
+
+def _training(content: dict[str, Any]) -> SaeTraining:
     content.pop("inputs")
     layers = tuple(SaeLayerTraining(**layer) for layer in content.pop("layers"))
     return SaeTraining(layers=layers, **content)
@@ -255,9 +259,10 @@ def read_evaluation(path: Path) -> StoredEvaluation:
 
     Raises `InputError` for a file of another form.
     """
+    # not `read_json`: the file may lie in a folder of `sae train`, which does not make it again
     try:
-        return _evaluation(_read_json(path))
-    except (ValueError, KeyError, TypeError) as error:
+        return _evaluation(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} cannot be read as an evaluation ({type(error).__name__}: {error}): type `cratelm sae"
             " evaluate` again"
@@ -321,7 +326,3 @@ def _estimates(content: dict[str, Any]) -> dict[str, Any]:
         return None if name in _OPTIONAL else Estimate(math.nan, figure["error"])
 
     return {k: estimate(k, v) if isinstance(v, dict) else v for k, v in content.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
+from cratelm.runs.reading import read_rows, verified
 from cratelm.score.simulators import COMPAT
 
 SCORES = TableFile(
@@ -106,9 +107,9 @@ def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
 def read_scores(folder: str | Path) -> list[NeuronScore]:
     """Return the scores in `folder`, in the order written; raise `InputError` if there are none."""
     path = Path(folder) / "scores.parquet"
-    if not path.is_file():
+    if not verified(path).is_file():
         raise InputError(f"{path} does not exist: type `cratelm score` for this model first")
-    return [_score(row) for row in pq.read_table(path).to_pylist()]
+    return read_rows(path, _score)
 
 
 def _score(row: dict) -> NeuronScore:

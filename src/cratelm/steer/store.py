@@ -9,7 +9,6 @@ Both commands write the stage `steer`, under different names and with different 
 `intervention_names` list them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from cratelm.records import Estimate, Interval, NeuronId
 from cratelm.runs import Run, Stage, known_fields, write_json
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.names import set_name, sets_of, split_set
+from cratelm.runs.reading import read_json, read_rows, verified
 
 EffectKind = Literal["exact", "first_order"]
 """`exact`: through everything after the neuron; `first_order`: only through the last norm and the
@@ -272,8 +272,7 @@ def write_logit_effects(folder: Path, effects: Sequence[LogitEffect]) -> None:
 
 def read_logit_effects(folder: Path, kind: EffectKind = "exact") -> list[LogitEffect]:
     """Return the effects of all measured neurons, in the order of the file; dead and silent ones have none."""
-    filters = [("kind", "=", kind)]
-    return [_logit_effect(row) for row in _read(LOGIT_EFFECTS, folder, filters)]
+    return read_rows(_path(LOGIT_EFFECTS, folder), _logit_effect, [("kind", "=", kind)])
 
 
 def read_logit_effect(
@@ -284,11 +283,12 @@ def read_logit_effect(
     None if it was not measured: the folder has no such file, the file is of another site, or the neuron is
     dead or was not drawn.
     """
-    if not _path(LOGIT_EFFECTS, folder).is_file():
+    path = _path(LOGIT_EFFECTS, folder)
+    if not verified(path).is_file():
         return None
     filters = [("layer", "=", neuron.layer), ("index", "=", neuron.index), ("kind", "=", kind)]
-    rows = _read(LOGIT_EFFECTS, folder, filters)
-    return _logit_effect(rows[0]) if rows and rows[0]["site"] == neuron.site else None
+    found = read_rows(path, _logit_effect, filters)
+    return found[0] if found and found[0].neuron.site == neuron.site else None
 
 
 def _logit_effect(row: Mapping[str, Any]) -> LogitEffect:
@@ -319,18 +319,19 @@ def write_ablations(folder: Path, ablations: Sequence[NeuronAblation]) -> None:
 
 def read_ablations(folder: Path) -> list[NeuronAblation]:
     """Return the rows of `ablation.parquet`, in the order of the file: every neuron that was drawn."""
-    ablations = []
-    for row in _read(ABLATION, folder):
-        firing = row["firing_change"]
-        ablation = Ablation(
-            change=Estimate(row["change"], row["change_error"]),
-            where_firing=None if firing is None else Estimate(firing, row["firing_error"]),
-            n_tokens=row["n_tokens"],
-            n_firing=row["n_firing"],
-            n_documents=row["n_documents"],
-        )
-        ablations.append(NeuronAblation(_take_neuron(row), row["dead"], ablation))
-    return ablations
+    return read_rows(_path(ABLATION, folder), _ablation)
+
+
+def _ablation(row: dict[str, Any]) -> NeuronAblation:
+    firing = row["firing_change"]
+    ablation = Ablation(
+        change=Estimate(row["change"], row["change_error"]),
+        where_firing=None if firing is None else Estimate(firing, row["firing_error"]),
+        n_tokens=row["n_tokens"],
+        n_firing=row["n_firing"],
+        n_documents=row["n_documents"],
+    )
+    return NeuronAblation(_take_neuron(row), row["dead"], ablation)
 
 
 def write_effects_summary(folder: Path, summary: EffectsSummary) -> dict[str, Any]:
@@ -342,7 +343,10 @@ def write_effects_summary(folder: Path, summary: EffectsSummary) -> dict[str, An
 
 def read_effects_summary(folder: Path) -> EffectsSummary:
     """Return `summary.json` of a folder that `cratelm effects` wrote."""
-    content = _read_json(folder / SUMMARY)
+    return read_json(folder / SUMMARY, _effects_summary)
+
+
+def _effects_summary(content: dict[str, Any]) -> EffectsSummary:
     layers: list[dict[str, Any]] = [
         {name: Interval(**v) if isinstance(v, dict) else v for name, v in layer.items()}
         for layer in content.pop("layers")
@@ -451,7 +455,9 @@ def write_interventions(folder: Path, rows: Sequence[Intervention]) -> None:
 
 def read_interventions(folder: Path) -> list[Intervention]:
     """Return the rows of `interventions.parquet`, in the order of the file."""
-    return [Intervention(neuron=_take_neuron(row), **row) for row in _read(INTERVENTIONS, folder)]
+    return read_rows(
+        _path(INTERVENTIONS, folder), lambda row: Intervention(neuron=_take_neuron(row), **row)
+    )
 
 
 def write_continuations(folder: Path, rows: Sequence[ContinuationTexts]) -> None:
@@ -461,9 +467,10 @@ def write_continuations(folder: Path, rows: Sequence[ContinuationTexts]) -> None
 
 def read_continuations(folder: Path) -> list[ContinuationTexts]:
     """Return the rows of `continuations.parquet`, in the order of the file."""
-    return [
-        ContinuationTexts(neuron=_take_neuron(row), **row) for row in _read(CONTINUATIONS, folder)
-    ]
+    return read_rows(
+        _path(CONTINUATIONS, folder),
+        lambda row: ContinuationTexts(neuron=_take_neuron(row), **row),
+    )
 
 
 def write_intervention_summary(folder: Path, summary: InterventionSummary) -> dict[str, Any]:
@@ -475,7 +482,10 @@ def write_intervention_summary(folder: Path, summary: InterventionSummary) -> di
 
 def read_intervention_summary(folder: Path) -> InterventionSummary:
     """Return `summary.json` of a folder that `cratelm intervene` wrote."""
-    content = _read_json(folder / SUMMARY)
+    return read_json(folder / SUMMARY, _intervention_summary)
+
+
+def _intervention_summary(content: dict[str, Any]) -> InterventionSummary:
     for name in ("over_shuffled", "over_random", "kl"):
         content[name] = _mean(content[name])
     controls = [{**c, "mean": _mean(c["mean"])} for c in content.pop("controls")]
@@ -500,14 +510,6 @@ def _write(file: TableFile, rows: list[dict[str, Any]], folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, file.schema), _path(file, folder))
 
 
-def _read(file: TableFile, folder: Path, filters: Any = None) -> list[dict[str, Any]]:
-    return pq.read_table(_path(file, folder), filters=filters).to_pylist()
-
-
 def _take_neuron(row: dict[str, Any]) -> NeuronId:
     """Return the neuron that a row is about, and remove its columns from the row."""
     return NeuronId(*(row.pop(column.name) for column in NEURON_COLUMNS))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

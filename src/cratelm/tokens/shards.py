@@ -30,6 +30,7 @@ from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
 from cratelm.runs import write_json
 from cratelm.runs.columns import FileColumn, TableFile
+from cratelm.runs.reading import verified
 from cratelm.tokens.tokenizer import display_strings, load_tokenizer, vocabulary_size
 
 FORMAT = 1
@@ -96,7 +97,7 @@ class TokenStore:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that made the shards; it reads special tokens in a text as plain text."""
-        return load_tokenizer(self.path / "tokenizer.json")
+        return load_tokenizer(verified(self.path / "tokenizer.json"))
 
     def split(self, name: Split) -> "TokenSplit":
         """Return the tokens of one split. Raises `InputError` if its files are damaged."""
@@ -107,8 +108,18 @@ class TokenStore:
         return self._splits[name]
 
     def decode_tokens(self, ids: Sequence[int] | NDArray[np.integer]) -> list[str]:
-        r"""Return one display string per token, [n]; incomplete characters appear as bytes, \xNN."""
-        return [self._display[int(i)] for i in ids]
+        r"""Return one display string per token, [n]; incomplete characters appear as bytes, \xNN.
+
+        Raises `InputError` for an id that is not in the vocabulary.
+        """
+        array = np.asarray(ids, np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < len(self._display):
+            outside = array[(array < 0) | (array >= len(self._display))][0]
+            raise InputError(
+                f"token id {outside} is not in the vocabulary of {self.path} ({len(self._display):,}"
+                " tokens): the file that it comes from was made with another tokenizer, or is damaged"
+            )
+        return [self._display[i] for i in array.tolist()]
 
     @cached_property
     def token_strings(self) -> list[str]:
@@ -166,7 +177,7 @@ class TokenSplit:
     def _map_files(self, folder: Path, dtype: np.dtype) -> list[NDArray[np.unsignedinteger]]:
         files = []
         for first in range(0, self.n_tokens, self._tokens_per_file):
-            path = folder / f"{self.name}-{len(files):05d}.bin"
+            path = verified(folder / f"{self.name}-{len(files):05d}.bin")
             n = min(self._tokens_per_file, self.n_tokens - first)
             if not path.is_file() or path.stat().st_size != n * dtype.itemsize:
                 raise _damaged(path, f"it must have {n * dtype.itemsize:,} bytes")
@@ -344,7 +355,7 @@ class _ArrayFile:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    path = folder / "meta.json"
+    path = verified(folder / "meta.json")
     if not path.is_file():
         raise InputError(
             f"{folder} has no token shards: type `cratelm tokenize --run {folder.parent}` first"
@@ -362,7 +373,9 @@ def _map_array(path: Path, n: int) -> NDArray[np.int64]:
     if n == 0:
         return np.empty(0, np.int64)
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.load(verified(path), mmap_mode="r")
+    except InputError:
+        raise
     except (OSError, ValueError, EOFError):
         raise _damaged(path, f"it must be an array of {n:,} numbers") from None
     if array.shape != (n,):

@@ -13,6 +13,7 @@ from typing import Any
 
 from cratelm.errors import missing_extra
 from cratelm.runs import atomic_path
+from cratelm.runs.reading import read_json_lines
 
 METRICS, TIMING, TENSORBOARD, FIGURE = "metrics.jsonl", "timing.jsonl", "tensorboard", "loss.png"
 UNHASHED = (TIMING, TENSORBOARD)
@@ -75,8 +76,7 @@ class Log:
 def read_metrics(folder: str | Path, name: str = METRICS) -> list[dict[str, Any]]:
     """Return the lines of a curve file in order of steps, without an unfinished last line."""
     path = Path(folder) / name
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    return read_json_lines(path) if path.is_file() else []
 
 
 def last(metrics: list[dict[str, Any]], key: str) -> float | None:

@@ -34,6 +34,7 @@ from cratelm.results.neuron_table import NeuronTable, read_neuron_table
 from cratelm.results.stages import READ_ERRORS, changed_at, one_line
 from cratelm.results.views import IndexState
 from cratelm.runs import Run, atomic_folder, atomic_path, hash_json, write_json
+from cratelm.runs.reading import verified
 from cratelm.tokens.shards import TokenStore
 
 _FORMAT = 3
@@ -125,7 +126,7 @@ class Index:
 
     def _make(self, folder: Path) -> None:
         models = self._models()
-        files = {n: pq.ParquetFile(self._file(n)) for n in models}
+        files = {n: pq.ParquetFile(verified(self._file(n))) for n in models}
         groups = {n: f.num_row_groups for n, f in files.items()}
         self.state = IndexState(False, 0, sum(groups.values()))
         neurons, tokens, values, counts = [], [], [], []
