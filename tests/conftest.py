@@ -5,6 +5,27 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_fonts():
+    """Figures hold their fonts as matplotlib's own outlines: subsets of TrueType take a quarter of a report's time.
+
+    Demos in processes of their own keep them.
+    """
+    from cratelm.report import drawing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(drawing._STYLE, "pdf.fonttype", 3)
+        yield
+
+
+@pytest.fixture(scope="session")
+def quick_maps():
+    """Maps of neurons take as few iterations as t-SNE allows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cratelm.viewer.index._MAP_STEPS", 250)
+        yield
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports whose figures are empty files, for tests of something else: most of a report's time is drawing."""
@@ -25,7 +46,7 @@ def viewer_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def library(viewer_run):
+def library(viewer_run, quick_maps):
     """The run as the browser reads it, with its index."""
     pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
     from cratelm.viewer.run_reader import Library

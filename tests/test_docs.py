@@ -322,7 +322,7 @@ def quiet_world(monkeypatch):
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=[unit[0].name for unit in UNITS])
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("undrawn", "quick_maps")
 def test_runs(unit, finished, tmp_path, monkeypatch, quiet_world):
     for module in [module for example in unit for module in example.needs]:
         pytest.importorskip(module, reason=f"{module} is not installed")
