@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,21 @@ def undrawn(monkeypatch):
 
 @pytest.fixture(scope="session")
 def viewer_run(tmp_path_factory) -> Path:
-    """A small run for the browser, called `run`; tests that change it take a copy."""
+    """A small run for the browser, called `run`; tests that change it take a copy.
+
+    It takes 20 s: the first worker makes it, the others copy it.
+    """
+    from filelock import FileLock
     from viewer_runs import small_run
 
-    return small_run(tmp_path_factory.mktemp("view"))
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(folder / "made.lock"):
+        if not (folder / "made").exists():
+            (folder / "making").mkdir()
+            small_run(folder / "making")
+            (folder / "making").rename(folder / "made")
+    return Path(shutil.copytree(folder / "made" / "run", tmp_path_factory.mktemp("view") / "run"))
 
 
 @pytest.fixture(scope="session")
