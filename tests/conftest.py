@@ -1,8 +1,31 @@
 """Fixtures that several test files share."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_fonts():
+    """Figures hold their fonts as matplotlib's own outlines: subsets of TrueType take a quarter of a report's time.
+
+    Demos in processes of their own keep them.
+    """
+    from cratelm.report import drawing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(drawing._STYLE, "pdf.fonttype", 3)
+        yield
+
+
+@pytest.fixture(scope="session")
+def quick_maps():
+    """Maps of neurons take as few iterations as t-SNE allows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cratelm.viewer.index._MAP_STEPS", 250)
+        yield
 
 
 @pytest.fixture
@@ -18,14 +41,25 @@ def undrawn(monkeypatch):
 
 @pytest.fixture(scope="session")
 def viewer_run(tmp_path_factory) -> Path:
-    """A small run for the browser, called `run`; tests that change it take a copy."""
+    """A small run for the browser, called `run`; tests that change it take a copy.
+
+    It takes 20 s: the first worker makes it, the others copy it.
+    """
+    from filelock import FileLock
     from viewer_runs import small_run
 
-    return small_run(tmp_path_factory.mktemp("view"))
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(folder / "made.lock"):
+        if not (folder / "made").exists():
+            (folder / "making").mkdir()
+            small_run(folder / "making")
+            (folder / "making").rename(folder / "made")
+    return Path(shutil.copytree(folder / "made" / "run", tmp_path_factory.mktemp("view") / "run"))
 
 
 @pytest.fixture(scope="session")
-def library(viewer_run):
+def library(viewer_run, quick_maps):
     """The run as the browser reads it, with its index."""
     pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
     from cratelm.viewer.run_reader import Library

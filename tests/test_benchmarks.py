@@ -47,32 +47,24 @@ def test_it_runs(name, tmp_path, capsys, monkeypatch):
     assert any(c.isdigit() for c in run(name, arguments, capsys, monkeypatch))
 
 
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory) -> Path:
-    pytest.importorskip("fastapi", reason="the extra viewer is not installed")
-    from viewer_runs import small_run
-
-    return small_run(tmp_path_factory.mktemp("benchmarks"))
-
-
-def test_the_browser_of_a_large_run(scored, tmp_path, capsys, monkeypatch):
+def test_the_browser_of_a_large_run(viewer_run, tmp_path, capsys, monkeypatch):
     large = tmp_path / "large"
-    arguments = [str(scored), str(large), "--layers", "3", "--neurons", "70"]
+    arguments = [str(viewer_run), str(large), "--layers", "3", "--neurons", "70"]
     run("large_run", arguments, capsys, monkeypatch)
     printed = run("viewer", [str(large), "--turns", "2"], capsys, monkeypatch)
     for line in ("open, to the first overview", "index and maps", "neuron ", "compare neurons"):
         assert line in printed
     printed = run(
-        "viewer", [str(scored), "--live", "crate-2l", "--turns", "2"], capsys, monkeypatch
+        "viewer", [str(viewer_run), "--live", "crate-2l", "--turns", "2"], capsys, monkeypatch
     )
     assert "activations, ten clients" in printed
 
 
-def test_simulating_with_a_local_model(scored, tmp_path, capsys, monkeypatch):
+def test_simulating_with_a_local_model(viewer_run, tmp_path, capsys, monkeypatch):
     from test_llm_local import save
 
     model = save(tmp_path / "tiny-llama")
-    arguments = f"--run {scored} --simulator {model} --dtype float32 --neurons 1 --rounds 1"
+    arguments = f"--run {viewer_run} --simulator {model} --dtype float32 --neurons 1 --rounds 1"
     printed = run("simulate", arguments.split(), capsys, monkeypatch)
     assert float(printed.split("largest difference")[1].split()[0]) < 1e-3
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cratelm.cli import main
 from cratelm.runs import Run
 
 WORDS = [
@@ -53,33 +55,47 @@ def command(run: Path, corpus: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(run: Path, corpus: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(run, corpus), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-    )  # fmt: skip
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["cratelm.pipelines.demo"])
+"""processes that begin with the demo imported, which otherwise takes a third of each attempt"""
 
 
-def kill_when(process: subprocess.Popen, told: str) -> bool:
-    """Kills as soon as a line holds `told`; False where the process ended before."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if told in line:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
-    process.wait()
-    return False
+def attempt(arguments: list[str], output: Path) -> None:
+    """The body of a process: a command line, with its output in a pipe."""
+    pipe = os.open(output, os.O_WRONLY)
+    os.dup2(pipe, 1)
+    os.dup2(pipe, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    sys.exit(main(arguments))
+
+
+def run_until(run: Path, corpus: Path, told: str = "") -> tuple[str, int | None]:
+    """Runs the demo and kills it as soon as a line holds `told`; returns its output and exit status."""
+    output = run.with_suffix(".pipe")
+    output.unlink(missing_ok=True)
+    os.mkfifo(output)
+    process = FORKED.Process(target=attempt, args=(command(run, corpus)[3:], output))
+    process.start()
+    lines = []
+    with output.open() as pipe:
+        for line in pipe:
+            lines.append(line)
+            if told and told in line:
+                process.kill()
+    process.join()
+    return "".join(lines), process.exitcode
 
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> tuple[Path, str]:
     """The run of a demo that nobody killed, and what it said."""
     path = tmp_path_factory.mktemp("demo") / "whole"
-    done = start(path, corpus)
-    out, _ = done.communicate()
-    assert done.returncode == 0, out
-    return path, out
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(path, corpus), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return path, done.stdout
 
 
 @pytest.mark.slow
@@ -94,10 +110,9 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(whole, corpus, tmp_path
 
     broken = tmp_path / "broken"
     for told in ("[2/22]", "[9/22]", "[22/22]"):
-        assert kill_when(start(broken, corpus), told), told
-    last = start(broken, corpus)
-    out, _ = last.communicate()
-    assert last.returncode == 0, out
+        assert run_until(broken, corpus, told)[1] == -signal.SIGKILL, told
+    out, status = run_until(broken, corpus)
+    assert status == 0, out
     assert "skipped" in out
 
     first, second = (

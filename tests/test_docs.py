@@ -82,7 +82,7 @@ TOPICS = [
 ]
 TINY = {
     "tokenize": "--vocab-size 512 --fit 0.15 --held-out 0.15",
-    "train": "--steps 2 --batch-size 4 --sequence-length 128",
+    "train": "--steps 2 --batch-size 4 --sequence-length 128 --validation-sequences 8",
     "evaluate": "--max-tokens 2000",
     "harvest": "--tokens 3000 --sequence-length 64 --top 12 --random 10 --per-bin 2",
     "explain": "--neurons 4",
@@ -102,8 +102,8 @@ INSTEAD = {"--vocab-size": "--tokenizer", "--only": "--layers"}
 KEPT = ("--steps 0", "--tokenizer none")
 """options that stay as they are written"""
 SMALLER = {
-    "steps=500": "steps=2",
-    "tokens=200_000": "tokens=2000",
+    "steps=500": "steps=2, sequence_length=64, validation_sequences=8",
+    "tokens=200_000": "tokens=2000, pilot_tokens=256",
     "vocab_size=2048": "vocab_size=512",
 }
 """the same for Python"""
@@ -322,7 +322,7 @@ def quiet_world(monkeypatch):
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=[unit[0].name for unit in UNITS])
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("undrawn", "quick_maps")
 def test_runs(unit, finished, tmp_path, monkeypatch, quiet_world):
     for module in [module for example in unit for module in example.needs]:
         pytest.importorskip(module, reason=f"{module} is not installed")

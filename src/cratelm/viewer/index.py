@@ -44,6 +44,8 @@ _DIMENSIONS = 64
 _LEAST = 2
 """minimum number of occurrences of a token in a profile"""
 _SEED = 0
+_MAP_STEPS = 500
+"""iterations of t-SNE"""
 
 
 class Index:
@@ -424,7 +426,7 @@ def plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
             2,
             perplexity=perplexity,
             init=start,
-            max_iter=500,
+            max_iter=_MAP_STEPS,
             random_state=_SEED,
             method="barnes_hut",
         ).fit_transform(points)
