@@ -40,6 +40,8 @@ READ = {
     "live": (WEIGHTS,),
 }
 """verbs, with files that each reads"""
+WRITTEN = {"harvest": HARVEST, "explain": EXPLAINED, "score": SCORES, "effects": f"steer/{MODEL}"}
+"""stages that verbs write, removed so that they are made and not skipped"""
 
 
 def flip(path: Path) -> None:
@@ -81,6 +83,8 @@ def run(tmp_path, monkeypatch) -> Path:
     "every verb that opens the file refuses it, names it and the command that makes it again",
 )
 def test_a_verb_notices_a_changed_bit(verb, name, run, tmp_path):
+    if verb in WRITTEN:
+        shutil.rmtree(run / WRITTEN[verb])
     flip(run / name)
     with pytest.raises(InputError) as caught:
         use(verb, run, tmp_path)
@@ -247,7 +251,6 @@ def test_a_record_of_another_form_is_told(results, run):
     path.write_text(json.dumps(record))
     with pytest.raises(InputError, match=rf"{RECORD} cannot be read as a completion record"):
         Run(run).labelled(SCORES).require()
-    assert main(["analyze", "--run", str(run), "--model", MODEL]) == 2 or True
 
 
 # ---- cratelm check --------------------------------------------------------------------------------

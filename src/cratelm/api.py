@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cratelm.pipelines.demo import DemoResult
     from cratelm.pipelines.sae_compare import SaeCompareResult
     from cratelm.report.report import ReportResult
+    from cratelm.runs.check import CheckResult
     from cratelm.sae.evaluate import SaeEvaluateResult
     from cratelm.sae.train import SaeTrainResult
     from cratelm.score.score import ScoreResult
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "analyze",
+    "check",
     "demo",
     "effects",
     "evaluate",
@@ -656,6 +658,23 @@ def view(
         quiet: with --static: no progress bar
     """
     return _run("view", locals())
+
+
+def check(
+    *,
+    run: str | Path = Path("runs/default"),
+    quiet: bool = False,
+) -> "CheckResult":
+    """Verify a run: every file against its recorded hash, and whether anything is stale or left over.
+
+    Reads every file and changes nothing. The exit status is 0 if all is well, 4 if something is stale or left
+    over, and 5 if something is damaged.
+
+    Args:
+        run: run directory
+        quiet: no progress bar
+    """
+    return _run("check", locals())
 
 
 def analyze(

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from cratelm.errors import InputError
 from cratelm.models.sizes import hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
-from cratelm.runs.reading import verified, verify_folder
+from cratelm.runs.reading import verified
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
 
@@ -69,12 +69,9 @@ class ModelSource:
         """Return the model on a device and in a precision.
 
         `auto` stands for an accelerator if there is one, and for the precision of the files. Raises
-        `InputError` for a device that this machine does not have, for a model that cannot be loaded, and for files
-        that are not those that `train` wrote.
+        `InputError` for a device that this machine does not have, or a model that cannot be loaded.
         """
         torch_device = device_of(device)  # may raise, so before anything is loaded
-        if isinstance(self.location, Path):
-            verify_folder(self.location)
         options: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
         if self.revision:
             options["revision"] = self.revision

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 from cratelm.errors import InputError
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
+from cratelm.runs.reading import verify_folder
 
 AutoConfig.register("crate", CrateConfig, exist_ok=True)
 AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
@@ -105,8 +106,10 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Return a saved model, cratelm's or any Hugging Face causal language model, in evaluation mode.
 
     `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError` if nothing can
-    be loaded from it.
+    be loaded from it, and if a file of a model that cratelm trained is not what `train` wrote.
     """
+    if Path(path).is_dir():
+        verify_folder(path)
     with _quiet(), _loading(path):
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if isinstance(model, GPT2LMHeadModel):
