@@ -118,11 +118,8 @@ class ServerBackend:
             )
         if method not in ("auto", "logprobs", "json"):
             raise InputError(f"method {method}: it must be auto, logprobs or json")
-        self._model, self._url, self._server = (
-            model,
-            base_url or OPENAI,
-            _address(base_url or OPENAI),
-        )
+        self._model, self._url = model, base_url or OPENAI
+        self.address = _address(self._url)
         self._key = _key(needed=base_url is None)
         self._concurrency, self._retries, self._deadline = concurrency, retries, deadline
         self._method: Method = method
@@ -175,7 +172,7 @@ class ServerBackend:
             return True
         if outcome.kind in _TRANSIENT:
             raise InputError(
-                f"{self._server} did not answer a probe call ({outcome.kind}: {outcome.reason}):"
+                f"{self.address} did not answer a probe call ({outcome.kind}: {outcome.reason}):"
                 " type the command again, with a longer --deadline or with --method json"
             )
         self.reason = f"{outcome.kind}: {outcome.reason}"
@@ -435,7 +432,7 @@ class ServerBackend:
             self._is_lost or cause in ("ConnectError", "ConnectTimeout")
         ):
             raise InputError(
-                f"{self._server} cannot be reached: check that the server is running, and check --base-url"
+                f"{self.address} cannot be reached: check that the server is running, and check --base-url"
             )
         return FailureKind.CONNECTION, f"no connection, or a broken one ({cause})"
 
@@ -445,11 +442,11 @@ class ServerBackend:
             return
         if status == 401 or (status == 403 and not is_probe):
             check = f"check {KEY}" if self._key else f"set {KEY} to your key"
-            raise InputError(self._one_line(f"{self._server} refused the key: {check} ({reason})"))
+            raise InputError(self._one_line(f"{self.address} refused the key: {check} ({reason})"))
         if status == 404 and not is_probe:
             raise InputError(
                 self._one_line(
-                    f"{self._server} has no model {self._model}: check openai:MODEL and --base-url,"
+                    f"{self.address} has no model {self._model}: check openai:MODEL and --base-url,"
                     f" which often ends in /v1 ({reason})"
                 )
             )
