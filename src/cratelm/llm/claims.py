@@ -7,7 +7,7 @@ has claims, so two clients cannot wait for each other.
 
 A claim is valid while its holder lives. The holder locks a file next to the ledger; the operating system
 releases the lock of a process that was killed, and a process that was stopped no longer touches the file
-(`cratelm.runs.atomic`). The next client that meets such claims deletes them and asks the requests itself.
+(`cratelm.runs.atomic`). A client that waits for such claims deletes them and asks the requests itself.
 """
 
 import contextlib
@@ -74,6 +74,8 @@ class Claims:
         self._held = contextlib.ExitStack()
         self._version = -1
         """of the ledger, at the last transaction"""
+        self._touched: dict[str, tuple[float, float]] = {}
+        """by holder: when it last touched its lock, by its clock, and when this was first seen, by ours"""
 
     def __enter__(self) -> "Claims":
         self._held.enter_context(lock(_path_of(self._ledger, self._holder)))
@@ -87,7 +89,7 @@ class Claims:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Hold the ledger's write lock, and end the claims of holders that no longer live."""
-        dead = [holder for holder in self._others() if not _is_alive(self._ledger, holder)]
+        dead = [holder for holder in self._others() if not self._is_alive(holder)]
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._version = version_of(self._database)
@@ -144,6 +146,21 @@ class Claims:
         )
         return [holder for (holder,) in rows]
 
+    def _is_alive(self, holder: str) -> bool:
+        if not _is_locked(self._ledger, holder):
+            return False
+        try:
+            touched = _lock_file(self._ledger, holder).stat().st_mtime
+        except OSError:  # it has ended just now
+            return False
+        # Our own clock, which stands still while the machine is suspended: after that, every lock is old.
+        now = time.monotonic()
+        before, since = self._touched.get(holder, (touched, now))
+        if before != touched:
+            since = now
+        self._touched[holder] = touched, since
+        return now - since < EXPIRES
+
     def _release(self, holders: Sequence[str]) -> None:
         self._database.execute(
             f"DELETE FROM claims WHERE holder IN ({_placeholders(holders)})", tuple(holders)
@@ -174,7 +191,7 @@ def remove_dead_locks(ledger: Path) -> None:
     for file in ledger.parent.glob(f".{ledger.name}.????????.lock"):
         with contextlib.suppress(OSError):  # another process was faster
             if time.time() - file.stat().st_mtime > EXPIRES:  # a new file may not be locked yet
-                _is_alive(ledger, file.name.split(".")[-2])
+                _is_locked(ledger, file.name.split(".")[-2])
 
 
 def _path_of(ledger: Path, holder: str) -> Path:
@@ -182,20 +199,19 @@ def _path_of(ledger: Path, holder: str) -> Path:
     return ledger.with_name(f"{ledger.name}.{holder}")
 
 
-def _is_alive(ledger: Path, holder: str) -> bool:
+def _lock_file(ledger: Path, holder: str) -> Path:
+    return ledger.with_name(f".{ledger.name}.{holder}.lock")
+
+
+def _is_locked(ledger: Path, holder: str) -> bool:
+    """Return whether a living process has the lock of a holder; if none has, its file is removed."""
     if not holder.isalnum():  # no name that a client chose
         return False
-    path = _path_of(ledger, holder)
     try:
-        check_unlocked(path)  # removes the file of a dead process
+        check_unlocked(_path_of(ledger, holder))
         return False
     except (InputError, OSError):  # locked, or the file of another user
-        pass
-    try:
-        touched = path.with_name(f".{path.name}.lock").stat().st_mtime
-    except OSError:
-        return False
-    return time.time() - touched < EXPIRES
+        return True
 
 
 def _placeholders(values: Sequence[object]) -> str:

@@ -452,10 +452,10 @@ class ServerBackend:
             )
 
     def _one_line(self, text: str) -> str:
-        """Return `text` as one short line, without the key."""
+        """Return `text` as one short line of printable characters, without the key."""
         if self._key:
             text = text.replace(self._key, "***")
-        text = " ".join(text.split())
+        text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
         return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 1] + "…"
 
 
