@@ -378,6 +378,15 @@ def test_reasons_are_printable_and_can_be_stored(tmp_path, monkeypatch, text, st
     assert failed(outcome).reason.isprintable()
 
 
+def test_a_response_without_an_end_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(server_module, "LARGEST_RESPONSE", 100_000)
+    with LLMServer(always(Fault.GARBAGE)) as server:
+        failure = failed(ask(backend(server), EMBED)[0])
+        assert server.faults_served == {Fault.GARBAGE: 1}  # it is not requested again
+    assert failure.kind == FailureKind.MALFORMED
+    assert failure.reason == "the server's response is longer than 0 MB"
+
+
 # limits
 
 

@@ -67,6 +67,8 @@ deadline"""
 PROBE_ATTEMPTS = 5
 """attempts at a probe call for token counts, in addition to the retries of each"""
 BYTES_PER_TOKEN = 3.5
+LARGEST_RESPONSE = 64_000_000
+"""bytes after which a response is not read further: one of a long prompt with log-probabilities has 3 MB"""
 LOST = 8
 """consecutive calls without a connection, each after all retries, after which a server counts as lost"""
 _REASON_CHARACTERS = 200
@@ -341,11 +343,11 @@ class ServerBackend:
         if isinstance(request, JsonQuery):
             return await self._json_values(client, request), 0
         if isinstance(request, Embed):
-            create = client.embeddings.with_raw_response.create
+            create = client.embeddings.with_streaming_response.create
             # by default the library asks for base64, which some servers do not support
             return await self._send(create, input=request.text, encoding_format="float"), 0
         return await self._send(
-            client.chat.completions.with_raw_response.create,
+            client.chat.completions.with_streaming_response.create,
             messages=_messages(request),
             max_tokens=request.max_tokens,
             temperature=request.temperature,
@@ -362,8 +364,7 @@ class ServerBackend:
             wait=_pause,
             reraise=True,
         )
-        response = await retrying(create, model=self._model, **options)
-        return parse_body(response.content)
+        return parse_body(await retrying(_content, create, model=self._model, **options))
 
     async def _json_values(self, client: Any, request: JsonQuery) -> Body:
         """Request JSON with a schema, or without one if the server refuses it."""
@@ -375,7 +376,7 @@ class ServerBackend:
             "temperature": 0.0,
             "seed": request.seed,
         }
-        create = client.chat.completions.with_raw_response.create
+        create = client.chat.completions.with_streaming_response.create
         if self._takes_schema:
             try:
                 return await self._send(create, response_format=_schema(request), **options)
@@ -393,7 +394,7 @@ class ServerBackend:
         for n_top in allowed:
             try:
                 body = await self._send(
-                    client.completions.with_raw_response.create,
+                    client.completions.with_streaming_response.create,
                     prompt=text,
                     echo=True,
                     logprobs=n_top,
@@ -512,7 +513,30 @@ def _retry_after(error: BaseException | None) -> float | None:
     return seconds if 0 < seconds <= LONGEST_RETRY_AFTER else None
 
 
-# request bodies
+# bodies
+
+
+async def _content(create: Any, **options: Any) -> bytes:
+    """Make one call, and return the response's content, or as much of it as shows that it is too long."""
+    from openai import APIConnectionError, APITimeoutError
+
+    content = bytearray()
+    async with create(**options) as response:
+        try:
+            async for part in response.iter_bytes():
+                content += part
+                if len(content) > LARGEST_RESPONSE:
+                    break
+        except (
+            Exception
+        ) as error:  # of the library's HTTP client, whose errors it wraps only earlier
+            if "Timeout" in type(error).__name__:
+                raise APITimeoutError(request=response.http_request) from error
+            raise APIConnectionError(request=response.http_request) from error
+    if len(content) > LARGEST_RESPONSE:
+        reason = f"the server's response is longer than {LARGEST_RESPONSE / 1e6:.0f} MB"
+        raise UnusableAnswer(FailureKind.MALFORMED, reason)
+    return bytes(content)
 
 
 def _messages(request: Chat | JsonQuery) -> list[dict[str, str]]:
