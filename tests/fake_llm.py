@@ -33,6 +33,7 @@ class FakeModel:
     window = 256
     parallel = 1
     reason = ""
+    address = ""
 
     def __init__(
         self,

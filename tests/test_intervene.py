@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,8 +128,6 @@ def write_truth(path: Path) -> None:
 
 @pytest.fixture
 def run(planted, tmp_path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(planted, tmp_path / "run"))
 
 
@@ -357,3 +356,16 @@ def test_mistakes(run, judge, capsys):
         error = capsys.readouterr().err
         assert told in error
         assert error.count("\n") == 1
+
+
+def test_a_judge_that_fails_every_call_writes_nothing(run, judge):
+    """The calls about made-up pairs, which are answered, do not count."""
+    asked(run, only=("1:0",), name="one")  # those answers are in the ledger
+    shutil.rmtree(run / "steer")
+    judge.fails = 1.0
+    others = {"only": ("1:6", "1:7")}
+    with pytest.raises(InputError, match=r"all [\d,]+ calls to judge failed, .*status 500"):
+        asked(run, **others)
+    assert not (run / "steer").exists()
+    judge.fails = 0.0
+    assert asked(run, **others).controls[0].defined == 2

@@ -356,6 +356,37 @@ def test_bodies_of_another_form_are_failures(monkeypatch, body):
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("tokens", [2**63, 10**400, 10**9 + 1, -1, 1.5, True, "7", None])
+def test_absurd_counts_of_tokens_are_estimated(tmp_path, monkeypatch, tokens):
+    usage = {"prompt_tokens": tokens, "completion_tokens": tokens}
+    monkeypatch.setattr(LLMServer, "_usage", lambda *_: usage)
+    with LLMServer() as server, Ledger(tmp_path / "ledger.sqlite") as ledger:
+        client = Client(backend(server), ledger, Budget(max_tokens=1000))
+        (outcome,) = client.ask([CHAT])  # a larger integer than SQLite's cannot be stored
+        assert ledger.bill(MODEL, (0, 0)).tokens == 3 + 4 + 6 + 4 + 4
+    assert outcome.completion_tokens == 4
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "\x1b[2Jgone", "\x00", "a\u202eb", "\u2028next"])
+@pytest.mark.parametrize("status", [200, 400])
+def test_reasons_are_printable_and_can_be_stored(tmp_path, monkeypatch, text, status):
+    message = {"content": None, "refusal": text}
+    refused = {"choices": [{"message": message}], "error": {"message": text}}
+    monkeypatch.setattr(LLMServer, "answer", lambda *_: (status, refused))
+    with LLMServer() as server, Ledger(tmp_path / "ledger.sqlite") as ledger:
+        (outcome,) = Client(backend(server), ledger, Budget()).ask([CHAT])
+    assert failed(outcome).reason.isprintable()
+
+
+def test_a_response_without_an_end_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(server_module, "LARGEST_RESPONSE", 100_000)
+    with LLMServer(always(Fault.GARBAGE)) as server:
+        failure = failed(ask(backend(server), EMBED)[0])
+        assert server.faults_served == {Fault.GARBAGE: 1}  # it is not requested again
+    assert failure.kind == FailureKind.MALFORMED
+    assert failure.reason == "the server's response is longer than 0 MB"
+
+
 # limits
 
 

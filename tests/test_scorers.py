@@ -103,6 +103,14 @@ def has_wanted(text: str) -> float:
     return 4.0 if ("\\n« import" in text if "«" in text else "\\n import" in text) else -4.0
 
 
+def test_embeddings_of_different_lengths_are_a_failure():
+    made = task("embedding", record())
+    vectors = [Answer(np.ones(3 + (i == 2), np.float32), 1, 0) for i in range(len(made.requests))]
+    score = made.grade(vectors)
+    assert score.status == Status.FAILED
+    assert score.reason == "the server's embeddings have 3 to 4 numbers"
+
+
 # --- known answers ---------------------------------------------------------------------------------
 
 

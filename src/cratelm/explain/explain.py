@@ -96,7 +96,7 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     returned; with `--shard` answers are written only to the worker's ledger.
 
     Raises `InputError` if the run has no tokens or no harvest of the model, or the language model cannot
-    be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
+    be reached or fails every call; `BudgetReached` at a limit. All answers so far are in the ledger.
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model)
@@ -150,13 +150,25 @@ def _explain_with_llm(
         n_expected = len(config.evidence) * sum(not s.dead for s in of_worker)
         label = f"{config.model} by {name}"
         outcomes = list(_progress(explainer.explain(records), n_expected, label, config.quiet))
+        client.require_answers()
         if config.shard:
             # answers are in the ledger: the command that merges the workers writes the stage
             return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
+        _require_explanation(outcomes, name)
         with stage.write(config, inputs) as draft:
             write_calls(draft, client)
             counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, calls=str(client.tally), **counts)
+
+
+def _require_explanation(outcomes: Sequence[Explanation | ExplanationFailure], name: str) -> None:
+    """Raise `InputError` if no answer is an explanation; failed calls alone are the client's to report."""
+    failures = [o for o in outcomes if isinstance(o, ExplanationFailure)]
+    if failures and len(failures) == len(outcomes):
+        raise InputError(
+            f"none of the {len(failures):,} answers of {name} is an explanation, the first: {failures[0].reason};"
+            " no stage was written: choose another --explainer, or other --prompts"
+        )
 
 
 def _progress(

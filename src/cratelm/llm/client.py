@@ -4,17 +4,21 @@
 batches that fit the budget. Outcomes are committed before they are returned. When the budget is used up,
 `Client.ask` raises `BudgetReached` and nothing is lost: the same command with a higher limit resumes from
 the ledger. A budget applies to a run: all spending recorded in its ledger counts.
+
+Several processes may use one ledger: a client claims requests before it sends them, and waits for the
+answers to those that another client has claimed (`cratelm.llm.claims`).
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cratelm.errors import BudgetReached, InputError
+from cratelm.llm.claims import Bill, Claim, Claims
 from cratelm.llm.config import Budget
-from cratelm.llm.ledger import Bill, Ledger, rounded
+from cratelm.llm.ledger import Ledger, rounded
 from cratelm.llm.requests import (
     Answer,
     Backend,
@@ -67,25 +71,33 @@ class Client:
         self.tally = Tally()
         self._retry_failed = retry_failed
         self.identity = dict(backend.identity)
-        self._tried: set[str] = set()
+        self._attempts_before: dict[str, int] = {}
+        """with `retry_failed`: how often each request had failed when it was first looked up"""
         self._prices = budget.prices
-        # limits apply to the run, not to this command: repeating a command grants no new budget
-        self._before = ledger.bill(backend.name, self._prices) if budget.is_limited else Bill()
+        self._billed, self._billed_at = Bill(), -1
+        """the run's spending, without what this command spent, and the version of the ledger that says so"""
+        self._n_answered = 0
+        self._failed: dict[str, Failure] = {}
+        """failures so far, while no request is answered; probe calls do not count in either"""
+        self._has_waited = False
 
-    def ask(self, requests: Sequence[Request]) -> list[Outcome]:
+    def ask(self, requests: Sequence[Request], *, is_probe: bool = False) -> list[Outcome]:
         """Return one outcome per request, in order; equal requests are sent once.
 
-        Raises `BudgetReached` before the first request that does not fit the budget; earlier answers are
-        in the ledger.
+        `is_probe`: these calls only prepare others, and `require_answers` ignores them. Raises
+        `BudgetReached` before the first request that does not fit the budget; earlier answers are in the
+        ledger.
         """
         keys = [key(r, self.identity) for r in requests]
         outcome_by_key = self._stored(keys)
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in outcome_by_key}
         self.tally.known += sum(k in outcome_by_key for k in keys)
-        for portion in self._portions(list(missing.items())):
-            outcome_by_key |= self._send(portion)
+        if missing:
+            outcome_by_key |= self._obtain(missing)
         outcomes = [outcome_by_key[k] for k in keys]
         self.tally.failed.update(str(o.kind) for o in outcomes if isinstance(o, Failure))
+        if not is_probe:
+            self._note(outcome_by_key)
         return outcomes
 
     def missing(self, requests: Sequence[Request]) -> list[Request]:
@@ -94,49 +106,122 @@ class Client:
         stored = self._stored(list(by_key))
         return [r for k, r in by_key.items() if k not in stored]
 
+    def require_answers(self) -> None:
+        """Raise `InputError` if requests failed and none was answered; the next command sends them again."""
+        if not self._failed:
+            return
+        self.ledger.unsettle(self._failed)
+        first = next(iter(self._failed.values()))
+        where = f" at {self.backend.address}" if self.backend.address else ""
+        raise InputError(
+            f"all {len(self._failed):,} calls to {self.backend.name}{where} failed, the first with"
+            f" {first.kind}: {first.reason}; no stage was written: remove the cause, and type the same"
+            " command again to repeat them"
+        )
+
+    def _note(self, outcomes: dict[str, Outcome]) -> None:
+        self._n_answered += sum(isinstance(o, Answer) for o in outcomes.values())
+        if self._n_answered:
+            self._failed.clear()
+        else:
+            self._failed.update((k, o) for k, o in outcomes.items() if isinstance(o, Failure))
+
     def _stored(self, keys: list[str]) -> dict[str, Outcome]:
         stored = self.ledger.find(keys)
         if not self._retry_failed:
             return stored
-        return {k: o for k, o in stored.items() if isinstance(o, Answer) or k in self._tried}
+        attempts = self.ledger.failed_attempts(keys)
+        for k in keys:
+            self._attempts_before.setdefault(k, attempts.get(k, 0))
+        return {
+            k: o
+            for k, o in stored.items()
+            if isinstance(o, Answer) or attempts.get(k, 0) > self._attempts_before[k]
+        }
 
-    def _portions(self, unsent: list[tuple[str, Request]]) -> Iterator[list[tuple[str, Request]]]:
-        """Yield `unsent` in batches that fit the budget; raise `BudgetReached` if the next one does not."""
-        while unsent:
-            portion = unsent[: self._room(unsent)]
-            if not portion:
-                raise BudgetReached(self._limit(len(unsent)))
-            yield portion
-            unsent = unsent[len(portion) :]
+    def _obtain(self, missing: dict[str, Request]) -> dict[str, Outcome]:
+        """Return the outcomes of requests: send those that no other client has claimed, wait for the others."""
+        outcomes: dict[str, Outcome] = {}
+        wanted = {k: self._claim_of(k, r) for k, r in missing.items()}
+        with self.ledger.claims() as claims:
+            while missing:
+                stored, claimed = self._claim(claims, [wanted[k] for k in missing])
+                self.tally.known += len(stored)
+                sent = self._send([(k, missing[k]) for k in claimed])
+                if not stored and not sent:
+                    self._wait(claims, len(missing))
+                outcomes |= stored | sent
+                missing = {k: r for k, r in missing.items() if k not in outcomes}
+        return outcomes
 
-    def _room(self, unsent: list[tuple[str, Request]]) -> int:
-        """Return how many of `unsent` fit into the limits, by the backend's count of tokens."""
-        budget, spent = self.budget, self._bill()
-        n = len(unsent)
+    def _claim_of(self, k: str, request: Request) -> Claim:
+        if not (self.budget.max_tokens or self.budget.max_cost):
+            return Claim(k)
+        return Claim(k, prompt_tokens(request, self.backend), completion_tokens(request))
+
+    def _claim(
+        self, claims: Claims, wanted: Sequence[Claim]
+    ) -> tuple[dict[str, Outcome], list[str]]:
+        """Claim the requests that nobody else has and that fit the budget.
+
+        Returns the outcomes that other clients have stored meanwhile, and the keys that are claimed.
+        """
+        with claims.transaction():
+            stored = self._stored([claim.key for claim in wanted])
+            wanted = [claim for claim in wanted if claim.key not in stored]
+            held = claims.held_by_others([claim.key for claim in wanted])
+            free = [claim for claim in wanted if claim.key not in held]
+            n = len(free)
+            if free and self.budget.is_limited:
+                spent = self._bill()
+                n = self._room(free, spent + claims.reserved(self.backend.name, self._prices))
+                if not n and not self._room(free, spent):  # not even once the others have finished
+                    raise BudgetReached(self._limit(len(free)))
+            claims.add(self.backend.name, free[:n], self._prices if any(self._prices) else None)
+        return stored, [claim.key for claim in free[:n]]
+
+    def _wait(self, claims: Claims, n_left: int) -> None:
+        if not self._has_waited:
+            self._has_waited = True
+            print(
+                f"another command uses {self.ledger.path} now: waiting for its answers or for what it"
+                f" leaves of the budget ({n_left:,} requests left)",
+                flush=True,
+            )
+        claims.wait()
+
+    def _room(self, claims: Sequence[Claim], spent: Bill) -> int:
+        """Return how many of `claims` fit into the limits, by the backend's count of tokens."""
+        budget, n = self.budget, len(claims)
         if budget.max_calls:
-            n = min(n, budget.max_calls - spent.calls)
-        if not (budget.max_tokens or budget.max_cost):
-            return max(n, 0)
+            n = min(n, max(budget.max_calls - spent.calls, 0))
         prompt = completion = 0
-        for n_before, (_, request) in enumerate(unsent[: max(n, 0)]):
-            prompt += prompt_tokens(request, self.backend)
-            completion += completion_tokens(request)
+        for n_before, claim in enumerate(claims[:n]):
+            prompt += claim.prompt_tokens
+            completion += claim.completion_tokens
             tokens = spent.tokens + prompt + completion
             cost = spent.cost + budget.cost(prompt, completion)
             over_tokens = budget.max_tokens and tokens > budget.max_tokens
             over_cost = budget.max_cost and cost > budget.max_cost
             if over_tokens or over_cost:
                 return n_before
-        return max(n, 0)
+        return n
 
     def _bill(self) -> Bill:
-        """Return the run's spending: that of earlier commands, from the ledger, and of this one."""
+        """Return the run's spending: that of other commands, from the ledger, and of this one.
+
+        Limits apply to the run, not to this command: repeating a command grants no new budget. The
+        ledger is added up again only after another process has written to it.
+        """
         tally = self.tally
-        return Bill(
-            self._before.calls + tally.calls,
-            self._before.tokens + tally.prompt_tokens + tally.completion_tokens,
-            self._before.cost + self.budget.cost(tally.prompt_tokens, tally.completion_tokens),
-        )
+        tokens = tally.prompt_tokens + tally.completion_tokens
+        cost = self.budget.cost(tally.prompt_tokens, tally.completion_tokens)
+        version = self.ledger.version()
+        if version != self._billed_at:
+            whole = self.ledger.bill(self.backend.name, self._prices)
+            self._billed_at = version
+            self._billed = whole + Bill(-tally.calls, -tokens, -cost)
+        return self._billed + Bill(tally.calls, tokens, cost)
 
     def _limit(self, n_left: int) -> str:
         budget, spent = self.budget, self._bill()
@@ -155,6 +240,8 @@ class Client:
     def _send(self, portion: list[tuple[str, Request]]) -> dict[str, Outcome]:
         requests = [request for _, request in portion]
         outcomes: dict[str, Outcome] = {}
+        if not requests:
+            return outcomes
         with contextlib.closing(self.backend.answer(requests)) as groups:
             for group in groups:
                 rows = []
@@ -162,7 +249,6 @@ class Client:
                     k, kind = portion[index][0], kind_of(requests[index])
                     rows.append((k, kind, outcome))
                     outcomes[k] = rounded(kind, outcome)
-                    self._tried.add(k)
                     self._count(outcome)
                 self.ledger.write(
                     self.backend.name, rows, self._prices if any(self._prices) else None

@@ -5,14 +5,18 @@ per backend). An answer is committed before it is used, so that a killed process
 value used equals the value stored: it is rounded as in the file before it is returned. Requests
 themselves are not stored (they can be rebuilt from the run), nor is any API key.
 
+Several processes on one machine may use one ledger: `cratelm.llm.claims` (table `claims`) keeps them from
+asking the same request twice. Table `unsettled` names failed requests that the next command sends again.
+
 Size: about 1.5 kB for a simulated excerpt of 64 tokens, 0.3 kB for one of 8, 0.2 kB for a chat.
 """
 
+import contextlib
 import json
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,23 @@ from typing import Any
 import numpy as np
 
 from cratelm.errors import InputError
+from cratelm.llm.claims import (
+    BILLED_COLUMNS,
+    KEYS_PER_QUERY,
+    SCHEMA,
+    Bill,
+    Claims,
+    Prices,
+    cost_of,
+    remove_dead_locks,
+    version_of,
+)
 from cratelm.llm.requests import Answer, Failure, FailureKind, OptionLogprobs, Outcome, Value
 
 FILE = "ledger.sqlite"
 _DECIMALS = 3
 """decimals of log-probabilities: 0.1% of a probability"""
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS calls (
     key TEXT PRIMARY KEY,
     kind TEXT NOT NULL,
@@ -41,14 +56,26 @@ CREATE TABLE IF NOT EXISTS calls (
     cost REAL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS models (specification TEXT PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS unsettled (key TEXT PRIMARY KEY) WITHOUT ROWID;
+{SCHEMA}
 """
 _COLUMNS = (
     "key, kind, model, status, reason, value, prompt_tokens, completion_tokens, seconds, attempts,"
     " finished_at, cost"
 )
 _OK = "ok"
-Prices = tuple[float, float]
-"""US dollars per million prompt tokens, and per million completion tokens"""
+_LOCK_SECONDS = 60.0
+"""seconds to wait for another process that writes to the file; writing takes milliseconds"""
+_ADVICE = {
+    "SQLITE_NOTADB": "it must be an SQLite file; move it away to start a new one",
+    "SQLITE_CORRUPT": "it is damaged; `sqlite3 OLD .recover | sqlite3 NEW` saves the answers that can be read",
+    "SQLITE_FULL": "free some space on its disk",
+    "SQLITE_READONLY": "make the file and its folder writable",
+    "SQLITE_CANTOPEN": "make the file and its folder readable and writable",
+    "SQLITE_IOERR": "check its disk",
+    "SQLITE_BUSY": f"another process has locked it for {_LOCK_SECONDS:.0f} seconds; wait or stop that process",
+}
+"""what to do about an error of SQLite, by the beginning of its name"""
 
 
 @dataclass(frozen=True)
@@ -62,42 +89,27 @@ class Spent:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Bill:
-    """Cost of all calls in a ledger, of every model and every command; repeated calls count each time."""
-
-    calls: int = 0
-    tokens: int = 0
-    """prompt and completion tokens together"""
-    cost: float = 0.0
-    """US dollars"""
-
-
 class Ledger:
     """The answers stored in one file. A context manager; opening it creates the file.
 
     Several processes on one machine may write to one ledger. On shared storage each worker has a
     separate one (`--shard`), and `merge` combines them.
 
-    Raises `InputError` if the file is not a ledger.
+    All methods raise `InputError` if the file is not a ledger, is damaged, or cannot be written.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._database = sqlite3.connect(path, timeout=60)
+        with self._in_words():
+            self._database = sqlite3.connect(path, timeout=_LOCK_SECONDS)
             with self._database:
                 self._database.executescript(_SCHEMA)
                 if not self._has_cost():  # a file of version 0.1.0
                     self._database.execute("BEGIN IMMEDIATE")
                     if not self._has_cost():  # no other process was faster
                         self._database.execute("ALTER TABLE calls ADD COLUMN cost REAL")
-        except sqlite3.DatabaseError as error:
-            raise InputError(
-                f"{path} cannot be read as a ledger ({error}): it must be an SQLite file; move it"
-                " away to start a new one"
-            ) from None
+        remove_dead_locks(self.path)
 
     def __enter__(self) -> "Ledger":
         return self
@@ -109,37 +121,91 @@ class Ledger:
         columns = self._database.execute("PRAGMA table_info(calls)").fetchall()
         return "cost" in {column[1] for column in columns}
 
+    @contextlib.contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """Raise an error of SQLite as one line that names the file and says what to do."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            name = getattr(error, "sqlite_errorname", "")
+            if not name:  # raised by Python's module: a mistake in this program
+                raise
+            advice = next((text for begin, text in _ADVICE.items() if name.startswith(begin)), "")
+            raise InputError(
+                f"{self.path} cannot be read as a ledger, or written ({error}):"
+                f" {f'{advice}, then ' if advice else ''}type the same command again"
+            ) from None
+
+    @contextlib.contextmanager
+    def claims(self) -> Iterator[Claims]:
+        """Yield the claims of one client, which end with the context."""
+        with self._in_words(), Claims(self.path, self._database) as claims:
+            yield claims
+
     def find(self, keys: Sequence[str]) -> dict[str, Outcome]:
-        """Return the stored outcomes of these keys."""
+        """Return the stored outcomes of these keys, without failures that are unsettled."""
         outcomes: dict[str, Outcome] = {}
-        for start in range(0, len(keys), 500):
-            portion = keys[start : start + 500]
-            placeholders = ",".join("?" * len(portion))
-            for row in self._database.execute(
-                f"SELECT {_COLUMNS} FROM calls WHERE key IN ({placeholders})", portion
-            ):
+        query = (
+            f"SELECT {_COLUMNS} FROM calls WHERE key IN ({{}})"
+            f" AND (status = '{_OK}' OR key NOT IN (SELECT key FROM unsettled))"
+        )
+        for row in self._select(query, keys):
+            try:
                 outcomes[row[0]] = _outcome(row)
+            except (zlib.error, ValueError, TypeError, KeyError) as error:
+                raise InputError(
+                    f"{self.path} is damaged: the answer of {row[2]} with the key {row[0]} cannot be read"
+                    f" ({error}); delete this row with SQLite, and the same command asks for it again"
+                ) from None
         return outcomes
+
+    def failed_attempts(self, keys: Sequence[str]) -> dict[str, int]:
+        """Return how often the requests were sent that have no answer, for those of `keys` that were."""
+        query = f"SELECT key, attempts FROM calls WHERE status <> '{_OK}' AND key IN ({{}})"
+        return dict(self._select(query, keys))
+
+    def _select(self, query: str, keys: Sequence[str]) -> Iterator[tuple]:
+        """Yield the rows of a query with `{}` for placeholders of keys."""
+        for start in range(0, len(keys), KEYS_PER_QUERY):
+            portion = keys[start : start + KEYS_PER_QUERY]
+            with self._in_words():
+                rows = self._database.execute(
+                    query.format(",".join("?" * len(portion))), portion
+                ).fetchall()
+            yield from rows
 
     def write(
         self, model: str, outcomes: Iterable[tuple[str, str, Outcome]], prices: Prices | None = None
     ) -> None:
-        """Store (key, kind, outcome) rows in one transaction. A failure never replaces an answer.
+        """Store (key, kind, outcome) rows in one transaction, which ends the claims on these keys.
 
-        `prices` are None if they are unknown.
+        A stored answer stays: what a later call to the same key cost is added. `prices` are None if they
+        are unknown.
         """
         rows = [_row(key, kind, model, outcome, prices) for key, kind, outcome in outcomes]
-        with self._database:
+        keys = [row[:1] for row in rows]
+        unless_answered = ", ".join(
+            f"{c} = CASE calls.status WHEN '{_OK}' THEN calls.{c} ELSE excluded.{c} END"
+            for c in ("status", "reason", "value", "finished_at")
+        )
+        with self._in_words(), self._database:
             self._database.executemany(
                 f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,1,?,?)"
-                " ON CONFLICT (key) DO UPDATE SET status = excluded.status,"
-                " reason = excluded.reason, value = excluded.value,"
+                f" ON CONFLICT (key) DO UPDATE SET {unless_answered},"
                 " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
                 " completion_tokens = completion_tokens + excluded.completion_tokens,"
                 " seconds = seconds + excluded.seconds, attempts = attempts + 1,"
-                " cost = cost + excluded.cost,"  # NULL (unknown) if either is
-                f" finished_at = excluded.finished_at WHERE calls.status <> '{_OK}'",
+                " cost = cost + excluded.cost",  # NULL (unknown) if either is
                 rows,
+            )
+            self._database.executemany("DELETE FROM claims WHERE key = ?", keys)
+            self._database.executemany("DELETE FROM unsettled WHERE key = ?", keys)
+
+    def unsettle(self, keys: Collection[str]) -> None:
+        """Let the next command send these failed requests again; what they cost stays on the bill."""
+        with self._in_words(), self._database:
+            self._database.executemany(
+                "INSERT OR IGNORE INTO unsettled VALUES (?)", [(key,) for key in keys]
             )
 
     def merge(self, other: str | Path) -> int:
@@ -147,10 +213,16 @@ class Ledger:
 
         An answer replaces a failure, never the reverse.
         """
-        with Ledger(other) as source:
+        with Ledger(other) as source, source._in_words():
             rows = source._database.execute(f"SELECT {_COLUMNS} FROM calls").fetchall()
             models = source._database.execute("SELECT specification, record FROM models").fetchall()
-        with self._database:
+            unsettled = source._database.execute("SELECT key FROM unsettled").fetchall()
+        with self._in_words(), self._database:
+            # only those that are new here: this ledger may have settled the others since
+            self._database.executemany(
+                "INSERT OR IGNORE INTO unsettled SELECT ?1 WHERE ?1 NOT IN (SELECT key FROM calls)",
+                unsettled,
+            )
             before = self._database.total_changes
             self._database.executemany(
                 f"INSERT INTO calls ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO"
@@ -169,26 +241,34 @@ class Ledger:
 
     def remember(self, specification: str, record: dict[str, Any]) -> None:
         """Store facts about a backend: its identity, its capabilities, its tokenisation."""
-        with self._database:
+        with self._in_words(), self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO models VALUES (?,?)", (specification, json.dumps(record))
             )
 
     def recall(self, specification: str) -> dict[str, Any] | None:
         """Return the facts that `remember` stored; None if there are none."""
-        row = self._database.execute(
-            "SELECT record FROM models WHERE specification = ?", (specification,)
-        ).fetchone()
-        return json.loads(row[0]) if row else None
+        with self._in_words():
+            row = self._database.execute(
+                "SELECT record FROM models WHERE specification = ?", (specification,)
+            ).fetchone()
+        try:
+            return json.loads(row[0]) if row else None
+        except ValueError:
+            raise InputError(
+                f"{self.path} is damaged: its record of {specification} is not JSON; delete this row of"
+                " the table `models` with SQLite, and type the same command again"
+            ) from None
 
     def spent(self, model: str, kinds: Sequence[str]) -> Spent:
         """Return the cost of all calls of these kinds to `model`, by all processes."""
         placeholders = ",".join("?" * len(kinds))
-        row = self._database.execute(
-            "SELECT COUNT(*), SUM(status <> 'ok'), SUM(prompt_tokens), SUM(completion_tokens),"
-            f" SUM(seconds) FROM calls WHERE model = ? AND kind IN ({placeholders})",
-            (model, *kinds),
-        ).fetchone()
+        with self._in_words():
+            row = self._database.execute(
+                "SELECT COUNT(*), SUM(status <> 'ok'), SUM(prompt_tokens), SUM(completion_tokens),"
+                f" SUM(seconds) FROM calls WHERE model = ? AND kind IN ({placeholders})",
+                (model, *kinds),
+            ).fetchone()
         return Spent(*(value or 0 for value in row))
 
     def bill(self, model: str, prices: Prices) -> Bill:
@@ -196,13 +276,16 @@ class Ledger:
 
         Calls stored without prices cost nothing, except those to `model`, which count at `prices`.
         """
-        row = self._database.execute(
-            "SELECT SUM(attempts), SUM(prompt_tokens + completion_tokens), SUM(COALESCE(cost,"
-            " CASE WHEN model = ? THEN (prompt_tokens * ? + completion_tokens * ?) / 1e6 END))"
-            " FROM calls",
-            (model, *prices),
-        ).fetchone()
+        with self._in_words():
+            row = self._database.execute(
+                f"SELECT SUM(attempts), {BILLED_COLUMNS} FROM calls", (model, *prices)
+            ).fetchone()
         return Bill(*(value or 0 for value in row))
+
+    def version(self) -> int:
+        """Return a number that changes when another process writes to the ledger."""
+        with self._in_words():
+            return version_of(self._database)
 
 
 def encode(value: Value) -> bytes:
@@ -260,7 +343,6 @@ def _plain(value: Value) -> Any:
 
 def _row(key: str, kind: str, model: str, outcome: Outcome, prices: Prices | None) -> tuple:
     failed = isinstance(outcome, Failure)
-    tokens = (outcome.prompt_tokens, outcome.completion_tokens)
     return (
         key,
         kind,
@@ -272,7 +354,7 @@ def _row(key: str, kind: str, model: str, outcome: Outcome, prices: Prices | Non
         outcome.completion_tokens,
         outcome.seconds,
         time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        sum(n * p for n, p in zip(tokens, prices, strict=True)) / 1e6 if prices else None,
+        cost_of(outcome.prompt_tokens, outcome.completion_tokens, prices),
     )
 
 

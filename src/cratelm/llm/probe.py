@@ -96,7 +96,7 @@ def probe_levels(client: Client) -> ProbeResult:
     ]
     masses = [
         outcome.value.mass
-        for outcome in client.ask(probes)
+        for outcome in client.ask(probes, is_probe=True)
         if isinstance(outcome, Answer)
         and isinstance(outcome.value, OptionLogprobs)
         and outcome.value.mass is not None

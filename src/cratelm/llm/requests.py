@@ -166,6 +166,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def address(self) -> str:
+        """Return host and path of the server, without secrets; empty for a model in this process."""
+        ...
+
+    @property
     def identity(self) -> dict[str, str]:
         """Return everything that determines the answers (weights, precision, server), and no secret.
 

@@ -71,6 +71,7 @@ class ReplayBackend:
 
     window = 4096
     parallel = 1
+    address = ""
 
     def __init__(self, label: str, facts: dict[str, Any]):
         self._label = label

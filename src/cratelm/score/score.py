@@ -83,8 +83,8 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     with `--shard` answers are written only to the worker's ledger.
 
     Raises `InputError` if the run has no harvest or no explanations of the model, if a document was
-    both explained from and scored on, or if the language model cannot be reached; `BudgetReached` at a
-    limit, with all answers so far in the ledger.
+    both explained from and scored on, or if the language model cannot be reached or fails every call;
+    `BudgetReached` at a limit. All answers so far are in the ledger.
     """
     run = Run(config.run)
     if config.simulator:
@@ -144,6 +144,7 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
             batches = plan_batches(records, scoring, client)
             return dry_run(client, (requests_of(batch) for batch in batches))
         scores = list(score_records(records, scoring, client))
+        client.require_answers()
         if config.shard:
             # answers are in the ledger: the command that merges the workers writes the stage
             return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))

@@ -304,6 +304,10 @@ class EmbeddingScorer:
 
     def grade(self, examples: Examples, values: Sequence[Value]) -> Score:
         """Return the area under the ROC curve of the cosines, active versus inactive texts."""
+        widths = {len(value) for value in values if isinstance(value, np.ndarray)}
+        if len(widths) > 1:
+            reason = f"the server's embeddings have {min(widths)} to {max(widths)} numbers"
+            return Score(None, Status.FAILED, reason)
         vectors = np.array(values, dtype=np.float64)  # [1 + P + Q, E]
         norms = np.linalg.norm(vectors, axis=1)
         if not (np.isfinite(norms).all() and norms.min() > 0):

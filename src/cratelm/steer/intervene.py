@@ -132,7 +132,8 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
     is returned; with `--shard` answers are written only to the worker's ledger.
 
     Raises `InputError` if the run has no harvest or no such explanations of the model, or the
-    judge cannot be reached; `BudgetReached` at a limit, with all answers so far in the ledger.
+    judge cannot be reached or fails every call; `BudgetReached` at a limit. All answers so far are in
+    the ledger.
     """
     run = Run(config.run)
     source = explanation_source(run, config)
@@ -166,8 +167,9 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
         if config.dry_run:
             needed = ([r for a in rows for r in a.requests] for rows, _ in requests)
             return dry_run(client, chain([known.requests], needed))
-        known_score = known.grade(client.ask(known.requests)).value
+        known_score = known.grade(client.ask(known.requests, is_probe=True)).value
         rows, continuations, masses = _ask(config, client, requests, len(share))
+        client.require_answers()
         if config.shard:
             return WorkerResult(ledger_path(config), len(share), str(client.tally))
         summary = _summarise(config, judge, explained.explainer, rows, masses, known_score)

@@ -67,6 +67,8 @@ deadline"""
 PROBE_ATTEMPTS = 5
 """attempts at a probe call for token counts, in addition to the retries of each"""
 BYTES_PER_TOKEN = 3.5
+LARGEST_RESPONSE = 64_000_000
+"""bytes after which a response is not read further: one of a long prompt with log-probabilities has 3 MB"""
 LOST = 8
 """consecutive calls without a connection, each after all retries, after which a server counts as lost"""
 _REASON_CHARACTERS = 200
@@ -118,11 +120,8 @@ class ServerBackend:
             )
         if method not in ("auto", "logprobs", "json"):
             raise InputError(f"method {method}: it must be auto, logprobs or json")
-        self._model, self._url, self._server = (
-            model,
-            base_url or OPENAI,
-            _address(base_url or OPENAI),
-        )
+        self._model, self._url = model, base_url or OPENAI
+        self.address = _address(self._url)
         self._key = _key(needed=base_url is None)
         self._concurrency, self._retries, self._deadline = concurrency, retries, deadline
         self._method: Method = method
@@ -175,7 +174,7 @@ class ServerBackend:
             return True
         if outcome.kind in _TRANSIENT:
             raise InputError(
-                f"{self._server} did not answer a probe call ({outcome.kind}: {outcome.reason}):"
+                f"{self.address} did not answer a probe call ({outcome.kind}: {outcome.reason}):"
                 " type the command again, with a longer --deadline or with --method json"
             )
         self.reason = f"{outcome.kind}: {outcome.reason}"
@@ -344,11 +343,11 @@ class ServerBackend:
         if isinstance(request, JsonQuery):
             return await self._json_values(client, request), 0
         if isinstance(request, Embed):
-            create = client.embeddings.with_raw_response.create
+            create = client.embeddings.with_streaming_response.create
             # by default the library asks for base64, which some servers do not support
             return await self._send(create, input=request.text, encoding_format="float"), 0
         return await self._send(
-            client.chat.completions.with_raw_response.create,
+            client.chat.completions.with_streaming_response.create,
             messages=_messages(request),
             max_tokens=request.max_tokens,
             temperature=request.temperature,
@@ -365,8 +364,7 @@ class ServerBackend:
             wait=_pause,
             reraise=True,
         )
-        response = await retrying(create, model=self._model, **options)
-        return parse_body(response.content)
+        return parse_body(await retrying(_content, create, model=self._model, **options))
 
     async def _json_values(self, client: Any, request: JsonQuery) -> Body:
         """Request JSON with a schema, or without one if the server refuses it."""
@@ -378,7 +376,7 @@ class ServerBackend:
             "temperature": 0.0,
             "seed": request.seed,
         }
-        create = client.chat.completions.with_raw_response.create
+        create = client.chat.completions.with_streaming_response.create
         if self._takes_schema:
             try:
                 return await self._send(create, response_format=_schema(request), **options)
@@ -396,7 +394,7 @@ class ServerBackend:
         for n_top in allowed:
             try:
                 body = await self._send(
-                    client.completions.with_raw_response.create,
+                    client.completions.with_streaming_response.create,
                     prompt=text,
                     echo=True,
                     logprobs=n_top,
@@ -435,7 +433,7 @@ class ServerBackend:
             self._is_lost or cause in ("ConnectError", "ConnectTimeout")
         ):
             raise InputError(
-                f"{self._server} cannot be reached: check that the server is running, and check --base-url"
+                f"{self.address} cannot be reached: check that the server is running, and check --base-url"
             )
         return FailureKind.CONNECTION, f"no connection, or a broken one ({cause})"
 
@@ -445,20 +443,20 @@ class ServerBackend:
             return
         if status == 401 or (status == 403 and not is_probe):
             check = f"check {KEY}" if self._key else f"set {KEY} to your key"
-            raise InputError(self._one_line(f"{self._server} refused the key: {check} ({reason})"))
+            raise InputError(self._one_line(f"{self.address} refused the key: {check} ({reason})"))
         if status == 404 and not is_probe:
             raise InputError(
                 self._one_line(
-                    f"{self._server} has no model {self._model}: check openai:MODEL and --base-url,"
+                    f"{self.address} has no model {self._model}: check openai:MODEL and --base-url,"
                     f" which often ends in /v1 ({reason})"
                 )
             )
 
     def _one_line(self, text: str) -> str:
-        """Return `text` as one short line, without the key."""
+        """Return `text` as one short line of printable characters, without the key."""
         if self._key:
             text = text.replace(self._key, "***")
-        text = " ".join(text.split())
+        text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
         return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 1] + "…"
 
 
@@ -515,7 +513,30 @@ def _retry_after(error: BaseException | None) -> float | None:
     return seconds if 0 < seconds <= LONGEST_RETRY_AFTER else None
 
 
-# request bodies
+# bodies
+
+
+async def _content(create: Any, **options: Any) -> bytes:
+    """Make one call, and return the response's content, or as much of it as shows that it is too long."""
+    from openai import APIConnectionError, APITimeoutError
+
+    content = bytearray()
+    async with create(**options) as response:
+        try:
+            async for part in response.iter_bytes():
+                content += part
+                if len(content) > LARGEST_RESPONSE:
+                    break
+        except (
+            Exception
+        ) as error:  # of the library's HTTP client, whose errors it wraps only earlier
+            if "Timeout" in type(error).__name__:
+                raise APITimeoutError(request=response.http_request) from error
+            raise APIConnectionError(request=response.http_request) from error
+    if len(content) > LARGEST_RESPONSE:
+        reason = f"the server's response is longer than {LARGEST_RESPONSE / 1e6:.0f} MB"
+        raise UnusableAnswer(FailureKind.MALFORMED, reason)
+    return bytes(content)
 
 
 def _messages(request: Chat | JsonQuery) -> list[dict[str, str]]:

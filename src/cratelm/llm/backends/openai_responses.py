@@ -37,6 +37,8 @@ from cratelm.llm.requests import (
 Body = dict[str, Any]
 _MINUS_INFINITY = -9999.0
 """the value that vLLM reports for minus infinity"""
+MOST_TOKENS = 10**9
+"""of one call: a server that reports more counts something else, and its count is not used"""
 
 
 class UnusableAnswer(Exception):
@@ -84,8 +86,11 @@ def read_usage(body: Body) -> tuple[int | None, int | None]:
     """Return prompt and completion tokens, None if they are not reported."""
     usage = body.get("usage")
     counts = usage if isinstance(usage, dict) else {}
-    prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
-    return (prompt if _is_count(prompt) else None), (completion if _is_count(completion) else None)
+    return _tokens(counts.get("prompt_tokens")), _tokens(counts.get("completion_tokens"))
+
+
+def _tokens(x: Any) -> int | None:
+    return x if _is_count(x) and x <= MOST_TOKENS else None
 
 
 def _is_count(x: Any) -> bool:

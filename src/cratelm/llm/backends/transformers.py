@@ -66,6 +66,7 @@ class LocalBackend:
     supports_logprobs = True
     reason = ""
     parallel = 1
+    address = ""
 
     def __init__(self, specification: str, *, device: str = "auto", dtype: str = "auto"):
         """`specification` is the text after `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
