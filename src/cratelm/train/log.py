@@ -3,6 +3,7 @@
 metrics.jsonl   step, tokens, loss, learning_rate, gradient_norm; validation_loss and its error
 timing.jsonl    tokens per second (differs from run to run: not part of the stage's identity)
 tensorboard/    both, with --tensorboard
+wandb/          both, with --wandb
 loss.png        loss over tokens
 """
 
@@ -15,7 +16,8 @@ from cratelm.errors import missing_extra
 from cratelm.runs import atomic_path
 
 METRICS, TIMING, TENSORBOARD, FIGURE = "metrics.jsonl", "timing.jsonl", "tensorboard", "loss.png"
-UNHASHED = (TIMING, TENSORBOARD)
+WANDB = "wandb"  # wandb's own name for its folder
+UNHASHED = (TIMING, TENSORBOARD, WANDB)
 
 
 class Log:
