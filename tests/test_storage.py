@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_runs_atomic import Killed, kill_at
 from tiny_run import MODEL, copied
 
 from cratelm.cli import main
@@ -354,9 +355,6 @@ def test_a_draft_removed_in_part_is_not_resumed(tmp_path, monkeypatch):
         (draft.path / "checkpoint").write_text("x", encoding="utf-8")
         raise InputError("stop")
 
-    class Killed(BaseException):
-        pass
-
     def remove_half(path, **options):
         (path / "checkpoint").unlink()
         raise Killed
@@ -367,3 +365,23 @@ def test_a_draft_removed_in_part_is_not_resumed(tmp_path, monkeypatch):
             pass
     with run.stage("model", "m").write({"size": 1}, {}, resume=True) as draft:
         assert draft.fresh
+
+
+@pytest.mark.parametrize("number", range(14))
+def test_the_working_directory_is_not_lost_to_a_kill(tmp_path, monkeypatch, number):
+    """It cannot be renamed, and is emptied and filled instead."""
+    target = tmp_path / "here"
+    target.mkdir()
+    monkeypatch.chdir(target)
+    for text in ("old", "new"):
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            kill_at(patched, number if text == "new" else 1000)
+            with atomic_folder(target) as draft:
+                (draft / "folder").mkdir()
+                for name in ("a.txt", "b.txt", "folder/c.txt"):
+                    (draft / name).write_text(text, encoding="utf-8")
+    atomic.settle(Path("."))
+    assert set(names(target)) == {"folder", "a.txt", "b.txt", "folder/c.txt"}
+    assert len({p.read_text(encoding="utf-8") for p in target.rglob("*.txt")}) == 1
+    atomic.clear(target)
+    assert names(tmp_path) == ["here", *sorted(f"here/{name}" for name in names(target))]

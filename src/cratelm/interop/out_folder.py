@@ -7,6 +7,7 @@ from typing import Any
 
 from cratelm.errors import InputError
 from cratelm.runs import atomic_folder, versions, write_json
+from cratelm.runs.atomic import settle
 from cratelm.runs.storage import check_target
 
 PROVENANCE = "cratelm.json"
@@ -25,6 +26,7 @@ def check_out(
     the `mark` and `force` is false. Raises `StorageError` if the path cannot be written.
     """
     check_target(out, "--out", "folder")
+    settle(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file, not a folder: name another folder")
     for source in sources:

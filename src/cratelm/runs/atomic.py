@@ -249,9 +249,6 @@ def put_in_place(draft: Path, path: Path) -> None:
     replaced: a shell would stay in the deleted folder, and a mount point cannot be renamed.
     """
     sync_folder(draft)
-    if path.is_dir() and (path == Path.cwd() or path.is_mount()):
-        _fill(draft, path)
-        return
     if not path.exists():
         draft.rename(path)
         sync(path.parent)
@@ -278,6 +275,14 @@ def is_interrupted(path: Path) -> bool:
     return any(path.with_name(f".{path.name}.{kind}").is_dir() for kind in ("new", "old"))
 
 
+def settle(path: Path) -> None:
+    """Complete an interrupted `put_in_place` of `path`, if there is one and nobody is at work there."""
+    path = path.resolve()
+    if is_interrupted(path):
+        with contextlib.suppress(InputError, OSError), lock(path):
+            recover(path)
+
+
 def recover_missing(path: Path) -> None:
     """Restore, for a reader, a folder whose writer was killed while moving it into place.
 
@@ -288,12 +293,12 @@ def recover_missing(path: Path) -> None:
         try:
             with lock(path):
                 recover(path)
+        except OSError:
+            return
         except InputError:  # another process is writing it
             if time.monotonic() > deadline:
                 return
             time.sleep(0.01)
-        except OSError:
-            return
 
 
 def remove_drafts(path: Path, *, resumable: bool = True) -> None:
@@ -357,6 +362,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def _swap(new: Path, path: Path) -> None:
+    if path.is_dir() and (path == Path.cwd() or path.is_mount()):
+        _fill(new, path)
+        return
     old = path.with_name(f".{path.name}.old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -366,13 +374,24 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fill(draft: Path, path: Path) -> None:
-    for old in path.iterdir():
-        _remove(old)
-    for new in draft.iterdir():
-        shutil.move(new, path / new.name)
-    draft.rmdir()
-    sync(path)
+def _fill(new: Path, path: Path) -> None:
+    """Replace the content of the folder `path`; `new` stays whole until it is there, in case of a kill."""
+    for entry in path.iterdir():
+        _remove(entry)
+    for entry in new.iterdir():
+        if entry.is_dir():
+            shutil.copytree(entry, path / entry.name, copy_function=_link)
+        else:
+            _link(entry, path / entry.name)
+    sync_folder(path)
+    _remove(new.rename(_temporary(path)))  # a part of it must not be taken for the new folder
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def _temporary(path: Path) -> Path:

@@ -469,11 +469,11 @@ class Stage:
             draft = self._draft(plan, resume)
             try:
                 yield draft
+                self._finish(draft, plan, settings, inputs)
             except BaseException:
                 if not resume:
                     shutil.rmtree(draft.path, ignore_errors=True)
                 raise
-            self._finish(draft, plan, settings, inputs)
 
     def _draft(self, plan: dict[str, Any], resume: bool) -> "Draft":
         if not resume:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cratelm.runs import Draft, write_json
 from cratelm.runs.atomic import put_in_place
+from cratelm.runs.storage import storage_errors
 from cratelm.sae.activations import StreamPosition
 from cratelm.train.resume import FOLDER, remove_later_files, sync_curves
 
@@ -35,9 +36,10 @@ def save(
     partial, whole = folder / "partial", folder / f"step-{step:09d}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        for index, trainer in enumerate(trainers):
-            trainer.sae.save_model(partial / str(index))
-            trainer.save_trainer_state(partial / str(index))
+        with storage_errors(draft.path):  # now, while the disk is as full as it was
+            for index, trainer in enumerate(trainers):
+                trainer.sae.save_model(partial / str(index))
+                trainer.save_trainer_state(partial / str(index))
         write_json(partial / _POSITION, {"place": asdict(position), "resampled": resampled})
         sync_curves(draft)
         put_in_place(partial, whole)

@@ -95,12 +95,11 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     layers = _layers(config, site)
     # created before the draft, so that invalid input is rejected before anything is written
     activations = _activations(config, model, store, site, layers)
-    with stage.write(config, inputs, resume=True) as draft:
+    with without_worthless_draft(stage), stage.write(config, inputs, resume=True) as draft:
         draft.scratch.add(checkpoints.FOLDER)
         draft.unhashed.add(TIMING)
-        with without_worthless_draft(draft):
-            training = _prepare(config, site, layers, activations, draft)
-            _take_steps(training, stage.label)
+        training = _prepare(config, site, layers, activations, draft)
+        _take_steps(training, stage.label)
         _write(training, {role: identity_of(value) for role, value in inputs.items()})
     return _result(stage)
 

@@ -19,6 +19,7 @@ from transformers import logging as transformers_logging
 
 from cratelm.runs import Completion, Draft, Settings, Stage
 from cratelm.runs.atomic import put_in_place
+from cratelm.runs.storage import storage_errors
 from cratelm.train.resume import (
     FOLDER,
     found,
@@ -42,11 +43,13 @@ def shared_draft(
 ) -> Iterator[Draft]:
     """Open the stage's draft on the main process, which also finishes it; the others receive its path."""
     if accelerator.is_main_process:
-        with stage.write(settings, inputs, resume=True) as draft:
+        with (
+            without_worthless_draft(stage),
+            stage.write(settings, inputs, resume=True) as draft,
+        ):
             draft.scratch.add(FOLDER)
             broadcast_object_list([str(draft.path)])
-            with without_worthless_draft(draft):
-                yield draft
+            yield draft
     else:
         (path,) = broadcast_object_list([""])
         yield Draft(Path(path), fresh=False)
@@ -65,7 +68,8 @@ def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(partial))
+        with storage_errors(draft.path):  # now, while the disk is as full as it was
+            accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sync_curves(draft)
@@ -74,13 +78,13 @@ def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if accelerator.is_main_process:
-        for old in found(draft)[:-KEPT]:
+        for old in found(draft.path)[:-KEPT]:
             shutil.rmtree(old)
 
 
 def restore(accelerator: Accelerator, draft: Draft) -> int:
     """Load the last complete checkpoint and return its number of steps; 0 if there is none."""
-    checkpoints = found(draft)
+    checkpoints = found(draft.path)
     if accelerator.is_main_process:
         remove_later_files(draft)
     if not checkpoints:

@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cratelm.runs import Draft
-from cratelm.runs.atomic import remove_all_but, sync
+from cratelm.runs import Draft, Stage
+from cratelm.runs.atomic import remove_all_but, resumable_draft, sync
 from cratelm.runs.stage import PLAN
 from cratelm.train.log import METRICS, TIMING, UNHASHED
 
@@ -14,9 +14,9 @@ FOLDER = "checkpoints"
 """folder in the draft with a folder `step-N` for each checkpoint"""
 
 
-def found(draft: Draft) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    return sorted((draft.path / FOLDER).glob("step-*"))
+def found(draft: Path) -> list[Path]:
+    """Return the complete checkpoints in the folder of a draft, oldest first."""
+    return sorted((draft / FOLDER).glob("step-*"))
 
 
 def remove_later_files(draft: Draft) -> None:
@@ -25,7 +25,7 @@ def remove_later_files(draft: Draft) -> None:
     Only the curves up to the checkpoint can be used; `Log` drops their later lines. Without a checkpoint
     nothing can be used.
     """
-    curves = {METRICS, *UNHASHED} if found(draft) else set()
+    curves = {METRICS, *UNHASHED} if found(draft.path) else set()
     remove_all_but(draft.path, {PLAN, FOLDER, *curves})
 
 
@@ -37,11 +37,13 @@ def sync_curves(draft: Draft) -> None:
 
 
 @contextlib.contextmanager
-def without_worthless_draft(draft: Draft) -> Iterator[None]:
-    """Remove the draft if an error is raised before the first checkpoint: nothing in it can be used."""
-    try:
-        yield
-    except BaseException:
-        if not found(draft):
-            shutil.rmtree(draft.path, ignore_errors=True)
-        raise
+def without_worthless_draft(stage: Stage) -> Iterator[None]:
+    """Remove the stage's draft if an error is raised before the first checkpoint: nothing in it can be used."""
+    draft = resumable_draft(stage.path)
+    with stage.lock():
+        try:
+            yield
+        except BaseException:
+            if not found(draft):
+                shutil.rmtree(draft, ignore_errors=True)
+            raise

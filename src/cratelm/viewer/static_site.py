@@ -10,6 +10,7 @@ from tqdm import tqdm
 from cratelm.errors import InputError
 from cratelm.results.views import LayerQuery
 from cratelm.runs import atomic_folder
+from cratelm.runs.atomic import settle
 from cratelm.runs.storage import check_target
 from cratelm.viewer.pages import Pages, file_of
 from cratelm.viewer.run_reader import Library
@@ -68,6 +69,7 @@ def export(
 
 def _check(folder: Path, force: bool) -> None:
     check_target(folder, "--static", "folder")
+    settle(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--static {folder} is a file: name a folder that does not exist yet")
     if folder.is_dir() and any(folder.iterdir()):
