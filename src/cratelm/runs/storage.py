@@ -58,7 +58,7 @@ def storage_error(error: Exception, written: Path | None = None) -> StorageError
         return StorageError(number, f"a file cannot be opened or written: {os.strerror(number)}")
     in_written = written is not None and path.absolute().is_relative_to(written.absolute().parent)
     verb = "written" if in_written or number in _OF_WRITING else "opened"
-    return StorageError(number, f"{path} cannot be {verb}: {_reason(number, path)}")
+    return StorageError(number, f"{_shown(path)} cannot be {verb}: {_reason(number, path)}")
 
 
 def check_opens(path: Path) -> None:
@@ -94,7 +94,9 @@ def check_target(path: Path, option: str, kind: Literal["file", "folder"]) -> No
         elif not os.access(folder, os.W_OK | os.X_OK):
             number = errno.EROFS if _is_read_only(folder) else errno.EACCES
     if number:
-        raise StorageError(number, f"{option} {path} cannot be written: {_reason(number, path)}")
+        raise StorageError(
+            number, f"{option} {_shown(path)} cannot be written: {_reason(number, path)}"
+        )
 
 
 # ---- recognising ----------------------------------------------------------------------------------
@@ -159,12 +161,12 @@ def _reason(number: int, path: Path) -> str:
         return f"{_long_name(path, above) or 'its name is too long'}: name a shorter one"
     if number == errno.ELOOP:
         link = next((p for p in (path, *path.parents) if os.path.islink(p)), path)
-        target = f", which points to {os.readlink(link)}," if os.path.islink(link) else ""
-        return f"the symbolic link {link}{target} leads back to itself: remove or correct the link"
+        target = f", which points to {_shown(os.readlink(link))}," if os.path.islink(link) else ""
+        return f"the symbolic link {_shown(link)}{target} leads back to itself: remove or correct the link"
     if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         if not above.is_dir():
-            return f"{above} is a file, not a folder: name another path"
-        return f"{path} is a folder, and a file is expected: name another path"
+            return f"{_shown(above)} is a file, not a folder: name another path"
+        return f"{_shown(path)} is a folder, and a file is expected: name another path"
     return f"{_OTHER[number]}: {os.strerror(number)}"
 
 
@@ -183,6 +185,13 @@ _EXPLAINED = {
     *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
 }
+
+
+def _shown(path: str | Path) -> str:
+    """Return a path as part of one line: without control characters, its middle omitted if it is very long."""
+    text = str(path)
+    text = f"{text[:120]}...{text[-40:]}" if len(text) > 300 else text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _existing(path: Path) -> Path:
@@ -216,7 +225,7 @@ def _free_words(path: Path) -> str:
 def _owner(path: Path) -> str:
     """Return whose an existing path is and who may do what with it, such as `/x belongs to ann, drwxr-xr-x`."""
     status = os.stat(path)
-    return f"{path} belongs to {_user(status.st_uid)}, {stat.filemode(status.st_mode)}"
+    return f"{_shown(path)} belongs to {_user(status.st_uid)}, {stat.filemode(status.st_mode)}"
 
 
 def _user(number: int) -> str:
@@ -239,9 +248,8 @@ def _long_name(path: Path, above: Path) -> str:
     for part in path.parts:
         n_bytes = len(os.fsencode(part))
         if n_bytes > longest:
-            return (
-                f"the name {part[:20]}... has {n_bytes} bytes, and at most {longest} are possible"
-            )
+            name = _shown(part[:20])
+            return f"the name {name}... has {n_bytes} bytes, and at most {longest} are possible"
     n_bytes = len(os.fsencode(path.absolute()))
     if n_bytes > longest_path:
         return f"the path has {n_bytes} bytes, and at most {longest_path} are possible"
