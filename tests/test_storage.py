@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import subprocess
@@ -252,6 +253,7 @@ def finish(run: Run, name: str = "m", size: int = 1, **options) -> None:
         draft.scratch.add("checkpoints")
 
 
+HOLDER = json.dumps({"process": 1, "host": "h", "machine": atomic._machine(), "since": "2030"})
 LEFTOVERS = [
     ".0123abcd.manifest.json.tmp",
     ".manifest.json.lock",
@@ -273,7 +275,7 @@ def test_the_next_command_removes_what_killed_ones_left(tmp_path, by):
     for name in LEFTOVERS:
         path = run.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}", encoding="utf-8")
+        path.write_text(HOLDER if path.suffix == ".lock" else "{}", encoding="utf-8")
     resumable = run.path / "model" / ".slow.partial"
     resumable.mkdir()
     stage = Run(run.path).stage("model", "m")
@@ -283,6 +285,18 @@ def test_the_next_command_removes_what_killed_ones_left(tmp_path, by):
         stage.is_finished({"size": 1}, {}, force=by == "force")
     assert resumable.is_dir()
     resumable.rmdir()
+    assert names(tmp_path) == before
+
+
+def test_what_is_not_ours_stays(tmp_path):
+    """A run directory may be anybody's folder."""
+    run = Run(tmp_path)
+    finish(run)
+    for name in (".config.old/x", ".config.new/x", "model/.config.old/x", ".vim.lock", "model/.x.lock", ".x.tmp"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine", encoding="utf-8")
+    before = names(tmp_path)
+    Run(tmp_path).stage("model", "m").require()
     assert names(tmp_path) == before
 
 

@@ -49,9 +49,7 @@ _SWAP_WAIT = 1.0
 """seconds that a reader waits for a folder that is being moved into place"""
 _DRAFT = re.compile(r"\.[0-9a-f]{8}\..+\.tmp")
 _RESUMABLE = re.compile(r"\..+\.partial")
-_LEFT = re.compile(
-    r"\.(?:[0-9a-f]{8}\.(?P<draft>.+)\.tmp|(?P<name>.+)\.(?:[0-9]+\.tmp|new|old|lock))"
-)
+_LEFT = re.compile(r"\.(?:[0-9a-f]{8}\.(?P<draft>.+)\.tmp|(?P<name>.+)\.(?P<kind>new|old|lock))")
 """names that a killed writer leaves, but for the draft that resumes"""
 _held: dict[tuple[Path, int], int] = {}
 """number of times that a thread of this process holds the lock of a path, by path and thread"""
@@ -326,17 +324,30 @@ def remove_all_but(folder: Path, names: Collection[str]) -> None:
             _remove(entry)
 
 
-def interrupted(folder: Path) -> list[Path]:
+def interrupted(folder: Path, mark: str) -> list[Path]:
     """Return the paths in `folder` of which a killed writer may have left a draft, a lock or an old version.
 
-    Those that another process is writing now are among them.
+    Those that another process is writing now are among them. `mark` is a file that every complete folder has:
+    a folder that is only called `.NAME.old`, or a lock of another program, is none of ours.
     """
     try:
         names = os.listdir(folder)
     except OSError:
         return []
-    found = (match["draft"] or match["name"] for n in names if (match := _LEFT.fullmatch(n)))
-    return [folder / name for name in dict.fromkeys(sorted(found))]
+    found = set()
+    for match in filter(None, map(_LEFT.fullmatch, names)):
+        name, entry = match["draft"] or match["name"], folder / match[0]
+        if match["kind"] == "lock":
+            is_ours = entry.is_file() and (
+                not entry.stat().st_size or "machine" in _read_holder(entry)
+            )
+        elif match["kind"]:
+            is_ours = any((f / mark).is_file() for f in (entry, folder / name))
+        else:
+            is_ours = True
+        if is_ours:
+            found.add(folder / name)
+    return sorted(found)
 
 
 def clear(path: Path) -> None:

@@ -543,7 +543,7 @@ def _model_of(label: str) -> str:
 
 def _clear(*folders: Path) -> None:
     """Clear what killed writers left directly in the folders, where that is possible."""
-    for path in [path for folder in folders for path in atomic.interrupted(folder)]:
+    for path in [path for folder in folders for path in atomic.interrupted(folder, RECORD)]:
         with contextlib.suppress(InputError, OSError):
             atomic.clear(path)
 
