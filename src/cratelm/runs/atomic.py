@@ -338,9 +338,7 @@ def interrupted(folder: Path, mark: str) -> list[Path]:
     for match in filter(None, map(_LEFT.fullmatch, names)):
         name, entry = match["draft"] or match["name"], folder / match[0]
         if match["kind"] == "lock":
-            is_ours = entry.is_file() and (
-                not entry.stat().st_size or "machine" in _read_holder(entry)
-            )
+            is_ours = _is_our_lock(entry)
         elif match["kind"]:
             is_ours = any((f / mark).is_file() for f in (entry, folder / name))
         else:
@@ -348,6 +346,14 @@ def interrupted(folder: Path, mark: str) -> list[Path]:
         if is_ours:
             found.add(folder / name)
     return sorted(found)
+
+
+def _is_our_lock(file: Path) -> bool:
+    """Return whether a file is a lock of this module: empty until its holder has written who it is."""
+    try:
+        return not file.read_bytes() or "machine" in _read_holder(file)
+    except OSError:
+        return False
 
 
 def clear(path: Path) -> None:
