@@ -374,6 +374,10 @@ def _message_and_status(error: Exception) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, BudgetReached):
         return str(error), 3
+    from cratelm.runs.storage import storage_error  # on first use: `--help` needs none
+
+    if (fault := storage_error(error)) is not None:
+        return str(fault), 2
     message = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {message} (CRATELM_TRACEBACK=1 prints the traceback)", 1
 

@@ -9,6 +9,16 @@ class InputError(ValueError):
     """
 
 
+class StorageError(OSError, InputError):
+    """A fault of the disk or of a path, such as a full disk or a missing permission, said in one line.
+
+    It is an `InputError`, because the user can mend it, and an `OSError` with the system's `errno`.
+    """
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class BudgetReached(Exception):
     """A limit set by the user was reached: all results are kept, and the same command resumes later.
 

@@ -38,6 +38,7 @@ from cratelm.models.open import (
 )
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Run, write_json
+from cratelm.runs.storage import check_target
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenizer import token_sizes
 
@@ -65,6 +66,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     too few tokens, and if a loss is not finite.
     """
     run = Run(config.run)
+    if config.output is not None:
+        check_target(Path(config.output), "--output", "file")
     sets: dict[str, Split | NamedSet] = {n: _split_or_set(n, config) for n in config.sets}
     store = None
     if any(isinstance(measured_on, str) for measured_on in sets.values()):

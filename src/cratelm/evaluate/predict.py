@@ -3,6 +3,7 @@
 The text is read by itself, after the token that begins a text, and in each model's own tokens.
 """
 
+import contextlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from cratelm.evaluate.predictions import PredictedText, Prediction, predict_text
 from cratelm.models.open import LoadedModel, encoder_of, open_model
 from cratelm.runs import Run, atomic_path
 from cratelm.runs.reading import read_parquet
+from cratelm.runs.storage import check_target
 from cratelm.text.display import visible
 from cratelm.tokens.shards import TokenStore
 
@@ -51,6 +53,8 @@ def predict(config: PredictConfig) -> PredictResult:
     from cratelm.evaluate.predict_view import draw, page  # matplotlib: slow to import
 
     run = Run(config.run)
+    out = Path(config.out or run.path / PAGE)
+    check_target(out, "--out", "file")
     subjects = [
         open_model(run, name, device=config.device, dtype=config.dtype) for name in config.models
     ]
@@ -61,13 +65,11 @@ def predict(config: PredictConfig) -> PredictResult:
         for subject, encoder in zip(subjects, encoders, strict=True)
     )
     html = page(text, predictions)
-    out = Path(config.out or run.path / PAGE)
     figures = tuple(out.with_suffix(suffix) for suffix in (".png", ".pdf"))
-    for path in figures:
-        with atomic_path(path) as temporary:
-            draw(text, predictions, temporary, path.suffix[1:])
-    with atomic_path(out) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    with contextlib.ExitStack() as files:  # the three appear together, or none does
+        for path in figures:
+            draw(text, predictions, files.enter_context(atomic_path(path)), path.suffix[1:])
+        files.enter_context(atomic_path(out)).write_text(html, encoding="utf-8")
     return PredictResult(out, figures, text, predictions)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from cratelm.errors import InputError
 from cratelm.runs import atomic_folder, versions, write_json
+from cratelm.runs.atomic import settle
+from cratelm.runs.storage import check_target
 
 PROVENANCE = "cratelm.json"
 """mark of a folder with a model or an autoencoder, which records its provenance"""
@@ -21,8 +23,10 @@ def check_out(
 
     Raises `InputError` if `out` is a file; if it contains one of `sources` (which replacing it would remove) or
     is inside one of them; if it is not empty and lacks the `mark` of an earlier import or export; or if it has
-    the `mark` and `force` is false.
+    the `mark` and `force` is false. Raises `StorageError` if the path cannot be written.
     """
+    check_target(out, "--out", "folder")
+    settle(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file, not a folder: name another folder")
     for source in sources:

@@ -49,7 +49,7 @@ def _folders(folder: Path) -> list[Path]:
     """Return the folder itself, or those of its layers."""
     if (folder / CONFIG).is_file():
         return [folder]
-    folders = [p.parent for p in folder.glob(f"layer-*/{CONFIG}")]
+    folders = sorted(p.parent for p in folder.glob(f"layer-*/{CONFIG}"))
     if not folders:
         raise InputError(
             f"{folder} has no autoencoder ({CONFIG}, or layer-0/{CONFIG} ...): name a folder of"

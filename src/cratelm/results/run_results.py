@@ -214,7 +214,7 @@ def scored_models(run: Run, models: Sequence[str] = ()) -> list[str]:
             f"no model of {run.path} is scored: type `cratelm score --run {run.path} --model NAME`"
             " first (before it, explain and harvest)"
         )
-    for name in set(models) - scored:
+    for name in sorted(set(models) - scored):
         run.stage("scores", name).require("score")
     names = set(models) or scored
     nulls = run.null_controls(names)

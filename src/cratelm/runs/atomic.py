@@ -10,7 +10,10 @@ A process that is killed at any moment leaves the old or the new result, never a
 .NAME.lock           locked while NAME is written; its content says who writes it
 ```
 The next writer of NAME, or the next reader that does not find it, moves `.NAME.new` into place or
-restores `.NAME.old`. The next writer also removes leftover drafts.
+restores `.NAME.old`. The next writer also removes leftover drafts; `interrupted` and `clear` do so for
+paths that nobody may ever write again.
+
+Faults of the disk and of paths are raised as `StorageError`, which says in one line what is missing.
 
 Who holds a lock. The operating system releases the lock of a dead process, so on one machine (and in
 its containers) a lock that can be acquired is free. A file system that is shared by several machines may
@@ -19,6 +22,7 @@ been touched for `EXPIRES` seconds; a living holder touches it every `HEARTBEAT`
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -28,19 +32,25 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from cratelm.errors import InputError
+from cratelm.runs.storage import storage_errors
 
 HEARTBEAT, EXPIRES = 30.0, 150.0
 """seconds; file attributes on NFS may be 60 s old, so 2 heartbeats in a row can go unnoticed"""
 _FILE_WAIT = 10.0
 """seconds that the writer of a file waits for another writer; writing a file takes milliseconds"""
+_RANKS_WAIT = 0.5
+"""seconds that a process waits for another one that only looks whether a lock is free"""
 _SWAP_WAIT = 1.0
 """seconds that a reader waits for a folder that is being moved into place"""
 _DRAFT = re.compile(r"\.[0-9a-f]{8}\..+\.tmp")
+_RESUMABLE = re.compile(r"\..+\.partial")
+_LEFT = re.compile(r"\.(?:[0-9a-f]{8}\.(?P<draft>.+)\.tmp|(?P<name>.+)\.(?P<kind>new|old|lock))")
+"""names that a killed writer leaves, but for the draft that resumes"""
 _held: dict[tuple[Path, int], int] = {}
 """number of times that a thread of this process holds the lock of a path, by path and thread"""
 
@@ -52,21 +62,41 @@ _held: dict[tuple[Path, int], int] = {}
 def lock(path: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Hold the lock of `path` (which need not exist); the thread that holds it may acquire it again.
 
-    Raises `InputError`, which says who holds the lock, if it is not free within `wait` seconds.
+    Raises `InputError`, which says who holds the lock, if it is not free within `wait` seconds, and
+    `StorageError` if the disk or the path cannot be written, also by what is done while it is held.
     """
-    from filelock import FileLock, SoftFileLock, Timeout  # on first use: `--help` needs none
-
-    path = path.resolve()
-    key = path, threading.get_ident()
-    if key in _held:
+    with storage_errors(path):
+        path = path.resolve()
+        key = path, threading.get_ident()
+        if key not in _held:
+            with _parents(path), _acquired(path, key, wait):
+                yield
+            return
         _held[key] += 1
         try:
             yield
         finally:
             _held[key] -= 1
-        return
-    new_parent = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Create the folders above `path`; afterwards, remove those of them that are empty."""
+    new = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a folder is not empty
+            for folder in new:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _acquired(path: Path, key: tuple[Path, int], wait: float) -> Iterator[None]:
+    """Hold the lock file of `path`, in a folder that exists."""
+    from filelock import FileLock, SoftFileLock, Timeout  # on first use: `--help` needs none
+
     file = _lock_file(path)
     file_lock = FileLock(file, timeout=wait, poll_interval=0.01, thread_local=False)
     try:
@@ -95,16 +125,14 @@ def lock(path: Path, *, wait: float = 0.0) -> Iterator[None]:
     finally:
         stop.set()
         file_lock.release()
-        if new_parent:
-            with contextlib.suppress(OSError):  # the folder is not empty
-                path.parent.rmdir()
 
 
 def check_unlocked(path: Path) -> None:
     """Raise `InputError`, which says who the writer is, if another process is writing `path`."""
     path = path.resolve()
     if (path, threading.get_ident()) not in _held and _lock_file(path).exists():
-        with lock(path):  # raises, unless a dead process left the file
+        # raises, unless a dead process left the file; all ranks of one command may look at it at once
+        with lock(path, wait=_RANKS_WAIT):
             pass
 
 
@@ -179,7 +207,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     On an error the draft is removed and `path` stays as it was. Raises `InputError` if another process
     is writing `path`.
     """
-    path = Path(path).resolve()  # so that `.` has a name, and the folder behind a link is replaced
+    with storage_errors(Path(path)):
+        path = Path(
+            path
+        ).resolve()  # so that `.` has a name, and the folder behind a link is replaced
     with lock(path):
         recover(path)
         remove_drafts(path)
@@ -216,17 +247,14 @@ def put_in_place(draft: Path, path: Path) -> None:
     replaced: a shell would stay in the deleted folder, and a mount point cannot be renamed.
     """
     sync_folder(draft)
-    if path.is_dir() and (path == Path.cwd() or path.is_mount()):
-        _fill(draft, path)
-        return
     if not path.exists():
         draft.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         return
     new = path.with_name(f".{path.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     draft.rename(new)
-    _sync(path.parent)
+    sync(path.parent)
     _swap(new, path)
 
 
@@ -245,6 +273,14 @@ def is_interrupted(path: Path) -> bool:
     return any(path.with_name(f".{path.name}.{kind}").is_dir() for kind in ("new", "old"))
 
 
+def settle(path: Path) -> None:
+    """Complete an interrupted `put_in_place` of `path`, if there is one and nobody is at work there."""
+    path = path.resolve()
+    if is_interrupted(path):
+        with contextlib.suppress(InputError, OSError), lock(path):
+            recover(path)
+
+
 def recover_missing(path: Path) -> None:
     """Restore, for a reader, a folder whose writer was killed while moving it into place.
 
@@ -255,12 +291,12 @@ def recover_missing(path: Path) -> None:
         try:
             with lock(path):
                 recover(path)
+        except OSError:
+            return
         except InputError:  # another process is writing it
             if time.monotonic() > deadline:
                 return
             time.sleep(0.01)
-        except OSError:
-            return
 
 
 def remove_drafts(path: Path, *, resumable: bool = True) -> None:
@@ -276,8 +312,58 @@ def remove_drafts(path: Path, *, resumable: bool = True) -> None:
     for entry in path.parent.iterdir():
         if draft.fullmatch(entry.name):
             _remove(entry)
-    if resumable:
-        _remove(resumable_draft(path))
+    if resumable and os.path.lexists(resumable_draft(path)):
+        # Renamed first: a draft that is removed in part must not be taken for one that can be resumed.
+        _remove(resumable_draft(path).rename(_temporary(path)))
+
+
+def remove_all_but(folder: Path, names: Collection[str]) -> None:
+    """Remove everything directly in `folder` except what has one of the names."""
+    for entry in folder.iterdir():
+        if entry.name not in names:
+            _remove(entry)
+
+
+def interrupted(folder: Path, mark: str) -> list[Path]:
+    """Return the paths in `folder` of which a killed writer may have left a draft, a lock or an old version.
+
+    Those that another process is writing now are among them. `mark` is a file that every complete folder has:
+    a folder that is only called `.NAME.old`, or a lock of another program, is none of ours.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    found = set()
+    for match in filter(None, map(_LEFT.fullmatch, names)):
+        name, entry = match["draft"] or match["name"], folder / match[0]
+        if match["kind"] == "lock":
+            is_ours = _is_our_lock(entry)
+        elif match["kind"]:
+            is_ours = any((f / mark).is_file() for f in (entry, folder / name))
+        else:
+            is_ours = True
+        if is_ours:
+            found.add(folder / name)
+    return sorted(found)
+
+
+def _is_our_lock(file: Path) -> bool:
+    """Return whether a file is a lock of this module: empty until its holder has written who it is."""
+    try:
+        return not file.read_bytes() or "machine" in _read_holder(file)
+    except OSError:
+        return False
+
+
+def clear(path: Path) -> None:
+    """Complete or remove what killed writers of `path` left, except the draft that resumes.
+
+    Raises `InputError` if another process is writing `path`, or if nothing can be written there.
+    """
+    with lock(path):  # which removes a lock file that was left
+        recover(path)
+        remove_drafts(path, resumable=False)
 
 
 def sync_folder(folder: Path) -> None:
@@ -288,27 +374,41 @@ def sync_folder(folder: Path) -> None:
     # In parallel, so that the file system groups them into few commits: 60 files took 0.15 to 0.3 s
     # one after another and 0.02 to 0.06 s together, on ext4 on a virtual disk.
     with ThreadPoolExecutor(min(16, len(paths) + 1)) as pool:
-        list(pool.map(_sync, paths))
-    _sync(folder)
+        list(pool.map(sync, paths))
+    sync(folder)
 
 
 def _swap(new: Path, path: Path) -> None:
+    if path.is_dir() and (path == Path.cwd() or path.is_mount()):
+        _fill(new, path)
+        return
     old = path.with_name(f".{path.name}.old")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     new.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _fill(draft: Path, path: Path) -> None:
-    for old in path.iterdir():
-        _remove(old)
-    for new in draft.iterdir():
-        shutil.move(new, path / new.name)
-    draft.rmdir()
-    _sync(path)
+def _fill(new: Path, path: Path) -> None:
+    """Replace the content of the folder `path`; `new` stays whole until it is there, in case of a kill."""
+    for entry in path.iterdir():
+        _remove(entry)
+    for entry in new.iterdir():
+        if entry.is_dir():
+            shutil.copytree(entry, path / entry.name, copy_function=_link)
+        else:
+            _link(entry, path / entry.name)
+    sync_folder(path)
+    _remove(new.rename(_temporary(path)))  # a part of it must not be taken for the new folder
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def _temporary(path: Path) -> Path:
@@ -322,14 +422,32 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    """Call fsync; do nothing if folders (Windows) or the file system do not support it."""
-    with contextlib.suppress(OSError):
+def sync(path: Path) -> None:
+    """Call fsync; do nothing if folders (Windows) or the file system do not support it.
+
+    Raises `OSError` if the disk is full or fails: network file systems report that only now.
+    """
+    try:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except PermissionError:  # a folder on Windows, or one that may be written but not listed
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _SYNC_UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+_SYNC_UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EBADF,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 # ---- files ----------------------------------------------------------------------------------------
@@ -342,20 +460,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Writers of one file wait for each other. Use it for files that are written quickly: if a writer
     takes longer than 10 seconds, the others give up with an `InputError`.
     """
-    path = Path(path).resolve()
-    # A draft has one writer, and is synced as a whole when it is moved into place.
+    with storage_errors(Path(path)):
+        path = Path(path).resolve()
+    # A draft has one writer, and is synced as a whole when it is moved into place. One that resumes must
+    # also survive a failing machine, but no lock file in it may count as one of its files.
     in_draft = any(_DRAFT.fullmatch(part) for part in path.parts)
-    with contextlib.nullcontext() if in_draft else lock(path, wait=_FILE_WAIT):
+    has_lock = in_draft or any(_RESUMABLE.fullmatch(part) for part in path.parts)
+    with contextlib.nullcontext() if has_lock else lock(path, wait=_FILE_WAIT):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_drafts(path, resumable=False)
         temporary = _temporary(path)
         try:
             yield temporary
             if not in_draft:
-                _sync(temporary)
+                sync(temporary)
             temporary.replace(path)
             if not in_draft:
-                _sync(path.parent)
+                sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

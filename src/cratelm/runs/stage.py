@@ -30,6 +30,7 @@ import cratelm.runs.names as names
 from cratelm.errors import InputError
 from cratelm.runs.config import Settings, known_fields, settings_of
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
+from cratelm.runs.storage import check_opens
 from cratelm.runs.verified import RECORD, VERIFIED, first_problem, note_large_files
 
 _Result = TypeVar("_Result")
@@ -174,11 +175,12 @@ def stale_lines(stale: Mapping[str, Freshness]) -> list[str]:
 class Run:
     """A run directory. Creating the object writes nothing.
 
-    Raises `InputError` if the path exists and is not a directory.
+    Raises `InputError` if the path exists and is not a directory, or cannot be opened.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self._is_tidy = Path(path), False
+        check_opens(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(
                 f"{self.path} is a file and not a run directory: name a folder with --run"
@@ -245,6 +247,37 @@ class Run:
             return trained is not None and trained.is_untrained
         return False
 
+    def tidy(self) -> None:
+        """Complete what killed commands left: moves into place, drafts, locks, and the manifest.
+
+        Drafts that resume stay. What another process is writing, or what cannot be written, is skipped.
+        Once per object, which is once per command, because a run on a network file system may be large.
+        """
+        if self._is_tidy:
+            return
+        self._is_tidy = True
+        _clear(self.path, *(self.path / stage for stage in STAGES))
+        finished = [self.labelled(label) for label in self.labels()]
+        _clear(*(stage.path for stage in finished))
+        for stage in finished:
+            if (stage.path / PLAN).exists():
+                with contextlib.suppress(InputError, OSError), stage.lock():
+                    _tidy(stage.path)
+        if not self._is_in_manifest(finished):
+            with contextlib.suppress(InputError, OSError):
+                self.write_manifest()
+
+    def _is_in_manifest(self, finished: list["Stage"]) -> bool:
+        """Return whether the manifest has the current record of each finished stage."""
+        manifest = self.path / "manifest.json"
+        written = manifest.stat().st_mtime_ns if manifest.is_file() else 0
+        # The usual case is decided by times alone. A copied or restored run may have others.
+        later = [s.path / RECORD for s in finished if _modified(s.path / RECORD) >= written]
+        if not later:
+            return True
+        listed = (_json(manifest) or {}).get("stages", [])
+        return all(_json(record) in listed for record in later)
+
     def write_manifest(self) -> None:
         """Write `manifest.json`: the records as they are, whichever version wrote them."""
         path = self.path / "manifest.json"
@@ -296,6 +329,7 @@ class Stage:
         Raises `InputError`, which says what to type, if the stage has not finished (`verb` is the verb
         that makes it), was written in a format that is no longer read, or is stale.
         """
+        self.run.tidy()
         done = self.completion()
         if done is None:
             model = f" --model {self.name}" if self.name else ""
@@ -379,12 +413,10 @@ class Stage:
         configuration or other inputs, because redoing it would replace results (`--force` allows that),
         and if another process is writing it. With `force`, always returns False.
         """
+        self.run.tidy()
         if force or not self._is_finished(settings_of(config), inputs):
             atomic.check_unlocked(self.path)
             return False
-        if (self.path / PLAN).exists():  # killed between the rename and the removal of checkpoints
-            with self.lock():
-                _tidy(self.path)
         print(f"{self.label} is finished, skipped (--force redoes it)", flush=True)
         return True
 
@@ -444,11 +476,11 @@ class Stage:
             draft = self._draft(plan, resume)
             try:
                 yield draft
+                self._finish(draft, plan, settings, inputs)
             except BaseException:
                 if not resume:
                     shutil.rmtree(draft.path, ignore_errors=True)
                 raise
-            self._finish(draft, plan, settings, inputs)
 
     def _draft(self, plan: dict[str, Any], resume: bool) -> "Draft":
         if not resume:
@@ -519,6 +551,13 @@ def _model_of(label: str) -> str:
     return names.split_set(label.partition("/")[2])[0]
 
 
+def _clear(*folders: Path) -> None:
+    """Clear what killed writers left directly in the folders, where that is possible."""
+    for path in [path for folder in folders for path in atomic.interrupted(folder, RECORD)]:
+        with contextlib.suppress(InputError, OSError):
+            atomic.clear(path)
+
+
 def _tidy(folder: Path) -> None:
     """Remove files that were needed only while the stage was made."""
     plan = _json(folder / PLAN) or {}
@@ -562,6 +601,14 @@ def _read_record(path: Path) -> Completion:
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return hash_json({name: value for name, value in record.items() if name != "checksum"})
+
+
+def _modified(path: Path) -> int:
+    """Return the time of the last change of a file, in nanoseconds; 0 if it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read_plan(work: Path) -> dict[str, Any] | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from cratelm.runs import Draft, write_json
 from cratelm.runs.atomic import put_in_place
+from cratelm.runs.storage import storage_errors
 from cratelm.sae.activations import StreamPosition
+from cratelm.train.resume import FOLDER, remove_later_files, sync_curves
 
-FOLDER = "checkpoints"
 _POSITION = "place.json"
 
 
@@ -27,17 +28,24 @@ def save(
 ) -> None:
     """Write the state after `step` steps, then remove older checkpoints.
 
+    After an error, such as a full disk, the earlier checkpoint is as it was.
     `trainers` are SAELens' trainers, one per layer; `resampled` is the number of latents reinitialised so far
     in each layer.
     """
     folder = draft.path / FOLDER
     partial, whole = folder / "partial", folder / f"step-{step:09d}"
     shutil.rmtree(partial, ignore_errors=True)
-    for index, trainer in enumerate(trainers):
-        trainer.sae.save_model(partial / str(index))
-        trainer.save_trainer_state(partial / str(index))
-    write_json(partial / _POSITION, {"place": asdict(position), "resampled": resampled})
-    put_in_place(partial, whole)
+    try:
+        with storage_errors(draft.path):  # now, while the disk is as full as it was
+            for index, trainer in enumerate(trainers):
+                trainer.sae.save_model(partial / str(index))
+                trainer.save_trainer_state(partial / str(index))
+        write_json(partial / _POSITION, {"place": asdict(position), "resampled": resampled})
+        sync_curves(draft)
+        put_in_place(partial, whole)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for old in folder.glob("step-*"):
         if old != whole:
             shutil.rmtree(old)
@@ -49,6 +57,7 @@ def restore(draft: Draft, trainers: list[Any]) -> tuple[StreamPosition, list[int
     Returns the position in the stream and the number of latents reinitialised so far in each layer, or None
     if there is no checkpoint.
     """
+    remove_later_files(draft)
     last = max((draft.path / FOLDER).glob("step-*"), default=None)
     if last is None:
         return None

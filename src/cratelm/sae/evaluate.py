@@ -36,6 +36,7 @@ from cratelm.models.sites import Site
 from cratelm.records import Estimate
 from cratelm.runs import Run, config_dict
 from cratelm.runs.names import set_name, split_set
+from cratelm.runs.storage import check_target
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.fidelity import steering_fidelity
@@ -78,6 +79,8 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     """
     import_sae_lens()
     run = Run(config.run)
+    if config.output is not None:
+        check_target(config.output, "--output", "file")
     tokens = run.stage("tokens").require("tokenize")
     source = find_model(run, config.model).pinned()
     identity = source.identity

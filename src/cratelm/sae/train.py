@@ -6,6 +6,7 @@ Writes the folder `sae/MODEL@NAME/` of the run; `cratelm.sae.store` documents it
 Shape legend: B tokens of a batch, H inputs, S latents.
 """
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from cratelm.errors import InputError
 from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import Site, site_of
-from cratelm.runs import Draft, Run, Stage, identity_of
+from cratelm.runs import Draft, Run, Stage, identity_of, write_json
 from cratelm.sae import checkpoints
 from cratelm.sae.activations import ActivationBuffer
 from cratelm.sae.architectures import (
@@ -36,6 +37,7 @@ from cratelm.sae.store import SaeLayerTraining, SaeTraining, read_training, writ
 from cratelm.sae.train_config import SaeTrainConfig
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 from cratelm.train.log import METRICS, TIMING, Log, read_metrics
+from cratelm.train.resume import without_worthless_draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     layers = _layers(config, site)
     # created before the draft, so that invalid input is rejected before anything is written
     activations = _activations(config, model, store, site, layers)
-    with stage.write(config, inputs, resume=True) as draft:
+    with without_worthless_draft(stage), stage.write(config, inputs, resume=True) as draft:
         draft.scratch.add(checkpoints.FOLDER)
         draft.unhashed.add(TIMING)
         training = _prepare(config, site, layers, activations, draft)
@@ -297,7 +299,9 @@ def _write(training: _Training, inputs: dict[str, str]) -> None:
         sae = _fold_scales(config, trainer)
         for key, value in _provenance(config, site, layer, inputs).items():
             sae.cfg.metadata[key] = value
-        sae.save_inference_model(draft.path / f"layer-{layer}")
+        _, settings = sae.save_inference_model(draft.path / f"layer-{layer}")
+        # SAELens writes the keys in the order of a set, which differs between processes
+        write_json(settings, json.loads(settings.read_text(encoding="utf-8")))
         line = {k: last[layer][k] for k in ("explained_variance", "l0", "dead", "resampled")}
         layers.append(
             SaeLayerTraining(layer=layer, inputs=sae.cfg.d_in, latents=sae.cfg.d_sae, **line)

@@ -13,6 +13,7 @@ from cratelm.activations.open_harvest import open_site
 from cratelm.errors import InputError
 from cratelm.models.open import LoadedModel, encoder_of, open_model
 from cratelm.runs import Run, write_json
+from cratelm.runs.storage import check_target
 from cratelm.steer.config import SteerConfig
 from cratelm.steer.edits import Edit
 from cratelm.steer.next_tokens import (
@@ -82,6 +83,8 @@ def steer(config: SteerConfig) -> SteerResult:
     the model takes, or if there is no token at the positions.
     """
     run = Run(config.run)
+    if config.output is not None:
+        check_target(Path(config.output), "--output", "file")
     subject = open_model(
         run,
         config.path or config.model,

@@ -19,8 +19,15 @@ from transformers import logging as transformers_logging
 
 from cratelm.runs import Completion, Draft, Settings, Stage
 from cratelm.runs.atomic import put_in_place
+from cratelm.runs.storage import storage_errors
+from cratelm.train.resume import (
+    FOLDER,
+    found,
+    remove_later_files,
+    sync_curves,
+    without_worthless_draft,
+)
 
-FOLDER = "checkpoints"
 KEPT = 2
 
 # Accelerate warns at each checkpoint that only one of two tied tensors is saved, which is intended.
@@ -36,7 +43,10 @@ def shared_draft(
 ) -> Iterator[Draft]:
     """Open the stage's draft on the main process, which also finishes it; the others receive its path."""
     if accelerator.is_main_process:
-        with stage.write(settings, inputs, resume=True) as draft:
+        with (
+            without_worthless_draft(stage),
+            stage.write(settings, inputs, resume=True) as draft,
+        ):
             draft.scratch.add(FOLDER)
             broadcast_object_list([str(draft.path)])
             yield draft
@@ -47,33 +57,40 @@ def shared_draft(
 
 
 def save(accelerator: Accelerator, draft: Draft, step: int) -> None:
-    """Write the state after `step` steps, then drop the oldest checkpoints."""
+    """Write the state after `step` steps, then drop the oldest checkpoints.
+
+    After an error, such as a full disk, the earlier checkpoints are as they were.
+    """
     folder = draft.path / FOLDER
     partial = folder / "partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    try:
+        with storage_errors(draft.path):  # now, while the disk is as full as it was
+            accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            sync_curves(draft)
+            put_in_place(partial, folder / f"step-{step:09d}")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if accelerator.is_main_process:
-        put_in_place(partial, folder / f"step-{step:09d}")
-        for old in found(draft)[:-KEPT]:
+        for old in found(draft.path)[:-KEPT]:
             shutil.rmtree(old)
 
 
 def restore(accelerator: Accelerator, draft: Draft) -> int:
     """Load the last complete checkpoint and return its number of steps; 0 if there is none."""
-    checkpoints = found(draft)
+    checkpoints = found(draft.path)
+    if accelerator.is_main_process:
+        remove_later_files(draft)
     if not checkpoints:
         return 0
     accelerator.load_state(str(checkpoints[-1]))
     return int(checkpoints[-1].name.removeprefix("step-"))
-
-
-def found(draft: Draft) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    return sorted((draft.path / FOLDER).glob("step-*"))
 
 
 def save_model(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:

@@ -3,6 +3,7 @@
 metrics.jsonl   step, tokens, loss, learning_rate, gradient_norm; validation_loss and its error
 timing.jsonl    tokens per second (differs from run to run: not part of the stage's identity)
 tensorboard/    both, with --tensorboard
+wandb/          both, with --wandb
 loss.png        loss over tokens
 """
 
@@ -16,7 +17,8 @@ from cratelm.runs import atomic_path
 from cratelm.runs.reading import read_json_lines
 
 METRICS, TIMING, TENSORBOARD, FIGURE = "metrics.jsonl", "timing.jsonl", "tensorboard", "loss.png"
-UNHASHED = (TIMING, TENSORBOARD)
+WANDB = "wandb"  # wandb's own name for its folder
+UNHASHED = (TIMING, TENSORBOARD, WANDB)
 
 
 class Log:

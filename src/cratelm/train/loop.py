@@ -249,7 +249,7 @@ def _check_finite(figures: dict[str, float], step: int, config: TrainConfig, dra
     diverged = next((name for name, value in figures.items() if not math.isfinite(value)), None)
     if diverged is None:
         return
-    saved = checkpoints.found(draft)
+    saved = checkpoints.found(draft.path)
     last_good = f" (the last good state is {saved[-1]})" if saved else ""
     recipe = config.resolved()
     bf16 = ", or use --precision fp32" if recipe.precision == "bf16" else ""

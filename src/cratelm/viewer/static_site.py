@@ -10,6 +10,8 @@ from tqdm import tqdm
 from cratelm.errors import InputError
 from cratelm.results.views import LayerQuery
 from cratelm.runs import atomic_folder
+from cratelm.runs.atomic import settle
+from cratelm.runs.storage import check_target
 from cratelm.viewer.pages import Pages, file_of
 from cratelm.viewer.run_reader import Library
 
@@ -66,11 +68,10 @@ def export(
 
 
 def _check(folder: Path, force: bool) -> None:
+    check_target(folder, "--static", "folder")
+    settle(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--static {folder} is a file: name a folder that does not exist yet")
-    above = next((p for p in folder.resolve().parents if p.exists()), folder)
-    if not above.is_dir():
-        raise InputError(f"--static {folder}: {above} is a file, not a folder: name another folder")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / _MARK).is_file():
             raise InputError(
