@@ -26,6 +26,7 @@ from cratelm.corpus.documents import (
     n_bytes_of,
     too_long,
 )
+from cratelm.errors import InputError
 
 Found = Iterator[Document | ReadError]
 
@@ -96,17 +97,24 @@ def open_file(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def text_of_file(path: Path, longest: int = 10_000_000) -> str:
+    """Return the text of a UTF-8 file, with `\\n` for line breaks.
+
+    Raises `InputError` if it cannot be read, or has more than `longest` bytes.
+    """
+    try:
+        text = _content(path, longest, f"it has more than {longest:,} bytes").decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{readable(path)}: {reason_of(error)}. Name another UTF-8 file with --text-file"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_text(file: CorpusFile, fields: Fields) -> Found:
     """Yield the whole file as one document."""
     try:
-        content = bytearray()
-        for chunk in _chunks(file.path):
-            content += chunk
-            if len(content) > fields.longest:
-                yield ReadError(f"{readable(file.path)}: {too_long(fields.longest)}")
-                return
-        text = content.decode("utf-8-sig")
-        del content
+        text = _content(file.path, fields.longest, too_long(fields.longest)).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         yield ReadError(f"{readable(file.path)}: {reason_of(error)}")
     else:
@@ -174,6 +182,16 @@ def _json_document(
     except (ValueError, RecursionError) as error:
         return ReadError(f"{readable(file.path)}, line {number}: {reason_of(error)}")
     return row_document(row, fields, file, number, "line")
+
+
+def _content(path: Path, longest: int, too_long: str) -> bytearray:
+    """Return the content of a file. Raises `OSError`, with the message `too_long` above `longest` bytes."""
+    content = bytearray()
+    for chunk in _chunks(path):
+        content += chunk
+        if len(content) > longest:
+            raise OSError(too_long)
+    return content
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
