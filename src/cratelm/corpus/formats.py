@@ -184,13 +184,13 @@ def _json_document(
     return row_document(row, fields, file, number, "line")
 
 
-def _content(path: Path, longest: int, too_long: str) -> bytearray:
-    """Return the content of a file. Raises `OSError`, with the message `too_long` above `longest` bytes."""
+def _content(path: Path, longest: int, message: str) -> bytearray:
+    """Return the content of a file. Raises `OSError`, with `message` above `longest` bytes."""
     content = bytearray()
     for chunk in _chunks(path):
         content += chunk
         if len(content) > longest:
-            raise OSError(too_long)
+            raise OSError(message)
     return content
 
 
