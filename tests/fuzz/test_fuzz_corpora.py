@@ -53,17 +53,20 @@ class HostileFile:
 
 # One line of JSON lines, with the text of its document; None: it is a read error
 
+
+def line_of(text: str, ascii: bool) -> tuple[bytes, str | None]:
+    row = {"text": text, "meta": {"pile_set_name": "P"}}
+    line = json.dumps(row, ensure_ascii=ascii).encode()
+    return line, text if len(line) <= LONGEST else None
+
+
 good_text = st.one_of(
     st.text(st.characters(codec="utf-8"), max_size=30),
     st.sampled_from(
         ["", " ", "\x00", "\ufeffx", "<|endoftext|>", "a" * 3000, "é " * 1000, "▁", "\r"]
     ),
 )
-good_line = good_text.flatmap(
-    lambda text: st.sampled_from([True, False]).map(
-        lambda ascii: (json.dumps({"text": text, "meta": {"pile_set_name": "P"}}, ensure_ascii=ascii).encode(), text)
-    )
-)  # fmt: skip
+good_line = st.tuples(good_text, st.booleans()).map(lambda pair: line_of(*pair))
 bad_line = st.sampled_from(
     [
         b'{"text": "a"', b"{", b"nul", b"\xff\xfe{", b'{"text": "\xe9"}', b"[" * 5000, b'{"a":' * 3000, b'{"text": 1}',
