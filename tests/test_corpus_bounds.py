@@ -151,13 +151,13 @@ def test_a_json_line_of_many_values_is_refused_before_they_are_made(
 
 
 def test_a_long_document_takes_a_bounded_amount_of_memory(tmp_path: Path) -> None:
-    """12 MB in one line took 2.9 GB."""
+    """5 MB in one line took 1.2 GB, 60 MB took 7.4 GB."""
     draw = np.random.default_rng(0)
     words = ["".join(draw.choice(list("abcdefghij"), 6)) for _ in range(2000)]
-    text = " ".join(draw.choice(words, 1_700_000))
+    text = " ".join(draw.choice(words, 700_000))
     corpus = write_lines(tmp_path / "c.jsonl", [*LINES, text])
     script = "tokenize(TokenizeConfig(run=Path(sys.argv[2]), corpus=sys.argv[1], vocab_size=1000, quiet=True))"
-    assert peak_megabytes(script, corpus, tmp_path / "run") < 500
+    assert peak_megabytes(script, corpus, tmp_path / "run") < 350
     store = TokenStore(tmp_path / "run" / "tokens")
     split = store.split(split_of(text, 0.05, 0.05))
     longest = int(np.argmax(np.diff(split.starts)))
@@ -209,7 +209,7 @@ def test_page_headers_are_read_as_they_are_written(tmp_path: Path) -> None:
             with path.open("rb") as stream:
                 chunk = metadata.row_group(g).column(0)
                 sizes = list(parquet._page_sizes(stream, chunk))
-            assert len(sizes) > 5
+            assert len(sizes) > 3
             headers = chunk.total_uncompressed_size - sum(sizes)
             assert 0 < headers < 100 * len(sizes)  # what is not in a page is in its header
         assert [d.text for d in read(path) if isinstance(d, Document)] == table["text"].to_pylist()

@@ -34,6 +34,13 @@ from cratelm.tokens.tokenize import tokenize
 from cratelm.tokens.tokenizer import train_tokenizer
 
 SECONDS = 20
+
+
+def one_of_these(choices: list[Any]) -> st.SearchStrategy[Any]:
+    """Return a strategy whose representation does not contain the choices, some of which are long."""
+    return st.integers(0, len(choices) - 1).map(choices.__getitem__)
+
+
 LONGEST = 5_000
 
 
@@ -62,12 +69,10 @@ def line_of(text: str, ascii: bool) -> tuple[bytes, str | None]:
 
 good_text = st.one_of(
     st.text(st.characters(codec="utf-8"), max_size=30),
-    st.sampled_from(
-        ["", " ", "\x00", "\ufeffx", "<|endoftext|>", "a" * 3000, "é " * 1000, "▁", "\r"]
-    ),
+    one_of_these(["", " ", "\x00", "\ufeffx", "<|endoftext|>", "a" * 3000, "é " * 1000, "▁", "\r"]),
 )
 good_line = st.tuples(good_text, st.booleans()).map(lambda pair: line_of(*pair))
-bad_line = st.sampled_from(
+bad_line = one_of_these(
     [
         b'{"text": "a"', b"{", b"nul", b"\xff\xfe{", b'{"text": "\xe9"}', b"[" * 5000, b'{"a":' * 3000, b'{"text": 1}',
         b'{"text": null}', b'{"text": ["a"]}', b'{"text": {}}', b"[]", b"3", b'"text"', b"null", b'{"body": "x"}', b"{}",
@@ -76,7 +81,7 @@ bad_line = st.sampled_from(
         b'{"\\n\\u001b[31m": 1}', b'{"text": "a\\', b"\x1b[31m", b'{"text": "\\u12"}', "{“text”: 1}".encode(),
     ]
 ).map(lambda line: (line, None))  # fmt: skip
-odd_line = st.sampled_from(
+odd_line = one_of_these(
     [
         (b'{"text": "last", "text": "wins"}', "wins"), (b'  {"text": "x"}  ', "x"), (b'{"text": "x", "n": NaN}', "x"),
         (b'{"text": "x", "n": ' + b"1" * 4000 + b"}", "x"), (b'{"text": "x", "meta": 3}', "x"),
@@ -99,7 +104,7 @@ def compressed(file: HostileFile, frames: int) -> HostileFile:
     return HostileFile(".jsonl.zst", data, n_found=file.n_found, texts=file.texts)
 
 
-columns = st.sampled_from(
+columns = one_of_these(
     [
         pa.array(["a", "", None, "x" * (LONGEST + 1)]), pa.array(["a", "b"]).dictionary_encode(), pa.array([1.5, float("nan")]),
         pa.array([2**62], pa.int64()).cast(pa.timestamp("us")), pa.array([b"\xff", b"a"]), pa.array([["a"], None]),
@@ -136,7 +141,7 @@ def parquet(draw: st.DrawFn) -> HostileFile:
 def damaged(draw: st.DrawFn, files: st.SearchStrategy[HostileFile]) -> HostileFile:
     """A file that is cut short, or in which bytes are changed, or which is continued by garbage."""
     file = draw(files)
-    data = bytearray(file.content)
+    data = file.content
     kind = draw(st.sampled_from(["cut", "flip", "more", "twice"]))
     if kind == "cut":
         data = data[: draw(st.integers(0, len(data)))]
@@ -144,9 +149,10 @@ def damaged(draw: st.DrawFn, files: st.SearchStrategy[HostileFile]) -> HostileFi
         data += draw(st.binary(min_size=1, max_size=20))
     elif kind == "twice":
         data += data
+    changed = bytearray(data)
     for _ in range(draw(st.integers(1, 3)) if kind == "flip" and data else 0):
-        data[draw(st.integers(0, len(data) - 1))] ^= draw(st.integers(1, 255))
-    return HostileFile(file.suffix, bytes(data))
+        changed[draw(st.integers(0, len(data) - 1))] ^= draw(st.integers(1, 255))
+    return HostileFile(file.suffix, bytes(changed))
 
 
 def is_text(content: bytes) -> bool:
@@ -161,7 +167,7 @@ zst = st.builds(compressed, jsonl, st.integers(1, 3))
 text_content = st.one_of(
     st.binary(max_size=40),
     good_text.map(str.encode),
-    st.sampled_from(["naïve".encode("latin-1"), "naïve".encode("utf-16"), b"\xef\xbb\xbf", b"x" * (LONGEST + 1)]),
+    one_of_these(["naïve".encode("latin-1"), "naïve".encode("utf-16"), b"\xef\xbb\xbf", b"x" * (LONGEST + 1)]),
 )  # fmt: skip
 plain = st.builds(
     lambda suffix, content: HostileFile(
@@ -187,7 +193,7 @@ file = st.one_of(
     jsonl, zst, plain, parquet(), unknown, special, folder, damaged(jsonl), damaged(zst), damaged(parquet()),
     st.builds(HostileFile, st.sampled_from([".parquet", ".jsonl.zst", ".jsonl", ".txt"]), st.binary(max_size=60)),
 )  # fmt: skip
-names = st.sampled_from(
+names = one_of_these(
     [b"a", b"\xff\xfe", b"a b", b"new\nline", b"\x1b[31m", b"-f", "é".encode(), b"x" * 200]
 )
 

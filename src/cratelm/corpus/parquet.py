@@ -50,6 +50,8 @@ def read_parquet(file: CorpusFile, fields: Fields) -> Found:
             columns = _columns(table.schema_arrow, fields)
             for group in range(table.num_row_groups):
                 first, row = row, row + table.metadata.row_group(group).num_rows
+                if row == first:
+                    continue  # without rows there may be no pages
                 page = _largest_page(stream, table.metadata.row_group(group), columns)
                 if page > fields.longest + _PAGE_ALLOWANCE:
                     yield ReadError(

@@ -370,25 +370,27 @@ class _WordEncoder:
 
     def encode(self, word: str) -> Iterator[NDArray[np.uint32]]:
         """Yield the ids of the parts of a word. Raises `UncuttableError` if no border passes the check."""
+        last: list[Any] = []  # the token before `tokens`, if there is one
         tokens = self.model.tokenize(byte_level_name(word[:_WINDOW]))
         for start in range(_WINDOW, len(word), _WINDOW):
             more = byte_level_name(word[start : start + _WINDOW])
-            border, following = self._continue(tokens, more)
+            border, following = self._continue(last, tokens, more)
             yield np.array([token.id for token in tokens[:border]], np.uint32)
-            tokens = following
+            last, tokens = (last + tokens[:border])[-1:], following
         yield np.array([token.id for token in tokens], np.uint32)
 
-    def _continue(self, tokens: list[Any], more: str) -> tuple[int, list[Any]]:
+    def _continue(self, last: list[Any], tokens: list[Any], more: str) -> tuple[int, list[Any]]:
         """Return how many tokens stay as they are before `more` is appended, and the tokens after them."""
         first = max(1, len(tokens) - _KEPT)
-        for border in range(first, min(first + _TRIES, len(tokens))):
-            rest = "".join(token.value for token in tokens[border:])
-            following = self.model.tokenize(rest + more)
-            if self._holds(tokens[border - 1], following[0]):
+        for border in (*range(first, min(first + _TRIES, len(tokens))), 0):
+            text = "".join(token.value for token in tokens[border:]) + more
+            if len(text) > LONGEST_STRETCH:
+                break
+            following = self.model.tokenize(text)
+            before = (last + tokens[:border])[-1:]
+            if not before or self._holds(before[0], following[0]):
                 return border, following
-        raise UncuttableError(
-            f"a word of more than {_WINDOW:,} characters cannot be encoded in parts: split the document"
-        )
+        raise UncuttableError("a word that cannot be encoded in parts: split the document")
 
     def _holds(self, left: Any, right: Any) -> bool:
         """Return whether no merge crosses the border of two tokens."""
