@@ -230,7 +230,7 @@ def test_a_file_is_read_and_the_page_lies_in_the_run(run: Path, tmp_path: Path) 
         ({"text": "Q" * T}, "the text has 32 tokens for crate-1l, which accepts 1 to 31"),
         ({"text": "a", "document": 1}, "--text and --document cannot be combined"),
         ({"document": 1000}, "--document is 1000, but the held_out split has"),
-        ({"text_file": Path("/nowhere.txt")}, "/nowhere.txt cannot be read"),
+        ({"text_file": Path("/nowhere.txt")}, "/nowhere.txt: cannot be read"),
         ({"models": ()}, "--models is empty"),
         ({"models": ("crate-9l",)}, "cratelm train"),
         ({"top": 0}, "--top must be at least 1, not 0"),

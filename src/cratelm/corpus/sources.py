@@ -18,13 +18,14 @@ from cratelm.corpus.formats import (
     Fields,
     Found,
     Reader,
+    open_file,
     read_jsonl,
     read_jsonl_zst,
-    read_parquet,
     read_text,
     readable,
     why_unreadable,
 )
+from cratelm.corpus.parquet import read_parquet
 from cratelm.errors import InputError
 
 BUILTIN = "builtin"
@@ -174,19 +175,34 @@ def _folder_files(folder: Path, source: str) -> tuple[CorpusFile, ...]:
 def _walk(root: Path, skipped: frozenset[str]) -> list[tuple[Path, str]]:
     """Return the files under `root`, and the folders that cannot be listed with the reason.
 
-    They are sorted by path. The reason is empty for files. Hidden files and folders, and folders named
-    in `skipped`, are skipped.
+    They are sorted by path. The reason is empty for files. Hidden files and folders, folders named in
+    `skipped`, and links to folders (which can be circular) are skipped.
     """
     entries: list[tuple[Path, str]] = []
-
-    def unlisted(error: OSError) -> None:
-        reason = f"the folder cannot be listed ({error.strerror})"
-        entries.append((Path(os.fsdecode(error.filename)), reason))
-
-    for folder, folders, names in os.walk(root, onerror=unlisted):
-        folders[:] = [d for d in folders if d not in skipped and not d.startswith(".")]
-        entries += [(Path(folder, name), "") for name in names if not name.startswith(".")]
+    folders = [root]
+    while (
+        folders
+    ):  # not `os.walk`, which is recursive: folders can be nested more deeply than calls
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as found:
+                listed = [entry for entry in found if not entry.name.startswith(".")]
+        except OSError as error:
+            entries.append((folder, f"the folder cannot be listed ({error.strerror})"))
+            continue
+        for entry in listed:
+            if not _is_folder(entry):
+                entries.append((Path(entry.path), ""))
+            elif entry.name not in skipped and not entry.is_symlink():
+                folders.append(Path(entry.path))
     return sorted(entries, key=lambda entry: entry[0].relative_to(root).as_posix())
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def _reader_of(path: Path) -> Reader | None:
@@ -203,18 +219,19 @@ def _size_and_digest(file: CorpusFile) -> tuple[str, bytes]:
     if file.fault or why_unreadable(file.path):
         return "unreadable", b""
     try:
-        return str(file.path.stat().st_size), _content_digest(file.path)
+        return _content_digest(file.path)
     except OSError:
         return "unreadable", b""
 
 
-def _content_digest(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+def _content_digest(path: Path) -> tuple[str, bytes]:
+    with open_file(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
         if size <= _WHOLE:
-            return hashlib.file_digest(stream, "sha256").digest()
+            # not `file_digest`, which waits for the end of files of /proc that have none
+            return str(size), hashlib.sha256(stream.read(_WHOLE) or b"").digest()
         digest = hashlib.sha256()
         for i in range(_SAMPLES):
             stream.seek(i * (size - _SAMPLE) // (_SAMPLES - 1))
             digest.update(stream.read(_SAMPLE))
-        return digest.digest()
+        return str(size), digest.digest()

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from cratelm.corpus.formats import text_of_file
 from cratelm.errors import InputError
 from cratelm.evaluate.config import PredictConfig
 from cratelm.evaluate.predictions import PredictedText, Prediction, predict_text
@@ -77,10 +78,7 @@ def _text(config: PredictConfig, run: Run, subjects: list[LoadedModel]) -> Predi
     if config.text is not None:
         return PredictedText(config.text, "Your own text", "")
     if config.text_file is not None:
-        try:
-            text = Path(config.text_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{config.text_file} cannot be read as UTF-8 text ({error})") from None
+        text = text_of_file(Path(config.text_file))
         return PredictedText(text, f"The text of {config.text_file}", "")
     run.stage("tokens").require("tokenize")
     longest = [subject.longest - 1 for subject in subjects if subject.longest is not None]

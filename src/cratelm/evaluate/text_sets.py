@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.corpus.documents import Document, ReadError
+from cratelm.corpus.documents import LONGEST_DOCUMENT, Document, ReadError
 from cratelm.corpus.formats import CorpusFile, Fields, row_document
 from cratelm.corpus.hub import HUB_ERRORS, first_line
 from cratelm.corpus.sources import HUB, open_corpus
@@ -253,18 +253,28 @@ def last_words(texts: Iterable[str]) -> Iterator[Passage]:
 def articles(texts: Iterable[str]) -> Iterator[Passage]:
     """Yield WikiText's articles: from one first-level heading, ` = Title = `, to the next.
 
-    Rows are lines, as on the Hub, or whole files.
+    Rows are lines, as on the Hub, or whole files. Raises `InputError` for an article of more than
+    `LONGEST_DOCUMENT` bytes.
     """
     lines: list[str] = []
+    size = 0
     for line in _lines(texts):
         if _HEADING.fullmatch(line) and any(map(str.strip, lines)):
             yield Passage("".join(f"{line}\n" for line in lines))
-            lines = []
+            lines, size = [], 0
         lines.append(line)
+        size += len(line) + _LINE_BYTES
+        if size > LONGEST_DOCUMENT:
+            raise InputError(
+                f"an article of {len(lines):,} lines, too long to hold: WikiText's articles begin with a line"
+                " ` = Title = `. Name another file, or read it as documents under another name, --on mine=PATH"
+            )
     if any(map(str.strip, lines)):
         yield Passage("".join(f"{line}\n" for line in lines))
 
 
+_LINE_BYTES = 64
+"""bytes that Python takes for a line, next to its characters"""
 _HEADING = re.compile(r" = [^=]+ = ?")
 
 
@@ -277,7 +287,12 @@ def blocks(texts: Iterable[str], size: int = 50) -> Iterator[Passage]:
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        yield from text.removesuffix("\n").split("\n")
+        text = text.removesuffix("\n")
+        start = 0  # line by line: a list of all lines takes up to 60 times the size of the text
+        while (end := text.find("\n", start)) >= 0:
+            yield text[start:end]
+            start = end + 1
+        yield text[start:]
 
 
 # --- named sets ------------------------------------------------------------------------------------

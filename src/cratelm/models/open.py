@@ -22,6 +22,7 @@ from cratelm.errors import InputError
 from cratelm.models.sizes import hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.runs.reading import verified
+from cratelm.tokens.pieces import PieceEncoder
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
 
@@ -207,8 +208,15 @@ class Encoder:
     """True if the tokenizer itself adds it before every text, as LLaMA's does and GPT-2's does not"""
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """Return the token ids of a text [n], without special tokens."""
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        """Return the token ids of a text [n], without special tokens.
+
+        Raises `InputError` for a long text that cannot be encoded in pieces (`cratelm.tokens.pieces`).
+        """
+        return self._pieces.encode(text).astype(np.int64)
+
+    @cached_property
+    def _pieces(self) -> PieceEncoder:
+        return PieceEncoder(self.tokenizer)
 
     @cached_property
     def vocabulary(self) -> str:

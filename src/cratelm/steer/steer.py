@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from cratelm.activations.open_harvest import open_site
+from cratelm.corpus.formats import text_of_file
 from cratelm.errors import InputError
 from cratelm.models.open import LoadedModel, encoder_of, open_model
 from cratelm.runs import Run, write_json
@@ -133,12 +134,7 @@ def _text(config: SteerConfig, run: Run) -> str:
     if config.text is not None:
         return config.text
     if config.text_file is not None:
-        try:
-            return Path(config.text_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{config.text_file} cannot be read as UTF-8 text ({error}): give another --text-file"
-            ) from None
+        return text_of_file(Path(config.text_file))
     run.stage("tokens").require("tokenize")
     store = TokenStore(run.stage("tokens").path)
     split = store.split("held_out")

@@ -1,9 +1,11 @@
 """Options of `cratelm tokenize`. Imports nothing heavy, so that `--help` is quick."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cratelm.corpus.documents import LONGEST_DOCUMENT
 from cratelm.errors import InputError
 from cratelm.runs import at_least, not_in_identity
 
@@ -44,6 +46,12 @@ class TokenizeConfig:
     """stop after the document that reaches this many tokens. Default: all"""
     sequence_length: int = not_in_identity(128)
     """length in tokens; every split must have at least one sequence of this length plus one token"""
+    max_document_megabytes: float = field(
+        default=LONGEST_DOCUMENT / 1e6, metadata={"group": "limits"}
+    )
+    """megabytes (10^6 bytes) of the longest document, as it is stored: a text file, a decompressed JSON line, a
+    Parquet cell. A longer document counts as one that cannot be read (--on-error). Memory grows with
+    it: up to 13 times its size, next to about 2 GB"""
     on_error: Literal["stop", "skip"] = "stop"
     """what to do with a document that cannot be read: stop with its file and line, or skip and count it"""
     force: bool = not_in_identity(False)
@@ -65,6 +73,10 @@ class TokenizeConfig:
             raise InputError(
                 f"--fit {self.fit} and --held-out {self.held_out} leave nothing to train on:"
                 " their sum must be below 1"
+            )
+        if not 0 < self.max_document_megabytes < math.inf:
+            raise InputError(
+                f"--max-document-megabytes is {self.max_document_megabytes}: it must be a number above 0"
             )
         for name in ("max_documents", "max_tokens", "sample_megabytes", "sequence_length"):
             value = getattr(self, name)

@@ -225,8 +225,10 @@ class StoreWriter:
         self._rows: list[tuple[Any, ...]] = []
         tokenizer.save(str(folder / "tokenizer.json"))
 
-    def append(self, split: Split, ids: Sequence[int], document: Document) -> None:
-        """Append a document's token ids, followed by the end-of-text token."""
+    def append(
+        self, split: Split, ids: Sequence[int] | NDArray[np.integer], document: Document
+    ) -> None:
+        """Append a document's token ids [n], followed by the end-of-text token."""
         tokens = np.empty(len(ids) + 1, self.dtype)
         tokens[:-1] = ids
         tokens[-1] = self.eot_id
@@ -305,7 +307,7 @@ class _SplitWriter:
                 self._next_file()
             capacity = self.tokens_per_file - self.n_tokens % self.tokens_per_file
             assert self._file is not None
-            self._file.write(tokens[:capacity].tobytes())
+            self._file.write(tokens[:capacity].data)
             self.n_tokens += min(capacity, len(tokens))
             tokens = tokens[capacity:]
         self.n_documents += 1

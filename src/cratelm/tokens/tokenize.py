@@ -1,28 +1,33 @@
 """`cratelm tokenize`: turn documents into token shards.
 
 It takes one pass over the corpus (two if a tokenizer is trained). Memory is bounded, however long the
-corpus is, by two batches of text (2 million characters each, or the longest document if that is longer)
-with their tokens and, if a tokenizer is trained, by the table of distinct words.
+corpus is and whatever it contains, by two batches of text with their tokens (2 million characters each), by the
+longest document (at most 13 bytes per byte: `cratelm.corpus.formats`), which is encoded in pieces
+(`cratelm.tokens.pieces`), and, if a tokenizer is trained, by the table of distinct words.
 """
 
 import dataclasses
 import hashlib
+import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Encoding, Tokenizer
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from cratelm.corpus.documents import Document, ReadError
+from cratelm.corpus.documents import Document, ReadError, n_bytes_of
 from cratelm.corpus.formats import Fields
 from cratelm.corpus.sources import Corpus, open_corpus
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Draft, Run, hash_file
 from cratelm.tokens.config import TokenizeConfig
+from cratelm.tokens.pieces import PieceEncoder, UncuttableError
 from cratelm.tokens.shards import StoreWriter
 from cratelm.tokens.tokenizer import (
     end_of_text_id,
@@ -33,7 +38,13 @@ from cratelm.tokens.tokenizer import (
 
 _BATCH_CHARACTERS = 2_000_000
 _BATCH_DOCUMENTS = 4096
+_LONG = 100_000
+"""characters above which a document is encoded in pieces, and its hash taken in parts"""
+_MOST_NAMED = 20
+"""skipped documents that are printed; the others are only counted"""
 _Batch = list[tuple[Split, Document]]
+_Ids = Sequence[int] | NDArray[np.uint32] | UncuttableError
+"""token ids of a document [n], or why it cannot be encoded"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,8 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
     """
     run = Run(config.run)
     stage = run.stage("tokens")
-    corpus = open_corpus(config.corpus, Fields(config.text_field, config.subset_field))
+    longest = int(config.max_document_megabytes * 1e6)
+    corpus = open_corpus(config.corpus, Fields(config.text_field, config.subset_field, longest))
     inputs = {"corpus": corpus.identity(), **_tokenizer_identity(config)}
     if stage.is_finished(config, inputs, force=config.force):
         result = stage.result(TokenizeResult, path=stage.path)
@@ -85,8 +97,10 @@ def split_of(text: str, fit: float, held_out: float) -> Split:
     documents: adding documents to a corpus moves none. A change of this function moves documents of all
     existing corpora, and their runs cannot be converted.
     """
-    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-    fraction = number / 2**64
+    digest = hashlib.blake2b(digest_size=8)
+    for start in range(0, len(text), _LONG):
+        digest.update(text[start : start + _LONG].encode())
+    fraction = int.from_bytes(digest.digest(), "big") / 2**64
     if fraction < held_out:
         return "held_out"
     return "fit" if fraction < held_out + fit else "train"
@@ -100,18 +114,26 @@ class TokenizeStats:
     skipped: int = 0
     first_skipped: str = ""
 
+    def skip(self, error: ReadError, config: TokenizeConfig, *, quiet: bool) -> None:
+        """Count a document that cannot be used, and print its location. Raises `InputError` instead if asked to stop."""
+        if config.on_error == "stop":
+            raise InputError(f"{error.message} (--on-error skip skips such documents)")
+        self.skipped += 1
+        self.first_skipped = self.first_skipped or error.message
+        if not quiet and self.skipped <= _MOST_NAMED:
+            tqdm.write(f"skipped: {error.message}", file=sys.stderr)
+        if not quiet and self.skipped == _MOST_NAMED:
+            tqdm.write("further skipped documents are counted, not named", file=sys.stderr)
+
 
 def _documents(
-    corpus: Corpus, config: TokenizeConfig, stats: TokenizeStats
+    corpus: Corpus, config: TokenizeConfig, stats: TokenizeStats, *, quiet: bool = False
 ) -> Iterator[tuple[Split, Document]]:
     """Yield the documents that have text with their split; count the others in `stats`."""
     n = 0
     for document in corpus:
         if isinstance(document, ReadError):
-            if config.on_error == "stop":
-                raise InputError(f"{document.message} (--on-error skip skips such documents)")
-            stats.skipped += 1
-            stats.first_skipped = stats.first_skipped or document.message
+            stats.skip(document, config, quiet=quiet or config.quiet)
         elif not document.text:
             stats.empty += 1
         else:
@@ -119,6 +141,7 @@ def _documents(
             n += 1
             if n == config.max_documents:
                 return
+        del document  # not held while the next one is read
 
 
 def _write(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> TokenizeResult:
@@ -127,10 +150,11 @@ def _write(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> TokenizeResu
     stats = TokenizeStats()
     n_bytes = 0
     with tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar:
-        for batch, encodings in _encoded(tokenizer, _batches(_documents(corpus, config, stats))):
-            n_bytes += _append(writer, batch, encodings, config.max_tokens)
+        for batch, ids in _encoded(tokenizer, _batches(_documents(corpus, config, stats))):
+            n_bytes += _append(writer, batch, ids, config, stats)
             bar.update(len(batch))
             bar.set_postfix_str(f"{sum(map(writer.n_tokens, SPLITS)):,} tokens")
+            del batch, ids  # not held while the next documents are read
             if _is_full(writer, config.max_tokens):
                 break
     writer.close()
@@ -139,34 +163,56 @@ def _write(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> TokenizeResu
 
 def _encoded(
     tokenizer: Tokenizer, batches: Iterable[_Batch]
-) -> Iterator[tuple[_Batch, list[Encoding]]]:
-    """Yield batches with their tokens; the next batch is encoded, on all cores, while one is written."""
+) -> Iterator[tuple[_Batch, list[_Ids]]]:
+    """Yield batches with their tokens; the next batch is encoded, on all cores, while one is written.
 
-    def encode(batch: _Batch) -> list[Encoding]:
+    A long document is a batch by itself, and the next one is read when it is written.
+    """
+    encoder = PieceEncoder(tokenizer)
+
+    def encode(batch: _Batch) -> list[_Ids]:
         texts = [document.text for _, document in batch]
-        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        if len(texts) == 1 and len(texts[0]) > _LONG:
+            try:
+                return [encoder.encode(texts[0])]
+            except UncuttableError as error:
+                return [error]
+        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[_Batch, Future[list[Encoding]]]] = deque()
+        waiting: deque[tuple[_Batch, Future[list[_Ids]]]] = deque()
+
+        def ready() -> tuple[_Batch, list[_Ids]]:
+            batch, ids = waiting.popleft()
+            return batch, ids.result()
+
         for batch in batches:
             waiting.append((batch, pool.submit(encode, batch)))
-            if len(waiting) > 1:
-                ready, encodings = waiting.popleft()
-                yield ready, encodings.result()
-        for ready, encodings in waiting:
-            yield ready, encodings.result()
+            most_waiting = 0 if len(batch[0][1].text) > _LONG else 1
+            del batch
+            while len(waiting) > most_waiting:
+                yield ready()
+        while waiting:
+            yield ready()
 
 
 def _append(
-    writer: StoreWriter, batch: _Batch, encodings: list[Encoding], max_tokens: int | None
+    writer: StoreWriter,
+    batch: _Batch,
+    encoded: list[_Ids],
+    config: TokenizeConfig,
+    stats: TokenizeStats,
 ) -> int:
     """Write a batch up to `max_tokens` of the whole store; return the bytes of text written."""
     n_bytes = 0
-    for (split, document), encoding in zip(batch, encodings, strict=True):
-        if _is_full(writer, max_tokens):
+    for (split, document), ids in zip(batch, encoded, strict=True):
+        if _is_full(writer, config.max_tokens):
             break
-        writer.append(split, encoding.ids, document)
-        n_bytes += len(document.text.encode())
+        if isinstance(ids, UncuttableError):
+            stats.skip(ReadError(f"{document.location}: {ids}"), config, quiet=config.quiet)
+            continue
+        writer.append(split, ids, document)
+        n_bytes += n_bytes_of(document.text)
     return n_bytes
 
 
@@ -175,12 +221,20 @@ def _is_full(writer: StoreWriter, max_tokens: int | None) -> bool:
 
 
 def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[_Batch]:
+    """Yield the documents in batches; a long one is a batch by itself."""
     batch: _Batch = []
     characters = 0
     for split, document in documents:
+        n = len(document.text)
+        if batch and (
+            n > _LONG or characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS
+        ):
+            yield batch
+            batch, characters = [], 0
         batch.append((split, document))
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+        characters += n
+        del document
+        if n > _LONG:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -229,10 +283,10 @@ def _tokenizer(config: TokenizeConfig, corpus: Corpus) -> Tokenizer:
 def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
     """Yield texts of the train split, up to the first that reaches `sample_megabytes`."""
     n_bytes = 0
-    for split, document in _documents(corpus, config, TokenizeStats()):
+    for split, document in _documents(corpus, config, TokenizeStats(), quiet=True):
         if split == "train":
             yield document.text
-            n_bytes += len(document.text.encode())
+            n_bytes += n_bytes_of(document.text)
             if n_bytes >= config.sample_megabytes * 1e6:
                 return
 

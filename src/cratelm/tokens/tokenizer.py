@@ -1,7 +1,7 @@
 """Tokenizers: trained here, GPT-2's, or from a file; all in the `tokenizers` library's format."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 Append only: the order decides the end token of tokenizers that existing runs hold."""
 _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 """the trainer's time grows with the square of a word's length: a word of 1 MB takes many minutes"""
+_PART = 65_536
+"""characters, from which on the next cut ends a part of a text to train on"""
+_SPACE_AFTER_TEXT = re.compile(r"(?<=[^\s\u180e])(?=[ \t\r\n])")
 _NAMED_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -29,7 +32,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Return a byte-level BPE of at most `vocab_size` tokens, of which `<|endoftext|>` is token 0.
 
     Pairs are merged while any occurs at least twice, so little text yields fewer tokens. Pre-tokenization
-    is GPT-2's (Radford et al. 2019, section 2.2).
+    is GPT-2's (Radford et al. 2019, section 2.2). Memory: the table of distinct words, and
+    256 pieces of a text.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
@@ -42,9 +46,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in texts for piece in _LONG_RUN.split(text))
+    pieces = (piece for text in texts for part in _parts(text) for piece in _LONG_RUN.split(part))
     tokenizer.train_from_iterator(pieces, trainer)
     return without_limits(tokenizer)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Yield the parts of a text, cut before white space, where the pre-tokenizer and `_LONG_RUN` cut, too.
+
+    The words are the same, but the trainer takes 40 times the size of a whole text in memory.
+    """
+    start = 0
+    while cut := _SPACE_AFTER_TEXT.search(text, start + _PART):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -126,7 +142,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 def display_strings(tokenizer: Tokenizer) -> list[str]:
     r"""Return a string for each token id, [vocab_size]; incomplete characters appear as bytes, \xNN."""
-    byte_of = {character: byte for byte, character in _characters_of_bytes().items()}
+    byte_of = {character: byte for byte, character in characters_of_bytes().items()}
     added, byte_level = _added_tokens(tokenizer), is_byte_level(tokenizer)
     strings = [""] * vocabulary_size(tokenizer)
     for token, index in tokenizer.get_vocab().items():
@@ -151,20 +167,21 @@ def token_sizes(tokenizer: Tokenizer, special: int) -> NDArray[np.int64]:
 
 def byte_level_name(text: str) -> str:
     """Return `text` as a byte-level BPE spells it: one character per UTF-8 byte."""
-    character_of = _characters_of_bytes()
+    character_of = characters_of_bytes()
     return "".join(character_of[byte] for byte in text.encode())
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:
     """Return whether all tokens except added ones are spelled in the 256 characters of bytes."""
-    characters = set(_characters_of_bytes().values())
+    characters = set(characters_of_bytes().values())
     return all(
         characters.issuperset(t) for t in tokenizer.get_vocab().keys() - _added_tokens(tokenizer)
     )
 
 
 @cache
-def _characters_of_bytes() -> dict[int, str]:
+def characters_of_bytes() -> dict[int, str]:
+    """Return the character by which a byte-level BPE spells each byte."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return bytes_to_unicode()
