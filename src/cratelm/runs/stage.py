@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import cratelm.runs.atomic as atomic
 import cratelm.runs.names as names
+import cratelm.runs.skew as skew
 from cratelm.errors import InputError
 from cratelm.runs.config import Settings, known_fields, settings_of
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
@@ -45,8 +46,10 @@ StageName = Literal[
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 RECORD = "completed.json"
+MANIFEST = "manifest.json"
 PLAN = ".plan.json"
-"""configuration and inputs of a draft, by which an interrupted draft is recognised"""
+"""configuration and inputs of a draft, by which an interrupted draft is recognised, and the versions that
+began it"""
 FORMAT = 2
 """format of the records and files of a run. Version 0.1.0 wrote format 1, without a number; format 2
 adds the stages behind the inputs, and the options, to each record. Every change gets a new number, and a
@@ -172,7 +175,7 @@ def stale_lines(stale: Mapping[str, Freshness]) -> list[str]:
 class Run:
     """A run directory. Creating the object writes nothing.
 
-    Raises `InputError` if the path exists and is not a directory.
+    Raises `InputError` if the path exists and is not a directory, or if a later version wrote the run.
     """
 
     def __init__(self, path: str | Path):
@@ -181,6 +184,8 @@ class Run:
             raise InputError(
                 f"{self.path} is a file and not a run directory: name a folder with --run"
             )
+        manifest = self.path / MANIFEST
+        _check_format(manifest, (_json(manifest) or {}).get("format"))
 
     def stage(self, stage: StageName, name: str = "") -> "Stage":
         """Return a stage of the run. Raises `InputError` for a name that cannot name a folder."""
@@ -245,7 +250,7 @@ class Run:
 
     def write_manifest(self) -> None:
         """Write `manifest.json`: the records as they are, whichever version wrote them."""
-        path = self.path / "manifest.json"
+        path = self.path / MANIFEST
         with atomic.lock(path, wait=10.0):  # so that the last one to finish has seen all records
             records, unreadable = [], {}
             for label in self.labels():
@@ -263,10 +268,9 @@ class Stage:
     """One stage of a run: of one model, or of the whole run."""
 
     def __init__(self, run: Run, stage: StageName, name: str = ""):
-        if name and (name != Path(name).name or name.startswith(".")):
-            raise InputError(
-                f"model name {name!r} cannot name a folder: use letters, digits, '-', '_' or '.'"
-            )
+        if name and (problem := names.problem_of(name)) and not _is_old_name(run, stage, name):
+            shown = repr(name) if len(name) <= 60 else f"{name[:59]!r}…"
+            raise InputError(f"the name {shown} {problem}: use {names.USABLE}")
         self.run, self.name = run, name
         self.stage: StageName = stage
         self.path = run.path / stage / name if name else run.path / stage
@@ -435,6 +439,8 @@ class Stage:
                 "inputs": {role: identity_of(value) for role, value in inputs.items()},
             }
             draft = self._draft(plan, resume)
+            read = {v.label: v.versions for v in inputs.values() if isinstance(v, Completion)}
+            skew.say_inputs(self.label, read, versions())
             try:
                 yield draft
             except BaseException:
@@ -450,9 +456,15 @@ class Stage:
         work = atomic.resumable_draft(self.path)
         fresh = _read_plan(work) != plan
         atomic.remove_drafts(self.path, resumable=fresh)
+        made_with = {**versions(), "commit": git_commit()}
         if fresh:
             work.mkdir(parents=True)
-            atomic.write_json(work / PLAN, plan)
+            atomic.write_json(work / PLAN, {**plan, "versions": made_with})
+        else:
+            begun_with = (_json(work / PLAN) or {}).get("versions")  # none in drafts of 0.1.0
+            skew.say_resumed(
+                self.label, begun_with if isinstance(begun_with, dict) else {}, made_with
+            )
         return Draft(work, fresh)
 
     def _finish(
@@ -509,6 +521,24 @@ def _model_of(label: str) -> str:
     return names.split_set(label.partition("/")[2])[0]
 
 
+def _is_old_name(run: Run, stage: StageName, name: str) -> bool:
+    """Return whether `name`, which could not be given today, is that of a folder of an earlier version."""
+    if name != Path(name).name or name.startswith("."):
+        return False
+    with contextlib.suppress(OSError):  # a name that is too long for any folder
+        return (run.path / stage / name / RECORD).is_file()
+    return False
+
+
+def _check_format(path: Path, written_in: Any) -> None:
+    """Raise `InputError` if the file `path` says that a later version wrote it."""
+    if isinstance(written_in, int) and written_in > FORMAT:
+        raise InputError(
+            f"{path} was written by a later version of cratelm (format {written_in}, this one reads up"
+            f" to {FORMAT}): upgrade cratelm, or name another --run"
+        )
+
+
 def _tidy(folder: Path) -> None:
     """Remove files that were needed only while the stage was made."""
     plan = _json(folder / PLAN) or {}
@@ -522,15 +552,9 @@ def _read_record(path: Path) -> Completion:
 
     Raises `InputError` if it is damaged, or of a later format.
     """
-    remedy = f"delete the folder {path.parent} and run its stage again"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        written_in = value.get("format", 1)
-        if isinstance(written_in, int) and written_in > FORMAT:
-            raise InputError(
-                f"{path} was written by a later version of cratelm (format {written_in}, this one reads"
-                f" up to {FORMAT}): upgrade cratelm, or {remedy}"
-            )
+        _check_format(path, value.get("format", 1))
         done = Completion(**known_fields(Completion, value))
         for part in (done.config, done.inputs, done.outputs, done.results, done.input_stages):
             if not isinstance(part, dict):
@@ -541,7 +565,8 @@ def _read_record(path: Path) -> Completion:
         raise
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise InputError(
-            f"{path} cannot be read as a completion record ({error}): {remedy}"
+            f"{path} cannot be read as a completion record ({error}): copy it again from elsewhere, or"
+            f" move the folder {path.parent} away, which keeps its files, and run its stage again"
         ) from None
     renamed = RENAMED.get(done.stage, {})
     config = {renamed.get(name, name): value for name, value in done.config.items()}

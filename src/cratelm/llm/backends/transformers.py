@@ -47,6 +47,7 @@ from cratelm.llm.requests import (
     Request,
     key,
 )
+from cratelm.runs.devices import device_of
 
 BATCH_TOKENS = 4096
 """tokens of keys and values held for one batch"""
@@ -71,7 +72,7 @@ class LocalBackend:
         """`specification` is the text after `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
         self._source = locate(specification)
         self.name = short_name(specification, self._source)
-        self._device = torch.device(_device() if device == "auto" else device)
+        self._device = device_of(_device() if device == "auto" else device)
         self._dtype = _dtype(self._device) if dtype == "auto" else getattr(torch, dtype)
         self._shared: tuple[list[int], Any] = ([], None)
         self._shared_chat: tuple[list[int], Any] = ([], None)

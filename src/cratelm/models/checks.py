@@ -1,0 +1,225 @@
+"""Checks of a model's configuration and files before anything is built or loaded.
+
+A folder may come from anyone. Its files are read as data only: no file outside of the folder, no code, no
+weights that a library would make up, and nothing whose size the files themselves contradict.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from cratelm.errors import InputError
+from cratelm.runs.arguments import LARGEST
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
+_INDEX = ".index.json"
+SIZE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "expansion",
+    "ista_steps",
+    "n_inner",
+)
+"""fields of configurations, under the names that all families share, that count something"""
+_LEARNED_POSITIONS = ("crate", "gpt2")
+"""families with a learned vector for each position; in others any number of positions is free"""
+_LAYER_BYTES = 20_000
+"""bytes of Python objects of one layer, however narrow it is"""
+
+
+# --- configurations ----------------------------------------------------------------------------------
+
+
+def check_config(config: Any, source: str | Path) -> None:
+    """Raise `InputError`, which names `source`, if a size in a configuration is not a positive whole number."""
+    text = config.get_text_config()
+    for name in SIZE_FIELDS:
+        value = getattr(text, name, None)
+        sizes = value if isinstance(value, list | tuple) else [value]
+        for size in sizes:
+            if size is not None and not (type(size) is int and 1 <= size <= LARGEST):
+                raise InputError(
+                    f"{source}: {name} is {size!r:.40}, but it must be a whole number from 1 to {LARGEST:,}"
+                )
+
+
+def fewest_parameters(config: Any) -> int:
+    """Return a lower bound of the number of parameters of a model with this configuration.
+
+    It holds for every family of transformers' causal language models: the embedding, and one square matrix
+    per layer. For CRATE and GPT-2 it is nearly all of the parameters.
+    """
+    text = config.get_text_config()
+    width, layers = _size(text, "hidden_size"), _size(text, "num_hidden_layers")
+    rows = _size(text, "vocab_size")
+    of_layer = width * width
+    if text.model_type in _LEARNED_POSITIONS:
+        rows += _size(text, "max_position_embeddings")
+    if text.model_type == "crate":
+        dictionaries = 2 if getattr(text, "decoupled_dictionary", False) else 1
+        of_layer = width * width * (2 + dictionaries * _size(text, "expansion"))
+    elif text.model_type == "gpt2":
+        of_layer = width * (4 * width + 2 * (_size(text, "n_inner") or 4 * width))
+    return rows * width + layers * of_layer
+
+
+def least_memory(config: Any) -> int:
+    """Return a lower bound of the bytes that a new model of this configuration takes, in float32."""
+    layers = _size(config.get_text_config(), "num_hidden_layers")
+    return 4 * fewest_parameters(config) + _LAYER_BYTES * layers
+
+
+def _size(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    return value if type(value) is int and value > 0 else 0
+
+
+# --- folders -----------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `InputError`, which names the file, if a model's folder lacks a file or has a damaged one.
+
+    Nothing is loaded: of the weights only the headers are read.
+    """
+    if not folder.is_dir():
+        return
+    content = json_object(folder / CONFIG, "the configuration of a model")
+    if not isinstance(content.get("model_type"), str):
+        raise InputError(
+            f"{folder / CONFIG} names no model_type, so that nothing can read it: name a folder written"
+            " by `cratelm train` or by transformers' save_pretrained"
+        )
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            check_safetensors(path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a model's folder, all of which exist, inside of it.
+
+    Raises `InputError` if there are none, if a file in the index is missing, or if the index names one
+    outside of the folder.
+    """
+    for name in (WEIGHTS, _PICKLE):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / (name + _INDEX)
+        if index.is_file():
+            return _shards(index)
+    raise InputError(
+        f"{folder} has no weights ({WEIGHTS}, or {WEIGHTS}{_INDEX} with the files that it names): name"
+        " a folder written by `cratelm train` or by transformers' save_pretrained"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = json_object(index, "an index of weight files").get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise InputError(f"{index} has no weight_map, which names the file of each weight")
+    names = {name: None for name in weight_map.values() if isinstance(name, str)}
+    if len(names) < len({json.dumps(name) for name in weight_map.values()}):
+        raise InputError(f"{index} has something else than names of files in its weight_map")
+    for name in names:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name:
+            raise InputError(
+                f"{index} names the file {name!r:.80}, which is outside of its folder: nothing is read"
+            )
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index.parent / name} is missing, but {index.name} names it")
+    return [index.parent / name for name in names]
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise `InputError`, which names the file, if it is not a complete safetensors file."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as safetensors ({one_line(error, 120)}): it is damaged or was copied"
+            " in part; copy it again"
+        ) from None
+
+
+def check_sizes(config: Any, folder: Path) -> None:
+    """Raise `InputError` if a configuration describes a much larger model than the weights in its folder.
+
+    Such a model would be built, and its weights made up, before anybody noticed.
+    """
+    if not folder.is_dir():
+        return
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    fewest = fewest_parameters(config)
+    if fewest > 2 * size:  # a weight takes at least 4 bits
+        raise InputError(
+            f"{folder / CONFIG} describes a model of at least {fewest:,} parameters, but its weight files"
+            f" have {size:,} bytes: they do not belong together"
+        )
+
+
+def check_loaded(information: Mapping[str, Any], source: str | Path) -> None:
+    """Raise `InputError` if weights are missing, in place of which transformers made up random ones.
+
+    `information` is what `from_pretrained` returns with `output_loading_info`.
+    """
+    missing = sorted(map(str, information.get("missing_keys") or ()))
+    wrong = sorted(map(str, information.get("mismatched_keys") or ()))
+    for names, problem in ((wrong, "has another shape"), (missing, "is missing")):
+        if names:
+            more = f", and {len(names) - 1:,} more" if len(names) > 1 else ""
+            raise InputError(
+                f"{source} has weights that do not fit its {CONFIG}: {names[0]} {problem}{more}"
+            )
+
+
+def json_object(path: Path, what: str) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises `InputError`, which names the file, for anything else."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: it must be {what}, in JSON")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(
+            f"{path} cannot be read as JSON ({one_line(error, 120)}): it must be {what}"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path} has a JSON {type(content).__name__}: it must be {what}, an object"
+        )
+    return content
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why transformers could not load a model, on one line.
+
+    torch's own message for a pickle that holds more than weights advises to run what is in it.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, pickle.UnpicklingError) or "weights_only" in str(cause):
+            return (
+                "its pickle, such as pytorch_model.bin, is damaged or holds more than weights, which"
+                " could run code, so it is not opened: convert it to safetensors where you trust it"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return one_line(error)
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return the message of an error on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
