@@ -25,6 +25,7 @@ from cratelm.records import (
     NeuronSummary,
     Split,
 )
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 
 EXCERPTS = TableFile(
@@ -115,12 +116,14 @@ def write_records(folder: str | Path, split: Split, records: Sequence[NeuronReco
         excerpts.write_table(_excerpt_table(records))
 
 
+@checked_arguments()
 def read_summaries(folder: str | Path, split: Split) -> list[NeuronSummary]:
     """Return the summaries of all neurons of a harvest, by layer and index."""
     table = pq.read_table(_existing(summaries_path(folder, split)))
     return [_summary(row) for row in table.to_pylist()]
 
 
+@checked_arguments()
 def read_records(
     folder: str | Path,
     split: Split,

@@ -51,8 +51,8 @@ from cratelm.analysis.weights import (
 )
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
-from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey
 from cratelm.models.open import sequence_length
+from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey
 from cratelm.runs import Run, check_memory
 from cratelm.stats.intervals import jackknife
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cratelm.records import NeuronId, Status
 from cratelm.runs import Run, write_json
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 
 CoverageControl = Literal["none", "shuffled"]
@@ -227,6 +228,7 @@ def write_layers(folder: str | Path, figures: Sequence[LayerFigure]) -> None:
     pq.write_table(table, Path(folder) / LAYERS)
 
 
+@checked_arguments()
 def read_layers(folder: str | Path) -> list[LayerFigure]:
     """Return the figures of all layers, in the order of the file."""
     return [LayerFigure(**row) for row in pq.read_table(Path(folder) / LAYERS).to_pylist()]
@@ -238,6 +240,7 @@ def write_neurons(folder: str | Path, neurons: Sequence[NeuronFacts]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=NEURON_FACTS.schema), Path(folder) / NEURONS)
 
 
+@checked_arguments()
 def read_neurons(folder: str | Path) -> list[NeuronFacts]:
     """Return the facts about all neurons, in the order of the file."""
     rows = pq.read_table(Path(folder) / NEURONS).to_pylist()
@@ -261,6 +264,7 @@ def write_readings(folder: str | Path, rows: Sequence[NeuronCoverage]) -> None:
     )
 
 
+@checked_arguments()
 def read_readings(folder: str | Path) -> list[NeuronCoverage]:
     """Return the rows of `readings.parquet`, in the order of the file; none if there are no explanations."""
     path = Path(folder) / READINGS
@@ -273,6 +277,7 @@ def read_readings(folder: str | Path) -> list[NeuronCoverage]:
     return coverages
 
 
+@checked_arguments()
 def read_measure_by_layer(folder: str | Path, measure: str) -> dict[int, NDArray[np.float64]]:
     """Return one measure of the neurons that have it, by layer, for their own explanations at `SHARE`.
 
@@ -294,6 +299,7 @@ def write_measure_summaries(folder: str | Path, summaries: Sequence[MeasureSumma
     write_json(Path(folder) / SUMMARY, {"readings": [vars(s) for s in summaries]})
 
 
+@checked_arguments()
 def read_measure_summaries(folder: str | Path) -> list[MeasureSummary]:
     """Return the means over neurons of `summary.json`; none if there are no explanations."""
     content: dict[str, Any] = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))

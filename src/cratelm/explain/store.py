@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import Explanation, NeuronId
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 
 _ROWS_A_GROUP = 256
@@ -89,6 +90,7 @@ def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) 
     pq.write_table(table, Path(folder) / "explanations.parquet", row_group_size=_ROWS_A_GROUP)
 
 
+@checked_arguments()
 def read_explanations(folder: str | Path) -> list[Explanation]:
     """Return the explanations in `folder`, in the order written; raise `InputError` if there are none."""
     return [
@@ -110,6 +112,7 @@ def write_selected(folder: str | Path, selected: Sequence[SampledNeuron]) -> Non
     pq.write_table(table, Path(folder) / "neurons.parquet")
 
 
+@checked_arguments()
 def read_selected(folder: str | Path) -> list[SampledNeuron]:
     """Return the neurons selected to be explained, including dead ones, by layer and index.
 
@@ -127,6 +130,7 @@ def write_unexplained(folder: str | Path, failures: Sequence[ExplanationFailure]
     pq.write_table(table, Path(folder) / "unexplained.parquet")
 
 
+@checked_arguments()
 def read_unexplained(folder: str | Path) -> list[ExplanationFailure]:
     """Return the explanations that a language model failed to give; none if the file does not exist."""
     path = Path(folder) / "unexplained.parquet"

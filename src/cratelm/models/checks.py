@@ -104,7 +104,7 @@ def check_folder(folder: Path) -> None:
         )
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
-            check_safetensors(path)
+            safetensors_shapes(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -143,11 +143,14 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise `InputError`, which names the file, if it is not a complete safetensors file."""
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in a safetensors file, from its header.
+
+    Raises `InputError`, which names the file, if it is not a complete safetensors file.
+    """
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read as safetensors ({one_line(error, 120)}): it is damaged or was copied"

@@ -34,8 +34,8 @@ def say_resumed(label: str, begun_with: Mapping[str, str], now: Mapping[str, str
         found.append(f"commit {commits[0][:12]} (now {commits[1][:12]})")
     if found:
         _say(
-            f"note: {label} was begun with {', '.join(found)} and is resumed; the same versions from start"
-            " to end can give other figures (--force begins again)"
+            f"note: {label} was begun with {', '.join(found)} and is resumed: its figures can differ from"
+            " those of one version"
         )
 
 

@@ -29,6 +29,7 @@ import cratelm.runs.atomic as atomic
 import cratelm.runs.names as names
 import cratelm.runs.skew as skew
 from cratelm.errors import InputError
+from cratelm.runs.arguments import checked_path
 from cratelm.runs.config import Settings, known_fields, settings_of
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
 
@@ -146,7 +147,7 @@ class Freshness:
     reason: str = ""
     """of a stale stage: what was redone since, as a clause"""
     commands: tuple[str, ...] = ()
-    """of a stale stage: the commands that make it fresh, in order"""
+    """of a stale stage: the commands that make it fresh, in order; none if its own record cannot be read"""
 
     @property
     def is_stale(self) -> bool:
@@ -159,7 +160,9 @@ class Freshness:
         return ", then ".join(f"`{command}`" for command in self.commands)
 
     def __str__(self) -> str:
-        return f"{self.reason}: type {self.to_type}" if self.is_stale else self.state
+        if not self.is_stale:
+            return self.state
+        return f"{self.reason}: type {self.to_type}" if self.commands else self.reason
 
 
 def stale_lines(stale: Mapping[str, Freshness]) -> list[str]:
@@ -179,7 +182,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = checked_path("the path of the run", path)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(
                 f"{self.path} is a file and not a run directory: name a folder with --run"
@@ -333,7 +336,8 @@ class Stage:
                 return Freshness("missing")
             stale = self._stale()
         except InputError as error:
-            return Freshness("stale", f"because {error}", (self.command(),))
+            # No command: to make it again over its files would lose them, such as trained weights.
+            return Freshness("stale", f"because {error}")
         if not stale:
             return Freshness("fresh")
         return Freshness("stale", next(iter(stale.values())), tuple(_commands(self.run, stale)))
