@@ -130,7 +130,7 @@ def calls_of_the_package(tmp_path: Path) -> dict[str, Any]:
         "vocab_size": lambda v: cratelm.build("crate-1l", vocab_size=v),
         "seed": lambda v: cratelm.build(
             "crate-1l", vocab_size=300, hidden_size=8, num_attention_heads=2, seed=v
-        ),  # fmt: skip
+        ),
         "hidden_size": lambda v: cratelm.build("gpt2-1l", vocab_size=300, hidden_size=v),
         "expansion": lambda v: cratelm.build("crate-1l", vocab_size=300, expansion=v),
         "path": lambda v: cratelm.load(v),
@@ -460,3 +460,82 @@ def test_help_shows_paths_as_before(capsys):
     with pytest.raises(SystemExit):
         parse_options("tokenize", ["--help"])
     assert "--run PATH" in capsys.readouterr().out
+
+
+# ---- sizes that depend on the model and the text -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    from tiny_run import copied
+
+    return copied(tmp_path_factory.mktemp("tiny") / "run")
+
+
+ABSURD = 10**12
+TOO_LARGE = [
+    ("harvest", {"top": ABSURD}, "--top"),
+    ("harvest", {"random": ABSURD}, "--random"),
+    ("harvest", {"per_bin": ABSURD}, "--per-bin"),
+    ("harvest", {"context": ABSURD}, "--context"),
+    ("explain", {"depth": ABSURD}, "--depth"),
+    ("train", {"batch_size": ABSURD}, "--batch-size"),
+    ("train", {"model_overrides": ("hidden_size=1000000000",)}, "hidden_size"),
+    ("train", {"model_overrides": ("num_hidden_layers=1000000000",)}, "num_hidden_layers"),
+    ("steer", {"generate": ABSURD}, "--generate"),
+    ("sae train", {"expansion": ABSURD}, "--expansion"),
+    ("sae train", {"d_sae": ABSURD}, "--d-sae"),
+    ("sae train", {"batch_tokens": ABSURD}, "--batch-tokens"),
+    ("sae train", {"batch_size": ABSURD, "tokens": ABSURD}, "--batch-size"),
+]
+OF_THE_MODEL = [
+    ("harvest", {"sequence_length": ABSURD}),
+    ("evaluate", {"sequence_length": ABSURD}),
+    ("analyze", {"sequence_length": ABSURD}),
+    ("effects", {"sequence_length": ABSURD}),
+    ("sae train", {"sequence_length": ABSURD}),
+    ("sae evaluate", {"sequence_length": ABSURD}),
+]
+HARMLESS = [
+    ("evaluate", {"batch_size": ABSURD, "max_tokens": ABSURD, "max_documents": ABSURD}),
+    ("predict", {"top": ABSURD, "tokens": 4, "models": ("crate-2l",), "out": "p.html"}),
+    ("steer", {"top": ABSURD, "tokens": 4, "generate": 0}),
+]
+
+
+def call(verb: str, run: Path, **options: Any) -> Any:
+    fields = {field.name for field in dataclasses.fields(config_class(verb))}
+    usual = {"run": run, "force": True, "quiet": True, "device": "cpu"}
+    usual = {name: value for name, value in usual.items() if name in fields}
+    return getattr(api, function_name(verb))(**{**usual, **REQUIRED.get(verb, {}), **options})
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("verb", "options", "flag"), TOO_LARGE, ids=lambda v: str(v)[:40])
+def test_a_size_that_cannot_fit_is_refused_before_it_is_allocated(run, verb, options, flag):
+    if verb.startswith("sae"):
+        pytest.importorskip("sae_lens", reason="the extra `sae` is not installed")
+    before = files_of(run)
+    with pytest.raises(InputError, match=r"would take at least .*iB of memory, but .* are available: lower") as refused:  # fmt: skip
+        call(verb, run, **options)
+    assert flag in str(refused.value).rpartition("lower")[2]
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize(("verb", "options"), OF_THE_MODEL, ids=lambda v: str(v)[:40])
+def test_a_sequence_is_not_longer_than_the_model_takes(run, verb, options):
+    if verb.startswith("sae"):
+        pytest.importorskip("sae_lens", reason="the extra `sae` is not installed")
+    before = files_of(run)
+    with pytest.raises(InputError, match=r"--sequence-length|sae train"):
+        call(verb, run, **options)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize(("verb", "options"), HARMLESS, ids=lambda v: str(v)[:40])
+def test_a_limit_above_all_there_is_takes_no_memory(run, verb, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(verb, run, **options)

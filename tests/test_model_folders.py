@@ -292,8 +292,8 @@ def test_a_folder_of_an_autoencoder_is_checked_before_it_is_loaded(autoencoder):
     (autoencoder / "cfg.json").write_text(json.dumps(config))
     weights = autoencoder / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(InputError, match="sae_weights.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"sae_weights\.safetensors cannot be read"):
         check_autoencoder(autoencoder)
     weights.unlink()
-    with pytest.raises(InputError, match="sae_weights.safetensors is missing"):
+    with pytest.raises(InputError, match=r"sae_weights\.safetensors is missing"):
         check_autoencoder(autoencoder)

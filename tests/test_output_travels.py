@@ -39,7 +39,7 @@ def test_every_cell_of_a_table_is_text_or_a_number():
         begins = name.lstrip(" ")[:1]
         assert begins not in "=+-@\t\r" or not begins or csv_text(cell) == cell
     # JSON keeps the text as it is: no spreadsheet evaluates it
-    assert [r["name"] for r in table.records()][0] == "=1+1"
+    assert next(r["name"] for r in table.records()) == "=1+1"
 
 
 @pytest.mark.parametrize("address", ["activations", "strongest", "steer"])

