@@ -146,10 +146,11 @@ def test_weights_that_do_not_fit_are_refused(folder):
         assert "do not fit" in message or "describes" in message, message
 
 
-def test_one_weight_more_is_no_fault(folder):
+def test_one_weight_more_is_said(folder, capfd):
     weights = load_file(folder / WEIGHTS)
     save_file({**weights, "extra": torch.zeros(3)}, folder / WEIGHTS, {"format": "pt"})
     cratelm.load(folder)
+    assert capfd.readouterr().err == f"note: {folder}: weight extra is not used\n"
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "{outside}/secret.safetensors", "a/../../secret.safetensors", "..\\secret.safetensors", "C:\\secret.safetensors", "/etc/passwd", "nul\0"])  # fmt: skip

@@ -6,6 +6,7 @@ weights that a library would make up, and nothing whose size the files themselve
 
 import json
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -177,16 +178,25 @@ def check_sizes(config: Any, folder: Path) -> None:
 def check_loaded(information: Mapping[str, Any], source: str | Path) -> None:
     """Raise `InputError` if weights are missing, in place of which transformers made up random ones.
 
-    `information` is what `from_pretrained` returns with `output_loading_info`.
+    Weights that the model does not use are reported on stderr. `information` is what `from_pretrained`
+    returns with `output_loading_info`.
     """
-    missing = sorted(map(str, information.get("missing_keys") or ()))
-    wrong = sorted(map(str, information.get("mismatched_keys") or ()))
-    for names, problem in ((wrong, "has another shape"), (missing, "is missing")):
-        if names:
-            more = f", and {len(names) - 1:,} more" if len(names) > 1 else ""
+    problems = {
+        "mismatched_keys": "has another shape",
+        "missing_keys": "is missing",
+        "unexpected_keys": "is not used",
+    }
+    for kind, problem in problems.items():
+        keys = information.get(kind) or ()
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+        if not names:
+            continue
+        more = f", and {len(names) - 1:,} more" if len(names) > 1 else ""
+        if kind != "unexpected_keys":
             raise InputError(
                 f"{source} has weights that do not fit its {CONFIG}: {names[0]} {problem}{more}"
             )
+        print(f"note: {source}: weight {names[0]} {problem}{more}", file=sys.stderr, flush=True)
 
 
 def json_object(path: Path, what: str) -> dict[str, Any]:

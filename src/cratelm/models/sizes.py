@@ -143,9 +143,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in _HUB & kwargs.keys()})
         check_config(config, folder / "config.json" if folder.is_dir() else path)
         check_sizes(config, folder)
-        model, information = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, **kwargs
-        )
+        # Weights of another shape are reported by `check_loaded`, in one line and by name.
+        options = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}
+        model, information = AutoModelForCausalLM.from_pretrained(path, **options)
     check_loaded(information, path)
     if isinstance(model, GPT2LMHeadModel):
         as_twin(model)
@@ -202,12 +202,15 @@ def position_parameters(model: PreTrainedModel) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _quiet():
-    """Hide the progress bar of the weights: they are small, and the verbs have progress bars."""
+    """Hide the progress bar of the weights, and the report on them: `check_loaded` reports in one line."""
 
     enabled = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()
