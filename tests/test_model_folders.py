@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
-from cratelm.models.checks import fewest_parameters, least_memory, weight_files
 from cratelm.models.latents import check_autoencoder
 from cratelm.models.open import LoadedModel, encoder_of
 from cratelm.models.sizes import config_of
 from cratelm.runs import Run
+from cratelm.runs.pretrained import fewest_parameters, least_memory, weight_files
 
 SMALL: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 8, "hidden_size": 8, "num_attention_heads": 2}  # fmt: skip
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -13,10 +13,10 @@ from cratelm.interop.config import ExportModelConfig
 from cratelm.interop.model_card import PAPER, code_block, write_card
 from cratelm.interop.model_folder import architecture, save_model, usage
 from cratelm.interop.out_folder import PROVENANCE, check_out, out_folder
-from cratelm.models.checks import json_object
 from cratelm.models.crate import CrateForCausalLM
 from cratelm.models.sizes import count_parameters, load
 from cratelm.runs import Completion, Run, hash_file
+from cratelm.runs.pretrained import json_object
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TOKENIZER = (

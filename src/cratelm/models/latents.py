@@ -15,9 +15,9 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError, missing_extra
-from cratelm.models.checks import json_object, safetensors_shapes
 from cratelm.models.sites import Site, site_of
 from cratelm.runs.arguments import LARGEST
+from cratelm.runs.pretrained import json_object, safetensors_shapes
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 

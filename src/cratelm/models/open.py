@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cratelm.errors import InputError
-from cratelm.models.checks import one_line
 from cratelm.models.sizes import hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.runs.devices import device_of
+from cratelm.runs.pretrained import one_line
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
 

@@ -9,25 +9,22 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from cratelm.errors import InputError
-from cratelm.models.checks import (
-    SIZE_FIELDS,
-    check_config,
-    check_folder,
-    check_loaded,
-    check_sizes,
-    least_memory,
-    one_line,
-    reason_of,
-)
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
 from cratelm.runs.arguments import annotations_of, checked_arguments, checked_value
 from cratelm.runs.memory import available_memory, size_in_words
+from cratelm.runs.pretrained import (
+    SIZE_FIELDS,
+    check_config,
+    from_pretrained,
+    least_memory,
+    one_line,
+    reason_of,
+)
 
 AutoConfig.register("crate", CrateConfig, exist_ok=True)
 AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
@@ -137,23 +134,11 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     if not str(path).strip():
         raise InputError("the path of the model is empty: name a folder or a Hub id")
-    folder = Path(path) / kwargs.get("subfolder", "")
-    check_folder(folder)
-    with _quiet(), _loading(path):
-        config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in _HUB & kwargs.keys()})
-        check_config(config, folder / "config.json" if folder.is_dir() else path)
-        check_sizes(config, folder)
-        # Weights of another shape are reported by `check_loaded`, in one line and by name.
-        options = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}
-        model, information = AutoModelForCausalLM.from_pretrained(path, **options)
-    check_loaded(information, path)
+    with _loading(path):
+        model = from_pretrained(path, **kwargs)
     if isinstance(model, GPT2LMHeadModel):
         as_twin(model)
     return model.eval()
-
-
-_HUB = {"revision", "cache_dir", "token", "local_files_only", "subfolder", "trust_remote_code"}
-"""arguments of `from_pretrained` that decide which configuration is read"""
 
 
 def hub_commit(name: str) -> str:
@@ -198,19 +183,3 @@ def position_parameters(model: PreTrainedModel) -> list[torch.Tensor]:
         return [base.embed_positions.weight]
     wpe = getattr(base, "wpe", None)
     return [wpe.weight] if wpe is not None else []
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Hide the progress bar of the weights, and the report on them: `check_loaded` reports in one line."""
-
-    enabled = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if enabled:
-            transformers_logging.enable_progress_bar()

@@ -48,6 +48,7 @@ from cratelm.llm.requests import (
     key,
 )
 from cratelm.runs.devices import device_of
+from cratelm.runs.pretrained import from_pretrained
 
 BATCH_TOKENS = 4096
 """tokens of keys and values held for one batch"""
@@ -115,10 +116,10 @@ class LocalBackend:
     @cached_property
     def model(self) -> Any:
         """Return the model, loaded at first use."""
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         with loading(self._source):
-            model = AutoModelForCausalLM.from_pretrained(
+            model = from_pretrained(
                 *self._source.arguments, dtype=self._dtype, **self._source.pinned
             )
         special = ("bos_token_id", "eos_token_id", "pad_token_id")

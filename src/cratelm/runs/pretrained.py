@@ -1,17 +1,16 @@
-"""Checks of a model's configuration and files before anything is built or loaded.
+"""Load a causal language model of transformers, after checks of its configuration and files.
 
 A folder may come from anyone. Its files are read as data only: no file outside of the folder, no code, no
 weights that a library would make up, and nothing whose size the files themselves contradict.
 """
 
+import contextlib
 import json
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from cratelm.errors import InputError
 from cratelm.runs.arguments import LARGEST
@@ -38,6 +37,52 @@ _LEARNED_POSITIONS = ("crate", "gpt2")
 """families with a learned vector for each position; in others any number of positions is free"""
 _LAYER_BYTES = 20_000
 """bytes of Python objects of one layer, however narrow it is"""
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
+    """Return what `AutoModelForCausalLM.from_pretrained` returns, with all weights from the files.
+
+    `path` is a folder or a Hub id. Raises `InputError`, which names the file, for a folder that lacks a file
+    or has a damaged one, and for weights that do not fit the configuration or are missing; whatever the
+    libraries raise for anything else.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(path) / kwargs.get("subfolder", "")
+    if not kwargs.get("gguf_file"):
+        check_folder(folder)
+        config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in _HUB & kwargs.keys()})
+        check_config(config, folder / CONFIG if folder.is_dir() else path)
+        check_sizes(config, folder)
+    # Weights of another shape are reported by `check_loaded`, in one line and by name.
+    options = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}
+    with _quiet():
+        model, information = AutoModelForCausalLM.from_pretrained(path, **options)
+    check_loaded(information, path)
+    return model
+
+
+_HUB = {"revision", "cache_dir", "token", "local_files_only", "subfolder", "trust_remote_code"}
+"""arguments of `from_pretrained` that decide which configuration is read"""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bar of the weights, which is short, and the report on them, which has many lines."""
+    from transformers import logging
+
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if enabled:
+            logging.enable_progress_bar()
 
 
 # --- configurations ----------------------------------------------------------------------------------
@@ -149,6 +194,8 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     Raises `InputError`, which names the file, if it is not a complete safetensors file.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
