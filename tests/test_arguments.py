@@ -38,11 +38,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 """arguments without which a verb is refused"""
 WRONG = (None, 3, "text", ["a"], object(), b"bytes", {"a": 1}, 1.5, True, (None,), np.zeros(2))
-EVERY_FIELD = [
-    pytest.param(verb, field.name, id=f"{verb} {field.name}")
-    for verb in VERBS
-    for field in dataclasses.fields(config_class(verb))
-]
 
 
 def config_of(verb: str, **options: Any) -> Any:
@@ -56,7 +51,7 @@ def accepts(hint: Any, value: Any) -> bool:
     if hint is type(None):
         return value is None
     if get_origin(hint) is Literal:
-        return value in get_args(hint)
+        return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is tuple:
         listed = [value] if get_args(hint)[0] is Path and isinstance(value, str | Path) else value
         return isinstance(listed, list | tuple | np.ndarray) and all(accepts(get_args(hint)[0], v) for v in np.array(listed, object).tolist())  # fmt: skip
@@ -74,25 +69,24 @@ def test_every_configuration_checks_its_types(verb):
     config_of(verb)
 
 
-@pytest.mark.parametrize(("verb", "field"), EVERY_FIELD)
-def test_a_wrong_type_names_the_argument(verb, field):
-    """In `cratelm.api` and in the configuration; never an error from deep inside, nothing begun."""
-    hint = annotations_of(config_class(verb))[field]
-    hint = (
-        get_args(hint)[0]
-        if get_origin(hint) is not None and hasattr(hint, "__metadata__")
-        else hint
-    )
-    function = getattr(api, function_name(verb))
-    for value in WRONG:
-        if accepts(hint, value):
-            continue
-        with pytest.raises(InputError) as refused:
-            function(**{**REQUIRED.get(verb, {}), field: value})
-        message = str(refused.value)
-        assert option_name(field, annotations_of(config_class(verb))[field]) in message
-        assert "\n" not in message
-        assert len(message) < 300
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_wrong_type_names_the_argument(verb):
+    """In `cratelm.api`, for every argument; never an error from deep inside, and nothing is begun."""
+    function, hints = getattr(api, function_name(verb)), annotations_of(config_class(verb))
+    tried = 0
+    for field, hint in hints.items():
+        plain = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+        for value in WRONG:
+            if accepts(plain, value):
+                continue
+            with pytest.raises(InputError) as refused:
+                function(**{**REQUIRED.get(verb, {}), field: value})
+            message = str(refused.value)
+            assert message.startswith(f"{option_name(field, hint)} is ")
+            assert "\n" not in message
+            assert len(message) < 300
+            tried += 1
+    assert tried >= 5 * len(hints)
 
 
 def test_numbers_of_numpy_lists_and_paths_are_what_they_mean():
@@ -157,9 +151,8 @@ def test_public_functions_name_a_wrong_argument(tmp_path):
         for value in (None, 3.5, object(), b"bytes", {"a": 1}):
             if name in ("site", "set") and value in (None, 3.5):
                 continue  # a site may be left out of `site_of`, and 3.5 is a number
-            with pytest.raises((InputError, TypeError)) as refused:
+            with pytest.raises((InputError, TypeError), match=name.strip()):
                 call(value)
-            assert name.strip() in str(refused.value), (name, value, refused.value)
 
 
 def test_a_decorated_function_keeps_its_signature():
@@ -212,32 +205,38 @@ def test_an_object_that_cannot_be_shown_is_refused():
 # ---- values --------------------------------------------------------------------------------------
 
 
-def numbers_of(kind: type) -> list[Any]:
-    """Each field with this type, None allowed, of all verbs."""
-    return [
-        pytest.param(verb, field.name, id=f"{verb} {field.name}")
-        for verb in VERBS
-        for field in dataclasses.fields(config_class(verb))
-        if annotations_of(config_class(verb))[field.name] in (kind, kind | None)
-    ]
+def fields_of(verb: str, kind: Any) -> list[str]:
+    """The fields of this type, None allowed."""
+    hints = annotations_of(config_class(verb))
+    return [name for name, hint in hints.items() if hint in (kind, kind | None)]
 
 
-@pytest.mark.parametrize(("verb", "field"), numbers_of(float))
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
-def test_a_number_that_is_not_finite_is_refused(verb, field, value, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=rf"--{field.replace('_', '-')} is -?(nan|inf)"):
-        config_of(verb, **{field: float(value)})
-    assert not list(tmp_path.iterdir())
+def flag_of(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
-@pytest.mark.parametrize(("verb", "field"), numbers_of(int))
-def test_an_absurd_number_is_refused_or_harmless(verb, field):
-    """Above what any library counts, and below 0; a large one that passes is checked where sizes are known."""
-    for value in (10**30, -(10**30), -1):
-        with pytest.raises(InputError) as refused:
-            config_of(verb, **{field: value})
-        assert f"--{field.replace('_', '-')}" in str(refused.value)
+def test_numbers_that_are_not_finite_are_refused():
+    tried = 0
+    for verb in VERBS:
+        for field in fields_of(verb, float):
+            for value in ("nan", "inf", "-inf", "1e999"):
+                with pytest.raises(InputError, match=rf"{flag_of(field)} is -?(nan|inf): it must be a finite"):  # fmt: skip
+                    config_of(verb, **{field: float(value)})
+                tried += 1
+    assert tried > 100
+
+
+def test_absurd_and_negative_numbers_are_refused():
+    """Above what any library counts, and below 0; what else is too large depends on the model and the machine."""
+    tried = 0
+    for verb in VERBS:
+        for field in fields_of(verb, int):
+            for value in (10**30, -(10**30), -1):
+                with pytest.raises(InputError) as refused:
+                    config_of(verb, **{field: value})
+                assert flag_of(field) in str(refused.value)
+                tried += 1
+    assert tried > 300
 
 
 @pytest.mark.parametrize(
@@ -311,33 +310,24 @@ def test_the_limit_of_the_process_counts(tmp_path):
 # ---- paths and names -----------------------------------------------------------------------------
 
 
-def paths_of() -> list[Any]:
-    kinds = (Path, Path | None)
-    return [
-        pytest.param(verb, field.name, id=f"{verb} {field.name}")
-        for verb in VERBS
-        for field in dataclasses.fields(config_class(verb))
-        if annotations_of(config_class(verb))[field.name] in kinds
-    ]
-
-
-@pytest.mark.parametrize(("verb", "field"), paths_of())
-def test_an_empty_path_is_refused(verb, field, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_empty_path_is_refused(verb, capsys, tmp_path, monkeypatch):
     """`--run=` is not the working directory, on the command line and in Python."""
     monkeypatch.chdir(tmp_path)
-    flag = f"--{field.replace('_', '-')}"
-    words = {"import authors": ["x.pt"], "import sae": ["x.pt"]}.get(verb, [])
-    for name, value in REQUIRED.get(verb, {}).items():
-        if name not in ("checkpoint", "file", field):
-            values = [] if value is True else [value] if isinstance(value, str) else list(value)
-            words += [f"--{name.replace('_', '-')}", *values]
-    for empty in ([f"{flag}="], [flag, ""], [flag, " "]):
-        assert main([*verb.split(), *words, *empty]) == 2
-        said = capsys.readouterr().err
-        assert f"{flag} is empty" in said, said
-        assert said.count("\n") == 1
-    with pytest.raises(InputError, match=f"{flag} is empty"):
-        config_of(verb, **{field: ""})
+    for field in fields_of(verb, Path):
+        flag = flag_of(field)
+        words = {"import authors": ["x.pt"], "import sae": ["x.pt"]}.get(verb, [])
+        for name, value in REQUIRED.get(verb, {}).items():
+            if name not in ("checkpoint", "file", field):
+                values = [] if value is True else [value] if isinstance(value, str) else list(value)
+                words += [flag_of(name), *values]
+        for empty in ([f"{flag}="], [flag, ""], [flag, " "]):
+            assert main([*verb.split(), *words, *empty]) == 2
+            said = capsys.readouterr().err
+            assert f"{flag} is empty" in said, said
+            assert said.count("\n") == 1
+        with pytest.raises(InputError, match=f"{flag} is empty"):
+            config_of(verb, **{field: ""})
     assert not list(tmp_path.iterdir())
 
 
@@ -498,7 +488,6 @@ OF_THE_MODEL = [
 ]
 HARMLESS = [
     ("evaluate", {"batch_size": ABSURD, "max_tokens": ABSURD, "max_documents": ABSURD}),
-    ("predict", {"top": ABSURD, "tokens": 4, "models": ("crate-2l",), "out": "p.html"}),
     ("steer", {"top": ABSURD, "tokens": 4, "generate": 0}),
 ]
 

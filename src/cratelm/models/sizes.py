@@ -15,11 +15,12 @@ from transformers.utils.hub import cached_file
 from cratelm.errors import InputError
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
-from cratelm.runs.arguments import annotations_of, checked_arguments, checked_value
+from cratelm.runs.arguments import checked_arguments, checked_value
 from cratelm.runs.memory import available_memory, size_in_words
 from cratelm.runs.pretrained import (
     SIZE_FIELDS,
     check_config,
+    check_sizes_of,
     from_pretrained,
     least_memory,
     one_line,
@@ -76,10 +77,11 @@ def build(
     )
     needed, free = least_memory(config), available_memory()
     if free is not None and needed > free:
+        sizes = {"vocab_size": vocab_size, "max_position_embeddings": max_position_embeddings}
+        sizes |= {field: overrides[field] for field in SIZE_FIELDS & overrides.keys()}
         raise InputError(
             f"{name} with these sizes would take at least {size_in_words(needed)} of memory, but"
-            f" {size_in_words(free)} are available: lower"
-            f" {' or '.join(field for field in overrides if field in SIZE_FIELDS) or 'vocab_size'}"
+            f" {size_in_words(free)} are available: lower {max(sizes, key=lambda field: sizes[field])}"
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -100,10 +102,11 @@ def config_of(name: str, **fields: Any) -> CrateConfig | GPT2Config:
     shape = {**vars(SIZES[name]), **fields}
     is_crate = name.startswith("crate")
     _check_fields(shape, CrateConfig if is_crate else GPT2Config, () if is_crate else _GPT2_NAMES)
-    types = annotations_of(CrateConfig) if is_crate else annotations_of(gpt2_config)
+    types = inspect.get_annotations(CrateConfig if is_crate else gpt2_config)
     shape = {
         name: checked_value(name, value, types.get(name, Any)) for name, value in shape.items()
     }
+    check_sizes_of(shape, name)
     try:
         config = CrateConfig(**shape) if is_crate else gpt2_config(**shape)
     except Exception as error:  # transformers' checks of its configurations share no base exception

@@ -104,7 +104,7 @@ class SaeCompareConfig(Options):
                 f"--train-tokens {self.train_tokens} is less than one batch: lower --batch-size"
                 f" (now {self.batch_size}) or raise --train-tokens"
             )
-        self.training("")
+        self.training("any")  # refuses what `sae train` would refuse, for whichever model
 
     def training(self, model: str) -> SaeTrainConfig:
         """Return the options of `cratelm sae train` for one model."""

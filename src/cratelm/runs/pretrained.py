@@ -19,7 +19,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _INDEX = ".index.json"
-SIZE_FIELDS = (
+SIZE_FIELDS = {
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -31,8 +31,12 @@ SIZE_FIELDS = (
     "expansion",
     "ista_steps",
     "n_inner",
-)
-"""fields of configurations, under the names that all families share, that count something"""
+    "n_embd",
+    "n_head",
+    "n_layer",
+    "n_positions",
+}
+"""fields of configurations that count something, under the names that families share, and under GPT-2's"""
 _LEARNED_POSITIONS = ("crate", "gpt2")
 """families with a learned vector for each position; in others any number of positions is free"""
 _LAYER_BYTES = 20_000
@@ -91,10 +95,14 @@ def _quiet() -> Iterator[None]:
 def check_config(config: Any, source: str | Path) -> None:
     """Raise `InputError`, which names `source`, if a size in a configuration is not a positive whole number."""
     text = config.get_text_config()
-    for name in SIZE_FIELDS:
-        value = getattr(text, name, None)
-        sizes = value if isinstance(value, list | tuple) else [value]
-        for size in sizes:
+    check_sizes_of({name: getattr(text, name, None) for name in SIZE_FIELDS}, source)
+
+
+def check_sizes_of(fields: Mapping[str, Any], source: str | Path) -> None:
+    """Raise `InputError`, which names `source`, if one of the fields that count something is no such number."""
+    for name in SIZE_FIELDS & fields.keys():
+        value = fields[name]
+        for size in value if isinstance(value, list | tuple) else [value]:
             if size is not None and not (type(size) is int and 1 <= size <= LARGEST):
                 raise InputError(
                     f"{source}: {name} is {size!r:.40}, but it must be a whole number from 1 to {LARGEST:,}"
@@ -213,12 +221,13 @@ def check_sizes(config: Any, folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    size = sum(path.stat().st_size for path in weight_files(folder))
+    files = weight_files(folder)
+    size = sum(path.stat().st_size for path in files)
     fewest = fewest_parameters(config)
     if fewest > 2 * size:  # a weight takes at least 4 bits
         raise InputError(
-            f"{folder / CONFIG} describes a model of at least {fewest:,} parameters, but its weight files"
-            f" have {size:,} bytes: they do not belong together"
+            f"{folder / CONFIG} describes a model of at least {fewest:,} parameters, but its weights"
+            f" ({files[0].name}) have {size:,} bytes: they do not belong together, or one is damaged"
         )
 
 

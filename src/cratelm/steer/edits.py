@@ -49,8 +49,10 @@ class Positions:
             return _from_words(value)
         try:
             listed = (value,) if isinstance(value, numbers.Integral) else tuple(value)
-            if listed and all(
-                isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in listed
+            if (
+                not isinstance(value, bytes)
+                and listed
+                and all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in listed)
             ):
                 return cls(listed=tuple(map(int, listed)))
         except TypeError:
