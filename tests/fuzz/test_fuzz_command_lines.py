@@ -24,7 +24,7 @@ from cratelm.cli import VERBS, config_class, function_name, main
 from cratelm.errors import InputError
 
 LIMIT = 5.0
-"""seconds that a command line may take; most take milliseconds"""
+"""seconds of the processor that a command line may take; most take milliseconds"""
 MOST_MEMORY = 2**30
 """bytes by which all command lines together may raise the peak of the process"""
 NUMBERS = ["0", "1", "-1", "2", "7", "100", "1e3", "1.5", "-0.0", "nan", "inf", "-inf", "1e999", "1_000", "0x10",
@@ -46,7 +46,7 @@ OFTEN_NEEDED = {
 }
 NEVER_STARTS = {
     "tokenize": ["--corpus", "absent"],
-    "demo": ["--corpus", "absent"],
+    "demo": ["--corpus", "absent", "--quiet"],
     "view": ["absent"],
     "predict": ["--models", "m"],
 }
@@ -99,10 +99,10 @@ def nowhere(tmp_path_factory):
 @given(command_lines())
 def test_command_lines(nowhere, words):
     out, error = io.StringIO(), io.StringIO()
-    start = time.monotonic()
+    start = time.process_time()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         status = main(words)
-    assert time.monotonic() - start < LIMIT
+    assert time.process_time() - start < LIMIT
     said = error.getvalue()
     assert status == 2, (words, status, said)
     assert len(said.splitlines()) == 1, (words, said)
@@ -131,7 +131,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "export records": {"out": "out", "model": "m"},
     "export neuronpedia": {"out": "out", "model": "m"},
     "tokenize": {"corpus": "absent"},
-    "demo": {"corpus": "absent"},
+    "demo": {"corpus": "absent", "quiet": True},
     "view": {"runs": "absent"},
 }
 
@@ -141,9 +141,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
 def test_calls(nowhere, call):
     """Refused in one line; the arguments that are given are named if the call is refused for one of them."""
     verb, arguments = call
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InputError) as refused:
         getattr(api, function_name(verb))(**{**REQUIRED.get(verb, {}), **arguments})
-    assert time.monotonic() - start < LIMIT
+    assert time.process_time() - start < LIMIT
     assert "\n" not in str(refused.value)
     assert not list(nowhere.iterdir()), call
