@@ -19,6 +19,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from cratelm.errors import BudgetReached, InputError
@@ -292,7 +293,7 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
     # its output is captured and reduced to one line.
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), _paths_as_text():
             parsed = tyro.cli(
                 _grouped(config_class(verb)),
                 prog=f"cratelm {verb}",
@@ -308,6 +309,31 @@ def parse_options(verb: str, arguments: list[str]) -> Any:
         value = getattr(parsed, field.name)
         options |= vars(value) if field.name.startswith(_NESTED) else {field.name: value}
     return config_class(verb)(**options)
+
+
+def _paths_as_text() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which tyro leaves a path as it was typed.
+
+    The configuration makes the `Path`: `Path("")` is the working directory, so that an empty path could no
+    longer be refused.
+    """
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path_rule(kind: Any) -> Any:
+        if kind.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str | Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 _NESTED = "group_"

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import at_least, not_in_identity
+from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs.names import check_name
 
 
 def last_name(option: str, path: str) -> str:
@@ -22,7 +23,7 @@ def last_name(option: str, path: str) -> str:
 
 
 @dataclass(frozen=True)
-class HarvestConfig:
+class HarvestConfig(Options):
     """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -68,11 +69,14 @@ class HarvestConfig:
     """show no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(
             self,
             {"tokens": 1, "top": 1, "random": 1, "per_bin": 1, "context": 1, "short_context": 1,
-             "pilot_tokens": 16},
+             "pilot_tokens": 16, "batch_tokens": 1, "seed": 0, "sequence_length": 1},
         )  # fmt: skip
+        if self.name is not None:
+            check_name("--name", self.name, reserved="@")
         if self.short_context > self.context:
             raise InputError(
                 f"--short-context {self.short_context} is above --context {self.context}:"

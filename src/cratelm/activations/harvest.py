@@ -24,13 +24,24 @@ from cratelm.activations.store import (
     summaries_path,
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
+from cratelm.activations.topk import slot_bytes
 from cratelm.errors import InputError
 from cratelm.models import Site, site_of
 from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import hooked
-from cratelm.records import Split
-from cratelm.runs import Completion, Draft, Run, Stage, hash_file, hash_json, write_json
+from cratelm.records import ANTHROPIC_BINS, OPENAI_QUANTILES, Split
+from cratelm.runs import (
+    Completion,
+    Draft,
+    Run,
+    Stage,
+    check_memory,
+    hash_file,
+    hash_json,
+    write_json,
+)
+from cratelm.runs.devices import available_on
 from cratelm.runs.names import latents_name, set_name
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 
@@ -73,6 +84,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     store = TokenStore(run.path / "tokens")
     check_vocabulary(store, model.config.vocab_size)
     site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
+    _check_memory(config, store, site, model.device)
     with stage.write(config, inputs) as draft:
         _write_splits(config, store, loaded, site, stage.name, draft)
     return _result(stage)
@@ -181,6 +193,27 @@ def _write(
                 if out_of_context is not None:
                     rows.append(out_of_context[place].between(low, high))
                 excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
+
+
+def _check_memory(
+    config: HarvestConfig, store: TokenStore, site: Site, device: torch.device
+) -> None:
+    """Raise `InputError` if the excerpts of all neurons do not fit into memory, or a batch does not."""
+    tokens = max(store.split(split).n_tokens for split in ("fit", "held_out"))
+    neurons, widest = sum(site.n_neurons), max(site.n_neurons)
+    long = slot_bytes(2 * config.context)
+    short = slot_bytes(2 * config.short_context)
+    bins = (len(OPENAI_QUANTILES) - 1) * long + ANTHROPIC_BINS * short
+    parts: dict[str | tuple[str, ...], float] = {
+        ("top", "context"): neurons * config.top * long,
+        ("per_bin", "context"): neurons * config.per_bin * bins,
+        "random": neurons * config.random * 8,
+        ("context", "random"): neurons * min(config.random, tokens) * 8 * config.context,
+        "batch_tokens": widest * min(config.batch_tokens, tokens) * 4,
+        "pilot_tokens": widest * min(config.pilot_tokens, tokens) * 4,
+    }
+    purpose = f"the excerpts of {neurons:,} neurons"
+    check_memory(config, parts, purpose, available=available_on(device))
 
 
 def _plan(config: HarvestConfig, store: TokenStore, split: Split, length: int) -> SearchPlan:

@@ -25,6 +25,7 @@ from cratelm.records import (
     NeuronSummary,
     Split,
 )
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.reading import read_rows, reading, verified
 
@@ -116,11 +117,13 @@ def write_records(folder: str | Path, split: Split, records: Sequence[NeuronReco
         excerpts.write_table(_excerpt_table(records))
 
 
+@checked_arguments()
 def read_summaries(folder: str | Path, split: Split) -> list[NeuronSummary]:
     """Return the summaries of all neurons of a harvest, by layer and index."""
     return read_rows(_existing(summaries_path(folder, split)), _summary)
 
 
+@checked_arguments()
 def read_records(
     folder: str | Path,
     split: Split,

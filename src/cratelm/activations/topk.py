@@ -48,8 +48,13 @@ class Candidates:
         return Candidates(*(column[index] for column in columns))
 
 
+def slot_bytes(window: int) -> int:
+    """Return the bytes of one slot of a buffer whose windows have W = `window` tokens."""
+    return 5 * 8 + 4 * window
+
+
 class TopKBuffers:
-    """C buffers of K slots. Memory: C * K * (5 * 8 + 4 * W) bytes, however many candidates there are.
+    """C buffers of K slots. Memory: C * K * `slot_bytes(W)` bytes, however many candidates there are.
 
     With `unique_documents` a buffer keeps at most one candidate per document, the best one.
     """

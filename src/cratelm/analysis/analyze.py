@@ -51,8 +51,9 @@ from cratelm.analysis.weights import (
 )
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
+from cratelm.models.open import sequence_length
 from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey
-from cratelm.runs import Run
+from cratelm.runs import Run, check_memory
 from cratelm.stats.intervals import jackknife
 
 Figures = dict[tuple[str, str], Estimate | float]
@@ -123,10 +124,16 @@ def _measure(
     config: AnalyzeConfig, opened: HarvestContext, explanations: list[Explanation], folder: Path
 ) -> dict[str, Any]:
     """Write the files; return the results of the completion record."""
-    length = config.sequence_length or opened.sequence_length
+    length = sequence_length(opened.subject, config.sequence_length or opened.sequence_length)
     split = opened.store.split("held_out")
     plan = SearchPlan.of(split, "held_out", opened.store.eot_id, length, config.tokens, config.seed)
     model, site = opened.subject.model, opened.site
+    tokens = plan.n_tokens()
+    parts: dict[str | tuple[str, ...], float] = {
+        "batch_tokens": 4 * min(config.batch_tokens, tokens) * max(site.n_neurons),
+        "memory_mib": min(config.memory_mib * 2**20, 4 * tokens * len(explanations)),
+    }
+    check_memory(config, parts, "activations")
     with tqdm(desc="analyze", unit="tok", unit_scale=True, disable=config.quiet) as bar:
         sums = sum_over_text(
             model,

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cratelm.runs import at_least, not_in_identity
+from cratelm.runs import Options, at_least, at_most, check_memory, not_in_identity
 
 
 @dataclass(frozen=True)
-class AnalyzeConfig:
+class AnalyzeConfig(Options):
     """Measure on held-out text the properties that CRATE's derivation predicts, and where its neurons fire.
 
     Every quantity that exists for the model is measured: all of them for CRATE; sparsity, dictionary,
@@ -44,8 +44,11 @@ class AnalyzeConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(
             self,
             {"tokens": 1, "sequence_length": 2, "ista_steps": 1, "resamples": 100, "seed": 0,
              "batch_tokens": 1, "memory_mib": 1},
         )  # fmt: skip
+        at_most(self, {"ista_steps": 10_000}, "the objective no longer changes after so many steps")
+        check_memory(self, {"resamples": 16 * self.resamples}, "the resamples")

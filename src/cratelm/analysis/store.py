@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cratelm.records import NeuronId, Status
 from cratelm.runs import Run, write_json
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.reading import read_json, read_parquet, read_rows, verified
 
@@ -227,6 +228,7 @@ def write_layers(folder: str | Path, figures: Sequence[LayerFigure]) -> None:
     pq.write_table(table, Path(folder) / LAYERS)
 
 
+@checked_arguments()
 def read_layers(folder: str | Path) -> list[LayerFigure]:
     """Return the figures of all layers, in the order of the file."""
     return read_rows(Path(folder) / LAYERS, lambda row: LayerFigure(**row))
@@ -238,6 +240,7 @@ def write_neurons(folder: str | Path, neurons: Sequence[NeuronFacts]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=NEURON_FACTS.schema), Path(folder) / NEURONS)
 
 
+@checked_arguments()
 def read_neurons(folder: str | Path) -> list[NeuronFacts]:
     """Return the facts about all neurons, in the order of the file."""
     return read_rows(
@@ -262,6 +265,7 @@ def write_readings(folder: str | Path, rows: Sequence[NeuronCoverage]) -> None:
     )
 
 
+@checked_arguments()
 def read_readings(folder: str | Path) -> list[NeuronCoverage]:
     """Return the rows of `readings.parquet`, in the order of the file; none if there are no explanations."""
     path = Path(folder) / READINGS
@@ -274,6 +278,7 @@ def _coverage(row: dict[str, Any]) -> NeuronCoverage:
     return NeuronCoverage(neuron, explainer, control, share, CoverageMeasures(status, **row))
 
 
+@checked_arguments()
 def read_measure_by_layer(folder: str | Path, measure: str) -> dict[int, NDArray[np.float64]]:
     """Return one measure of the neurons that have it, by layer, for their own explanations at `SHARE`.
 
@@ -295,6 +300,7 @@ def write_measure_summaries(folder: str | Path, summaries: Sequence[MeasureSumma
     write_json(Path(folder) / SUMMARY, {"readings": [vars(s) for s in summaries]})
 
 
+@checked_arguments()
 def read_measure_summaries(folder: str | Path) -> list[MeasureSummary]:
     """Return the means over neurons of `summary.json`; none if there are no explanations."""
     return read_json(

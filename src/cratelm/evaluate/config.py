@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.records import SPLITS, Split
-from cratelm.runs import at_least, not_in_identity
+from cratelm.records import Split
+from cratelm.runs import Options, at_least, not_in_identity
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Options):
     """Measure models on a run's tokens and on named sets, every token once, and compare them."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -54,8 +54,7 @@ class EvaluateConfig:
     """show no progress bar"""
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
+        super().__post_init__()
         at_least(
             self,
             {"max_tokens": 1, "max_documents": 1, "sequence_length": 1, "stride": 1,
@@ -82,7 +81,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(Options):
     """Show what models predict after each token of the same text, as a page and a figure."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -114,14 +113,13 @@ class PredictConfig:
     """no effect: `predict` has no progress bar, and accepts this option as every verb does"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         texts = [f for f in ("text", "text_file", "document") if getattr(self, f) is not None]
         if len(texts) > 1:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in texts)
             raise InputError(f"{flags} cannot be combined: give one text")
         if not self.models or len(set(self.models)) < len(self.models):
             raise InputError("--models is empty or names a model twice: name one or more models")
-        if self.split not in SPLITS:
-            raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
         at_least(self, {"document": 0, "seed": 0, "tokens": 1, "top": 1})
-        if self.out is not None and Path(self.out).suffix != ".html":
+        if self.out is not None and self.out.suffix != ".html":
             raise InputError(f"--out is {self.out}: its name must end in .html")

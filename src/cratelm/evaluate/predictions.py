@@ -7,12 +7,17 @@ Shape legend: n tokens of a text, k most likely next tokens, V vocabulary.
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 from cratelm.errors import InputError
 from cratelm.models.open import Encoder, LoadedModel
 from cratelm.models.partial_forward import next_logits
+from cratelm.runs import check_memory
+
+_CANDIDATE_BYTES = 200
+"""bytes of one `Candidate` and its line on the page"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> P
             f"the text has {len(ids)} tokens for {subject.name}, which accepts"
             f" {'1 or more' if most is None else f'1 to {most - 1}'}: give another --text"
         )
+    shown = (len(ids) + 1) * min(k, subject.vocab_size)
+    check_memory(SimpleNamespace(top=k), {"top": _CANDIDATE_BYTES * shown}, "the predictions")
     tokens = torch.tensor([[encoder.start, *ids]], device=subject.model.device)
     logits = next_logits(subject.model, tokens, tokens.shape[1])[0].float()  # [n + 1, V]
     logs = logits.log_softmax(-1).cpu()

@@ -10,6 +10,7 @@ targets that are counted, B windows, V vocabulary, C documents.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.models.partial_forward import next_logits
+from cratelm.runs import check_memory
 
 AHEAD = 16
 """number of batches of windows that are read ahead, to group windows of similar length"""
@@ -120,6 +122,9 @@ def _fitting(batch: list[Window], vocabulary: int) -> Iterable[list[Window]]:
     """Return the batch in parts whose logits fit into memory."""
     longest = max(len(window.tokens) - 1 for window in batch)
     counted = longest - min(window.first for window in batch)
+    options = SimpleNamespace(sequence_length=longest)
+    needed = {"sequence_length": 4 * counted * vocabulary}
+    check_memory(options, needed, "the logits of one sequence")
     most = max(1, MOST_LOGITS // (counted * vocabulary))
     return [batch[i : i + most] for i in range(0, len(batch), most)]
 

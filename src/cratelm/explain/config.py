@@ -7,6 +7,7 @@ from cratelm.errors import InputError
 from cratelm.llm.config import LLMConfig, check_specification, option
 from cratelm.records import EvidenceKind, NeuronKey, parse_neuron_ids
 from cratelm.runs import at_least
+from cratelm.runs.names import check_name
 
 ExplainerName = Literal["lookup", "trie"]
 EXPLAINERS: tuple[ExplainerName, ...] = ("lookup", "trie")
@@ -65,6 +66,8 @@ class ExplainConfig(LLMConfig):
             )
         if self.only and self.neurons:
             raise InputError("--only and --neurons cannot be combined")
+        if self.name:
+            check_name("--name", self.name)
         self.neuron_ids()
 
     def neuron_ids(self) -> list[NeuronKey]:

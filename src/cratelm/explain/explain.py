@@ -28,7 +28,7 @@ from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts.neurons import VERSION
 from cratelm.llm.session import is_finished, open_client, write_calls
 from cratelm.records import Explanation, NeuronRecord
-from cratelm.runs import Draft, Inputs, Run
+from cratelm.runs import Draft, Inputs, Run, check_memory
 from cratelm.runs.names import set_name
 from cratelm.stats.sample_size import precision_statement
 
@@ -215,6 +215,8 @@ def explain_neuron(
             f"{record.neuron} has no excerpts, or has excerpts of the held_out split instead of fit:"
             " type `cratelm harvest --force` for this model"
         )
+    tokens = sum(map(len, record.excerpts))
+    check_memory(config, {"depth": 8 * config.depth * tokens}, "the contexts of one neuron")
     # at least 2 tokens of context, whatever --depth: look-up phrases say what comes before a token
     evidence = collect_evidence(record, depth=max(config.depth, 2), weight=WEIGHT)
     documents = tuple(sorted({e.document for e in record.excerpts}))

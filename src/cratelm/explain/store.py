@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import Explanation, NeuronId
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.reading import read_rows, verified
 
@@ -91,6 +92,7 @@ def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) 
     pq.write_table(table, Path(folder) / "explanations.parquet", row_group_size=_ROWS_A_GROUP)
 
 
+@checked_arguments()
 def read_explanations(folder: str | Path) -> list[Explanation]:
     """Return the explanations in `folder`, in the order written; raise `InputError` if there are none."""
     return read_rows(_existing(Path(folder) / "explanations.parquet"), explanation_of)
@@ -114,6 +116,7 @@ def write_selected(folder: str | Path, selected: Sequence[SampledNeuron]) -> Non
     pq.write_table(table, Path(folder) / "neurons.parquet")
 
 
+@checked_arguments()
 def read_selected(folder: str | Path) -> list[SampledNeuron]:
     """Return the neurons selected to be explained, including dead ones, by layer and index.
 
@@ -130,6 +133,7 @@ def write_unexplained(folder: str | Path, failures: Sequence[ExplanationFailure]
     pq.write_table(table, Path(folder) / "unexplained.parquet")
 
 
+@checked_arguments()
 def read_unexplained(folder: str | Path) -> list[ExplanationFailure]:
     """Return the explanations that a language model failed to give; none if the file does not exist."""
     path = Path(folder) / "unexplained.parquet"

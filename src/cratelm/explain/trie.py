@@ -133,6 +133,8 @@ def _grow(evidence: Evidence, mean: float, depth: int, strength: float) -> _Grow
         levels.append(level)
         inside = which >= 0
         rows, which = rows[inside], which[inside]
+        if not len(rows):  # nothing can be in a node further down
+            break
         node, above = n_nodes + which, level.values[which]
         n_nodes += len(level.values)
     return _Grown(

@@ -25,6 +25,7 @@ from transformers import GPT2LMHeadModel
 from cratelm.errors import InputError
 from cratelm.models.crate import CrateConfig, CrateForCausalLM
 from cratelm.models.gpt2 import as_twin, gpt2_config
+from cratelm.runs.arguments import checked_arguments
 
 # NumPy numbers, which a training script may store in addition to tensors and plain Python values
 ALLOWED_GLOBALS = [
@@ -57,6 +58,7 @@ class AuthorsCheckpoint:
     """differences between the weights of the model and those in the file, in words"""
 
 
+@checked_arguments()
 def load_authors_checkpoint(path: str | Path) -> CrateForCausalLM | GPT2LMHeadModel:
     """Return the model of a CRATE or GPT-2 checkpoint of the authors, in evaluation mode.
 

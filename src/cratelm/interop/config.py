@@ -9,13 +9,14 @@ import tyro
 
 from cratelm.errors import InputError
 from cratelm.records import parse_neuron_ids
-from cratelm.runs import at_least, not_in_identity
+from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs.names import check_name
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True)
-class ImportAuthorsConfig:
+class ImportAuthorsConfig(Options):
     """Write a checkpoint of the paper's authors, CRATE or GPT-2, as a Hugging Face folder."""
 
     checkpoint: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]]
@@ -29,17 +30,9 @@ class ImportAuthorsConfig:
     force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier import or export wrote it"""
 
-    def __post_init__(self) -> None:
-        if not self.checkpoint.strip():
-            raise InputError("the checkpoint is empty: name a file, or a repository on the Hub")
-        if not self.tokenizer.strip():
-            raise InputError(
-                "--tokenizer is empty: type gpt2, the path of a tokenizer.json, or none"
-            )
-
 
 @dataclass(frozen=True)
-class ImportSaeConfig:
+class ImportSaeConfig(Options):
     """Write a sparse autoencoder of the paper's authors as a folder that SAELens can also read."""
 
     file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]]
@@ -54,13 +47,9 @@ class ImportSaeConfig:
     force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier import or export wrote it"""
 
-    def __post_init__(self) -> None:
-        if not self.file.strip():
-            raise InputError("the file is empty: name a file NAME.pt, or a repository on the Hub")
-
 
 @dataclass(frozen=True)
-class ImportRecordsConfig:
+class ImportRecordsConfig(Options):
     """Create a run from activations that were harvested elsewhere: OpenAI's NeuronRecord JSON files."""
 
     files: tuple[Path, ...]
@@ -77,15 +66,14 @@ class ImportRecordsConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.files:
             raise InputError("--files is empty: name a file or a folder of records")
-        for name in ("model", "site"):
-            if not getattr(self, name).strip():
-                raise InputError(f"--{name} is empty: give a name")
+        check_name("--model", self.model, reserved="@+")
 
 
 @dataclass(frozen=True)
-class ExportModelConfig:
+class ExportModelConfig(Options):
     """Write a folder that transformers loads without cratelm, ready for the Hub."""
 
     out: Path
@@ -105,6 +93,7 @@ class ExportModelConfig:
     """replace the folder `--out` if an earlier import or export wrote it"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.model) == (self.path is not None):
             raise InputError("exactly one of --model (with --run) and --path must be given")
         if self.push and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.push):
@@ -112,7 +101,7 @@ class ExportModelConfig:
 
 
 @dataclass(frozen=True)
-class ExportRecordsConfig:
+class ExportRecordsConfig(Options):
     """Write the excerpts of a harvest as OpenAI's NeuronRecord JSON, one file per neuron."""
 
     model: str
@@ -131,11 +120,12 @@ class ExportRecordsConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_layers(self.layers, self.only)
 
 
 @dataclass(frozen=True)
-class ExportNeuronpediaConfig:
+class ExportNeuronpediaConfig(Options):
     """Write neurons, excerpts, explanations and scores in the format of Neuronpedia's exports."""
 
     model: str
@@ -167,6 +157,7 @@ class ExportNeuronpediaConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_layers(self.layers, self.only)
         at_least(self, {"excerpts": 1})
         for name in ("model_id", "source_set"):

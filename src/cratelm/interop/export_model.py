@@ -1,6 +1,5 @@
 """`cratelm export model`: write a folder that transformers loads without cratelm, ready for the Hub."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from cratelm.interop.out_folder import PROVENANCE, check_out, out_folder
 from cratelm.models.crate import CrateForCausalLM
 from cratelm.models.sizes import count_parameters, load
 from cratelm.runs import Completion, Run, hash_file
+from cratelm.runs.pretrained import json_object
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TOKENIZER = (
@@ -95,7 +95,9 @@ def _origin(config: ExportModelConfig) -> _Origin:
         if not (config.path / "config.json").is_file():
             raise InputError(f"--path {config.path} has no config.json: name a model folder")
         record = config.path / PROVENANCE
-        before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        before = (
+            json_object(record, "the record of an import or export") if record.is_file() else {}
+        )
         return _Origin(config.path, config.path.resolve().name, None, None, before)
     run = Run(config.run)
     stage = run.stage("model", config.model)

@@ -182,7 +182,7 @@ def explanation_sets(run: Run, model: str) -> list[ExportedSet]:
         if of_set is None:
             raise InputError(
                 f"{stage.path} scores explanations that are no longer in {run.path}: type"
-                f" `{stage.command()}` after `cratelm explain`, or delete the folder"
+                f" `{stage.command()}` after `cratelm explain`, or move the folder away"
             )
         scorer = _simulator_name(str(done.config.get("simulator") or ""))
         for score in read_scores(stage.path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import at_least
+from cratelm.runs import Options, at_least, at_most
 
 NO_LLM = "llm-free"
 """name on the command line of the explanations made without a language model"""
@@ -26,7 +26,7 @@ def option(default: Any, group: Group = "what to run", *, in_identity: bool = Tr
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Options):
     """Limits on the spending of a run, over all commands that wrote to its ledger; 0 = no limit."""
 
     max_calls: int = 0
@@ -56,7 +56,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class LLMConfig:
+class LLMConfig(Options):
     """A model of a run, and how to call the language model that explains, simulates or judges."""
 
     run: Path = option(Path("runs/default"), in_identity=False)
@@ -109,11 +109,13 @@ class LLMConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(
             self,
             {"concurrency": 1, "retries": 0, "max_calls": 0, "max_tokens": 0, "max_cost": 0,
              "price_prompt": 0, "price_completion": 0},
         )  # fmt: skip
+        at_most(self, {"concurrency": 10_000}, "each call in flight needs a connection of its own")
         if self.deadline <= 0:
             raise InputError(f"--deadline {self.deadline}: it must be more than 0 seconds")
         if self.max_cost and not (self.price_prompt or self.price_completion):

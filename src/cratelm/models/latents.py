@@ -16,8 +16,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError, missing_extra
 from cratelm.models.sites import Site, site_of
+from cratelm.runs.arguments import LARGEST
+from cratelm.runs.pretrained import json_object, safetensors_shapes
 
-CONFIG = "cfg.json"
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
 def latents_of(model: PreTrainedModel, folder: str | Path) -> Site:
@@ -75,7 +77,32 @@ def _layer_of(sae: Any, folder: Path) -> int:
     return int(match.group(1))
 
 
+def check_autoencoder(folder: Path) -> None:
+    """Raise `InputError`, which names the file, if a folder's autoencoder lacks a file or has a damaged one.
+
+    The configuration decides what SAELens allocates, so its sizes are compared with the weights first.
+    """
+    content = json_object(folder / CONFIG, "the configuration of an autoencoder")
+    sizes = [content.get(name) for name in ("d_in", "d_sae")]
+    if not all(type(size) is int and 1 <= size <= LARGEST for size in sizes):
+        raise InputError(
+            f"{folder / CONFIG} has d_in {sizes[0]!r:.40} and d_sae {sizes[1]!r:.40}: both must be whole"
+            f" numbers from 1 to {LARGEST:,}"
+        )
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"{weights} is missing: copy the folder of the autoencoder again")
+    shapes = safetensors_shapes(weights)
+    encoder = shapes.get("W_enc", tuple(sizes))
+    if encoder != tuple(sizes) or sizes[0] * sizes[1] > 2 * weights.stat().st_size:
+        raise InputError(
+            f"{folder / CONFIG} describes {sizes[0]:,} inputs and {sizes[1]:,} latents, but {WEIGHTS} has"
+            f" other weights: they do not belong together"
+        )
+
+
 def _load(folder: Path, device: torch.device) -> Any:
+    check_autoencoder(folder)
     os.environ.setdefault("WANDB_MODE", "disabled")  # SAELens imports wandb; nothing is sent
     try:
         from sae_lens import SAE

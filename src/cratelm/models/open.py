@@ -21,6 +21,8 @@ from tokenizers import Tokenizer
 from cratelm.errors import InputError
 from cratelm.models.sizes import hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
+from cratelm.runs.devices import device_of
+from cratelm.runs.pretrained import one_line
 from cratelm.runs.reading import verified
 from cratelm.tokens.pieces import PieceEncoder
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
@@ -110,27 +112,6 @@ def revision_of(identity: str) -> str | None:
     return (identity.rpartition("@")[2] or None) if is_pinned else None
 
 
-def device_of(wanted: str) -> torch.device:
-    """Return the device called `wanted`; for `auto`, an accelerator if there is one, else the CPU.
-
-    Raises `InputError` for a device that this machine does not have.
-    """
-    if wanted == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        # Statistics are sums in float64, which MPS does not support.
-        usable = accelerator is not None and accelerator.type != "mps"
-        return torch.device(accelerator.type if accelerator is not None and usable else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"--device {wanted} cannot be used on this machine ({reason}): type --device auto"
-        ) from None
-    return device
-
-
 # --- the model, loaded -------------------------------------------------------------------------------
 
 
@@ -173,7 +154,7 @@ def check_store(subject: LoadedModel, store: TokenStore, run: Run) -> None:
     """Raise `InputError` if the run's tokens are not those of the model."""
     check_vocabulary(store, subject.vocab_size)
     path = Path(subject.source) / "tokenizer.json"
-    if path.is_file() and Tokenizer.from_file(str(path)).get_vocab() != store.tokenizer.get_vocab():
+    if path.is_file() and load_tokenizer(path).get_vocab() != store.tokenizer.get_vocab():
         raise InputError(
             f"{path} differs from the tokenizer of the run {run.path}: name a model trained on these"
             " tokens, another --run, or texts with --on, which each model reads in its own tokens"
@@ -253,8 +234,13 @@ def _from_folder(path: Path) -> Encoder:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = load_tokenizer(path)
-    # reads tokenizer_config.json, too
-    wrapped = PreTrainedTokenizerFast.from_pretrained(path.parent)
+    try:  # reads tokenizer_config.json, too
+        wrapped = PreTrainedTokenizerFast.from_pretrained(path.parent)
+    except Exception as error:  # of the file's content
+        raise InputError(
+            f"{path.parent} has tokenizer files that transformers cannot read ({one_line(error)}): copy"
+            " tokenizer_config.json and special_tokens_map.json again, or remove them"
+        ) from None
     return _encoder(wrapped, tokenizer)
 
 

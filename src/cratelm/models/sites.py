@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
+from cratelm.runs.arguments import checked_arguments
 
 Side = Literal["input", "output"]
 
@@ -83,6 +84,7 @@ class Site:
         return self.layers or tuple(range(self.n_layers))
 
 
+@checked_arguments(model=nn.Module)
 def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
     """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
 
@@ -162,6 +164,7 @@ def _input_hook(layer: int, on_activation: Hook):
     return hook
 
 
+@checked_arguments(model=nn.Module)
 @torch.no_grad()
 def capture(
     model: PreTrainedModel, site: Site | str, input_ids: torch.Tensor

@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-from transformers import logging as transformers_logging
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from cratelm.errors import InputError
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
+from cratelm.runs.arguments import checked_arguments, checked_value
+from cratelm.runs.memory import available_memory, size_in_words
+from cratelm.runs.pretrained import (
+    SIZE_FIELDS,
+    check_config,
+    check_sizes_of,
+    from_pretrained,
+    least_memory,
+    one_line,
+    reason_of,
+)
 from cratelm.runs.reading import verify_folder
 
 AutoConfig.register("crate", CrateConfig, exist_ok=True)
@@ -45,6 +54,7 @@ SIZES: dict[str, Size] = {
 }
 
 
+@checked_arguments()
 def build(
     name: str,
     *,
@@ -57,7 +67,8 @@ def build(
 
     `overrides` are fields of `CrateConfig` or of `GPT2Config` (for both families also `hidden_size`,
     `num_hidden_layers`, `num_attention_heads`, `dropout`). The same seed gives the same weights;
-    the global random state does not change. Raises `InputError` for an unknown name or field.
+    the global random state does not change. Raises `InputError` for an unknown name or field, a value of
+    a wrong type, and a model that does not fit into memory.
     """
     config = config_of(
         name,
@@ -65,6 +76,14 @@ def build(
         max_position_embeddings=max_position_embeddings,
         **overrides,
     )
+    needed, free = least_memory(config), available_memory()
+    if free is not None and needed > free:
+        sizes = {"vocab_size": vocab_size, "max_position_embeddings": max_position_embeddings}
+        sizes |= {field: overrides[field] for field in SIZE_FIELDS & overrides.keys()}
+        raise InputError(
+            f"{name} with these sizes would take at least {size_in_words(needed)} of memory, but"
+            f" {size_in_words(free)} are available: lower {max(sizes, key=lambda field: sizes[field])}"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(config, CrateConfig):
@@ -84,10 +103,17 @@ def config_of(name: str, **fields: Any) -> CrateConfig | GPT2Config:
     shape = {**vars(SIZES[name]), **fields}
     is_crate = name.startswith("crate")
     _check_fields(shape, CrateConfig if is_crate else GPT2Config, () if is_crate else _GPT2_NAMES)
+    types = inspect.get_annotations(CrateConfig if is_crate else gpt2_config)
+    shape = {
+        name: checked_value(name, value, types.get(name, Any)) for name, value in shape.items()
+    }
+    check_sizes_of(shape, name)
     try:
-        return CrateConfig(**shape) if is_crate else gpt2_config(**shape)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{name} cannot be built: {_one_line(error)}") from None
+        config = CrateConfig(**shape) if is_crate else gpt2_config(**shape)
+    except Exception as error:  # transformers' checks of its configurations share no base exception
+        raise InputError(f"{name} cannot be built: {one_line(error)}") from None
+    check_config(config, name)
+    return config
 
 
 _GPT2_NAMES = tuple(inspect.signature(gpt2_config).parameters)
@@ -102,16 +128,20 @@ def _check_fields(fields: dict[str, Any], config: type, aliases: tuple[str, ...]
             raise InputError(f"{config.__name__} has no field {field!r}{hint}")
 
 
+@checked_arguments()
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Return a saved model, cratelm's or any Hugging Face causal language model, in evaluation mode.
 
-    `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError` if nothing can
-    be loaded from it, and if a file of a model that cratelm trained is not what `train` wrote.
+    `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError`, which names the
+    file, if nothing can be loaded from it: a file is missing or damaged, is not what `train` wrote, or weights
+    do not fit the configuration or are missing.
     """
+    if not str(path).strip():
+        raise InputError("the path of the model is empty: name a folder or a Hub id")
     if Path(path).is_dir():
         verify_folder(path)
-    with _quiet(), _loading(path):
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    with _loading(path):
+        model = from_pretrained(path, **kwargs)
     if isinstance(model, GPT2LMHeadModel):
         as_twin(model)
     return model.eval()
@@ -134,9 +164,11 @@ def _loading(path: str | Path):
     """Turn what transformers raises when nothing can be loaded into a one-line `InputError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # of any library, or of the code behind a configuration
         raise InputError(
-            f"no model can be loaded from {path} ({_one_line(error)}):"
+            f"no model can be loaded from {path} ({reason_of(error)}):"
             " name a folder written by `cratelm train` or a Hub id"
         ) from None
 
@@ -157,21 +189,3 @@ def position_parameters(model: PreTrainedModel) -> list[torch.Tensor]:
         return [base.embed_positions.weight]
     wpe = getattr(base, "wpe", None)
     return [wpe.weight] if wpe is not None else []
-
-
-def _one_line(error: BaseException, limit: int = 200) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Hide the progress bar of the weights: they are small, and the verbs have progress bars."""
-
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()

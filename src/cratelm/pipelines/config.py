@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import at_least, not_in_identity
+from cratelm.runs import Options, at_least, not_in_identity
 from cratelm.sae.train_config import Architecture, SaeTrainConfig
+from cratelm.tokens.config import check_vocabulary_size
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Options):
     """Run every stage on a laptop: train CRATE and its GPT-2 twin, then compare their neurons.
 
     Tokenizes a corpus, trains both models on the same tokens in the same order, harvests, explains and
@@ -44,11 +45,13 @@ class DemoConfig:
     """no progress bars, no plan and no stage names"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0})
+        check_vocabulary_size(self)
 
 
 @dataclass(frozen=True)
-class SaeCompareConfig:
+class SaeCompareConfig(Options):
     """Compare neurons with latents: train autoencoders on scored models, and score their latents in the same way.
 
     Latents are harvested, explained and scored exactly as the model's own neurons were: with the same tokens,
@@ -92,6 +95,7 @@ class SaeCompareConfig:
     """no progress bars"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, {"evaluate_tokens": 1})
         if len(set(self.models)) < len(self.models):
             raise InputError(f"--models {' '.join(self.models)}: name each model once")
@@ -100,7 +104,7 @@ class SaeCompareConfig:
                 f"--train-tokens {self.train_tokens} is less than one batch: lower --batch-size"
                 f" (now {self.batch_size}) or raise --train-tokens"
             )
-        self.training("")
+        self.training("any")  # refuses what `sae train` would refuse, for whichever model
 
     def training(self, model: str) -> SaeTrainConfig:
         """Return the options of `cratelm sae train` for one model."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from cratelm.errors import InputError
 from cratelm.records import SIMULATION_METRICS, Metric
-from cratelm.runs import at_least, not_in_identity
+from cratelm.runs import Options, at_least, check_memory, not_in_identity
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Options):
     """Write one page, tables and figures about all models of a run that have been scored."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -38,7 +38,9 @@ class ReportConfig:
     """no progress bar; has no effect, because this command shows none"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, {"neurons": 0, "excerpts": 0, "resamples": 100, "seed": 0})
+        check_memory(self, {"resamples": 64 * self.resamples}, "the resamples")
         if self.rank_by not in SIMULATION_METRICS:
             raise InputError(
                 f"--rank-by is {self.rank_by!r}: choose from {', '.join(SIMULATION_METRICS)}"

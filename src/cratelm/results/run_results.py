@@ -45,6 +45,7 @@ from cratelm.results.stages import (
     side_completions,
 )
 from cratelm.runs import Completion, Freshness, Run, StageName
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.names import FAMILIES, family_of, set_name, split_set, twin_name, untrained_name
 from cratelm.sae.store import StoredEvaluation
 from cratelm.score.controls import Audit
@@ -236,6 +237,7 @@ def input_identities(run: Run, models: Sequence[str]) -> dict[str, str]:
     return identities | evaluation_inputs(run, models)
 
 
+@checked_arguments()
 def read_results(run: Run, models: Sequence[str] = (), explainer: str | None = None) -> RunResults:
     """Return the results of `models`, or of all scored models.
 

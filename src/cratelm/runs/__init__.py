@@ -12,8 +12,10 @@ runs/NAME/
 
 from cratelm.runs.atomic import atomic_folder, atomic_path, lock, write_json, write_text
 from cratelm.runs.config import (
+    Options,
     Settings,
     at_least,
+    at_most,
     config_dict,
     known_fields,
     not_in_identity,
@@ -21,6 +23,7 @@ from cratelm.runs.config import (
     settings_of,
 )
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
+from cratelm.runs.memory import check_memory
 from cratelm.runs.stage import (
     STAGES,
     Completion,
@@ -41,13 +44,16 @@ __all__ = [
     "Draft",
     "Freshness",
     "Inputs",
+    "Options",
     "Run",
     "Settings",
     "Stage",
     "StageName",
     "at_least",
+    "at_most",
     "atomic_folder",
     "atomic_path",
+    "check_memory",
     "config_dict",
     "git_commit",
     "hash_file",

@@ -22,7 +22,7 @@ from cratelm.runs.atomic import check_unlocked
 from cratelm.runs.check_config import CheckConfig
 from cratelm.runs.identity import versions
 from cratelm.runs.reading import damaged, read_json, read_json_lines, reading
-from cratelm.runs.stage import FORMAT, STAGES, Run, Stage
+from cratelm.runs.stage import FORMAT, MANIFEST, STAGES, Run, Stage
 from cratelm.runs.verified import RECORD, hash_again, recorded_files
 
 FindingKind = Literal["damaged", "stale", "left over", "unfinished", "version"]
@@ -114,7 +114,7 @@ def check(config: CheckConfig) -> CheckResult:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "manifest.json").exists() or any((path / stage).is_dir() for stage in STAGES)
+    return (path / MANIFEST).exists() or any((path / stage).is_dir() for stage in STAGES)
 
 
 def _stages(run: Run) -> Iterator[Stage]:
@@ -200,7 +200,7 @@ _PARSERS = {
 
 def _manifest(run: Run) -> Iterator[Finding]:
     """Yield what is wrong with `manifest.json`, which the next stage that finishes writes again."""
-    path = run.path / "manifest.json"
+    path = run.path / MANIFEST
     if not path.is_file():
         yield Finding("left over", f"{path} is missing: the next stage that finishes writes it")
         return

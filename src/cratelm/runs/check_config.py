@@ -6,11 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from cratelm.runs import not_in_identity
+from cratelm.runs import Options, not_in_identity
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(Options):
     """Verify a run: every file against its recorded hash, and whether anything is stale or left over.
 
     Reads every file and changes nothing. The exit status is 0 if all is well, 4 if something is stale or left

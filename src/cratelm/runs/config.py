@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from cratelm.errors import InputError
+from cratelm.runs.arguments import check_fields
 from cratelm.runs.atomic import valid_text
+
+
+class Options:
+    """Base of the configurations of all verbs: checks the types of the fields when one is created.
+
+    A subclass that checks more calls `super().__post_init__()` first.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,19 @@ def at_least(config: object, lowest: Mapping[str, float], why: str = "") -> None
             option = name.replace("_", "-")
             reason = f": {why}" if why else ""
             raise InputError(f"--{option} must be at least {least}, not {value}{reason}")
+
+
+def at_most(config: object, highest: Mapping[str, float], why: str = "") -> None:
+    """Raise `InputError` for the first option in `highest` that is above its highest value.
+
+    As `at_least` otherwise.
+    """
+    for name, most in highest.items():
+        value = getattr(config, name)
+        if value is not None and not value <= most:
+            option = name.replace("_", "-")
+            reason = f": {why}" if why else ""
+            raise InputError(f"--{option} must be at most {most:,}, not {value:,}{reason}")
 
 
 def _deciding(config: Any) -> list[dataclasses.Field[Any]]:

@@ -10,11 +10,65 @@ MODEL-init       the usual name of MODEL with its initial weights: a null contro
 A name alone does not make a null control: the completion record says whether a model is untrained.
 """
 
+import os
+import unicodedata
 from collections.abc import Callable, Iterable
+
+from cratelm.errors import InputError
 
 FAMILIES = ("crate", "gpt2")
 """models of one size in both families are twins: `crate-2l` and `gpt2-2l`"""
 _UNTRAINED = "-init"
+LONGEST_NAME = 200
+"""bytes; file systems allow 255, of which the names of temporary files and of sets need some"""
+_CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of characters that are not printed or break a line, and of halves of characters"""
+
+
+def control_characters(text: str) -> list[str]:
+    """Return the characters of `text` that are not printed or break a line.
+
+    Bytes that are not UTF-8, which Python represents by lone surrogates, do not count: file names may
+    have them.
+    """
+    bytes_in_names = range(0xDC80, 0xDD00)
+    return [c for c in text if unicodedata.category(c) in _CONTROL and ord(c) not in bytes_in_names]
+
+
+def problem_of(name: str) -> str:
+    """Return what keeps `name` from being the name of a model, set or folder of a run, as a clause.
+
+    An empty string for a good name.
+    """
+    if not name.strip():
+        return "is empty"
+    if control_characters(name) or not name.isprintable():
+        return "has characters that are not printed"
+    if "/" in name or "\\" in name:
+        return "has a slash"
+    if name.startswith((".", "-")):
+        return f"begins with {name[0]!r}"
+    size = len(os.fsencode(name))
+    if size > LONGEST_NAME:
+        return f"has {size:,} bytes, and at most {LONGEST_NAME} are possible"
+    return ""
+
+
+def check_name(option: str, name: str, *, reserved: str = "") -> None:
+    """Raise `InputError`, which names the `option`, if `name` cannot be the name of a model or set.
+
+    `reserved`: characters that the name cannot have, because they separate the parts of longer names.
+    """
+    problem = problem_of(name)
+    separators = [character for character in reserved if character in name]
+    if not problem and separators:
+        problem = f"has {separators[0]!r}, which separates the parts of a longer name"
+    if problem:
+        shown = repr(name) if len(name) <= 60 else f"{name[:59]!r}…"
+        raise InputError(f"{option} is {shown}, which {problem}: use {USABLE}")
+
+
+USABLE = "letters, digits, '-', '_' or '.', beginning with a letter or digit"
 
 
 def set_name(model: str, name: str) -> str:

@@ -27,7 +27,9 @@ from typing import Any, Literal, TypeVar, get_args
 
 import cratelm.runs.atomic as atomic
 import cratelm.runs.names as names
+import cratelm.runs.skew as skew
 from cratelm.errors import InputError
+from cratelm.runs.arguments import checked_path
 from cratelm.runs.config import Settings, known_fields, settings_of
 from cratelm.runs.identity import git_commit, hash_file, hash_json, versions
 from cratelm.runs.storage import check_opens
@@ -46,8 +48,10 @@ StageName = Literal[
     "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+MANIFEST = "manifest.json"
 PLAN = ".plan.json"
-"""configuration and inputs of a draft, by which an interrupted draft is recognised"""
+"""configuration and inputs of a draft, by which an interrupted draft is recognised, and the versions that
+began it"""
 FORMAT = 2
 """format of the records and files of a run. Version 0.1.0 wrote format 1, without a number; format 2
 adds the stages behind the inputs, and the options, to each record. Every change gets a new number, and a
@@ -146,7 +150,7 @@ class Freshness:
     reason: str = ""
     """of a stale stage: what was redone since, as a clause"""
     commands: tuple[str, ...] = ()
-    """of a stale stage: the commands that make it fresh, in order"""
+    """of a stale stage: the commands that make it fresh, in order; none if its own record cannot be read"""
 
     @property
     def is_stale(self) -> bool:
@@ -159,7 +163,9 @@ class Freshness:
         return ", then ".join(f"`{command}`" for command in self.commands)
 
     def __str__(self) -> str:
-        return f"{self.reason}: type {self.to_type}" if self.is_stale else self.state
+        if not self.is_stale:
+            return self.state
+        return f"{self.reason}: type {self.to_type}" if self.commands else self.reason
 
 
 def stale_lines(stale: Mapping[str, Freshness]) -> list[str]:
@@ -175,16 +181,19 @@ def stale_lines(stale: Mapping[str, Freshness]) -> list[str]:
 class Run:
     """A run directory. Creating the object writes nothing.
 
-    Raises `InputError` if the path exists and is not a directory, or cannot be opened.
+    Raises `InputError` if the path exists and is not a directory, or cannot be opened, or if a later version
+    wrote the run.
     """
 
     def __init__(self, path: str | Path):
-        self.path, self._is_tidy = Path(path), False
+        self.path, self._is_tidy = checked_path("the path of the run", path), False
         check_opens(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(
                 f"{self.path} is a file and not a run directory: name a folder with --run"
             )
+        manifest = self.path / MANIFEST
+        _check_format(manifest, (_json(manifest) or {}).get("format"))
 
     def stage(self, stage: StageName, name: str = "") -> "Stage":
         """Return a stage of the run. Raises `InputError` for a name that cannot name a folder."""
@@ -269,7 +278,7 @@ class Run:
 
     def _is_in_manifest(self, finished: list["Stage"]) -> bool:
         """Return whether the manifest has the current record of each finished stage."""
-        manifest = self.path / "manifest.json"
+        manifest = self.path / MANIFEST
         written = manifest.stat().st_mtime_ns if manifest.is_file() else 0
         # The usual case is decided by times alone. A copied or restored run may have others.
         later = [s.path / RECORD for s in finished if _modified(s.path / RECORD) >= written]
@@ -280,7 +289,7 @@ class Run:
 
     def write_manifest(self) -> None:
         """Write `manifest.json`: the records as they are, whichever version wrote them."""
-        path = self.path / "manifest.json"
+        path = self.path / MANIFEST
         with atomic.lock(path, wait=10.0):  # so that the last one to finish has seen all records
             records, unreadable = [], {}
             for label in self.labels():
@@ -298,10 +307,9 @@ class Stage:
     """One stage of a run: of one model, or of the whole run."""
 
     def __init__(self, run: Run, stage: StageName, name: str = ""):
-        if name and (name != Path(name).name or name.startswith(".")):
-            raise InputError(
-                f"model name {name!r} cannot name a folder: use letters, digits, '-', '_' or '.'"
-            )
+        if name and (problem := names.problem_of(name)) and not _is_old_name(run, stage, name):
+            shown = repr(name) if len(name) <= 60 else f"{name[:59]!r}…"
+            raise InputError(f"the name {shown} {problem}: use {names.USABLE}")
         self.run, self.name = run, name
         self.stage: StageName = stage
         self.path = run.path / stage / name if name else run.path / stage
@@ -365,7 +373,8 @@ class Stage:
                 return Freshness("missing")
             stale = self._stale()
         except InputError as error:
-            return Freshness("stale", f"because {error}", (self.command(),))
+            # No command: to make it again over its files would lose them, such as trained weights.
+            return Freshness("stale", f"because {error}")
         if not stale:
             return Freshness("fresh")
         return Freshness("stale", next(iter(stale.values())), tuple(_commands(self.run, stale)))
@@ -474,6 +483,8 @@ class Stage:
                 "inputs": {role: identity_of(value) for role, value in inputs.items()},
             }
             draft = self._draft(plan, resume)
+            read = {v.label: v.versions for v in inputs.values() if isinstance(v, Completion)}
+            skew.say_inputs(self.label, read, versions())
             try:
                 yield draft
                 self._finish(draft, plan, settings, inputs)
@@ -489,9 +500,15 @@ class Stage:
         work = atomic.resumable_draft(self.path)
         fresh = _read_plan(work) != plan
         atomic.remove_drafts(self.path, resumable=fresh)
+        made_with = {**versions(), "commit": git_commit()}
         if fresh:
             work.mkdir(parents=True)
-            atomic.write_json(work / PLAN, plan)
+            atomic.write_json(work / PLAN, {**plan, "versions": made_with})
+        else:
+            begun_with = (_json(work / PLAN) or {}).get("versions")  # none in drafts of 0.1.0
+            skew.say_resumed(
+                self.label, begun_with if isinstance(begun_with, dict) else {}, made_with
+            )
         return Draft(work, fresh)
 
     def _finish(
@@ -558,6 +575,24 @@ def _clear(*folders: Path) -> None:
             atomic.clear(path)
 
 
+def _is_old_name(run: Run, stage: StageName, name: str) -> bool:
+    """Return whether `name`, which could not be given today, is that of a folder of an earlier version."""
+    if name != Path(name).name or name.startswith("."):
+        return False
+    with contextlib.suppress(OSError):  # a name that is too long for any folder
+        return (run.path / stage / name / RECORD).is_file()
+    return False
+
+
+def _check_format(path: Path, written_in: Any) -> None:
+    """Raise `InputError` if the file `path` says that a later version wrote it."""
+    if isinstance(written_in, int) and written_in > FORMAT:
+        raise InputError(
+            f"{path} was written by a later version of cratelm (format {written_in}, this one reads up"
+            f" to {FORMAT}): upgrade cratelm, or name another --run"
+        )
+
+
 def _tidy(folder: Path) -> None:
     """Remove files that were needed only while the stage was made."""
     plan = _json(folder / PLAN) or {}
@@ -571,15 +606,9 @@ def _read_record(path: Path) -> Completion:
 
     Raises `InputError` if it is damaged, or of a later format.
     """
-    remedy = f"delete the folder {path.parent} and run its stage again"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        written_in = value.get("format", 1)
-        if isinstance(written_in, int) and written_in > FORMAT:
-            raise InputError(
-                f"{path} was written by a later version of cratelm (format {written_in}, this one reads"
-                f" up to {FORMAT}): upgrade cratelm, or {remedy}"
-            )
+        _check_format(path, value.get("format", 1))
         if value.get("checksum") and value["checksum"] != _checksum(value):
             raise ValueError("its content is not what its stage wrote")
         done = Completion(**known_fields(Completion, value))
@@ -592,7 +621,8 @@ def _read_record(path: Path) -> Completion:
         raise
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise InputError(
-            f"{path} cannot be read as a completion record ({error}): {remedy}"
+            f"{path} cannot be read as a completion record ({error}): copy it again from elsewhere, or"
+            f" move the folder {path.parent} away, which keeps its files, and run its stage again"
         ) from None
     renamed = RENAMED.get(done.stage, {})
     config = {renamed.get(name, name): value for name, value in done.config.items()}

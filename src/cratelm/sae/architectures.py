@@ -11,12 +11,15 @@ Shape legend: B tokens of a batch, H inputs, S latents, n dead latents.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from cratelm.errors import InputError, missing_extra
+from cratelm.runs import check_memory
+from cratelm.runs.devices import available_on
 from cratelm.sae.train_config import L0_COEFFICIENT, L1, K, SaeTrainConfig
 
 RESAMPLED = ("l1", "gated")
@@ -58,6 +61,28 @@ def build_sae(config: SaeTrainConfig, d_in: int, layer: int, device: torch.devic
         torch.manual_seed(int(np.random.SeedSequence((config.seed, layer)).generate_state(1)[0]))
         settings = getattr(lens, f"{name}Config")(**common, **kind(config, d_in))
         return getattr(lens, name)(settings).to(device)
+
+
+def check_training_memory(
+    config: SaeTrainConfig, widths: Sequence[int], device: torch.device
+) -> None:
+    """Raise `InputError` if the autoencoders of layers with `widths` inputs, or their batches, do not fit into memory.
+
+    Each weight has a gradient and two moments of Adam, and the encoder and the decoder have one each.
+    """
+    sizes = "expansion" if config.d_sae is None else "d_sae"
+    rows = max(config.batch_tokens, 2 * min(config.batch_size, config.steps * config.batch_size))
+    buffered = min(config.buffer_mib * 2**20, 4 * config.tokens * sum(widths))
+    check_memory(
+        config,
+        {
+            sizes: sum(4 * 4 * 2 * width * n_latents(config, width) for width in widths),
+            ("batch_size", "batch_tokens"): 4 * rows * sum(widths),
+            "buffer_mib": buffered,
+        },
+        f"{len(widths)} autoencoders",
+        available=available_on(device),
+    )
 
 
 def n_latents(config: SaeTrainConfig, d_in: int) -> int:

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cratelm.errors import InputError
-from cratelm.records import SPLITS, Split
-from cratelm.runs import at_least, not_in_identity
+from cratelm.records import Split
+from cratelm.runs import Options, at_least, not_in_identity
 
 
 @dataclass(frozen=True)
-class SaeEvaluateConfig:
+class SaeEvaluateConfig(Options):
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -43,8 +42,7 @@ class SaeEvaluateConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise InputError(f"--split is {self.split!r}: choose from {', '.join(SPLITS)}")
+        super().__post_init__()
         at_least(
             self,
             {"tokens": 1, "sequence_length": 2, "batch_tokens": 1, "steered": 0,

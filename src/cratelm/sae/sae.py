@@ -175,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a file: it must be a configuration in JSON")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} contains a {type(content).__name__} instead of a JSON object")

@@ -19,6 +19,7 @@ from typing import Any
 from cratelm.errors import InputError
 from cratelm.records import Estimate
 from cratelm.runs import Run, write_json
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.names import set_name
 from cratelm.runs.reading import read_json
 
@@ -68,6 +69,7 @@ def write_training(folder: Path, training: SaeTraining, inputs: dict[str, str]) 
     return content
 
 
+@checked_arguments()
 def read_training(folder: Path) -> SaeTraining:
     """Return the description in a folder that `cratelm sae train` wrote."""
     return read_json(folder / DESCRIPTION, _training)
@@ -254,6 +256,7 @@ def write_evaluation(path: Path, evaluation: StoredEvaluation) -> None:
     write_json(path, content)
 
 
+@checked_arguments()
 def read_evaluation(path: Path) -> StoredEvaluation:
     """Return the evaluation in a JSON file that `write_evaluation` wrote.
 

@@ -27,6 +27,7 @@ from cratelm.sae.activations import ActivationBuffer
 from cratelm.sae.architectures import (
     RESAMPLED,
     build_sae,
+    check_training_memory,
     import_sae_lens,
     keep_rows_at_norm_one,
     n_latents,
@@ -93,6 +94,7 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = site_of(model, config.site)
     layers = _layers(config, site)
+    check_training_memory(config, [site.n_neurons[layer] for layer in layers], model.device)
     # created before the draft, so that invalid input is rejected before anything is written
     activations = _activations(config, model, store, site, layers)
     with without_worthless_draft(stage), stage.write(config, inputs, resume=True) as draft:

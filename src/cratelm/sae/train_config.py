@@ -7,8 +7,8 @@ from typing import Literal
 
 from cratelm.activations.config import last_name
 from cratelm.errors import InputError
-from cratelm.runs import at_least, not_in_identity
-from cratelm.runs.names import set_name
+from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs.names import check_name, set_name
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "gated"]
 ARCHITECTURES: tuple[Architecture, ...] = ("l1", "topk", "batchtopk", "jumprelu", "gated")
@@ -24,7 +24,7 @@ _MOST_TOKENS_UNTIL_DEAD = 10_000_000
 
 
 @dataclass(frozen=True)
-class SaeTrainConfig:
+class SaeTrainConfig(Options):
     """Train sparse autoencoders on a site of a model, one per layer, in one pass over train tokens.
 
     After an interruption the same command resumes.
@@ -93,10 +93,9 @@ class SaeTrainConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise InputError(
-                f"--architecture is {self.architecture!r}: choose from {', '.join(ARCHITECTURES)}"
-            )
+        super().__post_init__()
+        if self.name:
+            check_name("--name", self.name, reserved="@+")
         at_least(
             self,
             {"expansion": 1, "d_sae": 1, "k": 1, "batch_size": 1, "dead_after": 1,

@@ -6,7 +6,8 @@ from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
 from cratelm.llm.config import LLMConfig, check_specification, option
 from cratelm.records import METRICS, SIMULATION_METRICS, Metric
-from cratelm.runs import at_least
+from cratelm.runs import at_least, check_memory
+from cratelm.runs.names import check_name
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,7 @@ class ScoreConfig(LLMConfig):
                 "--explanations, --name and --paper-compat need a language model as simulator:"
                 " add --simulator hf:ID_OR_PATH or openai:MODEL"
             )
+        if self.name:
+            check_name("--name", self.name)
         at_least(self, {"resamples": 100, "seed": 0})
+        check_memory(self, {"resamples": 16 * self.resamples}, "the resamples")

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
 from cratelm.records import NeuronId, NeuronScore, Score, Status
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.reading import read_rows, verified
 from cratelm.score.simulators import COMPAT
@@ -104,6 +105,7 @@ def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
     )
 
 
+@checked_arguments()
 def read_scores(folder: str | Path) -> list[NeuronScore]:
     """Return the scores in `folder`, in the order written; raise `InputError` if there are none."""
     path = Path(folder) / "scores.parquet"

@@ -1,6 +1,5 @@
 """Options of `cratelm steer`, `cratelm effects` and `cratelm intervene`. Imports nothing heavy."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +7,8 @@ from typing import Literal
 from cratelm.errors import InputError
 from cratelm.llm.config import NO_LLM, LLMConfig, check_specification
 from cratelm.records import parse_neuron_ids
-from cratelm.runs import at_least, not_in_identity
+from cratelm.runs import Options, at_least, check_memory, not_in_identity
+from cratelm.runs.names import check_name
 from cratelm.steer.edits import Edit, Positions, one_operation
 
 PROMOTED = "promoted"
@@ -16,7 +16,7 @@ PROMOTED = "promoted"
 
 
 @dataclass(frozen=True)
-class SteerConfig:
+class SteerConfig(Options):
     """Edit neurons while a model reads a text, and show how the next token and the continuation change."""
 
     neurons: tuple[str, ...]
@@ -66,6 +66,7 @@ class SteerConfig:
     """also write the results to this JSON file"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_operation(self.set, self.add, self.scale, self.zero, dashes="--")
         Positions.of(self.positions)
         if not parse_neuron_ids("--neurons", self.neurons):
@@ -90,7 +91,7 @@ class SteerConfig:
 
 
 @dataclass(frozen=True)
-class EffectsConfig:
+class EffectsConfig(Options):
     """Measure the effect of each neuron on the logits, and the loss on held-out text without it."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -125,6 +126,7 @@ class EffectsConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(
             self,
             {"neurons": 0, "top": 1, "positions": 1, "tokens": 1, "sequence_length": 2, "seed": 0,
@@ -183,5 +185,11 @@ class InterveneConfig(LLMConfig):
             {"neurons": 0, "texts": 1, "prompt_tokens": 1, "generate": 1, "temperature": 0,
              "resamples": 1, "seed": 0},
         )  # fmt: skip
-        if not (math.isfinite(self.strength) and self.strength > 0):
+        if self.strength <= 0:
             raise InputError(f"--strength is {self.strength}: it must be a finite number above 0")
+        if self.name:
+            check_name("--name", self.name)
+        check_memory(self, {"resamples": 16 * self.resamples}, "the resamples")
+        tokens = self.texts * (self.prompt_tokens + self.generate)
+        texts = ("texts", "prompt_tokens", "generate")
+        check_memory(self, {texts: 8 * tokens}, "the texts of one neuron")

@@ -1,14 +1,17 @@
 """Edits of neurons: which neurons, which operation, and at which tokens. Imports nothing heavy."""
 
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cratelm.errors import InputError
+from cratelm.runs.arguments import checked_value
 
 Operation = Literal["set", "add", "scale", "zero"]
+_NUMBER = float | None
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,13 @@ class Positions:
         if isinstance(value, str):
             return _from_words(value)
         try:
-            numbers = (value,) if isinstance(value, int) else tuple(value)
-            if numbers and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-                return cls(listed=numbers)
+            listed = (value,) if isinstance(value, numbers.Integral) else tuple(value)
+            if (
+                not isinstance(value, bytes)
+                and listed
+                and all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in listed)
+            ):
+                return cls(listed=tuple(map(int, listed)))
         except TypeError:
             pass
         raise _no_positions(value)
@@ -80,8 +87,8 @@ def _no_positions(value: object) -> InputError:
 class Edit:
     """An operation on neurons of one layer: exactly one of `set`, `add`, `scale`, `zero`.
 
-    Raises `InputError` if none or several of these are given, if the number is not finite, or if no neuron
-    is named.
+    Raises `InputError` if none or several of these are given, if the number is not finite, if no neuron is
+    named, and for a value of a wrong type.
     """
 
     layer: int
@@ -99,7 +106,12 @@ class Edit:
     """`all`, `last` (of the prompt), `generated`, a span such as `5:`, or numbers; see `Positions`"""
 
     def __post_init__(self) -> None:
-        neurons = (self.neurons,) if isinstance(self.neurons, int) else tuple(self.neurons)
+        for name, hint in (("layer", int), ("set", _NUMBER), ("add", _NUMBER), ("scale", _NUMBER)):
+            object.__setattr__(self, name, checked_value(name, getattr(self, name), hint))
+        checked_value("zero", self.zero, bool)
+        single = isinstance(self.neurons, numbers.Integral)
+        neurons = (self.neurons,) if single else self.neurons
+        neurons = checked_value("neurons", neurons, tuple[int, ...])
         object.__setattr__(self, "neurons", neurons)
         object.__setattr__(self, "positions", Positions.of(self.positions))
         one_operation(self.set, self.add, self.scale, self.zero)

@@ -16,9 +16,11 @@ from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.activations.store import read_records, read_summaries
 from cratelm.explain.selection import select_neurons
 from cratelm.explain.store import SampledNeuron
+from cratelm.models.open import sequence_length
 from cratelm.models.partial_forward import PartialForward
 from cratelm.records import Interval, NeuronId, parse_neuron_ids
-from cratelm.runs import Draft, Run
+from cratelm.runs import Draft, Run, check_memory
+from cratelm.runs.devices import available_on
 from cratelm.score.controls import shuffled
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import Ablations, HeldOutText, ablate
@@ -104,8 +106,13 @@ def effects(config: EffectsConfig) -> EffectsResult:
     chosen = parse_neuron_ids("--only", config.only) if config.only else ()
     selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
     partial = PartialForward(harvested.subject.model, harvested.site)
-    length = config.sequence_length or harvested.sequence_length
+    wanted = config.sequence_length or harvested.sequence_length
+    length = sequence_length(harvested.subject, wanted)
     text = HeldOutText.of(harvested.store.split("held_out"), length, config.tokens, config.seed)
+    at_once = max(length, min(config.batch_tokens, text.n_tokens))
+    needed = {"batch_tokens": 4 * at_once * max(harvested.site.n_neurons)}
+    free = available_on(harvested.subject.model.device)
+    check_memory(config, needed, "the activations of one batch", available=free)
     with stage.write(config, inputs) as draft:
         effects_by_neuron = _effects(config, harvested, partial, selected, text)
         ablations = _ablations(config, harvested, partial, selected, text)

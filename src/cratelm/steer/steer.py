@@ -13,7 +13,7 @@ from cratelm.activations.open_harvest import open_site
 from cratelm.corpus.formats import text_of_file
 from cratelm.errors import InputError
 from cratelm.models.open import LoadedModel, encoder_of, open_model
-from cratelm.runs import Run, write_json
+from cratelm.runs import Run, check_memory, write_json
 from cratelm.runs.storage import check_target
 from cratelm.steer.config import SteerConfig
 from cratelm.steer.edits import Edit
@@ -147,6 +147,7 @@ def _text(config: SteerConfig, run: Run) -> str:
 
 
 def _check_length(ids: torch.Tensor, subject: LoadedModel, config: SteerConfig) -> None:
+    check_memory(config, {"generate": 16 * config.generate}, "the continuations")
     whole = ids.shape[1] + config.generate
     if subject.longest is not None and whole > subject.longest:
         raise InputError(

@@ -15,9 +15,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
 from cratelm.models.sites import Site, hooked, site_of
+from cratelm.runs.arguments import checked_arguments
 from cratelm.steer.edits import Edit, Operation, Positions
 
 
+@checked_arguments(model=nn.Module)
 @contextlib.contextmanager
 def steering(
     model: PreTrainedModel, *edits: Edit, site: str | Site | None = None
@@ -28,7 +30,7 @@ def steering(
     `backward` inside the context if the model uses gradient checkpointing). Contexts can be nested. On exit,
     also after an exception, the model is as before.
 
-    Raises `InputError` if the site, a layer or a neuron does not exist.
+    Raises `InputError` if the site, a layer or a neuron does not exist, and for an argument of a wrong type.
     """
     edited_site = site if isinstance(site, Site) else site_of(model, site)
     by_site_layer = _by_site_layer(edits, edited_site)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from cratelm.records import Estimate, Interval, NeuronId
 from cratelm.runs import Run, Stage, known_fields, write_json
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.names import set_name, sets_of, split_set
 from cratelm.runs.reading import read_json, read_rows, verified
@@ -270,11 +271,13 @@ def write_logit_effects(folder: Path, effects: Sequence[LogitEffect]) -> None:
     _write(LOGIT_EFFECTS, rows, folder)
 
 
+@checked_arguments()
 def read_logit_effects(folder: Path, kind: EffectKind = "exact") -> list[LogitEffect]:
     """Return the effects of all measured neurons, in the order of the file; dead and silent ones have none."""
     return read_rows(_path(LOGIT_EFFECTS, folder), _logit_effect, [("kind", "=", kind)])
 
 
+@checked_arguments()
 def read_logit_effect(
     folder: Path, neuron: NeuronId, kind: EffectKind = "exact"
 ) -> LogitEffect | None:
@@ -317,6 +320,7 @@ def write_ablations(folder: Path, ablations: Sequence[NeuronAblation]) -> None:
     _write(ABLATION, rows, folder)
 
 
+@checked_arguments()
 def read_ablations(folder: Path) -> list[NeuronAblation]:
     """Return the rows of `ablation.parquet`, in the order of the file: every neuron that was drawn."""
     return read_rows(_path(ABLATION, folder), _ablation)
@@ -341,6 +345,7 @@ def write_effects_summary(folder: Path, summary: EffectsSummary) -> dict[str, An
     return content
 
 
+@checked_arguments()
 def read_effects_summary(folder: Path) -> EffectsSummary:
     """Return `summary.json` of a folder that `cratelm effects` wrote."""
     return read_json(folder / SUMMARY, _effects_summary)
@@ -453,6 +458,7 @@ def write_interventions(folder: Path, rows: Sequence[Intervention]) -> None:
     _write(INTERVENTIONS, [{**asdict(row), **vars(row.neuron)} for row in rows], folder)
 
 
+@checked_arguments()
 def read_interventions(folder: Path) -> list[Intervention]:
     """Return the rows of `interventions.parquet`, in the order of the file."""
     return read_rows(
@@ -465,6 +471,7 @@ def write_continuations(folder: Path, rows: Sequence[ContinuationTexts]) -> None
     _write(CONTINUATIONS, [{**asdict(row), **vars(row.neuron)} for row in rows], folder)
 
 
+@checked_arguments()
 def read_continuations(folder: Path) -> list[ContinuationTexts]:
     """Return the rows of `continuations.parquet`, in the order of the file."""
     return read_rows(
@@ -480,6 +487,7 @@ def write_intervention_summary(folder: Path, summary: InterventionSummary) -> di
     return content
 
 
+@checked_arguments()
 def read_intervention_summary(folder: Path) -> InterventionSummary:
     """Return `summary.json` of a folder that `cratelm intervene` wrote."""
     return read_json(folder / SUMMARY, _intervention_summary)

@@ -124,8 +124,14 @@ class Table:
         }
 
     def to_csv(self) -> str:
-        """Return CSV at full precision; bounds have separate columns, such as `mean_low` and `mean_high`."""
-        rows = [_flat(record) for record in self.records()]
+        """Return CSV at full precision; bounds have separate columns, such as `mean_low` and `mean_high`.
+
+        Text that a spreadsheet would take for a formula has a `'` before it: see `csv_text`.
+        """
+        rows = [
+            {key: csv_text(v) if isinstance(v, str) else v for key, v in _flat(record).items()}
+            for record in self.records()
+        ]
         keys = [k for c in self.columns for k in (c.key, *_bounds(rows, c.key))]
         out = io.StringIO()
         writer = csv.DictWriter(out, keys, restval="", lineterminator="\n")
@@ -163,6 +169,25 @@ class Table:
             return lines
         indents = [by if c.level == "minor" else "" for c in self.columns]
         return [[i + line[0], *line[1:]] for i, line in zip(indents, lines, strict=True)]
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""beginnings that spreadsheets take for a formula, also in full width"""
+
+
+def csv_text(text: str) -> str:
+    """Return text as a cell of CSV: with a `'` before it if a spreadsheet would take it for a formula.
+
+    The cell of a model's name or of an explanation may come from anyone, and a formula can send what is on the
+    sheet elsewhere (OWASP, "CSV injection"). Numbers stay numbers.
+    """
+    if not text.lstrip(" ").startswith(_FORMULA):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def _plain(cell: Cell) -> Any:

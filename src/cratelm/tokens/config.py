@@ -3,18 +3,27 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cratelm.corpus.documents import LONGEST_DOCUMENT
 from cratelm.errors import InputError
-from cratelm.runs import at_least, not_in_identity
+from cratelm.runs import Options, at_least, check_memory, not_in_identity
 
 LEAST_VOCABULARY = 257
 """256 bytes and the end-of-text token"""
+_BYTES_PER_ENTRY = 100
+"""bytes that the trainer of the tokenizer allocates for each entry of the vocabulary before it starts"""
+
+
+def check_vocabulary_size(config: Any) -> None:
+    """Raise `InputError` if `vocab_size` of a configuration is too small for all bytes, or too large for memory."""
+    at_least(config, {"vocab_size": LEAST_VOCABULARY}, "256 bytes and the end-of-text token")
+    needed = _BYTES_PER_ENTRY * config.vocab_size
+    check_memory(config, {"vocab_size": needed}, "training the vocabulary")
 
 
 @dataclass(frozen=True)
-class TokenizeConfig:
+class TokenizeConfig(Options):
     """Turn a corpus into token shards with document boundaries, split by the hash of each document."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -60,8 +69,8 @@ class TokenizeConfig:
     """show no progress bar"""
 
     def __post_init__(self) -> None:
-        least = {"vocab_size": LEAST_VOCABULARY}
-        at_least(self, least, "256 bytes and the end-of-text token")
+        super().__post_init__()
+        check_vocabulary_size(self)
         for name in ("fit", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 flag = name.replace("_", "-")
@@ -83,5 +92,3 @@ class TokenizeConfig:
             if value is not None and value <= 0:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} is {value}: it must be above 0")
-        if self.on_error not in ("stop", "skip"):
-            raise InputError(f"--on-error is {self.on_error!r}: choose from stop, skip")

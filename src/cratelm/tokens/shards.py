@@ -29,6 +29,7 @@ from cratelm.corpus.documents import Document
 from cratelm.errors import InputError
 from cratelm.records import SPLITS, Split
 from cratelm.runs import write_json
+from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import FileColumn, TableFile
 from cratelm.runs.reading import verified
 from cratelm.tokens.tokenizer import display_strings, load_tokenizer, vocabulary_size
@@ -79,6 +80,7 @@ class TokenStore:
     Raises `InputError` if `path` has none, or has files that do not fit together.
     """
 
+    @checked_arguments()
     def __init__(self, path: str | Path):
         self.path = Path(path)
         meta = _read_meta(self.path)

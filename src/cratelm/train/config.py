@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import Settings, at_least, config_dict, not_in_identity, options_of
-from cratelm.runs.names import untrained_name
+from cratelm.runs import (
+    Options,
+    Settings,
+    at_least,
+    check_memory,
+    config_dict,
+    not_in_identity,
+    options_of,
+)
+from cratelm.runs.names import check_name, untrained_name
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ OTHER_LEARNING_RATES = {"paper": 6e-4, "laptop": 3e-3}
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """Train one model on the tokens of a run.
 
     Twins are trained by the same command with another `--model`: they see the same tokens in the
@@ -141,6 +149,9 @@ class TrainConfig:
     """show no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name:
+            check_name("--name", self.name, reserved="@+")
         recipe = self.resolved()
         at_least(
             recipe,
@@ -171,6 +182,19 @@ class TrainConfig:
         if "steps" in options and "warmup" not in options:
             options["warmup"] = base.warmup * options["steps"] // base.steps
         return replace(base, **options)
+
+    def check_memory(self, hidden_size: int, layers: int, available: int | None) -> None:
+        """Raise `InputError` if the activations of one micro-batch exceed the `available` bytes.
+
+        `hidden_size` and `layers` are those of the model. Each layer keeps at least its input, in 16 bits.
+        """
+        recipe = self.resolved()
+        tokens = min(recipe.micro_batch_size, recipe.batch_size) * recipe.sequence_length
+        parts: dict[str | tuple[str, ...], float] = {
+            ("micro_batch_size", "sequence_length"): tokens * hidden_size * layers * 2,
+            "batch_size": 8 * 4 * recipe.batch_size,
+        }
+        check_memory(recipe, parts, "one step", available=available)
 
     def overrides(self) -> dict[str, Any]:
         """Return `model_overrides` as values: parsed as JSON if possible, else as text.
@@ -211,5 +235,5 @@ class TrainConfig:
 def _value(text: str) -> Any:
     try:
         return json.loads(text.lower() if text in ("True", "False") else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cratelm.errors import InputError
 from cratelm.models import build, count_parameters
 from cratelm.runs import Draft, Run, Stage
+from cratelm.runs.devices import available_on
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenizer import hf_tokenizer
 from cratelm.train import checkpoints
@@ -189,6 +190,9 @@ def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
         seed=config.seed,
         **{"eos_token_id": store.eot_id, **config.overrides()},
     )
+    text = bare.config.get_text_config()
+    free = available_on(accelerator.device)
+    config.check_memory(text.hidden_size, text.num_hidden_layers, free)
     parameters = count_parameters(bare)
     optimizers = make_optimizers(bare, recipe.optimizer, config.weight_decay)
     wrapped = NextTokenLoss(bare)

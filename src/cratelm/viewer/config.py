@@ -7,11 +7,11 @@ from typing import Annotated
 import tyro
 
 from cratelm.errors import InputError
-from cratelm.runs import at_least, not_in_identity
+from cratelm.runs import Options, at_least, not_in_identity
 
 
 @dataclass(frozen=True)
-class ViewConfig:
+class ViewConfig(Options):
     """Browse the neurons of one or several runs in a web browser on this machine.
 
     Serves pages until Ctrl-C, or writes them into a folder with --static.
@@ -39,6 +39,7 @@ class ViewConfig:
     """with --static: no progress bar"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.runs:
             raise InputError("no run is named: type `cratelm view runs/NAME`")
         if not 0 <= self.port <= 65535:

@@ -227,6 +227,13 @@ def _guard(app: FastAPI, pages: Pages, host: str, rate: Rate) -> None:
         return answer
 
 
+_MESSAGES = {
+    400: "the body of the request is not JSON in UTF-8, or is nested too deeply",
+    405: "this address does not accept this method",
+}
+"""what is wrong with a request that FastAPI itself rejects, by its status"""
+
+
 def _errors(app: FastAPI, pages: Pages) -> None:
     """Add handlers that report errors in one sentence, as a page or as JSON."""
 
@@ -248,7 +255,8 @@ def _errors(app: FastAPI, pages: Pages) -> None:
     @app.exception_handler(HTTPException)
     def failed(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _error(pages, request, error.status_code, "there is no such page")
+        message = _MESSAGES.get(error.status_code, "there is no such page")
+        return _error(pages, request, error.status_code, message)
 
     @app.exception_handler(Exception)
     def broken(request: Request, error: Exception) -> Response:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cratelm.errors import InputError, missing_extra
+from cratelm.runs.pretrained import reason_of
 
 DEFAULT = "smollm2"
 _DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -119,9 +120,8 @@ def loading(source: LLMSource) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # of any library, or of the code behind a configuration
         raise InputError(
-            f"hf:{source} cannot be loaded ({reason}): give a causal language model's folder, a GGUF file"
+            f"hf:{source} cannot be loaded ({reason_of(error)}): give a causal language model's folder, a GGUF file"
             " or a reachable Hub id"
         ) from None

@@ -47,6 +47,8 @@ from cratelm.llm.requests import (
     Request,
     key,
 )
+from cratelm.runs.devices import device_of
+from cratelm.runs.pretrained import from_pretrained
 
 BATCH_TOKENS = 4096
 """tokens of keys and values held for one batch"""
@@ -72,7 +74,7 @@ class LocalBackend:
         """`specification` is the text after `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
         self._source = locate(specification)
         self.name = short_name(specification, self._source)
-        self._device = torch.device(_device() if device == "auto" else device)
+        self._device = device_of(_device() if device == "auto" else device)
         self._dtype = _dtype(self._device) if dtype == "auto" else getattr(torch, dtype)
         self._shared: tuple[list[int], Any] = ([], None)
         self._shared_chat: tuple[list[int], Any] = ([], None)
@@ -115,10 +117,10 @@ class LocalBackend:
     @cached_property
     def model(self) -> Any:
         """Return the model, loaded at first use."""
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         with loading(self._source):
-            model = AutoModelForCausalLM.from_pretrained(
+            model = from_pretrained(
                 *self._source.arguments, dtype=self._dtype, **self._source.pinned
             )
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
