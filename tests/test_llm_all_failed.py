@@ -23,7 +23,7 @@ ASK = {"model": "m", "quiet": True}
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return planted.run_with_harvest(tmp_path / "run", n_neurons=8).path
+    return planted.run_with_harvest(tmp_path / "run", n_neurons=5, layers=1).path
 
 
 @pytest.fixture
@@ -52,54 +52,49 @@ def test_explain(run, model, capsys):
         status, error = typed(run, "explain", "--explainer", capsys)
         assert status == 2
         assert error.count("\n") == 1
-        assert "all 14 calls to fake failed, the first with status: status 500" in error
+        assert "all 8 calls to fake failed, the first with status: status 500" in error
         assert "type the same command again" in error
         assert not (run / "explanations").exists()
         assert set(model.asked.values()) == {n}
     model.fails = 0.0
     assert typed(run, "explain", "--explainer", capsys)[0] == 0
     assert set(model.asked.values()) == {3}
-    assert len(read_explanations(run / "explanations/m@fake")) == 28
+    assert len(read_explanations(run / "explanations/m@fake")) == 8
     with Ledger(run / "ledger.sqlite") as ledger:  # failed calls stay on the bill
-        assert ledger.bill("fake", (0, 0)).calls == 3 * 14
+        assert ledger.bill("fake", (0, 0)).calls == 3 * 8
 
 
-def test_score_with_some_answers_in_the_ledger(run, model, capsys):
+SHORT = {"metrics": ("top_and_random",)}
+
+
+def test_score(run, model):
     explained(run)
-    scored(run, metrics=("top_and_random",), name="other")  # the probe's answers are in the ledger
-    model.asked.clear()
-    model.fails = 1.0
-    status, _ = typed(run, "score", "--simulator", capsys)
-    assert status == 0  # those of one metric were answered before
-    model.fails = 0.0
-    assert scored(run, retry_failed=True).n_failed == 0
-
-
-def test_score_with_no_answer_but_the_probes(run, model, capsys):
-    explained(run)
-
-    class Failing(FakeModel):
-        def answer(self, requests):
-            is_probe = "animals" in requests[0].context  # type: ignore[union-attr]
-            self.fails = 0.0 if is_probe else 1.0
-            yield from super().answer(requests)
-
-    failing = Failing()
-    model.answer = failing.answer
-    status, error = typed(run, "score", "--simulator", capsys)
-    assert status == 2
-    assert error.count("\n") == 1
-    assert "calls to fake failed, the first with status: status 500" in error
+    model.answer = AnswersProbes().answer
+    with pytest.raises(
+        InputError, match=r"all \d+ calls to fake failed, the first with status: st"
+    ):
+        scored(run, **SHORT)
     assert not (run / "scores").exists()
     del model.answer
-    assert scored(run).n_failed == 0
+    assert scored(run, **SHORT).n_failed == 0
+    model.fails = 1.0  # what was answered for other scores counts
+    assert scored(run, metrics=("top_and_random", "detection"), name="other").n_failed > 0
+
+
+class AnswersProbes(FakeModel):
+    """And no other request."""
+
+    def answer(self, requests):
+        is_probe = "animals" in requests[0].context  # type: ignore[union-attr]
+        self.fails = 0.0 if is_probe else 1.0
+        yield from super().answer(requests)
 
 
 def test_the_old_result_stays_until_there_is_a_new_one(run, model):
     explained(run)
     before = read_explanations(run / "explanations/m@fake")
     model.fails = 1.0
-    with pytest.raises(InputError, match="all 14 calls"):
+    with pytest.raises(InputError, match="all 8 calls"):
         explained(run, force=True, temperature=1.0)
     assert [vars(e) for e in read_explanations(run / "explanations/m@fake")] == [
         vars(e) for e in before
@@ -122,22 +117,22 @@ def test_failures_of_an_earlier_command_count_too(run, model):
     with pytest.raises(KeyboardInterrupt):
         explained(run)
     model.dies_after = -1
-    with pytest.raises(InputError, match="all 14 calls"):
+    with pytest.raises(InputError, match="all 8 calls"):
         explained(run)
-    assert sum(model.asked.values()) == 14
-    with pytest.raises(InputError, match="--offline: 14 answers"):
+    assert sum(model.asked.values()) == 8
+    with pytest.raises(InputError, match="--offline: 8 answers"):
         explained(run, offline=True)
 
 
 def test_a_worker_fails_too_and_its_calls_are_asked_again_by_the_command_that_merges(run, model):
     model.fails = 1.0
     for _ in range(2):
-        with pytest.raises(InputError, match="all 14 calls to fake failed"):
+        with pytest.raises(InputError, match="all 8 calls to fake failed"):
             explained(run, shard="0/1")
     model.fails = 0.0
     model.asked.clear()
-    assert explained(run).n_explanations == 28
-    assert sum(model.asked.values()) == 14
+    assert explained(run).n_explanations == 8
+    assert sum(model.asked.values()) == 8
 
 
 def test_answers_without_a_word_are_no_explanations(run, model):
@@ -146,7 +141,7 @@ def test_answers_without_a_word_are_no_explanations(run, model):
             return "..." if isinstance(request, Chat) else super()._value(request)
 
     model._value = Mute()._value
-    with pytest.raises(InputError, match="none of the 28 answers of fake is an explanation"):
+    with pytest.raises(InputError, match="none of the 8 answers of fake is an explanation"):
         explained(run)
     assert not (run / "explanations").exists()
 
@@ -161,7 +156,7 @@ def test_a_server_that_fails_every_call_is_named(run, fault, capsys, monkeypatch
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert server.base_url.removeprefix("http://") in error
-        assert "all 14 calls to tiny at" in error
+        assert "all 8 calls to tiny at" in error
         server.faults = None
         assert main([*command, *options]) == 0
 
@@ -195,10 +190,15 @@ def test_a_server_that_goes_away_after_its_probe_is_named(run, capsys, monkeypat
         assert main(["explain", *words, "--explainer", f"openai:{MODEL}"]) == 0
         most = len(server.calls) + 14
         server.faults = lambda seed, call: Fault.DROP if len(server.calls) > most else None
-        assert main(["score", *words, "--simulator", f"openai:{MODEL}", "--retries", "1"]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert (
-            f"at {server.base_url.removeprefix('http://')} failed, the first with connect" in error
-        )
-    assert not (run / "scores").exists()
+        words += ["--retries", "1", "--metrics", "top_and_random", "--simulator", f"openai:{MODEL}"]
+        for _ in range(2):
+            assert main(["score", *words]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert server.base_url.removeprefix("http://") in error
+            assert not (run / "scores").exists()
+        server.faults = None
+        assert main(["score", *words]) == 0
+    assert "failed" not in (run / "scores/m@tiny/calls.json").read_text().replace(
+        '"failed": {}', ""
+    )

@@ -43,7 +43,7 @@ def started(run: Path, server: LLMServer, name: str, *options: str) -> subproces
     command = [
         *(sys.executable, "-m", "cratelm", "explain", "--run", str(run), "--model", "m", "--quiet"),
         *("--explainer", f"openai:{MODEL}", "--base-url", server.base_url, "--name", name),
-        *("--concurrency", "2", *options),
+        *("--concurrency", "2", "--method", "json", *options),  # without a probe call
     ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

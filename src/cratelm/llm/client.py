@@ -93,7 +93,12 @@ class Client:
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in outcome_by_key}
         self.tally.known += sum(k in outcome_by_key for k in keys)
         if missing:
-            outcome_by_key |= self._obtain(missing)
+            try:
+                outcome_by_key |= self._obtain(missing)
+            except InputError:
+                if not self._n_answered:  # the server was never there: nothing is settled
+                    self.ledger.unsettle([*self._failed, *missing])
+                raise
         outcomes = [outcome_by_key[k] for k in keys]
         self.tally.failed.update(str(o.kind) for o in outcomes if isinstance(o, Failure))
         if not is_probe:
