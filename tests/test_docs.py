@@ -43,7 +43,7 @@ from cratelm.explain.store import read_explanations, read_selected, read_unexpla
 from cratelm.interop.authors_checkpoint import read_authors_checkpoint
 from cratelm.interop.openai_records import read_record
 from cratelm.llm.ledger import Ledger
-from cratelm.runs import hash_file
+from cratelm.runs import Options, hash_file
 from cratelm.sae.sae import Sae
 from cratelm.score.store import read_scores
 from cratelm.tokens.shards import TokenStore
@@ -675,16 +675,16 @@ def test_an_sae_is_saved_and_loaded_by_str(finished, tmp_path):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_take_paths_as_str(verb, monkeypatch, tmp_path):
-    """Every field of a configuration that is a path, or several."""
+    """Every field of a configuration that is a path, or several; nothing but types is checked."""
     config = config_class(verb)
     monkeypatch.setattr(
-        f"{config.__module__}.{config.__name__}.__post_init__", lambda self: None, raising=False
+        f"{config.__module__}.{config.__name__}.__post_init__", Options.__post_init__, raising=False
     )
     monkeypatch.setattr("cratelm.api.run_verb", lambda verb, config: config)
     monkeypatch.chdir(tmp_path)
     fields = dataclasses.fields(config)
     required = {
-        field.name: ""
+        field.name: ["x"] if "tuple" in str(field.type) else "x"
         for field in fields
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }

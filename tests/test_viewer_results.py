@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tiny_run import reseal
 from viewer_runs import LAYERS, NEURONS, a_neuron, brute
 
 from cratelm.activations.store import read_records, read_summaries
@@ -160,6 +161,7 @@ def test_documents_are_named_from_any_row_group(copy):
     whole = NeuronFiles(Run(copy)).documents(range(len(table)))
     assert len(set(whole.values())) > 5
     pq.write_table(table, path, row_group_size=3)
+    reseal(path.parent)
     assert NeuronFiles(Run(copy)).documents(range(-1, len(table) + 1)) == whole
 
 
