@@ -121,7 +121,7 @@ class KillSwitch:
     def __init__(self, folder: str, at: int, shared: mmap.mmap):
         self.folder, self.at, self.shared = folder, at, shared
         self.labels: list[str] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the last words are an operation, too
 
     def operation(self, label: str, path: Any = "", last_words: Callable[[], None] | None = None):
         """Count an operation; at the fatal one, call `last_words` and die."""
