@@ -54,9 +54,9 @@ class Outcome:
 
 
 class KillServer:
-    """Client of a server with a hash seed of its own; `close` ends the server."""
+    """Client of a server with a hash seed of its own, for some verbs; `close` ends the server."""
 
-    def __init__(self, hash_seed: int = 0, *, draw: bool = False):
+    def __init__(self, verbs: Sequence[str], hash_seed: int = 0, *, draw: bool = False):
         environment = {
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
@@ -68,7 +68,7 @@ class KillServer:
             "HF_HUB_OFFLINE": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "draw" if draw else ""],
+            [sys.executable, __file__, "draw" if draw else "", *verbs],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -121,7 +121,7 @@ class KillSwitch:
     def __init__(self, folder: str, at: int, shared: mmap.mmap):
         self.folder, self.at, self.shared = folder, at, shared
         self.labels: list[str] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the last words are an operation, too
 
     def operation(self, label: str, path: Any = "", last_words: Callable[[], None] | None = None):
         """Count an operation; at the fatal one, call `last_words` and die."""
@@ -274,7 +274,7 @@ def import_quietly(name: str) -> None:
         return
 
 
-def serve(*, draw: bool) -> None:
+def serve(verbs: Sequence[str], *, draw: bool) -> None:
     """Answer requests until standard input is closed."""
     import tempfile
 
@@ -282,19 +282,21 @@ def serve(*, draw: bool) -> None:
     os.dup2(2, 1)  # whatever imports print is no answer
     from cratelm.cli import VERBS
 
-    for verb in VERBS.values():
-        import_quietly(verb.module)
+    for verb in verbs:
+        import_quietly(VERBS[verb].module)
     import torch
+    from markupsafe import Markup
 
     torch.set_num_threads(1)
     if not draw:  # most of a report's time is drawing
-        from cratelm.report.drawing import Figure
+        from cratelm.report.drawing import Figure, Panel
 
         def write(self: Figure, folder: Path) -> None:
             for kind in ("png", "pdf"):
                 (folder / f"{self.name}.{kind}").write_bytes(b"")
 
         Figure.write = write
+        Panel.svg = lambda *_: Markup("")
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
             answers.write(json.dumps(run(json.loads(line), Path(folder))) + "\n")
@@ -303,4 +305,4 @@ def serve(*, draw: bool) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    serve(draw=sys.argv[1] == "draw")
+    serve(sys.argv[2:], draw=sys.argv[1] == "draw")

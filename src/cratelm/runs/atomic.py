@@ -276,7 +276,7 @@ def is_interrupted(path: Path) -> bool:
 def settle(path: Path) -> None:
     """Complete an interrupted `put_in_place` of `path`, if there is one and nobody is at work there."""
     path = path.resolve()
-    if is_interrupted(path):
+    if path.name and is_interrupted(path):  # the root of a file system has no name
         with contextlib.suppress(InputError, OSError), lock(path):
             recover(path)
 

@@ -205,8 +205,8 @@ class Run:
         if not root.is_dir():
             return []
         for kind in ("new", "old"):  # the process was killed while moving the folder into place
-            for leftover in root.glob(f".?*.{kind}"):
-                atomic.recover_missing(root / leftover.name[1 : -len(kind) - 1])
+            for record in root.glob(f".?*.{kind}/{RECORD}"):
+                atomic.recover_missing(root / record.parent.name[1 : -len(kind) - 1])
         return sorted(p.parent.name for p in root.glob(f"[!.]*/{RECORD}"))
 
     def labels(self) -> list[str]:

@@ -22,7 +22,7 @@ NAME_RESERVE = len(".0123abcd..tmp")
 _IN_TEXT = re.compile(r"\[errno (\d+)\]|os error (\d+)", re.IGNORECASE)
 _WRITE_FAILED = re.compile(
     # torch, libstdc++ below it, and SQLite; none gives a number
-    r"PytorchStreamWriter failed|iostream error|database or disk is full"
+    r"PytorchStreamWriter failed|inline_container|iostream error|database or disk is full"
 )
 _NEARLY_FULL = 2**20
 """bytes: below this, a failed write without a number is taken for a full disk"""

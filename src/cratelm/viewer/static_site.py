@@ -50,7 +50,7 @@ def export(
 
     Raises `InputError` if the folder contains other files, or if it contains an earlier export and `force` is false.
     """
-    _check(folder, force)
+    check_folder(folder, force)
     target = folder.resolve()  # "." has no name of its own
     with atomic_folder(target) as draft:
         chosen = {key: _chosen(library, *key, neurons) for key in _layers(library)}
@@ -67,7 +67,8 @@ def export(
     return Exported(path, count, size, sum(map(len, chosen.values())), total)
 
 
-def _check(folder: Path, force: bool) -> None:
+def check_folder(folder: Path, force: bool) -> None:
+    """Raise `InputError` if the pages cannot be written into `folder`; see `export`."""
     check_target(folder, "--static", "folder")
     settle(folder)
     if folder.exists() and not folder.is_dir():

@@ -20,8 +20,9 @@ def view(config: ViewConfig) -> Any:
     for key in library.keys:
         library.run(key)  # report a damaged run before the server starts
     if config.static is not None:
-        from cratelm.viewer.static_site import export
+        from cratelm.viewer.static_site import check_folder, export
 
+        check_folder(config.static, config.force)  # before the index is made, which takes long
         for key in library.keys:
             library.index_of(key).build()
         return export(library, config.static, config.neurons, config.force, quiet=config.quiet)
