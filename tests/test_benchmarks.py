@@ -13,6 +13,7 @@ TINY = {
     "explain_score": "--neurons 2 --tokens 20000",
     "harvest": "--sizes crate-2l --tokens 512 --sequence-length 64 --batch-tokens 128 --turns 2",
     "harvest, sort": "--sort --sort-tokens 3000 --sort-neurons 2 --layer-neurons 8",
+    "long_document": "--megabytes 0.5 --kinds words",
     "sae": "--architectures topk --expansion 1 --batch-size 64 --steps 2 --repeats 1 --tokens 20000",
     "tokenize_throughput": "--corpus CORPUS --repeats 1",
     "train_step": "--models crate-2l --vocab 300 --length 32 --batch 2 --repeats 1 --steps 1",

@@ -201,9 +201,7 @@ def test_words_of_any_length_have_the_ids_of_the_whole(name: str) -> None:
     letters = st.lists(
         st.sampled_from(["a", "b", "ab", "the", "word", "aaaa", "ï", "漢"]), min_size=4
     )
-    signs = st.lists(
-        st.sampled_from(["=", "-", "==", "(", "<|", "endoftext" * 0, "，"]), min_size=4
-    )
+    signs = st.lists(st.sampled_from(["=", "-", "==", "(", "<|", "🦀", "→", "，"]), min_size=4)
     spaces = st.lists(st.sampled_from([" ", "\n", "  "]), min_size=4)
 
     @settings(
@@ -257,7 +255,7 @@ def test_the_shared_tokenizers_give_the_ids_of_the_whole() -> None:
 def test_the_classes_of_characters_are_what_they_are_called() -> None:
     def members(characters: str) -> list[str]:
         pattern = re.compile(f"[{characters}]")
-        return [c for c in map(chr, range(0x10000)) if pattern.match(c)]
+        return [c for c in map(chr, range(0x20000)) if pattern.match(c)]
 
     assert all(unicodedata.category(c)[0] == "L" for c in members(pieces._LETTERS))
     assert all(unicodedata.category(c)[0] in "PS" for c in members(pieces._SIGNS))
