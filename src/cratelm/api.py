@@ -133,6 +133,7 @@ def tokenize(
     max_documents: int | None = None,
     max_tokens: int | None = None,
     sequence_length: int = 128,
+    max_document_megabytes: float = 100.0,
     on_error: Literal["stop", "skip"] = "stop",
     force: bool = False,
     quiet: bool = False,
@@ -161,6 +162,10 @@ def tokenize(
         max_tokens: stop after the document that reaches this many tokens. Default: all
         sequence_length: length in tokens; every split must have at least one sequence of this
             length plus one token
+        max_document_megabytes: megabytes (10^6 bytes) of the longest document, as it is stored: a
+            text file, a decompressed JSON line, a Parquet cell. A longer document counts as one
+            that cannot be read (--on-error). Memory grows with it: up to 13 times its size, next to
+            about 2 GB
         on_error: what to do with a document that cannot be read: stop with its file and line, or
             skip and count it
         force: redo the stage even if it is finished
