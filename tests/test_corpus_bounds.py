@@ -50,14 +50,18 @@ def make(folder: Path, corpus: Path, **fields: Any) -> Any:
 
 def peak_megabytes(script: str, *arguments: Any) -> float:
     """Return by how much a script raises the peak memory of its process, after the imports, in MB."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak memory is read from Linux's /proc")
     lines = [
-        "import sys, resource",
+        "import sys",
         "from pathlib import Path",
         "from cratelm.corpus.formats import Fields",
         "from cratelm.corpus.sources import open_corpus",
         "from cratelm.tokens.tokenize import tokenize, TokenizeConfig",
         "import pyarrow.parquet, zstandard, numpy",
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000",
+        # not `getrusage`, which would include the peak of the process that starts this one
+        "status = Path('/proc/self/status')",
+        "peak = lambda: int(status.read_text().split('VmHWM:')[1].split()[0]) / 1000",
         "before = peak()",
         script,
         "print(peak() - before)",
@@ -211,7 +215,7 @@ def test_page_headers_are_read_as_they_are_written(tmp_path: Path) -> None:
                 sizes = list(parquet._page_sizes(stream, chunk))
             assert len(sizes) > 3
             headers = chunk.total_uncompressed_size - sum(sizes)
-            assert 0 < headers < 100 * len(sizes)  # what is not in a page is in its header
+            assert 0 < headers < 250 * len(sizes)  # what is not in a page is in its header
         assert [d.text for d in read(path) if isinstance(d, Document)] == table["text"].to_pylist()
 
 

@@ -130,7 +130,11 @@ def parquet(draw: st.DrawFn) -> HostileFile:
         pq.write_table(table, stream, data_page_size=100, **options)
     except pa.ArrowException:
         return HostileFile(".parquet")
-    texts = text[:n].to_pylist() if name == "text" and pa.types.is_string(text.type) and text.type == pa.string() and b"\xff" not in (text.buffers()[2] or b"").to_pybytes() else []  # fmt: skip
+    try:
+        is_string = name == "text" and text.type in (pa.string(), pa.large_string())
+        texts = text[:n].to_pylist() if is_string else []
+    except UnicodeDecodeError:
+        texts = []
     kept = tuple(t for t in texts if t is not None and len(t) <= LONGEST)
     return HostileFile(
         ".parquet", stream.getvalue(), n_found=n if name == "text" else None, texts=kept

@@ -94,9 +94,10 @@ def _document(
                 return ReadError(
                     f"{location}: field {fields.text!r} must be a string, not {field.type}"
                 )
-            if _n_bytes(column[index]) > fields.longest:
+            value = column[index]
+            if _n_bytes(value) > fields.longest:
                 return ReadError(f"{location}: {too_long(fields.longest)}")
-            row[field.name] = column[index].as_py()
+            row[field.name] = value.as_py()
     except ERRORS as error:
         return ReadError(f"{location}: {reason_of(error)}")
     return row_document(row, fields, file, number, "row")

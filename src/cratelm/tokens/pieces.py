@@ -181,7 +181,10 @@ _LETTERS = (
     "\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"  # Japanese, Chinese, Korean
 )
 _DIGITS = "0-9"
-_SIGNS = r"!-&(-/:-@\[-`{-~\u3001-\u3003\u3008-\u3011\uff01-\uff0f\uff1a-\uff20"  # without '
+_SIGNS = (  # without '
+    r"!-&(-/:-@\[-`{-~\u2010-\u2027\u2190-\u23ff\u2500-\u26ff\u3001-\u3003\u3008-\u3011\uff01-\uff0f\uff1a-\uff20"
+    r"\U0001f300-\U0001f64f"  # emoji
+)
 _SOLID = r"^\s\u180e"
 """certainly no white space: Python's includes all that the tokenizers' has"""
 
