@@ -230,7 +230,7 @@ def test_a_damaged_record_does_not_stop_other_stages(tmp_path):
         manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
         assert [s["name"] for s in manifest["stages"]] == ["good"]
         assert list(manifest["unreadable"]) == ["model/bad"]
-        with pytest.raises(InputError, match="move the folder|upgrade cratelm"):
+        with pytest.raises(InputError, match=r"move the folder|upgrade cratelm"):
             run.stage("model", "bad").completion()
     write(run.stage("model", "bad"))  # written again, it is whole
     assert run.stage("model", "bad").require("train")
