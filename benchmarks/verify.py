@@ -25,7 +25,9 @@ from cratelm.runs.reading import verify_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=["crate-2l", "gpt2-12l"])
     parser.add_argument("--neurons", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=50_304)

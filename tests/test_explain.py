@@ -244,7 +244,10 @@ def test_sample_is_the_same_for_twins(run):
     ("fields", "message"),
     [
         ({"explainers": ()}, "--explainers"),
-        ({"explainers": ("lookup", "oracle")}, "--explainers lookup oracle"),
+        (
+            {"explainers": ("lookup", "oracle")},
+            "--explainers is 'oracle': choose from lookup, trie",
+        ),
         ({"explainers": ("trie", "trie")}, "each once"),
         ({"max_entries": 0}, "--max-entries must be at least 1, not 0"),
         ({"depth": 0}, "--depth must be at least 1, not 0"),

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_told(tmp_path, folder):
         "narrow": "reads 32 activations, but site ista of this model has 64",
         "deep": "layers 0 to 1",
         "mixed": "several sites, ista, mssa",
-        "cut": "cannot be read as an autoencoder",
+        "cut": "cannot be read as JSON",
     }
     for name, told in expected.items():
         with pytest.raises(InputError, match=told):

@@ -333,7 +333,7 @@ def test_folders_that_hold_no_model_are_named(tmp_path):
     with pytest.raises(InputError, match=r"no config.json and 0 GGUF files"):
         LocalBackend(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="names no model_type"):
         _ = LocalBackend(str(tmp_path)).model
 
 

@@ -128,7 +128,7 @@ def test_damaged_record_and_bad_names_are_told(tmp_path):
     with pytest.raises(InputError, match="completion record"):
         stage.completion()
     for name in ("../x", "a/b", ".hidden"):
-        with pytest.raises(InputError, match="use letters, digits"):
+        with pytest.raises(InputError, match="cannot name a folder"):
             Run(tmp_path).stage("model", name)
     file = tmp_path / "file"
     file.write_text("")
@@ -142,7 +142,7 @@ def test_damaged_record_and_bad_names_are_told(tmp_path):
 def edit(stage, **changes):
     """Changes the record in place; a value of None removes the key."""
     path = stage.path / RECORD
-    record = json.loads(path.read_text(encoding="utf-8")) | {"checksum": None} | changes
+    record = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(
         json.dumps({k: v for k, v in record.items() if v is not None}), encoding="utf-8"
     )
@@ -230,7 +230,7 @@ def test_a_damaged_record_does_not_stop_other_stages(tmp_path):
         manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
         assert [s["name"] for s in manifest["stages"]] == ["good"]
         assert list(manifest["unreadable"]) == ["model/bad"]
-        with pytest.raises(InputError, match="move the folder"):
+        with pytest.raises(InputError, match=r"move the folder|upgrade cratelm"):
             run.stage("model", "bad").completion()
     write(run.stage("model", "bad"))  # written again, it is whole
     assert run.stage("model", "bad").require("train")

@@ -346,7 +346,7 @@ def test_shared_documents_stop_the_scoring(tmp_path, monkeypatch):
     ("fields", "message"),
     [
         ({"metrics": ()}, "--metrics"),
-        ({"metrics": ("random_only", "magic")}, "--metrics random_only magic"),
+        ({"metrics": ("random_only", "magic")}, "--metrics is 'magic': choose from top_and_random"),
         ({"resamples": 3}, "--resamples must be at least 100, not 3"),
         ({"seed": -1}, "--seed must be at least 0, not -1"),
     ],

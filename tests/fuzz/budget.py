@@ -1,17 +1,16 @@
-"""How many inputs a fuzz test tries: a few in CI, always the same; `CRATELM_FUZZ=10000` others, and more."""
+"""The number of inputs that a fuzz test tries: few and always the same by default, `CRATELM_FUZZ` of them if it is set."""
 
 import os
 
 import hypothesis
-from hypothesis import HealthCheck
 
 
 def settings(few: int) -> hypothesis.settings:
-    """Settings of a fuzz test that tries `few` inputs in CI."""
+    """Return the settings of a fuzz test that tries `few` inputs by default."""
     return hypothesis.settings(
         max_examples=int(os.environ.get("CRATELM_FUZZ", few)),
         deadline=None,
         derandomize="CRATELM_FUZZ" not in os.environ,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cratelm.runs import Options, at_least, at_most, check_memory, not_in_identity
+from cratelm.runs import Options, at_least, at_most, check_resamples, not_in_identity
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ class AnalyzeConfig(Options):
              "batch_tokens": 1, "memory_mib": 1},
         )  # fmt: skip
         at_most(self, {"ista_steps": 10_000}, "the objective no longer changes after so many steps")
-        check_memory(self, {"resamples": 16 * self.resamples}, "the resamples")
+        check_resamples(self)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,6 +111,10 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return stage.result(ExplainResult, path=stage.path)
+    for record in islice(read_selected_records(harvest.path, "fit", selected), 1):
+        _check_memory(
+            record, config
+        )  # before the progress bar; all neurons have about as many tokens
     explainer = CountingExplainer(config, _token_strings(run))
     n_expected = len(config.explainers) * sum(not s.dead for s in selected)
     with stage.write(config, inputs) as draft:
@@ -215,8 +220,7 @@ def explain_neuron(
             f"{record.neuron} has no excerpts, or has excerpts of the held_out split instead of fit:"
             " type `cratelm harvest --force` for this model"
         )
-    tokens = sum(map(len, record.excerpts))
-    check_memory(config, {"depth": 8 * config.depth * tokens}, "the contexts of one neuron")
+    _check_memory(record, config)
     # at least 2 tokens of context, whatever --depth: look-up phrases say what comes before a token
     evidence = collect_evidence(record, depth=max(config.depth, 2), weight=WEIGHT)
     documents = tuple(sorted({e.document for e in record.excerpts}))
@@ -232,6 +236,12 @@ def explain_neuron(
             text, payload = trie_phrase(trie, record, token_strings), trie.payload()
         explanations.append(Explanation(record.neuron, explainer, text, payload, documents))
     return explanations
+
+
+def _check_memory(record: NeuronRecord, config: ExplainConfig) -> None:
+    """Raise `InputError` if the contexts of all tokens of a neuron's excerpts do not fit into memory."""
+    tokens = sum(map(len, record.excerpts))
+    check_memory(config, {"depth": 8 * config.depth * tokens}, "the contexts of one neuron")
 
 
 def _token_strings(run: Run) -> list[str]:

@@ -83,7 +83,7 @@ def check_autoencoder(folder: Path) -> None:
     The configuration decides what SAELens allocates, so its sizes are compared with the weights first.
     """
     content = json_object(folder / CONFIG, "the configuration of an autoencoder")
-    sizes = [content.get(name) for name in ("d_in", "d_sae")]
+    sizes: list[Any] = [content.get(name) for name in ("d_in", "d_sae")]
     if not all(type(size) is int and 1 <= size <= LARGEST for size in sizes):
         raise InputError(
             f"{folder / CONFIG} has d_in {sizes[0]!r:.40} and d_sae {sizes[1]!r:.40}: both must be whole"

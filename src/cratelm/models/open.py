@@ -169,7 +169,8 @@ def sequence_length(subject: LoadedModel, wanted: int | None) -> int:
     most = subject.longest
     if wanted and most and wanted > most:
         raise InputError(
-            f"--sequence-length is {wanted}, longer than the {most} positions of {subject.name}"
+            f"--sequence-length is {wanted}, longer than the {most} positions of {subject.name}:"
+            " lower --sequence-length"
         )
     return wanted or min(most or NO_LIMIT, LONGEST)
 

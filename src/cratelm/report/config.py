@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cratelm.errors import InputError
 from cratelm.records import SIMULATION_METRICS, Metric
-from cratelm.runs import Options, at_least, check_memory, not_in_identity
+from cratelm.runs import Options, at_least, check_resamples, not_in_identity
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ReportConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, {"neurons": 0, "excerpts": 0, "resamples": 100, "seed": 0})
-        check_memory(self, {"resamples": 64 * self.resamples}, "the resamples")
+        check_resamples(self)
         if self.rank_by not in SIMULATION_METRICS:
             raise InputError(
                 f"--rank-by is {self.rank_by!r}: choose from {', '.join(SIMULATION_METRICS)}"

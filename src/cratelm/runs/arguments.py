@@ -188,7 +188,7 @@ def _checked_float(name: str, value: Any) -> float:
     if not finite:
         raise InputError(f"{name} is {_shown(value)}: it must be a finite number")
     # An integer stays one: identities hash the JSON, in which 1 and 1.0 differ.
-    return value if type(value) in (int, float) else float(value)
+    return value if isinstance(value, int) or type(value) is float else float(value)
 
 
 def _checked_text(name: str, value: Any) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 from cratelm.errors import InputError
 from cratelm.runs.arguments import check_fields
 from cratelm.runs.atomic import valid_text
+from cratelm.runs.memory import check_memory
+
+MOST_RESAMPLES = 10**8
 
 
 class Options:
@@ -94,6 +97,15 @@ def at_least(config: object, lowest: Mapping[str, float], why: str = "") -> None
             option = name.replace("_", "-")
             reason = f": {why}" if why else ""
             raise InputError(f"--{option} must be at least {least}, not {value}{reason}")
+
+
+def check_resamples(config: Any) -> None:
+    """Raise `InputError` if `resamples` of a configuration are more than fit into memory, or than make sense.
+
+    A figure of two layers holds six numbers per resample: means and variances of each, and copies of both.
+    """
+    check_memory(config, {"resamples": 6 * 8 * config.resamples}, "the resamples")
+    at_most(config, {"resamples": MOST_RESAMPLES}, "more no longer change an interval")
 
 
 def at_most(config: object, highest: Mapping[str, float], why: str = "") -> None:

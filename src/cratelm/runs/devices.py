@@ -24,16 +24,19 @@ def device_of(wanted: str) -> "torch.device":
     names = devices()
     try:
         device = torch.device(wanted)
-        if device.type not in {name.partition(":")[0] for name in names}:
-            raise InputError("there is none")  # such as `meta`, on which nothing is computed
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(
-            f"--device {wanted} cannot be used on this machine ({reason}): choose from"
-            f" {', '.join(names)}, or type --device auto"
-        ) from None
-    return device
+    except RuntimeError:  # its message lists all devices that torch has heard of
+        device = None
+    reason = "there is no such device"
+    if device is not None and device.type in {name.partition(":")[0] for name in names}:
+        try:
+            torch.zeros(1, device=device)
+            return device
+        except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    raise InputError(
+        f"--device {wanted} cannot be used on this machine ({reason}): choose from"
+        f" {', '.join(names)}, or type --device auto"
+    )
 
 
 def devices() -> list[str]:

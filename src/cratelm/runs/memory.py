@@ -13,13 +13,15 @@ from cratelm.errors import InputError
 
 NEVER_REFUSED = 256 * 2**20
 """bytes: estimates below are never refused, because what is available changes with other processes"""
+MemoryParts = Mapping[str, float] | Mapping[str | tuple[str, ...], float]
+"""bytes by the option, or the options, that decide them"""
 _CGROUP = Path("/sys/fs/cgroup")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def check_memory(
     config: object,
-    parts: Mapping[str | tuple[str, ...], float],
+    parts: MemoryParts,
     purpose: str,
     *,
     available: int | None = None,
@@ -36,7 +38,7 @@ def check_memory(
     free = available_memory() if available is None else available
     if free is None or needed <= free:
         return
-    largest = max(parts, key=lambda part: parts[part])
+    largest = max(parts.items(), key=lambda part: part[1])[0]
     fields = (largest,) if isinstance(largest, str) else largest
     options = {f"--{field.replace('_', '-')}": getattr(config, field) for field in fields}
     given = " ".join(f"{name} {value}" for name, value in options.items() if value is not None)

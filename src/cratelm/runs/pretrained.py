@@ -64,7 +64,8 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     # Weights of another shape are reported by `check_loaded`, in one line and by name.
     options = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}
     with _quiet():
-        model, information = AutoModelForCausalLM.from_pretrained(path, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    model, information = loaded
     check_loaded(information, path)
     return model
 

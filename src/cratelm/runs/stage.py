@@ -309,7 +309,9 @@ class Stage:
     def __init__(self, run: Run, stage: StageName, name: str = ""):
         if name and (problem := names.problem_of(name)) and not _is_old_name(run, stage, name):
             shown = repr(name) if len(name) <= 60 else f"{name[:59]!r}…"
-            raise InputError(f"the name {shown} {problem}: use {names.USABLE}")
+            raise InputError(
+                f"the name {shown} cannot name a folder: it {problem}; use {names.USABLE}"
+            )
         self.run, self.name = run, name
         self.stage: StageName = stage
         self.path = run.path / stage / name if name else run.path / stage

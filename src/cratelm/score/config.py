@@ -6,7 +6,7 @@ from cratelm.errors import InputError
 from cratelm.explain.config import Prompts
 from cratelm.llm.config import LLMConfig, check_specification, option
 from cratelm.records import METRICS, SIMULATION_METRICS, Metric
-from cratelm.runs import at_least, check_memory
+from cratelm.runs import at_least, check_resamples
 from cratelm.runs.names import check_name
 
 
@@ -56,4 +56,4 @@ class ScoreConfig(LLMConfig):
         if self.name:
             check_name("--name", self.name)
         at_least(self, {"resamples": 100, "seed": 0})
-        check_memory(self, {"resamples": 16 * self.resamples}, "the resamples")
+        check_resamples(self)

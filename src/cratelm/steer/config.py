@@ -7,7 +7,7 @@ from typing import Literal
 from cratelm.errors import InputError
 from cratelm.llm.config import NO_LLM, LLMConfig, check_specification
 from cratelm.records import parse_neuron_ids
-from cratelm.runs import Options, at_least, check_memory, not_in_identity
+from cratelm.runs import Options, at_least, check_memory, check_resamples, not_in_identity
 from cratelm.runs.names import check_name
 from cratelm.steer.edits import Edit, Positions, one_operation
 
@@ -189,7 +189,7 @@ class InterveneConfig(LLMConfig):
             raise InputError(f"--strength is {self.strength}: it must be a finite number above 0")
         if self.name:
             check_name("--name", self.name)
-        check_memory(self, {"resamples": 16 * self.resamples}, "the resamples")
+        check_resamples(self)
         tokens = self.texts * (self.prompt_tokens + self.generate)
         texts = ("texts", "prompt_tokens", "generate")
         check_memory(self, {texts: 8 * tokens}, "the texts of one neuron")

@@ -5,7 +5,7 @@ import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cratelm.errors import InputError
 from cratelm.runs.arguments import checked_value
@@ -48,7 +48,8 @@ class Positions:
         if isinstance(value, str):
             return _from_words(value)
         try:
-            listed = (value,) if isinstance(value, numbers.Integral) else tuple(value)
+            single = isinstance(value, int | numbers.Integral)
+            listed: tuple[Any, ...] = (value,) if single else tuple(value)  # type: ignore[arg-type]
             if (
                 not isinstance(value, bytes)
                 and listed
