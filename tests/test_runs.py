@@ -142,7 +142,7 @@ def test_damaged_record_and_bad_names_are_told(tmp_path):
 def edit(stage, **changes):
     """Changes the record in place; a value of None removes the key."""
     path = stage.path / RECORD
-    record = json.loads(path.read_text(encoding="utf-8")) | changes
+    record = json.loads(path.read_text(encoding="utf-8")) | {"checksum": None} | changes
     path.write_text(
         json.dumps({k: v for k, v in record.items() if v is not None}), encoding="utf-8"
     )

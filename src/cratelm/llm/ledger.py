@@ -155,7 +155,7 @@ class Ledger:
             except (zlib.error, ValueError, TypeError, KeyError) as error:
                 raise InputError(
                     f"{self.path} is damaged: the answer of {row[2]} with the key {row[0]} cannot be read"
-                    f" ({error}); delete this row with SQLite, and the same command asks for it again"
+                    f" ({error}); take this row out with SQLite, and the same command asks for it again"
                 ) from None
         return outcomes
 
