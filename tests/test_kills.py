@@ -202,7 +202,11 @@ def chosen_operations(command: Command, outcome: Outcome) -> list[int]:
     if MANY:
         return spread(outcome.operations, MANY)
     after = min(moved_into_place(command, outcome) + 1, outcome.operations)
-    return sorted({outcome.operations // 2, after})
+    # before the first checkpoint, when the curves have lines already
+    first = [
+        n for n, label in enumerate(outcome.labels, 1) if label.endswith("checkpoints/partial")
+    ]
+    return sorted({*first[:1], outcome.operations // 2, after})
 
 
 def moved_into_place(command: Command, outcome: Outcome) -> int:
