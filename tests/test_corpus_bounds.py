@@ -213,9 +213,9 @@ def test_page_headers_are_read_as_they_are_written(tmp_path: Path) -> None:
             with path.open("rb") as stream:
                 chunk = metadata.row_group(g).column(0)
                 sizes = list(parquet._page_sizes(stream, chunk))
-            assert len(sizes) > 3
+            assert len(sizes) >= 2
             headers = chunk.total_uncompressed_size - sum(sizes)
-            assert 0 < headers < 250 * len(sizes)  # what is not in a page is in its header
+            assert 0 < headers < 500 * len(sizes)  # what is not in a page is in its header
         assert [d.text for d in read(path) if isinstance(d, Document)] == table["text"].to_pylist()
 
 

@@ -330,7 +330,7 @@ def test_the_same_command_gives_the_same_files_in_any_process(tmp_path: Path, co
 def test_batches_do_not_show(
     tmp_path: Path, corpus: Path, store: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(verb, "_BATCH_BYTES", 300)
     path = make(tmp_path, corpus).path
     for name in ("train-00000.bin", "fit-00000.bin", "documents.parquet"):
         assert (path / name).read_bytes() == (store.path / name).read_bytes()

@@ -158,7 +158,7 @@ def tokenize(
         max_document_megabytes: megabytes (10^6 bytes) of the longest document, as it is stored: a
             text file, a decompressed JSON line, a Parquet cell. A longer document counts as one
             that cannot be read (--on-error). Memory grows with it: up to 13 times its size, next to
-            about 2 GB
+            about 1 GB
         on_error: what to do with a document that cannot be read: stop with its file and line, or
             skip and count it
         force: redo the stage even if it is finished

@@ -61,7 +61,7 @@ class TokenizeConfig(Options):
     )
     """megabytes (10^6 bytes) of the longest document, as it is stored: a text file, a decompressed JSON line, a
     Parquet cell. A longer document counts as one that cannot be read (--on-error). Memory grows with
-    it: up to 13 times its size, next to about 2 GB"""
+    it: up to 13 times its size, next to about 1 GB"""
     on_error: Literal["stop", "skip"] = "stop"
     """what to do with a document that cannot be read: stop with its file and line, or skip and count it"""
     force: bool = not_in_identity(False)

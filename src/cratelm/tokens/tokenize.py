@@ -1,7 +1,7 @@
 """`cratelm tokenize`: turn documents into token shards.
 
 It takes one pass over the corpus (two if a tokenizer is trained). Memory is bounded, however long the
-corpus is and whatever it contains, by two batches of text with their tokens (2 million characters each), by the
+corpus is and whatever it contains, by two batches of text with their tokens (2 MB each), by the
 longest document (at most 13 bytes per byte: `cratelm.corpus.formats`), which is encoded in pieces
 (`cratelm.tokens.pieces`), and, if a tokenizer is trained, by the table of distinct words.
 """
@@ -36,7 +36,7 @@ from cratelm.tokens.tokenizer import (
     train_tokenizer,
 )
 
-_BATCH_CHARACTERS = 2_000_000
+_BATCH_BYTES = 2_000_000
 _BATCH_DOCUMENTS = 4096
 _LONG = 100_000
 """characters above which a document is encoded in pieces, and its hash taken in parts"""
@@ -223,20 +223,18 @@ def _is_full(writer: StoreWriter, max_tokens: int | None) -> bool:
 def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[_Batch]:
     """Yield the documents in batches; a long one is a batch by itself."""
     batch: _Batch = []
-    characters = 0
+    n_bytes = 0
     for split, document in documents:
         n = len(document.text)
-        if batch and (
-            n > _LONG or characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS
-        ):
+        if batch and (n > _LONG or n_bytes >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS):
             yield batch
-            batch, characters = [], 0
+            batch, n_bytes = [], 0
         batch.append((split, document))
-        characters += n
+        n_bytes += n_bytes_of(document.text)
         del document
         if n > _LONG:
             yield batch
-            batch, characters = [], 0
+            batch, n_bytes = [], 0
     if batch:
         yield batch
 
