@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cratelm.errors import InputError
@@ -145,7 +145,7 @@ def _pages(library: Library, pages: Pages) -> APIRouter:
 
     @router.get("/favicon.ico")
     def icon() -> Response:
-        return RedirectResponse("data:,")
+        return Response(status_code=204)  # there is none
 
     return router
 
