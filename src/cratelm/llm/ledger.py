@@ -256,7 +256,7 @@ class Ledger:
             return json.loads(row[0]) if row else None
         except ValueError:
             raise InputError(
-                f"{self.path} is damaged: its record of {specification} is not JSON; delete this row of"
+                f"{self.path} is damaged: its record of {specification} is not JSON; take this row out of"
                 " the table `models` with SQLite, and type the same command again"
             ) from None
 
