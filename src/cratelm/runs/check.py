@@ -227,7 +227,7 @@ def _leftovers(run: Run) -> Iterator[Finding]:
                 yield from _draft(path, found["name"], found["kind"])
             elif path.is_dir() and folder != run.path and _is_unfinished(path):
                 yield Finding(
-                    "left over", f"{path} has no {RECORD}: no verb finished it, delete it"
+                    "left over", f"{path} has no {RECORD}: no verb finished it; move it away"
                 )
 
 
