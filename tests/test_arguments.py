@@ -70,6 +70,7 @@ def test_every_configuration_checks_its_types(verb):
 
 
 @pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.fault("a value of a wrong type from Python", "one line names the argument")
 def test_a_wrong_type_names_the_argument(verb):
     """In `cratelm.api`, for every argument; never an error from deep inside, and nothing is begun."""
     function, hints = getattr(api, function_name(verb)), annotations_of(config_class(verb))
@@ -146,6 +147,7 @@ def calls_of_the_package(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.fault("a value of a wrong type for a public function", "one line names the argument")
 def test_public_functions_name_a_wrong_argument(tmp_path):
     for name, call in calls_of_the_package(tmp_path).items():
         for value in (None, 3.5, object(), b"bytes", {"a": 1}):
@@ -215,6 +217,7 @@ def flag_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+@pytest.mark.fault("NaN or infinity as an option", "one line names the option")
 def test_numbers_that_are_not_finite_are_refused():
     tried = 0
     for verb in VERBS:
@@ -226,6 +229,9 @@ def test_numbers_that_are_not_finite_are_refused():
     assert tried > 100
 
 
+@pytest.mark.fault(
+    "an absurd or negative number as an option", "one line names the option and its limit"
+)
 def test_absurd_and_negative_numbers_are_refused():
     """Above what any library counts, and below 0; what else is too large depends on the model and the machine."""
     tried = 0
@@ -311,6 +317,7 @@ def test_the_limit_of_the_process_counts(tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.fault("an empty path", "one line names the option")
 def test_an_empty_path_is_refused(verb, capsys, tmp_path, monkeypatch):
     """`--run=` is not the working directory, on the command line and in Python."""
     monkeypatch.chdir(tmp_path)
@@ -375,6 +382,10 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.fault(
+    "a name with control characters, slashes or a leading dash, or one that is too long",
+    "one line says which names can be used",
+)
 def test_names_that_cannot_be_used(name, tmp_path):
     assert problem_of(name)
     with pytest.raises(InputError, match="--name is") as refused:
@@ -433,6 +444,7 @@ def test_an_empty_text_is_no_value(verb, field):
 
 
 @pytest.mark.parametrize("device", ["x", "cuda:99", "meta", "", "cpu:x", "cuda:-1", "mkldnn"])
+@pytest.mark.fault("a device that is not there", "one line lists those that are")
 def test_a_device_that_this_machine_lacks_names_those_that_it_has(device):
     with pytest.raises(InputError, match="choose from cpu") as refused:
         device_of(device)
@@ -504,6 +516,10 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize(("verb", "options", "flag"), TOO_LARGE, ids=lambda v: str(v)[:40])
+@pytest.mark.fault(
+    "a size beyond the memory of the machine",
+    "one line with the estimate, what is available and the option to lower",
+)
 def test_a_size_that_cannot_fit_is_refused_before_it_is_allocated(run, verb, options, flag):
     if verb.startswith("sae"):
         pytest.importorskip("sae_lens", reason="the extra `sae` is not installed")

@@ -132,6 +132,7 @@ def test_tokenize_stops_at_a_long_document_or_counts_it(
             TokenizeConfig(max_document_megabytes=wrong)
 
 
+@pytest.mark.fault("a JSON line of millions of values", "refused before they are made")
 def test_a_json_line_of_many_values_is_refused_before_they_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_json_line_of_many_values_is_refused_before_they_are_made(
 # Memory
 
 
+@pytest.mark.fault("a document of tens of megabytes", "the memory stays bounded")
 def test_a_long_document_takes_a_bounded_amount_of_memory(tmp_path: Path) -> None:
     """5 MB in one line took 1.2 GB, 60 MB took 7.4 GB."""
     draw = np.random.default_rng(0)
@@ -169,6 +171,7 @@ def test_a_long_document_takes_a_bounded_amount_of_memory(tmp_path: Path) -> Non
     assert store.tokenizer.decode(ids.tolist()) == text
 
 
+@pytest.mark.fault("a zstd file that expands without end", "a read error; the memory stays bounded")
 def test_a_zstd_bomb_takes_a_bounded_amount_of_memory(tmp_path: Path) -> None:
     path = tmp_path / "bomb.jsonl.zst"
     piece = b"x" * 2**20
@@ -183,6 +186,9 @@ def test_a_zstd_bomb_takes_a_bounded_amount_of_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_rows", "megabytes", "longest"), [(1, 200, 1e6), (40, 20, 25e6)])
+@pytest.mark.fault(
+    "a Parquet page that expands to gigabytes", "a read error; the memory stays bounded"
+)
 def test_a_parquet_bomb_takes_a_bounded_amount_of_memory(
     tmp_path: Path, n_rows: int, megabytes: int, longest: float
 ) -> None:
@@ -233,6 +239,10 @@ def test_a_damaged_page_header_is_one_read_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "subset", "beside"])
+@pytest.mark.fault(
+    "timestamps in Parquet that Python cannot hold",
+    "the row is a read error, or the column is not read",
+)
 def test_timestamps_that_python_cannot_hold_are_read_errors_or_not_read(
     tmp_path: Path, kind: str
 ) -> None:
@@ -273,6 +283,10 @@ def test_all_kinds_of_strings_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(30)
+@pytest.mark.fault(
+    "a pipe, a socket, a device, or a link to one, in a corpus",
+    "it is never waited for: a read error",
+)
 def test_nothing_that_may_wait_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
@@ -286,6 +300,7 @@ def test_nothing_that_may_wait_is_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(30)
+@pytest.mark.fault("a file is replaced by a pipe while the corpus is read", "a read error")
 def test_a_path_that_becomes_a_pipe_after_it_was_checked_is_a_read_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from cratelm.cli import main
 from cratelm.errors import InputError
 from cratelm.runs import RECORD, Run
 from cratelm.runs.reading import read_json, read_json_lines, read_parquet, verified
+from cratelm.tokens.shards import TokenStore
 
 HARVEST, EXPLAINED, SCORES = (f"{s}/{MODEL}" for s in ("activations", "explanations", "scores"))
 WEIGHTS = f"model/{MODEL}/model.safetensors"
@@ -251,6 +252,17 @@ def test_a_record_of_another_form_is_told(results, run):
     path.write_text(json.dumps(record))
     with pytest.raises(InputError, match=rf"{RECORD} cannot be read as a completion record"):
         Run(run).labelled(SCORES).require()
+
+
+@pytest.mark.fault(
+    "a token id is beyond the vocabulary", "one line names the id and the vocabulary"
+)
+@pytest.mark.parametrize("ids", [[-1], [3, 10**6], [2**40]])
+def test_ids_beyond_the_vocabulary_are_told(ids, run):
+    store = TokenStore(run / "tokens")
+    with pytest.raises(InputError, match=f"token id {ids[-1]} is not in the vocabulary of"):
+        store.decode_tokens(ids)
+    assert store.decode_tokens([]) == []
 
 
 # ---- cratelm check --------------------------------------------------------------------------------

@@ -244,6 +244,10 @@ def kill_and_repeat(
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.fault(
+    "a command is killed at a file operation or at any other moment, with and without `--force`",
+    "the same command ends with the files of one that was not killed; with `--force` the old result stays until then",
+)
 def test_a_killed_command_ends_with_the_same_files(pipeline, name):
     command = next(c for c in COMMANDS if c.name == name)
     outcome, failures, kills = pipeline.outcomes[name], [], 0
@@ -266,6 +270,10 @@ def test_a_killed_command_ends_with_the_same_files(pipeline, name):
 
 
 @pytest.mark.parametrize("name", NAMES if MANY else ["harvest"])
+@pytest.mark.fault(
+    "a command is killed after its result is in place",
+    "the next command on the run completes the manifest and removes what was left",
+)
 def test_the_next_command_completes_what_a_killed_one_left(pipeline, name):
     """Killed after its result was moved into place: another command finds it, and removes the leftovers."""
     command = next(c for c in COMMANDS if c.name == name)
@@ -321,6 +329,10 @@ def used(disk: Path) -> int:
 
 
 @pytest.mark.parametrize("name", FULL)
+@pytest.mark.fault(
+    "the disk is full, also while a checkpoint is written",
+    "one line with the path and the free bytes; nothing half-written; the same command continues once there is space",
+)
 def test_a_full_disk_is_said_in_one_line_and_nothing_is_lost(pipeline, small_disk, name):
     command = next(c for c in COMMANDS if c.name == name)
     work, filler = small_disk / "work", small_disk / "filler"
@@ -360,6 +372,7 @@ def test_a_full_disk_is_said_in_one_line_and_nothing_is_lost(pipeline, small_dis
 
 
 @pytest.mark.parametrize("name", ["train", "sae train"])
+@pytest.mark.fault("a file may not grow beyond a limit of the system", "one line, no draft is left")
 def test_a_file_that_may_not_be_written_to_its_end(pipeline, name):
     """By `ulimit -f`, which needs no root: in a checkpoint, and in the result."""
     command = next(c for c in COMMANDS if c.name == name)

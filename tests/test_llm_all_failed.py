@@ -46,6 +46,10 @@ def typed(run: Path, verb: str, option: str, capsys) -> tuple[int, str]:
     return status, capsys.readouterr().err
 
 
+@pytest.mark.fault(
+    "every call of `explain` fails",
+    "exit status 2, one line with the count and the first reason, no stage; asked again by the same command",
+)
 def test_explain(run, model, capsys):
     model.fails = 1.0
     for n in (1, 2):  # the second time they are asked again, and fail again
@@ -67,6 +71,10 @@ def test_explain(run, model, capsys):
 SHORT = {"metrics": ("top_and_random",)}
 
 
+@pytest.mark.fault(
+    "every call of `score` fails",
+    "exit status 2, one line with the count and the first reason, no stage; asked again by the same command",
+)
 def test_score(run, model):
     explained(run)
     model.answer = AnswersProbes().answer
@@ -163,6 +171,7 @@ def test_a_server_that_fails_every_call_is_named(run, fault, capsys, monkeypatch
 
 @pytest.mark.parametrize("method", ["auto", "json", "logprobs"])
 @pytest.mark.parametrize("verb", ["explain", "score"])
+@pytest.mark.fault("there is no server", "one line with its address")
 def test_no_server_is_one_line_with_its_address(run, verb, method, capsys, monkeypatch):
     monkeypatch.setattr(server_module, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(server_module, "LONGEST_PAUSE", 0.02)

@@ -70,6 +70,7 @@ def starts_waiting(command: subprocess.Popen[str]) -> bool:
     return "waiting for its answers" in command.stdout.readline()
 
 
+@pytest.mark.fault("two commands ask the same of a language model", "each request is sent once")
 def test_two_commands_ask_each_request_once(run):
     with LLMServer() as server:
         gate = Gate(server, 4)
@@ -90,6 +91,7 @@ def test_two_commands_ask_each_request_once(run):
     assert not list(run.glob(".ledger*"))
 
 
+@pytest.mark.fault("two commands share a limit of calls", "together they do not pass it")
 def test_limits_hold_over_two_commands(run):
     with LLMServer() as server:
         gate = Gate(server, 4)
@@ -105,6 +107,7 @@ def test_limits_hold_over_two_commands(run):
         assert len(server.calls) == 9
 
 
+@pytest.mark.fault("one of two commands is killed with requests in flight", "the other asks them")
 def test_the_requests_of_a_killed_command_are_asked_by_the_other(run):
     with LLMServer() as server:
         gate = Gate(server, 6)
@@ -255,6 +258,9 @@ def test_a_killed_client_in_the_middle_of_its_claims(tmp_path):
     assert n_claims(tmp_path) == 0
 
 
+@pytest.mark.fault(
+    "a command is stopped with requests in flight", "another takes them over after 150 s"
+)
 def test_a_stopped_client_loses_its_claims_and_a_slow_one_does_not(tmp_path, monkeypatch):
     """A living one touches its lock; this one does so only as long as it is told to."""
     monkeypatch.setattr(claims_module, "CHECK_SECONDS", 0.02)
@@ -331,6 +337,7 @@ def test_a_ledger_that_another_program_locks_is_one_line(tmp_path, monkeypatch):
     other.rollback()
 
 
+@pytest.mark.fault("no space for the ledger", "one line; no answer is lost")
 def test_a_full_disk_is_one_line_and_loses_no_answer(tmp_path):
     asking(tmp_path, FakeModel(), CHATS[:3])()
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -352,6 +359,7 @@ def test_a_damaged_answer_is_named(tmp_path):
         asking(tmp_path, FakeModel(), CHATS)()
 
 
+@pytest.mark.fault("the ledger is damaged", "one line names it")
 def test_a_damaged_file_is_one_line(tmp_path):
     asking(tmp_path, FakeModel(), CHATS)()
     path = tmp_path / "ledger.sqlite"

@@ -75,6 +75,7 @@ def test_good_folders_load(good, folder):
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage", "zeros", "folder"])
+@pytest.mark.fault("a file of a model folder is cut, emptied or garbage", "one line names the file")
 def test_damaged_files_are_named(folder, name, damage):
     path = folder / name
     content = path.read_bytes()
@@ -105,6 +106,7 @@ SIZES = ("vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", 
 
 
 @pytest.mark.parametrize("value", [10**9, 10**30, 0, -1, "12", 1.5, [1], {"a": 1}, True])
+@pytest.mark.fault("a configuration with absurd sizes", "refused before anything is built")
 def test_absurd_sizes_are_refused_before_anything_is_built(folder, value, monkeypatch):
     """Whatever the field, within a second; of what takes the place of a number at most the shape differs."""
     config = json.loads((folder / "config.json").read_text())
@@ -131,6 +133,9 @@ def test_other_values_of_a_wrong_type_are_refused_or_ignored(folder, field):
             assert "\n" not in str(error)  # noqa: PT017
 
 
+@pytest.mark.fault(
+    "weights of another shape, or missing ones", "refused instead of filled with random numbers"
+)
 def test_weights_that_do_not_fit_are_refused(folder):
     """transformers would make up what is missing, and warn."""
     weights = load_file(folder / WEIGHTS)
@@ -154,6 +159,9 @@ def test_one_weight_more_is_said(folder, capfd):
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "{outside}/secret.safetensors", "a/../../secret.safetensors", "..\\secret.safetensors", "C:\\secret.safetensors", "/etc/passwd", "nul\0"])  # fmt: skip
+@pytest.mark.fault(
+    "an index of weights that names files outside of its folder", "refused; nothing there is read"
+)
 def test_an_index_does_not_reach_outside_of_its_folder(folder, name):
     index = sharded(folder)
     shutil.copy(folder / "a.safetensors", folder.parent / "secret.safetensors")
@@ -186,6 +194,7 @@ class Exploit:
         return (Path.touch, (Path("exploited"),))
 
 
+@pytest.mark.fault("a pickle that could run code", "refused without advice to load it")
 def test_a_pickle_that_could_run_code_is_refused_in_our_words(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = load_file(folder / WEIGHTS)
@@ -279,6 +288,7 @@ def autoencoder(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.fault("a damaged folder of an autoencoder", "one line names the file")
 def test_a_folder_of_an_autoencoder_is_checked_before_it_is_loaded(autoencoder):
     check_autoencoder(autoencoder)
     config = json.loads((autoencoder / "cfg.json").read_text())

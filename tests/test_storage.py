@@ -77,6 +77,9 @@ PATHS = {
         f"steer --run run --model {MODEL} --neurons 0:1 --zero --output",
     ],
 )
+@pytest.mark.fault(
+    "a path below a file, in a loop of links, or too long", "one line before the work begins"
+)
 def test_paths_that_cannot_be(place, capsys, words, path):
     before = names(place)
     line = error_of(capsys, *words.split(), path)
@@ -124,6 +127,7 @@ AS_NOBODY = (
 )
 
 
+@pytest.mark.fault("permission denied", "one line with the owner, the mode and who runs")
 def test_permission_denied_names_the_owner(place):
     """Root may do everything, so that the command becomes `nobody`."""
     folder = place / "folder"
@@ -172,6 +176,7 @@ def failing(monkeypatch, number: int, name: str = "mkdir") -> None:
         (errno.EMFILE, r"this process has too many open files"),
     ],
 )  # fmt: skip
+@pytest.mark.fault("a read-only or failing disk, a quota", "one line that says which")
 def test_each_fault_of_a_disk(tmp_path, monkeypatch, number, said):
     with monkeypatch.context() as patched:
         failing(patched, number)
@@ -216,6 +221,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.fault("a failing fsync", "an error; the old file stays")
 def test_a_failing_fsync_is_an_error(tmp_path, monkeypatch):
     """Network file systems report a full disk only then."""
     write_json(tmp_path / "x.json", "old")
@@ -314,6 +320,7 @@ def test_a_new_result_that_was_not_moved_into_place_counts(tmp_path):
     assert names(run.path / "model") == ["m", "m/completed.json", "m/weights.txt"]
 
 
+@pytest.mark.fault("the manifest lacks a finished stage", "the next command adds it")
 def test_the_manifest_is_completed(tmp_path):
     run = Run(tmp_path / "run")
     finish(run, name="a")
@@ -388,6 +395,9 @@ def test_a_draft_removed_in_part_is_not_resumed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", range(14))
+@pytest.mark.fault(
+    "a writer of the working directory is killed", "the whole old or the whole new folder is there"
+)
 def test_the_working_directory_is_not_lost_to_a_kill(tmp_path, monkeypatch, number):
     """It cannot be renamed, and is emptied and filled instead."""
     target = tmp_path / "here"

@@ -48,6 +48,10 @@ def test_differences(before, patch, release):
     assert skew.differences(before, NOW, exact=False) == release
 
 
+@pytest.mark.fault(
+    "a stage is made from results of another release of cratelm, torch or transformers",
+    "one note, once",
+)
 def test_a_stage_from_results_of_another_release_says_so_once(tmp_path, capsys):
     run = Run(tmp_path)
     tokens = finished(run, torch="1.13.0", cratelm="0.0.9")
@@ -86,6 +90,10 @@ def resumed(run: Run, **began_with: str) -> None:
         assert not draft.fresh
 
 
+@pytest.mark.fault(
+    "an interrupted stage is resumed with other versions or another commit",
+    "one note names every difference",
+)
 def test_a_resumed_draft_says_every_difference(tmp_path, capsys):
     resumed(Run(tmp_path), torch="2.0.0", commit="a" * 40)
     said = capsys.readouterr().err
@@ -122,6 +130,7 @@ def test_versions_are_no_part_of_an_identity(tmp_path):
 @pytest.mark.parametrize(
     "verb", ["report", "harvest", "explain", "tokenize", "view", "sae compare"]
 )
+@pytest.mark.fault("a later version wrote the run", "refused in one line")
 def test_a_manifest_of_a_later_version_is_refused(verb, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT + 1, "stages": []}))
     before = sorted(tmp_path.rglob("*"))
@@ -143,6 +152,7 @@ def test_a_damaged_manifest_is_written_again(content, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("damage", ["{", '{"format": 99}', "null", '{"stage": "x"}', ""])
+@pytest.mark.fault("a record is damaged", "no message advises to delete the stage")
 def test_nothing_advises_to_lose_the_files_of_a_stage(stage, damage, tmp_path):
     name = "" if stage in ("tokens", "report") else "m"
     run = Run(tmp_path)

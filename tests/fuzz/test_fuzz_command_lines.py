@@ -97,6 +97,9 @@ def nowhere(tmp_path_factory):
 
 @settings(150)
 @given(command_lines())
+@pytest.mark.fault(
+    "random command lines", "one line and exit status 2, or a result; nothing half-written"
+)
 def test_command_lines(nowhere, words):
     out, error = io.StringIO(), io.StringIO()
     start = time.process_time()
@@ -138,6 +141,10 @@ REQUIRED: dict[str, dict[str, Any]] = {
 
 @settings(150)
 @given(calls())
+@pytest.mark.fault(
+    "random arguments of the Python functions",
+    "`InputError` or `TypeError` that names the argument",
+)
 def test_calls(nowhere, call):
     """Refused in one line; the arguments that are given are named if the call is refused for one of them."""
     verb, arguments = call

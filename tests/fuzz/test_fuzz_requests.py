@@ -112,6 +112,9 @@ def bounded():
 
 @settings(150)
 @given(requests())
+@pytest.mark.fault(
+    "random requests to the browser's server", "a status below 500 in time; the run stays as it is"
+)
 def test_requests(client, viewer_run, bounded, sent):
     before = state(viewer_run)
     start = time.process_time()
