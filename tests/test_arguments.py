@@ -347,7 +347,7 @@ def test_an_empty_path_is_refused(verb, capsys, tmp_path, monkeypatch):
         ("a/\x1b[31m", "control characters"),
         ("x" * 256, "a name of 256 bytes"),
         ("é" * 128, "a name of 256 bytes"),
-        ("a/" * 3000, "bytes: at most 255"),
+        ("a/" * 3000, "bytes, and at most 255"),
         ("\ud800", "control characters"),
     ],
 )

@@ -157,7 +157,7 @@ def test_a_large_file_is_hashed_when_size_or_time_change(run, monkeypatch):
     verified(path)
     verified(path)
     assert hashed == [path]
-    verified_files._checked.clear()  # as in another process
+    verified_files.forget()  # as in another process
     verified(path)
     assert hashed == [path]
     os.utime(path)
@@ -316,7 +316,7 @@ def test_a_file_that_changed_without_its_time_is_found(run, capsys, monkeypatch)
     before = path.stat()
     flip(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    verified_files._checked.clear()
+    verified_files.forget()
     verified(path)  # size and time are as noted
     status, lines = found(run, capsys)
     assert status == 5

@@ -422,6 +422,7 @@ def test_a_model_of_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> N
     swapped = text.replace('"<|endoftext|>"', '"<|other|>"')
     assert swapped != text
     (copy / "tokenizer.json").write_text(swapped)
+    (copy / "completed.json").unlink()  # a folder from elsewhere
     with pytest.raises(InputError, match="differs from the tokenizer of the run"):
         measure(run, path=str(copy))
 

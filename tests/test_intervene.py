@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_llm import FakeModel
 from test_steer import small_run
+from tiny_run import reseal
 
 import cratelm
 from cratelm.activations.open_harvest import open_harvested
@@ -106,6 +107,7 @@ def planted(tmp_path_factory) -> Path:
             rows[token] = 8 * torch.eye(32)[index]
             last[index] = 10 * torch.eye(32)[index]
     model.save_pretrained(path / "model" / MODEL)
+    reseal(path / "model" / MODEL)
     cratelm.api.harvest(run=path, model=MODEL, tokens=2000)
     write_truth(path)
     return path

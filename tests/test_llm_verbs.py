@@ -11,6 +11,7 @@ import planted
 import pyarrow.parquet as pq
 import pytest
 from fake_llm import FakeModel
+from tiny_run import reseal
 
 from cratelm.errors import BudgetReached, InputError
 from cratelm.explain.config import ExplainConfig
@@ -294,12 +295,14 @@ def test_score_files_of_version_0_1_0_are_read(run, model):
     table = pq.read_table(path / "scores.parquet")
     old = table.drop_columns(["explained_by", "simulator", "variant"])
     pq.write_table(old, path / "scores.parquet")
+    reseal(path)
     assert read_scores(path) == found
     labels = ["mine", "mine+paper-compat", "mine/other+paper-compat"]
     place = old.schema.get_field_index("explainer")
     pq.write_table(
         old.slice(0, 3).set_column(place, "explainer", [labels]), path / "scores.parquet"
     )
+    reseal(path)
     assert [(s.explained_by, s.simulator, s.variant) for s in read_scores(path)] == [
         ("mine", "", ""),
         ("mine", "", "+paper-compat"),

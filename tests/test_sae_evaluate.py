@@ -8,6 +8,7 @@ import pytest
 import torch
 from sae_runs import EOT, LENGTH, small_run
 from safetensors.torch import load_file, save_file
+from tiny_run import reseal
 
 from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
@@ -356,15 +357,17 @@ def test_damage_is_told(run):
     weights = load_file(folder / "sae_weights.safetensors")
     weights["W_dec"][3] = float("nan")
     save_file(weights, folder / "sae_weights.safetensors")
+    reseal(folder.parent)
     with pytest.raises(InputError, match="with reconstruction in layers 1 is not a number"):
         evaluated(run)
     (folder / "sae_weights.safetensors").write_bytes(b"no weights")
-    with pytest.raises(InputError, match="cannot be read as an autoencoder"):
+    with pytest.raises(InputError, match=r"sae_weights\.safetensors is damaged"):
         evaluated(run)
     path = run / "model" / "crate" / "model.safetensors"
     damaged = load_file(path)
     damaged["model.layers.0.ista.dictionary"][0, 0] = float("nan")
     save_file(damaged, path, {"format": "pt"})
+    reseal(path.parent)
     shutil.rmtree(folder)
     with pytest.raises(InputError, match=r"layer 0 \(site ista\) is nan"):
         evaluated(run)

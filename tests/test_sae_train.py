@@ -10,6 +10,7 @@ import pytest
 import torch
 from sae_runs import EOT, LENGTH, small_run
 from safetensors.torch import load_file, save_file
+from tiny_run import reseal
 
 from cratelm.errors import InputError
 from cratelm.models import load, site_of
@@ -356,6 +357,7 @@ def test_nan_activations_name_the_layer_and_lose_nothing(run):
     damaged = load_file(path)
     damaged["model.layers.1.ista.dictionary"][3, 4] = float("nan")
     save_file(damaged, path, {"format": "pt"})
+    reseal(path.parent)
     with pytest.raises(InputError, match=r"layer 1 \(site ista\) is nan"):
         trained(run, architecture="topk", k=4, force=True)
     assert weights(before.path, 1)

@@ -11,6 +11,7 @@ from fake_llm import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import STRINGS, corpus, harvested, on_token
+from tiny_run import reseal
 
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
@@ -327,6 +328,7 @@ def test_failed_explanation_is_counted(run):
     table = pq.read_table(path)
     lost = [(r["index"], r["explainer"]) == (5, "trie") for r in table.to_pylist()]
     pq.write_table(table.filter(~np.array(lost)), path)
+    reseal(path.parent)
     result = score(ScoreConfig(run=run.path, model="m", resamples=200, quiet=True))
     failed = [s for s in read_scores(result.path) if s.score.status == Status.FAILED]
     assert {(s.neuron.index, s.explainer) for s in failed} == {(5, "trie")}

@@ -124,9 +124,9 @@ def test_answers_are_those_of_the_harvest_and_explanations_of_now(copy):
     ("damage", "told"),
     [
         (lambda model: shutil.rmtree(model), "cratelm train"),
-        (lambda model: (model / "model.safetensors").unlink(), "no model can be loaded from"),
-        (lambda model: (model / "model.safetensors").write_bytes(b"cut"), "no model can be loaded from"),
-        (lambda model: (model / "config.json").write_text("{"), "no model can be loaded from"),
+        (lambda model: (model / "model.safetensors").unlink(), r"model\.safetensors is damaged"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"cut"), r"model\.safetensors is damaged"),
+        (lambda model: (model / "config.json").write_text("{"), r"config\.json is damaged"),
     ],
 )  # fmt: skip
 def test_a_damaged_model_is_told_at_once(copy, monkeypatch, damage, told):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure as Canvas
+from tiny_run import reseal
 
 from cratelm.analysis.store import (
     CoverageControl,
@@ -175,6 +176,7 @@ def test_difference_of_twins_has_an_interval_that_covers(tmp_path):
                 for i, r in enumerate(reading)
             ]
             write_readings(run.stage("analysis", model).path, rows)
+            reseal(run.stage("analysis", model).path)
         table = white_box_tables(run, MODELS, [MODELS], resamples=300, seed=trial)[
             "white_box_twins"
         ]

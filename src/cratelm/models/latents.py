@@ -18,6 +18,7 @@ from cratelm.errors import InputError, missing_extra
 from cratelm.models.sites import Site, site_of
 from cratelm.runs.arguments import LARGEST
 from cratelm.runs.pretrained import json_object, safetensors_shapes
+from cratelm.runs.reading import verified
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -102,6 +103,8 @@ def check_autoencoder(folder: Path) -> None:
 
 
 def _load(folder: Path, device: torch.device) -> Any:
+    for path in sorted(folder.iterdir()):
+        verified(path)
     check_autoencoder(folder)
     os.environ.setdefault("WANDB_MODE", "disabled")  # SAELens imports wandb; nothing is sent
     try:

@@ -223,8 +223,8 @@ def checked_path(name: str, value: Any) -> Path:
     if max(sizes) > _LONGEST_NAME or sum(sizes) + len(sizes) > _LONGEST_PATH:
         what = f"a name of {max(sizes):,}" if max(sizes) > _LONGEST_NAME else f"{sum(sizes):,}"
         raise InputError(
-            f"{name} is {_shown(text)}, which has {what} bytes: at most {_LONGEST_NAME} are possible in"
-            f" a name and {_LONGEST_PATH:,} in a path"
+            f"{name} is {_shown(text)}, which has {what} bytes, and at most {_LONGEST_NAME} are possible"
+            f" in a name and {_LONGEST_PATH:,} in a path: name a shorter one"
         )
     return value if isinstance(value, Path) else Path(text)
 

@@ -105,6 +105,11 @@ def note_large_files(folder: Path, names: Iterable[str]) -> None:
         write_text(folder / VERIFIED, json.dumps(large) + "\n")
 
 
+def forget() -> None:
+    """Forget which files this process has found to be sound."""
+    _checked.clear()
+
+
 def hash_again(path: Path) -> str:
     """Return what is wrong with a file, by hashing it even if it is known to be sound."""
     _checked.pop(path.absolute(), None)
