@@ -253,6 +253,7 @@ def test_what_is_counted_and_never_scored(run, judge):
     kept = [e for e in read_explanations(folder) if e.neuron.index > 1]
     write_explanations(folder, kept)
     write_unexplained(folder, [ExplanationFailure(neurons[1], "top", "status: 500")])
+    reseal(folder)
     judge.fails = 0.1
     result = asked(run)
     found = rows(result)
