@@ -25,7 +25,7 @@ from cratelm.runs.identity import hash_file
 
 RECORD = "completed.json"
 LARGE = 2**28
-"""bytes; hashing that much takes 0.2 s with a CPU's sha256 instructions and 0.7 s without"""
+"""bytes; hashing that much takes 0.8 s (benchmarks/verify.py)"""
 VERIFIED = ".verified"
 """size and modification time of the large files of a stage when they were last hashed, as JSON"""
 MISSING = "the file is missing"
