@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from cratelm.corpus.documents import Document
+from cratelm.records import NeuronId, NeuronSummary
 from cratelm.runs import Run
 from cratelm.tokens.shards import StoreWriter, TokenSplit
 
@@ -82,3 +83,22 @@ def random_run(path: Path, vocabulary: int, n_tokens: int) -> Run:
             writer.append(split, ids, Document("", "random", "", 0, ""))
         writer.close()
     return run
+
+
+def neuron_summary(neuron: NeuronId, n_tokens: int, maximum: float) -> NeuronSummary:
+    """Return made-up statistics of a neuron: benchmarks need the columns, not their values."""
+    return NeuronSummary(
+        neuron=neuron,
+        n_tokens=n_tokens,
+        mean=0.1,
+        variance=1.0,
+        skew=1.0,
+        kurtosis=3.0,
+        firing_rate=0.1,
+        maximum=maximum,
+        histogram=np.zeros(64, np.int64),
+        histogram_low=0.0,
+        histogram_high=maximum,
+        openai_edges=np.zeros(6, np.float32),
+        anthropic_edges=np.zeros(13, np.float32),
+    )

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from common import timed
+from common import neuron_summary, timed
 from tokenizers import Tokenizer, models
 
 from cratelm.activations.store import write_records
 from cratelm.corpus.documents import Document
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
-from cratelm.records import Excerpt, ExcerptKind, NeuronId, NeuronRecord, NeuronSummary, Split
+from cratelm.records import Excerpt, ExcerptKind, NeuronId, NeuronRecord, Split
 from cratelm.runs import Run
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
@@ -114,21 +114,7 @@ def generated_record(
                     position=at,
                 )
             )
-    summary = NeuronSummary(
-        neuron=NeuronId("m", "ista", 0, index),
-        n_tokens=n_tokens,
-        mean=0.1,
-        variance=1.0,
-        skew=1.0,
-        kurtosis=3.0,
-        firing_rate=0.1,
-        maximum=5.0,
-        histogram=np.zeros(64, np.int64),
-        histogram_low=0.0,
-        histogram_high=5.0,
-        openai_edges=np.zeros(6, np.float32),
-        anthropic_edges=np.zeros(13, np.float32),
-    )
+    summary = neuron_summary(NeuronId("m", "ista", 0, index), n_tokens, 5.0)
     return NeuronRecord(summary, tuple(excerpts))
 
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import timed
+from common import neuron_summary, timed
 
 import cratelm
 import cratelm.runs.verified as verified_files
 from cratelm.activations.store import read_records, write_records
-from cratelm.records import Excerpt, NeuronId, NeuronRecord, NeuronSummary
+from cratelm.records import Excerpt, NeuronId, NeuronRecord
 from cratelm.runs import Run
 from cratelm.runs.reading import verify_folder
 
@@ -96,21 +96,7 @@ def records(n_neurons: int) -> list[NeuronRecord]:
             )
             for rank in range(80)
         ]
-        summary = NeuronSummary(
-            neuron=neuron,
-            n_tokens=100_000,
-            mean=0.1,
-            variance=0.1,
-            skew=1.0,
-            kurtosis=3.0,
-            firing_rate=0.1,
-            maximum=1.0,
-            histogram=np.zeros(64, np.int64),
-            histogram_low=0.0,
-            histogram_high=1.0,
-            openai_edges=np.zeros(6, np.float32),
-            anthropic_edges=np.zeros(13, np.float32),
-        )
+        summary = neuron_summary(neuron, 100_000, 1.0)
         made.append(NeuronRecord(summary, tuple(excerpts)))
     return made
 

@@ -196,7 +196,9 @@ def test_a_small_file_is_hashed_once_in_a_process(run, monkeypatch):
 # ---- files without a recorded hash ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"[1]", b"{", b"\xff\xfe", b'{"a": 1'])
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[1]", b"{", b"\xff\xfe", b'{"a": 1', b"[" * 100_000]
+)
 @pytest.mark.fault(
     "a JSON file is empty, cut, `null`, an array or not UTF-8", "one line names the file"
 )
@@ -232,6 +234,19 @@ def test_damaged_parquet_is_told(damage, run):
         ExcerptFile(run / HARVEST, "fit")
     with pytest.raises(InputError, match=r"excerpts-fit\.parquet is damaged \(expected a Parquet"):
         read_parquet(path)
+
+
+def test_a_fault_of_the_system_is_no_damage(tmp_path, monkeypatch):
+    """A remedy that makes the file again would lose it for nothing."""
+    path = tmp_path / "summary.json"
+    path.write_text("{}")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(PermissionError):
+        read_json(path)
 
 
 @pytest.mark.fault("a Parquet file has other columns", "one line names the file and the column")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from cratelm.errors import BudgetReached, InputError
+from cratelm.errors import BudgetReached, InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -404,8 +404,10 @@ def _message_and_status(error: Exception) -> tuple[str, int]:
 
     if (fault := storage_error(error)) is not None:
         return str(fault), 2
-    message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {message} (CRATELM_TRACEBACK=1 prints the traceback)", 1
+    return (
+        f"{type(error).__name__}: {one_line(error, 300)} (CRATELM_TRACEBACK=1 prints the traceback)",
+        1,
+    )
 
 
 def _fail(verb: str, message: str, status: int) -> int:

@@ -36,3 +36,9 @@ def missing_extra(extra: str, feature: str, package: str, otherwise: str = "") -
         f"{feature} needs the package {package}, which is not installed: type"
         f" `pip install '.[{extra}]'` in the clone of cratelm{otherwise}"
     )
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return the message of an error of a library on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

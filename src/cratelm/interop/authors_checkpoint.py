@@ -22,7 +22,7 @@ import torch
 from numpy._core.multiarray import _reconstruct, scalar
 from transformers import GPT2LMHeadModel
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.models.crate import CrateConfig, CrateForCausalLM
 from cratelm.models.gpt2 import as_twin, gpt2_config
 from cratelm.runs.arguments import checked_arguments
@@ -280,8 +280,9 @@ def _or_input_error(path: Path, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except (ValueError, TypeError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: model_args do not describe a valid model: {message}") from None
+        raise InputError(
+            f"{path}: model_args do not describe a valid model: {one_line(error)}"
+        ) from None
 
 
 def _filled(layout: _Layout, config: Any, weights: Mapping[str, torch.Tensor], path: Path) -> Any:

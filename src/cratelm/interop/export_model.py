@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.interop.config import ExportModelConfig
 from cratelm.interop.model_card import PAPER, code_block, write_card
 from cratelm.interop.model_folder import architecture, save_model, usage
@@ -233,7 +233,7 @@ def _push(folder: Path, repository: str) -> str:
             repo_id=repository, folder_path=folder, commit_message="Model exported by cratelm"
         )
     except Exception as error:  # network libraries share no base exception
-        message = " ".join(str(error).split())[:160]
+        message = one_line(error, 160)
         raise InputError(
             f"{folder} was written, but the upload to hub:{repository} failed ({type(error).__name__}:"
             f" {message}): type `hf upload {repository} {folder}` to try again"

@@ -19,7 +19,8 @@ from cratelm.interop.model_card import PAPER, code_block, write_card
 from cratelm.interop.out_folder import check_out, out_folder
 from cratelm.interop.source_file import SourceFile, locate
 from cratelm.runs import hash_file
-from cratelm.sae.sae import DTYPES, Sae, SaeConfig, read_json
+from cratelm.runs.pretrained import json_object
+from cratelm.sae.sae import DTYPES, Sae, SaeConfig
 
 _SITES = {
     "mlp.hook_post": ("mlp", "ista"),
@@ -56,7 +57,7 @@ def import_sae(config: ImportSaeConfig) -> ImportSaeResult:
     settings_path = _settings_path(config, source)
     check_out(config.out, (source.path, settings_path), force=config.force)
     weights = _weights(source.path)
-    settings = read_json(settings_path)
+    settings = json_object(settings_path, "the settings of an autoencoder")
     d_in, d_sae = _shape(settings, weights, settings_path, source.path)
     position = _position(settings, settings_path, config.site)
     sha256 = hash_file(source.path)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from cratelm.errors import InputError
+from cratelm.runs.reading import reading
 
 SOURCE = "records.jsonl.gz"
 """file in a folder of imported activations that contains the records as they were read, one per line"""
@@ -169,9 +170,12 @@ def source_writer(folder: str | Path) -> Iterator[Callable[[OpenAIRecord], None]
 
 
 def read_source(folder: str | Path) -> Iterator[OpenAIRecord]:
-    """Yield the original records of a folder of imported activations, sorted by layer and index."""
+    """Yield the original records of a folder of imported activations, sorted by layer and index.
+
+    Raises `InputError` if the file is damaged.
+    """
     path = Path(folder) / SOURCE
-    with gzip.open(path, "rb") as file:
+    with reading(path, "gzip"), gzip.open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             yield parse_record(line, f"{path}, line {number}")
 

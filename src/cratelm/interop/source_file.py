@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 
 _HUB = re.compile(
     r"(?P<hub>hub:)?(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>.+))?"
@@ -108,8 +108,7 @@ def hub_commit_of(path: Path) -> str:
 
 def _unreached(name: str, revision: str | None, error: Exception) -> InputError:
     at = f"@{revision}" if revision else ""
-    message = " ".join(str(error).split())
-    message = message if len(message) <= 160 else f"{message[:159]}…"
+    message = one_line(error, 160)
     return InputError(
         f"hub:{name}{at} cannot be fetched ({type(error).__name__}: {message}): check the name and the"
         " network, or name a local file"

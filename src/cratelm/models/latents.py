@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
-from cratelm.errors import InputError, missing_extra
+from cratelm.errors import InputError, missing_extra, one_line
 from cratelm.models.sites import Site, site_of
 from cratelm.runs.arguments import LARGEST
 from cratelm.runs.pretrained import json_object, safetensors_shapes
@@ -114,8 +114,9 @@ def _load(folder: Path, device: torch.device) -> Any:
     try:
         return SAE.load_from_disk(folder, device=str(device)).eval()
     except Exception as error:  # SAELens and its parts share no base exception
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{folder} cannot be read as an autoencoder ({reason})") from None
+        raise InputError(
+            f"{folder} cannot be read as an autoencoder ({one_line(error, 160)})"
+        ) from None
 
 
 def _site_below(model: PreTrainedModel, saes: dict[int, Any], folder: Path) -> Site:

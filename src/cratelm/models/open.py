@@ -18,11 +18,10 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.models.sizes import hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.runs.devices import device_of
-from cratelm.runs.pretrained import one_line
 from cratelm.runs.reading import verified
 from cratelm.tokens.pieces import PieceEncoder
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary

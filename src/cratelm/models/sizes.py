@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
 from cratelm.runs.arguments import checked_arguments, checked_value
@@ -23,7 +23,6 @@ from cratelm.runs.pretrained import (
     check_sizes_of,
     from_pretrained,
     least_memory,
-    one_line,
     reason_of,
 )
 from cratelm.runs.reading import verify_folder

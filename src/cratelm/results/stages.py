@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.runs import Completion, Run, StageName
 from cratelm.runs.names import FAMILIES, family_of, set_name, sets_of, split_set
 
@@ -48,11 +48,6 @@ class Problems:
         except (*READ_ERRORS, InputError) as error:
             self.lines.append(f"{label} ({one_line(error)})")
             return default
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line, at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def changed_at(run: Run) -> int:

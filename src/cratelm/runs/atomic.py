@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from cratelm.errors import InputError
-from cratelm.runs.storage import storage_errors
+from cratelm.runs.storage import storage_errors, temporary_name
 
 HEARTBEAT, EXPIRES = 30.0, 150.0
 """seconds; file attributes on NFS may be 60 s old, so 2 heartbeats in a row can go unnoticed"""
@@ -47,10 +47,6 @@ _RANKS_WAIT = 0.5
 """seconds that a process waits for another one that only looks whether a lock is free"""
 _SWAP_WAIT = 1.0
 """seconds that a reader waits for a folder that is being moved into place"""
-_DRAFT = re.compile(r"\.[0-9a-f]{8}\..+\.tmp")
-_RESUMABLE = re.compile(r"\..+\.partial")
-_LEFT = re.compile(r"\.(?:[0-9a-f]{8}\.(?P<draft>.+)\.tmp|(?P<name>.+)\.(?P<kind>new|old|lock))")
-"""names that a killed writer leaves, but for the draft that resumes"""
 _held: dict[tuple[Path, int], int] = {}
 """number of times that a thread of this process holds the lock of a path, by path and thread"""
 
@@ -335,16 +331,16 @@ def interrupted(folder: Path, mark: str) -> list[Path]:
     except OSError:
         return []
     found = set()
-    for match in filter(None, map(_LEFT.fullmatch, names)):
-        name, entry = match["draft"] or match["name"], folder / match[0]
-        if match["kind"] == "lock":
+    for left in names:
+        name, kind = temporary_name(left) or ("", "")
+        entry, target = folder / left, folder / name
+        is_ours = kind == "tmp"
+        if kind == "lock":
             is_ours = _is_our_lock(entry)
-        elif match["kind"]:
-            is_ours = any((f / mark).is_file() for f in (entry, folder / name))
-        else:
-            is_ours = True
+        elif kind in ("new", "old"):
+            is_ours = any((f / mark).is_file() for f in (entry, target))
         if is_ours:
-            found.add(folder / name)
+            found.add(target)
     return sorted(found)
 
 
@@ -464,8 +460,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path = Path(path).resolve()
     # A draft has one writer, and is synced as a whole when it is moved into place. One that resumes must
     # also survive a failing machine, but no lock file in it may count as one of its files.
-    in_draft = any(_DRAFT.fullmatch(part) for part in path.parts)
-    has_lock = in_draft or any(_RESUMABLE.fullmatch(part) for part in path.parts)
+    kinds = {found[1] for part in path.parts if (found := temporary_name(part))}
+    in_draft, has_lock = "tmp" in kinds, bool(kinds & {"tmp", "partial"})
     with contextlib.nullcontext() if has_lock else lock(path, wait=_FILE_WAIT):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_drafts(path, resumable=False)

@@ -1,13 +1,12 @@
 """`cratelm check`: whether a run is sound, whole and current.
 
 Every recorded file is hashed again, every other file that a verb writes is parsed, and the names that writers
-give to drafts and locks are looked for. Nothing in the run is changed, except that `.verified` notes which
-large files were found to be sound (see `cratelm.runs.verified`).
+give to drafts and locks are looked for. No result is changed: `.verified` notes which large
+files were found to be sound (see `cratelm.runs.verified`), and the lock of a dead process is removed.
 """
 
 import contextlib
 import json
-import re
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from cratelm.runs.check_config import CheckConfig
 from cratelm.runs.identity import versions
 from cratelm.runs.reading import damaged, read_json, read_json_lines, reading
 from cratelm.runs.stage import FORMAT, MANIFEST, STAGES, Run, Stage
+from cratelm.runs.storage import temporary_name
 from cratelm.runs.verified import RECORD, hash_again, recorded_files
 
 FindingKind = Literal["damaged", "stale", "left over", "unfinished", "version"]
@@ -37,9 +37,6 @@ KINDS: dict[FindingKind, int] = {
 another version are as good as they were"""
 _COMPARED = ("cratelm", "torch", "transformers", "tokenizers")
 """versions that may change results"""
-_DRAFT = re.compile(
-    r"\.(?:[0-9a-f]{8}\.)?(?P<name>.+?)\.(?P<kind>(?:[0-9]+\.)?tmp|partial|new|old|lock)"
-)
 
 
 @dataclass(frozen=True)
@@ -222,9 +219,9 @@ def _leftovers(run: Run) -> Iterator[Finding]:
     folders = [run.path, *(run.path / stage for stage in STAGES if (run.path / stage).is_dir())]
     for folder in folders:
         for path in sorted(folder.iterdir()):
-            found = _DRAFT.fullmatch(path.name)
+            found = temporary_name(path.name)
             if found is not None:
-                yield from _draft(path, found["name"], found["kind"])
+                yield from _draft(path, *found)
             elif path.is_dir() and folder != run.path and _is_unfinished(path):
                 yield Finding(
                     "left over", f"{path} has no {RECORD}: no verb finished it; move it away"

@@ -13,7 +13,7 @@ from cratelm.runs import Options, not_in_identity
 class CheckConfig(Options):
     """Verify a run: every file against its recorded hash, and whether anything is stale or left over.
 
-    Reads every file and changes nothing. The exit status is 0 if all is well, 4 if something is stale or left
+    Reads every file and changes no result. The exit status is 0 if all is well, 4 if something is stale or left
     over, and 5 if something is damaged.
     """
 

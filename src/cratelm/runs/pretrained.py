@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.runs.arguments import LARGEST
 
 CONFIG = "config.json"
@@ -287,9 +287,3 @@ def reason_of(error: BaseException) -> str:
             )
         cause = cause.__cause__ or cause.__context__
     return one_line(error)
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return the message of an error on one line of at most `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -7,6 +7,7 @@ second half of this alone.
 
 import contextlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.runs.stage import Run, Stage
 from cratelm.runs.verified import first_problem, problem_of, stage_folder
 
@@ -28,6 +29,8 @@ _DAMAGE = (
     TypeError,
     IndexError,
     AttributeError,
+    RecursionError,
+    zlib.error,
 )
 """what the libraries raise for a damaged file"""
 
@@ -80,16 +83,19 @@ def stage_of(path: str | Path) -> Stage | None:
 def reading(path: str | Path, expected: str) -> Iterator[Path]:
     """Yield the verified `path`; errors of libraries inside become an `InputError` that says what was expected.
 
-    A missing file stays a `FileNotFoundError` only if nothing is recorded about it.
+    A fault of the system, such as a missing permission, stays an `OSError`; so does a missing file about
+    which nothing is recorded.
     """
     path = verified(path)
     try:
         yield path
-    except FileNotFoundError:
-        raise
     except InputError:
         raise
     except _DAMAGE as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # of the system, not of the content
+            raise
         raise damaged(path, f"expected {expected}; {_reason(error)}") from None
 
 
@@ -158,6 +164,4 @@ def _kind(value: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return f"{error} is missing" if isinstance(error, KeyError) else one_line(error, 120)

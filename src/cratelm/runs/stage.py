@@ -621,7 +621,7 @@ def _read_record(path: Path) -> Completion:
             raise ValueError(f"there is no stage {done.stage!r:.40}")
     except InputError:
         raise
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read as a completion record ({error}): copy it again from elsewhere, or"
             f" move the folder {path.parent} away, which keeps its files, and run its stage again"
@@ -651,7 +651,7 @@ def _read_plan(work: Path) -> dict[str, Any] | None:
 def _json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -26,8 +26,8 @@ _WRITE_FAILED = re.compile(
 )
 _NEARLY_FULL = 2**20
 """bytes: below this, a failed write without a number is taken for a full disk"""
-_DRAFT_NAME = re.compile(
-    r"\.[0-9a-f]{8}\.(?P<unique>.+)\.tmp|\.(?P<fixed>.+)\.(?:partial|new|old|lock)"
+_TEMPORARY = re.compile(
+    r"\.[0-9a-f]{8}\.(?P<draft>.+)\.tmp|\.(?P<name>.+)\.(?P<kind>partial|new|old|lock)"
 )
 
 
@@ -131,11 +131,16 @@ def _final_path(path: Path | None) -> Path | None:
     """Return a path with the names of drafts and locks replaced by those of what is written."""
     if path is None:
         return None
-    parts = []
-    for part in path.parts:
-        match = _DRAFT_NAME.fullmatch(part)
-        parts.append((match["unique"] or match["fixed"]) if match else part)
-    return Path(*parts)
+    return Path(*(found[0] if (found := temporary_name(part)) else part for part in path.parts))
+
+
+def temporary_name(name: str) -> tuple[str, str] | None:
+    """Return which file or folder a name that `cratelm.runs.atomic` gives while writing stands for, and its kind.
+
+    The kind is `tmp`, `partial`, `new`, `old` or `lock`. None for any other name.
+    """
+    match = _TEMPORARY.fullmatch(name)
+    return None if match is None else (match["draft"] or match["name"], match["kind"] or "tmp")
 
 
 # ---- explaining -----------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def recorded_files(folder: Path) -> dict[str, str]:
         try:
             value = json.loads(record.read_text(encoding="utf-8"))
             outputs = {str(name): str(sha256) for name, sha256 in value["outputs"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}
         known = _records[record] = stamp, outputs
     return known[1]
@@ -150,7 +150,7 @@ def _recorded(path: Path) -> _Recorded | None:
 
 
 def _read_notes(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         noted = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
         return noted if isinstance(noted, dict) else {}
     return {}

@@ -9,7 +9,6 @@ A folder has `cfg.json` and `sae_weights.safetensors` in SAELens' format (versio
 Shape legend: ... any leading axes (tokens), H inputs (neurons of the site), S latents.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.runs import write_json
+from cratelm.runs.pretrained import json_object
 from cratelm.runs.reading import verified
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -136,9 +136,9 @@ class Sae(nn.Module):
         try:
             weights = load_file(verified(folder / WEIGHTS))
         except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:120]
             raise InputError(
-                f"{folder / WEIGHTS} cannot be read as safetensors ({reason}): write the folder again"
+                f"{folder / WEIGHTS} cannot be read as safetensors ({one_line(error, 120)}): write the"
+                " folder again"
             ) from None
         return cls.of(config, weights, folder / WEIGHTS)
 
@@ -169,21 +169,8 @@ class Sae(nn.Module):
         return sae.eval()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raise `InputError` if the file is absent or has other content."""
-    if not verified(path).is_file():
-        raise InputError(f"{path} is not a file: it must be a configuration in JSON")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} contains a {type(content).__name__} instead of a JSON object")
-    return content
-
-
 def _read_config(path: Path) -> SaeConfig:
-    content = read_json(path)
+    content = json_object(verified(path), "the configuration of an autoencoder")
     for key, expected in _FIXED.items():
         if content.get(key) != expected:
             raise InputError(

@@ -28,10 +28,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import excerpts_path
-from cratelm.errors import InputError, missing_extra
+from cratelm.errors import InputError, missing_extra, one_line
 from cratelm.records import NeuronKey, Split
 from cratelm.results.neuron_table import NeuronTable, read_neuron_table
-from cratelm.results.stages import READ_ERRORS, changed_at, one_line
+from cratelm.results.stages import READ_ERRORS, changed_at
 from cratelm.results.views import IndexState
 from cratelm.runs import Run, atomic_folder, atomic_path, hash_json, write_json
 from cratelm.runs.reading import verified

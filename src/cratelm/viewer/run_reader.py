@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import numpy as np
 from cachetools import LRUCache
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.records import Split
 from cratelm.results.neuron_table import NeuronTable, layer_page, read_neuron_table
 from cratelm.results.neuron_view import NeuronFiles, NeuronQuery, neuron_view
 from cratelm.results.run_summary import run_card
-from cratelm.results.stages import READ_ERRORS, changed_at, one_line
+from cratelm.results.stages import READ_ERRORS, changed_at
 from cratelm.results.views import (
     ExcerptChoice,
     IndexState,
