@@ -200,6 +200,23 @@ def test_what_cannot_be_read_as_a_file_is_one_fault(tmp_path: Path, kind: str, s
     assert open_corpus(str(tmp_path)).identity() != broken
 
 
+@pytest.mark.fault("a link to a folder in a corpus", "a read error that names it; nothing is read twice")
+def test_a_link_to_a_folder_is_one_fault(tmp_path: Path) -> None:
+    """Its files would be missing from the corpus, and nobody would know."""
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    corpus.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "b.txt").write_text("second")
+    (corpus / "a.txt").write_text("first")
+    (corpus / "more").symlink_to(elsewhere)
+    assert [d.text for d in read(corpus) if isinstance(d, Document)] == ["first"]
+    assert fault(corpus).startswith(f"{corpus}/more: a link to a folder is not followed")
+    (corpus / "more").unlink()
+    (corpus / "more").symlink_to(".")  # a circle
+    assert [d.text for d in read(corpus) if isinstance(d, Document)] == ["first"]
+    assert "more: a link to a folder" in fault(corpus)
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_that_may_not_be_opened_is_one_fault(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -187,7 +187,7 @@ unknown = st.builds(
 )
 special = st.builds(
     lambda kind, suffix: HostileFile(suffix, special=kind, n_found=1),
-    st.sampled_from(["dangling", "loop", "pipe", "socket", "zero", "null", "pipe link"]),
+    st.sampled_from(["dangling", "loop", "circle", "pipe", "socket", "zero", "null", "pipe link"]),
     st.sampled_from([".txt", ".jsonl", ".jsonl.zst", ".parquet"]),
 )
 folder = st.builds(
@@ -225,6 +225,7 @@ def write(place: Path, hostile: HostileFile, sockets: list[socket.socket]) -> No
         targets = {
             "dangling": "nowhere",
             "loop": place.name,
+            "circle": ".",
             "zero": "/dev/zero",
             "null": "/dev/null",
         }

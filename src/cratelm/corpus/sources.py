@@ -41,6 +41,7 @@ READERS: dict[str, Reader] = {
 
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 """skipped folders of the standard library: they differ most between installations"""
+_LINK = "a link to a folder is not followed: move or copy the folder into the corpus, or delete the link"
 _WHOLE = 16 * 2**20
 """bytes; a larger file is identified by samples of its content"""
 _SAMPLES, _SAMPLE = 16, 2**20
@@ -159,7 +160,7 @@ def read_python(file: CorpusFile, fields: Fields) -> Found:
 
 
 def _folder_files(folder: Path, source: str) -> tuple[CorpusFile, ...]:
-    """Return the files that have a reader, and the folders that cannot be listed, each with its fault."""
+    """Return the files that have a reader, and the folders that are not read, each with the reason."""
     files = tuple(
         CorpusFile(path, source, readable(path.relative_to(folder).as_posix()), fault=fault)
         for path, fault in _walk(folder, frozenset())
@@ -173,10 +174,11 @@ def _folder_files(folder: Path, source: str) -> tuple[CorpusFile, ...]:
 
 
 def _walk(root: Path, skipped: frozenset[str]) -> list[tuple[Path, str]]:
-    """Return the files under `root`, and the folders that cannot be listed with the reason.
+    """Return the files under `root`, and the folders that are not read with the reason.
 
-    They are sorted by path. The reason is empty for files. Hidden files and folders, folders named in
-    `skipped`, and links to folders (which can be circular) are skipped.
+    They are sorted by path. The reason is empty for files. A folder is not read if it cannot be listed,
+    or if it is a link, which can be circular or lead out of the corpus. Hidden files and folders, and
+    folders named in `skipped`, are skipped.
     """
     entries: list[tuple[Path, str]] = []
     folders = [root]
@@ -193,7 +195,9 @@ def _walk(root: Path, skipped: frozenset[str]) -> list[tuple[Path, str]]:
         for entry in listed:
             if not _is_folder(entry):
                 entries.append((Path(entry.path), ""))
-            elif entry.name not in skipped and not entry.is_symlink():
+            elif entry.is_symlink():
+                entries.append((Path(entry.path), _LINK))
+            elif entry.name not in skipped:
                 folders.append(Path(entry.path))
     return sorted(entries, key=lambda entry: entry[0].relative_to(root).as_posix())
 
