@@ -200,7 +200,9 @@ def test_what_cannot_be_read_as_a_file_is_one_fault(tmp_path: Path, kind: str, s
     assert open_corpus(str(tmp_path)).identity() != broken
 
 
-@pytest.mark.fault("a link to a folder in a corpus", "a read error that names it; nothing is read twice")
+@pytest.mark.fault(
+    "a link to a folder in a corpus", "a read error that names it; nothing is read twice"
+)
 def test_a_link_to_a_folder_is_one_fault(tmp_path: Path) -> None:
     """Its files would be missing from the corpus, and nobody would know."""
     corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"

@@ -143,6 +143,37 @@ def test_a_record_edited_by_hand_is_noticed(run):
         Run(run).labelled(SCORES).require()
 
 
+@pytest.mark.fault(
+    "the record of one stage lies in the folder of another", "the stage is refused; both are named"
+)
+def test_the_record_of_another_stage_is_noticed(run):
+    shutil.copy(run / SCORES / RECORD, run / EXPLAINED / RECORD)
+    with pytest.raises(InputError, match=rf"the record of {SCORES}, not of {EXPLAINED}"):
+        Run(run).labelled(EXPLAINED).completion()
+    assert "cannot be read" in Run(run).labelled(SCORES).freshness().reason
+    assert main(["check", str(run)]) == 5
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.fault(
+    "records name one another as inputs", "the stages are refused at once; the circle is named"
+)
+def test_records_that_name_one_another_are_noticed(run):
+    """Every stage names every other: to follow each way through them would never end."""
+    labels = [label for label in Run(run).labels() if label != "report"]
+    assert len(labels) > 9
+    for label in labels:
+        path = run / label / RECORD
+        record = json.loads(path.read_text())
+        record |= {"inputs": dict.fromkeys(labels, ""), "checksum": "", "format": 2}
+        path.write_text(json.dumps(record | {"input_stages": {name: name for name in labels}}))
+    for label in labels:
+        assert (
+            f"name one another as inputs ({label} <- "
+            in Run(run).labelled(label).freshness().reason
+        )
+
+
 # ---- large files ----------------------------------------------------------------------------------
 
 

@@ -303,6 +303,10 @@ class Run:
             atomic.write_json(path, manifest | ({"unreadable": unreadable} if unreadable else {}))
 
 
+class _CircularInputsError(InputError):
+    """Completion records that name one another as inputs."""
+
+
 class Stage:
     """One stage of a run: of one model, or of the whole run."""
 
@@ -331,7 +335,14 @@ class Stage:
         record = self.path / RECORD
         if not record.is_file():
             atomic.recover_missing(self.path)
-        return _read_record(record) if record.is_file() else None
+        done = _read_record(record) if record.is_file() else None
+        if done is not None and done.stage != self.stage:
+            raise InputError(
+                f"{record} is the record of {done.label}, not of {self.label}: copy it again from"
+                f" elsewhere, or move the folder {self.path} away, which keeps its files, and run its"
+                " stage again"
+            )
+        return done
 
     def require(self, verb: str = "") -> Completion:
         """Return the record of the stage, which is finished and whose whole chain of inputs is current.
@@ -391,8 +402,18 @@ class Stage:
         verb = verb_of(self.stage, self.name)
         return f"cratelm {verb} --run {self.run.path}{model}{' --force' if force else ''}"
 
-    def _stale(self) -> dict[str, str]:
-        """Return the labels of the stale stages, upstream first and this one last, each with its reason."""
+    def _stale(self, downstream: tuple[str, ...] = ()) -> dict[str, str]:
+        """Return the labels of the stale stages, upstream first and this one last, each with its reason.
+
+        `downstream` are the stages from which the chain of inputs has led here. Raises `InputError` if
+        records that were edited or mixed up lead in a circle.
+        """
+        chain = (*downstream, self.label)
+        if self.label in downstream:
+            raise _CircularInputsError(
+                f"its records name one another as inputs ({' <- '.join(chain)}): copy"
+                f" {self.path / RECORD} again from elsewhere"
+            )
         done = self.completion()
         if done is None:
             return {}
@@ -404,7 +425,9 @@ class Stage:
             upstream = self.run.labelled(label)
             try:
                 current = upstream.completion()
-                stale |= upstream._stale()
+                stale |= upstream._stale(chain)
+            except _CircularInputsError:
+                raise
             except InputError as error:
                 reason = reason or f"because the record of {label} cannot be read ({error})"
                 continue
