@@ -115,6 +115,46 @@ def test_a_folder_where_a_file_is_expected(place, capsys):
 
 # ---- permissions, read-only disks, quotas ---------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def read_only(tmp_path_factory):
+    """The tiny run on a disk that is mounted read-only; only root can mount one."""
+    disk = tmp_path_factory.mktemp("read_only")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a disk cannot be mounted: {mounted.stderr.strip()}")
+    copied(disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "tokenize --corpus corpus.jsonl --run new",
+        "train --run run --model crate-1l --steps 2",
+        f"score --run run --model {MODEL} --force",
+        "report --run run --force",
+        f"export model --run run --model {MODEL} --out exported",
+        f"predict --run run --models {MODEL} --text abc --device cpu",
+        "view run --static pages",
+    ],
+)
+@pytest.mark.fault(
+    "a run on a disk that is mounted read-only",
+    "verbs that only read work; verbs that write say so in one line before the work begins",
+)
+def test_a_read_only_disk(read_only, monkeypatch, capsys, words):
+    monkeypatch.chdir(read_only)
+    line = error_of(capsys, *words.split())
+    assert f"cannot be written: {read_only} is mounted read-only" in line
+    if words.startswith("tokenize"):  # once
+        assert main(["check", "run"]) == 0
+        assert main(["evaluate", "--run", "run", "--model", MODEL, "--device", "cpu"]) == 0
+        assert Run("run").labelled(f"scores/{MODEL}").freshness().state == "fresh"
+
+
 AS_NOBODY = (
     "import os, sys\n"
     "from cratelm.cli import main\n"
