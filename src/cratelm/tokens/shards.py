@@ -37,6 +37,7 @@ from cratelm.tokens.tokenizer import display_strings, load_tokenizer, vocabulary
 FORMAT = 1
 TOKENS_PER_FILE = 2**28
 """tokens of a .bin file: 0.5 GiB at 16 bit"""
+_DTYPES = ("<u2", "<u4")
 PADDING = 64
 """the number of embedding rows is a multiple of this, as GPUs multiply fastest; GPT-2: 50,304"""
 MOST_UNUSED_ROWS = 1024
@@ -148,6 +149,8 @@ class TokenSplit:
         self._files = self._map_files(folder, np.dtype(meta["dtype"]))
         self.starts = _map_array(folder / f"{name}.starts.npy", self.n_documents + 1)
         """position of each document's first token, then `n_tokens`: int64 [n_documents + 1]"""
+        if self.starts[0] != 0 or self.starts[-1] != self.n_tokens:
+            raise _damaged(folder / f"{name}.starts.npy", f"it must end at {self.n_tokens:,}")
         self.ordinals = _map_array(folder / f"{name}.ordinals.npy", self.n_documents)
         """row of each document in documents.parquet: int64 [n_documents]"""
 
@@ -219,7 +222,7 @@ class StoreWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.eot_id = folder, eot_id
         self.vocab_size = vocabulary_size(tokenizer)
-        self.dtype = np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+        self.dtype = np.dtype(_DTYPES[0] if self.vocab_size <= 2**16 else _DTYPES[1])
         self.tokens_per_file = tokens_per_file
         self.n_documents = 0
         self._splits = {name: _SplitWriter(folder, name, tokens_per_file) for name in SPLITS}
@@ -366,11 +369,25 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] == FORMAT and set(meta["splits"]) == set(SPLITS):
+        if _is_meta(meta):
             return meta
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise _damaged(path, f"it must describe shards of format {FORMAT}")
+
+
+def _is_meta(meta: Any) -> bool:
+    """Return whether a value describes shards. Raises KeyError or TypeError for one that lacks a part."""
+    splits = [meta["splits"][name] for name in SPLITS]
+    sizes = [split[count] for split in splits for count in ("n_tokens", "n_documents")]
+    numbers = [meta["vocab_size"], meta["eot_id"], meta["tokens_per_file"], *sizes]
+    return (
+        meta["format"] == FORMAT
+        and meta["dtype"] in _DTYPES
+        and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        and meta["eot_id"] < meta["vocab_size"] <= 2 ** (8 * np.dtype(meta["dtype"]).itemsize)
+        and meta["tokens_per_file"] > 0
+    )
 
 
 def _map_array(path: Path, n: int) -> NDArray[np.int64]:
@@ -382,8 +399,8 @@ def _map_array(path: Path, n: int) -> NDArray[np.int64]:
         raise
     except (OSError, ValueError, EOFError):
         raise _damaged(path, f"it must be an array of {n:,} numbers") from None
-    if array.shape != (n,):
-        raise _damaged(path, f"it must have {n:,} numbers")
+    if array.shape != (n,) or array.dtype != np.int64:
+        raise _damaged(path, f"it must have {n:,} numbers of 64 bits")
     return np.asarray(array)
 
 
