@@ -115,6 +115,7 @@ def test_a_folder_where_a_file_is_expected(place, capsys):
 
 # ---- permissions, read-only disks, quotas ---------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def read_only(tmp_path_factory):
     """The tiny run on a disk that is mounted read-only; only root can mount one."""

@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_run import copied, reseal
 from tokenizers import Tokenizer, models
 
 from cratelm.corpus.documents import Document
@@ -598,3 +599,43 @@ def test_a_line_of_a_megabyte_is_one_document(tmp_path: Path) -> None:
     result = make(tmp_path, corpus)
     store = TokenStore(result.path)
     assert any(long in texts_of(store, name) for name in SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "<f4"),
+        ("dtype", None),
+        ("eot_id", -1),
+        ("vocab_size", 10**9),
+        ("vocab_size", True),
+        ("tokens_per_file", 0),
+        ("splits", {"fit": None}),
+        ("splits", None),
+    ],
+)
+@pytest.mark.fault(
+    "`meta.json` of the tokens has wrong values, with a fitting hash", "one line names the file"
+)
+def test_a_description_of_shards_that_cannot_be_is_refused(tmp_path, name, value):
+    run = copied(tmp_path)
+    path = run / "tokens" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    reseal(run / "tokens")
+    with pytest.raises(InputError, match=r"meta\.json is missing or damaged .*format 1"):
+        TokenStore(run / "tokens")
+
+
+@pytest.mark.parametrize(("place", "position"), [(0, 1), (1, 10**6), (2, 0), (-1, 2)])
+@pytest.mark.fault(
+    "positions of documents do not ascend to the end of the split", "one line names the file"
+)
+def test_positions_of_documents_that_cannot_be_are_refused(tmp_path, place, position):
+    run = copied(tmp_path)
+    path = run / "tokens" / "fit.starts.npy"
+    starts = np.load(path)
+    starts[place] = position
+    np.save(path, starts)
+    reseal(run / "tokens")
+    with pytest.raises(InputError, match=r"fit\.starts\.npy is missing or damaged \(its positions"):
+        TokenStore(run / "tokens").split("fit")

@@ -149,8 +149,9 @@ class TokenSplit:
         self._files = self._map_files(folder, np.dtype(meta["dtype"]))
         self.starts = _map_array(folder / f"{name}.starts.npy", self.n_documents + 1)
         """position of each document's first token, then `n_tokens`: int64 [n_documents + 1]"""
-        if self.starts[0] != 0 or self.starts[-1] != self.n_tokens:
-            raise _damaged(folder / f"{name}.starts.npy", f"it must end at {self.n_tokens:,}")
+        if not _ascends(self.starts, self.n_tokens):
+            expected = f"its positions must ascend from 0 to {self.n_tokens:,}"
+            raise _damaged(folder / f"{name}.starts.npy", expected)
         self.ordinals = _map_array(folder / f"{name}.ordinals.npy", self.n_documents)
         """row of each document in documents.parquet: int64 [n_documents]"""
 
@@ -402,6 +403,17 @@ def _map_array(path: Path, n: int) -> NDArray[np.int64]:
     if array.shape != (n,) or array.dtype != np.int64:
         raise _damaged(path, f"it must have {n:,} numbers of 64 bits")
     return np.asarray(array)
+
+
+def _ascends(starts: NDArray[np.int64], last: int) -> bool:
+    """Return whether positions ascend from 0 to `last`; it reads 64 MB at a time."""
+    if starts[0] != 0 or starts[-1] != last:
+        return False
+    step = 2**23
+    return all(
+        np.all(np.diff(starts[first : first + step + 1]) > 0)
+        for first in range(0, len(starts) - 1, step)
+    )
 
 
 def _damaged(path: Path, expected: str) -> InputError:
