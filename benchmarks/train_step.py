@@ -215,8 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its results."""
     options = _options(arguments)
     done = []
-    for options.vocab in options.vocab_size:
-        print(f"vocabulary {options.vocab:,}")
+    for vocabulary in options.vocab_size:
+        print(f"vocabulary {vocabulary:,}")
+        options.vocab = vocabulary
         variants = _variants(options)
         measure(variants, options)
         show(variants, options)
