@@ -57,7 +57,8 @@ def head_loss(
         return F.cross_entropy(
             F.linear(hidden, weight), targets, reduction="mean" if mean else "none"
         )
-    size = rows_per_chunk(*hidden.shape, len(weight), hidden.device.type)
+    rows, width = hidden.shape
+    size = rows_per_chunk(rows, width, len(weight), hidden.device.type)
     # torch's own form returns its loss in the precision of its input, which is three digits in bf16.
     if torch.is_autocast_enabled(hidden.device.type) or LinearCrossEntropyOptions is None:
         return chunked_loss(hidden, weight, targets, size, mean=mean)
