@@ -58,9 +58,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     for model in MODELS:
         take(run, fields(f"one-{model}", model))
+    take(run, fields("one-bf16", precision="bf16"))
     take(run, fields("from-1"), stop=4)
     of_two = [{"fields": fields(f"two-{model}", model, shard=True)} for model in MODELS]
-    stopped = [{"fields": fields("from-2", shard=True), "stop": 4}]
+    bf16 = fields("two-bf16", precision="bf16", shard=True, gradient_checkpointing=True)
+    stopped = [{"fields": bf16}, {"fields": fields("from-2", shard=True), "stop": 4}]
     finish(launch(2, run, [*of_two, *stopped, {"fields": fields("whole-from-2"), "stop": 4}, {}]))
     for name in RUNS[1:]:
         shutil.copytree(run, folder / name)
@@ -107,6 +109,17 @@ def test_losses_and_weights_are_those_of_one_process(folder: Path, run: str, nam
     for key, weight in expected.items():
         torch.testing.assert_close(weights[key], weight, rtol=1e-2, atol=1e-3)
     assert not (other / "checkpoints").exists()
+
+
+def test_bf16_is_that_of_one_process(folder: Path) -> None:
+    """Sums over processes round apart in 32 bits, and products of what they change in 8."""
+    one, two = (read_metrics(folder / "run" / "model" / name) for name in ("one-bf16", "two-bf16"))
+    exact = read_metrics(folder / "run" / "model" / "one-crate-1l")
+    for alone, shared in zip(one, two, strict=True):
+        for key in {"loss", "validation_loss"} & alone.keys():
+            assert shared[key] == pytest.approx(alone[key], rel=1e-3)
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (two, exact)]
+    assert losses[0] != losses[1]  # else it was fp32
 
 
 def test_a_sharded_checkpoint_is_written_in_shares(folder: Path) -> None:
