@@ -1,6 +1,6 @@
 """Trains models one after another in the processes of `torchrun`: each start of a process takes seconds.
 
-    torchrun --nproc-per-node 2 tests/train_jobs.py RUN '[{"fields": {"name": "a", "shard": true}, "stop": 4}]'
+    torchrun --nproc-per-node 2 tests/train_jobs.py FOLDER '[{"run": "run", "fields": {"name": "a"}, "stop": 4}]'
 
 A job without fields checks the optimizer on split matrices. `fields` are those of `TrainConfig`; with `stop`, training ends after the checkpoint of that step, as if killed.
 """
@@ -74,6 +74,6 @@ if __name__ == "__main__":
     pid = Path(sys.argv[1]) / f"rank-{os.environ['RANK']}.pid"
     pid.write_text(str(os.getpid()))
     for job in json.loads(sys.argv[2]):
-        take(Path(sys.argv[1]), **job) if job else check_muon()
+        take(Path(sys.argv[1]) / job.pop("run"), **job) if job else check_muon()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -30,18 +30,20 @@ FEWEST_ROWS_GPU = 2048
 four times as many make the traffic a fifth of the time); not measured"""
 
 
-def rows_per_chunk(rows: int, width: int, vocabulary: int, device: str = "cpu") -> int:
+def rows_per_chunk(
+    rows: int, width: int, vocabulary: int, device: str = "cpu", in_cache: int = IN_CACHE
+) -> int:
     """Return how many of N rows a chunk of the head's loss has: r, at most N.
 
     The logits of a chunk are about half as large as the hidden states [N, D] of all rows (the rule
     `aspect_ratio:2` of `torch.nn.LinearCrossEntropyOptions`), but a chunk never has fewer than 256 rows on CPU
-    (64 while weights and gradient fit into 4 MiB) and 2,048 on a GPU, because it would then be slower than the
-    plain form. One chunk's logits therefore take at most 4 max(N D, fewest V) bytes: on CPU 49 MiB
+    (64 while weights and gradient fit into `in_cache` bytes) and 2,048 on a GPU, because it would then be slower
+    than the plain form. One chunk's logits therefore take at most 4 max(N D, fewest V) bytes: on CPU 49 MiB
     at V = 50,304 and 147 MiB at V = 150,000; on a GPU 393 MiB and 1,172 MiB.
     """
     share = -(-rows // -(-vocabulary // width))
     balanced = (1 << (share - 1).bit_length()) // 2
-    fewest = FEWEST_ROWS[8 * vocabulary * width <= IN_CACHE] if device == "cpu" else FEWEST_ROWS_GPU
+    fewest = FEWEST_ROWS[8 * vocabulary * width <= in_cache] if device == "cpu" else FEWEST_ROWS_GPU
     return min(rows, max(balanced, fewest))
 
 
@@ -51,19 +53,21 @@ def head_loss(
     """Return the cross-entropy in nats of targets [N] under logits `hidden` [N, D] @ `weight` [V, D]^T.
 
     Returns the mean, or each row's [N]. Under autocast the products are in its precision, and the loss is
-    in float32. Inside `torch.compile` this is the plain form, which the compiler fuses itself.
+    in float32. Inside `torch.compile`, and under autocast for one chunk, this is the plain form: the compiler
+    fuses it itself.
     """
+    reduction = "mean" if mean else "none"
     if torch.compiler.is_compiling():
-        return F.cross_entropy(
-            F.linear(hidden, weight), targets, reduction="mean" if mean else "none"
-        )
-    rows, width = hidden.shape
-    size = rows_per_chunk(rows, width, len(weight), hidden.device.type)
+        return F.cross_entropy(F.linear(hidden, weight), targets, reduction=reduction)
+    (rows, width), device = hidden.shape, hidden.device.type
+    narrow = torch.is_autocast_enabled(device)
+    size = rows_per_chunk(rows, width, len(weight), device, 0 if narrow else IN_CACHE)
+    if narrow and size == rows:
+        return F.cross_entropy(F.linear(hidden, weight), targets, reduction=reduction)
     # torch's own form returns its loss in the precision of its input, which is three digits in bf16.
-    if torch.is_autocast_enabled(hidden.device.type) or LinearCrossEntropyOptions is None:
+    if narrow or LinearCrossEntropyOptions is None:
         return chunked_loss(hidden, weight, targets, size, mean=mean)
     options = LinearCrossEntropyOptions(batch_chunk_size=size)
-    reduction = "mean" if mean else "none"
     return F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
 
 
