@@ -1,4 +1,4 @@
-"""Random tokens and timers for the benchmarks."""
+"""Random tokens, timers and peak memory for the benchmarks."""
 
 import time
 from collections.abc import Callable
@@ -37,6 +37,31 @@ def timed_result(work: Callable[[], T], device: torch.device = CPU) -> tuple[flo
     result = work()
     synchronise(device)
     return time.perf_counter() - start, result
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device = CPU) -> int:
+    """Return the most bytes that `work` has in use at once beyond those in use before it; 0 where it is unknown.
+
+    On CPU this is the process's largest resident set, which Linux records and resets: memory that was freed
+    before and not returned to the system is used again unseen, so that small figures are too small.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        work()
+        return 0
+
+    def kib(name: str) -> int:
+        return int(status.read_text().split(f"{name}:")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
+    before = kib("VmRSS")
+    work()
+    return (kib("VmHWM") - before) * 1024
 
 
 class _RandomSplit:

@@ -1,7 +1,7 @@
 """Training step of named sizes: tokens/s, MFU, peak memory; the four-product ISTA compared with the five-product one.
 
-    python benchmarks/train_step.py                                   # CPU: 2 layers, vocabulary 4,096
-    python benchmarks/train_step.py --models crate-12l gpt2-12l --vocab 50304 --length 1024 \\
+    python benchmarks/train_step.py                                   # CPU: 2 layers, vocabularies 4,096 and 50,304
+    python benchmarks/train_step.py --models crate-12l gpt2-12l --vocab-size 50304 --length 1024 \\
         --batch 16 --bf16 --compile --peak-tflops 989                 # H100/H200
 
 Variants take turns in each repeat, so that other load slows down all of them; ratios are taken within a repeat. `loop`
@@ -10,12 +10,14 @@ is the training loop of `cratelm train` including its log; it writes no checkpoi
 
 import argparse
 import contextlib
+import json
 import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -58,6 +60,7 @@ class Variant:
     """useful floating-point operations of one step: forward and backward pass of the four-product form"""
     seconds: list[float] = field(default_factory=list)
     """seconds per step in each repeat"""
+    vocabulary: int = 0
     memory: float = math.nan
     """peak memory in bytes; measured only on CUDA"""
 
@@ -188,7 +191,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     size = "12l" if cuda else "2l"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=[f"crate-{size}", f"gpt2-{size}"])
-    parser.add_argument("--vocab", type=int, default=50304 if cuda else 4096)
+    vocabularies = [50304] if cuda else [4096, 50304]
+    parser.add_argument("--vocab-size", type=int, nargs="+", default=vocabularies)
     parser.add_argument(
         "--length", type=int, default=1024 if cuda else 256, help="tokens per sequence"
     )
@@ -203,12 +207,27 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20 if cuda else 5, help="steps per repeat")
     parser.add_argument("--warmup", type=int, default=5 if cuda else 1, help="warm-up steps")
+    parser.add_argument("--json", type=Path, help="file for all times")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its results."""
     options = _options(arguments)
+    done = []
+    for vocabulary in options.vocab_size:
+        print(f"vocabulary {vocabulary:,}")
+        options.vocab = vocabulary
+        variants = _variants(options)
+        measure(variants, options)
+        show(variants, options)
+        done += variants
+    if options.json:
+        options.json.write_text(json.dumps([_figures(v) for v in done], indent=1) + "\n")
+
+
+def _variants(options: argparse.Namespace) -> list[Variant]:
+    """Return the variants of all models for one vocabulary."""
     variants = []
     for name in options.models:
         flops = useful_flops(name, options.vocab, options.length, options.batch)
@@ -217,8 +236,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plain = bare_step(name, options, plain=True)
             variants.append(Variant(f"{name} five-product", plain, flops))
         variants.append(Variant(f"{name} loop", loop_step(name, options), flops))
-    measure(variants, options)
-    show(variants, options)
+    for variant in variants:
+        variant.vocabulary = options.vocab
+    return variants
+
+
+def _figures(variant: Variant) -> dict[str, Any]:
+    """Return the figures of a variant for the JSON file; memory is None where it was not measured."""
+    memory = None if math.isnan(variant.memory) else variant.memory
+    figures = {"variant": variant.name, "vocabulary": variant.vocabulary, "flops": variant.flops}
+    return {**figures, "seconds_per_step": variant.seconds, "peak_bytes": memory}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ TINY = {
     "long_document": "--megabytes 0.5 --kinds words",
     "sae": "--architectures topk --expansion 1 --batch-size 64 --steps 2 --repeats 1 --tokens 20000",
     "tokenize_throughput": "--corpus CORPUS --repeats 1",
+    "loss": "--vocab-size 300 2000 --width 16 --rows 64 --chunks 8 --repeats 1",
     "verify": "--sizes crate-2l --neurons 3 --vocab 300 --repeats 1",
-    "train_step": "--models crate-2l --vocab 300 --length 32 --batch 2 --repeats 1 --steps 1",
+    "train_step": "--models crate-2l --vocab-size 300 310 --length 32 --batch 2 --repeats 1 --steps 1",
 }
 
 

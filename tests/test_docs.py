@@ -358,16 +358,18 @@ def run_words(words: Sequence[str]) -> None:
         case "cratelm":
             run_command(words[1:])
         case "torchrun":
-            run_torchrun(words[1:])
+            run_processes(["torch.distributed.run", *words[1:]])
+        case "accelerate":
+            run_processes(["accelerate.commands.accelerate_cli", *words[1:]])
         case "make" | "pip":
             pass  # they install: `test_make_and_pip_lines` checks what they name
         case _:
             raise AssertionError(f"no rule says how `{shlex.join(words)}` is run")
 
 
-def run_torchrun(words: Sequence[str]) -> None:
+def run_processes(words: Sequence[str]) -> None:
     """Two processes on the CPU, one step of a small model; nothing is compiled."""
-    small = {"8": "2", "crate-12l": "crate-2l"}
+    small = {"8": "2", "crate-12l": "crate-2l", "gpt2-12l": "gpt2-2l"}
     words = [small.get(word, word) for word in words if word != "--compile"]
     size = [
         "--steps",
@@ -380,12 +382,15 @@ def run_torchrun(words: Sequence[str]) -> None:
         "32",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words, *size, "--validation-sequences", "2"],
+        [sys.executable, "-m", *words, *size, "--validation-sequences", "2"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert Path("runs/big/model/crate-2l/completed.json").is_file()
+    assert ", 2 processes" in done.stdout
+    assert (", 2 processes, sharded" in done.stdout) == ("--shard" in words)
+    model = words[words.index("--model") + 1]
+    assert Path(f"runs/big/model/{model}/completed.json").is_file()
 
 
 def test_first_python_gives_the_shapes_that_it_states():
@@ -408,7 +413,9 @@ def test_no_fence_is_passed_over(name):
     assert text.count("```") == 2 * len(fences)
     assert len(re.findall(r"not run:", text)) == sum(bool(fence.why) for fence in fences)
     assert len(re.findall(r"needs:", text)) == len(re.findall(r"^<!-- needs: .+ -->$", text, re.M))
-    typed = re.compile(r"^(cratelm|make|pip|torchrun|python\d?|import|from) ", re.MULTILINE)
+    typed = re.compile(
+        r"^(cratelm|make|pip|torchrun|accelerate|python\d?|import|from) ", re.MULTILINE
+    )
     assert not [fence for fence in fences if fence.language == "text" and typed.search(fence.code)]
 
 

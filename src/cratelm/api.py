@@ -185,6 +185,8 @@ def train(
     clip: float = 1.0,
     precision: Literal["fp32", "bf16"] | None = None,
     compile: bool = False,
+    gradient_checkpointing: bool = False,
+    shard: bool = False,
     log_every: int | None = None,
     validate_every: int | None = None,
     validation_sequences: int | None = None,
@@ -226,6 +228,10 @@ def train(
         clip: largest norm of the gradient over all parameters; 0 means no limit
         precision: bf16: mixed precision, weights stay in float32 (paper bf16; laptop fp32)
         compile: use torch.compile: slow to start, but faster steps, above all on GPUs
+        gradient_checkpointing: recompute the activations of each block in the backward pass instead
+            of keeping them: less memory, for about a third more time
+        shard: split weights, gradients and optimizer states over the processes (FSDP2) instead of
+            keeping all of them in each (DDP); checkpoints resume on any number of processes
         log_every: steps between two points of the training curve (paper 10; laptop 1)
         validate_every: steps between two points of the validation curve (paper 1,000; laptop 100)
         validation_sequences: number of held-out sequences to validate on, always the same ones

@@ -237,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("", _unknown("verb", verb, _first_words()), 2)
     try:
         result = run_verb(verb, parse_options(verb, options))
-        print(as_text(result))
+        if os.environ.get("RANK", "0") == "0":  # one of the processes of `torchrun`
+            print(as_text(result))
     except KeyboardInterrupt:
         return _fail(verb, "interrupted; the same command resumes the work", 130)
     except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it

@@ -125,6 +125,12 @@ class TrainConfig(Options):
     """bf16: mixed precision, weights stay in float32 (paper bf16; laptop fp32)"""
     compile: bool = False
     """use torch.compile: slow to start, but faster steps, above all on GPUs"""
+    gradient_checkpointing: bool = not_in_identity(False)
+    """recompute the activations of each block in the backward pass instead of keeping them: less memory, for about
+    a third more time"""
+    shard: bool = not_in_identity(False)
+    """split weights, gradients and optimizer states over the processes (FSDP2) instead of keeping all of them in
+    each (DDP); checkpoints resume on any number of processes"""
     log_every: int | None = None
     """steps between two points of the training curve (paper 10; laptop 1)"""
     validate_every: int | None = None

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
+from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
 from cratelm.models import build, count_parameters
@@ -33,6 +34,8 @@ from cratelm.train.log import (
 )
 from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import learning_rate, make_optimizers, set_learning_rate
+from cratelm.train.processes import reported_loss
+from cratelm.train.sharding import is_sharded, shard, whole_number
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class TrainingSetup:
 
     accelerator: Accelerator
     model: torch.nn.Module
-    """`NextTokenLoss` of the model, as Accelerate wraps it"""
+    """`NextTokenLoss` of the model, as Accelerate wraps it, or sharded"""
     optimizers: list[torch.optim.Optimizer]
     sampler: BatchSampler
     validation: Validation
@@ -87,7 +90,8 @@ def train(config: TrainConfig) -> TrainResult:
     setup = _prepare(config, store)
     if setup.accelerator.is_main_process and not config.quiet:
         print(_summary(config, setup, stage.label))
-    with checkpoints.shared_draft(setup.accelerator, stage, config.settings(), inputs) as draft:
+    opened = checkpoints.shared_draft(setup.accelerator, stage, config.settings(), inputs)
+    with opened as draft, reported_loss(setup.accelerator, draft):
         take_steps(setup, config, draft, stage.label)
         checkpoints.save_model(setup.accelerator, setup.model, draft.path)
         if setup.accelerator.is_main_process:
@@ -101,7 +105,7 @@ def train(config: TrainConfig) -> TrainResult:
 def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: str) -> None:
     """Take all remaining steps, starting from the last checkpoint."""
     recipe, model, accelerator = config.resolved(), setup.model, setup.accelerator
-    first = checkpoints.restore(accelerator, draft)
+    first = checkpoints.restore(accelerator, model, setup.optimizers, draft)
     log = Log(
         draft.path if accelerator.is_main_process else None,
         first,
@@ -141,7 +145,7 @@ def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: s
         if validates:
             log.write(done, seen, **setup.validation.measure(model))
         if keeps:
-            checkpoints.save(accelerator, draft, done)
+            checkpoints.save(accelerator, model, setup.optimizers, draft, done)
     log.close()
 
 
@@ -155,16 +159,15 @@ def _update(
     accelerator, model, sampler = setup.accelerator, setup.model, setup.sampler
     loss, norm = torch.zeros((), device=accelerator.device), torch.zeros(())
     for tokens, targets in sampler.micro_batches(step, accelerator.device):  # [b, T] each
-        # Within `accumulate`, optimizers step and zero their gradients at the last micro-batch only.
         with accelerator.accumulate(model):
             part = model(tokens, targets)
             accelerator.backward(part)
             loss += part.detach() / sampler.n_micro
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            for optimizer in setup.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer in setup.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
     return loss, norm
 
 
@@ -194,12 +197,26 @@ def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
     free = available_on(accelerator.device)
     config.check_memory(text.hidden_size, text.num_hidden_layers, free)
     parameters = count_parameters(bare)
-    optimizers = make_optimizers(bare, recipe.optimizer, config.weight_decay)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(bare)
     wrapped = NextTokenLoss(bare)
-    if config.compile:
-        wrapped.compile()  # in place: Accelerate's own way renames the weights
-    model, *optimizers = accelerator.prepare(wrapped, *optimizers)
+    if config.shard and accelerator.num_processes > 1:
+        # Not prepared by Accelerate, which would wrap the model in DDP. The optimizers get the split tensors.
+        model = shard(wrapped, accelerator, compiled=config.compile)
+        optimizers = make_optimizers(bare, recipe.optimizer, config.weight_decay)
+    else:
+        if config.compile:
+            wrapped.compile()  # in place: Accelerate's own way renames the weights
+        optimizers = make_optimizers(bare, recipe.optimizer, config.weight_decay)
+        model, *optimizers = accelerator.prepare(wrapped, *optimizers)
     return TrainingSetup(accelerator, model, optimizers, sampler, validation, parameters)
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Make each block keep only its input [B, T, D] in training, and compute the rest again when it is needed."""
+    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23 renamed it
+    enable = newer or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _summary(config: TrainConfig, setup: TrainingSetup, label: str) -> str:
@@ -209,14 +226,20 @@ def _summary(config: TrainConfig, setup: TrainingSetup, label: str) -> str:
     return (
         f"{label}: {setup.parameters:,} parameters, {recipe.steps:,} steps of"
         f" {recipe.batch_size} x {recipe.sequence_length:,} tokens ({epochs:.2f} epochs),"
-        f" {recipe.optimizer} at {recipe.learning_rate:g}"
+        f" {recipe.optimizer} at {recipe.learning_rate:g}{_processes(setup)}"
     )
+
+
+def _processes(setup: TrainingSetup) -> str:
+    """Return in words over how many processes the training is spread; nothing for one."""
+    n = setup.accelerator.num_processes
+    return "" if n == 1 else f", {n} processes{', sharded' * is_sharded(setup.model)}"
 
 
 def open_accelerator(config: TrainConfig) -> Accelerator:
     """Return an accelerator on the available devices, or on those of `torchrun` or `accelerate launch`.
 
-    Raises `InputError` for Muon under FSDP.
+    Raises `InputError` for a sharding of Accelerate's own, which saves other checkpoints.
     """
     recipe = config.resolved()
     # Accelerate keeps one state for the whole process and rejects another precision later, but each
@@ -229,11 +252,10 @@ def open_accelerator(config: TrainConfig) -> Accelerator:
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
     )
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if sharded and recipe.optimizer == "muon":
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise InputError(
-            "--optimizer muon needs whole matrices, but FSDP splits them:"
-            " use --optimizer adamw, or launch without FSDP"
+            "Accelerate's configuration asks for FSDP, but cratelm splits a model itself: launch with `torchrun`,"
+            " or with `accelerate launch --multi_gpu`, and add --shard"
         )
     set_seed(config.seed, device_specific=True)  # for dropout, if the model has any
     return accelerator
@@ -246,7 +268,7 @@ def _figures(
     mean = accelerator.reduce(loss, "mean")
     assert isinstance(mean, torch.Tensor)
     assert norm is not None
-    return {"loss": float(mean), "gradient_norm": float(norm)}
+    return {"loss": float(mean), "gradient_norm": float(whole_number(norm))}
 
 
 def _check_finite(figures: dict[str, float], step: int, config: TrainConfig, draft: Draft) -> None:

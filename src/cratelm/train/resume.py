@@ -19,6 +19,11 @@ def found(draft: Path) -> list[Path]:
     return sorted((draft / FOLDER).glob("step-*"))
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def remove_later_files(draft: Draft) -> None:
     """Remove what a killed attempt wrote after its last checkpoint, which is written again: maybe by other names.
 
