@@ -3,20 +3,25 @@
 Shape legend: B sequences, T tokens of a sequence, V vocabulary, n validation sequences.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
-from cratelm.tokens.shards import TokenSplit
 from cratelm.train.config import Recipe
 from cratelm.train.data import read_batch, spread
+
+if TYPE_CHECKING:
+    from cratelm.tokens.shards import TokenSplit
+try:
+    from torch.nn import LinearCrossEntropyOptions
+except ImportError:  # torch before 2.13
+    LinearCrossEntropyOptions = None
 
 
 class NextTokenLoss(nn.Module):
@@ -42,6 +47,12 @@ class NextTokenLoss(nn.Module):
         """Return the cross-entropy in nats of targets [B, T] after tokens [B, T]: the mean, or each [B, T]."""
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         head: Any = self.model.get_output_embeddings()
+        if LinearCrossEntropyOptions is None:
+            logits = head(hidden).flatten(0, 1)  # [B T, V]
+            losses = F.cross_entropy(
+                logits, targets.flatten(), reduction="mean" if mean else "none"
+            )
+            return losses if mean else losses.view_as(targets)
         # The chunked form returns its loss in the precision of its input, which is three digits in bf16;
         # and torch.compile cannot trace into it, but fuses the plain form itself.
         plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden.device.type)
@@ -61,7 +72,7 @@ class Validation:
     Raises `InputError` if the held-out split has no whole sequence.
     """
 
-    def __init__(self, split: TokenSplit, recipe: Recipe, accelerator: Accelerator):
+    def __init__(self, split: "TokenSplit", recipe: Recipe, accelerator: Accelerator):
         self.split, self.length, self.accelerator = split, recipe.sequence_length, accelerator
         self.batch_size = recipe.micro_batch_size
         available = split.n_sequences(self.length)
