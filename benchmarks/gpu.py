@@ -53,12 +53,12 @@ def run_part(
     status = FINISHED
     if process.is_alive():
         status = f"stopped at its time limit of {seconds:.0f} s"
-        with contextlib.suppress(ProcessLookupError):  # before it leads a group of its own
-            os.killpg(process.pid or 0, signal.SIGKILL)
         process.kill()
         process.join()
     elif process.exitcode:
         status = f"failed: {_reason(folder / f'{name}.error', process.exitcode)}"
+    with contextlib.suppress(ProcessLookupError):  # compilers that the part started
+        os.killpg(process.pid or 0, signal.SIGKILL)
     record = {"status": status, "seconds": round(time.monotonic() - begin, 1), "figures": {}}
     with contextlib.suppress(OSError, ValueError):
         record["figures"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -214,6 +214,10 @@ def main(words: Sequence[str] | None = None) -> int:
     out = (arguments.out or Path(os.environ.get("OUT") or "runs/gpu")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     results = run_parts(arguments, out)
+    machine = results["parts"]["machine"]["status"]
+    if machine != FINISHED:
+        print(f"gpu.sh: {machine}", file=sys.stderr)
+        return 2
     print(screen(results, out))
     return 0 if all_is_well(results) else 1
 

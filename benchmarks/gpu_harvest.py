@@ -8,6 +8,8 @@ Shape legend: B sequences, T tokens of a sequence, H neurons of a layer, L layer
 """
 
 import argparse
+import contextlib
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,8 +22,6 @@ from harvest import Setting
 from cratelm.activations.batches import Batch
 from cratelm.models.sites import hooked
 
-TARGET = 0.8
-
 
 class CompiledSetting(Setting):
     """The same setting with compiled forward passes."""
@@ -29,17 +29,23 @@ class CompiledSetting(Setting):
     def __init__(self, size: str, arguments: argparse.Namespace, backend: str):
         super().__init__(size, arguments)
         self.codes: list[torch.Tensor] = []
-        # Two functions, since torch.compile keeps one cache for each, and does not look for hooks again.
+        # A copy with hooks that stay, since torch.compile traces the hooks once and does not look for them again;
+        # and a function for each, since it keeps one cache per function.
+        self.hooked_model = copy.deepcopy(self.model)
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(hooked(self.hooked_model, self.site, self._collect))
         self.compiled_forward = torch.compile(self._forward, backend=backend)
         self.compiled_codes = torch.compile(self._forward_with_codes, backend=backend)
+
+    def _collect(self, layer: int, activations: torch.Tensor) -> None:
+        self.codes.append(activations)
 
     def _forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def _forward_with_codes(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
-        """Return the neurons [B, T, H] of the L layers; the hooks are registered by the caller."""
-        self.codes.clear()
-        self.model.base_model(input_ids=input_ids, use_cache=False)
+        """Return the neurons [B, T, H] of the L layers, which the hooks collect."""
+        self.hooked_model.base_model(input_ids=input_ids, use_cache=False)
         return list(self.codes)
 
     @torch.no_grad()
@@ -51,20 +57,13 @@ class CompiledSetting(Setting):
     @torch.no_grad()
     def harvest(self, batches: Sequence[Batch]) -> None:
         """Harvest the batches. Raises `RuntimeError` if the graph lacks a layer's neurons."""
-
-        def collect(layer: int, activations: torch.Tensor) -> None:
-            self.codes.append(activations)
-
-        with hooked(self.model, self.site, collect):
-            for batch in batches:
-                codes = self.compiled_codes(batch.input_ids)
-                if len(codes) != len(self.layers):
-                    raise RuntimeError(
-                        f"the graph returns {len(codes)} of {len(self.layers)} layers"
-                    )
-                for layer, code in zip(self.layers, codes, strict=True):
-                    layer.add(code, batch)
-        self.codes.clear()
+        for batch in batches:
+            codes = self.compiled_codes(batch.input_ids)
+            self.codes.clear()  # here, since a list that is not empty at the start would need another graph
+            if len(codes) != len(self.layers):
+                raise RuntimeError(f"the graph returns {len(codes)} of {len(self.layers)} layers")
+            for layer, code in zip(self.layers, codes, strict=True):
+                layer.add(code, batch)
 
 
 def measure(options: PartOptions, figures: Figures) -> None:

@@ -24,6 +24,10 @@ def measure(options: PartOptions, figures: Figures) -> None:
     figures.record("commit", git_commit())
     figures.record("device", options.device)
     if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "torch sees no GPU: type `bash benchmarks/gpu.sh --device cpu --tiny` to try the script without one"
+            )
         card = torch.cuda.get_device_properties(0)
         figures.record("card", card.name)
         figures.record("memory_bytes", card.total_memory)

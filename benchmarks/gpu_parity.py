@@ -9,7 +9,8 @@ Shape legend: B sequences, T tokens of a sequence, V vocabulary.
 
 import copy
 import math
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from gpu_part import Figures, PartOptions
@@ -20,7 +21,8 @@ from cratelm.models import build, capture, site_of
 from cratelm.train.losses import NextTokenLoss
 
 
-class Limits(NamedTuple):
+@dataclass(frozen=True)
+class Limits:
     """Largest errors that count as agreement."""
 
     loss: float
@@ -97,7 +99,7 @@ def compared(
         "gradient_error": gradients,
         "worst_weight": worst,
         "worst_weight_error": errors[worst],
-        "limits": limits._asdict(),
+        "limits": asdict(limits),
         "agrees": loss_error <= limits.loss and gradients <= limits.gradients,  # not if it is NaN
     }
 

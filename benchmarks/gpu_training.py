@@ -22,9 +22,9 @@ from gpu_part import (
 )
 from train_step import bare_step, useful_flops
 
-TARGET_MFU = 0.5
-BATCHES = (64, 32, 16, 8, 4, 2, 1)
-"""sequences per step, tried in this order until one fits into memory"""
+BATCHES = (32, 16, 8, 4, 2, 1)
+"""sequences per step, tried in this order until one fits into memory; 64 x 1,024 x 50,304 logits would need indices
+of 64 bits"""
 BLOCKS = 5
 BLOCK_SECONDS = 0.8
 

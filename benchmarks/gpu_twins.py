@@ -165,11 +165,11 @@ def prepared(
     Raises `TimeoutError` if these are fewer than 20.
     """
     start = time.monotonic()
-    batch, length = (2, 16) if options.tiny else (64, 1024)
+    batch, micro, length = (4, 2, 16) if options.tiny else (64, 32, 1024)
     recipe = replace(
         LAPTOP,
         batch_size=batch,
-        micro_batch_size=batch,
+        micro_batch_size=micro,
         sequence_length=length,
         precision="bf16",
         validation_sequences=4 if options.tiny else 128,
