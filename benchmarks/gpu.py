@@ -1,5 +1,6 @@
-"""Measure cratelm on one GPU, in at most nine minutes; `gpu.sh` starts this, and its header says more.
+"""Measure cratelm on one GPU, in at most nine minutes, with few packages and no network: `bash benchmarks/gpu.sh`.
 
+Prints one screen of results, and writes results.json, curves.jsonl and weights/ (bf16, below 16 MB a file).
 Each part is a process with its own time limit, and survives the failure of another. A part may also use the time that
 those before it left. Parts, with the seconds of nine minutes:
 
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -49,16 +51,20 @@ def run_part(
     process = context.Process(target=part_process, args=(name, options, folder))
     begin = time.monotonic()
     process.start()
-    process.join(seconds)
-    status = FINISHED
-    if process.is_alive():
-        status = f"stopped at its time limit of {seconds:.0f} s"
+    assert process.pid is not None
+    try:
+        process.join(seconds)
+        stopped = process.is_alive()
+    finally:  # also if this process is interrupted
         process.kill()
         process.join()
+        with contextlib.suppress(ProcessLookupError):  # compilers that the part started
+            os.killpg(process.pid, signal.SIGKILL)
+    status = FINISHED
+    if stopped:
+        status = f"stopped at its time limit of {seconds:.0f} s"
     elif process.exitcode:
         status = f"failed: {_reason(folder / f'{name}.error', process.exitcode)}"
-    with contextlib.suppress(ProcessLookupError):  # compilers that the part started
-        os.killpg(process.pid or 0, signal.SIGKILL)
     record = {"status": status, "seconds": round(time.monotonic() - begin, 1), "figures": {}}
     with contextlib.suppress(OSError, ValueError):
         record["figures"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -77,7 +83,8 @@ def _reason(path: Path, code: int) -> str:
 
 def part_process(name: str, options: "PartOptions", folder: Path) -> None:
     """Run a part; what it prints goes to a log, so that the results stay on one screen."""
-    os.setsid()  # so that the compilers that it starts can be killed with it
+    os.setpgrp()  # a process group, so that the compilers that it starts can be killed with it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -156,9 +163,7 @@ def options_of(words: Sequence[str]) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         prog="gpu.sh",
-        description=(__doc__ or "").replace(
-            "`gpu.sh` starts this, and its header says more", "on tokens carried or made"
-        ),
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit status: 0 if every part finished and agreed with the CPU, 1 if not, 2 for bad options",
     )
@@ -211,8 +216,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     from gpu_screen import all_is_well, screen
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part is killed, too
     out = (arguments.out or Path(os.environ.get("OUT") or "runs/gpu")).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "curves.jsonl"):  # of an earlier run
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "weights", ignore_errors=True)
     results = run_parts(arguments, out)
     machine = results["parts"]["machine"]["status"]
     if machine != FINISHED:

@@ -28,9 +28,10 @@ def screen(results: dict[str, Any], out: Path) -> str:
     parts = results["parts"]
     machine = parts["machine"]["figures"]
     versions = machine.get("versions", {})
+    driver = f", driver {machine['driver']}" if machine.get("driver") else ""
     lines = [
-        f"cratelm {machine.get('commit', '')[:12]} on {machine.get('card', 'an unknown device')}, driver"
-        f" {machine.get('driver')}, torch {versions.get('torch')}, transformers {versions.get('transformers')}"
+        f"cratelm {machine.get('commit', '')[:12]} on {machine.get('card', 'an unknown device')}{driver},"
+        f" torch {versions.get('torch')}, transformers {versions.get('transformers')}"
     ]
     if results["options"]["tiny"] == "True":
         lines.append("tiny models: the figures below mean nothing")

@@ -136,6 +136,7 @@ def measure(options: PartOptions, figures: Figures) -> None:
     figures.record("tokens", tokens.origin)
     curves, written = Curves(options), 0
     for number, size in enumerate(options.twins):
+        free_memory(options.device)
         share = options.left() / (len(options.twins) - number)
         names = (f"crate-{size}", f"gpt2-{size}")
         try:
@@ -154,7 +155,6 @@ def measure(options: PartOptions, figures: Figures) -> None:
             curves.write()
             figures.record(training.name, record)
         del pair, training
-        free_memory(options.device)
 
 
 def prepared(

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -256,6 +257,28 @@ def test_a_part_that_fails_leaves_its_figures_and_a_reason(gpu, tmp_path, monkey
     assert gpu.gpu_screen.all_is_well(results) == (name == "sound")
     screen = gpu.gpu_screen.screen({**results}, tmp_path)
     assert (f"FAILED: the part training {STATUS[name]}" in screen) == (name != "sound")
+
+
+def test_an_interrupted_script_leaves_no_part_running(gpu, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = "import os, time\ndef measure(o, figures):\n    figures.record('pid', os.getpid())\n    time.sleep(60)"
+    (tmp_path / "gpu_waiting.py").write_text(code, encoding="utf-8")
+
+    def interrupt(*_):
+        if (tmp_path / "waiting.json").exists():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu.gpu.run_part("waiting", None, tmp_path, "fork", 30)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    pid = json.loads((tmp_path / "waiting.json").read_text(encoding="utf-8"))["pid"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_later_parts_run_after_one_that_failed(gpu, tmp_path, monkeypatch):
