@@ -48,7 +48,9 @@ def run_part(
     `start` is how the process is made, `fork` or `spawn`; after `seconds` it is killed with its children.
     """
     context = multiprocessing.get_context(start)
-    process = context.Process(target=part_process, args=(name, options, folder))
+    process = context.Process(  # pyright: ignore[reportAttributeAccessIssue]
+        target=part_process, args=(name, options, folder)
+    )
     begin = time.monotonic()
     process.start()
     assert process.pid is not None

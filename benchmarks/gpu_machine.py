@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", 
 
 def measure(options: PartOptions, figures: Figures) -> None:
     """Record versions, card and driver. Raises an error if the device cannot multiply two matrices."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

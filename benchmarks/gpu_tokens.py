@@ -8,7 +8,7 @@ run has more tokens than the file may hold, blocks of 65,536 tokens are taken ev
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -60,7 +60,7 @@ class Tokens:
 
     @classmethod
     def of(
-        cls, arrays: dict[str, NDArray[np.integer]], rows: int, origin: dict[str, Any]
+        cls, arrays: Mapping[str, NDArray[np.integer]], rows: int, origin: dict[str, Any]
     ) -> "Tokens":
         """Return the tokens in two arrays."""
         train, held_out = (cast("TokenSplit", ArraySplit(name, arrays[name])) for name in SPLITS)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from common import synchronise
 from gpu_part import Figures, PartOptions, free_memory, is_out_of_memory
 from gpu_tokens import Tokens, generate, read
 from gpu_weights import save, size_of
@@ -100,8 +101,8 @@ class Training:
             free_memory(self.accelerator.device.type)
         start = time.perf_counter()
         for step in range(1, 1 + count):
-            loss, _, _ = self.step(step)
-        float(loss)  # waits for the device
+            self.step(step)
+        synchronise(self.accelerator.device)
         return (time.perf_counter() - start) / count
 
     def validate(self) -> dict[str, float]:
@@ -154,7 +155,7 @@ def measure(options: PartOptions, figures: Figures) -> None:
                 record = {"error": f"{type(error).__name__}: {error}"[:500]}
             curves.write()
             figures.record(training.name, record)
-        del pair, training
+        del pair
 
 
 def prepared(
@@ -198,7 +199,7 @@ def train(training: Training, curves: Curves) -> dict[str, Any]:
     """Take all steps and return what came of it. Raises `ArithmeticError` if the loss is no longer finite."""
     recipe, name = training.recipe, training.name
     curves.add(model=name, step=0, tokens=0, **training.validate())
-    start, figures = time.perf_counter(), {}
+    start, figures, validation = time.perf_counter(), {}, {}
     for step in range(recipe.steps):
         loss, norm, rate = training.step(step)
         done, seen = step + 1, (step + 1) * recipe.tokens_per_step

@@ -266,6 +266,7 @@ def test_an_interrupted_script_leaves_no_part_running(gpu, tmp_path, monkeypatch
 
     def interrupt(*_):
         if (tmp_path / "waiting.json").exists():
+            signal.setitimer(signal.ITIMER_REAL, 0)
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
