@@ -24,6 +24,7 @@ from cratelm.tokens.shards import TokenStore
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
+pytestmark = pytest.mark.timeout(900)  # the one run of the script takes minutes on a busy machine
 BLOCKED = [
     "pyarrow",
     "scipy",
@@ -68,8 +69,8 @@ def finished(token_file, tmp_path_factory) -> SimpleNamespace:
         "PYTHON": sys.executable,
         "OUT": str(out),
     }
-    words = ["--device", "cpu", "--tiny", "--twins", "1l", "--tokens", str(token_file)]
-    command = ["bash", str(FOLDER / "gpu.sh"), *words]
+    words = "--device cpu --tiny --minutes 40 --twins 1l --tokens".split()
+    command = ["bash", str(FOLDER / "gpu.sh"), *words, str(token_file)]
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", env=environment, cwd=folder
     )
