@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from tokenizers.models import WordLevel
 from cratelm.corpus.documents import Document
 from cratelm.records import NeuronId, NeuronSummary
 from cratelm.runs import Run
-from cratelm.tokens.shards import StoreWriter, TokenSplit
+
+if TYPE_CHECKING:
+    from cratelm.tokens.shards import TokenSplit
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -91,13 +93,15 @@ class _RandomSplit:
         return np.searchsorted(self.starts, positions, side="right") - 1
 
 
-def random_split(n_tokens: int, vocabulary: int) -> TokenSplit:
+def random_split(n_tokens: int, vocabulary: int) -> "TokenSplit":
     """Return a split of random tokens below `vocabulary`, without end-of-text tokens."""
-    return cast(TokenSplit, _RandomSplit(n_tokens, vocabulary))
+    return cast("TokenSplit", _RandomSplit(n_tokens, vocabulary))
 
 
 def random_run(path: Path, vocabulary: int, n_tokens: int) -> Run:
     """Write a run of random tokens, with one document of `n_tokens` in each of the splits train and held-out."""
+    from cratelm.tokens.shards import StoreWriter  # imports pyarrow, which gpu.sh does without
+
     run, generator = Run(path), np.random.default_rng(0)
     tokens = ["<|endoftext|>", *(f"t{i}" for i in range(1, vocabulary))]
     tokenizer = Tokenizer(WordLevel({t: i for i, t in enumerate(tokens)}, tokens[0]))

@@ -27,8 +27,6 @@ from torch.nn import functional as F
 from cratelm.models import build
 from cratelm.models.crate import CrateConfig, Ista
 from cratelm.train.config import TrainConfig
-from cratelm.train.log import read_metrics
-from cratelm.train.loop import train
 from cratelm.train.losses import NextTokenLoss
 from cratelm.train.optimizers import block_matrices, make_optimizers, set_learning_rate
 
@@ -93,7 +91,7 @@ def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callabl
     set_learning_rate(optimizers, RATE)
     forward = NextTokenLoss(model)
     if options.compile:
-        forward.compile()
+        forward.compile(backend=options.backend)
     shape = (options.batch, options.length + 1)
     tokens = torch.randint(options.vocab, shape, device=device)
 
@@ -115,6 +113,8 @@ def loop_step(name: str, options: argparse.Namespace) -> Callable[[int], float]:
 
     The seconds are taken from its timing file.
     """
+    from cratelm.train.log import read_metrics  # these import pyarrow, which gpu.sh does without
+    from cratelm.train.loop import train
 
     def step(count: int) -> float:
         config = TrainConfig(
@@ -200,6 +200,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile, for --compile")
     parser.add_argument(
         "--peak-tflops", type=float, help="peak TFLOP/s of the device at this precision, for MFU"
     )

@@ -22,6 +22,19 @@ TINY = {
     "train_step": "--models crate-2l --vocab-size 300 310 --length 32 --batch 2 --repeats 1 --steps 1",
 }
 
+GPU_MODULES = [
+    "harvest",
+    "machine",
+    "parity",
+    "part",
+    "screen",
+    "tokens",
+    "training",
+    "twins",
+    "weights",
+]
+"""of `gpu.sh`, which tests/test_gpu_script.py runs"""
+
 
 def run(name: str, arguments: list[str], capsys, monkeypatch) -> str:
     """What a benchmark prints. Its file is run as a module; the folder is where it finds `common`."""
@@ -78,6 +91,8 @@ def test_all_are_here():
         "viewer",
         "simulate",
         "common",
+        "gpu",
+        *(f"gpu_{name}" for name in GPU_MODULES),
     }
     assert named == {path.stem for path in FOLDER.glob("*.py")}
 

@@ -7,13 +7,16 @@ end-of-text token).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cratelm.records import Split
-from cratelm.tokens.shards import TokenSplit
+
+if TYPE_CHECKING:
+    from cratelm.tokens.shards import TokenSplit
 
 Int64 = NDArray[np.int64]
 NEVER = np.iinfo(np.int64).max
@@ -59,7 +62,7 @@ class Batch:
 class SearchPlan:
     """Which sequences of a split are searched: all of them, or a seeded sample in ascending order."""
 
-    split: TokenSplit
+    split: "TokenSplit"
     name: Split
     eot_id: int
     sequence_length: int
@@ -71,7 +74,7 @@ class SearchPlan:
     @classmethod
     def of(
         cls,
-        split: TokenSplit,
+        split: "TokenSplit",
         name: Split,
         eot_id: int,
         sequence_length: int,

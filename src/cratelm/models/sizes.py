@@ -25,7 +25,6 @@ from cratelm.runs.pretrained import (
     least_memory,
     reason_of,
 )
-from cratelm.runs.reading import verify_folder
 
 AutoConfig.register("crate", CrateConfig, exist_ok=True)
 AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
@@ -138,6 +137,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if not str(path).strip():
         raise InputError("the path of the model is empty: name a folder or a Hub id")
     if Path(path).is_dir():
+        from cratelm.runs.reading import verify_folder  # imports pyarrow
+
         verify_folder(path)
     with _loading(path):
         model = from_pretrained(path, **kwargs)

@@ -7,13 +7,16 @@ Shape legend: B sequences per step over all ranks, b of one micro-batch, T token
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
-from cratelm.tokens.shards import TokenSplit
+
+if TYPE_CHECKING:
+    from cratelm.tokens.shards import TokenSplit
 
 
 class BatchSampler:
@@ -27,7 +30,7 @@ class BatchSampler:
 
     def __init__(
         self,
-        split: TokenSplit,
+        split: "TokenSplit",
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -86,7 +89,7 @@ class BatchSampler:
 
 
 def read_batch(
-    split: TokenSplit, indices: NDArray[np.int64], sequence_length: int, device: torch.device
+    split: "TokenSplit", indices: NDArray[np.int64], sequence_length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return inputs and targets, [b, T] each, of the sequences `indices` [b]."""
     rows = np.stack([split.sequence(int(i), sequence_length) for i in indices])  # [b, T + 1]

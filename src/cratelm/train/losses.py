@@ -3,7 +3,7 @@
 Shape legend: B sequences, T tokens of a sequence, V vocabulary, n validation sequences.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
-from cratelm.tokens.shards import TokenSplit
 from cratelm.train.config import Recipe
 from cratelm.train.data import read_batch, spread
 from cratelm.train.head_loss import head_loss
 
+if TYPE_CHECKING:
+    from cratelm.tokens.shards import TokenSplit
 
 class NextTokenLoss(nn.Module):
     """A language model with its loss inside, so that logits [B, T, V] never leave it.
@@ -50,7 +51,7 @@ class Validation:
     Raises `InputError` if the held-out split has no whole sequence.
     """
 
-    def __init__(self, split: TokenSplit, recipe: Recipe, accelerator: Accelerator):
+    def __init__(self, split: "TokenSplit", recipe: Recipe, accelerator: Accelerator):
         self.split, self.length, self.accelerator = split, recipe.sequence_length, accelerator
         self.batch_size = recipe.micro_batch_size
         available = split.n_sequences(self.length)
