@@ -43,7 +43,10 @@ from cratelm.runs import (
 )
 from cratelm.runs.devices import available_on
 from cratelm.runs.names import latents_name, set_name
+from cratelm.runs.ranks import Ranks, Share, joined, n_ranks_here
 from cratelm.tokens.shards import TokenStore, check_vocabulary
+
+_WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,14 @@ class HarvestResult:
 def harvest(config: HarvestConfig) -> HarvestResult:
     """Harvest a model and return the result; a finished stage is only read.
 
-    Raises `InputError` for a model, site or tokenizer that does not fit.
+    Processes that `torchrun` started each search a share of the tokens, and write what one would have written. Raises
+    `InputError` for a model, site or tokenizer that does not fit.
     """
+    with joined() as ranks:
+        return _harvest(config, ranks)
+
+
+def _harvest(config: HarvestConfig, ranks: Ranks) -> HarvestResult:
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
     source = find_model(run, config.model).pinned()
@@ -77,7 +86,7 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     autoencoder = None
     if config.sae:
         autoencoder, inputs["sae"] = _sae_source(config, run)
-    if stage.is_finished(config, inputs, force=config.force):
+    if ranks.by_first(lambda: stage.is_finished(config, inputs, force=config.force)):
         return _result(stage)
     loaded = source.load(config.device, config.dtype)
     model = loaded.model
@@ -85,8 +94,8 @@ def harvest(config: HarvestConfig) -> HarvestResult:
     check_vocabulary(store, model.config.vocab_size)
     site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
     _check_memory(config, store, site, model.device)
-    with stage.write(config, inputs) as draft:
-        _write_splits(config, store, loaded, site, stage.name, draft)
+    with ranks.write(stage, config, inputs) as draft:
+        _write_splits(config, store, loaded, site, stage.name, draft, ranks)
     return _result(stage)
 
 
@@ -106,30 +115,59 @@ def harvest_split(
     sizes: ExcerptSizes,
     batch_tokens: int = 8_192,
     quiet: bool = False,
+    share: Share = _WHOLE,
 ) -> list[LayerHarvest]:
-    """Return the harvest of each layer [L] from one pass over the tokens of `plan`, without the head."""
+    """Return the harvest of each layer [L] from one pass over the tokens of `plan`, without the head.
+
+    With a `share`, only these blocks of batches are searched (`SearchPlan.blocks`).
+    """
     spans = plan.text_spans()
+    blocks = plan.blocks(batch_tokens)
+    searched = [blocks[i] for i in share.between(len(blocks))]
+    numbers = [number for block in searched for number in block]
+    ends = {block[-1] for block in searched}
     layers = [
         LayerHarvest(
-            calibration, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
+            calibration,
+            random_positions(spans, number, h, sizes.random, plan.seed),
+            sizes,
+            number,
+            is_first=share.is_first,
         )
         for calibration, number, h in zip(
             calibrations, site.layer_numbers, site.n_neurons, strict=True
         )
     ]
     progress = tqdm(
-        total=plan.n_tokens(),
+        total=plan.n_tokens() // share.of,
         desc=f"harvest {plan.name}",
         unit="tok",
         unit_scale=True,
         disable=quiet,
     )
     with torch.no_grad(), progress:
-        for batch in plan.batches(batch_tokens, model.device):
+        batches = plan.batches(batch_tokens, model.device, numbers)
+        for number, batch in zip(numbers, batches, strict=True):
             with hooked(model, site, lambda layer, a, b=batch: layers[layer].add(a, b)):
                 model.base_model(input_ids=batch.input_ids, use_cache=False)
+            if number in ends:
+                for layer in layers:
+                    layer.end_block()
             progress.update(batch.input_ids.numel())
     return layers
+
+
+def _merge_ranks(layers: list[LayerHarvest], ranks: Ranks) -> None:
+    """Merge, on rank 0, the shares of all ranks into its own, layer by layer.
+
+    Memory: one layer of one other rank, about as much as its neurons take in a harvest.
+    """
+    for layer in layers:
+        if ranks.is_first:
+            for number in range(1, ranks.share.of):
+                layer.merge(ranks.receive(number))
+        else:
+            ranks.send(layer.state())
 
 
 def _write_splits(
@@ -138,8 +176,10 @@ def _write_splits(
     loaded: LoadedModel,
     site: Site,
     name: str,
-    draft: Draft,
+    draft: Draft | None,
+    ranks: Ranks,
 ) -> None:
+    """Harvest both splits, this process its share; write them into the draft, which rank 0 has."""
     sizes = ExcerptSizes(
         config.top, config.random, config.per_bin, config.context, config.short_context
     )
@@ -150,21 +190,38 @@ def _write_splits(
     for split in ("fit", "held_out"):
         plan = _plan(config, store, split, length)
         # Both splits use the bins that were set on the first one.
-        calibrations = calibrations or calibrate(
-            model, site, plan, config.pilot_tokens, config.batch_tokens
-        )
+        calibrations = calibrations or _calibrations(config, model, site, plan, ranks)
+        quiet = config.quiet or not ranks.is_first
         layers = harvest_split(
-            model, site, plan, calibrations, sizes, config.batch_tokens, config.quiet
+            model, site, plan, calibrations, sizes, config.batch_tokens, quiet, ranks.share
         )
+        _merge_ranks(layers, ranks)
+        if draft is None:
+            continue
         _write(draft.path, plan, layers, model, site, name)
         results["tokens"][split] = layers[0].n_tokens
         results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
+    if draft is None:
+        return
     draft.results.update(results, site=site.name, neurons=list(site.n_neurons))
     # For later measurements on the same neurons (`open_harvest`).
     draft.results.update(sequence_length=length, device=config.device)
     fields = asdict(replace(site, autoencoders=()))
     del fields["autoencoders"]
     write_json(draft.path / "sites.json", {**fields, "layers": site.layer_numbers})
+
+
+def _calibrations(
+    config: HarvestConfig, model: PreTrainedModel, site: Site, plan: SearchPlan, ranks: Ranks
+) -> list[Calibration]:
+    """Return the figures of the pilot sample, which rank 0 measures for all ranks."""
+    cpu = torch.device("cpu")
+    measured = ranks.by_first(
+        lambda: [
+            c.to(cpu) for c in calibrate(model, site, plan, config.pilot_tokens, config.batch_tokens)
+        ]
+    )
+    return [calibration.to(model.device) for calibration in measured]
 
 
 def _write(
@@ -213,7 +270,8 @@ def _check_memory(
         "pilot_tokens": widest * min(config.pilot_tokens, tokens) * 4,
     }
     purpose = f"the excerpts of {neurons:,} neurons"
-    check_memory(config, parts, purpose, available=available_on(device))
+    free = available_on(device)
+    check_memory(config, parts, purpose, available=free and free // n_ranks_here())
 
 
 def _plan(config: HarvestConfig, store: TokenStore, split: Split, length: int) -> SearchPlan:

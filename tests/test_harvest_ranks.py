@@ -1,0 +1,186 @@
+"""Harvest under `torchrun`: the files of several processes are those of one, and a failed rank leaves nothing behind."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rank_server import RankServer
+from test_activations import EOT, MemorySplit, cases
+from tiny_run import MODEL, copied
+
+from cratelm.activations.batches import BLOCKS, SearchPlan, random_positions
+from cratelm.activations.calibration import Calibration
+from cratelm.activations.layer_harvest import LayerHarvest
+from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
+from cratelm.runs import RECORD, Completion, Run
+from cratelm.runs.ranks import Share
+
+HARVEST = (
+    f"harvest --run run --model {MODEL} --name made --tokens 2000 --top 6 --random 5 --per-bin 3 --context 8"
+    " --short-context 2 --pilot-tokens 128 --batch-tokens 48 --device cpu"
+)
+"""about 40 batches of up to three sequences in each split"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RankServer]:
+    server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def alone(server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The harvest of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    copied(folder)
+    outcome = server.run(f"{HARVEST} --quiet", folder)
+    assert outcome.statuses == [0], outcome.outputs
+    return folder / "run"
+
+
+def made(run: Path) -> Completion:
+    done = Run(run).stage("activations", "made").completion()
+    assert done is not None
+    return done
+
+
+def check_equal(run: Path, alone: Path) -> None:
+    """Every file is the same, bit for bit, and so is what the record says about them."""
+    here, there = (path / "activations" / "made" for path in (run, alone))
+    names = sorted(path.name for path in there.iterdir() if path.name != RECORD)
+    assert len(names) == 5
+    assert sorted(path.name for path in here.iterdir() if path.name != RECORD) == names
+    for name in names:
+        assert (here / name).read_bytes() == (there / name).read_bytes(), name
+    assert made(run).identity == made(alone).identity
+    assert made(run).results == made(alone).results
+
+
+def left_over(run: Path) -> list[str]:
+    """What a harvest left besides its folder."""
+    return sorted(p.name for p in (run / "activations").iterdir() if not p.name.startswith(MODEL))
+
+
+# ---- merging --------------------------------------------------------------------------------------
+
+
+def harvested(case, pilot: Calibration, share: Share) -> LayerHarvest:
+    """The harvest of a share of the batches."""
+    split, activations, length, sizes, batch_tokens, seed = case
+    plan = SearchPlan.of(split, "fit", EOT, length, split.n_tokens + length, seed)
+    places = random_positions(plan.text_spans(), 1, activations.shape[1], sizes.random, seed)
+    kept = LayerHarvest(pilot, places, sizes, 1, is_first=share.is_first)
+    blocks = plan.blocks(batch_tokens)
+    for block in (blocks[i] for i in share.between(len(blocks))):
+        for batch in plan.batches(batch_tokens, torch.device("cpu"), block):
+            kept.add(activations[batch.position].view(*batch.input_ids.shape, -1), batch)
+        kept.end_block()
+    return kept
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases(), n_shares=st.integers(2, 5))
+def test_merged_shares_are_the_whole(case, n_shares):
+    split, activations = case[0], case[1]
+    pilot = Calibration.of(activations[split.tokens != EOT][: max(1, split.n_tokens // 3)])
+    whole = harvested(case, pilot, Share())
+    first, *others = (harvested(case, pilot, Share(i, n_shares)) for i in range(n_shares))
+    for other in others:
+        first.merge(other.state())
+    tables = [
+        (
+            excerpt_table(excerpt_rows(h, 0, h.n_neurons), split, "m", "s", 1),
+            summary_table(h, "m", "s", 1).drop_columns(["skew", "kurtosis"]),
+        )
+        for h in (whole, first)
+    ]
+    assert tables[0][0].equals(tables[1][0])
+    assert tables[0][1].equals(tables[1][1])
+    assert torch.equal(whole.powers, first.powers)  # skew and kurtosis are made of these, and may be NaN
+
+
+@pytest.mark.parametrize("n_batches", [1, 5, 239, 240, 241, 1000])
+def test_blocks_cover_all_batches_once(n_batches):
+    split = MemorySplit([n_batches * 4 - 2])  # with its end mark, one token less than the batches hold
+    plan = SearchPlan.of(split, "fit", EOT, 4, split.n_tokens, 0)
+    blocks = plan.blocks(4)
+    assert len(blocks) == min(BLOCKS, n_batches)
+    assert [number for block in blocks for number in block] == list(range(n_batches))
+    for n_shares in (1, 3, 7, 300):
+        shares = [Share(i, n_shares).between(len(blocks)) for i in range(n_shares)]
+        assert [block for share in shares for block in share] == list(range(len(blocks)))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# ---- ranks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_write_the_files_of_one(server, alone, tmp_path, ranks):
+    copied(tmp_path)
+    outcome = server.run(HARVEST, tmp_path, ranks)
+    assert outcome.statuses == [0] * ranks, outcome.outputs
+    check_equal(tmp_path / "run", alone)
+    assert left_over(tmp_path / "run") == ["made"]
+    first, *others = outcome.outputs
+    assert "neurons  32, 32" in first
+    assert others == [""] * (ranks - 1)  # neither results nor progress bars
+    again = server.run(HARVEST, tmp_path, ranks)
+    assert again.statuses == [0] * ranks
+    assert again.outputs[0].count("is finished, skipped") == 1
+    assert again.outputs[1:] == others
+
+
+@pytest.mark.fault(
+    "a rank of a harvest under `torchrun` is killed", "one line; nothing is left; the same files"
+)
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_harvest(server, alone, tmp_path, killed):
+    copied(tmp_path)
+    fails = f"{killed}:cratelm.activations.layer_harvest:LayerHarvest.add:50:kill"
+    outcome = server.run(f"{HARVEST} --quiet", tmp_path, 2, fails=fails)
+    assert outcome.statuses[killed] == -9
+    assert outcome.statuses[1 - killed] != 0
+    if killed == 1:
+        (line,) = outcome.outputs[0].splitlines()
+        assert line.startswith("cratelm harvest: ")
+        assert "has ended" in line
+        assert "the same command does the work again" in line
+        assert left_over(tmp_path / "run") == []
+    assert server.run(f"{HARVEST} --quiet", tmp_path, 2).statuses == [0, 0]
+    check_equal(tmp_path / "run", alone)
+    assert left_over(tmp_path / "run") == ["made"]
+
+
+def test_an_error_of_one_rank_names_it_and_leaves_nothing(server, tmp_path):
+    copied(tmp_path)
+    fails = "1:cratelm.activations.layer_harvest:LayerHarvest.add:50:error"
+    outcome = server.run(f"{HARVEST} --quiet", tmp_path, 2, fails=fails)
+    assert 0 not in outcome.statuses
+    lines = [line for output in outcome.outputs for line in output.splitlines()]
+    assert "cratelm harvest: rank 1: a fault of this rank alone" in lines or lines == [
+        line for line in lines if "has ended" in line
+    ]
+    assert left_over(tmp_path / "run") == []
+
+
+def test_an_error_of_all_ranks_is_printed_once(server, tmp_path):
+    copied(tmp_path)
+    outcome = server.run("harvest --run run --model none-such --quiet", tmp_path, 2)
+    assert 0 not in outcome.statuses
+    assert outcome.outputs[0].count("\n") == 1
+    assert "none-such" in outcome.outputs[0]
+    assert outcome.outputs[1] == ""
+
+
+def test_other_verbs_refuse_several_processes(server, tmp_path):
+    copied(tmp_path)
+    outcome = server.run(f"explain --run run --model {MODEL}", tmp_path, 2)
+    assert outcome.outputs[0].startswith("cratelm explain: it runs in one process")
+    assert outcome.outputs[1] == ""
+    assert 0 not in outcome.statuses
