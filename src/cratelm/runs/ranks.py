@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -181,13 +182,15 @@ def _choose_gpu() -> None:
 
 @contextlib.contextmanager
 def _meeting() -> Iterator[None]:
-    """Report an error of the connection as one line."""
+    """Report an error of the connection as one line, after the rank that has ended could report its own."""
     try:
         yield
     except RuntimeError:  # torch raises several classes; what they say is where in gloo it was noticed
+        if rank() == 0:
+            time.sleep(2 * REPORTS_AFTER)
         raise InputError(
-            f"rank {rank()} lost the connection to another process of this command, which has ended: see its"
-            " message, or whether it was killed; the same command does the work again"
+            "another process of this command has ended, and with it the connection: see its message, or"
+            " whether it was killed; the same command does the work again"
         ) from None
 
 
