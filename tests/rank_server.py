@@ -13,14 +13,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 LIMIT = 100.0
 """seconds after which a command counts as hanging"""
-MODULES = ("activations.harvest", "steer.effects", "analysis.analyze", "explain.explain", "runs.check")
+MODULES = (
+    "activations.harvest",
+    "steer.effects",
+    "analysis.analyze",
+    "explain.explain",
+    "runs.check",
+)
 
 
 @dataclass(frozen=True)

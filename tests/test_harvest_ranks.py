@@ -1,6 +1,5 @@
 """Harvest under `torchrun`: the files of several processes are those of one, and a failed rank leaves nothing behind."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,12 +100,16 @@ def test_merged_shares_are_the_whole(case, n_shares):
     ]
     assert tables[0][0].equals(tables[1][0])
     assert tables[0][1].equals(tables[1][1])
-    assert torch.equal(whole.powers, first.powers)  # skew and kurtosis are made of these, and may be NaN
+    assert torch.equal(
+        whole.powers, first.powers
+    )  # skew and kurtosis are made of these, and may be NaN
 
 
 @pytest.mark.parametrize("n_batches", [1, 5, 239, 240, 241, 1000])
 def test_blocks_cover_all_batches_once(n_batches):
-    split = MemorySplit([n_batches * 4 - 2])  # with its end mark, one token less than the batches hold
+    split = MemorySplit(
+        [n_batches * 4 - 2]
+    )  # with its end mark, one token less than the batches hold
     plan = SearchPlan.of(split, "fit", EOT, 4, split.n_tokens, 0)
     blocks = plan.blocks(4)
     assert len(blocks) == min(BLOCKS, n_batches)

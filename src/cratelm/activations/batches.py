@@ -7,6 +7,7 @@ end-of-text token).
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ class SearchPlan:
         n_batches = len(self._sequences_by_batch(batch_tokens))
         n_blocks = min(BLOCKS, n_batches)
         edges = [i * n_batches // n_blocks for i in range(n_blocks + 1)]
-        return [range(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+        return [range(low, high) for low, high in pairwise(edges)]
 
     def batch(self, sequences: list[int], device: torch.device) -> Batch:
         """Return the batch of sequences of equal length."""

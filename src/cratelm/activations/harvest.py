@@ -218,7 +218,8 @@ def _calibrations(
     cpu = torch.device("cpu")
     measured = ranks.by_first(
         lambda: [
-            c.to(cpu) for c in calibrate(model, site, plan, config.pilot_tokens, config.batch_tokens)
+            c.to(cpu)
+            for c in calibrate(model, site, plan, config.pilot_tokens, config.batch_tokens)
         ]
     )
     return [calibration.to(model.device) for calibration in measured]

@@ -226,7 +226,9 @@ class LayerHarvest:
             getattr(self, name)[reached] = state[name].to(device)
         for name, buffers in self._buffers.items():
             prefix = f"{name}."
-            buffers.merge({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            buffers.merge(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
 
     @property
     def _buffers(self) -> dict[str, TopKBuffers]:

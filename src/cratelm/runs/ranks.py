@@ -185,7 +185,9 @@ def _meeting() -> Iterator[None]:
     """Report an error of the connection as one line, after the rank that has ended could report its own."""
     try:
         yield
-    except RuntimeError:  # torch raises several classes; what they say is where in gloo it was noticed
+    except (
+        RuntimeError
+    ):  # torch raises several classes; what they say is where in gloo it was noticed
         if rank() == 0:
             time.sleep(2 * REPORTS_AFTER)
         raise InputError(
