@@ -73,6 +73,11 @@ VERBS: dict[str, Verb] = {
         "collect excerpts and statistics of every neuron",
         several=True,
     ),
+    "merge harvest": Verb(
+        "cratelm.activations.merge_harvest",
+        "cratelm.activations.config:MergeHarvestConfig",
+        "make a harvest from parts that were collected separately",
+    ),
     "explain": Verb(
         "cratelm.explain.explain",
         "cratelm.explain.config:ExplainConfig",

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cratelm.activations.config import PARTS
 from cratelm.records import Split
 from cratelm.tokens.shards import TokenSplit
 
 Int64 = NDArray[np.int64]
-BLOCKS = 240
-"""most blocks that the batches of a plan are divided into; divisible by most numbers of processes up to 60"""
+BLOCKS = PARTS
+"""most blocks that the batches of a plan are divided into: divisible by most numbers of processes up to 60"""
 NEVER = np.iinfo(np.int64).max
 """sampling key of end marks, which no text token has"""
 

@@ -42,6 +42,10 @@ class Calibration:
         """Return the same figures on a device."""
         return Calibration(*(getattr(self, f.name).to(device) for f in fields(self)))
 
+    def equals(self, other: "Calibration") -> bool:
+        """Return whether all figures are the same."""
+        return all(torch.equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
     @classmethod
     def of(cls, activations: torch.Tensor) -> "Calibration":
         """Return the figures of activations [P, H] on the pilot sample."""
