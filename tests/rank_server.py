@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LIMIT = 100.0
+LIMIT = 60.0
 """seconds after which a command counts as hanging"""
 MODULES = (
     "activations.harvest",

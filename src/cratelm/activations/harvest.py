@@ -229,11 +229,11 @@ def _write_splits(
             model, site, plan, calibrations, sizes_of(config), config.batch_tokens, quiet, shares
         )
         _merge_ranks(layers, ranks)
-        if draft is not None and config.part:
+        if not config.part:
+            write_split(draft and draft.path, plan, layers, opened, name, ranks)
+        elif draft is not None:
             write_part(draft.path, split, layers)
             draft.results.update(batch_tokens=config.batch_tokens)
-        elif draft is not None:
-            write_split(draft.path, plan, layers, model, site, name)
         if draft is not None:
             add_results(draft, config, opened, split, layers)
 
@@ -276,20 +276,25 @@ def _calibrations(
 
 
 def write_split(
-    folder: Path,
+    folder: Path | None,
     plan: SearchPlan,
     layers: list[LayerHarvest],
-    model: PreTrainedModel,
-    site: Site,
+    opened: OpenedSources,
     name: str,
+    ranks: Ranks,
 ) -> None:
-    """Write a split and `sites.json`; held-out excerpts include top tokens out of their context."""
+    """Write a split and `sites.json` into the folder that rank 0 has.
+
+    Held-out excerpts include top tokens out of their context, of which every rank measures a share.
+    """
+    site, out_of_context = opened.site, None
+    if plan.name == "held_out":
+        out_of_context = out_of_context_rows(opened.loaded.model, site, plan, layers, ranks)
+    if folder is None:
+        return
     of_site = asdict(replace(site, autoencoders=()))
     del of_site["autoencoders"]
     write_json(folder / "sites.json", {**of_site, "layers": site.layer_numbers})
-    out_of_context = (
-        out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
-    )
     with (
         pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARIES.schema) as summaries,
         pq.ParquetWriter(

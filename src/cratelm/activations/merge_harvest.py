@@ -25,6 +25,7 @@ from cratelm.records import Split
 from cratelm.runs import Completion, Run, Stage, identity_of
 from cratelm.runs.config import known_fields
 from cratelm.runs.names import split_set
+from cratelm.runs.ranks import Ranks
 
 
 def merge_harvest(config: MergeHarvestConfig) -> HarvestResult:
@@ -56,10 +57,8 @@ def merge_harvest(config: MergeHarvestConfig) -> HarvestResult:
         with stage.write(whole, sources.inputs) as draft:
             for split in SPLITS:
                 layers = _merged(whole, opened, split, parts)
-                model, site = opened.loaded.model, opened.site
-                write_split(
-                    draft.path, plan_of(whole, opened, split), layers, model, site, stage.name
-                )
+                plan = plan_of(whole, opened, split)
+                write_split(draft.path, plan, layers, opened, stage.name, Ranks())
                 add_results(draft, whole, opened, split, layers)
     for part in parts.values():
         part.remove()
