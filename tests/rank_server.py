@@ -19,6 +19,11 @@ from typing import Any
 
 LIMIT = 60.0
 """seconds after which a command counts as hanging"""
+HARVEST = (
+    "harvest --run run --model crate-2l --name made --tokens 2000 --top 6 --random 5 --per-bin 3 --context 8"
+    " --short-context 2 --pilot-tokens 128 --batch-tokens 48 --device cpu"
+)
+"""about 40 batches of up to three sequences in each split"""
 MODULES = (
     "activations.harvest",
     "steer.effects",

@@ -1,12 +1,11 @@
 """Parts of a harvest, collected one by one and merged by a verb: the files are those of one process."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rank_server import RankServer
-from test_harvest_ranks import HARVEST, check_equal, left_over
+from rank_server import HARVEST, RankServer
+from test_harvest_ranks import check_equal, left_over
 from tiny_run import MODEL, copied, make_again
 
 from cratelm.cli import main
@@ -17,28 +16,12 @@ MERGE = "merge harvest --run run --model made --device cpu"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RankServer]:
-    server = RankServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def alone(server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The harvest of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    copied(folder)
-    assert server.run(f"{HARVEST} --quiet", folder).statuses == [0]
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def finished(server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(rank_server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with three parts, made out of order; two processes share the last."""
     folder = tmp_path_factory.mktemp("parts")
     copied(folder)
     for part, ranks in (("3/3", 1), ("1/3", 1), ("2/3", 2)):
-        outcome = server.run(f"{PART} {part}", folder, ranks)
+        outcome = rank_server.run(f"{PART} {part}", folder, ranks)
         assert outcome.statuses == [0] * ranks, outcome.outputs
     return folder
 
@@ -66,12 +49,12 @@ def refused(capsys: pytest.CaptureFixture[str], command: str = MERGE) -> str:
     return line
 
 
-def test_merged_parts_are_the_files_of_one_process(server, alone, work):
+def test_merged_parts_are_the_files_of_one_process(rank_server, harvested_alone, work):
     assert parts(work) == ["made@1-of-3", "made@2-of-3", "made@3-of-3"]
     assert left_over(work) == []
-    outcome = server.run(MERGE, work.parent)
+    outcome = rank_server.run(MERGE, work.parent)
     assert outcome.statuses == [0], outcome.outputs
-    check_equal(work, alone)
+    check_equal(work, harvested_alone)
     assert parts(work) == []
     listed = json.loads((work / "manifest.json").read_text())["stages"]
     assert [s["name"] for s in listed if s["stage"] in ("parts", "activations")] == [
@@ -79,10 +62,10 @@ def test_merged_parts_are_the_files_of_one_process(server, alone, work):
         f"{MODEL}-init",
         "made",
     ]
-    again = server.run(MERGE, work.parent)
+    again = rank_server.run(MERGE, work.parent)
     assert again.statuses == [0]
     assert "is finished, and no parts of it are left" in again.outputs[0]
-    assert "is finished, skipped" in server.run(HARVEST, work.parent).outputs[0]
+    assert "is finished, skipped" in rank_server.run(HARVEST, work.parent).outputs[0]
 
 
 @pytest.mark.fault(
@@ -96,12 +79,12 @@ def test_merged_parts_are_the_files_of_one_process(server, alone, work):
         "cratelm.runs.stage:Stage.remove:2",
     ],
 )
-def test_a_killed_merge_is_typed_again(server, alone, work, function):
-    killed = server.run(MERGE, work.parent, fails=f"0:{function}:kill")
+def test_a_killed_merge_is_typed_again(rank_server, harvested_alone, work, function):
+    killed = rank_server.run(MERGE, work.parent, fails=f"0:{function}:kill")
     assert killed.statuses == [-9], killed.outputs
     assert parts(work)
-    assert server.run(MERGE, work.parent).statuses == [0]
-    check_equal(work, alone)
+    assert rank_server.run(MERGE, work.parent).statuses == [0]
+    check_equal(work, harvested_alone)
     assert parts(work) == []
 
 
@@ -115,7 +98,7 @@ def test_missing_parts_are_named(work, capsys):
     assert "there are no parts of other: type" in refused(capsys, MERGE.replace("made", "other"))
 
 
-def test_parts_that_do_not_belong_together(server, work, capsys):
+def test_parts_that_do_not_belong_together(rank_server, work, capsys):
     def changed(part: str, where: str, **values: object) -> None:
         path = work / "parts" / f"made@{part}" / RECORD
         record = json.loads(path.read_text())
@@ -128,7 +111,7 @@ def test_parts_that_do_not_belong_together(server, work, capsys):
     changed("3-of-3", "results", batch_tokens=64)
     assert "differ in --batch-tokens (48 and 64)" in refused(capsys)
     changed("3-of-3", "results", batch_tokens=48)
-    assert server.run(f"{PART} 1/2", work.parent).statuses == [0]
+    assert rank_server.run(f"{PART} 1/2", work.parent).statuses == [0]
     assert "parts 1/2 and 1/3 of made are of different divisions" in refused(capsys)
     assert parts(work) == ["made@1-of-2", "made@1-of-3", "made@2-of-3", "made@3-of-3"]
 

@@ -1,13 +1,12 @@
 """Harvest under `torchrun`: the files of several processes are those of one, and a failed rank leaves nothing behind."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_server import RankServer
+from rank_server import HARVEST
 from test_activations import EOT, MemorySplit, cases
 from tiny_run import MODEL, copied
 
@@ -18,29 +17,6 @@ from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_tabl
 from cratelm.runs import RECORD, Completion, Run
 from cratelm.runs.ranks import Share
 
-HARVEST = (
-    f"harvest --run run --model {MODEL} --name made --tokens 2000 --top 6 --random 5 --per-bin 3 --context 8"
-    " --short-context 2 --pilot-tokens 128 --batch-tokens 48 --device cpu"
-)
-"""about 40 batches of up to three sequences in each split"""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RankServer]:
-    server = RankServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def alone(server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The harvest of one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    copied(folder)
-    outcome = server.run(f"{HARVEST} --quiet", folder)
-    assert outcome.statuses == [0], outcome.outputs
-    return folder / "run"
-
 
 def made(run: Path) -> Completion:
     done = Run(run).stage("activations", "made").completion()
@@ -48,16 +24,16 @@ def made(run: Path) -> Completion:
     return done
 
 
-def check_equal(run: Path, alone: Path) -> None:
+def check_equal(run: Path, harvested_alone: Path) -> None:
     """Every file is the same, bit for bit, and so is what the record says about them."""
-    here, there = (path / "activations" / "made" for path in (run, alone))
+    here, there = (path / "activations" / "made" for path in (run, harvested_alone))
     names = sorted(path.name for path in there.iterdir() if path.name != RECORD)
     assert len(names) == 5
     assert sorted(path.name for path in here.iterdir() if path.name != RECORD) == names
     for name in names:
         assert (here / name).read_bytes() == (there / name).read_bytes(), name
-    assert made(run).identity == made(alone).identity
-    assert made(run).results == made(alone).results
+    assert made(run).identity == made(harvested_alone).identity
+    assert made(run).results == made(harvested_alone).results
 
 
 def left_over(run: Path) -> list[str]:
@@ -82,7 +58,7 @@ def harvested(case, pilot: Calibration, share: Share) -> LayerHarvest:
     return kept
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases(), n_shares=st.integers(2, 5))
 def test_merged_shares_are_the_whole(case, n_shares):
     split, activations = case[0], case[1]
@@ -124,16 +100,16 @@ def test_blocks_cover_all_batches_once(n_batches):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_several_ranks_write_the_files_of_one(server, alone, tmp_path, ranks):
+def test_several_ranks_write_the_files_of_one(rank_server, harvested_alone, tmp_path, ranks):
     copied(tmp_path)
-    outcome = server.run(HARVEST, tmp_path, ranks)
+    outcome = rank_server.run(HARVEST, tmp_path, ranks)
     assert outcome.statuses == [0] * ranks, outcome.outputs
-    check_equal(tmp_path / "run", alone)
+    check_equal(tmp_path / "run", harvested_alone)
     assert left_over(tmp_path / "run") == ["made"]
     first, *others = outcome.outputs
     assert "neurons  32, 32" in first
     assert others == [""] * (ranks - 1)  # neither results nor progress bars
-    again = server.run(HARVEST, tmp_path, ranks)
+    again = rank_server.run(HARVEST, tmp_path, ranks)
     assert again.statuses == [0] * ranks
     assert again.outputs[0].count("is finished, skipped") == 1
     assert again.outputs[1:] == others
@@ -143,10 +119,10 @@ def test_several_ranks_write_the_files_of_one(server, alone, tmp_path, ranks):
     "a rank of a harvest under `torchrun` is killed", "one line; nothing is left; the same files"
 )
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_the_harvest(server, alone, tmp_path, killed):
+def test_a_killed_rank_ends_the_harvest(rank_server, harvested_alone, tmp_path, killed):
     copied(tmp_path)
     fails = f"{killed}:cratelm.activations.layer_harvest:LayerHarvest.add:50:kill"
-    outcome = server.run(f"{HARVEST} --quiet", tmp_path, 2, fails=fails)
+    outcome = rank_server.run(f"{HARVEST} --quiet", tmp_path, 2, fails=fails)
     assert outcome.statuses[killed] == -9
     assert outcome.statuses[1 - killed] != 0
     if killed == 1:
@@ -155,15 +131,15 @@ def test_a_killed_rank_ends_the_harvest(server, alone, tmp_path, killed):
         assert "has ended" in line
         assert "the same command does the work again" in line
         assert left_over(tmp_path / "run") == []
-    assert server.run(f"{HARVEST} --quiet", tmp_path, 2).statuses == [0, 0]
-    check_equal(tmp_path / "run", alone)
+    assert rank_server.run(f"{HARVEST} --quiet", tmp_path, 2).statuses == [0, 0]
+    check_equal(tmp_path / "run", harvested_alone)
     assert left_over(tmp_path / "run") == ["made"]
 
 
-def test_an_error_of_one_rank_names_it_and_leaves_nothing(server, tmp_path):
+def test_an_error_of_one_rank_names_it_and_leaves_nothing(rank_server, tmp_path):
     copied(tmp_path)
     fails = "1:cratelm.activations.layer_harvest:LayerHarvest.add:50:error"
-    outcome = server.run(f"{HARVEST} --quiet", tmp_path, 2, fails=fails)
+    outcome = rank_server.run(f"{HARVEST} --quiet", tmp_path, 2, fails=fails)
     assert 0 not in outcome.statuses
     (line,) = outcome.outputs[1].splitlines()
     assert line == "cratelm harvest: rank 1: a fault of this rank alone"
@@ -172,18 +148,18 @@ def test_an_error_of_one_rank_names_it_and_leaves_nothing(server, tmp_path):
     assert left_over(tmp_path / "run") == []
 
 
-def test_an_error_of_all_ranks_is_printed_once(server, tmp_path):
+def test_an_error_of_all_ranks_is_printed_once(rank_server, tmp_path):
     copied(tmp_path)
-    outcome = server.run("harvest --run run --model none-such --quiet", tmp_path, 2)
+    outcome = rank_server.run("harvest --run run --model none-such --quiet", tmp_path, 2)
     assert 0 not in outcome.statuses
     assert outcome.outputs[0].count("\n") == 1
     assert "none-such" in outcome.outputs[0]
     assert outcome.outputs[1] == ""
 
 
-def test_other_verbs_refuse_several_processes(server, tmp_path):
+def test_other_verbs_refuse_several_processes(rank_server, tmp_path):
     copied(tmp_path)
-    outcome = server.run(f"explain --run run --model {MODEL}", tmp_path, 2)
+    outcome = rank_server.run(f"explain --run run --model {MODEL}", tmp_path, 2)
     assert outcome.outputs[0].startswith("cratelm explain: it runs in one process")
     assert outcome.outputs[1] == ""
     assert 0 not in outcome.statuses

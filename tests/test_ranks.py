@@ -1,10 +1,8 @@
 """Effects and analyses under `torchrun`: the files of several processes are those of one; shares of work."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rank_server import RankServer
 from tiny_run import MODEL, copied
 
 from cratelm.runs import RECORD, Run
@@ -16,25 +14,18 @@ VERBS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RankServer]:
-    server = RankServer()
-    yield server
-    server.close()
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != RECORD}
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_several_ranks_write_the_files_of_one(server, tmp_path, verb, monkeypatch):
+def test_several_ranks_write_the_files_of_one(rank_server, tmp_path, verb, monkeypatch):
     stage, command = VERBS[verb]
     written = []
     for ranks in (1, 2, 3):
         folder = tmp_path / str(ranks)
         copied(folder)
-        outcome = server.run(f"{command} --device cpu --force", folder, ranks)
+        outcome = rank_server.run(f"{command} --device cpu --force", folder, ranks)
         assert outcome.statuses == [0] * ranks, outcome.outputs
         assert outcome.outputs[1:] == [""] * (ranks - 1)
         done = Run(folder / "run").stage(stage, MODEL).completion()
