@@ -12,7 +12,7 @@ from tiny_run import MODEL, copied
 
 from cratelm.activations.batches import BLOCKS, SearchPlan, random_positions
 from cratelm.activations.calibration import Calibration
-from cratelm.activations.layer_harvest import LayerHarvest
+from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.runs import RECORD, Completion, Run
 from cratelm.runs.ranks import Share
@@ -81,12 +81,34 @@ def test_merged_shares_are_the_whole(case, n_shares):
     )  # skew and kurtosis are made of these, and may be NaN
 
 
+def test_sums_do_not_depend_on_the_shares(monkeypatch):
+    """With batches of such different sizes of activations that the order of a sum shows."""
+    monkeypatch.setattr("cratelm.activations.batches.BLOCKS", 13)
+    split = MemorySplit([30] * 40)
+    generator = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** (torch.rand(-(-split.n_tokens // 32), 1, generator=generator) * 12 - 8)
+    sizes = sizes.repeat_interleave(32, 0)[: split.n_tokens]  # one for each batch
+    activations = sizes * torch.randn(split.n_tokens, 3, generator=generator)
+    case = (split, activations, 16, ExcerptSizes(2, 2, 1, 4, 2), 32, 0)
+    pilot = Calibration.of(activations[:50])
+    whole = harvested(case, pilot, Share())
+    equal = []
+    for n_shares in (2, 3, 4, 5):
+        first, *others = (harvested(case, pilot, Share(i, n_shares)) for i in range(n_shares))
+        totals = [harvest.state()["powers"].sum(0) for harvest in (first, *others)]
+        equal.append(torch.equal(sum(totals, torch.zeros_like(totals[0])), whole.powers))
+        for other in others:
+            first.merge(other.state())
+        assert torch.equal(first.powers, whole.powers)
+    assert not all(equal)  # added share by share, the sums differ
+
+
 @pytest.mark.parametrize("n_batches", [1, 5, 239, 240, 241, 1000])
 def test_blocks_cover_all_batches_once(n_batches):
     split = MemorySplit(
         [n_batches * 4 - 2]
     )  # with its end mark, one token less than the batches hold
-    plan = SearchPlan.of(split, "fit", EOT, 4, split.n_tokens, 0)
+    plan = SearchPlan.of(split, "fit", EOT, 4, split.n_tokens, 0)  # type: ignore[arg-type]
     blocks = plan.blocks(4)
     assert len(blocks) == min(BLOCKS, n_batches)
     assert [number for block in blocks for number in block] == list(range(n_batches))

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from tiny_run import MODEL, copied
 
-from cratelm.runs import RECORD, Run
+from cratelm.runs import RECORD, Run, StageName
 from cratelm.runs.ranks import Ranks, Share, joined, n_ranks, n_ranks_here, rank
 
-VERBS = {
+VERBS: dict[str, tuple[StageName, str]] = {
     "effects": ("steer", f"effects --run run --model {MODEL} --neurons 70 --tokens 96 --batch-tokens 32 --positions 2"),
     "analyze": ("analysis", f"analyze --run run --model {MODEL} --tokens 300 --resamples 100 --batch-tokens 64 --memory-mib 1"),
 }  # fmt: skip
