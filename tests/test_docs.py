@@ -43,7 +43,7 @@ from cratelm.explain.store import read_explanations, read_selected, read_unexpla
 from cratelm.interop.authors_checkpoint import read_authors_checkpoint
 from cratelm.interop.openai_records import read_record
 from cratelm.llm.ledger import Ledger
-from cratelm.runs import Options, hash_file
+from cratelm.runs import Options, Run, hash_file
 from cratelm.sae.sae import Sae
 from cratelm.score.store import read_scores
 from cratelm.tokens.shards import TokenStore
@@ -202,13 +202,18 @@ CRATELM = [(name, command[1:]) for name, command in COMMANDS if command[0] == "c
 def run_command(words: Sequence[str]) -> None:
     """`cratelm WORDS` on a small scale; a word that stands for another is replaced."""
     verb, arguments = split_words(list(words))
-    arguments = [STAND_INS.get(word, word) for word in arguments]
+    arguments = smaller(verb, [STAND_INS.get(word, word) for word in arguments])
+    assert main([*verb.split(), *arguments]) == 0, f"cratelm {verb} {shlex.join(arguments)}"
+
+
+def smaller(verb: str, arguments: list[str]) -> list[str]:
+    """The arguments of a verb with the options of `TINY`."""
     for option, value in re.findall(r"(--[\w-]+) (\S+)", TINY.get(verb, "")):
         if option not in arguments:
             arguments += [option, value] if INSTEAD.get(option) not in arguments else []
         elif f"{option} {arguments[arguments.index(option) + 1]}" not in KEPT:
             arguments[arguments.index(option) + 1] = value
-    assert main([*verb.split(), *arguments]) == 0, f"cratelm {verb} {shlex.join(arguments)}"
+    return arguments
 
 
 def write_inputs(folder: Path) -> None:
@@ -366,7 +371,15 @@ def run_words(words: Sequence[str]) -> None:
 
 
 def run_torchrun(words: Sequence[str]) -> None:
-    """Two processes on the CPU, of a training one step of a small model; nothing is compiled."""
+    """Two processes on the CPU, of a training one step of a small model; nothing is compiled.
+
+    A harvest is made again: its files stay as they are.
+    """
+    if "harvest" in words:
+        verb = words.index("harvest")
+        words = [*words[: verb + 1], *smaller("harvest", list(words[verb + 1 :])), "--force"]
+        record = Run("runs/mine").stage("activations", "crate-2l")
+        before = record.completion()
     small = {"8": "2", "crate-12l": "crate-2l"}
     words = [small.get(word, word) for word in words if word != "--compile"]
     size = [
@@ -387,6 +400,12 @@ def run_torchrun(words: Sequence[str]) -> None:
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    if "harvest" in words:
+        after = record.completion()
+        assert before is not None
+        assert after is not None
+        assert after.outputs == before.outputs
+        assert after.finished_at >= before.finished_at
     if is_training:
         assert Path("runs/big/model/crate-2l/completed.json").is_file()
 
