@@ -3,24 +3,27 @@
     python benchmarks/harvest.py                     # crate-2l (d 128), then two layers of d 768
     python benchmarks/harvest.py --sizes crate-12l --device cuda --dtype bfloat16
     python benchmarks/harvest.py --sort              # 1M tokens x 3,072 neurons against sorting
+    python benchmarks/harvest.py --merge 4           # what merging the shares of 4 processes adds
 
 Ratios are of times measured alternately in one process; the median and the range over the turns are printed. Tokens are
 random: the cost of a harvest depends on the distribution of the activations, not on the text.
 """
 
 import argparse
+import pickle
 import statistics
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from common import CPU, random_split, timed
+from common import CPU, random_split, timed, timed_result
 
 from cratelm.activations.batches import SearchPlan, random_positions
 from cratelm.activations.calibration import Calibration, calibrate
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.models import Site, build, site_of
 from cratelm.models.sites import hooked
+from cratelm.runs.ranks import Share
 
 SIZES = {
     "crate-2l": {"name": "crate-2l"},
@@ -35,7 +38,8 @@ SIZES = {
 class Setting:
     """A model with a search plan over random tokens, prepared for a harvest batch by batch."""
 
-    def __init__(self, size: str, arguments: argparse.Namespace):
+    def __init__(self, size: str, arguments: argparse.Namespace, share: Share | None = None):
+        self.share = share or Share()
         fields = dict(SIZES[size])
         self.device = torch.device(arguments.device)
         self.model = (
@@ -51,7 +55,13 @@ class Setting:
         pilots = calibrate(self.model, self.site, self.plan, 8_192, self.batch_tokens)
         spans = self.plan.text_spans()
         self.layers = [
-            LayerHarvest(p, random_positions(spans, i, len(p.mean), 50, 0), ExcerptSizes(), i)
+            LayerHarvest(
+                p,
+                random_positions(spans, i, len(p.mean), 50, 0),
+                ExcerptSizes(),
+                i,
+                is_first=self.share.is_first,
+            )
             for i, p in enumerate(pilots)
         ]
 
@@ -67,6 +77,14 @@ class Setting:
         for batch in batches:
             with hooked(self.model, self.site, lambda i, a, b=batch: self.layers[i].add(a, b)):
                 self.model.base_model(input_ids=batch.input_ids, use_cache=False)
+
+    def harvest_share(self) -> None:
+        """Harvest the batches of the share, block by block."""
+        blocks = self.plan.blocks(self.batch_tokens)
+        for block in (blocks[i] for i in self.share.between(len(blocks))):
+            self.harvest(self.plan.batches(self.batch_tokens, self.device, block))
+            for layer in self.layers:
+                layer.end_block()
 
 
 def throughput(size: str, arguments: argparse.Namespace) -> None:
@@ -129,6 +147,30 @@ def against_sorting(arguments: argparse.Namespace) -> None:
     )
 
 
+def merging(size: str, arguments: argparse.Namespace) -> None:
+    """Harvest the shares of several processes one after another, then merge them as rank 0 does; print both times.
+
+    What the ranks send is pickled and read again, as between processes; the connection itself is not measured.
+    """
+    shares = []
+    for number in range(arguments.merge):
+        setting = Setting(size, arguments, Share(number, arguments.merge))
+        shares.append((timed(setting.harvest_share, setting.device), setting.layers))
+    first = shares[0][1]
+    sizes, seconds = [], 0.0
+    for place, layer in enumerate(first):
+        for _, layers in shares[1:]:
+            spent, sent = timed_result(lambda i=place, h=layers: pickle.dumps(h[i].state()))
+            sizes.append(len(sent) / layer.n_neurons)
+            seconds += spent + timed(lambda h=layer, s=sent: h.merge(pickle.loads(s)))
+    slowest = max(spent for spent, _ in shares)
+    print(
+        f"{size}: {arguments.merge} shares of {arguments.tokens:,} tokens, the slowest {slowest:.1f} s, merging"
+        f" {seconds:.2f} s ({seconds / slowest:.1%} of it), sent {max(sizes) / 1000:.0f} kB per neuron and share",
+        flush=True,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its results."""
     parser = argparse.ArgumentParser(
@@ -149,12 +191,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--layer-neurons", type=int, default=3_072, help="neurons of the layer, for --sort"
     )
+    parser.add_argument("--merge", type=int, default=0, help="number of shares to merge")
     options = parser.parse_args(arguments)
     if options.sort:
         against_sorting(options)
         return
     for size in options.sizes:
-        throughput(size, options)
+        (merging if options.merge else throughput)(size, options)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rank_server import HARVEST, RankServer
+from tiny_run import copied
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,3 +96,21 @@ def client(library, live):
     app = server.application(library, live=router(live), rate=Rate(1e9, 1e9))
     with TestClient(app, "http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def rank_server() -> Iterator[RankServer]:
+    """A process that starts the ranks of a command: with torch imported once for all tests."""
+    server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def harvested_alone(rank_server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with the harvest `HARVEST` of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    copied(folder)
+    outcome = rank_server.run(f"{HARVEST} --quiet", folder)
+    assert outcome.statuses == [0], outcome.outputs
+    return folder / "run"

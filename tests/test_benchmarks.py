@@ -12,6 +12,7 @@ TINY = {
     "effects": "--sizes crate-2l --neurons 1 --tokens 64 --length 32 --vocabulary 300 --turns 1",
     "explain_score": "--neurons 2 --tokens 20000",
     "harvest": "--sizes crate-2l --tokens 512 --sequence-length 64 --batch-tokens 128 --turns 2",
+    "harvest, merge": "--sizes crate-2l --tokens 512 --sequence-length 64 --batch-tokens 128 --merge 2",
     "harvest, sort": "--sort --sort-tokens 3000 --sort-neurons 2 --layer-neurons 8",
     "ledger": "--requests 40 --window 16 --turns 1",
     "long_document": "--megabytes 0.5 --kinds words",

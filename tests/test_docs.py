@@ -43,7 +43,7 @@ from cratelm.explain.store import read_explanations, read_selected, read_unexpla
 from cratelm.interop.authors_checkpoint import read_authors_checkpoint
 from cratelm.interop.openai_records import read_record
 from cratelm.llm.ledger import Ledger
-from cratelm.runs import Options, hash_file
+from cratelm.runs import Options, Run, hash_file
 from cratelm.sae.sae import Sae
 from cratelm.score.store import read_scores
 from cratelm.tokens.shards import TokenStore
@@ -202,13 +202,18 @@ CRATELM = [(name, command[1:]) for name, command in COMMANDS if command[0] == "c
 def run_command(words: Sequence[str]) -> None:
     """`cratelm WORDS` on a small scale; a word that stands for another is replaced."""
     verb, arguments = split_words(list(words))
-    arguments = [STAND_INS.get(word, word) for word in arguments]
+    arguments = smaller(verb, [STAND_INS.get(word, word) for word in arguments])
+    assert main([*verb.split(), *arguments]) == 0, f"cratelm {verb} {shlex.join(arguments)}"
+
+
+def smaller(verb: str, arguments: list[str]) -> list[str]:
+    """The arguments of a verb with the options of `TINY`."""
     for option, value in re.findall(r"(--[\w-]+) (\S+)", TINY.get(verb, "")):
         if option not in arguments:
             arguments += [option, value] if INSTEAD.get(option) not in arguments else []
         elif f"{option} {arguments[arguments.index(option) + 1]}" not in KEPT:
             arguments[arguments.index(option) + 1] = value
-    assert main([*verb.split(), *arguments]) == 0, f"cratelm {verb} {shlex.join(arguments)}"
+    return arguments
 
 
 def write_inputs(folder: Path) -> None:
@@ -368,29 +373,43 @@ def run_words(words: Sequence[str]) -> None:
 
 
 def run_processes(words: Sequence[str]) -> None:
-    """Two processes on the CPU, one step of a small model; nothing is compiled."""
+    """Two processes on the CPU, of a training one step of a small model; nothing is compiled."""
+    if "harvest" in words:
+        run_harvest_again(words)
+        return
     small = {"8": "2", "crate-12l": "crate-2l", "gpt2-12l": "gpt2-2l"}
     words = [small.get(word, word) for word in words if word != "--compile"]
-    size = [
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--micro-batch-size",
-        "1",
-        "--sequence-length",
-        "32",
-    ]
+    size = "--steps 1 --batch-size 2 --micro-batch-size 1 --sequence-length 32"
+    out = run_module([*words, *size.split(), "--validation-sequences", "2"])
+    assert ", 2 processes" in out
+    assert (", 2 processes, sharded" in out) == ("--shard" in words)
+    model = words[words.index("--model") + 1]
+    assert Path(f"runs/big/model/{model}/completed.json").is_file()
+
+
+def run_harvest_again(words: Sequence[str]) -> None:
+    """Two processes harvest what is harvested already: its files stay as they are."""
+    verb = words.index("harvest")
+    words = [*words[: verb + 1], *smaller("harvest", list(words[verb + 1 :])), "--force"]
+    record = Run("runs/mine").stage("activations", "crate-2l")
+    before = record.completion()
+    run_module([*("2" if word == "8" else word for word in words), "--device", "cpu"])
+    after = record.completion()
+    assert before is not None
+    assert after is not None
+    assert after.outputs == before.outputs
+    assert after.finished_at >= before.finished_at
+
+
+def run_module(words: Sequence[str]) -> str:
+    """Run `python -m` with these words, and return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", *words, *size, "--validation-sequences", "2"],
+        [sys.executable, "-m", *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert ", 2 processes" in done.stdout
-    assert (", 2 processes, sharded" in done.stdout) == ("--shard" in words)
-    model = words[words.index("--model") + 1]
-    assert Path(f"runs/big/model/{model}/completed.json").is_file()
+    return done.stdout
 
 
 def test_first_python_gives_the_shapes_that_it_states():

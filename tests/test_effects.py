@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from cratelm.report.drawing import Series
 from cratelm.report.sections.effects import effects_figure, effects_table
 from cratelm.results.side_results import read_effects, read_interventions
 from cratelm.runs import Run
+from cratelm.runs.ranks import Share
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import HeldOutText, ablate
 from cratelm.steer.attribution import VocabularyEffect, attribute, best, firing, rank_correlation
@@ -112,6 +114,25 @@ def test_ablation_equals_the_naive_way(kind, name, direct, put):
             else:
                 assert ours.where_firing is None
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_shares_of_neurons_are_the_whole(monkeypatch):
+    """Bit for bit, with more groups than shares, and a last group that is smaller."""
+    monkeypatch.setattr("cratelm.steer.ablation.GROUP", 2)
+    rest = PartialForward(model := model_of("crate"), site_of(model))
+    text = HeldOutText.of(Split(), T, 96, 0)  # type: ignore[arg-type]
+    chosen = [np.arange(7), np.array([3])]
+    whole = ablate(rest, text, chosen, None, 40, tqdm(disable=True))
+    parts = [
+        ablate(rest, text, chosen, None, 40, tqdm(disable=True), Share(i, 3)) for i in range(3)
+    ]
+    assert [len(part.neurons[0]) for part in parts] == [3, 2, 2]
+    first, *others = parts
+    for other in others:
+        assert not first.neurons[0].keys() & other.neurons[0].keys()
+        first.add(other)
+    assert first.neurons == whole.neurons
+    assert first.base == whole.base
 
 
 def test_the_error_is_over_documents():
@@ -262,7 +283,7 @@ def test_the_verb(run, model):
     assert "|change|, nats" in str(result)
 
 
-def test_an_exact_effect_is_that_of_steering(run):
+def test_an_exact_effect_is_that_of_steering(run, monkeypatch):
     """One neuron of the first layer, by hand: zero at the last token alone."""
     model = cratelm.load(run / "model" / "crate-2l")
     site = site_of(model)
@@ -283,6 +304,12 @@ def test_an_exact_effect_is_that_of_steering(run):
             with steering(model, Edit(0, record.neuron.index, zero=True, positions=-1)):
                 differences.append((plain - model(x).logits[0, -1])[: store.vocab_size])
     assert found.n_positions == len(differences) > 1
+    # shares of the neurons are the whole, each neuron once
+    monkeypatch.setattr("cratelm.steer.attribution.NEURONS_A_TIME", 2)
+    records = [record] * 5
+    options: dict[str, Any] = {"vocabulary": size, "positions": 3, "seed": 0}
+    shares = [attribute(rest, 0, records, None, **options, share=Share(i, 2)) for i in range(2)]
+    assert [len(list(share)) for share in shares] == [3, 2]
     wanted = torch.stack(differences).double()
     wanted = (wanted - wanted.mean(1, keepdim=True)).mean(0).numpy()
     np.testing.assert_allclose(found.exact, wanted, atol=1e-5)

@@ -56,6 +56,7 @@ __all__ = [
     "import_records",
     "import_sae",
     "intervene",
+    "merge_harvest",
     "predict",
     "report",
     "sae_compare",
@@ -349,6 +350,7 @@ def harvest(
     name: str | None = None,
     site: str | None = None,
     sae: str | None = None,
+    part: str | None = None,
     tokens: int = 8_192_000,
     sequence_length: int | None = None,
     top: int = 50,
@@ -375,6 +377,9 @@ def harvest(
             'gpt_neox.layers.*.mlp.dense_4h_to_h:input'. Default: ista for CRATE, mlp for others
         sae: harvest latents of sparse autoencoders instead of neurons: their name in the run (see
             `cratelm sae train`), or a folder in SAELens' format; needs the extra `sae`
+        part: harvest only one part of the tokens, such as 2/4 for the second of four, so that
+            several machines can share the work; `cratelm merge harvest` then makes the harvest from
+            all parts
         tokens: most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)
         sequence_length: tokens per sequence. Default: the model's maximum, but at most 2,048; 1,024
             if the model states no maximum
@@ -393,6 +398,24 @@ def harvest(
         quiet: show no progress bar
     """
     return _run("harvest", locals())
+
+
+def merge_harvest(
+    *,
+    run: str | Path = Path("runs/default"),
+    model: str = "crate-2l",
+    device: str = "auto",
+    force: bool = False,
+) -> "HarvestResult":
+    """Make a harvest from its parts, which `cratelm harvest --part` collected, and remove the parts.
+
+    Args:
+        run: run directory
+        model: name of the harvest: that of the model, or what `--name` of the parts says
+        device: cpu, cuda, ...; auto uses an accelerator if there is one
+        force: redo the stage even if it is finished
+    """
+    return _run("merge harvest", locals())
 
 
 def explain(

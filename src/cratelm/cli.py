@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class Verb:
     """`module:Class` of its configuration"""
     summary: str
     """what the verb does, as one line of `cratelm --help`"""
+    several: bool = False
+    """whether several processes that `torchrun` started share its work"""
 
 
 VERBS: dict[str, Verb] = {
@@ -49,7 +52,10 @@ VERBS: dict[str, Verb] = {
         "turn documents into token shards with document boundaries",
     ),
     "train": Verb(
-        "cratelm.train.loop", "cratelm.train.config:TrainConfig", "train a model on the shards"
+        "cratelm.train.loop",
+        "cratelm.train.config:TrainConfig",
+        "train a model on the shards",
+        several=True,
     ),
     "evaluate": Verb(
         "cratelm.evaluate.evaluate",
@@ -65,6 +71,12 @@ VERBS: dict[str, Verb] = {
         "cratelm.activations.harvest",
         "cratelm.activations.config:HarvestConfig",
         "collect excerpts and statistics of every neuron",
+        several=True,
+    ),
+    "merge harvest": Verb(
+        "cratelm.activations.merge_harvest",
+        "cratelm.activations.config:MergeHarvestConfig",
+        "make a harvest from parts that were collected separately",
     ),
     "explain": Verb(
         "cratelm.explain.explain",
@@ -95,6 +107,7 @@ VERBS: dict[str, Verb] = {
         "cratelm.analysis.analyze",
         "cratelm.analysis.config:AnalyzeConfig",
         "measure, layer by layer, what CRATE's derivation predicts",
+        several=True,
     ),
     "steer": Verb(
         "cratelm.steer.steer",
@@ -105,6 +118,7 @@ VERBS: dict[str, Verb] = {
         "cratelm.steer.effects",
         "cratelm.steer.config:EffectsConfig",
         "measure what each neuron writes to the vocabulary, and the loss without it",
+        several=True,
     ),
     "intervene": Verb(
         "cratelm.steer.intervene",
@@ -235,12 +249,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if options else 2
     if verb not in VERBS:
         return _fail("", _unknown("verb", verb, _first_words()), 2)
+    from cratelm.runs.ranks import n_ranks, rank  # on first use: `--help` needs none
+
+    if n_ranks() > 1 and not VERBS[verb].several:
+        several = ", ".join(name for name, entry in VERBS.items() if entry.several)
+        message = f"it runs in one process: type it without torchrun, which is for {several}"
+        return _fail(verb, message, 2)
     try:
         result = run_verb(verb, parse_options(verb, options))
-        if os.environ.get("RANK", "0") == "0":  # one of the processes of `torchrun`
+        if rank() == 0:
             print(as_text(result))
-    except KeyboardInterrupt:
-        return _fail(verb, "interrupted; the same command resumes the work", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(verb, str(stop) or "interrupted; the same command resumes the work", 130)
     except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -412,6 +432,11 @@ def _message_and_status(error: Exception) -> tuple[str, int]:
 
 
 def _fail(verb: str, message: str, status: int) -> int:
+    from cratelm.runs.ranks import REPORTS_AFTER, rank  # on first use: `--help` needs none
+
+    if number := rank():
+        time.sleep(REPORTS_AFTER)
+        message = f"rank {number}: {message}"
     print(f"cratelm {verb}: {message}".replace(" :", ":"), file=sys.stderr)
     return status
 

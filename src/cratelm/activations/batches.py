@@ -5,20 +5,24 @@ batch (a segment is the text of one document inside one sequence, without its en
 end-of-text token).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cratelm.activations.config import PARTS
 from cratelm.records import Split
 
 if TYPE_CHECKING:
     from cratelm.tokens.shards import TokenSplit
 
 Int64 = NDArray[np.int64]
+BLOCKS = PARTS
+"""most blocks that the batches of a plan are divided into: divisible by most numbers of processes up to 60"""
 NEVER = np.iinfo(np.int64).max
 """sampling key of end marks, which no text token has"""
 
@@ -121,18 +125,38 @@ class SearchPlan:
                 yield low, high, int(self.split.ordinals[index])
             index += 1
 
-    def batches(self, batch_tokens: int, device: torch.device) -> Iterator[Batch]:
-        """Yield all sequences in ascending order, in batches of equal length: the last may be shorter."""
+    def batches(
+        self, batch_tokens: int, device: torch.device, numbers: Iterable[int] | None = None
+    ) -> Iterator[Batch]:
+        """Yield all sequences in ascending order, in batches of equal length: the last may be shorter.
+
+        `numbers` restricts them to some batches. Each batch has the same sequences whoever reads it: products of
+        matrices of another size round differently.
+        """
+        of_batch = self._sequences_by_batch(batch_tokens)
+        for number in range(len(of_batch)) if numbers is None else numbers:
+            yield self.batch(of_batch[number], device)
+
+    def _sequences_by_batch(self, batch_tokens: int) -> list[list[int]]:
         size = max(1, batch_tokens // self.sequence_length)
         whole = [
             i
             for i in self.sequences
             if self.bounds(i)[1] - self.bounds(i)[0] == self.sequence_length
         ]
-        for first in range(0, len(whole), size):
-            yield self.batch(whole[first : first + size], device)
-        for short in self.sequences[len(whole) :]:
-            yield self.batch([short], device)
+        batches = [whole[first : first + size] for first in range(0, len(whole), size)]
+        return batches + [[short] for short in self.sequences[len(whole) :]]
+
+    def blocks(self, batch_tokens: int) -> list[range]:
+        """Return the numbers of the batches of each block, at most `BLOCKS` blocks in ascending order.
+
+        Sums over tokens depend on their order in the last digits. They are computed block by block, and the blocks
+        are added in their order; so processes that take whole blocks get the sums of one process.
+        """
+        n_batches = len(self._sequences_by_batch(batch_tokens))
+        n_blocks = min(BLOCKS, n_batches)
+        edges = [i * n_batches // n_blocks for i in range(n_blocks + 1)]
+        return [range(low, high) for low, high in pairwise(edges)]
 
     def batch(self, sequences: list[int], device: torch.device) -> Batch:
         """Return the batch of sequences of equal length."""

@@ -6,7 +6,7 @@ bin edges, and every activation is then counted in its bin.
 Shape legend: P tokens of the pilot sample, H neurons.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -37,6 +37,14 @@ class Calibration:
     """[H, 5] estimated fraction of tokens at or above the lower edge of each bin; see `_reach`"""
     anthropic_reach: torch.Tensor
     """[H, 12]"""
+
+    def to(self, device: torch.device) -> "Calibration":
+        """Return the same figures on a device."""
+        return Calibration(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def equals(self, other: "Calibration") -> bool:
+        """Return whether all figures are the same."""
+        return all(torch.equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     @classmethod
     def of(cls, activations: torch.Tensor) -> "Calibration":

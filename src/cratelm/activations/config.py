@@ -1,5 +1,6 @@
 """Options of `cratelm harvest`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,20 @@ def last_name(option: str, path: str) -> str:
     return name
 
 
+PARTS = 240
+"""most parts of a harvest"""
+
+
+def check_part(part: str) -> None:
+    """Raise `InputError` if `part` is not I/N with 1 <= I <= N."""
+    match = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", part, re.ASCII)
+    if not match or not int(match[1]) <= int(match[2]) <= PARTS:
+        raise InputError(
+            f"--part is {part!r}: expected the number of a part and how many there are, such as 1/4 to 4/4"
+            f" (at most {PARTS})"
+        )
+
+
 @dataclass(frozen=True)
 class HarvestConfig(Options):
     """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens."""
@@ -38,6 +53,9 @@ class HarvestConfig(Options):
     sae: str | None = None
     """harvest latents of sparse autoencoders instead of neurons: their name in the run (see
     `cratelm sae train`), or a folder in SAELens' format; needs the extra `sae`"""
+    part: str | None = None
+    """harvest only one part of the tokens, such as 2/4 for the second of four, so that several machines can share
+    the work; `cratelm merge harvest` then makes the harvest from all parts"""
     tokens: int = 8_192_000
     """most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)"""
     sequence_length: int | None = None
@@ -77,6 +95,8 @@ class HarvestConfig(Options):
         )  # fmt: skip
         if self.name is not None:
             check_name("--name", self.name, reserved="@")
+        if self.part is not None:
+            check_part(self.part)
         if self.short_context > self.context:
             raise InputError(
                 f"--short-context {self.short_context} is above --context {self.context}:"
@@ -86,3 +106,17 @@ class HarvestConfig(Options):
             raise InputError(
                 f"--site {self.site} and --sae cannot be combined: autoencoders determine their site"
             )
+
+
+@dataclass(frozen=True)
+class MergeHarvestConfig(Options):
+    """Make a harvest from its parts, which `cratelm harvest --part` collected, and remove the parts."""
+
+    run: Path = not_in_identity(Path("runs/default"))
+    """run directory"""
+    model: str = "crate-2l"
+    """name of the harvest: that of the model, or what `--name` of the parts says"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, ...; auto uses an accelerator if there is one"""
+    force: bool = not_in_identity(False)
+    """redo the stage even if it is finished"""

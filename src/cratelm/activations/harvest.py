@@ -3,6 +3,8 @@
 Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from cratelm.activations.calibration import Calibration, calibrate
 from cratelm.activations.config import HarvestConfig, last_name
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
+from cratelm.activations.parts import part_share, part_stage, write_part
 from cratelm.activations.store import (
     EXCERPTS,
     NEURONS_PER_GROUP,
@@ -28,7 +31,7 @@ from cratelm.activations.topk import slot_bytes
 from cratelm.errors import InputError
 from cratelm.models import Site, site_of
 from cratelm.models.latents import latents_of
-from cratelm.models.open import LoadedModel, find_model, sequence_length
+from cratelm.models.open import LoadedModel, ModelSource, find_model, sequence_length
 from cratelm.models.sites import hooked
 from cratelm.records import ANTHROPIC_BINS, OPENAI_QUANTILES, Split
 from cratelm.runs import (
@@ -43,7 +46,11 @@ from cratelm.runs import (
 )
 from cratelm.runs.devices import available_on
 from cratelm.runs.names import latents_name, set_name
+from cratelm.runs.ranks import Ranks, Share, joined, n_ranks_here
 from cratelm.tokens.shards import TokenStore, check_vocabulary
+
+SPLITS: tuple[Split, ...] = ("fit", "held_out")
+"""splits that are harvested; the bins are set on the first"""
 
 
 @dataclass(frozen=True)
@@ -64,30 +71,73 @@ class HarvestResult:
 def harvest(config: HarvestConfig) -> HarvestResult:
     """Harvest a model and return the result; a finished stage is only read.
 
-    Raises `InputError` for a model, site or tokenizer that does not fit.
+    Processes that `torchrun` started each search a share of the tokens, and write what one would have written. Raises
+    `InputError` for a model, site or tokenizer that does not fit.
     """
+    with joined() as ranks:
+        return _harvest(config, ranks)
+
+
+def _harvest(config: HarvestConfig, ranks: Ranks) -> HarvestResult:
     run = Run(config.run)
-    tokens = run.stage("tokens").require("tokenize")
-    source = find_model(run, config.model).pinned()
+    sources = HarvestSources.of(config, run)
     stage = run.stage("activations", harvest_name(config))
-    inputs: dict[str, Completion | str] = {
-        "tokens": tokens,
-        "model": source.record or source.identity,
-    }
-    autoencoder = None
-    if config.sae:
-        autoencoder, inputs["sae"] = _sae_source(config, run)
-    if stage.is_finished(config, inputs, force=config.force):
-        return _result(stage)
-    loaded = source.load(config.device, config.dtype)
-    model = loaded.model
-    store = TokenStore(run.path / "tokens")
-    check_vocabulary(store, model.config.vocab_size)
-    site = latents_of(model, autoencoder) if autoencoder else site_of(model, config.site)
-    _check_memory(config, store, site, model.device)
-    with stage.write(config, inputs) as draft:
-        _write_splits(config, store, loaded, site, stage.name, draft)
-    return _result(stage)
+    if config.part:
+        stage = part_stage(run, harvest_name(config), config.part)
+    if ranks.by_first(lambda: stage.is_finished(config, sources.inputs, force=config.force)):
+        return harvest_result(stage)
+    opened = sources.open(config, run)
+    check_harvest_memory(config, opened.store, opened.site, opened.loaded.model.device)
+    with ranks.write(stage, config, sources.inputs) as draft:
+        _write_splits(config, opened, harvest_name(config), draft, ranks)
+    return harvest_result(stage)
+
+
+@dataclass(frozen=True, eq=False)
+class HarvestSources:
+    """What a harvest is made from, before anything is loaded."""
+
+    model: ModelSource
+    autoencoder: Path | None
+    """folder of the autoencoders whose latents are harvested; None for neurons"""
+    inputs: dict[str, Completion | str]
+    """by role, for the record of the stage"""
+
+    @classmethod
+    def of(cls, config: HarvestConfig, run: Run) -> "HarvestSources":
+        """Return the sources. Raises `InputError` if one of them is missing or stale."""
+        tokens = run.stage("tokens").require("tokenize")
+        model = find_model(run, config.model).pinned()
+        inputs: dict[str, Completion | str] = {
+            "tokens": tokens,
+            "model": model.record or model.identity,
+        }
+        autoencoder = None
+        if config.sae:
+            autoencoder, inputs["sae"] = _sae_source(config, run)
+        return cls(model, autoencoder, inputs)
+
+    def open(self, config: HarvestConfig, run: Run) -> "OpenedSources":
+        """Load the model. Raises `InputError` for a model, site or tokenizer that does not fit."""
+        loaded = self.model.load(config.device, config.dtype)
+        store = TokenStore(run.path / "tokens")
+        check_vocabulary(store, loaded.model.config.vocab_size)
+        if self.autoencoder:
+            site = latents_of(loaded.model, self.autoencoder)
+        else:
+            site = site_of(loaded.model, config.site)
+        return OpenedSources(loaded, store, site, sequence_length(loaded, config.sequence_length))
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedSources:
+    """The model, tokens and site of a harvest."""
+
+    loaded: LoadedModel
+    store: TokenStore
+    site: Site
+    length: int
+    """tokens per sequence"""
 
 
 def harvest_name(config: HarvestConfig) -> str:
@@ -106,79 +156,145 @@ def harvest_split(
     sizes: ExcerptSizes,
     batch_tokens: int = 8_192,
     quiet: bool = False,
+    shares: Sequence[Share] = (),
 ) -> list[LayerHarvest]:
-    """Return the harvest of each layer [L] from one pass over the tokens of `plan`, without the head."""
+    """Return the harvest of each layer [L] from one pass over the tokens of `plan`, without the head.
+
+    With `shares`, only the blocks of batches (`SearchPlan.blocks`) in the first share are searched, and of these
+    only those in the second share, and so on.
+    """
     spans = plan.text_spans()
+    blocks = plan.blocks(batch_tokens)
+    for share in shares:
+        blocks = [blocks[i] for i in share.between(len(blocks))]
+    numbers = [number for block in blocks for number in block]
+    ends = {block[-1] for block in blocks}
     layers = [
         LayerHarvest(
-            calibration, random_positions(spans, number, h, sizes.random, plan.seed), sizes, number
+            calibration,
+            random_positions(spans, number, h, sizes.random, plan.seed),
+            sizes,
+            number,
+            is_first=all(share.is_first for share in shares),
         )
         for calibration, number, h in zip(
             calibrations, site.layer_numbers, site.n_neurons, strict=True
         )
     ]
     progress = tqdm(
-        total=plan.n_tokens(),
+        total=plan.n_tokens() // math.prod(share.of for share in shares),
         desc=f"harvest {plan.name}",
         unit="tok",
         unit_scale=True,
         disable=quiet,
     )
     with torch.no_grad(), progress:
-        for batch in plan.batches(batch_tokens, model.device):
+        batches = plan.batches(batch_tokens, model.device, numbers)
+        for number, batch in zip(numbers, batches, strict=True):
             with hooked(model, site, lambda layer, a, b=batch: layers[layer].add(a, b)):
                 model.base_model(input_ids=batch.input_ids, use_cache=False)
+            if number in ends:
+                for layer in layers:
+                    layer.end_block()
             progress.update(batch.input_ids.numel())
     return layers
 
 
+def _merge_ranks(layers: list[LayerHarvest], ranks: Ranks) -> None:
+    """Merge, on rank 0, the shares of all ranks into its own, layer by layer.
+
+    Memory: one layer of one other rank, about as much as its neurons take in a harvest.
+    """
+    for layer in layers:
+        if ranks.is_first:
+            for number in range(1, ranks.share.of):
+                layer.merge(ranks.receive(number))
+        else:
+            ranks.send(layer.state())
+
+
 def _write_splits(
-    config: HarvestConfig,
-    store: TokenStore,
-    loaded: LoadedModel,
-    site: Site,
-    name: str,
-    draft: Draft,
+    config: HarvestConfig, opened: OpenedSources, name: str, draft: Draft | None, ranks: Ranks
 ) -> None:
-    sizes = ExcerptSizes(
+    """Harvest both splits, this process its share; write them into the draft, which rank 0 has."""
+    model, site = opened.loaded.model, opened.site
+    shares = [*([part_share(config.part)] if config.part else []), ranks.share]
+    calibrations: list[Calibration] = []
+    for split in SPLITS:
+        plan = plan_of(config, opened, split)
+        # Both splits use the bins that were set on the first one.
+        calibrations = calibrations or _calibrations(config, model, site, plan, ranks)
+        quiet = config.quiet or not ranks.is_first
+        layers = harvest_split(
+            model, site, plan, calibrations, sizes_of(config), config.batch_tokens, quiet, shares
+        )
+        _merge_ranks(layers, ranks)
+        if not config.part:
+            write_split(draft and draft.path, plan, layers, opened, name, ranks)
+        elif draft is not None:
+            write_part(draft.path, split, layers)
+            draft.results.update(batch_tokens=config.batch_tokens)
+        if draft is not None:
+            add_results(draft, config, opened, split, layers)
+
+
+def add_results(
+    draft: Draft,
+    config: HarvestConfig,
+    opened: OpenedSources,
+    split: Split,
+    layers: list[LayerHarvest],
+) -> None:
+    """Add what the completion record says about a split, and about the harvest."""
+    results, site = draft.results, opened.site
+    results.setdefault("tokens", {})[split] = layers[0].n_tokens
+    results.setdefault("dead", {})[split] = sum(int((h.maximum <= 0).sum()) for h in layers)
+    results.update(site=site.name, neurons=list(site.n_neurons))
+    # For later measurements on the same neurons (`open_harvest`).
+    results.update(sequence_length=opened.length, device=config.device)
+
+
+def sizes_of(config: HarvestConfig) -> ExcerptSizes:
+    """Return the numbers and lengths of the excerpts."""
+    return ExcerptSizes(
         config.top, config.random, config.per_bin, config.context, config.short_context
     )
-    model = loaded.model
-    length = sequence_length(loaded, config.sequence_length)
-    calibrations: list[Calibration] = []
-    results: dict[str, dict[str, int]] = {"tokens": {}, "dead": {}}
-    for split in ("fit", "held_out"):
-        plan = _plan(config, store, split, length)
-        # Both splits use the bins that were set on the first one.
-        calibrations = calibrations or calibrate(
-            model, site, plan, config.pilot_tokens, config.batch_tokens
-        )
-        layers = harvest_split(
-            model, site, plan, calibrations, sizes, config.batch_tokens, config.quiet
-        )
-        _write(draft.path, plan, layers, model, site, name)
-        results["tokens"][split] = layers[0].n_tokens
-        results["dead"][split] = sum(int((h.maximum <= 0).sum()) for h in layers)
-    draft.results.update(results, site=site.name, neurons=list(site.n_neurons))
-    # For later measurements on the same neurons (`open_harvest`).
-    draft.results.update(sequence_length=length, device=config.device)
-    fields = asdict(replace(site, autoencoders=()))
-    del fields["autoencoders"]
-    write_json(draft.path / "sites.json", {**fields, "layers": site.layer_numbers})
 
 
-def _write(
-    folder: Path,
+def _calibrations(
+    config: HarvestConfig, model: PreTrainedModel, site: Site, plan: SearchPlan, ranks: Ranks
+) -> list[Calibration]:
+    """Return the figures of the pilot sample, which rank 0 measures for all ranks."""
+    cpu = torch.device("cpu")
+    measured = ranks.by_first(
+        lambda: [
+            c.to(cpu)
+            for c in calibrate(model, site, plan, config.pilot_tokens, config.batch_tokens)
+        ]
+    )
+    return [calibration.to(model.device) for calibration in measured]
+
+
+def write_split(
+    folder: Path | None,
     plan: SearchPlan,
     layers: list[LayerHarvest],
-    model: PreTrainedModel,
-    site: Site,
+    opened: OpenedSources,
     name: str,
+    ranks: Ranks,
 ) -> None:
-    """Write a split; held-out excerpts include top tokens out of their context."""
-    out_of_context = (
-        out_of_context_rows(model, site, plan, layers) if plan.name == "held_out" else None
-    )
+    """Write a split and `sites.json` into the folder that rank 0 has.
+
+    Held-out excerpts include top tokens out of their context, of which every rank measures a share.
+    """
+    site, out_of_context = opened.site, None
+    if plan.name == "held_out":
+        out_of_context = out_of_context_rows(opened.loaded.model, site, plan, layers, ranks)
+    if folder is None:
+        return
+    of_site = asdict(replace(site, autoencoders=()))
+    del of_site["autoencoders"]
+    write_json(folder / "sites.json", {**of_site, "layers": site.layer_numbers})
     with (
         pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARIES.schema) as summaries,
         pq.ParquetWriter(
@@ -195,7 +311,7 @@ def _write(
                 excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
 
 
-def _check_memory(
+def check_harvest_memory(
     config: HarvestConfig, store: TokenStore, site: Site, device: torch.device
 ) -> None:
     """Raise `InputError` if the excerpts of all neurons do not fit into memory, or a batch does not."""
@@ -213,14 +329,18 @@ def _check_memory(
         "pilot_tokens": widest * min(config.pilot_tokens, tokens) * 4,
     }
     purpose = f"the excerpts of {neurons:,} neurons"
-    check_memory(config, parts, purpose, available=available_on(device))
+    free = available_on(device)
+    check_memory(config, parts, purpose, available=free and free // n_ranks_here())
 
 
-def _plan(config: HarvestConfig, store: TokenStore, split: Split, length: int) -> SearchPlan:
-    tokens = store.split(split)
+def plan_of(config: HarvestConfig, opened: OpenedSources, split: Split) -> SearchPlan:
+    """Return which sequences of a split are searched. Raises `InputError` if it has no tokens."""
+    tokens = opened.store.split(split)
     if tokens.n_tokens == 0:
         raise InputError(f"split {split} has no tokens: tokenize more text or raise its fraction")
-    return SearchPlan.of(tokens, split, store.eot_id, length, config.tokens, config.seed)
+    return SearchPlan.of(
+        tokens, split, opened.store.eot_id, opened.length, config.tokens, config.seed
+    )
 
 
 def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str]:
@@ -246,6 +366,7 @@ def autoencoder_identity(folder: Path) -> str:
     return hash_json({str(p.relative_to(folder)): hash_file(p) for p in sorted(files)})
 
 
-def _result(stage: Stage) -> HarvestResult:
+def harvest_result(stage: Stage) -> HarvestResult:
+    """Return the result of a finished harvest."""
     neurons = tuple(stage.require("harvest").results["neurons"])
     return stage.result(HarvestResult, path=stage.path, neurons=neurons)

@@ -17,6 +17,7 @@ formula, which gives 77 kB at the default sizes. The activations of one batch ar
 Shape legend: N tokens of a batch, H neurons, S segments, W tokens of an excerpt, m excerpts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,14 +58,14 @@ def bytes_per_neuron(sizes: ExcerptSizes) -> int:
     """Return the bytes that a harvest holds per neuron, however many tokens it searches.
 
     A slot takes 4 bytes per token of its window and 40 for bookkeeping (48 if random); a bin takes 20
-    more for its edge, its reach and its threshold; the statistics take 644.
+    more for its edge, its reach and its threshold; the statistics take 676.
     """
     long, short = 4 * 2 * sizes.context, 4 * 2 * sizes.short_context
     top = sizes.top * (40 + long) + 8
     random = sizes.random * (48 + long)
     openai = 5 * (sizes.per_bin * (40 + long) + 20)
     anthropic = ANTHROPIC_BINS * (sizes.per_bin * (40 + short) + 20)
-    return top + random + openai + anthropic + 8 * HISTOGRAM_BINS + 132
+    return top + random + openai + anthropic + 8 * HISTOGRAM_BINS + 164
 
 
 class Binning:
@@ -119,17 +120,31 @@ class LayerHarvest:
     """Statistics and excerpts of the H neurons of one layer; batches are added in order."""
 
     def __init__(
-        self, calibration: Calibration, random: np.ndarray, sizes: ExcerptSizes, layer: int
+        self,
+        calibration: Calibration,
+        random: np.ndarray,
+        sizes: ExcerptSizes,
+        layer: int,
+        *,
+        is_first: bool = True,
     ):
-        """`random` [H, K_r] are the positions in the split of random excerpts, -1 for none."""
+        """`random` [H, K_r] are the positions in the split of random excerpts, -1 for none.
+
+        `is_first`: it gets the first batches of the split. A harvest of later ones keeps the sums of each block (32
+        bytes per neuron and block) until it is merged.
+        """
         device, n_neurons = calibration.mean.device, len(calibration.mean)
         self.calibration, self.sizes, self.layer = calibration, sizes, layer
         self.n_neurons = n_neurons
         self.n_tokens = 0
         self.prefix = _PREFIX
         """number of tokens of the last batch whose activations were all considered as samples"""
-        self.powers = torch.zeros(4, n_neurons, dtype=torch.float64, device=device)
-        """[4, H] sums of (a - calibration mean)^k, k = 1..4: sums of plain powers would cancel"""
+        self._powers = torch.zeros(4, n_neurons, dtype=torch.float64, device=device)
+        """[4, H] `powers` of the blocks of batches that have ended"""
+        self._block = torch.zeros_like(self._powers)
+        """[4, H] those of the current block"""
+        self._later: list[torch.Tensor] | None = None if is_first else []
+        """of each block that has ended, if blocks of another process come before them"""
         self.fired = torch.zeros(n_neurons, dtype=torch.float64, device=device)
         self.maximum = torch.full((n_neurons,), -torch.inf, device=device)
         self.histogram = torch.zeros(n_neurons * HISTOGRAM_BINS, dtype=torch.int64, device=device)
@@ -148,7 +163,8 @@ class LayerHarvest:
         shape = (len(order),)
         self.random_start = torch.zeros(shape, dtype=torch.int64, device=device)
         self.random_stop = torch.zeros_like(self.random_start)
-        self.random_document = torch.zeros_like(self.random_start)
+        self.random_document = torch.full_like(self.random_start, -1)
+        """-1 until the position is reached"""
         self.random_window = torch.zeros((*shape, window), device=device)
 
     @torch.no_grad()
@@ -165,6 +181,59 @@ class LayerHarvest:
         self._sample_above(flat, batch, reached, last_key)
         self.n_tokens += batch.n_text
 
+    @property
+    def powers(self) -> torch.Tensor:
+        """Return sums [4, H] of (a - calibration mean)^k, k = 1..4: sums of plain powers would cancel."""
+        return self._powers + self._block
+
+    def end_block(self) -> None:
+        """End a block of batches (`SearchPlan.blocks`)."""
+        if self._later is None:
+            self._powers += self._block
+        else:
+            self._later.append(self._block.cpu())
+        self._block = torch.zeros_like(self._block)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what the batches added, on the CPU, for `merge`; all blocks of batches must have ended."""
+        columns = ("random_start", "random_stop", "random_document", "random_window")
+        reached = torch.nonzero(self.random_document >= 0).flatten()
+        buffers = self._buffers.items()
+        return {
+            "n_tokens": torch.tensor(self.n_tokens),
+            "powers": torch.stack(self._later or [self._powers.cpu()]),
+            **{name: getattr(self, name).cpu() for name in ("fired", "maximum", "histogram")},
+            "random": reached.cpu(),
+            **{name: getattr(self, name)[reached].cpu() for name in columns},
+            **{f"{name}.{k}": column for name, b in buffers for k, column in b.filled().items()},
+        }
+
+    def merge(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Add the `state` of a harvest of the batches that follow: the result is that of one harvest of both.
+
+        Blocks of batches must have ended in both. Harvests of several shares are merged in the order of their batches.
+        """
+        device = self._powers.device
+        self.n_tokens += int(state["n_tokens"])
+        for block in state["powers"]:
+            self._block = block.to(device)
+            self.end_block()
+        self.fired += state["fired"].to(device)
+        self.maximum = torch.maximum(self.maximum, state["maximum"].to(device))
+        self.histogram += state["histogram"].to(device)
+        reached = state["random"].to(device)
+        for name in ("random_start", "random_stop", "random_document", "random_window"):
+            getattr(self, name)[reached] = state[name].to(device)
+        for name, buffers in self._buffers.items():
+            prefix = f"{name}."
+            buffers.merge(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+
+    @property
+    def _buffers(self) -> dict[str, TopKBuffers]:
+        return {"top": self.top, "openai": self.openai.samples, "anthropic": self.anthropic.samples}
+
     def _sweep(self, flat: torch.Tensor, batch: Batch, cut: torch.Tensor) -> torch.Tensor:
         """Add to moments and firing counts; return the offsets [n] in flat of activations >= cut [H].
 
@@ -178,10 +247,10 @@ class LayerHarvest:
             centred = piece - self.calibration.mean
             square = centred * centred
             powers = [text @ x for x in (centred, square, square * centred, square * square)]
-            self.powers += torch.stack(powers)
+            self._block += torch.stack(powers)
             self.fired += text @ (piece > 0).float()
             reached.append(_nonzero(piece >= cut) + first * self.n_neurons)
-        if not torch.isfinite(self.powers[0]).all():
+        if not torch.isfinite(self._block[0]).all():
             raise InputError(
                 f"layer {self.layer} has activations that are not finite numbers:"
                 " the model is damaged or its training diverged; evaluate it first"

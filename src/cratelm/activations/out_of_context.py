@@ -15,6 +15,7 @@ from cratelm.activations.batches import SearchPlan
 from cratelm.activations.layer_harvest import LayerHarvest
 from cratelm.activations.tables import Rows, excerpt_rows, tokens_at
 from cratelm.models.sites import Site, hooked
+from cratelm.runs.ranks import Ranks
 
 N_TOKENS = 10
 """number of top tokens of a neuron: the peaks of its highest excerpts"""
@@ -22,20 +23,50 @@ _CONTEXT = 1
 """tokens on each side of the peak"""
 _SEQUENCES = 2_048
 """short texts per forward pass"""
+_ALONE = Ranks()
 
 
 @torch.no_grad()
 def out_of_context_rows(
-    model: PreTrainedModel, site: Site, plan: SearchPlan, layers: list[LayerHarvest]
+    model: PreTrainedModel,
+    site: Site,
+    plan: SearchPlan,
+    layers: list[LayerHarvest],
+    ranks: Ranks = _ALONE,
 ) -> list[Rows]:
-    """Return for each layer the peaks of the highest excerpts of each neuron, run out of context."""
-    tops = [_peaks(layer) for layer in layers]
+    """Return for each layer the peaks of the highest excerpts of each neuron, run out of context.
+
+    Rank 0 has the merged `layers`, and the result; each rank runs its share of the batches of texts.
+    """
+    tops = ranks.by_first(lambda: [_peaks(layer) for layer in layers])
     spans = np.concatenate([np.stack([t.start, t.stop], 1) for t in tops])
     texts, which = _unique_texts(plan, spans)
-    for length in sorted({len(t) for t in texts}):
-        numbers = np.array([i for i, t in enumerate(texts) if len(t) == length])
-        _run(model, site, [texts[i] for i in numbers], numbers, which, tops)
+    rank_of = np.zeros(len(texts), np.int64)  # which rank runs each text
+    for number, batch in enumerate(_batches(texts)):
+        rank_of[batch] = number % ranks.share.of
+        if ranks.share.takes(number):
+            _run(model, site, texts, batch, which, tops)
+    ends = _ends(tops)
+    for number, windows in enumerate(ranks.collected([rows.window for rows in tops])):
+        for layer, (rows, window) in enumerate(zip(tops, windows, strict=True)):
+            chosen = rank_of[which[ends[layer] : ends[layer + 1]]] == number
+            rows.window[chosen] = window[chosen]
     return tops
+
+
+def _batches(texts: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Return the numbers of the texts of each forward pass; the texts of a pass have the same length."""
+    lengths = np.array([len(text) for text in texts], np.int64)
+    batches = []
+    for length in np.unique(lengths):
+        numbers = np.flatnonzero(lengths == length)
+        batches += [numbers[i : i + _SEQUENCES] for i in range(0, len(numbers), _SEQUENCES)]
+    return batches
+
+
+def _ends(tops: list[Rows]) -> np.ndarray:
+    """Return the first row of each layer among the rows of all layers, and one past the last."""
+    return np.cumsum([0] + [len(t.neuron) for t in tops])
 
 
 def _peaks(layer: LayerHarvest) -> Rows:
@@ -71,29 +102,25 @@ def _run(
     model: PreTrainedModel,
     site: Site,
     texts: list[tuple[int, ...]],
-    numbers: np.ndarray,
+    batch: np.ndarray,
     which: np.ndarray,
     tops: list[Rows],
 ) -> None:
-    """Run texts of one length, and write their activations into the windows of the rows with these texts."""
-    ends = np.cumsum([0] + [len(t.neuron) for t in tops])
-    for first in range(0, len(texts), _SEQUENCES):
-        batch = numbers[first : first + _SEQUENCES]
-        row_of = np.full(which.max() + 1, -1)  # of each text in this batch
-        row_of[batch] = np.arange(len(batch))
-        ids = torch.tensor(texts[first : first + _SEQUENCES], device=model.device)
+    """Run the texts of a batch, and write their activations into the windows of the rows with these texts."""
+    ends = _ends(tops)
+    row_of = np.full(len(texts), -1)  # of each text in this batch
+    row_of[batch] = np.arange(len(batch))
+    ids = torch.tensor([texts[i] for i in batch], device=model.device)
 
-        def write_windows(
-            layer: int, activations: torch.Tensor, row_of: np.ndarray = row_of
-        ) -> None:
-            rows = tops[layer]
-            text = row_of[which[ends[layer] : ends[layer + 1]]]
-            chosen = np.flatnonzero(text >= 0)
-            values = activations.float().cpu().numpy()[text[chosen], :, rows.neuron[chosen]]
-            # Column 2 of the window is the peak, so a text that begins at the peak starts there.
-            column = _CONTEXT + 1 - (rows.position[chosen] - rows.start[chosen])
-            for offset in range(values.shape[1]):
-                rows.window[chosen, column + offset] = values[:, offset]
+    def write_windows(layer: int, activations: torch.Tensor) -> None:
+        rows = tops[layer]
+        text = row_of[which[ends[layer] : ends[layer + 1]]]
+        chosen = np.flatnonzero(text >= 0)
+        values = activations.float().cpu().numpy()[text[chosen], :, rows.neuron[chosen]]
+        # Column 2 of the window is the peak, so a text that begins at the peak starts there.
+        column = _CONTEXT + 1 - (rows.position[chosen] - rows.start[chosen])
+        for offset in range(values.shape[1]):
+            rows.window[chosen, column + offset] = values[:, offset]
 
-        with hooked(model, site, write_windows):
-            model.base_model(input_ids=ids, use_cache=False)
+    with hooked(model, site, write_windows):
+        model.base_model(input_ids=ids, use_cache=False)

@@ -12,7 +12,7 @@ tensor operations; one heap per buffer would be a million Python calls per batch
 Shape legend: C buffers, K slots of a buffer, W tokens of a window, n candidates, U buffers touched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ EMPTY = torch.iinfo(torch.int64).max
 _WAVES = 6
 """most candidates of one buffer that are inserted one after another; if a buffer has more, all candidates
 are sorted together with what the buffers hold"""
+
+_MERGED = 2**16
+"""number of candidates of another process that are offered at a time; with windows of 64 tokens they take 20 MB"""
 
 Windows = Callable[[torch.Tensor], torch.Tensor]
 """from numbers of candidates [m] to their activations [m, W]"""
@@ -103,6 +106,26 @@ class TopKBuffers:
         for number in range(int(wave.max()) + 1):
             in_wave = torch.nonzero(wave == number).flatten()
             self._insert(passed[in_wave], index[in_wave], windows)
+
+    def filled(self) -> dict[str, torch.Tensor]:
+        """Return the filled slots, n of them, as columns [n] and their windows [n, W], on the CPU."""
+        buffer, slot = torch.nonzero(self.key < EMPTY, as_tuple=True)
+        columns = ("key", "position", "start", "stop", "document", "window")
+        return {
+            "buffer": buffer.cpu(),
+            **{name: getattr(self, name)[buffer, slot].cpu() for name in columns},
+        }
+
+    def merge(self, filled: Mapping[str, torch.Tensor]) -> None:
+        """Keep the best K of each buffer's slots and of those that the same buffer of another process filled.
+
+        The other process searched tokens after those of this one: of equal keys, the smaller position is kept.
+        """
+        device = self.key.device
+        for low in range(0, len(filled["buffer"]), _MERGED):
+            part = {name: column[low : low + _MERGED].to(device) for name, column in filled.items()}
+            window = part.pop("window")
+            self.update(Candidates(**part), lambda i, w=window: w[i])
 
     def _insert(self, new: Candidates, index: torch.Tensor, windows: Windows) -> None:
         """Insert at most one candidate per buffer, in the slot of the worst one held, if it is better.

@@ -11,7 +11,6 @@ Shape legend: D width, K heads, P width of a head, G groups of documents.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -53,7 +52,9 @@ from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
 from cratelm.models.open import sequence_length
 from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey
-from cratelm.runs import Run, check_memory
+from cratelm.runs import Draft, Run, check_memory
+from cratelm.runs.memory import available_memory
+from cratelm.runs.ranks import Ranks, joined, n_ranks_here
 from cratelm.stats.intervals import jackknife
 
 Figures = dict[tuple[str, str], Estimate | float]
@@ -83,9 +84,15 @@ class AnalyzeResult:
 def analyze(config: AnalyzeConfig) -> AnalyzeResult:
     """Measure a model, write `analysis/MODEL/`, and return the main figures.
 
-    If the stage is finished, its results are read back. Raises `InputError` if the harvest or its model is
-    missing, or if `--explainer` has no explanations.
+    If the stage is finished, its results are read back. Processes that `torchrun` started each measure a share of the
+    layers and of the neurons, and write what one would have written. Raises `InputError` if the harvest or its model
+    is missing, or if `--explainer` has no explanations.
     """
+    with joined() as ranks:
+        return _analyze(config, ranks)
+
+
+def _analyze(config: AnalyzeConfig, ranks: Ranks) -> AnalyzeResult:
     run = Run(config.run)
     harvest = run.stage("activations", config.model).require("harvest")
     explained = run.stage("explanations", config.model)
@@ -94,11 +101,11 @@ def analyze(config: AnalyzeConfig) -> AnalyzeResult:
     inputs = {"activations": harvest}
     if is_explained:
         inputs["explanations"] = explained.require("explain")
-    if not stage.is_finished(config, inputs, force=config.force):
+    if not ranks.by_first(lambda: stage.is_finished(config, inputs, force=config.force)):
         explanations = _explanations(run, config, is_explained)
         opened = open_harvested(run, config.model, config.device)
-        with stage.write(config, inputs) as draft:
-            draft.results.update(_measure(config, opened, explanations, draft.path))
+        with ranks.write(stage, config, inputs) as draft:
+            _measure(config, opened, explanations, draft, ranks)
     return stage.result(AnalyzeResult, path=stage.path, model=config.model)
 
 
@@ -121,9 +128,13 @@ def _explanations(run: Run, config: AnalyzeConfig, finished: bool) -> list[Expla
 
 
 def _measure(
-    config: AnalyzeConfig, opened: HarvestContext, explanations: list[Explanation], folder: Path
-) -> dict[str, Any]:
-    """Write the files; return the results of the completion record."""
+    config: AnalyzeConfig,
+    opened: HarvestContext,
+    explanations: list[Explanation],
+    draft: Draft | None,
+    ranks: Ranks,
+) -> None:
+    """Measure the share of this process; write the files and the results into the draft, which rank 0 has."""
     length = sequence_length(opened.subject, config.sequence_length or opened.sequence_length)
     split = opened.store.split("held_out")
     plan = SearchPlan.of(split, "held_out", opened.store.eot_id, length, config.tokens, config.seed)
@@ -133,8 +144,10 @@ def _measure(
         "batch_tokens": 4 * min(config.batch_tokens, tokens) * max(site.n_neurons),
         "memory_mib": min(config.memory_mib * 2**20, 4 * tokens * len(explanations)),
     }
-    check_memory(config, parts, "activations")
-    with tqdm(desc="analyze", unit="tok", unit_scale=True, disable=config.quiet) as bar:
+    free = available_memory()
+    check_memory(config, parts, "activations", available=free and free // n_ranks_here())
+    quiet = config.quiet or not ranks.is_first
+    with tqdm(desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
         sums = sum_over_text(
             model,
             site,
@@ -142,6 +155,7 @@ def _measure(
             batch_tokens=config.batch_tokens,
             ista_steps=config.ista_steps,
             progress=bar.update,
+            share=ranks.share,
         )
         coverages = list(
             measure_neurons(
@@ -151,26 +165,47 @@ def _measure(
                 memory_bytes=config.memory_mib * 2**20,
                 seed=config.seed,
                 progress=bar.update,
+                work=ranks.share,
             )
         )
-    figures, neurons = _figures(config, opened, sums)
-    summaries = summarise(coverages, config.resamples, config.seed)
-    _write(folder, figures, neurons, coverages, summaries)
-    table = show(figures, summaries)
-    return {"tokens": sums.tokens, "documents": sums.documents, "table": table}
+    measured = _Measured(*_figures(config, opened, sums), coverages)
+    everyone = list(ranks.collected(measured))
+    if draft is None:
+        return
+    measured = _in_order(everyone, explanations)
+    summaries = summarise(measured.coverages, config.resamples, config.seed)
+    _write(draft.path, measured, summaries)
+    table = show(measured.figures, summaries)
+    draft.results.update(tokens=sums.tokens, documents=sums.documents, table=table)
 
 
-def _write(
-    folder: Path,
-    figures: Sequence[LayerFigure],
-    neurons: Sequence[NeuronFacts],
-    coverages: Sequence[NeuronCoverage],
-    summaries: Sequence[MeasureSummary],
-) -> None:
-    write_layers(folder, figures)
-    write_neurons(folder, neurons)
-    if coverages:
-        write_readings(folder, coverages)
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Figures of the layers and neurons of one or all processes."""
+
+    figures: list[LayerFigure]
+    neurons: list[NeuronFacts]
+    coverages: list[NeuronCoverage]
+
+
+def _in_order(everyone: Sequence[_Measured], explanations: Sequence[Explanation]) -> _Measured:
+    """Return the figures of all processes together, in the order of one."""
+    place = {explanation.neuron: i for i, explanation in enumerate(explanations)}
+    return _Measured(
+        sorted((f for m in everyone for f in m.figures), key=lambda f: f.layer),
+        sorted((n for m in everyone for n in m.neurons), key=lambda n: n.neuron.layer),
+        sorted(
+            (c for m in everyone for c in m.coverages),
+            key=lambda c: (c.neuron.layer, place[c.neuron]),
+        ),
+    )
+
+
+def _write(folder: Path, measured: _Measured, summaries: Sequence[MeasureSummary]) -> None:
+    write_layers(folder, measured.figures)
+    write_neurons(folder, measured.neurons)
+    if measured.coverages:
+        write_readings(folder, measured.coverages)
     write_measure_summaries(folder, summaries)
 
 

@@ -37,11 +37,13 @@ from cratelm.activations.batches import SearchPlan
 from cratelm.analysis.store import SHARES, CoverageControl, CoverageMeasures, NeuronCoverage
 from cratelm.models.sites import Site, hooked
 from cratelm.records import Explanation, NeuronKey, Status
+from cratelm.runs.ranks import Share
 from cratelm.score.simulators import simulate
 from cratelm.stats.auc import roc_area_of_ranks
 
 FIRING = 0.1
 """fraction of its largest activation on the fit split above which a neuron fires"""
+_ALL = Share()
 
 # ---- one neuron and one explanation ---------------------------------------------------------------
 
@@ -129,17 +131,21 @@ def measure_neurons(
     memory_bytes: int,
     seed: int,
     progress: Callable[[int], Any],
+    work: Share = _ALL,
 ) -> Iterator[NeuronCoverage]:
     """Yield the measures of every explained neuron, with its own explanation and with another neuron's.
 
     As many neurons of a layer share a pass over the text as fit into `memory_bytes`. The other explanation is
     that of a neuron of the same pass; a neuron that is alone in its pass has none. `fit_maximum` is the largest
-    activation of each neuron on the fit split; `progress` is called with the number of tokens read.
+    activation of each neuron on the fit split; `progress` is called with the number of tokens read. `work`: the
+    share of the passes that is made.
     """
     segments = _segments(held_out)
     n_tokens = sum(map(len, segments))
     at_once = max(1, memory_bytes // (n_tokens * (4 + len(SHARES))))
-    for of_pass in _passes(explanations, at_once):
+    for number, of_pass in enumerate(_passes(explanations, at_once)):
+        if not work.takes(number):
+            continue
         keys = [e.neuron.key for e in of_pass]
         activations = _activations(held_out, keys, progress)  # [n, N]
         covered = [_covered(e, segments) for e in of_pass]

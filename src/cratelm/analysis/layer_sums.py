@@ -27,6 +27,7 @@ from cratelm.analysis.sparse_coding import objectives, sparsity
 from cratelm.models import CrateForCausalLM
 from cratelm.models.sites import Site, hooked
 from cratelm.records import Estimate
+from cratelm.runs.ranks import Share
 from cratelm.stats.ratio import ratio
 
 GROUPS = 20
@@ -34,6 +35,7 @@ GROUPS = 20
 Quantity = tuple[str, str]
 """quantity and setting, such as ("nonzero", "after")"""
 Array = NDArray[np.float64]
+_ALL = Share()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +120,13 @@ def sum_over_text(
     batch_tokens: int,
     ista_steps: int,
     progress: Callable[[int], Any],
+    share: Share = _ALL,
 ) -> TextSums:
     """Run the model on the tokens of a plan, and return the sums over them.
 
     `ista_steps` is the number of ISTA steps at which the lasso objective is measured; `progress` is called
-    with the number of tokens read.
+    with the number of tokens read. With a `share`, only its layers are summed, each over all tokens: the sums of a layer
+    are too large to be kept for each of several blocks of tokens, as their last digits would need.
     """
     sums: dict[int, LayerSums] = defaultdict(LayerSums)
     ordinals = np.asarray(plan.split.ordinals)
@@ -130,6 +134,7 @@ def sum_over_text(
     document_tokens, group_tokens = np.zeros(documents), np.zeros(GROUPS)
     # at other sites, the neurons are not computed from the input of the second step
     steps = steps_of(model) if site.name in ("ista", "mlp") else []
+    of_share = {layer: step for layer, step in enumerate(steps) if share.takes(layer)}
     for batch in plan.batches(batch_tokens, model.device):
         tokens = _TextTokens.of(batch, ordinals)
         document_tokens += np.bincount(tokens.document, minlength=documents)
@@ -139,10 +144,12 @@ def sum_over_text(
             site_layer: int, activations: torch.Tensor, tokens: _TextTokens = tokens
         ) -> None:
             layer = site.layer_numbers[site_layer]
+            if not share.takes(layer):
+                return
             neurons = activations.flatten(0, 1)[tokens.text]
             _add_neurons(sums[layer], neurons, tokens, documents)
 
-        watched = _watched(steps, sums, tokens, documents, ista_steps)
+        watched = _watched(of_share, sums, tokens, documents, ista_steps)
         with torch.no_grad(), hooked(model, site, on_activation), watched:
             model.base_model(input_ids=batch.input_ids, use_cache=False)
         progress(batch.input_ids.numel())
@@ -153,17 +160,17 @@ def sum_over_text(
 
 @contextlib.contextmanager
 def _watched(
-    steps: list[Steps],
+    steps: dict[int, Steps],
     sums: dict[int, LayerSums],
     tokens: _TextTokens,
     documents: int,
     ista_steps: int,
 ) -> Iterator[None]:
-    """While the context is open, add the inputs of both steps of each layer to its sums."""
+    """While the context is open, add the inputs of both steps of each layer, by its number, to its sums."""
     handles = []
     before: dict[int, torch.Tensor] = {}  # by layer, the input of the first step
     try:
-        for layer, step in enumerate(steps):
+        for layer, step in steps.items():
 
             def first(module: nn.Module, args: Any, output: torch.Tensor, layer=layer) -> None:
                 before[layer] = output.flatten(0, 1)[tokens.text].float()  # [N, D]

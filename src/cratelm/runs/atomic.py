@@ -313,6 +313,11 @@ def remove_drafts(path: Path, *, resumable: bool = True) -> None:
         _remove(resumable_draft(path).rename(_temporary(path)))
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder, all of it or nothing; the caller holds its lock."""
+    _remove(path.rename(_temporary(path)))
+
+
 def remove_all_but(folder: Path, names: Collection[str]) -> None:
     """Remove everything directly in `folder` except what has one of the names."""
     for entry in folder.iterdir():

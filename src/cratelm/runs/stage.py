@@ -40,6 +40,7 @@ StageName = Literal[
     "tokens",
     "model",
     "sae",
+    "parts",
     "activations",
     "explanations",
     "scores",
@@ -67,6 +68,7 @@ _VERBS: dict[StageName, str] = {
     "tokens": "tokenize",
     "model": "train",
     "sae": "sae train",
+    "parts": "harvest",
     "activations": "harvest",
     "explanations": "explain",
     "scores": "score",
@@ -489,6 +491,15 @@ class Stage:
         stage. `write` acquires the lock itself: this is for verbs that do expensive work before they write.
         """
         return atomic.lock(self.path)
+
+    def remove(self) -> None:
+        """Remove the stage, whose content another stage has taken over.
+
+        Raises `InputError` if another process is writing it.
+        """
+        with self.lock():
+            atomic.remove_folder(self.path)
+            self.run.write_manifest()
 
     @contextlib.contextmanager
     def write(self, config: Any, inputs: Inputs, *, resume: bool = False) -> Iterator["Draft"]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from cratelm.errors import InputError
 from cratelm.models.partial_forward import PartialForward, Trace
 from cratelm.records import Estimate
+from cratelm.runs.ranks import Share
 from cratelm.stats.ratio import ratio
 from cratelm.steer.store import Ablation
 from cratelm.tokens.shards import TokenSplit
@@ -34,6 +35,7 @@ MOST_LOGITS = 2**24
 GROUP = 32
 """number of neurons whose changes are in memory at a time"""
 Float64 = NDArray[np.float64]
+_ALL = Share()
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,13 @@ class Ablations:
 
     base: Estimate
     """loss of the unedited model, nats per token"""
-    neurons: list[list[Ablation]]
-    """[L][k], in the order of the arguments of `ablate`"""
+    neurons: list[dict[int, Ablation]]
+    """[L] by the place in the arguments of `ablate`, for the neurons of its share"""
+
+    def add(self, others: "Ablations") -> None:
+        """Add the neurons of another share."""
+        for of_layer, of_others in zip(self.neurons, others.neurons, strict=True):
+            of_layer |= of_others
 
 
 def ablate(
@@ -96,11 +103,13 @@ def ablate(
     means: Sequence[NDArray[np.float64]] | None,
     batch_tokens: int,
     bar: tqdm,
+    share: Share = _ALL,
 ) -> Ablations:
     """Return the loss without each of `neurons` [L][k], indices of neurons by layer of the site.
 
-    Neurons are set to `means` [L][k], or to 0 if `means` is None. `bar` advances by one for each neuron and
-    batch.
+    Neurons are set to `means` [L][k], or to 0 if `means` is None. With a `share`, only its groups of `GROUP`
+    neurons are measured: groups are never divided, because products of matrices of another size round differently.
+    `bar` advances by one for each neuron and batch.
     """
     column_of: dict[int, int] = {}  # ordinal of a document -> its column in the sums
     sums = [_Sums(len(of_layer)) for of_layer in neurons]
@@ -119,7 +128,7 @@ def ablate(
         for site_layer, of_layer in enumerate(neurons):
             sums[site_layer].grow(len(column_of))
             batch = _Batch(partial, trace, site_layer, ids[:, 1:], losses, columns)
-            for first in range(0, len(of_layer), GROUP):
+            for first in _groups(site_layer, len(of_layer), share):
                 group = slice(first, first + GROUP)
                 value = None
                 if means is not None:
@@ -130,8 +139,21 @@ def ablate(
     of_document = base.tables["n"][0].numpy()
     return Ablations(
         ratio(base.tables["all"][0].numpy(), of_document),
-        [[_ablation(s, j, of_document) for j in range(s.k)] for s in sums],
+        [
+            {
+                j: _ablation(s, j, of_document)
+                for first in _groups(site_layer, s.k, share)
+                for j in range(first, min(first + GROUP, s.k))
+            }
+            for site_layer, s in enumerate(sums)
+        ],
     )
+
+
+def _groups(site_layer: int, k: int, share: Share) -> list[int]:
+    """Return the places of the first neurons of the groups of a share; in the next layer, the next share begins."""
+    firsts = range(0, k, GROUP)
+    return [first for number, first in enumerate(firsts, site_layer) if share.takes(number)]
 
 
 @dataclass(frozen=True, eq=False)

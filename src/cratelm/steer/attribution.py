@@ -10,6 +10,7 @@ Shape legend: k neurons, n tokens (one row each), T tokens of an excerpt up to t
 measured, D width, V vocabulary.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from cratelm.explain.evidence import WEIGHT, collect_evidence
 from cratelm.explain.lookup import token_table
 from cratelm.models.partial_forward import PartialForward
 from cratelm.records import Excerpt, ExcerptKind, NeuronId, NeuronRecord
+from cratelm.runs.ranks import Share
 from cratelm.stats.auc import roc_area_of_ranks
 from cratelm.steer.ablation import MOST_LOGITS
 
@@ -34,6 +36,7 @@ NAMED = 10
 """number of tokens that a look-up explanation names"""
 _MAX_ENTRIES = ExplainConfig.max_entries
 """size of the look-up table: the default of `cratelm explain`"""
+_ALL = Share()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +99,11 @@ def attribute(
     vocabulary: int,
     positions: int,
     seed: int,
+    share: Share = _ALL,
 ) -> Iterator[VocabularyEffect | NeuronId]:
     """Yield the effects of the neurons of one layer, in order, or only the id if a neuron fires at no drawn token.
+
+    With a `share`, only those of its batches of `NEURONS_A_TIME` neurons; in the next layer, the next share begins.
 
     `site_layer` is the index into the layers of the site; `records` are of the fit split; `matrix` [V', D] is
     that of `direct_logit_attribution`. A head can have more rows than there are tokens, so only the first
@@ -105,14 +111,12 @@ def attribute(
 
     Memory: `NEURONS_A_TIME` times V numbers, and twice `MOST_LOGITS` logits.
     """
-    batch: list[NeuronRecord] = []
-    for record in records:
-        batch.append(record)
-        if len(batch) == NEURONS_A_TIME:
+    unread = iter(records)
+    number = site_layer
+    while batch := list(itertools.islice(unread, NEURONS_A_TIME)):
+        if share.takes(number):
             yield from _attribute(partial, site_layer, batch, matrix, vocabulary, positions, seed)
-            batch = []
-    if batch:
-        yield from _attribute(partial, site_layer, batch, matrix, vocabulary, positions, seed)
+        number += 1
 
 
 def _attribute(

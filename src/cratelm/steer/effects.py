@@ -21,6 +21,7 @@ from cratelm.models.partial_forward import PartialForward
 from cratelm.records import Interval, NeuronId, parse_neuron_ids
 from cratelm.runs import Draft, Run, check_memory
 from cratelm.runs.devices import available_on
+from cratelm.runs.ranks import Ranks, joined, n_ranks_here
 from cratelm.score.controls import shuffled
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import Ablations, HeldOutText, ablate
@@ -90,17 +91,23 @@ def _show(mean: Interval | None, form: str) -> str:
 def effects(config: EffectsConfig) -> EffectsResult:
     """Measure the effects of single neurons on logits and loss, write `steer/MODEL/`, and return the summary.
 
-    If the stage is finished, its summary is read back.
+    If the stage is finished, its summary is read back. Processes that `torchrun` started each measure a share of the
+    neurons, and write what one would have written.
 
     Raises `InputError` if the run has no harvest of the model, or too little held-out text.
     """
+    with joined() as ranks:
+        return _measured(config, ranks)
+
+
+def _measured(config: EffectsConfig, ranks: Ranks) -> EffectsResult:
     run = Run(config.run)
     inputs = {
         "tokens": run.stage("tokens").require("tokenize"),
         "activations": run.stage("activations", config.model).require("harvest"),
     }
     stage = effects_stage(run, config.model)
-    if stage.is_finished(config, inputs, force=config.force):
+    if ranks.by_first(lambda: stage.is_finished(config, inputs, force=config.force)):
         return _result(stage.path)
     harvested = open_harvested(run, config.model, config.device)
     chosen = parse_neuron_ids("--only", config.only) if config.only else ()
@@ -112,11 +119,13 @@ def effects(config: EffectsConfig) -> EffectsResult:
     at_once = max(length, min(config.batch_tokens, text.n_tokens))
     needed = {"batch_tokens": 4 * at_once * max(harvested.site.n_neurons)}
     free = available_on(harvested.subject.model.device)
+    free = free and free // n_ranks_here()
     check_memory(config, needed, "the activations of one batch", available=free)
-    with stage.write(config, inputs) as draft:
-        effects_by_neuron = _effects(config, harvested, partial, selected, text)
-        ablations = _ablations(config, harvested, partial, selected, text)
-        _write(draft, config, harvested, selected, effects_by_neuron, ablations, text)
+    with ranks.write(stage, config, inputs) as draft:
+        effects_by_neuron = _effects(config, harvested, partial, selected, text, ranks)
+        ablations = _ablations(config, harvested, partial, selected, text, ranks)
+        if draft is not None:
+            _write(draft, config, harvested, selected, effects_by_neuron, ablations, text)
     return _result(stage.path)
 
 
@@ -136,14 +145,18 @@ def _effects(
     partial: PartialForward,
     selected: Sequence[SampledNeuron],
     text: HeldOutText,
+    ranks: Ranks,
 ) -> dict[NeuronId, VocabularyEffect]:
-    """Return the effects on the logits of all selected neurons that fire at a drawn token."""
+    """Return the effects on the logits of all selected neurons that fire at a drawn token, on rank 0."""
     tokens, _ = next(text.batches(config.batch_tokens))
     sample = partial.trace(torch.from_numpy(tokens[:, :-1]).to(partial.model.device))
     matrix = direct_logit_attribution(partial, sample)
-    effects_by_neuron = {}
+    effects: list[VocabularyEffect] = []
     with tqdm(
-        total=len(selected), desc=f"logits {config.model}", unit="neuron", disable=config.quiet
+        total=len(selected) // ranks.share.of,
+        desc=f"logits {config.model}",
+        unit="neuron",
+        disable=config.quiet or not ranks.is_first,
     ) as bar:
         for site_layer, indices in enumerate(_by_layer(harvested, selected)):
             layer = harvested.site.layer_numbers[site_layer]
@@ -156,11 +169,14 @@ def _effects(
                 vocabulary=harvested.store.vocab_size,
                 positions=config.positions,
                 seed=config.seed,
+                share=ranks.share,
             ):
                 bar.update()
                 if isinstance(effect, VocabularyEffect):
-                    effects_by_neuron[effect.neuron] = effect
-    return effects_by_neuron
+                    effects.append(effect)
+    everyone = [effect for of_rank in ranks.collected(effects) for effect in of_rank]
+    # in the order in which one process reads the records, on which the shuffled null control depends
+    return {e.neuron: e for e in sorted(everyone, key=lambda e: (e.neuron.layer, e.neuron.index))}
 
 
 def _ablations(
@@ -169,8 +185,9 @@ def _ablations(
     partial: PartialForward,
     selected: Sequence[SampledNeuron],
     text: HeldOutText,
+    ranks: Ranks,
 ) -> Ablations:
-    """Return the loss without each selected neuron."""
+    """Return the loss without each selected neuron, on rank 0."""
     neurons = _by_layer(harvested, selected)
     means = None
     if config.ablation == "mean":
@@ -182,12 +199,15 @@ def _ablations(
     # rounded up, like the batches of `HeldOutText.batches`
     batches = -(-len(text.sequences) // max(1, config.batch_tokens // text.length))
     with tqdm(
-        total=len(selected) * batches,
+        total=len(selected) * batches // ranks.share.of,
         desc=f"ablation {config.model}",
         unit="neuron and batch",
-        disable=config.quiet,
+        disable=config.quiet or not ranks.is_first,
     ) as bar:
-        return ablate(partial, text, neurons, means, config.batch_tokens, bar)
+        ablations = ablate(partial, text, neurons, means, config.batch_tokens, bar, ranks.share)
+    for of_rank in ranks.collected(ablations):
+        ablations.add(of_rank)
+    return ablations
 
 
 def _write(
@@ -232,7 +252,7 @@ def _neuron_ablations(
     by_neuron: dict[NeuronId, Ablation] = {}
     for layer, of_layer in zip(harvested.site.layer_numbers, ablations.neurons, strict=True):
         neurons = [s.neuron for s in selected if s.neuron.layer == layer]
-        by_neuron |= dict(zip(neurons, of_layer, strict=True))
+        by_neuron |= {neuron: of_layer[j] for j, neuron in enumerate(neurons)}
     return [NeuronAblation(s.neuron, s.dead, by_neuron[s.neuron]) for s in selected]
 
 
