@@ -91,7 +91,7 @@ class ScoreTable(Sequence[NeuronScore]):
     def __getitem__(self, at: int | slice) -> "NeuronScore | ScoreTable":
         rows = range(len(self))[at]
         if isinstance(rows, range):
-            return self._taken(np.array(rows, np.int64))
+            return self.taken(np.array(rows, np.int64))
         return _score(self._table.slice(rows, 1).to_pylist()[0])
 
     def __eq__(self, other: object) -> bool:
@@ -133,7 +133,7 @@ class ScoreTable(Sequence[NeuronScore]):
 
     def where(self, mask: NDArray[np.bool_]) -> "ScoreTable":
         """Return the scores at which `mask` [n] is True."""
-        return self._taken(np.flatnonzero(mask))
+        return self.taken(np.flatnonzero(mask))
 
     def select(self, **wanted: str | int) -> "ScoreTable":
         """Return the scores with these values, such as `explainer="trie", control="none", layer=2`."""
@@ -185,7 +185,12 @@ class ScoreTable(Sequence[NeuronScore]):
         labels = pa.array([word + suffix for word in column.dictionary.to_pylist()], pa.string())
         return self.replaced("explainer", pa.DictionaryArray.from_arrays(column.indices, labels))
 
-    def _taken(self, rows: NDArray[np.int64]) -> "ScoreTable":
+    def relabelled(self, label: str) -> "ScoreTable":
+        """Return a copy with one label for all explainers."""
+        return self.replaced("explainer", pa.array([label] * len(self), pa.string()))
+
+    def taken(self, rows: NDArray[np.int64]) -> "ScoreTable":
+        """Return the scores in these rows, in this order."""
         return ScoreTable(self._table.take(pa.array(rows)))
 
     def _column(self, name: str) -> Any:
