@@ -33,6 +33,7 @@ from cratelm.score.score import score
 from cratelm.score.store import SCORES, read_score_columns, read_scores, write_scores
 from cratelm.stats.score_table import ScoreTable
 
+
 def drawn(seed: int) -> list[NeuronScore]:
     """Up to 40 scores with fields drawn from few values, so that rows share neurons, words and reasons."""
     rng = np.random.default_rng(seed)
@@ -163,7 +164,9 @@ def test_scores_are_written_as_they_come(tmp_path, monkeypatch):
 
 def explained(layers: int, neurons: int) -> list[Explanation]:
     return [
-        Explanation(NeuronId("m", "ista", layer, index), name, f"{layer}.{index}", payload, (index, 7))
+        Explanation(
+            NeuronId("m", "ista", layer, index), name, f"{layer}.{index}", payload, (index, 7)
+        )
         for layer in range(layers)
         for index in range(neurons)
         for name, payload in (

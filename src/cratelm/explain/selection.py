@@ -100,7 +100,9 @@ def read_selected_rows(
         n_harvested = int(np.isin(indices[layers == layer], wanted).sum())
         for group in file.groups([layer]):
             table = file.read_group(group, columns)
-            chosen = (table["layer"].to_numpy() == layer) & np.isin(table["index"].to_numpy(), wanted)
+            chosen = (table["layer"].to_numpy() == layer) & np.isin(
+                table["index"].to_numpy(), wanted
+            )
             if chosen.any():
                 yield layer, table.filter(pa.array(chosen))
         _check_harvested(harvest, split, layer, n_harvested, len(wanted))

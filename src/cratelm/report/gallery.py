@@ -158,7 +158,9 @@ def _gallery(
         f"{config.neurons} best by {METRIC_NAMES[metric]}": _best(ranked, config.neurons),
         f"{config.neurons} at random": _random(ranked, config.neurons, config.seed),
     }
-    by_llm_too = ranked.of_neurons(frozenset[NeuronKey]().union(*(s.neurons for s in model.llm_sets)))
+    by_llm_too = ranked.of_neurons(
+        frozenset[NeuronKey]().union(*(s.neurons for s in model.llm_sets))
+    )
     if len(by_llm_too):
         group = f"{config.neurons} at random among those for which a language model was used"
         chosen[group] = _random(by_llm_too, config.neurons, config.seed)

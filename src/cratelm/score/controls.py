@@ -148,6 +148,7 @@ class ExplanationSet:
         for kind, stored in self._source.of_layer(layer):
             self._explanations.setdefault(kind, {})[stored.neuron] = stored
         self._donors = {
-            kind: shuffled(list(of_kind), self._seed) for kind, of_kind in self._explanations.items()
+            kind: shuffled(list(of_kind), self._seed)
+            for kind, of_kind in self._explanations.items()
         }
         self._layer = layer

@@ -214,7 +214,10 @@ class _BandIndex:
         if self._sorted is None:
             flat = np.concatenate([*self._hashes, np.zeros(0, np.uint64)])
             order = np.argsort(flat)
-            self._sorted = flat[order], np.repeat(np.array(self._starts, np.int64), _BANDS[0])[order]
+            self._sorted = (
+                flat[order],
+                np.repeat(np.array(self._starts, np.int64), _BANDS[0])[order],
+            )
             self._hashes = [flat]  # one array takes less memory than one for each passage
         keys, starts = self._sorted
         low, high = (np.searchsorted(keys, hashes, side) for side in ("left", "right"))

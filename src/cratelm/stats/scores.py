@@ -323,9 +323,7 @@ def _common_layers(a: _Values, b: _Values, paired: bool) -> list[tuple[NDArray, 
         )
         a, b = _Values(both, a.numbers[in_a]), _Values(both, b.numbers[in_b])
     common = np.intersect1d(a.layers, b.layers).tolist()
-    return [
-        (a.numbers[a.layers == layer], b.numbers[b.layers == layer]) for layer in common
-    ]
+    return [(a.numbers[a.layers == layer], b.numbers[b.layers == layer]) for layer in common]
 
 
 def _resampled_effects(
