@@ -14,6 +14,7 @@ TINY = {
     "harvest": "--sizes crate-2l --tokens 512 --sequence-length 64 --batch-tokens 128 --turns 2",
     "harvest, merge": "--sizes crate-2l --tokens 512 --sequence-length 64 --batch-tokens 128 --merge 2",
     "harvest, sort": "--sort --sort-tokens 3000 --sort-neurons 2 --layer-neurons 8",
+    "large_scores": "--layers 1 --neurons 3 --source 2 --tokens 20000",
     "ledger": "--requests 40 --window 16 --turns 1",
     "long_document": "--megabytes 0.5 --kinds words",
     "sae": "--architectures topk --expansion 1 --batch-size 64 --steps 2 --repeats 1 --tokens 20000",

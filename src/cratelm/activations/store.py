@@ -118,9 +118,12 @@ def write_records(folder: str | Path, split: Split, records: Sequence[NeuronReco
 
 
 @checked_arguments()
-def read_summaries(folder: str | Path, split: Split) -> list[NeuronSummary]:
-    """Return the summaries of all neurons of a harvest, by layer and index."""
-    return read_rows(_existing(summaries_path(folder, split)), _summary)
+def read_summaries(
+    folder: str | Path, split: Split, layers: Sequence[int] | None = None
+) -> list[NeuronSummary]:
+    """Return the summaries of all neurons of a harvest, or of those of `layers`, by layer and index."""
+    wanted = None if layers is None else [("layer", "in", list(layers))]
+    return read_rows(_existing(summaries_path(folder, split)), _summary, wanted)
 
 
 @checked_arguments()
@@ -134,16 +137,14 @@ def read_records(
 
     `layers` and `indices` restrict the neurons; row groups without any of them are not read.
     """
-    layers_wanted = None if layers is None else set(layers)
     indices_wanted = None if indices is None else set(indices)
     wanted = {
         s.neuron.key: s
-        for s in read_summaries(folder, split)
-        if (layers_wanted is None or s.neuron.layer in layers_wanted)
-        and (indices_wanted is None or s.neuron.index in indices_wanted)
+        for s in read_summaries(folder, split, layers)
+        if indices_wanted is None or s.neuron.index in indices_wanted
     }
     excerpts = ExcerptFile(folder, split)
-    for group in range(excerpts.n_groups):
+    for group in excerpts.groups(layers):
         keys = excerpts.keys_in(group, wanted)
         if keys:
             by_key = _by_neuron(_rows_of(excerpts.read_group(group), keys))
@@ -167,6 +168,14 @@ class NeuronFile:
             bounds = [_bounds(file, group) for group in range(file.num_row_groups)]
         self.n_groups = len(bounds)
         self._bounds = np.array(bounds, np.int64).reshape(-1, 4)
+
+    def groups(self, layers: Sequence[int] | None = None) -> list[int]:
+        """Return the row groups, or those that may have neurons of `layers` according to their bounds."""
+        if layers is None:
+            return list(range(self.n_groups))
+        low, high = self._bounds[:, 0, None], self._bounds[:, 1, None]
+        wanted = np.array(list(layers), np.int64)
+        return np.flatnonzero(((low <= wanted) & (wanted <= high)).any(axis=1)).tolist()
 
     def keys_in(self, group: int, wanted: Iterable[NeuronKey]) -> set[NeuronKey]:
         """Return the wanted neurons that may be in a row group, according to its bounds."""

@@ -15,11 +15,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from cratelm.activations.store import read_records, read_summaries
+from cratelm.activations.store import ExcerptFile, read_records, read_summaries, summaries_path
 from cratelm.errors import InputError
 from cratelm.explain.store import SampledNeuron
 from cratelm.records import Excerpt, ExcerptKind, Metric, NeuronKey, NeuronRecord, Split
+from cratelm.runs.reading import read_parquet
 
 TOP_RANKS = (0, 2, 4, 6, 8)
 ANTHROPIC_TOP_RANKS = tuple(range(15))
@@ -75,19 +77,51 @@ def read_selected_records(
 
     Raises `InputError` if the harvest lacks one of them.
     """
-    layers: dict[int, list[int]] = {}
-    for s in selected:
-        layers.setdefault(s.neuron.layer, []).append(s.neuron.index)
-    for layer, indices in layers.items():
+    for layer, indices in _by_layer(selected).items():
         n_read = 0
         for record in read_records(harvest, split, layers=[layer], indices=indices):
             n_read += 1
             yield record
-        if n_read != len(indices):
-            raise InputError(
-                f"{harvest} has only {n_read} of the {len(indices)} explained neurons of layer"
-                f" {layer} in the {split} split: type `cratelm harvest --force` for this model"
+        _check_harvested(harvest, split, layer, n_read, len(indices))
+
+
+def read_selected_rows(
+    harvest: Path, split: Split, selected: Sequence[SampledNeuron], columns: Sequence[str]
+) -> Iterator[tuple[int, pa.Table]]:
+    """Yield columns of the excerpts of the selected neurons of one split, with their layer; memory: one row group.
+
+    `columns` must include `layer` and `index`. The selection is that of `read_selected_records`, which is
+    ten times slower, since it makes an object of each excerpt. Raises `InputError` as that does.
+    """
+    keys = read_parquet(summaries_path(harvest, split), ["layer", "index"])
+    layers, indices = keys["layer"].to_numpy(), keys["index"].to_numpy()
+    file = ExcerptFile(harvest, split)
+    for layer, wanted in _by_layer(selected).items():
+        n_harvested = int(np.isin(indices[layers == layer], wanted).sum())
+        for group in file.groups([layer]):
+            table = file.read_group(group, columns)
+            chosen = (table["layer"].to_numpy() == layer) & np.isin(
+                table["index"].to_numpy(), wanted
             )
+            if chosen.any():
+                yield layer, table.filter(pa.array(chosen))
+        _check_harvested(harvest, split, layer, n_harvested, len(wanted))
+
+
+def _by_layer(selected: Sequence[SampledNeuron]) -> dict[int, list[int]]:
+    """Return the indices of the selected neurons by layer."""
+    layers: dict[int, list[int]] = {}
+    for s in selected:
+        layers.setdefault(s.neuron.layer, []).append(s.neuron.index)
+    return layers
+
+
+def _check_harvested(harvest: Path, split: Split, layer: int, n_harvested: int, n: int) -> None:
+    if n_harvested != n:
+        raise InputError(
+            f"{harvest} has only {n_harvested} of the {n} explained neurons of layer"
+            f" {layer} in the {split} split: type `cratelm harvest --force` for this model"
+        )
 
 
 def explained_from(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:

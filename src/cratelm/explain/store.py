@@ -5,23 +5,28 @@
 `unexplained.parquet`    one row per explanation that was requested from a language model and failed
 
 The folder is `explanations/MODEL/` without a language model and `explanations/MODEL@NAME/` with one.
-A language model explains a neuron once for each kind of evidence, which `payload` names.
+A language model explains a neuron once for each kind of evidence, which `payload` names. The payloads of a
+large model take gigabytes: `ExplanationFile` reads one layer at a time.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cratelm.errors import InputError
-from cratelm.records import Explanation, NeuronId
+from cratelm.records import Explanation, NeuronId, NeuronKey
 from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
-from cratelm.runs.reading import read_rows, verified
+from cratelm.runs.reading import read_rows, reading, verified
 
 _ROWS_A_GROUP = 256
 """rows that are read to get the payload of one neuron: about 1 MB"""
@@ -107,6 +112,131 @@ def explanation_of(row: dict[str, Any]) -> Explanation:
         json.loads(row["payload"]),
         tuple(row["documents"]),
     )
+
+
+Kind = tuple[str, str]
+"""explainer and kind of evidence, which is empty if one explanation serves all metrics"""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredExplanation:
+    """An explanation that is read, and its payload decoded, only when it is used."""
+
+    neuron: NeuronId
+    read: Callable[[], Explanation]
+
+
+class ExplanationSource(Protocol):
+    """The explanations of a set, by layer."""
+
+    def kinds(self) -> Collection[Kind]:
+        """Return all kinds in the set."""
+        ...
+
+    def of_layer(self, layer: int) -> Iterator[tuple[Kind, StoredExplanation]]:
+        """Yield the explanations of a layer with their kinds, in the order written."""
+        ...
+
+
+class ListedExplanations:
+    """Explanations in memory, as an `ExplanationSource`."""
+
+    def __init__(self, explanations: Sequence[Explanation]):
+        self._explanations = explanations
+
+    def kinds(self) -> Collection[Kind]:
+        """Return all kinds in the set."""
+        return {(e.explainer, e.evidence) for e in self._explanations}
+
+    def of_layer(self, layer: int) -> Iterator[tuple[Kind, StoredExplanation]]:
+        """Yield the explanations of a layer with their kinds."""
+        for e in self._explanations:
+            if e.neuron.layer == layer:
+                yield (e.explainer, e.evidence), StoredExplanation(e.neuron, lambda e=e: e)
+
+
+class ExplanationFile:
+    """The explanations in a folder, as an `ExplanationSource`. Memory: one layer, payloads as JSON.
+
+    The documents that explanations were made from are read only by `documents` and `documents_of`.
+    Raises `InputError` if there are no explanations, or if the file is damaged.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._path = _existing(Path(folder) / "explanations.parquet")
+        self._kinds: set[Kind] = set()
+        self._layers: list[tuple[int, int]] = []
+        """lowest and highest layer of each row group"""
+        for group in self._groups(["layer", "explainer", "payload"]):
+            layers = group["layer"].to_numpy()
+            self._layers.append((int(layers.min()), int(layers.max())) if len(group) else (0, -1))
+            evidence = _evidence(group["payload"])
+            self._kinds.update(zip(group["explainer"].to_pylist(), evidence, strict=True))
+
+    def kinds(self) -> Collection[Kind]:
+        """Return all kinds in the set."""
+        return self._kinds
+
+    def of_layer(self, layer: int) -> Iterator[tuple[Kind, StoredExplanation]]:
+        """Yield the explanations of a layer with their kinds, in the order written, without documents."""
+        columns = [column.name for column in EXPLANATIONS.columns if column.name != "documents"]
+        for group in self._groups(columns, layer):
+            decoded = lru_cache(maxsize=8)(partial(self._explanation, group))
+            names = group.select(["model", "site", "layer", "index", "explainer"]).to_pylist()
+            for row, (name, evidence) in enumerate(
+                zip(names, _evidence(group["payload"]), strict=True)
+            ):
+                stored = StoredExplanation(_neuron(name), partial(decoded, row))
+                yield (name["explainer"], evidence), stored
+
+    def documents(self) -> Iterator[list[int]]:
+        """Yield the documents that explanations were made from, without repeats within a part of the file."""
+        for group in self._groups(["documents"]):
+            yield np.unique(_flat(group["documents"])).tolist()
+
+    def documents_of(self, layer: int) -> dict[NeuronKey, NDArray[np.int64]]:
+        """Return the documents that each neuron of a layer was explained from, by all explainers."""
+        by_neuron: dict[NeuronKey, list[NDArray[np.int64]]] = {}
+        for group in self._groups(["layer", "index", "documents"], layer):
+            lists = group["documents"].combine_chunks()
+            ends = np.cumsum(pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+            parts = np.split(_flat(group["documents"]), ends[:-1])
+            for index, part in zip(group["index"].to_pylist(), parts, strict=True):
+                by_neuron.setdefault(NeuronKey(layer, index), []).append(part)
+        return {key: np.unique(np.concatenate(parts)) for key, parts in by_neuron.items()}
+
+    def _groups(self, columns: list[str], layer: int | None = None) -> Iterator[pa.Table]:
+        """Yield columns of each row group, or of those with the layer and then only its rows."""
+        with (
+            reading(self._path, "the columns that docs/files.md lists") as sound,
+            pq.ParquetFile(sound) as file,
+        ):
+            for name in columns:
+                if name not in file.schema_arrow.names:
+                    raise KeyError(name)
+            for number in range(file.num_row_groups):
+                if layer is None:
+                    yield file.read_row_group(number, columns, use_threads=False)
+                elif self._layers[number][0] <= layer <= self._layers[number][1]:
+                    group = file.read_row_group(number, columns, use_threads=False)
+                    yield group.filter(pa.array(group["layer"].to_numpy() == layer))
+
+    def _explanation(self, group: pa.Table, row: int) -> Explanation:
+        with reading(self._path, "the columns that docs/files.md lists"):
+            return explanation_of({"documents": (), **group.slice(row, 1).to_pylist()[0]})
+
+
+def _evidence(payloads: pa.ChunkedArray) -> list[str]:
+    """Return the kind of evidence in each payload; a payload without the word is not decoded."""
+    named = pc.match_substring(payloads, '"evidence"').to_pylist()
+    return [
+        str(json.loads(payload.as_py()).get("evidence", "")) if is_named else ""
+        for payload, is_named in zip(payloads, named, strict=True)
+    ]
+
+
+def _flat(lists: pa.ChunkedArray) -> NDArray[np.int64]:
+    return pc.list_flatten(lists).to_numpy()
 
 
 def write_selected(folder: str | Path, selected: Sequence[SampledNeuron]) -> None:

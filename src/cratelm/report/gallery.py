@@ -21,6 +21,7 @@ from cratelm.results.excerpts import largest, shade, simulate_excerpts
 from cratelm.results.neuron_view import read_explanations_of
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.score.selection import scored_on
+from cratelm.stats.score_table import ScoreTable
 from cratelm.steer.store import LogitEffect, read_logit_effect
 from cratelm.text.display import printable, visible
 from cratelm.text.shading import shaded_html
@@ -150,15 +151,17 @@ def _table_row(card: Card, metrics: Sequence[Metric]) -> tuple[Cell, ...]:
 def _gallery(
     results: RunResults, model: ModelResults, config: ReportConfig, store: TokenStore
 ) -> Gallery:
-    scores = [s for s in model.scores if s.explainer == results.explainer]
+    scores = model.scores.select(explainer=results.explainer)
     metric = config.ranking_metric(results.metrics)
-    ranked = [s for s in scores if s.metric == metric]
+    ranked = scores.select(metric=metric)
     chosen = {
         f"{config.neurons} best by {METRIC_NAMES[metric]}": _best(ranked, config.neurons),
         f"{config.neurons} at random": _random(ranked, config.neurons, config.seed),
     }
-    by_llm_too = [s for s in ranked if any(s.neuron.key in of.neurons for of in model.llm_sets)]
-    if by_llm_too:
+    by_llm_too = ranked.of_neurons(
+        frozenset[NeuronKey]().union(*(s.neurons for s in model.llm_sets))
+    )
+    if len(by_llm_too):
         group = f"{config.neurons} at random among those for which a language model was used"
         chosen[group] = _random(by_llm_too, config.neurons, config.seed)
     neurons = sorted({neuron for group in chosen.values() for neuron in group})
@@ -172,9 +175,8 @@ def _gallery(
     harvest, effects = (run.stage(s, model.name).path for s in ("activations", "steer"))
     held_out, fit = (_records(harvest, split, neurons) for split in ("held_out", "fit"))
     scores_of: dict[NeuronKey, dict[Metric, NeuronScore]] = {neuron: {} for neuron in neurons}
-    for s in scores:
-        if s.neuron.key in scores_of:
-            scores_of[s.neuron.key][s.metric] = s
+    for s in scores.of_neurons(neurons):
+        scores_of[s.neuron.key][s.metric] = s
 
     def card(key: NeuronKey, group: str) -> Card:
         record, explanation = held_out[key], explained.get(key)
@@ -197,15 +199,15 @@ def _gallery(
     return Gallery(model.name, groups)
 
 
-def _best(scores: Sequence[NeuronScore], n: int) -> list[NeuronKey]:
-    valued = [(s.score.value, s.neuron) for s in scores if s.score.value is not None]
-    ordered = sorted(valued, key=lambda pair: (-pair[0], pair[1]))
-    return [neuron.key for _, neuron in ordered[:n]]
+def _best(scores: ScoreTable, n: int) -> list[NeuronKey]:
+    valued = scores.where(scores.has("value"))
+    order = np.lexsort((valued.places(), -valued.numbers("value")))
+    return [s.neuron.key for s in valued.taken(order[:n])]
 
 
-def _random(scores: Sequence[NeuronScore], n: int, seed: int) -> list[NeuronKey]:
+def _random(scores: ScoreTable, n: int, seed: int) -> list[NeuronKey]:
     """Return up to `n` random neurons among all that were selected for scoring, including those without a value."""
-    neurons = sorted({s.neuron.key for s in scores})
+    neurons = sorted(scores.neurons())
     drawn = np.random.default_rng(seed).choice(len(neurons), min(n, len(neurons)), replace=False)
     return [neurons[i] for i in sorted(drawn)]
 

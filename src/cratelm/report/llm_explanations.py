@@ -42,9 +42,8 @@ def llm_explanations(
     """Return the explanations of these neurons in all sets that used a language model, by neuron."""
     scores: dict[NeuronKey, list[tuple[NeuronScore, str]]] = {neuron: [] for neuron in neurons}
     for of_set in model.llm_sets:
-        for s in of_set.scores:
-            if s.control == "none" and s.neuron.key in scores:
-                scores[s.neuron.key].append((s, of_set.suffix))
+        for s in of_set.scores.select(control="none").of_neurons(neurons):
+            scores[s.neuron.key].append((s, of_set.suffix))
     by_neuron: dict[NeuronKey, tuple[LlmExplanation, ...]] = {}
     for of_set in model.llm_sets:
         if "explanations" in of_set.completions:

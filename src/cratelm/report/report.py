@@ -212,7 +212,7 @@ def _title(results: RunResults) -> str:
 
 
 def _lead(results: RunResults) -> str:
-    n = sum(len({s.neuron for s in m.scores}) for m in results.principal)
+    n = sum(len(m.scores.neurons()) for m in results.principal)
     count = f"{n:,} neurons of {len(results.principal)} model{'s' * (len(results.principal) > 1)}"
     by_llm = [e for e in results.llm_explainers if e not in results.explainers and "+" not in e]
     sample = f", some of them also by {' and '.join(by_llm)}" if by_llm else ""

@@ -5,13 +5,12 @@ This module reads the results of the stages of each model. `side_results` reads 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
 from cratelm.llm.client import Tally
 from cratelm.llm.probe import ProbeResult
@@ -22,8 +21,6 @@ from cratelm.records import (  # fmt: skip
     Control,
     Metric,
     NeuronKey,
-    NeuronScore,
-    NeuronSummary,
 )
 from cratelm.results.scores import find_statistics, read_calls, read_score_summary
 from cratelm.results.side_results import (
@@ -34,6 +31,7 @@ from cratelm.results.side_results import (
     read_interventions,
     read_sae_evaluation,
 )
+from cratelm.results.sparsity import LayerSparsity, read_sparsity
 from cratelm.results.stages import (
     MODEL_STAGES,
     SET_STAGES,
@@ -50,11 +48,15 @@ from cratelm.runs.names import FAMILIES, family_of, set_name, split_set, twin_na
 from cratelm.sae.store import StoredEvaluation
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit
-from cratelm.score.store import read_scores
+from cratelm.score.store import read_score_columns
+from cratelm.stats.score_table import ScoreTable
 from cratelm.stats.scores import ModelStatistics, Policy
 from cratelm.steer.store import EffectsSummary, InterventionSummary
 from cratelm.tokens.shards import TokenStore
 from cratelm.train.log import read_metrics
+
+_COLUMNS = ("value", "reason", "explained_by", "simulator", "variant")
+"""columns of the scores that a report shows, besides those that identify a score and its status"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,8 @@ class ResultSet:
     """by command: calls that its last execution made to a language model"""
     statistics: tuple[ModelStatistics, ...] = ()
     """as `cratelm score` wrote them"""
-    scores: tuple[NeuronScore, ...] = ()
-    """scores under all controls"""
+    scores: ScoreTable = field(default_factory=lambda: ScoreTable.of([]))
+    """scores under all controls, the columns of `_COLUMNS`"""
     audit: Audit | None = None
     """number of documents explained from, scored on, and both; None without scores"""
     near_duplicates: DuplicateAudit | None = None
@@ -95,7 +97,7 @@ class ResultSet:
     @property
     def neurons(self) -> frozenset[NeuronKey]:
         """Return the neurons that were selected for scoring, including those without a value."""
-        return frozenset(s.neuron.key for s in self.scores)
+        return self.scores.neurons()
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +115,10 @@ class ModelResults:
     """sets of results, first the one without a language model if it exists"""
     statistics: tuple[ModelStatistics, ...]
     """statistics of all sets"""
-    scores: tuple[NeuronScore, ...]
+    scores: ScoreTable
     """scores of all sets for the neurons' own explanations, without controls"""
-    summaries: tuple[NeuronSummary, ...]
-    """summaries of the neurons over the held-out split; empty without a harvest"""
+    sparsity: Mapping[int, LayerSparsity]
+    """by layer, how often its neurons fire on the held-out split; empty without a harvest"""
     curve: list[dict[str, Any]]
     """lines of the training curve; empty without a trained model"""
     evaluation: StoredEvaluation | None
@@ -292,8 +294,8 @@ def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
         completions=done,
         sets=tuple(of_set for of_set in sets if of_set.completions),
         statistics=tuple(s for of_set in sets for s in of_set.statistics),
-        scores=tuple(s for of_set in sets for s in of_set.scores if s.control == "none"),
-        summaries=tuple(read_summaries(folder, "held_out")) if harvest else (),
+        scores=ScoreTable.concatenated([s.scores.select(control="none") for s in sets]),
+        sparsity=read_sparsity(folder) if harvest else {},
         curve=read_metrics(run.stage("model", name).path) if "model" in done else [],
         evaluation=read_sae_evaluation(run, harvest) if harvest else None,
         stale=run.stale(name),
@@ -310,19 +312,19 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
     # The same explanations may be scored again under another name: that name labels their rows.
     suffix = f" ({name})" if done["scores"].config.get("name") else ""
     summary = read_score_summary(folders["scores"]).renamed(suffix)
-    scores = read_scores(folders["scores"])
+    scores = read_score_columns(folders["scores"], _COLUMNS)
     return ResultSet(
         model,
         name,
         done,
         tallies,
         statistics=summary.statistics,
-        scores=tuple(replace(s, explainer=s.explainer + suffix) for s in scores) if suffix else tuple(scores),
+        scores=scores.labelled(suffix) if suffix else scores,
         audit=summary.audit,
         near_duplicates=summary.near_duplicates,
         preflight=summary.preflight,
         suffix=suffix,
-    )  # fmt: skip
+    )
 
 
 def _shared_ordinals(run: Run) -> int:

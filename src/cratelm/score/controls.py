@@ -1,11 +1,16 @@
 """Null controls and leakage audit: the explanation that each control uses, and the documents of both splits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cratelm.explain.store import ExplanationFailure
+from cratelm.explain.store import (
+    ExplanationFailure,
+    ExplanationSource,
+    ListedExplanations,
+    StoredExplanation,
+)
 from cratelm.records import (
     Control,
     Explanation,
@@ -30,15 +35,38 @@ class Audit:
     """ordinals of documents in both; empty if the splits are disjoint, as they should be"""
 
 
-def audit(explanations: Iterable[Explanation], scores: Iterable[NeuronScore]) -> Audit:
-    """Return the documents explained from and scored on, as the explanations and scores list them.
+class DocumentAudit:
+    """Collects the documents explained from and scored on.
 
     The whole model is compared, so that the audit covers the shuffled control, which uses another neuron's
-    explanation.
+    explanation. Memory: about 100 bytes per document.
     """
-    explained = {document for e in explanations for document in e.documents}
-    scored = {document for s in scores for document in s.documents}
-    return Audit(len(explained), len(scored), tuple(sorted(explained & scored)))
+
+    def __init__(self, explained: Iterable[int] = ()):
+        self._explained, self._scored = set(explained), set[int]()
+
+    def explained(self, documents: Iterable[int]) -> None:
+        """Add documents that an explanation was made from."""
+        self._explained.update(documents)
+
+    def watched(self, scores: Iterable[NeuronScore]) -> Iterator[NeuronScore]:
+        """Yield the scores unchanged, and add the documents that they list as scored on."""
+        for score in scores:
+            self._scored.update(score.documents)
+            yield score
+
+    def result(self) -> Audit:
+        """Return the audit of what was added."""
+        shared = self._explained & self._scored
+        return Audit(len(self._explained), len(self._scored), tuple(sorted(shared)))
+
+
+def audit(explanations: Iterable[Explanation], scores: Iterable[NeuronScore]) -> Audit:
+    """Return the documents explained from and scored on, as the explanations and scores list them."""
+    documents = DocumentAudit(d for e in explanations for d in e.documents)
+    for _ in documents.watched(scores):
+        pass
+    return documents.result()
 
 
 def shuffled(neurons: Sequence[NeuronId], seed: int) -> dict[NeuronId, NeuronId]:
@@ -67,21 +95,25 @@ class ExplanationSet:
 
     A language model explains a neuron from several kinds of evidence, and each metric uses one of them;
     explainers without a language model make a single explanation for all metrics.
+
+    Memory: the explanations of one layer, with payloads as they are stored. Neurons are best looked up by
+    layer, since each change of layer reads another one.
     """
 
     def __init__(
         self,
-        explanations: Sequence[Explanation],
+        explanations: Sequence[Explanation] | ExplanationSource,
         failures: Sequence[ExplanationFailure] | None,
         seed: int,
     ):
         """`failures`: explanations that a language model failed to give; None if none was called."""
-        self._explanations: dict[tuple[str, str], dict[NeuronId, Explanation]] = {}
-        for e in explanations:
-            self._explanations.setdefault((e.explainer, e.evidence), {})[e.neuron] = e
-        self._donors = {
-            kind: shuffled(list(of_kind), seed) for kind, of_kind in self._explanations.items()
-        }
+        listed = isinstance(explanations, Sequence)
+        self._source = ListedExplanations(explanations) if listed else explanations
+        self._kinds = self._source.kinds()
+        self._seed = seed
+        self._layer = -1
+        self._explanations: dict[tuple[str, str], dict[NeuronId, StoredExplanation]] = {}
+        self._donors: dict[tuple[str, str], dict[NeuronId, NeuronId]] = {}
         self._reasons = (
             None if failures is None else {(f.neuron, f.evidence): f.reason for f in failures}
         )
@@ -90,9 +122,11 @@ class ExplanationSet:
         self, neuron: NeuronId, explainer: str, metric: Metric, control: Control
     ) -> Explanation | Score:
         """Return the explanation to score, or, if there is none, a score that says why."""
+        if neuron.layer != self._layer:
+            self._read(neuron.layer)
         evidence = evidence_for(metric)
         kind = (explainer, evidence)
-        if kind not in self._explanations:
+        if kind not in self._kinds:
             kind = (explainer, "")  # made without a language model: one for all metrics
         of_kind = self._explanations.get(kind, {})
         if neuron not in of_kind:
@@ -102,9 +136,19 @@ class ExplanationSet:
                 reason = f"{reason}: {why}"
             return Score(None, Status.FAILED, reason)
         if control != "shuffled":
-            return of_kind[neuron]
+            return of_kind[neuron].read()
         donor = self._donors[kind].get(neuron)
         if donor is None:
             reason = "the layer has no other neuron with an explanation"
             return Score(None, Status.UNDEFINED, reason)
-        return of_kind[donor]
+        return of_kind[donor].read()
+
+    def _read(self, layer: int) -> None:
+        self._explanations = {}
+        for kind, stored in self._source.of_layer(layer):
+            self._explanations.setdefault(kind, {})[stored.neuron] = stored
+        self._donors = {
+            kind: shuffled(list(of_kind), self._seed)
+            for kind, of_kind in self._explanations.items()
+        }
+        self._layer = layer

@@ -7,20 +7,21 @@ Jaccard similarity of their 5-token shingles is at least `THRESHOLD`. MinHash (B
 library datasketch, proposes pairs; the shingles themselves decide, so there are no false positives.
 
 Cost: each passage is hashed once, however many neurons share it. The number of passages is at most the
-number of tokens of the fit split / 32, and at most 3 times the number of excerpts explained from. Measured:
-9 kB each, 0.3 GB per million tokens. 512 neurons of the demo (490,000 fit tokens, 218,000 excerpts, 7,507
-passages) take 2 s, and reading the fit excerpts takes another 2 s.
+number of tokens of the fit split / 32, and at most 3 times the number of excerpts explained from. A passage
+takes less than 1 kB: hashes of its bands in one sorted array, and its shingles. (datasketch's own index
+takes 9 kB per passage, 2.3 GB for the default of 8.2 million tokens.)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 from numpy.typing import NDArray
 
 from cratelm.records import SIMULATION_METRICS, Excerpt, Metric, NeuronScore, Split
+from cratelm.stats.score_table import ScoreTable
 from cratelm.tokens.shards import TokenStore
 
 PASSAGE = 64
@@ -44,6 +45,8 @@ _AROUND = 1
 """passages before and after that of an explained excerpt that also count as explained from: those that
 share half of their tokens with it"""
 _EXAMPLES = 5
+_REMEMBERED = 100_000
+"""excerpts whose verdict is remembered, about 100 bytes each"""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ class NearDuplicates:
 
     def __init__(self, store: TokenStore):
         self._store = store
-        self._index = MinHashLSH(num_perm=_PERMUTATIONS, params=_BANDS)
-        self._explained: dict[int, NDArray[np.int64]] = {}
+        self._index = _BandIndex()
+        self._explained: dict[int, NDArray[np.uint32]] = {}
         """shingles of each passage, by its first position"""
         self._scored: dict[int, bool] = {}
         """whether each passage is a near-duplicate, by its first position"""
@@ -113,9 +116,13 @@ class NearDuplicates:
 
         A passage used to explain any neuron counts for all neurons.
         """
-        assert not self._scored
         positions = [e.position for e in excerpts if e.kind != "out_of_context"]
-        passages = self._passages("fit", np.unique(np.array(positions, dtype=np.int64)))  # [n, 3]
+        self.register_positions(np.array(positions, dtype=np.int64))
+
+    def register_positions(self, positions: NDArray[np.int64]) -> None:
+        """Register excerpts explained from by their positions [n], which may repeat."""
+        assert not self._scored
+        passages = self._passages("fit", np.unique(positions))  # [n, 3]
         # Neighbouring passages count too: an excerpt may begin or end anywhere on the grid, so that a copy
         # of it may match a passage that shares half of its tokens with the excerpt's own.
         for step in range(-_AROUND, _AROUND + 1):
@@ -126,11 +133,13 @@ class NearDuplicates:
                 if start not in self._explained:
                     shingles = self._shingles("fit", start, min(stop, start + PASSAGE))
                     self._explained[start] = shingles
-                    self._index.insert(start, self._hashed(shingles), check_duplication=False)
+                    self._index.insert(start, self._hashed(shingles))
 
     def is_duplicate(self, excerpt: Excerpt) -> bool:
         """Return True if the passage around a held-out excerpt is a near-duplicate of one explained from."""
         if excerpt.position not in self._verdicts:
+            if len(self._verdicts) >= _REMEMBERED:
+                self._verdicts.clear()
             ((start, _, stop),) = self._passages("held_out", np.array([excerpt.position])).tolist()
             if start not in self._scored:
                 stop = min(stop, start + PASSAGE)
@@ -138,23 +147,25 @@ class NearDuplicates:
             self._verdicts[excerpt.position] = self._scored[start]
         return self._verdicts[excerpt.position]
 
-    def audit(self, scores: Sequence[NeuronScore]) -> DuplicateAudit:
+    def audit(self, scores: Iterable[NeuronScore]) -> DuplicateAudit:
         """Return counts of near-duplicates, and the means of `scores` with and without them, controls excluded."""
-        groups: dict[tuple[str, Metric], list[NeuronScore]] = {}
-        for s in (s for s in scores if s.control == "none" and s.metric in SIMULATION_METRICS):
-            groups.setdefault((s.explainer, s.metric), []).append(s)
+        groups = ScoreTable.of(scores).select(control="none").groups("explainer", "metric")
         return DuplicateAudit(
             threshold=THRESHOLD,
             n_passages_explained=len(self._explained),
             n_passages_scored=len(self._scored),
             n_near_duplicates=sum(self._scored.values()),
             examples=tuple(self._pairs.values()),
-            effects=tuple(_effect(*kind, group) for kind, group in groups.items()),
+            effects=tuple(
+                _effect(explainer, cast("Metric", metric), group)
+                for (explainer, metric), group in groups.items()
+                if metric in SIMULATION_METRICS
+            ),
         )
 
     def _find(self, start: int, stop: int, document: int) -> bool:
         shingles = self._shingles("held_out", start, stop)
-        proposed: list[Any] = self._index.query(self._hashed(shingles))
+        proposed = self._index.query(self._hashed(shingles))
         near = ((_jaccard(shingles, self._explained[other]), other) for other in proposed)
         similarity, other = max(near, default=(0.0, -1))
         if similarity < THRESHOLD:
@@ -174,13 +185,55 @@ class NearDuplicates:
         middle = np.maximum(low, np.minimum(positions - PASSAGE // 2, high - PASSAGE))
         return np.stack([low + _on_grid(middle - low), low, high], axis=1)
 
-    def _shingles(self, split: Split, start: int, stop: int) -> NDArray[np.int64]:
-        return shingles_of(self._store.split(split).read(start, stop))
+    def _shingles(self, split: Split, start: int, stop: int) -> NDArray[np.uint32]:
+        return shingles_of(self._store.split(split).read(start, stop)).astype(np.uint32)
 
-    def _hashed(self, shingles: NDArray[np.int64]) -> MinHash:
+    def _hashed(self, shingles: NDArray[np.uint32]) -> NDArray[np.uint64]:
+        """Return the hashes of the passage's bands, see `_band_hashes`."""
         hashed = self._first.copy()
         hashed.update_batch(shingles.tolist())
-        return hashed
+        return _band_hashes(hashed.hashvalues)
+
+
+class _BandIndex:
+    """Passages by the hashes of their bands (locality-sensitive hashing). Memory: 0.5 kB per passage."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._hashes: list[NDArray[np.uint64]] = []
+        self._sorted: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
+
+    def insert(self, start: int, hashes: NDArray[np.uint64]) -> None:
+        """Add the passage that begins at `start`, with the hashes of its bands."""
+        self._starts.append(start)
+        self._hashes.append(hashes)
+        self._sorted = None
+
+    def query(self, hashes: NDArray[np.uint64]) -> list[int]:
+        """Return the beginnings of the passages that share a band with `hashes`."""
+        if self._sorted is None:
+            flat = np.concatenate([*self._hashes, np.zeros(0, np.uint64)])
+            order = np.argsort(flat)
+            self._sorted = (
+                flat[order],
+                np.repeat(np.array(self._starts, np.int64), _BANDS[0])[order],
+            )
+            self._hashes = [flat]  # one array takes less memory than one for each passage
+        keys, starts = self._sorted
+        low, high = (np.searchsorted(keys, hashes, side) for side in ("left", "right"))
+        near = [starts[i:j] for i, j in zip(low.tolist(), high.tolist(), strict=True) if i < j]
+        return np.unique(np.concatenate(near)).tolist() if near else []
+
+
+def _band_hashes(hashes: NDArray) -> NDArray[np.uint64]:
+    """Return one hash for each band, with the number of the band in its upper bits.
+
+    Two hashes of a band fill 64 bits, of which a product keeps 59: that different bands get the same
+    number is so rare that it costs nothing, and the shingles decide anyway.
+    """
+    first, second = hashes.astype(np.uint64).reshape(_BANDS).T
+    mixed = (first << np.uint64(32) | second) * np.uint64(0x9E37_79B9_7F4A_7C15)
+    return np.arange(_BANDS[0], dtype=np.uint64) << np.uint64(59) | mixed >> np.uint64(5)
 
 
 def _on_grid(offsets: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -194,7 +247,7 @@ def _last(passages: NDArray[np.int64]) -> NDArray[np.int64]:
     return low + _on_grid(np.maximum(0, high - low - PASSAGE))
 
 
-def _jaccard(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
+def _jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
     """Return the Jaccard similarity of two sets, given as arrays without repeats."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
@@ -215,19 +268,18 @@ def shingles_of(tokens: NDArray) -> NDArray[np.int64]:
     return np.unique(mixed >> np.uint64(16) & np.uint64(0xFFFF_FFFF)).astype(np.int64)
 
 
-def _effect(explainer: str, metric: Metric, scores: Sequence[NeuronScore]) -> DuplicateEffect:
-    affected = [s.score for s in scores if s.score.n_duplicates]
-    both = [
-        (s.value, s.without_duplicates)
-        for s in affected
-        if s.value is not None and s.without_duplicates is not None
+def _effect(explainer: str, metric: Metric, scores: ScoreTable) -> DuplicateEffect:
+    n_duplicates = scores.numbers("n_duplicates")
+    both = (n_duplicates > 0) & scores.has("value") & scores.has("without_duplicates")
+    means = [
+        100 * float(np.mean(scores.numbers(name)[both])) if both.any() else None
+        for name in ("value", "without_duplicates")
     ]
-    means = [100 * float(np.mean(side)) for side in zip(*both, strict=True)] or [None, None]
     return DuplicateEffect(
         explainer=explainer,
         metric=metric,
-        n_neurons=len(affected),
-        n_records=sum(s.n_duplicates for s in affected),
+        n_neurons=int((n_duplicates > 0).sum()),
+        n_records=int(n_duplicates.sum()),
         mean_with=means[0],
         mean_without=means[1],
     )

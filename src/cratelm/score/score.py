@@ -1,19 +1,24 @@
 """`cratelm score`: how well explanations predict their neurons on held-out excerpts, with null controls."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.errors import InputError
-from cratelm.explain.selection import read_selected_records
+from cratelm.explain.selection import read_selected_records, read_selected_rows
 from cratelm.explain.store import (
     ExplanationFailure,
+    ExplanationFile,
     SampledNeuron,
-    read_explanations,
     read_selected,
     read_unexplained,
 )
@@ -24,16 +29,17 @@ from cratelm.llm.prompts import neurons as prompts
 from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts import scorers as scorer_prompts
 from cratelm.llm.session import is_finished, open_client, write_calls
-from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, Status
+from cratelm.records import NeuronKey, NeuronRecord, NeuronScore, Status
 from cratelm.runs import Draft, Run, write_json
 from cratelm.runs.names import set_name, sets_of
 from cratelm.score.config import ScoreConfig
-from cratelm.score.controls import Audit, ExplanationSet, audit
+from cratelm.score.controls import Audit, DocumentAudit, ExplanationSet
 from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
 from cratelm.score.pipeline import Reader, Scoring, plan_batches, requests_of, score_records
 from cratelm.score.scorers import Prompting
 from cratelm.score.simulators import COMPAT, LLMSimulator
-from cratelm.score.store import write_scores
+from cratelm.score.store import read_score_columns, write_scores
+from cratelm.stats.score_table import ScoreTable
 from cratelm.stats.scores import ModelStatistics, all_statistics
 from cratelm.tokens.shards import TokenStore
 
@@ -105,8 +111,9 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     scoring = _scoring(config, explanations, duplicates, None)
     with stage.write(config, inputs) as draft:
         records = _held_out(config, harvest.path, explanations.selected)
-        scores = list(score_records(records, scoring))
-        results = _finish(draft, config, explanations, scores, duplicates, {})
+        scores = score_records(records, scoring)
+        documents = _write(draft, config, explanations, scores)
+        results = _summarize(draft, config, explanations, documents, duplicates, {})
     return ScoreResult(path=stage.path, **results)
 
 
@@ -143,15 +150,18 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
         if config.dry_run:
             batches = plan_batches(records, scoring, client)
             return dry_run(client, (requests_of(batch) for batch in batches))
-        scores = list(score_records(records, scoring, client))
-        client.require_answers()
+        scores = score_records(records, scoring, client)
         if config.shard:
             # answers are in the ledger: the command that merges the workers writes the stage
+            deque(scores, maxlen=0)
+            client.require_answers()
             return WorkerResult(client.ledger.path, len(of_worker), str(client.tally))
         with stage.write(config, inputs) as draft:
+            documents = _write(draft, config, explanations, scores)
+            client.require_answers()
             write_calls(draft, client)
             preflight = {"preflight": probe.as_dict()}
-            results = _finish(draft, config, explanations, scores, duplicates, preflight)
+            results = _summarize(draft, config, explanations, documents, duplicates, preflight)
     return ScoreResult(path=stage.path, calls=str(client.tally), **results)
 
 
@@ -176,7 +186,7 @@ class Explained:
 
     selected: list[SampledNeuron]
     """neurons selected to be explained"""
-    explanations: list[Explanation]
+    explanations: ExplanationFile
     failures: list[ExplanationFailure]
     explainers: Sequence[str]
     """in the order of the rows"""
@@ -187,8 +197,8 @@ def _read_explained(folder: Path, explainers: Sequence[str], default: str = "") 
 
     If `explainers` is empty, those in the file are used, or `default` if the file has no explanation.
     """
-    explanations = read_explanations(folder)
-    in_file = sorted({e.explainer for e in explanations}) or [default]
+    explanations = ExplanationFile(folder)
+    in_file = sorted({explainer for explainer, _ in explanations.kinds()}) or [default]
     return Explained(
         read_selected(folder), explanations, read_unexplained(folder), explainers or in_file
     )
@@ -220,13 +230,26 @@ def _scoring(
 def _near_duplicates(store: TokenStore, harvest: Path, explained: Explained) -> NearDuplicates:
     """Return an index of all excerpts that explainers used: fit excerpts from the documents they list."""
     duplicates = NearDuplicates(store)
-    documents_of: dict[NeuronId, set[int]] = {}
-    for explanation in explained.explanations:
-        documents_of.setdefault(explanation.neuron, set()).update(explanation.documents)
-    for record in read_selected_records(harvest, "fit", explained.selected):
-        documents = documents_of.get(record.neuron, set())
-        duplicates.register(e for e in record.excerpts if e.document in documents)
+    columns = ["layer", "index", "kind", "document", "position"]
+    of_layer, documents_of = -1, {}
+    for layer, rows in read_selected_rows(harvest, "fit", explained.selected, columns):
+        if layer != of_layer:
+            of_layer, documents_of = layer, explained.explanations.documents_of(layer)
+        duplicates.register_positions(_explained_positions(layer, rows, documents_of))
     return duplicates
+
+
+def _explained_positions(
+    layer: int, rows: pa.Table, documents_of: Mapping[NeuronKey, NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """Return the positions of those excerpts that are in documents their neurons were explained from."""
+    in_context = pc.not_equal(rows["kind"].cast(pa.string()), "out_of_context").to_numpy()
+    index, document, position = (rows[c].to_numpy() for c in ("index", "document", "position"))
+    used = np.zeros(len(rows), bool)
+    for number in np.unique(index).tolist():
+        documents = documents_of.get(NeuronKey(layer, number), ())
+        used |= (index == number) & np.isin(document, documents)
+    return position[used & in_context]
 
 
 def _held_out(
@@ -241,20 +264,30 @@ def _held_out(
             bar.update()
 
 
-def _finish(
+def _write(
+    draft: Draft, config: ScoreConfig, explained: Explained, scores: Iterable[NeuronScore]
+) -> Audit:
+    """Write the scores while they are computed; return the audit of the documents."""
+    audit = DocumentAudit()
+    for documents in explained.explanations.documents():
+        audit.explained(documents)
+    write_scores(draft.path, audit.watched(scores))
+    return _disjoint(audit.result(), config)
+
+
+def _summarize(
     draft: Draft,
     config: ScoreConfig,
     explained: Explained,
-    scores: Sequence[NeuronScore],
+    documents: Audit,
     duplicates: NearDuplicates,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write the files of the stage; return the fields of `ScoreResult`.
+    """Write `summary.json` for the scores in the draft; return the fields of `ScoreResult`.
 
     `extra` is added to `summary.json`.
     """
-    documents = _disjoint(audit(explained.explanations, scores), config)
-    write_scores(draft.path, scores)
+    scores = read_score_columns(draft.path, ("value", "n_duplicates", "without_duplicates"))
     near = duplicates.audit(scores)
     results = _write_summary(draft.path, config, explained.selected, scores, documents, near, extra)
     draft.results.update(results)
@@ -275,7 +308,7 @@ def _write_summary(
     folder: Path,
     config: ScoreConfig,
     selected: Sequence[SampledNeuron],
-    scores: Sequence[NeuronScore],
+    scores: ScoreTable,
     documents: Audit,
     near: DuplicateAudit,
     extra: Mapping[str, Any],
@@ -305,8 +338,8 @@ def _write_summary(
     return {
         "n_scores": len(scores),
         "n_neurons": len(selected),
-        "n_dead": len({s.neuron for s in scores if s.score.status == Status.DEAD}),
-        "n_failed": sum(s.score.status == Status.FAILED for s in scores),
+        "n_dead": len(scores.select(status=str(Status.DEAD)).neurons()),
+        "n_failed": len(scores.select(status=str(Status.FAILED))),
         "shared_documents": len(documents.shared),
         "n_duplicates": near.n_near_duplicates,
         "means": means,

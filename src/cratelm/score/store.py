@@ -1,20 +1,27 @@
 """Read and write scores: `scores.parquet`, one row per neuron, explainer, metric and control.
 
-A value that does not exist is null; `status` and `reason` say why.
+A value that does not exist is null; `status` and `reason` say why. Rows are written in groups while they
+are computed, and read by columns. A new field of `records.Score` needs a line in `SCORES` to be stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
-from cratelm.records import NeuronId, NeuronScore, Score, Status
+from cratelm.records import NeuronScore, Status
 from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
-from cratelm.runs.reading import read_rows, verified
+from cratelm.runs.reading import reading, verified
 from cratelm.score.simulators import COMPAT
+from cratelm.stats.score_table import ScoreTable, score_columns
+
+_ROWS_A_GROUP = 16_384
+"""rows in a row group: about 20 MB as objects"""
 
 SCORES = TableFile(
     "scores/MODEL/scores.parquet",
@@ -83,71 +90,91 @@ SCORES = TableFile(
 )
 
 
-def write_scores(folder: str | Path, scores: Sequence[NeuronScore]) -> None:
-    """Write `scores.parquet` into `folder`, in the order given."""
-    rows = [
-        {
-            **vars(s.neuron),
-            "explainer": s.explainer,
-            "metric": s.metric,
-            "control": s.control,
-            **vars(s.score),
-            "status": str(s.score.status),
-            "documents": s.documents,
-            "explained_by": s.explained_by,
-            "simulator": s.simulator,
-            "variant": s.variant,
-        }
-        for s in scores
-    ]
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema=SCORES.schema), Path(folder) / "scores.parquet"
-    )
+def write_scores(folder: str | Path, scores: Iterable[NeuronScore]) -> None:
+    """Write `scores.parquet` into `folder`, in the order given; memory: one row group."""
+    with pq.ParquetWriter(Path(folder) / "scores.parquet", SCORES.schema) as writer:
+        rest = iter(scores)
+        while group := list(islice(rest, _ROWS_A_GROUP)):
+            writer.write_table(score_columns(group, SCORES.schema))
 
 
 @checked_arguments()
-def read_scores(folder: str | Path) -> list[NeuronScore]:
-    """Return the scores in `folder`, in the order written; raise `InputError` if there are none."""
+def read_scores(folder: str | Path) -> ScoreTable:
+    """Return the scores in `folder`, in the order written, as a sequence of `NeuronScore`.
+
+    Raises `InputError` if there are none.
+    """
+    return read_score_columns(folder, SCORES.schema.names)
+
+
+def read_score_columns(folder: str | Path, columns: Sequence[str]) -> ScoreTable:
+    """Return some columns of the scores in `folder`. Other fields of its items have their defaults.
+
+    The columns that identify a score, and its status, are always read. Raises `InputError` if there are no scores.
+    """
+    columns = [*_ALWAYS, *(name for name in columns if name not in _ALWAYS)]
     path = Path(folder) / "scores.parquet"
     if not verified(path).is_file():
         raise InputError(f"{path} does not exist: type `cratelm score` for this model first")
-    return read_rows(path, _score)
+    with reading(path, "the columns that docs/files.md lists") as sound:
+        stored = pq.read_schema(sound)
+        present = [name for name in columns if name in stored.names or name not in _LATER]
+        types = [SCORES.schema.field(name).type for name in present]
+        for name, expected in zip(present, types, strict=True):
+            if stored.field(name).type != expected:
+                raise TypeError(f"column {name} has type {stored.field(name).type}")
+        words = [n for n, expected in zip(present, types, strict=True) if expected == pa.string()]
+        table = pq.read_table(sound, columns=present, read_dictionary=words)
+        return _named(_checked(ScoreTable(table)), columns)
 
 
-def _score(row: dict) -> NeuronScore:
-    explained_by, simulator, variant = _names(row)
-    return NeuronScore(
-        neuron=NeuronId(row["model"], row["site"], row["layer"], row["index"]),
-        explainer=row["explainer"],
-        metric=row["metric"],
-        control=row["control"],
-        score=Score(
-            value=row["value"],
-            status=Status(row["status"]),
-            reason=row["reason"],
-            r2=row["r2"],
-            absolute_deviation=row["absolute_deviation"],
-            accuracy=row.get("accuracy"),  # missing in old files, like `n_duplicates` and the next
-            n_tokens=row["n_tokens"],
-            n_records=row["n_records"],
-            n_duplicates=row.get("n_duplicates", 0),
-            without_duplicates=row.get("without_duplicates"),
-        ),
-        documents=tuple(row["documents"]),
-        explained_by=explained_by,
-        simulator=simulator,
-        variant=variant,
-    )
+_LATER = (
+    "accuracy",
+    "n_duplicates",
+    "without_duplicates",
+    "explained_by",
+    "simulator",
+    "variant",
+)
+"""columns that files of version 0.1.0 may lack"""
+_ALWAYS = ("model", "site", "layer", "index", "explainer", "metric", "control", "status")
+"""columns without which there is no score"""
 
 
-def _names(row: dict) -> tuple[str, str, str]:
-    """Return explainer, simulator and variant of a row.
+def _checked(scores: ScoreTable) -> ScoreTable:
+    """Return the scores; raise `ValueError` if a row lacks what every score has, or has an unknown status."""
+    for name in _ALWAYS:
+        if not scores.has(name).all():
+            raise ValueError(f"column {name} has empty cells")
+    for (status,) in scores.count("status"):
+        Status(status)
+    return scores
+
+
+def _named(scores: ScoreTable, columns: Sequence[str]) -> ScoreTable:
+    """Return the scores with explainer, simulator and variant of each.
 
     Files of version 0.1.0 have only the label, made of names without a slash.
     """
-    if row.get("explained_by"):
-        return row["explained_by"], row["simulator"], row["variant"]
-    label: str = row["explainer"]
+    names = ("explained_by", "simulator", "variant")
+    if not set(names) & set(columns):
+        return scores
+    codes, explainers = scores.words("explained_by")
+    labels, words = scores.words("explainer")
+    unnamed = np.array([not e for e in explainers], bool)[codes]
+    if not unnamed.any():
+        return scores
+    parts = [_parts(label) for label in words]
+    for at, name in enumerate(names):
+        codes, values = scores.words(name)
+        column = np.array(values, object)[codes]
+        column[unnamed] = np.array([p[at] for p in parts], object)[labels[unnamed]]
+        scores = scores.replaced(name, pa.array(column, pa.string()))
+    return scores
+
+
+def _parts(label: str) -> tuple[str, str, str]:
+    """Return explainer, simulator and variant in a label of version 0.1.0."""
     plain = label.removesuffix(COMPAT)
     explained_by, _, simulator = plain.partition("/")
     return explained_by, simulator, label[len(plain) :]

@@ -8,7 +8,7 @@ quantiles also differ from published figures in the last digit.
 Shape legend: n values, R resamples, G groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,7 +40,7 @@ def bootstrap(values: ArrayLike, seed: int, resamples: int = RESAMPLES) -> Inter
 
 def resampled_means(values: Array, resamples: int, rng: np.random.Generator) -> Array:
     """Return [R] means of `values` [n] drawn with replacement; zeros for no values."""
-    return resampled_moments(values, resamples, rng)[0]
+    return np.concatenate([drawn.mean(axis=1) for drawn in _drawn(values, resamples, rng)])
 
 
 def resampled_moments(
@@ -50,15 +50,20 @@ def resampled_moments(
 
     They are drawn in blocks of bounded memory; the draws do not depend on the size of the blocks.
     """
-    means, variances = np.zeros(resamples), np.zeros(resamples)
+    moments = [(d.mean(axis=1), d.var(axis=1)) for d in _drawn(values, resamples, rng)]
+    means, variances = zip(*moments, strict=True)
+    return np.concatenate(means), np.concatenate(variances)
+
+
+def _drawn(values: Array, resamples: int, rng: np.random.Generator) -> Iterator[Array]:
+    """Yield blocks of resamples [r, n], together R of them; for no values one block [R, 1] of zeros."""
     if not len(values):
-        return means, variances
+        yield np.zeros((resamples, 1))
+        return
     step = max(1, _BLOCK // len(values))
     for start in range(0, resamples, step):
-        stop = min(resamples, start + step)
-        drawn = values[rng.integers(0, len(values), (stop - start, len(values)))]
-        means[start:stop], variances[start:stop] = drawn.mean(axis=1), drawn.var(axis=1)
-    return means, variances
+        n = min(step, resamples - start)
+        yield values[rng.integers(0, len(values), (n, len(values)))]
 
 
 def percentile_bounds(resampled: Array, confidence: float) -> tuple[float, float]:

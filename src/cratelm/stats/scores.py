@@ -10,13 +10,14 @@ Scores without a value (undefined, dead, failed) follow one of two policies: `le
 over the neurons that have a value; `count_zero` gives the others the score of an uninformative
 explanation: 0 for a correlation, chance for the other scorers.
 
+All functions take any sequence of scores; a `ScoreTable` is the quickest, since they compute on columns.
+
 Shapes: n neurons of a layer, L layers, R resamples.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from cratelm.errors import InputError
 from cratelm.records import CHANCE, Control, Metric, NeuronScore, Status
 from cratelm.stats.intervals import percentile_bounds, resampled_means, resampled_moments
+from cratelm.stats.score_table import ScoreTable
 
 Policy = Literal["leave_out", "count_zero"]
 POLICIES: tuple[Policy, ...] = ("leave_out", "count_zero")
@@ -140,9 +142,9 @@ def model_statistics(
     chosen = _chosen(scores, explainer, metric, control)
     rng = np.random.default_rng(seed)
     layers, centres, spread = [], [], []
-    for layer in sorted({s.neuron.layer for s in chosen}):
-        members = [s for s in chosen if s.neuron.layer == layer]
-        values = np.array(list(_values(members, policy).values()))
+    for layer in np.unique(chosen.numbers("layer")).tolist():
+        members = chosen.select(layer=layer)
+        values = _values(members, metric, policy).numbers
         means = resampled_means(values, resamples, rng)
         low, high = percentile_bounds(means, confidence) if len(values) > 1 else (None, None)
         mean = float(values.mean()) if len(values) else None
@@ -153,7 +155,7 @@ def model_statistics(
     bounded = len(spread) > 0 and all(c.low is not None for c in layers if c.mean is not None)
     low, high = percentile_bounds(np.mean(spread, axis=0), confidence) if bounded else (None, None)
     return ModelStatistics(
-        model=chosen[0].neuron.model,
+        model=_model(chosen),
         explainer=explainer,
         metric=metric,
         control=control,
@@ -172,15 +174,13 @@ def all_statistics(
     scores: Sequence[NeuronScore], *, resamples: int = 2000, seed: int = 0
 ) -> list[ModelStatistics]:
     """Return the statistics of every explainer, metric, control and policy in one model's `scores`."""
-    groups: dict[tuple, list[NeuronScore]] = {}
-    for score in scores:
-        groups.setdefault((score.explainer, score.metric, score.control), []).append(score)
+    groups = ScoreTable.of(scores).groups("explainer", "metric", "control")
     return [
         model_statistics(
             group,
             explainer=explainer,
-            metric=metric,
-            control=control,
+            metric=cast("Metric", metric),
+            control=cast("Control", control),
             policy=policy,
             resamples=resamples,
             seed=seed,
@@ -212,8 +212,9 @@ def compare_models(
     """
     paired = metric == "random_only" if paired is None else paired
     chosen = [_chosen(s, explainer, metric, "none") for s in (scores_a, scores_b)]
-    model_a, model_b = (side[0].neuron.model for side in chosen)
-    layers = _common_layers(_values(chosen[0], policy), _values(chosen[1], policy), paired)
+    model_a, model_b = map(_model, chosen)
+    values_a, values_b = (_values(side, metric, policy) for side in chosen)
+    layers = _common_layers(values_a, values_b, paired)
     if not layers:
         raise InputError(
             f"{model_a} and {model_b} have no layer in which both"
@@ -254,11 +255,10 @@ def compare_models(
 
 
 def _chosen(
-    scores: Sequence[NeuronScore], explainer: str, metric: Metric, control: Control
-) -> list[NeuronScore]:
-    wanted = (explainer, metric, control)
-    chosen = [s for s in scores if (s.explainer, s.metric, s.control) == wanted]
-    models = sorted({s.neuron.model for s in chosen})
+    scores: Iterable[NeuronScore], explainer: str, metric: Metric, control: Control
+) -> ScoreTable:
+    chosen = ScoreTable.of(scores).select(explainer=explainer, metric=metric, control=control)
+    models = sorted(model for (model,) in chosen.count("model"))
     if len(models) != 1:
         raise InputError(
             f"found scores of {' and '.join(models) or 'no model'} for {explainer}, {metric}, control"
@@ -267,41 +267,63 @@ def _chosen(
     return chosen
 
 
-def _values(scores: Sequence[NeuronScore], policy: Policy) -> dict[tuple[str, int, int], float]:
-    """Return scores x 100 by site, layer and index of the neuron."""
-    values = {}
-    for s in scores:
-        if s.score.value is not None:
-            values[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * s.score.value
-        elif policy == "count_zero":
-            values[s.neuron.site, s.neuron.layer, s.neuron.index] = 100 * CHANCE[s.metric]
-    return values
+def _model(scores: ScoreTable) -> str:
+    ((model,),) = scores.count("model")
+    return model
 
 
-def _counts(scores: Sequence[NeuronScore]) -> Counts:
-    n = Counter(s.score.status for s in scores)
-    return Counts(n[Status.DEFINED], n[Status.UNDEFINED], n[Status.DEAD], n[Status.FAILED])
+class _Values(NamedTuple):
+    """Scores x 100 of distinct neurons."""
+
+    places: NDArray[np.int64]
+    """[n] layer and index, see `ScoreTable.places`"""
+    numbers: NDArray[np.float64]
+    """[n]"""
+
+    @property
+    def layers(self) -> NDArray[np.int64]:
+        """Return the layers [n]."""
+        return self.places >> 32
+
+    def distinct(self, keys: NDArray[np.int64]) -> "_Values":
+        """Return one value for each of `keys` [n]: the last, at the place of the first."""
+        _, first = np.unique(keys, return_index=True)
+        if len(first) == len(keys):
+            return self
+        _, from_end = np.unique(keys[::-1], return_index=True)
+        order = np.argsort(first)
+        return _Values(self.places[first[order]], self.numbers[::-1][from_end[order]])
 
 
-def _common_layers(
-    a: dict[tuple[str, int, int], float], b: dict[tuple[str, int, int], float], paired: bool
-) -> list[tuple[NDArray, NDArray]]:
+def _values(scores: ScoreTable, metric: Metric, policy: Policy) -> _Values:
+    """Return the scores that count, one per neuron, in the order of the neurons' first ones."""
+    has_value = scores.has("value")
+    numbers = 100 * np.where(has_value, scores.numbers("value"), CHANCE[metric])
+    counting = has_value if policy == "leave_out" else np.ones(len(scores), bool)
+    places, (sites, names) = scores.places(), scores.words("site")
+    values = _Values(places[counting], numbers[counting])
+    return values.distinct((places * len(names) + sites)[counting])
+
+
+def _counts(scores: ScoreTable) -> Counts:
+    n = scores.count("status")
+    statuses = (Status.DEFINED, Status.UNDEFINED, Status.DEAD, Status.FAILED)
+    return Counts(*(n.get((str(status),), 0) for status in statuses))
+
+
+def _common_layers(a: _Values, b: _Values, paired: bool) -> list[tuple[NDArray, NDArray]]:
     """Return the values of a and of b by layer; if paired, those of the same index in the same order.
 
     Sites differ between architectures (`ista`, `mlp`), so neurons are matched by layer and index.
     """
-    sides = [{(layer, index): v for (_, layer, index), v in side.items()} for side in (a, b)]
+    a, b = a.distinct(a.places), b.distinct(b.places)
     if paired:
-        both = sides[0].keys() & sides[1].keys()
-        sides = [{key: side[key] for key in sorted(both)} for side in sides]
-    common = sorted({k[0] for k in sides[0]} & {k[0] for k in sides[1]})
-    return [
-        (
-            np.array([v for k, v in sides[0].items() if k[0] == layer]),
-            np.array([v for k, v in sides[1].items() if k[0] == layer]),
+        both, in_a, in_b = np.intersect1d(
+            a.places, b.places, assume_unique=True, return_indices=True
         )
-        for layer in common
-    ]
+        a, b = _Values(both, a.numbers[in_a]), _Values(both, b.numbers[in_b])
+    common = np.intersect1d(a.layers, b.layers).tolist()
+    return [(a.numbers[a.layers == layer], b.numbers[b.layers == layer]) for layer in common]
 
 
 def _resampled_effects(

@@ -149,7 +149,8 @@ def _live(
     m: ModelResults, explainer: str, metric: Metric, resamples: int, seed: int
 ) -> ModelStatistics | None:
     """Return statistics of all that are not dead, counting those without a score as chance; None if all are dead."""
-    live = [s for s in m.scores if s.score.status != Status.DEAD]
+    statuses, words = m.scores.words("status")
+    live = m.scores.where(np.array([w != Status.DEAD for w in words], bool)[statuses])
     try:
         return model_statistics(
             live,
@@ -236,7 +237,7 @@ def _budget(results: RunResults, latents: Sequence[ModelResults]) -> Table:
                 searched.get("held_out"),
                 settings,
                 max(harvest.results.get("neurons", [0])),
-                len({s.neuron for s in m.scores}),
+                len(m.scores.neurons()),
                 _same(harvest, base) if m.latents_of else "",
             )
         )

@@ -1,13 +1,13 @@
 """Tables of differences: CRATE minus GPT-2, and explainers with a language model minus those without."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 
 from cratelm.errors import InputError
-from cratelm.records import METRICS, Interval, Metric, NeuronScore
+from cratelm.records import METRICS, Interval, Metric
 from cratelm.report.cells import METRIC_NAMES, POLICY_NAMES, interval_cell
 from cratelm.results.run_results import ModelResults, RunResults
+from cratelm.stats.score_table import ScoreTable
 from cratelm.stats.scores import POLICIES, Comparison, Policy, compare_models
 from cratelm.text.table import Cell, Column, Table
 
@@ -116,7 +116,7 @@ def llm_difference_table(results: RunResults, resamples: int, seed: int) -> Tabl
 
 
 def _paired(
-    scores: Sequence[NeuronScore],
+    scores: ScoreTable,
     a: str,
     b: str,
     metric: Metric,
@@ -126,10 +126,7 @@ def _paired(
 ) -> Comparison | None:
     """Return explainer `a` minus `b` on the neurons of both; None if they have no neurons in common."""
     # `compare_models` compares two models under one explainer; an empty name for both makes it compare explainers
-    sides = [
-        [replace(s, explainer="") for s in scores if s.metric == metric and s.explainer == side]
-        for side in (a, b)
-    ]
+    sides = [scores.select(metric=metric, explainer=side).relabelled("") for side in (a, b)]
     try:
         return compare_models(
             sides[0],

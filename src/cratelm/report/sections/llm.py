@@ -58,12 +58,12 @@ class _Restricted:
     def __init__(self, m: ModelResults, sample: frozenset[NeuronKey], resamples: int, seed: int):
         self.model, self.sample = m, sample
         self.resamples, self.seed = resamples, seed
-        neurons = {of_set.name: of_set.neurons for of_set in m.sets if of_set.scores}
-        self.sets = [s for s in m.sets if s.scores and neurons[s.name] >= sample]
+        neurons = {of_set.name: of_set.neurons for of_set in m.sets if len(of_set.scores)}
+        self.sets = [s for s in m.sets if len(s.scores) and neurons[s.name] >= sample]
         same = [of_set for of_set in self.sets if neurons[of_set.name] == sample]
         self._as_written = {e for of_set in same for e in of_set.explainers}
         self._scores = {
-            e: [s for s in of_set.scores if s.explainer == e and s.neuron.key in sample]
+            e: of_set.scores.select(explainer=e).of_neurons(sample)
             for of_set in self.sets
             for e in of_set.explainers
         }
@@ -81,8 +81,8 @@ class _Restricted:
         """
         if explainer in self._as_written:
             return self.model.find(explainer, metric, control, policy)
-        scores = self._scores.get(explainer, [])
-        if not any((s.metric, s.control) == (metric, control) for s in scores):
+        scores = self._scores.get(explainer)
+        if scores is None or not len(scores.select(metric=metric, control=control)):
             return None
         return model_statistics(
             scores,
@@ -137,8 +137,8 @@ def _samples(m: ModelResults) -> list[frozenset[NeuronKey]]:
     These are the neurons for which a language model was used, and those of them that also have scores
     without one.
     """
-    with_llm = {of_set.neurons for of_set in m.llm_sets if of_set.scores}
-    without = {of_set.neurons for of_set in m.sets if of_set.scores and not of_set.name}
+    with_llm = {of_set.neurons for of_set in m.llm_sets if len(of_set.scores)}
+    without = {of_set.neurons for of_set in m.sets if len(of_set.scores) and not of_set.name}
     samples = with_llm | {sample & other for sample in with_llm for other in without} - {
         frozenset()
     }

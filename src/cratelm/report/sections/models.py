@@ -1,14 +1,14 @@
 """The models: duration of each stage, parameters, losses, and sparsity of the neurons."""
 
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 
-from cratelm.records import Estimate, Interval, NeuronSummary
+from cratelm.records import Estimate, Interval
 from cratelm.report.cells import series_of
 from cratelm.report.drawing import Figure, Panel, by_layer, curves
 from cratelm.results.run_results import ModelResults, RunResults
+from cratelm.results.sparsity import LayerSparsity
 from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion
 from cratelm.text.table import Cell, Column, Table
@@ -90,12 +90,11 @@ def models_table(results: RunResults) -> Table:
 def _model_row(m: ModelResults) -> tuple[Cell, ...]:
     trained = trained_figures(m)
     config = m.completions["model"].config if "model" in m.completions else {}
-    neurons = Counter(s.neuron.layer for s in m.summaries)
     return (
         m.name,
-        next((s.neuron.site for s in m.scores), None),
-        len(neurons) or None,
-        max(neurons.values(), default=None),
+        next((site for (site,) in m.scores.count("site")), None),
+        len(m.sparsity) or None,
+        max((len(of_layer.dead) for of_layer in m.sparsity.values()), default=None),
         trained.get("parameters"),
         trained.get("tokens"),
         trained.get("steps"),
@@ -122,7 +121,9 @@ def sparsity_table(results: RunResults) -> Table:
         Column("kurtosis_median", "median kurtosis", ".3g"),
     )
     rows = [
-        (m.name, layer, *_sparsity_row(m, layer)) for m in results.models for layer in _layers(m)
+        (m.name, layer, *_sparsity_row(of_layer))
+        for m in results.models
+        for layer, of_layer in m.sparsity.items()
     ]
     return Table(
         "sparsity",
@@ -135,18 +136,17 @@ def sparsity_table(results: RunResults) -> Table:
     )
 
 
-def _sparsity_row(m: ModelResults, layer: int) -> tuple[Cell, ...]:
-    neurons = _of_layer(m, layer)
-    rates = 100 * np.array([s.firing_rate for s in neurons])
-    live = rates[[not s.dead for s in neurons]]
-    kurtosis = np.array([s.kurtosis for s in neurons if not s.dead])
+def _sparsity_row(layer: LayerSparsity) -> tuple[Cell, ...]:
+    rates = 100 * layer.firing_rate
+    live = rates[~layer.dead]
+    kurtosis = layer.kurtosis[~layer.dead]
     kurtosis = kurtosis[np.isfinite(kurtosis)]
     quantiles = np.quantile(live, [0.05, 0.5, 0.95]).tolist() if len(live) else [None] * 3
     n_dead = len(rates) - len(live)
     return (
-        len(neurons),
+        len(rates),
         n_dead,
-        100 * n_dead / len(neurons),
+        100 * n_dead / len(rates),
         float(rates.mean()),
         *quantiles,
         float(np.median(kurtosis)) if len(kurtosis) else None,
@@ -182,7 +182,7 @@ def loss_figure(results: RunResults) -> Figure | None:
 
 def sparsity_figure(results: RunResults) -> Figure | None:
     """Return firing rates and dead neurons by layer; None without a harvest."""
-    models = [m for m in results.models if m.summaries]
+    models = [m for m in results.models if m.sparsity]
     if not models:
         return None
     series = [series_of(m) for m in models]
@@ -209,9 +209,9 @@ def _points(m: ModelResults, key: str) -> tuple[list[int], list[float]]:
 def _firing_rates(m: ModelResults) -> dict[int, Interval]:
     """Return the median and the 5% and 95% quantiles over the live neurons of each layer, in %."""
     quantiles = {}
-    for layer in _layers(m):
-        live = [100 * s.firing_rate for s in _of_layer(m, layer) if not s.dead]
-        quantiles[layer] = np.quantile(live, [0.5, 0.05, 0.95]) if live else [np.nan] * 3
+    for layer, neurons in m.sparsity.items():
+        live = 100 * neurons.firing_rate[~neurons.dead]
+        quantiles[layer] = np.quantile(live, [0.5, 0.05, 0.95]) if len(live) else [np.nan] * 3
     return {
         layer: Interval(float(q[0]), float(q[1]), float(q[2])) for layer, q in quantiles.items()
     }
@@ -219,16 +219,8 @@ def _firing_rates(m: ModelResults) -> dict[int, Interval]:
 
 def _dead_percent(m: ModelResults) -> dict[int, Interval]:
     dead = {}
-    for layer in _layers(m):
-        neurons = _of_layer(m, layer)
-        live = sum(not s.dead for s in neurons)
-        dead[layer] = Interval(100 * (1 - live / len(neurons)), None, None)
+    for layer, neurons in m.sparsity.items():
+        n = len(neurons.dead)
+        live = n - int(neurons.dead.sum())
+        dead[layer] = Interval(100 * (1 - live / n), None, None)
     return dead
-
-
-def _layers(m: ModelResults) -> list[int]:
-    return sorted({s.neuron.layer for s in m.summaries})
-
-
-def _of_layer(m: ModelResults, layer: int) -> list[NeuronSummary]:
-    return [s for s in m.summaries if s.neuron.layer == layer]

@@ -1,9 +1,10 @@
 """Scores of the models: comparison, layers, null controls, neurons without a score, published numbers."""
 
-from collections import Counter
 from itertools import product
+from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cratelm.explain.config import EXPLAINERS
 from cratelm.records import SIMULATION_METRICS, Control, Metric
@@ -276,11 +277,13 @@ def reasons_table(results: RunResults) -> Table:
     )
     rows = []
     for m in results.models:
-        counts = Counter(
-            (s.explainer, METRIC_NAMES[s.metric], str(s.score.status), s.score.reason)
-            for s in m.scores
-            if s.score.value is None
-        )
+        unscored = m.scores.where(~m.scores.has("value"))
+        counts = {
+            (explainer, METRIC_NAMES[cast("Metric", metric)], *why): n
+            for (explainer, metric, *why), n in unscored.count(
+                "explainer", "metric", "status", "reason"
+            ).items()
+        }
         rows += [(m.name, *key, n) for key, n in sorted(counts.items())]
     return Table("reasons", "Why there is no score", columns, tuple(rows))
 
@@ -387,6 +390,6 @@ def _with_nulls(results: RunResults) -> list[_Line]:
     return lines + [(series_of(m), m, "none") for m in results.models if m.null_of]
 
 
-def _values(m: ModelResults, explainer: str, metric: Metric) -> list[float]:
-    scores = [s.score for s in m.scores if s.explainer == explainer and s.metric == metric]
-    return [s.value for s in scores if s.value is not None]
+def _values(m: ModelResults, explainer: str, metric: Metric) -> NDArray[np.float64]:
+    scores = m.scores.select(explainer=explainer, metric=metric)
+    return scores.numbers("value")[scores.has("value")]
