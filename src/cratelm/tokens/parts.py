@@ -186,10 +186,12 @@ class Work:
         return hash_json([self._key, *(file.name for file in self.groups[index].files)])
 
     def unwritten(self) -> list[int]:
-        """Return the indexes of the parts that are not written; their files are compared only by `read`."""
-        return [
-            i for i in range(len(self.groups)) if _record(self.path(i)).get("key") != self.key_of(i)
-        ]
+        """Return the indexes of the parts that are not written."""
+        return [i for i in range(len(self.groups)) if not self.is_written(i)]
+
+    def is_written(self, index: int) -> bool:
+        """Return whether a part has a record; its files are compared with it by `read`."""
+        return _record(self.path(index)).get("key") == self.key_of(index)
 
     def write(self, index: int, progress: Progress, announce: Announce = lambda _: None) -> None:
         """Write a part, which appears when it is complete.

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +51,9 @@ from cratelm.tokens.tokenizer import (
     train_tokenizer,
 )
 from cratelm.tokens.workers import write_parts
+
+if TYPE_CHECKING:
+    from cratelm.tokens.cluster import Executor
 
 GROUP_BYTES = 2**24
 """bytes of files, as they are stored, that make a part; a larger file is a part by itself"""
@@ -93,10 +97,11 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
         result = stage.result(TokenizeResult, path=stage.path)
         _check_length(result, config)
         return result
-    groups = _groups(config, corpus)
+    groups, executor = _groups(config, corpus), _executor(config)
     with stage.write(config, inputs, resume=bool(groups)) as draft, _removed_if_refused(draft):
         if groups:
-            shards = _merge(config, corpus, draft, groups, inputs)
+            work = _begin(config, corpus, draft, groups, inputs)
+            shards = _merge(work, corpus, draft, executor)
         else:
             shards = _stream(config, corpus, draft)
         result = dataclasses.replace(shards.result(), path=stage.path)
@@ -263,28 +268,38 @@ def _groups(config: TokenizeConfig, corpus: Corpus) -> list[FileCorpus]:
     return []
 
 
-def _merge(
+def _executor(config: TokenizeConfig) -> "Executor | None":
+    if config.executor is None:
+        return None
+    from cratelm.tokens.cluster import read_executor
+
+    return read_executor(config.executor)
+
+
+def _begin(
     config: TokenizeConfig,
     corpus: Corpus,
     draft: Draft,
     groups: list[FileCorpus],
     inputs: dict[str, str],
-) -> _Shards:
-    """Return the shards of a corpus, merged from its parts; those that are not written are written first."""
+) -> Work:
+    """Return the work of a draft, in which earlier attempts may have written parts."""
     draft.scratch.add(_PARTS)
     remove_all_but(draft.path, {PLAN, _PARTS})
-    work = Work.begin(
-        draft.path / _PARTS, groups, config, inputs, lambda: _tokenizer(config, corpus)
-    )
-    unwritten = work.unwritten()
-    if len(unwritten) < len(groups):
-        print(
-            f"{len(groups) - len(unwritten)} of {len(groups)} parts are already there", flush=True
-        )
-    if config.executor and unwritten:
+    folder = draft.path / _PARTS
+    return Work.begin(folder, groups, config, inputs, lambda: _tokenizer(config, corpus))
+
+
+def _merge(work: Work, corpus: Corpus, draft: Draft, executor: "Executor | None") -> _Shards:
+    """Return the shards of a corpus, merged from its parts; those that are not written are written first."""
+    config, unwritten = work.config, work.unwritten()
+    if len(unwritten) < len(work.groups):
+        written = len(work.groups) - len(unwritten)
+        print(f"{written} of {len(work.groups)} parts are already there", flush=True)
+    if executor and unwritten:
         from cratelm.tokens.cluster import run_tasks
 
-        run_tasks(work, unwritten, config.executor)
+        run_tasks(work, unwritten, executor)
     shards = _Shards(draft.path, work.tokenizer, config)
     with (
         tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar,
