@@ -17,6 +17,7 @@ TINY = {
     "long_document": "--megabytes 0.5 --kinds words",
     "sae": "--architectures topk --expansion 1 --batch-size 64 --steps 2 --repeats 1 --tokens 20000",
     "tokenize_throughput": "--corpus CORPUS --repeats 1",
+    "tokenize_workers": "--megabytes 1 --files 2 --workers 1 --vocab-size 400",
     "verify": "--sizes crate-2l --neurons 3 --vocab 300 --repeats 1",
     "train_step": "--models crate-2l --vocab 300 --length 32 --batch 2 --repeats 1 --steps 1",
 }

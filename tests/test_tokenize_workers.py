@@ -18,7 +18,7 @@ import pytest
 import zstandard
 
 from cratelm.corpus.sources import open_corpus
-from cratelm.errors import InputError
+from cratelm.errors import InputError, StorageError
 from cratelm.tokens import tokenize as verb
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.parts import Work
@@ -273,35 +273,55 @@ def test_a_killed_worker_is_reported_with_its_file(
     assert not parts.unwritten()
 
 
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer: Path
+) -> dict[str, bytes]:
+    """The files of a command that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    make(folder, corpus, tokenizer=str(tokenizer))
+    return files(folder / "run")
+
+
 @pytest.mark.usefixtures("parts_of_one_file")
+@pytest.mark.parametrize(
+    "interruption",
+    [KeyboardInterrupt(), WorkerKilledError("killed"), StorageError(28, "full"), MemoryError()],
+    ids=lambda error: type(error).__name__,
+)
 def test_finished_parts_are_used_and_a_damaged_one_is_written_again(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer: Path,
+    whole: dict[str, bytes],
+    interruption: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
-    make(tmp_path / "whole", corpus)
     written: list[int] = []
     real = Work.write
 
     def write(self: Work, index: int, *arguments: Any) -> None:
         if index == 4 and len(written) == 4:
-            raise KeyboardInterrupt
+            raise interruption
         written.append(index)
         real(self, index, *arguments)
 
     monkeypatch.setattr(Work, "write", write)
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path, corpus)
+    with pytest.raises(type(interruption)):
+        make(tmp_path, corpus, tokenizer=str(tokenizer))
     parts = tmp_path / "run" / ".tokens.partial" / "parts"
     content = bytearray((parts / "00001" / "tokens.bin").read_bytes())
     content[0] ^= 1
     (parts / "00001" / "tokens.bin").write_bytes(content)
     (parts / "00002" / "part.json").write_text("{}")
     capsys.readouterr()
-    make(tmp_path, corpus)
+    make(tmp_path, corpus, tokenizer=str(tokenizer))
     assert written == [0, 1, 2, 3, 1, 2, 4, 5, 6]
     printed = capsys.readouterr()
     assert "3 of 7 parts are already there" in printed.out
     assert "00001/tokens.bin is not what was written: it is written again" in printed.err
-    assert files(tmp_path / "run") == files(tmp_path / "whole" / "run")
+    assert files(tmp_path / "run") == whole
     assert not left_over(tmp_path / "run")
 
 
@@ -365,20 +385,20 @@ def session(process: int) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs the list of processes")
 @pytest.mark.fault(
-    "`tokenize --workers` is interrupted by Ctrl-C, or its first process is killed",
-    "no worker is left; the same command ends with the files of one that was not interrupted",
+    "`tokenize` is killed at a file operation or at any other moment while parts are written or merged",
+    "the same command ends with the files of one that was not killed",
 )
-def test_interrupted_commands_leave_no_process_and_end_with_the_same_files(
-    tmp_path: Path, corpus: Path, tokenizer: Path
+def test_a_killed_command_ends_with_the_same_files(
+    tmp_path: Path, corpus: Path, tokenizer: Path, whole: dict[str, bytes]
 ) -> None:
     command = Command(tmp_path / "whole", corpus, tokenizer)
     status, out, err = command.run(1)
     assert status == 0, err
-    operations, expected = int(out.splitlines()[-1]), files(tmp_path / "whole" / "run")
+    operations = int(out.splitlines()[-1])
+    assert files(tmp_path / "whole" / "run") == whole
     draw = random.Random()
-    kills: list[dict[str, Any]] = [{"kill_at": n} for n in sorted(draw.sample(range(1, operations), MANY or 2))]  # fmt: skip
+    kills: list[dict[str, Any]] = [{"kill_at": n} for n in sorted(draw.sample(range(1, operations), MANY or 1))]  # fmt: skip
     kills += [{"kill_after": draw.uniform(0.05, 1.5)} for _ in range(MANY or 1)]
     for number, kill in enumerate(kills):
         folder = tmp_path / str(number)
@@ -387,30 +407,40 @@ def test_interrupted_commands_leave_no_process_and_end_with_the_same_files(
         assert status == -signal.SIGKILL or ("kill_after" in kill and status == 0), err
         status, _, err = command.run(1 if "kill_at" in kill else 2)
         assert status == 0, err
-        assert files(folder / "run") == expected, kill
+        assert files(folder / "run") == whole, kill
         assert not left_over(folder / "run"), kill
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs the list of processes")
-def test_ctrl_c_ends_all_workers(tmp_path: Path, corpus: Path, tokenizer: Path) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGKILL"])
+@pytest.mark.fault(
+    "`tokenize --workers` is interrupted by Ctrl-C, or its first process is killed",
+    "all workers end at once; Ctrl-C gives one line",
+)
+def test_no_worker_outlives_the_command(
+    tmp_path: Path, corpus: Path, tokenizer: Path, how: str
+) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for name in "ab":  # seconds of work
+    for name in "ab":  # many seconds of work
         (folder / f"{name}.jsonl").write_bytes(lines(sentences(400, 0) * 250))
-    command = Command(tmp_path, folder, tokenizer)
-    process = command.start(2)
-    deadline = time.monotonic() + 60
+    process = Command(tmp_path, folder, tokenizer).start(2)
+    deadline = time.monotonic() + 100
     parts = tmp_path / "run" / ".tokens.partial" / "parts"
     while len(list(parts.glob(".*.tmp"))) < 2:  # both workers are at work
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.02)
     assert len(session(process.pid)) >= 3
-    os.killpg(process.pid, signal.SIGINT)
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.kill()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "cratelm tokenize: interrupted; the same command resumes the work\n"
+    assert process.returncode == (130 if how == "Ctrl-C" else -signal.SIGKILL)
+    if how == "Ctrl-C":
+        assert err == "cratelm tokenize: interrupted; the same command resumes the work\n"
     while session(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert not (tmp_path / "run" / "tokens").exists()
+    assert not list(parts.glob("0*"))  # they did not finish their parts first

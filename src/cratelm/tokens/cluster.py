@@ -187,9 +187,8 @@ def _check_queue(work: Work, indexes: Sequence[int]) -> None:
     """Raise `BudgetReached` if tasks that were submitted earlier are still waiting or running."""
     try:
         job = str(json.loads((work.folder / _SUBMITTED).read_text(encoding="utf-8"))["job"])
-        queue = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False
-        )
+        command = ["squeue", "--noheader", "--jobs", job]
+        queue = subprocess.run(command, capture_output=True, check=False)
     except (OSError, ValueError, KeyError, TypeError):
         return
     if queue.returncode == 0 and queue.stdout.strip():  # an unknown job is an error of squeue

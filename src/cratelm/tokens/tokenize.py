@@ -98,6 +98,11 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
         _check_length(result, config)
         return result
     groups, executor = _groups(config, corpus), _executor(config)
+    n_parts = max(1, len(groups))
+    if config.workers > n_parts and not config.quiet:
+        print(
+            f"parts of the corpus: {n_parts}, so that {n_parts} of {config.workers} workers are used"
+        )
     with stage.write(config, inputs, resume=bool(groups)) as draft, _removed_if_refused(draft):
         if groups:
             work = _begin(config, corpus, draft, groups, inputs)

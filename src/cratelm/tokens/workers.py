@@ -48,10 +48,11 @@ def write_parts(
     Raises `WorkerKilledError` if a worker ends early, and what a worker raises. All workers have ended when
     the iterator has ended or is closed.
     """
-    waiting, threads = deque(indexes), n_cores() // workers
+    workers = min(workers, len(indexes))
+    waiting, threads = deque(indexes), n_cores() // max(1, workers)
     running: dict[Connection, _Worker] = {}
     try:
-        for _ in range(min(workers, len(indexes))):
+        for _ in range(workers):
             worker = _started(work, threads)
             running[worker.pipe] = worker
             worker.give(waiting)
@@ -105,7 +106,7 @@ class _Worker:
             self.process.join()
         code = self.process.exitcode or 0
         how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
-        if code == -signal.SIGKILL:
+        if code == -9:  # Windows has no signal.SIGKILL
             how += ", as the system does when memory is exhausted"
         at = f"at {self.file}" if self.file else "before its first file"
         raise WorkerKilledError(
