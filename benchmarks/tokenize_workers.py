@@ -7,12 +7,14 @@ law, numbers and punctuation; the seed is fixed, so that all runs have the same 
 `--vocab-size` tokens is trained on 8 MB of it beforehand, so that the verb does not train. Prints for each number of
 workers the megabytes (10^6 bytes) of text per second from the corpus on disk to finished shards, and the peak memory of
 all processes together: their proportional set sizes, sampled five times a second (Linux). The numbers of workers take
-turns. Then prints the speed of verifying and merging parts alone, measured on the part of one file.
+turns; the rate per second of processor time is the one that other load changes least. Then prints the speed of verifying
+and merging parts alone, measured on the part of one file.
 """
 
 import argparse
 import itertools
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -59,10 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 runs[workers].append(tokenize(folder, tokenizer, workers))
         for workers, measured in runs.items():
             seconds = statistics.median(m.seconds for m in measured)
+            used = statistics.median(m.processor_seconds for m in measured)
             peak = max(m.peak for m in measured)
             print(
                 f"--workers {workers}: {n_bytes / 1e6 / seconds:,.1f} MB/s (median {seconds:,.1f} s of"
-                f" {len(measured)}), {measured[0].tokens:,} tokens, peak {peak / 1e6:,.0f} MB in"
+                f" {len(measured)}), {n_bytes / 1e6 / used:,.2f} MB per second of processor time,"
+                f" {measured[0].tokens:,} tokens, peak {peak / 1e6:,.0f} MB in"
                 f" {measured[0].processes} processes"
             )
         print(merge_speed(folder, tokenizer))
@@ -72,7 +76,7 @@ class Measured:
     """A run of the verb in processes of its own."""
 
     def __init__(self, command: list[str], run: Path):
-        began = time.monotonic()
+        began, used = time.monotonic(), _processor_seconds()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.peak = self.processes = 0
         while process.poll() is None:
@@ -81,6 +85,7 @@ class Measured:
             self.processes = max(self.processes, len(sizes))
             time.sleep(0.2)
         self.seconds = time.monotonic() - began
+        self.processor_seconds = _processor_seconds() - used
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
         record = json.loads((run / "tokens" / "completed.json").read_text(encoding="utf-8"))
@@ -164,6 +169,12 @@ def _sample(n_bytes: int) -> Iterator[str]:
         size += len(text)
         if size >= n_bytes:
             return
+
+
+def _processor_seconds() -> float:
+    """Return the processor time of all processes below this one that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _tree(root: int) -> list[int]:

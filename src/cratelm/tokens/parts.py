@@ -67,7 +67,7 @@ _COLUMNS = pa.schema(
 )
 Announce = Callable[[str], None]
 """takes the path of a file before it is opened"""
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """takes a number of entries that were encoded since the last call"""
 
 
@@ -210,12 +210,9 @@ class Work:
             writer = _PartWriter(draft, self.tokenizer, self.config)
             corpus = _announced(self.groups[index], announce)
             for batch in encode_corpus(corpus, self.tokenizer, self.config):
-                for entry in batch:
-                    writer.append(entry)
-                    if writer.is_full:
-                        break
+                writer.append_all(batch)
                 progress(len(batch))
-                del batch, entry
+                del batch  # not held while the next documents are read
                 if writer.is_full:
                     break
             writer.close(self.key_of(index))
@@ -259,8 +256,14 @@ class _PartWriter:
             or (config.on_error == "stop" and self.n_failed > 0)
         )
 
-    def append(self, entry: Entry) -> None:
-        """Append an entry of the corpus."""
+    def append_all(self, batch: list[Entry]) -> None:
+        """Append entries of the corpus, until nothing more can be used."""
+        for entry in batch:
+            if self.is_full:
+                return
+            self._append(entry)
+
+    def _append(self, entry: Entry) -> None:
         if entry is None:
             self._empty += 1
         elif isinstance(entry, Encoded):

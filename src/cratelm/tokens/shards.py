@@ -325,7 +325,7 @@ class StoreWriter:
             self._rows.clear()
 
     def _write_blocks(self, rows: pa.Table) -> None:
-        """Write the full row groups, and store the rows that follow; one chunk per column, as pages end with it."""
+        """Write the full row groups, and hold the rows that follow."""
         waiting = pa.concat_tables([self._blocks, rows]).combine_chunks()
         while waiting.num_rows >= _ROWS_PER_GROUP:
             self._table.write_table(waiting.slice(0, _ROWS_PER_GROUP))

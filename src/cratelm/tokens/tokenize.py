@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -164,8 +163,14 @@ class _Shards:
         """Return the number of tokens in all splits."""
         return sum(map(self.writer.n_tokens, SPLITS))
 
-    def append(self, entry: Entry) -> None:
-        """Append an entry of the corpus."""
+    def append_all(self, batch: list[Entry]) -> None:
+        """Append entries of the corpus, up to the limits."""
+        for entry in batch:
+            if self.is_full:
+                return
+            self._append(entry)
+
+    def _append(self, entry: Entry) -> None:
         if entry is None:
             self.stats.empty += 1
         elif isinstance(entry, Encoded):
@@ -177,7 +182,7 @@ class _Shards:
             self._n_read += entry.document is not None
 
     def append_part(self, part: Part) -> None:
-        """Append the entries of a part, as `append` does one after another."""
+        """Append the entries of a part, as `append_all` does."""
         n_rows = n_failed = 0
         for block in part.blocks():
             n_within = self._append_block(block)
@@ -206,7 +211,7 @@ class _Shards:
             ends = self.n_tokens + np.cumsum(n_tokens)
             n = min(n, int(np.searchsorted(ends, self.config.max_tokens)) + 1)
         rows = block.rows.slice(0, n)
-        written = rows.filter(pc.greater_equal(rows["split"], 0))
+        written = rows.filter(pa.array(rows["split"].to_numpy() >= 0))
         self.writer.append_block(written, block.tokens[: _sum(rows, "n_tokens")])
         self.stats.empty += _sum(rows, "empty_before")
         self._n_bytes += _sum(written, "bytes")
@@ -246,13 +251,12 @@ def _stream(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> _Shards:
     shards = _Shards(draft.path, tokenizer, config)
     with tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar:
         for batch in encode_corpus(corpus, tokenizer, config):
-            for entry in batch:
-                if shards.is_full:
-                    return shards
-                shards.append(entry)
+            shards.append_all(batch)
             bar.update(len(batch))
             bar.set_postfix_str(f"{shards.n_tokens:,} tokens")
-            del batch, entry  # not held while the next documents are read
+            del batch  # not held while the next documents are read
+            if shards.is_full:
+                break
     return shards
 
 
