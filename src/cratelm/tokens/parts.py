@@ -167,6 +167,10 @@ class Work:
         return _loaded(path, self.tokenizer_sha256)
 
     @cached_property
+    def _dtype(self) -> np.dtype:
+        return token_dtype(vocabulary_size(self.tokenizer))
+
+    @cached_property
     def _key(self) -> str:
         return hash_json(
             {
@@ -207,7 +211,7 @@ class Work:
 
     def _write(self, index: int, progress: Progress, announce: Announce) -> None:
         with atomic_folder(self.path(index)) as draft:
-            writer = _PartWriter(draft, self.tokenizer, self.config)
+            writer = _PartWriter(draft, self.config, end_of_text_id(self.tokenizer), self._dtype)
             corpus = _announced(self.groups[index], announce)
             for batch in encode_corpus(corpus, self.tokenizer, self.config):
                 writer.append_all(batch)
@@ -228,17 +232,14 @@ class Work:
                 raise DamagedPartError(f"{path / name} is not what was written")
         fields = {f.name: record[f.name] for f in dataclasses.fields(Part) if f.name in record}
         failures = tuple((row, message) for row, message in record["failures"])
-        dtype = token_dtype(vocabulary_size(self.tokenizer))
-        return Part(**{**fields, "path": path, "dtype": dtype, "failures": failures})
+        return Part(**{**fields, "path": path, "dtype": self._dtype, "failures": failures})
 
 
 class _PartWriter:
     """Writer of a part. Memory: the rows of 8,192 documents."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: TokenizeConfig):
-        self.folder, self.config = folder, config
-        self.eot_id = end_of_text_id(tokenizer)
-        self.dtype = token_dtype(vocabulary_size(tokenizer))
+    def __init__(self, folder: Path, config: TokenizeConfig, eot_id: int, dtype: np.dtype):
+        self.folder, self.config, self.eot_id, self.dtype = folder, config, eot_id, dtype
         self.n_rows = self.n_tokens = self.n_failed = 0
         self._empty = self._unreadable = 0
         self._failures: list[tuple[int, str]] = []
