@@ -20,6 +20,7 @@ TINY = {
     "sae": "--architectures topk --expansion 1 --batch-size 64 --steps 2 --repeats 1 --tokens 20000",
     "tokenize_throughput": "--corpus CORPUS --repeats 1",
     "loss": "--vocab-size 300 2000 --width 16 --rows 64 --chunks 8 --repeats 1",
+    "tokenize_workers": "--megabytes 1 --files 2 --workers 1 --vocab-size 400",
     "verify": "--sizes crate-2l --neurons 3 --vocab 300 --repeats 1",
     "train_step": "--models crate-2l --vocab-size 300 310 --length 32 --batch 2 --repeats 1 --steps 1",
 }

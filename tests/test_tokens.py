@@ -24,8 +24,9 @@ from cratelm.runs import Run
 from cratelm.tokens import tokenize as verb
 from cratelm.tokens import tokenizer as tokenizers_room
 from cratelm.tokens.config import TokenizeConfig
+from cratelm.tokens.encoding import split_of
 from cratelm.tokens.shards import StoreWriter, TokenStore, check_vocabulary
-from cratelm.tokens.tokenize import TokenizeResult, split_of, tokenize
+from cratelm.tokens.tokenize import TokenizeResult, tokenize
 from cratelm.tokens.tokenizer import (
     END_OF_TEXT,
     from_tiktoken,
@@ -331,7 +332,7 @@ def test_the_same_command_gives_the_same_files_in_any_process(tmp_path: Path, co
 def test_batches_do_not_show(
     tmp_path: Path, corpus: Path, store: TokenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "_BATCH_BYTES", 300)
+    monkeypatch.setattr("cratelm.tokens.encoding._BATCH_BYTES", 300)
     path = make(tmp_path, corpus).path
     for name in ("train-00000.bin", "fit-00000.bin", "documents.parquet"):
         assert (path / name).read_bytes() == (store.path / name).read_bytes()

@@ -129,6 +129,8 @@ def tokenize(
     sequence_length: int = 128,
     max_document_megabytes: float = 100.0,
     on_error: Literal["stop", "skip"] = "stop",
+    workers: int = 1,
+    executor: str | Path | None = None,
     force: bool = False,
     quiet: bool = False,
 ) -> "TokenizeResult":
@@ -162,6 +164,10 @@ def tokenize(
             about 1 GB
         on_error: what to do with a document that cannot be read: stop with its file and line, or
             skip and count it
+        workers: processes that encode the files of the corpus on this machine, with as many threads
+            each as leave one for every core. The shards are the same for any number
+        executor: TOML file that names an executor of datatrove (`local`, `slurm` or `ray`) and its
+            options: the files are encoded by its tasks (needs the extra `cluster`)
         force: redo the stage even if it is finished
         quiet: show no progress bar
     """

@@ -8,7 +8,7 @@ import os
 import sysconfig
 import tokenize as python_source
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -94,6 +94,18 @@ class FileCorpus:
             digest.update(f"{file.name}\0{size}\0".encode())
             digest.update(content)
         return digest.hexdigest()
+
+    def groups(self, n_bytes: int) -> list["FileCorpus"]:
+        """Return the corpus as groups of consecutive files; a group ends with the file that reaches `n_bytes` on disk."""
+        groups: list[list[CorpusFile]] = [[]]
+        size = 0
+        for file in self.files:
+            if size >= n_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(file)
+            size += _size_on_disk(file.path)
+        return [replace(self, files=tuple(files)) for files in groups]
 
     def __iter__(self) -> Found:
         for file in self.files:
@@ -216,6 +228,14 @@ def _reader_of(path: Path) -> Reader | None:
 
 def _top_level(name: str) -> str:
     return name.split("/")[0].removesuffix(".py")
+
+
+def _size_on_disk(path: Path) -> int:
+    """Return the size of a file in bytes; 0 if it cannot be read."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def _size_and_digest(file: CorpusFile) -> tuple[str, bytes]:

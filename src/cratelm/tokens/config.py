@@ -15,6 +15,9 @@ _BYTES_PER_ENTRY = 480
 """bytes of an entry of a full vocabulary, measured: 72 in the trainer, which allocates them before it starts,
 226 in the tokenizer, and 193 in the dictionary of its tokens"""
 
+_BYTES_PER_WORKER = 80_000_000
+"""bytes of a worker process before it reads anything, measured: Python and its libraries"""
+
 
 def check_vocabulary_size(config: Any) -> None:
     """Raise `InputError` if `vocab_size` of a configuration is too small for all bytes, or too large for memory."""
@@ -64,6 +67,12 @@ class TokenizeConfig(Options):
     it: up to 13 times its size, next to about 1 GB"""
     on_error: Literal["stop", "skip"] = "stop"
     """what to do with a document that cannot be read: stop with its file and line, or skip and count it"""
+    workers: int = not_in_identity(1)
+    """processes that encode the files of the corpus on this machine, with as many threads each as leave one for
+    every core. The shards are the same for any number"""
+    executor: Path | None = not_in_identity(None)
+    """TOML file that names an executor of datatrove (`local`, `slurm` or `ray`) and its options: the files are encoded
+    by its tasks (needs the extra `cluster`)"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -72,6 +81,12 @@ class TokenizeConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_vocabulary_size(self)
+        at_least(self, {"workers": 1})
+        check_memory(self, {"workers": _BYTES_PER_WORKER * self.workers}, "the worker processes")
+        if self.workers > 1 and self.executor is not None:
+            raise InputError(
+                "--workers and --executor cannot be combined: the file of the executor has the number of its workers"
+            )
         for name in ("fit", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 flag = name.replace("_", "-")

@@ -206,8 +206,13 @@ def check_vocabulary(store: TokenStore, model_vocab_size: int) -> None:
         )
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the type in which token ids below `vocab_size` are stored."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
 class StoreWriter:
-    """Writer of a store, document by document; `close` makes it readable.
+    """Writer of a store, by single documents or by blocks of them; `close` makes it readable.
 
     Memory: the rows of 8,192 documents (not their text), however long the corpus is.
     """
@@ -223,12 +228,14 @@ class StoreWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.eot_id = folder, eot_id
         self.vocab_size = vocabulary_size(tokenizer)
-        self.dtype = np.dtype(_DTYPES[0] if self.vocab_size <= 2**16 else _DTYPES[1])
+        self.dtype = token_dtype(self.vocab_size)
         self.tokens_per_file = tokens_per_file
         self.n_documents = 0
         self._splits = {name: _SplitWriter(folder, name, tokens_per_file) for name in SPLITS}
         self._table = pq.ParquetWriter(folder / "documents.parquet", DOCUMENTS.schema)
         self._rows: list[tuple[Any, ...]] = []
+        self._blocks = DOCUMENTS.schema.empty_table()
+        """rows of the documents that were appended in blocks"""
         tokenizer.save(str(folder / "tokenizer.json"))
 
     def append(
@@ -256,6 +263,33 @@ class StoreWriter:
         if len(self._rows) == _ROWS_PER_GROUP:
             self._write_rows()
 
+    def append_block(self, documents: pa.Table, tokens: NDArray[np.unsignedinteger]) -> None:
+        """Append documents [n], and their tokens, one document after another, with end-of-text tokens.
+
+        `documents` has the columns of documents.parquet except `ordinal` and `start`, and as `split` the index of
+        the split in `SPLITS`. The files are those that `append` writes for the same documents.
+        """
+        assert not self._rows, "a store is written by documents or by blocks"
+        n = documents.num_rows
+        split, n_tokens = (documents[name].to_numpy() for name in ("split", "n_tokens"))
+        ordinals = np.arange(self.n_documents, self.n_documents + n)
+        starts = np.empty(n, np.int64)
+        split_of_token = np.repeat(split.astype(np.int8), n_tokens)
+        for index, name in enumerate(SPLITS):
+            chosen = split == index
+            starts[chosen] = self._splits[name].append_block(
+                tokens if chosen.all() else tokens[split_of_token == index],
+                n_tokens[chosen],
+                ordinals[chosen],
+            )
+        names = pa.array(SPLITS).take(pa.array(split))
+        columns = {"ordinal": pa.array(ordinals), "split": names, "start": pa.array(starts)}
+        arrays = [
+            columns[name] if name in columns else documents[name] for name in DOCUMENTS.schema.names
+        ]
+        self._write_blocks(pa.Table.from_arrays(arrays, schema=DOCUMENTS.schema))
+        self.n_documents += n
+
     def n_tokens(self, split: Split) -> int:
         """Return the number of tokens written to `split` so far, including end-of-text tokens."""
         return self._splits[split].n_tokens
@@ -267,6 +301,8 @@ class StoreWriter:
     def close(self) -> None:
         """Finish all files; `meta.json` is written last."""
         self._write_rows()
+        if self._blocks.num_rows:
+            self._table.write_table(self._blocks)
         self._table.close()
         for split in self._splits.values():
             split.close()
@@ -292,6 +328,14 @@ class StoreWriter:
             self._table.write_table(pa.Table.from_arrays(arrays, schema=DOCUMENTS.schema))
             self._rows.clear()
 
+    def _write_blocks(self, rows: pa.Table) -> None:
+        """Write the full row groups, and hold the rows that follow."""
+        waiting = pa.concat_tables([self._blocks, rows]).combine_chunks()
+        while waiting.num_rows >= _ROWS_PER_GROUP:
+            self._table.write_table(waiting.slice(0, _ROWS_PER_GROUP))
+            waiting = waiting.slice(_ROWS_PER_GROUP)
+        self._blocks = waiting
+
 
 class _SplitWriter:
     """Writer of the token files and document boundaries of one split."""
@@ -308,6 +352,25 @@ class _SplitWriter:
         start = self.n_tokens
         self._starts.append(start)
         self._ordinals.append(ordinal)
+        self._write(tokens)
+        self.n_documents += 1
+        return start
+
+    def append_block(
+        self,
+        tokens: NDArray[np.unsignedinteger],
+        n_tokens: NDArray[np.int64],
+        ordinals: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Append documents [n], whose tokens follow one another; return the position of each one's first token [n]."""
+        starts = self.n_tokens + np.cumsum(n_tokens) - n_tokens
+        self._starts.extend(starts)
+        self._ordinals.extend(ordinals)
+        self._write(tokens)
+        self.n_documents += len(starts)
+        return starts
+
+    def _write(self, tokens: NDArray[np.unsignedinteger]) -> None:
         while len(tokens):
             if self.n_tokens % self.tokens_per_file == 0:
                 self._next_file()
@@ -316,8 +379,6 @@ class _SplitWriter:
             self._file.write(tokens[:capacity].data)
             self.n_tokens += min(capacity, len(tokens))
             tokens = tokens[capacity:]
-        self.n_documents += 1
-        return start
 
     def close(self) -> None:
         """Finish all files."""
@@ -350,6 +411,11 @@ class _ArrayFile:
         """Append a number."""
         self._file.write(value.to_bytes(8, "little"))
         self._n += 1
+
+    def extend(self, values: NDArray[np.int64]) -> None:
+        """Append numbers [n]."""
+        self._file.write(values.astype("<i8").tobytes())
+        self._n += len(values)
 
     def close(self) -> None:
         """Write the final header and close the file."""

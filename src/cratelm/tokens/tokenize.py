@@ -1,33 +1,47 @@
 """`cratelm tokenize`: turn documents into token shards.
 
-It takes one pass over the corpus (two if a tokenizer is trained). Memory is bounded, however long the
-corpus is and whatever it contains, by two batches of text with their tokens (2 MB each), by the
-longest document (at most 13 bytes per byte: `cratelm.corpus.formats`), which is encoded in pieces
-(`cratelm.tokens.pieces`), and, if a tokenizer is trained, by the table of distinct words.
+It takes one pass over the corpus (two if a tokenizer is trained). A small corpus is encoded straight into shards. The
+files of a larger one are divided into groups; each group becomes a part, written by this process, by worker
+processes or by the tasks of a cluster (`cratelm.tokens.parts`), and the parts are merged in order. Both ways give the same
+shards. A killed command continues after the parts that are complete.
+
+Memory is bounded, however long the corpus is and whatever it contains: see `cratelm.tokens.encoding`,
+once per worker, and `Part.blocks`; if a tokenizer is trained, also by the table of distinct words.
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import shutil
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from cratelm.corpus.documents import Document, ReadError, n_bytes_of
+from cratelm.corpus.documents import ReadError, n_bytes_of
 from cratelm.corpus.formats import Fields
-from cratelm.corpus.sources import Corpus, open_corpus
-from cratelm.errors import InputError
+from cratelm.corpus.sources import Corpus, FileCorpus, open_corpus
+from cratelm.errors import InputError, StorageError
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Draft, Run, hash_file
+from cratelm.runs.atomic import remove_all_but
+from cratelm.runs.stage import PLAN
 from cratelm.tokens.config import TokenizeConfig
-from cratelm.tokens.pieces import PieceEncoder, UncuttableError
+from cratelm.tokens.encoding import Encoded, Entry, encode_corpus, split_of
+from cratelm.tokens.parts import (
+    MOST_NAMED,
+    Block,
+    DamagedPartError,
+    Part,
+    PartError,
+    Progress,
+    Work,
+)
 from cratelm.tokens.shards import StoreWriter
 from cratelm.tokens.tokenizer import (
     end_of_text_id,
@@ -35,16 +49,14 @@ from cratelm.tokens.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
+from cratelm.tokens.workers import write_parts
 
-_BATCH_BYTES = 2_000_000
-_BATCH_DOCUMENTS = 4096
-_LONG = 100_000
-"""characters above which a document is encoded in pieces, and its hash taken in parts"""
-_MOST_NAMED = 20
-"""skipped documents that are printed; the others are only counted"""
-_Batch = list[tuple[Split, Document]]
-_Ids = Sequence[int] | NDArray[np.uint32] | UncuttableError
-"""token ids of a document [n], or why it cannot be encoded"""
+if TYPE_CHECKING:
+    from cratelm.tokens.cluster import Executor
+
+GROUP_BYTES = 2**24
+"""bytes of files, as they are stored, that make a part; a larger file is a part by itself"""
+_PARTS = "parts"
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,8 @@ class TokenizeResult:
 def tokenize(config: TokenizeConfig) -> TokenizeResult:
     """Write `tokens/` of the run and return the result; a finished stage is only read.
 
-    Raises `InputError` for a corpus or a tokenizer that cannot be used; then nothing is written.
+    Raises `InputError` for a corpus or a tokenizer that cannot be used; then nothing is written. Raises
+    `BudgetReached` when tasks have been submitted to a cluster that have not ended.
     """
     run = Run(config.run)
     stage = run.stage("tokens")
@@ -83,179 +96,271 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
         result = stage.result(TokenizeResult, path=stage.path)
         _check_length(result, config)
         return result
-    with stage.write(config, inputs) as draft:
-        result = dataclasses.replace(_write(config, corpus, draft), path=stage.path)
+    groups, executor = _groups(config, corpus), _executor(config)
+    n_parts = max(1, len(groups))
+    if config.workers > n_parts and not config.quiet:
+        print(
+            f"parts of the corpus: {n_parts}, so that {n_parts} of {config.workers} workers are used"
+        )
+    with stage.write(config, inputs, resume=bool(groups)) as draft, _removed_if_refused(draft):
+        if groups:
+            work = _begin(config, corpus, draft, groups, inputs)
+            shards = _merge(work, corpus, draft, executor)
+        else:
+            shards = _stream(config, corpus, draft)
+        result = dataclasses.replace(shards.result(), path=stage.path)
         _check_length(result, config)
         draft.results = {k: v for k, v in dataclasses.asdict(result).items() if k != "path"}
     return result
 
 
-def split_of(text: str, fit: float, held_out: float) -> Split:
-    """Return the split of a document by the hash of its text, so that duplicates share a split.
-
-    `fit` and `held_out` are the fractions of the splits. The split of a document does not depend on other
-    documents: adding documents to a corpus moves none. A change of this function moves documents of all
-    existing corpora, and their runs cannot be converted.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for start in range(0, len(text), _LONG):
-        digest.update(text[start : start + _LONG].encode())
-    fraction = int.from_bytes(digest.digest(), "big") / 2**64
-    if fraction < held_out:
-        return "held_out"
-    return "fit" if fraction < held_out + fit else "train"
-
-
 @dataclass
 class TokenizeStats:
-    """Counts of documents that are not written, updated while the corpus is read; fields of `TokenizeResult`."""
+    """Counts of documents that are not written, updated while shards are written; fields of `TokenizeResult`."""
 
     empty: int = 0
     skipped: int = 0
     first_skipped: str = ""
 
-    def skip(self, error: ReadError, config: TokenizeConfig, *, quiet: bool) -> None:
+    def skip(self, error: ReadError, config: TokenizeConfig) -> None:
         """Count a document that cannot be used, and print its location. Raises `InputError` instead if asked to stop."""
-        if config.on_error == "stop":
-            raise InputError(f"{error.message} (--on-error skip skips such documents)")
+        _check_skips(error, config)
         self.skipped += 1
         self.first_skipped = self.first_skipped or error.message
-        if not quiet and self.skipped <= _MOST_NAMED:
+        if not config.quiet and self.skipped <= MOST_NAMED:
             tqdm.write(f"skipped: {error.message}", file=sys.stderr)
-        if not quiet and self.skipped == _MOST_NAMED:
+        if not config.quiet and self.skipped == MOST_NAMED:
             tqdm.write("further skipped documents are counted, not named", file=sys.stderr)
 
 
-def _documents(
-    corpus: Corpus, config: TokenizeConfig, stats: TokenizeStats, *, quiet: bool = False
-) -> Iterator[tuple[Split, Document]]:
-    """Yield the documents that have text with their split; count the others in `stats`."""
-    n = 0
-    for document in corpus:
-        if isinstance(document, ReadError):
-            stats.skip(document, config, quiet=quiet or config.quiet)
-        elif not document.text:
-            stats.empty += 1
-        else:
-            yield split_of(document.text, config.fit, config.held_out), document
-            n += 1
-            if n == config.max_documents:
-                return
-        del document  # not held while the next one is read
+def _check_skips(error: ReadError, config: TokenizeConfig) -> None:
+    if config.on_error == "stop":
+        raise InputError(f"{error.message} (--on-error skip skips such documents)")
 
 
-def _write(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> TokenizeResult:
-    tokenizer = _tokenizer(config, corpus)
-    writer = StoreWriter(draft.path, tokenizer, end_of_text_id(tokenizer))
-    stats = TokenizeStats()
-    n_bytes = 0
-    with tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar:
-        for batch, ids in _encoded(tokenizer, _batches(_documents(corpus, config, stats))):
-            n_bytes += _append(writer, batch, ids, config, stats)
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{sum(map(writer.n_tokens, SPLITS)):,} tokens")
-            del batch, ids  # not held while the next documents are read
-            if _is_full(writer, config.max_tokens):
-                break
-    writer.close()
-    return _result(config, writer, stats, n_bytes, draft.path)
+class _Shards:
+    """Shards while they are written, up to the limits of the configuration, and what is counted.
 
-
-def _encoded(
-    tokenizer: Tokenizer, batches: Iterable[_Batch]
-) -> Iterator[tuple[_Batch, list[_Ids]]]:
-    """Yield batches with their tokens; the next batch is encoded, on all cores, while one is written.
-
-    A long document is a batch by itself, and the next one is read when it is written.
+    Nothing that follows the last document within the limits is counted, or stops the command.
     """
-    encoder = PieceEncoder(tokenizer)
 
-    def encode(batch: _Batch) -> list[_Ids]:
-        texts = [document.text for _, document in batch]
-        if len(texts) == 1 and len(texts[0]) > _LONG:
-            try:
-                return [encoder.encode(texts[0])]
-            except UncuttableError as error:
-                return [error]
-        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: TokenizeConfig):
+        self.config, self.stats = config, TokenizeStats()
+        self.writer = StoreWriter(folder, tokenizer, end_of_text_id(tokenizer))
+        self._n_bytes = self._n_read = 0
+        """UTF-8 bytes of the documents written, and number of documents with text that were read"""
 
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[_Batch, Future[list[_Ids]]]] = deque()
-
-        def ready() -> tuple[_Batch, list[_Ids]]:
-            batch, ids = waiting.popleft()
-            return batch, ids.result()
-
-        for batch in batches:
-            waiting.append((batch, pool.submit(encode, batch)))
-            most_waiting = 0 if len(batch[0][1].text) > _LONG else 1
-            del batch
-            while len(waiting) > most_waiting:
-                yield ready()
-        while waiting:
-            yield ready()
-
-
-def _append(
-    writer: StoreWriter,
-    batch: _Batch,
-    encoded: list[_Ids],
-    config: TokenizeConfig,
-    stats: TokenizeStats,
-) -> int:
-    """Write a batch up to `max_tokens` of the whole store; return the bytes of text written."""
-    n_bytes = 0
-    for (split, document), ids in zip(batch, encoded, strict=True):
-        if _is_full(writer, config.max_tokens):
-            break
-        if isinstance(ids, UncuttableError):
-            stats.skip(ReadError(f"{document.location}: {ids}"), config, quiet=config.quiet)
-            continue
-        writer.append(split, ids, document)
-        n_bytes += n_bytes_of(document.text)
-    return n_bytes
-
-
-def _is_full(writer: StoreWriter, max_tokens: int | None) -> bool:
-    return max_tokens is not None and sum(map(writer.n_tokens, SPLITS)) >= max_tokens
-
-
-def _batches(documents: Iterable[tuple[Split, Document]]) -> Iterator[_Batch]:
-    """Yield the documents in batches; a long one is a batch by itself."""
-    batch: _Batch = []
-    n_bytes = 0
-    for split, document in documents:
-        n = len(document.text)
-        if batch and (n > _LONG or n_bytes >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS):
-            yield batch
-            batch, n_bytes = [], 0
-        batch.append((split, document))
-        n_bytes += n_bytes_of(document.text)
-        del document
-        if n > _LONG:
-            yield batch
-            batch, n_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _result(
-    config: TokenizeConfig, writer: StoreWriter, stats: TokenizeStats, n_bytes: int, path: Path
-) -> TokenizeResult:
-    if writer.n_documents == 0:
-        raise InputError(
-            f"corpus {config.corpus} has no text ({stats.empty} empty documents,"
-            f" {stats.skipped} skipped): name another with --corpus"
+    @property
+    def is_full(self) -> bool:
+        """Return whether a limit is reached."""
+        most_tokens, most_documents = self.config.max_tokens, self.config.max_documents
+        return (most_tokens is not None and self.n_tokens >= most_tokens) or (
+            most_documents is not None and self._n_read >= most_documents
         )
-    tokens: dict[Split, int] = {name: writer.n_tokens(name) for name in SPLITS}
-    return TokenizeResult(
-        path=path,
-        vocab_size=writer.vocab_size,
-        bytes_per_token=n_bytes / (sum(tokens.values()) - writer.n_documents),
-        tokens=tokens,
-        documents={name: writer.n_split_documents(name) for name in SPLITS},
-        **dataclasses.asdict(stats),
-    )
+
+    @property
+    def n_tokens(self) -> int:
+        """Return the number of tokens in all splits."""
+        return sum(map(self.writer.n_tokens, SPLITS))
+
+    def append_all(self, batch: list[Entry]) -> None:
+        """Append entries of the corpus, up to the limits."""
+        for entry in batch:
+            if self.is_full:
+                return
+            self._append(entry)
+
+    def _append(self, entry: Entry) -> None:
+        if entry is None:
+            self.stats.empty += 1
+        elif isinstance(entry, Encoded):
+            self.writer.append(entry.split, entry.ids, entry.document)
+            self._n_bytes += n_bytes_of(entry.document.text)
+            self._n_read += 1
+        else:
+            self.stats.skip(entry.error, self.config)
+            self._n_read += entry.document is not None
+
+    def append_part(self, part: Part) -> None:
+        """Append the entries of a part, as `append_all` does."""
+        n_rows = n_failed = 0
+        for block in part.blocks():
+            n_within = self._append_block(block)
+            rows = block.rows.slice(0, n_within)
+            n_rows += n_within
+            n_failed += _sum(rows, "failed_before") + _count(rows, "split", -1)
+            if self.is_full:
+                break
+        if not self.is_full:
+            self.stats.empty += part.empty_after
+            n_failed += part.failed_after
+        n_named = 0
+        for row, message in part.failures:
+            if row < n_rows or not self.is_full:
+                self.stats.skip(ReadError(message), self.config)
+                n_named += 1
+        self.stats.skipped += n_failed - n_named
+
+    def _append_block(self, block: Block) -> int:
+        """Append the documents of a block that are within the limits, and return their number."""
+        n_tokens = block.rows["n_tokens"].to_numpy()
+        n = len(n_tokens)
+        if self.config.max_documents is not None:
+            n = min(n, self.config.max_documents - self._n_read)
+        if self.config.max_tokens is not None:
+            ends = self.n_tokens + np.cumsum(n_tokens)
+            n = min(n, int(np.searchsorted(ends, self.config.max_tokens)) + 1)
+        rows = block.rows.slice(0, n)
+        written = rows.filter(pa.array(rows["split"].to_numpy() >= 0))
+        self.writer.append_block(written, block.tokens[: _sum(rows, "n_tokens")])
+        self.stats.empty += _sum(rows, "empty_before")
+        self._n_bytes += _sum(written, "bytes")
+        self._n_read += n
+        return n
+
+    def result(self) -> TokenizeResult:
+        """Finish the shards and return what they hold. Raises `InputError` if they hold no document."""
+        self.writer.close()
+        stats, writer = self.stats, self.writer
+        if writer.n_documents == 0:
+            raise InputError(
+                f"corpus {self.config.corpus} has no text ({stats.empty} empty documents,"
+                f" {stats.skipped} skipped): name another with --corpus"
+            )
+        return TokenizeResult(
+            path=writer.folder,
+            vocab_size=writer.vocab_size,
+            bytes_per_token=self._n_bytes / (self.n_tokens - writer.n_documents),
+            tokens={name: writer.n_tokens(name) for name in SPLITS},
+            documents={name: writer.n_split_documents(name) for name in SPLITS},
+            **dataclasses.asdict(stats),
+        )
+
+
+def _sum(rows: pa.Table, column: str) -> int:
+    return int(rows[column].to_numpy().sum())
+
+
+def _count(rows: pa.Table, column: str, value: int) -> int:
+    return int((rows[column].to_numpy() == value).sum())
+
+
+def _stream(config: TokenizeConfig, corpus: Corpus, draft: Draft) -> _Shards:
+    """Return the shards of a corpus, encoded from its start to its end."""
+    tokenizer = _tokenizer(config, corpus)
+    shards = _Shards(draft.path, tokenizer, config)
+    with tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar:
+        for batch in encode_corpus(corpus, tokenizer, config):
+            shards.append_all(batch)
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{shards.n_tokens:,} tokens")
+            del batch  # not held while the next documents are read
+            if shards.is_full:
+                break
+    return shards
+
+
+# ---- parts ------------------------------------------------------------------------------------------
+
+
+def _groups(config: TokenizeConfig, corpus: Corpus) -> list[FileCorpus]:
+    """Return the files of each part, which depend on the corpus alone; none if it is encoded as a stream."""
+    if isinstance(corpus, FileCorpus):
+        groups = corpus.groups(GROUP_BYTES)
+        return groups if len(groups) > 1 or config.executor else []
+    if config.workers > 1 or config.executor:
+        option = "--executor" if config.executor else "--workers"
+        raise InputError(
+            f"{option}: corpus {config.corpus} is read as one stream: leave {option} out, or download its"
+            " files and name their folder with --corpus"
+        )
+    return []
+
+
+def _executor(config: TokenizeConfig) -> "Executor | None":
+    if config.executor is None:
+        return None
+    from cratelm.tokens.cluster import read_executor
+
+    return read_executor(config.executor)
+
+
+def _begin(
+    config: TokenizeConfig,
+    corpus: Corpus,
+    draft: Draft,
+    groups: list[FileCorpus],
+    inputs: dict[str, str],
+) -> Work:
+    """Return the work of a draft, in which earlier attempts may have written parts."""
+    draft.scratch.add(_PARTS)
+    remove_all_but(draft.path, {PLAN, _PARTS})
+    folder = draft.path / _PARTS
+    return Work.begin(folder, groups, config, inputs, lambda: _tokenizer(config, corpus))
+
+
+def _merge(work: Work, corpus: Corpus, draft: Draft, executor: "Executor | None") -> _Shards:
+    """Return the shards of a corpus, merged from its parts; those that are not written are written first."""
+    config, unwritten = work.config, work.unwritten()
+    if len(unwritten) < len(work.groups):
+        written = len(work.groups) - len(unwritten)
+        print(f"{written} of {len(work.groups)} parts are already there", flush=True)
+    if executor and unwritten:
+        from cratelm.tokens.cluster import run_tasks
+
+        run_tasks(work, unwritten, executor)
+    shards = _Shards(draft.path, work.tokenizer, config)
+    with (
+        tqdm(total=corpus.n_documents, unit=" documents", disable=config.quiet) as bar,
+        contextlib.closing(_parts(work, bar.update)) as parts,
+    ):
+        for part in parts:
+            shards.append_part(part)
+            bar.set_postfix_str(f"{shards.n_tokens:,} tokens")
+            if shards.is_full:
+                break
+    return shards
+
+
+def _parts(work: Work, progress: Progress) -> Generator[Part, None, None]:
+    """Yield all parts in order, each when it is written and its files have been compared with their hashes."""
+    unwritten = work.unwritten()
+    if work.config.workers > 1:
+        written = write_parts(work, unwritten, work.config.workers, progress)
+    else:
+        written = _write_here(work, unwritten, progress)
+    missing = set(unwritten)
+    with contextlib.closing(written):
+        for index in range(len(work.groups)):
+            while index in missing:
+                missing.remove(next(written))
+            try:
+                part = work.read(index)
+            except DamagedPartError as error:
+                print(f"{error}: it is written again", file=sys.stderr, flush=True)
+                work.write(index, progress)
+                part = work.read(index)
+            yield part
+
+
+def _write_here(work: Work, indexes: list[int], progress: Progress) -> Generator[int, None, None]:
+    for index in indexes:
+        work.write(index, progress)
+        yield index
+
+
+@contextlib.contextmanager
+def _removed_if_refused(draft: Draft) -> Iterator[None]:
+    """Remove a draft that no later command can continue, because the user has to change something first."""
+    try:
+        yield
+    except InputError as error:
+        if not isinstance(error, StorageError | PartError):
+            shutil.rmtree(draft.path, ignore_errors=True)
+        raise
+
+
+# -----------------------------------------------------------------------------------------------------
 
 
 def _check_length(result: TokenizeResult, config: TokenizeConfig) -> None:
@@ -280,13 +385,18 @@ def _tokenizer(config: TokenizeConfig, corpus: Corpus) -> Tokenizer:
 
 def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
     """Yield texts of the train split, up to the first that reaches `sample_megabytes`."""
-    n_bytes = 0
-    for split, document in _documents(corpus, config, TokenizeStats(), quiet=True):
-        if split == "train":
-            yield document.text
-            n_bytes += n_bytes_of(document.text)
-            if n_bytes >= config.sample_megabytes * 1e6:
+    n = n_bytes = 0
+    for document in corpus:
+        if isinstance(document, ReadError):
+            _check_skips(document, config)
+        elif document.text:
+            if split_of(document.text, config.fit, config.held_out) == "train":
+                yield document.text
+                n_bytes += n_bytes_of(document.text)
+            n += 1
+            if n_bytes >= config.sample_megabytes * 1e6 or n == config.max_documents:
                 return
+        del document  # not held while the next one is read
 
 
 def _tokenizer_identity(config: TokenizeConfig) -> dict[str, str]:
