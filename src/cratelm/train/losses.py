@@ -19,6 +19,7 @@ from cratelm.train.head_loss import head_loss
 if TYPE_CHECKING:
     from cratelm.tokens.shards import TokenSplit
 
+
 class NextTokenLoss(nn.Module):
     """A language model with its loss inside, so that logits [B, T, V] never leave it.
 
