@@ -69,7 +69,7 @@ def finished(token_file, tmp_path_factory) -> SimpleNamespace:
         "PYTHON": sys.executable,
         "OUT": str(out),
     }
-    words = "--device cpu --tiny --minutes 40 --twins 1l --tokens".split()
+    words = ["--device", "cpu", "--tiny", "--minutes", "40", "--twins", "1l", "--tokens"]
     command = ["bash", str(FOLDER / "gpu.sh"), *words, str(token_file)]
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", env=environment, cwd=folder
