@@ -215,7 +215,7 @@ def test_one_layer_of_explanations_is_held(tmp_path):
 def test_memory_of_score_does_not_grow_with_layers(tmp_path, monkeypatch):
     """From 1 to 6 layers, less than 6 kB per neuron more; one neuron's scores as objects take 20 kB.
 
-    Arrow's buffers are not counted, such as the columns of the scores: 80 bytes per score.
+    Arrow's buffers are not counted, such as the columns of the scores: 60 bytes per score.
     """
     monkeypatch.setattr(store, "_ROWS_A_GROUP", 27)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

@@ -8,8 +8,8 @@ library datasketch, proposes pairs; the shingles themselves decide, so there are
 
 Cost: each passage is hashed once, however many neurons share it. The number of passages is at most the
 number of tokens of the fit split / 32, and at most 3 times the number of excerpts explained from. A passage
-takes less than 1 kB: hashes of its bands in one sorted array, and its shingles. (datasketch's own index
-takes 9 kB per passage, 2.3 GB for the default of 8.2 million tokens.)
+takes 1 kB: hashes of its bands in one sorted array, and its shingles; 2 kB while that array is sorted.
+(datasketch's own index takes 9 kB per passage, 2.3 GB for the default of 8.2 million tokens.)
 """
 
 from collections.abc import Iterable
@@ -204,10 +204,10 @@ class _BandIndex:
         self._sorted: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
 
     def insert(self, start: int, hashes: NDArray[np.uint64]) -> None:
-        """Add the passage that begins at `start`, with the hashes of its bands."""
+        """Add the passage that begins at `start`, with the hashes of its bands; before any `query`."""
+        assert self._sorted is None
         self._starts.append(start)
         self._hashes.append(hashes)
-        self._sorted = None
 
     def query(self, hashes: NDArray[np.uint64]) -> list[int]:
         """Return the beginnings of the passages that share a band with `hashes`."""
@@ -218,7 +218,7 @@ class _BandIndex:
                 flat[order],
                 np.repeat(np.array(self._starts, np.int64), _BANDS[0])[order],
             )
-            self._hashes = [flat]  # one array takes less memory than one for each passage
+            self._hashes.clear()
         keys, starts = self._sorted
         low, high = (np.searchsorted(keys, hashes, side) for side in ("left", "right"))
         near = [starts[i:j] for i, j in zip(low.tolist(), high.tolist(), strict=True) if i < j]
