@@ -149,7 +149,7 @@ class PartsTask:
 
 def _class(kind: str) -> Any:
     try:
-        import datatrove.executor
+        import datatrove.executor  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise missing_extra("cluster", "--executor", "datatrove") from None
     return getattr(datatrove.executor, CLASSES[kind])
