@@ -92,7 +92,7 @@ def test_a_table_is_the_list_of_its_scores(seed):
     for s in scores:
         groups.setdefault((s.explainer, str(s.score.status)), []).append(s)
     assert list(table.groups("explainer", "status").items()) == list(groups.items())
-    assert table.count("explainer", "status") == {key: len(g) for key, g in groups.items()}
+    assert table.counts("explainer", "status") == {key: len(g) for key, g in groups.items()}
     assert table.labelled("!") == [replace(s, explainer=s.explainer + "!") for s in scores]
     assert ScoreTable.concatenated([table, table[:2]]) == scores + scores[:2]
 

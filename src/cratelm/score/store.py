@@ -146,7 +146,7 @@ def _checked(scores: ScoreTable) -> ScoreTable:
     for name in _ALWAYS:
         if not scores.has(name).all():
             raise ValueError(f"column {name} has empty cells")
-    for (status,) in scores.count("status"):
+    for (status,) in scores.counts("status"):
         Status(status)
     return scores
 

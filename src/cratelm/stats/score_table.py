@@ -156,7 +156,7 @@ class ScoreTable(Sequence[NeuronScore]):
         keys, which = self._grouped(names)
         return {key: self.where(which == number) for number, key in enumerate(keys)}
 
-    def count(self, *names: str) -> dict[tuple[str, ...], int]:
+    def counts(self, *names: str) -> dict[tuple[str, ...], int]:
         """Return the number of scores by the values of some columns of words."""
         keys, which = self._grouped(names)
         return dict(zip(keys, np.bincount(which, minlength=len(keys)).tolist(), strict=True))

@@ -258,7 +258,7 @@ def _chosen(
     scores: Iterable[NeuronScore], explainer: str, metric: Metric, control: Control
 ) -> ScoreTable:
     chosen = ScoreTable.of(scores).select(explainer=explainer, metric=metric, control=control)
-    models = sorted(model for (model,) in chosen.count("model"))
+    models = sorted(model for (model,) in chosen.counts("model"))
     if len(models) != 1:
         raise InputError(
             f"found scores of {' and '.join(models) or 'no model'} for {explainer}, {metric}, control"
@@ -268,7 +268,7 @@ def _chosen(
 
 
 def _model(scores: ScoreTable) -> str:
-    ((model,),) = scores.count("model")
+    ((model,),) = scores.counts("model")
     return model
 
 
@@ -306,7 +306,7 @@ def _values(scores: ScoreTable, metric: Metric, policy: Policy) -> _Values:
 
 
 def _counts(scores: ScoreTable) -> Counts:
-    n = scores.count("status")
+    n = scores.counts("status")
     statuses = (Status.DEFINED, Status.UNDEFINED, Status.DEAD, Status.FAILED)
     return Counts(*(n.get((str(status),), 0) for status in statuses))
 

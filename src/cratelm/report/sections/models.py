@@ -92,7 +92,7 @@ def _model_row(m: ModelResults) -> tuple[Cell, ...]:
     config = m.completions["model"].config if "model" in m.completions else {}
     return (
         m.name,
-        next((site for (site,) in m.scores.count("site")), None),
+        next((site for (site,) in m.scores.counts("site")), None),
         len(m.sparsity) or None,
         max((len(of_layer.dead) for of_layer in m.sparsity.values()), default=None),
         trained.get("parameters"),

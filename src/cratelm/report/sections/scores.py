@@ -280,7 +280,7 @@ def reasons_table(results: RunResults) -> Table:
         unscored = m.scores.where(~m.scores.has("value"))
         counts = {
             (explainer, METRIC_NAMES[cast("Metric", metric)], *why): n
-            for (explainer, metric, *why), n in unscored.count(
+            for (explainer, metric, *why), n in unscored.counts(
                 "explainer", "metric", "status", "reason"
             ).items()
         }
