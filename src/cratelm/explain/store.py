@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -199,7 +198,7 @@ class ExplanationFile:
         by_neuron: dict[NeuronKey, list[NDArray[np.int64]]] = {}
         for group in self._groups(["layer", "index", "documents"], layer):
             lists = group["documents"].combine_chunks()
-            ends = np.cumsum(pc.list_value_length(lists).to_numpy(zero_copy_only=False))  # pyright: ignore
+            ends = np.cumsum(lists.value_lengths().to_numpy(zero_copy_only=False))
             parts = np.split(_flat(group["documents"]), ends[:-1])
             for index, part in zip(group["index"].to_pylist(), parts, strict=True):
                 by_neuron.setdefault(NeuronKey(layer, index), []).append(part)
@@ -228,15 +227,14 @@ class ExplanationFile:
 
 def _evidence(payloads: pa.ChunkedArray) -> list[str]:
     """Return the kind of evidence in each payload; a payload without the word is not decoded."""
-    named = pc.match_substring(payloads, '"evidence"').to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
     return [
-        str(json.loads(payload.as_py()).get("evidence", "")) if is_named else ""
-        for payload, is_named in zip(payloads, named, strict=True)
+        str(json.loads(payload).get("evidence", "")) if '"evidence"' in payload else ""
+        for payload in payloads.to_pylist()
     ]
 
 
 def _flat(lists: pa.ChunkedArray) -> NDArray[np.int64]:
-    return pc.list_flatten(lists).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+    return lists.combine_chunks().flatten().to_numpy()
 
 
 def write_selected(folder: str | Path, selected: Sequence[SampledNeuron]) -> None:

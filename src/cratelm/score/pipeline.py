@@ -16,6 +16,7 @@ from cratelm.records import (
     CONTROLS_WITHOUT_SIMULATION,
     SIMULATION_METRICS,
     Control,
+    Excerpt,
     Metric,
     NeuronId,
     NeuronRecord,
@@ -74,16 +75,18 @@ def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore
 
     `record` is of the held-out split.
     """
+    sources: set[Metric] = {_source(metric) for metric in scoring.metrics}
+    chosen = {source: scored_on(record, source) for source in sources}
     for explainer in scoring.explainers:
         for variant, simulator in scoring.simulators(explainer).items():
             for metric in scoring.metrics:
                 simulated = metric in SIMULATION_METRICS
                 if variant == COMPAT and not simulated:
                     continue
-                excerpts = scored_on(record, metric if simulated else "top_and_random")
+                excerpts = chosen[_source(metric)]
                 documents = tuple(sorted({e.document for e in excerpts}))
                 for control in CONTROLS if simulated else CONTROLS_WITHOUT_SIMULATION:
-                    plan = _plan(record, explainer, simulator, metric, control, scoring)
+                    plan = _plan(record, excerpts, explainer, simulator, metric, control, scoring)
                     score = plan if isinstance(plan, Score) else Score(None)
                     row = NeuronScore(
                         record.neuron,
@@ -99,8 +102,14 @@ def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore
                     yield PendingScore(row, plan if isinstance(plan, Task) else None)
 
 
+def _source(metric: Metric) -> Metric:
+    """Return the metric whose excerpts `metric` uses."""
+    return metric if metric in SIMULATION_METRICS else "top_and_random"
+
+
 def _plan(
     record: NeuronRecord,
+    excerpts: Sequence[Excerpt],
     explainer: str,
     simulator: Simulator,
     metric: Metric,
@@ -126,7 +135,6 @@ def _plan(
             # levels have no unit, so there is no value for a constant simulation
             return Score(None, Status.UNDEFINED, CONSTANT)
         simulator = ConstantSimulator()
-    excerpts = scored_on(record, metric)
     token_ids = [e.token_ids for e in excerpts]  # simulators get token ids only, never activations
 
     def grade(outcomes: Sequence[Outcome]) -> Score:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -243,7 +242,7 @@ def _explained_positions(
     layer: int, rows: pa.Table, documents_of: Mapping[NeuronKey, NDArray[np.int64]]
 ) -> NDArray[np.int64]:
     """Return the positions of those excerpts that are in documents their neurons were explained from."""
-    in_context = pc.not_equal(rows["kind"].cast(pa.string()), "out_of_context").to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+    in_context = np.array(rows["kind"].to_pylist()) != "out_of_context"
     index, document, position = (rows[c].to_numpy() for c in ("index", "document", "position"))
     used = np.zeros(len(rows), bool)
     for number in np.unique(index).tolist():
