@@ -65,7 +65,8 @@ def compare(
         )
         ratios.append(naive_seconds / seconds)
         for a, b in zip(changes, ours.neurons, strict=True):
-            worst = max(worst, *(abs(x - y.change.value) for x, y in zip(a, b, strict=True)))
+            measured = [b[place].change.value for place in range(len(b))]
+            worst = max(worst, *(abs(x - y) for x, y in zip(a, measured, strict=True)))
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     return f"{statistics.median(ratios):.2f} times as long ({spread}), largest difference {worst:.1e} nats"
 

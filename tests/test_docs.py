@@ -565,8 +565,10 @@ def test_every_parquet_file_and_column_is_documented(build):
             assert (
                 f"| `{column.name}` | {build.type_name(column.type)} | {column.meaning} |" in page
             )
-    for path in (ROOT / "src").rglob("*.py"):
-        if path.name != "columns.py":
+    # a table in memory, and files that are removed when their stage finishes
+    undocumented = {"stats/score_table.py", "tokens/parts.py", "runs/columns.py"}
+    for path in (ROOT / "src" / "cratelm").rglob("*.py"):
+        if path.relative_to(ROOT / "src" / "cratelm").as_posix() not in undocumented:
             assert "pa.schema(" not in path.read_text(), f"{path} declares a schema on its own"
 
 

@@ -458,3 +458,50 @@ def test_the_working_directory_is_not_lost_to_a_kill(tmp_path, monkeypatch, numb
     assert len({p.read_text(encoding="utf-8") for p in target.rglob("*.txt")}) == 1
     atomic.clear(target)
     assert names(tmp_path) == ["here", *sorted(f"here/{name}" for name in names(target))]
+
+
+LONG = "n" * 5000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"tokenize --run new --corpus corpus.jsonl --tokenizer {LONG}",
+        f"tokenize --run new --corpus {LONG}",
+        f"import authors {LONG} --out out",
+        f"import authors x.pt --tokenizer {LONG} --out out",
+        f"import sae {LONG} --out out",
+        f"import records --files {LONG} --model m --run new",
+        f"evaluate --run run --model {LONG}/x --device cpu",
+        f"evaluate --run run --model {MODEL} --on mine={LONG} --device cpu",
+        f"explain --run run --model {MODEL} --explainer hf:{LONG}",
+        f"harvest --run run --model {MODEL} --sae {LONG}/x",
+        f"view {LONG}",
+        f"check {LONG}",
+        f"demo --no-run {LONG}",
+        "tokenize --run new --corpus corpus.jsonl --tokenizer ~nobody/x",
+        "import authors ~nobody/x.pt --out out",
+    ],
+)
+@pytest.mark.fault(
+    "a path to read that no file system can have, or in the home of nobody",
+    "one line of bounded length",
+)
+def test_paths_to_read_that_cannot_be(place, capsys, words):
+    line = error_of(capsys, *words.split())
+    assert len(line) < 3000
+    assert "CRATELM_TRACEBACK" not in line, line
+
+
+@pytest.mark.parametrize("reference", [LONG, f"{LONG}/x", f"x/{LONG}.pt", "~nobody/x.pt"])
+def test_calls_with_paths_to_read_that_cannot_be(place, reference):
+    import cratelm
+
+    for call in (
+        lambda: cratelm.api.import_authors(checkpoint=reference, out="out"),
+        lambda: cratelm.api.tokenize(run="new", corpus="corpus.jsonl", tokenizer=reference),
+        lambda: cratelm.api.evaluate(run="run", model=MODEL, on=(f"mine={reference}",)),
+    ):
+        with pytest.raises(InputError) as refused:
+            call()
+        assert "\n" not in str(refused.value)

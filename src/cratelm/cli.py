@@ -173,6 +173,8 @@ VERBS: dict[str, Verb] = {
 }
 
 
+_LONGEST_MESSAGE = 2000
+"""characters"""
 GROUPS = {
     "what to run": "",
     "language model": "language model",
@@ -437,6 +439,9 @@ def _fail(verb: str, message: str, status: int) -> int:
     if number := rank():
         time.sleep(REPORTS_AFTER)
         message = f"rank {number}: {message}"
+    if len(message) > _LONGEST_MESSAGE:  # it repeats what was typed
+        half = _LONGEST_MESSAGE // 2
+        message = f"{message[:half]} … {message[-half:]}"
     print(f"cratelm {verb}: {message}".replace(" :", ":"), file=sys.stderr)
     return status
 

@@ -41,7 +41,7 @@ READERS: dict[str, Reader] = {
 
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 """skipped folders of the standard library: they differ most between installations"""
-_LINK = "a link to a folder is not followed: move or copy the folder into the corpus, or delete the link"
+_LINK = "a link to a folder is not followed: move or copy the folder into the corpus, or move the link away"
 _WHOLE = 16 * 2**20
 """bytes; a larger file is identified by samples of its content"""
 _SAMPLES, _SAMPLE = 16, 2**20

@@ -15,6 +15,7 @@ Shape legend: T tokens of a whole window, C documents, V vocabulary.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -408,7 +409,7 @@ def named_set(
     base, _, subset = name.partition(":")
     if name in SPLITS and path:
         raise InputError(f"{given}: {name} is a split of the run: give the file another name")
-    if path and not path.startswith(HUB) and not Path(path).expanduser().exists():
+    if path and not path.startswith(HUB) and not os.path.exists(os.path.expanduser(path)):
         raise InputError(f"{path} does not exist: name a file or a folder, --on {name}=PATH")
     if (subset and base != "pile") or (base not in KINDS and not path):
         choices = [*SPLITS, *KINDS, "pile:SUBSET"]

@@ -1,5 +1,6 @@
 """`cratelm import authors`: write a checkpoint of the paper's authors as a Hugging Face folder."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def _tokenizer(name: str, vocabulary: int, checkpoint: Path) -> "Tokenizer | Non
             raise InputError(
                 f"GPT-2's tokenizer can be fetched neither through tiktoken nor from the Hub: {advice}"
             ) from None
-    tokenizer = None if name == "gpt2" else load_tokenizer(Path(name).expanduser())
+    tokenizer = None if name == "gpt2" else load_tokenizer(os.path.expanduser(name))
     has = GPT2_VOCABULARY if tokenizer is None else vocabulary_size(tokenizer)
     if tokenizer is None or has > vocabulary:
         raise InputError(

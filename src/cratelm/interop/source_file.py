@@ -1,5 +1,6 @@
 """Locate the file that an import reads: a local file, or a file fetched from the Hugging Face Hub."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +44,12 @@ def locate(reference: str, suffix: str = ".pt") -> SourceFile:
     file is the only one in the repository that ends in `suffix`. Raises `InputError` if there is no such file or
     more than one, or if the Hub cannot be reached.
     """
-    path = Path(reference).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(reference))
+    if os.path.isfile(path):  # os.path, because Path raises if a name is too long
         return SourceFile(path, path.name)
     match = _HUB.fullmatch(reference)
     only_local = match is None or (not match["hub"] and _looks_local(reference, suffix))
-    if only_local or path.exists():
+    if only_local or os.path.exists(path):
         raise InputError(f"{reference} is not a file: name {FORMS}")
     repository, revision, file = _parts(reference)
     if file is None:
@@ -60,7 +61,7 @@ def _looks_local(reference: str, suffix: str) -> bool:
     """Return whether a reference is a path in an existing folder, or has a file name instead of a repository name."""
     first, _, rest = reference.partition("/")
     return (
-        first in (".", "..") or Path(first).is_dir() or ("/" not in rest and rest.endswith(suffix))
+        first in (".", "..") or os.path.isdir(first) or ("/" not in rest and rest.endswith(suffix))
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     if not str(path).strip():
         raise InputError("the path of the model is empty: name a folder or a Hub id")
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         from cratelm.runs.reading import verify_folder  # imports pyarrow
 
         verify_folder(path)

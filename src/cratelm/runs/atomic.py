@@ -126,6 +126,8 @@ def _acquired(path: Path, key: tuple[Path, int], wait: float) -> Iterator[None]:
 def check_unlocked(path: Path) -> None:
     """Raise `InputError`, which says who the writer is, if another process is writing `path`."""
     path = path.resolve()
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes of a command: rank 0 writes for all, and may have begun already
     if (path, threading.get_ident()) not in _held and _lock_file(path).exists():
         # raises, unless a dead process left the file; all ranks of one command may look at it at once
         with lock(path, wait=_RANKS_WAIT):

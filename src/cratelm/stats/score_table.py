@@ -73,7 +73,8 @@ class ScoreTable(Sequence[NeuronScore]):
         """Return the scores of several tables, in order."""
         if not tables:
             return cls.of([])
-        return cls(pa.concat_tables([t._table for t in tables], promote_options="default"))
+        # permissive: layers are 32 bits wide in files, and 64 in tables of objects
+        return cls(pa.concat_tables([t._table for t in tables], promote_options="permissive"))
 
     # ---- a sequence of scores ---------------------------------------------------------------------
 

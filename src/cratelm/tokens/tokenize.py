@@ -11,6 +11,7 @@ once per worker, and `Part.blocks`; if a tokenizer is trained, also by the table
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import sys
 from collections.abc import Generator, Iterator
@@ -380,7 +381,7 @@ def _tokenizer(config: TokenizeConfig, corpus: Corpus) -> Tokenizer:
         return train_tokenizer(_sample(config, corpus), config.vocab_size)
     if config.tokenizer == "gpt2":
         return fetch_gpt2()
-    return load_tokenizer(Path(config.tokenizer).expanduser())
+    return load_tokenizer(os.path.expanduser(config.tokenizer))
 
 
 def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
@@ -403,5 +404,5 @@ def _tokenizer_identity(config: TokenizeConfig) -> dict[str, str]:
     """Return the hash of a tokenizer file; the other choices are in the configuration."""
     if config.tokenizer in ("train", "gpt2"):
         return {}
-    path = Path(config.tokenizer).expanduser()
-    return {"tokenizer": hash_file(path) if path.is_file() else ""}  # loading it raises
+    path = os.path.expanduser(config.tokenizer)
+    return {"tokenizer": hash_file(path) if os.path.isfile(path) else ""}  # loading it raises

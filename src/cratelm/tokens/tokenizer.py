@@ -1,5 +1,6 @@
 """Tokenizers: trained here, GPT-2's, or from a file; all in the `tokenizers` library's format."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -66,9 +67,9 @@ def _parts(text: str) -> Iterator[str]:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer of a `tokenizer.json` file. Raises `InputError` if it cannot be read."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # os.path, because Path raises if a name is too long
         inside = path / "tokenizer.json"
-        if inside.is_file():
+        if os.path.isfile(inside):
             raise InputError(f"{path} is a folder: type --tokenizer {inside}")
         raise InputError(f"{path} is not a file: name a tokenizer.json with --tokenizer")
     try:

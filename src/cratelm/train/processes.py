@@ -9,9 +9,11 @@ from typing import Any
 
 import torch.distributed
 from accelerate import Accelerator
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cratelm.errors import InputError
 from cratelm.runs import Draft
+from cratelm.runs.ranks import Stopped
 from cratelm.train.resume import found, step_of
 
 ENDED = "ended"
@@ -30,15 +32,14 @@ def reported_loss(accelerator: Accelerator, draft: Draft) -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        raise InterruptedError(f"signal {number}")
+        # no OSError: that would be taken for a fault of the disk while a checkpoint is written
+        raise Stopped(f"signal {number}")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except Exception as error:
-        stopped = isinstance(error, InterruptedError)
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-        if not (stopped or (isinstance(error, RuntimeError) and lost)):
+    except (Exception, Stopped, CheckpointException) as error:
+        if not _is_of_lost_process(error):
             raise
         with contextlib.suppress(OSError):  # the file exists, or its folder no longer does
             os.close(os.open(draft.path / ENDED, os.O_CREAT | os.O_EXCL))
@@ -46,6 +47,18 @@ def reported_loss(accelerator: Accelerator, draft: Draft) -> Iterator[None]:
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _is_of_lost_process(error: BaseException) -> bool:
+    """Return whether an error is what a process sees when another one ends.
+
+    While a checkpoint is written, `torch.distributed.checkpoint` wraps the errors of all processes in one.
+    """
+    if isinstance(error, Stopped | torch.distributed.DistError):
+        return True
+    if isinstance(error, CheckpointException):
+        return all(_is_of_lost_process(failure) for failure, _ in error.failures.values())
+    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()
 
 
 def _lost(draft: Draft) -> str:

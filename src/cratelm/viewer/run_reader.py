@@ -3,6 +3,7 @@
 Files may be missing, half-finished or damaged: readable files are shown, and all others are reported.
 """
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -78,7 +79,7 @@ class Library:
     def __init__(self, runs: Sequence[Path]):
         self._runs: dict[str, Run] = {}
         for path in runs:
-            if not Path(path).is_dir():
+            if not os.path.isdir(path):
                 raise InputError(
                     f"{path} does not exist: name a run directory, such as runs/demo, which `cratelm demo`"
                     " creates"

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -52,13 +53,13 @@ def locate(specification: str) -> LLMSource:
     """
     if specification == DEFAULT:
         return _default()
-    path = Path(specification).expanduser()
+    path = Path(os.path.expanduser(specification))
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"hf:{specification}: there is no such GGUF file; check the path")
         _require_gguf()
         return LLMSource(str(path.parent), path.name)
-    if path.is_dir():
+    if os.path.isdir(path):  # os.path, because Path raises if a name is too long
         if (path / "config.json").is_file():
             return LLMSource(str(path))
         files = sorted(path.glob("*.gguf"))
