@@ -1,12 +1,16 @@
 """The browser's server: addresses, headers, hosts, rates, JSON."""
 
 import html
+import os
 import re
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
+from cratelm.runs import Run, atomic_path
+from cratelm.viewer.index import Index
 from cratelm.viewer.run_reader import Library
 from cratelm.viewer.security import Rate, allowed_hosts, is_allowed, is_own
 
@@ -187,3 +191,22 @@ def test_json_is_the_same_as_the_page(client, library):
     from xml.etree import ElementTree
 
     assert ElementTree.fromstring(card.text).tag.endswith("svg")
+
+
+def test_leftovers_of_a_killed_index_are_removed(viewer_run, tmp_path):
+    """A process that is killed while it writes a map leaves a lock and a temporary file."""
+    run = tmp_path / "run"
+    shutil.copytree(viewer_run, run)
+    shutil.rmtree(run / "viewer", ignore_errors=True)
+    Index(Run(run)).build()
+    (folder,) = (run / "viewer").glob("index-*")
+    before = sorted(p.name for p in folder.iterdir())
+    (*_, written) = sorted(folder.glob("map-*-0.npy"))
+    if (child := os.fork()) == 0:
+        with atomic_path(written) as temporary:
+            temporary.write_bytes(b"half")
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(folder.iterdir())) == len(before) + 2
+    Index(Run(run)).build()
+    assert sorted(p.name for p in folder.iterdir()) == before

@@ -15,6 +15,7 @@ from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
 from cratelm.analysis.analyze import analyze
 from cratelm.analysis.config import AnalyzeConfig
+from cratelm.corpus.sources import open_corpus
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.models import build
@@ -93,6 +94,8 @@ def demo(config: DemoConfig) -> DemoResult:
     started = time.monotonic()
     if config.sae:
         import_sae_lens()  # report a missing package before training
+    if config.force or Run(config.run).stage("tokens").completion() is None:
+        open_corpus(config.corpus)  # a missing corpus is reported before the machine is measured
     if not config.quiet:
         print(_plan(config), flush=True)
     steps = list(_steps(config))

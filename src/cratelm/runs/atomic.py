@@ -369,6 +369,13 @@ def clear(path: Path) -> None:
         remove_drafts(path, resumable=False)
 
 
+def clear_interrupted(folder: Path, mark: str) -> None:
+    """Clear what killed writers left directly in a folder, where that is possible. `mark`: see `interrupted`."""
+    for path in interrupted(folder, mark):
+        with contextlib.suppress(InputError, OSError):
+            clear(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the operating system write a folder and everything in it to disk."""
     from concurrent.futures import ThreadPoolExecutor  # on first use: `--help` needs none

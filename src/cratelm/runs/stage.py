@@ -606,9 +606,8 @@ def _model_of(label: str) -> str:
 
 def _clear(*folders: Path) -> None:
     """Clear what killed writers left directly in the folders, where that is possible."""
-    for path in [path for folder in folders for path in atomic.interrupted(folder, RECORD)]:
-        with contextlib.suppress(InputError, OSError):
-            atomic.clear(path)
+    for folder in folders:
+        atomic.clear_interrupted(folder, RECORD)
 
 
 def _is_old_name(run: Run, stage: StageName, name: str) -> bool:

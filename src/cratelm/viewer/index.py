@@ -15,7 +15,6 @@ Shape legend: N neurons of all models, V tokens of the vocabulary, E entries, D 
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 import threading
@@ -34,6 +33,7 @@ from cratelm.results.neuron_table import NeuronTable, read_neuron_table
 from cratelm.results.stages import READ_ERRORS, changed_at
 from cratelm.results.views import IndexState
 from cratelm.runs import Run, atomic_folder, atomic_path, hash_json, write_json
+from cratelm.runs.atomic import clear_interrupted
 from cratelm.runs.reading import verified
 from cratelm.tokens.shards import TokenStore
 
@@ -73,6 +73,8 @@ class Index:
             try:
                 self._built = key = self._key()
                 folder = self._root() / f"index-{key[:16]}"
+                for place in (folder.parent, folder):
+                    clear_interrupted(place, "meta.json")
                 if not (folder / "meta.json").is_file():
                     self._make(folder)
                 self._open(folder)
@@ -118,9 +120,7 @@ class Index:
         folder = self.run.path / "viewer"
         try:
             folder.mkdir(exist_ok=True)
-            probe = folder / f".{os.getpid()}.probe"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError:
             self._temporary = tempfile.TemporaryDirectory(prefix="cratelm-index-")
             return Path(self._temporary.name)
