@@ -5,14 +5,15 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from fake_llm import FakeModel
 from test_runs_stale import use
-from tiny_run import MODEL, copied
+from tiny_run import MODEL, copied, reseal
 
 import cratelm
 import cratelm.runs.verified as verified_files
-from cratelm.activations.store import ExcerptFile
+from cratelm.activations.store import ExcerptFile, read_records
 from cratelm.cli import main
 from cratelm.errors import InputError
 from cratelm.runs import RECORD, Run
@@ -421,3 +422,27 @@ def test_what_is_no_run(tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 2
     assert "has no stage of a run" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "nothing")]) == 2
+
+
+@pytest.mark.fault(
+    "an excerpts file has other columns, with a fitting hash", "one line names the file"
+)
+def test_excerpts_with_other_columns_are_told(run):
+    path = run / HARVEST / "excerpts-fit.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["kind"]), path)
+    reseal(run / HARVEST)
+    with pytest.raises(InputError, match=r"excerpts-fit\.parquet is damaged .*kind"):
+        list(read_records(run / HARVEST, "fit"))
+
+
+@pytest.mark.fault(
+    "the header of a NumPy file is damaged, with a fitting hash", "one line names the file"
+)
+def test_a_damaged_header_of_an_array_is_told(run):
+    path = run / "tokens" / "fit.starts.npy"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"(")] = ord("[")
+    path.write_bytes(content.replace(b")", b" "))
+    reseal(run / "tokens")
+    with pytest.raises(InputError, match=r"fit\.starts\.npy is missing or damaged"):
+        TokenStore(run / "tokens").split("fit")

@@ -147,7 +147,9 @@ def read_records(
     for group in excerpts.groups(layers):
         keys = excerpts.keys_in(group, wanted)
         if keys:
-            by_key = _by_neuron(_rows_of(excerpts.read_group(group), keys))
+            rows = excerpts.read_group(group)
+            with reading(excerpts.path, "the columns that docs/files.md lists"):
+                by_key = _by_neuron(_rows_of(rows, keys))
             for key in sorted(by_key):
                 yield NeuronRecord(wanted.pop(key), by_key[key])
     for summary in wanted.values():

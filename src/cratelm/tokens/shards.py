@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -464,7 +465,7 @@ def _map_array(path: Path, n: int) -> NDArray[np.int64]:
         array = np.load(verified(path), mmap_mode="r")
     except InputError:
         raise
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, TokenError):  # NumPy reads the header as Python
         raise _damaged(path, f"it must be an array of {n:,} numbers") from None
     if array.shape != (n,) or array.dtype != np.int64:
         raise _damaged(path, f"it must have {n:,} numbers of 64 bits")
