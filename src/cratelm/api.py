@@ -236,7 +236,7 @@ def train(
         precision: bf16: mixed precision, weights stay in float32 (paper bf16; laptop fp32)
         compile: use torch.compile: slow to start, but faster steps, above all on GPUs
         gradient_checkpointing: recompute the activations of each block in the backward pass instead
-            of keeping them: less memory, for about a third more time
+            of keeping them: less memory, for one more forward pass of the blocks in each step
         shard: split weights, gradients and optimizer states over the processes (FSDP2) instead of
             keeping all of them in each (DDP); checkpoints resume on any number of processes
         log_every: steps between two points of the training curve (paper 10; laptop 1)

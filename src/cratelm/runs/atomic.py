@@ -129,7 +129,7 @@ def check_unlocked(path: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes of a command: rank 0 writes for all, and may have begun already
     if (path, threading.get_ident()) not in _held and _lock_file(path).exists():
-        # raises, unless a dead process left the file; all ranks of one command may look at it at once
+        # raises, unless a dead process left the file; another command may look at it at the same moment
         with lock(path, wait=_RANKS_WAIT):
             pass
 

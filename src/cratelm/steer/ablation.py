@@ -137,17 +137,16 @@ def ablate(
                 _measure(batch, indices, first, value, sums[site_layer])
                 bar.update(len(indices))
     of_document = base.tables["n"][0].numpy()
-    return Ablations(
-        ratio(base.tables["all"][0].numpy(), of_document),
-        [
-            {
-                j: _ablation(s, j, of_document)
-                for first in _groups(site_layer, s.k, share)
-                for j in range(first, min(first + GROUP, s.k))
-            }
-            for site_layer, s in enumerate(sums)
-        ],
-    )
+    measured = [
+        {j: _ablation(s, j, of_document) for j in _places(site_layer, s.k, share)}
+        for site_layer, s in enumerate(sums)
+    ]
+    return Ablations(ratio(base.tables["all"][0].numpy(), of_document), measured)
+
+
+def _places(site_layer: int, k: int, share: Share) -> list[int]:
+    """Return the places of the neurons of a share, among the `k` of a layer."""
+    return [j for i in _groups(site_layer, k, share) for j in range(i, min(i + GROUP, k))]
 
 
 def _groups(site_layer: int, k: int, share: Share) -> list[int]:

@@ -108,3 +108,9 @@ class TokenizeConfig(Options):
             if value is not None and value <= 0:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} is {value}: it must be above 0")
+
+    def reaches_limit(self, n_tokens: int, n_documents: int) -> bool:
+        """Return whether so many tokens and documents reach `max_tokens` or `max_documents`."""
+        return (self.max_tokens is not None and n_tokens >= self.max_tokens) or (
+            self.max_documents is not None and n_documents >= self.max_documents
+        )

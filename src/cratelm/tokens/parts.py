@@ -250,12 +250,9 @@ class _PartWriter:
     @property
     def is_full(self) -> bool:
         """Return whether nothing that follows in this part can be used."""
-        config = self.config
-        return (
-            (config.max_tokens is not None and self.n_tokens >= config.max_tokens)
-            or (config.max_documents is not None and self.n_rows >= config.max_documents)
-            or (config.on_error == "stop" and self.n_failed > 0)
-        )
+        if self.config.on_error == "stop" and self.n_failed > 0:
+            return True
+        return self.config.reaches_limit(self.n_tokens, self.n_rows)
 
     def append_all(self, batch: list[Entry]) -> None:
         """Append entries of the corpus, until nothing more can be used."""

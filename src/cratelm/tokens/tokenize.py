@@ -154,10 +154,7 @@ class _Shards:
     @property
     def is_full(self) -> bool:
         """Return whether a limit is reached."""
-        most_tokens, most_documents = self.config.max_tokens, self.config.max_documents
-        return (most_tokens is not None and self.n_tokens >= most_tokens) or (
-            most_documents is not None and self._n_read >= most_documents
-        )
+        return self.config.reaches_limit(self.n_tokens, self._n_read)
 
     @property
     def n_tokens(self) -> int:

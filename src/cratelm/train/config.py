@@ -126,8 +126,8 @@ class TrainConfig(Options):
     compile: bool = False
     """use torch.compile: slow to start, but faster steps, above all on GPUs"""
     gradient_checkpointing: bool = not_in_identity(False)
-    """recompute the activations of each block in the backward pass instead of keeping them: less memory, for about
-    a third more time"""
+    """recompute the activations of each block in the backward pass instead of keeping them: less memory, for
+    one more forward pass of the blocks in each step"""
     shard: bool = not_in_identity(False)
     """split weights, gradients and optimizer states over the processes (FSDP2) instead of keeping all of them in
     each (DDP); checkpoints resume on any number of processes"""
