@@ -250,8 +250,9 @@ def test_a_killed_worker_is_reported_with_its_file(
             process.join()
 
     parts = work(tmp_path, corpus, tokenizer)
+    # one worker: of two, the other may not have a file yet
     with pytest.raises(WorkerKilledError, match=r"signal 9.*, at .*/[ab]\.\S+: type") as caught:
-        list(write_parts(parts, range(N_FILES), 1, kill))  # of two, the other may not have a file yet
+        list(write_parts(parts, range(N_FILES), 1, kill))
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()
     written = list(write_parts(parts, parts.unwritten(), 2, lambda _: None))
