@@ -544,3 +544,21 @@ def test_a_sequence_is_not_longer_than_the_model_takes(run, verb, options):
 def test_a_limit_above_all_there_is_takes_no_memory(run, verb, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call(verb, run, **options)
+
+
+def test_messages_are_one_line_whatever_was_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hostile = "a\nb\x1b[31m\u202e"
+    for call in (
+        lambda: api.demo(corpus=hostile, quiet=True),
+        lambda: api.tokenize(corpus=hostile, quiet=True),
+        lambda: api.report(run=hostile),
+        lambda: api.import_authors(checkpoint=hostile, out="out"),
+    ):
+        with pytest.raises(InputError) as refused:
+            call()
+        assert str(refused.value).isprintable()
+    assert main(["demo", "--corpus", hostile, "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert r"corpus a\nb\x1b[31m\u202e does not exist" in said

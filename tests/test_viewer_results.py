@@ -213,6 +213,15 @@ def test_runs_of_one_name_are_told_apart(run, tmp_path):
         Library([tmp_path / "nothing"])
 
 
+def test_a_folder_that_is_no_run_is_told_with_a_run_that_it_holds(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty has no stage of a run: name a run directory"):
+        Library([tmp_path / "empty"])
+    shutil.copytree(run / "tokens", tmp_path / "runs" / "mine" / "tokens")
+    with pytest.raises(InputError, match=r"runs has no stage of a run; .*`cratelm view .*/mine`"):
+        Library([tmp_path / "runs"])
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -276,9 +285,9 @@ def test_a_half_finished_run_says_what_is_missing(copy):
     assert "trie" in Pages(library).layer("copy", "crate-2l", 0, LayerQuery())
 
 
-def test_an_empty_run_is_a_page(tmp_path):
-    (tmp_path / "empty").mkdir()
-    client = TestClient(server.application(Library([tmp_path / "empty"])), "http://127.0.0.1")
+def test_a_run_without_models_is_a_page(tmp_path):
+    (tmp_path / "new" / "tokens").mkdir(parents=True)
+    client = TestClient(server.application(Library([tmp_path / "new"])), "http://127.0.0.1")
     answer = client.get("/")
     assert answer.status_code == 200
     assert "has no finished model: type `cratelm demo --run" in answer.text

@@ -6,7 +6,13 @@ class InputError(ValueError):
 
     The command line prints only this one-line message and exits with status 2; in Python it is an
     ordinary `ValueError`.
+
+    The message repeats what was given, such as a path with a line break. Characters that are not
+    printed stand in it as their codes (`\\n`), so that it is one line wherever it is shown.
     """
+
+    def __init__(self, *args: object):
+        super().__init__(*(in_one_line(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class StorageError(OSError, InputError):
@@ -36,6 +42,11 @@ def missing_extra(extra: str, feature: str, package: str, otherwise: str = "") -
         f"{feature} needs the package {package}, which is not installed: type"
         f" `pip install '.[{extra}]'` in the clone of cratelm{otherwise}"
     )
+
+
+def in_one_line(text: str) -> str:
+    """Return `text` with every character that is not printed as its code, such as `\\n` or `\\x1b`."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

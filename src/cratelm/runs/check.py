@@ -82,7 +82,7 @@ def check(config: CheckConfig) -> CheckResult:
     Memory: one Parquet row group. Raises `InputError` if there is no run at the path.
     """
     run = Run(config.run)
-    if not run.path.is_dir() or not _is_run(run.path):
+    if not run.is_begun():
         raise InputError(
             f"{run.path} has no stage of a run: name a run directory, `cratelm check runs/NAME`"
         )
@@ -108,10 +108,6 @@ def check(config: CheckConfig) -> CheckResult:
 
 
 # ---- what belongs to a run ------------------------------------------------------------------------
-
-
-def _is_run(path: Path) -> bool:
-    return (path / MANIFEST).exists() or any((path / stage).is_dir() for stage in STAGES)
 
 
 def _stages(run: Run) -> Iterator[Stage]:

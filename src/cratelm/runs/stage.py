@@ -197,6 +197,10 @@ class Run:
         manifest = self.path / MANIFEST
         _check_format(manifest, (_json(manifest) or {}).get("format"))
 
+    def is_begun(self) -> bool:
+        """Whether the directory has a manifest or the folder of a stage, finished or not."""
+        return (self.path / MANIFEST).exists() or any((self.path / s).is_dir() for s in STAGES)
+
     def stage(self, stage: StageName, name: str = "") -> "Stage":
         """Return a stage of the run. Raises `InputError` for a name that cannot name a folder."""
         return Stage(self, stage, name)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from cratelm.errors import InputError, StorageError
+from cratelm.errors import InputError, StorageError, in_one_line
 
 NAME_RESERVE = len(".0123abcd..tmp")
 """bytes that `cratelm.runs.atomic` adds to a name while the file or folder is written"""
@@ -196,7 +196,7 @@ def _shown(path: str | Path) -> str:
     """Return a path as part of one line: without control characters, its middle omitted if it is very long."""
     text = str(path)
     text = f"{text[:120]}...{text[-40:]}" if len(text) > 300 else text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return in_one_line(text)
 
 
 def _existing(path: Path) -> Path:

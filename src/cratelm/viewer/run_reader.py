@@ -3,6 +3,7 @@
 Files may be missing, half-finished or damaged: readable files are shown, and all others are reported.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -69,6 +70,15 @@ class FileCache:
         return value
 
 
+def _no_run(path: Path) -> str:
+    """Return what to type instead of a folder that is no run but may hold some."""
+    with contextlib.suppress(InputError, OSError):
+        for folder in sorted(path.iterdir()):
+            if os.path.isdir(folder) and Run(folder).is_begun():
+                return f"{path} has no stage of a run; {folder} has: type `cratelm view {folder}`"
+    return f"{path} has no stage of a run: name a run directory, such as runs/demo"
+
+
 class Library:
     """Several run directories. Methods may be called from several threads.
 
@@ -84,12 +94,15 @@ class Library:
                     f"{path} does not exist: name a run directory, such as runs/demo, which `cratelm demo`"
                     " creates"
                 )
+            run = Run(path)
+            if not run.is_begun():
+                raise InputError(_no_run(path))
             name = Path(path).resolve().name or "run"  # "/" has no name
             key, number = name, 1
             while key in self._runs:
                 number += 1
                 key = f"{name}-{number}"
-            self._runs[key] = Run(Path(path))
+            self._runs[key] = run
         self._cache = FileCache()
         self._indexes = {key: Index(run) for key, run in self._runs.items()}
 
