@@ -1,5 +1,6 @@
 """Damage to a file of a run is noticed by every verb that reads it, in one line with the command that mends it."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import cratelm.runs.verified as verified_files
 from cratelm.activations.store import ExcerptFile, read_records
 from cratelm.cli import main
 from cratelm.errors import InputError
-from cratelm.runs import RECORD, Run
+from cratelm.runs import RECORD, Completion, Run
 from cratelm.runs.reading import read_json, read_json_lines, read_parquet, verified
 from cratelm.tokens.shards import TokenStore
 
@@ -291,14 +292,27 @@ def test_another_table_is_told(run):
         read_parquet(run / EXPLAINED / "explanations.parquet", columns=["text"])
 
 
-@pytest.mark.parametrize("results", ["null", "[]", '"x"'])
-def test_a_record_of_another_form_is_told(results, run):
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Completion)])
+def test_a_record_of_another_form_is_told(field, run):
+    """Each field with each kind of JSON value that it does not have, also inside a list or an object."""
     path = run / SCORES / RECORD
     record = json.loads(path.read_text())
-    record["results"] = json.loads(results)
-    path.write_text(json.dumps(record))
-    with pytest.raises(InputError, match=rf"{RECORD} cannot be read as a completion record"):
-        Run(run).labelled(SCORES).require()
+    kinds = {"text": "x", "number": 1.5, "list": [], "object": {}}
+    values = [None, *(value for value in kinds.values() if type(value) is not type(good(field)))]
+    if field in ("inputs", "outputs", "versions", "input_stages"):
+        values.append({"x": []})
+    if field == "options":
+        values.append([3])
+    for value in values:
+        path.write_text(json.dumps(record | {field: value}))
+        with pytest.raises(InputError, match=rf"{RECORD} cannot be read as a completion record"):
+            Run(run).labelled(SCORES).require()
+
+
+def good(field: str) -> object:
+    """A value of the type of a field of a record."""
+    texts = ("stage", "name", "identity", "finished_at", "git_commit", "checksum")
+    return {"seconds": 1.5, "format": 1, "options": []}.get(field, "x" if field in texts else {})
 
 
 @pytest.mark.fault(

@@ -115,6 +115,13 @@ columns = one_of_these(
 )  # fmt: skip
 
 
+def is_readable(value: pa.Scalar) -> bool:
+    try:
+        return isinstance(value.as_py(), str | None) and len(value.as_py() or "") <= LONGEST
+    except ValueError:  # no UTF-8, or a time that Python cannot hold
+        return False
+
+
 @st.composite
 def parquet(draw: st.DrawFn) -> HostileFile:
     text, meta = draw(columns), draw(columns)
@@ -122,7 +129,8 @@ def parquet(draw: st.DrawFn) -> HostileFile:
     name = draw(st.sampled_from(["text", "text", "body", "te\nxt"]))
     other = draw(st.sampled_from(["meta", "text2", "x" * 300]))
     table = pa.table({name: text[:n], other: meta[:n]})
-    if draw(st.booleans()):
+    is_meta_read = draw(st.booleans())
+    if is_meta_read:
         table = pa.table({name: text[:n], "meta": pa.StructArray.from_arrays([meta[:n]], ["pile_set_name"])})  # fmt: skip
     stream = io.BytesIO()
     options = {"compression": draw(st.sampled_from(["none", "zstd", "snappy"]))}
@@ -135,6 +143,8 @@ def parquet(draw: st.DrawFn) -> HostileFile:
         texts = text[:n].to_pylist() if is_string else []
     except UnicodeDecodeError:
         texts = []
+    if is_meta_read:  # a read error in either column is one of the row
+        texts = [t for t, other in zip(texts, meta, strict=False) if is_readable(other)]
     kept = tuple(t for t in texts if t is not None and len(t) <= LONGEST)
     return HostileFile(
         ".parquet", stream.getvalue(), n_found=n if name == "text" else None, texts=kept

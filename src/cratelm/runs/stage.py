@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import cratelm.runs.atomic as atomic
 import cratelm.runs.names as names
@@ -651,11 +651,9 @@ def _read_record(path: Path) -> Completion:
         if value.get("checksum") and value["checksum"] != _checksum(value):
             raise ValueError("its content is not what its stage wrote")
         done = Completion(**known_fields(Completion, value))
-        for part in (done.config, done.inputs, done.outputs, done.results, done.input_stages):
-            if not isinstance(part, dict):
-                raise TypeError(f"expected an object, not {part!r:.40}")
-        if done.stage not in STAGES:
-            raise ValueError(f"there is no stage {done.stage!r:.40}")
+        for name, hint in get_type_hints(Completion).items():
+            if not _is_of(getattr(done, name), hint):
+                raise TypeError(f"{name} cannot be {getattr(done, name)!r:.40}")
     except InputError:
         raise
     except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -666,6 +664,19 @@ def _read_record(path: Path) -> Completion:
     renamed = RENAMED.get(done.stage, {})
     config = {renamed.get(name, name): value for name, value in done.config.items()}
     return dataclasses.replace(done, config=config)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Return whether a value from JSON is of the type of a field of `Completion`."""
+    if hint is Any:
+        return True
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_is_of(v, get_args(hint)[1]) for v in value.values())
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of(v, get_args(hint)[0]) for v in value)
+    return isinstance(value, int | float if hint is float else hint)
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
