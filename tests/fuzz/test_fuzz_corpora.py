@@ -118,7 +118,11 @@ columns = one_of_these(
 def is_readable(value: pa.Scalar) -> bool:
     try:
         return isinstance(value.as_py(), str | None) and len(value.as_py() or "") <= LONGEST
-    except (ValueError, OverflowError):  # no UTF-8, or a time that Python cannot hold
+    except (
+        ValueError,
+        OverflowError,
+        KeyError,
+    ):  # no UTF-8; a time or zone that Python does not know
         return False
 
 
