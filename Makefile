@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[viewer]'
+	$(PIP) -e '.[viewer,fast]'
 	@touch $@
 
 $(DEVELOPED): $(INSTALLED)

@@ -35,6 +35,15 @@ SIZES = {
 }
 
 
+def layer_harvest(kind: str) -> type[LayerHarvest]:
+    """Return the kind of layer harvest, `torch` or `fused`, the latter if numba is installed."""
+    if kind == "torch":
+        return LayerHarvest
+    from cratelm.activations.fused_harvest import FusedLayerHarvest
+
+    return FusedLayerHarvest
+
+
 class Setting:
     """A model with a search plan over random tokens, prepared for a harvest batch by batch."""
 
@@ -55,7 +64,7 @@ class Setting:
         pilots = calibrate(self.model, self.site, self.plan, 8_192, self.batch_tokens)
         spans = self.plan.text_spans()
         self.layers = [
-            LayerHarvest(
+            layer_harvest(arguments.kind)(
                 p,
                 random_positions(spans, i, len(p.mean), 50, 0),
                 ExcerptSizes(),
@@ -122,7 +131,7 @@ def against_sorting(arguments: argparse.Namespace) -> None:
     plan = SearchPlan.of(split, "fit", 0, 1024, tokens, 0)
     generator = torch.Generator().manual_seed(0)
     sample = (torch.randn(batch_tokens, n_neurons, generator=generator) - 1).relu()
-    layer_harvest = LayerHarvest(
+    harvest = layer_harvest(arguments.kind)(
         Calibration.of(sample),
         random_positions(plan.text_spans(), 0, n_neurons, 50, 0),
         ExcerptSizes(),
@@ -132,7 +141,7 @@ def against_sorting(arguments: argparse.Namespace) -> None:
     for batch in plan.batches(batch_tokens, CPU):
         rows = batch.input_ids.numel()
         fresh = (torch.randn(rows, n_neurons) - 1).relu().view(*batch.input_ids.shape, n_neurons)
-        harvesting += timed(lambda a=fresh, b=batch: layer_harvest.add(a, b), CPU)
+        harvesting += timed(lambda a=fresh, b=batch: harvest.add(a, b), CPU)
     n_sorted = arguments.sort_neurons
     stored = torch.empty(tokens, n_sorted)
     storing = 0.0
@@ -183,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kind", choices=("torch", "fused"), default="fused")
     parser.add_argument("--sort", action="store_true")
     parser.add_argument("--sort-tokens", type=int, default=1_000_000)
     parser.add_argument(

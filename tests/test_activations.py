@@ -19,6 +19,7 @@ import cratelm
 from cratelm.activations import topk as cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
 from cratelm.activations.calibration import Calibration
+from cratelm.activations.fused_harvest import FusedLayerHarvest
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_per_neuron
 from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, write_records
@@ -50,12 +51,12 @@ class MemorySplit:
         return self.tokens[start:stop]
 
 
-def run_harvest(split, activations, length, sizes, batch_tokens, seed):
+def run_harvest(split, activations, length, sizes, batch_tokens, seed, kind=LayerHarvest):
     """Feeds activations [n_tokens, H] through the harvest of one layer, as a model would."""
     plan = SearchPlan.of(split, "fit", EOT, length, split.n_tokens + length, seed)
     pilot = Calibration.of(activations[split.tokens != EOT][: max(1, split.n_tokens // 3)])
     places = random_positions(plan.text_spans(), 1, activations.shape[1], sizes.random, seed)
-    kept = LayerHarvest(pilot, places, sizes, 1)
+    kept = kind(pilot, places, sizes, 1)
     for batch in plan.batches(batch_tokens, torch.device("cpu")):
         rows = activations[batch.position].view(*batch.input_ids.shape, -1)
         kept.add(rows, batch)
@@ -148,23 +149,28 @@ def cases(draw):
     return split, activations, length, sizes, draw(st.sampled_from([8, 64, 1024])), seed
 
 
-@given(cases(), st.sampled_from([0, 2, 6]))
+KINDS = st.sampled_from([LayerHarvest, FusedLayerHarvest])
+
+
+@given(cases(), st.sampled_from([0, 2, 6]), KINDS)
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-def test_harvest_equals_brute_force(case, waves):
+def test_harvest_equals_brute_force(case, waves, kind):
     """With `waves` 0 every candidate is merged by sorting, with 6 nearly all are inserted one by one."""
     split, activations, length, sizes, batch_tokens, seed = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "_WAVES", waves)
-        kept, pilot, places = run_harvest(split, activations, length, sizes, batch_tokens, seed)
+        kept, pilot, places = run_harvest(
+            split, activations, length, sizes, batch_tokens, seed, kind
+        )
     expected = reference(split, activations, length, sizes, pilot, places, seed)
     assert kept_excerpts(kept, split) == expected
 
 
-@given(cases())
+@given(cases(), KINDS)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_statistics_equal_brute_force(case):
+def test_statistics_equal_brute_force(case, kind):
     split, activations, length, sizes, batch_tokens, seed = case
-    kept, _, _ = run_harvest(split, activations, length, sizes, batch_tokens, seed)
+    kept, _, _ = run_harvest(split, activations, length, sizes, batch_tokens, seed, kind)
     text = activations[split.tokens != EOT].double().numpy()
     for h, row in enumerate(summary_table(kept, "m", "s", 1).to_pylist()):
         a = text[:, h]
@@ -184,6 +190,34 @@ def test_statistics_equal_brute_force(case):
         assert sum(row["histogram"]) == len(a)
         # float32 against float64 at a bin's edge may move a value to its neighbour
         assert np.abs(np.cumsum(near) - np.cumsum(row["histogram"])).max() <= max(2, 0.02 * len(a))
+
+
+@pytest.mark.parametrize("style", ["relu", "signed", "ties"])
+def test_compiled_loops_equal_those_of_torch(style):
+    """Over several tiles, pieces and threads: all but the moments exactly, these to the last digits."""
+    split = MemorySplit([70, 300, 1, 0, 129, *[40] * 30])
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(split.n_tokens, 130, generator=generator) - 1
+    activations = activations if style == "signed" else activations.relu()
+    activations = (activations * 3).round() if style == "ties" else activations
+    kinds = {"torch": (LayerHarvest, 1), "fused": (FusedLayerHarvest, 1), "in threads": (FusedLayerHarvest, 3)}  # fmt: skip
+    kept = {}
+    before = torch.get_num_threads()
+    for name, (kind, threads) in kinds.items():
+        torch.set_num_threads(threads)
+        try:
+            kept[name] = run_harvest(split, activations, 64, ExcerptSizes(5, 3, 4, 20, 3), 256, 0, kind)[0]  # fmt: skip
+        finally:
+            torch.set_num_threads(before)
+    reference = kept.pop("torch")
+    for harvest in kept.values():
+        assert torch.equal(harvest.fired, reference.fired)
+        assert torch.equal(harvest.maximum, reference.maximum)
+        assert torch.equal(harvest.histogram, reference.histogram)
+        assert int(harvest.histogram.sum()) == 130 * harvest.n_tokens
+        assert kept_excerpts(harvest, split) == kept_excerpts(reference, split)
+        torch.testing.assert_close(harvest.powers, reference.powers, rtol=1e-4, atol=1e-2)
+    assert torch.equal(kept["fused"].powers, kept["in threads"].powers)
 
 
 def test_pilot_sets_the_edges():
@@ -261,14 +295,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """.replace("{tests!r}", repr(str(Path(__file__).parent)))
 
 
-def test_activations_that_are_not_finite_are_told():
+@pytest.mark.parametrize("kind", [LayerHarvest, FusedLayerHarvest])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_not_finite_are_told(kind, number):
     split = MemorySplit([20, 20])
     activations = torch.randn(split.n_tokens, 3)
-    kept, _, _ = run_harvest(split, activations, 16, ExcerptSizes(), 64, 0)
+    kept, _, _ = run_harvest(split, activations, 16, ExcerptSizes(), 64, 0, kind)
     plan = SearchPlan.of(split, "fit", EOT, 16, 100, 0)
     batch = next(plan.batches(64, torch.device("cpu")))
     broken = activations[batch.position].view(*batch.input_ids.shape, -1).clone()
-    broken[0, 3, 1] = torch.nan
+    broken[0, 3, 1] = number
     with pytest.raises(InputError, match="layer 1 has activations that are not finite"):
         kept.add(broken, batch)
 

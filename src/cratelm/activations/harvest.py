@@ -6,6 +6,7 @@ Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -51,6 +52,8 @@ from cratelm.tokens.shards import TokenStore, check_vocabulary
 
 SPLITS: tuple[Split, ...] = ("fit", "held_out")
 """splits that are harvested; the bins are set on the first"""
+_WORTH_COMPILING = 2 * 10**8
+"""activations from which compiled code saves more than the second or two that loading it takes"""
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,18 @@ def harvest_name(config: HarvestConfig) -> str:
     return latents_name(model, last_name("--sae", config.sae)) if config.sae else model
 
 
+def layer_harvest_for(device: torch.device, n_activations: int) -> type[LayerHarvest]:
+    """Return the fastest kind of `LayerHarvest` for this many activations, of those that are installed.
+
+    Every process of a harvest must use the same kind, so `n_activations` is that of all of them.
+    """
+    if device.type == "cpu" and n_activations >= _WORTH_COMPILING and find_spec("numba"):
+        from cratelm.activations.fused_harvest import FusedLayerHarvest  # on first use: numba
+
+        return FusedLayerHarvest
+    return LayerHarvest
+
+
 def harvest_split(
     model: PreTrainedModel,
     site: Site,
@@ -169,8 +184,9 @@ def harvest_split(
         blocks = [blocks[i] for i in share.between(len(blocks))]
     numbers = [number for block in blocks for number in block]
     ends = {block[-1] for block in blocks}
+    kind = layer_harvest_for(model.device, plan.n_tokens() * sum(site.n_neurons))
     layers = [
-        LayerHarvest(
+        kind(
             calibration,
             random_positions(spans, number, h, sizes.random, plan.seed),
             sizes,

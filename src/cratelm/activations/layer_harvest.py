@@ -1,8 +1,8 @@
 """Statistics and excerpts of the neurons of one layer, updated batch after batch.
 
 Every activation of a corpus passes through here once, so this file is optimised for time per activation
-(6 to 8 ns on two cores; sorting them all takes 58: `benchmarks/harvest.py`). Most of that time is spent
-reading the activation from memory. Hence the blocks that fit into a processor's cache, and hence the plan
+(`benchmarks/harvest.py` compares it with sorting them all). Most of that time is spent reading the
+activation from memory. Hence the blocks that fit into a processor's cache, and hence the plan
 by which most activations are read only for their statistics and never considered as excerpts:
 
     moments, firing counts    every activation
@@ -10,6 +10,9 @@ by which most activations are read only for their statistics and never considere
     top excerpts              one candidate per document: its maximum
     random excerpts           positions drawn beforehand, looked up
     samples of bins           the tokens with the lowest sampling keys, and rare high activations
+
+On the CPU, with the extra `fast`, `FusedLayerHarvest` replaces the methods that read all activations by compiled
+ones; those of this file run everywhere.
 
 Memory depends on neurons and excerpts, never on the number of tokens: `bytes_per_neuron` has the
 formula, which gives 77 kB at the default sizes. The activations of one batch are extra.
@@ -174,11 +177,8 @@ class LayerHarvest:
         # The prefix first: it determines how high an activation of the other tokens must be to matter to
         # a bin, and the sweep, which reads all activations anyway, records where these are.
         cut, last_key = self._sample_prefix(flat, batch)
-        reached = self._sweep(flat, batch, cut)
-        self._count_histogram(flat, batch)
-        self._update_top(flat, batch)
+        self._search(flat, batch, cut, last_key)
         self._update_random(flat, batch)
-        self._sample_above(flat, batch, reached, last_key)
         self.n_tokens += batch.n_text
 
     @property
@@ -234,6 +234,21 @@ class LayerHarvest:
     def _buffers(self) -> dict[str, TopKBuffers]:
         return {"top": self.top, "openai": self.openai.samples, "anthropic": self.anthropic.samples}
 
+    def _search(self, flat: torch.Tensor, batch: Batch, cut: torch.Tensor, last_key: int) -> None:
+        """Add to the statistics, and offer candidates for the top excerpts and, beyond the prefix, for samples."""
+        reached = self._sweep(flat, batch, cut)
+        self._check_finite()
+        self._count_histogram(flat, batch)
+        self._update_top(flat, batch)
+        self._sample_above(flat, batch, reached, last_key)
+
+    def _check_finite(self) -> None:
+        if not torch.isfinite(self._block[0]).all():
+            raise InputError(
+                f"layer {self.layer} has activations that are not finite numbers:"
+                " the model is damaged or its training diverged; evaluate it first"
+            )
+
     def _sweep(self, flat: torch.Tensor, batch: Batch, cut: torch.Tensor) -> torch.Tensor:
         """Add to moments and firing counts; return the offsets [n] in flat of activations >= cut [H].
 
@@ -250,11 +265,6 @@ class LayerHarvest:
             self._block += torch.stack(powers)
             self.fired += text @ (piece > 0).float()
             reached.append(_nonzero(piece >= cut) + first * self.n_neurons)
-        if not torch.isfinite(self._block[0]).all():
-            raise InputError(
-                f"layer {self.layer} has activations that are not finite numbers:"
-                " the model is damaged or its training diverged; evaluate it first"
-            )
         return torch.cat(reached)
 
     def _count_histogram(self, flat: torch.Tensor, batch: Batch) -> None:
@@ -334,20 +344,26 @@ class LayerHarvest:
         """
         ordered, rows = torch.sort(batch.key)
         n_text = int((ordered < NEVER).sum())
-        neurons = torch.arange(self.n_neurons, device=flat.device)
         cut = torch.full_like(self.maximum, torch.inf)
         done, last_key, reach = 0, -1, 1.0
         while done < n_text and reach * n_text > done:
             prefix = rows[done : min(n_text, max(self.prefix // 2, 2 * done))]
-            for binning in (self.openai, self.anthropic):
-                buffer, wanted = binning.assign(flat[prefix], neurons, batch.key[prefix, None])
-                at, neuron = torch.nonzero(wanted, as_tuple=True)
-                self._sample(binning, flat, batch, buffer[at, neuron], prefix[at], neuron)
+            self._offer_rows(flat, batch, prefix)
             done += len(prefix)
             last_key = int(ordered[done - 1])
             cut, reach = self._cut(last_key)
+        if done == n_text:
+            cut = torch.full_like(cut, torch.inf)  # there are no other tokens
         self.prefix = max(_PREFIX, done)
         return cut, last_key
+
+    def _offer_rows(self, flat: torch.Tensor, batch: Batch, rows: torch.Tensor) -> None:
+        """Offer all activations of rows [n] as samples."""
+        neurons = torch.arange(self.n_neurons, device=flat.device)
+        for binning in (self.openai, self.anthropic):
+            buffer, wanted = binning.assign(flat[rows], neurons, batch.key[rows, None])
+            at, neuron = torch.nonzero(wanted, as_tuple=True)
+            self._sample(binning, flat, batch, buffer[at, neuron], rows[at], neuron)
 
     def _cut(self, key: int) -> tuple[torch.Tensor, float]:
         """Return the lower edge [H] of the lowest bin that may take tokens with keys above `key`.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # recorded with every stage for the reader; no identity depends on them
-_VERSIONED = ("cratelm", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+_VERSIONED = ("cratelm", "torch", "transformers", "tokenizers", "numpy", "numba", "pyarrow")
 
 
 def hash_json(value: Any) -> str:
