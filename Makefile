@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.installed-dev
 
-.PHONY: demo demo-sae test test-browser wheel-test lint docs format clean
+.PHONY: demo demo-sae test test-browser wheel-test bench lint docs format clean
 
 demo: $(INSTALLED)  ## train CRATE and its GPT-2 twin on a laptop, compare their neurons
 	$(BIN)/cratelm demo
@@ -25,6 +25,9 @@ test-browser: $(DEVELOPED)  ## the neuron browser in chromium, which it installs
 
 wheel-test: $(INSTALLED)  ## the wheel in an empty environment, without the repository
 	OMP_NUM_THREADS=2 $(BIN)/python .ci/wheel_test.py
+
+bench: $(DEVELOPED)  ## the table of docs/benchmarks.md; nothing else should run
+	$(BIN)/python benchmarks/bench.py
 
 lint: $(DEVELOPED)  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Random tokens, timers and peak memory for the benchmarks."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+
+
+FIGURES = "figures "
+"""before the JSON of a result among the lines that a benchmark prints: `bench.py` collects them"""
+
+
+def figures(**values: Any) -> None:
+    """Print the figures of a result as a line of JSON."""
+    print(FIGURES + json.dumps(values), flush=True)
 
 
 def synchronise(device: torch.device) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from common import CPU, random_split, timed, timed_result
+from common import CPU, figures, random_split, timed, timed_result
 
 from cratelm.activations.batches import SearchPlan, random_positions
 from cratelm.activations.calibration import Calibration, calibrate
@@ -117,6 +117,14 @@ def throughput(size: str, arguments: argparse.Namespace) -> None:
         f" ({min(fractions):.2f} to {max(fractions):.2f})",
         flush=True,
     )
+    figures(
+        size=size,
+        kind=arguments.kind,
+        tokens=tokens,
+        forward=plain,
+        harvest=harvested,
+        fractions=fractions,
+    )
 
 
 def against_sorting(arguments: argparse.Namespace) -> None:
@@ -153,6 +161,15 @@ def against_sorting(arguments: argparse.Namespace) -> None:
     print(
         f"{tokens:,} tokens x {n_neurons:,} neurons without the forward pass: harvest {harvesting:.1f} s,"
         f" store and sort {scaled:.1f} s (measured on {n_sorted} neurons): {scaled / harvesting:.1f} times less"
+    )
+    figures(
+        kind=arguments.kind,
+        tokens=tokens,
+        neurons=n_neurons,
+        harvest=harvesting,
+        sort=scaled,
+        neurons_sorted=n_sorted,
+        ratio=scaled / harvesting,
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from common import peak_memory, timed
+from common import figures, peak_memory, timed
 from torch.nn import functional as F
 
 from cratelm.train.head_loss import chunked_loss, head_loss, rows_per_chunk
@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for result in measure(vocabulary, options):
             print(line(result), flush=True)
             results.append(asdict(result))
+            figures(**asdict(result))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

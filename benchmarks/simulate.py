@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import timed_result
+from common import figures, timed_result
 
 from cratelm.activations.store import read_records
 from cratelm.llm.backends.transformers import LocalBackend
@@ -102,6 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, seconds in medians.items():
         print(f"{name:6} {seconds / len(neurons):8.2f} s per neuron")
     print(f"ratio  {medians['plain'] / medians['ours']:8.2f}   largest difference {gap:.3g} nats")
+    figures(
+        threads=torch.get_num_threads(),
+        neurons=len(neurons),
+        seconds=times,
+        ratios=[p / o for p, o in zip(times["plain"], times["ours"], strict=True)],
+        largest_difference=float(gap),
+    )
     if options.profile:
         with torch.profiler.profile() as profile:
             ours(backend, neurons[0])

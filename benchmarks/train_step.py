@@ -1,8 +1,11 @@
-"""Training step of named sizes: tokens/s, MFU, peak memory; the four-product ISTA compared with the five-product one.
+"""Training step of named sizes: tokens/s, MFU, peak memory; compared with the model as one would first write it.
 
     python benchmarks/train_step.py                                   # CPU: 2 layers, vocabularies 4,096 and 50,304
     python benchmarks/train_step.py --models crate-12l gpt2-12l --vocab-size 50304 --length 1024 \\
         --batch 16 --bf16 --compile --peak-tflops 989                 # H100/H200
+
+Beside each CRATE: `five-product`, the same with the plain recurrence; `plain`, all written out, and `research`, the
+same with torch's attention (`plain_crate.py`); `--yardsticks` names those of them that are timed.
 
 Variants take turns in each repeat, so that other load slows down all of them; ratios are taken within a repeat. `loop`
 is the training loop of `cratelm train` including its log; it writes no checkpoint in so few steps.
@@ -17,11 +20,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
-from common import random_run, timed
+from common import figures, random_run, timed
+from plain_crate import PlainCrate, ResearchCrate
 from torch.nn import functional as F
 
 from cratelm.models import build
@@ -31,6 +35,7 @@ from cratelm.train.losses import NextTokenLoss
 from cratelm.train.optimizers import block_matrices, make_optimizers, set_learning_rate
 
 RATE = 1e-4
+YARDSTICKS = {"plain": PlainCrate, "research": ResearchCrate}
 GIB = 2**30
 
 
@@ -88,8 +93,35 @@ def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callabl
         model = build(name, vocab_size=options.vocab, max_position_embeddings=options.length)
     model = model.to(device)  # pyright: ignore[reportArgumentType]
     optimizers = make_optimizers(model, options.optimizer, 0.1)
-    set_learning_rate(optimizers, RATE)
     forward = NextTokenLoss(model)
+    return stepper(forward, list(model.parameters()), optimizers, options)
+
+
+def yardstick_step(
+    kind: type[PlainCrate], name: str, options: argparse.Namespace
+) -> Callable[[int], float]:
+    """Return the same for CRATE as one would first write it, with the same optimizer over the same tensors."""
+    size = build(name, vocab_size=options.vocab, max_position_embeddings=options.length)
+    model = kind(cast("CrateConfig", size.config)).to(torch.device(options.device))
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    if options.optimizer == "muon":
+        muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        optimizers = [muon, torch.optim.AdamW(others, lr=0.0, weight_decay=0.1)]
+    else:
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1)]
+    return stepper(model, list(model.parameters()), optimizers, options)
+
+
+def stepper(
+    forward: torch.nn.Module,
+    parameters: list[torch.nn.Parameter],
+    optimizers: list[torch.optim.Optimizer],
+    options: argparse.Namespace,
+) -> Callable[[int], float]:
+    """Return a function that takes bare steps with a module from inputs and targets to the loss."""
+    device = torch.device(options.device)
+    set_learning_rate(optimizers, RATE)
     if options.compile:
         forward.compile(backend=options.backend)
     shape = (options.batch, options.length + 1)
@@ -100,7 +132,7 @@ def bare_step(name: str, options: argparse.Namespace, *, plain: bool) -> Callabl
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 loss = forward(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -198,6 +230,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--yardsticks", nargs="*", choices=YARDSTICKS, default=list(YARDSTICKS))
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--backend", default="inductor", help="of torch.compile, for --compile")
@@ -223,6 +256,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure(variants, options)
         show(variants, options)
         done += variants
+        for slow, fast in _pairs([v.name for v in variants]):
+            of = {v.name: v.seconds for v in variants}
+            ratios = [a / b for a, b in zip(of[slow], of[fast], strict=True)]
+            figures(
+                vocabulary=vocabulary,
+                optimizer=options.optimizer,
+                slow=slow,
+                fast=fast,
+                ratios=ratios,
+            )
     if options.json:
         options.json.write_text(json.dumps([_figures(v) for v in done], indent=1) + "\n")
 
@@ -234,8 +277,11 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
         flops = useful_flops(name, options.vocab, options.length, options.batch)
         variants.append(Variant(name, bare_step(name, options, plain=False), flops))
         if name.startswith("crate"):
-            plain = bare_step(name, options, plain=True)
-            variants.append(Variant(f"{name} five-product", plain, flops))
+            five = bare_step(name, options, plain=True)
+            variants.append(Variant(f"{name} five-product", five, flops))
+            for yardstick in options.yardsticks:
+                step = yardstick_step(YARDSTICKS[yardstick], name, options)
+                variants.append(Variant(f"{name} {yardstick}", step, flops))
         variants.append(Variant(f"{name} loop", loop_step(name, options), flops))
     for variant in variants:
         variant.vocabulary = options.vocab

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import timed, timed_result
+from common import figures, timed, timed_result
 from fastapi.testclient import TestClient
 
 from cratelm.viewer.live import Live
@@ -32,6 +32,7 @@ def show(name: str, seconds: list[float]) -> None:
     print(
         f"{name:<34} p50 {1e3 * statistics.median(ordered):7.1f}  p95 {1e3 * p95:7.1f}  n {len(ordered)}"
     )
+    figures(page=name, p50=statistics.median(ordered), p95=p95, n=len(ordered))
 
 
 def pages(run: Path, turns: int, index: bool) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = {
+    "decoding": "--sizes 2l --positions 12 --vocab-size 300 --turns 1",
     "effects": "--sizes crate-2l --neurons 1 --tokens 64 --length 32 --vocabulary 300 --turns 1",
     "explain_score": "--neurons 2 --tokens 20000",
     "harvest": "--sizes crate-2l --tokens 512 --sequence-length 64 --batch-tokens 128 --turns 2",
@@ -17,6 +18,7 @@ TINY = {
     "large_scores": "--layers 1 --neurons 3 --source 2 --tokens 20000",
     "ledger": "--requests 40 --window 16 --turns 1",
     "long_document": "--megabytes 0.5 --kinds words",
+    "optimizers": "--corpus CORPUS --models crate-1l --steps 2 --batch 2 --length 32 --validation 2 --vocab-size 300 --fractions 0.5",
     "sae": "--architectures topk --expansion 1 --batch-size 64 --steps 2 --repeats 1 --tokens 20000",
     "tokenize_throughput": "--corpus CORPUS --repeats 1",
     "loss": "--vocab-size 300 2000 --width 16 --rows 64 --chunks 8 --repeats 1",

@@ -46,7 +46,7 @@ def gpu():
         patch.syspath_prepend(str(FOLDER))
         names = [p.stem for p in FOLDER.glob("gpu*.py")]
         yield SimpleNamespace(**{n: importlib.import_module(n) for n in names})
-        for name in (*names, "common", "train_step", "harvest"):
+        for name in (*names, "common", "plain_crate", "train_step", "harvest"):
             sys.modules.pop(name, None)
 
 
