@@ -72,6 +72,7 @@ def measure(options: PartOptions, figures: Figures) -> None:
     setting = argparse.Namespace(
         device=options.device,
         dtype="bfloat16",
+        kind="torch",
         sequence_length=32 if options.tiny else 1024,
         batch_tokens=64 if options.tiny else 32_768,
         tokens=192 if options.tiny else 2_097_152,

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -119,3 +120,41 @@ def test_nothing_private_of_the_library_is_used(path):
         and not (isinstance(node.value, ast.Name) and node.value.id == "self")
     ]
     assert not [n for n in (*imported, *attributes) if n.startswith("_") and not n.startswith("__")]
+
+
+def test_the_page_is_that_of_the_figures(monkeypatch):
+    """Else type `python benchmarks/bench.py --page`."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bench = importlib.import_module("bench")
+    results = json.loads(bench.FILE.read_text(encoding="utf-8"))
+    assert bench.PAGE.read_text(encoding="utf-8") == bench.page(results)
+
+
+def test_a_row_says_what_was_measured_and_whether_that_is_enough(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bench = importlib.import_module("bench")
+    machine = {"cpu": "a processor", "cores": 2, "python": "3.11", "torch": "2.13"}
+    command = bench.ROWS["harvest-sort"].command
+
+    def row_of(figures, **more):
+        done = {"command": command, "figures": figures, **more}
+        page = bench.page({"machine": machine, "commands": {command: done}})
+        return next(line for line in page.splitlines() if line.endswith(f"| `{command}` |"))
+
+    assert "| at least 20 | 21.00 | yes |" in row_of([{"ratio": 21.0}])
+    assert "| at least 20 | 19.00 | no |" in row_of([{"ratio": 19.0}])
+    assert "| not reached | no |" in row_of([{"ratio": None}])
+    assert "| not measured (exit status 1) |  |" in row_of([], failed="exit status 1")
+    values = bench.Value("V 4,096", [1.5, 1.0, 2.0])
+    assert values.shown("") == "V 4,096: 1.50 (1.00 to 2.00)"
+    assert not bench.ROWS["decoding"].is_met(values)
+
+
+def test_a_benchmark_that_fails_is_no_figure(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bench = importlib.import_module("bench")
+    script = tmp_path / "x.py"
+    script.write_text("print('words')\nprint('figures {\"ratio\": 2}')\n")
+    assert bench.measured(str(script))["figures"] == [{"ratio": 2}]
+    script.write_text("print('figures {\"ratio\": 2}')\nraise SystemExit(3)\n")
+    assert bench.measured(str(script))["failed"] == "exit status 3"

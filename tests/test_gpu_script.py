@@ -400,7 +400,7 @@ def test_the_compiled_harvest_is_that_of_the_eager_one_in_two_graphs(gpu):
     """More graphs would be compiled in the middle of the measurement."""
     harvest, graphs = gpu.gpu_harvest, []
     setting = SimpleNamespace(
-        device="cpu", dtype="float32", sequence_length=32, batch_tokens=64, tokens=128
+        device="cpu", dtype="float32", kind="torch", sequence_length=32, batch_tokens=64, tokens=128
     )
 
     def backend(graph, inputs):
