@@ -7,6 +7,7 @@ end-of-text token).
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Int64 = NDArray[np.int64]
 BLOCKS = PARTS
 """most blocks that the batches of a plan are divided into: divisible by most numbers of processes up to 60"""
+PIECE = 64
+"""most tokens of a segment whose maximum is kept; as many are read again to locate one that becomes an excerpt"""
 NEVER = np.iinfo(np.int64).max
 """sampling key of end marks, which no text token has"""
 
@@ -55,11 +58,47 @@ class Batch:
         """Return the number of tokens that are text."""
         return sum(stop - start for start, stop in self.segments)
 
+    @cached_property
+    def by_key(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sampling keys in ascending order [N], and the tokens that they belong to [N]."""
+        ordered, tokens = torch.sort(self.key)
+        return ordered, tokens
+
+    @cached_property
+    def pieces(self) -> "Pieces":
+        """Return the segments in pieces of at most `PIECE` tokens."""
+        return Pieces.of(self)
+
     def document_spans(self) -> list[tuple[int, int]]:
         """Return, for each document in the batch, its first segment and one past its last."""
         document = self.document.tolist()
         firsts = [i for i, d in enumerate(document) if i == 0 or d != document[i - 1]]
         return list(zip(firsts, [*firsts[1:], len(document)], strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The segments of a batch in P pieces, whose maxima are found one by one; D documents."""
+
+    piece_of: NDArray[np.int32]
+    """[N] number of each token's piece, -1 for end marks"""
+    first_token: Int64
+    """[P] first token of each piece, as offset in the batch"""
+    first_piece: Int64
+    """[D + 1] first piece of each document, and P"""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Pieces":
+        """Return the pieces of a batch."""
+        piece_of, first_token, before = np.full(len(batch.key), -1, np.int32), [], [0]
+        for low, high in batch.segments:
+            for first in range(low, high, PIECE):
+                piece_of[first : min(first + PIECE, high)] = len(first_token)
+                first_token.append(first)
+            before.append(len(first_token))
+        spans = batch.document_spans() if batch.segments else []
+        first_piece = [*(before[first] for first, _ in spans), len(first_token)]
+        return cls(piece_of, np.array(first_token, np.int64), np.array(first_piece, np.int64))
 
 
 @dataclass(frozen=True, eq=False)

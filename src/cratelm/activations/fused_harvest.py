@@ -10,8 +10,8 @@ Excerpts and all whole numbers equal those of `LayerHarvest`, which is the refer
 the last digits: they are sums in float32 over 32 tokens, and in float64 beyond. Nothing depends on the number
 of threads.
 
-Shape legend: N tokens of a batch, H neurons, C buffers of K slots, W tokens of a window, P pieces of at most
-`_PIECE` tokens of one segment, D documents of a batch.
+Shape legend: N tokens of a batch, H neurons, C buffers of K slots, W tokens of a window, P pieces (`batches.Pieces`), D
+documents of a batch.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,6 @@ from cratelm.records import HISTOGRAM_BINS
 
 _TILE = 512
 """most neurons of a tile: their counters take 128 KiB; narrower tiles cost more per row"""
-_PIECE = 64
-"""most tokens whose maximum is kept: as many are read again to locate a maximum that becomes an excerpt"""
 _IN_FLOAT32 = 32
 """number of tokens whose sums are in float32"""
 _SPARSE = 0.5
@@ -58,31 +56,20 @@ class _Tokens(NamedTuple):
     piece_of: np.ndarray
     """[N] number of the piece, -1 for end marks"""
     first_row: np.ndarray
-    """[P + 1] first row of each piece; the last entry is a bound"""
+    """[P] first row of each piece"""
     first_piece: np.ndarray
     """[D + 1] first piece of each document"""
 
     @classmethod
     def of(cls, flat: torch.Tensor, batch: Batch) -> "_Tokens":
-        piece_of, first_row = np.full(len(flat), -1, np.int32), []
-        piece_before = [0]
-        for low, high in batch.segments:
-            for row in range(low, high, _PIECE):
-                piece_of[row : min(row + _PIECE, high)] = len(first_row)
-                first_row.append(row)
-            piece_before.append(len(first_row))
-        spans = batch.document_spans() if batch.segments else []
+        names = ("position", "key", "segment_of", "start", "stop", "document")
+        pieces = batch.pieces
         return cls(
             flat.contiguous().numpy(),
-            batch.position.numpy(),
-            batch.key.numpy(),
-            batch.segment_of.numpy(),
-            batch.start.numpy(),
-            batch.stop.numpy(),
-            batch.document.numpy(),
-            piece_of,
-            np.array([*first_row, len(flat)], np.int64),
-            np.array([*(piece_before[a] for a, _ in spans), len(first_row)], np.int64),
+            *(getattr(batch, name).numpy() for name in names),
+            pieces.piece_of,
+            pieces.first_token,
+            pieces.first_piece,
         )
 
 
@@ -272,7 +259,7 @@ def _sweep_tile(tokens, statistics, cut, is_sparse, last_key, openai, anthropic,
     Samples are taken of tokens with a key above `last_key`, of activations that reach the cut. If numbers
     are not finite, the sums are not either, and no excerpts are taken.
     """
-    width, n_pieces = last - first, len(tokens.first_row) - 1
+    width, n_pieces = last - first, len(tokens.first_row)
     mean, low = statistics.mean[first:last], statistics.low[first:last]
     scale, cuts = statistics.scale[first:last], cut[first:last]
     best = np.full((n_pieces, width), -np.inf, np.float32)

@@ -342,7 +342,7 @@ class LayerHarvest:
         bin. The prefix is doubled until it costs as much as searching the other tokens for activations
         above `cut`, whose fraction the calibration estimated.
         """
-        ordered, rows = torch.sort(batch.key)
+        ordered, rows = batch.by_key
         n_text = int((ordered < NEVER).sum())
         cut = torch.full_like(self.maximum, torch.inf)
         done, last_key, reach = 0, -1, 1.0
