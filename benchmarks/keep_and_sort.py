@@ -13,8 +13,9 @@ Shape legend: N text tokens of a split, H neurons of a layer, n excerpts, W toke
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,20 +89,20 @@ def activations_of(
     def keep(layer: int, tensor: torch.Tensor) -> None:
         kept[layer].append(tensor.flatten(0, 1))
 
-    for layer, module in enumerate(modules):
-        if is_input:
-            module.register_forward_pre_hook(lambda _, inputs, layer=layer: keep(layer, inputs[0]))
-        else:
-            module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, layer=layer: keep(layer, inputs[0]))
+        if is_input
+        else module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
+        for layer, module in enumerate(modules)
+    ]
     length = len(tokens.rows[0])
     whole = [row for row in tokens.rows if len(row) == length]
     size = max(1, BATCH_TOKENS // length)
     batches = [np.stack(whole[i : i + size]) for i in range(0, len(whole), size)]
     for batch in batches + [row[None] for row in tokens.rows[len(whole) :]]:
         model(input_ids=torch.from_numpy(batch), use_cache=False)
-    for module in modules:
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    for hook in hooks:
+        hook.remove()
     return [torch.cat(parts).T.contiguous().numpy() for parts in kept]
 
 
@@ -116,7 +117,7 @@ def choose(
     quantiles = [int(q * (n - 1)) for q in QUANTILES[:-1]]
     equal = np.searchsorted(ascending, ascending[-1] * np.arange(EQUAL_BINS) / EQUAL_BINS, "right")
     for kind, edges in (("quantile", [*quantiles, n]), ("equal", [*equal, n])):
-        for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        for number, (low, high) in enumerate(pairwise(edges)):
             if high > low:
                 drawn = generator.choice(high - low, min(PER_BIN, high - low), replace=False)
                 yield kind, number, order[low + drawn]
@@ -169,8 +170,10 @@ def table_of(layer: int, neurons: list[dict]) -> pa.Table:
     )
 
 
-def main(run: Path, name: str, wanted: int, out: Path) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the excerpts of both splits."""
+    words = sys.argv[1:] if arguments is None else arguments
+    run, name, wanted, out = Path(words[0]), words[1], int(words[2]), Path(words[3])
     model, modules, is_input = load_model(run / "model" / name)
     length = min(model.config.max_position_embeddings, 2_048)
     generator = np.random.default_rng(0)
@@ -193,4 +196,4 @@ def main(run: Path, name: str, wanted: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+    main()

@@ -98,7 +98,8 @@ class NearDuplicates:
     """Index that finds held-out excerpts that are near-duplicates of excerpts explained from."""
 
     def __init__(self, store: TokenStore):
-        from datasketch import MinHash  # imports half of scipy, which those that read results do without
+        # On first use: it imports half of scipy, and `report` and `view`, which only read results, do without.
+        from datasketch import MinHash
 
         self._store = store
         self._index = _BandIndex()

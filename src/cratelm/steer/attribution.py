@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, collect_evidence
@@ -84,8 +85,6 @@ def best(effect: NDArray[np.float64], top: int) -> NDArray[np.int64]:
 
 def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
     """Return Spearman's rank correlation; None if one side is constant."""
-    from scipy.stats import rankdata  # takes a second, and `cratelm effects` does without it
-
     ranks = [rankdata(x) - (len(x) + 1) / 2 for x in (a, b)]
     scale = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
     return float(ranks[0] @ ranks[1] / scale) if scale else None
