@@ -52,7 +52,7 @@ class Calibration:
         """Return the figures of activations [P, H] on the pilot sample."""
         ordered = _ascending(activations)
         ranks = [int(q * (len(activations) - 1)) for q in OPENAI_QUANTILES]
-        low, high = ordered[:, 0].clamp(max=0), ordered[:, -1]
+        low, high = ordered[:, 0].contiguous().clamp(max=0), ordered[:, -1].contiguous()
         steps = torch.arange(ANTHROPIC_BINS + 1, device=high.device) / ANTHROPIC_BINS
         openai_edges = ordered[:, ranks]
         anthropic_edges = high.clamp(min=0)[:, None] * steps
