@@ -124,7 +124,7 @@ def test_a_small_harvest_against_keeping_and_sorting(tmp_path, capsys, monkeypat
         return (6.0, 4.0) if side == "cratelm" else (2.0, 8.0)
 
     monkeypatch.setattr(benchmark, "seconds_of", seconds_of)
-    arguments = f"--run {path} --models crate-2l --tokens 100000 --repeats 1"
+    arguments = f"--run {path} --models crate-2l --tokens 1000 --repeats 1"
     benchmark.main(arguments.split())
     printed = capsys.readouterr().out
     (result,) = json.loads(printed[printed.index("{") :])["results"]
