@@ -23,7 +23,8 @@ from cratelm.activations.fused_harvest import FusedLayerHarvest
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_per_neuron
 from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, write_records
-from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
+from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table, tokens_at
+from cratelm.activations.windows import BatchWindows
 from cratelm.errors import InputError
 from cratelm.runs import Run
 from cratelm.tokens.shards import TokenStore
@@ -293,6 +294,73 @@ kept = harvest_split(model, site, plan, pilots, ExcerptSizes(), 4096)
 assert kept[0].n_tokens == int(sys.argv[1]) // 250 * 249
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """.replace("{tests!r}", repr(str(Path(__file__).parent)))
+
+
+@pytest.mark.parametrize("kind", ["relu", "normal", "gelu", "zero"])
+def test_the_pilot_is_that_of_torchs_sort(kind):
+    """Bit for bit, zeros with a sign included, which a sort of NumPy would exchange."""
+    values = torch.randn(999, 7, generator=torch.Generator().manual_seed(0)) * 9
+    activations = {
+        "relu": values.relu(),
+        "normal": values,
+        "gelu": torch.nn.functional.gelu(values),
+        "zero": torch.where(values < 0, -0.0, 0.0),
+    }[kind]
+    pilot = Calibration.of(activations)
+    ordered = activations.sort(0).values
+    quantiles = ordered[[0, 499, 898, 988, 997, 998]].T
+    high = ordered[-1].clamp(min=0)[:, None] * torch.arange(13) / 12
+    for made, expected in ((pilot.openai_edges, quantiles), (pilot.low, ordered[0].clamp(max=0))):
+        assert made.numpy().tobytes() == expected.contiguous().numpy().tobytes()
+    torch.testing.assert_close(pilot.anthropic_edges, high)
+    for edges, reach in (
+        (pilot.openai_edges, pilot.openai_reach),
+        (pilot.anthropic_edges, pilot.anthropic_reach),
+    ):
+        for lower, reached in zip(edges[:, :-1].T, reach.T, strict=True):
+            above = activations >= lower if (lower != 0).any() else activations > 0
+            assert torch.equal(reached, above.float().mean(0))
+
+
+def test_tokens_are_read_at_once_or_in_pieces(monkeypatch):
+    split = MemorySplit([300, 200])
+    positions = np.random.default_rng(0).integers(0, split.n_tokens, 400)
+    expected = split.tokens[positions]
+    read, real = [], split.read
+    monkeypatch.setattr(split, "read", lambda a, b: read.append(b - a) or real(a, b), raising=False)
+    assert np.array_equal(tokens_at(split, positions), expected)
+    assert len(read) == 1
+    monkeypatch.setattr("cratelm.activations.tables._READ", 64)
+    assert np.array_equal(tokens_at(split, positions), expected)
+    assert len(read) > 7
+    assert max(read[1:]) <= 64
+    assert tokens_at(split, positions[:0]).shape == (0,)
+
+
+def test_windows_are_the_same_from_a_copy(monkeypatch):
+    """Also at both ends of the batch, and where a document or a sequence ends."""
+    split = MemorySplit([20, 5, 40, 3], seed=3)
+    plan = SearchPlan.of(split, "fit", EOT, 16, split.n_tokens, 0)
+    batch = next(plan.batches(64, torch.device("cpu")))
+    n = batch.input_ids.numel()
+    flat = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
+    row, neuron = torch.nonzero(batch.is_text[:, None].expand(n, 3), as_tuple=True)
+    rows = torch.arange(n).expand(len(row), n)
+    for context in (2, 8):
+        direct = BatchWindows(flat, batch, 8)
+        monkeypatch.setattr("cratelm.activations.windows._WORTH_COPYING", 0)
+        expected = direct.around(row, neuron, context)
+        monkeypatch.setattr("cratelm.activations.windows._WORTH_COPYING", 10**6)
+        copied = BatchWindows(flat, batch, 8)
+        assert torch.equal(copied.around(row, neuron, context), expected)
+        assert torch.equal(copied.at(rows, neuron), flat.T[neuron])
+        for place, (r, h) in enumerate(zip(row.tolist(), neuron.tolist(), strict=True)):
+            low, high = next(s for s in batch.segments if s[0] <= r < s[1])
+            low, high = max(low, r - context), min(high, r + context)
+            inside = slice(low - r + context, high - r + context)
+            assert torch.equal(expected[place, inside], flat[low:high, h])
+            if low > 0 and high < n:  # the tables cut off what is beyond the ends of the batch
+                assert expected[place].count_nonzero() == high - low
 
 
 @pytest.mark.parametrize("kind", [LayerHarvest, FusedLayerHarvest])

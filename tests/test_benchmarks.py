@@ -5,8 +5,13 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from tiny_run import copied
+
+from cratelm.cli import main
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = {
@@ -43,7 +48,13 @@ GPU_MODULES = [
 
 
 def run(name: str, arguments: list[str], capsys, monkeypatch) -> str:
-    """What a benchmark prints. Its file is run as a module; the folder is where it finds `common`."""
+    """What a benchmark prints. Its file is run as a module."""
+    loaded(name, monkeypatch).main(arguments)
+    return capsys.readouterr().out
+
+
+def loaded(name: str, monkeypatch) -> Any:
+    """The module of a benchmark; the folder is where it finds `common`."""
     monkeypatch.syspath_prepend(str(FOLDER))
     name = name.partition(",")[0]
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
@@ -52,8 +63,7 @@ def run(name: str, arguments: list[str], capsys, monkeypatch) -> str:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    module.main(arguments)
-    return capsys.readouterr().out
+    return module
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -91,12 +101,49 @@ def test_simulating_with_a_local_model(viewer_run, tmp_path, capsys, monkeypatch
     assert float(printed.split("largest difference")[1].split()[0]) < 1e-3
 
 
+def test_a_small_harvest_against_keeping_and_sorting(tmp_path, capsys, monkeypatch):
+    """Both sides find the same highest activation of each neuron.
+
+    They run in this process, because two new ones would import for ten seconds.
+    """
+    path, highest = copied(tmp_path), {}
+    benchmark = loaded("small_harvest", monkeypatch)
+    assert benchmark.seconds_of([sys.executable, "-c", "sum(range(10**6))"])[1] > 0
+    with pytest.raises(SystemExit, match="failed: oh no"):
+        benchmark.seconds_of([sys.executable, "-c", "import sys; sys.exit('oh no')"])
+
+    def seconds_of(command):
+        if command[1] == "-m":
+            assert main(command[3:]) == 0
+            file, side = path / "activations" / benchmark.NAME / "excerpts-fit.parquet", "cratelm"
+        else:
+            loaded("keep_and_sort", monkeypatch).main(command[2:])
+            file, side = Path(command[-1]) / "excerpts-fit.parquet", "plain"
+        best = highest.setdefault(side, {})
+        for row in pq.read_table(file).to_pylist():
+            neuron = row["layer"], row["index"]
+            best[neuron] = max(best.get(neuron, 0.0), *row["activations"])
+        return (6.0, 4.0) if side == "cratelm" else (2.0, 8.0)
+
+    monkeypatch.setattr(benchmark, "seconds_of", seconds_of)
+    arguments = f"--run {path} --models crate-2l --tokens 1000 --repeats 1"
+    benchmark.main(arguments.split())
+    printed = capsys.readouterr().out
+    (result,) = json.loads(printed[printed.index("{") :])["results"]
+    assert (result["wall_ratio"], result["cpu_ratio"]) == (3.0, 0.5)
+    assert highest["cratelm"] == pytest.approx(highest["plain"], rel=1e-5)
+    assert len(highest["plain"]) == 64
+    assert not (path / "activations" / benchmark.NAME).exists()
+
+
 def test_all_are_here():
     named = {name.partition(",")[0] for name in TINY} | {
         "large_run",
         "viewer",
         "simulate",
         "common",
+        "small_harvest",
+        "keep_and_sort",
         "gpu",
         *(f"gpu_{name}" for name in GPU_MODULES),
     }

@@ -8,6 +8,7 @@ Shape legend: P tokens of the pilot sample, H neurons.
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
@@ -49,11 +50,11 @@ class Calibration:
     @classmethod
     def of(cls, activations: torch.Tensor) -> "Calibration":
         """Return the figures of activations [P, H] on the pilot sample."""
-        ordered = activations.sort(0).values
-        ranks = [int(q * (len(ordered) - 1)) for q in OPENAI_QUANTILES]
-        low, high = ordered[0].clamp(max=0), ordered[-1]
+        ordered = _ascending(activations)
+        ranks = [int(q * (len(activations) - 1)) for q in OPENAI_QUANTILES]
+        low, high = ordered[:, 0].contiguous().clamp(max=0), ordered[:, -1].contiguous()
         steps = torch.arange(ANTHROPIC_BINS + 1, device=high.device) / ANTHROPIC_BINS
-        openai_edges = ordered[ranks].T.contiguous()
+        openai_edges = ordered[:, ranks]
         anthropic_edges = high.clamp(min=0)[:, None] * steps
         return cls(
             mean=activations.mean(0),
@@ -61,23 +62,32 @@ class Calibration:
             high=torch.where(high > low, high, low + 1),
             openai_edges=openai_edges,
             anthropic_edges=anthropic_edges,
-            openai_reach=_reach(activations, openai_edges),
-            anthropic_reach=_reach(activations, anthropic_edges),
+            openai_reach=_reach(ordered, openai_edges),
+            anthropic_reach=_reach(ordered, anthropic_edges),
         )
 
 
-def _reach(activations: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of activations [P, H] at or above each lower edge of [H, bins + 1].
+def _ascending(activations: torch.Tensor) -> torch.Tensor:
+    """Return the activations [P, H] of each neuron in ascending order, [H, P]."""
+    # NumPy sorts a row of floats in a fiftieth of the time that torch takes for a column (8,192 x 512, AVX-512). But it
+    # leaves open which of -0.0 and 0.0, which are equal, comes first, and the edges are written as they are.
+    minus_zero = torch.signbit(activations) & (activations == 0)
+    if activations.is_cpu and not minus_zero.any():
+        return torch.from_numpy(np.sort(activations.T.contiguous().numpy(), axis=1))
+    return activations.sort(0).values.T.contiguous()
+
+
+def _reach(ordered: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """Return the fraction of the ascending activations [H, P] at or above each lower edge of [H, bins + 1].
 
     An estimate for speed alone: it says how many tokens `layer_harvest` has to look at before each bin is
     likely to be full, and never which bin a token is in. If a lower edge is 0 for all neurons of the layer,
     activations above 0 are counted, because most are exactly 0.
     """
-    reached = [
-        (activations >= lower if (lower != 0).any() else activations > 0).float().mean(0)
-        for lower in edges[:, :-1].T
-    ]
-    return torch.stack(reached, 1)
+    lower, n = edges[:, :-1].contiguous(), ordered.shape[1]
+    below = torch.searchsorted(ordered, lower)  # [H, bins] activations below the edge
+    at_most = torch.searchsorted(ordered, lower, right=True)
+    return (n - torch.where((lower == 0).all(0), at_most, below)).float() / n
 
 
 @torch.no_grad()

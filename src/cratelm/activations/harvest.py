@@ -5,6 +5,7 @@ Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -316,7 +317,9 @@ def write_split(
         pq.ParquetWriter(
             excerpts_path(folder, plan.name), EXCERPTS.schema, compression="zstd"
         ) as excerpts,
+        ThreadPoolExecutor(1) as thread,  # compresses a row group while the next one is made
     ):
+        writing: Future[None] | None = None
         for place, (layer, harvested) in enumerate(zip(site.layer_numbers, layers, strict=True)):
             summaries.write_table(summary_table(harvested, name, site.name, layer))
             for low in range(0, harvested.n_neurons, NEURONS_PER_GROUP):
@@ -324,7 +327,12 @@ def write_split(
                 rows = excerpt_rows(harvested, low, high)
                 if out_of_context is not None:
                     rows.append(out_of_context[place].between(low, high))
-                excerpts.write_table(excerpt_table(rows, plan.split, name, site.name, layer))
+                table = excerpt_table(rows, plan.split, name, site.name, layer)
+                if writing is not None:
+                    writing.result()
+                writing = thread.submit(excerpts.write_table, table)
+        if writing is not None:
+            writing.result()
 
 
 def check_harvest_memory(

@@ -29,6 +29,7 @@ import torch
 from cratelm.activations.batches import NEVER, Batch
 from cratelm.activations.calibration import Calibration
 from cratelm.activations.topk import Candidates, TopKBuffers
+from cratelm.activations.windows import BatchWindows
 from cratelm.errors import InputError
 from cratelm.records import ANTHROPIC_BINS, HISTOGRAM_BINS
 
@@ -155,6 +156,8 @@ class LayerHarvest:
         self.top = TopKBuffers(n_neurons, sizes.top, window, device, unique_documents=True)
         self.openai = _openai_binning(calibration, sizes)
         self.anthropic = _anthropic_binning(calibration, sizes)
+        self._of_batch: BatchWindows | None = None
+        """of the batch that is being added"""
         self._plan_random(random, window, device)
 
     def _plan_random(self, random: np.ndarray, window: int, device: torch.device) -> None:
@@ -174,12 +177,14 @@ class LayerHarvest:
     def add(self, activations: torch.Tensor, batch: Batch) -> None:
         """Add activations [B, T, H] of a batch. Raises `InputError` if they are not finite."""
         flat = activations.reshape(-1, self.n_neurons).float()  # [N, H]
+        self._of_batch = BatchWindows(flat, batch, self.sizes.context)
         # The prefix first: it determines how high an activation of the other tokens must be to matter to
         # a bin, and the sweep, which reads all activations anyway, records where these are.
         cut, last_key = self._sample_prefix(flat, batch)
         self._search(flat, batch, cut, last_key)
         self._update_random(flat, batch)
         self.n_tokens += batch.n_text
+        self._of_batch = None  # it may have a copy of the activations
 
     @property
     def powers(self) -> torch.Tensor:
@@ -229,6 +234,10 @@ class LayerHarvest:
             buffers.merge(
                 {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             )
+
+    def _windows(self) -> BatchWindows:
+        assert self._of_batch is not None, "no batch is being added"
+        return self._of_batch
 
     @property
     def _buffers(self) -> dict[str, TopKBuffers]:
@@ -304,12 +313,12 @@ class LayerHarvest:
         keys = -best.clamp(min=0).view(torch.int32).to(torch.int64)
         document, neuron = torch.nonzero((keys < self.top.threshold) & (best > 0), as_tuple=True)
         segment, value = segment_of_best[document, neuron], best[document, neuron]
-        row = _locate(flat, batch, segment, neuron, value)
+        row = _locate(self._windows(), batch, segment, neuron, value)
         candidates = self._candidates(
             batch, neuron, keys[document, neuron], row, self.sizes.context
         )
         self.top.update(
-            candidates, lambda i: _windows(flat, batch, row[i], neuron[i], self.sizes.context)
+            candidates, lambda i: self._windows().around(row[i], neuron[i], self.sizes.context)
         )
 
     def _update_random(self, flat: torch.Tensor, batch: Batch) -> None:
@@ -326,7 +335,7 @@ class LayerHarvest:
         self.random_start[first:last] = excerpts.start
         self.random_stop[first:last] = excerpts.stop
         self.random_document[first:last] = excerpts.document
-        self.random_window[first:last] = _windows(flat, batch, row, neuron, context)
+        self.random_window[first:last] = self._windows().around(row, neuron, context)
 
     def _sample_prefix(self, flat: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """Offer all activations of the tokens with the lowest keys to both binnings.
@@ -404,7 +413,7 @@ class LayerHarvest:
         """Offer tokens [n] to buffers [n] of a binning."""
         candidates = self._candidates(batch, buffer, batch.key[row], row, binning.context)
         binning.samples.update(
-            candidates, lambda i: _windows(flat, batch, row[i], neuron[i], binning.context)
+            candidates, lambda i: self._windows().around(row[i], neuron[i], binning.context)
         )
 
     def _candidates(
@@ -442,7 +451,7 @@ def _anthropic_binning(calibration: Calibration, sizes: ExcerptSizes) -> Binning
 
 
 def _locate(
-    flat: torch.Tensor,
+    windows: BatchWindows,
     batch: Batch,
     segment: torch.Tensor,
     neuron: torch.Tensor,
@@ -454,7 +463,7 @@ def _locate(
     as much again as the maximum itself. Segments are processed in groups of similar length, which bounds
     what is gathered: the longest segment of a group times the size of the group.
     """
-    bounds = torch.tensor(batch.segments, device=flat.device)
+    bounds = torch.tensor(batch.segments, device=segment.device)
     low, length = bounds[segment, 0], bounds[segment, 1] - bounds[segment, 0]
     order = torch.argsort(length)
     located = torch.empty_like(segment)
@@ -462,26 +471,12 @@ def _locate(
     while first < len(order):
         size = max(1, _GATHER // max(1, int(length[order[min(first + 2**14, len(order)) - 1]])))
         group = order[first : first + min(size, 2**14)]
-        offsets = torch.arange(int(length[group[-1]]), device=flat.device)
+        offsets = torch.arange(int(length[group[-1]]), device=segment.device)
         rows = low[group, None] + torch.minimum(offsets[None], length[group, None] - 1)
-        hit = flat[rows, neuron[group, None]] == value[group, None]
+        hit = windows.at(rows, neuron[group]) == value[group, None]
         located[group] = rows.gather(1, hit.int().argmax(1, keepdim=True)).flatten()
         first += len(group)
     return located
-
-
-def _windows(
-    flat: torch.Tensor, batch: Batch, row: torch.Tensor, neuron: torch.Tensor, context: int
-) -> torch.Tensor:
-    """Return activations [m, 2 * context] of neuron [m] around row [m], 0 outside the segment.
-
-    The width is fixed, with the chosen token in column `context`, so that all windows of a buffer are one
-    tensor; the tables later cut off the columns outside the excerpt.
-    """
-    rows = row[:, None] + torch.arange(-context, context, device=flat.device)
-    rows = rows.clamp(0, len(flat) - 1)
-    inside = batch.segment_of[rows] == batch.segment_of[row][:, None]
-    return torch.where(inside, flat[rows, neuron[:, None]], 0.0)
 
 
 def _nonzero(mask: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.layer_harvest import LayerHarvest
-from cratelm.activations.tables import Rows, excerpt_rows, tokens_at
+from cratelm.activations.tables import Rows, tokens_at, top_rows
 from cratelm.models.sites import Site, hooked
 from cratelm.runs.ranks import Ranks
 
@@ -71,7 +71,7 @@ def _ends(tops: list[Rows]) -> np.ndarray:
 
 def _peaks(layer: LayerHarvest) -> Rows:
     """Return the highest excerpts, cut to a token on each side, with activations yet to be measured."""
-    top = excerpt_rows(layer, 0, layer.n_neurons)[0]
+    top = top_rows(layer, 0, layer.n_neurons)
     chosen = top.rank < N_TOKENS
     position = top.position[chosen]
     return Rows(

@@ -3,6 +3,7 @@
 Shape legend: H neurons, n excerpts, W tokens of a window.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -46,41 +47,21 @@ class Rows:
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         return Rows(**{k: v if k == "kind" else v[chosen] for k, v in columns.items()})
 
-    def table(self, split: TokenSplit) -> pa.Table:
-        """Return the columns of `EXCERPTS` except model, site and layer."""
-        context = self.window.shape[1] // 2
-        columns = np.arange(self.window.shape[1]) - context
-        positions = self.position[:, None] + columns
-        inside = (positions >= self.start[:, None]) & (positions < self.stop[:, None])
-        offsets = np.concatenate([[0], np.cumsum(inside.sum(1))]).astype(np.int32)
-        tokens = tokens_at(split, positions[inside]).astype(np.int32)
-        n = len(self.neuron)
-        return pa.table(
-            {
-                "index": self.neuron.astype(np.int32),
-                "kind": pa.DictionaryArray.from_arrays(
-                    np.full(n, EXCERPT_KINDS.index(self.kind), np.int8), list(EXCERPT_KINDS)
-                ),
-                "bin": self.bin.astype(np.int8),
-                "rank": self.rank.astype(np.int16),
-                "peak": (self.position - self.start).astype(np.int16),
-                "document": self.document.astype(np.int64),
-                "position": self.position.astype(np.int64),
-                "token_ids": pa.ListArray.from_arrays(offsets, tokens),
-                "activations": pa.ListArray.from_arrays(offsets, self.window[inside]),
-            }
-        )
-
 
 def excerpt_rows(harvest: LayerHarvest, low: int, high: int) -> list[Rows]:
     """Return the excerpts of the neurons low <= index < high, one `Rows` per kind."""
     n_openai, n_anthropic = harvest.openai.n_bins, harvest.anthropic.n_bins
     return [
-        _buffer_rows("top", harvest.top, low, high, 1),
+        top_rows(harvest, low, high),
         _random_rows(harvest, low, high),
         _buffer_rows("openai_bin", harvest.openai.samples, low, high, n_openai),
         _buffer_rows("anthropic_bin", harvest.anthropic.samples, low, high, n_anthropic),
     ]
+
+
+def top_rows(harvest: LayerHarvest, low: int, high: int) -> Rows:
+    """Return the highest excerpts of the neurons low <= index < high."""
+    return _buffer_rows("top", harvest.top, low, high, 1)
 
 
 def _buffer_rows(kind: ExcerptKind, buffers: TopKBuffers, low: int, high: int, bins: int) -> Rows:
@@ -128,12 +109,40 @@ def excerpt_table(
 ) -> pa.Table:
     """Return rows of some neurons of one layer as a table of `EXCERPTS`, sorted."""
     kinds = np.concatenate([np.full(len(r.neuron), EXCERPT_KINDS.index(r.kind)) for r in rows])
-    neuron, bins, rank = (
-        np.concatenate([getattr(r, name) for r in rows]) for name in ("neuron", "bin", "rank")
-    )
-    table = pa.concat_tables([r.table(split) for r in rows]).unify_dictionaries()
-    table = table.take(pa.array(np.lexsort((rank, bins, kinds, neuron))))
+    names = ("neuron", "bin", "rank", "start", "stop", "position", "document")
+    columns = {name: np.concatenate([getattr(r, name) for r in rows]) for name in names}
+    order = np.lexsort((columns["rank"], columns["bin"], kinds, columns["neuron"]))
+    columns, kinds = {name: column[order] for name, column in columns.items()}, kinds[order]
+    start, position = columns["start"], columns["position"]
+    lengths = columns["stop"] - start
+    first = np.concatenate([[0], np.cumsum(lengths)])  # [n + 1] of each row, among all tokens
+    token = np.arange(first[-1])
+    activations = np.concatenate([r.window.ravel() for r in rows])
+    at = np.repeat(_first_in_window(rows)[order] - first[:-1], lengths) + token
+    tokens = tokens_at(split, np.repeat(start - first[:-1], lengths) + token)
+    offsets = _array(first, np.int32)
+    table = {
+        "index": _array(columns["neuron"], np.int32),
+        "kind": pa.DictionaryArray.from_arrays(_array(kinds, np.int8), _strings(EXCERPT_KINDS)),
+        "bin": _array(columns["bin"], np.int8),
+        "rank": _array(columns["rank"], np.int16),
+        "peak": _array(position - start, np.int16),
+        "document": _array(columns["document"], np.int64),
+        "position": _array(position, np.int64),
+        "token_ids": pa.ListArray.from_arrays(offsets, _array(tokens, np.int32)),
+        "activations": pa.ListArray.from_arrays(offsets, _array(activations[at], np.float32)),
+    }
     return _with_names(table, EXCERPTS.schema, model, site, layer)
+
+
+def _first_in_window(rows: list[Rows]) -> np.ndarray:
+    """Return where the first token of each excerpt [n] is among the elements of all windows, one row after another."""
+    first, before = [], 0
+    for r in rows:
+        n, width = r.window.shape
+        first.append(before + np.arange(n) * width + width // 2 - (r.position - r.start))
+        before += n * width
+    return np.concatenate(first)
 
 
 def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> pa.Table:
@@ -147,28 +156,29 @@ def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> p
     fourth = p4 - 4 * p1 * p3 + 6 * p1**2 * p2 - 3 * p1**4
     spread = np.where(variance > 0, variance, np.nan)
     histogram = harvest.histogram.view(-1, HISTOGRAM_BINS).cpu().numpy()
-    table = pa.table(
-        {
-            "index": np.arange(harvest.n_neurons, dtype=np.int32),
-            "n_tokens": np.full(harvest.n_neurons, n, np.int64),
-            "mean": calibration.mean.double().cpu().numpy() + p1,
-            "variance": variance,
-            "skew": third / spread**1.5,
-            "kurtosis": fourth / spread**2,
-            "firing_rate": harvest.fired.cpu().numpy() / n,
-            "maximum": harvest.maximum.cpu().numpy(),
-            "histogram": _lists(histogram),
-            "histogram_low": calibration.low.cpu().numpy(),
-            "histogram_high": calibration.high.cpu().numpy(),
-            "openai_edges": _lists(calibration.openai_edges.cpu().numpy()),
-            "anthropic_edges": _lists(calibration.anthropic_edges.cpu().numpy()),
-        }
-    )
+    table = {
+        "index": _array(np.arange(harvest.n_neurons), np.int32),
+        "n_tokens": _array(np.full(harvest.n_neurons, n), np.int64),
+        "mean": _array(calibration.mean.double().cpu().numpy() + p1, np.float64),
+        "variance": _array(variance, np.float64),
+        "skew": _array(third / spread**1.5, np.float64),
+        "kurtosis": _array(fourth / spread**2, np.float64),
+        "firing_rate": _array(harvest.fired.cpu().numpy() / n, np.float64),
+        "maximum": _array(harvest.maximum.cpu().numpy(), np.float32),
+        "histogram": _lists(histogram, np.int64),
+        "histogram_low": _array(calibration.low.cpu().numpy(), np.float32),
+        "histogram_high": _array(calibration.high.cpu().numpy(), np.float32),
+        "openai_edges": _lists(calibration.openai_edges.cpu().numpy(), np.float32),
+        "anthropic_edges": _lists(calibration.anthropic_edges.cpu().numpy(), np.float32),
+    }
     return _with_names(table, SUMMARIES.schema, model, site, layer)
 
 
 def tokens_at(split: TokenSplit, positions: np.ndarray) -> np.ndarray:
     """Return token ids [n] at any positions [n] of a split, reading the shards in pieces."""
+    low = int(positions.min(initial=split.n_tokens))
+    if positions.max(initial=low) - low < _READ:
+        return split.read(low, int(positions.max(initial=low - 1)) + 1)[positions - low]
     # In order of position, so that each piece of a shard is read once and not once per token.
     order = np.argsort(positions, kind="stable")
     ordered, tokens = positions[order], np.empty(len(positions), np.int64)
@@ -182,15 +192,39 @@ def tokens_at(split: TokenSplit, positions: np.ndarray) -> np.ndarray:
     return tokens
 
 
-def _lists(rows: np.ndarray) -> pa.ListArray:
-    """Return [n, m] as a list column."""
-    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
-    return pa.ListArray.from_arrays(offsets, np.ascontiguousarray(rows).ravel())
+# ---- Arrow arrays from NumPy's memory ----
+#
+# `pyarrow.array` imports pandas wherever it is installed, which takes half a second, and these functions do not.
 
 
-def _with_names(table: pa.Table, schema: pa.Schema, model: str, site: str, layer: int) -> pa.Table:
-    n = table.num_rows
-    columns = {name: table[name] for name in table.column_names}
-    columns["model"], columns["site"] = pa.array([model] * n), pa.array([site] * n)
-    columns["layer"] = pa.array(np.full(n, layer, np.int32))
-    return pa.table({name: columns[name] for name in schema.names}).cast(schema)
+def _array(values: np.ndarray, dtype: type) -> pa.Array:
+    """Return numbers [n] as an Arrow array of a type."""
+    values = np.ascontiguousarray(values, dtype)
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _lists(rows: np.ndarray, dtype: type) -> pa.ListArray:
+    """Return numbers [n, m] as a list column."""
+    offsets = _array(np.arange(len(rows) + 1) * rows.shape[1], np.int32)
+    return pa.ListArray.from_arrays(offsets, _array(rows.ravel(), dtype))
+
+
+def _strings(texts: Sequence[str]) -> pa.StringArray:
+    """Return texts [n] as an Arrow array."""
+    encoded = [text.encode() for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.StringArray.from_buffers(
+        len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))
+    )
+
+
+def _with_names(
+    table: dict[str, pa.Array], schema: pa.Schema, model: str, site: str, layer: int
+) -> pa.Table:
+    """Return the columns of a layer with those that name its neurons, in the order of a schema."""
+    n = len(table["index"])
+    none = _array(np.zeros(n), np.int64)
+    table["model"], table["site"] = _strings([model]).take(none), _strings([site]).take(none)
+    table["layer"] = _array(np.full(n, layer), np.int32)
+    return pa.Table.from_arrays([table[name] for name in schema.names], schema=schema)

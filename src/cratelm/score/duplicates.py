@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from datasketch import MinHash
 from numpy.typing import NDArray
 
 from cratelm.records import SIMULATION_METRICS, Excerpt, Metric, NeuronScore, Split
@@ -99,6 +98,9 @@ class NearDuplicates:
     """Index that finds held-out excerpts that are near-duplicates of excerpts explained from."""
 
     def __init__(self, store: TokenStore):
+        # On first use: it imports half of scipy, and `report` and `view`, which only read results, do without.
+        from datasketch import MinHash
+
         self._store = store
         self._index = _BandIndex()
         self._explained: dict[int, NDArray[np.uint32]] = {}

@@ -2,7 +2,6 @@
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 
 def roc_area(positive: ArrayLike, negative: ArrayLike) -> float:
@@ -10,6 +9,8 @@ def roc_area(positive: ArrayLike, negative: ArrayLike) -> float:
 
     This is the area under the ROC curve, from ranks (Hanley & McNeil 1982). P and Q must be at least 1.
     """
+    from scipy.stats import rankdata  # takes a second, and few scores are such areas
+
     a, b = np.asarray(positive), np.asarray(negative)
     return roc_area_of_ranks(rankdata(np.concatenate([a, b]))[: len(a)], len(b))
 

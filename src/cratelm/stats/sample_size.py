@@ -13,7 +13,7 @@ question: what other neurons of the same kind would give, not what the other neu
 
 import math
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from cratelm.errors import InputError
 
@@ -66,7 +66,7 @@ def precision_statement(
 
 
 def _quantile(confidence: float) -> float:
-    return float(norm.ppf((1 + confidence) / 2))
+    return float(ndtri((1 + confidence) / 2))
 
 
 def _check(n_layers: int, sd: float, population: int | None, confidence: float) -> None:
