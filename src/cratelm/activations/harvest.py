@@ -53,8 +53,8 @@ from cratelm.tokens.shards import TokenStore, check_vocabulary
 
 SPLITS: tuple[Split, ...] = ("fit", "held_out")
 """splits that are harvested; the bins are set on the first"""
-_WORTH_COMPILING = 2 * 10**8
-"""activations from which compiled code saves more than the second or two that loading it takes"""
+_WORTH_COMPILING = 10**7
+"""activations of a split from which compiled code saves more than the second that loading it takes"""
 
 
 @dataclass(frozen=True)
@@ -314,9 +314,7 @@ def write_split(
     write_json(folder / "sites.json", {**of_site, "layers": site.layer_numbers})
     with (
         pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARIES.schema) as summaries,
-        pq.ParquetWriter(
-            excerpts_path(folder, plan.name), EXCERPTS.schema, compression="zstd"
-        ) as excerpts,
+        excerpt_writer(folder, plan.name) as excerpts,
         ThreadPoolExecutor(1) as thread,  # compresses a row group while the next one is made
     ):
         writing: Future[None] | None = None
