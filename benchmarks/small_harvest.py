@@ -5,7 +5,7 @@
     python benchmarks/small_harvest.py --start-up        # only how long the verbs take to start
 
 Both sides run alternately, each as a process of its own: start-up, imports, loading and writing count. The other side is
-`benchmarks/keep_and_sort.py`. Printed as JSON, with wall-clock and processor seconds of every turn (all threads, and with
+`benchmarks/keep_and_sort.py`. Printed as a line of JSON, with wall-clock and processor seconds of every turn (all threads, and with
 start and end of the interpreter) and the ratio of their medians; below 1, cratelm is faster. `tokens` is the number of
 tokens searched in each of the two splits. The harvest is named `small-harvest`, and is removed at the end.
 
@@ -25,6 +25,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from common import figures
 
 from cratelm.runs import Run
 
@@ -119,8 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Run(run).stage("activations", NAME).remove()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    threads = os.environ.get("OMP_NUM_THREADS", "default")
-    print(json.dumps({"cores": os.cpu_count(), "threads": threads, "results": results}, indent=1))
+    for result in results:
+        walls = result["wall_seconds"]
+        pairs = zip(walls["cratelm"], walls["keep_and_sort"], strict=True)
+        threads = os.environ.get("OMP_NUM_THREADS", "default")
+        figures(**result, ratios=[ours / plain for ours, plain in pairs], threads=threads)
 
 
 if __name__ == "__main__":

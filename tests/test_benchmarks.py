@@ -129,8 +129,9 @@ def test_a_small_harvest_against_keeping_and_sorting(tmp_path, capsys, monkeypat
     arguments = f"--run {path} --models crate-2l --tokens 1000 --repeats 1"
     benchmark.main(arguments.split())
     printed = capsys.readouterr().out
-    (result,) = json.loads(printed[printed.index("{") :])["results"]
+    result = json.loads(printed[printed.index("{") :])
     assert (result["wall_ratio"], result["cpu_ratio"]) == (3.0, 0.5)
+    assert result["ratios"] == [3.0]
     assert highest["cratelm"] == pytest.approx(highest["plain"], rel=1e-5)
     assert len(highest["plain"]) == 64
     assert not (path / "activations" / benchmark.NAME).exists()
@@ -144,6 +145,9 @@ def test_all_are_here():
         "common",
         "small_harvest",
         "keep_and_sort",
+        "bench",
+        "demo",
+        "plain_crate",
         "gpu",
         *(f"gpu_{name}" for name in GPU_MODULES),
     }

@@ -22,10 +22,8 @@ from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
 from cratelm.activations.parts import part_share, part_stage, write_part
 from cratelm.activations.store import (
-    EXCERPTS,
     NEURONS_PER_GROUP,
     SUMMARIES,
-    excerpts_path,
     summaries_path,
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
