@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -17,7 +18,14 @@ from tokenizers.models import WordLevel
 from cratelm.corpus.documents import Document
 from cratelm.records import Control, Excerpt, NeuronId, NeuronScore, Score, Split
 from cratelm.score import duplicates
-from cratelm.score.duplicates import GRID, PASSAGE, THRESHOLD, NearDuplicates
+from cratelm.score.duplicates import (
+    GRID,
+    PASSAGE,
+    THRESHOLD,
+    NearDuplicates,
+    min_hashes,
+    shingles_of,
+)
 from cratelm.score.metrics import simulation_score
 from cratelm.tokens.shards import StoreWriter, TokenStore
 
@@ -147,9 +155,9 @@ def test_each_passage_is_hashed_once(tmp_path, monkeypatch):
     read = []
     count = duplicates.shingles_of
 
-    def counted(tokens):
-        read.append(len(tokens))
-        return count(tokens)
+    def counted(tokens, lengths):
+        read.extend(lengths.tolist())
+        return count(tokens, lengths)
 
     monkeypatch.setattr(duplicates, "shingles_of", counted)
     found = NearDuplicates(store)
@@ -174,6 +182,21 @@ def test_the_same_whatever_the_order(tmp_path):
     verdicts = [[found.is_duplicate(e) for e in asked] for found in (first, second, backwards)]
     assert verdicts[0] == verdicts[1] == verdicts[2]
     assert first.audit([]) == second.audit([])
+
+
+def test_hashes_are_those_of_datasketch():
+    tokens = np.random.default_rng(0).integers(0, 50, (20, PASSAGE))
+    lengths = np.arange(20) * 3 + 7
+    lengths[:4] = 1, 4, 5, 6
+    shingles = shingles_of(tokens, lengths)
+    for row, length, own, hashes in zip(
+        tokens.tolist(), lengths.tolist(), shingles, min_hashes(shingles), strict=True
+    ):
+        runs = {tuple(row[at : at + 5][:length]) for at in range(max(1, length - 4))}
+        assert len(np.unique(own)) == len(runs)
+        reference = MinHash(64, seed=1, hashfunc=int)
+        reference.update_batch(own.tolist())
+        assert hashes.tolist() == reference.hashvalues.tolist()
 
 
 def jaccard(a: Sequence[int], b: Sequence[int]) -> float:
