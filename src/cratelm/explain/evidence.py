@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.records import Excerpt, NeuronRecord
 
 NO_TOKEN = -1
@@ -45,35 +46,62 @@ def collect_evidence(record: NeuronRecord, depth: int, weight: float) -> Evidenc
 
 def evidence_of(excerpts: Sequence[Excerpt], depth: int, weight: float) -> Evidence:
     """Return the evidence from these excerpts of one neuron, as `collect_evidence` does for a record."""
-    excerpts = [e for e in excerpts if e.kind != "out_of_context" and len(e)]
-    if not excerpts:
-        return Evidence(np.zeros((0, depth), dtype=np.int64), np.zeros(0), np.zeros(0))
-    contexts = contexts_of([e.token_ids for e in excerpts], depth)  # [n, depth]
-    activations = np.concatenate([e.activations for e in excerpts]).astype(np.float64)
-    lengths = np.array([len(e) for e in excerpts])
+    table = ExcerptTable.of(excerpts)
+    lengths = table.lengths
     offsets = offsets_of(lengths)
-    starts = np.array([e.position - e.peak for e in excerpts])
-    positions = np.repeat(starts, lengths) + offsets
-    is_random = np.repeat(np.array([e.kind == "random" for e in excerpts]), lengths)
-    # Sorted by position and then by offset, the last row of each position has the most context.
-    order = np.lexsort((offsets, positions))
-    last = np.append(np.diff(positions[order]) != 0, True)
-    kept = order[last]
-    drawn = np.isin(positions[kept], positions[is_random])
-    return Evidence(contexts[kept], activations[kept], np.where(drawn, 1.0, weight))
+    starts = table.positions - table.peaks
+    in_context = np.repeat(~table.is_kind("out_of_context"), lengths)
+    places, n_places = _places(starts, lengths)
+    # Of the rows at each place, the one with the most context is kept, and of several the last.
+    best = np.full(n_places, -1)
+    rows = np.arange(len(offsets))
+    np.maximum.at(best, places[in_context], (offsets * len(offsets) + rows)[in_context])
+    is_random = np.repeat(table.is_kind("random"), lengths)
+    drawn = np.zeros(n_places, bool)
+    drawn[places[is_random]] = True
+    kept = best[best >= 0] % max(1, len(offsets))
+    return Evidence(
+        _contexts(table.token_ids, offsets, kept, depth),
+        table.activations[kept].astype(np.float64),
+        np.where(drawn[best >= 0], 1.0, weight),
+    )
+
+
+def _places(starts: NDArray, lengths: NDArray) -> tuple[NDArray[np.int64], int]:
+    """Return the positions of all tokens [n], numbered without the gaps between excerpts, and how many there are.
+
+    `starts` and `lengths` are those of the excerpts. Numbers are in the order of the positions, so that arrays
+    over them take the place of a sort of all tokens.
+    """
+    if not len(starts):
+        return np.zeros(0, np.int64), 0
+    order = np.argsort(starts)
+    reached = np.maximum.accumulate((starts + lengths)[order])
+    gaps = np.maximum(0, starts[order][1:] - reached[:-1])
+    before = np.empty(len(starts), np.int64)
+    before[order] = starts[order[0]] + np.concatenate([[0], np.cumsum(gaps)])
+    n_places = int(reached[-1] - before[order[-1]])
+    return np.repeat(starts - before, lengths) + offsets_of(lengths), n_places
 
 
 def contexts_of(token_ids: list[NDArray], depth: int) -> NDArray[np.int64]:
     """Return the contexts of all tokens of excerpts, [n, depth]; n is the excerpts' total length."""
-    lengths = np.array([len(t) for t in token_ids])
-    flat = np.concatenate(token_ids).astype(np.int64)
-    offsets = offsets_of(lengths)
-    columns = np.full((len(flat), depth), NO_TOKEN, dtype=np.int64)
-    for back in range(min(depth, len(flat))):
-        shifted = columns[back:, back]
-        shifted[:] = flat[: len(flat) - back]
-        columns[offsets < back, back] = NO_TOKEN
-    return columns
+    offsets = offsets_of(np.array([len(t) for t in token_ids]))
+    return _contexts(np.concatenate(token_ids), offsets, np.arange(len(offsets)), depth)
+
+
+def _contexts(
+    token_ids: NDArray, offsets: NDArray, rows: NDArray, depth: int
+) -> NDArray[np.int64]:
+    """Return the contexts [N, depth] of the tokens in `rows` [N], from all tokens [n] and their offsets [n]."""
+    columns = np.full((depth, len(rows)), NO_TOKEN, np.int64)  # columns are read one at a time
+    offsets = offsets[rows]
+    for back in range(depth):
+        inside = offsets >= back
+        if not inside.any():
+            break
+        columns[back, inside] = token_ids[rows[inside] - back]
+    return columns.T
 
 
 def offsets_of(lengths: NDArray) -> NDArray[np.int64]:

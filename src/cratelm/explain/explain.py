@@ -7,8 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from tqdm import tqdm
 
+from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, collect_evidence
@@ -215,7 +217,8 @@ def explain_neuron(
     """
     if record.summary.dead:
         return []
-    if record.of_kind("out_of_context") or not any(len(e) for e in record.excerpts):
+    table = ExcerptTable.of(record.excerpts)
+    if table.is_kind("out_of_context").any() or not len(table.token_ids):
         raise InputError(
             f"{record.neuron} has no excerpts, or has excerpts of the held_out split instead of fit:"
             " type `cratelm harvest --force` for this model"
@@ -223,7 +226,7 @@ def explain_neuron(
     _check_memory(record, config)
     # at least 2 tokens of context, whatever --depth: look-up phrases say what comes before a token
     evidence = collect_evidence(record, depth=max(config.depth, 2), weight=WEIGHT)
-    documents = tuple(sorted({e.document for e in record.excerpts}))
+    documents = tuple(np.unique(table.documents).tolist())
     mean = record.summary.mean
     explanations = []
     for explainer in config.explainers:
@@ -240,7 +243,7 @@ def explain_neuron(
 
 def _check_memory(record: NeuronRecord, config: ExplainConfig) -> None:
     """Raise `InputError` if the contexts of all tokens of a neuron's excerpts do not fit into memory."""
-    tokens = sum(map(len, record.excerpts))
+    tokens = len(ExcerptTable.of(record.excerpts).token_ids)
     check_memory(config, {"depth": 8 * config.depth * tokens}, "the contexts of one neuron")
 
 

@@ -52,11 +52,12 @@ def token_table(
     The gain of a token is the reduction of squared error relative to predicting the mean:
     (sum of weights) (v_t - m)^2.
     """
-    tokens, which, counts = np.unique(
-        evidence.contexts[:, 0], return_inverse=True, return_counts=True
-    )
-    weight = np.bincount(which, evidence.weights, len(tokens))
-    total = np.bincount(which, evidence.weights * evidence.activations, len(tokens))
+    occurring = evidence.contexts[:, 0]
+    counts = np.bincount(occurring)
+    tokens = np.flatnonzero(counts)
+    counts = counts[tokens]
+    weight = np.bincount(occurring, evidence.weights)[tokens]
+    total = np.bincount(occurring, evidence.weights * evidence.activations)[tokens]
     values = (total + strength * mean) / (weight + strength)
     gain = weight * (values - mean) ** 2
     best = np.lexsort((tokens, -gain))[:max_tokens]

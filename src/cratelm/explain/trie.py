@@ -75,12 +75,14 @@ def context_trie(
     to its parent, (sum of weights) (v_c - v)^2. Nodes are ranked by the best gain in their subtree, so that
     the nodes that change the prediction most are kept together with their ancestors.
     """
-    full = _grow(evidence, mean, depth, strength)
+    levels = _grow(evidence, mean, depth, strength)
+    full = _Grown(*(np.concatenate([getattr(g, f) for g in levels]) for f in _Grown.__annotations__))
     best = full.gains.copy()
-    for node in range(len(best) - 1, -1, -1):
-        parent = full.parents[node]
-        if parent != ROOT and best[node] > best[parent]:
-            best[parent] = best[node]
+    end = len(best)
+    for level in levels[:0:-1]:  # from the lowest level up to that below the single tokens
+        start = end - len(level.gains)
+        np.maximum.at(best, level.parents, best[start:end])
+        end = start
     # Ties go to the smaller index, and a parent comes before its children and has at least their best
     # gain, so every ancestor of a kept node is kept.
     kept = np.sort(np.argsort(-best, kind="stable")[:max_nodes])
@@ -121,8 +123,8 @@ class _Grown:
     """sum of weight times activation"""
 
 
-def _grow(evidence: Evidence, mean: float, depth: int, strength: float) -> _Grown:
-    """Return all nodes that occur often enough, level by level."""
+def _grow(evidence: Evidence, mean: float, depth: int, strength: float) -> list[_Grown]:
+    """Return all nodes that occur often enough, level by level. Nodes are numbered over all levels."""
     levels: list[_Grown] = []
     rows = np.arange(len(evidence.contexts))  # evidence still in a node of the last level
     node = np.full(len(rows), ROOT)  # that node, numbered over all levels
@@ -137,9 +139,7 @@ def _grow(evidence: Evidence, mean: float, depth: int, strength: float) -> _Grow
             break
         node, above = n_nodes + which, level.values[which]
         n_nodes += len(level.values)
-    return _Grown(
-        *(np.concatenate([getattr(g, f) for g in levels]) for f in _Grown.__annotations__)
-    )
+    return levels
 
 
 def _level(
@@ -152,12 +152,9 @@ def _level(
 ) -> tuple[_Grown, NDArray[np.int64]]:
     """Return the nodes one level down, and the index among them of each of `rows`, -1 for none."""
     tokens = evidence.contexts[rows, back]
-    # One number per (parent, token), so that one `unique` groups the rows of all parents at once; node
-    # and token are shifted by 1 since both can be -1. Tokens are below 2^32, nodes below 2^31: no overflow.
-    key = (node + 1) * (int(evidence.contexts.max(initial=0)) + 2) + (tokens + 1)
-    _, first, which, counts = np.unique(
-        key, return_index=True, return_inverse=True, return_counts=True
-    )
+    # One number per (parent, token), so that one sort groups the rows of all parents at once; node and token
+    # are shifted by 1 since both can be -1. Tokens are below 2^32, nodes below 2^31: no overflow.
+    first, which, counts = _grouped((node + 1) * (int(tokens.max(initial=0)) + 2) + (tokens + 1))
     weights = evidence.weights[rows]
     weight: NDArray = np.bincount(which, weights, len(first))
     total: NDArray = np.bincount(which, weights * evidence.activations[rows], len(first))
@@ -176,3 +173,17 @@ def _level(
         totals=total[ok],
     )
     return grown, renumbered[which]
+
+
+def _grouped(keys: NDArray) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return for each distinct key, in order, a row that has it; for each row [n] its key's number; and key counts.
+
+    `np.unique` gives the same, and takes six times as long, since its sort is stable.
+    """
+    order = np.argsort(keys)
+    ordered = keys[order]
+    begins = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(keys)])
+    counts = np.diff(begins, append=len(keys))
+    which = np.empty(len(keys), np.int64)
+    which[order] = np.repeat(np.arange(len(begins)), counts)
+    return order[begins], which, counts
