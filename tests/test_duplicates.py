@@ -26,7 +26,7 @@ from cratelm.score.duplicates import (
     min_hashes,
     shingles_of,
 )
-from cratelm.score.metrics import simulation_score
+from cratelm.score.metrics import Sample
 from cratelm.tokens.shards import StoreWriter, TokenStore
 
 VOCABULARY = 2000
@@ -265,7 +265,7 @@ def test_dropping_them_changes_the_score_as_counted_by_hand(tmp_path):
     draw = np.random.default_rng(0)
     asked = [excerpt(store, "held_out", d, at) for d in range(3) for at in (40, 100)]
     simulated = [e.activations + draw.normal(0, 500, len(e)) for e in asked]
-    score = simulation_score(asked, simulated, found.is_duplicate)
+    score = Sample(asked, found.are_duplicates).score(simulated)
     both = [(asked, simulated), (asked[2:], simulated[2:])]
     with_all, without = (
         np.corrcoef(np.concatenate([e.activations for e in true]), np.concatenate(guess))[0, 1]
@@ -275,7 +275,7 @@ def test_dropping_them_changes_the_score_as_counted_by_hand(tmp_path):
     assert score.without_duplicates == pytest.approx(without)
     assert abs(with_all - without) > 0.01
     assert (score.n_duplicates, score.n_records) == (2, 6)
-    clean = simulation_score(asked[2:], simulated[2:], found.is_duplicate)
+    clean = Sample(asked[2:], found.are_duplicates).score(simulated[2:])
     assert (clean.n_duplicates, clean.without_duplicates) == (0, None)
 
 

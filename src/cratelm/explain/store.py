@@ -181,12 +181,14 @@ class ExplanationFile:
         columns = [column.name for column in EXPLANATIONS.columns if column.name != "documents"]
         for group in self._groups(columns, layer):
             decoded = lru_cache(maxsize=8)(partial(self._explanation, group))
-            names = group.select(["model", "site", "layer", "index", "explainer"]).to_pylist()
-            for row, (name, evidence) in enumerate(
-                zip(names, _evidence(group["payload"]), strict=True)
+            columns_of_kind = (group[c].to_pylist() for c in ("model", "site", "index", "explainer"))
+            evidence = _evidence(group["payload"])
+            for row, (model, site, index, explainer, of_kind) in enumerate(
+                zip(*columns_of_kind, evidence, strict=True)
             ):
-                stored = StoredExplanation(_neuron(name), partial(decoded, row))
-                yield (name["explainer"], evidence), stored
+                neuron = NeuronId(model, site, layer, index)
+                stored = StoredExplanation(neuron, partial(decoded, row))
+                yield (explainer, of_kind), stored
 
     def documents(self) -> Iterator[list[int]]:
         """Yield the documents that explanations were made from, without repeats within a part of the file."""
