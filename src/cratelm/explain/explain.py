@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,15 +113,14 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return stage.result(ExplainResult, path=stage.path)
-    for record in islice(read_selected_records(harvest.path, "fit", selected), 1):
-        _check_memory(
-            record, config
-        )  # before the progress bar; all neurons have about as many tokens
+    records = read_selected_records(harvest.path, "fit", selected)
+    first = list(islice(records, 1))
+    for record in first:  # before the progress bar; all neurons have about as many tokens
+        _check_memory(record, config)
     explainer = CountingExplainer(config, _token_strings(run))
     n_expected = len(config.explainers) * sum(not s.dead for s in selected)
     with stage.write(config, inputs) as draft:
-        records = read_selected_records(harvest.path, "fit", selected)
-        stream = explainer.explain(records)
+        stream = explainer.explain(chain(first, records))
         outcomes = list(_progress(stream, n_expected, config.model, config.quiet))
         counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, **counts)
