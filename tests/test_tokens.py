@@ -29,6 +29,7 @@ from cratelm.tokens.shards import StoreWriter, TokenStore, check_vocabulary
 from cratelm.tokens.tokenize import TokenizeResult, tokenize
 from cratelm.tokens.tokenizer import (
     END_OF_TEXT,
+    characters_of_bytes,
     from_tiktoken,
     hf_tokenizer,
     load_tokenizer,
@@ -555,6 +556,12 @@ def test_gpt2_out_of_reach_says_what_to_type(
     monkeypatch.setattr(tokenizers_room, "_fetch_hub", _fetch_nothing)
     with pytest.raises(InputError, match=r"cannot be fetched .*ConnectionError.*--tokenizer PATH"):
         make(tmp_path, corpus, tokenizer="gpt2")
+
+
+def test_bytes_are_spelled_as_by_transformers():
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    assert characters_of_bytes() == bytes_to_unicode()
 
 
 def test_a_tiktoken_encoding_is_converted_without_a_change(small_tokenizer: Tokenizer) -> None:
