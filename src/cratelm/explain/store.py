@@ -25,7 +25,7 @@ from cratelm.errors import InputError
 from cratelm.records import Explanation, NeuronId, NeuronKey
 from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
-from cratelm.runs.reading import read_rows, reading, verified
+from cratelm.runs.reading import decoding, read_rows, reading, verified
 
 _ROWS_A_GROUP = 256
 """rows that are read to get the payload of one neuron: about 1 MB"""
@@ -223,8 +223,9 @@ class ExplanationFile:
                     yield group.filter(pa.array(group["layer"].to_numpy() == layer))
 
     def _explanation(self, group: pa.Table, row: int) -> Explanation:
-        with reading(self._path, "the columns that docs/files.md lists"):
-            return explanation_of({"documents": (), **group.slice(row, 1).to_pylist()[0]})
+        with decoding(self._path, "the columns that docs/files.md lists"):
+            columns = zip(group.column_names, group.columns, strict=True)
+            return explanation_of({"documents": (), **{n: c[row].as_py() for n, c in columns}})
 
 
 def _evidence(payloads: pa.ChunkedArray) -> list[str]:

@@ -82,13 +82,15 @@ class _HeldOut:
         self.samples = {s: Sample(scored_on(record, s), scoring.find_duplicates) for s in sources}
         self._simulated: dict[tuple[str, Control], Mapping[Metric, NDArray[np.float64]]] = {}
 
-    def token_ids(self, metric: Metric) -> list[NDArray]:
-        """Return what simulators get: the token ids of the excerpts of a metric, never their activations."""
-        return [e.token_ids for e in self.samples[metric].excerpts]
+    @cached_property
+    def _token_ids(self) -> TokenLists:
+        """Return the token ids of all samples, one after another."""
+        return TokenLists([ids for sample in self.samples.values() for ids in sample.token_ids])
 
     @cached_property
-    def _all_token_ids(self) -> TokenLists:
-        return TokenLists([ids for metric in self.samples for ids in self.token_ids(metric)])
+    def _ends(self) -> NDArray[np.int64]:
+        """Return where each sample ends among their tokens."""
+        return np.cumsum([sum(map(len, sample.token_ids)) for sample in self.samples.values()])
 
     def simulated(
         self, explanation: Explanation, explainer: str, control: Control
@@ -100,9 +102,8 @@ class _HeldOut:
         key = explainer, control
         if key not in self._simulated:
             simulator = ConstantSimulator() if control == "constant" else simulator_of(explainer)
-            values = simulator.values(explanation.payload, self._all_token_ids)
-            sizes = [sum(map(len, s.excerpts)) for s in self.samples.values()]
-            parts = np.split(values, np.cumsum(sizes)[:-1])
+            values = simulator.values(explanation.payload, self._token_ids)
+            parts = np.split(values, self._ends[:-1])
             self._simulated[key] = dict(zip(self.samples, parts, strict=True))
         return self._simulated[key]
 
@@ -180,7 +181,7 @@ def _plan(
     if control == "constant":
         # levels have no unit, so there is no value for a constant simulation
         return Score(None, Status.UNDEFINED, CONSTANT)
-    simulator, token_ids = reader.simulators[variant], held_out.token_ids(metric)
+    simulator, token_ids = reader.simulators[variant], sample.token_ids
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
         failure = failed(outcomes)
