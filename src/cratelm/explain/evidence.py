@@ -5,6 +5,8 @@ Shapes: n tokens of all excerpts; N of them after removing repeated positions of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,16 @@ held-out scores like `cratelm.explain.lookup.STRENGTH`: 0.5 and 1 are within 0.4
 metrics, while 0.1 loses 2 to 3 points: the loss of evidence on rare tokens outweighs the bias."""
 
 
+class TokenSums(NamedTuple):
+    """Sums over the evidence by its token; each field is [distinct tokens], in the order of the token ids."""
+
+    tokens: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    totals: NDArray[np.float64]
+    """sum of weight times activation"""
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """Tokens with known activations of one neuron, each with the tokens before it."""
@@ -31,6 +43,20 @@ class Evidence:
     """[N], raw activations"""
     weights: NDArray[np.float64]
     """[N], 1 for a token of a random excerpt, less for one that occurs only in excerpts chosen for a peak"""
+
+    @cached_property
+    def weighted(self) -> NDArray[np.float64]:
+        """Return weight times activation, [N]."""
+        return self.weights * self.activations
+
+    @cached_property
+    def by_token(self) -> TokenSums:
+        """Return the sums over the evidence with the same token."""
+        own = self.contexts[:, 0]
+        counts = np.bincount(own)
+        tokens = np.flatnonzero(counts)
+        weights, totals = (np.bincount(own, w)[tokens] for w in (self.weights, self.weighted))
+        return TokenSums(tokens, counts[tokens], weights, totals)
 
 
 def collect_evidence(record: NeuronRecord, depth: int, weight: float) -> Evidence:
@@ -47,41 +73,40 @@ def collect_evidence(record: NeuronRecord, depth: int, weight: float) -> Evidenc
 def evidence_of(excerpts: Sequence[Excerpt], depth: int, weight: float) -> Evidence:
     """Return the evidence from these excerpts of one neuron, as `collect_evidence` does for a record."""
     table = ExcerptTable.of(excerpts)
+    alone = table.is_kind("out_of_context")
+    if alone.any():
+        table = ExcerptTable.of(table.items(np.flatnonzero(~alone).tolist()))
     lengths = table.lengths
-    offsets = offsets_of(lengths)
-    starts = table.positions - table.peaks
-    in_context = np.repeat(~table.is_kind("out_of_context"), lengths)
-    places, n_places = _places(starts, lengths)
-    # Of the rows at each place, the one with the most context is kept, and of several the last.
-    best = np.full(n_places, -1)
-    rows = np.arange(len(offsets))
-    np.maximum.at(best, places[in_context], (offsets * len(offsets) + rows)[in_context])
-    is_random = np.repeat(table.is_kind("random"), lengths)
+    n, offsets = len(table.token_ids), offsets_of(lengths)
+    places, n_places = _places(table.positions - table.peaks, lengths)
+    places = np.repeat(places, lengths) + offsets  # of all tokens, [n]
+    # Of the tokens at each place, the one with the most context is kept, and of several the last.
+    best = np.zeros(n_places, np.int64)
+    np.maximum.at(best, places, offsets * n + np.arange(n))
+    kept = best % max(1, n)
     drawn = np.zeros(n_places, bool)
-    drawn[places[is_random]] = True
-    kept = best[best >= 0] % max(1, len(offsets))
+    drawn[places[np.repeat(table.is_kind("random"), lengths)]] = True
     return Evidence(
         _contexts(table.token_ids, offsets, kept, depth),
         table.activations[kept].astype(np.float64),
-        np.where(drawn[best >= 0], 1.0, weight),
+        np.where(drawn, 1.0, weight),
     )
 
 
 def _places(starts: NDArray, lengths: NDArray) -> tuple[NDArray[np.int64], int]:
-    """Return the positions of all tokens [n], numbered without the gaps between excerpts, and how many there are.
+    """Return the places at which excerpts begin, and the number of places.
 
-    `starts` and `lengths` are those of the excerpts. Numbers are in the order of the positions, so that arrays
-    over them take the place of a sort of all tokens.
+    Places are the positions that any excerpt covers, numbered in their order without the gaps between
+    excerpts, so that arrays over them take the place of a sort of all tokens.
     """
     if not len(starts):
         return np.zeros(0, np.int64), 0
     order = np.argsort(starts)
     reached = np.maximum.accumulate((starts + lengths)[order])
     gaps = np.maximum(0, starts[order][1:] - reached[:-1])
-    before = np.empty(len(starts), np.int64)
+    before = np.empty(len(starts), np.int64)  # positions before the excerpt that are no places
     before[order] = starts[order[0]] + np.concatenate([[0], np.cumsum(gaps)])
-    n_places = int(reached[-1] - before[order[-1]])
-    return np.repeat(starts - before, lengths) + offsets_of(lengths), n_places
+    return starts - before, int(reached[-1] - before[order[-1]])
 
 
 def contexts_of(token_ids: list[NDArray], depth: int) -> NDArray[np.int64]:
@@ -94,13 +119,12 @@ def _contexts(
     token_ids: NDArray, offsets: NDArray, rows: NDArray, depth: int
 ) -> NDArray[np.int64]:
     """Return the contexts [N, depth] of the tokens in `rows` [N], from all tokens [n] and their offsets [n]."""
-    columns = np.full((depth, len(rows)), NO_TOKEN, np.int64)  # columns are read one at a time
+    columns = np.empty((depth, len(rows)), np.int64)  # columns are read one at a time
     offsets = offsets[rows]
-    for back in range(depth):
-        inside = offsets >= back
-        if not inside.any():
-            break
-        columns[back, inside] = token_ids[rows[inside] - back]
+    for back, column in enumerate(columns):
+        # a negative index is that of another excerpt's token, and overwritten
+        column[:] = token_ids[rows - back] if back < len(token_ids) else NO_TOKEN
+        column[offsets < back] = NO_TOKEN
     return columns.T
 
 

@@ -52,12 +52,7 @@ def token_table(
     The gain of a token is the reduction of squared error relative to predicting the mean:
     (sum of weights) (v_t - m)^2.
     """
-    occurring = evidence.contexts[:, 0]
-    counts = np.bincount(occurring)
-    tokens = np.flatnonzero(counts)
-    counts = counts[tokens]
-    weight = np.bincount(occurring, evidence.weights)[tokens]
-    total = np.bincount(occurring, evidence.weights * evidence.activations)[tokens]
+    tokens, counts, weight, total = evidence.by_token
     values = (total + strength * mean) / (weight + strength)
     gain = weight * (values - mean) ** 2
     best = np.lexsort((tokens, -gain))[:max_tokens]

@@ -94,8 +94,11 @@ def _mostly_after(evidence: Evidence, tokens: NDArray, token_strings: Sequence[s
     """Return `, mostly after TOKEN` if TOKEN precedes more than half of the activation on `tokens`, else ""."""
     if evidence.contexts.shape[1] < 2:
         return ""
-    rows = np.isin(evidence.contexts[:, 0], tokens) & (evidence.activations > 0)
-    if rows.sum() < MIN_SEEN:
+    own = evidence.contexts[:, 0]
+    named = np.zeros(own.max(initial=0) + 1, bool)
+    named[tokens] = True
+    rows = np.flatnonzero(named[own] & (evidence.activations > 0))
+    if len(rows) < MIN_SEEN:
         return ""
     before, which = np.unique(evidence.contexts[rows, 1], return_inverse=True)
     share = np.bincount(which, evidence.activations[rows])
