@@ -181,13 +181,13 @@ class ExplanationFile:
         columns = [column.name for column in EXPLANATIONS.columns if column.name != "documents"]
         for group in self._groups(columns, layer):
             decoded = lru_cache(maxsize=8)(partial(self._explanation, group))
-            columns_of_kind = (group[c].to_pylist() for c in ("model", "site", "index", "explainer"))
+            names = (group[name].to_pylist() for name in ("model", "site", "index", "explainer"))
             evidence = _evidence(group["payload"])
             for row, (model, site, index, explainer, of_kind) in enumerate(
-                zip(*columns_of_kind, evidence, strict=True)
+                zip(*names, evidence, strict=True)
             ):
                 neuron = NeuronId(model, site, layer, index)
-                stored = StoredExplanation(neuron, partial(decoded, row))
+                stored = StoredExplanation(neuron, partial(decoded, row, neuron, explainer))
                 yield (explainer, of_kind), stored
 
     def documents(self) -> Iterator[list[int]]:
@@ -222,10 +222,12 @@ class ExplanationFile:
                     group = file.read_row_group(number, columns, use_threads=False)
                     yield group.filter(pa.array(group["layer"].to_numpy() == layer))
 
-    def _explanation(self, group: pa.Table, row: int) -> Explanation:
+    def _explanation(
+        self, group: pa.Table, row: int, neuron: NeuronId, explainer: str
+    ) -> Explanation:
         with decoding(self._path, "the columns that docs/files.md lists"):
-            columns = zip(group.column_names, group.columns, strict=True)
-            return explanation_of({"documents": (), **{n: c[row].as_py() for n, c in columns}})
+            payload = json.loads(group["payload"][row].as_py())
+            return Explanation(neuron, explainer, group["text"][row].as_py(), payload, ())
 
 
 def _evidence(payloads: pa.ChunkedArray) -> list[str]:
