@@ -109,7 +109,9 @@ def compared(
             )
             measured[name].append(json.loads(done.stdout.splitlines()[-1]))
     names = [name for name in measured["this"][0] if name != "neurons"]
-    medians = {v: {n: median(m[n] for m in ms) for n in names} for v, ms in measured.items()}
+    medians = {
+        v: {n: round(median(m[n] for m in ms), 1) for n in names} for v, ms in measured.items()
+    }
     ratios = {n: round(medians["this"][n] / medians["other"][n], 2) for n in names}
     return {**medians, "ratios": ratios, "turns": turns}
 

@@ -115,9 +115,7 @@ def contexts_of(token_ids: list[NDArray], depth: int) -> NDArray[np.int64]:
     return _contexts(np.concatenate(token_ids), offsets, np.arange(len(offsets)), depth)
 
 
-def _contexts(
-    token_ids: NDArray, offsets: NDArray, rows: NDArray, depth: int
-) -> NDArray[np.int64]:
+def _contexts(token_ids: NDArray, offsets: NDArray, rows: NDArray, depth: int) -> NDArray[np.int64]:
     """Return the contexts [N, depth] of the tokens in `rows` [N], from all tokens [n] and their offsets [n]."""
     columns = np.empty((depth, len(rows)), np.int64)  # columns are read one at a time
     offsets = offsets[rows]

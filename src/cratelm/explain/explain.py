@@ -121,7 +121,7 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     n_expected = len(config.explainers) * sum(not s.dead for s in selected)
     with stage.write(config, inputs) as draft:
         stream = explainer.explain(chain(first, records))
-        outcomes = list(_progress(stream, n_expected, config.model, config.quiet))
+        outcomes = _progress(stream, n_expected, config.model, config.quiet)
         counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, **counts)
 
@@ -188,18 +188,25 @@ def _progress(
 def _write(
     draft: Draft,
     selected: Sequence[SampledNeuron],
-    outcomes: Sequence[Explanation | ExplanationFailure],
+    outcomes: Iterable[Explanation | ExplanationFailure],
 ) -> dict[str, Any]:
-    """Write the files of the stage; return the figures of `ExplainResult`."""
-    explanations = [o for o in outcomes if isinstance(o, Explanation)]
-    failures = [o for o in outcomes if isinstance(o, ExplanationFailure)]
-    write_explanations(draft.path, explanations)
+    """Write the files of the stage while outcomes are made; return the figures of `ExplainResult`."""
+    failures: list[ExplanationFailure] = []
+
+    def explanations() -> Iterator[Explanation]:
+        for outcome in outcomes:
+            if isinstance(outcome, ExplanationFailure):
+                failures.append(outcome)
+            else:
+                yield outcome
+
+    n_explanations = write_explanations(draft.path, explanations())
     write_selected(draft.path, selected)
     write_unexplained(draft.path, failures)
     counts = {
         "n_neurons": len(selected),
         "n_dead": sum(s.dead for s in selected),
-        "n_explanations": len(explanations),
+        "n_explanations": n_explanations,
         "n_failed": len(failures),
     }
     draft.results.update(counts)

@@ -10,9 +10,10 @@ large model take gigabytes: `ExplanationFile` reads one layer at a time.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,8 +81,24 @@ class ExplanationFailure:
     reason: str
 
 
-def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) -> None:
-    """Write `explanations.parquet` into `folder`, in the order given."""
+def write_explanations(folder: str | Path, explanations: Iterable[Explanation]) -> int:
+    """Write `explanations.parquet` into `folder`, in the order given, and return how many there are.
+
+    They are written while they are made; memory: one row group.
+    """
+    rest = iter(explanations)
+    groups = iter(lambda: list(islice(rest, _ROWS_A_GROUP)), [])
+    n = 0
+    with pq.ParquetWriter(Path(folder) / "explanations.parquet", EXPLANATIONS.schema) as writer:
+        for group in groups:
+            writer.write_table(_explanation_table(group))
+            n += len(group)
+        if not n:
+            writer.write_table(_explanation_table([]))
+    return n
+
+
+def _explanation_table(explanations: Sequence[Explanation]) -> pa.Table:
     rows = [
         {
             **vars(e.neuron),
@@ -92,8 +109,7 @@ def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) 
         }
         for e in explanations
     ]
-    table = pa.Table.from_pylist(rows, schema=EXPLANATIONS.schema)
-    pq.write_table(table, Path(folder) / "explanations.parquet", row_group_size=_ROWS_A_GROUP)
+    return pa.Table.from_pylist(rows, schema=EXPLANATIONS.schema)
 
 
 @checked_arguments()

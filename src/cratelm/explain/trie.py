@@ -76,7 +76,9 @@ def context_trie(
     the nodes that change the prediction most are kept together with their ancestors.
     """
     levels = _grow(evidence, mean, depth, strength)
-    full = _Grown(*(np.concatenate([getattr(g, f) for g in levels]) for f in _Grown.__annotations__))
+    full = _Grown(
+        *(np.concatenate([getattr(g, f) for g in levels]) for f in _Grown.__annotations__)
+    )
     best = full.gains.copy()
     end = len(best)
     for level in levels[:0:-1]:  # from the lowest level up to that below the single tokens
@@ -132,7 +134,9 @@ def _grow(evidence: Evidence, mean: float, depth: int, strength: float) -> list[
     index[tokens] = np.arange(len(tokens))
     node = index[evidence.contexts[:, 0]]
     # the evidence still in a node of the last level, and that node's index in its level
-    rows = np.flatnonzero(counts[node] >= MIN_COUNT)  # a rarer context cannot be in a node further down
+    rows = np.flatnonzero(
+        counts[node] >= MIN_COUNT
+    )  # a rarer context cannot be in a node further down
     node = node[rows]
     first_node = 0
     for back in range(1, depth):

@@ -7,9 +7,9 @@ Jaccard similarity of their 5-token shingles is at least `THRESHOLD`. MinHash (B
 the shingles themselves decide, so there are no false positives.
 
 Cost: each passage is hashed once, however many neurons share it, and many at a time. (The library datasketch,
-whose hashes these are, takes one passage at a time, and forty times as long.) The number of passages is at
-most the number of tokens of the fit split / 32, and at most 3 times the number of excerpts explained from. A
-passage takes 1 kB: hashes of its bands in one sorted array, and its shingles; 2 kB while that array is sorted.
+whose hashes these are, takes one passage at a time.) The number of passages is at most the number of tokens of
+the fit split / 32, and at most 3 times the number of excerpts explained from. A passage takes 1 kB: hashes of
+its bands in one sorted array, and its shingles; 2 kB while that array is sorted.
 
 Shapes: n passages, R runs of tokens in a passage (60), P permutations.
 """

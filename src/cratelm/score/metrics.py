@@ -113,7 +113,9 @@ class Truth:
         if self._not_numbers:
             return Score(None, Status.UNDEFINED, self._not_numbers, **counts)
         low, high = b.min(), b.max()
-        if not (isfinite(low) and isfinite(high)):  # NaN too: it would be the lowest and the highest
+        if not (
+            isfinite(low) and isfinite(high)
+        ):  # NaN too: it would be the lowest and the highest
             return Score(None, Status.UNDEFINED, "the simulation is not finite", **counts)
         extra = {**self._explained(b), **counts}
         if self._is_constant:
