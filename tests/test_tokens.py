@@ -154,6 +154,11 @@ def test_positions_sequences_and_documents(tmp_path: Path, small_tokenizer: Toke
     assert split.read(5, 16).tolist() == whole[5:16]
     assert split.read(3, 3).tolist() == []
     assert split.read(0, 20).dtype == np.int64
+    at = np.array([[19, 0, 6], [7, 7, 13]])  # in several files
+    assert split.read_at(at).tolist() == [[whole[i] for i in row] for row in at.tolist()]
+    for outside in (-1, split.n_tokens):
+        with pytest.raises(IndexError, match="outside"):
+            split.read_at(np.array([0, outside]))
     assert [split.n_sequences(t) for t in (1, 4, 5, 19, 20)] == [19, 4, 3, 1, 0]
     assert split.sequence(1, 5).tolist() == whole[5:11]
     assert split.documents_at(np.array([0, 3, 4, 19])).tolist() == [1, 1, 3, 9]

@@ -55,8 +55,9 @@ class Evidence:
         own = self.contexts[:, 0]
         counts = np.bincount(own)
         tokens = np.flatnonzero(counts)
-        weights, totals = (np.bincount(own, w)[tokens] for w in (self.weights, self.weighted))
-        return TokenSums(tokens, counts[tokens], weights, totals)
+        weights: NDArray = np.bincount(own, self.weights)
+        totals: NDArray = np.bincount(own, self.weighted)
+        return TokenSums(tokens, counts[tokens], weights[tokens], totals[tokens])
 
 
 def collect_evidence(record: NeuronRecord, depth: int, weight: float) -> Evidence:

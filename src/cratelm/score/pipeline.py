@@ -78,8 +78,10 @@ class _HeldOut:
 
     def __init__(self, record: NeuronRecord, scoring: Scoring):
         self.record = record
-        sources = dict.fromkeys(map(_source, scoring.metrics))
-        self.samples = {s: Sample(scored_on(record, s), scoring.find_duplicates) for s in sources}
+        sources: dict[Metric, None] = {_source(metric): None for metric in scoring.metrics}
+        self.samples: dict[Metric, Sample] = {
+            s: Sample(scored_on(record, s), scoring.find_duplicates) for s in sources
+        }
         self._simulated: dict[tuple[str, Control], Mapping[Metric, NDArray[np.float64]]] = {}
 
     @cached_property
@@ -103,8 +105,8 @@ class _HeldOut:
         if key not in self._simulated:
             simulator = ConstantSimulator() if control == "constant" else simulator_of(explainer)
             values = simulator.values(explanation.payload, self._token_ids)
-            parts = np.split(values, self._ends[:-1])
-            self._simulated[key] = dict(zip(self.samples, parts, strict=True))
+            parts = zip(self.samples, np.split(values, self._ends[:-1]), strict=True)
+            self._simulated[key] = dict(parts)
         return self._simulated[key]
 
 
