@@ -27,7 +27,7 @@ from cratelm.activations.open_harvest import open_harvested
 from cratelm.activations.store import read_records, write_records
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.errors import InputError
-from cratelm.records import EXCERPT_KINDS
+from cratelm.records import EXCERPT_KINDS, Excerpt
 from cratelm.runs import Run
 from cratelm.tokens.shards import TokenStore
 
@@ -383,15 +383,21 @@ def fields_of(excerpt) -> dict:
 def test_a_table_is_the_list_of_its_excerpts(run):
     path = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
     record = list(read_records(path, "held_out"))[3]
+    layer, index = record.neuron.key
+    rows = pq.read_table(path / "excerpts-held_out.parquet").to_pylist()
+    expected = [
+        {name: row[name] for name in Excerpt.__dataclass_fields__}
+        for row in rows
+        if (row["layer"], row["index"]) == (layer, index)
+    ]
     table, excerpts = record.excerpts, list(record.excerpts)
     assert isinstance(table, ExcerptTable)
     assert ExcerptTable.of(table) is table
-    again = ExcerptTable.of(excerpts)
-    assert len(again) == len(table) == len(excerpts) > 20
-    expected = list(map(fields_of, excerpts))
-    assert list(map(fields_of, again)) == expected
+    assert list(map(fields_of, excerpts)) == expected
+    assert list(map(fields_of, ExcerptTable.of(excerpts))) == expected
     assert list(map(fields_of, table[5:9])) == expected[5:9]
     assert fields_of(table[-1]) == expected[-1]
+    assert len(table) == len(expected) > 20
     assert table.lengths.tolist() == [len(e) for e in excerpts]
     for kind in EXCERPT_KINDS:
         assert table.is_kind(kind).tolist() == [e.kind == kind for e in excerpts]
