@@ -4,8 +4,8 @@
 
 Generates the harvest of a few neurons (`explain_score.py`), explains it, and tiles harvest and explanations to the
 requested size with `large_run.py`, both splits included. The third explainer is the trie under another name. Then runs
-each verb in a process of its own, and prints its time and the peak of its memory. 12 x 3,072 neurons take 4 GB of disk.
-With `--sizes 1 2 4` the numbers of neurons per layer are multiplied, which shows what memory grows with.
+each verb in a process of its own, and prints its time and the peak of its memory, and at last those of both verbs
+together. 12 x 3,072 neurons take 4 GB of disk. With `--sizes 1 2 4` the numbers of neurons per layer are multiplied, which shows what memory grows with.
 """
 
 import argparse
@@ -124,11 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for size in options.sizes:
             n = size * options.neurons
             run = large(small, Path(folder) / f"large-{size}", options.layers, n)
+            of_size = {"layers": options.layers, "neurons": options.layers * n, "explainers": 3}
+            results = []
             for name in ("score", "report"):
-                print(
-                    json.dumps({"layers": options.layers, "neurons": n, **measured(name, run)}),
-                    flush=True,
-                )
+                results.append(measured(name, run))
+                print(json.dumps({**of_size, **results[-1]}), flush=True)
+            sums = {k: round(sum(r[k] for r in results), 1) for k in ("seconds", "cpu_seconds")}
+            peak = max(r["peak_mb"] for r in results)
+            both = {"verb": "score, report", **sums, "peak_mb": peak}
+            print(json.dumps({**of_size, **both}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,7 @@ import cratelm
 from cratelm.activations import topk as cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
 from cratelm.activations.calibration import Calibration
+from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.activations.fused_harvest import FusedLayerHarvest
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_per_neuron
 from cratelm.activations.open_harvest import open_harvested
@@ -26,6 +29,7 @@ from cratelm.activations.store import read_records, write_records
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table, tokens_at
 from cratelm.activations.windows import BatchWindows
 from cratelm.errors import InputError
+from cratelm.records import EXCERPT_KINDS, Excerpt
 from cratelm.runs import Run
 from cratelm.tokens.shards import TokenStore
 
@@ -471,6 +475,52 @@ def test_records_round_trip(run, tmp_path):
         for a, b in zip(before.excerpts, after.excerpts, strict=True):
             assert np.array_equal(a.activations, b.activations)
             assert np.array_equal(a.token_ids, b.token_ids)
+
+
+def fields_of(excerpt) -> dict:
+    return {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in vars(excerpt).items()
+    }
+
+
+def test_a_table_is_the_list_of_its_excerpts(run):
+    path = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
+    record = list(read_records(path, "held_out"))[3]
+    layer, index = record.neuron.key
+    rows = pq.read_table(path / "excerpts-held_out.parquet").to_pylist()
+    expected = [
+        {name: row[name] for name in Excerpt.__dataclass_fields__}
+        for row in rows
+        if (row["layer"], row["index"]) == (layer, index)
+    ]
+    table, excerpts = record.excerpts, list(record.excerpts)
+    assert isinstance(table, ExcerptTable)
+    assert ExcerptTable.of(table) is table
+    assert list(map(fields_of, excerpts)) == expected
+    assert list(map(fields_of, ExcerptTable.of(excerpts))) == expected
+    assert list(map(fields_of, table[5:9])) == expected[5:9]
+    assert fields_of(table[-1]) == expected[-1]
+    assert len(table) == len(expected) > 20
+    assert table.lengths.tolist() == [len(e) for e in excerpts]
+    for kind in EXCERPT_KINDS:
+        assert table.is_kind(kind).tolist() == [e.kind == kind for e in excerpts]
+    assert not len(ExcerptTable.of([]))
+
+
+def test_rows_in_any_order_are_those_of_their_neuron(run, tmp_path):
+    """Files of other tools need not be sorted by neuron: here, rows of two neurons alternate."""
+    source = cratelm.api.harvest(run=run, model="crate-2l", **OPTIONS).path
+    name = "excerpts-fit.parquet"
+    for file in ("summaries-fit.parquet", name):
+        shutil.copy(source / file, tmp_path / file)
+    table = pq.read_table(source / name)
+    keys = table["layer"].to_numpy() * 10_000 + table["index"].to_numpy()
+    within = np.concatenate([np.arange(n) for n in np.unique(keys, return_counts=True)[1]])
+    pq.write_table(table.take(pa.array(np.argsort(within, kind="stable"))), tmp_path / name)
+    for one, other in zip(read_records(source, "fit"), read_records(tmp_path, "fit"), strict=True):
+        assert one.neuron == other.neuron
+        assert list(map(fields_of, one.excerpts)) == list(map(fields_of, other.excerpts))
 
 
 def test_finished_is_skipped_changed_is_told_same_command_same_files(run):

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = {
     "decoding": "--sizes 2l --positions 12 --vocab-size 300 --turns 1",
     "effects": "--sizes crate-2l --neurons 1 --tokens 64 --length 32 --vocabulary 300 --turns 1",
-    "explain_score": "--neurons 2 --tokens 20000",
+    "explain_score": f"--neurons 1 --tokens 2000 --turns 1 --against {FOLDER.parent}",
     "harvest": "--sizes crate-2l --tokens 512 --sequence-length 64 --batch-tokens 128 --turns 2",
     "harvest, merge": "--sizes crate-2l --tokens 512 --sequence-length 64 --batch-tokens 128 --merge 2",
     "harvest, sort": "--sort --sort-tokens 3000 --sort-neurons 2 --layer-neurons 8",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -17,8 +18,15 @@ from tokenizers.models import WordLevel
 from cratelm.corpus.documents import Document
 from cratelm.records import Control, Excerpt, NeuronId, NeuronScore, Score, Split
 from cratelm.score import duplicates
-from cratelm.score.duplicates import GRID, PASSAGE, THRESHOLD, NearDuplicates
-from cratelm.score.metrics import simulation_score
+from cratelm.score.duplicates import (
+    GRID,
+    PASSAGE,
+    THRESHOLD,
+    NearDuplicates,
+    min_hashes,
+    shingles_of,
+)
+from cratelm.score.metrics import Sample
 from cratelm.tokens.shards import StoreWriter, TokenStore
 
 VOCABULARY = 2000
@@ -147,9 +155,9 @@ def test_each_passage_is_hashed_once(tmp_path, monkeypatch):
     read = []
     count = duplicates.shingles_of
 
-    def counted(tokens):
-        read.append(len(tokens))
-        return count(tokens)
+    def counted(tokens, lengths):
+        read.extend(lengths.tolist())
+        return count(tokens, lengths)
 
     monkeypatch.setattr(duplicates, "shingles_of", counted)
     found = NearDuplicates(store)
@@ -174,6 +182,21 @@ def test_the_same_whatever_the_order(tmp_path):
     verdicts = [[found.is_duplicate(e) for e in asked] for found in (first, second, backwards)]
     assert verdicts[0] == verdicts[1] == verdicts[2]
     assert first.audit([]) == second.audit([])
+
+
+def test_hashes_are_those_of_datasketch():
+    tokens = np.random.default_rng(0).integers(0, 50, (20, PASSAGE))
+    lengths = np.arange(20) * 3 + 7
+    lengths[:4] = 1, 4, 5, 6
+    shingles = shingles_of(tokens, lengths)
+    for row, length, own, hashes in zip(
+        tokens.tolist(), lengths.tolist(), shingles, min_hashes(shingles), strict=True
+    ):
+        runs = {tuple(row[at : at + 5][:length]) for at in range(max(1, length - 4))}
+        assert len(np.unique(own)) == len(runs)
+        reference = MinHash(64, seed=1, hashfunc=int)
+        reference.update_batch(own.tolist())
+        assert hashes.tolist() == reference.hashvalues.tolist()
 
 
 def jaccard(a: Sequence[int], b: Sequence[int]) -> float:
@@ -242,7 +265,7 @@ def test_dropping_them_changes_the_score_as_counted_by_hand(tmp_path):
     draw = np.random.default_rng(0)
     asked = [excerpt(store, "held_out", d, at) for d in range(3) for at in (40, 100)]
     simulated = [e.activations + draw.normal(0, 500, len(e)) for e in asked]
-    score = simulation_score(asked, simulated, found.is_duplicate)
+    score = Sample(asked, found.are_duplicates).score(simulated)
     both = [(asked, simulated), (asked[2:], simulated[2:])]
     with_all, without = (
         np.corrcoef(np.concatenate([e.activations for e in true]), np.concatenate(guess))[0, 1]
@@ -252,7 +275,7 @@ def test_dropping_them_changes_the_score_as_counted_by_hand(tmp_path):
     assert score.without_duplicates == pytest.approx(without)
     assert abs(with_all - without) > 0.01
     assert (score.n_duplicates, score.n_records) == (2, 6)
-    clean = simulation_score(asked[2:], simulated[2:], found.is_duplicate)
+    clean = Sample(asked[2:], found.are_duplicates).score(simulated[2:])
     assert (clean.n_duplicates, clean.without_duplicates) == (0, None)
 
 

@@ -1,6 +1,7 @@
 """Selection, simulators, controls, audit and the verb, on neurons whose meaning is known."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from fake_llm import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from planted import STRINGS, corpus, harvested, on_token
 from tiny_run import reseal
 
@@ -28,7 +30,7 @@ from cratelm.score.pipeline import Reader, Scoring, score_records
 from cratelm.score.score import score
 from cratelm.score.scorers import BY_METRIC, Example, Prompting
 from cratelm.score.selection import scored_on
-from cratelm.score.simulators import ConstantSimulator, simulate
+from cratelm.score.simulators import ConstantSimulator, TokenLists, simulate
 from cratelm.score.store import read_scores
 
 
@@ -109,11 +111,11 @@ def test_simulators_never_see_the_truth(monkeypatch):
     """Whatever the activations of the held-out excerpts, the same values are simulated."""
     seen: list[list] = []
 
-    def spy(true, simulated):
-        seen.append([s.tolist() for s in simulated])
+    def spy(truth, simulated):
+        seen.append([simulated.tolist()])
         raise Stop
 
-    monkeypatch.setattr("cratelm.score.metrics.correlation_score", spy)
+    monkeypatch.setattr("cratelm.score.metrics.Truth.score", spy)
     record = held_out(3)
     drawn = np.random.default_rng(1)
     other = replace(
@@ -161,7 +163,7 @@ def test_payload_survives_json_and_ids_beyond_the_table():
         assert values[0] > 0.9
         assert values[1] == payload["default"]
     explanation = explanation_of(3)
-    (constant,) = ConstantSimulator().simulate(explanation, [np.array([1, 2])], [])
+    constant = ConstantSimulator().values(explanation.payload, TokenLists([np.array([1, 2])]))
     assert constant.tolist() == [PAYLOADS["lookup"]["default"]] * 2
 
 
@@ -249,8 +251,8 @@ def test_no_value_has_one_of_three_reasons():
             assert "no other neuron with an explanation" in s.score.reason
 
 
-def none_is_duplicate(excerpt: Excerpt) -> bool:
-    return False
+def none_is_duplicate(excerpts: Sequence[Excerpt]) -> NDArray[np.bool_]:
+    return np.zeros(len(excerpts), bool)
 
 
 def silenced(excerpt: Excerpt) -> Excerpt:
@@ -405,7 +407,7 @@ def scoring_with(simulator, supports_logprobs: bool = False) -> Scoring:
         explainers=("lookup",),
         explanations=ExplanationSet([explanation], [], seed=0),
         dead_on_fit=(),
-        is_duplicate=none_is_duplicate,
+        find_duplicates=none_is_duplicate,
         reader=Reader("mine", {"": simulator}, prompting),
     )
 

@@ -131,6 +131,10 @@ def test_all_statistics_has_every_group_and_both_policies():
         ("anthropic", "shuffled", "count_zero"),
     ]
     assert found[0].mean == pytest.approx(15)
+    # where every neuron has a value, the second policy is not computed again
+    for s in found:
+        own = {"metric": s.metric, "control": s.control, "policy": s.policy}
+        assert s == model_statistics(both, explainer="lookup", resamples=200, **own)
 
 
 def test_scores_of_two_models_or_none_are_refused():

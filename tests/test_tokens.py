@@ -29,6 +29,7 @@ from cratelm.tokens.shards import StoreWriter, TokenStore, check_vocabulary
 from cratelm.tokens.tokenize import TokenizeResult, tokenize
 from cratelm.tokens.tokenizer import (
     END_OF_TEXT,
+    characters_of_bytes,
     from_tiktoken,
     hf_tokenizer,
     load_tokenizer,
@@ -153,6 +154,11 @@ def test_positions_sequences_and_documents(tmp_path: Path, small_tokenizer: Toke
     assert split.read(5, 16).tolist() == whole[5:16]
     assert split.read(3, 3).tolist() == []
     assert split.read(0, 20).dtype == np.int64
+    at = np.array([[19, 0, 6], [7, 7, 13]])  # in several files
+    assert split.read_at(at).tolist() == [[whole[i] for i in row] for row in at.tolist()]
+    for outside in (-1, split.n_tokens):
+        with pytest.raises(IndexError, match="outside"):
+            split.read_at(np.array([0, outside]))
     assert [split.n_sequences(t) for t in (1, 4, 5, 19, 20)] == [19, 4, 3, 1, 0]
     assert split.sequence(1, 5).tolist() == whole[5:11]
     assert split.documents_at(np.array([0, 3, 4, 19])).tolist() == [1, 1, 3, 9]
@@ -555,6 +561,12 @@ def test_gpt2_out_of_reach_says_what_to_type(
     monkeypatch.setattr(tokenizers_room, "_fetch_hub", _fetch_nothing)
     with pytest.raises(InputError, match=r"cannot be fetched .*ConnectionError.*--tokenizer PATH"):
         make(tmp_path, corpus, tokenizer="gpt2")
+
+
+def test_bytes_are_spelled_as_by_transformers():
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    assert characters_of_bytes() == bytes_to_unicode()
 
 
 def test_a_tiktoken_encoding_is_converted_without_a_change(small_tokenizer: Tokenizer) -> None:

@@ -6,7 +6,7 @@ that a language model sees (`levels`).
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, NamedTuple
@@ -259,7 +259,7 @@ class NeuronRecord:
     """One neuron as harvested from one split: its statistics and its excerpts."""
 
     summary: NeuronSummary
-    excerpts: tuple[Excerpt, ...]
+    excerpts: Sequence[Excerpt]
     """sorted by kind, bin and rank"""
 
     @property

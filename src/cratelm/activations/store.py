@@ -8,13 +8,16 @@ groups.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.errors import InputError
 from cratelm.records import (
     EXCERPT_KINDS,
@@ -228,8 +231,8 @@ class ExcerptFile(NeuronFile):
     def __init__(self, folder: str | Path, split: Split):
         super().__init__(excerpts_path(folder, split))
 
-    def of(self, layer: int, index: int) -> tuple[Excerpt, ...]:
-        """Return the excerpts of one neuron; an empty tuple if the file has none."""
+    def of(self, layer: int, index: int) -> Sequence[Excerpt]:
+        """Return the excerpts of one neuron; an empty sequence if the file has none."""
         return _by_neuron(self.rows(layer, index)).get(NeuronKey(layer, index), ())
 
 
@@ -252,35 +255,59 @@ def _bounds(file: pq.ParquetFile, group: int) -> tuple[int, int, int, int]:
     return tuple(bounds)  # type: ignore[return-value]
 
 
+def _packed_keys(table: pa.Table) -> NDArray[np.int64]:
+    """Return layer and index of each row as one integer [n], which sorts by layer and index."""
+    return table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
+
+
 def _rows_of(table: pa.Table, keys: set[NeuronKey]) -> pa.Table:
     """Return the rows of some neurons."""
     # Layer and index in one integer need one `isin` over the table; a filter on pairs would need two
     # columns and a join.
-    packed = table["layer"].to_numpy().astype(np.int64) << 32 | table["index"].to_numpy()
-    wanted = np.isin(packed, [key.layer << 32 | key.index for key in keys])
-    return table.filter(pa.array(wanted))
+    wanted = np.isin(_packed_keys(table), [key.layer << 32 | key.index for key in keys])
+    return table if wanted.all() else table.filter(pa.array(wanted))
 
 
-def _by_neuron(table: pa.Table) -> dict[NeuronKey, tuple[Excerpt, ...]]:
-    """Return excerpts by neuron. Lists are sliced from flat arrays: no Python object per token."""
+def _by_neuron(table: pa.Table) -> dict[NeuronKey, ExcerptTable]:
+    """Return excerpts by neuron, which are slices of the columns of all: no Python object per excerpt."""
     if not len(table):
         return {}
-    table = table.combine_chunks()
-    columns = ("layer", "index", "bin", "rank", "peak", "document", "position")
-    rows = zip(
-        table["kind"].to_pylist(), *(table[c].to_numpy().tolist() for c in columns), strict=True
+    packed = _packed_keys(table)
+    if (np.diff(packed) < 0).any():  # not written by `harvest`, which sorts
+        order = np.argsort(packed, kind="stable")
+        table, packed = table.take(pa.array(order)), packed[order]
+    columns = {name: _array(table[name]) for name in table.column_names}
+    kinds = columns["kind"]
+    if not isinstance(kinds, pa.DictionaryArray):
+        kinds = kinds.dictionary_encode()
+    codes, names = kinds.indices.to_numpy(), kinds.dictionary.to_pylist()
+    bins, ranks, peaks, documents, positions = (
+        columns[name].to_numpy() for name in ("bin", "rank", "peak", "document", "position")
     )
-    ids, values = table["token_ids"].chunk(0), table["activations"].chunk(0)
-    offsets = ids.offsets.to_numpy()
+    ids, values = columns["token_ids"], columns["activations"]
+    bounds = ids.offsets.to_numpy()
     flat_ids, flat_values = ids.values.to_numpy(), values.values.to_numpy()
-    by_key: dict[NeuronKey, list[Excerpt]] = {}
-    for row, (kind, layer, index, bin_, rank, peak, document, position) in enumerate(rows):
-        span = slice(offsets[row], offsets[row + 1])
-        excerpt = Excerpt(
-            kind, rank, bin_, flat_ids[span], flat_values[span], peak, document, position
+    edges = np.flatnonzero(np.diff(packed, prepend=-1, append=-1)).tolist()
+    by_key = {}
+    for low, high in pairwise(edges):
+        first, last = bounds[low], bounds[high]
+        by_key[NeuronKey(int(packed[low] >> 32), int(packed[low] & 0xFFFF_FFFF))] = ExcerptTable(
+            kinds=codes[low:high],
+            kind_names=names,
+            bins=bins[low:high],
+            ranks=ranks[low:high],
+            peaks=peaks[low:high],
+            documents=documents[low:high],
+            positions=positions[low:high],
+            bounds=bounds[low : high + 1] - first,
+            token_ids=flat_ids[first:last],
+            activations=flat_values[first:last],
         )
-        by_key.setdefault(NeuronKey(layer, index), []).append(excerpt)
-    return {key: tuple(excerpts) for key, excerpts in by_key.items()}
+    return by_key
+
+
+def _array(column: pa.ChunkedArray) -> Any:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _summary(row: dict[str, Any]) -> NeuronSummary:

@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from tqdm import tqdm
 
+from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, collect_evidence
@@ -111,16 +113,15 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return stage.result(ExplainResult, path=stage.path)
-    for record in islice(read_selected_records(harvest.path, "fit", selected), 1):
-        _check_memory(
-            record, config
-        )  # before the progress bar; all neurons have about as many tokens
+    records = read_selected_records(harvest.path, "fit", selected)
+    first = list(islice(records, 1))
+    for record in first:  # before the progress bar; all neurons have about as many tokens
+        _check_memory(record, config)
     explainer = CountingExplainer(config, _token_strings(run))
     n_expected = len(config.explainers) * sum(not s.dead for s in selected)
     with stage.write(config, inputs) as draft:
-        records = read_selected_records(harvest.path, "fit", selected)
-        stream = explainer.explain(records)
-        outcomes = list(_progress(stream, n_expected, config.model, config.quiet))
+        stream = explainer.explain(chain(first, records))
+        outcomes = _progress(stream, n_expected, config.model, config.quiet)
         counts = _write(draft, selected, outcomes)
     return ExplainResult(path=stage.path, **counts)
 
@@ -187,18 +188,25 @@ def _progress(
 def _write(
     draft: Draft,
     selected: Sequence[SampledNeuron],
-    outcomes: Sequence[Explanation | ExplanationFailure],
+    outcomes: Iterable[Explanation | ExplanationFailure],
 ) -> dict[str, Any]:
-    """Write the files of the stage; return the figures of `ExplainResult`."""
-    explanations = [o for o in outcomes if isinstance(o, Explanation)]
-    failures = [o for o in outcomes if isinstance(o, ExplanationFailure)]
-    write_explanations(draft.path, explanations)
+    """Write the files of the stage while outcomes are made; return the figures of `ExplainResult`."""
+    failures: list[ExplanationFailure] = []
+
+    def explanations() -> Iterator[Explanation]:
+        for outcome in outcomes:
+            if isinstance(outcome, ExplanationFailure):
+                failures.append(outcome)
+            else:
+                yield outcome
+
+    n_explanations = write_explanations(draft.path, explanations())
     write_selected(draft.path, selected)
     write_unexplained(draft.path, failures)
     counts = {
         "n_neurons": len(selected),
         "n_dead": sum(s.dead for s in selected),
-        "n_explanations": len(explanations),
+        "n_explanations": n_explanations,
         "n_failed": len(failures),
     }
     draft.results.update(counts)
@@ -215,7 +223,8 @@ def explain_neuron(
     """
     if record.summary.dead:
         return []
-    if record.of_kind("out_of_context") or not any(len(e) for e in record.excerpts):
+    table = ExcerptTable.of(record.excerpts)
+    if table.is_kind("out_of_context").any() or not len(table.token_ids):
         raise InputError(
             f"{record.neuron} has no excerpts, or has excerpts of the held_out split instead of fit:"
             " type `cratelm harvest --force` for this model"
@@ -223,7 +232,7 @@ def explain_neuron(
     _check_memory(record, config)
     # at least 2 tokens of context, whatever --depth: look-up phrases say what comes before a token
     evidence = collect_evidence(record, depth=max(config.depth, 2), weight=WEIGHT)
-    documents = tuple(sorted({e.document for e in record.excerpts}))
+    documents = tuple(np.unique(table.documents).tolist())
     mean = record.summary.mean
     explanations = []
     for explainer in config.explainers:
@@ -240,7 +249,7 @@ def explain_neuron(
 
 def _check_memory(record: NeuronRecord, config: ExplainConfig) -> None:
     """Raise `InputError` if the contexts of all tokens of a neuron's excerpts do not fit into memory."""
-    tokens = sum(map(len, record.excerpts))
+    tokens = len(ExcerptTable.of(record.excerpts).token_ids)
     check_memory(config, {"depth": 8 * config.depth * tokens}, "the contexts of one neuron")
 
 

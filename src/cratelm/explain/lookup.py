@@ -52,11 +52,7 @@ def token_table(
     The gain of a token is the reduction of squared error relative to predicting the mean:
     (sum of weights) (v_t - m)^2.
     """
-    tokens, which, counts = np.unique(
-        evidence.contexts[:, 0], return_inverse=True, return_counts=True
-    )
-    weight = np.bincount(which, evidence.weights, len(tokens))
-    total = np.bincount(which, evidence.weights * evidence.activations, len(tokens))
+    tokens, counts, weight, total = evidence.by_token
     values = (total + strength * mean) / (weight + strength)
     gain = weight * (values - mean) ** 2
     best = np.lexsort((tokens, -gain))[:max_tokens]

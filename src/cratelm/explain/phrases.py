@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.explain.evidence import NO_TOKEN, Evidence
 from cratelm.explain.lookup import TokenTable
 from cratelm.explain.trie import ROOT, Trie
@@ -72,10 +73,13 @@ def _phrase(record: NeuronRecord, contexts: str, token_strings: Sequence[str]) -
 
 def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
     """Return the text around the strongest activation, from a top excerpt if there is one."""
-    candidates = [e for e in excerpts if e.kind == "top" and len(e)] or [
-        e for e in excerpts if len(e)
-    ]
-    excerpt = max(candidates, key=lambda e: e.activations.max())
+    table = ExcerptTable.of(excerpts)
+    rows = np.flatnonzero(table.lengths)
+    highest = np.maximum.reduceat(table.activations, table.bounds[rows])
+    top = table.is_kind("top")[rows]
+    if top.any():
+        rows, highest = rows[top], highest[top]
+    excerpt = table[int(rows[highest.argmax()])]
     peak = int(excerpt.activations.argmax())
 
     def text(start: int, stop: int) -> str:
@@ -90,8 +94,11 @@ def _mostly_after(evidence: Evidence, tokens: NDArray, token_strings: Sequence[s
     """Return `, mostly after TOKEN` if TOKEN precedes more than half of the activation on `tokens`, else ""."""
     if evidence.contexts.shape[1] < 2:
         return ""
-    rows = np.isin(evidence.contexts[:, 0], tokens) & (evidence.activations > 0)
-    if rows.sum() < MIN_SEEN:
+    own = evidence.contexts[:, 0]
+    named = np.zeros(own.max(initial=0) + 1, bool)
+    named[tokens] = True
+    rows = np.flatnonzero(named[own] & (evidence.activations > 0))
+    if len(rows) < MIN_SEEN:
         return ""
     before, which = np.unique(evidence.contexts[rows, 1], return_inverse=True)
     share = np.bincount(which, evidence.activations[rows])

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.activations.store import ExcerptFile, read_records, read_summaries, summaries_path
 from cratelm.errors import InputError
 from cratelm.explain.store import SampledNeuron
@@ -152,8 +153,10 @@ def contrasting(record: NeuronRecord, metric: Metric, n: int) -> tuple[Excerpt, 
 
 def by_rank(record: NeuronRecord, kind: ExcerptKind, ranks: Iterable[int]) -> tuple[Excerpt, ...]:
     """Return the excerpts of a kind with these ranks, in the order of `ranks`; missing ranks are skipped."""
-    excerpts = {e.rank: e for e in record.excerpts if e.kind == kind}
-    return tuple(excerpts[rank] for rank in ranks if rank in excerpts)
+    table = ExcerptTable.of(record.excerpts)
+    rows = np.flatnonzero(table.is_kind(kind))
+    row_of = dict(zip(table.ranks[rows].tolist(), rows.tolist(), strict=True))
+    return tuple(record.excerpts[row_of[rank]] for rank in ranks if rank in row_of)
 
 
 def first_of_bins(
@@ -163,9 +166,10 @@ def first_of_bins(
 
     Excerpts whose peak is at a position in `without` are skipped, so that no token is used twice.
     """
-    chosen: dict[int, list[Excerpt]] = {}
-    for excerpt in sorted(record.of_kind("anthropic_bin"), key=lambda e: (e.bin, e.rank)):
-        has_room = len(chosen.setdefault(excerpt.bin, [])) < per_bin
-        if has_room and excerpt.position not in without:
-            chosen[excerpt.bin].append(excerpt)
-    return tuple(excerpt for one_bin in chosen.values() for excerpt in one_bin)
+    table = ExcerptTable.of(record.excerpts)
+    rows = np.flatnonzero(table.is_kind("anthropic_bin"))
+    rows = rows[np.lexsort((table.ranks[rows], table.bins[rows]))]
+    rows = rows[~np.isin(table.positions[rows], list(without))]
+    bins = table.bins[rows]
+    number = np.arange(len(rows)) - np.searchsorted(bins, bins)  # within its bin
+    return tuple(record.excerpts[row] for row in rows[number < per_bin].tolist())

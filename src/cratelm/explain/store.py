@@ -10,9 +10,10 @@ large model take gigabytes: `ExplanationFile` reads one layer at a time.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from cratelm.errors import InputError
 from cratelm.records import Explanation, NeuronId, NeuronKey
 from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
-from cratelm.runs.reading import read_rows, reading, verified
+from cratelm.runs.reading import decoding, read_rows, reading, verified
 
 _ROWS_A_GROUP = 256
 """rows that are read to get the payload of one neuron: about 1 MB"""
@@ -80,8 +81,24 @@ class ExplanationFailure:
     reason: str
 
 
-def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) -> None:
-    """Write `explanations.parquet` into `folder`, in the order given."""
+def write_explanations(folder: str | Path, explanations: Iterable[Explanation]) -> int:
+    """Write `explanations.parquet` into `folder`, in the order given, and return how many there are.
+
+    They are written while they are made; memory: one row group.
+    """
+    rest = iter(explanations)
+    groups = iter(lambda: list(islice(rest, _ROWS_A_GROUP)), [])
+    n = 0
+    with pq.ParquetWriter(Path(folder) / "explanations.parquet", EXPLANATIONS.schema) as writer:
+        for group in groups:
+            writer.write_table(_explanation_table(group))
+            n += len(group)
+        if not n:
+            writer.write_table(_explanation_table([]))
+    return n
+
+
+def _explanation_table(explanations: Sequence[Explanation]) -> pa.Table:
     rows = [
         {
             **vars(e.neuron),
@@ -92,8 +109,7 @@ def write_explanations(folder: str | Path, explanations: Sequence[Explanation]) 
         }
         for e in explanations
     ]
-    table = pa.Table.from_pylist(rows, schema=EXPLANATIONS.schema)
-    pq.write_table(table, Path(folder) / "explanations.parquet", row_group_size=_ROWS_A_GROUP)
+    return pa.Table.from_pylist(rows, schema=EXPLANATIONS.schema)
 
 
 @checked_arguments()
@@ -181,12 +197,14 @@ class ExplanationFile:
         columns = [column.name for column in EXPLANATIONS.columns if column.name != "documents"]
         for group in self._groups(columns, layer):
             decoded = lru_cache(maxsize=8)(partial(self._explanation, group))
-            names = group.select(["model", "site", "layer", "index", "explainer"]).to_pylist()
-            for row, (name, evidence) in enumerate(
-                zip(names, _evidence(group["payload"]), strict=True)
+            names = (group[name].to_pylist() for name in ("model", "site", "index", "explainer"))
+            evidence = _evidence(group["payload"])
+            for row, (model, site, index, explainer, of_kind) in enumerate(
+                zip(*names, evidence, strict=True)
             ):
-                stored = StoredExplanation(_neuron(name), partial(decoded, row))
-                yield (name["explainer"], evidence), stored
+                neuron = NeuronId(model, site, layer, index)
+                stored = StoredExplanation(neuron, partial(decoded, row, neuron, explainer))
+                yield (explainer, of_kind), stored
 
     def documents(self) -> Iterator[list[int]]:
         """Yield the documents that explanations were made from, without repeats within a part of the file."""
@@ -220,9 +238,12 @@ class ExplanationFile:
                     group = file.read_row_group(number, columns, use_threads=False)
                     yield group.filter(pa.array(group["layer"].to_numpy() == layer))
 
-    def _explanation(self, group: pa.Table, row: int) -> Explanation:
-        with reading(self._path, "the columns that docs/files.md lists"):
-            return explanation_of({"documents": (), **group.slice(row, 1).to_pylist()[0]})
+    def _explanation(
+        self, group: pa.Table, row: int, neuron: NeuronId, explainer: str
+    ) -> Explanation:
+        with decoding(self._path, "the columns that docs/files.md lists"):
+            payload = json.loads(group["payload"][row].as_py())
+            return Explanation(neuron, explainer, group["text"][row].as_py(), payload, ())
 
 
 def _evidence(payloads: pa.ChunkedArray) -> list[str]:

@@ -86,9 +86,15 @@ def reading(path: str | Path, expected: str) -> Iterator[Path]:
     A fault of the system, such as a missing permission, stays an `OSError`; so does a missing file about
     which nothing is recorded.
     """
-    path = verified(path)
-    try:
+    with decoding(path := verified(path), expected):
         yield path
+
+
+@contextlib.contextmanager
+def decoding(path: str | Path, expected: str) -> Iterator[None]:
+    """Do what `reading` does for content of `path` that has been read: the file is not verified again."""
+    try:
+        yield
     except InputError:
         raise
     except _DAMAGE as error:

@@ -3,16 +3,18 @@
 The documents of the two splits differ, but they may share text: licence headers, tables, copied code. A
 passage is up to 64 tokens inside one document, on a grid of 32 tokens from the document's start. It is the
 text around an excerpt, because 8 tokens alone match too often. Two passages are near-duplicates if the
-Jaccard similarity of their 5-token shingles is at least `THRESHOLD`. MinHash (Broder 1997), from the
-library datasketch, proposes pairs; the shingles themselves decide, so there are no false positives.
+Jaccard similarity of their 5-token shingles is at least `THRESHOLD`. MinHash (Broder 1997) proposes pairs;
+the shingles themselves decide, so there are no false positives.
 
-Cost: each passage is hashed once, however many neurons share it. The number of passages is at most the
-number of tokens of the fit split / 32, and at most 3 times the number of excerpts explained from. A passage
-takes 1 kB: hashes of its bands in one sorted array, and its shingles; 2 kB while that array is sorted.
-(datasketch's own index takes 9 kB per passage, 2.3 GB for the default of 8.2 million tokens.)
+Cost: each passage is hashed once, however many neurons share it, and many at a time. (The library datasketch,
+whose hashes these are, takes one passage at a time.) The number of passages is at most the number of tokens of
+the fit split / 32, and at most 3 times the number of excerpts explained from. A passage takes 1 kB: hashes of
+its bands in one sorted array, and its shingles; 2 kB while that array is sorted.
+
+Shapes: n passages, R runs of tokens in a passage (60), P permutations.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,13 +41,19 @@ _BANDS = (32, 2)
 """Bands, and hashes in each: a pair of similarity 0.3 is proposed with probability 95%, 0.35 with 98.5%,
 0.58 always. In the demo, 514 of the 515 scored passages with a match among those explained were found."""
 _PERMUTATIONS = _BANDS[0] * _BANDS[1]
-_SEED = 1
+_DRAW = np.random.RandomState(1)
+_FACTORS = _DRAW.randint(0, 2**31, _PERMUTATIONS, np.uint32) * np.uint32(2) + np.uint32(1)
+"""[P] odd, so that a product with them is a permutation of 32 bits"""
+_SHIFTS = _DRAW.randint(0, 2**32, _PERMUTATIONS, np.uint32)
+"""[P]"""
 _AROUND = 1
 """passages before and after that of an explained excerpt that also count as explained from: those that
 share half of their tokens with it"""
 _EXAMPLES = 5
-_REMEMBERED = 100_000
-"""excerpts whose verdict is remembered, about 100 bytes each"""
+_BATCH = 1024
+"""passages read at a time"""
+_BLOCK = 16
+"""passages hashed at a time: 0.25 MB, so that the numbers stay in the cache"""
 
 
 @dataclass(frozen=True)
@@ -98,23 +106,17 @@ class NearDuplicates:
     """Index that finds held-out excerpts that are near-duplicates of excerpts explained from."""
 
     def __init__(self, store: TokenStore):
-        # On first use: it imports half of scipy, and `report` and `view`, which only read results, do without.
-        from datasketch import MinHash
-
         self._store = store
         self._index = _BandIndex()
         self._explained: dict[int, NDArray[np.uint32]] = {}
         """shingles of each passage, by its first position"""
         self._scored: dict[int, bool] = {}
         """whether each passage is a near-duplicate, by its first position"""
-        self._verdicts: dict[int, bool] = {}
-        """the same by the position of the excerpt, since scoring looks up each one many times"""
-        self._first = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=int)
         self._pairs: dict[tuple[int, int], DuplicatePair] = {}
         """the first pairs found, by the ordinals of their documents"""
 
     def register(self, excerpts: Iterable[Excerpt]) -> None:
-        """Register excerpts explained from. All of them must be registered before `is_duplicate` is called.
+        """Register excerpts explained from. All of them must be registered before any is searched for.
 
         A passage used to explain any neuron counts for all neurons.
         """
@@ -130,24 +132,25 @@ class NearDuplicates:
         for step in range(-_AROUND, _AROUND + 1):
             starts = passages[:, 0] + step * GRID
             inside = (passages[:, 1] <= starts) & (starts <= _last(passages))
-            stops = passages[inside, 2]
-            for start, stop in zip(starts[inside].tolist(), stops.tolist(), strict=True):
-                if start not in self._explained:
-                    shingles = self._shingles("fit", start, min(stop, start + PASSAGE))
-                    self._explained[start] = shingles
-                    self._index.insert(start, self._hashed(shingles))
+            new = [start not in self._explained for start in starts[inside].tolist()]
+            self._register(starts[inside][new], passages[inside, 2][new])
 
     def is_duplicate(self, excerpt: Excerpt) -> bool:
         """Return True if the passage around a held-out excerpt is a near-duplicate of one explained from."""
-        if excerpt.position not in self._verdicts:
-            if len(self._verdicts) >= _REMEMBERED:
-                self._verdicts.clear()
-            ((start, _, stop),) = self._passages("held_out", np.array([excerpt.position])).tolist()
-            if start not in self._scored:
-                stop = min(stop, start + PASSAGE)
-                self._scored[start] = self._find(start, stop, excerpt.document)
-            self._verdicts[excerpt.position] = self._scored[start]
-        return self._verdicts[excerpt.position]
+        return bool(self.are_duplicates([excerpt])[0])
+
+    def are_duplicates(self, excerpts: Sequence[Excerpt]) -> NDArray[np.bool_]:
+        """Return whether the passage around each held-out excerpt is a near-duplicate of one explained from, [n]."""
+        passages = self._passages("held_out", np.array([e.position for e in excerpts], np.int64))
+        starts = passages[:, 0].tolist()
+        new = {
+            start: (stop, e.document)
+            for start, stop, e in zip(starts, passages[:, 2].tolist(), excerpts, strict=True)
+            if start not in self._scored
+        }
+        if new:
+            self._search(np.array(list(new)), *np.array(list(new.values())).T)
+        return np.array([self._scored[start] for start in starts], bool)
 
     def audit(self, scores: Iterable[NeuronScore]) -> DuplicateAudit:
         """Return counts of near-duplicates, and the means of `scores` with and without them, controls excluded."""
@@ -165,18 +168,31 @@ class NearDuplicates:
             ),
         )
 
-    def _find(self, start: int, stop: int, document: int) -> bool:
-        shingles = self._shingles("held_out", start, stop)
-        proposed = self._index.query(self._hashed(shingles))
-        near = ((_jaccard(shingles, self._explained[other]), other) for other in proposed)
-        similarity, other = max(near, default=(0.0, -1))
-        if similarity < THRESHOLD:
-            return False
-        if len(self._pairs) < _EXAMPLES:
-            (ordinal,) = self._store.split("fit").documents_at(np.array([other])).tolist()
-            pair = DuplicatePair(ordinal, document, round(similarity, 3))
-            self._pairs.setdefault((ordinal, document), pair)
-        return True
+    def _register(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
+        """Add passages [n] that begin at `starts` in documents that end at `stops`."""
+        starts, first = np.unique(starts, return_index=True)
+        for at in range(0, len(starts), _BATCH):
+            some = starts[at : at + _BATCH]
+            shingles = self._shingles("fit", some, stops[first[at : at + _BATCH]])
+            self._explained.update(zip(some.tolist(), shingles, strict=True))
+            self._index.insert(some, _band_hashes(min_hashes(shingles)))
+
+    def _search(
+        self, starts: NDArray[np.int64], stops: NDArray[np.int64], documents: NDArray[np.int64]
+    ) -> None:
+        """Note for each passage [n] of a held-out document whether it is a near-duplicate."""
+        shingles = self._shingles("held_out", starts, stops)
+        proposals = self._index.query(_band_hashes(min_hashes(shingles)))
+        for start, document, own, proposed in zip(
+            starts.tolist(), documents.tolist(), shingles, proposals, strict=True
+        ):
+            near = ((_jaccard(own, self._explained[other]), other) for other in proposed)
+            similarity, other = max(near, default=(0.0, -1))
+            self._scored[start] = similarity >= THRESHOLD
+            if self._scored[start] and len(self._pairs) < _EXAMPLES:
+                (ordinal,) = self._store.split("fit").documents_at(np.array([other])).tolist()
+                pair = DuplicatePair(ordinal, document, round(similarity, 3))
+                self._pairs.setdefault((ordinal, document), pair)
 
     def _passages(self, split: Split, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the start of the passage around each position [n], and start and end of its document, [n, 3]."""
@@ -187,54 +203,71 @@ class NearDuplicates:
         middle = np.maximum(low, np.minimum(positions - PASSAGE // 2, high - PASSAGE))
         return np.stack([low + _on_grid(middle - low), low, high], axis=1)
 
-    def _shingles(self, split: Split, start: int, stop: int) -> NDArray[np.uint32]:
-        return shingles_of(self._store.split(split).read(start, stop)).astype(np.uint32)
-
-    def _hashed(self, shingles: NDArray[np.uint32]) -> NDArray[np.uint64]:
-        """Return the hashes of the passage's bands, see `_band_hashes`."""
-        hashed = self._first.copy()
-        hashed.update_batch(shingles.tolist())
-        return _band_hashes(hashed.hashvalues)
+    def _shingles(
+        self, split: Split, starts: NDArray[np.int64], stops: NDArray[np.int64]
+    ) -> NDArray[np.uint32]:
+        """Return the shingles of passages [n, R] that begin at `starts` [n] in documents that end at `stops` [n]."""
+        lengths = np.minimum(stops - starts, PASSAGE)
+        positions = starts[:, None] + np.minimum(np.arange(PASSAGE), lengths[:, None] - 1)
+        return shingles_of(self._store.split(split).read_at(positions), lengths)
 
 
 class _BandIndex:
     """Passages by the hashes of their bands (locality-sensitive hashing). Memory: 0.5 kB per passage."""
 
     def __init__(self) -> None:
-        self._starts: list[int] = []
+        self._starts: list[NDArray[np.int64]] = []
         self._hashes: list[NDArray[np.uint64]] = []
         self._sorted: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
 
-    def insert(self, start: int, hashes: NDArray[np.uint64]) -> None:
-        """Add the passage that begins at `start`, with the hashes of its bands; before any `query`."""
+    def insert(self, starts: NDArray[np.int64], hashes: NDArray[np.uint64]) -> None:
+        """Add passages [n] with the hashes of their bands [n, bands]; before any `query`."""
         assert self._sorted is None
-        self._starts.append(start)
-        self._hashes.append(hashes)
+        self._starts.append(np.repeat(starts, _BANDS[0]))
+        self._hashes.append(hashes.ravel())
 
-    def query(self, hashes: NDArray[np.uint64]) -> list[int]:
-        """Return the beginnings of the passages that share a band with `hashes`."""
+    def query(self, hashes: NDArray[np.uint64]) -> list[list[int]]:
+        """Return for each row of `hashes` [n, bands] the beginnings of the passages that share a band with it."""
         if self._sorted is None:
             flat = np.concatenate([*self._hashes, np.zeros(0, np.uint64)])
-            order = np.argsort(flat)
-            self._sorted = (
-                flat[order],
-                np.repeat(np.array(self._starts, np.int64), _BANDS[0])[order],
-            )
             self._hashes.clear()
+            order = np.argsort(flat)
+            starts = np.concatenate([*self._starts, np.zeros(0, np.int64)])
+            self._starts.clear()
+            self._sorted = flat[order], starts[order]
         keys, starts = self._sorted
         low, high = (np.searchsorted(keys, hashes, side) for side in ("left", "right"))
-        near = [starts[i:j] for i, j in zip(low.tolist(), high.tolist(), strict=True) if i < j]
-        return np.unique(np.concatenate(near)).tolist() if near else []
+        proposals: list[list[int]] = [[] for _ in hashes]
+        for row in np.flatnonzero((low < high).any(axis=1)).tolist():
+            near = [starts[i:j] for i, j in zip(low[row], high[row], strict=True)]
+            proposals[row] = np.unique(np.concatenate(near)).tolist()
+        return proposals
 
 
-def _band_hashes(hashes: NDArray) -> NDArray[np.uint64]:
-    """Return one hash for each band, with the number of the band in its upper bits.
+def min_hashes(shingles: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Return the MinHash of passages [n, P] from their shingles [n, R].
+
+    Each is the smallest value of a permutation a h + b mod 2^32 over the shingles, which are mixed first
+    (the finalizer of MurmurHash3): the hashes of `datasketch.MinHash`, version 2.
+    """
+    mixed = shingles ^ (shingles >> np.uint32(16))
+    mixed = mixed * np.uint32(0x85EB_CA6B)
+    mixed = mixed ^ (mixed >> np.uint32(13))
+    mixed = mixed * np.uint32(0xC2B2_AE35)
+    mixed = mixed ^ (mixed >> np.uint32(16))
+    blocks = np.array_split(mixed, max(1, len(mixed) // _BLOCK))
+    permuted = ((b[:, :, None] * _FACTORS + _SHIFTS).min(axis=1) for b in blocks)  # [n, R, P]
+    return np.concatenate(list(permuted))
+
+
+def _band_hashes(hashes: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Return one hash for each band [n, bands] of `hashes` [n, P], with the number of the band in its upper bits.
 
     Two hashes of a band fill 64 bits, of which a product keeps 59: that different bands get the same
     number is so rare that it costs nothing, and the shingles decide anyway.
     """
-    first, second = hashes.astype(np.uint64).reshape(_BANDS).T
-    mixed = (first << np.uint64(32) | second) * np.uint64(0x9E37_79B9_7F4A_7C15)
+    bands = hashes.astype(np.uint64).reshape(-1, *_BANDS)
+    mixed = (bands[:, :, 0] << np.uint64(32) | bands[:, :, 1]) * np.uint64(0x9E37_79B9_7F4A_7C15)
     return np.arange(_BANDS[0], dtype=np.uint64) << np.uint64(59) | mixed >> np.uint64(5)
 
 
@@ -250,24 +283,29 @@ def _last(passages: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
-    """Return the Jaccard similarity of two sets, given as arrays without repeats."""
+    """Return the Jaccard similarity of two sets, given as arrays that may have repeats."""
+    a, b = np.unique(a), np.unique(b)
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
-def shingles_of(tokens: NDArray) -> NDArray[np.int64]:
-    """Return a sorted 32-bit hash of each distinct run of `SHINGLE` tokens in a passage.
+def shingles_of(tokens: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Return a 32-bit hash of each run of `SHINGLE` tokens in passages, [n, R]; repeats fill the row of a short one.
 
-    A passage with fewer tokens is one run.
+    `tokens` is [n, PASSAGE], of which `lengths` [n] are the passage's. A passage with fewer tokens than
+    `SHINGLE` is one run.
     """
-    length = max(1, min(SHINGLE, len(tokens)))
-    mixed = np.zeros(max(0, len(tokens) - length + 1), dtype=np.uint64)
-    for offset in range(length):
+    n_runs = np.maximum(1, lengths - SHINGLE + 1)
+    first = np.minimum(np.arange(PASSAGE - SHINGLE + 1), n_runs[:, None] - 1)  # [n, R]
+    rows = np.arange(len(tokens))[:, None]
+    mixed = np.zeros(first.shape, np.uint64)
+    for offset in range(SHINGLE):
         # FNV-1a over tokens, for all runs at once, in 64 bits that wrap around. MinHash takes 32 of these
         # bits, but not the lowest, which are mixed least.
-        part = tokens[offset : len(tokens) - length + 1 + offset].astype(np.uint64)
-        mixed = (mixed ^ (part + np.uint64(1))) * np.uint64(1_099_511_628_211)
-    return np.unique(mixed >> np.uint64(16) & np.uint64(0xFFFF_FFFF)).astype(np.int64)
+        token = tokens[rows, first + offset].astype(np.uint64)
+        longer = (mixed ^ (token + np.uint64(1))) * np.uint64(1_099_511_628_211)
+        mixed = np.where(offset < lengths[:, None], longer, mixed)
+    return (mixed >> np.uint64(16) & np.uint64(0xFFFF_FFFF)).astype(np.uint32)
 
 
 def _effect(explainer: str, metric: Metric, scores: ScoreTable) -> DuplicateEffect:

@@ -7,7 +7,11 @@ Only one batch of neurons is in memory.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cratelm.llm.client import Client
 from cratelm.llm.requests import Answer, Outcome, Request
@@ -16,7 +20,7 @@ from cratelm.records import (
     CONTROLS_WITHOUT_SIMULATION,
     SIMULATION_METRICS,
     Control,
-    Excerpt,
+    Explanation,
     Metric,
     NeuronId,
     NeuronRecord,
@@ -25,10 +29,16 @@ from cratelm.records import (
     Status,
 )
 from cratelm.score.controls import ExplanationSet, dead_score
-from cratelm.score.metrics import CONSTANT, IsDuplicate, simulation_score
+from cratelm.score.metrics import CONSTANT, FindDuplicates, Sample
 from cratelm.score.scorers import BY_METRIC, Prompting, Task, failed, scorer_task
 from cratelm.score.selection import scored_on
-from cratelm.score.simulators import COMPAT, ConstantSimulator, Simulator, simulator_of
+from cratelm.score.simulators import (
+    COMPAT,
+    ConstantSimulator,
+    Simulator,
+    TokenLists,
+    simulator_of,
+)
 
 REQUESTS_PER_NEURON = 128
 """rough estimate, from which the number of neurons per batch is computed"""
@@ -53,13 +63,51 @@ class Scoring:
     explanations: ExplanationSet
     dead_on_fit: Collection[NeuronId]
     """neurons that never fired on the fit split and so have no explanation"""
-    is_duplicate: IsDuplicate
+    find_duplicates: FindDuplicates
     reader: Reader | None = None
     """None: each explainer's own simulator is used, without a language model"""
 
-    def simulators(self, explainer: str) -> Mapping[str, Simulator]:
-        """Return the simulators for an explainer's explanations, by variant."""
-        return self.reader.simulators if self.reader else {"": simulator_of(explainer)}
+    @property
+    def variants(self) -> Sequence[str]:
+        """Return the variants of each simulated score: "" and, with --paper-compat, `COMPAT`."""
+        return tuple(self.reader.simulators) if self.reader else ("",)
+
+
+class _HeldOut:
+    """A held-out record, with the excerpts of each metric."""
+
+    def __init__(self, record: NeuronRecord, scoring: Scoring):
+        self.record = record
+        sources: dict[Metric, None] = {_source(metric): None for metric in scoring.metrics}
+        self.samples: dict[Metric, Sample] = {
+            s: Sample(scored_on(record, s), scoring.find_duplicates) for s in sources
+        }
+        self._simulated: dict[tuple[str, Control], Mapping[Metric, NDArray[np.float64]]] = {}
+
+    @cached_property
+    def _token_ids(self) -> TokenLists:
+        """Return the token ids of all samples, one after another."""
+        return TokenLists([ids for sample in self.samples.values() for ids in sample.token_ids])
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """Return where each sample ends among their tokens."""
+        return np.cumsum([sum(map(len, sample.token_ids)) for sample in self.samples.values()])
+
+    def simulated(
+        self, explanation: Explanation, explainer: str, control: Control
+    ) -> Mapping[Metric, NDArray[np.float64]]:
+        """Return the activations [n] that the explanation predicts without a language model, by metric.
+
+        They are computed once for all metrics.
+        """
+        key = explainer, control
+        if key not in self._simulated:
+            simulator = ConstantSimulator() if control == "constant" else simulator_of(explainer)
+            values = simulator.values(explanation.payload, self._token_ids)
+            parts = zip(self.samples, np.split(values, self._ends[:-1]), strict=True)
+            self._simulated[key] = dict(parts)
+        return self._simulated[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,28 +121,26 @@ class PendingScore:
 def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore]:
     """Yield all planned scores of one neuron, by explainer, variant, metric and control.
 
-    `record` is of the held-out split.
+    `record` is of the held-out split. Without a language model the rows are complete.
     """
-    sources: set[Metric] = {_source(metric) for metric in scoring.metrics}
-    chosen = {source: scored_on(record, source) for source in sources}
+    held_out = _HeldOut(record, scoring)
     for explainer in scoring.explainers:
-        for variant, simulator in scoring.simulators(explainer).items():
+        for variant in scoring.variants:
             for metric in scoring.metrics:
                 simulated = metric in SIMULATION_METRICS
                 if variant == COMPAT and not simulated:
                     continue
-                excerpts = chosen[_source(metric)]
-                documents = tuple(sorted({e.document for e in excerpts}))
                 for control in CONTROLS if simulated else CONTROLS_WITHOUT_SIMULATION:
-                    plan = _plan(record, excerpts, explainer, simulator, metric, control, scoring)
+                    plan = _plan(held_out, explainer, variant, metric, control, scoring)
                     score = plan if isinstance(plan, Score) else Score(None)
+                    without = _is_without_excerpts(score, scoring)
                     row = NeuronScore(
                         record.neuron,
                         _label(explainer, scoring.reader) + variant,
                         metric,
                         control,
                         score,
-                        () if _is_without_excerpts(score, scoring) else documents,
+                        () if without else held_out.samples[_source(metric)].documents,
                         explained_by=explainer,
                         simulator=scoring.reader.name if scoring.reader else "",
                         variant=variant,
@@ -108,14 +154,14 @@ def _source(metric: Metric) -> Metric:
 
 
 def _plan(
-    record: NeuronRecord,
-    excerpts: Sequence[Excerpt],
+    held_out: _HeldOut,
     explainer: str,
-    simulator: Simulator,
+    variant: str,
     metric: Metric,
     control: Control,
     scoring: Scoring,
 ) -> Task | Score:
+    record, reader = held_out.record, scoring.reader
     if record.neuron in scoring.dead_on_fit:
         return dead_score("fit")
     if record.summary.dead:
@@ -123,27 +169,28 @@ def _plan(
     explanation = scoring.explanations.find(record.neuron, explainer, metric, control)
     scorer = BY_METRIC.get(metric)
     if scorer is not None:
-        assert scoring.reader is not None  # `ScoreConfig` rejects these metrics without one
+        assert reader is not None  # `ScoreConfig` rejects these metrics without one
         if isinstance(explanation, Score) and scorer.uses_explanation:
             return explanation
         text = "" if isinstance(explanation, Score) else explanation.text
-        return scorer_task(scorer, record, text, control, scoring.reader.prompting)
+        return scorer_task(scorer, record, text, control, reader.prompting)
     if isinstance(explanation, Score):
         return explanation
+    sample = held_out.samples[metric]
+    if reader is None:
+        simulated = held_out.simulated(explanation, explainer, control)
+        return sample.score_pooled(simulated[metric])
     if control == "constant":
-        if scoring.reader is not None:
-            # levels have no unit, so there is no value for a constant simulation
-            return Score(None, Status.UNDEFINED, CONSTANT)
-        simulator = ConstantSimulator()
-    token_ids = [e.token_ids for e in excerpts]  # simulators get token ids only, never activations
+        # levels have no unit, so there is no value for a constant simulation
+        return Score(None, Status.UNDEFINED, CONSTANT)
+    simulator, token_ids = reader.simulators[variant], sample.token_ids
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
         failure = failed(outcomes)
         if failure is not None:
             return failure
         answers = [o for o in outcomes if isinstance(o, Answer)]
-        simulated = simulator.simulate(explanation, token_ids, answers)
-        return simulation_score(excerpts, simulated, scoring.is_duplicate)
+        return sample.score(simulator.simulate(explanation, token_ids, answers))
 
     return Task(tuple(simulator.requests(explanation, token_ids)), grade)
 

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def _scoring(
         explainers=explained.explainers,
         explanations=ExplanationSet(explained.explanations, failures, config.seed),
         dead_on_fit={s.neuron for s in explained.selected if s.dead},
-        is_duplicate=duplicates.is_duplicate,
+        find_duplicates=duplicates.are_duplicates,
         reader=reader,
     )
 
@@ -242,13 +243,15 @@ def _explained_positions(
     layer: int, rows: pa.Table, documents_of: Mapping[NeuronKey, NDArray[np.int64]]
 ) -> NDArray[np.int64]:
     """Return the positions of those excerpts that are in documents their neurons were explained from."""
-    in_context = np.array(rows["kind"].to_pylist()) != "out_of_context"
+    kinds = rows["kind"].combine_chunks().dictionary_encode()
+    in_context = np.array([k != "out_of_context" for k in kinds.dictionary.to_pylist()], bool)
+    used = in_context[kinds.indices.to_numpy()]
     index, document, position = (rows[c].to_numpy() for c in ("index", "document", "position"))
-    used = np.zeros(len(rows), bool)
-    for number in np.unique(index).tolist():
-        documents = documents_of.get(NeuronKey(layer, number), ())
-        used |= (index == number) & np.isin(document, documents)
-    return position[used & in_context]
+    edges = np.flatnonzero(np.diff(index, prepend=-1, append=-1)).tolist()
+    for low, high in pairwise(edges):
+        documents = documents_of.get(NeuronKey(layer, int(index[low])), ())
+        used[low:high] &= np.isin(document[low:high], documents)
+    return position[used]
 
 
 def _held_out(

@@ -1,14 +1,15 @@
 """Simulators, which predict activations from an explanation and tokens only.
 
-All of them follow one protocol, with or without a language model; a new one is a class with two methods.
 A simulator gets an explanation and token ids, and so has no access to activations. The token ids of all
-excerpts of a neuron are passed together.
+excerpts of a neuron are passed together. Without a language model a simulator is a class with one method
+(`PayloadSimulator`); with one it has two: its requests, and what it makes of the answers (`Simulator`).
 
 Shapes: n tokens of an excerpt (or of all excerpts together), O options.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,10 +35,10 @@ Simulated = list[NDArray[np.float64]]
 
 
 class Simulator(Protocol):
-    """Predicts activations, in any unit, since scores are correlations."""
+    """Predicts activations with a language model, in any unit, since scores are correlations."""
 
     def requests(self, explanation: Explanation, token_ids: Sequence[NDArray]) -> list[Request]:
-        """Return the requests for a language model; empty for simulators without one."""
+        """Return the requests for the language model."""
         ...
 
     def simulate(
@@ -47,82 +48,90 @@ class Simulator(Protocol):
         ...
 
 
+class TokenLists(Sequence[NDArray]):
+    """Token ids of several excerpts, with what several simulations of them share."""
+
+    def __init__(self, token_ids: Sequence[NDArray]):
+        """`token_ids` has one array per excerpt."""
+        self._lists = list(token_ids)
+        self.flat = np.concatenate([np.zeros(0, np.int64), *self._lists]).astype(np.int64)
+        """[n]"""
+        self._contexts: dict[int, NDArray[np.int64]] = {}
+
+    @classmethod
+    def of(cls, token_ids: Sequence[NDArray]) -> "TokenLists":
+        """Return token ids as such lists; these are returned as they are."""
+        return token_ids if isinstance(token_ids, cls) else cls(token_ids)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._lists[at]
+
+    def __len__(self) -> int:
+        return len(self._lists)
+
+    def contexts(self, depth: int) -> NDArray[np.int64]:
+        """Return the contexts of all tokens [n, depth], see `contexts_of`."""
+        if depth not in self._contexts:
+            self._contexts[depth] = contexts_of(self._lists, depth)
+        return self._contexts[depth]
+
+    def split(self, values: NDArray) -> list[NDArray]:
+        """Return `values` [n] as one array per excerpt."""
+        bounds = [0, *accumulate(map(len, self._lists))]
+        return [values[low:high] for low, high in pairwise(bounds)]
+
+
+class PayloadSimulator(Protocol):
+    """A simulator without a language model, which reads only the payload of an explanation."""
+
+    def values(self, payload: Mapping[str, Any], token_ids: TokenLists) -> NDArray[np.float64]:
+        """Return the predicted activation at each token of all excerpts, [n]."""
+        ...
+
+
 class LookupSimulator:
-    """Predicts the table's value for each token, in the neuron's unit."""
+    """Predicts the table's value for each token, and its default for tokens not in it, in the neuron's unit."""
 
-    def requests(self, explanation: Explanation, token_ids: Sequence[NDArray]) -> list[Request]:
-        """Return an empty list, since no language model is used."""
-        return []
-
-    def simulate(
-        self, explanation: Explanation, token_ids: Sequence[NDArray], answers: Sequence[Answer]
-    ) -> Simulated:
-        """Return the table's value at each token, and its default for tokens not in the table."""
-        return self.predict(explanation.payload, token_ids)
-
-    def predict(self, payload: Mapping[str, Any], token_ids: Sequence[NDArray]) -> Simulated:
-        """Return the prediction of `simulate` from the payload of the explanation."""
+    def values(self, payload: Mapping[str, Any], token_ids: TokenLists) -> NDArray[np.float64]:
+        """Return the table's value at each token, [n]."""
         tokens, values = _sorted(payload["tokens"], payload["values"])
-        lengths = [len(t) for t in token_ids]
-        if not sum(lengths):
-            return [np.zeros(0) for _ in lengths]
-        flat = _find(np.concatenate(token_ids), tokens, values, float(payload["default"]))  # [n]
-        return np.split(flat, np.cumsum(lengths)[:-1])
+        return _find(token_ids.flat, tokens, values, float(payload["default"]))
 
 
 class TrieSimulator:
     """Predicts the value of the deepest node that matches the tokens up to each token, in the neuron's unit."""
 
-    def requests(self, explanation: Explanation, token_ids: Sequence[NDArray]) -> list[Request]:
-        """Return an empty list, since no language model is used."""
-        return []
-
-    def simulate(
-        self, explanation: Explanation, token_ids: Sequence[NDArray], answers: Sequence[Answer]
-    ) -> Simulated:
-        """Return the deepest matching node's value at each token, and the default if none matches."""
-        return self.predict(explanation.payload, token_ids)
-
-    def predict(self, payload: Mapping[str, Any], token_ids: Sequence[NDArray]) -> Simulated:
-        """Return the prediction of `simulate` from the payload of the explanation.
+    def values(self, payload: Mapping[str, Any], token_ids: TokenLists) -> NDArray[np.float64]:
+        """Return the deepest matching node's value at each token [n], and the default if none matches.
 
         All tokens go down the trie together, one level at a time: contexts whose node has no child for
         the next token drop out, and those that remain overwrite the value of the level above.
         """
-        lengths = [len(t) for t in token_ids]
-        if not sum(lengths):
-            return [np.zeros(0) for _ in lengths]
         parents = np.asarray(payload["parents"], dtype=np.int64)
         tokens = np.asarray(payload["tokens"], dtype=np.int64)
         values = np.asarray(payload["values"], dtype=np.float64)
+        simulated = np.full(len(token_ids.flat), float(payload["default"]))
         depth = _depth(parents)
-        contexts = contexts_of(list(token_ids), depth)  # [n, depth]
-        simulated = np.full(len(contexts), float(payload["default"]))
+        contexts = token_ids.contexts(depth)  # [n, depth]
         # One number per (parent, token), as when the trie was built, so that one binary search finds the
         # children of all nodes. `base` is above every token id in the contexts and in the trie.
-        base = max(int(contexts.max(initial=0)), int(tokens.max(initial=0))) + 2
+        base = max(int(token_ids.flat.max(initial=0)), int(tokens.max(initial=0))) + 2
         keys, nodes = _sorted((parents + 1) * base + tokens + 1, np.arange(len(tokens)))
         at, node = np.arange(len(contexts)), np.full(len(contexts), ROOT)
         for level in range(depth):
             node = _find((node + 1) * base + contexts[at, level] + 1, keys, nodes, ROOT)
-            at, node = at[node != ROOT], node[node != ROOT]
+            inside = node != ROOT
+            at, node = at[inside], node[inside]
             simulated[at] = values[node]
-        return np.split(simulated, np.cumsum(lengths)[:-1])
+        return simulated
 
 
 class ConstantSimulator:
     """Null control: predicts the explanation's default value at every token."""
 
-    def requests(self, explanation: Explanation, token_ids: Sequence[NDArray]) -> list[Request]:
-        """Return an empty list, since no language model is used."""
-        return []
-
-    def simulate(
-        self, explanation: Explanation, token_ids: Sequence[NDArray], answers: Sequence[Answer]
-    ) -> Simulated:
-        """Return the default at every token."""
-        payload: Any = explanation.payload
-        return [np.full(len(t), float(payload["default"])) for t in token_ids]
+    def values(self, payload: Mapping[str, Any], token_ids: TokenLists) -> NDArray[np.float64]:
+        """Return the default at every token, [n]."""
+        return np.full(len(token_ids.flat), float(payload["default"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,14 +219,14 @@ class LLMSimulator:
         return shares @ np.arange(shares.shape[1])
 
 
-SIMULATORS: dict[str, LookupSimulator | TrieSimulator] = {
+SIMULATORS: dict[str, PayloadSimulator] = {
     "lookup": LookupSimulator(),
     "trie": TrieSimulator(),
 }
 """simulators without a language model, by the explainer whose payloads they read"""
 
 
-def simulator_of(explainer: str) -> LookupSimulator | TrieSimulator:
+def simulator_of(explainer: str) -> PayloadSimulator:
     """Return the simulator without a language model for an explainer; raise `InputError` if it has none."""
     if explainer not in SIMULATORS:
         raise InputError(f"no simulator for {explainer!r}: name one of {', '.join(SIMULATORS)}")
@@ -230,14 +239,18 @@ def simulate(explainer: str, payload: Mapping[str, Any], token_ids: Sequence[NDA
     There is one array per sequence in `token_ids`, in the neuron's unit. Raises `InputError` if no
     simulator reads the payloads of `explainer`.
     """
-    return simulator_of(explainer).predict(payload, token_ids)
+    lists = TokenLists.of(token_ids)
+    return lists.split(simulator_of(explainer).values(payload, lists))
 
 
 def _depth(parents: NDArray[np.int64]) -> int:
-    depth = np.ones(len(parents), dtype=np.int64)
-    for node in np.flatnonzero(parents != ROOT):  # parents come before their children
-        depth[node] = depth[parents[node]] + 1
-    return int(depth.max(initial=0))
+    """Return the number of levels of a trie; 0 for one without nodes."""
+    depth, nodes = 0, np.arange(len(parents))
+    while len(nodes) and depth < len(parents):  # as many at most, however damaged the parents are
+        nodes = parents[nodes]
+        nodes = nodes[nodes != ROOT]
+        depth += 1
+    return depth
 
 
 def _sorted(keys: Any, values: Any) -> tuple[NDArray, NDArray]:

@@ -16,7 +16,7 @@ Shapes: n neurons of a layer, L layers, R resamples.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -175,19 +175,24 @@ def all_statistics(
 ) -> list[ModelStatistics]:
     """Return the statistics of every explainer, metric, control and policy in one model's `scores`."""
     groups = ScoreTable.of(scores).groups("explainer", "metric", "control")
-    return [
-        model_statistics(
-            group,
-            explainer=explainer,
-            metric=cast("Metric", metric),
-            control=cast("Control", control),
-            policy=policy,
-            resamples=resamples,
-            seed=seed,
-        )
-        for (explainer, metric, control), group in groups.items()
-        for policy in POLICIES
-    ]
+    found: list[ModelStatistics] = []
+    for (explainer, metric, control), group in groups.items():
+        for policy in POLICIES:
+            # Policies differ in scores without a value. Most of the time is the bootstrap's.
+            if policy != POLICIES[0] and group.has("value").all():
+                found.append(replace(found[-1], policy=policy))
+                continue
+            statistics = model_statistics(
+                group,
+                explainer=explainer,
+                metric=cast("Metric", metric),
+                control=cast("Control", control),
+                policy=policy,
+                resamples=resamples,
+                seed=seed,
+            )
+            found.append(statistics)
+    return found
 
 
 def compare_models(

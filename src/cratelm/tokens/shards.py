@@ -169,6 +169,17 @@ class TokenSplit:
             position += len(piece)
         return tokens
 
+    def read_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens at `positions` of any shape, int64. Raises IndexError outside the split."""
+        if positions.size and not 0 <= positions.min() <= positions.max() < self.n_tokens:
+            raise IndexError(f"a token outside the {self.n_tokens} of split {self.name}")
+        tokens = np.empty(positions.shape, np.int64)
+        indices, offsets = np.divmod(positions, self._tokens_per_file)
+        for index in np.unique(indices).tolist():
+            inside = indices == index
+            tokens[inside] = self._files[index][offsets[inside]]
+        return tokens
+
     def n_sequences(self, length: int) -> int:
         """Return the number of sequences of `length` tokens that have a next token for every position."""
         return max(0, (self.n_tokens - 1) // length)

@@ -182,10 +182,15 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
 
 @cache
 def characters_of_bytes() -> dict[int, str]:
-    """Return the character by which a byte-level BPE spells each byte."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    """Return the character by which a byte-level BPE spells each byte.
 
-    return bytes_to_unicode()
+    The table of `transformers` would take a second to import.
+    """
+    # Of the 256 characters, those below 256 spell themselves; the others, in order, spell the other bytes.
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    same = {ord(c): c for c in characters if ord(c) < 256}
+    others = (byte for byte in range(256) if byte not in same)
+    return same | dict(zip(others, characters[len(same) :], strict=True))
 
 
 def _added_tokens(tokenizer: Tokenizer) -> set[str]:
