@@ -24,6 +24,7 @@ from cratelm.activations.parts import part_share, part_stage, write_part
 from cratelm.activations.store import (
     NEURONS_PER_GROUP,
     SUMMARIES,
+    excerpt_writer,
     summaries_path,
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
