@@ -112,6 +112,7 @@ def _rule(figures: list[Figures]) -> Iterable[Value]:
 
 
 STEP = "benchmarks/train_step.py --models crate-2l --optimizer muon --repeats 5 --steps 2"
+LARGE_SCORES = "benchmarks/large_scores.py"
 LOSS = "benchmarks/loss.py --repeats 7"
 ROWS = {
     "harvest-sort": Row(
@@ -213,6 +214,24 @@ ROWS = {
         lambda figures: [Value("", f["score_ratios"]) for f in figures],
         3,
         needs=(BEFORE,),
+    ),
+    "large-scores": Row(
+        "`score` and `report`, 12 layers x 3,072 neurons x 3 explainers",
+        "",
+        LARGE_SCORES,
+        lambda figures: [Value("", [f["seconds"] / 60]) for f in figures],
+        10,
+        at_least=False,
+        unit=" min",
+    ),
+    "large-scores-memory": Row(
+        "the same, memory",
+        "",
+        LARGE_SCORES,
+        lambda figures: [Value("", [f["peak_mb"]]) for f in figures],
+        2000,
+        at_least=False,
+        unit=" MB",
     ),
     "simulate": Row(
         "three metrics simulated with SmolLM2-135M",

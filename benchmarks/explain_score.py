@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import neuron_summary, timed
+from common import figures, neuron_summary, timed
 from tokenizers import Tokenizer, models
 
 from cratelm.activations.store import write_records
@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.against is None
             else compared(options.against, Path(folder), options.turns, *sizes)
         )
+    if options.against is not None:
+        figures(neurons=options.neurons, **result)
     print(json.dumps({"neurons": options.neurons, **result}))
 
 
@@ -112,8 +114,16 @@ def compared(
     medians = {
         v: {n: round(median(m[n] for m in ms), 1) for n in names} for v, ms in measured.items()
     }
-    ratios = {n: round(medians["this"][n] / medians["other"][n], 2) for n in names}
-    return {**medians, "ratios": ratios, "turns": turns}
+    ratios = {
+        n: [a[n] / b[n] for a, b in zip(measured["this"], measured["other"], strict=True)]
+        for n in names
+    }
+    return {
+        **medians,
+        "ratios": {n: round(median(r), 2) for n, r in ratios.items()},
+        "explain_ratios": ratios["explain_neurons_per_second"],
+        "score_ratios": ratios["score_neurons_per_second"],
+    }
 
 
 def generated_run(path: Path, n_neurons: int, n_tokens: int) -> Run:

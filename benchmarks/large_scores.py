@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import figures
 from explain_score import generated_run
 from large_run import write_excerpts, write_tiled
 
@@ -133,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             peak = max(r["peak_mb"] for r in results)
             both = {"verb": "score, report", **sums, "peak_mb": peak}
             print(json.dumps({**of_size, **both}), flush=True)
+            figures(**of_size, **both)
 
 
 if __name__ == "__main__":
