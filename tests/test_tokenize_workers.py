@@ -425,7 +425,7 @@ def test_no_worker_outlives_the_command(
     else:
         process.kill()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if how == "Ctrl-C" else -signal.SIGKILL)
+    assert process.returncode == (130 if how == "Ctrl-C" else -signal.SIGKILL), err
     if how == "Ctrl-C":
         assert err == "cratelm tokenize: interrupted; the same command resumes the work\n"
     deadline = time.monotonic() + 5

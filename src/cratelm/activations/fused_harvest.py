@@ -62,14 +62,18 @@ class _Tokens(NamedTuple):
 
     @classmethod
     def of(cls, flat: torch.Tensor, batch: Batch) -> "_Tokens":
-        names = ("position", "key", "segment_of", "start", "stop", "document")
         pieces = batch.pieces
         return cls(
-            flat.contiguous().numpy(),
-            *(getattr(batch, name).numpy() for name in names),
-            pieces.piece_of,
-            pieces.first_token,
-            pieces.first_piece,
+            flat=flat.contiguous().numpy(),
+            position=batch.position.numpy(),
+            key=batch.key.numpy(),
+            segment_of=batch.segment_of.numpy(),
+            start=batch.start.numpy(),
+            stop=batch.stop.numpy(),
+            document=batch.document.numpy(),
+            piece_of=pieces.piece_of,
+            first_row=pieces.first_token,
+            first_piece=pieces.first_piece,
         )
 
 

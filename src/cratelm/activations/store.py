@@ -117,7 +117,12 @@ def excerpt_writer(folder: str | Path, split: Split) -> pq.ParquetWriter:
     """Return an open writer of the excerpts of a split."""
     path = excerpts_path(folder, split)
     dictionaries = [f"{n}.list.element" if n == "token_ids" else n for n in _FEW_VALUES]
-    return pq.ParquetWriter(path, EXCERPTS.schema, compression="zstd", use_dictionary=dictionaries)
+    return pq.ParquetWriter(
+        path,
+        EXCERPTS.schema,
+        compression="zstd",
+        use_dictionary=dictionaries,  # pyright: ignore[reportArgumentType] (its stubs know only bool)
+    )
 
 
 def write_records(folder: str | Path, split: Split, records: Sequence[NeuronRecord]) -> None:

@@ -87,7 +87,7 @@ class NeuronFiles:
             raise InputError(f"{model} was harvested from earlier tokens")
         return self.tokens()
 
-    def excerpts(self, query: NeuronQuery) -> tuple[Excerpt, ...]:
+    def excerpts(self, query: NeuronQuery) -> Sequence[Excerpt]:
         """Return all excerpts of the neuron from the split."""
         folder = self._harvest(query)
         name = ("excerpts", folder, query.split)
