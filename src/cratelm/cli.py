@@ -274,9 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse_options(verb, options)
         function = verb_function(verb)
-        if (
-            arguments is None
-        ):  # this process runs nothing else: what was imported stays until it ends
+        if arguments is None:  # a process of its own: what was imported stays until it ends
             gc.freeze()
         result = function(config)
         if rank() == 0:

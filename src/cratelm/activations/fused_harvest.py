@@ -257,6 +257,26 @@ def _offer_top(tokens, best, top, first, last):
 
 
 @_compiled
+def _add_sums(statistics, sums, best, counts, n_text, first):
+    """Add moments and firing counts [5, W], maxima [P, W] and histograms [W * 64] to those of neurons from `first` on."""
+    last_bin = np.float32(HISTOGRAM_BINS - 1)
+    for j in range(sums.shape[1]):
+        neuron = first + j
+        for k in range(4):
+            statistics.powers[k, neuron] += sums[k, j]
+        statistics.fired[neuron] += sums[4, j]
+        for piece in range(len(best)):
+            statistics.maximum[neuron] = max(statistics.maximum[neuron], best[piece, j])
+        counted, place = np.int64(0), HISTOGRAM_BINS * neuron
+        for k in range(HISTOGRAM_BINS):
+            counted += counts[HISTOGRAM_BINS * j + k]
+            statistics.histogram[place + k] += counts[HISTOGRAM_BINS * j + k]
+        zero = (np.float32(0) - statistics.low[neuron]) * statistics.scale[neuron]
+        of_zero = min(max(zero, np.float32(0)), last_bin)
+        statistics.histogram[place + np.int64(of_zero)] += n_text - counted  # 0 if all were counted
+
+
+@_compiled
 def _sweep_tile(tokens, statistics, cut, is_sparse, last_key, openai, anthropic, top, first, last):
     """Add neurons `first` to `last` of a batch to their statistics and excerpts.
 
@@ -338,19 +358,7 @@ def _sweep_tile(tokens, statistics, cut, is_sparse, last_key, openai, anthropic,
                 for j in range(width):
                     before[k, j] += recent[k, j]
                     recent[k, j] = np.float32(0)
-    is_finite = True
-    for j in range(width):
-        is_finite = is_finite and np.isfinite(before[0, j] + recent[0, j])
-        for k in range(4):
-            statistics.powers[k, first + j] += before[k, j] + recent[k, j]
-        statistics.fired[first + j] += before[4, j] + recent[4, j]
-        for piece in range(n_pieces):
-            statistics.maximum[first + j] = max(statistics.maximum[first + j], best[piece, j])
-        counted, place = np.int64(0), HISTOGRAM_BINS * (first + j)
-        for k in range(HISTOGRAM_BINS):
-            counted += counts[HISTOGRAM_BINS * j + k]
-            statistics.histogram[place + k] += counts[HISTOGRAM_BINS * j + k]
-        of_zero = min(max((np.float32(0) - low[j]) * scale[j], np.float32(0)), last_bin)
-        statistics.histogram[place + np.int64(of_zero)] += n_text - counted  # 0 if all were counted
-    if is_finite:
+    before += recent
+    _add_sums(statistics, before, best, counts, n_text, first)
+    if np.isfinite(before[0]).all():
         _offer_top(tokens, best, top, first, last)

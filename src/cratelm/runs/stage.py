@@ -198,7 +198,7 @@ class Run:
         _check_format(manifest, (_json(manifest) or {}).get("format"))
 
     def is_begun(self) -> bool:
-        """Whether the directory has a manifest or the folder of a stage, finished or not."""
+        """Return whether the directory has a manifest or the folder of a stage, finished or not."""
         return (self.path / MANIFEST).exists() or any((self.path / s).is_dir() for s in STAGES)
 
     def stage(self, stage: StageName, name: str = "") -> "Stage":

@@ -13,6 +13,8 @@ prompt. HTML is escaped later, by the template.
 import re
 import unicodedata
 
+from cratelm.errors import in_one_line
+
 _MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 _RIGHT_TO_LEFT = {"R", "AL", "AN"}
 """Unicode's bidirectional classes of right-to-left characters"""
@@ -20,9 +22,7 @@ _RIGHT_TO_LEFT = {"R", "AL", "AN"}
 
 def printable(text: str) -> str:
     """Return `text` on one line, with characters that are invisible or act on others as their codes."""
-    if text.isprintable():  # nearly all tokens: the loop below takes 10 times as long
-        return text
-    return "".join(map(_escape, text))
+    return in_one_line(text)
 
 
 def visible(text: str) -> str:
@@ -30,7 +30,7 @@ def visible(text: str) -> str:
 
     A combining mark at the start is placed on a dotted circle, not on whatever precedes the text.
     """
-    marked = "".join(_MARKS.get(c) or _escape(c) for c in text)
+    marked = "".join(_MARKS.get(c) or in_one_line(c) for c in text)
     return f"◌{marked}" if marked and unicodedata.category(marked[0]).startswith("M") else marked
 
 
@@ -39,7 +39,7 @@ def visible_folded(text: str) -> str:
 
     A run is long if it has more than three marks.
     """
-    marked = "".join(_MARKS.get(c) or _escape(c) for c in text)
+    marked = "".join(_MARKS.get(c) or in_one_line(c) for c in text)
     return re.sub(r"([␣⏎⇥])\1{3,}", lambda m: f"{m[1]}×{len(m[0])}", marked)
 
 
@@ -51,8 +51,3 @@ def laid_out(text: str) -> str:
 def runs_right_to_left(text: str) -> bool:
     """Return whether a browser would display any part of `text` from right to left."""
     return any(unicodedata.bidirectional(c) in _RIGHT_TO_LEFT for c in text)
-
-
-def _escape(character: str) -> str:
-    # `isprintable` is False for the categories Cc, Cf, Cs, Co, Cn, Zl, Zp and every space but " ".
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
