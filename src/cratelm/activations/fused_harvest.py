@@ -317,6 +317,7 @@ def _sweep_tile(tokens, statistics, cut, is_sparse, last_key, openai, anthropic,
             maxima[j] = value if value > maxima[j] else maxima[j]
             reached[j] = value >= cuts[j]
             reaches |= np.int32(value >= cuts[j])
+        # Written out for both binnings: as a function, inlined by numba, the whole sweep takes twice as long.
         if reaches and last_key < tokens.key[number] < NEVER:
             for word in range(len(words)):
                 if words[word]:
