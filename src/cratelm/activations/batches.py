@@ -80,25 +80,25 @@ class Batch:
 class Pieces:
     """The segments of a batch in P pieces, whose maxima are found one by one; D documents."""
 
-    piece_of: NDArray[np.int32]
-    """[N] number of each token's piece, -1 for end marks"""
     first_token: Int64
     """[P] first token of each piece, as offset in the batch"""
+    end_token: Int64
+    """[P] one past its last token"""
     first_piece: Int64
     """[D + 1] first piece of each document, and P"""
 
     @classmethod
     def of(cls, batch: Batch) -> "Pieces":
         """Return the pieces of a batch."""
-        piece_of, first_token, before = np.full(len(batch.key), -1, np.int32), [], [0]
+        first_token, end_token, before = [], [], [0]
         for low, high in batch.segments:
             for first in range(low, high, PIECE):
-                piece_of[first : min(first + PIECE, high)] = len(first_token)
                 first_token.append(first)
+                end_token.append(min(first + PIECE, high))
             before.append(len(first_token))
         spans = batch.document_spans() if batch.segments else []
         first_piece = [*(before[first] for first, _ in spans), len(first_token)]
-        return cls(piece_of, np.array(first_token, np.int64), np.array(first_piece, np.int64))
+        return cls(*(np.array(part, np.int64) for part in (first_token, end_token, first_piece)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ documents of a batch.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,17 +24,19 @@ import numba
 import numpy as np
 import torch
 
-from cratelm.activations.batches import NEVER, Batch
+from cratelm.activations.batches import Batch
 from cratelm.activations.layer_harvest import Binning, LayerHarvest
 from cratelm.activations.topk import EMPTY, TopKBuffers
 from cratelm.records import HISTOGRAM_BINS
 
-_TILE = 512
-"""most neurons of a tile: their counters take 128 KiB; narrower tiles cost more per row"""
+_TILE = 192
+"""about this many neurons are a tile: their counters take 12 of the 32 KiB of an L1 cache; 128 and 256 are slower"""
 _IN_FLOAT32 = 32
-"""number of tokens whose sums are in float32"""
-_SPARSE = 0.5
-"""below this fraction of activations above 0, none negative, zeros are counted together"""
+"""number of tokens, or up to 3 more, whose sums are in float32"""
+_IN_UINT8 = 252
+"""number of tokens, or up to 3 more, whose histograms are counted in bytes, which hold 255"""
+_OFFERED = 4096
+"""number of tokens that are gathered before they are offered to buffers"""
 
 # ---- what the compiled functions get ----------------------------------------------------------------
 
@@ -53,10 +56,10 @@ class _Tokens(NamedTuple):
     """[segments] first position"""
     stop: np.ndarray
     document: np.ndarray
-    piece_of: np.ndarray
-    """[N] number of the piece, -1 for end marks"""
     first_row: np.ndarray
     """[P] first row of each piece"""
+    end_row: np.ndarray
+    """[P] one past its last row"""
     first_piece: np.ndarray
     """[D + 1] first piece of each document"""
 
@@ -71,8 +74,8 @@ class _Tokens(NamedTuple):
             start=batch.start.numpy(),
             stop=batch.stop.numpy(),
             document=batch.document.numpy(),
-            piece_of=pieces.piece_of,
             first_row=pieces.first_token,
+            end_row=pieces.end_token,
             first_piece=pieces.first_piece,
         )
 
@@ -98,11 +101,13 @@ class _Bins(NamedTuple):
 
     lower: np.ndarray
     """[H, bins]"""
+    edges: np.ndarray
+    """[bins, H] the same"""
     samples: _Buffers
 
     @classmethod
     def of(cls, binning: Binning) -> "_Bins":
-        return cls(binning.lower.numpy(), _Buffers.of(binning.samples))
+        return cls(binning.lower.numpy(), binning.edges.numpy(), _Buffers.of(binning.samples))
 
 
 class _Statistics(NamedTuple):
@@ -124,6 +129,8 @@ class FusedLayerHarvest(LayerHarvest):
     The first batch compiles them, or loads what an earlier process compiled.
     """
 
+    per_reached = 4
+
     def _search(self, flat: torch.Tensor, batch: Batch, cut: torch.Tensor, last_key: int) -> None:
         calibration = self.calibration
         low, high = calibration.low.numpy(), calibration.high.numpy()
@@ -134,32 +141,57 @@ class FusedLayerHarvest(LayerHarvest):
             *(x.numpy() for x in (self._block, self.fired, self.maximum, self.histogram)),
         )
         tokens = _Tokens.of(flat, batch)
-        is_sparse = bool(
-            (calibration.low == 0).all() and calibration.anthropic_reach[:, 0].mean() < _SPARSE
-        )
-        bins = _Bins.of(self.openai), _Bins.of(self.anthropic)
-        top = _Buffers.of(self.top)
+        bins, top = self._bins(), _Buffers.of(self.top)
         self._by_tile(
             lambda first, last: _sweep_tile(
-                tokens, statistics, cut.numpy(), is_sparse, last_key, *bins, top, first, last
+                tokens, statistics, cut.numpy(), last_key, *bins, top, first, last
             )
         )
         self._check_finite()
 
     def _offer_rows(self, flat: torch.Tensor, batch: Batch, rows: torch.Tensor) -> None:
+        tokens, bins = _Tokens.of(flat, batch), self._bins()
+        chosen = rows.numpy()
+        self._by_tile(lambda first, last: _offer_rows(tokens, *bins, chosen, first, last))
+
+    def _cut(self, key: int) -> tuple[torch.Tensor, float]:
+        cut = np.full(self.n_neurons, np.inf, np.float32)
+        reach = np.zeros(self.n_neurons, np.float32)
+        for binning in (self.openai, self.anthropic):
+            columns = binning.lower, binning.threshold, binning.reach
+            _lower_cut(*(column.numpy() for column in columns), key, cut, reach)
+        return torch.from_numpy(cut), float(reach.mean())
+
+    def _random_windows(
+        self, flat: torch.Tensor, batch: Batch, rows: torch.Tensor, neurons: torch.Tensor
+    ) -> torch.Tensor:
+        windows = torch.empty(len(rows), 2 * self.sizes.context)
+        places = rows.numpy(), neurons.numpy(), windows.numpy()
         tokens = _Tokens.of(flat, batch)
-        for bins in (_Bins.of(self.openai), _Bins.of(self.anthropic)):
-            self._by_tile(
-                lambda first, last, b=bins: _offer_rows(tokens, b, rows.numpy(), first, last)
-            )
+        _in_threads(len(rows), 1, lambda first, last: _copy_windows(tokens, *places, first, last))
+        return windows
+
+    def _bins(self) -> "tuple[_Bins, _Bins]":
+        return _Bins.of(self.openai), _Bins.of(self.anthropic)
 
     def _by_tile(self, work: Callable[[int, int], Any]) -> None:
         """Do the work for each tile of neurons, from the first to one past the last."""
-        n_threads = torch.get_num_threads()
-        n_tiles = max(n_threads, -(-self.n_neurons // _TILE))
-        edges = [i * self.n_neurons // n_tiles for i in range(n_tiles + 1)]
-        with ThreadPoolExecutor(n_threads) as pool:
-            list(pool.map(lambda edge: work(*edge), pairwise(edges)))
+        per_thread = max(1, round(self.n_neurons / (_TILE * torch.get_num_threads())))
+        _in_threads(self.n_neurons, per_thread, work)
+
+
+def _in_threads(n: int, per_thread: int, work: Callable[[int, int], Any]) -> None:
+    """Do the work for n things, in `per_thread` parts for each thread, each from its first to one past its last."""
+    n_threads = torch.get_num_threads()
+    n_parts = n_threads * per_thread
+    edges = [i * n // n_parts for i in range(n_parts + 1)]
+    list(_pool(n_threads).map(lambda edge: work(*edge), pairwise(edges)))
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    """Return the threads that the compiled functions run in."""
+    return ThreadPoolExecutor(n_threads)
 
 
 # ---- compiled functions -----------------------------------------------------------------------------
@@ -175,72 +207,177 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
-def _insert(tokens, buffers, buffer, key, row, neuron, is_unique):
-    """Keep a token in a buffer if it is among the best K: see `TopKBuffers`.
+def _lower_cut(lower, threshold, reach, key, cut, most):
+    """Lower the cut [H] to that of a binning, and raise the largest reach [H]: see `LayerHarvest._cut`."""
+    for neuron in range(len(lower)):
+        for k in range(lower.shape[1]):
+            if threshold[neuron, k] > key:
+                cut[neuron] = min(cut[neuron], lower[neuron, k])
+                most[neuron] = max(most[neuron], reach[neuron, k])
 
-    With `is_unique` the buffer keeps one token per document.
+
+@_compiled
+def _copy_windows(tokens, rows, neurons, windows, first, last):
+    """Copy to windows `first` to `last` of [m, W] the activations of a neuron around a row, 0 outside its segment."""
+    context = windows.shape[1] // 2
+    for i in range(first, last):
+        row, neuron, window = rows[i], neurons[i], windows[i]
+        segment = tokens.segment_of[row]
+        before = min(context, tokens.position[row] - tokens.start[segment], row)
+        after = min(context, tokens.stop[segment] - tokens.position[row], len(tokens.flat) - row)
+        window[: context - before] = np.float32(0)
+        for k in range(-before, after):
+            window[context + k] = tokens.flat[row + k, neuron]
+        window[context + after :] = np.float32(0)
+
+
+@_compiled
+def _insert(tokens, buffers, offered, n_offered, per_neuron, is_unique):
+    """Keep those of the offered tokens [n, 2] (row, buffer) that are among the best K of their buffer: see `TopKBuffers`.
+
+    A neuron has `per_neuron` buffers. With `is_unique` a buffer keeps one token per document, and the key is the
+    negative activation.
     """
-    keys, positions = buffers.key[buffer], buffers.position[buffer]
-    segment, position = tokens.segment_of[row], tokens.position[row]
-    document = tokens.document[segment]
-    # the slot of the same document, or that of the worst: the largest key, of these the largest position
-    slot = -1
-    if is_unique:
-        for k in range(len(keys)):
-            if buffers.document[buffer, k] == document and keys[k] < EMPTY:
-                slot = k
-    if slot < 0:
-        slot = 0
-        for k in range(1, len(keys)):
-            if keys[k] > keys[slot] or (keys[k] == keys[slot] and positions[k] > positions[slot]):
-                slot = k
-    if key > keys[slot] or (key == keys[slot] and position >= positions[slot]):
-        return
-    window = buffers.window[buffer, slot]
-    context = len(window) // 2
-    keys[slot], positions[slot] = key, position
-    buffers.start[buffer, slot] = max(tokens.start[segment], position - context)
-    buffers.stop[buffer, slot] = min(tokens.stop[segment], position + context)
-    buffers.document[buffer, slot] = document
-    for k in range(len(window)):
-        near = row + k - context
-        is_inside = 0 <= near < len(tokens.flat) and tokens.segment_of[near] == segment
-        window[k] = tokens.flat[near, neuron] if is_inside else np.float32(0)
-    largest = keys[0]
-    for k in range(1, len(keys)):
-        largest = max(largest, keys[k])
-    buffers.threshold[buffer] = largest
+    context, n_slots = buffers.window.shape[2] // 2, buffers.key.shape[1]
+    for i in range(n_offered):
+        row, buffer = offered[i, 0], offered[i, 1]
+        neuron, segment = buffer // per_neuron, tokens.segment_of[row]
+        position, document = tokens.position[row], tokens.document[segment]
+        key = _key_of(tokens.flat[row, neuron]) if is_unique else tokens.key[row]
+        worst = buffers.threshold[buffer]
+        if key > worst:
+            continue
+        # the slot of the same document, or that of the worst: the largest key, of these the largest position
+        slot = -1
+        if is_unique:
+            for k in range(n_slots):
+                if buffers.document[buffer, k] == document and buffers.key[buffer, k] < EMPTY:
+                    slot = k
+        if slot < 0:
+            for k in range(n_slots):
+                if buffers.key[buffer, k] == worst and (
+                    slot < 0 or buffers.position[buffer, k] > buffers.position[buffer, slot]
+                ):
+                    slot = k
+        held = buffers.key[buffer, slot]
+        if key > held or (key == held and position >= buffers.position[buffer, slot]):
+            continue
+        buffers.key[buffer, slot] = key
+        buffers.position[buffer, slot] = position
+        buffers.start[buffer, slot] = max(tokens.start[segment], position - context)
+        buffers.stop[buffer, slot] = min(tokens.stop[segment], position + context)
+        buffers.document[buffer, slot] = document
+        # its window, as in `_copy_windows`
+        before = min(context, position - tokens.start[segment], row)
+        after = min(context, tokens.stop[segment] - position, len(tokens.flat) - row)
+        for k in range(context - before):
+            buffers.window[buffer, slot, k] = np.float32(0)
+        for k in range(-before, after):
+            buffers.window[buffer, slot, context + k] = tokens.flat[row + k, neuron]
+        for k in range(context + after, 2 * context):
+            buffers.window[buffer, slot, k] = np.float32(0)
+        worst = buffers.key[buffer, 0]
+        for k in range(1, n_slots):
+            worst = max(worst, buffers.key[buffer, k])
+        buffers.threshold[buffer] = worst
 
 
 @_compiled
-def _bin_of(lower, neuron, value):
-    """Return the number of the last bin whose lower edge in [H, bins] a value reaches, -1 if there is none."""
-    number = -1
-    while number + 1 < lower.shape[1] and value >= lower[neuron, number + 1]:
-        number += 1
-    return number
+def _key_of(activation):
+    """Return the key of a top excerpt: the bits of non-negative floats have the order of the floats."""
+    return -np.int64(np.float32(activation).view(np.int32))
 
 
 @_compiled
-def _offer_rows(tokens, bins, rows, first, last):
-    """Offer neurons `first` to `last` of rows [n] as samples."""
-    # To hand all arrays to another function takes longer than to look up a bin, so only `_insert` gets them.
-    flat, lower, threshold = tokens.flat, bins.lower, bins.samples.threshold
+def _count_edges(row, edges, first, number):
+    """Count in number [W] how many of the edges [bins, H] of its neuron each activation of row [W] reaches."""
+    for j in range(len(row)):
+        number[j] = 0
+    for k in range(len(edges)):
+        edge = edges[k, first : first + len(row)]
+        for j in range(len(row)):
+            number[j] += np.int32(row[j] >= edge[j])
+
+
+@_compiled
+def _offer_rows_to(tokens, bins, rows, first, last):
+    """Do so for one binning."""
+    threshold, n_bins = bins.samples.threshold, len(bins.edges)
+    number = np.empty(last - first, np.int32)
+    offered = np.empty((_OFFERED + last - first, 2), np.int64)
+    n = 0
     for row in rows:
         key = tokens.key[row]
-        for neuron in range(first, last):
-            number = _bin_of(lower, neuron, flat[row, neuron])
-            buffer = neuron * lower.shape[1] + number
-            if number >= 0 and key < threshold[buffer]:
-                _insert(tokens, bins.samples, buffer, key, row, neuron, False)
+        _count_edges(tokens.flat[row, first:last], bins.edges, first, number)
+        for j in range(last - first):
+            buffer = (first + j) * n_bins + number[j] - 1
+            if number[j] > 0 and key < threshold[buffer]:
+                offered[n, 0], offered[n, 1] = row, buffer
+                n += 1
+        if n >= _OFFERED:
+            _insert(tokens, bins.samples, offered, n, n_bins, False)
+            n = 0
+    _insert(tokens, bins.samples, offered, n, n_bins, False)
+
+
+@_compiled
+def _offer_rows(tokens, openai, anthropic, rows, first, last):
+    """Offer neurons `first` to `last` of rows [n] as samples."""
+    _offer_rows_to(tokens, openai, rows, first, last)
+    _offer_rows_to(tokens, anthropic, rows, first, last)
+
+
+@_compiled
+def _look_up(flat, key, lower, threshold, found, n_found, offered):
+    """Copy those of the activations found [n, 2] (row, neuron) that can be samples of a bin; return their number."""
+    n, n_bins = 0, lower.shape[1]
+    for i in range(n_found):
+        row, neuron = found[i, 0], found[i, 1]
+        value, number = flat[row, neuron], 0
+        for k in range(n_bins):
+            number += value >= lower[neuron, k]
+        buffer = neuron * n_bins + number - 1
+        if number > 0 and key[row] < threshold[buffer]:
+            offered[n, 0], offered[n, 1] = row, buffer
+            n += 1
+    return n
+
+
+@_compiled
+def _offer_found(tokens, bins, found, n_found, offered):
+    """Offer the activations found [n, 2] (row, neuron) as samples."""
+    n = _look_up(
+        tokens.flat, tokens.key, bins.lower, bins.samples.threshold, found, n_found, offered
+    )
+    _insert(tokens, bins.samples, offered, n, bins.lower.shape[1], False)
+
+
+@_compiled
+def _find(flat, key, reached, cut, last_key, low, high, first, found, n):
+    """Add to found [n, 2] the activations of rows `low` to `high` that reach the cut; return the new n.
+
+    Only neurons flagged in reached [W] have one.
+    """
+    words = reached.view(np.uint64)  # eight at a time: nearly all are 0
+    for word in range(len(words)):
+        if words[word]:
+            for j in range(8 * word, 8 * word + 8):
+                if reached[j]:
+                    for row in range(low, high):
+                        value = flat[row, first + j]
+                        if cut[j] <= value < np.inf and key[row] > last_key:
+                            found[n, 0], found[n, 1] = row, first + j
+                            n += 1
+    return n
 
 
 @_compiled
 def _offer_top(tokens, best, top, first, last):
     """Offer the maximum of each document from those of its pieces, best [P, W], to the top excerpts."""
     # ties with the worst that was held before the batch are dropped, whatever their position
-    threshold = top.threshold[first:last].copy()
-    bits = best.view(np.int32)  # of non-negative floats: they have the order of the floats
+    threshold = top.threshold[first:last]
+    offered = np.empty(((len(tokens.first_piece) - 1) * (last - first), 2), np.int64)
+    n = 0
     for number in range(len(tokens.first_piece) - 1):
         low, high = tokens.first_piece[number], tokens.first_piece[number + 1]
         for j in range(last - first):
@@ -248,118 +385,171 @@ def _offer_top(tokens, best, top, first, last):
             for other in range(low + 1, high):
                 if best[other, j] > best[piece, j]:
                     piece = other
-            key = -np.int64(bits[piece, j])
-            if best[piece, j] > 0 and key < threshold[j]:
+            if best[piece, j] > 0 and _key_of(best[piece, j]) < threshold[j]:
                 row = tokens.first_row[piece]
                 while tokens.flat[row, first + j] != best[piece, j]:
                     row += 1
-                _insert(tokens, top, first + j, key, row, first + j, True)
+                offered[n, 0], offered[n, 1] = row, first + j
+                n += 1
+    _insert(tokens, top, offered, n, 1, True)
+
+
+# The loops below are functions with few arrays each: before a loop, the compiled code checks that its arrays do not
+# overlap, and with many of them the compiler gives up and writes no vector instructions. Four rows at a time, so that
+# sums are read and written once for four.
 
 
 @_compiled
-def _add_sums(statistics, sums, best, counts, n_text, first):
-    """Add moments and firing counts [5, W], maxima [P, W] and histograms [W * 64] to those of neurons from `first` on."""
+def _add_moments(flat, row, first, mean, sums):
+    """Add the powers 1 to 4 of the centred activations of four rows to sums [4, W]."""
+    m1, m2, m3, m4 = sums[0], sums[1], sums[2], sums[3]
+    last = first + len(mean)
+    r0, r1, r2, r3 = (
+        flat[row, first:last],
+        flat[row + 1, first:last],
+        flat[row + 2, first:last],
+        flat[row + 3, first:last],
+    )
+    for j in range(len(mean)):
+        a, b, c, d = r0[j] - mean[j], r1[j] - mean[j], r2[j] - mean[j], r3[j] - mean[j]
+        aa, bb, cc, dd = a * a, b * b, c * c, d * d
+        m1[j] += (a + b) + (c + d)
+        m2[j] += (aa + bb) + (cc + dd)
+        m3[j] += (aa * a + bb * b) + (cc * c + dd * d)
+        m4[j] += (aa * aa + bb * bb) + (cc * cc + dd * dd)
+
+
+@_compiled
+def _add_moments_of_one(flat, row, first, mean, sums):
+    """Do the same for one row."""
+    m1, m2, m3, m4 = sums[0], sums[1], sums[2], sums[3]
+    r0 = flat[row, first : first + len(mean)]
+    for j in range(len(mean)):
+        a = r0[j] - mean[j]
+        m1[j] += a
+        m2[j] += a * a
+        m3[j] += a * a * a
+        m4[j] += (a * a) * (a * a)
+
+
+@_compiled
+def _find_maxima(flat, row, first, cut, maxima, reached):
+    """Update maxima [W] with four rows; set reached [W] where one of them reaches the cut [W]."""
+    last = first + len(cut)
+    r0, r1, r2, r3 = (
+        flat[row, first:last],
+        flat[row + 1, first:last],
+        flat[row + 2, first:last],
+        flat[row + 3, first:last],
+    )
+    for j in range(len(cut)):
+        a = r0[j] if r0[j] > r1[j] else r1[j]
+        b = r2[j] if r2[j] > r3[j] else r3[j]
+        a = a if a > b else b
+        maxima[j] = a if a > maxima[j] else maxima[j]
+        reached[j] = a >= cut[j]
+
+
+@_compiled
+def _find_maxima_of_one(flat, row, first, cut, maxima, reached):
+    """Do the same with one row."""
+    r0 = flat[row, first : first + len(cut)]
+    for j in range(len(cut)):
+        a = r0[j]
+        maxima[j] = a if a > maxima[j] else maxima[j]
+        reached[j] = a >= cut[j]
+
+
+@_compiled
+def _count_fired(flat, low, high, first, fired):
+    """Count in fired [W] the activations above 0 of rows `low` to `high`."""
+    zero = np.float32(0)
+    for row in range(low, high):
+        r0 = flat[row, first : first + len(fired)]
+        for j in range(len(fired)):
+            fired[j] += np.int32(r0[j] > zero)
+
+
+@_compiled
+def _count_bins(flat, row, first, low, scale, bins, counts):
+    """Count the activations of a row in histograms, counts [W * 64]; bins [W] is overwritten."""
+    r0 = flat[row, first : first + len(bins)]
     last_bin = np.float32(HISTOGRAM_BINS - 1)
-    for j in range(sums.shape[1]):
-        neuron = first + j
-        for k in range(4):
-            statistics.powers[k, neuron] += sums[k, j]
-        statistics.fired[neuron] += sums[4, j]
-        for piece in range(len(best)):
-            statistics.maximum[neuron] = max(statistics.maximum[neuron], best[piece, j])
-        counted, place = np.int64(0), HISTOGRAM_BINS * neuron
-        for k in range(HISTOGRAM_BINS):
-            counted += counts[HISTOGRAM_BINS * j + k]
-            statistics.histogram[place + k] += counts[HISTOGRAM_BINS * j + k]
-        zero = (np.float32(0) - statistics.low[neuron]) * statistics.scale[neuron]
-        of_zero = min(max(zero, np.float32(0)), last_bin)
-        statistics.histogram[place + np.int64(of_zero)] += n_text - counted  # 0 if all were counted
+    for j in range(len(bins)):
+        # NaN gives bin 0: the comparisons are false
+        scaled = (r0[j] - low[j]) * scale[j]
+        scaled = scaled if scaled > np.float32(0) else np.float32(0)
+        scaled = scaled if scaled < last_bin else last_bin
+        bins[j] = np.int32(scaled) + np.int32(HISTOGRAM_BINS) * np.int32(j)
+    for j in range(len(bins)):
+        counts[np.uint32(bins[j])] += np.uint8(1)
 
 
 @_compiled
-def _sweep_tile(tokens, statistics, cut, is_sparse, last_key, openai, anthropic, top, first, last):
+def _move(source, target):
+    """Add the elements of one array to another, and set them to 0."""
+    for i in range(len(source)):
+        target[i] += source[i]
+        source[i] = 0
+
+
+@_compiled
+def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first, last):
     """Add neurons `first` to `last` of a batch to their statistics and excerpts.
 
     Samples are taken of tokens with a key above `last_key`, of activations that reach the cut. If numbers
     are not finite, the sums are not either, and no excerpts are taken.
     """
-    width, n_pieces = last - first, len(tokens.first_row)
+    width, n_pieces, flat = last - first, len(tokens.first_row), tokens.flat
     mean, low = statistics.mean[first:last], statistics.low[first:last]
-    scale, cuts = statistics.scale[first:last], cut[first:last]
+    scale, cut = statistics.scale[first:last], cut[first:last]
     best = np.full((n_pieces, width), -np.inf, np.float32)
-    # of the last few tokens: moments 1 to 4, then firing counts, in float32; and of all before, in float64
-    recent, before = np.zeros((5, width), np.float32), np.zeros((5, width), np.float64)
-    m1, m2, m3, m4, firings = recent[0], recent[1], recent[2], recent[3], recent[4]
+    recent, before = np.zeros((4, width), np.float32), np.zeros((4, width), np.float64)
+    fired, bins = np.zeros(width, np.int32), np.zeros(width, np.int32)
+    recent_counts = np.zeros(width * HISTOGRAM_BINS, np.uint8)  # these fit into the L1 cache
     counts = np.zeros(width * HISTOGRAM_BINS, np.uint32)
-    offset = np.arange(width).astype(np.uint32) * np.uint32(HISTOGRAM_BINS)
-    last_bin = np.float32(HISTOGRAM_BINS - 1)
-    bins, of_others = np.empty(width, np.uint32), np.empty(width, np.uint32)
-    reached = np.zeros(-(-width // 8) * 8, np.uint8)  # read eight at a time: nearly all are 0
-    words = reached.view(np.uint64)
-    lower, threshold = openai.lower, openai.samples.threshold
-    lower2, threshold2 = anthropic.lower, anthropic.samples.threshold
-    n_recent, n_text = 0, 0
-    for number in range(len(tokens.flat)):
-        if tokens.piece_of[number] < 0:  # an end mark
-            continue
-        n_text += 1
-        row, maxima = tokens.flat[number, first:last], best[tokens.piece_of[number]]
-        for j in range(width):
-            centred = row[j] - mean[j]
-            square = centred * centred
-            m1[j] += centred
-            m2[j] += square
-            m3[j] += square * centred
-            m4[j] += square * square
-        reaches = np.int32(0)
-        for j in range(width):
-            value = row[j]
-            maxima[j] = value if value > maxima[j] else maxima[j]
-            reached[j] = value >= cuts[j]
-            reaches |= np.int32(value >= cuts[j])
-        # Written out for both binnings: as a function, inlined by numba, the whole sweep takes twice as long.
-        if reaches and last_key < tokens.key[number] < NEVER:
-            for word in range(len(words)):
-                if words[word]:
-                    for j in range(8 * word, 8 * word + 8):
-                        if reached[j] and row[j] < np.inf:
-                            neuron, value, key = first + j, row[j], tokens.key[number]
-                            at = _bin_of(lower, neuron, value)
-                            buffer = neuron * lower.shape[1] + at
-                            if at >= 0 and key < threshold[buffer]:
-                                _insert(tokens, openai.samples, buffer, key, number, neuron, False)
-                            at = _bin_of(lower2, neuron, value)
-                            buffer = neuron * lower2.shape[1] + at
-                            if at >= 0 and key < threshold2[buffer]:
-                                _insert(
-                                    tokens, anthropic.samples, buffer, key, number, neuron, False
-                                )
-        for j in range(width):
-            value = row[j]
-            firings[j] += np.float32(1) if value > np.float32(0) else np.float32(0)
-            # NaN gives bin 0: the comparisons are false
-            scaled = (value - low[j]) * scale[j]
-            scaled = scaled if scaled > np.float32(0) else np.float32(0)
-            scaled = scaled if scaled < last_bin else last_bin
-            bins[j] = np.uint32(np.int32(scaled)) + offset[j]
-        if is_sparse:
-            n_others = np.uint32(0)
-            for j in range(width):
-                of_others[n_others] = bins[j]
-                n_others += np.uint32(row[j] != np.float32(0))
-            for j in range(n_others):
-                counts[of_others[j]] += np.uint32(1)
-        else:
-            for j in range(width):
-                counts[bins[j]] += np.uint32(1)
-        n_recent += 1
-        if n_recent == _IN_FLOAT32:
-            n_recent = 0
-            for k in range(5):
-                for j in range(width):
-                    before[k, j] += recent[k, j]
-                    recent[k, j] = np.float32(0)
-    before += recent
-    _add_sums(statistics, before, best, counts, n_text, first)
+    reached = np.zeros(-(-width // 8) * 8, np.uint8)
+    flags = reached[:width]
+    found = np.empty((_OFFERED + 4 * width + 1, 2), np.int64)
+    offered, n_found = np.empty_like(found), 0
+    n_summed, n_counted = 0, 0
+    for piece in range(n_pieces):
+        row, end = tokens.first_row[piece], tokens.end_row[piece]
+        _count_fired(flat, row, end, first, fired)
+        while row < end:
+            n = 4 if row + 4 <= end else 1
+            if n == 4:
+                _add_moments(flat, row, first, mean, recent)
+                _find_maxima(flat, row, first, cut, best[piece], flags)
+            else:
+                _add_moments_of_one(flat, row, first, mean, recent)
+                _find_maxima_of_one(flat, row, first, cut, best[piece], flags)
+            n_found = _find(
+                flat, tokens.key, reached, cut, last_key, row, row + n, first, found, n_found
+            )
+            if n_found >= _OFFERED:
+                _offer_found(tokens, openai, found, n_found, offered)
+                _offer_found(tokens, anthropic, found, n_found, offered)
+                n_found = 0
+            for i in range(row, row + n):
+                _count_bins(flat, i, first, low, scale, bins, recent_counts)
+            row, n_summed, n_counted = row + n, n_summed + n, n_counted + n
+            if n_summed >= _IN_FLOAT32:
+                n_summed = 0
+                _move(recent.reshape(-1), before.reshape(-1))
+            if n_counted >= _IN_UINT8:
+                n_counted = 0
+                _move(recent_counts, counts)
+    _offer_found(tokens, openai, found, n_found, offered)
+    _offer_found(tokens, anthropic, found, n_found, offered)
+    _move(recent.reshape(-1), before.reshape(-1))
+    _move(recent_counts, counts)
+    for j in range(width):
+        for k in range(4):
+            statistics.powers[k, first + j] += before[k, j]
+        statistics.fired[first + j] += fired[j]
+        for piece in range(n_pieces):
+            statistics.maximum[first + j] = max(statistics.maximum[first + j], best[piece, j])
+    _move(counts, statistics.histogram[HISTOGRAM_BINS * first : HISTOGRAM_BINS * last])
     if np.isfinite(before[0]).all():
         _offer_top(tokens, best, top, first, last)

@@ -123,6 +123,9 @@ class Binning:
 class LayerHarvest:
     """Statistics and excerpts of the H neurons of one layer; batches are added in order."""
 
+    per_reached = 1
+    """what it costs to offer an activation that reaches the cut, in activations of the prefix; a matter of speed"""
+
     def __init__(
         self,
         calibration: Calibration,
@@ -335,7 +338,13 @@ class LayerHarvest:
         self.random_start[first:last] = excerpts.start
         self.random_stop[first:last] = excerpts.stop
         self.random_document[first:last] = excerpts.document
-        self.random_window[first:last] = self._windows().around(row, neuron, context)
+        self.random_window[first:last] = self._random_windows(flat, batch, row, neuron)
+
+    def _random_windows(
+        self, flat: torch.Tensor, batch: Batch, rows: torch.Tensor, neurons: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the activations [m, W] of neurons [m] around rows [m]."""
+        return self._windows().around(rows, neurons, self.sizes.context)
 
     def _sample_prefix(self, flat: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, int]:
         """Offer all activations of the tokens with the lowest keys to both binnings.
@@ -348,14 +357,14 @@ class LayerHarvest:
         with the lowest keys are processed, in order, common bins are complete: they fill up soon, and
         their thresholds are below all remaining keys. Only rare bins can still take tokens, and these
         are bins of high activations: those of the other tokens above `cut`, the lowest edge of such a
-        bin. The prefix is doubled until it costs as much as searching the other tokens for activations
-        above `cut`, whose fraction the calibration estimated.
+        bin. The prefix is doubled until it costs as much as offering the other activations above `cut`, whose
+        fraction the calibration estimated.
         """
         ordered, rows = batch.by_key
         n_text = int((ordered < NEVER).sum())
         cut = torch.full_like(self.maximum, torch.inf)
         done, last_key, reach = 0, -1, 1.0
-        while done < n_text and reach * n_text > done:
+        while done < n_text and reach * n_text * self.per_reached > done:
             prefix = rows[done : min(n_text, max(self.prefix // 2, 2 * done))]
             self._offer_rows(flat, batch, prefix)
             done += len(prefix)
