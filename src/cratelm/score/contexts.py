@@ -1,0 +1,227 @@
+"""Look-up tables and tries simulated over a whole split: sums over the tokens at which each node predicts.
+
+A node of a trie is a context: the last k tokens. If the tokens of a batch are sorted by their contexts, the tokens at
+which a context occurs stand next to each other, whatever the neuron; so sums over them are differences of two cumulated
+sums, for all nodes of all neurons at once. A look-up table is a trie of depth 1.
+
+Memory: a batch of activations, sorted and cumulated, of some neurons at a time; 40 bytes per node.
+
+Shape legend: n tokens of a batch, D depth of contexts, H neurons, K nodes of all neurons, E explanations.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cratelm.errors import InputError
+from cratelm.explain.trie import ROOT
+from cratelm.stats.grouped import Groups
+
+Int64 = NDArray[np.int64]
+_COLUMNS = 256
+"""neurons whose cumulated sums are held at a time: 16 MiB for a batch of 8,192 tokens"""
+N_POSITIVE = 2
+"""number of ways in which a token can be positive"""
+
+
+class SortedContexts:
+    """The tokens of a batch in the order of their contexts, and the groups with the same last 1, 2, ..., D tokens."""
+
+    def __init__(self, contexts: Int64):
+        """`contexts` [n, D]: column 0 the token itself, column j the j-th before it, -1 where there is none."""
+        self.order = np.lexsort(contexts.T[::-1])
+        """[n] tokens by context"""
+        ordered = contexts[self.order]
+        self._base = int(contexts.max(initial=0)) + 2
+        begins = np.zeros(len(ordered), bool)
+        begins[:1] = True
+        group = np.zeros(len(ordered), np.int64)
+        self._keys: list[Int64] = []
+        """[D][groups] a number for parent group and token, ascending"""
+        self._edges: list[Int64] = []
+        """[D][groups + 1] first token of each group in `order`, and n"""
+        for level in range(contexts.shape[1]):
+            begins[1:] |= ordered[1:, level] != ordered[:-1, level]
+            first = np.flatnonzero(begins)
+            self._keys.append(group[first] * self._base + ordered[first, level] + 1)
+            self._edges.append(np.append(first, len(ordered)))
+            group = np.cumsum(begins) - 1
+
+    def spans(self, level: int, parents: Int64, tokens: Int64) -> tuple[Int64, Int64, Int64]:
+        """Return group, first and one past the last token [m] of contexts: a token [m] before that of a parent group.
+
+        `parents` are groups of the level above, -1 for one that does not occur, all 0 at level 0. A context that does
+        not occur has group -1 and no tokens.
+        """
+        keys, edges = self._keys[level], self._edges[level]
+        wanted = parents * self._base + tokens + 1
+        at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+        found = (parents >= 0) & (tokens + 1 < self._base)
+        found &= (keys[at] == wanted) if len(keys) else False
+        group = np.where(found, at, -1)
+        return group, np.where(found, edges[at], 0), np.where(found, edges[at + 1], 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes:
+    """The nodes of E explanations, each of which is scored on one neuron or several."""
+
+    defaults: NDArray[np.float64]
+    """[E] value where no node matches"""
+    owner: Int64
+    """[K] explanation of each node, ascending"""
+    parents: Int64
+    """[K] number of the parent node, `ROOT` for single tokens"""
+    tokens: Int64
+    """[K]"""
+    values: NDArray[np.float64]
+    """[K]"""
+
+    @classmethod
+    def of(cls, payloads: Sequence[Mapping[str, Any]]) -> "Nodes":
+        """Return the nodes of look-up tables and tries. Raises `InputError` for another kind of explanation."""
+        first, columns = 0, []
+        for number, payload in enumerate(payloads):
+            if "tokens" not in payload or "values" not in payload:
+                raise InputError(
+                    "only look-up tables and tries can be simulated over a whole split"
+                )
+            n = len(payload["tokens"])
+            parents = np.asarray(payload.get("parents", np.full(n, ROOT)), np.int64)
+            parents = np.where(parents == ROOT, ROOT, parents + first)
+            tokens = np.asarray(payload["tokens"], np.int64)
+            values = np.asarray(payload["values"], np.float64)
+            columns.append((np.full(n, number), parents, tokens, values))
+            first += n
+        joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
+        if not joined:
+            joined = [np.zeros(0, kind) for kind in (np.int64, np.int64, np.int64, np.float64)]
+        defaults = np.array([float(payload["default"]) for payload in payloads])
+        return cls(defaults, *joined)
+
+    @cached_property
+    def levels(self) -> list[Int64]:
+        """Return the nodes of each level; a parent is in the level above."""
+        depth, above = np.zeros(len(self.parents), np.int64), self.parents
+        while (above != ROOT).any():
+            depth += above != ROOT
+            above = np.where(above == ROOT, ROOT, self.parents[above])
+        return [np.flatnonzero(depth == level) for level in range(int(depth.max(initial=-1)) + 1)]
+
+
+class NodeSums:
+    """Sums over the tokens at which each node's context occurs, of the neurons that its explanation is scored on."""
+
+    def __init__(self, nodes: Nodes, neurons: Int64):
+        """`neurons` [E]: the column of activations that each explanation is scored on, -1 for none."""
+        self.nodes, self.neurons = nodes, neurons
+        n = len(nodes.owner)
+        self.n = np.zeros(n, np.int64)
+        self.total = np.zeros(n)
+        self.positive = np.zeros((N_POSITIVE, n), np.int64)
+        column = neurons[nodes.owner] if n else np.zeros(0, np.int64)
+        self._by_column = np.argsort(column, kind="stable")
+        self._column = column[self._by_column]
+
+    def add(self, low: Int64, high: Int64, first: int, cumulated: "Cumulated") -> None:
+        """Add a batch: the tokens `low` to `high` [K] of each node, and the sums of neurons from `first` on."""
+        edges = np.searchsorted(self._column, [first, first + cumulated.total.shape[1]])
+        of = self._by_column[edges[0] : edges[1]]
+        column, a, b = self._column[edges[0] : edges[1]] - first, low[of], high[of]
+        self.n[of] += b - a
+        self.total[of] += cumulated.total[b, column] - cumulated.total[a, column]
+        for number, counts in enumerate(cumulated.positive):
+            self.positive[number, of] += counts[b, column] - counts[a, column]
+
+    def groups(self, whole: "Whole") -> "list[tuple[Groups, NDArray[np.int64]] | None]":
+        """Return, for each explanation, its groups [K'] and their positives [2, K'], the default's group first.
+
+        A node predicts where none of its children does. None for an explanation that is scored on no neuron.
+        """
+        n, total, positive = self.n.copy(), self.total.copy(), self.positive.copy()
+        inner = np.flatnonzero(self.nodes.parents != ROOT)
+        parents = self.nodes.parents[inner]
+        np.subtract.at(n, parents, self.n[inner])
+        np.subtract.at(total, parents, self.total[inner])
+        for number in range(N_POSITIVE):
+            np.subtract.at(positive[number], parents, self.positive[number, inner])
+        edges = np.searchsorted(self.nodes.owner, np.arange(len(self.neurons) + 1))
+        found: list[tuple[Groups, NDArray[np.int64]] | None] = []
+        for number, (neuron, (low, high)) in enumerate(
+            zip(self.neurons, pairwise(edges), strict=True)
+        ):
+            if neuron < 0:
+                found.append(None)
+                continue
+            of = slice(low, high)
+            rest_n = whole.n - n[of].sum()
+            rest_total = whole.total[neuron] - total[of].sum()
+            rest = whole.positive[:, neuron] - positive[:, of].sum(1)
+            groups = Groups(
+                np.append(self.nodes.defaults[number], self.nodes.values[of]),
+                np.append(rest_n, n[of]),
+                np.append(rest_total, total[of]),
+                float(whole.squares[neuron]),
+            )
+            found.append((groups, np.hstack([rest[:, None], positive[:, of]])))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Cumulated:
+    """Cumulated sums over the tokens of a batch in the order of their contexts, of some neurons."""
+
+    total: NDArray[np.float64]
+    """[n + 1, H] of activations"""
+    positive: list[NDArray[np.int32]]
+    """[2] of positive tokens, [n + 1, H]"""
+
+
+class Whole:
+    """Sums over all tokens, per neuron, and the sums of the nodes of explanations."""
+
+    def __init__(self, n_neurons: int, thresholds: NDArray[np.float32], sums: Sequence[NodeSums]):
+        """`thresholds` [2, H]: a token is positive, in each of the two ways, if its activation reaches it."""
+        self.n = 0
+        self.total = np.zeros(n_neurons)
+        self.squares = np.zeros(n_neurons)
+        self.positive = np.zeros((N_POSITIVE, n_neurons), np.int64)
+        self._thresholds, self._sums = thresholds, sums
+
+    def add(self, activations: NDArray[np.float32], contexts: SortedContexts) -> None:
+        """Add activations [n, H] of the tokens of a batch."""
+        spans = [_spans(sums.nodes, contexts) for sums in self._sums]
+        self.n += len(activations)
+        for first in range(0, activations.shape[1], _COLUMNS):
+            of = slice(first, first + _COLUMNS)
+            ordered = activations[contexts.order, of]
+            cumulated = Cumulated(
+                _cumulated(ordered, np.float64),
+                [_cumulated(ordered >= t[of], np.int32) for t in self._thresholds],
+            )
+            self.total[of] += cumulated.total[-1]
+            self.squares[of] += np.einsum("nh,nh->h", ordered, ordered, dtype=np.float64)
+            for number, counts in enumerate(cumulated.positive):
+                self.positive[number, of] += counts[-1]
+            for sums, (low, high) in zip(self._sums, spans, strict=True):
+                sums.add(low, high, first, cumulated)
+
+
+def _spans(nodes: Nodes, contexts: SortedContexts) -> tuple[Int64, Int64]:
+    """Return the first token, and one past the last, at which each node's context occurs in a batch, [K] each."""
+    group, low, high = (np.full(len(nodes.owner), value) for value in (-1, 0, 0))
+    for level, of in enumerate(nodes.levels):
+        parents = group[nodes.parents[of]] if level else np.zeros(len(of), np.int64)
+        group[of], low[of], high[of] = contexts.spans(level, parents, nodes.tokens[of])
+    return low, high
+
+
+def _cumulated(values: NDArray, kind: Any) -> NDArray:
+    sums = np.zeros((len(values) + 1, values.shape[1]), kind)
+    np.cumsum(values, axis=0, out=sums[1:])
+    return sums
