@@ -11,6 +11,7 @@ from cratelm.explain.trie import context_trie
 from cratelm.records import Excerpt
 from cratelm.score.contexts import Nodes, NodeSums, SortedContexts, Whole
 from cratelm.score.simulators import TokenLists, simulator_of
+from cratelm.score.token_share import Highest, TokenMeans
 from cratelm.stats.grouped import Groups
 
 VOCABULARY = 7
@@ -123,3 +124,96 @@ def test_a_context_with_an_unknown_token_has_no_tokens():
     assert (high - low).tolist() == [2, 1, 0]
     group, low, high = contexts.spans(1, np.array([0, 1, -1]), np.array([1, 1, 1]))
     assert (high - low).tolist() == [1, 1, 0]
+
+
+# ---- the share of the last token ------------------------------------------------------------------
+
+
+def token_share(fit, fit_tokens, held_out, tokens, batch=50):
+    means = TokenMeans(VOCABULARY + 1, fit.shape[1])
+    for first in range(0, len(fit), batch):
+        of = slice(first, first + batch)
+        means.add(fit[of].astype(np.float32), fit_tokens[of])
+    entropy = means.entropy()
+    shrunk = means.shrunk()
+    for first in range(0, len(held_out), batch):
+        of = slice(first, first + batch)
+        shrunk.add(held_out[of].astype(np.float32), tokens[of])
+    return shrunk.share(), entropy
+
+
+def test_the_token_share_of_planted_neurons():
+    """A function of the token: 1. Independent of it: 0. Half of the variance from the token: 1/2. Constant: none."""
+    rng = np.random.default_rng(0)
+    n = 20_000
+    value = rng.normal(size=VOCABULARY)
+    value = (value - value.mean()) / value.std()
+
+    def draw():
+        tokens = rng.integers(0, VOCABULARY, n)
+        noise = rng.normal(size=n)
+        of_token = value[tokens]
+        return tokens, np.stack([of_token, noise, of_token + noise, np.full(n, 0.3)], 1)
+
+    (fit_tokens, fit), (tokens, held_out) = draw(), draw()
+    share, _ = token_share(fit, fit_tokens, held_out, tokens)
+    assert share[0] == pytest.approx(1, abs=1e-6)
+    assert share[1] == pytest.approx(0, abs=0.002)
+    assert share[2] == pytest.approx(0.5, abs=0.02)
+    assert np.isnan(share[3])
+
+
+def test_the_token_share_equals_its_definition_without_shrinking():
+    """Where nothing varies within a token of the fit split, nothing is shrunk; an unseen token has the mean."""
+    fit_tokens = np.array([0, 0, 1, 1, 2])
+    fit = np.array([[1.0], [1], [3], [3], [7]])
+    tokens, held_out = np.array([0, 1, 2, 3]), np.array([[1.5], [2], [7], [3]])
+    share, _ = token_share(fit, fit_tokens, held_out, tokens)
+    means = np.array([1, 3, 7, fit.mean()])
+    true = held_out[:, 0]
+    expected = 1 - ((true - means) ** 2).sum() / ((true - true.mean()) ** 2).sum()
+    assert share[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rare_token_is_shrunk_by_the_variance_within_tokens():
+    """k = within / between: here 1 / 1, so that a token seen once counts half, one seen 999 times all but wholly."""
+    rng = np.random.default_rng(1)
+    groups, size = 4000, 5
+    effect = rng.normal(size=groups)
+    tokens = np.repeat(np.arange(groups), size)
+    values = (effect[tokens] + rng.normal(size=len(tokens)))[:, None].astype(np.float32)
+    means = TokenMeans(groups, 1)
+    means.add(values, tokens)
+    shrunk = means.shrunk()._means[:, 0]
+    own = values[:, 0].reshape(groups, size).mean(1)
+    expected = (size * own + values.mean()) / (size + 1)
+    np.testing.assert_allclose(shrunk, expected, atol=0.1)
+    assert abs(np.polyfit(own, shrunk, 1)[0] - size / (size + 1)) < 0.02
+
+
+def test_the_token_entropy_of_planted_neurons():
+    """One token: 0. Two tokens alike: ln 2. All alike: ln V. Never above 0: none. What is below 0 does not count."""
+    tokens = np.tile(np.arange(VOCABULARY), 30)
+    one = (tokens == 3) * 2.0
+    two = ((tokens == 3) | (tokens == 5)) * 2.0 - (tokens == 1)
+    fit = np.stack([one, two, np.ones(len(tokens)), -one], 1)
+    _, entropy = token_share(fit, tokens, fit, tokens)
+    assert entropy[:3] == pytest.approx([0, np.log(2), np.log(VOCABULARY)], abs=1e-6)
+    assert np.isnan(entropy[3])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 40, 1000]))
+@settings(max_examples=30, deadline=None)
+def test_the_threshold_of_top_firings(seed, batch):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 400))
+    values = np.maximum(0, rng.normal(size=(n, 3)) - [0, 1, 9]).astype(np.float32)
+    highest = Highest(3, n, 0.1)
+    for first in range(0, n, batch):
+        highest.add(values[first : first + batch])
+    for neuron in range(3):
+        fired = np.sort(values[values[:, neuron] > 0, neuron])[::-1]
+        wanted = int(np.ceil(0.1 * len(fired)))
+        expected = fired[wanted - 1] if len(fired) else np.inf
+        assert highest.threshold()[neuron] == expected
+    np.testing.assert_array_equal(highest.maximum(), values.max(0))
