@@ -97,6 +97,12 @@ def _device(harvest: Completion) -> str:
     return device
 
 
+def is_measurable(stage: Stage) -> bool:
+    """Return whether the model of a finished harvest can be run again; that of imported records cannot."""
+    harvest = stage.require("harvest")
+    return "model" in harvest.config and (stage.path / "sites.json").is_file()
+
+
 def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     """Return the model, site and tokens of the harvest called `name`, in the harvest's precision.
 
@@ -107,7 +113,7 @@ def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     stage = run.stage("activations", name)
     harvest = stage.require("harvest")
     run.stage("tokens").require("tokenize")
-    if "model" not in harvest.config or not (stage.path / "sites.json").is_file():
+    if not is_measurable(stage):
         raise InputError(f"{stage.path} was imported, so there is no model to run: harvest a model")
     again = f"type `{stage.command()}`"
     subject = _opened(run, harvest, _device(harvest) if device == "auto" else device, again)

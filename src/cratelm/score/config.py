@@ -26,6 +26,9 @@ class ScoreConfig(LLMConfig):
     paper_compat: bool = False
     """also score with levels read as in the paper's code: only among the five most likely tokens, and with a
     simulated 10 read as 1"""
+    all_tokens: bool = True
+    """also score over all held-out tokens that the harvest searched, and measure what the last token alone
+    explains: the model runs over them again. Without a language model only"""
     resamples: int = 2000
     """number of bootstrap resamples for the intervals in `summary.json`"""
     seed: int = 0

@@ -190,6 +190,7 @@ class Whole:
         self.n = 0
         self.total = np.zeros(n_neurons)
         self.squares = np.zeros(n_neurons)
+        self.maximum = np.full(n_neurons, -np.inf, np.float32)
         self.positive = np.zeros((N_POSITIVE, n_neurons), np.int64)
         self._thresholds, self._sums = thresholds, sums
 
@@ -205,6 +206,7 @@ class Whole:
                 [_cumulated(ordered >= t[of], np.int32) for t in self._thresholds],
             )
             self.total[of] += cumulated.total[-1]
+            self.maximum[of] = np.maximum(self.maximum[of], ordered.max(0))
             self.squares[of] += np.einsum("nh,nh->h", ordered, ordered, dtype=np.float64)
             for number, counts in enumerate(cumulated.positive):
                 self.positive[number, of] += counts[-1]

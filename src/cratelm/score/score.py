@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from cratelm.activations.batches import SearchPlan
+from cratelm.activations.config import HarvestConfig
+from cratelm.activations.open_harvest import is_measurable, open_harvested
 from cratelm.errors import InputError
 from cratelm.explain.selection import read_selected_records, read_selected_rows
 from cratelm.explain.store import (
@@ -29,8 +32,8 @@ from cratelm.llm.prompts import neurons as prompts
 from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts import scorers as scorer_prompts
 from cratelm.llm.session import is_finished, open_client, write_calls
-from cratelm.records import NeuronKey, NeuronRecord, NeuronScore, Status
-from cratelm.runs import Draft, Run, write_json
+from cratelm.records import NeuronKey, NeuronRecord, NeuronScore, Split, Status
+from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.runs.names import set_name, sets_of
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import Audit, DocumentAudit, ExplanationSet
@@ -38,7 +41,9 @@ from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
 from cratelm.score.pipeline import Reader, Scoring, plan_batches, requests_of, score_records
 from cratelm.score.scorers import Prompting
 from cratelm.score.simulators import COMPAT, LLMSimulator
-from cratelm.score.store import read_score_columns, write_scores
+from cratelm.score.store import read_score_columns, write_scores, write_whole
+from cratelm.score.whole import WholeSplit
+from cratelm.score.whole_summary import WholeSummary, summarize_whole
 from cratelm.stats.score_table import ScoreTable
 from cratelm.stats.scores import ModelStatistics, all_statistics
 from cratelm.tokens.shards import TokenStore
@@ -65,6 +70,8 @@ class ScoreResult:
     """scores, including those of null controls, that do not exist because an explainer or simulator failed"""
     calls: str = ""
     """number and cost of the calls to a language model, in words"""
+    whole: dict[str, str] = field(default_factory=dict)
+    """figures over all held-out tokens, in words, by what they are; empty if they were not measured"""
 
     def __str__(self) -> str:
         failed = (
@@ -78,7 +85,8 @@ class ScoreResult:
             f" {self.shared_documents} shared documents, {self.n_duplicates:,} near-duplicate"
             f" passages{failed}: {self.path}{calls}"
         )
-        return "\n".join([head, *(f"  {name:<24} {text}" for name, text in self.means.items())])
+        lines = [*self.means.items(), *self.whole.items()]
+        return "\n".join([head, *(f"  {name:<30} {text}" for name, text in lines)])
 
 
 def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
@@ -113,7 +121,12 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
         records = _held_out(config, harvest.path, explanations.selected)
         scores = score_records(records, scoring)
         documents = _write(draft, config, explanations, scores)
-        results = _summarize(draft, config, explanations, documents, duplicates, {})
+        whole = _whole_split(config, run, harvest, explanations, draft)
+        extra = {"all_tokens": asdict(whole)} if whole else {}
+        results = _summarize(draft, config, explanations, documents, duplicates, extra)
+        if whole:
+            results["whole"] = whole.in_words()
+            draft.results.update(whole=results["whole"])
     return ScoreResult(path=stage.path, **results)
 
 
@@ -264,6 +277,30 @@ def _held_out(
         for record in read_selected_records(harvest, "held_out", selected):
             yield record
             bar.update()
+
+
+def _whole_split(
+    config: ScoreConfig, run: Run, harvest: Stage, explained: Explained, draft: Draft
+) -> WholeSummary | None:
+    """Measure over all held-out tokens, write the files, and return the summary; None if there is nothing to run."""
+    if not config.all_tokens or not is_measurable(harvest):
+        return None
+    opened = open_harvested(run, config.model, config.device)
+    done = harvest.require("harvest").config
+
+    def plan(split: Split) -> SearchPlan:
+        store = opened.store
+        tokens = done.get("tokens", HarvestConfig.tokens), done.get("seed", 0)
+        return SearchPlan.of(
+            store.split(split), split, store.eot_id, opened.sequence_length, *tokens
+        )
+
+    measured = WholeSplit(
+        opened, plan, explained.explanations, explained.explainers, config.model, config.seed, config.quiet
+    )  # fmt: skip
+    write_whole(draft.path, measured.measure())
+    scores = read_score_columns(draft.path, ("value",))
+    return summarize_whole(draft.path, scores, config.resamples, config.seed)
 
 
 def _write(

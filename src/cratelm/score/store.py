@@ -7,17 +7,19 @@ are computed, and read by columns. A new field of `records.Score` needs a line i
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratelm.errors import InputError
-from cratelm.records import NeuronScore, Status
+from cratelm.records import NeuronId, NeuronScore, Status
 from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
-from cratelm.runs.reading import reading, verified
+from cratelm.runs.reading import read_rows, reading, verified
 from cratelm.score.simulators import COMPAT
+from cratelm.score.whole import FIGURES, TokenShare, WholeScore
 from cratelm.stats.score_table import ScoreTable, score_columns
 
 _ROWS_A_GROUP = 16_384
@@ -88,6 +90,105 @@ SCORES = TableFile(
         ),
     ),
 )
+
+_FIGURE_MEANINGS = {
+    "correlation": "Pearson correlation of the simulated with the true activation, -1 to 1",
+    "cosine": "their cosine, -1 to 1",
+    "precision_top": "average precision for tokens among the highest 1% of the neuron's activations above 0 on the fit split, 0 to 1",
+    "chance_top": "share of such tokens, which is the average precision of chance",
+    "precision_tenth": "average precision for tokens above a tenth of the neuron's maximum on the fit split, 0 to 1",
+    "chance_tenth": "share of such tokens",
+    "f1": "F1 of tokens above a tenth of the maximum and those simulated at half the highest simulated value or more, 0 to 1",
+    "iou": "intersection over union of the same, 0 to 1",
+}
+ALL_TOKENS = TableFile(
+    "scores/MODEL/all_tokens.parquet",
+    (
+        *NEURON_COLUMNS,
+        FileColumn("explainer", pa.string(), "`lookup` or `trie`"),
+        FileColumn(
+            "control",
+            pa.string(),
+            "`none`: the neuron's own explanation; `shuffled`: another neuron's",
+        ),
+        FileColumn(
+            "status", pa.string(), "of the correlation: `defined`, `undefined` (constant), `dead`"
+        ),
+        FileColumn("reason", pa.string(), "why there is no correlation; empty if there is one"),
+        *(
+            FileColumn(name, pa.float64(), f"{_FIGURE_MEANINGS[name]}; null if it does not exist")
+            for name in FIGURES
+        ),
+        FileColumn("n_tokens", pa.int64(), "held-out tokens, all that the harvest searched"),
+    ),
+)
+TOKEN_SHARES = TableFile(
+    "scores/MODEL/token_shares.parquet",
+    (
+        *NEURON_COLUMNS,
+        FileColumn(
+            "token_share",
+            pa.float64(),
+            "fraction of the variance that the mean activation on the token predicts, at most 1; null if the neuron is constant",
+        ),
+        FileColumn(
+            "token_entropy",
+            pa.float64(),
+            "entropy in nats of the share of the activation above 0 by token; null if it was never above 0",
+        ),
+        FileColumn("n_tokens", pa.int64(), "held-out tokens"),
+    ),
+)
+
+
+def write_whole(
+    folder: str | Path, layers: Iterable[tuple[Sequence[TokenShare], Sequence[WholeScore]]]
+) -> None:
+    """Write `token_shares.parquet` and `all_tokens.parquet` into `folder`; memory: one layer."""
+    with (
+        pq.ParquetWriter(Path(folder) / "token_shares.parquet", TOKEN_SHARES.schema) as shares,
+        pq.ParquetWriter(Path(folder) / "all_tokens.parquet", ALL_TOKENS.schema) as scores,
+    ):
+        for of_shares, of_scores in layers:
+            for writer, rows in ((shares, of_shares), (scores, of_scores)):
+                listed = [{**vars(row), **vars(row.neuron)} for row in rows]
+                names = writer.schema.names
+                columns = {name: [row[name] for row in listed] for name in names}
+                writer.write_table(pa.table(columns, writer.schema))
+
+
+@checked_arguments()
+def read_token_shares(folder: str | Path) -> list[TokenShare]:
+    """Return what the last token explains of each neuron; none if it was not measured.
+
+    Raises `InputError` if the file is damaged.
+    """
+    return _read_whole(Path(folder) / "token_shares.parquet", TokenShare)
+
+
+@checked_arguments()
+def read_whole_scores(folder: str | Path) -> list[WholeScore]:
+    """Return the scores over all held-out tokens; none if they were not measured.
+
+    Raises `InputError` if the file is damaged.
+    """
+    return _read_whole(Path(folder) / "all_tokens.parquet", WholeScore)
+
+
+_Row = TypeVar("_Row", TokenShare, WholeScore)
+
+
+def _read_whole(path: Path, kind: type[_Row]) -> list[_Row]:
+    if not verified(path).is_file():
+        return []
+
+    def row_of(row: dict[str, Any]) -> _Row:
+        neuron = NeuronId(row.pop("model"), row.pop("site"), row.pop("layer"), row.pop("index"))
+        if "status" in row:
+            row["status"] = Status(row["status"])
+        return kind(neuron=neuron, **row)
+
+    return read_rows(path, row_of)
 
 
 def write_scores(folder: str | Path, scores: Iterable[NeuronScore]) -> None:

@@ -1,0 +1,290 @@
+"""Explanations scored over all held-out tokens, and what the last token alone explains: `cratelm score` without an LLM.
+
+Excerpts that were chosen for their peak cannot notice an explanation that is too broad (Oikarinen, Yan & Weng, ICML 2025,
+arXiv 2506.05774). Look-up and trie cost nothing to simulate, so here they predict every held-out token that the harvest
+searched. The model runs over both splits again: over `fit` for what the last token predicts (`token_share`) and for the
+thresholds, over `held_out` for the scores, which thus use no held-out figure.
+
+A token is positive, in one of two ways:
+
+    top    a_i is among the highest 1% of the neuron's activations above 0, by their value on the fit split
+    tenth  a_i > max / 10, with the neuron's maximum on the fit split
+
+Memory: 8 * V + 16 * 1% of the searched tokens, in bytes per neuron; layers that exceed `_BYTES` together are measured
+one group after another, each with the model run again.
+
+Shape legend: n tokens of a batch, H neurons of a layer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cratelm.activations.batches import Batch, SearchPlan
+from cratelm.activations.open_harvest import HarvestContext
+from cratelm.explain.store import ExplanationSource
+from cratelm.models.sites import hooked
+from cratelm.records import Control, NeuronId, Split, Status
+from cratelm.score.contexts import Nodes, NodeSums, SortedContexts, Whole
+from cratelm.score.controls import shuffled
+from cratelm.score.simulators import SIMULATORS, TokenLists
+from cratelm.score.token_share import Highest, ShrunkMeans, TokenMeans
+from cratelm.stats.grouped import Groups
+
+_BYTES = 2**30
+TOP = 0.01
+"""share of a neuron's activations above 0 that are positive as `top`"""
+TENTH = 0.1
+"""fraction of a neuron's maximum above which a token is positive as `tenth`"""
+BATCH_TOKENS = 8_192
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class WholeScore:
+    """How well an explanation predicts its neuron over all held-out tokens. A figure that does not exist is None."""
+
+    neuron: NeuronId
+    explainer: str
+    control: Control
+    status: Status
+    reason: str = ""
+    correlation: float | None = None
+    cosine: float | None = None
+    precision_top: float | None = None
+    """average precision, for positive tokens as `top`"""
+    chance_top: float | None = None
+    """share of positive tokens: the average precision of chance"""
+    precision_tenth: float | None = None
+    chance_tenth: float | None = None
+    f1: float | None = None
+    """of tokens positive as `tenth` with those simulated at half the maximum or more"""
+    iou: float | None = None
+    n_tokens: int = 0
+
+
+FIGURES = ("correlation", "cosine", "precision_top", "chance_top", "precision_tenth", "chance_tenth", "f1", "iou")  # fmt: skip
+"""the fields of a `WholeScore` that are figures"""
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """What the last token explains of a neuron. None where there is no figure: dead or constant neurons."""
+
+    neuron: NeuronId
+    token_share: float | None
+    """R2 of the mean activation on the token, at most 1"""
+    token_entropy: float | None
+    """nats"""
+    n_tokens: int
+    """held-out tokens"""
+
+    @property
+    def context_share(self) -> float | None:
+        """Return 1 - the token share: what the token leaves to the context."""
+        return None if self.token_share is None else 1 - self.token_share
+
+
+@dataclass(eq=False)
+class _Layer:
+    """One layer while it is measured."""
+
+    neurons: list[NeuronId]
+    """of its H columns"""
+    means: TokenMeans
+    highest: Highest
+    shrunk: ShrunkMeans | None = None
+    whole: Whole | None = None
+    sums: dict[tuple[str, Control], NodeSums] = field(default_factory=dict)
+    entropy: Float64 = field(default_factory=lambda: np.zeros(0))
+
+
+class WholeSplit:
+    """Measures the neurons of a harvest over all tokens that it searched."""
+
+    def __init__(
+        self,
+        opened: HarvestContext,
+        plan: Callable[[Split], SearchPlan],
+        explanations: ExplanationSource,
+        explainers: Sequence[str],
+        model: str,
+        seed: int,
+        quiet: bool = False,
+    ):
+        """`plan` returns what is searched of a split, `seed` is that of the shuffled control."""
+        self._opened, self._explanations, self._seed = opened, explanations, seed
+        self._plans = {split: plan(split) for split in ("fit", "held_out")}
+        self._explainers = [e for e in explainers if e in SIMULATORS]
+        self._model, self._quiet = model, quiet
+
+    def measure(self) -> Iterator[tuple[list[TokenShare], list[WholeScore]]]:
+        """Yield the figures of each layer, of all its neurons that can be measured."""
+        site = self._opened.site
+        n_fit = self._plans["fit"].n_tokens()
+        vocabulary = self._opened.store.vocab_size
+        per_neuron = 8 * vocabulary + 16 * int(TOP * n_fit)
+        group: list[int] = []
+        groups, n_bytes = [group], 0
+        for place, width in enumerate(site.n_neurons):
+            if group and n_bytes + width * per_neuron > _BYTES:
+                group, n_bytes = [], 0
+                groups.append(group)
+            group.append(place)
+            n_bytes += width * per_neuron
+        for places in groups:
+            layers = {place: self._begin(place, vocabulary, n_fit) for place in places}
+            self._read_fit(layers)
+            depth = self._prepare(layers)
+            self._read_held_out(layers, depth)
+            for layer in layers.values():
+                yield self._shares(layer), list(self._scores(layer))
+
+    def _begin(self, place: int, vocabulary: int, n_fit: int) -> _Layer:
+        site = self._opened.site
+        width, number = site.n_neurons[place], site.layer_numbers[place]
+        neurons = [NeuronId(self._model, site.name, number, i) for i in range(width)]
+        return _Layer(neurons, TokenMeans(vocabulary, width), Highest(width, n_fit, TOP))
+
+    def _read_fit(self, layers: Mapping[int, _Layer]) -> None:
+        for batch, of_layer in self._activations("fit", layers):
+            tokens = batch.input_ids.flatten().numpy()[_text(batch)]
+            for place, activations in of_layer.items():
+                layers[place].means.add(activations, tokens)
+                layers[place].highest.add(activations)
+
+    def _prepare(self, layers: Mapping[int, _Layer]) -> int:
+        """Prepare the layers for the held-out tokens; return the depth of the deepest explanation, at least 1."""
+        depth = 1
+        for layer in layers.values():
+            layer.entropy, layer.shrunk = layer.means.entropy(), layer.means.shrunk()
+            maximum = layer.highest.maximum()
+            tenth = np.nextafter(np.float32(TENTH) * maximum, np.float32(np.inf))
+            thresholds = np.stack([layer.highest.threshold(), np.where(maximum > 0, tenth, np.inf)])
+            payloads = self._payloads(layer.neurons[0].layer)
+            for explainer in self._explainers:
+                of = payloads.get(explainer, {})
+                donors = shuffled(list(of), self._seed)
+                receivers = {donor: neuron for neuron, donor in donors.items()}
+                nodes = Nodes.of(list(of.values()))
+                depth = max(depth, len(nodes.levels))
+                own = np.array([neuron.index for neuron in of], np.int64)
+                other = [receivers[n].index if n in receivers else -1 for n in of]
+                layer.sums[explainer, "none"] = NodeSums(nodes, own)
+                layer.sums[explainer, "shuffled"] = NodeSums(nodes, np.array(other, np.int64))
+            layer.whole = Whole(len(layer.neurons), thresholds, list(layer.sums.values()))
+        return depth
+
+    def _payloads(self, layer: int) -> dict[str, dict[NeuronId, Mapping[str, Any]]]:
+        """Return the payload of each explanation of a layer, by explainer and neuron."""
+        found: dict[str, dict[NeuronId, Mapping[str, Any]]] = {}
+        for (explainer, _), stored in self._explanations.of_layer(layer):
+            if explainer in self._explainers:
+                found.setdefault(explainer, {})[stored.neuron] = stored.read().payload
+        return found
+
+    def _read_held_out(self, layers: Mapping[int, _Layer], depth: int) -> None:
+        for batch, of_layer in self._activations("held_out", layers):
+            ids = batch.input_ids.flatten().numpy()
+            lists = TokenLists([ids[low:high] for low, high in batch.segments])
+            contexts = SortedContexts(lists.contexts(depth))
+            for place, activations in of_layer.items():
+                whole, shrunk = layers[place].whole, layers[place].shrunk
+                assert whole is not None
+                assert shrunk is not None
+                whole.add(activations, contexts)
+                shrunk.add(activations, lists.flat)
+
+    def _activations(
+        self, split: Split, layers: Mapping[int, _Layer]
+    ) -> Iterator[tuple[Batch, dict[int, NDArray[np.float32]]]]:
+        """Yield the batches of a split that have text, and the activations [n, H] of their text by layer."""
+        model, plan = self._opened.subject.model, self._plans[split]
+        found: dict[int, NDArray[np.float32]] = {}
+        text = np.zeros(0, bool)
+
+        def collect(place: int, activations: torch.Tensor) -> None:
+            if place in layers:
+                flat = activations.reshape(-1, activations.shape[-1]).float().cpu().numpy()
+                found[place] = flat if text.all() else flat[text]
+
+        with (
+            torch.no_grad(),
+            tqdm(
+                total=plan.n_tokens(),
+                desc=f"{self._model}, all of {split}",
+                unit="tok",
+                unit_scale=True,
+                disable=self._quiet,
+            ) as bar,
+        ):
+            for batch in plan.batches(BATCH_TOKENS, torch.device("cpu")):
+                bar.update(batch.input_ids.numel())
+                text = _text(batch)
+                if not text.any():
+                    continue
+                with hooked(model, self._opened.site, collect):
+                    model.base_model(input_ids=batch.input_ids.to(model.device), use_cache=False)
+                yield batch, found
+                found.clear()
+
+    def _shares(self, layer: _Layer) -> list[TokenShare]:
+        assert layer.shrunk is not None
+        assert layer.whole is not None
+        share, n = layer.shrunk.share(), layer.whole.n
+        columns = zip(layer.neurons, share.tolist(), layer.entropy.tolist(), strict=True)
+        return [TokenShare(neuron, _number(r2), _number(h), n) for neuron, r2, h in columns]
+
+    def _scores(self, layer: _Layer) -> Iterator[WholeScore]:
+        assert layer.whole is not None
+        for (explainer, control), sums in layer.sums.items():
+            for groups, neuron in zip(sums.groups(layer.whole), sums.neurons, strict=True):
+                if groups is None:
+                    continue
+                yield _score(layer.neurons[neuron], explainer, control, layer.whole, *groups)
+
+
+def _score(
+    neuron: NeuronId,
+    explainer: str,
+    control: Control,
+    whole: Whole,
+    groups: Groups,
+    positive: NDArray[np.int64],
+) -> WholeScore:
+    top, tenth = (groups.ordered(of) for of in positive)
+    f1, iou = tenth.overlap() or (None, None)
+    correlation = groups.correlation()
+    is_dead = whole.maximum[neuron.index] <= 0
+    reason = "never above 0 on the held-out split" if is_dead else "" if correlation is not None else "the truth or the simulation is constant"  # fmt: skip
+    status = Status.DEAD if is_dead else Status.UNDEFINED if reason else Status.DEFINED
+    return WholeScore(
+        neuron,
+        explainer,
+        control,
+        status,
+        reason,
+        correlation,
+        groups.cosine(),
+        top.average_precision(),
+        top.base_rate,
+        tenth.average_precision(),
+        tenth.base_rate,
+        f1,
+        iou,
+        whole.n,
+    )
+
+
+def _text(batch: Batch) -> NDArray[np.bool_]:
+    """Return which tokens of a batch are text and not end marks, [N]."""
+    return batch.segment_of.numpy() >= 0
+
+
+def _number(value: float) -> float | None:
+    return value if np.isfinite(value) else None

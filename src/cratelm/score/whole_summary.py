@@ -1,0 +1,156 @@
+"""Means of the figures over all held-out tokens, and what explainers gain over a look-up of the last token."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cratelm.records import Interval, NeuronKey
+from cratelm.score.store import read_token_shares, read_whole_scores
+from cratelm.score.whole import FIGURES, WholeScore
+from cratelm.stats.layers import LayeredMean, layered_mean
+from cratelm.stats.score_table import ScoreTable
+
+LOOKUP = "lookup"
+"""explainer that knows only the last token"""
+ALL_TOKENS = "all_tokens"
+"""name, among metrics, of the correlation over all held-out tokens"""
+
+
+@dataclass(frozen=True)
+class WholeMean:
+    """The mean of one figure of the scores over all held-out tokens."""
+
+    explainer: str
+    control: str
+    figure: str
+    """one of `whole.FIGURES`"""
+    of: LayeredMean
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What an explainer's score is above that of the look-up, paired over neurons."""
+
+    explainer: str
+    metric: str
+    """a metric of `scores.parquet`, or `all_tokens` for the correlation over all held-out tokens"""
+    of: LayeredMean
+
+
+@dataclass(frozen=True)
+class WholeSummary:
+    """Part `all_tokens` of `summary.json`: figures over all held-out tokens. Means are over layers of neurons."""
+
+    n_tokens: int
+    """held-out tokens"""
+    token_share: LayeredMean
+    """fraction of the variance that the last token alone explains"""
+    token_entropy: LayeredMean
+    """nats"""
+    scores: tuple[WholeMean, ...]
+    gains: tuple[Gain, ...]
+
+    def in_words(self) -> dict[str, str]:
+        """Return the main figures in words, by what they are."""
+        words = {
+            "last token alone": f"explains {_shown(self.token_share, 100)}% of the variance,"
+            f" context {_shown(_complement(self.token_share), 100)}%; token entropy"
+            f" {_shown(self.token_entropy, 1)} nats; {self.token_share.undefined} neurons constant"
+        }
+        by_name = {(s.explainer, s.control, s.figure): s.of for s in self.scores}
+        for explainer in dict.fromkeys(s.explainer for s in self.scores):
+            own = by_name[explainer, "none", "correlation"]
+            parts = [
+                f"correlation {_shown(own, 100)}; shuffled"
+                f" {_shown(by_name[explainer, 'shuffled', 'correlation'], 100)}",
+                f"{own.undefined} undefined",
+                f"average precision {_shown(by_name[explainer, 'none', 'precision_top'], 100)}"
+                f" (chance {_shown(by_name[explainer, 'none', 'chance_top'], 100, '.2f')})",
+            ]
+            words[f"{explainer} all tokens"] = "; ".join(parts)
+        for gain in self.gains:
+            words[f"gain of {gain.explainer}, {gain.metric}"] = (
+                f"{_shown(gain.of, 100, '+.1f')} above {LOOKUP}, paired over {gain.of.defined} neurons"
+            )
+        return words
+
+
+def summarize_whole(
+    folder: Path, scores: ScoreTable, resamples: int, seed: int
+) -> WholeSummary | None:
+    """Return the means of the figures in `folder`; None if it has none. `scores` are those of its excerpts."""
+    shares, whole = read_token_shares(folder), read_whole_scores(folder)
+    if not shares:
+        return None
+    layers = [share.neuron.layer for share in shares]
+
+    def mean(values: Iterable[float | None], of: Sequence[int]) -> LayeredMean:
+        numbers = np.array([np.nan if v is None else v for v in values], np.float64)
+        return layered_mean(numbers, of, resamples=resamples, seed=seed)
+
+    means, gains = [], []
+    groups: dict[tuple[str, str], list[WholeScore]] = {}
+    for score in whole:
+        groups.setdefault((score.explainer, score.control), []).append(score)
+    for (explainer, control), rows in groups.items():
+        of = [row.neuron.layer for row in rows]
+        means += [
+            WholeMean(explainer, control, name, mean((getattr(r, name) for r in rows), of))
+            for name in FIGURES
+        ]
+    of_metric = _by_metric(scores, whole)
+    for (explainer, metric), values in of_metric.items():
+        look_up = of_metric.get((LOOKUP, metric))
+        if explainer == LOOKUP or look_up is None:
+            continue
+        both = sorted(set(values) & set(look_up))
+        differences = [values[key] - look_up[key] for key in both]
+        gains.append(Gain(explainer, metric, mean(differences, [key.layer for key in both])))
+    return WholeSummary(
+        shares[0].n_tokens,
+        mean((share.token_share for share in shares), layers),
+        mean((share.token_entropy for share in shares), layers),
+        tuple(means),
+        tuple(gains),
+    )
+
+
+def _by_metric(
+    scores: ScoreTable, whole: Iterable[WholeScore]
+) -> dict[tuple[str, str], dict[NeuronKey, float]]:
+    """Return the value of each neuron that has one, of its own explanation, by explainer and metric."""
+    found: dict[tuple[str, str], dict[NeuronKey, float]] = {}
+    for (explainer, metric), group in scores.select(control="none").groups("explainer", "metric").items():  # fmt: skip
+        of = group.select(status="defined")
+        columns = (of.numbers(name).tolist() for name in ("layer", "index", "value"))
+        found[explainer, metric] = {
+            NeuronKey(int(layer), int(index)): value for layer, index, value in zip(*columns, strict=True)
+        }  # fmt: skip
+    for score in whole:
+        if score.control == "none" and score.correlation is not None:
+            found.setdefault((score.explainer, ALL_TOKENS), {})[score.neuron.key] = (
+                score.correlation
+            )
+    return found
+
+
+def _complement(share: LayeredMean) -> LayeredMean:
+    """Return 1 - a share."""
+    mean = share.mean
+    if mean is None:
+        return share
+    low, high = (None if bound is None else 1 - bound for bound in (mean.high, mean.low))
+    return LayeredMean(Interval(1 - mean.value, low, high, mean.n), share.defined, share.undefined)
+
+
+def _shown(of: LayeredMean, scale: float, form: str = ".1f") -> str:
+    """Return a mean, times `scale`, with its interval."""
+    mean = of.mean
+    if mean is None:
+        return "none"
+    text = format(scale * mean.value, form)
+    if mean.low is None or mean.high is None:
+        return text
+    return f"{text} ({format(scale * mean.low, form)} to {format(scale * mean.high, form)})"
