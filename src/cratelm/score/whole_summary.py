@@ -79,13 +79,9 @@ class WholeSummary:
         return words
 
 
-def summarize_whole(
-    folder: Path, scores: ScoreTable, resamples: int, seed: int
-) -> WholeSummary | None:
-    """Return the means of the figures in `folder`; None if it has none. `scores` are those of its excerpts."""
+def summarize_whole(folder: Path, scores: ScoreTable, resamples: int, seed: int) -> WholeSummary:
+    """Return the means of the figures in `folder`. `scores` are those of its excerpts."""
     shares, whole = read_token_shares(folder), read_whole_scores(folder)
-    if not shares:
-        return None
     layers = [share.neuron.layer for share in shares]
 
     def mean(values: Iterable[float | None], of: Sequence[int]) -> LayeredMean:
