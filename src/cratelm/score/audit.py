@@ -126,7 +126,7 @@ def changed_labels(true: Bits, change: Change, rng: np.random.Generator) -> Bits
 
 def _groups(true: Bits, simulated: Bits) -> Groups:
     n = np.bincount(simulated, minlength=2)
-    total = np.bincount(simulated, true, minlength=2)
+    total = np.bincount(simulated, true, minlength=2).astype(np.float64)
     return Groups(np.array([0.0, 1.0]), n, total, float(true.sum()))
 
 

@@ -11,7 +11,7 @@ A metric notices a change if the mean over neurons falls by more than 0.001 of i
 Memory: the explanations of one layer.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cratelm.explain.store import ExplanationSource, Kind, StoredExplanation
 from cratelm.explain.trie import ROOT
-from cratelm.records import NeuronId, NeuronScore
+from cratelm.records import Explanation, NeuronId, NeuronScore
 from cratelm.score.audit import FALL, Change
 from cratelm.score.contexts import Nodes
 from cratelm.score.controls import shuffled
@@ -41,7 +41,8 @@ class ChangedExplanations:
 
     def __init__(self, source: ExplanationSource, change: Change, seed: int):
         """`seed` is that of the shuffled control, whose donors the extra labels are from."""
-        self._source, self._change, self._seed = source, change, seed
+        self._source, self._seed = source, seed
+        self._change: Change = change
 
     def kinds(self) -> Collection[Kind]:
         """Return all kinds in the set."""
@@ -59,11 +60,15 @@ class ChangedExplanations:
                 assert donor is not None
                 yield kind, StoredExplanation(neuron, self._reader(stored, donor))
 
-    def _reader(self, stored: StoredExplanation, donor: StoredExplanation) -> Any:
-        def read() -> Any:
+    def _reader(
+        self, stored: StoredExplanation, donor: StoredExplanation
+    ) -> Callable[[], Explanation]:
+        change = self._change
+
+        def read() -> Explanation:
             explanation = stored.read()
             rng = np.random.default_rng([self._seed, *explanation.neuron.key])
-            payload = changed_payload(explanation.payload, donor.read().payload, self._change, rng)
+            payload = changed_payload(explanation.payload, donor.read().payload, change, rng)
             return replace(explanation, payload=payload)
 
         return read

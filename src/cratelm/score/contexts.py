@@ -90,24 +90,29 @@ class Nodes:
     @classmethod
     def of(cls, payloads: Sequence[Mapping[str, Any]]) -> "Nodes":
         """Return the nodes of look-up tables and tries. Raises `InputError` for another kind of explanation."""
-        first, columns = 0, []
+        first = 0
+        owner, parents, tokens = ([np.zeros(0, np.int64)] for _ in range(3))
+        values = [np.zeros(0)]
         for number, payload in enumerate(payloads):
             if "tokens" not in payload or "values" not in payload:
                 raise InputError(
                     "only look-up tables and tries can be simulated over a whole split"
                 )
             n = len(payload["tokens"])
-            parents = np.asarray(payload.get("parents", np.full(n, ROOT)), np.int64)
-            parents = np.where(parents == ROOT, ROOT, parents + first)
-            tokens = np.asarray(payload["tokens"], np.int64)
-            values = np.asarray(payload["values"], np.float64)
-            columns.append((np.full(n, number), parents, tokens, values))
+            of = np.asarray(payload.get("parents", np.full(n, ROOT)), np.int64)
+            owner.append(np.full(n, number))
+            parents.append(np.where(of == ROOT, ROOT, of + first))
+            tokens.append(np.asarray(payload["tokens"], np.int64))
+            values.append(np.asarray(payload["values"], np.float64))
             first += n
-        joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
-        if not joined:
-            joined = [np.zeros(0, kind) for kind in (np.int64, np.int64, np.int64, np.float64)]
         defaults = np.array([float(payload["default"]) for payload in payloads])
-        return cls(defaults, *joined)
+        return cls(
+            defaults,
+            np.concatenate(owner),
+            np.concatenate(parents),
+            np.concatenate(tokens),
+            np.concatenate(values),
+        )
 
     @cached_property
     def roots(self) -> Int64:

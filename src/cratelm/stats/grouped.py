@@ -52,8 +52,11 @@ class Groups:
         """Return the tokens ordered by s; `positive` [K] is the number of positive tokens of each group."""
         occurs = self.n > 0
         values, which = np.unique(-self.value[occurs], return_inverse=True)
-        n = np.bincount(which, self.n[occurs], len(values))
-        return Ranking(-values, n, np.bincount(which, positive[occurs], len(values)))
+        n, found = (
+            np.bincount(which, counts[occurs], len(values)).astype(np.float64)
+            for counts in (self.n, positive)
+        )
+        return Ranking(-values, n, found)
 
 
 @dataclass(frozen=True, eq=False)
