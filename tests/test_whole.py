@@ -88,7 +88,7 @@ def test_streamed_scores_equal_those_of_simulating_every_token(seed, batch):
     nodes = Nodes.of(payloads)
     own, other = NodeSums(nodes, np.array([0, 1, 2])), NodeSums(nodes, np.array([1, -1, 0]))
     thresholds = np.quantile(activations, [0.9, 0.5], axis=0).astype(np.float32)
-    whole = Whole(VOCABULARY, n_neurons, thresholds, [own, other])
+    whole = Whole(VOCABULARY, thresholds, [own, other])
     depth = 3
     contexts = TokenLists(segments).contexts(depth)
     for first in range(0, len(tokens), batch):
@@ -232,7 +232,7 @@ def test_only_context_tells_hard_negatives_apart():
     table = {"default": 0.0, "tokens": [1], "values": [0.25]}
     trie = {"default": 0.0, "tokens": [1, 2], "values": [0.0, 1.0], "parents": [-1, 0]}
     sums = NodeSums(Nodes.of([table, trie]), np.array([0, 0]))
-    whole = Whole(4, 1, np.full((2, 1), 0.1, np.float32), [sums])
+    whole = Whole(4, np.full((2, 1), 0.1, np.float32), [sums])
     contexts = TokenLists([tokens]).contexts(2)
     whole.add(fires[:, None].astype(np.float32), SortedContexts(contexts))
     by_table, by_trie = sums.groups(whole)

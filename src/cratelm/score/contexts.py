@@ -9,6 +9,7 @@ Memory: a batch of activations, sorted and cumulated, of some neurons at a time;
 Shape legend: n tokens of a batch, D depth of contexts, H neurons, K nodes of all neurons, E explanations.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -228,8 +229,21 @@ class Cumulated:
 
     total: NDArray[np.float64]
     """[n + 1, H] of activations"""
-    positive: list[NDArray[np.int32]]
+    positive: tuple[NDArray[np.int32], NDArray[np.int32]]
     """[2] of positive tokens, [n + 1, H]"""
+
+    @classmethod
+    def of(cls, ordered: NDArray[np.float32], thresholds: NDArray[np.float32]) -> "Cumulated":
+        """Return the sums of activations [n, H] in their order; `thresholds` are [2, H]."""
+        total = np.zeros((len(ordered) + 1, ordered.shape[1]))
+        np.cumsum(ordered, axis=0, out=total[1:])
+        # both counts in one number: the second in the upper half
+        first, second = (ordered >= threshold for threshold in thresholds)
+        both = np.zeros(total.shape, np.int64)
+        np.cumsum(first + (second.astype(np.int64) << 32), axis=0, out=both[1:])
+        halves = both.view(np.int32).reshape(*both.shape, 2)
+        low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+        return cls(total, (halves[..., low], halves[..., high]))
 
 
 class Whole:
@@ -238,14 +252,9 @@ class Whole:
     Memory: 4 * V * H bytes for the positive tokens by their id.
     """
 
-    def __init__(
-        self,
-        vocabulary: int,
-        n_neurons: int,
-        thresholds: NDArray[np.float32],
-        sums: Sequence[NodeSums],
-    ):
+    def __init__(self, vocabulary: int, thresholds: NDArray[np.float32], sums: Sequence[NodeSums]):
         """`thresholds` [2, H]: a token is positive, in each of the two ways, if its activation reaches it."""
+        n_neurons = thresholds.shape[1]
         self.n = 0
         self.by_token = np.zeros(vocabulary, np.int64)
         """[V] number of tokens with each id"""
@@ -266,10 +275,7 @@ class Whole:
         for first in range(0, activations.shape[1], _COLUMNS):
             of = slice(first, first + _COLUMNS)
             ordered = activations[contexts.order, of]
-            cumulated = Cumulated(
-                _cumulated(ordered, np.float64),
-                [_cumulated(ordered >= t[of], np.int32) for t in self._thresholds],
-            )
+            cumulated = Cumulated.of(ordered, self._thresholds[:, of])
             self.total[of] += cumulated.total[-1]
             self.maximum[of] = np.maximum(self.maximum[of], ordered.max(0))
             self.squares[of] += np.einsum("nh,nh->h", ordered, ordered, dtype=np.float64)
@@ -287,9 +293,3 @@ def _spans(nodes: Nodes, contexts: SortedContexts) -> tuple[Int64, Int64]:
         parents = group[nodes.parents[of]] if level else np.zeros(len(of), np.int64)
         group[of], low[of], high[of] = contexts.spans(level, parents, nodes.tokens[of])
     return low, high
-
-
-def _cumulated(values: NDArray, kind: Any) -> NDArray:
-    sums = np.zeros((len(values) + 1, values.shape[1]), kind)
-    np.cumsum(values, axis=0, out=sums[1:])
-    return sums

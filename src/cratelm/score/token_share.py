@@ -21,8 +21,14 @@ for random networks, too.
 Shape legend: n tokens of a batch, V vocabulary, H neurons, G distinct tokens.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -46,18 +52,14 @@ class TokenMeans:
 
     def add(self, activations: Float32, tokens: NDArray[np.int64]) -> None:
         """Add activations [n, H] at tokens [n]."""
-        order, starts, distinct, counts = by_token(tokens)
-        ordered = activations[order]
-        if self._above is self._sums and len(ordered) and ordered.min() < 0:
+        groups = TokenGroups.of(tokens)
+        if self._above is self._sums and activations.min(initial=0) < 0:
             self._above = self._sums.copy()
-        separate = self._above is not self._sums
-        self.counts[distinct] += counts
-        self._sums[distinct] += np.add.reduceat(ordered, starts, dtype=np.float64)
-        if separate:
-            self._above[distinct] += np.add.reduceat(
-                np.maximum(ordered, 0), starts, dtype=np.float64
-            )
-        self._squares += np.einsum("nh,nh->h", ordered, ordered, dtype=np.float64)
+        self.counts[groups.tokens] += groups.counts
+        self._sums[groups.tokens] += groups.sums(activations)
+        if self._above is not self._sums:
+            self._above[groups.tokens] += groups.sums(np.maximum(activations, 0))
+        self._squares += np.einsum("nh,nh->h", activations, activations, dtype=np.float64)
 
     def entropy(self) -> Float64:
         """Return the token entropy [H] in nats; NaN for neurons that were never above 0."""
@@ -115,16 +117,15 @@ class ShrunkMeans:
 
     def add(self, activations: Float32, tokens: NDArray[np.int64]) -> None:
         """Compare with held-out activations [n, H] at tokens [n]."""
-        order, starts, distinct, counts = by_token(tokens)
-        ordered = activations[order]
-        sums = np.add.reduceat(ordered, starts, dtype=np.float64)  # [G, H]
-        squares = np.einsum("nh,nh->h", ordered, ordered, dtype=np.float64)
-        means = self._means[distinct].astype(np.float64)
-        self._n += len(ordered)
+        groups = TokenGroups.of(tokens)
+        sums = groups.sums(activations)  # [G, H]
+        squares = np.einsum("nh,nh->h", activations, activations, dtype=np.float64)
+        means = self._means[groups.tokens].astype(np.float64)
+        self._n += len(tokens)
         self._total += sums.sum(0)
         self._squares += squares
         # sum (a - m)^2 over the tokens of each group
-        self._error += squares - 2 * (means * sums).sum(0) + (means**2 * counts[:, None]).sum(0)
+        self._error += squares - 2 * (means * sums).sum(0) + groups.counts @ means**2
 
     def share(self) -> Float64:
         """Return R2_token [H]; NaN for neurons that are constant on the held-out split."""
@@ -134,14 +135,34 @@ class ShrunkMeans:
             return np.where(constant, np.nan, 1 - self._error / spread)
 
 
-def by_token(
-    tokens: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return tokens [n] by their id: the order [n], where each group begins, its id and its size, [G] each."""
-    order = np.argsort(tokens, kind="stable")
-    ordered = tokens[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(tokens) else order
-    return order, starts, ordered[starts], np.diff(starts, append=len(tokens))
+@dataclass(frozen=True, eq=False)
+class TokenGroups:
+    """The tokens of a batch by their id."""
+
+    tokens: NDArray[np.int64]
+    """[G] distinct ids, ascending"""
+    counts: NDArray[np.int64]
+    """[G] number of tokens with each"""
+    _members: "csr_array"
+    """[G, n] 1 where a token has the id"""
+
+    @classmethod
+    def of(cls, tokens: NDArray[np.int64]) -> "TokenGroups":
+        """Return the groups of tokens [n]."""
+        from scipy.sparse import csr_array  # takes a quarter of a second
+
+        distinct, which, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+        order = np.argsort(which, kind="stable")
+        edges = np.concatenate([[0], np.cumsum(counts)])
+        shape = len(distinct), len(tokens)
+        return cls(distinct, counts, csr_array((np.ones(len(tokens)), order, edges), shape))
+
+    def sums(self, activations: Float32) -> Float64:
+        """Return the sums [G, H] of activations [n, H] over each group.
+
+        A product with a sparse matrix takes a fifth of the time of `np.add.reduceat` along the first axis.
+        """
+        return self._members @ activations
 
 
 class Highest:
@@ -151,26 +172,29 @@ class Highest:
         """At most `fraction` of `n_tokens` values are kept per neuron."""
         self._fraction = fraction
         self._kept = int(np.ceil(fraction * n_tokens))
-        self._values = np.zeros((0, n_neurons), np.float32)
+        self._values = np.zeros((n_neurons, 0), np.float32)
+        """[H, kept] in no order"""
         self._fired = np.zeros(n_neurons, np.int64)
 
     def add(self, activations: Float32) -> None:
         """Add activations [n, H]."""
-        self._fired += (activations > 0).sum(0)
-        together = np.concatenate([self._values, activations])
-        if len(together) > self._kept:
-            together = np.partition(together, len(together) - self._kept, axis=0)[-self._kept :]
+        self._fired += np.count_nonzero(activations > 0, axis=0)
+        together = np.concatenate([self._values, activations.T], axis=1)
+        if together.shape[1] > self._kept:
+            together.partition(together.shape[1] - self._kept, axis=1)
+            together = together[:, -self._kept :].copy()
         self._values = together
 
     def threshold(self) -> Float32:
         """Return [H] the value that this fraction of the activations above 0 reach; infinity if none was."""
-        descending = -np.sort(-self._values, axis=0)
-        wanted = np.ceil(self._fraction * self._fired).astype(np.int64)
-        columns = np.arange(len(self._fired))
-        at = np.clip(wanted - 1, 0, max(len(descending) - 1, 0))
-        value = descending[at, columns] if len(descending) else np.zeros(len(columns), np.float32)
+        n_kept = self._values.shape[1]
+        if not n_kept:
+            return np.full(len(self._fired), np.inf, np.float32)
+        ascending = np.sort(self._values, axis=1)
+        wanted = np.clip(np.ceil(self._fraction * self._fired).astype(np.int64), 1, n_kept)
+        value = ascending[np.arange(len(wanted)), n_kept - wanted]
         return np.where(self._fired > 0, value, np.inf).astype(np.float32)
 
     def maximum(self) -> Float32:
         """Return [H] the highest activation; -infinity without any."""
-        return self._values.max(0, initial=-np.inf)
+        return self._values.max(1, initial=-np.inf)

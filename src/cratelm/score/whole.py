@@ -105,6 +105,8 @@ class _Layer:
     whole: Whole | None = None
     sums: dict[tuple[str, Control], NodeSums] = field(default_factory=dict)
     entropy: Float64 = field(default_factory=lambda: np.zeros(0))
+    explained: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """columns of the neurons that have an explanation, ascending"""
 
 
 class WholeSplit:
@@ -170,19 +172,23 @@ class WholeSplit:
             tenth = np.nextafter(np.float32(TENTH) * maximum, np.float32(np.inf))
             thresholds = np.stack([layer.highest.threshold(), np.where(maximum > 0, tenth, np.inf)])
             payloads = self._payloads(layer.neurons[0].layer)
+            layer.explained = np.unique([n.index for of in payloads.values() for n in of]).astype(
+                np.int64
+            )
             for explainer in self._explainers:
                 of = payloads.get(explainer, {})
                 donors = shuffled(list(of), self._seed)
                 receivers = {donor: neuron for neuron, donor in donors.items()}
                 nodes = Nodes.of(list(of.values()))
                 depth = max(depth, len(nodes.levels))
-                own = np.array([neuron.index for neuron in of], np.int64)
-                other = [receivers[n].index if n in receivers else -1 for n in of]
-                layer.sums[explainer, "none"] = NodeSums(nodes, own)
+                place = {int(index): at for at, index in enumerate(layer.explained)}
+                own = [place[neuron.index] for neuron in of]
+                other = [place[receivers[n].index] if n in receivers else -1 for n in of]
+                layer.sums[explainer, "none"] = NodeSums(nodes, np.array(own, np.int64))
                 layer.sums[explainer, "shuffled"] = NodeSums(nodes, np.array(other, np.int64))
             vocabulary = self._opened.store.vocab_size
             layer.whole = Whole(
-                vocabulary, len(layer.neurons), thresholds, list(layer.sums.values())
+                vocabulary, thresholds[:, layer.explained], list(layer.sums.values())
             )
         return depth
 
@@ -203,7 +209,7 @@ class WholeSplit:
                 whole, shrunk = layers[place].whole, layers[place].shrunk
                 assert whole is not None
                 assert shrunk is not None
-                whole.add(activations, contexts)
+                whole.add(activations[:, layers[place].explained], contexts)
                 shrunk.add(activations, lists.flat)
 
     def _activations(
@@ -265,7 +271,7 @@ def _score(layer: _Layer, explainer: str, control: Control, simulated: Simulated
     elif correlation is None:
         status, reason = Status.UNDEFINED, "the truth or the simulation is constant"
     return WholeScore(
-        layer.neurons[simulated.neuron],
+        layer.neurons[layer.explained[simulated.neuron]],
         explainer,
         control,
         status,
