@@ -1,13 +1,13 @@
 """The inner loops of a harvest as compiled code, for the CPU (extra `fast`, which installs numba).
 
-`LayerHarvest` works with torch's operations, each of which is a pass over memory. Here each row of a tile of
-neurons is read once, and all that is wanted from it is computed while it is in the L1 cache. The loops over
-neurons have no branches and no dependence between neurons, so that the compiler turns them into vector
-instructions; only the counting of histograms is scalar. It dominates: hence the activations that are exactly
-0, most of those of a sparse code, are counted together.
+`LayerHarvest` works with torch's operations, each of which is a pass over memory. Here four rows of a tile of
+neurons are read at a time, and all that is wanted from them is computed while they are in the L1 cache. The
+loops over neurons have no branches and no dependence between neurons, so that the compiler turns them into
+vector instructions; only the counting of histograms is scalar. Activations that may become excerpts are few:
+they are gathered in lists, and offered many at a time.
 
 Excerpts and all whole numbers equal those of `LayerHarvest`, which is the reference in tests. Moments differ in
-the last digits: they are sums in float32 over 32 tokens, and in float64 beyond. Nothing depends on the number
+the last digits: they are sums in float32 over some 32 tokens, and in float64 beyond. Nothing depends on the number
 of threads.
 
 Shape legend: N tokens of a batch, H neurons, C buffers of K slots, W tokens of a window, P pieces (`batches.Pieces`), D
