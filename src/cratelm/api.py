@@ -557,6 +557,8 @@ def score(
         ...,
     ] = ("top_and_random", "random_only", "anthropic"),
     paper_compat: bool = False,
+    all_tokens: bool = True,
+    audit: bool = False,
     resamples: int = 2000,
     seed: int = 0,
     prompts: Literal["cratelm", "openai"] = "cratelm",
@@ -606,6 +608,12 @@ def score(
             `embedding`
         paper_compat: also score with levels read as in the paper's code: only among the five most
             likely tokens, and with a simulated 10 read as 1
+        all_tokens: also score over all held-out tokens that the harvest searched, and measure what
+            the last token alone explains: the model runs over them again. Without a language model
+            only
+        audit: also audit the metrics: whether they notice planted explanations, and those of the
+            run, that are half missing or twice too broad. Without a language model only; takes
+            about three times as long
         resamples: number of bootstrap resamples for the intervals in `summary.json`
         seed: seed of the shuffled control, of the bootstrap and of the scorers' random draws
         prompts: prompts that ask for levels: cratelm's, or OpenAI's published ones (extra
