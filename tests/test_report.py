@@ -39,8 +39,8 @@ from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.report.sections import all_tokens
-from cratelm.results.excerpts import shade
 from cratelm.report.sections.scores import model_comparison_table
+from cratelm.results.excerpts import shade
 from cratelm.results.run_results import read_results
 from cratelm.results.scores import read_score_summary
 from cratelm.runs import Run, config_dict
