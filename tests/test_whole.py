@@ -88,7 +88,7 @@ def test_streamed_scores_equal_those_of_simulating_every_token(seed, batch):
     nodes = Nodes.of(payloads)
     own, other = NodeSums(nodes, np.array([0, 1, 2])), NodeSums(nodes, np.array([1, -1, 0]))
     thresholds = np.quantile(activations, [0.9, 0.5], axis=0).astype(np.float32)
-    whole = Whole(n_neurons, thresholds, [own, other])
+    whole = Whole(VOCABULARY, n_neurons, thresholds, [own, other])
     depth = 3
     contexts = TokenLists(segments).contexts(depth)
     for first in range(0, len(tokens), batch):
@@ -103,7 +103,7 @@ def test_streamed_scores_equal_those_of_simulating_every_token(seed, batch):
             if neuron < 0:
                 assert of_explanation is None
                 continue
-            groups, positive = of_explanation
+            groups, positive = of_explanation.groups, of_explanation.positive
             simulated = simulator_of(kinds[number]).values(payloads[number], lists)
             true = activations[:, neuron].astype(np.float64)
             for t in (0, 1):
@@ -115,6 +115,10 @@ def test_streamed_scores_equal_those_of_simulating_every_token(seed, batch):
                 assert found.average_precision() == pytest.approx(ranking.average_precision())
                 assert found.overlap() == pytest.approx(ranking.overlap())
                 assert found.base_rate == ranking.base_rate
+                assert found.roc_area() == pytest.approx(ranking.roc_area())
+            shares = np.isin(tokens, tokens[is_positive])  # `is_positive` is the second way
+            _, hard = groups_of(simulated[shares], true[shares], is_positive[shares])
+            assert of_explanation.hard().roc_area() == pytest.approx(hard.roc_area())
 
 
 def test_a_context_with_an_unknown_token_has_no_tokens():
@@ -217,3 +221,21 @@ def test_the_threshold_of_top_firings(seed, batch):
         expected = fired[wanted - 1] if len(fired) else np.inf
         assert highest.threshold()[neuron] == expected
     np.testing.assert_array_equal(highest.maximum(), values.max(0))
+
+
+def test_only_context_tells_hard_negatives_apart():
+    """The neuron fires on token 1 after token 2. A table of tokens is at chance among them, the trie is not."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 4, 4000)
+    fires = (tokens == 1) & (np.roll(tokens, 1) == 2)
+    fires[0] = False
+    table = {"default": 0.0, "tokens": [1], "values": [0.25]}
+    trie = {"default": 0.0, "tokens": [1, 2], "values": [0.0, 1.0], "parents": [-1, 0]}
+    sums = NodeSums(Nodes.of([table, trie]), np.array([0, 0]))
+    whole = Whole(4, 1, np.full((2, 1), 0.1, np.float32), [sums])
+    contexts = TokenLists([tokens]).contexts(2)
+    whole.add(fires[:, None].astype(np.float32), SortedContexts(contexts))
+    by_table, by_trie = sums.groups(whole)
+    assert by_table.hard().roc_area() == 0.5
+    assert by_table.groups.ordered(by_table.positive[1]).roc_area() > 0.85
+    assert by_trie.hard().roc_area() == 1

@@ -29,6 +29,9 @@ class ScoreConfig(LLMConfig):
     all_tokens: bool = True
     """also score over all held-out tokens that the harvest searched, and measure what the last token alone
     explains: the model runs over them again. Without a language model only"""
+    audit: bool = False
+    """also audit the metrics: whether they notice planted explanations, and those of the run, that are half missing or
+    twice too broad. Without a language model only; takes about three times as long"""
     resamples: int = 2000
     """number of bootstrap resamples for the intervals in `summary.json`"""
     seed: int = 0
@@ -56,6 +59,8 @@ class ScoreConfig(LLMConfig):
                 "--explanations, --name and --paper-compat need a language model as simulator:"
                 " add --simulator hf:ID_OR_PATH or openai:MODEL"
             )
+        if self.simulator and self.audit:
+            raise InputError("--audit changes look-up tables and tries: omit --simulator")
         if self.name:
             check_name("--name", self.name)
         at_least(self, {"resamples": 100, "seed": 0})

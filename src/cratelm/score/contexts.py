@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cratelm.errors import InputError
 from cratelm.explain.trie import ROOT
-from cratelm.stats.grouped import Groups
+from cratelm.stats.grouped import Groups, Ranking
 
 Int64 = NDArray[np.int64]
 _COLUMNS = 256
@@ -51,6 +51,11 @@ class SortedContexts:
             self._keys.append(group[first] * self._base + ordered[first, level] + 1)
             self._edges.append(np.append(first, len(ordered)))
             group = np.cumsum(begins) - 1
+
+    @property
+    def single(self) -> tuple[Int64, Int64]:
+        """Return the ids of the distinct tokens [G], ascending, and where each begins in `order`, and n, [G + 1]."""
+        return self._keys[0] - 1, self._edges[0]
 
     def spans(self, level: int, parents: Int64, tokens: Int64) -> tuple[Int64, Int64, Int64]:
         """Return group, first and one past the last token [m] of contexts: a token [m] before that of a parent group.
@@ -105,6 +110,14 @@ class Nodes:
         return cls(defaults, *joined)
 
     @cached_property
+    def roots(self) -> Int64:
+        """Return the single-token node that each node is below, [K]."""
+        roots = np.arange(len(self.parents))
+        for of in self.levels[1:]:
+            roots[of] = roots[self.parents[of]]
+        return roots
+
+    @cached_property
     def levels(self) -> list[Int64]:
         """Return the nodes of each level; a parent is in the level above."""
         depth, above = np.zeros(len(self.parents), np.int64), self.parents
@@ -138,10 +151,10 @@ class NodeSums:
         for number, counts in enumerate(cumulated.positive):
             self.positive[number, of] += counts[b, column] - counts[a, column]
 
-    def groups(self, whole: "Whole") -> "list[tuple[Groups, NDArray[np.int64]] | None]":
-        """Return, for each explanation, its groups [K'] and their positives [2, K'], the default's group first.
+    def groups(self, whole: "Whole") -> "list[Simulated | None]":
+        """Return the groups of tokens of each explanation; None for one that is scored on no neuron.
 
-        A node predicts where none of its children does. None for an explanation that is scored on no neuron.
+        A node predicts where none of its children does, the default where no node does.
         """
         n, total, positive = self.n.copy(), self.total.copy(), self.positive.copy()
         inner = np.flatnonzero(self.nodes.parents != ROOT)
@@ -151,25 +164,57 @@ class NodeSums:
         for number in range(N_POSITIVE):
             np.subtract.at(positive[number], parents, self.positive[number, inner])
         edges = np.searchsorted(self.nodes.owner, np.arange(len(self.neurons) + 1))
-        found: list[tuple[Groups, NDArray[np.int64]] | None] = []
+        found: list[Simulated | None] = []
         for number, (neuron, (low, high)) in enumerate(
-            zip(self.neurons, pairwise(edges), strict=True)
+            zip(self.neurons.tolist(), pairwise(edges), strict=True)
         ):
             if neuron < 0:
                 found.append(None)
                 continue
             of = slice(low, high)
-            rest_n = whole.n - n[of].sum()
-            rest_total = whole.total[neuron] - total[of].sum()
-            rest = whole.positive[:, neuron] - positive[:, of].sum(1)
             groups = Groups(
-                np.append(self.nodes.defaults[number], self.nodes.values[of]),
-                np.append(rest_n, n[of]),
-                np.append(rest_total, total[of]),
+                np.append(self.nodes.values[of], self.nodes.defaults[number]),
+                np.append(n[of], whole.n - n[of].sum()),
+                np.append(total[of], whole.total[neuron] - total[of].sum()),
                 float(whole.squares[neuron]),
             )
-            found.append((groups, np.hstack([rest[:, None], positive[:, of]])))
+            rest = whole.positive[:, neuron] - positive[:, of].sum(1)
+            positives = np.hstack([positive[:, of], rest[:, None]])
+            found.append(
+                Simulated(neuron, groups, positives, self._hard(whole, number, of, groups))
+            )
         return found
+
+    def _hard(self, whole: "Whole", number: int, of: slice, groups: Groups) -> Int64:
+        """Return how many tokens of each group have the id of a positive token of the neuron, [K']."""
+        shared = whole.positive_by_token[:, self.neurons[number]] > 0  # [V]
+        tokens, parents = self.nodes.tokens[of], self.nodes.parents[of]
+        roots = parents == ROOT
+        known = roots & (tokens < len(shared))
+        covered = int(self.n[of][known][shared[tokens[known]]].sum())
+        rest = int(whole.by_token[shared].sum()) - covered
+        of_root = self.nodes.roots[of]
+        ids = self.nodes.tokens[of_root]
+        is_shared = shared[np.minimum(ids, len(shared) - 1)] & (ids < len(shared))
+        return np.append(np.where(is_shared, groups.n[:-1], 0), rest)
+
+
+@dataclass(frozen=True, eq=False)
+class Simulated:
+    """What an explanation predicts of a neuron over all tokens; groups are its nodes, and last the default."""
+
+    neuron: int
+    """column of the neuron"""
+    groups: Groups
+    positive: Int64
+    """[2, K'] positive tokens of each group, in each of the two ways"""
+    sharing: Int64
+    """[K'] tokens of each group whose id a positive token (in the second way) has"""
+
+    def hard(self) -> Ranking:
+        """Return the ranking of the tokens that share their id with a positive one."""
+        shared = Groups(self.groups.value, self.sharing, self.groups.total, self.groups.squares)
+        return shared.ordered(self.positive[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,11 +228,24 @@ class Cumulated:
 
 
 class Whole:
-    """Sums over all tokens, per neuron, and the sums of the nodes of explanations."""
+    """Sums over all tokens, per neuron, and the sums of the nodes of explanations.
 
-    def __init__(self, n_neurons: int, thresholds: NDArray[np.float32], sums: Sequence[NodeSums]):
+    Memory: 4 * V * H bytes for the positive tokens by their id.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        n_neurons: int,
+        thresholds: NDArray[np.float32],
+        sums: Sequence[NodeSums],
+    ):
         """`thresholds` [2, H]: a token is positive, in each of the two ways, if its activation reaches it."""
         self.n = 0
+        self.by_token = np.zeros(vocabulary, np.int64)
+        """[V] number of tokens with each id"""
+        self.positive_by_token = np.zeros((vocabulary, n_neurons), np.int32)
+        """[V, H] number of them that are positive in the second way"""
         self.total = np.zeros(n_neurons)
         self.squares = np.zeros(n_neurons)
         self.maximum = np.full(n_neurons, -np.inf, np.float32)
@@ -198,6 +256,8 @@ class Whole:
         """Add activations [n, H] of the tokens of a batch."""
         spans = [_spans(sums.nodes, contexts) for sums in self._sums]
         self.n += len(activations)
+        tokens, edges = contexts.single
+        self.by_token[tokens] += np.diff(edges)
         for first in range(0, activations.shape[1], _COLUMNS):
             of = slice(first, first + _COLUMNS)
             ordered = activations[contexts.order, of]
@@ -210,6 +270,7 @@ class Whole:
             self.squares[of] += np.einsum("nh,nh->h", ordered, ordered, dtype=np.float64)
             for number, counts in enumerate(cumulated.positive):
                 self.positive[number, of] += counts[-1]
+            self.positive_by_token[tokens, of] += np.diff(cumulated.positive[-1][edges], axis=0)
             for sums, (low, high) in zip(self._sums, spans, strict=True):
                 sums.add(low, high, first, cumulated)
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cratelm.explain.selection import read_selected_records, read_selected_rows
 from cratelm.explain.store import (
     ExplanationFailure,
     ExplanationFile,
+    ExplanationSource,
     SampledNeuron,
     read_selected,
     read_unexplained,
@@ -35,15 +36,19 @@ from cratelm.llm.session import is_finished, open_client, write_calls
 from cratelm.records import NeuronKey, NeuronRecord, NeuronScore, Split, Status
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.runs.names import set_name, sets_of
+from cratelm.score.audit import CHANGES, planted_audit
+from cratelm.score.audit import table as planted_table
+from cratelm.score.audit_run import ChangedExplanations, RunAudit, compare, figures_of
+from cratelm.score.audit_run import table as run_table
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import Audit, DocumentAudit, ExplanationSet
 from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
 from cratelm.score.pipeline import Reader, Scoring, plan_batches, requests_of, score_records
 from cratelm.score.scorers import Prompting
 from cratelm.score.simulators import COMPAT, LLMSimulator
-from cratelm.score.store import read_score_columns, write_scores, write_whole
+from cratelm.score.store import read_score_columns, read_whole_scores, write_scores, write_whole
 from cratelm.score.whole import WholeSplit
-from cratelm.score.whole_summary import WholeSummary, summarize_whole
+from cratelm.score.whole_summary import summarize_whole
 from cratelm.stats.score_table import ScoreTable
 from cratelm.stats.scores import ModelStatistics, all_statistics
 from cratelm.tokens.shards import TokenStore
@@ -72,6 +77,8 @@ class ScoreResult:
     """number and cost of the calls to a language model, in words"""
     whole: dict[str, str] = field(default_factory=dict)
     """figures over all held-out tokens, in words, by what they are; empty if they were not measured"""
+    audit: str = ""
+    """tables of the audit of the metrics; empty without --audit"""
 
     def __str__(self) -> str:
         failed = (
@@ -86,7 +93,8 @@ class ScoreResult:
             f" passages{failed}: {self.path}{calls}"
         )
         lines = [*self.means.items(), *self.whole.items()]
-        return "\n".join([head, *(f"  {name:<30} {text}" for name, text in lines)])
+        text = "\n".join([head, *(f"  {name:<30} {words}" for name, words in lines)])
+        return f"{text}\n{self.audit}" if self.audit else text
 
 
 def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
@@ -121,12 +129,17 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
         records = _held_out(config, harvest.path, explanations.selected)
         scores = score_records(records, scoring)
         documents = _write(draft, config, explanations, scores)
-        whole = _whole_split(config, run, harvest, explanations, draft)
-        extra = {"all_tokens": asdict(whole)} if whole else {}
-        results = _summarize(draft, config, explanations, documents, duplicates, extra)
-        if whole:
-            results["whole"] = whole.in_words()
-            draft.results.update(whole=results["whole"])
+        whole, extra, words = None, {}, {}
+        if config.all_tokens and is_measurable(harvest):
+            whole = _Whole(config, run, harvest, explanations.explainers)
+            write_whole(draft.path, whole.of(explanations.explanations).measure())
+            columns = read_score_columns(draft.path, ("value",))
+            summary = summarize_whole(draft.path, columns, config.resamples, config.seed)
+            extra["all_tokens"], words["whole"] = asdict(summary), summary.in_words()
+        if config.audit:
+            words["audit"] = _audited(config, harvest.path, explanations, duplicates, whole, draft)
+        results = _summarize(draft, config, explanations, documents, duplicates, extra) | words
+        draft.results.update(words)
     return ScoreResult(path=stage.path, **results)
 
 
@@ -279,28 +292,57 @@ def _held_out(
             bar.update()
 
 
-def _whole_split(
-    config: ScoreConfig, run: Run, harvest: Stage, explained: Explained, draft: Draft
-) -> WholeSummary | None:
-    """Measure over all held-out tokens, write the files, and return the summary; None if there is nothing to run."""
-    if not config.all_tokens or not is_measurable(harvest):
-        return None
-    opened = open_harvested(run, config.model, config.device)
-    done = harvest.require("harvest").config
+class _Whole:
+    """Measures over all held-out tokens, for explanations or changed ones."""
 
-    def plan(split: Split) -> SearchPlan:
-        store = opened.store
-        tokens = done.get("tokens", HarvestConfig.tokens), done.get("seed", 0)
-        return SearchPlan.of(
-            store.split(split), split, store.eot_id, opened.sequence_length, *tokens
+    def __init__(self, config: ScoreConfig, run: Run, harvest: Stage, explainers: Sequence[str]):
+        self._config, self._explainers = config, explainers
+        self._opened = open_harvested(run, config.model, config.device)
+        self._harvest = harvest.require("harvest").config
+
+    def _plan(self, split: Split) -> SearchPlan:
+        """Return the tokens that the harvest searched."""
+        store = self._opened.store
+        tokens = self._harvest.get("tokens", HarvestConfig.tokens)
+        seed = self._harvest.get("seed", HarvestConfig.seed)
+        length = self._opened.sequence_length
+        return SearchPlan.of(store.split(split), split, store.eot_id, length, tokens, seed)
+
+    def of(self, explanations: ExplanationSource) -> WholeSplit:
+        """Return the measurement of explanations."""
+        c = self._config
+        return WholeSplit(
+            self._opened, self._plan, explanations, self._explainers, c.model, c.seed, c.quiet
         )
 
-    measured = WholeSplit(
-        opened, plan, explained.explanations, explained.explainers, config.model, config.seed, config.quiet
-    )  # fmt: skip
-    write_whole(draft.path, measured.measure())
-    scores = read_score_columns(draft.path, ("value",))
-    return summarize_whole(draft.path, scores, config.resamples, config.seed)
+
+def _audited(
+    config: ScoreConfig,
+    harvest: Path,
+    explained: Explained,
+    duplicates: NearDuplicates,
+    whole: _Whole | None,
+    draft: Draft,
+) -> str:
+    """Audit the metrics, write `audit.json`, and return its tables."""
+    planted = planted_audit(seed=config.seed)
+    before = figures_of(read_score_columns(draft.path, ("value",)), read_whole_scores(draft.path))
+    found: list[RunAudit] = []
+    for change in CHANGES:
+        source = ChangedExplanations(explained.explanations, change, config.seed)
+        scoring = replace(
+            _scoring(config, explained, duplicates, None),
+            explanations=ExplanationSet(source, None, config.seed),
+        )
+        scores = score_records(_held_out(config, harvest, explained.selected), scoring)
+        over_all = (s for _, of in (whole.of(source).measure() if whole else ()) for s in of)
+        after = figures_of(scores, over_all)
+        found += compare(before, after, change, resamples=config.resamples, seed=config.seed)
+    write_json(
+        draft.path / "audit.json",
+        {"planted": [asdict(a) for a in planted], "run": [asdict(a) for a in found]},
+    )
+    return "\n".join(["planted labels, share of trials noticed, by rate", *planted_table(planted), "", "explanations of the run", *run_table(found)])  # fmt: skip
 
 
 def _write(

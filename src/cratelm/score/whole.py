@@ -10,7 +10,7 @@ A token is positive, in one of two ways:
     top    a_i is among the highest 1% of the neuron's activations above 0, by their value on the fit split
     tenth  a_i > max / 10, with the neuron's maximum on the fit split
 
-Memory: 8 * V + 16 * 1% of the searched tokens, in bytes per neuron; layers that exceed `_BYTES` together are measured
+Memory: 16 * V + 16 * 1% of the searched tokens, in bytes per neuron; layers that exceed `_BYTES` together are measured
 one group after another, each with the model run again.
 
 Shape legend: n tokens of a batch, H neurons of a layer.
@@ -30,11 +30,10 @@ from cratelm.activations.open_harvest import HarvestContext
 from cratelm.explain.store import ExplanationSource
 from cratelm.models.sites import hooked
 from cratelm.records import Control, NeuronId, Split, Status
-from cratelm.score.contexts import Nodes, NodeSums, SortedContexts, Whole
+from cratelm.score.contexts import Nodes, NodeSums, Simulated, SortedContexts, Whole
 from cratelm.score.controls import shuffled
 from cratelm.score.simulators import SIMULATORS, TokenLists
 from cratelm.score.token_share import Highest, ShrunkMeans, TokenMeans
-from cratelm.stats.grouped import Groups
 
 _BYTES = 2**30
 TOP = 0.01
@@ -65,10 +64,14 @@ class WholeScore:
     f1: float | None = None
     """of tokens positive as `tenth` with those simulated at half the maximum or more"""
     iou: float | None = None
+    auc: float | None = None
+    """probability that a token positive as `tenth` is simulated higher than another one"""
+    auc_hard: float | None = None
+    """the same for others with the same id as a positive token: the neuron is silent there all the same"""
     n_tokens: int = 0
 
 
-FIGURES = ("correlation", "cosine", "precision_top", "chance_top", "precision_tenth", "chance_tenth", "f1", "iou")  # fmt: skip
+FIGURES = ("correlation", "cosine", "precision_top", "chance_top", "precision_tenth", "chance_tenth", "f1", "iou", "auc", "auc_hard")  # fmt: skip
 """the fields of a `WholeScore` that are figures"""
 
 
@@ -128,7 +131,7 @@ class WholeSplit:
         site = self._opened.site
         n_fit = self._plans["fit"].n_tokens()
         vocabulary = self._opened.store.vocab_size
-        per_neuron = 8 * vocabulary + 16 * int(TOP * n_fit)
+        per_neuron = 16 * vocabulary + 16 * int(TOP * n_fit)
         group: list[int] = []
         groups, n_bytes = [group], 0
         for place, width in enumerate(site.n_neurons):
@@ -177,7 +180,10 @@ class WholeSplit:
                 other = [receivers[n].index if n in receivers else -1 for n in of]
                 layer.sums[explainer, "none"] = NodeSums(nodes, own)
                 layer.sums[explainer, "shuffled"] = NodeSums(nodes, np.array(other, np.int64))
-            layer.whole = Whole(len(layer.neurons), thresholds, list(layer.sums.values()))
+            vocabulary = self._opened.store.vocab_size
+            layer.whole = Whole(
+                vocabulary, len(layer.neurons), thresholds, list(layer.sums.values())
+            )
         return depth
 
     def _payloads(self, layer: int) -> dict[str, dict[NeuronId, Mapping[str, Any]]]:
@@ -243,41 +249,38 @@ class WholeSplit:
     def _scores(self, layer: _Layer) -> Iterator[WholeScore]:
         assert layer.whole is not None
         for (explainer, control), sums in layer.sums.items():
-            for groups, neuron in zip(sums.groups(layer.whole), sums.neurons, strict=True):
-                if groups is None:
-                    continue
-                yield _score(layer.neurons[neuron], explainer, control, layer.whole, *groups)
+            for simulated in sums.groups(layer.whole):
+                if simulated is not None:
+                    yield _score(layer, explainer, control, simulated)
 
 
-def _score(
-    neuron: NeuronId,
-    explainer: str,
-    control: Control,
-    whole: Whole,
-    groups: Groups,
-    positive: NDArray[np.int64],
-) -> WholeScore:
-    top, tenth = (groups.ordered(of) for of in positive)
+def _score(layer: _Layer, explainer: str, control: Control, simulated: Simulated) -> WholeScore:
+    whole = layer.whole
+    assert whole is not None
+    top, tenth = (simulated.groups.ordered(of) for of in simulated.positive)
     f1, iou = tenth.overlap() or (None, None)
-    correlation = groups.correlation()
-    is_dead = whole.maximum[neuron.index] <= 0
-    reason = "never above 0 on the held-out split" if is_dead else "" if correlation is not None else "the truth or the simulation is constant"  # fmt: skip
-    status = Status.DEAD if is_dead else Status.UNDEFINED if reason else Status.DEFINED
+    correlation, status, reason = simulated.groups.correlation(), Status.DEFINED, ""
+    if whole.maximum[simulated.neuron] <= 0:
+        status, reason = Status.DEAD, "never above 0 on the held-out split"
+    elif correlation is None:
+        status, reason = Status.UNDEFINED, "the truth or the simulation is constant"
     return WholeScore(
-        neuron,
+        layer.neurons[simulated.neuron],
         explainer,
         control,
         status,
         reason,
-        correlation,
-        groups.cosine(),
-        top.average_precision(),
-        top.base_rate,
-        tenth.average_precision(),
-        tenth.base_rate,
-        f1,
-        iou,
-        whole.n,
+        correlation=correlation,
+        cosine=simulated.groups.cosine(),
+        precision_top=top.average_precision(),
+        chance_top=top.base_rate,
+        precision_tenth=tenth.average_precision(),
+        chance_tenth=tenth.base_rate,
+        f1=f1,
+        iou=iou,
+        auc=tenth.roc_area(),
+        auc_hard=simulated.hard().roc_area(),
+        n_tokens=whole.n,
     )
 
 

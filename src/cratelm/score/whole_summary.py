@@ -87,6 +87,8 @@ class WholeSummary:
                 f"{own.undefined} undefined",
                 f"average precision {_shown(by_name[explainer, 'none', 'precision_top'], 100)}"
                 f" (chance {_shown(by_name[explainer, 'none', 'chance_top'], 100, '.2f')})",
+                f"AUC {_shown(by_name[explainer, 'none', 'auc'], 100)}, among tokens that also fire"
+                f" {_shown(by_name[explainer, 'none', 'auc_hard'], 100)} (chance 50)",
             ]
             words[f"{explainer} all tokens"] = "; ".join(parts)
         for gain in self.gains:
@@ -96,13 +98,9 @@ class WholeSummary:
         return words
 
 
-def summarize_whole(
-    folder: Path, scores: ScoreTable, resamples: int, seed: int
-) -> WholeSummary | None:
-    """Return the means of the figures in `folder`; None if it has none. `scores` are those of its excerpts."""
+def summarize_whole(folder: Path, scores: ScoreTable, resamples: int, seed: int) -> WholeSummary:
+    """Return the means of the figures in `folder`. `scores` are those of its excerpts."""
     shares, whole = read_token_shares(folder), read_whole_scores(folder)
-    if not shares:
-        return None
     layers = [share.neuron.layer for share in shares]
 
     def mean(values: Iterable[float | None], of: Sequence[int]) -> LayeredMean:
