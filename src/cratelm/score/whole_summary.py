@@ -8,7 +8,7 @@ import numpy as np
 
 from cratelm.records import Interval, NeuronKey
 from cratelm.score.store import read_token_shares, read_whole_scores
-from cratelm.score.whole import FIGURES, WholeScore
+from cratelm.score.whole_records import FIGURES, WholeScore
 from cratelm.stats.layers import LayeredMean, layered_mean
 from cratelm.stats.score_table import ScoreTable
 
@@ -25,7 +25,7 @@ class WholeMean:
     explainer: str
     control: str
     figure: str
-    """one of `whole.FIGURES`"""
+    """one of `FIGURES`"""
     of: LayeredMean
 
 
@@ -58,7 +58,7 @@ class WholeSummary:
         return _complement(self.token_share)
 
     def mean(self, explainer: str, figure: str, control: str = "none") -> Interval | None:
-        """Return the mean of one of `whole.FIGURES` with its interval; None if there is none."""
+        """Return the mean of one of `FIGURES` with its interval; None if there is none."""
         for s in self.scores:
             if (s.explainer, s.figure, s.control) == (explainer, figure, control):
                 return s.of.mean

@@ -38,6 +38,8 @@ _FIGURES = {
     "chance_tenth": "its chance",
     "f1": "F1 × 100",
     "iou": "IoU × 100",
+    "auc": "AUC × 100",
+    "auc_hard": "AUC × 100, hard negatives",
 }
 """heading of each figure over all held-out tokens"""
 _GAINS = {ALL_TOKENS: "all tokens", **{m: METRIC_NAMES[m] for m in SIMULATION_METRICS}}
@@ -192,7 +194,8 @@ def all_tokens_table(results: RunResults) -> Table:
         " (Oikarinen, Yan and Weng 2025, arXiv 2506.05774). Top 1%: tokens among the highest 1% of a neuron's activations"
         " above 0 on the fit split. Above a tenth: tokens above a tenth of its maximum on the fit split. Chance: the"
         " share of such tokens. F1 and IoU: of tokens above a tenth with those simulated at half the highest simulated"
-        " value or more. Gain: score × 100 minus that of the look-up, paired over neurons."
+        " value or more. AUC: of the same tokens; hard negatives are tokens with the id of such a token, on which the"
+        " neuron is silent. Gain: score × 100 minus that of the look-up, paired over neurons."
         f" {INTERVAL_NOTE}",
     )
 
