@@ -320,7 +320,7 @@ def _last_token_lines(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_comparison_has_what_the_last_token_explains(run, written):
+def test_comparison_has_what_the_last_token_explains(run, written, page):
     """Of the twins and of the untrained control, computed anew from the files, with intervals."""
     crate, gpt2 = written.comparison
     for row in (crate, gpt2):
@@ -337,6 +337,14 @@ def test_comparison_has_what_the_last_token_explains(run, written):
     assert [row["model"] for row in tables["token_shares"]["rows"]] == list(MODELS)
     kinds = [(r["model"], r["explainer"], r["explanations"]) for r in tables["all_tokens"]["rows"]]
     assert len(kinds) == len(set(kinds)) == len(MODELS) * 2 * 2
+    shares = {
+        tuple(s.neuron.key): s.token_share for s in read_token_shares(run / "scores" / "gpt2-2l")
+    }
+    of_cards = [r for r in tables["neurons"]["rows"] if r["model"] == "gpt2-2l"]
+    for row in of_cards:
+        if (share := shares[row["layer"], row["index"]]) is not None:
+            facts = f" · token share {100 * share:.0f}% · above 0 on {row['firing_rate']:.3g}% of held-out"
+            assert facts in page.words
     note = tables["comparison"]["note"]
     assert "Token share" in note
     assert "minus that of the look-up" in note

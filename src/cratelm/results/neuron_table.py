@@ -1,8 +1,8 @@
 """The neurons of one model as a table with one row per neuron, sorted by layer and index, and pages of that table.
 
-Memory: about 60 bytes per neuron, 9 bytes per neuron for each explainer and metric, 8 for each figure over all held-out
-tokens, and the text of the explanations. Excerpts, payloads and lists of documents are not read. 36,864 neurons with two explainers
-take about 20 MB.
+Memory: about 60 bytes per neuron, 9 bytes per neuron for each explainer and metric, 8 for each figure over all
+held-out tokens, and the text of the explanations. Excerpts, payloads and lists of documents are not read. 36,864
+neurons with two explainers take about 20 MB.
 
 Shape legend: n neurons of a model, e neurons that are looked up in the table.
 """
@@ -63,11 +63,12 @@ class LastTokenColumns:
 
     def row(self, row: int) -> LastToken:
         """Return the figures of one neuron."""
+        share = float(self.token_share[row])
         values = {explainer: float(of[row]) for explainer, of in self.correlations.items()}
         look_up = values.get(LOOKUP, np.nan)
         return LastToken(
-            token_share=_number(self.token_share[row]),
-            context_share=_number(self.context_share[row]),
+            token_share=_number(share),
+            context_share=_number(1 - share),
             token_entropy=_number(self.token_entropy[row]),
             correlations={e: _number(value) for e, value in values.items()},
             gains={e: _number(value - look_up) for e, value in values.items() if e != LOOKUP},
