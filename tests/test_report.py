@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ import pytest
 from fake_llm import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import reseal
+from matplotlib.figure import Figure as Canvas
+from tiny_run import SOURCE, reseal
 
 from cratelm import cli
 from cratelm.activations.config import HarvestConfig
@@ -36,12 +38,15 @@ from cratelm.report import gallery
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
+from cratelm.report.sections import all_tokens
+from cratelm.report.sections.scores import model_comparison_table
 from cratelm.results.excerpts import shade
 from cratelm.results.run_results import read_results
+from cratelm.results.scores import read_score_summary
 from cratelm.runs import Run, config_dict
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
-from cratelm.score.store import read_scores
+from cratelm.score.store import read_scores, read_token_shares, read_whole_scores
 from cratelm.steer.store import LOGIT_EFFECTS
 from cratelm.text.display import printable, visible
 from cratelm.text.shading import shaded_html
@@ -272,6 +277,135 @@ def test_comparison_is_the_mean_of_the_scores(run, written):
     assert null["gpt2-2l"] is None
 
 
+def _mean_over_layers(values: dict[tuple[int, int], float | None], by: float = 100) -> Any:
+    """The mean over layers of the mean over the neurons that have a value, times `by`."""
+    layers: dict[int, list[float]] = {}
+    for (layer, _), value in values.items():
+        if value is not None:
+            layers.setdefault(layer, []).append(by * value)
+    return pytest.approx(np.mean([np.mean(of_layer) for of_layer in layers.values()]))
+
+
+def _last_token_lines(folder: Path) -> dict[str, Any]:
+    """Lines of the comparison on the last token and all held-out tokens, computed anew from the files."""
+    shares = read_token_shares(folder)
+    whole = {(s.explainer, s.control, tuple(s.neuron.key)): s for s in read_whole_scores(folder)}
+
+    def figure(name: str, explainer: str = "trie", control: str = "none") -> dict:
+        kind = (explainer, control)
+        return {key: getattr(s, name) for (*of, key), s in whole.items() if tuple(of) == kind}
+
+    def gain(trie: dict, look_up: dict) -> Any:
+        both = [k for k in trie if trie[k] is not None and look_up.get(k) is not None]
+        return _mean_over_layers({k: trie[k] - look_up[k] for k in both})
+
+    excerpts = {
+        explainer: {
+            tuple(s.neuron.key): s.score.value
+            for s in read_scores(folder)
+            if (s.explainer, s.metric, s.control) == (explainer, "random_only", "none")
+        }
+        for explainer in ("trie", "lookup")
+    }
+    return {
+        "token_share": _mean_over_layers({tuple(s.neuron.key): s.token_share for s in shares}),
+        "context_share": _mean_over_layers({tuple(s.neuron.key): s.context_share for s in shares}),
+        "token_entropy": _mean_over_layers({tuple(s.neuron.key): s.token_entropy for s in shares}, 1),
+        "random_only_gain": gain(excerpts["trie"], excerpts["lookup"]),
+        "all_tokens": _mean_over_layers(figure("correlation")),
+        "all_tokens_shuffled": _mean_over_layers(figure("correlation", control="shuffled")),
+        "all_tokens_gain": gain(figure("correlation"), figure("correlation", "lookup")),
+        "precision": _mean_over_layers(figure("precision_top")),
+        "precision_chance": _mean_over_layers(figure("chance_top")),
+    }  # fmt: skip
+
+
+def test_comparison_has_what_the_last_token_explains(run, written, page):
+    """Of the twins and of the untrained control, computed anew from the files, with intervals."""
+    crate, gpt2 = written.comparison
+    for row in (crate, gpt2):
+        for key, expected in _last_token_lines(run / "scores" / row["model"]).items():
+            assert row[key]["value"] == expected, key
+            assert row[key]["low"] <= row[key]["value"] <= row[key]["high"]
+    null = _last_token_lines(run / "scores" / "crate-2l-init")
+    untrained = {"precision_chance": "precision_init_chance"}
+    for key in null.keys() - {"random_only_gain", "all_tokens_shuffled"}:
+        of_null = untrained.get(key, f"{key}_init")
+        assert crate[of_null]["value"] == null[key]
+        assert gpt2[of_null] is None
+    tables = _tables(written)
+    assert [row["model"] for row in tables["token_shares"]["rows"]] == list(MODELS)
+    kinds = [(r["model"], r["explainer"], r["explanations"]) for r in tables["all_tokens"]["rows"]]
+    assert len(kinds) == len(set(kinds)) == len(MODELS) * 2 * 2
+    shares = {
+        tuple(s.neuron.key): s.token_share for s in read_token_shares(run / "scores" / "gpt2-2l")
+    }
+    of_cards = [r for r in tables["neurons"]["rows"] if r["model"] == "gpt2-2l"]
+    for row in of_cards:
+        if (share := shares[row["layer"], row["index"]]) is not None:
+            facts = f" · token share {100 * share:.0f}% · above 0 on {row['firing_rate']:.3g}% of held-out"
+            assert facts in page.words
+    note = tables["comparison"]["note"]
+    assert "Token share" in note
+    assert "minus that of the look-up" in note
+
+
+def test_summary_of_all_tokens_is_read_as_it_was_written(run):
+    folder = run / "scores" / "gpt2-2l"
+    raw = json.loads((folder / "summary.json").read_text())["all_tokens"]
+    summary = read_score_summary(folder).all_tokens
+    assert summary is not None
+    assert json.loads(json.dumps(asdict(summary))) == raw
+
+
+def test_neurons_are_drawn_over_their_context_share(run, monkeypatch):
+    """Those of trained and untrained models in different colours, each at its score; a sample of many."""
+    results = read_results(Run(run))
+    figure = all_tokens.context_share_figure(results)
+    assert figure is not None
+    assert [series.label for series in figure.series] == ["crate-2l", "crate-2l-init", "gpt2-2l"]
+    assert len({series.colour for series in figure.series}) == 3
+
+    def lines(panel) -> dict[str, np.ndarray]:
+        axes = Canvas().subplots()
+        panel.draw(axes)
+        return {line.get_color(): line.get_xydata() for line in axes.lines}
+
+    colours = {series.label: series.colour for series in figure.series}
+    for number, name in ((0, "crate-2l"), (0, "crate-2l-init"), (1, "gpt2-2l")):
+        folder = run / "scores" / name
+        shares = {s.neuron: s.context_share for s in read_token_shares(folder)}
+        expected = [
+            (100 * min(share, 1), 100 * s.score.value)
+            for s in read_scores(folder)
+            if (s.explainer, s.metric, s.control) == ("trie", "top_and_random", "none")
+            and s.score.value is not None
+            and (share := shares[s.neuron]) is not None
+        ]
+        drawn = lines(figure.panels[number])[colours[name]]
+        np.testing.assert_allclose(sorted(drawn.tolist()), sorted(expected))
+        assert len(drawn) > 20
+    median = np.median([x for x, _ in drawn])  # of gpt2-2l; the last
+    assert f"gpt2-2l {median:.0f}%" in figure.caption
+    monkeypatch.setattr(all_tokens, "_DRAWN", 5)
+    fewer = all_tokens.context_share_figure(results)
+    assert fewer is not None
+    assert len(lines(fewer.panels[1])[colours["gpt2-2l"]]) == 5
+
+
+def test_a_run_that_was_scored_before_has_no_such_lines():
+    """A run of version 0.1.0 is reported without them, and nothing fails."""
+    results = read_results(Run(SOURCE / "run"))
+    assert [m.all_tokens for m in results.models] == [None] * len(results.models)
+    assert [t.rows for t in all_tokens.tables(results)] == [(), ()]
+    assert all_tokens.figures(results) == [None]
+    table = model_comparison_table(results)
+    keys = {column.key for column in table.columns}
+    assert "top_and_random_init" in keys
+    assert not [key for key in keys if "token_" in key or "gain" in key or "precision" in key]
+    assert "Token share" not in table.note
+
+
 def test_comparison_as_text(written):
     text = comparison_table(written)
     assert "crate-2l" in text
@@ -379,7 +513,7 @@ def test_same_inputs_give_the_same_files(run, written):
     second = files()
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
-    drawn = ("means", "loss", "score_by_layer", "distributions", "sparsity")
+    drawn = ("context_share", "means", "loss", "score_by_layer", "distributions", "sparsity")
     figures = {name for name in first if name.startswith("figures")}
     assert figures == {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
     assert all(first[n].startswith(b"\x89PNG" if n.endswith("png") else b"%PDF") for n in figures)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny_run import reseal
+from tiny_run import copied, reseal
 from viewer_runs import LAYERS, NEURONS, a_neuron, brute
 
 from cratelm.activations.store import read_records, read_summaries
@@ -18,7 +18,7 @@ from cratelm.results.neuron_view import NeuronFiles
 from cratelm.results.views import LayerQuery, NotFound
 from cratelm.runs import Run
 from cratelm.score.simulators import simulate
-from cratelm.score.store import read_scores
+from cratelm.score.store import read_scores, read_token_shares, read_whole_scores
 from cratelm.viewer.pages import Pages
 from cratelm.viewer.run_reader import Library
 from cratelm.viewer.security import Rate
@@ -84,6 +84,65 @@ def test_columns_have_every_explanation_and_score(run, library):
     assert sum((c.status != "").sum() for c in columns.scores.values()) == count
     assert columns.row(0, NEURONS) is None
     assert columns.row(5, 0) is None
+
+
+def test_columns_have_what_the_last_token_explains(run, library):
+    columns = library.table("run", "gpt2-2l").last_token
+    place = library.table("run", "gpt2-2l").row
+    shares = read_token_shares(run / "scores" / "gpt2-2l")
+    assert len(shares) == LAYERS * NEURONS
+    for s in shares:
+        shown = columns.row(place(*s.neuron.key))
+        assert (shown.token_share, shown.context_share) == (s.token_share, s.context_share)
+        assert shown.token_entropy == s.token_entropy
+    found = {(s.neuron.key, s.explainer): s.correlation for s in read_whole_scores(run / "scores" / "gpt2-2l") if s.control == "none"}  # fmt: skip
+    gains = 0
+    for s in shares:
+        shown = columns.row(place(*s.neuron.key))
+        own = {e: found.get((s.neuron.key, e)) for e in ("lookup", "trie")}
+        assert shown.correlations == {e: v if v is None else pytest.approx(100 * v) for e, v in own.items()}  # fmt: skip
+        assert shown.gains.keys() == {"trie"}
+        if None not in own.values():
+            assert shown.gains["trie"] == pytest.approx(100 * (own["trie"] - own["lookup"]))
+            gains += 1
+        else:
+            assert shown.gains["trie"] is None
+    assert 0 < gains < len(shares)
+
+
+def test_pages_show_what_the_last_token_explains(library):
+    """The neuron's page its figures; the layer's page columns by which it can be sorted; neurons without come last."""
+    pages, index = Pages(library), a_neuron(library)
+    view = library.neuron("run", "crate-2l", 1, index)
+    shown = view.last_token
+    page = pages.neuron(view)
+    assert f"<dt>token share</dt><dd>{100 * shown.token_share:.1f}%</dd>" in page
+    assert f"<dt>context share</dt><dd>{100 * shown.context_share:.1f}%</dd>" in page
+    assert f"<dt>token entropy</dt><dd>{shown.token_entropy:.2f} nats</dd>" in page
+    assert f"<dt>trie, gain over look-up</dt><dd>{shown.gains['trie']:+.1f}</dd>" in page
+    columns = library.table("run", "crate-2l").last_token
+    here = library.table("run", "crate-2l").rows_of(1)
+    for sort in ("token_share", "context_share", "token_entropy"):
+        values = getattr(columns, sort)[here].tolist()
+        for descending in (False, True):
+            sign = -1 if descending else 1
+            query = LayerQuery(sort=sort, descending=descending)
+            order = sorted(range(NEURONS), key=lambda i: (np.isnan(values[i]), sign * np.nan_to_num(values[i]), i))  # fmt: skip
+            rows = library.layer("run", "crate-2l", 1, query).rows
+            assert [r.index for r in rows] == order
+    page = pages.layer("run", "crate-2l", 1, LayerQuery(sort="token_share", descending=True))
+    assert '<th scope="col" class="r" aria-sort="descending"><a href="/r/run/layer/crate-2l/1?sort=token_share">token share, %' in page  # fmt: skip
+    assert f'data-value="{shown.token_entropy}">{shown.token_entropy:.2f}<' in page
+
+
+def test_pages_of_a_run_that_was_scored_before_lack_it(tmp_path):
+    library = Library([copied(tmp_path)])
+    page = Pages(library).layer("run", "crate-2l", 0, LayerQuery(sort="token_share"))
+    assert "fires, %" in page
+    assert "share" not in page
+    view = library.neuron("run", "crate-2l", 0, 0)
+    assert view.last_token is None
+    assert "share" not in Pages(library).neuron(view).replace("can be shared", "")
 
 
 @pytest.mark.parametrize("descending", [False, True])
@@ -230,6 +289,7 @@ def test_a_folder_that_is_no_run_is_told_with_a_run_that_it_holds(run, tmp_path)
         "explanations/crate-2l/explanations.parquet",
         "scores/crate-2l/scores.parquet",
         "scores/crate-2l/summary.json",
+        "scores/crate-2l/token_shares.parquet",
         "tokens/meta.json",
         "tokens/documents.parquet",
         "steer/crate-2l/logit_effects.parquet",

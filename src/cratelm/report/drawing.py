@@ -277,6 +277,22 @@ def scatter(
     return draw
 
 
+def cloud(
+    series: Sequence[Series], points: Sequence[Any], x: str, y: str
+) -> Callable[[Axes], None]:
+    """Return a function that draws the points [n, 2] of each series, in %, later ones on top."""
+
+    def draw(axes: Axes) -> None:
+        for s, of_series in zip(series, points, strict=True):
+            look = {"linestyle": "none", "markersize": 3, "markeredgewidth": 0.7, "alpha": 0.6}
+            axes.plot(of_series[:, 0], of_series[:, 1], **{**s.style(), **look})
+        lowest = min((of_series[:, 1].min() for of_series in points), default=0)
+        axes.set(xlabel=x, ylabel=y, xlim=(-3, 103), ylim=(min(-3, lowest - 3), 103))
+        axes.axhline(0, color=INK, linewidth=0.7)
+
+    return draw
+
+
 def distributions(
     series: Sequence[Series], values: Sequence[Any], edges: Any, x: str
 ) -> Callable[[Axes], None]:

@@ -60,6 +60,8 @@ class Card:
     excerpts: tuple[ShownExcerpt, ...]
     effect: LogitEffect | None = None
     """tokens that the neuron promotes and suppresses; None if this was not measured"""
+    token_share: float | None = None
+    """fraction of the variance that the last token alone explains; None if there is no figure"""
 
     @property
     def score(self) -> str:
@@ -68,8 +70,10 @@ class Card:
 
     @property
     def facts(self) -> str:
-        """Return the neuron's scores, firing rate and largest activation, as text."""
+        """Return the neuron's scores, token share, firing rate and largest activation, as text."""
         scores = [f"{METRIC_NAMES[m]} {_shown(s)}" for m, s in self.scores.items()]
+        if self.token_share is not None:
+            scores.append(f"token share {100 * self.token_share:.0f}%")
         rate = f"above 0 on {100 * self.firing_rate:.3g}% of held-out tokens"
         return " · ".join([*scores, rate, f"largest activation {self.maximum:.3g}"])
 
@@ -193,6 +197,7 @@ def _gallery(
             llm_explanations=by_llm.get(key, ()),
             excerpts=tuple(excerpts),
             effect=read_logit_effect(effects, record.neuron),
+            token_share=model.token_shares.get(key),
         )
 
     groups = tuple((g, tuple(card(n, g) for n in members)) for g, members in chosen.items())

@@ -15,6 +15,7 @@ from cratelm.report.drawing import Figure
 from cratelm.report.gallery import AFTER, BEFORE, Gallery, galleries, neuron_table
 from cratelm.report.reproduce import commands, facts
 from cratelm.report.sections import (
+    all_tokens,
     autoencoders,
     comparisons,
     effects,
@@ -113,6 +114,7 @@ def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
     seeded = {"resamples": config.resamples, "seed": config.seed}
     made = [
         *scores.tables(results),
+        *all_tokens.tables(results),
         *models.tables(results),
         *comparisons.tables(results, **seeded),
         *llm.tables(results, **seeded),
@@ -129,6 +131,7 @@ def _figures(results: RunResults) -> dict[str, Figure]:
     series = {m.name: series_of(m) for m in results.models}
     made = [
         *scores.figures(results),
+        *all_tokens.figures(results),
         *models.figures(results),
         *white_box_figures.figures(results.analyses, series),
         *autoencoders.figures(results),

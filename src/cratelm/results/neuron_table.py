@@ -1,8 +1,8 @@
 """The neurons of one model as a table with one row per neuron, sorted by layer and index, and pages of that table.
 
-Memory: about 60 bytes per neuron, 9 bytes per neuron for each explainer and metric, and the text of the
-explanations. Excerpts, payloads and lists of documents are not read. 36,864 neurons with two explainers
-take about 20 MB.
+Memory: about 60 bytes per neuron, 9 bytes per neuron for each explainer and metric, 8 for each figure over all
+held-out tokens, and the text of the explanations. Excerpts, payloads and lists of documents are not read. 36,864
+neurons with two explainers take about 20 MB.
 
 Shape legend: n neurons of a model, e neurons that are looked up in the table.
 """
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from cratelm.activations.store import summaries_path
 from cratelm.records import METRICS, NeuronKey
 from cratelm.results.stages import Problems, principal_explainer, set_names
-from cratelm.results.views import LayerPage, LayerQuery, NeuronRow
+from cratelm.results.views import LastToken, LayerPage, LayerQuery, NeuronRow
 from cratelm.runs import Run, Stage
 from cratelm.runs.names import set_name
-from cratelm.runs.reading import read_parquet
+from cratelm.runs.reading import read_parquet, verified
+from cratelm.score.whole_summary import LOOKUP
 
 ExplainerKey = tuple[str, str]
 """name of the set (empty without a language model) and explainer"""
@@ -45,6 +46,36 @@ class ScoreColumn:
 
 
 @dataclass(frozen=True, eq=False)
+class LastTokenColumns:
+    """What the last token alone explains of each neuron on all held-out tokens. NaN where there is no figure."""
+
+    token_share: NDArray[np.float64]
+    """[n] fraction of the variance"""
+    token_entropy: NDArray[np.float64]
+    """[n] nats"""
+    correlations: Mapping[str, NDArray[np.float64]]
+    """[n] by explainer, x 100"""
+
+    @property
+    def context_share(self) -> NDArray[np.float64]:
+        """Return 1 - the token share, [n]."""
+        return 1 - self.token_share
+
+    def row(self, row: int) -> LastToken:
+        """Return the figures of one neuron."""
+        share = float(self.token_share[row])
+        values = {explainer: float(of[row]) for explainer, of in self.correlations.items()}
+        look_up = values.get(LOOKUP, np.nan)
+        return LastToken(
+            token_share=_number(share),
+            context_share=_number(1 - share),
+            token_entropy=_number(self.token_entropy[row]),
+            correlations={e: _number(value) for e, value in values.items()},
+            gains={e: _number(value - look_up) for e, value in values.items() if e != LOOKUP},
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class NeuronTable:
     """The neurons of one model."""
 
@@ -63,6 +94,8 @@ class NeuronTable:
     """by set, explainer and metric"""
     problems: tuple[str, ...]
     """messages about files that cannot be read, and about stale stages"""
+    last_token: LastTokenColumns | None = None
+    """None if it was not measured"""
 
     @cached_property
     def explainers(self) -> tuple[ExplainerKey, ...]:
@@ -154,6 +187,10 @@ def read_neuron_table(run: Run, model: str) -> NeuronTable:
         texts |= {(name, explainer): column for explainer, column in text_columns.items()}
         score_columns = problems.attempt(f"{scored.path} cannot be read", read_scores, {})
         scores |= {(name, *key): column for key, column in score_columns.items()}
+    scored = run.stage("scores", model)
+    read_last_token = partial(_last_token, scored, keys)
+    label = f"token shares in {scored.path} cannot be read"
+    last_token = problems.attempt(label, read_last_token, None)
     return NeuronTable(
         site=str(table["site"][0]) if len(table) else "",
         layer=layer,
@@ -163,6 +200,7 @@ def read_neuron_table(run: Run, model: str) -> NeuronTable:
         texts=texts,
         scores=scores,
         problems=tuple(problems.lines),
+        last_token=last_token,
     )
 
 
@@ -207,6 +245,36 @@ def _scores(folder: Path, keys: NDArray[np.int64]) -> dict[tuple[str, str], Scor
     return by_metric
 
 
+def _last_token(stage: Stage, keys: NDArray[np.int64]) -> LastTokenColumns | None:
+    """Return the figures over all held-out tokens; None if they were not measured."""
+    shares, whole = (stage.path / name for name in ("token_shares.parquet", "all_tokens.parquet"))
+    if stage.completion() is None or not verified(shares).is_file():
+        return None
+    figures = ("token_share", "token_entropy")
+    table = read_parquet(shares, columns=["layer", "index", *figures])
+    share, entropy = (_spread(table, name, keys) for name in figures)
+    columns = ["layer", "index", "explainer", "correlation"]
+    scored = read_parquet(whole, columns=columns, filters=[("control", "=", "none")])
+    explainers = scored["explainer"].to_numpy()
+    correlations = {
+        name: 100 * _spread(scored.filter(pa.array(explainers == name)), "correlation", keys)
+        for name in np.unique(explainers.astype(str)).tolist()
+    }
+    return LastTokenColumns(share, entropy, correlations)
+
+
+def _spread(table: pa.Table, column: str, keys: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the values of a column by neuron [n]; NaN where the table has none."""
+    rows, in_keys = _rows(table, keys)
+    values = np.full(len(keys), np.nan)
+    values[rows] = table[column].to_numpy()[in_keys].astype(float)
+    return values
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
 def _packed(layers: NDArray[Any], indices: NDArray[Any]) -> NDArray[np.int64]:
     """Pack layer and index into one integer, so that one binary search can look up many neurons."""
     return layers.astype(np.int64) << 32 | indices
@@ -233,6 +301,9 @@ def _lookup(
 
 
 # ---- one page of a layer's table ------------------------------------------------------------------
+
+_LAST_TOKEN = ("token_share", "context_share", "token_entropy")
+"""columns of `LastTokenColumns` by which a page can be sorted"""
 
 
 def layer_page(
@@ -265,6 +336,7 @@ def layer_page(
         metrics=table.metrics,
         explainer=table.principal[1] if table.principal else "",
         note=note,
+        has_last_token=table.last_token is not None,
     )
 
 
@@ -296,6 +368,8 @@ def _sorted(
         values = np.array([on_token[NeuronKey(layer, int(table.index[r]))][0] for r in rows], float)
     elif query.sort in ("firing_rate", "maximum"):
         values = getattr(table, query.sort)[rows].astype(float)
+    elif query.sort in _LAST_TOKEN and table.last_token is not None:
+        values = getattr(table.last_token, query.sort)[rows]
     else:
         column = table.score(query.sort)
         values = table.index[rows].astype(float) if column is None else column.values[rows]
@@ -309,11 +383,10 @@ def _row(row: int, *, layer: int, table: NeuronTable, on_token: OnToken | None) 
     return NeuronRow(
         index=index,
         explanation=str(table.explanations[row]),
-        scores={
-            m: None if np.isnan(c.values[row]) else float(c.values[row]) for m, c in scores.items()
-        },
+        scores={m: _number(c.values[row]) for m, c in scores.items()},
         status={m: str(c.status[row]) for m, c in scores.items()},
         firing_rate=float(table.firing_rate[row]),
         maximum=float(table.maximum[row]),
         on_token=on_token[NeuronKey(layer, index)][0] if on_token else None,
+        last_token=table.last_token.row(row) if table.last_token else None,
     )

@@ -194,6 +194,7 @@ def neuron_view(
         previous=int(table.index[row - 1]) if row > here.start else None,
         following=int(table.index[row + 1]) if row + 1 < here.stop else None,
         problems=(*table.problems, *problems.lines),
+        last_token=table.last_token.row(row) if table.last_token else None,
     )
 
 

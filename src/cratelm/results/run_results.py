@@ -48,7 +48,8 @@ from cratelm.runs.names import FAMILIES, family_of, set_name, split_set, twin_na
 from cratelm.sae.store import StoredEvaluation
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit
-from cratelm.score.store import read_score_columns
+from cratelm.score.store import read_score_columns, read_token_shares
+from cratelm.score.whole_summary import WholeSummary
 from cratelm.stats.score_table import ScoreTable
 from cratelm.stats.scores import ModelStatistics, Policy
 from cratelm.steer.store import EffectsSummary, InterventionSummary
@@ -80,6 +81,8 @@ class ResultSet:
     """None if near-duplicates were not searched for"""
     preflight: ProbeResult | None = None
     """probe calls of the simulator; None without a language model"""
+    all_tokens: WholeSummary | None = None
+    """figures over all held-out tokens; None if they were not measured"""
 
     suffix: str = ""
     """appended to the explainers' labels: the name of the set in brackets, if its scores were named"""
@@ -117,6 +120,10 @@ class ModelResults:
     """statistics of all sets"""
     scores: ScoreTable
     """scores of all sets for the neurons' own explanations, without controls"""
+    all_tokens: WholeSummary | None
+    """figures over all held-out tokens of the set without a language model; None if they were not measured"""
+    token_shares: Mapping[NeuronKey, float]
+    """fraction of the variance that the last token alone explains, of each neuron that has one"""
     sparsity: Mapping[int, LayerSparsity]
     """by layer, how often its neurons fire on the held-out split; empty without a harvest"""
     curve: list[dict[str, Any]]
@@ -287,6 +294,7 @@ def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
     sets = [_read_set(run, name, of_set) for of_set in ["", *set_names(run, name)]]
     harvest = done.get("activations")
     folder = run.stage("activations", name).path
+    shares = read_token_shares(run.stage("scores", name).path) if "scores" in done else []
     return ModelResults(
         name=name,
         place=place,
@@ -295,6 +303,8 @@ def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
         sets=tuple(of_set for of_set in sets if of_set.completions),
         statistics=tuple(s for of_set in sets for s in of_set.statistics),
         scores=ScoreTable.concatenated([s.scores.select(control="none") for s in sets]),
+        all_tokens=next((s.all_tokens for s in sets if s.all_tokens), None),
+        token_shares={s.neuron.key: s.token_share for s in shares if s.token_share is not None},
         sparsity=read_sparsity(folder) if harvest else {},
         curve=read_metrics(run.stage("model", name).path) if "model" in done else [],
         evaluation=read_sae_evaluation(run, harvest) if harvest else None,
@@ -323,6 +333,7 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
         audit=summary.audit,
         near_duplicates=summary.near_duplicates,
         preflight=summary.preflight,
+        all_tokens=summary.all_tokens,
         suffix=suffix,
     )
 

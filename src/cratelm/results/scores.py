@@ -15,6 +15,8 @@ from cratelm.runs import known_fields
 from cratelm.runs.reading import read_json
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit, DuplicateEffect, DuplicatePair
+from cratelm.score.whole_summary import Gain, WholeMean, WholeSummary
+from cratelm.stats.layers import LayeredMean
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
 
 
@@ -28,6 +30,8 @@ class ScoreSummary:
     """None if near-duplicates were not searched for"""
     preflight: ProbeResult | None
     """probe calls of the simulator; None without a language model"""
+    all_tokens: WholeSummary | None = None
+    """means over all held-out tokens, and what the last token alone explains; None if they were not measured"""
 
     def renamed(self, suffix: str) -> "ScoreSummary":
         """Return a copy with `suffix` appended to the names of the explainers."""
@@ -51,6 +55,7 @@ def _score_summary(record: dict[str, Any]) -> ScoreSummary:
         audit=Audit(**{**audit, "shared": tuple(audit["shared"])}),
         near_duplicates=_duplicate_audit(record.get("near_duplicates")),
         preflight=_probe_result(record.get("preflight")),
+        all_tokens=_whole_summary(record.get("all_tokens")),
     )
 
 
@@ -123,3 +128,27 @@ def _probe_result(record: dict[str, Any] | None) -> ProbeResult | None:
         return None
     values = dict(record)
     return ProbeResult(supports_logprobs=values.pop("reads"), **values)
+
+
+def _whole_summary(record: dict[str, Any] | None) -> WholeSummary | None:
+    if not record:
+        return None
+    means = (WholeMean(**_with_mean(WholeMean, row)) for row in record["scores"])
+    gains = (Gain(**_with_mean(Gain, row)) for row in record["gains"])
+    return WholeSummary(
+        n_tokens=record["n_tokens"],
+        token_share=_layered_mean(record["token_share"]),
+        token_entropy=_layered_mean(record["token_entropy"]),
+        scores=tuple(means),
+        gains=tuple(gains),
+    )
+
+
+def _with_mean(kind: type, row: dict[str, Any]) -> dict[str, Any]:
+    return known_fields(kind, {**row, "of": _layered_mean(row["of"])})
+
+
+def _layered_mean(record: dict[str, Any]) -> LayeredMean:
+    mean = record["mean"]
+    interval = None if mean is None else Interval(**known_fields(Interval, mean))
+    return LayeredMean(**known_fields(LayeredMean, {**record, "mean": interval}))

@@ -98,11 +98,28 @@ class RunCard:
 
 
 @dataclass(frozen=True)
+class LastToken:
+    """What the last token alone explains of a neuron on all held-out tokens. None where there is no figure."""
+
+    token_share: float | None
+    """fraction of the variance, at most 1; below 0 if the fit split misleads"""
+    context_share: float | None
+    """1 - the token share"""
+    token_entropy: float | None
+    """nats"""
+    correlations: Mapping[str, float | None]
+    """by explainer without a language model, over all held-out tokens, x 100"""
+    gains: Mapping[str, float | None]
+    """by explainer other than the look-up: its correlation minus that of the look-up"""
+
+
+@dataclass(frozen=True)
 class LayerQuery:
     """Filter and order of the neurons of a layer."""
 
     sort: str = ""
-    """`index`, `firing_rate`, `maximum`, `token` or a metric; empty: the best explained neurons first"""
+    """`index`, `firing_rate`, `maximum`, `token_share`, `context_share`, `token_entropy`, `token` or a metric; empty:
+    the best explained neurons first"""
     descending: bool = False
     text: str = ""
     """words that the explanation must contain"""
@@ -129,6 +146,8 @@ class NeuronRow:
     """largest raw activation on the held-out split"""
     on_token: float | None = None
     """mean activation on the token searched for, as a fraction of the neuron's maximum"""
+    last_token: LastToken | None = None
+    """None if it was not measured"""
 
     @property
     def dead(self) -> bool:
@@ -153,6 +172,8 @@ class LayerPage:
     """explainer of the explanations and scores; empty if there are none"""
     note: str = ""
     """which tokens the search matched, in words"""
+    has_last_token: bool = False
+    """whether the rows say what the last token explains"""
 
 
 @dataclass(frozen=True)
@@ -289,6 +310,8 @@ class NeuronView:
     """index of the next neuron of the layer; None for the last"""
     problems: tuple[str, ...] = ()
     """what cannot be shown, and why"""
+    last_token: LastToken | None = None
+    """None if it was not measured"""
 
     @property
     def dead(self) -> bool:

@@ -24,7 +24,7 @@ from cratelm.records import Explanation, NeuronId, NeuronScore
 from cratelm.score.audit import FALL, Change
 from cratelm.score.contexts import Nodes
 from cratelm.score.controls import shuffled
-from cratelm.score.whole import FIGURES, WholeScore
+from cratelm.score.whole_records import FIGURES, WholeScore
 from cratelm.stats.layers import LayeredMean, layered_mean
 from cratelm.text.table import align
 

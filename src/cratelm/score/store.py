@@ -19,7 +19,7 @@ from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.reading import read_rows, reading, verified
 from cratelm.score.simulators import COMPAT
-from cratelm.score.whole import FIGURES, TokenShare, WholeScore
+from cratelm.score.whole_records import FIGURES, TokenShare, WholeScore
 from cratelm.stats.score_table import ScoreTable, score_columns
 
 _ROWS_A_GROUP = 16_384

@@ -8,7 +8,7 @@ import numpy as np
 
 from cratelm.records import Interval, NeuronKey
 from cratelm.score.store import read_token_shares, read_whole_scores
-from cratelm.score.whole import FIGURES, WholeScore
+from cratelm.score.whole_records import FIGURES, WholeScore
 from cratelm.stats.layers import LayeredMean, layered_mean
 from cratelm.stats.score_table import ScoreTable
 
@@ -25,7 +25,7 @@ class WholeMean:
     explainer: str
     control: str
     figure: str
-    """one of `whole.FIGURES`"""
+    """one of `FIGURES`"""
     of: LayeredMean
 
 
@@ -52,11 +52,30 @@ class WholeSummary:
     scores: tuple[WholeMean, ...]
     gains: tuple[Gain, ...]
 
+    @property
+    def context_share(self) -> LayeredMean:
+        """Return 1 - the token share: the fraction that the last token leaves to the context."""
+        return _complement(self.token_share)
+
+    def mean(self, explainer: str, figure: str, control: str = "none") -> Interval | None:
+        """Return the mean of one of `FIGURES` with its interval; None if there is none."""
+        for s in self.scores:
+            if (s.explainer, s.figure, s.control) == (explainer, figure, control):
+                return s.of.mean
+        return None
+
+    def gain(self, explainer: str, metric: str = ALL_TOKENS) -> Interval | None:
+        """Return what the explainer's scores are above those of the look-up; None if there is no figure."""
+        of = next(
+            (g.of for g in self.gains if (g.explainer, g.metric) == (explainer, metric)), None
+        )
+        return of and of.mean
+
     def in_words(self) -> dict[str, str]:
         """Return the main figures in words, by what they are."""
         words = {
             "last token alone": f"explains {_shown(self.token_share, 100)}% of the variance,"
-            f" context {_shown(_complement(self.token_share), 100)}%; token entropy"
+            f" context {_shown(self.context_share, 100)}%; token entropy"
             f" {_shown(self.token_entropy, 1)} nats; {self.token_share.undefined} neurons constant"
         }
         by_name = {(s.explainer, s.control, s.figure): s.of for s in self.scores}

@@ -191,6 +191,7 @@ class Pages:
             v=view,
             has_page=has_page,
             facts=_facts(view),
+            last_token=_last_token(view),
             histogram=drawings.histogram,
             excerpts=excerpts_html(view.excerpts),
             more=links.to(*here, split=split, explainer=simulator, all=1),
@@ -254,6 +255,7 @@ class Pages:
             excerpts_html=excerpts_html,
             score_histograms=drawings.score_histograms,
             facts=_facts,
+            last_token=_last_token,
         )
 
     def live_page(self, key: str) -> str:
@@ -377,6 +379,33 @@ def _facts(view: NeuronView) -> list[tuple[str, str]]:
             fact = f"{100 * value:.3g}% of tokens" if name == "firing_rate" else f"{value:.3g}"
             facts.append((label, f"{int(value):,}" if name == "n_tokens" else fact))
     return [*facts, ("site", printable(view.site))]
+
+
+def _last_token(view: NeuronView) -> list[tuple[str, str]]:
+    """Return the figures over all held-out tokens with their labels; none if they were not measured."""
+    of = view.last_token
+    if of is None:
+        return []
+
+    def shown(value: float | None, form: str, unit: str = "") -> str:
+        return "–" if value is None else f"{value:{form}}{unit}"
+
+    def percent(share: float | None) -> str:
+        return shown(None if share is None else 100 * share, ".1f", "%")
+
+    return [
+        ("token share", percent(of.token_share)),
+        ("context share", percent(of.context_share)),
+        ("token entropy", shown(of.token_entropy, ".2f", " nats")),
+        *(
+            (f"{printable(explainer)}, correlation × 100", shown(value, ".1f"))
+            for explainer, value in of.correlations.items()
+        ),
+        *(
+            (f"{printable(explainer)}, gain over look-up", shown(value, "+.1f"))
+            for explainer, value in of.gains.items()
+        ),
+    ]
 
 
 def _metrics_of(cards: Sequence[ModelCard]) -> list[str]:

@@ -10,6 +10,7 @@ from cratelm.explain.config import EXPLAINERS
 from cratelm.records import SIMULATION_METRICS, Control, Metric
 from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, series_of, without_score
 from cratelm.report.drawing import Figure, Panel, Series, distributions, rows, scores_panel
+from cratelm.report.sections import all_tokens
 from cratelm.report.sections.autoencoders import reconstruction_costs
 from cratelm.report.sections.models import loss_cell, trained_figures
 from cratelm.results.run_results import ModelResults, RunResults
@@ -73,8 +74,12 @@ def model_comparison_table(results: RunResults) -> Table:
     if costs:
         columns.append(Column("added", "loss added by the reconstruction ± se", ".3f"))
     columns.append(Column("neurons", "neurons scored", ",d"))
+    first = results.principal[0]  # the lines are the same for every model
+    columns += [column for column, _ in all_tokens.share_lines(results, first)]
     for metric in results.metrics:
         columns += _metric_columns(metric)
+        columns += [column for column, _ in all_tokens.gain_lines(results, first, metric)]
+    columns += [column for column, _ in all_tokens.score_lines(results, first)]
     rows = tuple(_comparison_row(results, m, costs) for m in results.principal)
     return Table(
         "comparison",
@@ -86,6 +91,7 @@ def model_comparison_table(results: RunResults) -> Table:
         " sequences. Random init: the same model before training, harvested, explained and scored in the same"
         " way. Shuffled: each neuron is scored with the explanation of another neuron of the layer."
         f"{TUNED_NOTE if results.explainer in EXPLAINERS else ''}"
+        f"{all_tokens.NOTE if all_tokens.is_measured(results) else ''}"
         + (
             " MODEL+NAME: latents of autoencoders, with the loss added when their reconstruction replaces the"
             " activations."
@@ -119,6 +125,7 @@ def _comparison_row(
         loss_cell(trained),
         *([costs.get(model.name)] if costs else []),
         max((s.counts.total for s in own if s), default=None),
+        *(cell for _, cell in all_tokens.share_lines(results, model)),
     ]
     null = results.null(model)
     for metric, s in zip(results.metrics, own, strict=True):
@@ -130,7 +137,9 @@ def _comparison_row(
             mean_cell(model.find(results.explainer, metric, "shuffled")),
             mean_cell(null.find(results.explainer, metric)) if null else None,
             without_score(s.counts) if s else None,
+            *(cell for _, cell in all_tokens.gain_lines(results, model, metric)),
         ]
+    cells += [cell for _, cell in all_tokens.score_lines(results, model)]
     return tuple(cells)
 
 
