@@ -88,6 +88,7 @@ def test_streamed_scores_equal_those_of_simulating_every_token(seed, batch):
     nodes = Nodes.of(payloads)
     own, other = NodeSums(nodes, np.array([0, 1, 2])), NodeSums(nodes, np.array([1, -1, 0]))
     thresholds = np.quantile(activations, [0.9, 0.5], axis=0).astype(np.float32)
+    thresholds[:, 0] = thresholds[::-1, 0]  # of one neuron, the first way is the wider one
     whole = Whole(VOCABULARY, thresholds, [own, other])
     depth = 3
     contexts = TokenLists(segments).contexts(depth)
@@ -115,10 +116,16 @@ def test_streamed_scores_equal_those_of_simulating_every_token(seed, batch):
                 assert found.average_precision() == pytest.approx(ranking.average_precision())
                 assert found.overlap() == pytest.approx(ranking.overlap())
                 assert found.base_rate == ranking.base_rate
-                assert found.roc_area() == pytest.approx(ranking.roc_area())
-            shares = np.isin(tokens, tokens[is_positive])  # `is_positive` is the second way
-            _, hard = groups_of(simulated[shares], true[shares], is_positive[shares])
-            assert of_explanation.hard().roc_area() == pytest.approx(hard.roc_area())
+            strong, wide = (activations[:, neuron] >= t[neuron] for t in thresholds)
+            for negative, counts in (
+                (~wide & ~strong, of_explanation.silent),
+                (~wide & ~strong & np.isin(tokens, tokens[strong]), of_explanation.hard),
+            ):
+                chosen = strong | negative
+                _, expected = groups_of(simulated[chosen], true[chosen], strong[chosen])
+                assert of_explanation.against(counts).roc_area() == pytest.approx(
+                    expected.roc_area()
+                )
 
 
 def test_a_context_with_an_unknown_token_has_no_tokens():
@@ -236,6 +243,6 @@ def test_only_context_tells_hard_negatives_apart():
     contexts = TokenLists([tokens]).contexts(2)
     whole.add(fires[:, None].astype(np.float32), SortedContexts(contexts))
     by_table, by_trie = sums.groups(whole)
-    assert by_table.hard().roc_area() == 0.5
-    assert by_table.groups.ordered(by_table.positive[1]).roc_area() > 0.85
-    assert by_trie.hard().roc_area() == 1
+    assert by_table.against(by_table.hard).roc_area() == 0.5
+    assert by_table.against(by_table.silent).roc_area() > 0.85
+    assert by_trie.against(by_trie.hard).roc_area() == 1

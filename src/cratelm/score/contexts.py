@@ -186,23 +186,22 @@ class NodeSums:
             )
             rest = whole.positive[:, neuron] - positive[:, of].sum(1)
             positives = np.hstack([positive[:, of], rest[:, None]])
-            found.append(
-                Simulated(neuron, groups, positives, self._hard(whole, number, of, groups))
-            )
+            # of the two ways one is wider, so that the larger count is that of both
+            silent = self._silent(whole, number, of, groups.n - positives.max(0))
+            found.append(Simulated(neuron, groups, positives, *silent))
         return found
 
-    def _hard(self, whole: "Whole", number: int, of: slice, groups: Groups) -> Int64:
-        """Return how many tokens of each group have the id of a positive token of the neuron, [K']."""
-        shared = whole.positive_by_token[:, self.neurons[number]] > 0  # [V]
-        tokens, parents = self.nodes.tokens[of], self.nodes.parents[of]
-        roots = parents == ROOT
-        known = roots & (tokens < len(shared))
-        covered = int(self.n[of][known][shared[tokens[known]]].sum())
-        rest = int(whole.by_token[shared].sum()) - covered
-        of_root = self.nodes.roots[of]
-        ids = self.nodes.tokens[of_root]
-        is_shared = shared[np.minimum(ids, len(shared) - 1)] & (ids < len(shared))
-        return np.append(np.where(is_shared, groups.n[:-1], 0), rest)
+    def _silent(self, whole: "Whole", number: int, of: slice, silent: Int64) -> tuple[Int64, Int64]:
+        """Return how many tokens of each group [K'] are positive in neither way, and how many of these are hard.
+
+        A hard one has the id of a token that is positive in the first way.
+        """
+        positive = whole.positive_by_token[:, :, self.neurons[number]]  # [2, V]
+        shared = np.flatnonzero(positive[0])
+        is_shared = np.isin(self.nodes.tokens[self.nodes.roots[of]], shared)
+        hard = np.where(is_shared, silent[:-1], 0)
+        rest = int((whole.by_token - positive.max(0))[shared].sum() - hard.sum())
+        return silent, np.append(hard, rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,13 +213,16 @@ class Simulated:
     groups: Groups
     positive: Int64
     """[2, K'] positive tokens of each group, in each of the two ways"""
-    sharing: Int64
-    """[K'] tokens of each group whose id a positive token (in the second way) has"""
+    silent: Int64
+    """[K'] tokens that are positive in neither way"""
+    hard: Int64
+    """[K'] of these, those with the id of a token that is positive in the first way"""
 
-    def hard(self) -> Ranking:
-        """Return the ranking of the tokens that share their id with a positive one."""
-        shared = Groups(self.groups.value, self.sharing, self.groups.total, self.groups.squares)
-        return shared.ordered(self.positive[-1])
+    def against(self, negative: Int64) -> Ranking:
+        """Return the ranking of the tokens that are positive in the first way and of negative ones, [K']."""
+        strong = self.positive[0]
+        g = self.groups
+        return Groups(g.value, strong + negative, g.total, g.squares).ordered(strong)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +251,7 @@ class Cumulated:
 class Whole:
     """Sums over all tokens, per neuron, and the sums of the nodes of explanations.
 
-    Memory: 4 * V * H bytes for the positive tokens by their id.
+    Memory: 8 * V * H bytes for the positive tokens by their id.
     """
 
     def __init__(self, vocabulary: int, thresholds: NDArray[np.float32], sums: Sequence[NodeSums]):
@@ -258,8 +260,8 @@ class Whole:
         self.n = 0
         self.by_token = np.zeros(vocabulary, np.int64)
         """[V] number of tokens with each id"""
-        self.positive_by_token = np.zeros((vocabulary, n_neurons), np.int32)
-        """[V, H] number of them that are positive in the second way"""
+        self.positive_by_token = np.zeros((N_POSITIVE, vocabulary, n_neurons), np.int32)
+        """[2, V, H] number of them that are positive, in each of the two ways"""
         self.total = np.zeros(n_neurons)
         self.squares = np.zeros(n_neurons)
         self.maximum = np.full(n_neurons, -np.inf, np.float32)
@@ -281,7 +283,7 @@ class Whole:
             self.squares[of] += np.einsum("nh,nh->h", ordered, ordered, dtype=np.float64)
             for number, counts in enumerate(cumulated.positive):
                 self.positive[number, of] += counts[-1]
-            self.positive_by_token[tokens, of] += np.diff(cumulated.positive[-1][edges], axis=0)
+                self.positive_by_token[number, tokens, of] += np.diff(counts[edges], axis=0)
             for sums, (low, high) in zip(self._sums, spans, strict=True):
                 sums.add(low, high, first, cumulated)
 

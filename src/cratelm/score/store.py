@@ -100,8 +100,8 @@ _FIGURE_MEANINGS = {
     "chance_tenth": "share of such tokens",
     "f1": "F1 of tokens above a tenth of the maximum and those simulated at half the highest simulated value or more, 0 to 1",
     "iou": "intersection over union of the same, 0 to 1",
-    "auc": "area under the ROC curve for tokens above a tenth of the maximum, 0 to 1, chance 0.5",
-    "auc_hard": "the same among tokens whose id such a token has: others are hard negatives, on which the neuron is silent",
+    "auc": "area under the ROC curve for tokens among the highest 1% against those below a tenth of the maximum, 0 to 1, chance 0.5",
+    "auc_hard": "the same against hard negatives: those with the same id as one among the highest 1%",
 }
 ALL_TOKENS = TableFile(
     "scores/MODEL/all_tokens.parquet",

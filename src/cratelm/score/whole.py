@@ -10,7 +10,7 @@ A token is positive, in one of two ways:
     top    a_i is among the highest 1% of the neuron's activations above 0, by their value on the fit split
     tenth  a_i > max / 10, with the neuron's maximum on the fit split
 
-Memory: 16 * V + 16 * 1% of the searched tokens, in bytes per neuron; layers that exceed `_BYTES` together are measured
+Memory: 20 * V + 16 * 1% of the searched tokens, in bytes per neuron; layers that exceed `_BYTES` together are measured
 one group after another, each with the model run again.
 
 Shape legend: n tokens of a batch, H neurons of a layer.
@@ -85,7 +85,7 @@ class WholeSplit:
         site = self._opened.site
         n_fit = self._plans["fit"].n_tokens()
         vocabulary = self._opened.store.vocab_size
-        per_neuron = 16 * vocabulary + 16 * int(TOP * n_fit)
+        per_neuron = 20 * vocabulary + 16 * int(TOP * n_fit)
         group: list[int] = []
         groups, n_bytes = [group], 0
         for place, width in enumerate(site.n_neurons):
@@ -236,8 +236,8 @@ def _score(layer: _Layer, explainer: str, control: Control, simulated: Simulated
         chance_tenth=tenth.base_rate,
         f1=f1,
         iou=iou,
-        auc=tenth.roc_area(),
-        auc_hard=simulated.hard().roc_area(),
+        auc=simulated.against(simulated.silent).roc_area(),
+        auc_hard=simulated.against(simulated.hard).roc_area(),
         n_tokens=whole.n,
     )
 

@@ -29,9 +29,9 @@ class WholeScore:
     """of tokens positive as `tenth` with those simulated at half the maximum or more"""
     iou: float | None = None
     auc: float | None = None
-    """probability that a token positive as `tenth` is simulated higher than another one"""
+    """probability that a token positive as `top` is simulated higher than a silent one, not positive as `tenth`"""
     auc_hard: float | None = None
-    """the same for others with the same id as a positive token: the neuron is silent there all the same"""
+    """the same for silent tokens with the id of a token positive as `top`: hard negatives"""
     n_tokens: int = 0
 
 

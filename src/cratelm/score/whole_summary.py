@@ -87,7 +87,7 @@ class WholeSummary:
                 f"{own.undefined} undefined",
                 f"average precision {_shown(by_name[explainer, 'none', 'precision_top'], 100)}"
                 f" (chance {_shown(by_name[explainer, 'none', 'chance_top'], 100, '.2f')})",
-                f"AUC {_shown(by_name[explainer, 'none', 'auc'], 100)}, among tokens that also fire"
+                f"AUC {_shown(by_name[explainer, 'none', 'auc'], 100)}, hard negatives"
                 f" {_shown(by_name[explainer, 'none', 'auc_hard'], 100)} (chance 50)",
             ]
             words[f"{explainer} all tokens"] = "; ".join(parts)
