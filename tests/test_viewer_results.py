@@ -131,7 +131,7 @@ def test_pages_show_what_the_last_token_explains(library):
             rows = library.layer("run", "crate-2l", 1, query).rows
             assert [r.index for r in rows] == order
     page = pages.layer("run", "crate-2l", 1, LayerQuery(sort="token_share", descending=True))
-    assert '<th scope="col" class="r" aria-sort="descending"><a href="/r/run/layer/crate-2l/1?sort=token_share">token share, %' in page  # fmt: skip
+    assert '<th scope="col" class="r" aria-sort="descending"><a href="/r/run/layer/crate-2l/1?sort=token_share">token, %' in page  # fmt: skip
     assert f'data-value="{shown.token_entropy}">{shown.token_entropy:.2f}<' in page
 
 
@@ -139,7 +139,7 @@ def test_pages_of_a_run_that_was_scored_before_lack_it(tmp_path):
     library = Library([copied(tmp_path)])
     page = Pages(library).layer("run", "crate-2l", 0, LayerQuery(sort="token_share"))
     assert "fires, %" in page
-    assert "share" not in page
+    assert "context, %" not in page
     view = library.neuron("run", "crate-2l", 0, 0)
     assert view.last_token is None
     assert "share" not in Pages(library).neuron(view).replace("can be shared", "")
