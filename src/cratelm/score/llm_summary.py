@@ -30,10 +30,15 @@ def lost_excerpts(scores: ScoreTable) -> dict[tuple[str, ...], LostExcerpts]:
     codes, words = scores.words("status")
     failed = np.array([word == str(Status.FAILED) for word in words], bool)[codes]
     losing = scores.where((scores.numbers("n_failed") > 0) & ~failed)
-    return {
-        key: LostExcerpts(*key, len(group), int(group.numbers("n_failed").sum()))
-        for key, group in losing.groups("explainer", "metric", "control").items()
-    }
+    found = {}
+    for (explainer, metric, control), group in losing.groups(
+        "explainer", "metric", "control"
+    ).items():
+        n_excerpts = int(group.numbers("n_failed").sum())
+        found[explainer, metric, control] = LostExcerpts(
+            explainer, metric, control, len(group), n_excerpts
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,12 @@ class HardDifference:
 
     def in_words(self) -> str:
         """Return the difference, its interval and the counts."""
-        mean, n, without = (
-            self.difference.mean,
-            self.difference.defined,
-            self.difference.undefined,
-        )
+        mean, without = self.difference.mean, self.difference.undefined
         if mean is None:
             return f"none: {without:,} neurons have a score, none with hard negatives"
         bounds = "" if mean.low is None else f" ({mean.low:+.1f} to {mean.high:+.1f})"
         return (
-            f"{mean.value:+.1f}{bounds} with hard negatives, paired over {n:,} neurons;"
+            f"{mean.value:+.1f}{bounds} with hard negatives, paired over {self.difference.defined:,} neurons;"
             f" {without:,} more have no score with hard negatives"
         )
 
@@ -65,11 +66,14 @@ class HardDifference:
 def hard_differences(scores: ScoreTable, resamples: int, seed: int) -> list[HardDifference]:
     """Return the difference for each explainer and metric scored with both kinds of negatives."""
     groups = scores.select(control="none").groups("explainer", "metric")
+    pairs = [
+        (explainer, metric, random, groups[explainer, hard_metric])
+        for metric, hard_metric in HARD_METRICS.items()
+        for (explainer, scored), random in groups.items()
+        if scored == metric and (explainer, hard_metric) in groups
+    ]
     differences = []
-    for (explainer, metric), random in groups.items():
-        hard = groups.get((explainer, HARD_METRICS.get(metric, "")))  # type: ignore[arg-type]
-        if hard is None:
-            continue
+    for explainer, metric, random, hard in pairs:
         value_of = dict(zip(hard.places().tolist(), hard.numbers("value").tolist(), strict=True))
         random = random.where(random.has("value"))
         of_hard = np.array([value_of.get(at, np.nan) for at in random.places().tolist()])
