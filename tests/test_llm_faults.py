@@ -62,9 +62,9 @@ def test_a_storm_of_faults_gives_what_a_calm_server_gives_less_what_is_counted(r
         for _ in range(12):
             explained(run, server, method=method, retry_failed=True)
             done = scored(run, server, method=method, metrics=SOME, retry_failed=True, force=True)
-            if not done.n_failed:
+            if not (done.n_failed or done.n_lost):
                 break
-        assert done.n_failed == 0
+        assert (done.n_failed, done.n_lost) == (0, 0)
         assert max(server.answered.values()) == 1
         after_storm = {_name(s): s.score for s in read_scores(done.path)}
         texts = [vars(e) for e in read_explanations(result.path)]

@@ -3,6 +3,8 @@
 import gzip
 import importlib
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from cratelm.explain.store import read_explanations, read_selected, read_unexpla
 from cratelm.interop.config import ExportNeuronpediaConfig
 from cratelm.interop.neuronpedia import export_neuronpedia
 from cratelm.llm.client import DryRun, WorkerResult
-from cratelm.records import METRICS, SIMULATION_METRICS, Status
+from cratelm.llm.requests import LogprobQuery, OptionLogprobs
+from cratelm.records import METRICS, SIMULATION_METRICS, Metric, Status
 from cratelm.runs import Run
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
@@ -178,12 +181,70 @@ def test_failed_calls_are_counted_never_scored_and_retried_when_asked(run, model
         if place in top:
             assert found.status == Status.FAILED
             assert "no explanation by fake: status: status 500" in found.reason
-    reasons = {s.reason for s in values(done.path, "anthropic").values() if s.status == "failed"}
     assert done.n_failed > len(top)
-    assert any("calls failed, the first: status: status 500" in r for r in reasons)
+    anthropic = values(done.path, "anthropic").values()
+    assert any(s.n_failed for s in anthropic if s.status == Status.DEFINED)
     model.fails = 0.0
     assert explained(run, retry_failed=True).n_failed == 0
     assert scored(run, retry_failed=True, force=True).n_failed == 0
+
+
+class ReadsTexts(FakeModel):
+    """It says yes where a text contains, or marks, the token that the explanation names."""
+
+    def _reading(self, request):
+        (wanted,) = re.findall("`([^`]*)`", request.context)
+        (text,) = re.findall("^Text: (.*)$", request.body, flags=re.M)
+        is_there = (f"«{wanted}»" if "«" in text else wanted) in text
+        return OptionLogprobs(np.log(np.array([[0.9, 0.1][:: 1 - 2 * is_there]], np.float32)))
+
+
+def test_hard_negatives_are_reported_next_to_random_ones_with_the_difference(run, model):
+    """Neuron 1 fires on a token after another, and its explanation names the token: chance on hard negatives.
+
+    The other neurons fire on each occurrence of a token, so that they have no hard negatives.
+    """
+    explained(run)
+    plain = model._value
+    reads = ReadsTexts()._reading
+    model._value = lambda request: (
+        reads(request)
+        if isinstance(request, LogprobQuery) and "Text: " in request.body
+        else plain(request)
+    )
+    metrics: tuple[Metric, ...] = ("detection", "detection_hard", "fuzzing", "fuzzing_hard")
+    result = scored(run, metrics=metrics)
+    summary = json.loads((result.path / "summary.json").read_text())["hard_negatives"]
+    for metric, row in zip(("detection", "fuzzing"), summary, strict=True):
+        random, hard = (values(result.path, m) for m in (metric, f"{metric}_hard"))
+        assert hard[0, 1].value == hard[1, 1].value == 0.5
+        assert random[0, 1].value > 0.5
+        assert hard[0, 5].reason == "0 hard negatives, but 3 are needed"
+        difference = 100 * np.mean([0.5 - random[layer, 1].value for layer in (0, 1)])
+        n_random = sum(s.value is not None for s in random.values())
+        counts = {"defined": 2, "undefined": n_random - 2}
+        assert row["metric"] == metric
+        assert row["difference"]["mean"]["value"] == pytest.approx(difference)
+        assert {name: row["difference"][name] for name in counts} == counts
+        line = f"fake {metric}, hard - random {difference:+.1f} with hard negatives, paired over 2"
+        assert line in " ".join(str(result).split())
+    documents = {
+        s.metric: s.documents
+        for s in read_scores(result.path)
+        if (s.neuron.key, s.control) == ((0, 1), "none")
+    }
+    assert documents["detection_hard"] == documents["fuzzing_hard"] != documents["detection"]
+
+
+def test_metrics_with_hard_negatives_leave_the_requests_of_the_others_as_they_are(run, model):
+    explained(run)
+    few: tuple[Metric, ...] = ("detection", "fuzzing")
+    scored(run, metrics=few, name="few")
+    before = Counter(model.asked)
+    hard: tuple[Metric, ...] = ("detection_hard", "fuzzing_hard")
+    scored(run, metrics=(*few, *hard), name="all")
+    assert all(model.asked[request] == n for request, n in before.items())
+    assert len(model.asked) > len(before)
 
 
 def test_shards_fill_ledgers_of_their_own_and_merge_into_the_same_files(run, model, tmp_path):

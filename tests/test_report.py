@@ -35,7 +35,7 @@ from cratelm.explain.store import read_explanations
 from cratelm.models import load
 from cratelm.records import CHANCE, METRICS, SIMULATION_METRICS, Estimate, Interval
 from cratelm.report import gallery
-from cratelm.report.cells import METRIC_NAMES
+from cratelm.report.cells import METRIC_NAMES, chance_of
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.report.sections import all_tokens
@@ -675,6 +675,11 @@ def test_page_in_a_browser(chromium, written, tmp_path):
     size = ["--window-size=390,1600", f"--screenshot={picture}"]
     subprocess.run([*command, *size, address], capture_output=True, timeout=60, check=True)
     assert picture.stat().st_size > 20_000  # an empty page is 5 kB
+
+
+def test_what_has_no_value_counts_as_is_named_by_metric():
+    assert chance_of(SIMULATION_METRICS) == "0"
+    assert chance_of(["top_and_random", "detection"]) == chance_of(["intruder"]) == "chance"
 
 
 FAKE = "SmolLM2-135M-Instruct"

@@ -24,9 +24,17 @@ from cratelm.llm.requests import (
     Outcome,
     Request,
 )
-from cratelm.records import CHANCE, Control, Excerpt, NeuronRecord, Score, Status
-from cratelm.score.scorers import BY_METRIC, MOST_MARKED, Prompting, Task, example_text, scorer_task
-from cratelm.score.selection import scored_on
+from cratelm.records import CHANCE, HARD_METRICS, Control, Excerpt, NeuronRecord, Score, Status
+from cratelm.score.scorers import (
+    BY_METRIC,
+    MOST_MARKED,
+    Prompting,
+    Task,
+    example_text,
+    is_enough,
+    scorer_task,
+)
+from cratelm.score.selection import hard_negatives, scored_on
 from cratelm.stats.auc import roc_area
 
 TOKENS, _ = corpus("held_out")
@@ -319,6 +327,78 @@ def test_place_in_a_fill_does_not_tell():
     assert 0.3 < np.mean(first) < 0.8
 
 
+# --- hard negatives ----------------------------------------------------------------------------------
+
+
+def with_rare_token() -> NeuronRecord:
+    """The neuron on ` import` after a line's end; the first random texts lack ` import`, as most texts lack a word."""
+    found = record()
+    random = sorted(found.of_kind("random"), key=lambda e: (2 in e.token_ids, e.rank))
+    ranked = [dataclasses.replace(e, rank=rank) for rank, e in enumerate(random)]
+    others = [e for e in found.excerpts if e.kind != "random"]
+    return dataclasses.replace(found, excerpts=tuple(others + ranked))
+
+
+def names_token(text: str) -> float:
+    """An answerer that knows the token and not its context: yes where ` import` stands, or is marked."""
+    return 4.0 if ("« import»" if "«" in text else " import") in text else -4.0
+
+
+@pytest.mark.parametrize("supports_logprobs", [True, False])
+@pytest.mark.parametrize("metric", HARD_METRICS)
+def test_who_knows_the_token_alone_is_at_chance_on_hard_negatives(metric, supports_logprobs):
+    found, hard = with_rare_token(), HARD_METRICS[metric]
+    token_alone, in_context = (
+        [
+            graded(m, of, supports_logprobs=supports_logprobs, found=found).value
+            for m in (metric, hard)
+        ]
+        for of in (names_token, has_wanted)
+    )
+    assert token_alone == [1.0, 0.5]
+    assert in_context == [1.0, 1.0]
+
+
+def test_hard_negatives_carry_the_token_in_silence():
+    found = with_rare_token()
+    hard = hard_negatives(found)
+    assert len(hard) == 5
+    for e in hard:
+        (before, at), value = e.token_ids[e.peak - 1 : e.peak + 1], e.activations[e.peak]
+        assert (at, value, e.activations.max()) == (2, 0, 0)
+        assert before != 1
+        assert e.peak >= 16
+        assert len(e) > 32
+        assert TOKENS[e.position] == 2
+    assert all(e.document % 2 == 1 for e in hard)
+    made = task("detection_hard", found)
+    top = {r for r in made.requests if has_wanted(judged(r)[0]) > 0}
+    assert len(top) == 5
+    assert top < set(task("detection", found).requests)  # asked once for both metrics
+    assert all(judged(r)[0].count("«") == 1 for r in task("fuzzing_hard", found).requests)
+
+
+@pytest.mark.parametrize("share", [0.09, 0.11, 0.6])
+def test_silent_is_below_a_tenth_and_inactive_below_half(share):
+    """At a tenth of the maximum the token is not silent; a text that reaches half of a peak is not inactive."""
+    found = with_rare_token()
+
+    def raised(e: Excerpt) -> Excerpt:
+        where = np.arange(len(e)) == 0 if share > 0.5 else e.token_ids == 2
+        return dataclasses.replace(e, activations=np.maximum(e.activations, share * where))
+
+    assert len(hard_negatives(changed(found, raised))) == (5 if share < 0.1 else 0)
+
+
+def test_two_hard_negatives_are_too_few():
+    found = with_rare_token()
+    ranks = {e.rank for e in hard_negatives(found)[:2]}
+    few = [e for e in found.excerpts if e.kind != "random" or e.rank in ranks]
+    score = unasked("detection_hard", dataclasses.replace(found, excerpts=tuple(few)))
+    assert score.status == Status.UNDEFINED
+    assert score.reason == "2 hard negatives, but 3 are needed"
+
+
 # --- what a model is shown -------------------------------------------------------------------------
 
 pieces = st.text(max_size=5) | st.sampled_from(
@@ -409,17 +489,77 @@ def test_same_draws_each_time_and_others_for_another_seed(metric):
 # --- without a value -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("supports_logprobs", [True, False])
+GONE = Failure(FailureKind.DEADLINE, "no answer within 60 s")
+
+
+def by_hash(text: str) -> float:
+    return crc32(text.encode()) % 1000 / 100 - 5
+
+
+@pytest.mark.parametrize("metric", ["detection", "detection_hard", "fuzzing", "fuzzing_hard"])
+def test_a_failed_call_loses_its_text_alone(metric):
+    made = task(metric, record())
+    texts = [judged(request)[0] for request in made.requests]
+    outcomes = answers(made, by_hash)
+    for lost in ({2}, {0, 3, 7}):
+        score = made.grade([GONE if i in lost else o for i, o in enumerate(outcomes)])
+        kept = [text for i, text in enumerate(texts) if i not in lost]
+        yes, no = ([by_hash(t) for t in kept if (has_wanted(t) > 0) == y] for y in (True, False))
+        assert score.value == pytest.approx(roc_area(yes, no))
+        assert (score.status, score.n_failed) == (Status.DEFINED, len(lost))
+        assert score.n_records == len(kept) == len(texts) - len(lost)
+    assert score.value != pytest.approx(made.grade(outcomes).value)
+    assert made.grade(outcomes).n_failed == 0
+
+
+def test_a_failed_call_loses_its_trial_or_embedding():
+    made = task("intruder", record())
+    won = answers(made, lambda t: -has_wanted(t))
+    lost = answers(made, has_wanted)
+    score = made.grade([GONE, lost[1], won[2], GONE, won[4]])
+    assert score.value == pytest.approx(2 / 3)
+    assert (score.n_records, score.n_failed) == (3, 2)
+    made = task("embedding", record(), text="about")
+    near = [Answer(np.array([1.0, has_wanted(r.text)], np.float32), 1, 0) for r in made.requests]  # type: ignore[union-attr]
+    near[0] = Answer(np.array([0.0, 1.0], np.float32), 1, 0)
+    score = made.grade([near[0], GONE, *near[2:]])
+    assert (score.value, score.n_failed, score.n_records) == (1.0, 1, len(near) - 2)
+    score = made.grade([GONE, *near[1:]])  # nothing is close to an explanation without an embedding
+    assert (score.status, score.n_failed) == (Status.FAILED, len(near) - 1)
+
+
+def test_a_failed_list_loses_its_texts():
+    """Of the two lists of fuzzing one is enough; of detection there is only one."""
+    made = task("fuzzing", record(), supports_logprobs=False)
+    score = made.grade([GONE, answers(made, has_wanted)[1]])
+    assert (score.value, score.n_records, score.n_failed) == (1.0, 5, 5)
+    made = task("detection", record(), supports_logprobs=False)
+    assert made.grade([GONE]).status == Status.FAILED
+
+
 @pytest.mark.parametrize("metric", sorted(BY_METRIC))
-def test_one_failure_is_no_score(metric, supports_logprobs):
-    made = task(metric, record(), supports_logprobs=supports_logprobs)
-    gone = Failure(FailureKind.DEADLINE, "no answer within 60 s")
-    outcomes: list[Outcome] = [gone] * len(made.requests)
+def test_too_few_answers_are_no_score(metric):
+    made = task(metric, record())
+    outcomes: list[Outcome] = [GONE] * len(made.requests)
     if metric != "embedding":
-        outcomes = [*answers(made, has_wanted)[:-1], gone]
+        answered = len(made.requests) // 2 - (len(made.requests) % 2 == 0)  # below half
+        outcomes[:answered] = answers(made, has_wanted)[:answered]
     score = made.grade(outcomes)
     assert (score.value, score.accuracy, score.status) == (None, None, Status.FAILED)
     assert "no answer within 60 s" in score.reason
+    assert score.n_failed > score.n_records == 0
+
+
+def test_both_classes_must_be_left():
+    """Seven of ten texts, but no inactive one; half of the texts of both kinds are enough."""
+    made = task("detection", record())
+    outcomes = answers(made, has_wanted)
+    active = [has_wanted(judged(r)[0]) > 0 for r in made.requests]
+    score = made.grade([o if a else GONE for o, a in zip(outcomes, active, strict=True)])
+    assert 2 * sum(active) >= len(active)
+    assert (score.status, score.n_failed) == (Status.FAILED, len(active) - sum(active))
+    assert is_enough([True, False], [True, False, True, False])
+    assert not is_enough([True, False], [True, False, True, False, False])
 
 
 def unasked(metric, found: NeuronRecord, control: Control = "none") -> Score:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cratelm.errors import InputError
-from cratelm.records import NeuronId, NeuronScore, Score, Status
+from cratelm.records import METRICS, SIMULATION_METRICS, NeuronId, NeuronScore, Score, Status
 from cratelm.stats.auc import roc_area, roc_area_of_ranks
 from cratelm.stats.intervals import bootstrap, resampled_means
 from cratelm.stats.scores import Counts, all_statistics, compare_models, model_statistics
@@ -79,11 +79,13 @@ def test_nothing_defined_is_no_number():
     assert (zero.mean, zero.low, zero.high) == (0, 0, 0)
 
 
-def test_no_value_counts_as_chance():
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_value_counts_as_chance(metric):
     """0 would be worse than an explanation that says nothing where chance is above 0."""
-    layers = scores([[0.9, "failed"]], metric="detection")
-    zero = model_statistics(layers, explainer="lookup", metric="detection", policy="count_zero")
-    assert zero.mean == pytest.approx(70)
+    chance = 20 if metric == "intruder" else 0 if metric in SIMULATION_METRICS else 50
+    layers = scores([[0.9, "failed", "undefined", "dead"]], metric=metric)
+    zero = model_statistics(layers, explainer="lookup", metric=metric, policy="count_zero")
+    assert zero.mean == pytest.approx((90 + 3 * chance) / 4)
 
 
 def test_layer_without_a_value_is_left_out_of_the_model():

@@ -550,7 +550,9 @@ def score(
             "random_only",
             "anthropic",
             "detection",
+            "detection_hard",
             "fuzzing",
+            "fuzzing_hard",
             "intruder",
             "embedding",
         ],
@@ -604,8 +606,9 @@ def score(
         explanations: explanations to score: the name of the language model that wrote them, or
             `llm-free` for those made without one; default: those of the simulator itself
         metrics: `top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token
-            excerpts): simulation. With a language model also `detection`, `fuzzing`, `intruder`,
-            `embedding`
+            excerpts): simulation. With a language model also `detection`, `fuzzing`, both with hard
+            negatives (`detection_hard`, `fuzzing_hard`: texts with the same token, on which the
+            neuron is silent), `intruder`, `embedding`
         paper_compat: also score with levels read as in the paper's code: only among the five most
             likely tokens, and with a simulated 10 read as 1
         all_tokens: also score over all held-out tokens that the harvest searched, and measure what
@@ -634,7 +637,9 @@ def report(
         "random_only",
         "anthropic",
         "detection",
+        "detection_hard",
         "fuzzing",
+        "fuzzing_hard",
         "intruder",
         "embedding",
     ] = "top_and_random",

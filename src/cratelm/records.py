@@ -38,20 +38,34 @@ Metric = Literal[
     "random_only",
     "anthropic",
     "detection",
+    "detection_hard",
     "fuzzing",
+    "fuzzing_hard",
     "intruder",
     "embedding",
 ]
 SIMULATION_METRICS: tuple[Metric, ...] = ("top_and_random", "random_only", "anthropic")
 """metrics of the paper: correlation of simulated with true activations"""
-METRICS: tuple[Metric, ...] = (*SIMULATION_METRICS, "detection", "fuzzing", "intruder", "embedding")
+HARD_METRICS: dict[Metric, Metric] = {"detection": "detection_hard", "fuzzing": "fuzzing_hard"}
+"""metrics with other negatives: texts that carry the same token, on which the neuron is silent there"""
+METRICS: tuple[Metric, ...] = (
+    *SIMULATION_METRICS,
+    "detection",
+    "detection_hard",
+    "fuzzing",
+    "fuzzing_hard",
+    "intruder",
+    "embedding",
+)
 """these metrics, and those from the literature that need a language model but no simulation"""
 CHANCE: dict[Metric, float] = {
     "top_and_random": 0.0,
     "random_only": 0.0,
     "anthropic": 0.0,
     "detection": 0.5,
+    "detection_hard": 0.5,
     "fuzzing": 0.5,
+    "fuzzing_hard": 0.5,
     "intruder": 0.2,
     "embedding": 0.5,
 }
@@ -305,7 +319,7 @@ class Status(StrEnum):
     DEAD = "dead"
     """the neuron never fired on the split, so there is nothing to explain or to score"""
     FAILED = "failed"
-    """the explainer or the simulator did not answer"""
+    """the explainer or the simulator did not answer, or answered about too few excerpts"""
 
 
 @dataclass(frozen=True)
@@ -327,6 +341,8 @@ class Score:
     """detection and fuzzing: balanced accuracy of the answer that the model considered more likely, 0..1"""
     n_tokens: int = 0
     n_records: int = 0
+    n_failed: int = 0
+    """number of further records whose call to a language model failed, and which are left out"""
     n_duplicates: int = 0
     """number of these records that are near-duplicates of text that the explainer saw"""
     without_duplicates: float | None = None

@@ -31,7 +31,9 @@ METRIC_TEXTS: dict[Metric, str] = {
     "random_only": "Correlation of simulated with true activations, random excerpts",
     "anthropic": "Correlation of simulated with true activations, short excerpts of all levels",
     "detection": "Area under the ROC curve: which excerpts the neuron fires in",
+    "detection_hard": "Area under the ROC curve: which excerpts the neuron fires in, among those with its tokens",
     "fuzzing": "Area under the ROC curve: whether the right tokens are marked",
+    "fuzzing_hard": "Area under the ROC curve: whether the token is marked where the neuron fires on it",
     "intruder": "Fraction of trials in which the excerpt that does not belong was found",
     "embedding": "Area under the ROC curve of the similarity of excerpt and explanation",
 }

@@ -52,7 +52,8 @@ def is_finished(config: LLMConfig, stage: Stage, inputs: Inputs) -> bool:
     if config.dry_run or config.shard:
         return False
     done = stage.completion()
-    has_failed = done is not None and bool(done.results.get("n_failed"))
+    counts = ("n_failed", "n_lost")
+    has_failed = done is not None and any(done.results.get(name) for name in counts)
     redo = config.force or (config.retry_failed and has_failed)
     return stage.is_finished(config, inputs, force=redo)
 

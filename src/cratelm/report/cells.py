@@ -1,8 +1,9 @@
 """Names and cells shared by the tables of a report."""
 
 import math
+from collections.abc import Sequence
 
-from cratelm.records import Estimate, Interval, Metric
+from cratelm.records import CHANCE, Estimate, Interval, Metric
 from cratelm.report.drawing import Series
 from cratelm.results.run_results import ModelResults
 from cratelm.results.scores import mean_interval
@@ -15,7 +16,9 @@ METRIC_NAMES: dict[Metric, str] = {
     "random_only": "random-only",
     "anthropic": "Anthropic",
     "detection": "detection",
+    "detection_hard": "detection, hard negatives",
     "fuzzing": "fuzzing",
+    "fuzzing_hard": "fuzzing, hard negatives",
     "intruder": "intruder",
     "embedding": "embedding",
 }
@@ -49,6 +52,11 @@ def estimate_cell(estimate: Estimate | None, by: float = 1) -> Cell:
 def mean_cell(s: ModelStatistics | LayerStatistics | None) -> Cell:
     """Return a mean score with its interval."""
     return interval_cell(mean_interval(s))
+
+
+def chance_of(metrics: Sequence[Metric]) -> str:
+    """Return what a score without a value counts as under the policy `count_zero`, in words: 0 for correlations."""
+    return "chance" if any(CHANCE[metric] for metric in metrics) else "0"
 
 
 def without_score(counts: Counts) -> str:

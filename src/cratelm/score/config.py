@@ -22,7 +22,8 @@ class ScoreConfig(LLMConfig):
     without one; default: those of the simulator itself"""
     metrics: tuple[Metric, ...] = SIMULATION_METRICS
     """`top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token excerpts): simulation.
-    With a language model also `detection`, `fuzzing`, `intruder`, `embedding`"""
+    With a language model also `detection`, `fuzzing`, both with hard negatives (`detection_hard`,
+    `fuzzing_hard`: texts with the same token, on which the neuron is silent), `intruder`, `embedding`"""
     paper_compat: bool = False
     """also score with levels read as in the paper's code: only among the five most likely tokens, and with a
     simulated 10 read as 1"""

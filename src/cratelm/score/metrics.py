@@ -51,6 +51,12 @@ class Sample:
     def _distinct_truth(self) -> "Truth":
         return Truth([e.activations for e in compress(self.excerpts, self._distinct)])
 
+    def where(self, mask: Sequence[bool]) -> "Sample":
+        """Return the excerpts at which `mask` is True, one value per excerpt, as a sample."""
+        return (
+            self if all(mask) else Sample(list(compress(self.excerpts, mask)), self.find_duplicates)
+        )
+
     def score(self, simulated: Sequence[ArrayLike]) -> Score:
         """Return the score of simulated activations, including its value without near-duplicate excerpts.
 

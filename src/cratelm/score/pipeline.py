@@ -2,6 +2,7 @@
 
 A score is first planned: its row, and the requests that it needs (none for simulators without a language
 model). The requests of a batch of neurons are sent together, and each score is computed from its answers.
+A failed call costs its excerpt, and the score only if too few excerpts are left (`scorers.is_enough`).
 Only one batch of neurons is in memory.
 """
 
@@ -18,6 +19,7 @@ from cratelm.llm.requests import Answer, Outcome, Request
 from cratelm.records import (
     CONTROLS,
     CONTROLS_WITHOUT_SIMULATION,
+    HARD_METRICS,
     SIMULATION_METRICS,
     Control,
     Explanation,
@@ -30,7 +32,7 @@ from cratelm.records import (
 )
 from cratelm.score.controls import ExplanationSet, dead_score
 from cratelm.score.metrics import CONSTANT, FindDuplicates, Sample
-from cratelm.score.scorers import BY_METRIC, Prompting, Task, failed, scorer_task
+from cratelm.score.scorers import BY_METRIC, Prompting, Task, scorer_task, too_few
 from cratelm.score.selection import scored_on
 from cratelm.score.simulators import (
     COMPAT,
@@ -150,6 +152,8 @@ def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore
 
 def _source(metric: Metric) -> Metric:
     """Return the metric whose excerpts `metric` uses."""
+    if metric in HARD_METRICS.values():
+        return "detection_hard"
     return metric if metric in SIMULATION_METRICS else "top_and_random"
 
 
@@ -186,11 +190,13 @@ def _plan(
     simulator, token_ids = reader.simulators[variant], sample.token_ids
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
-        failure = failed(outcomes)
-        if failure is not None:
+        remaining = sample.where([isinstance(o, Answer) for o in outcomes])
+        kinds, planned = ([e.kind for e in s.excerpts] for s in (remaining, sample))
+        if failure := too_few(outcomes, kinds, planned):
             return failure
         answers = [o for o in outcomes if isinstance(o, Answer)]
-        return sample.score(simulator.simulate(explanation, token_ids, answers))
+        score = remaining.score(simulator.simulate(explanation, remaining.token_ids, answers))
+        return replace(score, n_failed=len(planned) - len(kinds))
 
     return Task(tuple(simulator.requests(explanation, token_ids)), grade)
 

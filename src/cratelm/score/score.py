@@ -43,6 +43,7 @@ from cratelm.score.audit_run import table as run_table
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import Audit, DocumentAudit, ExplanationSet
 from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
+from cratelm.score.llm_summary import hard_differences, lost_excerpts
 from cratelm.score.pipeline import Reader, Scoring, plan_batches, requests_of, score_records
 from cratelm.score.scorers import Prompting
 from cratelm.score.simulators import COMPAT, LLMSimulator
@@ -73,26 +74,28 @@ class ScoreResult:
     """mean of the explanations' own scores and of the shuffled control, in words, by explainer and metric"""
     n_failed: int = 0
     """scores, including those of null controls, that do not exist because an explainer or simulator failed"""
+    n_lost: int = 0
+    """excerpts left out of the other scores because their calls failed; one counts for each score"""
     calls: str = ""
     """number and cost of the calls to a language model, in words"""
+    hard: dict[str, str] = field(default_factory=dict)
+    """differences that hard negatives make, in words, by explainer and metric; empty if none were scored"""
     whole: dict[str, str] = field(default_factory=dict)
     """figures over all held-out tokens, in words, by what they are; empty if they were not measured"""
     audit: str = ""
     """tables of the audit of the metrics; empty without --audit"""
 
     def __str__(self) -> str:
-        failed = (
-            f", {self.n_failed:,} scores failed (--retry-failed repeats the calls)"
-            if self.n_failed
-            else ""
-        )
+        parts = [f"{self.n_failed:,} scores failed"] if self.n_failed else []
+        parts += [f"{self.n_lost:,} excerpts left out of scores"] if self.n_lost else []
+        failed = f", {', '.join(parts)} (--retry-failed repeats the calls)" if parts else ""
         calls = f"\n  {self.calls}" if self.calls else ""
         head = (
             f"{self.n_scores:,} scores of {self.n_neurons:,} neurons, {self.n_dead:,} dead,"
             f" {self.shared_documents} shared documents, {self.n_duplicates:,} near-duplicate"
             f" passages{failed}: {self.path}{calls}"
         )
-        lines = [*self.means.items(), *self.whole.items()]
+        lines = [*self.means.items(), *self.hard.items(), *self.whole.items()]
         text = "\n".join([head, *(f"  {name:<30} {words}" for name, words in lines)])
         return f"{text}\n{self.audit}" if self.audit else text
 
@@ -368,7 +371,8 @@ def _summarize(
 
     `extra` is added to `summary.json`.
     """
-    scores = read_score_columns(draft.path, ("value", "n_duplicates", "without_duplicates"))
+    columns = ("value", "n_failed", "n_duplicates", "without_duplicates")
+    scores = read_score_columns(draft.path, columns)
     near = duplicates.audit(scores)
     results = _write_summary(draft.path, config, explained.selected, scores, documents, near, extra)
     draft.results.update(results)
@@ -396,6 +400,14 @@ def _write_summary(
 ) -> dict[str, Any]:
     """Write `summary.json`; return the fields of `ScoreResult`."""
     statistics = all_statistics(scores, resamples=config.resamples, seed=config.seed)
+    lost = lost_excerpts(scores)
+    hard = hard_differences(scores, config.resamples, config.seed)
+    if config.simulator:
+        extra = {
+            **extra,
+            "lost_excerpts": [asdict(row) for row in lost.values()],
+            "hard_negatives": [asdict(row) for row in hard],
+        }
     write_json(
         folder / "summary.json",
         {
@@ -413,7 +425,9 @@ def _write_summary(
         f"{explainer} {metric}": f"{_mean(own)}; shuffled"
         f" {_mean(defined_only[explainer, metric, 'shuffled'])};"
         f" {own.counts.undefined} undefined, {own.counts.failed} failed"
-        for (explainer, metric, control), own in defined_only.items()
+        + (f", {row.n_excerpts:,} excerpts left out" if (row := lost.get(key)) else "")
+        for key, own in defined_only.items()
+        for explainer, metric, control in [key]
         if control == "none"
     }
     return {
@@ -421,9 +435,11 @@ def _write_summary(
         "n_neurons": len(selected),
         "n_dead": len(scores.select(status=str(Status.DEAD)).neurons()),
         "n_failed": len(scores.select(status=str(Status.FAILED))),
+        "n_lost": sum(row.n_excerpts for row in lost.values()),
         "shared_documents": len(documents.shared),
         "n_duplicates": near.n_near_duplicates,
         "means": means,
+        "hard": {f"{h.explainer} {h.metric}, hard - random": h.in_words() for h in hard},
     }
 
 

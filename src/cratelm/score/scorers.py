@@ -4,6 +4,7 @@
 |---|---|---|---|
 | detection | does the text contain what the explanation says? | area under the ROC curve | 0.5 |
 | fuzzing | are the marked tokens what the explanation says? | area under the ROC curve | 0.5 |
+| detection_hard, fuzzing_hard | the same, with hard negatives | area under the ROC curve | 0.5 |
 | intruder | which of five texts does not belong (no explanation)? | fraction of trials won | 0.2 |
 | embedding | none: similarity of explanation and text | area under the ROC curve | 0.5 |
 
@@ -13,18 +14,27 @@ Detection, fuzzing and embedding follow Paulo et al. 2024 (arXiv 2410.13928), in
 neuron stays below half of the weakest top excerpt's peak: dense neurons fire in nearly every text, so
 with "never above 0" they would have no inactive text. Random excerpts in between are not used.
 
+Hard negatives (`selection.hard_negatives`) carry the same token as a top excerpt, but the neuron is silent
+there: an explanation that names the token and not its context is at chance on them. `detection_hard` asks
+about the same top excerpts as `detection`, so that the two differ only in their negatives. (The code of
+Paulo et al., delphi, finds hard negatives by the similarity of texts instead.)
+
 Prompts depend on activations only through which excerpts are active, which are inactive, and which
 tokens are marked. Random draws are seeded by neuron (and excerpt), and so are equal in every process.
 
-A scorer is a dataclass with three methods: `examples` chooses texts and marks, `prompt` writes the
-requests about them, `grade` turns the answers into a score. To add a scorer, add its metric to
-`cratelm.records` and an instance to `BY_METRIC`.
+Excerpts whose call failed are left out and counted. The score exists if at least half of the excerpts are
+left, and at least one of each class: active and inactive, or right and wrong marks (`is_enough`).
+
+A scorer is a dataclass whose methods choose texts and marks (`examples`), write the requests about them
+(`prompt`), and turn the answers into a score (`grade`); `answered` and `classes` say which texts a failed
+request costs. To add a scorer, add its metric to `cratelm.records` and an instance to `BY_METRIC`.
 
 Shapes: n tokens of an excerpt, P active and Q inactive texts, E width of an embedding.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Protocol
 
 import numpy as np
@@ -45,7 +55,7 @@ from cratelm.llm.prompts.scorers import (
 from cratelm.llm.requests import Answer, Embed, Failure, OptionLogprobs, Outcome, Request, Value
 from cratelm.records import Control, Excerpt, Metric, NeuronRecord, Score, Status, levels
 from cratelm.score.controls import dead_score
-from cratelm.score.selection import scored_on
+from cratelm.score.selection import LEAST_HARD, hard_negatives, inactive_limit, scored_on
 from cratelm.stats.auc import roc_area
 
 MOST_MARKED = 8
@@ -73,6 +83,24 @@ def failed(outcomes: Sequence[Outcome]) -> Score | None:
         f"{len(failures)} of {len(outcomes)} calls failed, the first: {first.kind}: {first.reason}"
     )
     return Score(None, Status.FAILED, reason)
+
+
+def is_enough(remaining: Sequence[Hashable], planned: Sequence[Hashable]) -> bool:
+    """Return True if the excerpts whose calls were answered are enough for a score.
+
+    Both arguments have the class of each excerpt: its kind if it is simulated, else the right answer. At least
+    half of the excerpts must remain, and at least one of each class that was planned: a correlation over top
+    excerpts alone, for example, would be another metric than top-and-random.
+    """
+    return 2 * len(remaining) >= len(planned) and set(remaining) == set(planned)
+
+
+def too_few(
+    outcomes: Sequence[Outcome], remaining: Sequence[Hashable], planned: Sequence[Hashable]
+) -> Score | None:
+    """Return FAILED as `failed` does, with the number of excerpts lost, if not `is_enough`; else None."""
+    score = None if is_enough(remaining, planned) else failed(outcomes)
+    return score and replace(score, n_failed=len(planned) - len(remaining))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +157,16 @@ class Scorer(Protocol):
         """Return the requests about `examples`; for the control `shuffled`, `explanation` is another neuron's."""
         ...
 
+    def answered(self, examples: Examples, answered: Sequence[bool]) -> Examples:
+        """Return the texts that can be graded; `answered` says of each request of `prompt` if it was answered."""
+        ...
+
+    def classes(self, examples: Examples) -> Sequence[bool]:
+        """Return the right answer for each text; for intruder, True for each trial."""
+        ...
+
     def grade(self, examples: Examples, values: Sequence[Value]) -> Score:
-        """Return the score; `values` are the answers to all requests of `prompt`, in order."""
+        """Return the score; `examples` are those that `answered` returns, `values` the answers, in order."""
         ...
 
 
@@ -139,7 +175,8 @@ def scorer_task(
 ) -> Task | Score:
     """Return the task that scores `record`, or an undefined or dead score if there is nothing to ask.
 
-    A score needs all answers: with any failure among them it is FAILED.
+    Texts whose requests failed are left out of the score and counted in `n_failed`. If those left are not
+    enough (`is_enough`), it is FAILED.
     """
     assert control != "constant"
     examples = scorer.examples(record, control, prompting.seed)
@@ -148,8 +185,13 @@ def scorer_task(
     requests = tuple(scorer.prompt(explanation, examples, prompting))
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
+        remaining = scorer.answered(examples, [isinstance(o, Answer) for o in outcomes])
+        classes, planned = scorer.classes(remaining), scorer.classes(examples)
+        if failure := too_few(outcomes, classes, planned):
+            return failure
         values = [o.value for o in outcomes if isinstance(o, Answer)]
-        return failed(outcomes) or scorer.grade(examples, values)
+        score = scorer.grade(remaining, values)
+        return replace(score, n_failed=len(planned) - len(classes))
 
     return Task(requests, grade)
 
@@ -176,10 +218,20 @@ class YesNoScorer:
             return [read_yes_no(self.wording, explanation, t) for texts in groups for t in texts]
         return [fill_yes_no(self.wording, explanation, texts, prompting.seed) for texts in groups]
 
+    def answered(self, examples: Examples, answered: Sequence[bool]) -> Examples:
+        """Return the texts whose own request, or whose group's, was answered."""
+        if len(answered) == len(examples):  # one request per group
+            answered = np.repeat(answered, [len(group) for group in examples]).tolist()
+        return _where(examples, answered)
+
+    def classes(self, examples: Examples) -> Sequence[bool]:
+        """Return the right answer for each text."""
+        return [e.positive for group in examples for e in group]
+
     def grade(self, examples: Examples, values: Sequence[Value]) -> Score:
         """Return the area under the ROC curve of the answers' leaning to yes, and the balanced accuracy."""
         leaning = np.concatenate([_leaning(value) for value in values])
-        positive = np.array([e.positive for group in examples for e in group])
+        positive = np.array(self.classes(examples))
         yes, no = leaning[positive], leaning[~positive]
         accuracy = float((_share_above(yes) + _share_above(-no)) / 2)
         n_tokens = sum(len(e.excerpt) for group in examples for e in group)
@@ -233,6 +285,33 @@ def fuzzing_examples(record: NeuronRecord, seed: int) -> Examples | Score:
     return groups
 
 
+def hard_detection_examples(record: NeuronRecord, seed: int) -> Examples | Score:
+    """Return the top excerpts and the hard negatives in one group, in random order."""
+    split = _top_and_hard(record)
+    if isinstance(split, Score):
+        return split
+    top, hard = split
+    examples = [*(Example(e, True) for e in top), *(Example(e, False) for e in hard)]
+    return [[examples[i] for i in _rng(record, seed).permutation(len(examples))]]
+
+
+def hard_fuzzing_examples(record: NeuronRecord, seed: int) -> Examples | Score:
+    """Return the top excerpts with their peak marked, and the hard negatives with the silent token marked.
+
+    Each text has one mark, so that the number of marks does not reveal the answer. They are in one group, in
+    random order.
+    """
+    split = _top_and_hard(record)
+    if isinstance(split, Score):
+        return split
+    examples = [
+        Example(e, positive, np.array([e.peak]))
+        for side, positive in zip(split, (True, False), strict=True)
+        for e in side
+    ]
+    return [[examples[i] for i in _rng(record, seed).permutation(len(examples))]]
+
+
 @dataclass(frozen=True)
 class IntruderScorer:
     """Asks which of five texts does not belong, which tests whether the active texts have enough in common.
@@ -273,6 +352,14 @@ class IntruderScorer:
             return [read_intruder(texts) for texts in trials]
         return [fill_intruder(texts, prompting.seed) for texts in trials]
 
+    def answered(self, examples: Examples, answered: Sequence[bool]) -> Examples:
+        """Return the trials that were answered."""
+        return list(compress(examples, answered))
+
+    def classes(self, examples: Examples) -> Sequence[bool]:
+        """Return True for each trial: they are of one class."""
+        return [True] * len(examples)
+
     def grade(self, examples: Examples, values: Sequence[Value]) -> Score:
         """Return the fraction of trials won."""
         positions = [[e.positive for e in group].index(True) for group in examples]
@@ -302,6 +389,14 @@ class EmbeddingScorer:
         texts = [e.text(prompting.strings) for group in examples for e in group]
         return [Embed(one_line(explanation)), *map(Embed, texts)]
 
+    def answered(self, examples: Examples, answered: Sequence[bool]) -> Examples:
+        """Return the texts that have an embedding; none if the explanation has none."""
+        return _where(examples, [answered[0] and of_text for of_text in answered[1:]])
+
+    def classes(self, examples: Examples) -> Sequence[bool]:
+        """Return whether each text is active."""
+        return [e.positive for group in examples for e in group]
+
     def grade(self, examples: Examples, values: Sequence[Value]) -> Score:
         """Return the area under the ROC curve of the cosines, active versus inactive texts."""
         widths = {len(value) for value in values if isinstance(value, np.ndarray)}
@@ -322,7 +417,9 @@ class EmbeddingScorer:
 
 BY_METRIC: dict[Metric, Scorer] = {
     "detection": YesNoScorer(DETECTION, detection_examples),
+    "detection_hard": YesNoScorer(DETECTION, hard_detection_examples),
     "fuzzing": YesNoScorer(FUZZING, fuzzing_examples),
+    "fuzzing_hard": YesNoScorer(FUZZING, hard_fuzzing_examples),
     "intruder": IntruderScorer(),
     "embedding": EmbeddingScorer(),
 }
@@ -364,7 +461,7 @@ def _active_and_inactive(
     if not top:
         return _undefined("the neuron has no top excerpt to score on")
     random = scored_on(record, "random_only")
-    limit = min(float(e.activations.max()) for e in top) / 2
+    limit = inactive_limit(top)
     inactive = tuple(e for e in random if float(e.activations.max()) < limit)
     if not inactive:
         return _undefined(
@@ -372,6 +469,20 @@ def _active_and_inactive(
             " of the weakest top excerpt's peak"
         )
     return top, inactive
+
+
+def _top_and_hard(
+    record: NeuronRecord,
+) -> tuple[tuple[Excerpt, ...], tuple[Excerpt, ...]] | Score:
+    """Return the top excerpts and the hard negatives; the undefined or dead score if there are too few."""
+    if record.summary.dead:
+        return dead_score("held-out")
+    top, hard = _top(record), hard_negatives(record)
+    if not top:
+        return _undefined("the neuron has no top excerpt to score on")
+    if len(hard) < LEAST_HARD:
+        return _undefined(f"{len(hard)} hard negatives, but {LEAST_HARD} are needed")
+    return top, hard
 
 
 def _strongest(excerpt: Excerpt) -> NDArray[np.intp]:
@@ -425,6 +536,12 @@ def _intruder_texts(
 
 
 # --- from answers to scores ------------------------------------------------------------------------
+
+
+def _where(examples: Examples, mask: Sequence[bool]) -> Examples:
+    """Return the texts at which `mask` is True, in the same groups; it has one value per text."""
+    flags = iter(mask)
+    return [[e for e in group if next(flags)] for group in examples]
 
 
 def _leaning(value: Value) -> NDArray[np.float64]:

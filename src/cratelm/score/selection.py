@@ -8,17 +8,29 @@ Bricken et al. 2023). Our excerpts come from the `held_out` split and explanatio
 |---|---|
 | top_and_random | held-out top ranks 1, 3, 5, 7, 9 and 5 random, 64 tokens |
 | random_only | 5 random, 64 tokens |
+| detection_hard, fuzzing_hard | held-out top ranks 1, 3, 5, 7, 9 and 3 to 5 hard negatives, 64 tokens |
 | anthropic | held-out top ranks 15..24, 2 of each of 12 bins, 5 random, 10 out of context; 8 tokens (3 out of context) |
 
 If a neuron has fewer excerpts, those that exist are used; the score reports the number of records.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
 from cratelm.explain.selection import ANTHROPIC_WINDOW, N_RANDOM, PER_BIN, by_rank, first_of_bins
-from cratelm.records import Excerpt, Metric, NeuronRecord
+from cratelm.records import HARD_METRICS, Excerpt, Metric, NeuronRecord
 
 TOP_RANKS = (1, 3, 5, 7, 9)
 ANTHROPIC_TOP_RANKS = tuple(range(15, 25))
 N_OUT_OF_CONTEXT = 10
+LEAST_HARD = 3
+"""hard negatives without which a metric that needs them is undefined"""
+SILENT = 0.1
+"""fraction of the neuron's maximum below which it is silent"""
+HARD_CONTEXT = 16
+"""tokens that precede the silent token: without them a reader could not judge its context"""
 
 
 def scored_on(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
@@ -28,7 +40,42 @@ def scored_on(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
         return random
     if metric == "top_and_random":
         return by_rank(record, "top", TOP_RANKS) + random
+    if metric in HARD_METRICS.values():
+        return by_rank(record, "top", TOP_RANKS) + hard_negatives(record)
     top = by_rank(record, "top", ANTHROPIC_TOP_RANKS)
     bins = first_of_bins(record, PER_BIN, without={e.position for e in top})
     in_context = tuple(e.narrowed(*ANTHROPIC_WINDOW) for e in top + bins + random)
     return in_context + by_rank(record, "out_of_context", range(N_OUT_OF_CONTEXT))
+
+
+def inactive_limit(top: Sequence[Excerpt]) -> float:
+    """Return what a neuron stays below in inactive texts: half of the peak of the weakest of its top excerpts."""
+    return min(float(e.activations.max()) for e in top) / 2
+
+
+def hard_negatives(record: NeuronRecord) -> tuple[Excerpt, ...]:
+    """Return up to 5 inactive excerpts that carry a token on which the neuron peaks, but is silent there.
+
+    The tokens are those at the peaks of the top excerpts scored on. In the excerpts the neuron stays below
+    `inactive_limit`, as in random negatives, and at one of these tokens below a tenth of its maximum
+    (held-out): its context, not the token, says that the neuron is silent. The excerpts are random ones and
+    those of the quantile bins, as long as the top excerpts; each is returned with the silent token as its
+    peak, the one closest to the middle. None are returned if there is no top excerpt.
+    """
+    top = by_rank(record, "top", TOP_RANKS)
+    if not top:
+        return ()
+    limit, silent = inactive_limit(top), SILENT * record.summary.maximum
+    strong = [e.token_ids[e.peak] for e in top]
+    chosen: dict[int, Excerpt] = {}  # by position: an excerpt may be random and in a bin
+    for excerpt in (*record.of_kind("random"), *record.of_kind("openai_bin")):
+        is_silent = np.isin(excerpt.token_ids, strong) & (excerpt.activations < silent)
+        offsets = np.flatnonzero(is_silent)
+        offsets = offsets[offsets >= HARD_CONTEXT]
+        if len(offsets) and float(excerpt.activations.max()) < limit:
+            peak = int(offsets[np.argmin(np.abs(offsets - len(excerpt) // 2))])
+            position = excerpt.position + peak - excerpt.peak
+            chosen.setdefault(excerpt.position, replace(excerpt, peak=peak, position=position))
+        if len(chosen) == N_RANDOM:
+            break
+    return tuple(chosen.values())

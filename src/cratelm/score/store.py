@@ -37,7 +37,7 @@ SCORES = TableFile(
         FileColumn(
             "metric",
             pa.string(),
-            "`top_and_random`, `random_only`, `anthropic`; with a language model also `detection`, `fuzzing`, `intruder`, `embedding`",
+            "`top_and_random`, `random_only`, `anthropic`; with a language model also `detection`, `detection_hard`, `fuzzing`, `fuzzing_hard`, `intruder`, `embedding`",
         ),
         FileColumn(
             "control",
@@ -61,9 +61,18 @@ SCORES = TableFile(
             pa.float64(),
             "1 - mean absolute error / mean absolute truth, at most 1",
         ),
-        FileColumn("accuracy", pa.float64(), "detection and fuzzing: balanced accuracy, 0 to 1"),
+        FileColumn(
+            "accuracy",
+            pa.float64(),
+            "detection and fuzzing, also with hard negatives: balanced accuracy, 0 to 1",
+        ),
         FileColumn("n_tokens", pa.int64(), "tokens scored"),
         FileColumn("n_records", pa.int64(), "excerpts scored"),
+        FileColumn(
+            "n_failed",
+            pa.int64(),
+            "further excerpts (of intruder, trials) left out because their call failed; not in files of version 0.1.0",
+        ),
         FileColumn("n_duplicates", pa.int64(), "of these, near-duplicates of text explained from"),
         FileColumn(
             "without_duplicates",
@@ -233,13 +242,14 @@ def read_score_columns(folder: str | Path, columns: Sequence[str]) -> ScoreTable
 
 _LATER = (
     "accuracy",
+    "n_failed",
     "n_duplicates",
     "without_duplicates",
     "explained_by",
     "simulator",
     "variant",
 )
-"""columns that files of version 0.1.0 may lack"""
+"""columns that files of earlier versions may lack"""
 _ALWAYS = ("model", "site", "layer", "index", "explainer", "metric", "control", "status")
 """columns without which there is no score"""
 

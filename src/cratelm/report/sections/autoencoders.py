@@ -16,6 +16,7 @@ from cratelm.records import Estimate, Interval, Metric, Status
 from cratelm.report.cells import (
     INTERVAL_NOTE,
     METRIC_NAMES,
+    chance_of,
     estimate_cell,
     mean_cell,
     series_of,
@@ -100,6 +101,7 @@ def _policies(
     results: RunResults, latents: Sequence[ModelResults], resamples: int, seed: int
 ) -> Table:
     """Return the means under each policy for neurons and latents without a score."""
+    chance = chance_of(results.metrics)
     columns = (
         Column("metric", "metric"),
         Column("model", "model"),
@@ -109,8 +111,8 @@ def _policies(
         Column("dead", "dead", ",d"),
         Column("failed", "failed", ",d"),
         Column("leave_out", "mean × 100 of those with a score", ".1f"),
-        Column("live", "mean without dead: undefined as 0", ".1f"),
-        Column("all", "mean of all: dead also as 0", ".1f"),
+        Column("live", f"mean without dead: undefined as {chance}", ".1f"),
+        Column("all", f"mean of all: dead also as {chance}", ".1f"),
         Column("shuffled", "null: shuffled explanations", ".1f"),
         Column("init", "null: random init", ".1f"),
     )

@@ -44,7 +44,7 @@ def side_by_side_table(results: RunResults, resamples: int, seed: int) -> Table:
         " model was used. If only some of these have scores without a language model, additional rows refer to"
         " those. Every mean is over these neurons only. Top-and-random, random-only and Anthropic: correlation"
         " × 100 of simulated with true activations. Detection, fuzzing and embedding: area under the ROC curve"
-        " × 100; intruder: trials won × 100. Chance: the score of an explanation without information. Shuffled:"
+        " × 100; hard negatives: texts with the same token, on which the neuron is silent; intruder: trials won × 100. Chance: the score of an explanation without information. Shuffled:"
         " each neuron is scored with the explanation of another neuron of the layer; the intruder scorer uses no"
         " explanation, so its shuffled score repeats the same trials. Random init: the untrained model with the"
         " same explainer, on the neurons of the same layer and index if they were scored, else on its own"

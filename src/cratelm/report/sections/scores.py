@@ -8,7 +8,14 @@ from numpy.typing import NDArray
 
 from cratelm.explain.config import EXPLAINERS
 from cratelm.records import SIMULATION_METRICS, Control, Metric
-from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, series_of, without_score
+from cratelm.report.cells import (
+    INTERVAL_NOTE,
+    METRIC_NAMES,
+    chance_of,
+    mean_cell,
+    series_of,
+    without_score,
+)
 from cratelm.report.drawing import Figure, Panel, Series, distributions, rows, scores_panel
 from cratelm.report.sections import all_tokens
 from cratelm.report.sections.autoencoders import reconstruction_costs
@@ -106,7 +113,9 @@ def _metric_columns(metric: Metric) -> list[Column]:
     return [
         Column(metric, f"{METRIC_NAMES[metric]}, mean × 100 [95%]", ".1f", "head"),
         Column(f"{metric}_variance", "variance over layers", ".2f", "minor"),
-        Column(f"{metric}_count_zero", "mean, others counted as 0", ".1f", "minor"),
+        Column(
+            f"{metric}_count_zero", f"mean, others counted as {chance_of([metric])}", ".1f", "minor"
+        ),
         Column(f"{metric}_shuffled", "null: shuffled explanations", ".1f", "minor"),
         Column(f"{metric}_init", "null: random init", ".1f", "minor"),
         Column(f"{metric}_none", "undefined / dead / failed", "", "minor"),
@@ -240,6 +249,7 @@ def nulls_table(results: RunResults) -> Table:
 
 def unscored_table(results: RunResults) -> Table:
     """Return the counts of neurons without a score, and the means including and excluding them."""
+    chance = chance_of(results.metrics)
     columns = (
         Column("model", "model"),
         Column("explainer", "explainer"),
@@ -250,7 +260,7 @@ def unscored_table(results: RunResults) -> Table:
         Column("dead", "dead", ",d"),
         Column("failed", "failed", ",d"),
         Column("leave_out", "mean × 100, others excluded", ".1f"),
-        Column("count_zero", "mean × 100, others counted as 0", ".1f"),
+        Column("count_zero", f"mean × 100, others counted as {chance}", ".1f"),
     )
     rows = []
     for m, explainer, metric in product(results.models, results.explainers, results.metrics):
