@@ -5,6 +5,7 @@ import json
 import random
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cratelm.pipelines.sae_compare import sae_compare
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.runs import Run
+from cratelm.sae.train import sae_train
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
@@ -344,6 +346,17 @@ def test_autoencoders_from_a_folder(compared, run, tmp_path):
     assert mine["added"] == theirs["added"]
     a, b = (pq.read_table(p / "scores" / f"crate-2l+{n}" / "scores.parquet") for p, n in ((compared, "topk-2x"), (run, "theirs")))  # fmt: skip
     assert a["value"].equals(b["value"])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_random_control_is_compared_by_its_name(run):
+    usual = SaeCompareConfig(run=run, **SMALL).training("crate-2l")
+    trained = sae_train(replace(usual, freeze="soft-decoder", sequence_length=32))
+    name = "topk-2x-frozen-soft-decoder"
+    assert trained.name == f"crate-2l@{name}"
+    result = sae_compare(SaeCompareConfig(run=run, models=("crate-2l",), sae=name, evaluate_tokens=640, quiet=True))  # fmt: skip
+    assert result.models == ("crate-2l", f"crate-2l+{name}")
+    assert f"crate-2l+{name}" in result.table
 
 
 def test_every_key_of_an_evaluation_is_documented(compared):
