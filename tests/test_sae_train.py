@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,13 +114,18 @@ def test_l1_takes_out_the_gradient_along_a_row():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("freeze", ["decoder", "soft-decoder", "encoder"])
 def test_frozen_matrices_keep_their_start(architecture, freeze):
-    config = SaeTrainConfig(architecture=architecture, freeze=freeze, d_sae=40, tokens=64 * 12, batch_size=64, dead_after=64, lr=0.05, k=2 if "topk" in architecture else None)  # fmt: skip
-    sae = build_sae(config, 20, 0, torch.device("cpu"))
-    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    trainer = make_trainer(config, sae)
-    for step in range(config.steps):
-        trainer.step(planted(64, step)[0])
-    cosines = torch.cosine_similarity(sae.W_dec.double(), before["W_dec"].double(), dim=1)
+    config = SaeTrainConfig(architecture=architecture, freeze=freeze, d_sae=40, tokens=64 * 20, batch_size=64, lr=0.05, k=2 if "topk" in architecture else None)  # fmt: skip
+
+    def after_steps(config):
+        sae = build_sae(config, 20, 0, torch.device("cpu"))
+        before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+        trainer = make_trainer(config, sae)
+        for step in range(config.steps):
+            trainer.step(planted(64, step)[0])
+        rows, start = sae.W_dec.detach().double(), before["W_dec"].double()
+        return sae, before, trainer, torch.cosine_similarity(rows, start, dim=1)
+
+    sae, before, trainer, cosines = after_steps(config)
     frozen = {"decoder": "W_dec", "encoder": "W_enc"}.get(freeze)
     for name in ("W_enc", "W_dec", "b_dec"):
         assert torch.equal(getattr(sae, name), before[name]) == (name == frozen), name
@@ -127,9 +133,7 @@ def test_frozen_matrices_keep_their_start(architecture, freeze):
         assert not trainer.optimizer.state[getattr(sae, frozen)]
     else:
         assert cosines.min() >= 0.8 - 1e-6
-        assert (
-            cosines < 0.8 + 1e-6
-        ).sum() > 3  # the bound is reached, so the projection was needed
+        assert after_steps(replace(config, freeze=None))[-1].min() < 0.75
     if architecture == "l1":
         assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(40), atol=1e-5)
 
@@ -150,7 +154,7 @@ def test_a_frozen_decoder_is_saved_as_it_started(run):
     assert result.name == "crate@l1-2x-frozen-decoder"
     assert (result.revived_by, result.layers[0].resampled) == ("nothing", 0)
     assert result.layers[0].dead > 0  # else there was nothing to resample
-    fresh = build_sae(SaeTrainConfig(**SMALL, **options), 128, 0, torch.device("cpu"))
+    fresh = build_sae(SaeTrainConfig(**{**SMALL, **options}), 128, 0, torch.device("cpu"))
     saved = weights(result.path, 0)["W_dec"]
     cosines = torch.cosine_similarity(saved.double(), fresh.W_dec.double(), dim=1)
     assert cosines.min() > 1 - 1e-7
@@ -282,7 +286,7 @@ def test_a_place_is_found_again(finished, monkeypatch):
 
 @pytest.mark.parametrize(
     ("architecture", "freeze"),
-    [("l1", None), ("batchtopk", None), ("jumprelu", None), ("gated", "soft-decoder"), ("topk", "encoder")],
+    [("l1", None), ("batchtopk", None), ("jumprelu", None), ("gated", "soft-decoder")],
 )  # fmt: skip
 def test_interrupted_training_ends_in_the_same_weights(
     run, tmp_path, monkeypatch, architecture, freeze

@@ -16,6 +16,7 @@ from cratelm.explain.explain import explain
 from cratelm.models import build, load
 from cratelm.models.nulls import null_control
 from cratelm.models.parts import freeze, parts_of
+from cratelm.report.cells import mean_cell
 from cratelm.report.config import ReportConfig
 from cratelm.report.reproduce import commands
 from cratelm.report.sections.scores import nulls_table
@@ -164,31 +165,27 @@ def test_nulls_are_controls_of_their_family_in_report_and_browser(run):
 
     for name in ("crate-2l", "crate-2l-init", *NULLS):
         common = {"run": run, "model": name, "quiet": True}
-        harvest(HarvestConfig(**common, tokens=2000, pilot_tokens=256, device="cpu"))
-        explain(ExplainConfig(**common, neurons=12))
-        score(ScoreConfig(**common, resamples=100))
+        harvest(HarvestConfig(**common, tokens=1000, pilot_tokens=256, top=10, device="cpu"))
+        explain(ExplainConfig(**common, neurons=6, explainers=("lookup",)))
+        score(ScoreConfig(**common, resamples=100, metrics=("random_only",), all_tokens=False))
     results = read_results(Run(run))
     assert [m.name for m in results.principal] == ["crate-2l"]
+    assert all(results.model(f"crate-2l-{kind}").null_of == "crate-2l" for kind in names.NULLS)  # pyright: ignore
     table = nulls_table(results)
-    columns = [column.name for column in table.columns]
+    columns = [column.key for column in table.columns]
     assert columns[3:7] == ["shuffled", *names.NULLS]
-    for row in table.rows:
+    for metric, row in zip(results.metrics, table.rows, strict=True):
         cells = dict(zip(columns, row, strict=True))
-        for kind in names.NULLS:
-            null = results.model(f"crate-2l-{kind}")
-            assert null is not None
-            assert null.null_of == "crate-2l"
-        values = [cells[kind].value for kind in names.NULLS]
-        assert len(set(values)) == 3
-        statistics = results.model("crate-2l-permuted").find(results.explainer, "random_only")  # pyright: ignore
-        if cells["metric"] == "random-only":
-            assert cells["permuted"].value == pytest.approx(100 * statistics.mean)
+        nulls = {kind: results.model(f"crate-2l-{kind}") for kind in names.NULLS}
+        expected = {kind: mean_cell(m.find(results.explainer, metric)) for kind, m in nulls.items()}  # pyright: ignore
+        assert {kind: cells[kind] for kind in names.NULLS} == expected
+        assert len(set(map(str, expected.values()))) == 3
     typed = commands(results, ReportConfig(run=run)).splitlines()
     (line,) = [x for x in typed if "train" in x and "--null permuted" in x]
     assert "--name" not in line
     page = Pages(Library([run]), live=False).overview()
     assert all(f"null: {words}" in page for words in ("untrained model", "permuted weights", "only embeddings trained"))  # fmt: skip
-    assert "Untrained controls" in page
+    assert "Null controls: " in page
     assert all(name in page for name in NULLS)
 
 
