@@ -20,7 +20,7 @@ from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
-from cratelm.pipelines.sae_compare import sae_compare
+from cratelm.pipelines.sae_compare import sae_compare, steps
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.runs import Run
@@ -348,15 +348,21 @@ def test_autoencoders_from_a_folder(compared, run, tmp_path):
     assert a["value"].equals(b["value"])
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_random_control_is_compared_by_its_name(run):
     usual = SaeCompareConfig(run=run, **SMALL).training("crate-2l")
     trained = sae_train(replace(usual, freeze="soft-decoder", sequence_length=32))
     name = "topk-2x-frozen-soft-decoder"
     assert trained.name == f"crate-2l@{name}"
-    result = sae_compare(SaeCompareConfig(run=run, models=("crate-2l",), sae=name, evaluate_tokens=640, quiet=True))  # fmt: skip
-    assert result.models == ("crate-2l", f"crate-2l+{name}")
-    assert f"crate-2l+{name}" in result.table
+    compare = SaeCompareConfig(run=run, sae=name, evaluate_tokens=640, quiet=True)
+    pending = steps(compare, ["crate-2l"])
+    latents = f"crate-2l+{name}"
+    assert [step.label for step in pending] == [
+        f"{stage} {latents}" for stage in ("evaluation", "activations", "explanations", "scores")
+    ]
+    for step in pending[:2]:
+        step.work()
+    harvested = Run(run).stage("activations", latents).require()
+    assert harvested.input_stages["sae"] == f"sae/crate-2l@{name}"
 
 
 def test_every_key_of_an_evaluation_is_documented(compared):
