@@ -97,7 +97,7 @@ TINY = {
     "export neuronpedia": "--only 0:17",
 }
 """options that a verb gets here, in the place of those that it was given"""
-INSTEAD = {"--vocab-size": "--tokenizer", "--only": "--layers"}
+INSTEAD = {"--vocab-size": "--tokenizer", "--only": "--layers", "--steps": "--null"}
 """options that are not added where the other one stands"""
 KEPT = ("--steps 0", "--tokenizer none")
 """options that stay as they are written"""

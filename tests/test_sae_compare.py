@@ -5,6 +5,7 @@ import json
 import random
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
-from cratelm.pipelines.sae_compare import sae_compare
+from cratelm.pipelines.sae_compare import sae_compare, steps
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.runs import Run
+from cratelm.sae.train import sae_train
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
@@ -344,6 +346,23 @@ def test_autoencoders_from_a_folder(compared, run, tmp_path):
     assert mine["added"] == theirs["added"]
     a, b = (pq.read_table(p / "scores" / f"crate-2l+{n}" / "scores.parquet") for p, n in ((compared, "topk-2x"), (run, "theirs")))  # fmt: skip
     assert a["value"].equals(b["value"])
+
+
+def test_a_random_control_is_compared_by_its_name(run):
+    usual = SaeCompareConfig(run=run, **SMALL).training("crate-2l")
+    trained = sae_train(replace(usual, freeze="soft-decoder", sequence_length=32))
+    name = "topk-2x-frozen-soft-decoder"
+    assert trained.name == f"crate-2l@{name}"
+    compare = SaeCompareConfig(run=run, sae=name, evaluate_tokens=640, quiet=True)
+    pending = steps(compare, ["crate-2l"])
+    latents = f"crate-2l+{name}"
+    assert [step.label for step in pending] == [
+        f"{stage} {latents}" for stage in ("evaluation", "activations", "explanations", "scores")
+    ]
+    for step in pending[:2]:
+        step.work()
+    harvested = Run(run).stage("activations", latents).require()
+    assert harvested.input_stages["sae"] == f"sae/crate-2l@{name}"
 
 
 def test_every_key_of_an_evaluation_is_documented(compared):

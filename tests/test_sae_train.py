@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,12 @@ from tiny_run import reseal
 from cratelm.errors import InputError
 from cratelm.models import load, site_of
 from cratelm.sae import activations, train
-from cratelm.sae.architectures import build_sae, keep_rows_at_norm_one, resample
+from cratelm.sae.architectures import (
+    build_sae,
+    keep_rows_at_norm_one,
+    project_to_cone,
+    resample,
+)
 from cratelm.sae.train import make_trainer, sae_train
 from cratelm.sae.train_config import ARCHITECTURES, SaeTrainConfig
 from cratelm.tokens.shards import TokenStore
@@ -103,6 +109,59 @@ def test_l1_takes_out_the_gradient_along_a_row():
     optimizer.step()
     assert sae.W_dec.grad.abs().max() > 0.1
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("freeze", ["decoder", "soft-decoder", "encoder"])
+def test_frozen_matrices_keep_their_start(architecture, freeze):
+    config = SaeTrainConfig(architecture=architecture, freeze=freeze, d_sae=40, tokens=64 * 20, batch_size=64, lr=0.05, k=2 if "topk" in architecture else None)  # fmt: skip
+
+    def after_steps(config):
+        sae = build_sae(config, 20, 0, torch.device("cpu"))
+        before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+        trainer = make_trainer(config, sae)
+        for step in range(config.steps):
+            trainer.step(planted(64, step)[0])
+        rows, start = sae.W_dec.detach().double(), before["W_dec"].double()
+        return sae, before, trainer, torch.cosine_similarity(rows, start, dim=1)
+
+    sae, before, trainer, cosines = after_steps(config)
+    frozen = {"decoder": "W_dec", "encoder": "W_enc"}.get(freeze)
+    for name in ("W_enc", "W_dec", "b_dec"):
+        assert torch.equal(getattr(sae, name), before[name]) == (name == frozen), name
+    if frozen:
+        assert not trainer.optimizer.state[getattr(sae, frozen)]
+    else:
+        assert cosines.min() >= 0.8 - 1e-6
+        assert after_steps(replace(config, freeze=None))[-1].min() < 0.75
+    if architecture == "l1":
+        assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(40), atol=1e-5)
+
+
+def test_the_projection_is_the_nearest_direction_on_the_cone():
+    start = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    rows = torch.tensor([[0.0, 2.0], [3.0, 1.0], [-5.0, 0.0], [-2.0, 0.0]])
+    project_to_cone(rows, start)
+    assert torch.allclose(rows[0], torch.tensor([1.6, 1.2]))
+    assert torch.equal(rows[1], torch.tensor([3.0, 1.0]))  # inside
+    assert torch.allclose(rows[2], torch.tensor([-3.0, 4.0]))
+    assert torch.cosine_similarity(rows[3], start[3], dim=0) >= 0.8  # opposite: any side
+
+
+def test_a_frozen_decoder_is_saved_as_it_started(run):
+    options = {"architecture": "l1", "dead_after": 64, "lr": 0.05, "l1": 0.05, "layers": (0,)}
+    result = trained(run, **options, freeze="decoder")
+    assert result.name == "crate@l1-2x-frozen-decoder"
+    assert (result.revived_by, result.layers[0].resampled) == ("nothing", 0)
+    assert result.layers[0].dead > 0  # else there was nothing to resample
+    fresh = build_sae(SaeTrainConfig(**{**SMALL, **options}), 128, 0, torch.device("cpu"))
+    saved = weights(result.path, 0)["W_dec"]
+    cosines = torch.cosine_similarity(saved.double(), fresh.W_dec.double(), dim=1)
+    assert cosines.min() > 1 - 1e-7
+    usual = trained(run, **options)
+    assert usual.layers[0].resampled > 0
+    identities = {json.loads((p / "completed.json").read_text())["identity"] for p in (result.path, usual.path)}  # fmt: skip
+    assert len(identities) == 2
 
 
 def test_dead_latents_start_again():
@@ -225,9 +284,14 @@ def test_a_place_is_found_again(finished, monkeypatch):
 # ---- killed and started again ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["l1", "batchtopk", "jumprelu"])
-def test_interrupted_training_ends_in_the_same_weights(run, tmp_path, monkeypatch, architecture):
-    options = {"architecture": architecture, "dead_after": 64, "buffer_mib": 1, "name": "x", "lr": 0.05}  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "freeze"),
+    [("l1", None), ("batchtopk", None), ("jumprelu", None), ("gated", "soft-decoder")],
+)  # fmt: skip
+def test_interrupted_training_ends_in_the_same_weights(
+    run, tmp_path, monkeypatch, architecture, freeze
+):
+    options = {"architecture": architecture, "dead_after": 64, "buffer_mib": 1, "name": "x", "lr": 0.05, "freeze": freeze}  # fmt: skip
     if architecture == "l1":
         options["l1"] = 0.05  # enough for latents to die
     shutil.copytree(run, tmp_path / "other")
@@ -401,6 +465,7 @@ def test_what_does_not_fit_is_refused(run, options, told):
         ({"l1": -1.0}, "--l1 must be at least 0, not -1"),
         ({"layers": (1, 1)}, "each once"),
         ({"layers": (-1,)}, "from 0"),
+        ({"freeze": "bias"}, "choose from decoder, soft-decoder, encoder"),
     ],
 )
 def test_impossible_settings_are_refused(options, told):

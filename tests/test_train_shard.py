@@ -23,6 +23,7 @@ from cratelm.train.log import read_metrics
 
 JOBS = Path(__file__).with_name("train_jobs.py")
 MODELS = ("crate-1l", "gpt2-1l")
+FROZEN = ["dictionary", "embeddings"]
 pytestmark = pytest.mark.timeout(900)  # four starts, of up to four processes
 
 
@@ -67,6 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bf16 = fields("two-bf16", precision="bf16", shard=True, gradient_checkpointing=True)
     jobs = [job("run", fields(f"two-{model}", model, shard=True)) for model in MODELS]
     jobs += [job("run", bf16), job("run-2", fields("from-1", shard=True)), {}]
+    take(run, fields("one-frozen", freeze=FROZEN))
+    jobs += [job("run", fields("two-frozen", shard=True, freeze=FROZEN))]
     drafts = (fields("from-2", shard=True), fields("whole-from-2"))
     jobs += [job("run", draft, stop=4) for draft in drafts]
     finish(launch(2, folder, jobs))
@@ -113,6 +116,20 @@ def test_losses_and_weights_are_those_of_one_process(folder: Path, run: str, nam
     for key, weight in expected.items():
         torch.testing.assert_close(weights[key], weight, rtol=1e-2, atol=1e-3)
     assert not (other / "checkpoints").exists()
+
+
+def test_frozen_parts_keep_their_bits_when_sharded(folder: Path) -> None:
+    one, two, free = (
+        load_file(folder / "run" / "model" / name / "model.safetensors")
+        for name in ("one-frozen", "two-frozen", "one-crate-1l")
+    )
+    frozen = {key for key in one if "embed" in key or "dictionary" in key}
+    assert len(frozen) == 3
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-3)
+        if key in frozen:
+            assert torch.equal(two[key], one[key])
+            assert not torch.equal(free[key], one[key])
 
 
 def test_bf16_is_that_of_one_process(folder: Path) -> None:

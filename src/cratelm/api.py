@@ -200,6 +200,8 @@ def train(
     checkpoint_every: int | None = None,
     seed: int = 0,
     model_overrides: tuple[str, ...] = (),
+    freeze: tuple[Literal["dictionary", "mlp", "attention", "embeddings"], ...] = (),
+    null: Literal["permuted", "embeddings"] | None = None,
     device: Literal["auto", "cpu"] = "auto",
     tensorboard: bool = False,
     wandb: bool = False,
@@ -213,8 +215,10 @@ def train(
 
     Args:
         run: run directory; its tokens must have been made by `cratelm tokenize`
-        model: name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l
-        name: name of the model's folder in the run. Default: --model, with `-init` if --steps is 0
+        model: name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l; with
+            --null, name of a trained model of the run
+        name: name of the model's folder in the run. Default: --model, with `-frozen-PART` for
+            --freeze PART, with `-init` if --steps is 0, and with `-KIND` for --null KIND
         recipe: defaults of the options below. Default: `paper` for the sizes 6l and 12l, `laptop`
             for 1l, 2l and 3l (the paper trained these sizes, too, with its one recipe)
         steps: number of steps, of one batch each (paper 600,000; laptop 600); 0 saves the model as
@@ -247,6 +251,13 @@ def train(
         seed: seed of the initial weights and of the order of the sequences
         model_overrides: fields of the model's configuration as key=value, such as
             ista_residual=true ista_steps=3
+        freeze: parts that keep their initial weights: dictionary (CRATE's), mlp (GPT-2's
+            counterpart, the first matrix of its MLP), attention (its matrices), embeddings (of
+            tokens and positions, with the head)
+        null: make a null control of the trained model --model instead of training. permuted: each
+            matrix and vector of its blocks is permuted inside itself; embeddings: all weights but
+            the embeddings and the head are drawn anew. Sequence length, validation and precision
+            are those of the trained model unless given
         device: auto uses a GPU if there is one; for several, launch with `torchrun` or `accelerate
             launch`
         tensorboard: also write curves for TensorBoard to the model's folder (needs the extra
@@ -971,6 +982,7 @@ def sae_train(
     l1: float | None = None,
     k: int | None = None,
     l0_coefficient: float | None = None,
+    freeze: Literal["decoder", "soft-decoder", "encoder"] | None = None,
     tokens: int = 20_000_000,
     lr: float = 0.0001,
     lr_decay: float = 0.2,
@@ -1012,6 +1024,10 @@ def sae_train(
             (default 32)
         l0_coefficient: for jumprelu: weight of the number of latents that are not 0, relative to
             the mean squared error of an input (default 1e-3)
+        freeze: make a random control (Korznikov et al. 2026). decoder: its rows, the atoms, keep
+            their random start; soft-decoder: each atom keeps a cosine of at least 0.8 to its start;
+            encoder: its matrix keeps its random start. The other weights are trained; in l1 and
+            gated no latent is resampled
         tokens: tokens to train on, including repeats, rounded down to whole batches (paper
             2,000,000,000)
         lr: learning rate of Adam

@@ -83,6 +83,11 @@ def build(
             f"{name} with these sizes would take at least {size_in_words(needed)} of memory, but"
             f" {size_in_words(free)} are available: lower {max(sizes, key=lambda field: sizes[field])}"
         )
+    return build_of(config, seed)
+
+
+def build_of(config: Any, seed: int) -> PreTrainedModel:
+    """Return a CRATE model or a GPT-2 of a configuration with fresh weights; see `build`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(config, CrateConfig):

@@ -7,6 +7,7 @@ from cratelm.records import CHANCE, Estimate, Interval, Metric
 from cratelm.report.drawing import Series
 from cratelm.results.run_results import ModelResults
 from cratelm.results.scores import mean_interval
+from cratelm.runs.names import null_kind
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
 from cratelm.text import table
 from cratelm.text.table import Cell
@@ -66,4 +67,4 @@ def without_score(counts: Counts) -> str:
 
 def series_of(m: ModelResults) -> Series:
     """Return the colour, marker and label of a model in all figures."""
-    return Series(m.name, m.place, "init" if m.null_of else "")
+    return Series(m.name, m.place, (null_kind(m.name) or "init") if m.null_of else "")

@@ -30,6 +30,8 @@ INK, RULE = "#1b1f24", "#c9d1d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, which colour-blind readers can distinguish; markers and dashes differ as well"""
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_NULL_MARKERS = {"shuffled": "x", "init": "+", "permuted": "1", "embeddings": "2"}
+"""marker of each null control: shuffled explanations, and the kinds of `cratelm.runs.names.NULLS`"""
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _PANEL = (3.5, 2.7)
 """inches"""
@@ -72,7 +74,7 @@ class Series:
     place: int
     """number of the model, which sets colour, marker and dash"""
     null: str = ""
-    """empty for the model itself, else the null control: `shuffled` or `init`, drawn with x or + and dotted lines"""
+    """empty for the model itself, else the null control: a key of `_NULL_MARKERS`, drawn with dotted lines"""
 
     @property
     def colour(self) -> str:
@@ -81,10 +83,10 @@ class Series:
 
     def style(self) -> dict[str, Any]:
         """Return keyword arguments for matplotlib's lines."""
-        marker = {"": _MARKERS[self.place % len(_MARKERS)], "shuffled": "x", "init": "+"}[self.null]
+        own = _MARKERS[self.place % len(_MARKERS)]
         return {
             "color": self.colour,
-            "marker": marker,
+            "marker": _NULL_MARKERS[self.null] if self.null else own,
             "linestyle": ":" if self.null else _DASHES[self.place % len(_DASHES)],
             "linewidth": 1.0 if self.null else 1.5,
             "markersize": 6 if self.null else 5,

@@ -13,7 +13,7 @@ from cratelm.results.run_results import RunResults
 from cratelm.results.side_results import evaluation_config
 from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion, config_dict
-from cratelm.runs.names import untrained_name
+from cratelm.runs.names import model_name
 from cratelm.score.config import ScoreConfig
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.train.config import TrainConfig
@@ -118,8 +118,12 @@ def _all(results: RunResults) -> list[Completion]:
 def _settings(done: Completion) -> dict[str, Any]:
     settings = dict(done.config)
     if done.stage == "model":
-        usual = str(settings.get("model"))
-        usual = usual if settings.get("steps") else untrained_name(usual)
+        usual = model_name(
+            str(settings.get("model")),
+            steps=settings.get("steps"),
+            freeze=settings.get("freeze", ()),
+            null=settings.get("null"),
+        )
         settings["name"] = "" if done.name == usual else done.name
     if done.config.get("import") == "records":
         settings["model"] = done.name

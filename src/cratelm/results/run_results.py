@@ -44,7 +44,15 @@ from cratelm.results.stages import (
 )
 from cratelm.runs import Completion, Freshness, Run, StageName
 from cratelm.runs.arguments import checked_arguments
-from cratelm.runs.names import FAMILIES, family_of, set_name, split_set, twin_name, untrained_name
+from cratelm.runs.names import (
+    FAMILIES,
+    NullKind,
+    family_of,
+    set_name,
+    split_set,
+    twin_name,
+    untrained_name,
+)
 from cratelm.sae.store import StoredEvaluation
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit
@@ -111,7 +119,7 @@ class ModelResults:
     place: int
     """number that sets colour and marker; a null control shares that of its trained model"""
     null_of: str
-    """the trained model for which this is the untrained null control; empty for any other model"""
+    """the trained model for which this is a null control; empty for any other model"""
     completions: dict[StageName, Completion]
     """completion records of the finished stages that use no language model"""
     sets: tuple[ResultSet, ...]
@@ -202,9 +210,10 @@ class RunResults:
         """Return the model of this name; None if it is not in the report."""
         return self._by_name.get(name)
 
-    def null(self, model: ModelResults) -> ModelResults | None:
-        """Return the null control of `model`; None if it was not scored."""
-        return next((m for m in self.models if m.null_of == model.name), None)
+    def null(self, model: ModelResults, kind: NullKind = "init") -> ModelResults | None:
+        """Return a null control of `model`, by default the untrained one; None if it was not scored."""
+        null = self.model(untrained_name(model.name, kind))
+        return null if null is not None and null.null_of == model.name else None
 
     def twins(self) -> list[tuple[ModelResults, ModelResults]]:
         """Return the pairs of CRATE and GPT-2 of the same size."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
 from cratelm.records import ExcerptKind, Interval, Split
-from cratelm.runs.names import twin_name
+from cratelm.runs.names import NullKind, twin_name, untrained_name
 
 ExcerptChoice = Literal["some", "all", "top"]
 """excerpts of a neuron: the first of each kind and bin, all, or the first with the largest activations"""
@@ -45,7 +45,7 @@ class ModelCard:
     neurons: Mapping[int, int]
     """number of neurons H by layer"""
     null_of: str
-    """the trained model for which this is the untrained null control; empty for any other model"""
+    """the trained model for which this is a null control; empty for any other model"""
     parameters: int | None
     loss: float | None
     """validation loss, nats per token"""
@@ -87,9 +87,14 @@ class RunCard:
         names = ", ".join(c.name for c in self.models) or "none"
         raise NotFound(f"{self.key} has no harvest of {name}: it has {names}")
 
-    def null(self, card: ModelCard) -> ModelCard | None:
-        """Return the untrained null control of a model; None if there is none."""
-        return next((c for c in self.models if c.null_of == card.name), None)
+    def null(self, card: ModelCard, kind: NullKind = "init") -> ModelCard | None:
+        """Return a null control of a model, by default the untrained one; None if there is none."""
+        name = untrained_name(card.name, kind)
+        return next((c for c in self.models if c.name == name and c.null_of == card.name), None)
+
+    def has_null(self, kind: NullKind) -> bool:
+        """Return whether any model has a null control of this kind."""
+        return any(self.null(card, kind) for card in self.models)
 
     def twin(self, name: str) -> str:
         """Return the name of the harvested model of the same size and the other family; empty if there is none."""

@@ -6,6 +6,8 @@ MODEL+SAE        latents of the autoencoders SAE on top of MODEL
 MODEL@SET        explanations, scores or judgements by a language model called SET
 MODEL@SAE        in `sae/`: the autoencoders SAE of MODEL
 MODEL-init       the usual name of MODEL with its initial weights: a null control
+MODEL-permuted, MODEL-embeddings
+                 the usual names of null controls made from the trained MODEL (`cratelm train --null`)
 ```
 A name alone does not make a null control: the completion record says whether a model is untrained.
 """
@@ -13,12 +15,18 @@ A name alone does not make a null control: the completion record says whether a 
 import os
 import unicodedata
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 from cratelm.errors import InputError
 
 FAMILIES = ("crate", "gpt2")
 """models of one size in both families are twins: `crate-2l` and `gpt2-2l`"""
-_UNTRAINED = "-init"
+NullKind = Literal["init", "permuted", "embeddings"]
+NULLS: tuple[NullKind, ...] = ("init", "permuted", "embeddings")
+"""null controls of a model, by the end of their usual names: its initial weights, its weights permuted inside
+each tensor of the blocks, its embeddings with fresh weights for the rest"""
+DerivedNull = Literal["permuted", "embeddings"]
+"""null controls that are made from the trained model"""
 LONGEST_NAME = 200
 """bytes; file systems allow 255, of which the names of temporary files and of sets need some"""
 _CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -98,26 +106,45 @@ def split_latents(name: str) -> tuple[str, str]:
     return model, sae
 
 
-def untrained_name(model: str) -> str:
-    """Return the usual name of the null control of `model`: X-init for X, X-init+SAE for X+SAE."""
+def untrained_name(model: str, kind: NullKind = "init") -> str:
+    """Return the usual name of a null control of `model`: X-init for X, X-init+SAE for X+SAE."""
     model, sae = split_latents(model)
-    return latents_name(model + _UNTRAINED, sae) if sae else model + _UNTRAINED
+    return latents_name(f"{model}-{kind}", sae) if sae else f"{model}-{kind}"
+
+
+def model_name(
+    size: str, *, steps: int | None, freeze: Iterable[str] = (), null: DerivedNull | None = None
+) -> str:
+    """Return the usual name of what `cratelm train` makes with these options: crate-2l, crate-2l-init ..."""
+    if null:
+        return untrained_name(size, null)
+    parts = sorted(freeze)
+    name = "-".join([size, *(["frozen", *parts] if parts else [])])
+    return name if steps else untrained_name(name)
+
+
+def null_kind(name: str) -> NullKind | None:
+    """Return the kind of null control that `name` is the usual name of; None for every other name."""
+    model, _ = split_latents(name)
+    base, _, end = model.rpartition("-")
+    return next((kind for kind in NULLS if base and end == kind), None)
 
 
 def trained_name(name: str) -> str:
-    """Return X for X-init, and X+SAE for X-init+SAE; an empty string for every other name."""
+    """Return X for X-init, and X+SAE for X-init+SAE, of each kind; an empty string for every other name."""
     model, sae = split_latents(name)
-    base = model.removesuffix(_UNTRAINED)
-    if base in ("", model):
+    kind = null_kind(name)
+    if kind is None:
         return ""
+    base = model.removesuffix(f"-{kind}")
     return latents_name(base, sae) if sae else base
 
 
 def null_controls(names: Iterable[str], is_untrained: Callable[[str], bool]) -> dict[str, str]:
     """Return the null controls among `names`, each with the trained model that it belongs to.
 
-    X-init is the null control of X if its record says that it is untrained, and `names` has a trained X.
-    A trained model that happens to be called X-init is an ordinary model.
+    X-init is the null control of X if its record says that it is untrained, and `names` has a trained X; so
+    are X-permuted and X-embeddings. A trained model that happens to be called X-init is an ordinary model.
     """
     all_names = set(names)
     untrained = {name for name in all_names if is_untrained(name)}

@@ -117,7 +117,7 @@ class Completion:
 
     @property
     def is_untrained(self) -> bool:
-        """Return whether the stage is a model that was saved with its initial weights."""
+        """Return whether the stage is a model without training: with its initial weights, or a null of another."""
         return self.stage == "model" and self.results.get("steps") == 0
 
     @property
@@ -254,7 +254,7 @@ class Run:
         return names.null_controls(models, self.is_untrained)
 
     def is_untrained(self, model: str) -> bool:
-        """Return whether `model` has its initial weights, or is a harvest of such a model, by the records."""
+        """Return whether `model` was saved without training, or is a harvest of such a model, by the records."""
         with contextlib.suppress(InputError):
             harvest = self.stage("activations", model).completion()
             of = model if harvest is None else str(harvest.config.get("model", ""))

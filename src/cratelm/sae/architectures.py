@@ -29,6 +29,8 @@ _RESAMPLE_AT = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
 200,000 steps, in the first half"""
 _RESAMPLED_NORM = 0.2
 """norm of a new encoder column, relative to the mean norm of those that are not dead (Bricken et al.)"""
+SOFT_COSINE = 0.8
+"""least cosine of a soft-frozen decoder's row to its start (Korznikov et al. 2026)"""
 _WARM_UP = 20
 """the sparsity coefficient rises from 0 over 1 / `_WARM_UP` of the steps"""
 _PRE_ACTIVATION_LOSS = 3e-6
@@ -147,9 +149,59 @@ def keep_rows_at_norm_one(sae: Any, optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(after)
 
 
-def resampling_steps(config: SaeTrainConfig) -> set[int]:
-    """Return the steps after which dead latents are reinitialised; none for architectures with a loss instead."""
+def freeze_matrix(config: SaeTrainConfig, sae: Any) -> None:
+    """Exclude the matrix that `config.freeze` names from training, before the optimizer is made."""
+    if config.freeze == "decoder":
+        sae.W_dec.requires_grad_(False)
+    if config.freeze == "encoder":
+        sae.W_enc.requires_grad_(False)
+
+
+def keep_rows_near_start(sae: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Keep the cosine of each decoder row to its present direction at `SOFT_COSINE` or above, in every further step.
+
+    After a step of the optimizer, a row w that has left the cone around its start u, |u| = 1, is projected on
+    it: with c = `SOFT_COSINE` and the part of w across u, r = w - (w.u) u,
+
+        w <- |w| (c u + sqrt(1 - c^2) r / |r|)    if w.u < c |w|
+
+    which is the nearest direction on the cone, at the same norm. The bound is that of the soft-frozen decoder of
+    Korznikov et al. 2026, "Sanity Checks for Sparse Autoencoders" (arXiv 2602.14111).
+    """
+    start = sae.W_dec.detach().clone()  # [S, H]
+    start /= start.norm(dim=1, keepdim=True)
+
+    def after(*_: Any) -> None:
+        with torch.no_grad():
+            project_to_cone(sae.W_dec, start)
+
+    optimizer.register_step_post_hook(after)
+
+
+def project_to_cone(rows: torch.Tensor, start: torch.Tensor) -> None:
+    """Project rows [S, H] on the cones around the unit vectors start [S, H], in place (`keep_rows_near_start`)."""
+    norms = rows.norm(dim=1, keepdim=True)  # [S, 1]
+    along = (rows * start).sum(1, keepdim=True)
+    across = rows - along * start
+    across /= across.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    edge = norms * (SOFT_COSINE * start + (1 - SOFT_COSINE**2) ** 0.5 * across)
+    rows.copy_(torch.where(along < SOFT_COSINE * norms, edge, rows))
+
+
+def revived_by(config: SaeTrainConfig) -> str:
+    """Return the method that revives dead latents, as `sae.json` names it."""
     if config.architecture not in RESAMPLED:
+        return "auxiliary loss"
+    return "nothing" if config.freeze else "resampling"
+
+
+def resampling_steps(config: SaeTrainConfig) -> set[int]:
+    """Return the steps after which dead latents are reinitialised.
+
+    None for architectures with a loss instead, nor for a random control, whose weights it would replace by
+    directions of the data.
+    """
+    if config.architecture not in RESAMPLED or config.freeze:
         return set()
     return {int(fraction * config.steps) for fraction in _RESAMPLE_AT}
 

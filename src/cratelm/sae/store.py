@@ -58,7 +58,7 @@ class SaeTraining:
     tokens: int
     """tokens trained on, including repeats"""
     revived_by: str
-    """method that revives dead latents: `resampling` or `auxiliary loss`"""
+    """method that revives dead latents: `resampling`, `auxiliary loss`, or `nothing`"""
     layers: tuple[SaeLayerTraining, ...]
 
 

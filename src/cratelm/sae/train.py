@@ -25,14 +25,16 @@ from cratelm.runs import Draft, Run, Stage, identity_of, write_json
 from cratelm.sae import checkpoints
 from cratelm.sae.activations import ActivationBuffer
 from cratelm.sae.architectures import (
-    RESAMPLED,
     build_sae,
     check_training_memory,
+    freeze_matrix,
     import_sae_lens,
     keep_rows_at_norm_one,
+    keep_rows_near_start,
     n_latents,
     resample,
     resampling_steps,
+    revived_by,
 )
 from cratelm.sae.store import SaeLayerTraining, SaeTraining, read_training, write_training
 from cratelm.sae.train_config import SaeTrainConfig
@@ -87,7 +89,8 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     source = find_model(run, config.model).pinned()
     stage = run.stage("sae", config.folder)
     inputs = {"tokens": tokens, "model": source.record or source.identity}
-    if stage.is_finished(config, inputs, force=config.force):
+    settings = config.settings()
+    if stage.is_finished(settings, inputs, force=config.force):
         return _result(stage)
     model = source.load(config.device, "float32").model
     store = TokenStore(run.stage("tokens").path)
@@ -97,7 +100,7 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     check_training_memory(config, [site.n_neurons[layer] for layer in layers], model.device)
     # created before the draft, so that invalid input is rejected before anything is written
     activations = _activations(config, model, store, site, layers)
-    with without_worthless_draft(stage), stage.write(config, inputs, resume=True) as draft:
+    with without_worthless_draft(stage), stage.write(settings, inputs, resume=True) as draft:
         draft.scratch.add(checkpoints.FOLDER)
         draft.unhashed.add(TIMING)
         training = _prepare(config, site, layers, activations, draft)
@@ -179,11 +182,12 @@ def _plan(
 
 
 def make_trainer(config: SaeTrainConfig, sae: Any) -> Any:
-    """Return SAELens' trainer for an autoencoder, of which only the steps are used.
+    """Return SAELens' trainer for an autoencoder with its initial weights, of which only the steps are used.
 
     Its loop, logging and checkpoints are not used: they would log to wandb and resume from other states.
     """
     lens = import_sae_lens()
+    freeze_matrix(config, sae)
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
@@ -199,8 +203,10 @@ def make_trainer(config: SaeTrainConfig, sae: Any) -> Any:
         logger=lens.LoggingConfig(log_to_wandb=False),
     )
     trainer = SAETrainer(settings, sae, iter(()))
-    if config.architecture == "l1":
+    if config.architecture == "l1" and config.freeze != "decoder":
         keep_rows_at_norm_one(sae, trainer.optimizer)
+    if config.freeze == "soft-decoder":  # after the norm, which it preserves
+        keep_rows_near_start(sae, trainer.optimizer)
     return trainer
 
 
@@ -313,7 +319,7 @@ def _write(training: _Training, inputs: dict[str, str]) -> None:
         site=site.name,
         architecture=config.architecture,
         tokens=config.steps * config.batch_size,
-        revived_by="resampling" if config.architecture in RESAMPLED else "auxiliary loss",
+        revived_by=revived_by(config),
         layers=tuple(layers),
     )
     draft.results = write_training(draft.path, description, inputs)

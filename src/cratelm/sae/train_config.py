@@ -7,11 +7,12 @@ from typing import Literal
 
 from cratelm.activations.config import last_name
 from cratelm.errors import InputError
-from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs import Options, Settings, at_least, config_dict, not_in_identity, options_of
 from cratelm.runs.names import check_name, set_name
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "gated"]
 ARCHITECTURES: tuple[Architecture, ...] = ("l1", "topk", "batchtopk", "jumprelu", "gated")
+Freeze = Literal["decoder", "soft-decoder", "encoder"]
 L1, K, L0_COEFFICIENT = 3e-4, 32, 1e-3
 """defaults of --l1 (as in the paper), --k and --l0-coefficient"""
 _SPARSITY: dict[str, tuple[Architecture, ...]] = {
@@ -57,6 +58,10 @@ class SaeTrainConfig(Options):
     l0_coefficient: float | None = None
     """for jumprelu: weight of the number of latents that are not 0, relative to the mean squared error of an
     input (default 1e-3)"""
+    freeze: Freeze | None = None
+    """make a random control (Korznikov et al. 2026). decoder: its rows, the atoms, keep their random start;
+    soft-decoder: each atom keeps a cosine of at least 0.8 to its start; encoder: its matrix keeps its random
+    start. The other weights are trained; in l1 and gated no latent is resampled"""
     tokens: int = 20_000_000
     """tokens to train on, including repeats, rounded down to whole batches (paper 2,000,000,000)"""
     lr: float = 1e-4
@@ -124,6 +129,17 @@ class SaeTrainConfig(Options):
                     f" is {self.architecture}: give --{right.replace('_', '-')} instead"
                 )
 
+    def settings(self) -> Settings:
+        """Return the settings for a completion record, without `freeze` unless it was given.
+
+        So the identities are those of versions without that option.
+        """
+        given, usual = config_dict(self), config_dict(SaeTrainConfig())
+        for values in (given, usual):
+            if values["freeze"] is None:
+                del values["freeze"]
+        return Settings(given, usual, options_of(self))
+
     @property
     def steps(self) -> int:
         """Number of training steps."""
@@ -145,5 +161,6 @@ class SaeTrainConfig(Options):
         """Name of the stage in its run: MODEL@NAME."""
         size = f"d{self.d_sae}" if self.d_sae is not None else f"{self.expansion}x"
         site = re.sub(r"[^a-z0-9]+", "-", (self.site or "").lower()).strip("-")
-        name = self.name or "-".join(filter(None, [self.architecture, size, site]))
+        frozen = self.freeze and f"frozen-{self.freeze}"
+        name = self.name or "-".join(filter(None, [self.architecture, size, site, frozen]))
         return set_name(last_name("--model", self.model), name)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from cratelm.errors import InputError
 from cratelm.runs import (
+    Completion,
     Options,
     Settings,
     at_least,
@@ -15,7 +16,10 @@ from cratelm.runs import (
     not_in_identity,
     options_of,
 )
-from cratelm.runs.names import check_name, untrained_name
+from cratelm.runs.names import DerivedNull, check_name, model_name
+
+Part = Literal["dictionary", "mlp", "attention", "embeddings"]
+"""parts of a model that can be frozen; `cratelm.models.parts` names their weights"""
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,11 @@ class TrainConfig(Options):
     run: Path = not_in_identity(Path("runs/default"))
     """run directory; its tokens must have been made by `cratelm tokenize`"""
     model: str = "crate-2l"
-    """name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l"""
+    """name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l; with --null, name of a
+    trained model of the run"""
     name: str = ""
-    """name of the model's folder in the run. Default: --model, with `-init` if --steps is 0"""
+    """name of the model's folder in the run. Default: --model, with `-frozen-PART` for --freeze PART, with
+    `-init` if --steps is 0, and with `-KIND` for --null KIND"""
     recipe: Literal["paper", "laptop"] | None = None
     """defaults of the options below. Default: `paper` for the sizes 6l and 12l, `laptop` for 1l, 2l and
     3l (the paper trained these sizes, too, with its one recipe)"""
@@ -143,6 +149,13 @@ class TrainConfig(Options):
     """seed of the initial weights and of the order of the sequences"""
     model_overrides: tuple[str, ...] = ()
     """fields of the model's configuration as key=value, such as ista_residual=true ista_steps=3"""
+    freeze: tuple[Part, ...] = ()
+    """parts that keep their initial weights: dictionary (CRATE's), mlp (GPT-2's counterpart, the first matrix of
+    its MLP), attention (its matrices), embeddings (of tokens and positions, with the head)"""
+    null: DerivedNull | None = None
+    """make a null control of the trained model --model instead of training. permuted: each matrix and vector of
+    its blocks is permuted inside itself; embeddings: all weights but the embeddings and the head are drawn anew.
+    Sequence length, validation and precision are those of the trained model unless given"""
     device: Literal["auto", "cpu"] = not_in_identity("auto")
     """auto uses a GPU if there is one; for several, launch with `torchrun` or `accelerate launch`"""
     tensorboard: bool = not_in_identity(False)
@@ -158,6 +171,9 @@ class TrainConfig(Options):
         super().__post_init__()
         if self.name:
             check_name("--name", self.name, reserved="@+")
+        if self.null:
+            self._check_null()
+        object.__setattr__(self, "freeze", tuple(sorted(set(self.freeze))))
         recipe = self.resolved()
         at_least(
             recipe,
@@ -176,6 +192,25 @@ class TrainConfig(Options):
             )
         self.overrides()
 
+    def _check_null(self) -> None:
+        """Raise `InputError` for options of a training, which a null control does not have."""
+        for name, given in (
+            ("steps", bool(self.steps)),
+            ("freeze", bool(self.freeze)),
+            ("model_overrides", bool(self.model_overrides)),
+        ):
+            if given:
+                raise InputError(
+                    f"--null makes a control of {self.model} without training it: omit"
+                    f" --{name.replace('_', '-')}"
+                )
+
+    def with_recipe_of(self, trained: Completion) -> "TrainConfig":
+        """Return the options of a null control, those that were not given as in the record of its trained model."""
+        names = {f.name for f in fields(Recipe)} & trained.config.keys()
+        missing = {name: trained.config[name] for name in names if getattr(self, name) is None}
+        return replace(self, **{**missing, "steps": 0, "warmup": 0})
+
     def resolved(self) -> Recipe:
         """Return the recipe, with its values replaced by the options that were given."""
         large = self.model.endswith(("-6l", "-12l"))
@@ -183,6 +218,8 @@ class TrainConfig(Options):
         base = RECIPES[name]
         options = {f.name: getattr(self, f.name) for f in fields(Recipe)}
         options = {name: value for name, value in options.items() if value is not None}
+        if self.null:
+            options |= {"steps": 0, "warmup": 0}
         if options.get("optimizer", base.optimizer) != base.optimizer:
             options.setdefault("learning_rate", OTHER_LEARNING_RATES[name])
         if "steps" in options and "warmup" not in options:
@@ -220,8 +257,8 @@ class TrainConfig(Options):
     @property
     def folder(self) -> str:
         """Return the name of the model's folder in its run."""
-        usual_name = untrained_name(self.model) if self.resolved().steps == 0 else self.model
-        return self.name or usual_name
+        steps = self.resolved().steps
+        return self.name or model_name(self.model, steps=steps, freeze=self.freeze, null=self.null)
 
     def settings(self) -> Settings:
         """Return the settings for a completion record: `identity`, with and without the given options."""
@@ -235,6 +272,12 @@ class TrainConfig(Options):
             "checkpoint_every"
         ]  # decides no weight; an option that decides none is deleted here
         plain = {k: v for k, v in config_dict(self).items() if k not in ("recipe", "name")}
+        for later in (
+            "freeze",
+            "null",
+        ):  # absent unless given: identities are those of versions without them
+            if not plain[later]:
+                del plain[later]
         return {**plain, **recipe}
 
 

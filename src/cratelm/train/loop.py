@@ -4,7 +4,7 @@ Shape legend: B sequences per step over all ranks, b of one micro-batch, T token
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,10 @@ from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
-from cratelm.models import build, count_parameters
-from cratelm.runs import Draft, Run, Stage
+from cratelm.models import build, count_parameters, load
+from cratelm.models.nulls import null_control
+from cratelm.models.parts import freeze
+from cratelm.runs import Completion, Draft, Run, Settings, Stage, options_of
 from cratelm.runs.devices import available_on
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenizer import hf_tokenizer
@@ -71,7 +73,7 @@ class TrainingSetup:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train a model on the train split of a run and save it in `model/NAME`.
+    """Train a model on the train split of a run and save it in `model/NAME`; with `null`, save a null control.
 
     Raises `InputError` for a configuration that cannot be run, and if the loss or the gradient is no
     longer finite (the checkpoints are kept).
@@ -79,7 +81,11 @@ def train(config: TrainConfig) -> TrainResult:
     run = Run(config.run)
     stage = run.stage("model", config.folder)
     inputs = {"tokens": run.stage("tokens").require("tokenize")}
-    if stage.is_finished(config.settings(), inputs, force=config.force):
+    settings = config.settings()
+    if config.null:
+        inputs["model"] = _trained(run, config.model)
+        config, settings = _null_settings(config, inputs["model"])
+    if stage.is_finished(settings, inputs, force=config.force):
         return _read_result(stage)
 
     if config.tensorboard:
@@ -90,7 +96,7 @@ def train(config: TrainConfig) -> TrainResult:
     setup = _prepare(config, store)
     if setup.accelerator.is_main_process and not config.quiet:
         print(_summary(config, setup, stage.label))
-    opened = checkpoints.shared_draft(setup.accelerator, stage, config.settings(), inputs)
+    opened = checkpoints.shared_draft(setup.accelerator, stage, settings, inputs)
     with opened as draft, reported_loss(setup.accelerator, draft):
         take_steps(setup, config, draft, stage.label)
         checkpoints.save_model(setup.accelerator, setup.model, draft.path)
@@ -100,6 +106,26 @@ def train(config: TrainConfig) -> TrainResult:
             draft.unhashed.update(UNHASHED)
             draft.results = _results(config, setup, draft.path)
     return _read_result(stage)
+
+
+def _trained(run: Run, name: str) -> Completion:
+    """Return the record of a trained model of the run; raise `InputError` if it is itself a null control."""
+    done = run.stage("model", name).require("train")
+    if done.is_untrained:
+        raise InputError(
+            f"{run.stage('model', name).path} was not trained, but --null makes a control of a trained model:"
+            " name one with --model"
+        )
+    return done
+
+
+def _null_settings(config: TrainConfig, trained: Completion) -> tuple[TrainConfig, Settings]:
+    """Return the options of a null control completed from its trained model, and its settings.
+
+    The command that redoes it has only the options that were given: the trained model may be another then.
+    """
+    completed = config.with_recipe_of(trained)
+    return completed, replace(completed.settings(), options=options_of(config))
 
 
 def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: str) -> None:
@@ -186,13 +212,7 @@ def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
     )
     accelerator.gradient_accumulation_steps = sampler.n_micro
     validation = Validation(store.split("held_out"), recipe, accelerator)
-    bare = build(
-        config.model,
-        vocab_size=store.padded_vocab_size,
-        max_position_embeddings=recipe.sequence_length,
-        seed=config.seed,
-        **{"eos_token_id": store.eot_id, **config.overrides()},
-    )
+    bare = _initial_model(config, store)
     text = bare.config.get_text_config()
     free = available_on(accelerator.device)
     config.check_memory(text.hidden_size, text.num_hidden_layers, free)
@@ -210,6 +230,33 @@ def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
         optimizers = make_optimizers(bare, recipe.optimizer, config.weight_decay)
         model, *optimizers = accelerator.prepare(wrapped, *optimizers)
     return TrainingSetup(accelerator, model, optimizers, sampler, validation, parameters)
+
+
+def _initial_model(config: TrainConfig, store: TokenStore) -> PreTrainedModel:
+    """Return the model before the first step, its frozen parts excluded from training.
+
+    Raises `InputError` for a part that the model lacks, and for a null control with longer sequences than its
+    trained model has positions.
+    """
+    recipe = config.resolved()
+    if config.null:
+        trained = load(Run(config.run).stage("model", config.model).path)
+        positions = trained.config.get_text_config().max_position_embeddings
+        if recipe.sequence_length > positions:
+            raise InputError(
+                f"--sequence-length is {recipe.sequence_length}, longer than the {positions} positions of"
+                f" {config.model}: lower --sequence-length"
+            )
+        return null_control(trained, config.null, config.seed)
+    model = build(
+        config.model,
+        vocab_size=store.padded_vocab_size,
+        max_position_embeddings=recipe.sequence_length,
+        seed=config.seed,
+        **{"eos_token_id": store.eot_id, **config.overrides()},
+    )
+    freeze(model, config.freeze)
+    return model
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:

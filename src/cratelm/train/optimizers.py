@@ -28,13 +28,18 @@ BETAS = (0.9, 0.95)
 def make_optimizers(
     model: PreTrainedModel, kind: str, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Return AdamW over all trainable parameters, or Muon and AdamW; the loop sets the learning rate."""
+    """Return AdamW over all trainable parameters, or Muon and AdamW; the loop sets the learning rate.
+
+    Frozen parameters have no state. Without a trainable matrix in the blocks there is no Muon.
+    """
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     if kind == "adamw":
         return [_adamw(list(trainable.values()), weight_decay)]
     matrices = block_matrices(model)
     with_muon = {id(p) for p in matrices}
     others = [p for key, p in trainable.items() if key not in with_muon]
+    if not matrices:
+        return [_adamw(others, weight_decay)]
     muon = Muon(matrices, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, _adamw(others, weight_decay)]
 

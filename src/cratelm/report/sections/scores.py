@@ -22,6 +22,7 @@ from cratelm.report.sections.autoencoders import reconstruction_costs
 from cratelm.report.sections.models import loss_cell, trained_figures
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.results.scores import layer_intervals, mean_interval
+from cratelm.runs.names import NullKind
 from cratelm.text.table import Cell, Column, Table
 
 TUNED_NOTE = (
@@ -211,19 +212,34 @@ def by_layer_table(results: RunResults) -> Table:
     return Table("by_layer", title, columns, tuple(rows), f"Layers count from 0. {INTERVAL_NOTE}")
 
 
+_DERIVED: dict[NullKind, tuple[str, str]] = {
+    "permuted": (
+        "permuted weights",
+        " Permuted weights: the trained model with each tensor of its blocks permuted inside itself.",
+    ),
+    "embeddings": (
+        "only embeddings trained",
+        " Only embeddings trained: the trained embeddings and head, with fresh weights for the rest.",
+    ),
+}
+"""null controls that are made from the trained model (`cratelm train --null`): heading, and note"""
+
+
 def nulls_table(results: RunResults) -> Table:
-    """Return the mean scores next to those of the null controls."""
+    """Return the mean scores next to those of the null controls, of which two kinds may be absent."""
+    others = [kind for kind in _DERIVED if any(results.null(m, kind) for m in results.principal)]
     columns = (
         Column("metric", "metric"),
         Column("model", "model"),
         Column("own", "own explanations", ".1f"),
         Column("shuffled", "shuffled explanations", ".1f"),
         Column("init", "random init", ".1f"),
+        *(Column(kind, _DERIVED[kind][0], ".1f") for kind in others),
         Column("constant_defined", "constant simulation: scores that exist", ",d"),
     )
     rows = []
     for metric, m in product(results.metrics, results.principal):
-        null = results.null(m)
+        nulls = [results.null(m, kind) for kind in ("init", *others)]
         constant = m.find(results.explainer, metric, "constant")
         rows.append(
             (
@@ -231,7 +247,7 @@ def nulls_table(results: RunResults) -> Table:
                 m.name,
                 mean_cell(m.find(results.explainer, metric)),
                 mean_cell(m.find(results.explainer, metric, "shuffled")),
-                mean_cell(null.find(results.explainer, metric)) if null else None,
+                *(mean_cell(n.find(results.explainer, metric)) if n else None for n in nulls),
                 constant.counts.defined if constant else None,
             )
         )
@@ -242,7 +258,7 @@ def nulls_table(results: RunResults) -> Table:
         tuple(rows),
         "Mean × 100. Shuffled: each neuron is simulated from the explanation of another neuron of its"
         " layer. Random init: the untrained model with its own explanations; this score does not depend on"
-        " training. Constant simulation: a correlation with it is undefined, so the count must be 0."
+        f" training.{''.join(_DERIVED[kind][1] for kind in others)} Constant simulation: a correlation with it is undefined, so the count must be 0."
         f" {INTERVAL_NOTE}",
     )
 
