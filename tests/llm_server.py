@@ -100,6 +100,11 @@ def always(fault: Fault, attempts: float = math.inf) -> Faults:
     return lambda seed, call: fault if call.attempt < attempts else None
 
 
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Print nothing: a connection that the test dropped is no error, and tests read the error output."""
+
+
 class LLMServer:
     """A context manager; its public attributes may be changed while it runs.
 
@@ -145,7 +150,7 @@ class LLMServer:
 
     def __enter__(self) -> "LLMServer":
         self.closing.clear()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = _QuietServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()

@@ -457,6 +457,12 @@ class Longest:
         texts = [e.text(prompting.strings) for group in examples for e in group]
         return [JsonQuery((("user", "\n".join(texts)),), 1, 1, 2, prompting.seed)]
 
+    def answered(self, examples, answered):
+        return examples if all(answered) else []
+
+    def classes(self, examples):
+        return [True for _ in examples]
+
     def grade(self, examples, values):
         (answer,) = values
         return Score(float(examples[0][answer[0] - 1].positive), n_records=1)
@@ -469,7 +475,7 @@ class Second(FakeModel):
         return (2,)
 
 
-def test_a_scorer_is_a_dataclass_with_three_methods(tmp_path, monkeypatch):
+def test_a_scorer_is_a_class_with_five_methods(tmp_path, monkeypatch):
     monkeypatch.setitem(BY_METRIC, "intruder", Longest())
     scoring = replace(scoring_with(Parity()), metrics=("intruder",))
     client = Client(Second(), Ledger(tmp_path / "ledger.sqlite"), Budget())
