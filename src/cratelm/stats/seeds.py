@@ -68,7 +68,7 @@ def _checked(seeds: Sequence[Layers]) -> Sequence[Layers]:
 
 
 def _layered(layers: Layers) -> float:
-    return float(np.mean([np.mean(values) for values in layers.values()]))
+    return float(np.mean([np.asarray(values, np.float64).mean() for values in layers.values()]))
 
 
 def _resampled(

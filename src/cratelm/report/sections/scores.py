@@ -227,7 +227,9 @@ _DERIVED: dict[NullKind, tuple[str, str]] = {
 
 def nulls_table(results: RunResults) -> Table:
     """Return the mean scores next to those of the null controls, of which two kinds may be absent."""
-    others = [kind for kind in _DERIVED if any(results.null(m, kind) for m in results.principal)]
+    others: list[NullKind] = [
+        kind for kind in _DERIVED if any(results.null(m, kind) for m in results.principal)
+    ]
     columns = (
         Column("metric", "metric"),
         Column("model", "model"),
@@ -239,7 +241,8 @@ def nulls_table(results: RunResults) -> Table:
     )
     rows = []
     for metric, m in product(results.metrics, results.principal):
-        nulls = [results.null(m, kind) for kind in ("init", *others)]
+        kinds: tuple[NullKind, ...] = ("init", *others)
+        nulls = [results.null(m, kind) for kind in kinds]
         constant = m.find(results.explainer, metric, "constant")
         rows.append(
             (
