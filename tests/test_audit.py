@@ -106,6 +106,8 @@ def test_as_many_single_tokens_of_another_neuron_are_added_in_the_units_of_this_
     assert changed["values"][5:] == [2.0, 5.0]
     assert simulate("trie", changed, [np.array([3, 8])])[0].tolist() == [1.0, 5.0]
     table = {name: TRIE[name] for name in ("default", "tokens", "values", "counts")}
+    wide = {name: [*range(20, 40)] for name in ("tokens", "values", "counts")} | {"default": 0.0}
+    assert len(changed_payload(table, wide, "extra", np.random.default_rng(0))["tokens"]) == 2 * 5
     assert "parents" not in changed_payload(table, table, "extra", np.random.default_rng(0))
 
 

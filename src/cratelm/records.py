@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,16 +48,8 @@ SIMULATION_METRICS: tuple[Metric, ...] = ("top_and_random", "random_only", "anth
 """metrics of the paper: correlation of simulated with true activations"""
 HARD_METRICS: dict[Metric, Metric] = {"detection": "detection_hard", "fuzzing": "fuzzing_hard"}
 """metrics with other negatives: texts that carry the same token, on which the neuron is silent there"""
-METRICS: tuple[Metric, ...] = (
-    *SIMULATION_METRICS,
-    "detection",
-    "detection_hard",
-    "fuzzing",
-    "fuzzing_hard",
-    "intruder",
-    "embedding",
-)
-"""these metrics, and those from the literature that need a language model but no simulation"""
+METRICS: tuple[Metric, ...] = get_args(Metric)
+"""these metrics of simulation, and those from the literature, which need a language model but no simulation"""
 CHANCE: dict[Metric, float] = {
     "top_and_random": 0.0,
     "random_only": 0.0,

@@ -494,6 +494,19 @@ def _move(source, target):
 
 
 @_compiled
+def _add_sums(statistics, powers, fired, best, counts, first):
+    """Add powers [4, W], firing counts [W], maxima [P, W] and histograms [W * 64] to those of neurons from `first` on."""
+    for j in range(len(fired)):
+        for k in range(4):
+            statistics.powers[k, first + j] += powers[k, j]
+        statistics.fired[first + j] += fired[j]
+        for piece in range(len(best)):
+            statistics.maximum[first + j] = max(statistics.maximum[first + j], best[piece, j])
+    low = HISTOGRAM_BINS * first
+    _move(counts, statistics.histogram[low : low + len(counts)])
+
+
+@_compiled
 def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first, last):
     """Add neurons `first` to `last` of a batch to their statistics and excerpts.
 
@@ -544,12 +557,6 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
     _offer_found(tokens, anthropic, found, n_found, offered)
     _move(recent.reshape(-1), before.reshape(-1))
     _move(recent_counts, counts)
-    for j in range(width):
-        for k in range(4):
-            statistics.powers[k, first + j] += before[k, j]
-        statistics.fired[first + j] += fired[j]
-        for piece in range(n_pieces):
-            statistics.maximum[first + j] = max(statistics.maximum[first + j], best[piece, j])
-    _move(counts, statistics.histogram[HISTOGRAM_BINS * first : HISTOGRAM_BINS * last])
+    _add_sums(statistics, before, fired, best, counts, first)
     if np.isfinite(before[0]).all():
         _offer_top(tokens, best, top, first, last)

@@ -8,7 +8,7 @@
 
 A metric notices a change if the mean over neurons falls by more than 0.001 of its range, by its whole 95% interval.
 
-Memory: the explanations of one layer.
+Memory: the explanations of one layer, and the figures of all neurons.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -43,7 +43,7 @@ from cratelm.score.audit_run import table as run_table
 from cratelm.score.config import ScoreConfig
 from cratelm.score.controls import Audit, DocumentAudit, ExplanationSet
 from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
-from cratelm.score.llm_summary import hard_differences, lost_excerpts
+from cratelm.score.llm_summary import LostExcerpts, hard_differences, lost_excerpts
 from cratelm.score.pipeline import Reader, Scoring, plan_batches, requests_of, score_records
 from cratelm.score.scorers import Prompting
 from cratelm.score.simulators import COMPAT, LLMSimulator
@@ -345,7 +345,8 @@ def _audited(
         draft.path / "audit.json",
         {"planted": [asdict(a) for a in planted], "run": [asdict(a) for a in found]},
     )
-    return "\n".join(["planted labels, share of trials noticed, by rate", *planted_table(planted), "", "explanations of the run", *run_table(found)])  # fmt: skip
+    lines = ["planted labels, share of trials noticed, by rate", *planted_table(planted)]
+    return "\n".join([*lines, "", "explanations of the run", *run_table(found)])
 
 
 def _write(
@@ -418,18 +419,6 @@ def _write_summary(
             "statistics": [asdict(s) for s in statistics],
         },
     )
-    defined_only = {
-        (s.explainer, s.metric, s.control): s for s in statistics if s.policy == "leave_out"
-    }
-    means = {
-        f"{explainer} {metric}": f"{_mean(own)}; shuffled"
-        f" {_mean(defined_only[explainer, metric, 'shuffled'])};"
-        f" {own.counts.undefined} undefined, {own.counts.failed} failed"
-        + (f", {row.n_excerpts:,} excerpts left out" if (row := lost.get(key)) else "")
-        for key, own in defined_only.items()
-        for explainer, metric, control in [key]
-        if control == "none"
-    }
     return {
         "n_scores": len(scores),
         "n_neurons": len(selected),
@@ -438,8 +427,26 @@ def _write_summary(
         "n_lost": sum(row.n_excerpts for row in lost.values()),
         "shared_documents": len(documents.shared),
         "n_duplicates": near.n_near_duplicates,
-        "means": means,
+        "means": _means(statistics, lost),
         "hard": {f"{h.explainer} {h.metric}, hard - random": h.in_words() for h in hard},
+    }
+
+
+def _means(
+    statistics: Iterable[ModelStatistics], lost: Mapping[tuple[str, str, str], LostExcerpts]
+) -> dict[str, str]:
+    """Return the means of the own and the shuffled explanations in words, by explainer and metric."""
+    defined_only = {
+        (s.explainer, s.metric, s.control): s for s in statistics if s.policy == "leave_out"
+    }
+    return {
+        f"{explainer} {metric}": f"{_mean(own)}; shuffled"
+        f" {_mean(defined_only[explainer, metric, 'shuffled'])};"
+        f" {own.counts.undefined} undefined, {own.counts.failed} failed"
+        + (f", {row.n_excerpts:,} excerpts left out" if (row := lost.get(key)) else "")
+        for key, own in defined_only.items()
+        for explainer, metric, control in [key]
+        if control == "none"
     }
 
 
