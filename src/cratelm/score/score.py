@@ -433,7 +433,7 @@ def _write_summary(
 
 
 def _means(
-    statistics: Iterable[ModelStatistics], lost: Mapping[tuple[str, str, str], LostExcerpts]
+    statistics: Iterable[ModelStatistics], lost: Mapping[tuple[str, ...], LostExcerpts]
 ) -> dict[str, str]:
     """Return the means of the own and the shuffled explanations in words, by explainer and metric."""
     defined_only = {
