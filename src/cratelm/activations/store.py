@@ -92,6 +92,12 @@ SUMMARIES = TableFile(
             pa.list_(pa.float32()),
             "13 raw activations: edges of 12 equal bins of the pilot sample's range",
         ),
+        FileColumn(
+            "openai_counts",
+            pa.list_(pa.int64()),
+            "5 counts of tokens: of each bin between `openai_edges`, the outer ones with values beyond; null or missing"
+            " if unknown (imported neurons, older harvests)",
+        ),
     ),
 )
 
@@ -317,7 +323,9 @@ def _array(column: pa.ChunkedArray) -> Any:
 
 def _summary(row: dict[str, Any]) -> NeuronSummary:
     neuron = NeuronId(row["model"], row["site"], row["layer"], row["index"])
-    values = {f.name: row[f.name] for f in fields(NeuronSummary) if f.name != "neuron"}
+    values = {f.name: row[f.name] for f in fields(NeuronSummary) if f.name in row}
+    if values.get("openai_counts") is not None:
+        values["openai_counts"] = np.array(row["openai_counts"], np.int64)
     values["histogram"] = np.array(row["histogram"], np.int64)
     for edges in ("openai_edges", "anthropic_edges"):
         values[edges] = np.array(row[edges], np.float32)
