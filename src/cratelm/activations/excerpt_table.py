@@ -85,14 +85,17 @@ class ExcerptTable(Sequence[Excerpt]):
         lengths = self.lengths[rows]
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         tokens = np.repeat(self.bounds[:-1][rows] - bounds[:-1], lengths) + np.arange(bounds[-1])
-        columns = (self.bins, self.ranks, self.peaks, self.documents, self.positions)
         return ExcerptTable(
-            self.kinds[rows],
-            self.kind_names,
-            *(column[rows] for column in columns),
-            bounds,
-            self.token_ids[tokens],
-            self.activations[tokens],
+            kinds=self.kinds[rows],
+            kind_names=self.kind_names,
+            bins=self.bins[rows],
+            ranks=self.ranks[rows],
+            peaks=self.peaks[rows],
+            documents=self.documents[rows],
+            positions=self.positions[rows],
+            bounds=bounds,
+            token_ids=self.token_ids[tokens],
+            activations=self.activations[tokens],
         )
 
     def is_kind(self, kind: ExcerptKind) -> NDArray[np.bool_]:
