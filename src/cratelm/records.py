@@ -253,6 +253,9 @@ class NeuronSummary:
     """[6] raw activations at the quantiles 0, .5, .9, .99, .999, 1 of a pilot sample"""
     anthropic_edges: FloatArray
     """[13] edges of 12 equal bins of the activation range of a pilot sample"""
+    openai_counts: NDArray[np.int64] | None = None
+    """[5] number of tokens in each bin between `openai_edges`; the outer bins also count values beyond. None if unknown, as
+    for harvests by older versions"""
 
     @property
     def dead(self) -> bool:

@@ -80,6 +80,24 @@ class ExcerptTable(Sequence[Excerpt]):
         """Return the excerpts in these rows."""
         return tuple(map(self._item, rows))
 
+    def of_rows(self, rows: IntArray) -> "ExcerptTable":
+        """Return a table of the excerpts in rows [m]."""
+        lengths = self.lengths[rows]
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = np.repeat(self.bounds[:-1][rows] - bounds[:-1], lengths) + np.arange(bounds[-1])
+        return ExcerptTable(
+            kinds=self.kinds[rows],
+            kind_names=self.kind_names,
+            bins=self.bins[rows],
+            ranks=self.ranks[rows],
+            peaks=self.peaks[rows],
+            documents=self.documents[rows],
+            positions=self.positions[rows],
+            bounds=bounds,
+            token_ids=self.token_ids[tokens],
+            activations=self.activations[tokens],
+        )
+
     def is_kind(self, kind: ExcerptKind) -> NDArray[np.bool_]:
         """Return which excerpts are of a kind."""
         codes = [code for code, name in enumerate(self.kind_names) if name == kind]

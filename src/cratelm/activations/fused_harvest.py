@@ -33,6 +33,8 @@ _TILE = 192
 """about this many neurons are a tile: their counters take 12 of the 32 KiB of an L1 cache; 128 and 256 are slower"""
 _IN_FLOAT32 = 32
 """number of tokens, or up to 3 more, whose sums are in float32"""
+_IN_6_BITS = 60
+"""number of tokens, or up to 3 more, whose activations above edges are counted in 6 bits, which hold 63"""
 _IN_UINT8 = 252
 """number of tokens, or up to 3 more, whose histograms are counted in bytes, which hold 255"""
 _OFFERED = 4096
@@ -121,6 +123,8 @@ class _Statistics(NamedTuple):
     fired: np.ndarray
     maximum: np.ndarray
     histogram: np.ndarray
+    reached: np.ndarray
+    """[4, H] tokens that reach the lower edges of quantile bins"""
 
 
 class FusedLayerHarvest(LayerHarvest):
@@ -138,7 +142,8 @@ class FusedLayerHarvest(LayerHarvest):
             calibration.mean.numpy(),
             low,
             np.float32(HISTOGRAM_BINS) / (high - low),
-            *(x.numpy() for x in (self._block, self.fired, self.maximum, self.histogram)),
+            self._block.numpy(),
+            *(getattr(self, name).numpy() for name in ("fired", "maximum", "histogram", "reached")),
         )
         tokens = _Tokens.of(flat, batch)
         bins, top = self._bins(), _Buffers.of(self.top)
@@ -400,6 +405,17 @@ def _offer_top(tokens, best, top, first, last):
 
 
 @_compiled
+def _as_int(is_true):
+    return np.int32(is_true)
+
+
+@_compiled
+def _reaching(a, b, c, d, edge):
+    """Return how many of four activations reach an edge."""
+    return _as_int(a >= edge) + _as_int(b >= edge) + _as_int(c >= edge) + _as_int(d >= edge)
+
+
+@_compiled
 def _add_moments(flat, row, first, mean, sums):
     """Add the powers 1 to 4 of the centred activations of four rows to sums [4, W]."""
     m1, m2, m3, m4 = sums[0], sums[1], sums[2], sums[3]
@@ -461,13 +477,50 @@ def _find_maxima_of_one(flat, row, first, cut, maxima, reached):
 
 
 @_compiled
-def _count_fired(flat, low, high, first, fired):
-    """Count in fired [W] the activations above 0 of rows `low` to `high`."""
-    zero = np.float32(0)
-    for row in range(low, high):
-        r0 = flat[row, first : first + len(fired)]
-        for j in range(len(fired)):
-            fired[j] += np.int32(r0[j] > zero)
+def _count_reached(flat, row, first, edges, number):
+    """Count the activations of four rows that are above 0, and that reach each of four edges [4, W].
+
+    A number [W] has five counts of 6 bits, in this order from the lowest bits on.
+    """
+    e1, e2, e3, e4 = edges[0], edges[1], edges[2], edges[3]
+    last, zero = first + len(number), np.float32(0)
+    r0, r1, r2, r3 = (
+        flat[row, first:last],
+        flat[row + 1, first:last],
+        flat[row + 2, first:last],
+        flat[row + 3, first:last],
+    )
+    for j in range(len(number)):
+        a, b, c, d = r0[j], r1[j], r2[j], r3[j]
+        above = _as_int(a > zero) + _as_int(b > zero) + _as_int(c > zero) + _as_int(d > zero)
+        number[j] += (
+            above
+            + (_reaching(a, b, c, d, e1[j]) << 6)
+            + (_reaching(a, b, c, d, e2[j]) << 12)
+            + (_reaching(a, b, c, d, e3[j]) << 18)
+            + (_reaching(a, b, c, d, e4[j]) << 24)
+        )
+
+
+@_compiled
+def _count_reached_of_one(flat, row, first, edges, number):
+    """Do the same for one row."""
+    for j in range(len(number)):
+        a = flat[row, first + j]
+        number[j] += _as_int(a > np.float32(0))
+        for k in range(len(edges)):
+            number[j] += _as_int(a >= edges[k, j]) << np.int32(6 * (k + 1))
+
+
+@_compiled
+def _move_counts(number, counts):
+    """Add the five counts in number [W] to counts [5, W], and set number to 0."""
+    for k in range(len(counts)):
+        of_edge = counts[k]
+        for j in range(len(number)):
+            of_edge[j] += (number[j] >> np.int32(6 * k)) & np.int32(63)
+    for j in range(len(number)):
+        number[j] = 0
 
 
 @_compiled
@@ -494,12 +547,17 @@ def _move(source, target):
 
 
 @_compiled
-def _add_sums(statistics, powers, fired, best, counts, first):
-    """Add powers [4, W], firing counts [W], maxima [P, W] and histograms [W * 64] to those of neurons from `first` on."""
-    for j in range(len(fired)):
+def _add_sums(statistics, powers, best, counts, reached, first):
+    """Add powers [4, W], maxima [P, W], histograms [W * 64] and the counts of `_count_reached` [5, W].
+
+    They are of the neurons from `first` on.
+    """
+    for j in range(reached.shape[1]):
         for k in range(4):
             statistics.powers[k, first + j] += powers[k, j]
-        statistics.fired[first + j] += fired[j]
+        statistics.fired[first + j] += reached[0, j]
+        for k in range(1, len(reached)):
+            statistics.reached[k - 1, first + j] += reached[k, j]
         for piece in range(len(best)):
             statistics.maximum[first + j] = max(statistics.maximum[first + j], best[piece, j])
     low = HISTOGRAM_BINS * first
@@ -518,25 +576,27 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
     scale, cut = statistics.scale[first:last], cut[first:last]
     best = np.full((n_pieces, width), -np.inf, np.float32)
     recent, before = np.zeros((4, width), np.float32), np.zeros((4, width), np.float64)
-    fired, bins = np.zeros(width, np.int32), np.zeros(width, np.int32)
+    edges, bins = openai.edges[1:, first:last], np.zeros(width, np.int32)
+    recent_reached, n_reached = np.zeros(width, np.int32), np.zeros((5, width), np.int32)
     recent_counts = np.zeros(width * HISTOGRAM_BINS, np.uint8)  # these fit into the L1 cache
     counts = np.zeros(width * HISTOGRAM_BINS, np.uint32)
     reached = np.zeros(-(-width // 8) * 8, np.uint8)
     flags = reached[:width]
     found = np.empty((_OFFERED + 4 * width + 1, 2), np.int64)
     offered, n_found = np.empty_like(found), 0
-    n_summed, n_counted = 0, 0
+    n_summed, n_counted, n_compared = 0, 0, 0
     for piece in range(n_pieces):
         row, end = tokens.first_row[piece], tokens.end_row[piece]
-        _count_fired(flat, row, end, first, fired)
         while row < end:
             n = 4 if row + 4 <= end else 1
             if n == 4:
                 _add_moments(flat, row, first, mean, recent)
                 _find_maxima(flat, row, first, cut, best[piece], flags)
+                _count_reached(flat, row, first, edges, recent_reached)
             else:
                 _add_moments_of_one(flat, row, first, mean, recent)
                 _find_maxima_of_one(flat, row, first, cut, best[piece], flags)
+                _count_reached_of_one(flat, row, first, edges, recent_reached)
             n_found = _find(
                 flat, tokens.key, reached, cut, last_key, row, row + n, first, found, n_found
             )
@@ -547,6 +607,10 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
             for i in range(row, row + n):
                 _count_bins(flat, i, first, low, scale, bins, recent_counts)
             row, n_summed, n_counted = row + n, n_summed + n, n_counted + n
+            n_compared += n
+            if n_compared >= _IN_6_BITS:
+                n_compared = 0
+                _move_counts(recent_reached, n_reached)
             if n_summed >= _IN_FLOAT32:
                 n_summed = 0
                 _move(recent.reshape(-1), before.reshape(-1))
@@ -557,6 +621,7 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
     _offer_found(tokens, anthropic, found, n_found, offered)
     _move(recent.reshape(-1), before.reshape(-1))
     _move(recent_counts, counts)
-    _add_sums(statistics, before, fired, best, counts, first)
+    _move_counts(recent_reached, n_reached)
+    _add_sums(statistics, before, best, counts, n_reached, first)
     if np.isfinite(before[0]).all():
         _offer_top(tokens, best, top, first, last)
