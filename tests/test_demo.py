@@ -69,12 +69,13 @@ def attempt(arguments: list[str], output: Path) -> None:
     sys.exit(main(arguments))
 
 
-def run_until(run: Path, corpus: Path, told: str = "") -> tuple[str, int | None]:
+def run_until(run: Path, corpus: Path, told: str = "", jobs: int = 1) -> tuple[str, int | None]:
     """Runs the demo and kills it as soon as a line holds `told`; returns its output and exit status."""
     output = run.with_suffix(".pipe")
     output.unlink(missing_ok=True)
     os.mkfifo(output)
-    process = FORKED.Process(target=attempt, args=(command(run, corpus)[3:], output))
+    words = [*command(run, corpus)[3:], "--jobs", str(jobs)]
+    process = FORKED.Process(target=attempt, args=(words, output))
     process.start()
     lines = []
     with output.open() as pipe:
@@ -109,8 +110,8 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(whole, corpus, tmp_path
     assert out.splitlines()[-1].endswith(f"cratelm view {whole}")
 
     broken = tmp_path / "broken"
-    for told in ("[2/22]", "[9/22]", "[22/22]"):
-        assert run_until(broken, corpus, told)[1] == -signal.SIGKILL, told
+    for told, jobs in (("[2/22]", 1), ("[9/22]", 2), ("[22/22]", 1)):
+        assert run_until(broken, corpus, told, jobs)[1] == -signal.SIGKILL, told
     out, status = run_until(broken, corpus)
     assert status == 0, out
     assert "skipped" in out
@@ -147,15 +148,13 @@ def test_a_quiet_demo_says_nothing_and_tells_every_verb_so(tmp_path, monkeypatch
         "report",
     ):
         monkeypatch.setattr(room, name, verb)
-    config = DemoConfig(run=tmp_path, quiet=True)
-    for step in room._steps(config):
-        step.work()
+    monkeypatch.setattr(room, "comparison_table", lambda _: "")
+    config = DemoConfig(run=tmp_path, quiet=True, jobs=1)
+    room.demo(config)
+    assert capfd.readouterr() == ("", "")
     assert len(told) == 22
     assert all(told)
     assert room._sae_config(config).quiet
-    monkeypatch.setattr(room, "comparison_table", lambda _: "")
-    room.demo(config)
-    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow

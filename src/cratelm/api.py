@@ -86,6 +86,7 @@ def demo(
     neurons: int = 256,
     sae: bool = False,
     seed: int = 0,
+    jobs: int = 0,
     force: bool = False,
     quiet: bool = False,
 ) -> "DemoResult":
@@ -107,6 +108,8 @@ def demo(
         sae: also train small sparse autoencoders on both twins and compare their latents with the
             neurons; requires the extra `sae`
         seed: random seed for the initial weights, the order of the data, samples and intervals
+        jobs: models that are made at the same time, each in a process with its share of the cores.
+            Default: 2 on a CPU with at least two cores, otherwise 1
         force: redo every stage, even if it is finished
         quiet: no progress bars, no plan and no stage names
     """

@@ -39,6 +39,9 @@ class DemoConfig(Options):
     the extra `sae`"""
     seed: int = 0
     """random seed for the initial weights, the order of the data, samples and intervals"""
+    jobs: int = not_in_identity(0)
+    """models that are made at the same time, each in a process with its share of the cores. Default: 2 on a CPU
+    with at least two cores, otherwise 1"""
     force: bool = not_in_identity(False)
     """redo every stage, even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -46,7 +49,7 @@ class DemoConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0})
+        at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0, "jobs": 0})
         check_vocabulary_size(self)
 
 

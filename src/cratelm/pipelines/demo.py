@@ -5,9 +5,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,12 +19,13 @@ from cratelm.corpus.sources import open_corpus
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.models import build
+from cratelm.pipelines.chains import Step, run_chains
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
-from cratelm.pipelines.sae_compare import Step
 from cratelm.pipelines.sae_compare import steps as autoencoder_steps
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Run
+from cratelm.runs.devices import device_of
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
@@ -98,14 +99,40 @@ def demo(config: DemoConfig) -> DemoResult:
         open_corpus(config.corpus)  # a missing corpus is reported before the machine is measured
     if not config.quiet:
         print(_plan(config), flush=True)
-    steps = list(_steps(config))
-    done: Any = None
-    for number, step in enumerate(steps, 1):
+    common = {"run": config.run, "force": config.force, "quiet": config.quiet}
+    n_steps = 2 + sum(map(len, model_chains(config)))
+    numbers = count(1)
+
+    def announce(step: Step) -> Step:
         if not config.quiet:
-            print(f"[{number}/{len(steps)}] {step.label}", flush=True)
-        done = step.work()
-    assert isinstance(done, ReportResult)
+            print(f"[{next(numbers)}/{n_steps}] {step.label}", flush=True)
+        return step
+
+    announce(Step("tokens", "", lambda: tokenize(_tokenize_config(config)))).work()
+    for step in _run_models(config):
+        announce(step)
+    reporting = Step("report", "", lambda: report(ReportConfig(**common, seed=config.seed)))
+    done: ReportResult = announce(reporting).work()
     return DemoResult(done.page, comparison_table(done), round(time.monotonic() - started, 1))
+
+
+def n_jobs(config: DemoConfig) -> int:
+    """Return the number of models that are made at the same time: two if they share the cores of a CPU."""
+    shares_cores = device_of("auto").type == "cpu" and torch.get_num_threads() > 1
+    return config.jobs or (2 if shares_cores else 1)
+
+
+def _run_models(config: DemoConfig) -> Iterator[Step]:
+    """Run the stages of all models; yield each step when it begins."""
+    jobs = n_jobs(config)
+    if jobs > 1:
+        # Progress bars of several processes would overwrite one another: those of the first are shown.
+        configs = [config, *[replace(config, quiet=True)] * (jobs - 1)]
+        yield from run_chains(model_chains, configs, max(1, torch.get_num_threads() // jobs))
+        return
+    for step in chain.from_iterable(model_chains(config)):
+        yield step
+        step.work()
 
 
 def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
@@ -114,31 +141,33 @@ def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
     return twins, [f"{name}-init" for name in twins]
 
 
-def _steps(config: DemoConfig) -> Iterator[Step]:
-    common = {"run": config.run, "force": config.force, "quiet": config.quiet}
-    yield Step("tokens", "", lambda: tokenize(_tokenize_config(config)))
+def model_chains(config: DemoConfig) -> list[list[Step]]:
+    """Return the steps of each model, in order; those of one model need nothing of another."""
     twins, controls = _models(config)
-    for name in twins + controls:
-        yield Step("model", name, lambda name=name: train(_train_config(config, name)))
-    for name in twins + controls:
-        harvesting = HarvestConfig(
-            **common, model=name, tokens=config.tokens, sequence_length=_SEQUENCE, seed=config.seed
-        )
-        explaining = ExplainConfig(**common, model=name, neurons=config.neurons, seed=config.seed)
-        scoring = ScoreConfig(**common, model=name, seed=config.seed)
-        yield Step("activations", name, lambda c=harvesting: harvest(c))
-        yield Step("explanations", name, lambda c=explaining: explain(c))
-        yield Step("scores", name, lambda c=scoring: score(c))
+    return [list(_steps_of(config, name, name in twins)) for name in twins + controls]
+
+
+def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]:
+    common = {"run": config.run, "force": config.force, "quiet": config.quiet}
+    harvesting = HarvestConfig(
+        **common, model=name, tokens=config.tokens, sequence_length=_SEQUENCE, seed=config.seed
+    )
+    explaining = ExplainConfig(**common, model=name, neurons=config.neurons, seed=config.seed)
+    scoring = ScoreConfig(**common, model=name, seed=config.seed)
+    yield Step("model", name, lambda: train(_train_config(config, name)))
+    yield Step("activations", name, lambda: harvest(harvesting))
+    yield Step("explanations", name, lambda: explain(explaining))
+    yield Step("scores", name, lambda: score(scoring))
+    if not is_trained:
+        return
     if config.sae:
-        yield from autoencoder_steps(_sae_config(config), twins)
-    for name in twins:
-        analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
-        writing = EffectsConfig(
-            **common, model=name, tokens=_ABLATED, neurons=config.neurons, seed=config.seed
-        )
-        yield Step("analysis", name, lambda c=analyzing: analyze(c))
-        yield Step("steer", name, lambda c=writing: effects(c))
-    yield Step("report", "", lambda: report(ReportConfig(**common, seed=config.seed)))
+        yield from autoencoder_steps(_sae_config(config), [name])
+    analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
+    writing = EffectsConfig(
+        **common, model=name, tokens=_ABLATED, neurons=config.neurons, seed=config.seed
+    )
+    yield Step("analysis", name, lambda: analyze(analyzing))
+    yield Step("steer", name, lambda: effects(writing))
 
 
 def _tokenize_config(config: DemoConfig) -> TokenizeConfig:

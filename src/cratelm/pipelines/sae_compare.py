@@ -4,7 +4,7 @@ Every option that affects a score is copied from the completion records of the n
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from cratelm.activations.harvest import harvest, harvest_name
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
+from cratelm.pipelines.chains import Step
 from cratelm.pipelines.config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
@@ -47,22 +48,6 @@ class SaeCompareResult:
         return (
             f"{self.table}\n\nreport: {self.report}#autoencoders  ({self.seconds / 60:.1f} minutes)"
         )
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage of a pipeline."""
-
-    stage: str
-    model: str
-    """name of the model; empty for a stage of the whole run"""
-    work: Callable[[], Any]
-    """runs the stage"""
-
-    @property
-    def label(self) -> str:
-        """Return the stage and its model, as printed."""
-        return f"{self.stage} {self.model}".strip()
 
 
 def sae_compare(config: SaeCompareConfig) -> SaeCompareResult:

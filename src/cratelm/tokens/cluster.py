@@ -26,8 +26,9 @@ from typing import Any
 
 from cratelm.errors import BudgetReached, InputError, missing_extra, one_line
 from cratelm.runs import write_json
+from cratelm.runs.worker_processes import n_cores
 from cratelm.tokens.parts import PartError, Work
-from cratelm.tokens.workers import limit_threads, n_cores
+from cratelm.tokens.workers import limit_threads
 
 CLASSES = {
     "local": "LocalPipelineExecutor",
