@@ -101,6 +101,12 @@ def test_simulating_with_a_local_model(viewer_run, tmp_path, capsys, monkeypatch
     assert float(printed.split("largest difference")[1].split()[0]) < 1e-3
 
 
+def test_what_measures_cost(tmp_path, capsys, monkeypatch):
+    arguments = f"--run {copied(tmp_path)} --turns 1"
+    printed = run("measures", arguments.split(), capsys, monkeypatch)
+    assert printed.count(" times (") == len(loaded("measures", monkeypatch).WITH)
+
+
 def test_a_small_harvest_against_keeping_and_sorting(tmp_path, capsys, monkeypatch):
     """Both sides find the same highest activation of each neuron.
 
@@ -140,6 +146,7 @@ def test_a_small_harvest_against_keeping_and_sorting(tmp_path, capsys, monkeypat
 def test_all_are_here():
     named = {name.partition(",")[0] for name in TINY} | {
         "large_run",
+        "measures",
         "viewer",
         "simulate",
         "common",
