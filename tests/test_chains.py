@@ -73,6 +73,10 @@ def test_chains_run_side_by_side_and_each_in_order(tmp_path):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.fault(
+    "a stage of one model fails in `demo`, or its process is killed",
+    "one line; the stage of the other model is stopped and leaves nothing half written; no process is left",
+)
 @pytest.mark.parametrize(
     ("fault", "error", "says"),
     [
