@@ -123,7 +123,7 @@ def test_a_null_is_stale_after_another_training(run, tmp_path):
     few = {**SMALL, "steps": 1, "validate_every": 1}
     train(TrainConfig(run=path, **few))
     train(TrainConfig(run=path, null="permuted", quiet=True))
-    train(TrainConfig(run=path, **few, seed=1, force=True))
+    train(TrainConfig(run=path, **few, seed=1, name="crate-2l", force=True))
     freshness = Run(path).stage("model", "crate-2l-permuted").freshness()
     assert freshness.is_stale
     assert freshness.commands == (f"cratelm train --run {path} --model crate-2l --null permuted --force",)  # fmt: skip
@@ -203,7 +203,7 @@ PARTS = [
 def test_frozen_parts_keep_their_bits_and_the_others_are_trained(run, model, parts):
     config = TrainConfig(run=run, **{**SMALL, "steps": 4, "checkpoint_every": 2}, model=model, freeze=parts, seed=2)  # fmt: skip
     result = train(config)
-    assert result.name == f"{model}-frozen-{'-'.join(parts)}"
+    assert result.name == f"{model}-frozen-{'-'.join(parts)}-seed2"
     vocab = TokenStore(run / "tokens").padded_vocab_size
     fresh = build(model, vocab_size=vocab, max_position_embeddings=T, seed=2, hidden_size=32, num_attention_heads=2)  # fmt: skip
     of_parts = {id(p) for part in parts for p in parts_of(fresh)[part]}
