@@ -67,6 +67,7 @@ TOPICS = [
         *("docs/verbs/demo.md", "docs/verbs/tokenize.md", "docs/verbs/train.md"),
         *("docs/verbs/harvest.md", "docs/verbs/explain.md", "docs/verbs/score.md"),
         *("docs/verbs/report.md", "docs/verbs/view.md", "docs/verbs/analyze.md"),
+        "docs/verbs/seeds.md",
     ],
     [
         *("docs/verbs/import-sae.md", "docs/saes.md", "docs/verbs/sae-train.md"),
@@ -87,6 +88,7 @@ TINY = {
     "harvest": "--tokens 3000 --sequence-length 64 --top 12 --random 10 --per-bin 2",
     "explain": "--neurons 4",
     "analyze": "--tokens 2000",
+    "seeds": "--tokens 2000",
     "effects": "--neurons 4 --tokens 512 --positions 4",
     "intervene": "--neurons 2 --texts 2",
     "view": "--port 0 --neurons 2",
@@ -557,7 +559,7 @@ def test_every_parquet_file_and_column_is_documented(build):
     files = build.table_files()
     markers = re.findall(r"<!-- columns: (\S+) -->", PAGES["docs/files.md"])
     assert sorted(markers) == sorted(files)
-    assert len(files) == 16
+    assert len(files) == 18
     page = build.generated("files.md", PAGES["docs/files.md"])
     for file in files.values():
         for column in file.columns:
