@@ -69,6 +69,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0, "seed": 12}, "crate-2l-seed12-init"),
     ({"steps": 5, "freeze": ("mlp", "attention"), "seed": 2}, "crate-2l-frozen-attention-mlp-seed2"),
     ({"steps": 0, "freeze": ("dictionary",)}, "crate-2l-frozen-dictionary-init"),
+    ({"steps": 5, "freeze": ("embeddings",), "seed": 3}, "crate-2l-frozen-embeddings-seed3"),
+    ({"steps": 5, "freeze": ("embeddings",)}, "crate-2l-frozen-embeddings"),
+    ({"steps": 5, "freeze": ("embeddings", "attention"), "seed": 3}, "crate-2l-frozen-attention-embeddings-seed3"),
     ({"null": "permuted", "seed": 1}, "crate-2l-permuted"),
     ({"null": "permuted", "model": "crate-2l-seed1"}, "crate-2l-seed1-permuted"),
 ]  # fmt: skip

@@ -308,13 +308,13 @@ def _table(summary: SeedsSummary) -> str:
     for m in summary.matches:
         values = f"{m.mean:.3f}", f"{m.untrained:.3f}"
         lines.append([f"{m.model_a}, {m.model_b}", str(m.layer), m.similarity, *values])
-    text = align(lines)
+    text = align(lines, [False, True, False, True, True])
     if summary.transfers:
         rows = [["explanations", "on the matches in", "by", "own score", "kept", "random neuron"]]
         for t in summary.transfers:
             own = "–" if t.own is None else f"{100 * t.own:.1f}"
             rows.append([t.model_a, t.model_b, t.explainer, own, _share(t.transfer), _share(t.random)])  # fmt: skip
-        text += ["", *align(rows)]
+        text += ["", *align(rows, [False] * 3 + [True] * 3)]
     return "\n".join(f"  {line}".rstrip() for line in text)
 
 

@@ -134,7 +134,8 @@ def model_name(
     if null:
         return untrained_name(size, null)
     parts = "-".join(sorted(freeze))
-    name = seeded_name(f"{size}{_FROZEN}{parts}" if parts else size, seed)
+    name = f"{size}{_FROZEN}{parts}" if parts else size
+    name = f"{name}-seed{seed}" if seed else name
     return name if steps else untrained_name(name)
 
 
@@ -162,6 +163,8 @@ def seeded_name(base: str, seed: int) -> str:
         return base
     model, sae = split_latents(base)
     kind = null_kind(model)
+    if kind == "embeddings" and _FROZEN in model:
+        kind = None  # the last of the frozen parts
     name = f"{trained_name(model) if kind else model}-seed{seed}"
     name = untrained_name(name, kind) if kind else name
     return latents_name(name, sae) if sae else name
@@ -182,6 +185,8 @@ def null_kind(name: str) -> NullKind | None:
     """Return the kind of null control that `name` is the usual name of; None for every other name."""
     model, _ = split_latents(name)
     base, _, end = model.rpartition("-")
+    if f"{base}-".endswith(_FROZEN):
+        return None  # embeddings are also a part that can be frozen
     return next((kind for kind in NULLS if base and end == kind), None)
 
 

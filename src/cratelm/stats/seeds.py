@@ -31,7 +31,7 @@ def mean_over_seeds(
     `n` of the interval is S. With one seed the interval is over its neurons alone. Raises `InputError` for no seeds, or
     for layers without values.
     """
-    means = np.array([_layered(of) for of in _checked(seeds)])
+    means = np.array([mean_over_layers(of) for of in _checked(seeds)])
     drawn = _resampled(seeds, resamples, np.random.default_rng(seed))
     low, high = percentile_bounds(drawn.mean(1), confidence)
     return Interval(float(means.mean()), low, high, len(seeds))
@@ -81,7 +81,10 @@ def compare_over_seeds(
     if len(a) != len(b):
         raise InputError(f"{len(a)} seeds are compared with {len(b)}: give the same seeds of both")
     rng = np.random.default_rng(seed)
-    means = [_layered(x) - _layered(y) for x, y in zip(_checked(a), _checked(b), strict=True)]
+    means = [
+        mean_over_layers(x) - mean_over_layers(y)
+        for x, y in zip(_checked(a), _checked(b), strict=True)
+    ]
     chosen = rng.integers(0, len(a), (resamples, len(a)))
     drawn = _resampled(a, resamples, rng, chosen) - _resampled(b, resamples, rng, chosen)
     drawn = drawn.mean(1)
@@ -99,7 +102,8 @@ def _checked(seeds: Sequence[Layers]) -> Sequence[Layers]:
     return seeds
 
 
-def _layered(layers: Layers) -> float:
+def mean_over_layers(layers: Layers) -> float:
+    """Return the mean over layers of the mean over the neurons of each, of one seed."""
     return float(np.mean([np.asarray(values, np.float64).mean() for values in layers.values()]))
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import numpy as np
+
 from cratelm.analysis.seeds_store import SeedsSummary
 from cratelm.records import Metric
 from cratelm.report.cells import METRIC_NAMES, interval_cell
@@ -20,7 +22,13 @@ from cratelm.results.seeds import (
 from cratelm.results.side_results import read_seed_studies
 from cratelm.runs.names import FAMILIES, family_of, null_kind, twin_name
 from cratelm.score.whole_summary import ALL_TOKENS
-from cratelm.stats.seeds import SeedComparison, compare_over_seeds, holm, mean_over_seeds
+from cratelm.stats.seeds import (
+    SeedComparison,
+    compare_over_seeds,
+    holm,
+    mean_over_layers,
+    mean_over_seeds,
+)
 from cratelm.text.table import Cell, Column, Table
 
 _MEASURES = {
@@ -73,7 +81,7 @@ def means_table(
             if not values[0]:
                 continue
             mean = mean_over_seeds(values, resamples=resamples, seed=seed)
-            each = ", ".join(f"{100 * mean_over_seeds([v], resamples=1).value:.1f}" for v in values)
+            each = ", ".join(f"{100 * mean_over_layers(v):.1f}" for v in values)
             counts = [sum(getattr(s, name) for s in by_seed.values()) for name in ("undefined", "dead", "failed")]  # fmt: skip
             rows.append(
                 (
@@ -243,7 +251,7 @@ def _differences(
             picked = [{n: of[n] for n in chosen} for of in common]
             x, y = picked[: len(seeds)], picked[len(seeds) :]
             comparison = compare_over_seeds(x, y, resamples=resamples, seed=seed)
-            means = [100 * mean_over_seeds(of, resamples=1).value for of in (x, y)]
+            means = [100 * float(np.mean([mean_over_layers(v) for v in of])) for of in (x, y)]
             found.append((explainer, measure, label, (means[0], means[1]), comparison))
     return found
 
