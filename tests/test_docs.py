@@ -67,7 +67,6 @@ TOPICS = [
         *("docs/verbs/demo.md", "docs/verbs/tokenize.md", "docs/verbs/train.md"),
         *("docs/verbs/harvest.md", "docs/verbs/explain.md", "docs/verbs/score.md"),
         *("docs/verbs/report.md", "docs/verbs/view.md", "docs/verbs/analyze.md"),
-        "docs/verbs/seeds.md",
     ],
     [
         *("docs/verbs/import-sae.md", "docs/saes.md", "docs/verbs/sae-train.md"),
