@@ -22,11 +22,13 @@ from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.models import load
+from cratelm.pipelines.config import DemoConfig
+from cratelm.pipelines.demo import _train_config
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.results.run_results import missing_results, read_results
 from cratelm.results.seeds import read_seed_scores, seed_groups
-from cratelm.runs import Run, names
+from cratelm.runs import Run, names, options_of
 from cratelm.runs.reading import read_json
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
@@ -140,6 +142,14 @@ def test_the_control_of_a_frozen_or_named_model_is_made_with_its_options():
         assert (made.freeze, made.seed, made.steps) == (("dictionary",), 2, 0)
         for pair in words.split(" --"):
             assert pair.removeprefix("--") in command
+
+
+def test_the_names_of_the_demo_do_not_depend_on_its_seed():
+    for seed in (0, 3):
+        for name in ("crate-2l", "gpt2-2l-init"):
+            config = _train_config(DemoConfig(seed=seed), name)
+            assert (config.folder, config.seed) == (name, seed)
+            assert ("--name" in options_of(config)) == (seed > 0)
 
 
 def test_a_redone_model_of_an_earlier_version_keeps_its_name(run):

@@ -21,6 +21,7 @@ from cratelm.report.config import ReportConfig
 from cratelm.report.reproduce import commands
 from cratelm.report.sections.scores import nulls_table
 from cratelm.results.run_results import read_results
+from cratelm.results.run_summary import run_card
 from cratelm.runs import Run, hash_json, names
 from cratelm.sae.train_config import SaeTrainConfig
 from cratelm.score.config import ScoreConfig
@@ -158,8 +159,9 @@ def test_what_has_no_null_is_one_line(run, options, expected):
     assert not (run / "model" / "x").exists()
 
 
-def test_nulls_are_controls_of_their_family_in_report_and_browser(run):
+def test_nulls_are_controls_of_their_family_in_report_and_browser(run, monkeypatch):
     pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
+    from cratelm.viewer.drawings import scores_by_layer
     from cratelm.viewer.pages import Pages
     from cratelm.viewer.run_reader import Library
 
@@ -185,6 +187,12 @@ def test_nulls_are_controls_of_their_family_in_report_and_browser(run):
     assert "--name" not in line
     page = Pages(Library([run]), live=False).overview()
     assert all(f"null: {words}" in page for words in ("untrained model", "permuted weights", "only embeddings trained"))  # fmt: skip
+    assert "Y with permuted weights, inverted Y with only the embeddings trained" in page
+    drawn = []
+    monkeypatch.setattr("cratelm.viewer.drawings.scores_panel", lambda title, series, lines: drawn.extend(series))  # fmt: skip
+    with pytest.raises(AttributeError):  # the panel is none
+        scores_by_layer(run_card("run", Run(run)), "random_only")
+    assert [series.null for series in drawn] == ["", *names.NULLS]
     assert "Null controls: " in page
     assert all(name in page for name in NULLS)
 
