@@ -27,7 +27,7 @@ from cratelm.pipelines.demo import _train_config
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.results.run_results import missing_results, read_results
-from cratelm.results.seeds import read_seed_scores, seed_groups
+from cratelm.results.seeds import _seed, excluded_seeds, read_seed_scores, seed_groups
 from cratelm.runs import Run, names, options_of
 from cratelm.runs.reading import read_json
 from cratelm.score.config import ScoreConfig
@@ -84,6 +84,7 @@ def test_names_of_seeds_are_read_as_they_are_written(options, name):
     assert TrainConfig(**options).folder == name
     made = cli.parse_options("train", names.training_words(name))
     assert made.folder == name
+    assert made.model == options.get("model", "crate-2l")
     assert (made.resolved().steps == 0) == (options.get("steps", 0) == 0)
     for of in (name, f"{name}+s"):
         base, seed = names.seed_of(of)
@@ -107,13 +108,15 @@ def test_hints_name_the_command_that_makes_the_model(run, tmp_path):
         with pytest.raises(InputError) as refused:
             Run(run).stage("model", name).require()
         (command,) = [part for part in str(refused.value).split("`") if part.startswith("cratelm ")]
-        assert cli.parse_options("train", command.split()[2:]).folder == name
+        made = cli.parse_options("train", command.split()[2:])
+        assert (made.model, made.seed, made.folder) == ("crate-2l", 3, name)
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "model" / "crate-2l-seed1")
     lines = missing_results(read_results(Run(copy)))
     commands = [part for line in lines for part in line.split("`") if "train --run" in part]
     made = [cli.parse_options("train", command.split()[2:]) for command in commands]
+    assert [config.model for config in made] == 3 * ["crate-2l"] + 2 * ["gpt2-2l"]
     assert [config.folder for config in made] == [
         *("crate-2l-seed1", "crate-2l-init", "crate-2l-seed1-init", "gpt2-2l-init", "gpt2-2l-seed1-init"),
     ]  # fmt: skip
@@ -247,6 +250,13 @@ def test_models_with_other_options_are_no_seeds(run):
         return dataclasses.replace(results, models=tuple(models))
 
     assert [g.base for g in seed_groups(changed(steps=7))] == ["gpt2-2l"]
+    assert [g.base for g in seed_groups(changed(freeze=["dictionary"]))] == ["gpt2-2l"]
+    assert excluded_seeds(changed(steps=7)) == [
+        "crate-2l-seed1 as a seed of crate-2l: it has --steps 7 and crate-2l 4 in model"
+    ]
+    assert excluded_seeds(results) == []
+    control = changed(null="permuted", seed=0).model("crate-2l-seed1")
+    assert _seed(control) == 1  # the record has the seed of the permutation
     assert [g.base for g in seed_groups(changed(seed=0))] == ["gpt2-2l"]
 
 

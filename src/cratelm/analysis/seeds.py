@@ -44,7 +44,7 @@ from cratelm.explain.store import ExplanationFile, ExplanationSource
 from cratelm.models.sites import Site
 from cratelm.models.sizes import build_of
 from cratelm.records import Interval
-from cratelm.runs import Completion, Run
+from cratelm.runs import Completion, Run, check_memory
 from cratelm.runs.names import seed_of, seeded_name
 from cratelm.stats.seeds import Matching, cosines, match, transfer
 from cratelm.text.table import align
@@ -191,6 +191,10 @@ def _measure(config: SeedsConfig, models: Sequence[_Seed], folder: Path) -> Seed
     split, eot = opened.store.split("held_out"), opened.store.eot_id
     length = opened.sequence_length
     plan = SearchPlan.of(split, "held_out", eot, length, config.tokens, config.seed)
+    at_once = min(config.batch_tokens, plan.n_tokens())
+    check_memory(
+        config, {"batch_tokens": 2 * 4 * at_once * sum(opened.site.n_neurons)}, "activations"
+    )
     pairs = list(combinations(models, 2))
     found = _Found()
     total = 3 * len(pairs) * plan.n_tokens()

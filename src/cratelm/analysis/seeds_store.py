@@ -193,11 +193,16 @@ def read_seeds_summary(folder: str | Path) -> SeedsSummary:
 
 
 def different_option(a: Completion, b: Completion) -> str:
-    """Return the first option, in words, by which the stages of two seeds differ; empty if only the seeds do."""
-    for option in sorted((a.config.keys() & b.config.keys()) - {"seed", "model", "name"}):
-        if a.config[option] != b.config[option]:
+    """Return the first option, in words, by which the stages of two seeds differ; empty if only the seeds do.
+
+    Records lack options that were not given to a version without them: absent counts as empty.
+    """
+    for option in sorted((a.config.keys() | b.config.keys()) - {"seed", "model", "name"}):
+        values = [of.config.get(option) or None for of in (a, b)]
+        if values[0] != values[1]:
             flag = option.replace("_", "-")
-            return f"has --{flag} {b.config[option]} and {a.name} {a.config[option]} in {a.stage}"
+            shown = ["nothing" if value is None else value for value in values]
+            return f"has --{flag} {shown[1]} and {a.name} {shown[0]} in {a.stage}"
     return ""
 
 

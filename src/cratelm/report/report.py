@@ -35,6 +35,7 @@ from cratelm.results.run_results import (
     read_results,
     scored_models,
 )
+from cratelm.results.seeds import excluded_seeds
 from cratelm.runs import Run, versions, write_json
 from cratelm.runs.reading import read_json, verified
 from cratelm.text.shading import faint_marks
@@ -201,7 +202,7 @@ def _page(
         several_seeds="seeds" not in absent,
         autoencoders="autoencoders" not in absent,
         stale=stale,
-        missing=missing_results(results),
+        missing=[*missing_results(results), *excluded_seeds(results)],
         tables=tables,
         figures=figures,
         facts=facts(results),

@@ -29,7 +29,7 @@ Layers = Mapping[int, NDArray[np.float64]]
 
 @dataclass(frozen=True, eq=False)
 class SeedGroup:
-    """Models of a run that differ only in their seed, at least two."""
+    """Models of a run that differ only in their seed."""
 
     base: str
     """usual name of the model with seed 0"""
@@ -55,11 +55,23 @@ Measure = tuple[str, str]
 
 def seed_groups(results: RunResults) -> list[SeedGroup]:
     """Return the models of a report of which there are two or more seeds, in the order of the report."""
+    return [group for group in _groups(results) if len(group.models) > 1]
+
+
+def excluded_seeds(results: RunResults) -> list[str]:
+    """Return a line for each model that has the name of a seed, but is not one, with the reason."""
+    return [
+        f"{name} as a seed of {group.base}: it {why}"
+        for group in _groups(results)
+        for name, why in group.excluded.items()
+    ]
+
+
+def _groups(results: RunResults) -> list[SeedGroup]:
     by_base: dict[str, list[ModelResults]] = {}
     for m in results.models:
         by_base.setdefault(seed_of(m.name)[0], []).append(m)
-    groups = [_group(base, models) for base, models in by_base.items() if len(models) > 1]
-    return [group for group in groups if len(group.models) > 1]
+    return [_group(base, models) for base, models in by_base.items()]
 
 
 def _group(base: str, models: Iterable[ModelResults]) -> SeedGroup:
@@ -78,9 +90,14 @@ def _group(base: str, models: Iterable[ModelResults]) -> SeedGroup:
 
 
 def _seed(m: ModelResults) -> int:
-    """Return the seed of the training, by its record, or by the name if the model was not trained in the run."""
+    """Return the seed of the training, by its record, or by the name if the model was not trained in the run.
+
+    The record of a control made from a trained model has the seed of the control.
+    """
     done = m.completions.get("model")
-    return seed_of(m.name)[1] if done is None else int(done.config["seed"])
+    if done is None or done.config.get("null"):
+        return seed_of(m.name)[1]
+    return int(done.config["seed"])
 
 
 def _different_option(first: ModelResults, m: ModelResults) -> str:

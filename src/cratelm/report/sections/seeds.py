@@ -96,7 +96,6 @@ def means_table(
                     len(values),
                 )
             )
-    excluded = [f"{name} {why}" for group in groups for name, why in group.excluded.items()]
     return Table(
         "seeds",
         "Means over seeds",
@@ -104,8 +103,7 @@ def means_table(
         tuple(rows),
         "Mean over seeds of the mean over layers of the mean over neurons. [ ]: 95% hierarchical bootstrap interval, in"
         " which seeds are resampled and, within each, the neurons of every layer. Neurons without a score are excluded,"
-        f" and counted over all seeds.{FEW}"
-        + (f" Excluded: {'; '.join(excluded)}." if excluded else ""),
+        f" and counted over all seeds.{FEW}",
     )
 
 
