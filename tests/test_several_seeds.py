@@ -349,19 +349,20 @@ def test_the_comparison_is_summarized_and_stored(compared, tmp_path, capsys):
     assert {(t.model_a, t.model_b) for t in summary.transfers} == {MODELS[2:], MODELS[:1:-1]}
 
 
-def test_the_null_is_the_model_before_its_training(run):
+def test_the_null_is_the_model_before_its_training(run, tmp_path):
     """The same bits as `--steps 0` saves."""
     from cratelm.activations.open_harvest import open_harvested
 
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
     for name in ("crate-2l-seed1", "gpt2-2l-seed1"):
         base, seed = names.seed_of(name)
         options = {**SMALL, "steps": 0, "model": base, "seed": seed}
-        saved = load(train(TrainConfig(run=run, **options)).path)
-        opened = open_harvested(Run(run), name, "cpu")
+        saved = load(train(TrainConfig(run=path, **options)).path)
+        opened = open_harvested(Run(path), name, "cpu")
         fresh = _untrained(SimpleNamespace(model=opened.subject.model, seed=seed))  # pyright: ignore
         for key, weight in saved.state_dict().items():
             assert torch.equal(weight, fresh.state_dict()[key]), key
-        shutil.rmtree(run / "model" / f"{name}-init")
 
 
 def test_what_cannot_be_compared_is_one_line(run, tmp_path):
