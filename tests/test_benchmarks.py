@@ -26,6 +26,7 @@ TINY = {
     "long_document": "--megabytes 0.5 --kinds words",
     "optimizers": "--corpus CORPUS --models crate-1l --steps 2 --batch 2 --length 32 --validation 2 --vocab-size 300 --fractions 0.5",
     "sae": "--architectures topk --expansion 1 --batch-size 64 --steps 2 --repeats 1 --tokens 20000",
+    "seeds": "--sizes crate-2l --tokens 300 --length 64 --vocabulary 300 --neurons 2 --turns 1",
     "tokenize_throughput": "--corpus CORPUS --repeats 1",
     "loss": "--vocab-size 300 2000 --width 16 --rows 64 --chunks 8 --repeats 1",
     "tokenize_workers": "--megabytes 1 --files 2 --workers 1 --vocab-size 400",

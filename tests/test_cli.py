@@ -221,7 +221,7 @@ def test_names_of_the_package():
 
 
 MODEL_VERBS = (
-    "harvest", "evaluate", "predict", "steer", "effects", "intervene", "analyze", "explain", "score",
+    "harvest", "evaluate", "predict", "steer", "effects", "intervene", "analyze", "seeds", "explain", "score",
     "sae train", "sae evaluate", "sae compare",
 )  # fmt: skip
 
@@ -234,7 +234,18 @@ def test_every_verb_that_runs_a_model_takes_a_device_that_changes_no_identity(ve
 
 
 @pytest.mark.parametrize(
-    "verb", [*MODEL_VERBS[:3], "effects", "analyze", "report", "demo", "view", "tokenize", "train"]
+    "verb",
+    [
+        *MODEL_VERBS[:3],
+        "effects",
+        "analyze",
+        "seeds",
+        "report",
+        "demo",
+        "view",
+        "tokenize",
+        "train",
+    ],
 )
 def test_every_verb_that_takes_long_can_be_quiet(verb):
     (quiet,) = [f for f in fields(config_class(verb)) if f.name == "quiet"]

@@ -87,6 +87,7 @@ TINY = {
     "harvest": "--tokens 3000 --sequence-length 64 --top 12 --random 10 --per-bin 2",
     "explain": "--neurons 4",
     "analyze": "--tokens 2000",
+    "seeds": "--tokens 2000",
     "effects": "--neurons 4 --tokens 512 --positions 4",
     "intervene": "--neurons 2 --texts 2",
     "view": "--port 0 --neurons 2",
@@ -557,7 +558,7 @@ def test_every_parquet_file_and_column_is_documented(build):
     files = build.table_files()
     markers = re.findall(r"<!-- columns: (\S+) -->", PAGES["docs/files.md"])
     assert sorted(markers) == sorted(files)
-    assert len(files) == 16
+    assert len(files) == 18
     page = build.generated("files.md", PAGES["docs/files.md"])
     for file in files.values():
         for column in file.columns:

@@ -387,7 +387,7 @@ def test_twins_see_the_same_tokens_in_the_same_order(
 
 def test_no_steps_saves_the_model_as_initialised(run: Path) -> None:
     result = train(TrainConfig(run=run, **{**SMALL, "steps": 0}, seed=3))
-    assert result.name == "crate-2l-init"
+    assert result.name == "crate-2l-seed3-init"
     assert (result.loss, result.tokens) == (None, 0)
     vocab = TokenStore(run / "tokens").padded_vocab_size
     fresh = build(

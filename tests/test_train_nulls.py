@@ -21,6 +21,7 @@ from cratelm.report.config import ReportConfig
 from cratelm.report.reproduce import commands
 from cratelm.report.sections.scores import nulls_table
 from cratelm.results.run_results import read_results
+from cratelm.results.run_summary import run_card
 from cratelm.runs import Run, hash_json, names
 from cratelm.sae.train_config import SaeTrainConfig
 from cratelm.score.config import ScoreConfig
@@ -123,7 +124,7 @@ def test_a_null_is_stale_after_another_training(run, tmp_path):
     few = {**SMALL, "steps": 1, "validate_every": 1}
     train(TrainConfig(run=path, **few))
     train(TrainConfig(run=path, null="permuted", quiet=True))
-    train(TrainConfig(run=path, **few, seed=1, force=True))
+    train(TrainConfig(run=path, **few, seed=1, name="crate-2l", force=True))
     freshness = Run(path).stage("model", "crate-2l-permuted").freshness()
     assert freshness.is_stale
     assert freshness.commands == (f"cratelm train --run {path} --model crate-2l --null permuted --force",)  # fmt: skip
@@ -158,8 +159,9 @@ def test_what_has_no_null_is_one_line(run, options, expected):
     assert not (run / "model" / "x").exists()
 
 
-def test_nulls_are_controls_of_their_family_in_report_and_browser(run):
+def test_nulls_are_controls_of_their_family_in_report_and_browser(run, monkeypatch):
     pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
+    from cratelm.viewer.drawings import scores_by_layer
     from cratelm.viewer.pages import Pages
     from cratelm.viewer.run_reader import Library
 
@@ -185,6 +187,12 @@ def test_nulls_are_controls_of_their_family_in_report_and_browser(run):
     assert "--name" not in line
     page = Pages(Library([run]), live=False).overview()
     assert all(f"null: {words}" in page for words in ("untrained model", "permuted weights", "only embeddings trained"))  # fmt: skip
+    assert "Y with permuted weights, inverted Y with only the embeddings trained" in page
+    drawn = []
+    monkeypatch.setattr("cratelm.viewer.drawings.scores_panel", lambda title, series, lines: drawn.extend(series))  # fmt: skip
+    with pytest.raises(AttributeError):  # the panel is none
+        scores_by_layer(run_card("run", Run(run)), "random_only")
+    assert [series.null for series in drawn] == ["", *names.NULLS]
     assert "Null controls: " in page
     assert all(name in page for name in NULLS)
 
@@ -203,7 +211,7 @@ PARTS = [
 def test_frozen_parts_keep_their_bits_and_the_others_are_trained(run, model, parts):
     config = TrainConfig(run=run, **{**SMALL, "steps": 4, "checkpoint_every": 2}, model=model, freeze=parts, seed=2)  # fmt: skip
     result = train(config)
-    assert result.name == f"{model}-frozen-{'-'.join(parts)}"
+    assert result.name == f"{model}-frozen-{'-'.join(parts)}-seed2"
     vocab = TokenStore(run / "tokens").padded_vocab_size
     fresh = build(model, vocab_size=vocab, max_position_embeddings=T, seed=2, hidden_size=32, num_attention_heads=2)  # fmt: skip
     of_parts = {id(p) for part in parts for p in parts_of(fresh)[part]}

@@ -108,7 +108,7 @@ def test_answers_are_those_of_the_harvest_and_explanations_of_now(copy):
     texts = live.library.table("copy", "gpt2-2l").explanations
     for s in live.strongest("copy", "gpt2-2l", TEXT, 2):
         assert s.explanation == texts[NEURONS * s.layer + s.index]
-    train(TrainConfig(run=copy, model="gpt2-2l", steps=2, seed=1, quiet=True, tensorboard=False, force=True, validate_every=2, model_overrides=("hidden_size=16", "num_attention_heads=2"), sequence_length=64, validation_sequences=8, batch_size=4))  # fmt: skip
+    train(TrainConfig(run=copy, model="gpt2-2l", name="gpt2-2l", steps=2, seed=1, quiet=True, tensorboard=False, force=True, validate_every=2, model_overrides=("hidden_size=16", "num_attention_heads=2"), sequence_length=64, validation_sequences=8, batch_size=4))  # fmt: skip
     harvest(HarvestConfig(run=copy, model="gpt2-2l", tokens=2500, pilot_tokens=256, device="cpu", force=True))  # fmt: skip
     other = Live(Library([copy]))  # which remembers nothing
     after = asked()

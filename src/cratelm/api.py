@@ -18,6 +18,7 @@ from cratelm.cli import config_class, run_verb
 if TYPE_CHECKING:
     from cratelm.activations.harvest import HarvestResult
     from cratelm.analysis.analyze import AnalyzeResult
+    from cratelm.analysis.seeds import SeedsResult
     from cratelm.evaluate.evaluate import EvaluateResult
     from cratelm.evaluate.predict import PredictResult
     from cratelm.explain.explain import ExplainResult
@@ -63,6 +64,7 @@ __all__ = [
     "sae_evaluate",
     "sae_train",
     "score",
+    "seeds",
     "steer",
     "tokenize",
     "train",
@@ -221,7 +223,8 @@ def train(
         model: name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l; with
             --null, name of a trained model of the run
         name: name of the model's folder in the run. Default: --model, with `-frozen-PART` for
-            --freeze PART, with `-init` if --steps is 0, and with `-KIND` for --null KIND
+            --freeze PART, with `-seedN` for --seed N above 0, with `-init` if --steps is 0; --model
+            with `-KIND` for --null KIND, whatever the seed
         recipe: defaults of the options below. Default: `paper` for the sizes 6l and 12l, `laptop`
             for 1l, 2l and 3l (the paper trained these sizes, too, with its one recipe)
         steps: number of steps, of one batch each (paper 600,000; laptop 600); 0 saves the model as
@@ -777,6 +780,34 @@ def analyze(
         quiet: no progress bar
     """
     return _run("analyze", locals())
+
+
+def seeds(
+    *,
+    run: str | Path = Path("runs/default"),
+    model: str = "crate-2l",
+    tokens: int = 50_000,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    device: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> "SeedsResult":
+    """Match the neurons of models that differ only in their seed, and test explanations on the matches.
+
+    Args:
+        run: run directory, holding harvests of at least two seeds of `--model`
+        model: name of the model with seed 0; crate-2l stands for crate-2l, crate-2l-seed1,
+            crate-2l-seed2 ...
+        tokens: held-out tokens to read
+        seed: seed of the held-out sequences and of the random neurons of the null control
+        batch_tokens: tokens per forward pass
+        device: cpu, cuda, ...; auto: as in the harvests. The precision is always that of the
+            harvests
+        force: redo the stage even if it is finished
+        quiet: no progress bar
+    """
+    return _run("seeds", locals())
 
 
 def steer(

@@ -110,6 +110,11 @@ VERBS: dict[str, Verb] = {
         "measure, layer by layer, what CRATE's derivation predicts",
         several=True,
     ),
+    "seeds": Verb(
+        "cratelm.analysis.seeds",
+        "cratelm.analysis.seeds_config:SeedsConfig",
+        "match the neurons of several seeds of a model, and test explanations on the matches",
+    ),
     "steer": Verb(
         "cratelm.steer.steer",
         "cratelm.steer.config:SteerConfig",

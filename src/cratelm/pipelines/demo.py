@@ -189,6 +189,7 @@ def _train_config(config: DemoConfig, name: str) -> TrainConfig:
         force=config.force,
         quiet=config.quiet,
         model=name.removesuffix("-init"),
+        name=name if config.seed else "",  # the names of the demo do not depend on its seed
         steps=0 if name.endswith("-init") else config.steps,
         sequence_length=_SEQUENCE,
         seed=config.seed,

@@ -23,6 +23,7 @@ from cratelm.report.sections import (
     llm,
     models,
     scores,
+    seeds,
     white_box,
     white_box_figures,
 )
@@ -34,6 +35,7 @@ from cratelm.results.run_results import (
     read_results,
     scored_models,
 )
+from cratelm.results.seeds import excluded_seeds
 from cratelm.runs import Run, versions, write_json
 from cratelm.runs.reading import read_json, verified
 from cratelm.text.shading import faint_marks
@@ -46,6 +48,7 @@ _SECTIONS = (
     ("models", "Loss"),
     ("scores", "Scores"),
     ("twins", "Twins"),
+    ("seeds", "Several seeds"),
     ("autoencoders", "Autoencoders"),
     ("white-box", "White box"),
     ("effects", "Effects"),
@@ -117,6 +120,7 @@ def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
         *all_tokens.tables(results),
         *models.tables(results),
         *comparisons.tables(results, **seeded),
+        *seeds.tables(results, **seeded),
         *llm.tables(results, **seeded),
         *leakage.tables(results),
         *white_box.tables(results.analyses, twins, **seeded),
@@ -181,6 +185,7 @@ def _page(
     )
     environment.filters["marks"] = faint_marks
     absent = {name for name in ("twins", "sparsity") if name not in tables}
+    absent |= set() if {"seeds", "seed_matches"} & set(tables) else {"seeds"}
     absent |= set() if of_models else {"neurons"}
     absent |= set() if any(name.startswith("white_box") for name in tables) else {"white-box"}
     absent |= set() if "sae_policies" in tables else {"autoencoders"}
@@ -194,9 +199,10 @@ def _page(
         with_model="with-model" not in absent,
         white_box="white-box" not in absent,
         effects="effects" not in absent,
+        several_seeds="seeds" not in absent,
         autoencoders="autoencoders" not in absent,
         stale=stale,
-        missing=missing_results(results),
+        missing=[*missing_results(results), *excluded_seeds(results)],
         tables=tables,
         figures=figures,
         facts=facts(results),

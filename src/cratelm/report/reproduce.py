@@ -13,7 +13,7 @@ from cratelm.results.run_results import RunResults
 from cratelm.results.side_results import evaluation_config
 from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion, config_dict
-from cratelm.runs.names import model_name
+from cratelm.runs.stage import usual_name
 from cratelm.score.config import ScoreConfig
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.train.config import TrainConfig
@@ -53,7 +53,9 @@ def commands(results: RunResults, config: ReportConfig) -> str:
 def _side_command(done: Completion, results: RunResults) -> str:
     """Return the command of an additional measurement, with all settings that are not empty."""
     steer_verb = "intervene" if "@" in done.name else "effects"
-    verb = {"analysis": "analyze", "steer": steer_verb, "sae": "sae train"}[done.stage]
+    verb = {"analysis": "analyze", "steer": steer_verb, "sae": "sae train", "seeds": "seeds"}[
+        done.stage
+    ]
     return _words(verb, done.config, results)
 
 
@@ -118,13 +120,7 @@ def _all(results: RunResults) -> list[Completion]:
 def _settings(done: Completion) -> dict[str, Any]:
     settings = dict(done.config)
     if done.stage == "model":
-        usual = model_name(
-            str(settings.get("model")),
-            steps=settings.get("steps"),
-            freeze=settings.get("freeze", ()),
-            null=settings.get("null"),
-        )
-        settings["name"] = "" if done.name == usual else done.name
+        settings["name"] = "" if done.name == usual_name(done) else done.name
     if done.config.get("import") == "records":
         settings["model"] = done.name
     return settings

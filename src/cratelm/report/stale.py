@@ -24,6 +24,7 @@ _STAGES_OF: tuple[tuple[str, tuple[StageName, ...]], ...] = (
     ("white_box", ("analysis",)),
     ("effects", ("steer",)),
     ("interventions", ("steer",)),
+    ("seed_", ("seeds",)),
 )
 """stages that a table or figure depends on, by the beginning of its name; all others depend on `_SCORED`"""
 _NOT_OF_THE_RUN = ("published",)

@@ -4,8 +4,9 @@ This module reads the results of the stages of each model. `side_results` reads 
 `neuron_table` and `neuron_view` read single neurons.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from cratelm.results.stages import (
     set_names,
     side_completions,
 )
-from cratelm.runs import Completion, Freshness, Run, StageName
+from cratelm.runs import Completion, Freshness, Run, StageName, options_of
 from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.names import (
     FAMILIES,
@@ -62,6 +63,7 @@ from cratelm.stats.score_table import ScoreTable
 from cratelm.stats.scores import ModelStatistics, Policy
 from cratelm.steer.store import EffectsSummary, InterventionSummary
 from cratelm.tokens.shards import TokenStore
+from cratelm.train.config import TrainConfig
 from cratelm.train.log import read_metrics
 
 _COLUMNS = ("value", "reason", "explained_by", "simulator", "variant")
@@ -358,19 +360,18 @@ def missing_results(results: RunResults) -> list[str]:
     path = results.run.path
     lines = [] if results.tokens else [f"the token shards (`cratelm tokenize --run {path}`)"]
     for m in results.models:
-        missing = {s: verb for s, verb in MODEL_STAGES.items() if s not in m.completions}
-        if m.latents_of:
-            missing.pop("model", None)
-        elif not m.trained_here:
-            missing.pop("model", None)
+        missing: list[StageName] = [stage for stage in MODEL_STAGES if stage not in m.completions]
+        if "model" in missing and (m.latents_of or not m.trained_here):
+            missing.remove("model")
+        if not m.latents_of and not m.trained_here:
             lines.append(f"losses and parameters of {m.name}, which was not trained in this run")
         lines += [
-            f"{stage}/{m.name} (`cratelm {verb} --run {path} --model {m.name}`)"
-            for stage, verb in missing.items()
+            f"{stage}/{m.name} (`{results.run.stage(stage, m.name).command(force=False)}`)"
+            for stage in missing
         ]
     lines += [
-        f"the randomly initialised null control of {m.name} (`cratelm train --run {path} --model {m.name}"
-        f" --steps 0`, then harvest, explain and score {untrained_name(m.name)})"
+        f"the randomly initialised null control of {m.name} (`{_untrained_command(results.run, m)}`, then"
+        f" harvest, explain and score {untrained_name(m.name)})"
         for m in results.principal
         if results.null(m) is None and m.trained_here
     ]
@@ -387,3 +388,24 @@ def missing_results(results: RunResults) -> list[str]:
                 f" --model {config['model']} --sae {config['sae']}`)"
             )
     return lines
+
+
+def _untrained_command(run: Run, m: ModelResults) -> str:
+    """Return the command that saves the weights from which a model was trained, as its null control."""
+    name, done = untrained_name(m.name), m.completions.get("model")
+    if done is None:
+        return run.stage("model", name).command(force=False)
+    size, length = str(done.config["model"]), done.config["sequence_length"]
+    config = TrainConfig(
+        model=size,
+        steps=0,
+        freeze=tuple(done.config.get("freeze", ())),
+        seed=done.config["seed"],
+        model_overrides=tuple(done.config["model_overrides"]),
+        sequence_length=None
+        if length == TrainConfig(model=size).resolved().sequence_length
+        else length,
+    )
+    if config.folder != name:
+        config = replace(config, name=name)
+    return shlex.join(["cratelm", "train", "--run", str(run.path), *options_of(config)])

@@ -136,12 +136,12 @@ def _missing(
 ) -> tuple[str, ...]:
     harvest = done["activations"]
     lines = []
-    for stage, verb in MODEL_STAGES.items():
+    for stage in MODEL_STAGES:
         # latents, and models from a folder or the Hub, have no `model` stage of their own
         external = stage == "model" and harvest is not None and harvest.config.get("model") != name
         by_llm = any(split_set(n)[0] == name for n in run.models(stage))
         if done[stage] is None and not external and not by_llm:
-            lines.append(f"{stage}: `cratelm {verb} --run {run.path} --model {name}`")
+            lines.append(f"{stage}: `{run.stage(stage, name).command(force=False)}`")
     if not scored and done["scores"] is not None:
         lines.append(f"statistics: `cratelm score --run {run.path} --model {name} --force`")
     return tuple(lines)

@@ -1,4 +1,4 @@
-"""Read the results of `analyze`, `effects`, `intervene` and `sae evaluate` for the models of a run.
+"""Read the results of `analyze`, `seeds`, `effects`, `intervene` and `sae evaluate` for the models of a run.
 
 The files are read by `analysis/store.py`, `steer/store.py` and `sae/store.py`. Models without such results
 are omitted. Formats: `docs/white-box.md`, `docs/steering.md`, `docs/saes.md`.
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cratelm.analysis.seeds_store import SeedsSummary, read_seeds_summary, seed_studies
 from cratelm.analysis.store import (
     EPSILON,
     SHARE,
@@ -119,6 +120,14 @@ def read_analyses(run: Run, models: Sequence[str]) -> list[Analysis]:
 
 def _analysis(name: str, folder: Path) -> Analysis:
     return Analysis(name, tuple(read_layers(folder)), tuple(read_measure_summaries(folder)), folder)
+
+
+# ---- cratelm seeds --------------------------------------------------------------------------------
+
+
+def read_seed_studies(run: Run, models: Sequence[str]) -> list[SeedsSummary]:
+    """Return the comparisons of seeds of which any of the `models` is one, by name."""
+    return [read_seeds_summary(run.stage("seeds", name).path) for name in seed_studies(run, models)]
 
 
 # ---- cratelm effects and cratelm intervene --------------------------------------------------------

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from cratelm.errors import InputError, one_line
 from cratelm.runs import Completion, Run, StageName
-from cratelm.runs.names import FAMILIES, family_of, set_name, sets_of, split_set
+from cratelm.runs.names import FAMILIES, family_of, seed_of, set_name, sets_of, split_set
 
 MODEL_STAGES: dict[StageName, str] = {
     "model": "train",
@@ -18,7 +18,7 @@ MODEL_STAGES: dict[StageName, str] = {
 """stages of one model, with the command that writes each"""
 SET_STAGES: dict[StageName, str] = {"explanations": "explain", "scores": "score"}
 """those that can exist several times: once without a language model, and once for each language model"""
-SIDE_STAGES: tuple[StageName, ...] = ("sae", "steer", "analysis")
+SIDE_STAGES: tuple[StageName, ...] = ("sae", "steer", "analysis", "seeds")
 """optional measurements of a model. Every stage listed here and above is an input of the report, so that an
 addition makes existing reports of runs with such a stage ask for `--force`"""
 READ_ERRORS = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IndexError, AttributeError)  # fmt: skip
@@ -86,14 +86,20 @@ def set_completions(run: Run, model: str, name: str) -> dict[StageName, Completi
 def side_completions(run: Run, models: Sequence[str]) -> tuple[Completion, ...]:
     """Return the completion records of all finished `SIDE_STAGES` of the models."""
     stages = (run.stage(stage, name) for stage in SIDE_STAGES for name in run.models(stage))
-    records = (stage.completion() for stage in stages if split_set(stage.name)[0] in models)
+    several = {seed_of(model)[0] for model in models}  # a comparison of seeds has their common name
+    records = (
+        stage.completion()
+        for stage in stages
+        if split_set(stage.name)[0] in (several if stage.stage == "seeds" else models)
+    )
     return tuple(done for done in records if done is not None)
 
 
-def display_order(name: str, null_of: str) -> tuple[bool, int, str]:
-    """Return the sort key of a model: trained models first, CRATE before GPT-2 before other families.
+def display_order(name: str, null_of: str) -> tuple[bool, int, str, int]:
+    """Return the sort key of a model: trained models first, CRATE before GPT-2 before other families, seeds by number.
 
     `null_of` is the trained model for which `name` is the null control; empty for any other model.
     """
     family = family_of(name)
-    return bool(null_of), FAMILIES.index(family) if family else len(FAMILIES), name
+    place = FAMILIES.index(family) if family else len(FAMILIES)
+    return bool(null_of), place, *seed_of(name)

@@ -8,11 +8,16 @@ MODEL@SAE        in `sae/`: the autoencoders SAE of MODEL
 MODEL-init       the usual name of MODEL with its initial weights: a null control
 MODEL-permuted, MODEL-embeddings
                  the usual names of null controls made from the trained MODEL (`cratelm train --null`)
+BASE-seedN       the usual name of MODEL with another seed than 0; BASE itself has seed 0
+SIZE-frozen-PART-PART
+                 the usual name of BASE with parts that keep their initial weights
 ```
-A name alone does not make a null control: the completion record says whether a model is untrained.
+In this order: SIZE-frozen-PART-seedN-init. A name alone does not make a null control, or a seed: the completion record
+says whether a model is untrained, and which seed it has.
 """
 
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -27,6 +32,8 @@ NULLS: tuple[NullKind, ...] = ("init", "permuted", "embeddings")
 each tensor of the blocks, its embeddings with fresh weights for the rest"""
 DerivedNull = Literal["permuted", "embeddings"]
 """null controls that are made from the trained model"""
+_SEED = re.compile(r"(.+)-seed([1-9][0-9]*)")
+_FROZEN = "-frozen-"
 LONGEST_NAME = 200
 """bytes; file systems allow 255, of which the names of temporary files and of sets need some"""
 _CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -113,20 +120,73 @@ def untrained_name(model: str, kind: NullKind = "init") -> str:
 
 
 def model_name(
-    size: str, *, steps: int | None, freeze: Iterable[str] = (), null: DerivedNull | None = None
+    size: str,
+    *,
+    steps: int | None,
+    freeze: Iterable[str] = (),
+    null: DerivedNull | None = None,
+    seed: int = 0,
 ) -> str:
-    """Return the usual name of what `cratelm train` makes with these options: crate-2l, crate-2l-init ..."""
+    """Return the usual name of what `cratelm train` makes with these options: crate-2l, crate-2l-seed1-init ...
+
+    The seed of a `null` is not in its name: `size` is the name of a trained model then.
+    """
     if null:
         return untrained_name(size, null)
-    parts = sorted(freeze)
-    name = "-".join([size, *(["frozen", *parts] if parts else [])])
+    parts = "-".join(sorted(freeze))
+    name = f"{size}{_FROZEN}{parts}" if parts else size
+    name = f"{name}-seed{seed}" if seed else name
     return name if steps else untrained_name(name)
+
+
+def training_words(name: str) -> list[str]:
+    """Return the options of `cratelm train` that make a model with this usual name: the inverse of `model_name`.
+
+    Steps, and all that names do not show, have their defaults.
+    """
+    kind, trained = null_kind(name), trained_name(name)
+    if kind in ("permuted", "embeddings"):
+        return ["--model", trained, "--null", kind]
+    base, seed = seed_of(trained or name)
+    size, _, parts = base.partition(_FROZEN)
+    return [
+        *("--model", size),
+        *(["--freeze", *parts.split("-")] if parts else []),
+        *(["--seed", str(seed)] if seed else []),
+        *(["--steps", "0"] if kind else []),
+    ]
+
+
+def seeded_name(base: str, seed: int) -> str:
+    """Return the usual name of the model called `base` with another seed: X for 0, X-seed1; X-seed1-init for X-init."""
+    if not seed:
+        return base
+    model, sae = split_latents(base)
+    kind = null_kind(model)
+    if kind == "embeddings" and _FROZEN in model:
+        kind = None  # the last of the frozen parts
+    name = f"{trained_name(model) if kind else model}-seed{seed}"
+    name = untrained_name(name, kind) if kind else name
+    return latents_name(name, sae) if sae else name
+
+
+def seed_of(name: str) -> tuple[str, int]:
+    """Return the name with seed 0, and the seed: X-init+SAE and 1 for X-seed1-init+SAE, X and 0 for X."""
+    model, sae = split_latents(name)
+    kind = null_kind(model)
+    found = _SEED.fullmatch(trained_name(model) if kind else model)
+    if found is None:
+        return name, 0
+    base = untrained_name(found[1], kind) if kind else found[1]
+    return latents_name(base, sae) if sae else base, int(found[2])
 
 
 def null_kind(name: str) -> NullKind | None:
     """Return the kind of null control that `name` is the usual name of; None for every other name."""
     model, _ = split_latents(name)
     base, _, end = model.rpartition("-")
+    if f"{base}-".endswith(_FROZEN):
+        return None  # embeddings are also a part that can be frozen
     return next((kind for kind in NULLS if base and end == kind), None)
 
 

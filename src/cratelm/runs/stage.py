@@ -46,6 +46,7 @@ StageName = Literal[
     "scores",
     "steer",
     "analysis",
+    "seeds",
     "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -74,6 +75,7 @@ _VERBS: dict[StageName, str] = {
     "scores": "score",
     "steer": "effects",
     "analysis": "analyze",
+    "seeds": "seeds",
     "report": "report",
 }
 
@@ -359,11 +361,10 @@ class Stage:
         self.run.tidy()
         done = self.completion()
         if done is None:
-            model = f" --model {self.name}" if self.name else ""
             verb = verb or verb_of(self.stage, self.name)
             raise InputError(
                 f"{self.path} is missing or not finished:"
-                f" type `cratelm {verb} --run {self.run.path}{model}` first"
+                f" type `{_first_command(self, verb, self.name)}` first"
             )
         freshness = self.freshness()
         if freshness.is_stale:
@@ -404,9 +405,10 @@ class Stage:
             done = self.completion()
             if done is not None:
                 return _command(self, done, force=force)
-        model = f" --model {names.split_set(self.name)[0]}" if self.name else ""
-        verb = verb_of(self.stage, self.name)
-        return f"cratelm {verb} --run {self.run.path}{model}{' --force' if force else ''}"
+        command = _first_command(
+            self, verb_of(self.stage, self.name), names.split_set(self.name)[0]
+        )
+        return f"{command}{' --force' if force else ''}"
 
     def _stale(self, downstream: tuple[str, ...] = ()) -> dict[str, str]:
         """Return the labels of the stale stages, upstream first and this one last, each with its reason.
@@ -785,10 +787,31 @@ def _commands(run: Run, stale: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(run.labelled(label).command() for label in stale))
 
 
+def _first_command(stage: Stage, verb: str, model: str) -> str:
+    """Return the command that makes a stage of `model` (empty for the whole run), for one that has no record."""
+    options = names.training_words(model) if verb == "train" else ["--model", model]
+    words = ["cratelm", *verb.split(), "--run", str(stage.run.path)]
+    return shlex.join([*words, *(options if model else [])])
+
+
 def _command(stage: Stage, done: Completion, *, force: bool) -> str:
     words = ["cratelm", *done.verb.split(), "--run", str(stage.run.path)]
     words += done.options or _options_in(done)
+    if done.stage == "model" and "--name" not in words and done.name != usual_name(done):
+        words += ["--name", done.name]  # records of versions that did not name the seed
     return shlex.join(words + ["--force"] * force)
+
+
+def usual_name(done: Completion) -> str:
+    """Return the name that `cratelm train` gives by default to a model with this record's options."""
+    config = done.config
+    return names.model_name(
+        str(config.get("model")),
+        steps=config.get("steps"),
+        freeze=config.get("freeze", ()),
+        null=config.get("null"),
+        seed=config.get("seed", 0),
+    )
 
 
 def _options_in(done: Completion) -> list[str]:
@@ -797,9 +820,7 @@ def _options_in(done: Completion) -> list[str]:
     if config.pop("import", None):
         config["model"] = config.pop("name")
     if done.stage == "model":
-        usual_name = str(config.get("model"))
-        usual_name = usual_name if config.get("steps") else names.untrained_name(usual_name)
-        config["name"] = "" if done.name == usual_name else done.name
+        config["name"] = "" if done.name == usual_name(done) else done.name
     words = []
     for name, value in config.items():
         if value is True:

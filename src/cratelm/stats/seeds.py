@@ -31,7 +31,7 @@ def mean_over_seeds(
     `n` of the interval is S. With one seed the interval is over its neurons alone. Raises `InputError` for no seeds, or
     for layers without values.
     """
-    means = np.array([_layered(of) for of in _checked(seeds)])
+    means = np.array([mean_over_layers(of) for of in _checked(seeds)])
     drawn = _resampled(seeds, resamples, np.random.default_rng(seed))
     low, high = percentile_bounds(drawn.mean(1), confidence)
     return Interval(float(means.mean()), low, high, len(seeds))
@@ -49,14 +49,49 @@ def difference_over_seeds(
 
     Pairs are resampled, and within each the neurons of both. Raises `InputError` if the numbers of seeds differ.
     """
+    return compare_over_seeds(
+        a, b, resamples=resamples, seed=seed, confidence=confidence
+    ).difference
+
+
+class SeedComparison(NamedTuple):
+    """Models a minus models b of the same seeds."""
+
+    difference: Interval
+    """mean over S pairs; `n` is S"""
+    p_value: float
+    """two-sided, at least 2 / (R + 1)"""
+
+
+def compare_over_seeds(
+    a: Sequence[Layers],
+    b: Sequence[Layers],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> SeedComparison:
+    """Return the interval of `difference_over_seeds`, and the p-value of a difference of 0 from the same R resamples.
+
+    p is twice the share of resampled differences on the other side of 0, or on 0, with 1 added to both counts (Davison
+    and Hinkley 1997, chapter 4), at most 1: the smallest level at which the percentile interval still excludes 0. It is
+    as optimistic as that interval where seeds are few: with S pairs, a test of signs alone cannot fall below 2^(1 - S).
+    Raises `InputError` if the numbers of seeds differ.
+    """
     if len(a) != len(b):
         raise InputError(f"{len(a)} seeds are compared with {len(b)}: give the same seeds of both")
     rng = np.random.default_rng(seed)
-    means = [_layered(x) - _layered(y) for x, y in zip(_checked(a), _checked(b), strict=True)]
+    means = [
+        mean_over_layers(x) - mean_over_layers(y)
+        for x, y in zip(_checked(a), _checked(b), strict=True)
+    ]
     chosen = rng.integers(0, len(a), (resamples, len(a)))
     drawn = _resampled(a, resamples, rng, chosen) - _resampled(b, resamples, rng, chosen)
-    low, high = percentile_bounds(drawn.mean(1), confidence)
-    return Interval(float(np.mean(means)), low, high, len(a))
+    drawn = drawn.mean(1)
+    low, high = percentile_bounds(drawn, confidence)
+    other_side = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    p_value = min(1.0, 2 * (1 + other_side) / (1 + resamples))
+    return SeedComparison(Interval(float(np.mean(means)), low, high, len(a)), p_value)
 
 
 def _checked(seeds: Sequence[Layers]) -> Sequence[Layers]:
@@ -67,7 +102,8 @@ def _checked(seeds: Sequence[Layers]) -> Sequence[Layers]:
     return seeds
 
 
-def _layered(layers: Layers) -> float:
+def mean_over_layers(layers: Layers) -> float:
+    """Return the mean over layers of the mean over the neurons of each, of one seed."""
     return float(np.mean([np.asarray(values, np.float64).mean() for values in layers.values()]))
 
 

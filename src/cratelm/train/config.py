@@ -100,7 +100,8 @@ class TrainConfig(Options):
     trained model of the run"""
     name: str = ""
     """name of the model's folder in the run. Default: --model, with `-frozen-PART` for --freeze PART, with
-    `-init` if --steps is 0, and with `-KIND` for --null KIND"""
+    `-seedN` for --seed N above 0, with `-init` if --steps is 0; --model with `-KIND` for --null KIND, whatever the
+    seed"""
     recipe: Literal["paper", "laptop"] | None = None
     """defaults of the options below. Default: `paper` for the sizes 6l and 12l, `laptop` for 1l, 2l and
     3l (the paper trained these sizes, too, with its one recipe)"""
@@ -258,7 +259,9 @@ class TrainConfig(Options):
     def folder(self) -> str:
         """Return the name of the model's folder in its run."""
         steps = self.resolved().steps
-        return self.name or model_name(self.model, steps=steps, freeze=self.freeze, null=self.null)
+        return self.name or model_name(
+            self.model, steps=steps, freeze=self.freeze, null=self.null, seed=self.seed
+        )
 
     def settings(self) -> Settings:
         """Return the settings for a completion record: `identity`, with and without the given options."""

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 from cratelm.report.drawing import Series, scores_panel
 from cratelm.results.views import MapPoint, NeuronView, RunCard, ScoreHistogram
+from cratelm.runs.names import NULLS
 from cratelm.text.display import printable
 
 _PAD = 30
@@ -19,7 +20,7 @@ _LABELLED = 1024
 
 
 def scores_by_layer(run: RunCard, metric: str) -> Markup:
-    """Return the mean score by layer of every trained model with its interval, and of its untrained null, dotted.
+    """Return the mean score by layer of every trained model with its interval, and of its null controls, dotted.
 
     The colours are those of the table of models. Empty without scores.
     """
@@ -27,7 +28,8 @@ def scores_by_layer(run: RunCard, metric: str) -> Markup:
     cards = [(number, card) for number, card in trained if card.metric(metric)]
     series, lines = [], []
     for number, card in cards:
-        for model, null in ((card, ""), (run.null(card), "init")):
+        nulls = [(run.null(card, kind), kind) for kind in NULLS]
+        for model, null in ((card, ""), *nulls):
             scores = model.metric(metric) if model else None
             if scores and scores.by_layer:
                 series.append(Series(card.name, number, null))

@@ -7,6 +7,7 @@ from cratelm.errors import InputError
 from cratelm.records import METRICS, Interval, Metric
 from cratelm.report.cells import METRIC_NAMES, POLICY_NAMES, interval_cell
 from cratelm.results.run_results import ModelResults, RunResults
+from cratelm.results.seeds import seed_groups
 from cratelm.stats.score_table import ScoreTable
 from cratelm.stats.scores import POLICIES, Comparison, Policy, compare_models
 from cratelm.text.table import Cell, Column, Table
@@ -46,8 +47,12 @@ def twins_table(results: RunResults, resamples: int, seed: int) -> Table:
         f" 1/{resamples + 1:,}, not corrected for the {len(rows)} comparisons here. Paired: in random-only,"
         " neurons of the same layer and index are scored on excerpts at the same positions; only pairs with"
         " both values count, so the means differ from those above. P(a > b): probability that a neuron of a"
-        " scores higher, with ties counted half. Each model was trained only once, so a difference may be due"
-        " to the random seeds.",
+        " scores higher, with ties counted half. "
+        + (
+            "Each row compares one seed of each model: “Several seeds” says how much a difference is due to the seeds."
+            if seed_groups(results)
+            else "Each model was trained only once, so a difference may be due to the random seeds."
+        ),
     )
 
 
