@@ -398,13 +398,17 @@ class Stage:
             return Freshness("fresh")
         return Freshness("stale", next(iter(stale.values())), tuple(_commands(self.run, stale)))
 
-    def command(self, *, force: bool = True) -> str:
-        """Return the command that redoes the stage with the options that it was made with."""
+    def command(self, *, force: bool = True, model: str = "") -> str:
+        """Return the command that redoes the stage with the options that it was made with.
+
+        `model` names another model to do the same with.
+        """
         with contextlib.suppress(InputError):
             done = self.completion()
             if done is not None:
-                return _command(self, done, force=force)
-        model = f" --model {names.split_set(self.name)[0]}" if self.name else ""
+                return _command(self, done, force=force, model=model)
+        model = model or names.split_set(self.name)[0]
+        model = f" --model {model}" if model else ""
         verb = verb_of(self.stage, self.name)
         return f"cratelm {verb} --run {self.run.path}{model}{' --force' if force else ''}"
 
@@ -785,9 +789,11 @@ def _commands(run: Run, stale: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(run.labelled(label).command() for label in stale))
 
 
-def _command(stage: Stage, done: Completion, *, force: bool) -> str:
-    words = ["cratelm", *done.verb.split(), "--run", str(stage.run.path)]
-    words += done.options or _options_in(done)
+def _command(stage: Stage, done: Completion, *, force: bool, model: str = "") -> str:
+    options = list(done.options) or _options_in(done)
+    if model and "--model" in options:
+        options[options.index("--model") + 1] = model
+    words = ["cratelm", *done.verb.split(), "--run", str(stage.run.path), *options]
     return shlex.join(words + ["--force"] * force)
 
 

@@ -28,7 +28,7 @@ def scores_by_layer(run: RunCard, metric: str) -> Markup:
     series, lines = [], []
     for number, card in cards:
         for model, null in ((card, ""), (run.null(card), "init")):
-            scores = model.metric(metric) if model else None
+            scores = model.metric(metric, card.explainer) if model else None
             if scores and scores.by_layer:
                 series.append(Series(card.name, number, null))
                 lines.append(scores.by_layer)
