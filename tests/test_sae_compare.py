@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from undrawn import leave_out_drawing
 
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
@@ -22,7 +23,6 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
 from cratelm.pipelines.sae_compare import SaeCompareResult, sae_compare, steps
-from cratelm.report import drawing
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.runs import Run
@@ -86,7 +86,9 @@ def scored(tmp_path_factory) -> Path:
     tokenize(TokenizeConfig(run=path, corpus=str(corpus), vocab_size=300, sequence_length=16, fit=0.3, held_out=0.3, quiet=True))  # fmt: skip
     for name in MODELS:
         scored_model(path, name, steps=6)
-    report(ReportConfig(run=path, neurons=2, resamples=200))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_drawing(patch)
+        report(ReportConfig(run=path, neurons=2, resamples=200))
     return path
 
 
@@ -107,7 +109,7 @@ def controlled(compared, tmp_path_factory) -> SaeCompareResult:
     path = tmp_path_factory.mktemp("controlled") / "run"
     shutil.copytree(compared, path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing.Figure, "write", lambda self, folder: None)
+        leave_out_drawing(patch)
         scored_model(path, "crate-2l", steps=0)
         for step in steps(SaeCompareConfig(run=path, **SMALL), ["crate-2l-init"]):
             step.work()
@@ -259,7 +261,7 @@ def test_random_controls_are_further_rows_and_columns(compared, tables, controll
     for metric in ("top-and-random", "random-only"):
         null = Run(run).path / "scores" / UNTRAINED
         own = [s for s in read_scores(null) if s.control == "none"]
-        mean = model_statistics(own, "trie", metric.replace("-", "_"), resamples=100).mean
+        mean = model_statistics(own, explainer="trie", metric=metric.replace("-", "_")).mean  # pyright: ignore
         (row,) = rows(found, "sae_policies", model="crate-2l+topk-2x", metric=metric)
         assert row["init"]["value"] == mean
     assert "sae_controls" not in tables
