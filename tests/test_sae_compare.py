@@ -257,7 +257,7 @@ def test_random_controls_are_further_rows_and_columns(compared, tables, controll
         after = {json.dumps({k: v for k, v in r.items() if k != key}) for r in found[name]["rows"]}
         added = [json.loads(row)["model"] for row in after - before]
         assert not before - after, name
-        assert set(added) == {SOFT, UNTRAINED} if name == "sae_rebuilt" else {SOFT}, name
+        assert set(added) == ({SOFT, UNTRAINED} if name == "sae_rebuilt" else {SOFT}), name
     for metric in ("top-and-random", "random-only"):
         null = Run(run).path / "scores" / UNTRAINED
         own = [s for s in read_scores(null) if s.control == "none"]
