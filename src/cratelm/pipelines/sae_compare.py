@@ -145,8 +145,10 @@ def _latents(config: SaeCompareConfig, model: str) -> dict[Freeze | None, str]:
     if config.sae:
         return {None: latents_name(model, Path(config.sae).name)}
     frozen: tuple[Freeze | None, ...] = (None, *config.freeze)
-    folders = {freeze: config.training(model, freeze).folder for freeze in frozen}
-    return {freeze: latents_name(model, split_set(of)[1]) for freeze, of in folders.items()}
+    return {
+        freeze: latents_name(model, split_set(config.training(model, freeze).folder)[1])
+        for freeze in frozen
+    }
 
 
 def _training(
