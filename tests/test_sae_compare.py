@@ -491,6 +491,8 @@ def test_latents_of_latents_are_refused(compared):
 def test_demo_with_autoencoders(tmp_path, monkeypatch, capsys):
     demo_module = importlib.import_module("cratelm.pipelines.demo")
     monkeypatch.setattr(demo_module, "_SAE_TOKENS", 2048)
+    monkeypatch.setattr(demo_module, "_ANALYZED", 2000)
+    monkeypatch.setattr(demo_module, "_measure", lambda name, config: (0.1, 1e-5))
     corpus = write_corpus(tmp_path / "corpus.jsonl", 300)
     result = demo_module.demo(DemoConfig(
         run=tmp_path / "run", corpus=str(corpus), size="1l", vocab_size=300, steps=4, tokens=3000,
