@@ -33,13 +33,10 @@ def quick_maps():
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Reports whose figures are empty files, for tests of something else: most of a report's time is drawing."""
+    """Reports and pages without their figures."""
+    from undrawn import leave_out_drawing
 
-    def write(self, folder: Path) -> None:
-        for kind in ("png", "pdf"):
-            (folder / f"{self.name}.{kind}").touch()
-
-    monkeypatch.setattr("cratelm.report.drawing.Figure.write", write)
+    leave_out_drawing(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -546,6 +546,7 @@ def test_commands_make_the_same_run(run, page):
     assert len(lines) == 2 + 4 * len(MODELS)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_model_alone(run, tmp_path):
     """No twin, null, tokens, harvest or weights: what is there is shown, the rest is named."""
     gone = [f"scores/{m}" for m in MODELS[1:]]
@@ -566,6 +567,7 @@ def test_one_model_alone(run, tmp_path):
     assert links <= {v for _, k, v in page.attributes if k == "id"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_explainer_and_models_can_be_chosen(run, tmp_path):
     config: dict[str, Any] = {"run": _copy(run, tmp_path), "force": True, "neurons": 0}
     written = report(ReportConfig(**config, explainer="lookup", models=("gpt2-2l",)))
@@ -914,6 +916,7 @@ def test_neurons_show_what_the_language_model_said(with_model, asked):
     assert f"{FAKE}, from its strongest excerpts" in page.words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_language_model_alone(with_model, tmp_path):
     """Scores of a language model without any others: it is the explainer, and nothing stands beside."""
     path = _copy(with_model, tmp_path, *(f"scores/{m}" for m in MODELS))

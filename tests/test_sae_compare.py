@@ -5,6 +5,7 @@ import json
 import random
 import shlex
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from undrawn import leave_out_drawing
 
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
@@ -20,7 +22,7 @@ from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
-from cratelm.pipelines.sae_compare import sae_compare, steps
+from cratelm.pipelines.sae_compare import SaeCompareResult, sae_compare, steps
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import report
 from cratelm.runs import Run
@@ -29,7 +31,7 @@ from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
 from cratelm.stats.ratio import ratio
-from cratelm.stats.scores import compare_models
+from cratelm.stats.scores import compare_models, model_statistics
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -64,6 +66,17 @@ def write_corpus(path: Path, documents: int) -> Path:
     return path
 
 
+def scored_model(path: Path, model: str, steps: int) -> None:
+    name = train(TrainConfig(
+        run=path, model=model, steps=steps, batch_size=4, sequence_length=32, validation_sequences=8,
+        validate_every=3, tensorboard=False, quiet=True,
+        model_overrides=("hidden_size=32", "num_attention_heads=2"),
+    )).name  # fmt: skip
+    harvest(HarvestConfig(run=path, model=name, tokens=2000, pilot_tokens=256, seed=3))
+    explain(ExplainConfig(run=path, model=name, neurons=20, quiet=True))
+    score(ScoreConfig(run=path, model=name, resamples=100, quiet=True))
+
+
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory) -> Path:
     """Twins with 128 neurons a layer, of which 20 are explained and scored."""
@@ -72,15 +85,10 @@ def scored(tmp_path_factory) -> Path:
     corpus = write_corpus(folder / "corpus.jsonl", 160)
     tokenize(TokenizeConfig(run=path, corpus=str(corpus), vocab_size=300, sequence_length=16, fit=0.3, held_out=0.3, quiet=True))  # fmt: skip
     for name in MODELS:
-        train(TrainConfig(
-            run=path, model=name, steps=6, batch_size=4, sequence_length=32, validation_sequences=8,
-            validate_every=3, tensorboard=False, quiet=True,
-            model_overrides=("hidden_size=32", "num_attention_heads=2"),
-        ))  # fmt: skip
-        harvest(HarvestConfig(run=path, model=name, tokens=2000, pilot_tokens=256, seed=3))
-        explain(ExplainConfig(run=path, model=name, neurons=20, quiet=True))
-        score(ScoreConfig(run=path, model=name, resamples=100, quiet=True))
-    report(ReportConfig(run=path, neurons=2, resamples=200))
+        scored_model(path, name, steps=6)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_drawing(patch)
+        report(ReportConfig(run=path, neurons=2, resamples=200))
     return path
 
 
@@ -90,6 +98,22 @@ def compared(scored, tmp_path_factory) -> Path:
     shutil.copytree(scored, path)
     sae_compare(SaeCompareConfig(run=path, **SMALL))
     return path
+
+
+SOFT, UNTRAINED = "crate-2l+topk-2x-frozen-soft-decoder", "crate-2l-init+topk-2x"
+
+
+@pytest.fixture(scope="module")
+def controlled(compared, tmp_path_factory) -> SaeCompareResult:
+    """The comparison of CRATE with two random controls: a soft-frozen decoder, and the untrained model."""
+    path = tmp_path_factory.mktemp("controlled") / "run"
+    shutil.copytree(compared, path)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_drawing(patch)
+        scored_model(path, "crate-2l", steps=0)
+        for step in steps(SaeCompareConfig(run=path, **SMALL), ["crate-2l-init"]):
+            step.work()
+        return sae_compare(SaeCompareConfig(run=path, models=("crate-2l",), freeze=("soft-decoder",), **SMALL))  # fmt: skip
 
 
 @pytest.fixture
@@ -219,6 +243,49 @@ def test_differences_are_those_of_the_statistics(compared, tables):
         "crate-2l − crate-2l+topk-2x",
         "gpt2-2l − gpt2-2l+topk-2x",
     }
+
+
+def test_random_controls_are_further_rows_and_columns(compared, tables, controlled):
+    """And the figures of the others stay."""
+    run = controlled.report.parent.parent
+    found = json.loads((run / "report" / "tables.json").read_text())
+    assert controlled.models == ("crate-2l", "crate-2l+topk-2x", SOFT)
+    for name, key in (("sae_policies", "init"), ("sae_rebuilt", ""), ("sae_steering", "")):
+        before = {
+            json.dumps({k: v for k, v in r.items() if k != key}) for r in tables[name]["rows"]
+        }
+        after = {json.dumps({k: v for k, v in r.items() if k != key}) for r in found[name]["rows"]}
+        added = [json.loads(row)["model"] for row in after - before]
+        assert not before - after, name
+        assert set(added) == ({SOFT, UNTRAINED} if name == "sae_rebuilt" else {SOFT}), name
+    for metric in ("top-and-random", "random-only"):
+        null = Run(run).path / "scores" / UNTRAINED
+        own = [s for s in read_scores(null) if s.control == "none"]
+        mean = model_statistics(own, explainer="trie", metric=metric.replace("-", "_")).mean  # pyright: ignore
+        (row,) = rows(found, "sae_policies", model="crate-2l+topk-2x", metric=metric)
+        assert row["init"]["value"] == mean
+    assert "sae_controls" not in tables
+    assert not rows(tables, "sae_policies", model="crate-2l+topk-2x", metric="top-and-random")[0]["init"]  # fmt: skip
+    assert "--freeze soft-decoder" in controlled.report.read_text()
+
+
+@pytest.mark.parametrize(("control", "words"), [(SOFT, "decoder near its start"), (UNTRAINED, "untrained model")])  # fmt: skip
+def test_latents_minus_those_of_random_controls(controlled, control, words):
+    run = controlled.report.parent.parent
+    found = json.loads((run / "report" / "tables.json").read_text())
+    assert {r["control"] for r in found["sae_controls"]["rows"]} == {"decoder near its start", "untrained model"}  # fmt: skip
+    a, b = ([s for s in read_scores(run / "scores" / n) if s.control == "none"] for n in ("crate-2l+topk-2x", control))  # fmt: skip
+    for metric, shown in (("top_and_random", "top-and-random"), ("random_only", "random-only")):
+        statuses = [Counter(str(s.score.status) for s in side if (s.explainer, s.metric) == ("trie", metric)) for side in (a, b)]  # fmt: skip
+        for policy, words_of in (("leave_out", "left out"), ("count_zero", "counted as chance")):
+            expected = compare_models(a, b, metric, explainer="trie", policy=policy, paired=False, resamples=200)  # fmt: skip
+            (row,) = rows(found, "sae_controls", control=words, metric=shown, policy=words_of)
+            assert row["models"] == f"crate-2l+topk-2x − {control}"
+            assert row["difference"]["value"] == expected.difference
+            assert (row["difference"]["low"], row["p_value"]) == (expected.low, expected.p_value)
+            for side, of in zip("ab", statuses, strict=True):
+                assert row[f"n_{side}"] == (of["defined"] if policy == "leave_out" else of.total())
+                assert row[f"none_{side}"] == f"{of['undefined']} / {of['dead']} / {of['failed']}"
 
 
 def test_losses_are_compared_on_the_same_documents(compared, tables):
@@ -385,6 +452,9 @@ def test_every_key_of_an_evaluation_is_documented(compared):
         ({"train_tokens": 8, "batch_size": 64}, "--train-tokens 8 is less than one batch"),
         ({"architecture": "l1", "k": 3}, "--k is an option of topk and batchtopk"),
         ({"evaluate_tokens": 0}, "--evaluate-tokens must be at least 1, not 0"),
+        ({"freeze": ("decoder", "decoder")}, "--freeze decoder decoder: name each part once"),
+        ({"freeze": ("decoder",), "sae": "l1-16x"}, "--freeze trains others: omit one of them"),
+        ({"freeze": ("head",)}, "choose from decoder, soft-decoder, encoder"),
     ],
 )
 def test_what_cannot_be_compared_is_told(run, options, told):
@@ -421,6 +491,8 @@ def test_latents_of_latents_are_refused(compared):
 def test_demo_with_autoencoders(tmp_path, monkeypatch, capsys):
     demo_module = importlib.import_module("cratelm.pipelines.demo")
     monkeypatch.setattr(demo_module, "_SAE_TOKENS", 2048)
+    monkeypatch.setattr(demo_module, "_ANALYZED", 2000)
+    monkeypatch.setattr(demo_module, "_measure", lambda name, config: (0.1, 1e-5))
     corpus = write_corpus(tmp_path / "corpus.jsonl", 300)
     result = demo_module.demo(DemoConfig(
         run=tmp_path / "run", corpus=str(corpus), size="1l", vocab_size=300, steps=4, tokens=3000,

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cratelm.errors import InputError
-from cratelm.records import METRICS, SIMULATION_METRICS, NeuronId, NeuronScore, Score, Status
+from cratelm.records import (
+    METRICS,
+    SIMULATION_METRICS,
+    Interval,
+    NeuronId,
+    NeuronScore,
+    Score,
+    Status,
+)
 from cratelm.stats.auc import roc_area, roc_area_of_ranks
 from cratelm.stats.intervals import bootstrap, resampled_means
 from cratelm.stats.scores import Counts, all_statistics, compare_models, model_statistics
@@ -292,6 +300,12 @@ def test_draws_do_not_depend_on_the_blocks(monkeypatch):
     whole = resampled_means(values, 333, np.random.default_rng(1))
     monkeypatch.setattr("cratelm.stats.intervals._BLOCK", 150)
     assert np.array_equal(whole, resampled_means(values, 333, np.random.default_rng(1)))
+
+
+def test_an_interval_in_words():
+    assert Interval(0.719, 0.712, 0.7274).in_words(".1f", 100) == "71.9 (71.2 to 72.7)"
+    assert Interval(-0.25, -0.5, 0.125).in_words("+.2f") == "-0.25 (-0.50 to +0.12)"
+    assert Interval(0.5, None, None, 1).in_words(".1f", 100) == "50.0"
 
 
 def test_area_of_ranks_is_the_area():

@@ -1,31 +1,40 @@
 """Null controls made from a trained model, and models with frozen parts: what stays, what changes, how they are shown."""
 
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_llm import FakeModel
 from safetensors.torch import load_file
 from test_train import SMALL, TINY, T, make_run
 
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
+from cratelm.cli import main
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.models import build, load
 from cratelm.models.nulls import null_control
 from cratelm.models.parts import freeze, parts_of
-from cratelm.report.cells import mean_cell
+from cratelm.report.cells import METRIC_NAMES, mean_cell
 from cratelm.report.config import ReportConfig
 from cratelm.report.reproduce import commands
+from cratelm.report.sections.llm import side_by_side_table
 from cratelm.report.sections.scores import nulls_table
-from cratelm.results.run_results import read_results
+from cratelm.results.run_results import missing_results, read_results
 from cratelm.results.run_summary import run_card
 from cratelm.runs import Run, hash_json, names
 from cratelm.sae.train_config import SaeTrainConfig
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
+from cratelm.score.store import read_scores
 from cratelm.tokens.shards import TokenStore
 from cratelm.train.config import TrainConfig
 from cratelm.train.loop import train
@@ -159,17 +168,28 @@ def test_what_has_no_null_is_one_line(run, options, expected):
     assert not (run / "model" / "x").exists()
 
 
-def test_nulls_are_controls_of_their_family_in_report_and_browser(run, monkeypatch):
+def scored(run: Path, name: str) -> None:
+    common: dict[str, Any] = {"run": run, "model": name, "quiet": True}
+    harvest(HarvestConfig(**common, tokens=1000, pilot_tokens=256, top=10, device="cpu"))
+    explain(ExplainConfig(**common, neurons=6, explainers=("lookup",)))
+    score(ScoreConfig(**common, resamples=100, metrics=("random_only",), all_tokens=False))
+
+
+@pytest.fixture(scope="module")
+def scored_run(run) -> Path:
+    """The run, in which the model and its three nulls are scored."""
+    for name in ("crate-2l", "crate-2l-init", *NULLS):
+        scored(run, name)
+    return run
+
+
+def test_nulls_are_controls_of_their_family_in_report_and_browser(scored_run, monkeypatch):
     pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
     from cratelm.viewer.drawings import scores_by_layer
     from cratelm.viewer.pages import Pages
     from cratelm.viewer.run_reader import Library
 
-    for name in ("crate-2l", "crate-2l-init", *NULLS):
-        common = {"run": run, "model": name, "quiet": True}
-        harvest(HarvestConfig(**common, tokens=1000, pilot_tokens=256, top=10, device="cpu"))
-        explain(ExplainConfig(**common, neurons=6, explainers=("lookup",)))
-        score(ScoreConfig(**common, resamples=100, metrics=("random_only",), all_tokens=False))
+    run = scored_run
     results = read_results(Run(run))
     assert [m.name for m in results.principal] == ["crate-2l"]
     assert all(results.model(f"crate-2l-{kind}").null_of == "crate-2l" for kind in names.NULLS)  # pyright: ignore
@@ -195,6 +215,129 @@ def test_nulls_are_controls_of_their_family_in_report_and_browser(run, monkeypat
     assert [series.null for series in drawn] == ["", *names.NULLS]
     assert "Null controls: " in page
     assert all(name in page for name in NULLS)
+
+
+# ---- with a language model --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asked(scored_run, tmp_path_factory) -> Path:
+    """A copy of the run, whose model a made-up language model has explained and scored, and none of its controls."""
+    path = tmp_path_factory.mktemp("asked") / "run"
+    shutil.copytree(scored_run, path)
+    with answering():
+        ask(path, "crate-2l")
+    return path
+
+
+@pytest.fixture(scope="module")
+def all_asked(asked, tmp_path_factory) -> Path:
+    """The run after the commands that it names for the untrained model, and the same for the others."""
+    path = Path(shutil.copytree(asked, tmp_path_factory.mktemp("all_asked") / "run"))
+    train(TrainConfig(run=path, **{**SMALL, "steps": 1, "validate_every": 1}, freeze=("dictionary",)))  # fmt: skip
+    harvest(HarvestConfig(run=path, model=FROZEN, tokens=1000, pilot_tokens=256, top=10, device="cpu", quiet=True))  # fmt: skip
+    with answering():
+        for command in commands_in(missing_of_untrained(path)[0]):
+            assert main([*command[1:], "--quiet"]) == 0
+        for name in (*NULLS, FROZEN):
+            ask(path, name)
+    return path
+
+
+FROZEN = "crate-2l-frozen-dictionary"
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cratelm.llm.session._backend", lambda config, spec: FakeModel())
+        yield
+
+
+def ask(run: Path, name: str) -> None:
+    common: dict[str, Any] = {"run": run, "model": name, "quiet": True}
+    explain(ExplainConfig(**common, explainer="hf:any", neurons=3, seed=1))
+    metrics = ("random_only", "detection")
+    score(ScoreConfig(**common, simulator="hf:any", metrics=metrics, resamples=100))
+
+
+def missing_of_untrained(run: Path) -> list[str]:
+    return [line for line in missing_results(read_results(Run(run))) if "crate-2l-init" in line]
+
+
+def commands_in(line: str) -> list[list[str]]:
+    return [shlex.split(command) for command in re.findall("`(cratelm [^`]*)`", line)]
+
+
+def test_a_control_that_no_language_model_has_scored_is_named_with_the_commands(asked, all_asked, tmp_path):  # fmt: skip
+    (line,) = missing_of_untrained(asked)
+    assert line.startswith("scores by fake of crate-2l-init, the untrained control of crate-2l (")
+    assert [command[1] for command in commands_in(line)] == ["explain", "score"]
+    cards = {card.name: card.missing for card in run_card("run", Run(asked)).models}
+    (shown,) = cards.pop("crate-2l-init")
+    assert commands_in(shown) == commands_in(line)
+    assert not any(cards.values())
+
+    rows = [
+        [(s.neuron.key, s.metric, s.control) for s in read_scores(all_asked / "scores" / f"{name}@fake")]
+        for name in ("crate-2l", "crate-2l-init")
+    ]  # fmt: skip
+    assert rows[0] == rows[1] != []
+    assert missing_of_untrained(all_asked) == []
+    without = Path(shutil.copytree(all_asked, tmp_path / "run"))
+    shutil.rmtree(without / "scores" / "crate-2l-init@fake")
+    (line,) = missing_of_untrained(without)
+    assert [command[1] for command in commands_in(line)] == ["score"]
+
+
+def test_a_language_model_scores_every_control_in_the_same_table(all_asked):
+    results = read_results(Run(all_asked))
+    table = side_by_side_table(results, 100, 0)
+    keys = [column.key for column in table.columns]
+    rows = [dict(zip(keys, row, strict=True)) for row in table.rows]
+    of_llm = [r for r in rows if (r["explainer"], r["neurons"]) == ("fake", 6)]
+    whole = {(r["model"], r["metric"]): r for r in of_llm}
+    for metric in ("random_only", "detection"):
+        row = whole["crate-2l", METRIC_NAMES[metric]]
+        for kind in names.NULLS:
+            null = results.model(f"crate-2l-{kind}")
+            assert null is not None
+            expected = mean_cell(null.find("fake", metric))
+            assert expected is not None
+            assert row[kind] == whole[null.name, METRIC_NAMES[metric]]["mean"] == expected
+        assert whole[FROZEN, METRIC_NAMES[metric]]["mean"] is not None
+    assert len({str(whole["crate-2l", "random-only"][kind]) for kind in names.NULLS}) == 3
+
+
+def test_the_browser_shows_scores_by_a_language_model_next_to_their_nulls(asked, all_asked, tmp_path):  # fmt: skip
+    pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
+    from cratelm.viewer.pages import Pages
+    from cratelm.viewer.run_reader import Library
+
+    def lines_of(run: Path, label: str) -> dict[str, str]:
+        """By the name of the row: the first cell of the rows that belong to a metric."""
+        page = Pages(Library([run]), live=False).overview()
+        rows = re.findall(r'<tr class="(\w+)"><th scope="row">(.*?)</th><td class="r">(.*?)</td>', page)  # fmt: skip
+        start = next(i for i, (_, name, _) in enumerate(rows) if name.startswith(label))
+        stop = next(i for i in range(start + 1, len(rows)) if rows[i][0] == "head")
+        return {name: cell for _, name, cell in rows[start + 1 : stop]}
+
+    assert lines_of(asked, "fake: detection")["null: untrained model"] == "–"
+    nulls = {m.name: m for m in read_results(Run(all_asked)).models if m.null_of}
+    words = ("untrained model", "permuted weights", "only embeddings trained")
+    for metric in ("random_only", "detection"):
+        shown = lines_of(all_asked, f"fake: {METRIC_NAMES[metric]}")
+        for name, row in zip(("crate-2l-init", *NULLS[::-1]), words, strict=True):
+            found = nulls[name].find("fake", metric)
+            assert found is not None
+            assert shown[f"null: {row}"] == f"{found.mean:.1f}"
+
+    # A null that a language model alone has scored is not shown next to scores by the look-up.
+    without = Path(shutil.copytree(all_asked, tmp_path / "run"))
+    before = lines_of(without, "random-only")
+    shutil.rmtree(without / "scores" / "crate-2l-permuted")
+    shown = lines_of(without, "random-only")
+    assert shown == before | {"null: permuted weights": "–"} != before
 
 
 # ---- frozen parts -----------------------------------------------------------------------------------

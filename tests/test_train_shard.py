@@ -1,6 +1,7 @@
 """Training in several processes, with and without sharding, and checkpoints that change their number.
 
-Each number of processes is started once, by `torchrun`, with all trainings that need it: a start takes seconds.
+Each number of processes is started once, with all trainings that need it. They are forked, because a start takes
+seconds; those of the test that kills one are started by `torchrun`.
 """
 
 import json
@@ -15,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_ranks
 from safetensors.torch import load_file
 from test_train import TINY, T, make_run
-from train_jobs import take
+from train_jobs import take, take_all
 
 from cratelm.train.log import read_metrics
 
@@ -72,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs += [job("run", fields("two-frozen", shard=True, freeze=FROZEN))]
     drafts = (fields("from-2", shard=True), fields("whole-from-2"))
     jobs += [job("run", draft, stop=4) for draft in drafts]
-    finish(launch(2, folder, jobs))
+    run_ranks(2, folder, take_all, folder, jobs)
     for name in ("run-1", "run-4"):
         shutil.copytree(run, folder / name)
     for name in ("from-2", "whole-from-2"):
@@ -80,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [job("run-4", fields(f"four-{model}", model, shard=True)) for model in MODELS]
     names = ("from-1", "from-2", "whole-from-2")
     jobs += [job("run-4", fields(name, shard=True)) for name in names]
-    finish(launch(4, folder, [*jobs, {}]))
+    run_ranks(4, folder, take_all, folder, [*jobs, {}])
     torch.set_num_threads(before)
     return folder
 

@@ -1,4 +1,4 @@
-"""Trains models one after another in the processes of `torchrun`: each start of a process takes seconds.
+"""Trains models one after another in several processes, as `torchrun` or a test starts them: a start takes seconds.
 
     torchrun --nproc-per-node 2 tests/train_jobs.py FOLDER '[{"run": "run", "fields": {"name": "a"}, "stop": 4}]'
 
@@ -70,10 +70,15 @@ def check_muon() -> None:
         assert state[b]["momentum_buffer"].placements == (Shard(0),)
 
 
-if __name__ == "__main__":
-    pid = Path(sys.argv[1]) / f"rank-{os.environ['RANK']}.pid"
+def take_all(folder: Path, jobs: list[dict[str, Any]]) -> None:
+    """Do the jobs in this process, which is one of several."""
+    pid = folder / f"rank-{os.environ['RANK']}.pid"
     pid.write_text(str(os.getpid()))
-    for job in json.loads(sys.argv[2]):
-        take(Path(sys.argv[1]) / job.pop("run"), **job) if job else check_muon()
+    for job in jobs:
+        take(folder / job.pop("run"), **job) if job else check_muon()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    take_all(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1145,6 +1145,7 @@ def sae_compare(
     lr: float = 0.0001,
     batch_size: int = 4096,
     evaluate_tokens: int = 100_000,
+    freeze: tuple[Literal["decoder", "soft-decoder", "encoder"], ...] = (),
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
@@ -1173,6 +1174,9 @@ def sae_compare(
         lr: learning rate of Adam
         batch_size: tokens per training step
         evaluate_tokens: held-out tokens on which reconstructions are evaluated
+        freeze: also compare random controls: the same autoencoders with a part that stays random,
+            trained like the others; decoder, soft-decoder or encoder, as in `cratelm sae train`.
+            For autoencoders on an untrained model, name it with --models
         seed: random seed of training and evaluation; harvest, explanations and scores use the seeds
             of the neurons
         device: auto (a GPU if there is one), cpu, cuda, cuda:1 or mps

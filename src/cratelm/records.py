@@ -145,6 +145,13 @@ class Interval:
             return format(self.value, form)
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
+    def in_words(self, form: str, scale: float = 1) -> str:
+        """Return the figure and its bounds, times `scale`, in words and a format such as `.1f`: 1.0 (0.5 to 1.5)."""
+        value = format(scale * self.value, form)
+        if self.low is None or self.high is None:
+            return value
+        return f"{value} ({scale * self.low:{form}} to {scale * self.high:{form}})"
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.runs import Options, at_least, not_in_identity
-from cratelm.sae.train_config import Architecture, SaeTrainConfig
+from cratelm.sae.train_config import Architecture, Freeze, SaeTrainConfig
 from cratelm.tokens.config import check_vocabulary_size
 
 
@@ -88,6 +88,10 @@ class SaeCompareConfig(Options):
     """tokens per training step"""
     evaluate_tokens: int = 100_000
     """held-out tokens on which reconstructions are evaluated"""
+    freeze: tuple[Freeze, ...] = ()
+    """also compare random controls: the same autoencoders with a part that stays random, trained like the others;
+    decoder, soft-decoder or encoder, as in `cratelm sae train`. For autoencoders on an untrained model, name
+    it with --models"""
     seed: int = 0
     """random seed of training and evaluation; harvest, explanations and scores use the seeds of the neurons"""
     device: str = not_in_identity("auto")
@@ -102,6 +106,12 @@ class SaeCompareConfig(Options):
         at_least(self, {"evaluate_tokens": 1})
         if len(set(self.models)) < len(self.models):
             raise InputError(f"--models {' '.join(self.models)}: name each model once")
+        if len(set(self.freeze)) < len(self.freeze):
+            raise InputError(f"--freeze {' '.join(self.freeze)}: name each part once")
+        if self.freeze and self.sae:
+            raise InputError(
+                f"--sae {self.sae} names autoencoders that exist, and --freeze trains others: omit one of them"
+            )
         if self.train_tokens < self.batch_size:
             raise InputError(
                 f"--train-tokens {self.train_tokens} is less than one batch: lower --batch-size"
@@ -109,8 +119,8 @@ class SaeCompareConfig(Options):
             )
         self.training("any")  # refuses what `sae train` would refuse, for whichever model
 
-    def training(self, model: str) -> SaeTrainConfig:
-        """Return the options of `cratelm sae train` for one model."""
+    def training(self, model: str, freeze: Freeze | None = None) -> SaeTrainConfig:
+        """Return the options of `cratelm sae train` for one model, of a random control with `freeze`."""
         return SaeTrainConfig(
             run=self.run,
             model=model,
@@ -119,6 +129,7 @@ class SaeCompareConfig(Options):
             l1=self.l1,
             k=self.k,
             l0_coefficient=self.l0_coefficient,
+            freeze=freeze,
             tokens=self.train_tokens,
             lr=self.lr,
             batch_size=self.batch_size,

@@ -20,11 +20,12 @@ from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion, Run
-from cratelm.runs.names import latents_name, split_set
+from cratelm.runs.names import latents_name, set_name, split_latents, split_set
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate import is_evaluated, sae_evaluate
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.train import sae_train
+from cratelm.sae.train_config import Freeze
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 
@@ -65,7 +66,7 @@ def sae_compare(config: SaeCompareConfig) -> SaeCompareResult:
         step.work()
     print(f"[{len(pending) + 1}/{len(pending) + 1}] report", flush=True)
     written = _report(run)
-    names = [name for m in models for name in (m, latents_name(m, _name(config, m)))]
+    names = [name for m in models for name in (m, *_latents(config, m).values())]
     seconds = round(time.monotonic() - started, 1)
     return SaeCompareResult(written.page, tuple(names), comparison_table(written), seconds)
 
@@ -107,39 +108,53 @@ def steps(config: SaeCompareConfig, models: Sequence[str]) -> list[Step]:
 
 
 def _steps_of(config: SaeCompareConfig, model: str) -> Iterator[Step]:
-    run, latents = Run(config.run), latents_name(model, _name(config, model))
+    for freeze, latents in _latents(config, model).items():
+        yield from _steps_of_latents(config, model, freeze, latents)
+
+
+def _steps_of_latents(
+    config: SaeCompareConfig, model: str, freeze: Freeze | None, latents: str
+) -> Iterator[Step]:
+    run, sae = Run(config.run), config.sae or split_latents(latents)[1]
     if not config.sae:
-        yield Step("sae", model, lambda: sae_train(_training(config, run, model)))
-    yield Step("evaluation", latents, lambda: _evaluate(config, run, model))
-    yield Step("activations", latents, lambda: harvest(_harvesting(config, run, model)))
+        label = set_name(model, sae) if freeze else model
+        yield Step("sae", label, lambda: sae_train(_training(config, run, model, freeze, sae)))
+    yield Step("evaluation", latents, lambda: _evaluate(config, run, model, sae))
+    yield Step("activations", latents, lambda: harvest(_harvesting(config, run, model, sae)))
     yield Step("explanations", latents, lambda: explain(_explaining(config, run, model, latents)))
     yield Step("scores", latents, lambda: score(_scoring(config, run, model, latents)))
 
 
-def _name(config: SaeCompareConfig, model: str) -> str:
-    """Return the name of the autoencoders as it appears in names of stages."""
+def _latents(config: SaeCompareConfig, model: str) -> dict[Freeze | None, str]:
+    """Return the names of a model's latents in the run: the trained ones (None), then each random control."""
     if config.sae:
-        return Path(config.sae).name
-    return split_set(config.training(model).folder)[1]
+        return {None: latents_name(model, Path(config.sae).name)}
+    frozen: tuple[Freeze | None, ...] = (None, *config.freeze)
+    return {
+        freeze: latents_name(model, split_set(config.training(model, freeze).folder)[1])
+        for freeze in frozen
+    }
 
 
-def _training(config: SaeCompareConfig, run: Run, model: str) -> Any:
+def _training(
+    config: SaeCompareConfig, run: Run, model: str, freeze: Freeze | None, name: str
+) -> Any:
     """Return options that train on the harvested neurons, at the sequence length of their harvest."""
     harvested = _config_of(run, "activations", model)
     return replace(
-        config.training(harvested["model"]),
+        config.training(harvested["model"], freeze),
         site=harvested.get("site"),
         sequence_length=harvested.get("sequence_length"),
-        name=_name(config, model),
+        name=name,
     )
 
 
-def _evaluate(config: SaeCompareConfig, run: Run, model: str) -> None:
+def _evaluate(config: SaeCompareConfig, run: Run, model: str, sae: str) -> None:
     harvested = _config_of(run, "activations", model)
     evaluating = SaeEvaluateConfig(
         run=run.path,
         model=harvested["model"],
-        sae=config.sae or _name(config, model),
+        sae=sae,
         tokens=config.evaluate_tokens,
         sequence_length=harvested.get("sequence_length"),
         seed=config.seed,
@@ -150,9 +165,8 @@ def _evaluate(config: SaeCompareConfig, run: Run, model: str) -> None:
         sae_evaluate(evaluating)
 
 
-def _harvesting(config: SaeCompareConfig, run: Run, model: str) -> HarvestConfig:
+def _harvesting(config: SaeCompareConfig, run: Run, model: str, sae: str) -> HarvestConfig:
     neurons = _config_of(run, "activations", model)
-    sae = config.sae or _name(config, model)
     config_of_latents = _read(HarvestConfig, {**neurons, "site": None, "name": None, "sae": sae})
     return replace(
         config_of_latents,

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from cratelm.records import CHANCE, Estimate, Interval, Metric
 from cratelm.report.drawing import Series
-from cratelm.results.run_results import ModelResults
+from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.results.scores import mean_interval
-from cratelm.runs.names import null_kind
+from cratelm.runs.names import NullKind, null_kind
 from cratelm.stats.scores import Counts, LayerStatistics, ModelStatistics
 from cratelm.text import table
 from cratelm.text.table import Cell
@@ -23,6 +23,17 @@ METRIC_NAMES: dict[Metric, str] = {
     "intruder": "intruder",
     "embedding": "embedding",
 }
+DERIVED_NULLS: dict[NullKind, tuple[str, str]] = {
+    "permuted": (
+        "permuted weights",
+        " Permuted weights: the trained model with each tensor of its blocks permuted inside itself.",
+    ),
+    "embeddings": (
+        "only embeddings trained",
+        " Only embeddings trained: the trained embeddings and head, with fresh weights for the rest.",
+    ),
+}
+"""null controls that are made from the trained model (`cratelm train --null`): heading, and note"""
 POLICY_NAMES = {"leave_out": "left out", "count_zero": "counted as chance"}
 INTERVAL_NOTE = (
     "[ ]: 95% bootstrap interval over neurons, resampled within their layer. It does not cover another"
@@ -58,6 +69,11 @@ def mean_cell(s: ModelStatistics | LayerStatistics | None) -> Cell:
 def chance_of(metrics: Sequence[Metric]) -> str:
     """Return what a score without a value counts as under the policy `count_zero`, in words: 0 for correlations."""
     return "chance" if any(CHANCE[metric] for metric in metrics) else "0"
+
+
+def derived_kinds(results: RunResults) -> list[NullKind]:
+    """Return the kinds of `DERIVED_NULLS` that any model of a report has."""
+    return [k for k in DERIVED_NULLS if any(results.null(m, k) for m in results.principal)]
 
 
 def without_score(counts: Counts) -> str:

@@ -22,6 +22,7 @@ from cratelm.report.sections import (
     leakage,
     llm,
     models,
+    sae_controls,
     scores,
     seeds,
     white_box,
@@ -125,6 +126,7 @@ def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
         *leakage.tables(results),
         *white_box.tables(results.analyses, twins, **seeded),
         *autoencoders.tables(results, **seeded),
+        *sae_controls.tables(results, **seeded),
         *effects.tables(results),
     ]
     return {table.name: table for table in made if table.rows}

@@ -23,7 +23,12 @@ from cratelm.records import (  # fmt: skip
     Metric,
     NeuronKey,
 )
-from cratelm.results.scores import find_statistics, read_calls, read_score_summary
+from cratelm.results.scores import (
+    find_statistics,
+    label_suffix,
+    read_calls,
+    read_score_summary,
+)
 from cratelm.results.side_results import (
     Analysis,
     evaluation_inputs,
@@ -38,6 +43,7 @@ from cratelm.results.stages import (
     SET_STAGES,
     completions,
     display_order,
+    missing_sets,
     principal_explainer,
     set_completions,
     set_names,
@@ -330,8 +336,7 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
     tallies = {verb: tally for verb, tally in calls.items() if tally is not None}
     if "scores" not in done:
         return ResultSet(model, name, done, tallies)
-    # The same explanations may be scored again under another name: that name labels their rows.
-    suffix = f" ({name})" if done["scores"].config.get("name") else ""
+    suffix = label_suffix(run.stage("scores", set_name(model, name)))
     summary = read_score_summary(folders["scores"]).renamed(suffix)
     scores = read_score_columns(folders["scores"], _COLUMNS)
     return ResultSet(
@@ -374,6 +379,12 @@ def missing_results(results: RunResults) -> list[str]:
         f" harvest, explain and score {untrained_name(m.name)})"
         for m in results.principal
         if results.null(m) is None and m.trained_here
+    ]
+    lines += [
+        f"scores by {name} of {null.name}, the untrained control of {m.name} ({commands})"
+        for m in results.principal
+        if (null := results.null(m)) is not None
+        for name, commands in missing_sets(results.run, m.name, null.name).items()
     ]
     if not results.twins():
         lines.append(

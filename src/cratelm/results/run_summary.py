@@ -7,17 +7,24 @@ import numpy as np
 
 from cratelm.activations.store import summaries_path
 from cratelm.records import METRICS
-from cratelm.results.scores import find_statistics, layer_intervals, mean_interval, read_statistics
+from cratelm.results.scores import (
+    find_statistics,
+    label_suffix,
+    layer_intervals,
+    mean_interval,
+    read_statistics,
+)
 from cratelm.results.stages import (
     MODEL_STAGES,
     Problems,
     display_order,
+    missing_sets,
     model_names,
     principal_explainer,
 )
-from cratelm.results.views import MetricCard, ModelCard, RunCard
+from cratelm.results.views import ExplainerCard, MetricCard, ModelCard, RunCard
 from cratelm.runs import Completion, Run, StageName
-from cratelm.runs.names import family_of, split_set
+from cratelm.runs.names import family_of, null_kind, split_set
 from cratelm.runs.reading import read_parquet
 from cratelm.stats.scores import ModelStatistics
 
@@ -46,7 +53,8 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
         of_model = run.stage(stage, name)
         done[stage] = problems.attempt(f"{of_model.path} is damaged", of_model.completion, None)
     layers = _layers(run, name, problems) if done["activations"] else _Layers()
-    explainer, metrics = _metrics(run, name, problems)
+    explainers = _explainers(run, name, problems)
+    first = explainers[0] if explainers else ExplainerCard("", ())
     trained = done["model"].results if done["model"] else {}
     return ModelCard(
         name=name,
@@ -57,12 +65,13 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
         parameters=trained.get("parameters"),
         loss=trained.get("validation_loss"),
         loss_error=trained.get("validation_standard_error"),
-        explainer=explainer,
-        metrics=metrics,
+        explainer=first.explainer,
+        metrics=first.metrics,
         firing=layers.firing,
         dead=layers.dead,
-        missing=_missing(run, name, done, bool(metrics)),
+        missing=_missing(run, name, done, bool(first.metrics), null_of),
         stale=tuple(run.stale_lines(name)),
+        by_llm=tuple(explainers[1:]),
     )
 
 
@@ -95,22 +104,28 @@ def _layers(run: Run, name: str, problems: Problems) -> _Layers:
     return layers
 
 
-def _metrics(run: Run, name: str, problems: Problems) -> tuple[str, tuple[MetricCard, ...]]:
-    """Return the principal explainer and its metrics, from the first set of scores that has any.
+def _explainers(run: Run, name: str, problems: Problems) -> list[ExplainerCard]:
+    """Return the scores of the principal explainer, then those of each other explainer that is a language model.
 
-    MODEL, the set without a language model, sorts before every MODEL@SET.
+    The principal explainer is that of the first set of scores that has any. MODEL, the set without a language
+    model, sorts before every MODEL@SET.
     """
+    cards: list[ExplainerCard] = []
     for label in sorted(n for n in run.models("scores") if split_set(n)[0] == name):
-        folder = run.stage("scores", label).path
-        read = partial(read_statistics, folder)
-        statistics = problems.attempt(f"{folder / 'summary.json'} cannot be read", read, ())
+        stage = run.stage("scores", label)
+        read = partial(read_statistics, stage.path)
+        statistics = problems.attempt(f"{stage.path / 'summary.json'} cannot be read", read, ())
         of_set = split_set(label)[1]
-        principal = principal_explainer({(of_set, s.explainer) for s in statistics})
-        if principal:
-            explainer = principal[1]
-            cards = (_metric_card(statistics, explainer, metric) for metric in METRICS)
-            return explainer, tuple(card for card in cards if card is not None)
-    return "", ()
+        explainers = sorted({s.explainer for s in statistics})
+        if not of_set:
+            principal = principal_explainer((of_set, e) for e in explainers)
+            explainers = [principal[1]] if principal else []
+        suffix = problems.attempt(f"{stage.path} is damaged", partial(label_suffix, stage), "")
+        for explainer in explainers:
+            metrics = (_metric_card(statistics, explainer, metric) for metric in METRICS)
+            defined = tuple(card for card in metrics if card is not None)
+            cards.append(ExplainerCard(explainer + suffix, defined))
+    return cards
 
 
 def _metric_card(
@@ -132,7 +147,7 @@ def _metric_card(
 
 
 def _missing(
-    run: Run, name: str, done: dict[StageName, Completion | None], scored: bool
+    run: Run, name: str, done: dict[StageName, Completion | None], scored: bool, null_of: str
 ) -> tuple[str, ...]:
     harvest = done["activations"]
     lines = []
@@ -144,4 +159,7 @@ def _missing(
             lines.append(f"{stage}: `{run.stage(stage, name).command(force=False)}`")
     if not scored and done["scores"] is not None:
         lines.append(f"statistics: `cratelm score --run {run.path} --model {name} --force`")
+    if null_of and null_kind(name) == "init":
+        sets = missing_sets(run, null_of, name)
+        lines += [f"scores by {of_set}: {commands}" for of_set, commands in sets.items()]
     return tuple(lines)

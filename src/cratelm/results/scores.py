@@ -11,7 +11,8 @@ from typing import Any
 from cratelm.llm.client import Tally
 from cratelm.llm.probe import ProbeResult
 from cratelm.records import Interval
-from cratelm.runs import known_fields
+from cratelm.runs import Stage, known_fields
+from cratelm.runs.names import split_set
 from cratelm.runs.reading import read_json
 from cratelm.score.controls import Audit
 from cratelm.score.duplicates import DuplicateAudit, DuplicateEffect, DuplicatePair
@@ -72,6 +73,16 @@ def read_calls(folder: Path) -> Tally | None:
     if not path.is_file():
         return None
     return read_json(path, lambda record: Tally(**{**record, "failed": Counter(record["failed"])}))
+
+
+def label_suffix(scored: Stage) -> str:
+    """Return what labels the explainers of a set of scores: its name in brackets, if the scores were named.
+
+    The same explanations may be scored again under another name.
+    """
+    done = scored.completion()
+    named = done is not None and done.config.get("name")
+    return f" ({split_set(scored.name)[1]})" if named else ""
 
 
 def find_statistics(

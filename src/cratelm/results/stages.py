@@ -1,6 +1,6 @@
 """Which stages of a run are finished, and how a reader deals with files that are missing or damaged."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import pyarrow as pa
@@ -81,6 +81,31 @@ def completions(
 def set_completions(run: Run, model: str, name: str) -> dict[StageName, Completion]:
     """Return the completion records of the explanations and scores of one set of `model`."""
     return completions(run, set_name(model, name), SET_STAGES)
+
+
+def missing_sets(run: Run, model: str, null: str) -> dict[str, str]:
+    """Return the sets of scores by a language model that `model` has and its null control `null` lacks.
+
+    Each name comes with the commands that make the set, in words.
+    """
+    scored = run.models("scores")
+    missing = sorted(set(sets_of(scored, model)) - set(sets_of(scored, null)))
+    return {
+        name: ", then ".join(f"`{command}`" for command in _commands_for(run, model, null, name))
+        for name in missing
+    }
+
+
+def _commands_for(run: Run, model: str, null: str, name: str) -> Iterator[str]:
+    """Yield the commands that explain and score `null` as the set `name` of `model` was."""
+    scored = run.stage("scores", set_name(model, name))
+    done = scored.completion()
+    label = done.input_stages.get("explanations") if done else None
+    explained = run.labelled(label or f"explanations/{scored.name}")
+    of_null = run.stage("explanations", set_name(null, split_set(explained.name)[1]))
+    if of_null.completion() is None:
+        yield explained.command(force=False, model=null)
+    yield scored.command(force=False, model=null)
 
 
 def side_completions(run: Run, models: Sequence[str]) -> tuple[Completion, ...]:

@@ -21,7 +21,7 @@ class NotFound(InputError):
 
 @dataclass(frozen=True)
 class MetricCard:
-    """Scores of one model under one metric, for its principal explainer."""
+    """Scores of one model under one metric, for one explainer."""
 
     metric: str
     mean: Interval | None
@@ -32,6 +32,15 @@ class MetricCard:
     undefined: int
     dead: int
     failed: int
+
+
+@dataclass(frozen=True)
+class ExplainerCard:
+    """Scores of one model for one explainer."""
+
+    explainer: str
+    """label, which ends with the name of the set in brackets if its scores were named"""
+    metrics: tuple[MetricCard, ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class ModelCard:
     explainer: str
     """explainer of the scores; empty if there are none"""
     metrics: tuple[MetricCard, ...]
+    """scores of `explainer`"""
     firing: Mapping[int, float]
     """mean firing rate by layer, 0 to 1, held-out"""
     dead: Mapping[int, int]
@@ -62,10 +72,15 @@ class ModelCard:
     """results that the model lacks, each with the command that produces it"""
     stale: tuple[str, ...] = ()
     """stages whose inputs have changed since, each with the command that redoes it"""
+    by_llm: tuple[ExplainerCard, ...] = ()
+    """scores of the explainers that are language models, other than `explainer`"""
 
-    def metric(self, name: str) -> MetricCard | None:
-        """Return the scores under a metric; None if the model was not scored with it."""
-        return next((m for m in self.metrics if m.metric == name), None)
+    def metric(self, name: str, explainer: str = "") -> MetricCard | None:
+        """Return the scores of an explainer, by default the model's `explainer`, under a metric; None without scores."""
+        own = ExplainerCard(self.explainer, self.metrics)
+        metrics = {e.explainer: e.metrics for e in (*self.by_llm, own)}
+        of = metrics.get(explainer or self.explainer, ())
+        return next((m for m in of if m.metric == name), None)
 
 
 @dataclass(frozen=True)

@@ -399,15 +399,17 @@ class Stage:
             return Freshness("fresh")
         return Freshness("stale", next(iter(stale.values())), tuple(_commands(self.run, stale)))
 
-    def command(self, *, force: bool = True) -> str:
-        """Return the command that redoes the stage with the options that it was made with."""
+    def command(self, *, force: bool = True, model: str = "") -> str:
+        """Return the command that redoes the stage with the options that it was made with.
+
+        `model` names another model to do the same with.
+        """
         with contextlib.suppress(InputError):
             done = self.completion()
             if done is not None:
-                return _command(self, done, force=force)
-        command = _first_command(
-            self, verb_of(self.stage, self.name), names.split_set(self.name)[0]
-        )
+                return _command(self, done, force=force, model=model)
+        model = model or names.split_set(self.name)[0]
+        command = _first_command(self, verb_of(self.stage, self.name), model)
         return f"{command}{' --force' if force else ''}"
 
     def _stale(self, downstream: tuple[str, ...] = ()) -> dict[str, str]:
@@ -794,9 +796,11 @@ def _first_command(stage: Stage, verb: str, model: str) -> str:
     return shlex.join([*words, *(options if model else [])])
 
 
-def _command(stage: Stage, done: Completion, *, force: bool) -> str:
-    words = ["cratelm", *done.verb.split(), "--run", str(stage.run.path)]
-    words += done.options or _options_in(done)
+def _command(stage: Stage, done: Completion, *, force: bool, model: str = "") -> str:
+    options = list(done.options) or _options_in(done)
+    if model and "--model" in options:
+        options[options.index("--model") + 1] = model
+    words = ["cratelm", *done.verb.split(), "--run", str(stage.run.path), *options]
     if done.stage == "model" and "--name" not in words and done.name != usual_name(done):
         words += ["--name", done.name]  # records of versions that did not name the seed
     return shlex.join(words + ["--force"] * force)

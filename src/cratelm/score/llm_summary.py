@@ -56,9 +56,8 @@ class HardDifference:
         mean, without = self.difference.mean, self.difference.undefined
         if mean is None:
             return f"none: {without:,} neurons have a score, none with hard negatives"
-        bounds = "" if mean.low is None else f" ({mean.low:+.1f} to {mean.high:+.1f})"
         return (
-            f"{mean.value:+.1f}{bounds} with hard negatives, paired over {self.difference.defined:,} neurons;"
+            f"{mean.in_words('+.1f')} with hard negatives, paired over {self.difference.defined:,} neurons;"
             f" {without:,} more have no score with hard negatives"
         )
 

@@ -33,7 +33,7 @@ from cratelm.llm.prompts import neurons as prompts
 from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts import scorers as scorer_prompts
 from cratelm.llm.session import is_finished, open_client, write_calls
-from cratelm.records import NeuronKey, NeuronRecord, NeuronScore, Split, Status
+from cratelm.records import Interval, NeuronKey, NeuronRecord, NeuronScore, Split, Status
 from cratelm.runs import Draft, Run, Stage, write_json
 from cratelm.runs.names import set_name, sets_of
 from cratelm.score.audit import CHANGES, planted_audit
@@ -453,6 +453,4 @@ def _means(
 def _mean(statistics: ModelStatistics) -> str:
     if statistics.mean is None:
         return "none"
-    if statistics.low is None:
-        return f"{statistics.mean:.1f}"
-    return f"{statistics.mean:.1f} ({statistics.low:.1f} to {statistics.high:.1f})"
+    return Interval(statistics.mean, statistics.low, statistics.high).in_words(".1f")

@@ -164,10 +164,4 @@ def _complement(share: LayeredMean) -> LayeredMean:
 
 def _shown(of: LayeredMean, scale: float, form: str = ".1f") -> str:
     """Return a mean, times `scale`, with its interval."""
-    mean = of.mean
-    if mean is None:
-        return "none"
-    text = format(scale * mean.value, form)
-    if mean.low is None or mean.high is None:
-        return text
-    return f"{text} ({format(scale * mean.low, form)} to {format(scale * mean.high, form)})"
+    return "none" if of.mean is None else of.mean.in_words(form, scale)

@@ -30,7 +30,7 @@ def scores_by_layer(run: RunCard, metric: str) -> Markup:
     for number, card in cards:
         nulls = [(run.null(card, kind), kind) for kind in NULLS]
         for model, null in ((card, ""), *nulls):
-            scores = model.metric(metric) if model else None
+            scores = model.metric(metric, card.explainer) if model else None
             if scores and scores.by_layer:
                 series.append(Series(card.name, number, null))
                 lines.append(scores.by_layer)

@@ -109,6 +109,7 @@ class Pages:
             title=title,
             runs=runs,
             metrics_of=_metrics_of,
+            llm_explainers=_llm_explainers,
             scores_by_layer=self._scores_by_layer,
             pairs=_pairs,
             best=self._best,
@@ -408,9 +409,14 @@ def _last_token(view: NeuronView) -> list[tuple[str, str]]:
     ]
 
 
-def _metrics_of(cards: Sequence[ModelCard]) -> list[str]:
-    scored = {m.metric for c in cards for m in c.metrics}
-    return [m for m in METRIC_NAMES if m in scored]
+def _metrics_of(cards: Sequence[ModelCard], explainer: str = "") -> list[str]:
+    """Return the metrics that an explainer, by default each model's own, was scored with."""
+    return [m for m in METRIC_NAMES if any(c.metric(m, explainer) for c in cards)]
+
+
+def _llm_explainers(cards: Sequence[ModelCard]) -> list[str]:
+    """Return the explainers that are language models and not the principal explainer of every model."""
+    return sorted({e.explainer for c in cards for e in c.by_llm})
 
 
 def _pairs(card: RunCard) -> list[tuple[ModelCard, ModelCard]]:

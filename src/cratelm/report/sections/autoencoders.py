@@ -56,7 +56,7 @@ def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
         _built_in(results, latents, resamples, seed),
         _budget(results, latents),
         _loss_and_scores(results, latents),
-        _rebuilt(latents),
+        _rebuilt(results, latents),
         _steering(latents),
     ]
 
@@ -351,8 +351,11 @@ def _loss_and_scores(results: RunResults, latents: Sequence[ModelResults]) -> Ta
     )
 
 
-def _rebuilt(latents: Sequence[ModelResults]) -> Table:
-    """Return how well the autoencoders of each layer, and all of them together, reconstruct the activations."""
+def _rebuilt(results: RunResults, latents: Sequence[ModelResults]) -> Table:
+    """Return how well the autoencoders of each layer, and all of them together, reconstruct the activations.
+
+    Those of untrained models come last.
+    """
     columns = (
         Column("model", "model"),
         Column("layer", "layer"),
@@ -369,7 +372,8 @@ def _rebuilt(latents: Sequence[ModelResults]) -> Table:
         Column("own", "own code, all: loss added", ".3f"),
     )
     rows: list[tuple[Cell, ...]] = []
-    for m in latents:
+    nulls = [m for m in results.models if m.null_of and m.latents_of]
+    for m in [*latents, *nulls]:
         if m.evaluation is None:
             continue
         for replaced in m.evaluation.figures.replacements:

@@ -1,9 +1,19 @@
 """Tables about language models: scores compared with those without one, probe calls, and calls."""
 
+from collections.abc import Sequence
+
 from cratelm.llm.probe import LOW_MASS, ProbeResult
 from cratelm.records import CHANCE, METRICS, Control, Metric, NeuronKey
-from cratelm.report.cells import INTERVAL_NOTE, METRIC_NAMES, mean_cell, without_score
+from cratelm.report.cells import (
+    DERIVED_NULLS,
+    INTERVAL_NOTE,
+    METRIC_NAMES,
+    derived_kinds,
+    mean_cell,
+    without_score,
+)
 from cratelm.results.run_results import ModelResults, ResultSet, RunResults
+from cratelm.runs.names import NullKind
 from cratelm.stats.scores import ModelStatistics, Policy, model_statistics
 from cratelm.text.table import Cell, Column, Table
 
@@ -19,6 +29,7 @@ def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
 
 def side_by_side_table(results: RunResults, resamples: int, seed: int) -> Table:
     """Return a row per explainer and scorer, restricted to the neurons for which a language model was used."""
+    others = derived_kinds(results)
     columns = (
         Column("model", "model"),
         Column("metric", "scorer"),
@@ -28,13 +39,16 @@ def side_by_side_table(results: RunResults, resamples: int, seed: int) -> Table:
         Column("shuffled", "shuffled explanations", ".1f"),
         Column("chance", "chance", ".0f"),
         Column("init", "random init", ".1f"),
+        *(Column(kind, DERIVED_NULLS[kind][0], ".1f") for kind in others),
         Column("none", "undefined / dead / failed"),
         Column("count_zero", "mean, these counted as chance", ".1f"),
     )
     rows: list[tuple[Cell, ...]] = []
     for m in results.models:
+        kinds: tuple[NullKind, ...] = ("init", *others)
+        nulls = [results.null(m, kind) for kind in kinds]
         for sample in _samples(m):
-            rows += _rows(m, results.null(m), _Restricted(m, sample, resamples, seed))
+            rows += _rows(m, nulls, _Restricted(m, sample, resamples, seed))
     return Table(
         "side_by_side",
         "Scores on the same neurons",
@@ -48,7 +62,7 @@ def side_by_side_table(results: RunResults, resamples: int, seed: int) -> Table:
         " each neuron is scored with the explanation of another neuron of the layer; the intruder scorer uses no"
         " explanation, so its shuffled score repeats the same trials. Random init: the untrained model with the"
         " same explainer, on the neurons of the same layer and index if they were scored, else on its own"
-        f" sample. {INTERVAL_NOTE}",
+        f" sample.{''.join(DERIVED_NULLS[kind][1] for kind in others)} {INTERVAL_NOTE}",
     )
 
 
@@ -96,11 +110,14 @@ class _Restricted:
 
 
 def _rows(
-    m: ModelResults, null: ModelResults | None, sample: _Restricted
+    m: ModelResults, nulls: Sequence[ModelResults | None], sample: _Restricted
 ) -> list[tuple[Cell, ...]]:
     """Return the rows of one sample by metric, explainers without a language model first."""
     explainers = [e for of_set in sample.sets for e in of_set.explainers]
-    untrained = _Restricted(null, sample.sample, sample.resamples, sample.seed) if null else None
+    restricted = [
+        _Restricted(null, sample.sample, sample.resamples, sample.seed) if null else None
+        for null in nulls
+    ]
     rows: list[tuple[Cell, ...]] = []
     for metric in METRICS:
         for explainer in explainers:
@@ -115,7 +132,7 @@ def _rows(
                 mean_cell(own),
                 mean_cell(sample.find(explainer, metric, "shuffled")),
                 100 * CHANCE[metric],
-                mean_cell(_init(null, untrained, explainer, metric)),
+                *(mean_cell(_of_null(null, explainer, metric)) for null in restricted),
                 without_score(own.counts),
                 mean_cell(sample.find(explainer, metric, policy="count_zero")),
             )
@@ -123,12 +140,11 @@ def _rows(
     return rows
 
 
-def _init(
-    null: ModelResults | None, untrained: _Restricted | None, explainer: str, metric: Metric
-) -> ModelStatistics | None:
-    if null is None or untrained is None:
+def _of_null(null: _Restricted | None, explainer: str, metric: Metric) -> ModelStatistics | None:
+    """Return the statistics of a null control on the same neurons, else on its own sample; None without any."""
+    if null is None:
         return None
-    return untrained.find(explainer, metric) or null.find(explainer, metric)
+    return null.find(explainer, metric) or null.model.find(explainer, metric)
 
 
 def _samples(m: ModelResults) -> list[frozenset[NeuronKey]]:

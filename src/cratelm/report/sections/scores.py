@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 from cratelm.explain.config import EXPLAINERS
 from cratelm.records import SIMULATION_METRICS, Control, Metric
 from cratelm.report.cells import (
+    DERIVED_NULLS,
     INTERVAL_NOTE,
     METRIC_NAMES,
     chance_of,
+    derived_kinds,
     mean_cell,
     series_of,
     without_score,
@@ -212,31 +214,16 @@ def by_layer_table(results: RunResults) -> Table:
     return Table("by_layer", title, columns, tuple(rows), f"Layers count from 0. {INTERVAL_NOTE}")
 
 
-_DERIVED: dict[NullKind, tuple[str, str]] = {
-    "permuted": (
-        "permuted weights",
-        " Permuted weights: the trained model with each tensor of its blocks permuted inside itself.",
-    ),
-    "embeddings": (
-        "only embeddings trained",
-        " Only embeddings trained: the trained embeddings and head, with fresh weights for the rest.",
-    ),
-}
-"""null controls that are made from the trained model (`cratelm train --null`): heading, and note"""
-
-
 def nulls_table(results: RunResults) -> Table:
     """Return the mean scores next to those of the null controls, of which two kinds may be absent."""
-    others: list[NullKind] = [
-        kind for kind in _DERIVED if any(results.null(m, kind) for m in results.principal)
-    ]
+    others = derived_kinds(results)
     columns = (
         Column("metric", "metric"),
         Column("model", "model"),
         Column("own", "own explanations", ".1f"),
         Column("shuffled", "shuffled explanations", ".1f"),
         Column("init", "random init", ".1f"),
-        *(Column(kind, _DERIVED[kind][0], ".1f") for kind in others),
+        *(Column(kind, DERIVED_NULLS[kind][0], ".1f") for kind in others),
         Column("constant_defined", "constant simulation: scores that exist", ",d"),
     )
     rows = []
@@ -261,7 +248,7 @@ def nulls_table(results: RunResults) -> Table:
         tuple(rows),
         "Mean × 100. Shuffled: each neuron is simulated from the explanation of another neuron of its"
         " layer. Random init: the untrained model with its own explanations; this score does not depend on"
-        f" training.{''.join(_DERIVED[kind][1] for kind in others)} Constant simulation: a correlation with it is undefined, so the count must be 0."
+        f" training.{''.join(DERIVED_NULLS[kind][1] for kind in others)} Constant simulation: a correlation with it is undefined, so the count must be 0."
         f" {INTERVAL_NOTE}",
     )
 
