@@ -38,6 +38,7 @@ def test_metrics_pass_and_fail_as_published(audits):
         "recall": (True, False),
         "precision": (False, True),
         "top and random": (True, False),
+        "all tokens, estimated": (False, False),  # of a single neuron, from a few draws
     }
     found = {m: tuple(passes(audits, m, change) for change in CHANGES) for m in METRICS}
     assert found == expected
@@ -59,6 +60,16 @@ def test_top_and_random_misses_extra_labels_as_often_as_published():
     assert noticed[0.01] == pytest.approx(0.20, abs=0.07)
     assert noticed[0.001] == pytest.approx(0.023, abs=0.025)
     assert noticed[0.0001] == pytest.approx(0.002, abs=0.01)
+
+
+def test_the_estimate_notices_what_its_draws_contain():
+    """Extra labels are in one of 5 draws of the zeros, or not; of 5 draws of the ones half are missing."""
+    audits = planted_audit(n_tokens=20_000, trials=400, metrics=["all tokens, estimated"])
+    noticed = {(a.change, a.rate): a.noticed for a in audits}
+    for rate in (0.1, 0.01, 0.001):
+        drawn = 1 - (1 - rate / (1 - rate)) ** 5
+        assert noticed["extra", rate] == pytest.approx(drawn, abs=0.075)
+        assert noticed["missing", rate] == pytest.approx(1 - 2**-5, abs=0.035)
 
 
 def test_the_table_has_a_row_per_metric_and_change(audits):

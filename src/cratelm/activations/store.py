@@ -317,7 +317,7 @@ def _array(column: pa.ChunkedArray) -> Any:
 
 def _summary(row: dict[str, Any]) -> NeuronSummary:
     neuron = NeuronId(row["model"], row["site"], row["layer"], row["index"])
-    values = {f.name: row[f.name] for f in fields(NeuronSummary) if f.name != "neuron"}
+    values = {f.name: row.get(f.name) for f in fields(NeuronSummary) if f.name != "neuron"}
     values["histogram"] = np.array(row["histogram"], np.int64)
     for edges in ("openai_edges", "anthropic_edges"):
         values[edges] = np.array(row[edges], np.float32)

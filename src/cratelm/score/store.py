@@ -37,7 +37,7 @@ SCORES = TableFile(
         FileColumn(
             "metric",
             pa.string(),
-            "`top_and_random`, `random_only`, `anthropic`; with a language model also `detection`, `detection_hard`, `fuzzing`, `fuzzing_hard`, `intruder`, `embedding`",
+            "`top_and_random`, `random_only`, `anthropic`, `all_tokens_estimate`; with a language model also `detection`, `detection_hard`, `fuzzing`, `fuzzing_hard`, `intruder`, `embedding`",
         ),
         FileColumn(
             "control",
@@ -97,6 +97,12 @@ SCORES = TableFile(
         FileColumn(
             "variant", pa.string(), "`+paper-compat`, or empty. Not in files of version 0.1.0"
         ),
+        FileColumn(
+            "low",
+            pa.float64(),
+            "`all_tokens_estimate`: lower bound of the 95% interval over the draws of excerpts; null if there is none. Not in files without this metric",
+        ),
+        FileColumn("high", pa.float64(), "upper bound, likewise"),
     ),
 )
 
@@ -202,12 +208,19 @@ def _read_whole(path: Path, kind: type[_Row]) -> list[_Row]:
     return read_rows(path, row_of)
 
 
-def write_scores(folder: str | Path, scores: Iterable[NeuronScore]) -> None:
-    """Write `scores.parquet` into `folder`, in the order given; memory: one row group."""
-    with pq.ParquetWriter(Path(folder) / "scores.parquet", SCORES.schema) as writer:
+def write_scores(
+    folder: str | Path, scores: Iterable[NeuronScore], *, with_bounds: bool = False
+) -> None:
+    """Write `scores.parquet` into `folder`, in the order given; memory: one row group.
+
+    Without `with_bounds` the file has no columns for the bounds of intervals.
+    """
+    columns = [f for f in SCORES.schema if with_bounds or f.name not in _BOUNDS]
+    schema = pa.schema(columns)
+    with pq.ParquetWriter(Path(folder) / "scores.parquet", schema) as writer:
         rest = iter(scores)
         while group := list(islice(rest, _ROWS_A_GROUP)):
-            writer.write_table(score_columns(group, SCORES.schema))
+            writer.write_table(score_columns(group, schema))
 
 
 @checked_arguments()
@@ -240,6 +253,7 @@ def read_score_columns(folder: str | Path, columns: Sequence[str]) -> ScoreTable
         return _named(_checked(ScoreTable(table)), columns)
 
 
+_BOUNDS = ("low", "high")
 _LATER = (
     "accuracy",
     "n_failed",
@@ -248,8 +262,9 @@ _LATER = (
     "explained_by",
     "simulator",
     "variant",
+    *_BOUNDS,
 )
-"""columns that files of earlier versions may lack"""
+"""columns that files of earlier versions, or without their metric, may lack"""
 _ALWAYS = ("model", "site", "layer", "index", "explainer", "metric", "control", "status")
 """columns without which there is no score"""
 
