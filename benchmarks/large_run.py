@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cratelm.activations.store import NEURONS_PER_GROUP
+from cratelm.activations.store import NEURONS_PER_GROUP, SUMMARIES_PER_GROUP
+from cratelm.explain.store import ROWS_A_GROUP
 from cratelm.runs import Run
 
 
@@ -65,7 +66,8 @@ def write_tiled(source: Path, target: Path, layers: int, neurons: int, name: str
     table = pq.read_table(source)
     with pq.ParquetWriter(target, table.schema) as writer:
         for part in tiled(table, layers, neurons, name):
-            writer.write_table(part, row_group_size=256 if "payload" in part.column_names else 4096)
+            size = ROWS_A_GROUP if "payload" in part.column_names else SUMMARIES_PER_GROUP
+            writer.write_table(part, row_group_size=size)
 
 
 def write_excerpts(source: Path, target: Path, layers: int, neurons: int, name: str) -> None:

@@ -9,6 +9,7 @@ uses another neuron, layer or word, so that pages are not requested twice.
 """
 
 import argparse
+import gc
 import statistics
 import threading
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ def pages(run: Path, turns: int, index: bool) -> None:
     seconds, library = timed_result(opened)
     print(f"open, to the first overview: {seconds:.2f} s")
     app = application(library)
+    gc.freeze()  # as `cratelm view` does
 
     def get(path: str, turn: int = 0) -> float:
         # another client each time, because the server limits the requests of each client

@@ -175,7 +175,7 @@ def test_harvest_equals_brute_force(case, waves, kind):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_statistics_equal_brute_force(case, kind):
     split, activations, length, sizes, batch_tokens, seed = case
-    kept, _, _ = run_harvest(split, activations, length, sizes, batch_tokens, seed, kind)
+    kept, pilot, _ = run_harvest(split, activations, length, sizes, batch_tokens, seed, kind)
     text = activations[split.tokens != EOT].double().numpy()
     for h, row in enumerate(summary_table(kept, "m", "s", 1).to_pylist()):
         a = text[:, h]
@@ -193,6 +193,8 @@ def test_statistics_equal_brute_force(case, kind):
         bins = ((a - low) * 64 / (high - low)).astype(int).clip(0, 63)
         near = np.bincount(bins, minlength=64)
         assert sum(row["histogram"]) == len(a)
+        in_bin = [bin_of(value, pilot.openai_edges[h].numpy(), "openai_bin") for value in a]
+        assert row["openai_counts"] == np.bincount(in_bin, minlength=5).tolist()
         # float32 against float64 at a bin's edge may move a value to its neighbour
         assert np.abs(np.cumsum(near) - np.cumsum(row["histogram"])).max() <= max(2, 0.02 * len(a))
 
@@ -219,6 +221,7 @@ def test_compiled_loops_equal_those_of_torch(style):
         assert torch.equal(harvest.fired, reference.fired)
         assert torch.equal(harvest.maximum, reference.maximum)
         assert torch.equal(harvest.histogram, reference.histogram)
+        assert torch.equal(harvest.reached, reference.reached)
         assert int(harvest.histogram.sum()) == 130 * harvest.n_tokens
         assert kept_excerpts(harvest, split) == kept_excerpts(reference, split)
         torch.testing.assert_close(harvest.powers, reference.powers, rtol=1e-4, atol=1e-2)

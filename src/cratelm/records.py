@@ -258,7 +258,8 @@ class NeuronSummary:
     anthropic_edges: FloatArray
     """[13] edges of 12 equal bins of the activation range of a pilot sample"""
     openai_counts: NDArray[np.int64] | None = None
-    """[5] text tokens of the split in each bin of `openai_edges`; None if they were not counted"""
+    """[5] number of tokens in each bin between `openai_edges`; the outer bins also count values beyond. None if unknown, as
+    for harvests by older versions"""
 
     @property
     def dead(self) -> bool:

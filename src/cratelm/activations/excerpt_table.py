@@ -80,6 +80,21 @@ class ExcerptTable(Sequence[Excerpt]):
         """Return the excerpts in these rows."""
         return tuple(map(self._item, rows))
 
+    def of_rows(self, rows: IntArray) -> "ExcerptTable":
+        """Return a table of the excerpts in rows [m]."""
+        lengths = self.lengths[rows]
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = np.repeat(self.bounds[:-1][rows] - bounds[:-1], lengths) + np.arange(bounds[-1])
+        columns = (self.bins, self.ranks, self.peaks, self.documents, self.positions)
+        return ExcerptTable(
+            self.kinds[rows],
+            self.kind_names,
+            *(column[rows] for column in columns),
+            bounds,
+            self.token_ids[tokens],
+            self.activations[tokens],
+        )
+
     def is_kind(self, kind: ExcerptKind) -> NDArray[np.bool_]:
         """Return which excerpts are of a kind."""
         codes = [code for code, name in enumerate(self.kind_names) if name == kind]

@@ -121,6 +121,8 @@ class _Statistics(NamedTuple):
     fired: np.ndarray
     maximum: np.ndarray
     histogram: np.ndarray
+    reached: np.ndarray
+    """[4, H] tokens that reach the lower edges of quantile bins"""
 
 
 class FusedLayerHarvest(LayerHarvest):
@@ -138,7 +140,8 @@ class FusedLayerHarvest(LayerHarvest):
             calibration.mean.numpy(),
             low,
             np.float32(HISTOGRAM_BINS) / (high - low),
-            *(x.numpy() for x in (self._block, self.fired, self.maximum, self.histogram)),
+            self._block.numpy(),
+            *(getattr(self, name).numpy() for name in ("fired", "maximum", "histogram", "reached")),
         )
         tokens = _Tokens.of(flat, batch)
         bins, top = self._bins(), _Buffers.of(self.top)
@@ -471,6 +474,31 @@ def _count_fired(flat, low, high, first, fired):
 
 
 @_compiled
+def _count_reached(flat, row, first, edge, number):
+    """Count in number [W] how many of the activations of four rows reach the edge [W] of their neuron."""
+    last = first + len(edge)
+    r0, r1, r2, r3 = (
+        flat[row, first:last],
+        flat[row + 1, first:last],
+        flat[row + 2, first:last],
+        flat[row + 3, first:last],
+    )
+    for j in range(len(edge)):
+        e = edge[j]
+        number[j] += (np.int32(r0[j] >= e) + np.int32(r1[j] >= e)) + (
+            np.int32(r2[j] >= e) + np.int32(r3[j] >= e)
+        )
+
+
+@_compiled
+def _count_reached_of_one(flat, row, first, edge, number):
+    """Do the same for one row."""
+    r0 = flat[row, first : first + len(edge)]
+    for j in range(len(edge)):
+        number[j] += np.int32(r0[j] >= edge[j])
+
+
+@_compiled
 def _count_bins(flat, row, first, low, scale, bins, counts):
     """Count the activations of a row in histograms, counts [W * 64]; bins [W] is overwritten."""
     r0 = flat[row, first : first + len(bins)]
@@ -494,11 +522,16 @@ def _move(source, target):
 
 
 @_compiled
-def _add_sums(statistics, powers, fired, best, counts, first):
-    """Add powers [4, W], firing counts [W], maxima [P, W] and histograms [W * 64] to those of neurons from `first` on."""
+def _add_sums(statistics, powers, fired, best, counts, reached, first):
+    """Add powers [4, W], firing counts [W], maxima [P, W], histograms [W * 64] and counts [4, W] to those of neurons.
+
+    Those are the neurons from `first` on.
+    """
     for j in range(len(fired)):
         for k in range(4):
             statistics.powers[k, first + j] += powers[k, j]
+        for k in range(len(reached)):
+            statistics.reached[k, first + j] += reached[k, j]
         statistics.fired[first + j] += fired[j]
         for piece in range(len(best)):
             statistics.maximum[first + j] = max(statistics.maximum[first + j], best[piece, j])
@@ -519,6 +552,8 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
     best = np.full((n_pieces, width), -np.inf, np.float32)
     recent, before = np.zeros((4, width), np.float32), np.zeros((4, width), np.float64)
     fired, bins = np.zeros(width, np.int32), np.zeros(width, np.int32)
+    edges = np.ascontiguousarray(openai.edges[1:, first:last])
+    n_reached = np.zeros(edges.shape, np.int32)
     recent_counts = np.zeros(width * HISTOGRAM_BINS, np.uint8)  # these fit into the L1 cache
     counts = np.zeros(width * HISTOGRAM_BINS, np.uint32)
     reached = np.zeros(-(-width // 8) * 8, np.uint8)
@@ -534,9 +569,13 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
             if n == 4:
                 _add_moments(flat, row, first, mean, recent)
                 _find_maxima(flat, row, first, cut, best[piece], flags)
+                for k in range(len(edges)):
+                    _count_reached(flat, row, first, edges[k], n_reached[k])
             else:
                 _add_moments_of_one(flat, row, first, mean, recent)
                 _find_maxima_of_one(flat, row, first, cut, best[piece], flags)
+                for k in range(len(edges)):
+                    _count_reached_of_one(flat, row, first, edges[k], n_reached[k])
             n_found = _find(
                 flat, tokens.key, reached, cut, last_key, row, row + n, first, found, n_found
             )
@@ -557,6 +596,6 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
     _offer_found(tokens, anthropic, found, n_found, offered)
     _move(recent.reshape(-1), before.reshape(-1))
     _move(recent_counts, counts)
-    _add_sums(statistics, before, fired, best, counts, first)
+    _add_sums(statistics, before, fired, best, counts, n_reached, first)
     if np.isfinite(before[0]).all():
         _offer_top(tokens, best, top, first, last)

@@ -24,6 +24,7 @@ from cratelm.activations.parts import part_share, part_stage, write_part
 from cratelm.activations.store import (
     NEURONS_PER_GROUP,
     SUMMARIES,
+    SUMMARIES_PER_GROUP,
     excerpt_writer,
     summaries_path,
 )
@@ -318,7 +319,8 @@ def write_split(
     ):
         writing: Future[None] | None = None
         for place, (layer, harvested) in enumerate(zip(site.layer_numbers, layers, strict=True)):
-            summaries.write_table(summary_table(harvested, name, site.name, layer))
+            summary = summary_table(harvested, name, site.name, layer)
+            summaries.write_table(summary, row_group_size=SUMMARIES_PER_GROUP)
             for low in range(0, harvested.n_neurons, NEURONS_PER_GROUP):
                 high = min(low + NEURONS_PER_GROUP, harvested.n_neurons)
                 rows = excerpt_rows(harvested, low, high)

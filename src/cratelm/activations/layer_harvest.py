@@ -7,6 +7,7 @@ by which most activations are read only for their statistics and never considere
 
     moments, firing counts    every activation
     histogram                 every activation
+    sizes of quantile bins    every activation
     top excerpts              one candidate per document: its maximum
     random excerpts           positions drawn beforehand, looked up
     samples of bins           the tokens with the lowest sampling keys, and rare high activations
@@ -38,6 +39,8 @@ _PREFIX = 16
 considered as samples of bins"""
 _HISTOGRAM_BLOCK = 64
 """number of neurons whose histograms are counted together: their 4,096 counters fit into the L1 cache"""
+STATISTICS = ("fired", "maximum", "histogram", "reached")
+"""attributes of a `LayerHarvest` that are added to by every batch, and belong to its state"""
 _GATHER = 2**22
 """elements gathered at once when a segment's maximum is located: 16 MiB"""
 
@@ -62,14 +65,14 @@ def bytes_per_neuron(sizes: ExcerptSizes) -> int:
     """Return the bytes that a harvest holds per neuron, however many tokens it searches.
 
     A slot takes 4 bytes per token of its window and 40 for bookkeeping (48 if random); a bin takes 20
-    more for its edge, its reach and its threshold; the statistics take 676.
+    more for its edge, its reach and its threshold; the statistics take 708.
     """
     long, short = 4 * 2 * sizes.context, 4 * 2 * sizes.short_context
     top = sizes.top * (40 + long) + 8
     random = sizes.random * (48 + long)
     openai = 5 * (sizes.per_bin * (40 + long) + 20)
     anthropic = ANTHROPIC_BINS * (sizes.per_bin * (40 + short) + 20)
-    return top + random + openai + anthropic + 8 * HISTOGRAM_BINS + 164
+    return top + random + openai + anthropic + 8 * HISTOGRAM_BINS + 196
 
 
 class Binning:
@@ -159,6 +162,10 @@ class LayerHarvest:
         self.top = TopKBuffers(n_neurons, sizes.top, window, device, unique_documents=True)
         self.openai = _openai_binning(calibration, sizes)
         self.anthropic = _anthropic_binning(calibration, sizes)
+        self.reached = torch.zeros(
+            self.openai.n_bins - 1, n_neurons, dtype=torch.int64, device=device
+        )
+        """[4, H] number of tokens that reach the lower edge of each quantile bin but the first"""
         self._of_batch: BatchWindows | None = None
         """of the batch that is being added"""
         self._plan_random(random, window, device)
@@ -194,6 +201,13 @@ class LayerHarvest:
         """Return sums [4, H] of (a - calibration mean)^k, k = 1..4: sums of plain powers would cancel."""
         return self._powers + self._block
 
+    @property
+    def openai_counts(self) -> torch.Tensor:
+        """Return [H, 5] the number of tokens in each quantile bin; the outer bins also count values beyond their edges."""
+        all_tokens = torch.full_like(self.reached[:1], self.n_tokens)
+        at_least = torch.cat([all_tokens, self.reached, torch.zeros_like(all_tokens)])
+        return (at_least[:-1] - at_least[1:]).T
+
     def end_block(self) -> None:
         """End a block of batches (`SearchPlan.blocks`)."""
         if self._later is None:
@@ -210,7 +224,7 @@ class LayerHarvest:
         return {
             "n_tokens": torch.tensor(self.n_tokens),
             "powers": torch.stack(self._later or [self._powers.cpu()]),
-            **{name: getattr(self, name).cpu() for name in ("fired", "maximum", "histogram")},
+            **{name: getattr(self, name).cpu() for name in STATISTICS},
             "random": reached.cpu(),
             **{name: getattr(self, name)[reached].cpu() for name in columns},
             **{f"{name}.{k}": column for name, b in buffers for k, column in b.filled().items()},
@@ -229,6 +243,7 @@ class LayerHarvest:
         self.fired += state["fired"].to(device)
         self.maximum = torch.maximum(self.maximum, state["maximum"].to(device))
         self.histogram += state["histogram"].to(device)
+        self.reached += state["reached"].to(device)
         reached = state["random"].to(device)
         for name in ("random_start", "random_stop", "random_document", "random_window"):
             getattr(self, name)[reached] = state[name].to(device)
@@ -250,6 +265,7 @@ class LayerHarvest:
         """Add to the statistics, and offer candidates for the top excerpts and, beyond the prefix, for samples."""
         reached = self._sweep(flat, batch, cut)
         self._check_finite()
+        self._count_bins(flat, batch)
         self._count_histogram(flat, batch)
         self._update_top(flat, batch)
         self._sample_above(flat, batch, reached, last_key)
@@ -278,6 +294,15 @@ class LayerHarvest:
             self.fired += text @ (piece > 0).float()
             reached.append(_nonzero(piece >= cut) + first * self.n_neurons)
         return torch.cat(reached)
+
+    def _count_bins(self, flat: torch.Tensor, batch: Batch) -> None:
+        """Count the text tokens that reach each lower edge, in pieces that stay in the processor's cache."""
+        rows = len(flat) if flat.is_cuda else max(8, 2**17 // self.n_neurons)
+        is_text = batch.is_text[:, None] > 0
+        for first in range(0, len(flat), rows):
+            piece, text = flat[first : first + rows], is_text[first : first + rows]
+            for number, edge in zip(self.reached, self.openai.edges[1:], strict=True):
+                number += ((piece >= edge) & text).sum(0)
 
     def _count_histogram(self, flat: torch.Tensor, batch: Batch) -> None:
         """Count text tokens in the histograms, in blocks of neurons whose counters stay in the L1 cache.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cratelm.activations.calibration import Calibration
 from cratelm.activations.config import check_part
-from cratelm.activations.layer_harvest import LayerHarvest
+from cratelm.activations.layer_harvest import STATISTICS, LayerHarvest
 from cratelm.errors import InputError
 from cratelm.records import Split
 from cratelm.runs import Run, Stage
@@ -74,6 +74,8 @@ def read_part(
         tensors = load_file(sound)
         names = [f.name for f in dataclasses.fields(Calibration)]
         calibration = Calibration(*(tensors.pop(f"{_CALIBRATION}{name}") for name in names))
+        for name in STATISTICS:
+            tensors[name]  # of older versions: some have fewer
     return tensors, calibration
 
 

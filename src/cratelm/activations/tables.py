@@ -169,6 +169,7 @@ def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> p
         "histogram_low": _array(calibration.low.cpu().numpy(), np.float32),
         "histogram_high": _array(calibration.high.cpu().numpy(), np.float32),
         "openai_edges": _lists(calibration.openai_edges.cpu().numpy(), np.float32),
+        "openai_counts": _lists(harvest.openai_counts.cpu().numpy(), np.int64),
         "anthropic_edges": _lists(calibration.anthropic_edges.cpu().numpy(), np.float32),
     }
     return _with_names(table, SUMMARIES.schema, model, site, layer)

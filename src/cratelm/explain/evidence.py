@@ -76,7 +76,7 @@ def evidence_of(excerpts: Sequence[Excerpt], depth: int, weight: float) -> Evide
     table = ExcerptTable.of(excerpts)
     alone = table.is_kind("out_of_context")
     if alone.any():
-        table = ExcerptTable.of(table.items(np.flatnonzero(~alone).tolist()))
+        table = table.of_rows(np.flatnonzero(~alone))
     lengths = table.lengths
     n, offsets = len(table.token_ids), offsets_of(lengths)
     places, n_places = _places(table.positions - table.peaks, lengths)

@@ -28,8 +28,8 @@ from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import NEURON_COLUMNS, FileColumn, TableFile
 from cratelm.runs.reading import decoding, read_rows, reading, verified
 
-_ROWS_A_GROUP = 256
-"""rows that are read to get the payload of one neuron: about 1 MB"""
+ROWS_A_GROUP = 64
+"""rows that are read to get the payload of one neuron: about 250 kB"""
 EXPLANATIONS = TableFile(
     "explanations/MODEL/explanations.parquet",
     (
@@ -87,7 +87,7 @@ def write_explanations(folder: str | Path, explanations: Iterable[Explanation]) 
     They are written while they are made; memory: one row group.
     """
     rest = iter(explanations)
-    groups = iter(lambda: list(islice(rest, _ROWS_A_GROUP)), [])
+    groups = iter(lambda: list(islice(rest, ROWS_A_GROUP)), [])
     n = 0
     with pq.ParquetWriter(Path(folder) / "explanations.parquet", EXPLANATIONS.schema) as writer:
         for group in groups:

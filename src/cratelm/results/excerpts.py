@@ -3,13 +3,14 @@
 Shape legend: n tokens of an excerpt.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.explain.evidence import WEIGHT, evidence_of
 from cratelm.records import EXCERPT_KINDS, Excerpt, ExcerptKind, levels
 from cratelm.results.views import ExcerptChoice, ExcerptView, ShadedToken, TokenValue
@@ -72,7 +73,7 @@ def excerpt_views(
     """
     if store is None:
         return (), len(excerpts)
-    chosen = list(excerpts) if choice == "all" else list(_first(excerpts, choice))
+    chosen = list(excerpts) if choice == "all" else _first(excerpts, choice)
     simulated = simulate_excerpts(explainer, payload, chosen)
     top, simulated_top = largest([e.activations for e in chosen]), largest(simulated)
     names = documents({e.document for e in chosen})
@@ -93,12 +94,15 @@ def excerpt_views(
     return tuple(views), len(excerpts) - len(chosen)
 
 
-def _first(excerpts: Sequence[Excerpt], choice: ExcerptChoice) -> Iterator[Excerpt]:
-    """Yield the first excerpts of each kind and bin, as many as `_FIRST` allows."""
+def _first(excerpts: Sequence[Excerpt], choice: ExcerptChoice) -> Sequence[Excerpt]:
+    """Return the first excerpts of each kind and bin, as many as `_FIRST` allows."""
+    table = ExcerptTable.of(excerpts)  # only chosen excerpts are made into objects
+    rows: list[int] = []
     for kind in EXCERPT_KINDS if choice == "some" else ("top",):
-        of_kind = [e for e in excerpts if e.kind == kind]
-        for bin_ in sorted({e.bin for e in of_kind}):
-            yield from [e for e in of_kind if e.bin == bin_][: _FIRST[kind]]
+        of_kind = np.flatnonzero(table.is_kind(kind))
+        for bin_ in np.unique(table.bins[of_kind]):
+            rows += of_kind[table.bins[of_kind] == bin_][: _FIRST[kind]].tolist()
+    return table.items(rows)
 
 
 def favourite_tokens(

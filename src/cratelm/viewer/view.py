@@ -1,6 +1,7 @@
 """`cratelm view`: serve the neuron browser on this machine, or write it into a folder."""
 
 import contextlib
+import gc
 import errno
 import os
 import socket
@@ -47,6 +48,7 @@ def _serve(config: ViewConfig, library: Library) -> None:
         live = router(Live(library))
     library.start_indexing()
     app = application(library, config.host, live)
+    gc.freeze()  # what exists now lives as long as the server: without it, every full collection searches it again
     port = listening.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"http://{host}:{port}/  (Ctrl-C stops)", flush=True)
