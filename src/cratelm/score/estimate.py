@@ -88,12 +88,14 @@ class StratifiedSample(Sample):
 def stratum_sizes(summary: NeuronSummary, bins: NDArray[np.int64]) -> NDArray[np.int64] | None:
     """Return the number of tokens [5] that the draws from each quantile bin stand for; None if they were not counted.
 
-    `bins` [n] are those of the draws. Tokens below the lowest edge, which comes from a pilot sample, are counted with
-    the lowest bin that was drawn from.
+    `bins` [n] are those of the draws. The lowest bin contains the tokens below its edge, which comes from a pilot sample.
+    If it has no width, as where half of the activations or more are 0, nothing is drawn from it, and these tokens are
+    counted with the lowest bin that was drawn from.
     """
     if summary.openai_counts is None:
         return None
     sizes = np.array(summary.openai_counts, np.int64)
-    if len(bins):
-        sizes[bins.min()] += summary.n_tokens - sizes.sum()
+    if len(bins) and summary.openai_edges[1] <= summary.openai_edges[0]:
+        below, sizes[0] = sizes[0], 0
+        sizes[bins.min()] += below
     return sizes

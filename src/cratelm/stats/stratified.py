@@ -10,11 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cratelm.errors import InputError
-from cratelm.stats.intervals import RESAMPLES, percentile_bounds
+from cratelm.stats.intervals import RESAMPLES
 
 Array = NDArray[np.float64]
+_NORMAL = 1.96
+"""standard deviations on each side of the mean of a normal distribution that contain 95% of it"""
+_MOST = 1 - 1e-6
+"""correlations beyond this are taken as this on Fisher's scale, where 1 is infinite"""
 _CONSTANT = 1e-12
-"""fraction of a mean square that rounding can leave of the variance of a constant"""
+"""largest fraction of a mean square that rounding can leave of the variance of a constant"""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,12 @@ def stratified_correlation(
 
         r = sum w (a - a')(s - s') / sqrt(sum w (a - a')^2 sum w (s - s')^2),  a' = sum w a / sum w, s' likewise
 
-    The interval is a percentile bootstrap: the draws of each stratum are drawn again, with replacement. A stratum whose
-    members were all drawn is known and stays as it is. One that was drawn from once has no spread that could be
-    resampled, so that there are no bounds. Resamples in which a or s is constant have no correlation: they are counted
-    and left out, and without half of the resamples there are no bounds. With `resamples` 0 there are none either.
+    The interval is a bootstrap within the strata: of the n_b draws of a stratum n_b - 1 are drawn again, with replacement
+    and weights N_b / (n_b - 1), so that its spread is not underestimated (Rao & Wu 1988, JASA 83). The bounds are 1.96
+    standard deviations of artanh r on each side of it (Fisher's z): percentiles of so few draws cover too little. A
+    stratum whose members were all drawn is known and stays as it is. One that was drawn from once has no spread that
+    could be resampled, so that there are no bounds. Resamples in which a or s is constant have no correlation: they are
+    counted and left out, and without half of the resamples there are no bounds. With `resamples` 0 there are none.
 
     Raises `InputError` if a stratum has members but no draws, or draws but no members.
     """
@@ -77,8 +83,15 @@ def stratified_correlation(
     undefined = resamples - len(defined)
     if 2 * undefined > resamples:
         return StratifiedCorrelation(float(value), None, None, undefined)
-    low, high = percentile_bounds(defined, 0.95)
+    low, high = _bounds(float(value), defined)
     return StratifiedCorrelation(float(value), low, high, undefined)
+
+
+def _bounds(value: float, resampled: Array) -> tuple[float, float]:
+    """Return the bounds of the interval around a correlation, from those of its resamples [R]."""
+    z, resampled_z = (np.arctanh(np.clip(r, -_MOST, _MOST)) for r in (value, resampled))
+    half = _NORMAL * float(resampled_z.std())
+    return min(value, float(np.tanh(z - half))), max(value, float(np.tanh(z + half)))
 
 
 def _scaled(x: Array, weight: Array) -> Array:
@@ -107,13 +120,15 @@ def _correlations(weights: Array, a: Array, s: Array) -> Array:
 def _counts(
     drawn: tuple[int, ...], is_fixed: tuple[bool, ...], resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """Return how often each draw occurs in each resample [R, n], strata one after another.
+    """Return how often each draw counts in each resample [R, n], strata one after another; n in total.
 
     They depend on the numbers of draws alone, so that most neurons share them.
     """
     rng = np.random.default_rng(seed)
     columns = [
-        np.ones((resamples, n)) if fixed else rng.multinomial(n, np.full(n, 1 / n), resamples)
+        np.ones((resamples, n))
+        if fixed
+        else rng.multinomial(n - 1, np.full(n, 1 / n), resamples) * (n / (n - 1))
         for n, fixed in zip(drawn, is_fixed, strict=True)
     ]
-    return np.concatenate(columns, axis=1).astype(np.float64)
+    return np.concatenate(columns, axis=1)

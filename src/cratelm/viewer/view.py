@@ -1,8 +1,8 @@
 """`cratelm view`: serve the neuron browser on this machine, or write it into a folder."""
 
 import contextlib
-import gc
 import errno
+import gc
 import os
 import socket
 from typing import Any
