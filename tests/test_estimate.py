@@ -18,13 +18,13 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.llm.requests import Failure, FailureKind
 from cratelm.records import OPENAI_QUANTILES, Explanation, NeuronId, NeuronScore, Score, Status
-from cratelm.score.config import ScoreConfig
+from cratelm.score.config import PER_BIN, ScoreConfig
 from cratelm.score.controls import ExplanationSet
 from cratelm.score.estimate import NOT_COUNTED, stratum_sizes
 from cratelm.score.pipeline import Reader, Scoring, plan_scores, score_records
 from cratelm.score.score import score
 from cratelm.score.scorers import Prompting
-from cratelm.score.selection import PER_BIN, drawn_in_bins
+from cratelm.score.selection import drawn_in_bins
 from cratelm.score.simulators import LLMSimulator, TokenLists, simulator_of
 from cratelm.score.store import read_scores, read_whole_scores, write_scores
 from cratelm.stats.stratified import stratified_correlation
@@ -162,17 +162,26 @@ def own(record, settings) -> NeuronScore:
     return next(s for s in score_records([record], settings) if s.control == "none")
 
 
-def test_the_excerpts_are_the_first_of_each_bin_and_end_with_the_chosen_token():
+def test_the_excerpts_are_of_each_bin_and_end_with_the_chosen_token():
     chosen = drawn_in_bins(RECORD, 2)
-    whole = [e for e in RECORD.of_kind("openai_bin") if e.rank < 2]
-    assert [(e.bin, e.rank, e.position) for e in chosen] == [
-        (e.bin, e.rank, e.position) for e in whole
-    ]
+    bins = [e.bin for e in chosen]
+    assert bins == sorted(2 * np.flatnonzero(RECORD.summary.openai_counts).tolist())
     tokens, _ = corpus("held_out")
     for e in chosen:
         assert e.token_ids[-1] == tokens[e.position]
         assert len(e) == min(32, e.position % 60) + 1
-    assert {e.bin for e in chosen} == set(np.flatnonzero(RECORD.summary.openai_counts))
+
+
+def test_neurons_with_the_same_excerpts_choose_different_ones():
+    other = replace(RECORD, summary=replace(RECORD.summary, neuron=NeuronId("m", "ista", 0, 1)))
+
+    def positions(record, per_bin):
+        return {e.position for e in drawn_in_bins(record, per_bin)}
+
+    assert positions(RECORD, 5) != positions(other, 5)
+    assert positions(RECORD, 5) < positions(RECORD, 10)
+    assert positions(RECORD, 99) == positions(other, 99)
+    assert positions(RECORD, 99) == {e.position for e in RECORD.of_kind("openai_bin")}
 
 
 def test_only_the_chosen_tokens_are_scored_with_their_weights():
@@ -203,7 +212,7 @@ def test_all_members_of_all_bins_give_the_figure_over_all_tokens():
     assert found.score.value == pytest.approx(exact)
     assert found.score.high - found.score.low < 1e-9
     few = own(record, scoring(replace(EXPLANATION, payload=table)))
-    assert few.score.n_records == PER_BIN * len({e.bin for e in record.of_kind("openai_bin")})
+    assert few.score.n_records == np.minimum(PER_BIN, record.summary.openai_counts).sum()
     assert few.score.value != pytest.approx(exact, abs=1e-3)
 
 
@@ -237,9 +246,9 @@ def test_near_duplicates_are_left_out_of_the_second_value():
     def duplicates(excerpts):
         return np.array([e.position in first for e in excerpts], bool)
 
-    found = own(RECORD, scoring(find_duplicates=duplicates)).score
+    found = own(RECORD, scoring(find_duplicates=duplicates, per_bin=99)).score
     kept = [e for e in RECORD.excerpts if e.position not in first]
-    rest = own(replace(RECORD, excerpts=kept), scoring(per_bin=PER_BIN - 1)).score
+    rest = own(replace(RECORD, excerpts=kept), scoring(per_bin=99)).score
     assert found.n_duplicates == len(first)
     assert found.without_duplicates == pytest.approx(rest.value)
     assert found.without_duplicates != found.value

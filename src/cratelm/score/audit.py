@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.records import OPENAI_QUANTILES
-from cratelm.score.selection import PER_BIN
+from cratelm.score.config import PER_BIN
 from cratelm.stats.grouped import Groups, Ranking
 from cratelm.stats.stratified import stratified_correlation
 from cratelm.text.table import align

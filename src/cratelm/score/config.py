@@ -9,6 +9,9 @@ from cratelm.records import CORRELATIONS, METRICS, SIMULATION_METRICS, Metric
 from cratelm.runs import at_least, check_resamples
 from cratelm.runs.names import check_name
 
+PER_BIN = 10
+"""excerpts per quantile bin: five times as many calls, about those of the metric `anthropic`"""
+
 
 @dataclass(frozen=True)
 class ScoreConfig(LLMConfig):
@@ -31,9 +34,9 @@ class ScoreConfig(LLMConfig):
     all_tokens: bool = True
     """also score over all held-out tokens that the harvest searched, and measure what the last token alone
     explains: the model runs over them again. Without a language model only"""
-    per_bin: int = 5
+    per_bin: int = PER_BIN
     """`all_tokens_estimate`: excerpts per bin, at most as many as the harvest kept (20 by default). With a language
-    model each is a call, once for the neuron's own explanation and once for another's: 50 calls per neuron"""
+    model each is a call, once for the neuron's own explanation and once for another's: with 10, 100 calls per neuron"""
     audit: bool = False
     """also audit the metrics: whether they notice planted explanations, and those of the run, that are half missing or
     twice too broad. Without a language model only; takes about three times as long"""

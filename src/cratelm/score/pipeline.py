@@ -30,11 +30,12 @@ from cratelm.records import (
     Score,
     Status,
 )
+from cratelm.score.config import PER_BIN
 from cratelm.score.controls import ExplanationSet, dead_score
 from cratelm.score.estimate import StratifiedSample
 from cratelm.score.metrics import CONSTANT, FindDuplicates, Sample
 from cratelm.score.scorers import BY_METRIC, Prompting, Task, scorer_task, too_few
-from cratelm.score.selection import PER_BIN, drawn_in_bins, scored_on
+from cratelm.score.selection import drawn_in_bins, scored_on
 from cratelm.score.simulators import (
     COMPAT,
     ConstantSimulator,

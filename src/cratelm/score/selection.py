@@ -10,7 +10,7 @@ Bricken et al. 2023). Our excerpts come from the `held_out` split and explanatio
 | random_only | 5 random, 64 tokens |
 | detection_hard, fuzzing_hard | held-out top ranks 1, 3, 5, 7, 9 and 3 to 5 hard negatives, 64 tokens |
 | anthropic | held-out top ranks 15..24, 2 of each of 12 bins, 5 random, 10 out of context; 8 tokens (3 out of context) |
-| all_tokens_estimate | the last token alone of 5 (`PER_BIN`) in each of 5 quantile bins, up to 33 tokens |
+| all_tokens_estimate | the last token alone of `--per-bin` in each of 5 quantile bins, up to 33 tokens |
 
 If a neuron has fewer excerpts, those that exist are used; the score reports the number of records.
 """
@@ -28,8 +28,6 @@ from cratelm.records import HARD_METRICS, Excerpt, Metric, NeuronRecord
 TOP_RANKS = (1, 3, 5, 7, 9)
 ANTHROPIC_TOP_RANKS = tuple(range(15, 25))
 N_OUT_OF_CONTEXT = 10
-PER_BIN = 5
-"""excerpts of each quantile bin: fewer than 5 halved labels are all right by chance in more than 5% of samples"""
 LEAST_HARD = 3
 """hard negatives without which a metric that needs them is undefined"""
 SILENT = 0.1
@@ -54,14 +52,17 @@ def scored_on(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
 
 
 def drawn_in_bins(record: NeuronRecord, per_bin: int) -> tuple[Excerpt, ...]:
-    """Return the first `per_bin` excerpts of each quantile bin, sorted by bin and rank, cut after the chosen token.
+    """Return `per_bin` excerpts of each quantile bin, or all if there are fewer, cut after the chosen token.
 
-    What follows the chosen token cannot matter to it in a causal model. The excerpts of a bin are uniform draws from
-    its tokens (`activations.layer_harvest.Binning`), and so are the first ones of these.
+    What follows the chosen token cannot matter to it in a causal model. The harvested excerpts of a bin are uniform draws
+    from its tokens, but the lowest ranks are the same tokens for many neurons (`activations.layer_harvest.Binning`).
+    So each neuron has its own random order of them: otherwise the neurons' errors would add up in their mean. A smaller
+    number is a subset of a larger one.
     """
     table = ExcerptTable.of(record.excerpts)
     rows = np.flatnonzero(table.is_kind("openai_bin"))
-    rows = rows[np.lexsort((table.ranks[rows], table.bins[rows]))]
+    rows = np.random.default_rng(record.neuron.key).permutation(rows)
+    rows = rows[np.argsort(table.bins[rows], kind="stable")]
     bins = table.bins[rows]
     number = np.arange(len(rows)) - np.searchsorted(bins, bins)  # within its bin
     excerpts = (record.excerpts[row] for row in rows[number < per_bin].tolist())
