@@ -59,7 +59,7 @@ def harvested(
     index: int = 0,
     layer: int = 0,
     model: str = "m",
-    n_openai: int = 20,
+    n_openai: int = 0,
 ) -> NeuronRecord:
     """The record of a neuron with these activations [N] on `corpus(split)`.
 
@@ -157,7 +157,7 @@ def run_with_harvest(
         for split in splits:
             source: Split = "fit" if documents_overlap else split
             records = [
-                harvested(activations(source, index), source, index, layer)
+                harvested(activations(source, index), source, index, layer, n_openai=4)
                 for layer in range(layers)
                 for index in range(n_neurons)
             ]

@@ -132,7 +132,7 @@ def test_what_has_no_value_or_no_bounds():
 
 # ---- of a neuron ------------------------------------------------------------------------------------
 
-RECORD = harvested(on_pair(corpus("held_out")[0], 1, 2), "held_out")
+RECORD = harvested(on_pair(corpus("held_out")[0], 1, 2), "held_out", n_openai=20)
 EXPLANATION = Explanation(
     RECORD.neuron,
     "lookup",

@@ -100,9 +100,10 @@ SCORES = TableFile(
         FileColumn(
             "low",
             pa.float64(),
-            "`all_tokens_estimate`: lower bound of the 95% interval over the draws of excerpts; null if there is none. Not in files without this metric",
+            "`all_tokens_estimate`: lower bound of the 95% interval over the draws of excerpts; null if there is none. Only in files with this metric",
+            optional=True,
         ),
-        FileColumn("high", pa.float64(), "upper bound, likewise"),
+        FileColumn("high", pa.float64(), "upper bound, likewise", optional=True),
     ),
 )
 
@@ -209,14 +210,13 @@ def _read_whole(path: Path, kind: type[_Row]) -> list[_Row]:
 
 
 def write_scores(
-    folder: str | Path, scores: Iterable[NeuronScore], *, with_bounds: bool = False
+    folder: str | Path, scores: Iterable[NeuronScore], *, with_bounds: bool = True
 ) -> None:
     """Write `scores.parquet` into `folder`, in the order given; memory: one row group.
 
     Without `with_bounds` the file has no columns for the bounds of intervals.
     """
-    columns = [f for f in SCORES.schema if with_bounds or f.name not in _BOUNDS]
-    schema = pa.schema(columns)
+    schema = SCORES.schema if with_bounds else SCORES.least
     with pq.ParquetWriter(Path(folder) / "scores.parquet", schema) as writer:
         rest = iter(scores)
         while group := list(islice(rest, _ROWS_A_GROUP)):
@@ -253,7 +253,6 @@ def read_score_columns(folder: str | Path, columns: Sequence[str]) -> ScoreTable
         return _named(_checked(ScoreTable(table)), columns)
 
 
-_BOUNDS = ("low", "high")
 _LATER = (
     "accuracy",
     "n_failed",
@@ -262,7 +261,8 @@ _LATER = (
     "explained_by",
     "simulator",
     "variant",
-    *_BOUNDS,
+    "low",
+    "high",
 )
 """columns that files of earlier versions, or without their metric, may lack"""
 _ALWAYS = ("model", "site", "layer", "index", "explainer", "metric", "control", "status")
