@@ -61,7 +61,7 @@ def drawn_in_bins(record: NeuronRecord, per_bin: int) -> tuple[Excerpt, ...]:
     """
     table = ExcerptTable.of(record.excerpts)
     rows = np.flatnonzero(table.is_kind("openai_bin"))
-    rows = np.random.default_rng(record.neuron.key).permutation(rows)
+    rows = np.random.default_rng([*record.neuron.key]).permutation(rows)
     rows = rows[np.argsort(table.bins[rows], kind="stable")]
     bins = table.bins[rows]
     number = np.arange(len(rows)) - np.searchsorted(bins, bins)  # within its bin

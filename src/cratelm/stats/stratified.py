@@ -131,4 +131,4 @@ def _counts(
         else rng.multinomial(n - 1, np.full(n, 1 / n), resamples) * (n / (n - 1))
         for n, fixed in zip(drawn, is_fixed, strict=True)
     ]
-    return np.concatenate(columns, axis=1)
+    return np.concatenate(columns, axis=1, dtype=np.float64)
