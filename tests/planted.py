@@ -12,7 +12,15 @@ from tokenizers.models import WordLevel
 
 from cratelm.activations.store import write_records
 from cratelm.corpus.documents import Document
-from cratelm.records import Excerpt, ExcerptKind, NeuronId, NeuronRecord, NeuronSummary, Split
+from cratelm.records import (
+    OPENAI_QUANTILES,
+    Excerpt,
+    ExcerptKind,
+    NeuronId,
+    NeuronRecord,
+    NeuronSummary,
+    Split,
+)
 from cratelm.runs import Run
 from cratelm.tokens.shards import StoreWriter
 
@@ -46,9 +54,17 @@ def on_pair(tokens: np.ndarray, before: int, wanted: int) -> np.ndarray:
 
 
 def harvested(
-    activations: np.ndarray, split: Split = "fit", index: int = 0, layer: int = 0, model: str = "m"
+    activations: np.ndarray,
+    split: Split = "fit",
+    index: int = 0,
+    layer: int = 0,
+    model: str = "m",
+    n_openai: int = 0,
 ) -> NeuronRecord:
-    """The record of a neuron with these activations [N] on `corpus(split)`."""
+    """The record of a neuron with these activations [N] on `corpus(split)`.
+
+    Of the quantile bins it has `n_openai` excerpts each, on the held-out split alone.
+    """
     tokens, documents = corpus(split)
     values = np.asarray(activations, dtype=np.float32)
     draw = np.random.default_rng(3)
@@ -72,7 +88,15 @@ def harvested(
     for bin_ in range(12):
         inside = draw.permutation(np.flatnonzero(place == bin_))[:20]
         excerpts += [cut("anthropic_bin", rank, bin_, at, 4, 4) for rank, at in enumerate(inside)]
+    ranks = [int(q * (len(values) - 1)) for q in OPENAI_QUANTILES]
+    quantiles = np.sort(values)[ranks]
+    in_bin = np.searchsorted(quantiles[:-1], values, side="right") - 1
     if split == "held_out":
+        for bin_ in range(len(ranks) - 1):
+            inside = draw.permutation(np.flatnonzero(in_bin == bin_))[:n_openai]
+            excerpts += [
+                cut("openai_bin", rank, bin_, at, 32, 32) for rank, at in enumerate(inside)
+            ]
         excerpts += [cut("out_of_context", rank, -1, at, 1, 2) for rank, at in enumerate(tops[:10])]
     summary = NeuronSummary(
         neuron=NeuronId(model, "ista", layer, index),
@@ -86,8 +110,9 @@ def harvested(
         histogram=np.zeros(64, np.int64),
         histogram_low=0.0,
         histogram_high=1.0,
-        openai_edges=np.zeros(6, np.float32),
+        openai_edges=quantiles,
         anthropic_edges=edges.astype(np.float32),
+        openai_counts=np.bincount(in_bin, minlength=len(ranks) - 1),
     )
     return NeuronRecord(summary, tuple(excerpts))
 
@@ -132,7 +157,7 @@ def run_with_harvest(
         for split in splits:
             source: Split = "fit" if documents_overlap else split
             records = [
-                harvested(activations(source, index), source, index, layer)
+                harvested(activations(source, index), source, index, layer, n_openai=4)
                 for layer in range(layers)
                 for index in range(n_neurons)
             ]

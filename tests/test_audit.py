@@ -15,7 +15,7 @@ from cratelm.models.sites import hooked
 from cratelm.runs import Run
 from cratelm.score.audit import CHANGES, METRICS, RATES, passes, planted_audit, table
 from cratelm.score.audit_run import changed_payload
-from cratelm.score.config import ScoreConfig
+from cratelm.score.config import PER_BIN, ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.simulators import simulate
 from cratelm.score.store import read_whole_scores
@@ -38,6 +38,7 @@ def test_metrics_pass_and_fail_as_published(audits):
         "recall": (True, False),
         "precision": (False, True),
         "top and random": (True, False),
+        "all tokens, estimated": (False, False),  # of a single neuron, from a few draws
     }
     found = {m: tuple(passes(audits, m, change) for change in CHANGES) for m in METRICS}
     assert found == expected
@@ -59,6 +60,19 @@ def test_top_and_random_misses_extra_labels_as_often_as_published():
     assert noticed[0.01] == pytest.approx(0.20, abs=0.07)
     assert noticed[0.001] == pytest.approx(0.023, abs=0.025)
     assert noticed[0.0001] == pytest.approx(0.002, abs=0.01)
+
+
+def test_the_estimate_notices_what_its_draws_contain():
+    """Extra labels are among the draws of the zeros, or not; of the draws of the ones half are missing."""
+    audits = planted_audit(n_tokens=20_000, trials=150, metrics=["all tokens, estimated"])
+    noticed = {(a.change, a.rate): a.noticed for a in audits}
+    for rate in (0.1, 0.01):
+        drawn = 1 - (1 - rate / (1 - rate)) ** PER_BIN
+        assert noticed["extra", rate] == pytest.approx(drawn, abs=0.1)
+        assert noticed["missing", rate] > 0.98  # all but 1 of 1,024
+    for rate in (0.001, 0.0001):  # the ones are in a bin with zeros, and hardly ever drawn
+        assert noticed["extra", rate] < 0.03
+        assert noticed["missing", rate] < 0.03
 
 
 def test_the_table_has_a_row_per_metric_and_change(audits):

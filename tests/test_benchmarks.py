@@ -93,6 +93,11 @@ def test_the_browser_of_a_large_run(viewer_run, tmp_path, capsys, monkeypatch):
     assert "activations, ten clients" in printed
 
 
+def test_estimates_against_all_tokens(viewer_run, capsys, monkeypatch):
+    printed = run("estimate", ["--run", str(viewer_run), "--per-bin", "5"], capsys, monkeypatch)
+    assert printed.count("neurons estimated; mean") == 2
+
+
 def test_simulating_with_a_local_model(viewer_run, tmp_path, capsys, monkeypatch):
     from test_llm_local import save
 
@@ -150,6 +155,7 @@ def test_all_are_here():
         "measures",
         "viewer",
         "simulate",
+        "estimate",
         "common",
         "small_harvest",
         "keep_and_sort",

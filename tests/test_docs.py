@@ -581,7 +581,7 @@ def test_files_have_the_columns_that_are_documented(finished, build):
     for path, declared in build.table_files().items():
         pattern = path.replace("MODEL", "crate-2l").replace("SPLIT", "*")
         for file in run.glob(pattern):
-            assert pq.read_schema(file).equals(declared.schema), path
+            assert pq.read_schema(file) in (declared.schema, declared.least), path
             written += 1
     assert written >= 8
 

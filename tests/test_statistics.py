@@ -10,8 +10,8 @@ from scipy import stats
 
 from cratelm.errors import InputError
 from cratelm.records import (
+    CORRELATIONS,
     METRICS,
-    SIMULATION_METRICS,
     Interval,
     NeuronId,
     NeuronScore,
@@ -90,7 +90,7 @@ def test_nothing_defined_is_no_number():
 @pytest.mark.parametrize("metric", METRICS)
 def test_no_value_counts_as_chance(metric):
     """0 would be worse than an explanation that says nothing where chance is above 0."""
-    chance = 20 if metric == "intruder" else 0 if metric in SIMULATION_METRICS else 50
+    chance = 20 if metric == "intruder" else 0 if metric in CORRELATIONS else 50
     layers = scores([[0.9, "failed", "undefined", "dead"]], metric=metric)
     zero = model_statistics(layers, explainer="lookup", metric=metric, policy="count_zero")
     assert zero.mean == pytest.approx((90 + 3 * chance) / 4)

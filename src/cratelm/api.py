@@ -566,6 +566,7 @@ def score(
             "top_and_random",
             "random_only",
             "anthropic",
+            "all_tokens_estimate",
             "detection",
             "detection_hard",
             "fuzzing",
@@ -577,6 +578,7 @@ def score(
     ] = ("top_and_random", "random_only", "anthropic"),
     paper_compat: bool = False,
     all_tokens: bool = True,
+    per_bin: int = 10,
     audit: bool = False,
     resamples: int = 2000,
     seed: int = 0,
@@ -623,14 +625,18 @@ def score(
         explanations: explanations to score: the name of the language model that wrote them, or
             `llm-free` for those made without one; default: those of the simulator itself
         metrics: `top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token
-            excerpts): simulation. With a language model also `detection`, `fuzzing`, both with hard
-            negatives (`detection_hard`, `fuzzing_hard`: texts with the same token, on which the
-            neuron is silent), `intruder`, `embedding`
+            excerpts): simulation, as is `all_tokens_estimate`: the correlation over all held-out
+            tokens, estimated from `--per-bin` ones in each of five bins. With a language model also
+            `detection`, `fuzzing`, both with hard negatives (`detection_hard`, `fuzzing_hard`:
+            texts with the same token, on which the neuron is silent), `intruder`, `embedding`
         paper_compat: also score with levels read as in the paper's code: only among the five most
             likely tokens, and with a simulated 10 read as 1
         all_tokens: also score over all held-out tokens that the harvest searched, and measure what
             the last token alone explains: the model runs over them again. Without a language model
             only
+        per_bin: `all_tokens_estimate`: excerpts per bin, at most as many as the harvest kept (20 by
+            default). With a language model each is a call, once for the neuron's own explanation
+            and once for another's: with 10, 100 calls per neuron
         audit: also audit the metrics: whether they notice planted explanations, and those of the
             run, that are half missing or twice too broad. Without a language model only; takes
             about three times as long
@@ -653,6 +659,7 @@ def report(
         "top_and_random",
         "random_only",
         "anthropic",
+        "all_tokens_estimate",
         "detection",
         "detection_hard",
         "fuzzing",

@@ -37,6 +37,7 @@ Metric = Literal[
     "top_and_random",
     "random_only",
     "anthropic",
+    "all_tokens_estimate",
     "detection",
     "detection_hard",
     "fuzzing",
@@ -46,14 +47,17 @@ Metric = Literal[
 ]
 SIMULATION_METRICS: tuple[Metric, ...] = ("top_and_random", "random_only", "anthropic")
 """metrics of the paper: correlation of simulated with true activations"""
+CORRELATIONS: tuple[Metric, ...] = (*SIMULATION_METRICS, "all_tokens_estimate")
+"""all metrics that are computed from a simulation"""
 HARD_METRICS: dict[Metric, Metric] = {"detection": "detection_hard", "fuzzing": "fuzzing_hard"}
 """metrics with other negatives: texts that carry the same token, on which the neuron is silent there"""
 METRICS: tuple[Metric, ...] = get_args(Metric)
-"""these metrics of simulation, and those from the literature, which need a language model but no simulation"""
+"""these metrics, and those from the literature, which need a language model but no simulation"""
 CHANCE: dict[Metric, float] = {
     "top_and_random": 0.0,
     "random_only": 0.0,
     "anthropic": 0.0,
+    "all_tokens_estimate": 0.0,
     "detection": 0.5,
     "detection_hard": 0.5,
     "fuzzing": 0.5,
@@ -349,6 +353,9 @@ class Score:
     """number of these records that are near-duplicates of text that the explainer saw"""
     without_duplicates: float | None = None
     """the value over the other records; None if it does not exist or there are no duplicates"""
+    low: float | None = None
+    """bounds of the 95% interval over the draws of excerpts: `all_tokens_estimate` alone"""
+    high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ METRIC_TEXTS: dict[Metric, str] = {
     "top_and_random": "Correlation of simulated with true activations, top and random excerpts",
     "random_only": "Correlation of simulated with true activations, random excerpts",
     "anthropic": "Correlation of simulated with true activations, short excerpts of all levels",
+    "all_tokens_estimate": "Correlation of simulated with true activations over all tokens, estimated from some of each quantile",
     "detection": "Area under the ROC curve: which excerpts the neuron fires in",
     "detection_hard": "Area under the ROC curve: which excerpts the neuron fires in, among those with its tokens",
     "fuzzing": "Area under the ROC curve: whether the right tokens are marked",

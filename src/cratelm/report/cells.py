@@ -16,6 +16,7 @@ METRIC_NAMES: dict[Metric, str] = {
     "top_and_random": "top-and-random",
     "random_only": "random-only",
     "anthropic": "Anthropic",
+    "all_tokens_estimate": "all tokens, estimated",
     "detection": "detection",
     "detection_hard": "detection, hard negatives",
     "fuzzing": "fuzzing",

@@ -18,6 +18,8 @@ class FileColumn:
     type: pa.DataType
     meaning: str
     """with unit and range, and when the value is null; Markdown, without a full stop"""
+    optional: bool = False
+    """True if the file has it only with an option that the meaning names"""
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,15 @@ class TableFile:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Return the Arrow schema of the file."""
+        """Return the Arrow schema of the file with all columns."""
         # The meanings are not written into the files as metadata: a reworded sentence would change the
         # hash of a file and with it the identity of the stage.
         return pa.schema([(column.name, column.type) for column in self.columns])
+
+    @cached_property
+    def least(self) -> pa.Schema:
+        """Return the schema of the file without its optional columns."""
+        return pa.schema([(c.name, c.type) for c in self.columns if not c.optional])
 
 
 NEURON_COLUMNS = (

@@ -21,7 +21,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cratelm.records import OPENAI_QUANTILES
+from cratelm.score.config import PER_BIN
 from cratelm.stats.grouped import Groups, Ranking
+from cratelm.stats.stratified import stratified_correlation
 from cratelm.text.table import align
 
 Change = Literal["missing", "extra"]
@@ -161,6 +164,21 @@ def _top_and_random(true: Bits, simulated: Bits, rng: np.random.Generator) -> fl
     return _groups(true[chosen], simulated[chosen]).correlation() or 0.0
 
 
+def _estimated(true: Bits, simulated: Bits, rng: np.random.Generator) -> float:
+    """Return the correlation over all tokens, estimated from `PER_BIN` draws in each quantile bin.
+
+    Bins between equal quantiles are empty, as in a harvest: at rates of 0.1 and less all zeros are in one bin, and at
+    the lowest rate the ones are in it, too.
+    """
+    edges = np.sort(true)[[int(q * (len(true) - 1)) for q in OPENAI_QUANTILES[:-1]]]
+    bins = np.searchsorted(edges, true, side="right") - 1
+    sizes = np.bincount(bins, minlength=len(edges))
+    members = [np.flatnonzero(bins == b) for b in np.flatnonzero(sizes)]
+    drawn = np.concatenate([of[rng.integers(0, len(of), PER_BIN)] for of in members])
+    found = stratified_correlation(true[drawn], simulated[drawn], bins[drawn], sizes, resamples=0)
+    return found.value or 0.0
+
+
 METRICS: Mapping[str, tuple[Metric, float, float]] = {
     "correlation": (_of_groups(Groups.correlation), -1, 1),
     "cosine": (_of_groups(Groups.cosine), -1, 1),
@@ -171,5 +189,6 @@ METRICS: Mapping[str, tuple[Metric, float, float]] = {
     "recall": (_recall, 0, 1),
     "precision": (_precision, 0, 1),
     "top and random": (_top_and_random, -1, 1),
+    "all tokens, estimated": (_estimated, -1, 1),
 }
 """metrics by name, each with the lowest and the highest value that it can have"""

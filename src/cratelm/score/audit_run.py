@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cratelm.explain.store import ExplanationSource, Kind, StoredExplanation
 from cratelm.explain.trie import ROOT
-from cratelm.records import Explanation, NeuronId, NeuronScore
+from cratelm.records import CORRELATIONS, Explanation, NeuronId, NeuronScore
 from cratelm.score.audit import FALL, Change
 from cratelm.score.contexts import Nodes
 from cratelm.score.controls import shuffled
@@ -165,16 +165,13 @@ def compare(
     for (explainer, figure), of in before.items():
         later = after.get((explainer, figure), {})
         both = sorted(set(of) & set(later))
-        extent = RANGES.get(figure, 2.0 if figure in _CORRELATIONS else 1.0)
+        extent = RANGES.get(figure, 2.0 if figure in CORRELATIONS else 1.0)
         deltas = np.array([(later[n] - of[n]) / extent for n in both])
         layers = [n.layer for n in both]
         fell = float((deltas < -FALL).mean()) if len(deltas) else 0.0
         mean = layered_mean(deltas, layers, resamples=resamples, seed=seed)
         found.append(RunAudit(explainer, figure, change, fell, mean))
     return found
-
-
-_CORRELATIONS = ("top_and_random", "random_only", "anthropic")
 
 
 def table(audits: Sequence[RunAudit]) -> list[str]:

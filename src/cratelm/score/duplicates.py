@@ -21,7 +21,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.records import SIMULATION_METRICS, Excerpt, Metric, NeuronScore, Split
+from cratelm.records import CORRELATIONS, Excerpt, Metric, NeuronScore, Split
 from cratelm.stats.score_table import ScoreTable
 from cratelm.tokens.shards import TokenStore
 
@@ -164,7 +164,7 @@ class NearDuplicates:
             effects=tuple(
                 _effect(explainer, cast("Metric", metric), group)
                 for (explainer, metric), group in groups.items()
-                if metric in SIMULATION_METRICS
+                if metric in CORRELATIONS
             ),
         )
 

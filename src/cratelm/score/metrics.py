@@ -4,7 +4,7 @@ The three figures are those of OpenAI's scorer (Bills et al. 2023, automated-int
 correlation and two explained fractions, all pooled over the tokens of all records.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -35,6 +35,11 @@ class Sample:
         return tuple(sorted({e.document for e in self.excerpts}))
 
     @cached_property
+    def classes(self) -> Sequence[Hashable]:
+        """Return the class of each excerpt; without one of each there is no score (`scorers.is_enough`)."""
+        return [e.kind for e in self.excerpts]
+
+    @cached_property
     def token_ids(self) -> list[NDArray]:
         """Return what simulators get: the token ids of each excerpt, never its activations."""
         return [e.token_ids for e in self.excerpts]
@@ -53,9 +58,7 @@ class Sample:
 
     def where(self, mask: Sequence[bool]) -> "Sample":
         """Return the excerpts at which `mask` is True, one value per excerpt, as a sample."""
-        return (
-            self if all(mask) else Sample(list(compress(self.excerpts, mask)), self.find_duplicates)
-        )
+        return self if all(mask) else replace(self, excerpts=list(compress(self.excerpts, mask)))
 
     def score(self, simulated: Sequence[ArrayLike]) -> Score:
         """Return the score of simulated activations, including its value without near-duplicate excerpts.

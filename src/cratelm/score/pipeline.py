@@ -19,8 +19,8 @@ from cratelm.llm.requests import Answer, Outcome, Request
 from cratelm.records import (
     CONTROLS,
     CONTROLS_WITHOUT_SIMULATION,
+    CORRELATIONS,
     HARD_METRICS,
-    SIMULATION_METRICS,
     Control,
     Explanation,
     Metric,
@@ -30,10 +30,12 @@ from cratelm.records import (
     Score,
     Status,
 )
+from cratelm.score.config import PER_BIN
 from cratelm.score.controls import ExplanationSet, dead_score
+from cratelm.score.estimate import StratifiedSample
 from cratelm.score.metrics import CONSTANT, FindDuplicates, Sample
 from cratelm.score.scorers import BY_METRIC, Prompting, Task, scorer_task, too_few
-from cratelm.score.selection import scored_on
+from cratelm.score.selection import drawn_in_bins, scored_on
 from cratelm.score.simulators import (
     COMPAT,
     ConstantSimulator,
@@ -41,6 +43,7 @@ from cratelm.score.simulators import (
     TokenLists,
     simulator_of,
 )
+from cratelm.stats.intervals import RESAMPLES
 
 REQUESTS_PER_NEURON = 128
 """rough estimate, from which the number of neurons per batch is computed"""
@@ -68,6 +71,10 @@ class Scoring:
     find_duplicates: FindDuplicates
     reader: Reader | None = None
     """None: each explainer's own simulator is used, without a language model"""
+    per_bin: int = PER_BIN
+    """`all_tokens_estimate`: excerpts per quantile bin"""
+    resamples: int = RESAMPLES
+    """`all_tokens_estimate`: bootstrap resamples for the interval of each neuron"""
 
     @property
     def variants(self) -> Sequence[str]:
@@ -82,7 +89,7 @@ class _HeldOut:
         self.record = record
         sources: dict[Metric, None] = {_source(metric): None for metric in scoring.metrics}
         self.samples: dict[Metric, Sample] = {
-            s: Sample(scored_on(record, s), scoring.find_duplicates) for s in sources
+            source: _sample(record, source, scoring) for source in sources
         }
         self._simulated: dict[tuple[str, Control], Mapping[Metric, NDArray[np.float64]]] = {}
 
@@ -112,6 +119,13 @@ class _HeldOut:
         return self._simulated[key]
 
 
+def _sample(record: NeuronRecord, metric: Metric, scoring: Scoring) -> Sample:
+    if metric != "all_tokens_estimate":
+        return Sample(scored_on(record, metric), scoring.find_duplicates)
+    excerpts = drawn_in_bins(record, scoring.per_bin)
+    return StratifiedSample(excerpts, scoring.find_duplicates, record.summary, scoring.resamples)
+
+
 @dataclass(frozen=True, eq=False)
 class PendingScore:
     """A planned score: its row, and the task that computes it; `task` is None if the row is complete."""
@@ -129,7 +143,7 @@ def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore
     for explainer in scoring.explainers:
         for variant in scoring.variants:
             for metric in scoring.metrics:
-                simulated = metric in SIMULATION_METRICS
+                simulated = metric in CORRELATIONS
                 if variant == COMPAT and not simulated:
                     continue
                 for control in CONTROLS if simulated else CONTROLS_WITHOUT_SIMULATION:
@@ -154,7 +168,7 @@ def _source(metric: Metric) -> Metric:
     """Return the metric whose excerpts `metric` uses."""
     if metric in HARD_METRICS.values():
         return "detection_hard"
-    return metric if metric in SIMULATION_METRICS else "top_and_random"
+    return metric if metric in CORRELATIONS else "top_and_random"
 
 
 def _plan(
@@ -191,12 +205,11 @@ def _plan(
 
     def grade(outcomes: Sequence[Outcome]) -> Score:
         remaining = sample.where([isinstance(o, Answer) for o in outcomes])
-        kinds, planned = ([e.kind for e in s.excerpts] for s in (remaining, sample))
-        if failure := too_few(outcomes, kinds, planned):
+        if failure := too_few(outcomes, remaining.classes, sample.classes):
             return failure
         answers = [o for o in outcomes if isinstance(o, Answer)]
         score = remaining.score(simulator.simulate(explanation, remaining.token_ids, answers))
-        return replace(score, n_failed=len(planned) - len(kinds))
+        return replace(score, n_failed=len(sample.excerpts) - len(remaining.excerpts))
 
     return Task(tuple(simulator.requests(explanation, token_ids)), grade)
 

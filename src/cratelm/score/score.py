@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.open_harvest import is_measurable, open_harvested
+from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.selection import read_selected_records, read_selected_rows
 from cratelm.explain.store import (
@@ -126,6 +127,7 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
     explanations = _read_explained(
         explained.path, explained.require("explain").config["explainers"]
     )
+    _require_counts(config, harvest.path, explanations.selected)
     duplicates = _near_duplicates(TokenStore(run.stage("tokens").path), harvest.path, explanations)
     scoring = _scoring(config, explanations, duplicates, None)
     with stage.write(config, inputs) as draft:
@@ -168,6 +170,7 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
         if not (config.dry_run or config.shard):
             held.enter_context(stage.lock())
         explanations = _read_explained(explained.path, (), config.explanations or reader)
+        _require_counts(config, harvest.path, explanations.selected)
         store = TokenStore(run.stage("tokens").path)
         probe = probe_levels(client)
         print(f"{reader}: {probe}", flush=True)
@@ -233,6 +236,19 @@ def _read_explained(folder: Path, explainers: Sequence[str], default: str = "") 
     )
 
 
+def _require_counts(config: ScoreConfig, harvest: Path, selected: Sequence[SampledNeuron]) -> None:
+    """Raise `InputError` if the estimate needs counts of tokens per bin that the harvest lacks."""
+    if "all_tokens_estimate" not in config.metrics or not selected:
+        return
+    summaries = read_summaries(harvest, "held_out", [selected[0].neuron.layer])
+    if any(s.openai_counts is None for s in summaries):
+        raise InputError(
+            f"--metrics all_tokens_estimate needs the number of tokens in each quantile bin, which the harvest of"
+            f" {config.model} lacks (it is imported, or of an earlier version): type `cratelm harvest --force --run"
+            f" {config.run} --model {config.model}`, then explain and score again, or omit the metric"
+        )
+
+
 def _reader(config: ScoreConfig, client: Client, probe: ProbeResult, store: TokenStore) -> Reader:
     strings = store.token_strings
     simulators = {"": LLMSimulator.of(probe, strings, config.prompts)}
@@ -253,6 +269,8 @@ def _scoring(
         dead_on_fit={s.neuron for s in explained.selected if s.dead},
         find_duplicates=duplicates.are_duplicates,
         reader=reader,
+        per_bin=config.per_bin,
+        resamples=config.resamples,
     )
 
 
@@ -356,7 +374,8 @@ def _write(
     audit = DocumentAudit()
     for documents in explained.explanations.documents():
         audit.explained(documents)
-    write_scores(draft.path, audit.watched(scores))
+    with_bounds = "all_tokens_estimate" in config.metrics
+    write_scores(draft.path, audit.watched(scores), with_bounds=with_bounds)
     return _disjoint(audit.result(), config)
 
 

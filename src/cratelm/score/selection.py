@@ -10,6 +10,7 @@ Bricken et al. 2023). Our excerpts come from the `held_out` split and explanatio
 | random_only | 5 random, 64 tokens |
 | detection_hard, fuzzing_hard | held-out top ranks 1, 3, 5, 7, 9 and 3 to 5 hard negatives, 64 tokens |
 | anthropic | held-out top ranks 15..24, 2 of each of 12 bins, 5 random, 10 out of context; 8 tokens (3 out of context) |
+| all_tokens_estimate | the last token alone of `--per-bin` in each of 5 quantile bins, up to 33 tokens |
 
 If a neuron has fewer excerpts, those that exist are used; the score reports the number of records.
 """
@@ -19,7 +20,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from cratelm.explain.selection import ANTHROPIC_WINDOW, N_RANDOM, PER_BIN, by_rank, first_of_bins
+from cratelm.activations.excerpt_table import ExcerptTable
+from cratelm.explain.selection import ANTHROPIC_WINDOW, N_RANDOM, by_rank, first_of_bins
+from cratelm.explain.selection import PER_BIN as PER_ANTHROPIC_BIN
 from cratelm.records import HARD_METRICS, Excerpt, Metric, NeuronRecord
 
 TOP_RANKS = (1, 3, 5, 7, 9)
@@ -43,9 +46,27 @@ def scored_on(record: NeuronRecord, metric: Metric) -> tuple[Excerpt, ...]:
     if metric in HARD_METRICS.values():
         return by_rank(record, "top", TOP_RANKS) + hard_negatives(record)
     top = by_rank(record, "top", ANTHROPIC_TOP_RANKS)
-    bins = first_of_bins(record, PER_BIN, without={e.position for e in top})
+    bins = first_of_bins(record, PER_ANTHROPIC_BIN, without={e.position for e in top})
     in_context = tuple(e.narrowed(*ANTHROPIC_WINDOW) for e in top + bins + random)
     return in_context + by_rank(record, "out_of_context", range(N_OUT_OF_CONTEXT))
+
+
+def drawn_in_bins(record: NeuronRecord, per_bin: int) -> tuple[Excerpt, ...]:
+    """Return `per_bin` excerpts of each quantile bin, or all if there are fewer, cut after the chosen token.
+
+    What follows the chosen token cannot matter to it in a causal model. The harvested excerpts of a bin are uniform draws
+    from its tokens, but the lowest ranks are the same tokens for many neurons (`activations.layer_harvest.Binning`).
+    So each neuron has its own random order of them: otherwise the neurons' errors would add up in their mean. A smaller
+    number is a subset of a larger one.
+    """
+    table = ExcerptTable.of(record.excerpts)
+    rows = np.flatnonzero(table.is_kind("openai_bin"))
+    rows = np.random.default_rng([*record.neuron.key]).permutation(rows)
+    rows = rows[np.argsort(table.bins[rows], kind="stable")]
+    bins = table.bins[rows]
+    number = np.arange(len(rows)) - np.searchsorted(bins, bins)  # within its bin
+    excerpts = (record.excerpts[row] for row in rows[number < per_bin].tolist())
+    return tuple(e.narrowed(e.peak, 1) for e in excerpts)
 
 
 def inactive_limit(top: Sequence[Excerpt]) -> float:

@@ -37,7 +37,7 @@ SCORES = TableFile(
         FileColumn(
             "metric",
             pa.string(),
-            "`top_and_random`, `random_only`, `anthropic`; with a language model also `detection`, `detection_hard`, `fuzzing`, `fuzzing_hard`, `intruder`, `embedding`",
+            "`top_and_random`, `random_only`, `anthropic`, `all_tokens_estimate`; with a language model also `detection`, `detection_hard`, `fuzzing`, `fuzzing_hard`, `intruder`, `embedding`",
         ),
         FileColumn(
             "control",
@@ -97,6 +97,13 @@ SCORES = TableFile(
         FileColumn(
             "variant", pa.string(), "`+paper-compat`, or empty. Not in files of version 0.1.0"
         ),
+        FileColumn(
+            "low",
+            pa.float64(),
+            "`all_tokens_estimate`: lower bound of the 95% interval over the draws of excerpts; null if there is none. Only in files with this metric",
+            optional=True,
+        ),
+        FileColumn("high", pa.float64(), "upper bound, likewise", optional=True),
     ),
 )
 
@@ -202,12 +209,18 @@ def _read_whole(path: Path, kind: type[_Row]) -> list[_Row]:
     return read_rows(path, row_of)
 
 
-def write_scores(folder: str | Path, scores: Iterable[NeuronScore]) -> None:
-    """Write `scores.parquet` into `folder`, in the order given; memory: one row group."""
-    with pq.ParquetWriter(Path(folder) / "scores.parquet", SCORES.schema) as writer:
+def write_scores(
+    folder: str | Path, scores: Iterable[NeuronScore], *, with_bounds: bool = True
+) -> None:
+    """Write `scores.parquet` into `folder`, in the order given; memory: one row group.
+
+    Without `with_bounds` the file has no columns for the bounds of intervals.
+    """
+    schema = SCORES.schema if with_bounds else SCORES.least
+    with pq.ParquetWriter(Path(folder) / "scores.parquet", schema) as writer:
         rest = iter(scores)
         while group := list(islice(rest, _ROWS_A_GROUP)):
-            writer.write_table(score_columns(group, SCORES.schema))
+            writer.write_table(score_columns(group, schema))
 
 
 @checked_arguments()
@@ -248,8 +261,10 @@ _LATER = (
     "explained_by",
     "simulator",
     "variant",
+    "low",
+    "high",
 )
-"""columns that files of earlier versions may lack"""
+"""columns that files of earlier versions, or without their metric, may lack"""
 _ALWAYS = ("model", "site", "layer", "index", "explainer", "metric", "control", "status")
 """columns without which there is no score"""
 
