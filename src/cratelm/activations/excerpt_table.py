@@ -80,7 +80,7 @@ class ExcerptTable(Sequence[Excerpt]):
         """Return the excerpts in these rows."""
         return tuple(map(self._item, rows))
 
-    def of_rows(self, rows: IntArray) -> "ExcerptTable":
+    def of_rows(self, rows: NDArray[np.integer]) -> "ExcerptTable":
         """Return a table of the excerpts in rows [m]."""
         lengths = self.lengths[rows]
         bounds = np.concatenate([[0], np.cumsum(lengths)])
