@@ -41,6 +41,11 @@ _HELD_BACK = 0.15
 _SEQUENCE = 256
 _HARVEST_COST = 2.0
 """duration of a harvest divided by that of its forward passes, rounded up (benchmarks/harvest.py)"""
+_WHOLE_COST = 2.0
+"""duration of scoring over all tokens divided by that of its forward passes (benchmarks/measures.py)"""
+_SHARED = 0.8
+"""duration of training or harvesting two models at a time, each with half of the cores, divided by that of one after
+another with all cores: 286 and 263 s for the twins at a time, 234 and 176 s alone, on 2 cores"""
 _SECONDS_PER_NEURON = 0.04
 """time to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
@@ -219,19 +224,27 @@ def _plan(config: DemoConfig) -> str:
     training = harvesting = scoring = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
     for name in twins + controls:
-        if config.force or name not in run.models("model") or name not in run.models("activations"):
-            step, forward = _measure(name.removesuffix("-init"), config)
-            if name in twins and (config.force or name not in run.models("model")):
-                training += step * config.steps
-            if config.force or name not in run.models("activations"):
-                harvesting += 2 * config.tokens * forward * _HARVEST_COST
-        if config.force or name not in run.models("scores"):
+        missing = [
+            stage
+            for stage in ("model", "activations", "scores")
+            if config.force or name not in run.models(stage)
+        ]
+        step, forward = _measure(name.removesuffix("-init"), config) if missing else (0, 0)
+        if name in twins and "model" in missing:
+            training += step * config.steps
+        if "activations" in missing:
+            harvesting += 2 * config.tokens * forward * _HARVEST_COST
+        if "scores" in missing:
             scoring += _SECONDS_PER_NEURON * layers * (config.neurons or 512)
+            scoring += 2 * config.tokens * forward * _WHOLE_COST
         if name in twins and (config.force or name not in run.models("steer")):
             writing += _SECONDS_PER_EFFECT * layers**2 * (config.neurons or 512)
         done = any(other.startswith(f"{name}+") for other in run.models("scores"))
         if config.sae and name in twins and (config.force or not done):
             autoencoders += _SAE_SECONDS * layers
+    jobs = n_jobs(config)
+    training, harvesting = (s * _SHARED if jobs > 1 else s for s in (training, harvesting))
+    scoring, writing, autoencoders = (s / jobs for s in (scoring, writing, autoencoders))
     minutes = [s / 60 for s in (training, harvesting, scoring, writing, autoencoders)]
     total = round(sum(minutes) + _FIXED_SECONDS / 60)
     return (
