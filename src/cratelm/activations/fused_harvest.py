@@ -576,7 +576,8 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
     scale, cut = statistics.scale[first:last], cut[first:last]
     best = np.full((n_pieces, width), -np.inf, np.float32)
     recent, before = np.zeros((4, width), np.float32), np.zeros((4, width), np.float64)
-    edges, bins = openai.edges[1:, first:last], np.zeros(width, np.int32)
+    edges = np.ascontiguousarray(openai.edges[1:, first:last])  # or its rows are read one by one
+    bins = np.zeros(width, np.int32)
     recent_reached, n_reached = np.zeros(width, np.int32), np.zeros((5, width), np.int32)
     recent_counts = np.zeros(width * HISTOGRAM_BINS, np.uint8)  # these fit into the L1 cache
     counts = np.zeros(width * HISTOGRAM_BINS, np.uint32)
