@@ -377,14 +377,18 @@ def test_what_cannot_be_compared_is_one_line(run, tmp_path):
     shutil.rmtree(path / "seeds", ignore_errors=True)
     shutil.rmtree(path / "activations" / "crate-2l-seed1")
     config = SeedsConfig(run=path, model="crate-2l", quiet=True, device="cpu")
-    with pytest.raises(InputError, match=r"one harvested seed of crate-2l, crate-2l, .*type `cratelm harvest --run .* --model crate-2l-seed1`"):  # fmt: skip
+    with pytest.raises(InputError, match=r"one harvested seed of crate-2l, crate-2l, .*type `cratelm harvest --run .* --model crate-2l-seed1 --tokens"):  # fmt: skip
         seeds(config)
     shutil.rmtree(path / "model" / "crate-2l-seed1")
     with pytest.raises(InputError) as refused:
         seeds(config)
-    (command,) = [part for part in str(refused.value).split("`") if part.startswith("cratelm ")]
-    made = cli.parse_options("train", command.split()[2:])
+    commands = [part for part in str(refused.value).split("`") if part.startswith("cratelm ")]
+    assert [command.split()[1] for command in commands] == ["train", "harvest", "explain"]
+    made = cli.parse_options("train", commands[0].split()[2:])
     assert (made.folder, made.resolved().steps) == ("crate-2l-seed1", 4)
+    for stage, command in zip(("activations", "explanations"), commands[1:], strict=True):
+        like = Run(path).stage(stage, "crate-2l").command(force=False)
+        assert command == like.replace("--model crate-2l", "--model crate-2l-seed1")
     assert not (path / "seeds").exists()
     train(TrainConfig(run=path, **{**SMALL, "steps": 2, "validate_every": 2}, seed=1))
     harvest(HarvestConfig(run=path, model="crate-2l-seed1", tokens=500, pilot_tokens=256, quiet=True))  # fmt: skip

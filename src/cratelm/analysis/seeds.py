@@ -136,20 +136,24 @@ def _too_few(run: Run, base: str, names: Sequence[str]) -> str:
     other = seeded_name(base, 0 if names and seed_of(names[0])[1] == 1 else 1) if names else base
     model = run.stage("model", other)
     if other in run.models("model"):
-        to_type = f"cratelm harvest --run {shlex.quote(str(run.path))} --model {other}"
+        commands = []
     elif names:
         words = shlex.split(run.stage("model", names[0]).command(force=False))
         if "--seed" in words:
             at = words.index("--seed")
             del words[at : at + 2]
-        to_type = shlex.join([*words, "--seed", str(seed_of(other)[1])])
+        commands = [shlex.join([*words, "--seed", str(seed_of(other)[1])])]
     else:
-        to_type = model.command(force=False)
+        commands = [model.command(force=False)]
+    # with the options of the seed that is there: others could not be compared
+    like = names[0] if names else other
+    commands += [
+        run.stage(stage, like).command(force=False, model=other)
+        for stage in ("activations", "explanations")
+    ]
     found = f"one harvested seed of {base}, {names[0]}" if names else f"no harvested {base}"
-    return (
-        f"{run.path} has {found}, but at least two seeds are compared: type `{to_type}`, then harvest and"
-        f" explain {other}"
-    )
+    to_type = ", then ".join(f"`{command}`" for command in commands)
+    return f"{run.path} has {found}, but at least two seeds are compared: type {to_type}"
 
 
 def _open(
