@@ -23,6 +23,7 @@ def chains(given: Given) -> list[list[Step]]:
     def work(name: str):
         def write():
             (given.folder / f"{name}.{os.getpid()}").touch()
+            (given.folder / f"{name}-threads").write_text(os.environ["OMP_NUM_THREADS"])
             with (given.folder / "order").open("a") as file:
                 file.write(name + "\n")
 
@@ -60,15 +61,18 @@ def chains(given: Given) -> list[list[Step]]:
     return [steps("a", 3), steps("b", 1), steps("c", 2)]
 
 
-def test_chains_run_side_by_side_and_each_in_order(tmp_path):
+def test_chains_run_side_by_side_and_each_in_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     given = Given(tmp_path)
-    begun = [step.label for step in run_chains(chains, [given, given], 1)]
+    begun = [step.label for step in run_chains(chains, [given, given], 3)]
     assert sorted(begun) == ["0 a", "0 b", "0 c", "1 a", "1 c", "2 a"]
     order = (tmp_path / "order").read_text().split()
     for chain in (["a0", "a1", "a2"], ["b0"], ["c0", "c1"]):
         assert [name for name in order if name[0] == chain[0][0]] == chain
     processes = {path.suffix for path in tmp_path.glob("??.*")}
     assert len(processes) == 2
+    assert {path.read_text() for path in tmp_path.glob("*-threads")} == {"3"}
+    assert os.environ["OMP_NUM_THREADS"] == "7"
     assert f".{os.getpid()}" not in processes
     assert not multiprocessing.active_children()
 

@@ -6,9 +6,9 @@ import pytest
 from cratelm.errors import InputError
 from cratelm.stats.layers import layered_mean
 from cratelm.stats.seeds import (
+    compare_over_seeds,
     correlations,
     cosines,
-    difference_over_seeds,
     holm,
     match,
     mean_over_seeds,
@@ -56,13 +56,13 @@ def test_a_difference_is_paired_by_seed():
     rng = np.random.default_rng(2)
     effects = rng.normal(scale=10, size=5)
     a, b = planted(rng, 5, 0, 1.0, effects), planted(rng, 5, 0, 0.0, effects)
-    interval = difference_over_seeds(a, b)
+    interval = compare_over_seeds(a, b).difference
     assert 0.5 < interval.low < 1 < interval.high + 0.5
     assert interval.high - interval.low < 1
-    shuffled = difference_over_seeds(a, b[::-1])
+    shuffled = compare_over_seeds(a, b[::-1]).difference
     assert shuffled.high - shuffled.low > 5
     with pytest.raises(InputError, match="5 seeds are compared with 4"):
-        difference_over_seeds(a, b[:4])
+        compare_over_seeds(a, b[:4])
 
 
 def test_what_cannot_be_averaged_is_said():

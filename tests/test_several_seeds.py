@@ -33,7 +33,7 @@ from cratelm.runs.reading import read_json
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_whole_scores
-from cratelm.stats.seeds import compare_over_seeds, correlations, difference_over_seeds
+from cratelm.stats.seeds import compare_over_seeds, correlations
 from cratelm.train.config import TrainConfig
 from cratelm.train.loop import train
 
@@ -183,7 +183,8 @@ def test_the_p_value_is_that_of_the_interval():
     assert edge is not None
     assert edge > 0
     assert (
-        difference_over_seeds(side, [{0: v[0] - 3} for v in side], resamples=999) == far.difference
+        compare_over_seeds(side, [{0: v[0] - 3} for v in side], resamples=999).difference
+        == far.difference
     )
     equal = compare_over_seeds(side[:1], [{0: side[0][0]}], resamples=999)
     assert equal.p_value > 0.5

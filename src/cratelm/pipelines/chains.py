@@ -16,6 +16,7 @@ from cratelm.errors import InputError
 from cratelm.runs.worker_processes import WorkerProcess, end_all, end_with_parent, sendable
 
 _Config = TypeVar("_Config")
+_THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class Step:
         return f"{self.stage} {self.model}".strip()
 
 
-_THREADS = "OMP_NUM_THREADS"
 Place = tuple[int, int]
 """number of a chain, and of a step in it"""
 Chains = Callable[[_Config], Sequence[Sequence[Step]]]
@@ -47,8 +47,8 @@ def run_chains(
     """Run the steps of all chains, each chain in order, in a process for each of `configs`; yield the steps that begin.
 
     Each process makes the steps from its config, which differ only in what they print, and libraries use `threads`
-    threads in it. Raises what a step raises, and `InputError` if a process is killed; the steps that the other processes run are
-    then stopped, and remove what they have half written.
+    threads in it. Raises what a step raises, and `InputError` if a process is killed; the steps that the other
+    processes run are then stopped, and remove what they have half written.
     """
     made = chains(configs[0])
     waiting = deque(
@@ -56,17 +56,22 @@ def run_chains(
     )
     running: dict[Connection, _Worker] = {}
     try:
-        for config in configs[: len(waiting)]:
-            with _limited(threads):
+        with _limited(threads):
+            for config in configs[: len(waiting)]:
                 worker = _Worker.started(_run, chains, config)
-            running[worker.pipe] = worker
-            for number, i in worker.give(waiting):
-                yield made[number][i]
-        while busy := [pipe for pipe, worker in running.items() if worker.is_busy]:
-            for pipe in connection.wait(busy):
-                assert isinstance(pipe, Connection)
-                for number, i in running[pipe].proceed(waiting):
-                    yield made[number][i]
+                running[worker.pipe] = worker
+        idle, busy = list(running.values()), set[Connection]()
+        while idle or busy:
+            for worker in idle:
+                if place := worker.next_place(waiting):
+                    yield made[place[0]][place[1]]
+                    worker.send(place)
+                    busy.add(worker.pipe)
+            ended = connection.wait(list(busy)) if busy else []
+            busy.difference_update(ended)
+            idle = [worker for pipe, worker in running.items() if pipe in ended]
+            for worker in idle:
+                worker.finish_step()
     finally:
         end_all(running.values())
 
@@ -77,19 +82,15 @@ class _Worker(WorkerProcess):
 
     chain: deque[Place] = field(default_factory=deque)
     """what it will run next"""
-    is_busy: bool = False
 
-    def give(self, waiting: deque[deque[Place]]) -> Generator[Place, None, None]:
-        """Let the process run the next step of its chain, or of the next chain; yield its place."""
+    def next_place(self, waiting: deque[deque[Place]]) -> Place | None:
+        """Return the next step of its chain, or of the next chain that waits; None if there is none."""
         if not self.chain and waiting:
             self.chain = waiting.popleft()
-        self.is_busy = bool(self.chain)
-        if self.chain:
-            yield self.chain[0]
-            self.send(self.chain.popleft())
+        return self.chain.popleft() if self.chain else None
 
-    def proceed(self, waiting: deque[deque[Place]]) -> Generator[Place, None, None]:
-        """Take the message that a step has ended, and let the process run the next one."""
+    def finish_step(self) -> None:
+        """Take the message that a step has ended. Raises what the step raised."""
         try:
             error = self.receive()
         except EOFError:
@@ -99,7 +100,6 @@ class _Worker(WorkerProcess):
             ) from None
         if error is not None:
             raise error
-        yield from self.give(waiting)
 
 
 @contextlib.contextmanager

@@ -37,23 +37,6 @@ def mean_over_seeds(
     return Interval(float(means.mean()), low, high, len(seeds))
 
 
-def difference_over_seeds(
-    a: Sequence[Layers],
-    b: Sequence[Layers],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Return the mean of a - b over S pairs of models with the same seed, with its hierarchical bootstrap interval.
-
-    Pairs are resampled, and within each the neurons of both. Raises `InputError` if the numbers of seeds differ.
-    """
-    return compare_over_seeds(
-        a, b, resamples=resamples, seed=seed, confidence=confidence
-    ).difference
-
-
 class SeedComparison(NamedTuple):
     """Models a minus models b of the same seeds."""
 
@@ -71,9 +54,10 @@ def compare_over_seeds(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> SeedComparison:
-    """Return the interval of `difference_over_seeds`, and the p-value of a difference of 0 from the same R resamples.
+    """Return the mean of a - b over S pairs of models with the same seed, its interval, and the p-value of no difference.
 
-    p is twice the share of resampled differences on the other side of 0, or on 0, with 1 added to both counts (Davison
+    The interval is a hierarchical bootstrap: pairs are resampled, and within each the neurons of both. p comes from the
+    same R resamples: it is twice the share of resampled differences on the other side of 0, or on 0, with 1 added to both counts (Davison
     and Hinkley 1997, chapter 4), at most 1: the smallest level at which the percentile interval still excludes 0. It is
     as optimistic as that interval where seeds are few: with S pairs, a test of signs alone cannot fall below 2^(1 - S).
     Raises `InputError` if the numbers of seeds differ.

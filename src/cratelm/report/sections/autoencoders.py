@@ -22,13 +22,17 @@ from cratelm.report.cells import (
     series_of,
 )
 from cratelm.report.drawing import Figure, Panel, scatter, scores_panel
-from cratelm.report.sections.comparisons import COMPARISON_COLUMNS, comparison_cells
+from cratelm.report.sections.comparisons import (
+    COMPARISON_COLUMNS,
+    comparison_cells,
+    comparisons,
+)
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.results.scores import layer_intervals, mean_interval
 from cratelm.runs import Completion
 from cratelm.sae.store import LayerReconstruction, LayerReplacements
 from cratelm.stats.ratio import ratio
-from cratelm.stats.scores import POLICIES, ModelStatistics, compare_models, model_statistics
+from cratelm.stats.scores import POLICIES, ModelStatistics, model_statistics
 from cratelm.text.table import Cell, Column, Table
 
 _BUDGET = (
@@ -171,22 +175,9 @@ def _built_in(
 ) -> Table:
     """Return the differences of CRATE and its twin's latents, and of each model and its own latents."""
     rows: list[tuple[Cell, ...]] = []
-    pairs = list(_pairs(results, latents))
-    for (a, b), metric, policy in product(pairs, results.metrics, POLICIES):
-        try:
-            c = compare_models(
-                a.scores,
-                b.scores,
-                metric,
-                explainer=results.explainer,
-                policy=policy,
-                paired=False,
-                resamples=resamples,
-                seed=seed,
-            )
-        except InputError:  # there is no layer in which both have scores
-            continue
-        rows.append((f"{c.model_a} − {c.model_b}", *comparison_cells(c)))
+    for a, b in _pairs(results, latents):
+        for c in comparisons(a, b, results.explainer, results.metrics, resamples, seed, False):
+            rows.append((f"{c.model_a} − {c.model_b}", *comparison_cells(c)))
     return Table(
         "sae_built_in",
         f"Built-in sparsity compared with sparse autoencoders: differences, explainer {results.explainer}",

@@ -1,6 +1,7 @@
 """Tables of differences: CRATE minus GPT-2, and explainers with a language model minus those without."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from cratelm.errors import InputError
@@ -77,23 +78,34 @@ def _twin_rows(
     seed: int,
 ) -> tuple[tuple[Cell, ...], ...]:
     rows: list[tuple[Cell, ...]] = []
-    for (a, b), explainer, metric, policy in product(
-        results.twins(), explainers, metrics, POLICIES
-    ):
-        try:
-            c = compare_models(
+    for (a, b), explainer in product(results.twins(), explainers):
+        for c in comparisons(a, b, explainer, metrics, resamples, seed):
+            rows.append((f"{c.model_a} − {c.model_b}", c.explainer, *comparison_cells(c)))
+    return tuple(rows)
+
+
+def comparisons(
+    a: ModelResults,
+    b: ModelResults,
+    explainer: str,
+    metrics: Sequence[Metric],
+    resamples: int,
+    seed: int,
+    paired: bool | None = None,
+) -> Iterator[Comparison]:
+    """Yield model a minus model b for each metric and policy for which there is a layer in which both have scores."""
+    for metric, policy in product(metrics, POLICIES):
+        with contextlib.suppress(InputError):  # there is no such layer
+            yield compare_models(
                 a.scores,
                 b.scores,
                 metric,
                 explainer=explainer,
                 policy=policy,
+                paired=paired,
                 resamples=resamples,
                 seed=seed,
             )
-        except InputError:  # there is no layer in which both have scores
-            continue
-        rows.append((f"{c.model_a} − {c.model_b}", c.explainer, *comparison_cells(c)))
-    return tuple(rows)
 
 
 def llm_difference_table(results: RunResults, resamples: int, seed: int) -> Table:

@@ -5,16 +5,17 @@ Controls after Korznikov et al. 2026, "Sanity Checks for Sparse Autoencoders" (a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 
-from cratelm.errors import InputError
 from cratelm.report.cells import DERIVED_NULLS, without_score
 from cratelm.report.sections.autoencoders import latent_models
-from cratelm.report.sections.comparisons import COMPARISON_COLUMNS, comparison_cells
+from cratelm.report.sections.comparisons import (
+    COMPARISON_COLUMNS,
+    comparison_cells,
+    comparisons,
+)
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.runs import Completion
 from cratelm.runs.names import NullKind
-from cratelm.stats.scores import POLICIES, compare_models
 from cratelm.text.table import Cell, Column, Table
 
 _FROZEN = {
@@ -33,25 +34,12 @@ _NULL_MODELS: dict[NullKind, str] = {
 def tables(results: RunResults, resamples: int, seed: int) -> list[Table]:
     """Return the differences of latents and their random controls; without rows if there are none."""
     rows: list[tuple[Cell, ...]] = []
-    pairs = list(_controls(results, latent_models(results)))
-    for pair, metric, policy in product(pairs, results.metrics, POLICIES):
+    for pair in _controls(results, latent_models(results)):
         sides = (pair.latents, pair.control)
-        try:
-            c = compare_models(
-                sides[0].scores,
-                sides[1].scores,
-                metric,
-                explainer=results.explainer,
-                policy=policy,
-                paired=False,
-                resamples=resamples,
-                seed=seed,
-            )
-        except InputError:  # there is no layer in which both have scores
-            continue
-        own = [m.find(results.explainer, metric) for m in sides]
-        counts = [without_score(s.counts) if s else None for s in own]
-        rows.append((f"{c.model_a} − {c.model_b}", pair.kind, *comparison_cells(c), *counts))
+        for c in comparisons(*sides, results.explainer, results.metrics, resamples, seed, False):
+            own = [m.find(results.explainer, c.metric) for m in sides]
+            counts = [without_score(s.counts) if s else None for s in own]
+            rows.append((f"{c.model_a} − {c.model_b}", pair.kind, *comparison_cells(c), *counts))
     table = Table(
         "sae_controls",
         f"Latents minus those of random controls, explainer {results.explainer}",

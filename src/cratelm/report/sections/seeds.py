@@ -111,6 +111,35 @@ def twins_table(
     groups: Sequence[SeedGroup], scores: Mapping[str, Scores], resamples: int, seed: int
 ) -> Table:
     """Return each CRATE minus its GPT-2 in pairs of seeds, for every explainer, measure and layer."""
+    rows, tests = _twin_rows(groups, scores, resamples, seed)
+    return Table(
+        "seeds_twins",
+        "CRATE minus GPT-2 over seeds",
+        (
+            Column("models", "a − b"),
+            Column("pairs", "pairs"),
+            Column("explainer", "explainer"),
+            Column("measure", "measure"),
+            Column("layer", "layer"),
+            Column("mean_a", "mean a", ".1f"),
+            Column("mean_b", "mean b", ".1f"),
+            Column("difference", "difference [95%]", ".1f"),
+            Column("p_value", "p", ".2g"),
+            Column("p_holm", "p, Holm", ".2g"),
+            Column("seeds", "seeds", "d"),
+        ),
+        tuple(rows),
+        "Difference × 100, paired by seed: pairs are resampled, and within each the neurons of both models. p: two-sided,"
+        f" from the same resamples, at least 2/{resamples + 1:,}. p, Holm: adjusted for all"
+        f" {' and '.join(map(str, tests)) or 'no'} tests of a pair of models, over explainers, measures and layers."
+        f"{FEW} With S pairs of seeds, a test of the signs alone could not fall below 2^(1 − S): .5 for 2, .25 for 3.",
+    )
+
+
+def _twin_rows(
+    groups: Sequence[SeedGroup], scores: Mapping[str, Scores], resamples: int, seed: int
+) -> tuple[list[tuple[Cell, ...]], list[int]]:
+    """Return the rows of `twins_table`, and the number of tests of each pair of models."""
     by_base = {group.base: group for group in groups}
     rows: list[tuple[Cell, ...]] = []
     tests = []
@@ -139,28 +168,7 @@ def twins_table(
                         len(shared),
                     )
                 )
-    return Table(
-        "seeds_twins",
-        "CRATE minus GPT-2 over seeds",
-        (
-            Column("models", "a − b"),
-            Column("pairs", "pairs"),
-            Column("explainer", "explainer"),
-            Column("measure", "measure"),
-            Column("layer", "layer"),
-            Column("mean_a", "mean a", ".1f"),
-            Column("mean_b", "mean b", ".1f"),
-            Column("difference", "difference [95%]", ".1f"),
-            Column("p_value", "p", ".2g"),
-            Column("p_holm", "p, Holm", ".2g"),
-            Column("seeds", "seeds", "d"),
-        ),
-        tuple(rows),
-        "Difference × 100, paired by seed: pairs are resampled, and within each the neurons of both models. p: two-sided,"
-        f" from the same resamples, at least 2/{resamples + 1:,}. p, Holm: adjusted for all"
-        f" {' and '.join(map(str, tests)) or 'no'} tests of a pair of models, over explainers, measures and layers."
-        f"{FEW} With S pairs of seeds, a test of the signs alone could not fall below 2^(1 − S): .5 for 2, .25 for 3.",
-    )
+    return rows, tests
 
 
 def matches_table(studies: Sequence[SeedsSummary]) -> Table:
