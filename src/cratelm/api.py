@@ -639,7 +639,7 @@ def score(
             and once for another's: with 10, 100 calls per neuron
         audit: also audit the metrics: whether they notice planted explanations, and those of the
             run, that are half missing or twice too broad. Without a language model only; takes
-            about three times as long
+            three to four times as long
         resamples: number of bootstrap resamples for the intervals in `summary.json`
         seed: seed of the shuffled control, of the bootstrap and of the scorers' random draws
         prompts: prompts that ask for levels: cratelm's, or OpenAI's published ones (extra

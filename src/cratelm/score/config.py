@@ -39,7 +39,7 @@ class ScoreConfig(LLMConfig):
     model each is a call, once for the neuron's own explanation and once for another's: with 10, 100 calls per neuron"""
     audit: bool = False
     """also audit the metrics: whether they notice planted explanations, and those of the run, that are half missing or
-    twice too broad. Without a language model only; takes about three times as long"""
+    twice too broad. Without a language model only; takes three to four times as long"""
     resamples: int = 2000
     """number of bootstrap resamples for the intervals in `summary.json`"""
     seed: int = 0
