@@ -3,7 +3,8 @@
 A context of k tokens is a node; the context without its earliest token is its parent. So all contexts of a text are
 one tree, and what a neuron does at each of them is one column of a table (`cratelm.replace.tables`).
 
-Contexts stay inside one document and one sequence, as those of the explainers do.
+Contexts stay inside one document and one sequence. Unlike those of excerpts, they know where these begin: `START` counts
+as a token, so that the first token of a document has a context of its own.
 
 Shape legend: n tokens, D depth, C contexts.
 """
@@ -19,8 +20,10 @@ from cratelm.score.contexts import Nodes
 Int64 = NDArray[np.int64]
 ROOT = -1
 """parent of contexts of one token; number of a token without a context"""
-NO_TOKEN = -1
-"""entry of a context before the beginning of its document"""
+START = -1
+"""entry of a context for the beginning of its document or sequence, before which the model sees no text either"""
+NO_TOKEN = -2
+"""entry of a context before that"""
 LEAST = 2
 """how often a context of several tokens must occur in the text; a single token must occur once"""
 
@@ -42,11 +45,9 @@ class Contexts:
     def of(cls, contexts: Int64, least: int = LEAST) -> "Contexts":
         """Return the contexts of a text, `contexts` [n, D]: column 0 the token, column j the j-th before it.
 
-        `NO_TOKEN` stands before the beginning of a document. A context of several tokens occurs at least `least` times.
+        `START` stands at the beginning of a document, `NO_TOKEN` before that. A context of several tokens occurs at least `least` times.
         """
-        distinct, node, count = np.unique(
-            contexts[:, 0], return_inverse=True, return_counts=True
-        )
+        distinct, node, count = np.unique(contexts[:, 0], return_inverse=True, return_counts=True)
         tokens, parents, counts = [distinct], [np.full(len(distinct), ROOT)], [count]
         bounds = [0, len(distinct)]
         rows = np.flatnonzero(count[node] >= least)
@@ -55,14 +56,14 @@ class Contexts:
             token = contexts[rows, level]
             inside = token != NO_TOKEN
             rows, node, token = rows[inside], node[inside], token[inside]
-            base = int(contexts.max(initial=0)) + 1
+            base = int(contexts.max(initial=0)) + 2
             keys, which, count = np.unique(
-                node * base + token, return_inverse=True, return_counts=True
+                node * base + token + 1, return_inverse=True, return_counts=True
             )
             often = np.flatnonzero(count >= least)
             renumbered = np.full(len(keys), ROOT)
             renumbered[often] = bounds[-1] + np.arange(len(often))
-            tokens.append(keys[often] % base)
+            tokens.append(keys[often] % base - 1)
             parents.append(keys[often] // base)
             counts.append(count[often])
             bounds.append(bounds[-1] + len(often))
@@ -110,12 +111,12 @@ class Contexts:
 
     @cached_property
     def _base(self) -> int:
-        return int(self.tokens.max(initial=0)) + 1
+        return int(self.tokens.max(initial=0)) + 2
 
     @cached_property
     def _keys(self) -> Int64:
         """Return one number per parent and token [C], ascending within a level."""
-        return (self.parents + 1) * self._base + self.tokens
+        return (self.parents + 1) * self._base + self.tokens + 1
 
     def match(self, contexts: Int64) -> Int64:
         """Return, for each level, the context that occurs at tokens [n], [D, n]; `ROOT` where there is none.
@@ -126,12 +127,12 @@ class Contexts:
         rows, node = np.arange(len(contexts)), np.full(len(contexts), ROOT)
         for level in range(min(self.depth, contexts.shape[1])):
             token = contexts[rows, level]
-            inside = (token != NO_TOKEN) & (token < self._base)
+            inside = (token != NO_TOKEN) & (token + 1 < self._base)
             rows, node, token = rows[inside], node[inside], token[inside]
             keys = self._keys[self.level(level)]
             if not len(keys):
                 break
-            wanted = (node + 1) * self._base + token
+            wanted = (node + 1) * self._base + token + 1
             at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
             equal = keys[at] == wanted
             rows, node = rows[equal], self.bounds[level] + at[equal]

@@ -1,5 +1,7 @@
 """Explanations of all neurons of a layer as `cratelm explain` makes them, from excerpts of the fit split."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from cratelm.activations.open_harvest import HarvestContext
@@ -15,9 +17,7 @@ from cratelm.replace.tables import Tries
 from cratelm.score.contexts import Nodes
 
 
-def explained_by_excerpts(
-    kind: Kind, opened: HarvestContext, place: int, depth: int
-) -> Predictor:
+def explained_by_excerpts(kind: Kind, opened: HarvestContext, place: int, depth: int) -> Predictor:
     """Return the explanations of all neurons at a place of the site, of the size that `cratelm explain` gives them.
 
     A neuron that never fires on the fit split is predicted to have its mean.
@@ -45,7 +45,7 @@ def tries_of(payloads: list[dict[str, object]]) -> Tries:
     contexts, context = Contexts.of_nodes(nodes)
     edges = np.searchsorted(nodes.owner, np.arange(len(payloads) + 1))
     kept, values = [], []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges.tolist()):
         order = np.argsort(context[low:high])
         kept.append(context[low:high][order])
         values.append(nodes.values[low:high][order])

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.models.sites import hooked
 from cratelm.activations.open_harvest import HarvestContext
+from cratelm.models.sites import hooked
 from cratelm.replace.config import Part, ReplaceConfig, parts_of
 from cratelm.replace.contexts import Contexts
 from cratelm.replace.exact import quantum_of

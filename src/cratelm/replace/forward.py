@@ -101,9 +101,7 @@ class ExplainedModel:
             if place not in codes:
                 return None
             own = self._encoded(place, activations)
-            return self._decoded(
-                place, torch.where(mixed[place], codes[place].to(own.dtype), own)
-            )
+            return self._decoded(place, torch.where(mixed[place], codes[place].to(own.dtype), own))
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(hooked(self.model, self._below, partly if mixed else whole))

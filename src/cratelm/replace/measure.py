@@ -283,4 +283,3 @@ def _cycle(n: int, seed: int, place: int) -> NDArray[np.int64]:
     order = np.empty(n, np.int64)
     order[circle] = np.roll(circle, -1)
     return order
-

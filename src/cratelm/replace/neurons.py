@@ -101,9 +101,7 @@ def best_explained(
         columns = columns[measured]
         losses.count(columns)
         trace = held_out.model.trace(batch.input_ids)
-        losses.add(
-            Variant("none"), columns, held_out.token_losses(trace, text, {})[measured]
-        )
+        losses.add(Variant("none"), columns, held_out.token_losses(trace, text, {})[measured])
         for explainer, predictors in explained.items():
             codes = {place: of.predict(text) for place, of in enumerate(predictors)}
             for chosen in points[explainer]:

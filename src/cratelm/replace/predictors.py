@@ -97,4 +97,3 @@ class Stacked:
         """Return the sum of the predictions, [n, H]."""
         first, *others = (part.predict(text) for part in self.parts)
         return sum(others, start=first)
-

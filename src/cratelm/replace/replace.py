@@ -78,9 +78,7 @@ def _replaced(config: ReplaceConfig, ranks: Ranks) -> ReplaceResult:
         for layer in opened.site.layer_numbers
     ]
     vocabulary = opened.store.vocab_size
-    text = FitText.of(
-        _plan(config, opened, "fit"), config.batch_tokens, config.depth, vocabulary
-    )
+    text = FitText.of(_plan(config, opened, "fit"), config.batch_tokens, config.depth, vocabulary)
     _check_memory(config, opened, text)
     with ranks.write(stage, config, inputs) as draft:
         _measure(config, opened, model, summaries, text, draft, ranks)
@@ -109,9 +107,7 @@ def _measure(
     sets = layer_sets(opened.site.layer_numbers, config.layers)
     means = [np.array([s.mean for s in of], np.float32) for of in summaries]
     ngrams = text.contexts, text.ngrams
-    losses, errors = measure(
-        held_out, explained, means, sets, ngrams, largest, config.seed, ranks
-    )
+    losses, errors = measure(held_out, explained, means, sets, ngrams, largest, config.seed, ranks)
     points = ranks.by_first(lambda: {name: ranking(errors, name) for name in explained})
     partly = None
     if config.curve_tokens:
@@ -192,11 +188,7 @@ def _write(
     write_curve(draft.path, points)
     write_neurons(
         draft.path,
-        [
-            row
-            for explainer in explained
-            for row in _neurons(config, opened, outcome, explainer)
-        ],
+        [row for explainer in explained for row in _neurons(config, opened, outcome, explainer)],
     )
     summary = ReplacementSummary(
         model=config.model,

@@ -103,6 +103,4 @@ def _predictor(file: Any, part: Mapping[str, Any]) -> Predictor:
         return ByContext(Tables(contexts, array("values")))
     default = array("default")
     rise = (array("rise").astype(np.float64), array("columns"), array("rows"))
-    return ByContext(
-        Tries(contexts, default, csr_array(rise, shape=(len(contexts), len(default))))
-    )
+    return ByContext(Tries(contexts, default, csr_array(rise, shape=(len(contexts), len(default)))))

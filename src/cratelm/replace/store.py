@@ -35,7 +35,11 @@ REPLACED_DOCUMENTS = TableFile(
     "replacement/MODEL/documents.parquet",
     (
         FileColumn("document", pa.int64(), "`ordinal` of a held-out document"),
-        FileColumn("layers", pa.string(), "replaced layers: `all`, a number, or such as `0-3`; empty if none is"),
+        FileColumn(
+            "layers",
+            pa.string(),
+            "replaced layers: `all`, a number, or such as `0-3`; empty if none is",
+        ),
         FileColumn("explainer", pa.string(), "explainer; empty for references"),
         FileColumn(
             "replaced_by",
@@ -62,7 +66,9 @@ REPLACED_NEURONS = TableFile(
             pa.float64(),
             "nats per token lost if this neuron alone is replaced; null if it was not measured",
         ),
-        FileColumn("cost_error", pa.float64(), "its standard error over documents; null for one document"),
+        FileColumn(
+            "cost_error", pa.float64(), "its standard error over documents; null for one document"
+        ),
         FileColumn("cost_tokens", pa.int64(), "held-out tokens of that measurement"),
     ),
 )
@@ -70,7 +76,9 @@ REPLACEMENT_CURVE = TableFile(
     "replacement/MODEL/curve.parquet",
     (
         FileColumn("explainer", pa.string(), "explainer"),
-        FileColumn("n_neurons", pa.int64(), "best-explained neurons that are replaced, of all layers"),
+        FileColumn(
+            "n_neurons", pa.int64(), "best-explained neurons that are replaced, of all layers"
+        ),
         FileColumn("fraction", pa.float64(), "of all neurons"),
         FileColumn("nats_lost", pa.float64(), "nats per token lost"),
         FileColumn("low", pa.float64(), "95% interval over documents; null for one document"),
@@ -152,6 +160,9 @@ class ReplacementRow:
     recovered_unigram: Interval | None
     """(loss of the unigram model - loss on explanations) / (loss of the unigram model - loss of the model); None if the
     model is no better than the unigram model"""
+    n_tokens: int = 0
+    """held-out tokens that are predicted"""
+    n_documents: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,7 +216,9 @@ class ReplacementSummary:
     reconstructed: Interval | None = None
     """loss with true latents and without what the autoencoders cannot reconstruct; None for neurons"""
 
-    def row(self, explainer: str, layers: str = "all", control: str = "none") -> ReplacementRow | None:
+    def row(
+        self, explainer: str, layers: str = "all", control: str = "none"
+    ) -> ReplacementRow | None:
         """Return the row of an explainer and set of layers; None if there is none."""
         for row in self.rows:
             if (row.explainer, row.layers, row.control) == (explainer, layers, control):
@@ -329,7 +342,7 @@ def _summary(content: dict[str, Any]) -> ReplacementSummary:
 
 
 def _row(content: dict[str, Any]) -> ReplacementRow:
-    words = ("explainer", "layers", "control")
+    words = ("explainer", "layers", "control", "n_tokens", "n_documents")
     return ReplacementRow(
         **{
             name: value if name in words else _interval(value)

@@ -37,7 +37,9 @@ class Figures:
         variants = [v for v in self._losses.sums if v.replaced_by == "ngram"]
         return tuple(NGramLoss(v.depth, self.mean(v)) for v in variants)
 
-    def rows(self, explainers: Sequence[str], sets: Sequence[LayerSet]) -> tuple[ReplacementRow, ...]:
+    def rows(
+        self, explainers: Sequence[str], sets: Sequence[LayerSet]
+    ) -> tuple[ReplacementRow, ...]:
         """Return a row for each explainer, set of layers and control that was run."""
         rows = []
         for explainer in explainers:
@@ -81,6 +83,8 @@ class Figures:
             given_back=difference(mean, replaced),
             recovered_mean=recovered(mean),
             recovered_unigram=recovered(unigram),
+            n_tokens=self.n_tokens,
+            n_documents=self.n_documents,
         )
 
     def documents(self) -> list[DocumentLoss]:

@@ -97,9 +97,9 @@ class ContextSums:
     def _strength(self, level: int, total: Float64, counts: Float64) -> Float64:
         """Return k [H] of a level: the number of tokens that the parent's value counts as."""
         n, n_contexts = counts.sum(), len(counts)
-        parents, first = self.contexts.families(level)
-        if level == 0:  # all single tokens are siblings
-            first = first[:1]
+        _, first = self.contexts.families(level)
+        if level == 0:  # all single tokens are siblings, and `first` is that of `ROOT`
+            assert len(first) <= 1
         n_between, n_within = n_contexts - len(first), n - n_contexts
         if n_between < 1 or n_within < 1:
             return np.full(total.shape[1], np.inf if n_between < 1 else 0.0)

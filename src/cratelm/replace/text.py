@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.activations.batches import Batch
-from cratelm.replace.contexts import NO_TOKEN, Contexts
+from cratelm.replace.contexts import NO_TOKEN, START, Contexts
 
 Int64 = NDArray[np.int64]
 
@@ -23,7 +23,7 @@ class BatchText:
         self.document = document.ravel()
         """[n]"""
         self._columns = [self.ids]
-        """by j, the j-th token before each token, `NO_TOKEN` where it is in another document or sequence, [n] each"""
+        """by j, the j-th token before each token, `START` just before its document or sequence, `NO_TOKEN` further away, [n] each"""
         self._offset = _offsets(document).ravel()
         self._matched: dict[int, tuple[Contexts, Int64]] = {}
 
@@ -47,6 +47,7 @@ class BatchText:
         """
         for back in range(len(self._columns), depth):
             column = np.full(len(self.ids), NO_TOKEN)
+            column[self._offset == back - 1] = START
             inside = np.flatnonzero(self._offset >= back)
             column[inside] = self.ids[inside - back]
             self._columns.append(column)
