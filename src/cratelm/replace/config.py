@@ -91,7 +91,7 @@ class ReplaceConfig(Options):
         at_least(
             self,
             {"depth": 1, "fit_tokens": 1, "tokens": 1, "neuron_tokens": 0,
-             "curve_tokens": 0, "batch_tokens": 1, "seed": 0},
+             "curve_tokens": 0, "batch_tokens": 1, "resamples": 1, "seed": 0},
         )  # fmt: skip
         check_resamples(self)
         if not self.layers or len(set(self.layers)) != len(self.layers):

@@ -3,7 +3,7 @@
 Shape legend: B sequences of T tokens, H neurons of a layer, C documents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -82,8 +82,8 @@ def ranking(errors: Sequence[Errors], explainer: str) -> list[NDArray[np.bool_]]
 
 def best_explained(
     held_out: HeldOut,
-    explained: Mapping[str, Sequence[Predictor]],
-    points: Mapping[str, Sequence[NDArray[np.bool_]]],
+    explained: tuple[str, Sequence[Predictor]],
+    points: Sequence[NDArray[np.bool_]],
     tokens: int,
     ranks: Ranks,
 ) -> Losses:
@@ -93,6 +93,7 @@ def best_explained(
     neurons were not ranked.
     """
     losses = held_out.losses()
+    explainer, predictors = explained
     bounds = np.cumsum([0, *held_out.model.site.n_neurons])
     device = held_out.model.model.device
     for batch, text in held_out.batches(ranks.share, "best-explained neurons", tokens):
@@ -102,17 +103,16 @@ def best_explained(
         losses.count(columns)
         trace = held_out.model.trace(batch.input_ids)
         losses.add(Variant("none"), columns, held_out.token_losses(trace, text, {})[measured])
-        for explainer, predictors in explained.items():
-            codes = {place: of.predict(text) for place, of in enumerate(predictors)}
-            for chosen in points[explainer]:
-                masks = {
-                    place: torch.from_numpy(chosen[bounds[place] : bounds[place + 1]]).to(device)
-                    for place in codes
-                }
-                # a layer without a replaced neuron stays as it is
-                used = {place: of for place, of in codes.items() if masks[place].any()}
-                of_point = held_out.token_losses(trace, text, used, masks)[measured]
-                losses.add(Variant("own", explainer, str(chosen.sum())), columns, of_point)
+        codes = {place: of.predict(text) for place, of in enumerate(predictors)}
+        for chosen in points:
+            masks = {
+                place: torch.from_numpy(chosen[bounds[place] : bounds[place + 1]]).to(device)
+                for place in codes
+            }
+            # a layer without a replaced neuron stays as it is
+            used = {place: of for place, of in codes.items() if masks[place].any()}
+            of_point = held_out.token_losses(trace, text, used, masks)[measured]
+            losses.add(Variant("own", explainer, str(chosen.sum())), columns, of_point)
     for other in ranks.collected(losses):
         if other is not losses:
             losses.merge(other)

@@ -108,11 +108,12 @@ def _measure(
     means = [np.array([s.mean for s in of], np.float32) for of in summaries]
     ngrams = text.contexts, text.ngrams
     losses, errors = measure(held_out, explained, means, sets, ngrams, largest, config.seed, ranks)
-    points = ranks.by_first(lambda: {name: ranking(errors, name) for name in explained})
+    chosen = ranks.by_first(lambda: _fewest_lost(losses, explained))
     partly = None
     if config.curve_tokens:
-        partly = best_explained(held_out, explained, points, config.curve_tokens, ranks)
-    chosen = ranks.by_first(lambda: _fewest_lost(losses, explained))
+        points = ranks.by_first(lambda: ranking(errors, chosen))
+        best = chosen, explained[chosen]
+        partly = best_explained(held_out, best, points, config.curve_tokens, ranks)
     alone = replaced_alone(config, opened, explained[chosen], ranks)
     if draft is not None:
         outcome = _Outcome(losses, errors, partly, chosen, alone)
@@ -129,7 +130,7 @@ class _Outcome:
     partly: Losses | None
     """with only the best-explained neurons replaced"""
     chosen: str
-    """explainer of `alone`"""
+    """explainer of `partly` and `alone`"""
     alone: Ablations | None
     """one neuron at a time"""
 

@@ -43,7 +43,7 @@ class BatchText:
     def contexts(self, depth: int) -> Int64:
         """Return the last `depth` tokens at each token, [n, depth]: column 0 the token, column j the j-th before it.
 
-        A context does not reach beyond the beginning of its document or of its sequence; an end mark stands alone.
+        A context does not reach beyond the beginning of its document or of its sequence.
         """
         for back in range(len(self._columns), depth):
             column = np.full(len(self.ids), NO_TOKEN)
@@ -63,14 +63,15 @@ class BatchText:
     def segments(self) -> list[tuple[int, int]]:
         """Return where the text of each document in each sequence begins in the batch, and one past its end."""
         is_text = self.document >= 0
+        ends = np.append(self._offset[1:] == 0, True)  # the last token of a document or sequence
+        ends = np.flatnonzero((ends & is_text) | np.append(is_text[:-1] & ~is_text[1:], False)) + 1
         first = np.flatnonzero(is_text & (self._offset == 0))
-        ends = np.flatnonzero(np.append(self._offset[1:] == 0, True) & is_text) + 1
         return list(zip(first.tolist(), ends.tolist(), strict=True))
 
 
 def _offsets(document: Int64) -> Int64:
-    """Return how many tokens of its document precede each token in its sequence [B, T]; 0 at end marks."""
+    """Return how many tokens of its document precede each token in its sequence [B, T]; an end mark ends its document."""
     at = np.broadcast_to(np.arange(document.shape[1]), document.shape)
     begins = np.ones(document.shape, bool)
-    begins[:, 1:] = (document[:, 1:] != document[:, :-1]) | (document[:, 1:] < 0)
+    begins[:, 1:] = document[:, :-1] < 0
     return at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
