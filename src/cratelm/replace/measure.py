@@ -69,7 +69,7 @@ class Losses:
 
     def add(self, variant: Variant, columns: NDArray[np.int64], losses: Float64) -> None:
         """Add the losses [m] of a batch."""
-        of_batch = np.bincount(columns, losses, len(self.ordinals))
+        of_batch: Float64 = np.bincount(columns, losses, len(self.ordinals))  # type: ignore[assignment]
         before = self.sums.get(variant, 0.0)
         self.sums[variant] = before + rounded(of_batch, self.quantum)
 

@@ -342,13 +342,11 @@ def _summary(content: dict[str, Any]) -> ReplacementSummary:
 
 
 def _row(content: dict[str, Any]) -> ReplacementRow:
-    words = ("explainer", "layers", "control", "n_tokens", "n_documents")
-    return ReplacementRow(
-        **{
-            name: value if name in words else _interval(value)
-            for name, value in known_fields(ReplacementRow, content).items()
-        }
-    )
+    fields = known_fields(ReplacementRow, content)
+    intervals: dict[str, Any] = {
+        n: Interval(**of) for n, of in fields.items() if isinstance(of, dict)
+    }
+    return ReplacementRow(**fields | intervals)
 
 
 def _interval(content: dict[str, Any] | None) -> Interval | None:

@@ -20,7 +20,7 @@ Shape legend: n tokens, D levels, C contexts, H neurons of a layer, K nodes kept
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -282,5 +282,6 @@ class Tries:
         row = np.repeat(np.arange(len(deepest)), inside.sum(1))
         shape = len(deepest), len(self.contexts)
         chosen = csr_array((np.ones(len(row)), (row, paths[inside])), shape)
-        values = (chosen @ self.rise).toarray() + self.default
+        rises: Any = chosen @ self.rise
+        values = rises.toarray() + self.default
         return values.astype(np.float32)[which]
