@@ -22,6 +22,7 @@ from cratelm.report.sections import (
     leakage,
     llm,
     models,
+    replacement,
     sae_controls,
     scores,
     seeds,
@@ -45,6 +46,7 @@ from cratelm.text.table import Table
 PAGE, TABLES, COMPARISON = "report.html", "tables.json", "comparison.txt"
 _SECTIONS = (
     ("comparison", "Comparison"),
+    ("replacement", "On explanations"),
     ("run", "Settings"),
     ("models", "Loss"),
     ("scores", "Scores"),
@@ -118,6 +120,7 @@ def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
     seeded = {"resamples": config.resamples, "seed": config.seed}
     made = [
         *scores.tables(results),
+        *replacement.tables(results),
         *all_tokens.tables(results),
         *models.tables(results),
         *comparisons.tables(results, **seeded),
@@ -137,6 +140,7 @@ def _figures(results: RunResults) -> dict[str, Figure]:
     series = {m.name: series_of(m) for m in results.models}
     made = [
         *scores.figures(results),
+        *replacement.figures(results),
         *all_tokens.figures(results),
         *models.figures(results),
         *white_box_figures.figures(results.analyses, series),
@@ -188,6 +192,7 @@ def _page(
     environment.filters["marks"] = faint_marks
     absent = {name for name in ("twins", "sparsity") if name not in tables}
     absent |= set() if {"seeds", "seed_matches"} & set(tables) else {"seeds"}
+    absent |= set() if "replacement" in tables else {"replacement"}
     absent |= set() if of_models else {"neurons"}
     absent |= set() if any(name.startswith("white_box") for name in tables) else {"white-box"}
     absent |= set() if "sae_policies" in tables else {"autoencoders"}
