@@ -1,18 +1,27 @@
-"""Write the short phrase of an explanation, for people and for language models.
+"""Write the sentence of an explanation, for people and for language models: the claim first, then the evidence.
 
-`score --explanations llm-free` and `intervene` give the phrase to a language model, so a change of its
-wording changes scores, and answers in the ledger are asked again.
+    names of attributes after a dot: `get`, `set` and `write`; 71% of its activation, fires on 2.1% of tokens; e.g. ...
 
-Tokens are in backticks, white space is visible (␣ space, ⏎ line break, ⇥ tab), and the activating
-token of an example is between « and ».
+The claim says what the neuron responds to. That is a formula of concepts where one covers its strongest activations, and
+else the tokens themselves. The evidence says how much of the activation above the neuron's mean falls on what is claimed.
+
+`score --explanations llm-free` and `intervene` give the sentence to a language model, so a change of its wording changes
+scores, and answers in the ledger are asked again.
+
+Tokens are in backticks, white space is visible (␣ space, ⏎ line break, ⇥ tab), and the activating token of an example is
+between « and ».
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.activations.excerpt_table import ExcerptTable
+from cratelm.explain.concepts.formula import ConceptExplanation, Formula, FormulaSearch, holds_in
+from cratelm.explain.concepts.library import Library
+from cratelm.explain.concepts.sentence import formula_phrase
 from cratelm.explain.evidence import NO_TOKEN, Evidence
 from cratelm.explain.lookup import TokenTable
 from cratelm.explain.trie import ROOT, Trie
@@ -20,42 +29,158 @@ from cratelm.records import Excerpt, NeuronRecord
 from cratelm.text.display import visible_folded
 
 N_NAMED = 4
-"""tokens or contexts named in a phrase"""
+"""tokens or contexts named in a claim"""
+N_EXAMPLES = 3
+"""tokens named as examples of a concept"""
 MIN_GAIN = 0.02
 """smallest gain of a named token or context, as a fraction of the gain of the first one named"""
 MIN_SEEN = 5
-"""tokens of evidence that are needed before a phrase names the token that precedes them"""
+"""tokens of evidence that are needed before a claim names the token that precedes them"""
+STRONG = 0.5
+"""fraction of the highest activation from which one counts as strong"""
+OVERLAP = 0.5
+"""share of the strong activations and of the tokens of a concept that must be the same (IoU) for a claim to name it"""
 BEFORE, AFTER = 6, 4
 """tokens of the example before the activating one, and from it on"""
 
 
-def lookup_phrase(
-    table: TokenTable, evidence: Evidence, record: NeuronRecord, token_strings: Sequence[str]
-) -> str:
-    """Return text such as: fires on 2.1% of tokens, most on `␣import` and `␣from`, mostly after `⏎`; e.g. ..."""
-    gains = np.where(
-        table.values > table.default, table.counts * (table.values - table.default) ** 2, 0
-    )
-    tokens = table.tokens[_ranked(gains)[:N_NAMED]]
-    contexts = _listed([_quoted([t], token_strings) for t in tokens])
-    after = _mostly_after(evidence, tokens, token_strings)
-    return _phrase(record, contexts + after, token_strings)
+def claim(text: str) -> str:
+    """Return the claim of a sentence: what precedes its first semicolon or full stop outside of backticks."""
+    quoted = False
+    for i, character in enumerate(text):
+        if character == "`":
+            quoted = not quoted
+        elif not quoted and (character == ";" or (character == "." and text[i + 1 : i + 2] in ("", " "))):
+            return text[:i]
+    return text
 
 
-def trie_phrase(trie: Trie, record: NeuronRecord, token_strings: Sequence[str]) -> str:
-    """Return text such as: fires on 2.1% of tokens, most on `import` after `⏎` and on `␣as`; e.g. ..."""
-    parent_values = np.where(trie.parents == ROOT, trie.default, trie.values[trie.parents])
-    rise = trie.values - parent_values
-    gains = np.where(rise > 0, trie.counts * rise**2, 0)
-    named: list[list[int]] = []
-    for node in _ranked(gains):
-        context = trie.context(int(node))
-        if not any(_ends_alike(context, other) for other in named):
-            named.append(context)
-        if len(named) == N_NAMED:
-            break
-    contexts = _listed([_in_context(c, token_strings) for c in named])
-    return _phrase(record, contexts, token_strings)
+@dataclass(frozen=True, eq=False)
+class Described:
+    """A neuron with its evidence, as sentences need it."""
+
+    record: NeuronRecord
+    evidence: Evidence
+    features: NDArray[np.float32]
+    """[N, P] 1 where a predicate holds at a token of evidence"""
+    library: Library
+    token_strings: Sequence[str]
+    """[V] text of each token id"""
+
+    def lookup_sentence(self, table: TokenTable) -> str:
+        """Return the sentence of a look-up table."""
+        named = table.tokens[_ranked(_gains(table))[:N_NAMED]]
+        concept = self._strongest()
+        if concept is not None:
+            return self._about(concept)
+        tokens = [_quoted([t], self.token_strings) for t in named.tolist()]
+        after = _mostly_after(self.evidence, named, self.token_strings)
+        here = np.isin(self.evidence.contexts[:, 0], named)
+        return self._sentence(_tokens(tokens) + after, here)
+
+    def trie_sentence(self, trie: Trie) -> str:
+        """Return the sentence of a trie."""
+        named: list[list[int]] = []
+        for node in _ranked(_rises(trie)):
+            context = trie.context(int(node))
+            if not any(_ends_alike(context, other) for other in named):
+                named.append(context)
+            if len(named) == N_NAMED:
+                break
+        concept = self._strongest()
+        if concept is not None:
+            return self._about(concept)
+        here = np.zeros(len(self.evidence.activations), bool)
+        for context in named:
+            of = self.evidence.contexts[:, : len(context)]
+            here |= (of == context[::-1]).all(1) if of.shape[1] == len(context) else False
+        return self._sentence(_tokens([_in_context(c, self.token_strings) for c in named]), here)
+
+    def concept_sentence(self, explanation: ConceptExplanation) -> str:
+        """Return the sentence of a formula."""
+        return self._about(self._formula(explanation))
+
+    def stacked_sentence(self, table: TokenTable, explanation: ConceptExplanation) -> str:
+        """Return the sentence of a look-up table with a formula for what it leaves."""
+        sentence = self.lookup_sentence(table)
+        if not explanation.names:
+            return sentence
+        holds = holds_in(explanation.payload())
+        counts = np.maximum(explanation.counts, 1e-9)
+        above, below = (
+            float(np.average(explanation.cells[of], weights=counts[of])) for of in (holds, ~holds)
+        )
+        degree = "more" if above > below else "less"
+        phrase = formula_phrase(self.library, explanation.names, explanation.operators)
+        first = claim(sentence)
+        return f"{first}, {degree} on {phrase}{sentence[len(first) :]}"
+
+    def _formula(self, explanation: ConceptExplanation) -> Formula:
+        terms = tuple(self.library.number[name] for name in explanation.names)
+        return Formula(terms, explanation.operators)
+
+    def _strongest(self) -> Formula | None:
+        """Return the formula that covers the strongest activations, and little else; None if there is none."""
+        activations = self.evidence.activations
+        strong = activations >= STRONG * activations.max(initial=0)
+        if activations.max(initial=0) <= 0 or strong.sum() < MIN_SEEN:
+            return None
+        search = FormulaSearch(
+            self.features, self.evidence.weights, strong.astype(float), objective="overlap"
+        )
+        formula = search.best()
+        if formula is None:
+            return None
+        holds, weights = self._holds(formula), self.evidence.weights
+        overlap = weights[holds & strong].sum() / weights[holds | strong].sum()
+        return formula if overlap >= OVERLAP else None
+
+    def _holds(self, formula: Formula) -> NDArray[np.bool_]:
+        if not formula.terms:
+            return np.ones(len(self.features), bool)
+        return formula.holds([self.features[:, t] > 0 for t in formula.terms])
+
+    def _about(self, formula: Formula) -> str:
+        """Return the sentence of a formula, with the tokens that it holds at most strongly."""
+        names = [self.library.predicates[t].name for t in formula.terms]
+        phrase = formula_phrase(self.library, names, formula.operators)
+        here = self._holds(formula)
+        examples = self._examples(here)
+        return self._sentence(f"{phrase}: {_listed(examples)}" if examples else phrase, here)
+
+    def _examples(self, here: NDArray[np.bool_]) -> list[str]:
+        """Return the tokens with the most activation above the mean where `here` [N] holds."""
+        own = self.evidence.contexts[:, 0][here]
+        if not len(own):
+            return []
+        excess = self.evidence.weights[here] * np.maximum(
+            self.evidence.activations[here] - self.record.summary.mean, 0
+        )
+        total = np.bincount(own, excess)
+        best = np.argsort(-total, kind="stable")[:N_EXAMPLES]
+        return [_quoted([t], self.token_strings) for t in best.tolist() if total[t] > 0]
+
+    def _sentence(self, claimed: str, here: NDArray[np.bool_]) -> str:
+        """Return a claim with its evidence; `here` [N] is where it says that the neuron fires."""
+        summary = self.record.summary
+        excess = self.evidence.weights * np.maximum(self.evidence.activations - summary.mean, 0)
+        share = excess[here].sum() / max(excess.sum(), 1e-12)
+        percent = 100 * summary.firing_rate
+        rate = f"fires on {percent:{'.0f' if percent >= 10 else '.2g'}}% of tokens"
+        found = f"{100 * share:.0f}% of its activation, " if claimed else ""
+        example = _example(self.record.excerpts, self.token_strings)
+        return f"{claimed or 'no token much more than others'}; {found}{rate}; e.g. {example}"
+
+
+def _gains(table: TokenTable) -> NDArray[np.float64]:
+    rise = np.maximum(table.values - table.default, 0)
+    return table.counts * rise**2
+
+
+def _rises(trie: Trie) -> NDArray[np.float64]:
+    """Return the gain of each node that is higher than its parent, 0 for others."""
+    above = np.where(trie.parents == ROOT, trie.default, trie.values[trie.parents])
+    return trie.counts * np.maximum(trie.values - above, 0) ** 2
 
 
 def _ranked(gains: NDArray) -> NDArray[np.int64]:
@@ -64,11 +189,9 @@ def _ranked(gains: NDArray) -> NDArray[np.int64]:
     return order[gains[order] > MIN_GAIN * gains.max(initial=0)]
 
 
-def _phrase(record: NeuronRecord, contexts: str, token_strings: Sequence[str]) -> str:
-    percent = 100 * record.summary.firing_rate
-    rate = f"fires on {percent:{'.0f' if percent >= 10 else '.2g'}}% of tokens"
-    most = f", most on {contexts}" if contexts else ", on none much more than on others"
-    return f"{rate}{most}; e.g. {_example(record.excerpts, token_strings)}"
+def _tokens(quoted: list[str]) -> str:
+    """Return tokens in words: the token `a`, or the tokens `a` and `b`; empty for none."""
+    return f"the token{'s' * (len(quoted) > 1)} {_listed(quoted)}" if quoted else ""
 
 
 def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:

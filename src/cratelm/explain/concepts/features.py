@@ -10,6 +10,7 @@ Shape legend: n tokens, P predicates.
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -178,6 +179,19 @@ class ConceptFeatures:
         if predicate.function:
             holds &= _called(predicate, self.texts)
         return holds
+
+
+@dataclass(frozen=True)
+class ConceptReader:
+    """A library with the texts of the tokens that it is used on."""
+
+    library: Library
+    strings: Sequence[str]
+    """[V] text of each token id"""
+
+    def features(self, token_lists: Sequence[NDArray]) -> ConceptFeatures:
+        """Return where the predicates hold at the tokens of all lists, see `ConceptFeatures.of`."""
+        return ConceptFeatures.of(token_lists, self.library, self.strings)
 
 
 def _called(predicate: Predicate, texts: TokenTexts) -> Bools:
