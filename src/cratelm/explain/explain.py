@@ -30,7 +30,7 @@ from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts.neurons import VERSION
 from cratelm.llm.session import is_finished, open_client, write_calls
 from cratelm.records import Explanation, NeuronRecord
-from cratelm.runs import Draft, Inputs, Run
+from cratelm.runs import Completion, Draft, Inputs, Run
 from cratelm.runs.names import set_name
 from cratelm.stats.sample_size import precision_statement
 
@@ -89,7 +89,7 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model)
-    inputs = {
+    inputs: dict[str, Completion | str] = {
         "tokens": run.stage("tokens").require("tokenize"),
         "activations": harvest.require("harvest"),
     }

@@ -14,7 +14,7 @@ from cratelm.explain.concepts.library import builtin_library
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, collect_evidence
 from cratelm.explain.lookup import residual_of, token_table
-from cratelm.explain.phrases import Described
+from cratelm.explain.phrases import Described, Sentence
 from cratelm.explain.trie import context_trie
 from cratelm.records import Explanation, NeuronRecord
 from cratelm.runs import check_memory
@@ -30,9 +30,7 @@ class CountingExplainer:
     def explain(self, records: Iterable[NeuronRecord]) -> Iterator[Explanation]:
         """Yield one explanation per neuron and explainer."""
         for record in records:
-            yield from explain_neuron(
-                record, self._config, self._features.strings, self._features
-            )
+            yield from explain_neuron(record, self._config, self._features.strings, self._features)
 
 
 def explain_neuron(
@@ -64,14 +62,16 @@ def explain_neuron(
     documents = tuple(np.unique(table.documents).tolist())
     explanations = []
     for explainer in config.explainers:
-        text, payload = _explained(explainer, described, config)
-        explanations.append(Explanation(record.neuron, explainer, text, payload, documents))
+        (text, variance), payload = _explained(explainer, described, config)
+        explanations.append(
+            Explanation(record.neuron, explainer, text, payload, documents, variance)
+        )
     return explanations
 
 
 def _explained(
     explainer: str, described: Described, config: ExplainConfig
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[Sentence, dict[str, Any]]:
     """Return the sentence and the payload of an explanation."""
     evidence, mean = described.evidence, described.record.summary.mean
     if explainer == "trie":

@@ -14,6 +14,8 @@ between « and ».
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.explain.concepts.formula import ConceptExplanation, Formula, FormulaSearch, holds_in
 from cratelm.explain.concepts.library import Library
-from cratelm.explain.concepts.sentence import formula_phrase
+from cratelm.explain.concepts.sentence import formula_phrase, listed
 from cratelm.explain.evidence import NO_TOKEN, Evidence
 from cratelm.explain.lookup import TokenTable
 from cratelm.explain.trie import ROOT, Trie
@@ -40,6 +42,8 @@ STRONG = 0.5
 """fraction of the highest activation from which one counts as strong"""
 OVERLAP = 0.5
 """share of the strong activations and of the tokens of a concept that must be the same (IoU) for a claim to name it"""
+MOST = 0.5
+"""share of the activation below which a claim says that it is not all"""
 BEFORE, AFTER = 6, 4
 """tokens of the example before the activating one, and from it on"""
 
@@ -50,9 +54,19 @@ def claim(text: str) -> str:
     for i, character in enumerate(text):
         if character == "`":
             quoted = not quoted
-        elif not quoted and (character == ";" or (character == "." and text[i + 1 : i + 2] in ("", " "))):
+        elif not quoted and (
+            character == ";" or (character == "." and text[i + 1 : i + 2] in ("", " "))
+        ):
             return text[:i]
     return text
+
+
+class Sentence(NamedTuple):
+    """A claim about a neuron with its evidence."""
+
+    text: str
+    claim_variance: float
+    """fraction of the variance over the evidence that is explained by whether a token is one of those claimed, 0..1"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +81,10 @@ class Described:
     token_strings: Sequence[str]
     """[V] text of each token id"""
 
-    def lookup_sentence(self, table: TokenTable) -> str:
+    def lookup_sentence(self, table: TokenTable) -> Sentence:
         """Return the sentence of a look-up table."""
         named = table.tokens[_ranked(_gains(table))[:N_NAMED]]
-        concept = self._strongest()
+        concept = self._strongest
         if concept is not None:
             return self._about(concept)
         tokens = [_quoted([t], self.token_strings) for t in named.tolist()]
@@ -78,7 +92,7 @@ class Described:
         here = np.isin(self.evidence.contexts[:, 0], named)
         return self._sentence(_tokens(tokens) + after, here)
 
-    def trie_sentence(self, trie: Trie) -> str:
+    def trie_sentence(self, trie: Trie) -> Sentence:
         """Return the sentence of a trie."""
         named: list[list[int]] = []
         for node in _ranked(_rises(trie)):
@@ -87,7 +101,7 @@ class Described:
                 named.append(context)
             if len(named) == N_NAMED:
                 break
-        concept = self._strongest()
+        concept = self._strongest
         if concept is not None:
             return self._about(concept)
         here = np.zeros(len(self.evidence.activations), bool)
@@ -96,11 +110,11 @@ class Described:
             here |= (of == context[::-1]).all(1) if of.shape[1] == len(context) else False
         return self._sentence(_tokens([_in_context(c, self.token_strings) for c in named]), here)
 
-    def concept_sentence(self, explanation: ConceptExplanation) -> str:
+    def concept_sentence(self, explanation: ConceptExplanation) -> Sentence:
         """Return the sentence of a formula."""
         return self._about(self._formula(explanation))
 
-    def stacked_sentence(self, table: TokenTable, explanation: ConceptExplanation) -> str:
+    def stacked_sentence(self, table: TokenTable, explanation: ConceptExplanation) -> Sentence:
         """Return the sentence of a look-up table with a formula for what it leaves."""
         sentence = self.lookup_sentence(table)
         if not explanation.names:
@@ -112,13 +126,15 @@ class Described:
         )
         degree = "more" if above > below else "less"
         phrase = formula_phrase(self.library, explanation.names, explanation.operators)
-        first = claim(sentence)
-        return f"{first}, {degree} on {phrase}{sentence[len(first) :]}"
+        first = claim(sentence.text)
+        text = f"{first}, {degree} on {phrase}{sentence.text[len(first) :]}"
+        return Sentence(text, sentence.claim_variance)
 
     def _formula(self, explanation: ConceptExplanation) -> Formula:
         terms = tuple(self.library.number[name] for name in explanation.names)
         return Formula(terms, explanation.operators)
 
+    @cached_property
     def _strongest(self) -> Formula | None:
         """Return the formula that covers the strongest activations, and little else; None if there is none."""
         activations = self.evidence.activations
@@ -140,13 +156,12 @@ class Described:
             return np.ones(len(self.features), bool)
         return formula.holds([self.features[:, t] > 0 for t in formula.terms])
 
-    def _about(self, formula: Formula) -> str:
+    def _about(self, formula: Formula) -> Sentence:
         """Return the sentence of a formula, with the tokens that it holds at most strongly."""
         names = [self.library.predicates[t].name for t in formula.terms]
         phrase = formula_phrase(self.library, names, formula.operators)
         here = self._holds(formula)
-        examples = self._examples(here)
-        return self._sentence(f"{phrase}: {_listed(examples)}" if examples else phrase, here)
+        return self._sentence(phrase, here, self._examples(here))
 
     def _examples(self, here: NDArray[np.bool_]) -> list[str]:
         """Return the tokens with the most activation above the mean where `here` [N] holds."""
@@ -160,24 +175,43 @@ class Described:
         best = np.argsort(-total, kind="stable")[:N_EXAMPLES]
         return [_quoted([t], self.token_strings) for t in best.tolist() if total[t] > 0]
 
-    def _sentence(self, claimed: str, here: NDArray[np.bool_]) -> str:
+    def _sentence(
+        self, claimed: str, here: NDArray[np.bool_], examples: Sequence[str] = ()
+    ) -> Sentence:
         """Return a claim with its evidence; `here` [N] is where it says that the neuron fires."""
-        summary = self.record.summary
-        excess = self.evidence.weights * np.maximum(self.evidence.activations - summary.mean, 0)
-        share = excess[here].sum() / max(excess.sum(), 1e-12)
+        summary, evidence = self.record.summary, self.evidence
+        excess = evidence.weights * np.maximum(evidence.activations - summary.mean, 0)
+        share = float(excess[here].sum() / max(excess.sum(), 1e-12))
         percent = 100 * summary.firing_rate
         rate = f"fires on {percent:{'.0f' if percent >= 10 else '.2g'}}% of tokens"
-        found = f"{100 * share:.0f}% of its activation, " if claimed else ""
-        example = _example(self.record.excerpts, self.token_strings)
-        return f"{claimed or 'no token much more than others'}; {found}{rate}; e.g. {example}"
+        example = f"e.g. {_example(self.record.excerpts, self.token_strings)}"
+        if not claimed:
+            return Sentence(f"no token much more than others; {rate}; {example}", 0.0)
+        among = ", among others" if share < MOST else ""
+        named = f": {listed(examples)}" if examples else ""
+        found = f"{100 * share:.0f}% of its activation, {rate}"
+        text = f"{claimed}{among}{named}; {found}; {example}"
+        return Sentence(text, _explained(evidence, here))
 
 
-def _gains(table: TokenTable) -> NDArray[np.float64]:
+def _explained(evidence: Evidence, here: NDArray[np.bool_]) -> float:
+    """Return the fraction of the variance over the evidence that is explained by `here` [N]; 0 if it holds nowhere."""
+    w, y = evidence.weights, evidence.activations
+    total, n = w.sum(), w[here].sum()
+    mean = (w @ y) / total
+    spread = w @ (y - mean) ** 2
+    if n <= 0 or n >= total or spread <= 0:
+        return 0.0
+    excess = (w[here] @ y[here]) - n * mean
+    return float(min(1.0, excess**2 * total / (n * (total - n)) / spread))
+
+
+def _gains(table: TokenTable) -> NDArray:
     rise = np.maximum(table.values - table.default, 0)
     return table.counts * rise**2
 
 
-def _rises(trie: Trie) -> NDArray[np.float64]:
+def _rises(trie: Trie) -> NDArray:
     """Return the gain of each node that is higher than its parent, 0 for others."""
     above = np.where(trie.parents == ROOT, trie.default, trie.values[trie.parents])
     return trie.counts * np.maximum(trie.values - above, 0) ** 2
@@ -191,7 +225,7 @@ def _ranked(gains: NDArray) -> NDArray[np.int64]:
 
 def _tokens(quoted: list[str]) -> str:
     """Return tokens in words: the token `a`, or the tokens `a` and `b`; empty for none."""
-    return f"the token{'s' * (len(quoted) > 1)} {_listed(quoted)}" if quoted else ""
+    return f"the token{'s' * (len(quoted) > 1)} {listed(quoted)}" if quoted else ""
 
 
 def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
@@ -238,12 +272,6 @@ def _in_context(context: list[int], token_strings: Sequence[str]) -> str:
 
 def _quoted(ids: Sequence[int], token_strings: Sequence[str]) -> str:
     return "`" + visible_folded("".join(token_strings[t] for t in ids)) + "`"
-
-
-def _listed(names: list[str]) -> str:
-    if len(names) < 2:
-        return "".join(names)
-    return ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def _ends_alike(a: list[int], b: list[int]) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cratelm.explain.concepts.features import ConceptFeatures
 from cratelm.explain.concepts.formula import cells_of
-from cratelm.explain.concepts.predict import entries_of
+from cratelm.explain.concepts.predict import entries_of, group_values
 from cratelm.score.contexts import N_POSITIVE, Simulated, Whole
 from cratelm.stats.grouped import Groups
 
@@ -60,7 +60,9 @@ def _unpacked(parts: Sequence[NDArray[np.uint8]], sizes: Sequence[int]) -> NDArr
 class CellSums:
     """Sums of activations over the groups of explanations, and which tokens are positive, for one layer."""
 
-    def __init__(self, payloads: Sequence[Payload], neurons: Int64, thresholds: NDArray[np.float32]):
+    def __init__(
+        self, payloads: Sequence[Payload], neurons: Int64, thresholds: NDArray[np.float32]
+    ):
         """`neurons` [R, E]: columns of activations that each explanation is scored on, -1 for none.
 
         `thresholds` [2, H]: a token is positive, in each of the two ways, if its activation reaches it.
@@ -121,12 +123,3 @@ def groups_of(payload: Payload, ids: Int64, columns: Sequence[NDArray[np.bool_]]
     if "tokens" not in payload:
         return cells
     return entries_of(payload, ids) * len(payload["cells"]) + cells
-
-
-def group_values(payload: Payload) -> NDArray[np.float64]:
-    """Return what is predicted in each group, [K]."""
-    cells = np.asarray(payload["cells"], np.float64)
-    if "tokens" not in payload:
-        return cells
-    table = np.append(np.asarray(payload["values"], np.float64), float(payload["default"]))
-    return (table[:, None] + cells).ravel()

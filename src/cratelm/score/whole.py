@@ -112,7 +112,10 @@ class WholeSplit:
             depth = self._prepare(layers)
             features = self._read_held_out(layers, depth)
             for layer in layers.values():
-                yield self._shares(layer), [*self._scores(layer), *self._cell_scores(layer, features)]
+                yield (
+                    self._shares(layer),
+                    [*self._scores(layer), *self._cell_scores(layer, features)],
+                )
 
     def _begin(self, place: int, vocabulary: int, n_fit: int) -> _Layer:
         site = self._opened.site
@@ -235,7 +238,6 @@ class WholeSplit:
             for simulated in sums.groups(layer.whole):
                 if simulated is not None:
                     yield _score(layer, explainer, control, simulated)
-
 
     def _cell_scores(self, layer: _Layer, kept: SplitFeatures) -> Iterator[WholeScore]:
         assert layer.whole is not None

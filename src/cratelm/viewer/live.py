@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
+from cratelm.explain.phrases import claim
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
 from cratelm.results.stages import changed_at
@@ -169,7 +170,7 @@ class Live:
                 share = np.where(table.maximum[here] > 0, values / largest, 0)
                 for i in np.argsort(-share, kind="stable")[:_STRONGEST].tolist():
                     if share[i] > 0:
-                        text_of = str(table.explanations[here.start + i])
+                        text_of = claim(str(table.explanations[here.start + i]))
                         strongest.append(
                             TopNeuron(layer, i, float(values[i]), float(share[i]), text_of)
                         )

@@ -15,6 +15,7 @@ import numpy as np
 from cachetools import LRUCache
 
 from cratelm.errors import InputError, one_line
+from cratelm.explain.phrases import claim
 from cratelm.records import Split
 from cratelm.results.neuron_table import NeuronTable, layer_page, read_neuron_table
 from cratelm.results.neuron_view import NeuronFiles, NeuronQuery, neuron_view
@@ -225,7 +226,7 @@ class Library:
             )
             texts = table.explanations
             neighbours += [
-                Neighbour(name, int(table.layer[r]), int(table.index[r]), s, str(texts[r]))
+                Neighbour(name, int(table.layer[r]), int(table.index[r]), s, claim(str(texts[r])))
                 for r, s in hits
             ]
         return tuple(neighbours)
@@ -333,5 +334,5 @@ class Library:
 
 def _hit(model: str, table: NeuronTable, row: int, value: float, count: int) -> SearchHit:
     neuron = int(table.layer[row]), int(table.index[row])
-    rate, text = float(table.firing_rate[row]), str(table.explanations[row])
+    rate, text = float(table.firing_rate[row]), claim(str(table.explanations[row]))
     return SearchHit(model, *neuron, text, value, count, rate)

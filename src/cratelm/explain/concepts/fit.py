@@ -59,7 +59,12 @@ class FitFeatures:
     def _matches(self, evidence: Evidence) -> bool:
         """Evaluate the segments of the evidence; return whether it has the tokens of the split at its positions."""
         at = evidence.positions
-        if len(at) != len(evidence.activations) or not len(at) or at.min() < 0 or at.max() >= len(self._tokens):
+        if (
+            len(at) != len(evidence.activations)
+            or not len(at)
+            or at.min() < 0
+            or at.max() >= len(self._tokens)
+        ):
             return False
         segments = np.unique(np.searchsorted(self._edges, at, side="right") - 1)
         self._evaluate(segments[~self._evaluated[segments]])

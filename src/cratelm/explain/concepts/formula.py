@@ -30,8 +30,9 @@ BEAM = 8
 MAX_TERMS = 3
 STRENGTH = 3.0
 """number of tokens of evidence that the mean of cells with the same truth counts as"""
-GAIN = 0.05
-"""fraction of the objective by which a further term must raise it"""
+GAIN = 0.1
+"""Fraction of the objective by which a further term must raise it, since it has to be read. Correlations with 0.02, 0.05
+and 0.1 in the comparison above: .482, .479 and .475 (CRATE), .404, .404 and .401 (GPT-2)."""
 LEAST = 3.0
 """weight of the evidence at which a formula must hold, and at which it must not"""
 Operator = Literal["and", "or", "and not"]

@@ -61,7 +61,9 @@ def begins_line(texts: TokenTexts) -> Bools:
 def second_word_of_line(texts: TokenTexts) -> Bools:
     """Return tokens whose word is the second word or symbol of its line."""
     pairs = zip(texts.before_word(), texts.blank, strict=True)
-    return np.array([not b and bool(re.fullmatch(r"\s*(\w+|[^\w\s])\s*", t)) for t, b in pairs], bool)
+    return np.array(
+        [not b and bool(re.fullmatch(r"\s*(\w+|[^\w\s])\s*", t)) for t, b in pairs], bool
+    )
 
 
 def _column(texts: TokenTexts) -> NDArray[np.int64]:
@@ -210,7 +212,10 @@ def parameter(texts: TokenTexts) -> Bools:
 def _in_quotes(texts: TokenTexts, pattern: str) -> Bools:
     """Return tokens whose word follows an odd number of quotes in its line."""
     quote = re.compile(pattern)
-    return np.array([len(quote.findall(line)) % 2 == 1 for line in texts.before_word()], bool) & ~texts.blank
+    return (
+        np.array([len(quote.findall(line)) % 2 == 1 for line in texts.before_word()], bool)
+        & ~texts.blank
+    )
 
 
 @_register
@@ -297,7 +302,12 @@ def repeats_line_start(texts: TokenTexts) -> Bools:
     starts = sorted({*texts.line_start.tolist()})
     for low, high in pairwise(starts):
         before[high] = (low, high)
-    bounds = zip(texts.line_start.tolist(), texts.stripped_end.tolist(), texts.text_start.tolist(), strict=True)
+    bounds = zip(
+        texts.line_start.tolist(),
+        texts.stripped_end.tolist(),
+        texts.text_start.tolist(),
+        strict=True,
+    )
     for i, (line, end, text) in enumerate(bounds):
         low, high = before.get(line, (-1, -1))
         if low >= text and end > line and low + end - line <= high:
@@ -322,7 +332,9 @@ def begins_sentence(texts: TokenTexts) -> Bools:
     ends = np.array([p in (".", "!", "?") for p in texts.previous()], bool)
     capital = np.array([w[:1].isupper() for w in texts.words], bool)
     spaced = texts.word_start > 0
-    characters = np.array([texts.text[max(0, i - 1)].isspace() for i in texts.word_start.tolist()], bool)
+    characters = np.array(
+        [texts.text[max(0, i - 1)].isspace() for i in texts.word_start.tolist()], bool
+    )
     return ends & capital & spaced & characters & (texts.word_start >= texts.start)
 
 

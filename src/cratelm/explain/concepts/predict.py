@@ -63,3 +63,12 @@ def entries_of(payload: Payload, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     entry = np.full(int(max(tokens.max(), ids.max(initial=0))) + 1, len(tokens))
     entry[tokens] = np.arange(len(tokens))
     return entry[ids]
+
+
+def group_values(payload: Payload) -> NDArray[np.float64]:
+    """Return what a payload predicts for each entry of its table, if it has one, and each cell, [K]."""
+    cells = np.asarray(payload["cells"], np.float64)
+    if "tokens" not in payload:
+        return cells
+    table = np.append(np.asarray(payload["values"], np.float64), float(payload["default"]))
+    return (table[:, None] + cells).ravel()

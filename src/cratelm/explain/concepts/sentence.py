@@ -4,48 +4,56 @@ from collections.abc import Sequence
 
 from cratelm.explain.concepts.library import Library, Predicate
 
-_NOUN = "tokens"
+Restriction = tuple[str, Predicate]
+"""`and` or `and not`, and the predicate"""
 
 
 def formula_phrase(library: Library, names: Sequence[str], operators: Sequence[str]) -> str:
     """Return a formula in words; `names` [K] are predicates and `operators` [K - 1] what joins them from left to right.
 
-    A formula without terms is `all tokens`.
+    A formula without terms is `all tokens`. Raises `InputError` for a name that is not in the library.
     """
     if not names:
-        return f"all {_NOUN}"
+        return "all tokens"
     terms = [library[name] for name in names]
-    phrase, alternatives = terms[0].phrase, 1
-    # a kind of tokens makes the better noun: `digits in comments`, not `tokens in comments that are digits`
-    if len(terms) > 1 and operators[0] == "and" and not terms[0].kind and terms[1].kind:
-        terms[0], terms[1] = terms[1], terms[0]
-        phrase = terms[0].phrase
-    parts = [phrase]
+    alternatives: list[list[Restriction]] = [[("and", terms[0])]]
+    phrase = ""
     for operator, term in zip(operators, terms[1:], strict=True):
         if operator == "or":
-            parts.append(term.phrase)
-            alternatives += 1
-        elif alternatives > 1:
-            both = "all of them " if alternatives > 2 else "both "
-            parts = [f"{_listed(parts)}, {_restricted(operator, term, both)}"]
-            alternatives = 1
+            alternatives.append([("and", term)])
+        elif len(alternatives) == 1:
+            alternatives[0].append((operator, term))
         else:
-            parts[-1] = f"{parts[-1]} {_restricted(operator, term, '')}"
-    return _listed(parts)
+            phrase += f", {_restricts_all(operator, term)}"
+    return listed([_noun_phrase(of) for of in alternatives]) + phrase
 
 
-def _restricted(operator: str, term: Predicate, emphasis: str) -> str:
-    """Return what restricts a noun phrase to a term, or to all but it."""
+def _noun_phrase(restrictions: Sequence[Restriction]) -> str:
+    """Return tokens of which all restrictions hold: kinds first, then places, then what is excepted."""
+    positive = [term for operator, term in restrictions if operator == "and"]
+    kinds = [term.kind for term in positive if term.kind]
+    places = [term.where for term in positive if term.where]
+    excepted = [term for operator, term in restrictions if operator != "and"]
+    words = [kinds[0] if kinds else "tokens"]
+    words += [f"that are {kind}" for kind in kinds[1:]]
+    words += [f"{'and ' if i else ''}{place}" for i, place in enumerate(places)]
+    if other := [term.kind for term in excepted if term.kind]:
+        words.append(f"other than {listed(other)}")
+    for term in excepted:
+        if term.where:
+            words.append(f"except {'those ' if term.where.startswith('that ') else ''}{term.where}")
+    return " ".join(words)
+
+
+def _restricts_all(operator: str, term: Predicate) -> str:
+    """Return what restricts several alternatives."""
     if operator == "and":
-        if term.kind:
-            return f"that are {emphasis and ''}{term.kind}" if not emphasis else f"if they are {term.kind}"
-        return f"{emphasis}{term.where}"
-    if term.kind:
-        return f"other than {term.kind}" if not emphasis else f"but no {term.kind}"
-    return f"except those {term.where}" if term.where.startswith("that ") else f"except {term.where}"
+        return f"all of them {term.where}" if term.where else f"if they are {term.kind}"
+    return f"but not {term.where}" if term.where else f"but no {term.kind}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return names as `a`, `a and b` or `a, b and c`."""
     if len(names) < 2:
         return "".join(names)
     return ", ".join(names[:-1]) + " and " + names[-1]

@@ -15,6 +15,7 @@ Shape legend: n tokens of all texts.
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,13 +39,13 @@ class TokenTexts:
         lengths = np.array([len(ids) for ids in token_lists], np.int64)
         self.ids: Int64 = np.concatenate([np.zeros(0, np.int64), *token_lists]).astype(np.int64)
         """[n] token ids"""
-        self.tokens = [token_strings[i] for i in self.ids.tolist()]
+        self.tokens: list[str] = [str(token_strings[i]) for i in self.ids.tolist()]
         """n texts of tokens"""
         self.first: Int64 = np.repeat(np.cumsum(lengths) - lengths, lengths)
         """[n] number of the first token of the token's text"""
         parts: list[str] = []
         bounds = np.cumsum([0, *lengths]).tolist()
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for low, high in pairwise(bounds):
             parts += [*self.tokens[low:high], _SEPARATOR]
         self.text = "".join(parts)
         """all texts one after another, with a separator after each"""
