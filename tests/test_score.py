@@ -17,7 +17,8 @@ from tiny_run import reseal
 
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
-from cratelm.explain.explain import explain, explain_neuron
+from cratelm.explain.explain import explain
+from cratelm.explain.neuron import explain_neuron
 from cratelm.llm.client import Client
 from cratelm.llm.config import Budget
 from cratelm.llm.ledger import Ledger
@@ -266,7 +267,8 @@ def silenced(excerpt: Excerpt) -> Excerpt:
 def run(tmp_path, monkeypatch):
     monkeypatch.setattr("cratelm.explain.explain._token_strings", lambda run: STRINGS)
     run = planted.run_with_harvest(tmp_path / "run")
-    explain(ExplainConfig(run=run.path, model="m", quiet=True))
+    explainers = ("lookup", "trie")
+    explain(ExplainConfig(run=run.path, model="m", quiet=True, explainers=explainers))
     return run
 
 

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from cratelm.errors import InputError
+from cratelm.explain.concepts.files import load_library
 from cratelm.explain.concepts.fit import FitFeatures
-from cratelm.explain.concepts.library import Library, load_library
+from cratelm.explain.concepts.library import Library
 from cratelm.explain.concepts.stored import write_library
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.llm_explainer import LLMExplainer

@@ -2,8 +2,8 @@
 
     names of attributes after a dot: `get`, `set` and `write`; 71% of its activation, fires on 2.1% of tokens; e.g. ...
 
-The claim says what the neuron responds to. That is a formula of concepts where one covers its strongest activations, and
-else the tokens themselves. The evidence says how much of the activation above the neuron's mean falls on what is claimed.
+The claim says what the neuron responds to. That is a formula of concepts where one covers its strongest activations and
+explains nearly as much as the tokens that could be named, and else these tokens. The evidence says how much of the activation above the neuron's mean falls on what is claimed.
 
 `score --explanations llm-free` and `intervene` give the sentence to a language model, so a change of its wording changes
 scores, and answers in the ledger are asked again.
@@ -28,6 +28,7 @@ from cratelm.explain.evidence import NO_TOKEN, Evidence
 from cratelm.explain.lookup import TokenTable
 from cratelm.explain.trie import ROOT, Trie
 from cratelm.records import Excerpt, NeuronRecord
+from cratelm.text.claim import claim
 from cratelm.text.display import visible_folded
 
 N_NAMED = 4
@@ -42,23 +43,14 @@ STRONG = 0.5
 """fraction of the highest activation from which one counts as strong"""
 OVERLAP = 0.5
 """share of the strong activations and of the tokens of a concept that must be the same (IoU) for a claim to name it"""
+DOMINANT = 0.75
+"""share of strong activations on one token from which a claim names the token and not a concept that it is one of"""
 MOST = 0.5
 """share of the activation below which a claim says that it is not all"""
+NEARLY = 0.9
+"""fraction of what a claim in tokens explains that one in concepts must, to be preferred: it says what the tokens share"""
 BEFORE, AFTER = 6, 4
 """tokens of the example before the activating one, and from it on"""
-
-
-def claim(text: str) -> str:
-    """Return the claim of a sentence: what precedes its first semicolon or full stop outside of backticks."""
-    quoted = False
-    for i, character in enumerate(text):
-        if character == "`":
-            quoted = not quoted
-        elif not quoted and (
-            character == ";" or (character == "." and text[i + 1 : i + 2] in ("", " "))
-        ):
-            return text[:i]
-    return text
 
 
 class Sentence(NamedTuple):
@@ -84,13 +76,10 @@ class Described:
     def lookup_sentence(self, table: TokenTable) -> Sentence:
         """Return the sentence of a look-up table."""
         named = table.tokens[_ranked(_gains(table))[:N_NAMED]]
-        concept = self._strongest
-        if concept is not None:
-            return self._about(concept)
         tokens = [_quoted([t], self.token_strings) for t in named.tolist()]
         after = _mostly_after(self.evidence, named, self.token_strings)
         here = np.isin(self.evidence.contexts[:, 0], named)
-        return self._sentence(_tokens(tokens) + after, here)
+        return self._better(self._sentence(_tokens(tokens) + after, here))
 
     def trie_sentence(self, trie: Trie) -> Sentence:
         """Return the sentence of a trie."""
@@ -101,14 +90,12 @@ class Described:
                 named.append(context)
             if len(named) == N_NAMED:
                 break
-        concept = self._strongest
-        if concept is not None:
-            return self._about(concept)
         here = np.zeros(len(self.evidence.activations), bool)
         for context in named:
             of = self.evidence.contexts[:, : len(context)]
             here |= (of == context[::-1]).all(1) if of.shape[1] == len(context) else False
-        return self._sentence(_tokens([_in_context(c, self.token_strings) for c in named]), here)
+        tokens = _tokens([_in_context(c, self.token_strings) for c in named])
+        return self._better(self._sentence(tokens, here))
 
     def concept_sentence(self, explanation: ConceptExplanation) -> Sentence:
         """Return the sentence of a formula."""
@@ -136,7 +123,7 @@ class Described:
 
     @cached_property
     def _strongest(self) -> Formula | None:
-        """Return the formula that covers the strongest activations, and little else; None if there is none."""
+        """Return the formula that covers the strongest activations, on several tokens, and little else; None if none does."""
         activations = self.evidence.activations
         strong = activations >= STRONG * activations.max(initial=0)
         if activations.max(initial=0) <= 0 or strong.sum() < MIN_SEEN:
@@ -149,7 +136,17 @@ class Described:
             return None
         holds, weights = self._holds(formula), self.evidence.weights
         overlap = weights[holds & strong].sum() / weights[holds | strong].sum()
-        return formula if overlap >= OVERLAP else None
+        counts = np.bincount(self.evidence.contexts[holds & strong, 0])
+        general = np.count_nonzero(counts) >= N_EXAMPLES and counts.max() <= DOMINANT * counts.sum()
+        return formula if general and overlap >= OVERLAP else None
+
+    def _better(self, of_tokens: Sentence) -> Sentence:
+        """Return the sentence of the concept that covers the strongest activations if it says as much, else that of tokens."""
+        if self._strongest is None:
+            return of_tokens
+        of_concept = self._about(self._strongest)
+        enough = NEARLY * of_tokens.claim_variance
+        return of_concept if of_concept.claim_variance >= enough else of_tokens
 
     def _holds(self, formula: Formula) -> NDArray[np.bool_]:
         if not formula.terms:

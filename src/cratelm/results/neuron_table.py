@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
-from cratelm.explain.phrases import claim
 from cratelm.records import METRICS, NeuronKey
 from cratelm.results.stages import Problems, principal_explainer, set_names
 from cratelm.results.views import LastToken, LayerPage, LayerQuery, NeuronRow
@@ -27,12 +26,10 @@ from cratelm.runs import Run, Stage
 from cratelm.runs.names import set_name
 from cratelm.runs.reading import read_parquet, verified
 from cratelm.score.whole_summary import LOOKUP
+from cratelm.text.claim import claim
 
 ExplainerKey = tuple[str, str]
 """name of the set (empty without a language model) and explainer"""
-CONCEPTS = "concepts"
-NEARLY = 1 / 0.9
-"""what a claim in concepts counts more than one in tokens that explains as much"""
 OnToken = Mapping[NeuronKey, tuple[float, int]]
 """by neuron: mean activation on a token divided by the neuron's maximum, and number of occurrences of the
 token"""
@@ -127,16 +124,15 @@ class NeuronTable:
     def explanations(self) -> NDArray[np.object_]:
         """Return the sentence [n] that stands first for each neuron, empty if it has none.
 
-        It is that of the explainer whose claim explains most of the fit excerpts; of concepts, which are said in words
-        and not in tokens, if it explains nearly as much. Without such figures it is that of the principal explainer.
+        It is that of the explainer whose claim explains most of the fit excerpts, of equals the principal one's. Without
+        such figures it is that of the principal explainer.
         """
         texts = self.texts.get(self.principal) if self.principal else None
         found = np.full(len(self.layer), "", object) if texts is None else texts.copy()
         if self.principal not in self.claims:  # none, or a language model's
             return found
-        keys = sorted(self.claims, key=lambda key: (key[1] != CONCEPTS, key[1] != "trie", key))
+        keys = sorted(self.claims, key=lambda key: (key != self.principal, key))
         worth = np.stack([np.nan_to_num(self.claims[key], nan=-1.0) for key in keys])
-        worth *= np.array([NEARLY if key[1] == CONCEPTS else 1.0 for key in keys])[:, None]
         best = worth.argmax(0)
         for number, key in enumerate(keys):
             rows = (best == number) & (worth[number] >= 0)

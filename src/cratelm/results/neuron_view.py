@@ -16,7 +16,6 @@ from cratelm.errors import InputError
 from cratelm.explain.concepts.features import ConceptReader
 from cratelm.explain.concepts.predict import is_concept_payload
 from cratelm.explain.concepts.stored import concept_reader
-from cratelm.explain.phrases import claim
 from cratelm.explain.store import explanation_of
 from cratelm.records import Excerpt, Explanation, NeuronId, NeuronKey, Split
 from cratelm.results.excerpts import excerpt_views, favourite_tokens
@@ -36,6 +35,7 @@ from cratelm.runs import Run
 from cratelm.runs.reading import read_rows, verified
 from cratelm.score.simulators import SIMULATORS
 from cratelm.steer.store import LogitEffect, read_logit_effect
+from cratelm.text.claim import claim
 from cratelm.tokens.shards import TokenStore
 
 _T = TypeVar("_T")

@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
-from cratelm.explain.phrases import claim
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
 from cratelm.results.stages import changed_at
@@ -36,6 +35,7 @@ from cratelm.steer.next_tokens import (
     token_string,
 )
 from cratelm.steer.steering import steering
+from cratelm.text.claim import claim
 from cratelm.viewer.run_reader import Library
 from cratelm.viewer.security import Rate
 

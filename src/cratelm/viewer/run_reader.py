@@ -15,7 +15,6 @@ import numpy as np
 from cachetools import LRUCache
 
 from cratelm.errors import InputError, one_line
-from cratelm.explain.phrases import claim
 from cratelm.records import Split
 from cratelm.results.neuron_table import NeuronTable, layer_page, read_neuron_table
 from cratelm.results.neuron_view import NeuronFiles, NeuronQuery, neuron_view
@@ -36,6 +35,7 @@ from cratelm.results.views import (
     SearchResults,
 )
 from cratelm.runs import Run
+from cratelm.text.claim import claim
 from cratelm.tokens.shards import TokenStore
 from cratelm.viewer.index import Index
 

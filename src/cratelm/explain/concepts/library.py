@@ -16,12 +16,11 @@ library, which travels with the explanations of a run, cannot make another machi
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from importlib.metadata import entry_points
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +39,6 @@ first word of the line; or be found in the line up to the token, or in the line 
 LISTS = ("words", "previous_words", "types", "other_types")
 """conditions that are a list: words in lower case, or lexical types, with all types below them"""
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_PIECES = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\w\s]| ?_+|\s+")
-_MARKS = re.compile("[«»]")
 Function = Callable[[TokenTexts], NDArray[np.bool_]]
 
 
@@ -117,7 +114,7 @@ class Library:
             rows = json.loads(text)["predicates"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{name} is not a library of predicates: explain again") from None
-        return cls(_distinct([_predicate(name, i, row) for i, row in enumerate(rows)], name))
+        return cls(distinct([_predicate(name, i, row) for i, row in enumerate(rows)], name))
 
 
 @cache
@@ -128,26 +125,7 @@ def builtin_library() -> Library:
     for name in BUILTIN_FILES:
         text = (folder / f"{name}.toml").read_text(encoding="utf-8")
         predicates += parse_predicates(text, f"{name}.toml")
-    return Library(_distinct(predicates, "the built-in library"))
-
-
-def load_library(paths: Sequence[str | Path] = ()) -> Library:
-    """Return the predicates of the package and of the user's files, whose examples are checked.
-
-    Raises `InputError` with the file, the predicate and what is wrong if a file is faulty.
-    """
-    predicates = list(builtin_library().predicates)
-    for path in map(Path, paths):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--concepts {path} cannot be read: {error}") from None
-        from_file = parse_predicates(text, str(path))
-        predicates += from_file
-        _distinct(predicates, str(path))
-        for predicate in from_file:
-            check_example(predicate, str(path))
-    return Library(tuple(predicates)) if paths else builtin_library()
+    return Library(distinct(predicates, "the built-in library"))
 
 
 def parse_predicates(text: str, name: str) -> list[Predicate]:
@@ -196,7 +174,8 @@ def _predicate(file: str, number: int, row: Any) -> Predicate:
     return predicate
 
 
-def _distinct(predicates: Iterable[Predicate], name: str) -> tuple[Predicate, ...]:
+def distinct(predicates: Iterable[Predicate], name: str) -> tuple[Predicate, ...]:
+    """Return predicates; raise `InputError` that begins with `name` if two have the same name."""
     predicates = tuple(predicates)
     seen: set[str] = set()
     for p in predicates:
@@ -225,37 +204,3 @@ def function_of(name: str, at: str = "") -> Function:
         return declared[name].load()
     except Exception as error:
         raise InputError(f"{at}: the function {name!r} cannot be imported: {error}") from error
-
-
-def example_tokens(example: str) -> tuple[list[str], NDArray[np.bool_]]:
-    """Return the tokens of an example, and which of them are between « and », [n].
-
-    Tokens are divided at every ¦ and mark if there is a ¦, and else into words, numbers, symbols and white space as well.
-    """
-    tokens, marked, inside = [], [], False
-    for part in re.split("([«»¦])", example):
-        if part in ("«", "»"):
-            inside = part == "«"
-        elif part and part != "¦":
-            pieces = [part] if "¦" in example else _PIECES.findall(part)
-            tokens += pieces
-            marked += [inside] * len(pieces)
-    return tokens, np.array(marked, bool)
-
-
-def check_example(predicate: Predicate, file: str) -> None:
-    """Raise `InputError` if the predicate does not hold at exactly the marked tokens of its example."""
-    from cratelm.explain.concepts.features import ConceptFeatures
-
-    if not predicate.example:
-        return
-    tokens, marked = example_tokens(predicate.example)
-    library = Library((predicate,))
-    strings = list(dict.fromkeys(tokens))
-    ids = np.array([strings.index(t) for t in tokens])
-    holds = ConceptFeatures.of([ids], library, strings).column(predicate.name)
-    if not np.array_equal(holds, marked):
-        texts = [t for t, h in zip(tokens, holds, strict=True) if h]
-        raise InputError(
-            f"{file}, predicate {predicate.name}: holds at {texts} of its example, not at the tokens between « and »"
-        )
