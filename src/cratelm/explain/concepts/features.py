@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.explain.concepts.library import Library, Predicate, function_of
 from cratelm.explain.concepts.texts import TokenTexts
 
@@ -196,7 +196,15 @@ class ConceptReader:
 
 def _called(predicate: Predicate, texts: TokenTexts) -> Bools:
     """Return what the function of a predicate returns; raise `InputError` if it is not bool [n]."""
-    holds = function_of(predicate.function)(texts)
+    try:
+        holds = function_of(predicate.function)(texts)
+    except InputError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(
+            f"the function {predicate.function!r} of the predicate {predicate.name} failed: {what}"
+        ) from error
     if not isinstance(holds, np.ndarray) or holds.shape != (len(texts),) or holds.dtype != bool:
         shape = getattr(holds, "shape", type(holds).__name__)
         raise InputError(

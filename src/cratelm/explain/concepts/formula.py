@@ -134,7 +134,8 @@ class FormulaSearch:
         n = np.stack([both_n, one[0] + other[0] - both_n, one[0] - both_n])  # [operators, B, terms]
         s = np.stack([both_s, one[1] + other[1] - both_s, one[1] - both_s])
         value = self._objective(n, s)
-        value[np.abs(n - beam.n[:, None]) < 1e-3] = 0  # the term changes nothing
+        # A term must help: else the beam fills up with the best predicate and terms that change little.
+        value[value <= beam.objective[:, None] * (1 + 1e-6)] = 0
         best = np.argsort(-value, axis=None, kind="stable")[: 8 * BEAM]
         formulas, kept = [], []
         for flat in best.tolist():

@@ -170,10 +170,11 @@ def _opener_follows(texts: TokenTexts, kind: str) -> Bools:
     tops, _, places = texts.brackets
     known: dict[int, bool] = {}
     found = np.zeros(len(texts), bool)
-    for i, (top, place) in enumerate(zip(tops, places.tolist(), strict=True)):
+    rows = zip(tops, places.tolist(), texts.text_start.tolist(), strict=True)
+    for i, (top, place, start) in enumerate(rows):
         if top == "(":
             if place not in known:
-                before = texts.text[max(0, place - 80) : place]
+                before = texts.text[max(start, place - 80) : place]
                 defined = re.search(r"\b(?:def|class)\s+\w+\Z", before) is not None
                 called = re.search(r"\w\Z", before) is not None and not defined
                 known[place] = called if kind == "call" else defined
