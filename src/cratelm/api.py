@@ -628,8 +628,8 @@ def score(
         force: redo the stage even if it is finished
         quiet: no progress bar
         simulator: a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a
-            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: look-up and trie
-            simulate themselves
+            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: each explanation's
+            own simulator, without one
         explanations: explanations to score: the name of the language model that wrote them, or
             `llm-free` for those made without one; default: those of the simulator itself
         metrics: `top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token
