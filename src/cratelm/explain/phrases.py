@@ -31,7 +31,7 @@ from cratelm.records import Excerpt, NeuronRecord
 from cratelm.text.claim import claim
 from cratelm.text.display import visible_folded
 
-N_NAMED = 4
+N_NAMED = 5
 """tokens or contexts named in a claim"""
 N_EXAMPLES = 3
 """tokens named as examples of a concept"""
@@ -95,6 +95,9 @@ class Described:
             of = self.evidence.contexts[:, : len(context)]
             here |= (of == context[::-1]).all(1) if of.shape[1] == len(context) else False
         tokens = _tokens([_in_context(c, self.token_strings) for c in named])
+        if all(len(context) == 1 for context in named):
+            own = np.array(named, np.int64).ravel()
+            tokens += _mostly_after(self.evidence, own, self.token_strings)
         return self._better(self._sentence(tokens, here))
 
     def concept_sentence(self, explanation: ConceptExplanation) -> Sentence:
