@@ -77,9 +77,9 @@ def brute(run, model="crate-2l", layer=1):
     """Rows of a layer from the readers of records: index, explanation, score, maximum, rate."""
     texts, best = {}, {}
     for e in sorted(read_explanations(run / "explanations" / model), key=lambda e: (e.explainer != "trie", e.explainer)):  # fmt: skip
-        key = e.neuron.layer, e.neuron.index
-        if e.claim_variance > best.get(key, -1.0):
-            texts[key], best[key] = claim(e.text), e.claim_variance
+        key, worth = (e.neuron.layer, e.neuron.index), e.claim_variance / (0.9 if e.explainer == "concepts" else 1)  # fmt: skip
+        if worth > best.get(key, -1.0):
+            texts[key], best[key] = claim(e.text), worth
     scores = {(s.neuron.layer, s.neuron.index): s.score.value for s in read_scores(run / "scores" / model) if (s.explainer, s.metric, s.control) == ("trie", "random_only", "none")}  # fmt: skip
     summaries = [s for s in read_summaries(run / "activations" / model, "held_out") if s.neuron.layer == layer]  # fmt: skip
     return [(s.neuron.index, texts.get((layer, s.neuron.index), ""), scores.get((layer, s.neuron.index)), s.maximum, s.firing_rate) for s in summaries]  # fmt: skip

@@ -101,8 +101,15 @@ class Described:
         return self._better(self._sentence(tokens, here))
 
     def concept_sentence(self, explanation: ConceptExplanation) -> Sentence:
-        """Return the sentence of a formula."""
-        return self._about(self._formula(explanation))
+        """Return the sentence of a formula, or of the one token that most of what it holds at is."""
+        formula = self._formula(explanation)
+        holds = self._holds(formula)
+        excess = self._excess(holds)
+        token = int(excess.argmax()) if len(excess) else 0
+        if formula.terms and excess.sum() > 0 and excess[token] > DOMINANT * excess.sum():
+            here = holds & (self.evidence.contexts[:, 0] == token)
+            return self._sentence(_tokens([_quoted([token], self.token_strings)]), here)
+        return self._about(formula)
 
     def stacked_sentence(self, table: TokenTable, explanation: ConceptExplanation) -> Sentence:
         """Return the sentence of a look-up table with a formula for what it leaves."""
@@ -165,15 +172,14 @@ class Described:
 
     def _examples(self, here: NDArray[np.bool_]) -> list[str]:
         """Return the tokens with the most activation above the mean where `here` [N] holds."""
-        own = self.evidence.contexts[:, 0][here]
-        if not len(own):
-            return []
-        excess = self.evidence.weights[here] * np.maximum(
-            self.evidence.activations[here] - self.record.summary.mean, 0
-        )
-        total = np.bincount(own, excess)
+        total = self._excess(here)
         best = np.argsort(-total, kind="stable")[:N_EXAMPLES]
         return [_quoted([t], self.token_strings) for t in best.tolist() if total[t] > 0]
+
+    def _excess(self, here: NDArray[np.bool_]) -> NDArray:
+        """Return the weighted activation above the mean where `here` [N] holds, by token id."""
+        above = np.maximum(self.evidence.activations[here] - self.record.summary.mean, 0)
+        return np.bincount(self.evidence.contexts[here, 0], self.evidence.weights[here] * above)
 
     def _sentence(
         self, claimed: str, here: NDArray[np.bool_], examples: Sequence[str] = ()

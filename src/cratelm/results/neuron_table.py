@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
+from cratelm.explain.phrases import NEARLY
 from cratelm.records import METRICS, NeuronKey
 from cratelm.results.stages import Problems, principal_explainer, set_names
 from cratelm.results.views import LastToken, LayerPage, LayerQuery, NeuronRow
@@ -30,6 +31,8 @@ from cratelm.text.claim import claim
 
 ExplainerKey = tuple[str, str]
 """name of the set (empty without a language model) and explainer"""
+CONCEPTS = "concepts"
+"""explainer whose claims say what tokens share"""
 OnToken = Mapping[NeuronKey, tuple[float, int]]
 """by neuron: mean activation on a token divided by the neuron's maximum, and number of occurrences of the
 token"""
@@ -124,8 +127,8 @@ class NeuronTable:
     def explanations(self) -> NDArray[np.object_]:
         """Return the sentence [n] that stands first for each neuron, empty if it has none.
 
-        It is that of the explainer whose claim explains most of the fit excerpts, of equals the principal one's. Without
-        such figures it is that of the principal explainer.
+        It is that of the explainer whose claim explains most of the fit excerpts; of concepts, which say what tokens share,
+        if it explains nearly as much. Without such figures it is that of the principal explainer.
         """
         texts = self.texts.get(self.principal) if self.principal else None
         found = np.full(len(self.layer), "", object) if texts is None else texts.copy()
@@ -133,6 +136,7 @@ class NeuronTable:
             return found
         keys = sorted(self.claims, key=lambda key: (key != self.principal, key))
         worth = np.stack([np.nan_to_num(self.claims[key], nan=-1.0) for key in keys])
+        worth *= np.array([1 / NEARLY if key[1] == CONCEPTS else 1.0 for key in keys])[:, None]
         best = worth.argmax(0)
         for number, key in enumerate(keys):
             rows = (best == number) & (worth[number] >= 0)
