@@ -207,8 +207,7 @@ def test_paper_ranks_are_explained_from():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr("cratelm.explain.explain._token_strings", lambda run: STRINGS)
+def run(tmp_path):
     return planted.run_with_harvest(tmp_path / "run")
 
 
