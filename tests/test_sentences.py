@@ -5,6 +5,7 @@ import planted
 import pytest
 from planted import STRINGS, corpus, harvested
 
+from cratelm.explain.concepts.fit import FitFeatures
 from cratelm.explain.concepts.library import Library, builtin_library, parse_predicates
 from cratelm.explain.concepts.sentence import formula_phrase
 from cratelm.explain.config import ExplainConfig
@@ -92,6 +93,20 @@ def test_one_token_is_not_called_by_its_kind():
     """`from` alone, though it is a preposition, the only one in the vocabulary."""
     found = sentences(planted.on_token(corpus("fit")[0], 3))
     assert claim(found["trie"].text) == "the token `⇥from`"
+    assert claim(found["concepts"].text) == "the token `⇥from`"
+
+
+def test_a_token_that_is_most_of_a_concept_is_named_first():
+    """Strong on one word at the beginning of a line, weak on others."""
+    tokens, _ = corpus("fit")
+    after = np.append(False, tokens[:-1] == 1)
+    few = after & (tokens > 2) & (tokens % 2 == 0)
+    record = harvested(1.0 * (after & (tokens == 2)) + 0.3 * few)
+    library = Library((LIBRARY["begins-line"],))
+    config = ExplainConfig(explainers=("concepts",))
+    (found,) = explain_neuron(record, config, STRINGS, FitFeatures(library, STRINGS))
+    expected = "the token `␣import` and other tokens at the beginning of a line"
+    assert claim(found.text) == expected
 
 
 def test_a_claim_that_leaves_most_unsaid_says_so():

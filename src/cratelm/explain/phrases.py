@@ -45,6 +45,8 @@ OVERLAP = 0.5
 """share of the strong activations and of the tokens of a concept that must be the same (IoU) for a claim to name it"""
 DOMINANT = 0.75
 """share of strong activations on one token from which a claim names the token and not a concept that it is one of"""
+ALONE = 0.97
+"""share from which the concept is not named at all"""
 MOST = 0.5
 """share of the activation below which a claim says that it is not all"""
 NEARLY = 0.9
@@ -101,15 +103,18 @@ class Described:
         return self._better(self._sentence(tokens, here))
 
     def concept_sentence(self, explanation: ConceptExplanation) -> Sentence:
-        """Return the sentence of a formula, or of the one token that most of what it holds at is."""
+        """Return the sentence of a formula; a token that it holds at most of the time is named first."""
         formula = self._formula(explanation)
         holds = self._holds(formula)
         excess = self._excess(holds)
         token = int(excess.argmax()) if len(excess) else 0
-        if formula.terms and excess.sum() > 0 and excess[token] > DOMINANT * excess.sum():
-            here = holds & (self.evidence.contexts[:, 0] == token)
-            return self._sentence(_tokens([_quoted([token], self.token_strings)]), here)
-        return self._about(formula)
+        if not formula.terms or not excess.sum() or excess[token] <= DOMINANT * excess.sum():
+            return self._about(formula)
+        name = f"the token {_quoted([token], self.token_strings)}"
+        if excess[token] > ALONE * excess.sum():
+            return self._sentence(name, holds & (self.evidence.contexts[:, 0] == token))
+        phrase = formula_phrase(self.library, explanation.names, explanation.operators)
+        return self._sentence(f"{name} and other {phrase}", holds)
 
     def stacked_sentence(self, table: TokenTable, explanation: ConceptExplanation) -> Sentence:
         """Return the sentence of a look-up table with a formula for what it leaves."""
