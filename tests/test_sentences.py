@@ -101,7 +101,7 @@ def test_a_token_that_is_most_of_a_concept_is_named_first():
     tokens, _ = corpus("fit")
     after = np.append(False, tokens[:-1] == 1)
     few = after & (tokens > 2) & (tokens % 2 == 0)
-    record = harvested(2.0 * (after & (tokens == 2)) + 0.3 * few)
+    record = harvested(4.0 * (after & (tokens == 2)) + 0.3 * few)
     library = Library((LIBRARY["begins-line"],))
     config = ExplainConfig(explainers=("concepts",))
     (found,) = explain_neuron(record, config, STRINGS, FitFeatures(library, STRINGS))
