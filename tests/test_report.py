@@ -336,7 +336,7 @@ def test_comparison_has_what_the_last_token_explains(run, written, page):
     tables = _tables(written)
     assert [row["model"] for row in tables["token_shares"]["rows"]] == list(MODELS)
     kinds = [(r["model"], r["explainer"], r["explanations"]) for r in tables["all_tokens"]["rows"]]
-    assert len(kinds) == len(set(kinds)) == len(MODELS) * 2 * 2
+    assert len(kinds) == len(set(kinds)) == len(MODELS) * 3 * 2  # explainers, controls
     shares = {
         tuple(s.neuron.key): s.token_share for s in read_token_shares(run / "scores" / "gpt2-2l")
     }
@@ -820,7 +820,7 @@ def test_language_model_less_free_is_paired_over_neurons(with_model, asked):
         assert row["paired"] == "yes"
         assert row["n_a"] == row["n_b"] == sum(map(len, gaps.values()))
         compared += 1
-    assert compared >= 2 * 2 * 3  # models, LLM-free explainers, metrics
+    assert compared >= 2 * 3 * 3  # models, LLM-free explainers, metrics
     assert {r["model"] for r in rows} == set(MODELS[:2])
 
 

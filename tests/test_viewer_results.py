@@ -99,9 +99,9 @@ def test_columns_have_what_the_last_token_explains(run, library):
     gains = 0
     for s in shares:
         shown = columns.row(place(*s.neuron.key))
-        own = {e: found.get((s.neuron.key, e)) for e in ("lookup", "trie")}
+        own = {e: found.get((s.neuron.key, e)) for e in ("lookup", "trie", "concepts")}
         assert shown.correlations == {e: v if v is None else pytest.approx(100 * v) for e, v in own.items()}  # fmt: skip
-        assert shown.gains.keys() == {"trie"}
+        assert shown.gains.keys() == {"trie", "concepts"}
         if None not in own.values():
             assert shown.gains["trie"] == pytest.approx(100 * (own["trie"] - own["lookup"]))
             gains += 1

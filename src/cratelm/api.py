@@ -466,7 +466,12 @@ def explain(
     force: bool = False,
     quiet: bool = False,
     explainer: str = "",
-    explainers: tuple[Literal["lookup", "trie"], ...] = ("lookup", "trie"),
+    explainers: tuple[Literal["lookup", "trie", "concepts", "lookup+concepts"], ...] = (
+        "lookup",
+        "trie",
+        "concepts",
+    ),
+    concepts: tuple[str | Path, ...] = (),
     evidence: tuple[Literal["top", "anthropic"], ...] = ("top", "anthropic"),
     contrast: int = 0,
     max_entries: int = 200,
@@ -517,7 +522,10 @@ def explain(
             or `smollm2`), or `openai:MODEL` at --base-url; default: the explainers below, which
             need no language model
         explainers: explainers without a language model. `lookup`: mean activation per token (Bills
-            et al. 2023); `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023)
+            et al. 2023); `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023);
+            `concepts`: a formula of named predicates (Mu & Andreas 2020); `lookup+concepts`: a
+            formula for what the look-up leaves, added to it
+        concepts: files of further predicates for the formulas and sentences, in TOML
         evidence: excerpts that a language model explains from: `top`, those with the highest
             activations (for the metrics top-and-random and random-only); `anthropic`, 8-token
             excerpts over the whole range
@@ -622,8 +630,8 @@ def score(
         force: redo the stage even if it is finished
         quiet: no progress bar
         simulator: a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a
-            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: look-up and trie
-            simulate themselves
+            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: each explanation's
+            own simulator, without one
         explanations: explanations to score: the name of the language model that wrote them, or
             `llm-free` for those made without one; default: those of the simulator itself
         metrics: `top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token
@@ -826,9 +834,9 @@ def analyze(
         sequence_length: tokens that the model reads at once; default: as in the harvest
         ista_steps: number of ISTA steps at which the lasso objective is measured; at least those of
             the model
-        explainer: explainer whose explanations determine the covered tokens: trie or lookup;
-            default: trie if the run has it. Without explanations, consistency and distinctiveness
-            are not measured
+        explainer: explainer whose explanations determine the covered tokens, one without a language
+            model; default: trie if the run has it. Without explanations, consistency and
+            distinctiveness are not measured
         resamples: number of bootstrap resamples over neurons
         seed: seed of the held-out sequences, shuffled explanations, random subspaces and the
             bootstrap

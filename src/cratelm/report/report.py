@@ -234,8 +234,13 @@ def _lead(results: RunResults) -> str:
     sample = f", some of them also by {' and '.join(by_llm)}" if by_llm else ""
     return (
         f"Run {results.run.path.resolve().name}: {count}, explained from one set of documents by"
-        f" {' and '.join(results.explainers)}{sample}, and scored on documents that no explainer has seen."
+        f" {_listed(results.explainers)}{sample}, and scored on documents that no explainer has seen."
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as `a`, `a and b` or `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _gallery_note(results: RunResults, config: ReportConfig) -> str:

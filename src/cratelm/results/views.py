@@ -307,6 +307,8 @@ class NeuronView:
     split: Split
     explainer: str
     """explainer whose explanation simulates the excerpts; empty without a simulation"""
+    sentence: str
+    """what the neuron responds to, the claim that tables show; empty without an explanation"""
     explanations: tuple[ExplanationView, ...]
     statistics: Mapping[str, float]
     """statistics over the split: firing_rate, mean, variance, skew, kurtosis, maximum, n_tokens"""

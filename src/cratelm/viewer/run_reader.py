@@ -35,6 +35,7 @@ from cratelm.results.views import (
     SearchResults,
 )
 from cratelm.runs import Run
+from cratelm.text.claim import claim
 from cratelm.tokens.shards import TokenStore
 from cratelm.viewer.index import Index
 
@@ -225,7 +226,7 @@ class Library:
             )
             texts = table.explanations
             neighbours += [
-                Neighbour(name, int(table.layer[r]), int(table.index[r]), s, str(texts[r]))
+                Neighbour(name, int(table.layer[r]), int(table.index[r]), s, claim(str(texts[r])))
                 for r, s in hits
             ]
         return tuple(neighbours)
@@ -333,5 +334,5 @@ class Library:
 
 def _hit(model: str, table: NeuronTable, row: int, value: float, count: int) -> SearchHit:
     neuron = int(table.layer[row]), int(table.index[row])
-    rate, text = float(table.firing_rate[row]), str(table.explanations[row])
+    rate, text = float(table.firing_rate[row]), claim(str(table.explanations[row]))
     return SearchHit(model, *neuron, text, value, count, rate)
