@@ -18,11 +18,15 @@ import cratelm
 from cratelm.activations.batches import SearchPlan
 from cratelm.cli import main
 from cratelm.errors import InputError
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.formula import STRENGTH
+from cratelm.explain.concepts.library import builtin_library
 from cratelm.explain.evidence import collect_evidence
 from cratelm.explain.lookup import token_table
 from cratelm.explain.trie import context_trie
 from cratelm.models import build, site_of
 from cratelm.models.sites import Site, hooked
+from cratelm.replace.concepts import CellSums
 from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.contexts import NO_TOKEN, ROOT, START, Contexts
 from cratelm.replace.exact import quantum_of, rounded
@@ -50,6 +54,7 @@ from cratelm.runs.ranks import Ranks
 from cratelm.score.simulators import simulate
 from cratelm.score.token_share import TokenMeans
 from cratelm.stats.documents import DocumentResamples
+from cratelm.tokens.shards import TokenStore
 
 CPU = torch.device("cpu")
 
@@ -301,6 +306,37 @@ def test_explanations_of_excerpts_are_simulated_as_by_score():
             expected = simulate(kind, payload, [held_out])[0]
             assert found[:, h] == pytest.approx(expected, abs=1e-6)
     assert ByContext(tries_of(payloads[:1])).predict(text).shape == (600, 1)
+
+
+def test_means_of_cells_are_those_of_the_fit_text():
+    strings = [f" w{i}" if i % 3 else str(i) for i in range(40)]
+    reader = ConceptReader(builtin_library(), strings)
+    text = text_of(split_of(documents(60, 30)))
+    features = reader.features([text.ids[a:b] for a, b in text.segments()])
+    first = reader.library.predicates[0].name
+    names = [p.name for p in reader.library.predicates]
+    digit = next(n for n in names if 0.2 < features.column(n).mean() < 0.6)
+    payloads = [
+        {"terms": [digit], "operators": [], "cells": []},
+        {"terms": [digit, first], "operators": ["and"], "cells": []},
+        {"terms": [], "operators": [], "cells": []},
+    ]
+    rng = np.random.default_rng(0)
+    activations = rng.random((text.n_tokens, 3)).astype(np.float32)
+    sums = CellSums(payloads, reader, 2.0**-40)
+    sums.add(activations, text)
+    made = sums.explanations()
+    is_text = text.document >= 0
+    holds = np.zeros(text.n_tokens, bool)
+    holds[is_text] = features.column(digit)
+    mean = activations[is_text, 0].mean()
+    for value in (False, True):
+        at = is_text & (holds == value)
+        side = (activations[at, 0].sum() + STRENGTH * mean) / (at.sum() + STRENGTH)
+        expected = (activations[at, 0].sum() + STRENGTH * side) / (at.sum() + STRENGTH)
+        assert made.predict(text)[at, 0] == pytest.approx(expected, rel=1e-5)
+    assert made.predict(text)[is_text, 2] == pytest.approx(activations[is_text, 2].mean(), rel=1e-5)
+    assert made.predict(text)[~is_text, 0] == pytest.approx(mean, rel=1e-5)
 
 
 # ---- n-gram models --------------------------------------------------------------------------------
@@ -733,7 +769,7 @@ def run(tmp_path_factory) -> Run:
 
 
 OPTIONS: dict[str, Any] = {
-    "explainers": ("lookup", "trie", "trie:20", "trie@excerpts", "trie:20+lookup"),
+    "explainers": ("lookup", "trie", "trie:20", "trie@excerpts", "trie:20+lookup", "concepts", "concepts@excerpts", "lookup+concepts", "concepts+trie:20"),
     "fit_tokens": 4000, "tokens": 2000, "neuron_tokens": 128, "curve_tokens": 1000,
     "batch_tokens": 512, "resamples": 200, "quiet": True,
 }  # fmt: skip
@@ -820,7 +856,7 @@ def test_cost_of_one_neuron_is_that_of_a_hook(run, replaced):
     summary = replaced["gpt2-2l"]
     folder = run.stage("replacement", "gpt2-2l").path
     neurons = {x.neuron.key: x for x in read_neurons(folder) if x.cost is not None}
-    explained = read_simulators(folder, summary.alone)
+    explained = read_simulators(folder, summary.alone, opened.store.token_strings)
     split, model = opened.store.split("held_out"), opened.subject.model
     text = HeldOutText.of(split, opened.sequence_length, 128, 0)
     (tokens, _, positions), = text.batches(text.n_tokens)  # fmt: skip
@@ -850,12 +886,18 @@ def test_stored_explanations_predict_the_same(run, replaced):
     folder = run.stage("replacement", "crate-2l").path
     assert set(replaced["crate-2l"].simulators) == set(OPTIONS["explainers"])
     text = text_of(split_of(documents(20, 40)))
-    stacked = read_simulators(folder, "trie:20+lookup")
+    strings = TokenStore(run.stage("tokens").path).token_strings
+    for name in ("concepts", "concepts@excerpts"):
+        (first, _) = read_simulators(folder, name, strings)
+        predicted = first.predict(text)
+        assert predicted.shape == (text.n_tokens, first.means.shape[0])
+        assert len(np.unique(predicted[:, 0])) <= 8
+    stacked = read_simulators(folder, "trie:20+lookup", [])
     assert [type(of) for of in stacked] == [Stacked, Stacked]
-    by_trie = read_simulators(folder, "trie:20")
+    by_trie = read_simulators(folder, "trie:20", [])
     assert stacked[1].parts[0].predict(text) == pytest.approx(by_trie[1].predict(text))
-    with pytest.raises(InputError, match=r"no explanations by 'x': name one of lookup, "):
-        read_simulators(folder, "x")
+    with pytest.raises(InputError, match=r"no explanations by 'x': name one of concepts, "):
+        read_simulators(folder, "x", [])
 
 
 def test_a_finished_stage_is_only_read(run, replaced, capsys):
