@@ -35,7 +35,9 @@ LINE = [
     {"pipelines"},
 ]
 """each group may import the groups before it; rooms of one group do not import each other"""
-ASKING = {"explain", "score", "steer", "results", "interop", "report", "viewer", "pipelines"}
+ASKING = {
+    "explain", "score", "steer", "replace", "results", "interop", "report", "viewer", "pipelines",
+}  # fmt: skip
 """rooms that may import `llm`, which itself imports only the ground"""
 TOP = {"cli", "api", "__main__", "__init__"}
 PURPOSE = {

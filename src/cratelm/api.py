@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cratelm.llm.client import DryRun, WorkerResult
     from cratelm.pipelines.demo import DemoResult
     from cratelm.pipelines.sae_compare import SaeCompareResult
-    from cratelm.replace.replace import ReplaceResult
+    from cratelm.replace.result import ReplaceResult
     from cratelm.report.report import ReportResult
     from cratelm.runs.check import CheckResult
     from cratelm.sae.evaluate import SaeEvaluateResult
@@ -664,6 +664,27 @@ def replace(
     *,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
+    base_url: str = "",
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    method: Literal["auto", "logprobs", "json"] = "auto",
+    concurrency: int = 8,
+    deadline: float = 120.0,
+    retries: int = 4,
+    offline: bool = False,
+    retry_failed: bool = False,
+    shard: str = "",
+    dry_run: bool = False,
+    max_calls: int = 0,
+    max_tokens: int = 0,
+    max_cost: float = 0.0,
+    price_prompt: float = 0.0,
+    price_completion: float = 0.0,
+    force: bool = False,
+    quiet: bool = False,
+    simulator: str = "",
+    explanations: str = "",
+    simulated_tokens: int = 256,
     explainers: tuple[str, ...] = (
         "lookup",
         "trie",
@@ -681,18 +702,54 @@ def replace(
     batch_tokens: int = 8192,
     resamples: int = 2000,
     seed: int = 0,
-    device: str = "auto",
-    force: bool = False,
-    quiet: bool = False,
-) -> "ReplaceResult":
+    name: str = "",
+) -> "ReplaceResult | DryRun | WorkerResult":
     """Run a model on the explanations of its neurons, and measure the loss on held-out text.
 
     Every neuron is explained from a pass over fit tokens. Then the codes of a layer, or of several, are replaced by what
-    the explanations predict from the tokens, and the rest of the model runs on.
+    the explanations predict from the tokens, and the rest of the model runs on. With `--simulator`, only the neurons
+    that a language model has explained are replaced, by what a language model predicts from their explanations.
 
     Args:
-        run: run directory with a harvest of the model
-        model: name of the harvested model or latents in the run
+        run: run directory, holding the harvest of `--model`
+        model: name of the model in the run
+        base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
+            http://127.0.0.1:8000/v1; default: OpenAI's API. The key is read only from the
+            environment variable OPENAI_API_KEY. Answers are stored under the model's name, not the
+            address: give different weights different names
+        device: cpu, cuda, cuda:1 ...; auto: the device of the harvest if this machine has it. Also
+            of `hf:` language models, for which auto is a GPU if there is one
+        dtype: for `hf:`: precision of the language model; `auto` uses bfloat16 if the hardware
+            supports it
+        method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
+            `auto` tries the first
+        concurrency: for `openai:`: calls in flight at a time
+        deadline: for `openai:`: seconds that a call may take, retries included
+        retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
+            connection
+        offline: make no call and load no language model: use only the answers in the ledger
+        retry_failed: repeat the calls that failed in an earlier command
+        shard: `I/N`, such as 0/4: process only every N-th neuron, as worker I of N, with a separate
+            ledger; the command without --shard then merges the ledgers and finishes the stage
+        dry_run: make only a few probe calls, and print how many calls and tokens the command needs,
+            with an estimate of cost and time
+        max_calls: stop before the run's ledger holds more calls than this, including those of all
+            earlier commands; 0 = no limit. With a higher limit the same command resumes. With
+            --shard the limit applies to the worker's ledger
+        max_tokens: the same limit for tokens, prompt and completion together
+        max_cost: the same limit in US dollars; needs the prices. Earlier calls count at the prices
+            given then; calls to this model that were made without prices count at the current ones
+        price_prompt: US dollars per million prompt tokens
+        price_completion: US dollars per million completion tokens
+        force: redo the stage even if it is finished
+        quiet: no progress bar
+        simulator: a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a
+            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: no language model
+        explanations: with --simulator: name of the language model that wrote the explanations, from
+            the strongest excerpts; default: the simulator itself
+        simulated_tokens: with --simulator: held-out tokens on which the loss is measured, and as
+            many fit tokens, on which the levels of each neuron are calibrated. Each piece of at
+            most 64 of them is a call for each neuron
         explainers: explanations to run the model on. `lookup`: the mean activation per token;
             `trie`: the mean by context; both from a pass over fit tokens and without a limit of
             their size; `trie:200`: at most 200 entries per neuron; `concepts`: formulas of named
@@ -711,9 +768,8 @@ def replace(
             MiB
         resamples: bootstrap resamples over documents
         seed: seed of the samples of sequences, the shuffled explanations and the bootstrap
-        device: cpu, cuda, cuda:1 ...; auto: the device of the harvest if this machine has it
-        force: redo the stage even if it is finished
-        quiet: no progress bar
+        name: with --simulator: name of these results in folders and tables; default: the
+            explainer's name, and the simulator's if it differs
     """
     return _run("replace", locals())
 

@@ -1,4 +1,4 @@
-"""Options of the verbs that call a language model: `explain`, `score` and `intervene`.
+"""Options of the verbs that call a language model: `explain`, `score`, `replace` and `intervene`.
 
 Imports nothing heavy. Options that do not change the content of requests do not enter a stage's identity.
 """

@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from cratelm.errors import InputError
+from cratelm.llm.config import NO_LLM, LLMConfig, check_specification, option
 from cratelm.replace.layers import EXTENTS, Extent
-from cratelm.runs import Options, at_least, check_resamples, not_in_identity
+from cratelm.runs import at_least, check_resamples
+from cratelm.runs.names import check_name
 
 Kind = Literal["lookup", "trie", "concepts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -45,17 +46,23 @@ def _part(word: str, explainer: str) -> Part:
 
 
 @dataclass(frozen=True)
-class ReplaceConfig(Options):
+class ReplaceConfig(LLMConfig):
     """Run a model on the explanations of its neurons, and measure the loss on held-out text.
 
     Every neuron is explained from a pass over fit tokens. Then the codes of a layer, or of several, are replaced by what
-    the explanations predict from the tokens, and the rest of the model runs on.
+    the explanations predict from the tokens, and the rest of the model runs on. With `--simulator`, only the neurons
+    that a language model has explained are replaced, by what a language model predicts from their explanations.
     """
 
-    run: Path = not_in_identity(Path("runs/default"))
-    """run directory with a harvest of the model"""
-    model: str = "crate-2l"
-    """name of the harvested model or latents in the run"""
+    simulator: str = ""
+    """a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file, or `smollm2`), or
+    `openai:MODEL` at --base-url; default: no language model"""
+    explanations: str = ""
+    """with --simulator: name of the language model that wrote the explanations, from the strongest excerpts; default:
+    the simulator itself"""
+    simulated_tokens: int = 256
+    """with --simulator: held-out tokens on which the loss is measured, and as many fit tokens, on which the levels of
+    each neuron are calibrated. Each piece of at most 64 of them is a call for each neuron"""
     explainers: tuple[str, ...] = (
         "lookup",
         "trie",
@@ -86,19 +93,20 @@ class ReplaceConfig(Options):
     """bootstrap resamples over documents"""
     seed: int = 0
     """seed of the samples of sequences, the shuffled explanations and the bootstrap"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, cuda:1 ...; auto: the device of the harvest if this machine has it"""
-    force: bool = not_in_identity(False)
-    """redo the stage even if it is finished"""
-    quiet: bool = not_in_identity(False)
-    """no progress bar"""
+    device: str = option("auto", in_identity=False)
+    """cpu, cuda, cuda:1 ...; auto: the device of the harvest if this machine has it. Also of `hf:` language models, for
+    which auto is a GPU if there is one"""
+    name: str = option("", "output")
+    """with --simulator: name of these results in folders and tables; default: the explainer's name, and the simulator's
+    if it differs"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(
             self,
             {"depth": 1, "fit_tokens": 1, "tokens": 1, "neuron_tokens": 0,
-             "curve_tokens": 0, "batch_tokens": 1, "resamples": 1, "seed": 0},
+             "curve_tokens": 0, "batch_tokens": 1, "resamples": 1, "seed": 0,
+             "simulated_tokens": 2},
         )  # fmt: skip
         check_resamples(self)
         if not self.layers or len(set(self.layers)) != len(self.layers):
@@ -112,3 +120,22 @@ class ReplaceConfig(Options):
             )
         for explainer in self.explainers:
             parts_of(explainer)
+        self._check_simulator()
+
+    def _check_simulator(self) -> None:
+        if self.simulator:
+            check_specification("--simulator", self.simulator)
+            if self.explanations == NO_LLM:
+                raise InputError(
+                    f"--explanations {NO_LLM}: explanations made without a language model need no simulator: omit"
+                    " --simulator, and name them with --explainers, such as trie@excerpts"
+                )
+        else:
+            given = [n for n in ("explanations", "name", "shard", "dry_run") if getattr(self, n)]
+            if given:
+                raise InputError(
+                    f"--{given[0].replace('_', '-')} needs a language model as simulator: add"
+                    " --simulator hf:ID_OR_PATH or openai:MODEL"
+                )
+        if self.name:
+            check_name("--name", self.name)

@@ -1,8 +1,11 @@
 """Sets of layers that are replaced together."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 Extent = Literal["all", "one", "up-to"]
 EXTENTS: tuple[Extent, ...] = ("all", "one", "up-to")
@@ -18,6 +21,8 @@ class LayerSet:
     """`all`, the number of one layer, or `0-3` for all layers up to one"""
     places: tuple[int, ...]
     """numbers of the layers among those of the site, ascending"""
+    neurons: Mapping[int, NDArray[np.bool_]] | None = field(default=None, compare=False)
+    """by place, which neurons are replaced [H], the others keep what the model computes; None: all are replaced"""
 
 
 def layer_sets(layers: Sequence[int], extents: Sequence[Extent]) -> list[LayerSet]:

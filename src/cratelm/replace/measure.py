@@ -220,7 +220,9 @@ def measure(
         "mean": [Constant(of) for of in means],
         "zero": [Constant(np.zeros_like(of)) for of in means],
     }
-    orders = [_cycle(width, seed, place) for place, width in enumerate(site.n_neurons)]
+    places = sorted({place for layer_set in sets for place in layer_set.places})
+    everything = [s for s in sets if s.label == ALL]
+    shuffled = [Shuffled.of(everything, of, seed, place) for place, of in enumerate(means)]
     contexts, counts = ngrams
     for batch, text in held_out.batches(ranks.share, "run on explanations"):
         columns = losses.columns(text)
@@ -234,7 +236,7 @@ def measure(
         for place, of in enumerate(true):
             errors[place].begin(of, halves)
         if site.autoencoders:
-            rebuilt = dict(enumerate(true))
+            rebuilt = {place: true[place] for place in places}
             losses.add(
                 Variant("none", layers=ALL), columns, held_out.token_losses(trace, text, rebuilt)
             )
@@ -248,8 +250,7 @@ def measure(
                 errors[place].add(explainer, true[place], of, halves)
             for label, of in _of_sets(held_out, trace, text, codes, sets):
                 losses.add(Variant("own", explainer, label), columns, of)
-            other = [of[:, order] for of, order in zip(codes, orders, strict=True)]
-            everything = [s for s in sets if s.label == ALL]
+            other = [by.codes(of) for of, by in zip(codes, shuffled, strict=True)]
             for label, of in _of_sets(held_out, trace, text, other, everything):
                 losses.add(Variant("shuffled", explainer, label), columns, of)
     for other in ranks.collected((losses, errors)):
@@ -269,17 +270,44 @@ def _of_sets(
 ) -> Iterator[tuple[str, Float64]]:
     """Yield the losses [m] of each set of layers by its label; sets that compute the same are run once."""
     done: dict[tuple[int, ...], Float64] = {}
+    model = held_out.model
     for layer_set in sets:
-        needed = held_out.model.needed(layer_set.places)
+        if layer_set.neurons is not None:
+            of_set = {place: codes[place] for place in layer_set.places}
+            masks = {
+                place: torch.from_numpy(layer_set.neurons[place]).to(trace.ids.device)
+                for place in layer_set.places
+            }
+            yield layer_set.label, held_out.token_losses(trace, text, of_set, masks)
+            continue
+        needed = model.needed(layer_set.places)
         if needed not in done:
             of_set = {place: codes[place] for place in needed}
             done[needed] = held_out.token_losses(trace, text, of_set)
         yield layer_set.label, done[needed]
 
 
-def _cycle(n: int, seed: int, place: int) -> NDArray[np.int64]:
-    """Return for each of n neurons another one, each once: the next one in a random circle."""
-    circle = np.random.default_rng((seed, place)).permutation(n)
-    order = np.empty(n, np.int64)
-    order[circle] = np.roll(circle, -1)
-    return order
+@dataclass(frozen=True, eq=False)
+class Shuffled:
+    """Which other neuron's explanation takes the place of each neuron's own in a layer."""
+
+    order: NDArray[np.int64]
+    """[H] other neuron, each once: the next one in a random circle; a neuron without others has itself"""
+    means: Float32
+    """[H] value of neurons without others"""
+
+    @classmethod
+    def of(cls, sets: Sequence[LayerSet], means: Float32, seed: int, place: int) -> "Shuffled":
+        """Return the order of the neurons of a layer that `sets` replace; `means` [H] are those of the fit tokens."""
+        chosen = np.arange(len(means))
+        if sets and (neurons := sets[0].neurons) is not None:
+            chosen = np.flatnonzero(neurons[place]) if place in neurons else chosen[:0]
+        circle = chosen[np.random.default_rng((seed, place)).permutation(len(chosen))]
+        order = np.arange(len(means))
+        order[circle] = np.roll(circle, -1)
+        return cls(order, means)
+
+    def codes(self, predicted: Float32) -> Float32:
+        """Return the codes [n, H] that the explanations of other neurons predict."""
+        is_own = self.order == np.arange(len(self.order))
+        return np.where(is_own, self.means, predicted[:, self.order])

@@ -3,7 +3,7 @@
 Shape legend: B sequences of T tokens, H neurons of a layer, C documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from cratelm.activations.open_harvest import HarvestContext
 from cratelm.models.partial_forward import PartialForward
+from cratelm.models.sites import Site
+from cratelm.records import NeuronId
 from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.measure import Errors, HeldOut, Losses, Variant
 from cratelm.replace.predictors import Predictor
-from cratelm.replace.store import CurvePoint, RunnableFraction
+from cratelm.replace.store import CurvePoint, NeuronReplacement, RunnableFraction
 from cratelm.replace.text import BatchText
 from cratelm.runs.ranks import Ranks
 from cratelm.stats.documents import DocumentResamples
@@ -61,6 +63,41 @@ def replaced_alone(
     for of_rank in ranks.collected(ablations):
         ablations.add(of_rank)
     return ablations
+
+
+def neuron_rows(
+    model: str,
+    site: Site,
+    errors: Sequence[Errors],
+    explainer: str,
+    *,
+    chosen: Mapping[int, NDArray[np.bool_]] | None = None,
+    alone: Ablations | None = None,
+) -> list[NeuronReplacement]:
+    """Return the figures of all neurons, or of those `chosen` by place [H], for one explainer.
+
+    `alone` has the losses with one neuron replaced; None if they were not measured on this explainer.
+    """
+    rows = []
+    for place, layer in enumerate(site.layer_numbers):
+        everything = errors[place].explained(explainer)
+        if chosen is None:
+            indices = np.arange(len(everything))
+        else:
+            indices = np.flatnonzero(chosen[place]) if place in chosen else ()
+        for index in map(int, indices):
+            explained = float(everything[index])
+            ablation = None if alone is None else alone.neurons[place][index]
+            rows.append(
+                NeuronReplacement(
+                    NeuronId(model, site.name, layer, index),
+                    explainer,
+                    explained if np.isfinite(explained) else None,
+                    None if ablation is None else ablation.change,
+                    0 if ablation is None else ablation.n_tokens,
+                )
+            )
+    return rows
 
 
 def ranking(errors: Sequence[Errors], explainer: str) -> list[NDArray[np.bool_]]:

@@ -1,5 +1,8 @@
 """Read and write the results of `cratelm replace`: the folder `replacement/MODEL/` of a run.
 
+`replacement/MODEL@NAME/` has the same files where a language model simulated explanations, without those of single
+neurons' costs and of explanations.
+
 `documents.parquet`          loss by document, replaced layers, explainer and control
 `neurons.parquet`            one row per neuron and explainer: how well it predicts the neuron, and what the replacement costs
 `curve.parquet`              loss with only the best-explained neurons replaced
@@ -215,6 +218,17 @@ class ReplacementSummary:
     """explainer whose explanations took the place of one neuron at a time; empty if that was not measured"""
     reconstructed: Interval | None = None
     """loss with true latents and without what the autoencoders cannot reconstruct; None for neurons"""
+    explanations: str = ""
+    """name of the explanations that a language model simulated; empty without one"""
+    simulator: str = ""
+    """name of that language model"""
+    n_replaced: int = 0
+    """neurons with such an explanation: these alone were replaced, in all rows; 0 without a language model, where all
+    neurons are explained"""
+    n_calibration_tokens: int = 0
+    """fit tokens on which the levels were calibrated"""
+    n_failed: int = 0
+    """calls to the simulator without an answer: where one failed, the neuron has its mean"""
 
     def row(
         self, explainer: str, layers: str = "all", control: str = "none"

@@ -1,6 +1,6 @@
 """Losses of all variants as figures with intervals over documents, paired."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from cratelm.records import Interval
 from cratelm.replace.layers import ALL, LayerSet
 from cratelm.replace.measure import Losses, Variant
-from cratelm.replace.store import DocumentLoss, NGramLoss, ReplacementRow
+from cratelm.replace.predictors import Predictor
+from cratelm.replace.prepared import Prepared
+from cratelm.replace.store import DocumentLoss, NGramLoss, ReplacementRow, ReplacementSummary
 from cratelm.stats.documents import DocumentResamples
 
 Float64 = NDArray[np.float64]
@@ -108,3 +110,32 @@ class Figures:
         """Return the loss with true latents and without the error of the autoencoders; None for neurons."""
         variant = Variant("none", layers=ALL)
         return self.mean(variant) if variant in self._losses.sums else None
+
+
+def summarized(
+    prepared: Prepared,
+    figures: Figures,
+    sets: Sequence[LayerSet],
+    explained: Mapping[str, Sequence[Predictor]],
+) -> ReplacementSummary:
+    """Return the summary of the losses on explanations, without what is measured of single neurons."""
+    site = prepared.opened.site
+    return ReplacementSummary(
+        model=prepared.config.model,
+        site=site.name,
+        layers=site.layer_numbers,
+        n_neurons=sum(site.n_neurons),
+        n_tokens=figures.n_tokens,
+        n_documents=figures.n_documents,
+        n_fit_tokens=prepared.text.n_tokens,
+        explainers=tuple(explained),
+        passes_nothing=tuple(prepared.model.passes_nothing),
+        ngrams=figures.ngrams(),
+        rows=figures.rows(tuple(explained), sets),
+        runnable=(),
+        sizes={
+            name: float(np.mean([of.entries for of in predictors]))
+            for name, predictors in explained.items()
+        },
+        reconstructed=figures.reconstructed(),
+    )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.named_set import simulated_label
 from cratelm.llm.client import Client
 from cratelm.llm.requests import Answer, Outcome, Request
 from cratelm.records import (
@@ -144,6 +145,7 @@ def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore
     `record` is of the held-out split. Without a language model the rows are complete.
     """
     held_out = _HeldOut(record, scoring)
+    simulator = scoring.reader.name if scoring.reader else ""
     for explainer in scoring.explainers:
         for variant in scoring.variants:
             for metric in scoring.metrics:
@@ -156,13 +158,13 @@ def plan_scores(record: NeuronRecord, scoring: Scoring) -> Iterator[PendingScore
                     without = _is_without_excerpts(score, scoring)
                     row = NeuronScore(
                         record.neuron,
-                        _label(explainer, scoring.reader) + variant,
+                        simulated_label(explainer, simulator) + variant,
                         metric,
                         control,
                         score,
                         () if without else held_out.samples[_source(metric)].documents,
                         explained_by=explainer,
-                        simulator=scoring.reader.name if scoring.reader else "",
+                        simulator=simulator,
                         variant=variant,
                     )
                     yield PendingScore(row, plan if isinstance(plan, Task) else None)
@@ -225,11 +227,6 @@ def _is_without_excerpts(score: Score, scoring: Scoring) -> bool:
     kept because the audit in `summary.json` counts documents.
     """
     return scoring.reader is None and score.status in (Status.DEAD, Status.FAILED)
-
-
-def _label(explainer: str, reader: Reader | None) -> str:
-    """Return the label in tables; a model that reads its own explanations is named only once."""
-    return explainer if reader is None or explainer == reader.name else f"{explainer}/{reader.name}"
 
 
 def plan_batches(

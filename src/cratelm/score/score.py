@@ -20,6 +20,7 @@ from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.concepts.features import ConceptReader
 from cratelm.explain.concepts.stored import concept_reader
+from cratelm.explain.named_set import explanations_of, simulated_name
 from cratelm.explain.selection import read_selected_records, read_selected_rows
 from cratelm.explain.store import (
     ExplanationFailure,
@@ -38,7 +39,7 @@ from cratelm.llm.prompts import scorers as scorer_prompts
 from cratelm.llm.session import is_finished, open_client, write_calls
 from cratelm.records import Interval, NeuronKey, NeuronRecord, NeuronScore, Split, Status
 from cratelm.runs import Draft, Run, Stage, write_json
-from cratelm.runs.names import set_name, sets_of
+from cratelm.runs.names import set_name
 from cratelm.score.audit import CHANGES, planted_audit
 from cratelm.score.audit import table as planted_table
 from cratelm.score.audit_run import ChangedExplanations, RunAudit, compare, figures_of
@@ -158,7 +159,7 @@ def _score_with_llm(config: ScoreConfig, run: Run) -> ScoreResult | DryRun | Wor
     with open_client(config, config.simulator) as client, ExitStack() as held:
         reader = client.backend.name
         source = _explanation_set(run, config, reader)
-        name = config.name or (reader if source == reader else f"{source or NO_LLM}-by-{reader}")
+        name = config.name or simulated_name(source, reader)
         explained = run.stage("explanations", set_name(config.model, source))
         harvest = run.stage("activations", config.model)
         inputs = {
@@ -206,13 +207,7 @@ def _explanation_set(run: Run, config: ScoreConfig, reader: str) -> str:
     if config.explanations == NO_LLM:
         return ""
     name = config.explanations or reader
-    if run.stage("explanations", set_name(config.model, name)).completion() is None:
-        existing = sets_of(run.models("explanations"), config.model)
-        raise InputError(
-            f"{run.path} has no explanations of {config.model} by {name}: name one of"
-            f" {', '.join([*existing, NO_LLM])} with --explanations, or type `cratelm explain"
-            f" --run {run.path} --model {config.model} --explainer {config.simulator}` first"
-        )
+    explanations_of(run, config.model, name, config.simulator, NO_LLM)
     return name
 
 
