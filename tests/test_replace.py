@@ -910,7 +910,7 @@ def test_a_finished_stage_is_only_read(run, replaced, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--explainers lookups", "--explainers lookups: it must be lookup or trie"),
+        ("--explainers lookups", "--explainers lookups: it must be lookup, trie or concepts"),
         ("--explainers lookup:0", "--explainers lookup:0: it must be"),
         ("--explainers lookup lookup", "give one or more, each once"),
         ("--layers all all", "give one or more of all, one, up-to, each once"),
