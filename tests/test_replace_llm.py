@@ -30,7 +30,9 @@ from cratelm.replace.predictors import Constant
 from cratelm.replace.replace import replace
 from cratelm.replace.store import read_curve, read_documents, read_neurons
 from cratelm.replace.text import BatchText
+from cratelm.report.sections.replacement import replacement_table
 from cratelm.results.replacement import read_replacement
+from cratelm.results.run_results import read_results
 from cratelm.runs import Run
 from cratelm.runs.ranks import Ranks
 
@@ -376,7 +378,9 @@ def test_as_many_calls_as_pieces_and_neurons(path, fake):
     assert levels <= result.n_replaced * n_pieces
     assert levels == distinct * n_pieces  # equal requests are made once
     before = sum(fake.asked.values())
-    run_on(path, simulated_tokens=64, name="short")
+    short = run_on(path, simulated_tokens=64, name="short")
+    assert short.n_calibration_tokens <= 64
+    assert short.n_tokens < 64
     assert sum(fake.asked.values()) - before <= distinct * pieces_read(path, 64, "gpt2-2l")
 
 
@@ -463,9 +467,13 @@ class Spent:
 
 
 def test_workers_share_the_neurons(path, fake):
+    sent = []
     for index in (0, 1):
         worker = run_on(path, shard=f"{index}/2")
         assert isinstance(worker, WorkerResult)
+        assert worker.n_neurons in (5, 6)
+        sent.append(sum(fake.asked.values()))
+    assert 0.3 * sent[1] < sent[0] < 0.8 * sent[1]
     assert not (path / "replacement").exists()
     before = sum(fake.asked.values())
     result = run_on(path)
@@ -520,6 +528,47 @@ def test_torchrun_is_refused(explained_run, fake, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="--simulator runs in one process: omit torchrun"):
         run_on(explained_run)
+
+
+def test_a_bound_below_the_length_of_a_sequence_holds(path, fake):
+    """Sequences have 64 tokens here: a part of one is read."""
+    result = run_on(path, simulated_tokens=20)
+    assert result.n_calibration_tokens == 20
+    assert 0 < result.n_tokens < 20
+    assert result.rows[0].loss_true.value > 0
+
+
+def test_the_report_has_a_row_for_each_set(path, fake):
+    cratelm.api.explain(run=path, model="gpt2-2l", explainers=("lookup",), quiet=True)
+    cratelm.api.score(run=path, model="gpt2-2l", all_tokens=False, resamples=100, quiet=True)
+    by_itself = run_on(path)
+    named_b = FakeModel()
+    named_b.name = "b"
+    with pytest.MonkeyPatch.context() as patch:
+        named(patch, named_b)
+        run_on(path, explanations="fake")
+    results = read_results(Run(path))
+    (model,) = results.models
+    assert [of.simulator for of in model.replacement_sets] == ["fake", "b"]
+    table = replacement_table(results)
+    found = [row[1:3] for row in table.rows]
+    n = f"{by_itself.n_replaced} neurons"
+    assert found[0] == (n, "fake")
+    assert (n, "fake, shuffled") in found
+    assert (n, "fake/b") in found
+    assert len(found) == 12
+    assert "a language model explained these" in table.note
+    assert {done.name for done in results.side_stages} == {"gpt2-2l@fake", "gpt2-2l@fake-by-b"}
+    stage = Run(path).stage("replacement", "gpt2-2l@fake-by-b")
+    assert "--simulator hf:any --explanations fake" in stage.command()
+
+
+def test_explanations_made_again_make_the_results_stale(path, fake):
+    run_on(path)
+    cratelm.api.explain(run=path, model="gpt2-2l", explainer="hf:any", neurons=3, quiet=True, force=True)  # fmt: skip
+    stale = Run(path).stale("gpt2-2l")
+    assert "replacement/gpt2-2l@fake" in stale
+    assert any("cratelm replace" in c for c in stale["replacement/gpt2-2l@fake"].commands)
 
 
 def test_a_set_without_explanations_of_the_strongest_excerpts_is_refused(path, fake):

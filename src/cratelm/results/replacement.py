@@ -12,14 +12,25 @@ from cratelm.replace.store import (
     read_replacement_summary,
 )
 from cratelm.runs import Run
+from cratelm.runs.names import set_name, sets_of
 
 ReplacementResults = ReplacementSummary
 
 
 def read_replacement(run: Run, model: str) -> ReplacementResults | None:
-    """Return the results of a model; None if it was not run on its explanations."""
+    """Return the results of a model; None if it was not run on its explanations.
+
+    MODEL@NAME names results of explanations that a language model read.
+    """
     stage = run.stage("replacement", model)
     return None if stage.completion() is None else read_replacement_summary(stage.path)
+
+
+def read_replacement_sets(run: Run, model: str) -> list[ReplacementResults]:
+    """Return the results of a model in which language models simulated explanations, by name."""
+    names = sets_of(run.models("replacement"), model)
+    found = (read_replacement(run, set_name(model, name)) for name in names)
+    return [of for of in found if of is not None]
 
 
 def read_replacements(run: Run, models: Sequence[str]) -> dict[str, ReplacementResults]:
@@ -48,5 +59,6 @@ __all__ = [
     "read_replaced_neurons",
     "read_replacement",
     "read_replacement_curve",
+    "read_replacement_sets",
     "read_replacements",
 ]

@@ -28,6 +28,7 @@ from cratelm.results.replacement import (
     ReplacementResults,
     read_replacement,
     read_replacement_curve,
+    read_replacement_sets,
 )
 from cratelm.results.scores import (
     find_statistics,
@@ -157,6 +158,8 @@ class ModelResults:
     """losses of the model on its explanations; None if they were not measured"""
     replacement_curve: list[CurvePoint]
     """losses with only the best-explained neurons replaced"""
+    replacement_sets: Sequence[ReplacementResults]
+    """losses of the model on explanations that language models read, by name of the set"""
     stale: Mapping[str, Freshness]
     """stages of the model whose inputs have changed since, by label"""
 
@@ -337,6 +340,7 @@ def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
         evaluation=read_sae_evaluation(run, harvest) if harvest else None,
         replacement=read_replacement(run, name),
         replacement_curve=read_replacement_curve(run, name),
+        replacement_sets=read_replacement_sets(run, name),
         stale=run.stale(name),
     )
 

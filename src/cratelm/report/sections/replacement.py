@@ -55,21 +55,24 @@ def _measured(results: RunResults) -> list[tuple[ModelResults, ReplacementResult
 
 def replacement_table(results: RunResults) -> Table:
     """Return the losses and what follows from them, with a row per model, set of layers, explainer and control."""
+    sets = [(m, of) for m in results.models for of in m.replacement_sets]
+    digits = ".5f" if sets else ".3f"  # a few of the neurons make small differences
     columns = (
         Column("model", "model"),
         Column("layers", "layers"),
         Column("explainer", "explainer"),
         Column("loss_true", "loss of the model", ".3f"),
         Column("loss_replaced", "loss on explanations", ".3f"),
-        Column("nats_lost", "nats lost", ".3f"),
-        Column("carried", "the codes carry", ".3f"),
-        Column("carried_zero", "to codes at 0", ".3f"),
-        Column("given_back", "given back", ".3f"),
+        Column("nats_lost", "nats lost", digits),
+        Column("carried", "the codes carry", digits),
+        Column("carried_zero", "to codes at 0", digits),
+        Column("given_back", "given back", digits),
         Column("recovered_mean", "recovered of the means, %", ".1f"),
         Column("recovered_unigram", "of the unigram model, %", ".1f"),
     )
-    rows = [(m.name, *_row(row)) for m, of in _measured(results) for row in of.rows]
-    n = {(of.n_tokens, of.n_documents) for _, of in _measured(results)}
+    measured = [*_measured(results), *sets]
+    rows = [(m.name, *_row(row, of)) for m, of in measured for row in of.rows]
+    n = dict.fromkeys((of.n_tokens, of.n_documents) for _, of in measured)
     text = " and ".join(f"{tokens:,} tokens of {documents} documents" for tokens, documents in n)
     return Table(
         "replacement",
@@ -83,13 +86,20 @@ def replacement_table(results: RunResults) -> Table:
         " Recovered: given back / carried; and the same with the loss of a unigram model in place of the means."
         " Shuffled: each neuron is replaced by what the explanation of another neuron predicts."
         " Read all of them together: where a residual stream passes round the codes, little is lost because the codes"
-        " matter little.",
+        " matter little." + (_OF_SETS if sets else ""),
     )
 
 
-def _row(row: ReplacementRow) -> tuple[Cell, ...]:
+_OF_SETS = (
+    " Rows that name a number of neurons: a language model explained these, and all others stay what the model"
+    " computes. On fewer tokens, the explanations are simulated by a language model (explainer/simulator); the other"
+    " explainers are measured on the same neurons and tokens, and the codes carry what these neurons carry."
+)
+
+
+def _row(row: ReplacementRow, of: ReplacementResults) -> tuple[Cell, ...]:
     return (
-        row.layers,
+        f"{of.n_replaced} neurons" if of.simulator else row.layers,
         row.explainer + (", shuffled" if row.control == "shuffled" else ""),
         interval_cell(row.loss_true),
         interval_cell(row.loss_replaced),
