@@ -3,7 +3,7 @@
 ```
 MODEL            a model of the run, and each of its stages without a language model
 MODEL+SAE        latents of the autoencoders SAE on top of MODEL
-MODEL@SET        explanations, scores or judgements by a language model called SET
+MODEL@SET        explanations, scores, judgements or losses by a language model called SET
 MODEL@SAE        in `sae/`: the autoencoders SAE of MODEL
 MODEL-init       the usual name of MODEL with its initial weights: a null control
 MODEL-permuted, MODEL-embeddings
