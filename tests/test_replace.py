@@ -259,6 +259,19 @@ def test_weights_decide_what_is_kept(fitted):
     assert set(tries.rise.nonzero()[0].tolist()) == {3}
 
 
+def test_a_shared_limit_goes_to_the_neurons_that_vary(fitted):
+    _, _, matched, activations, made = fitted
+    own, shared = made.pruned(10), made.pruned(10, shared=True)
+    assert shared.n_values == own.n_values == 40
+    gains = [sorted(of, reverse=True) for of in made._best_gains(None).T.tolist()]
+    everything = sorted((g for of in gains for g in of), reverse=True)
+    for h in range(4):
+        wanted = sum(g >= everything[39] for g in gains[h])
+        assert len(shared.rise.tocsc()[:, [h]].data) == wanted
+    errors = [((t.predict(matched) - activations) ** 2).sum() for t in (own, shared)]
+    assert errors[1] < errors[0]
+
+
 def test_sums_do_not_depend_on_the_order(fitted):
     _, tree, matched, activations, _ = fitted
     activations = activations * 10.0 ** np.random.default_rng(0).uniform(-6, 3, activations.shape)
@@ -910,7 +923,7 @@ def test_a_finished_stage_is_only_read(run, replaced, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--explainers lookups", "--explainers lookups: it must be lookup or trie"),
+        ("--explainers lookups", "--explainers lookups: it must be lookup, trie or concepts"),
         ("--explainers lookup:0", "--explainers lookup:0: it must be"),
         ("--explainers lookup lookup", "give one or more, each once"),
         ("--layers all all", "give one or more of all, one, up-to, each once"),

@@ -695,9 +695,10 @@ def replace(
         model: name of the harvested model or latents in the run
         explainers: explanations to run the model on. `lookup`: the mean activation per token;
             `trie`: the mean by context; both from a pass over fit tokens and without a limit of
-            their size; `trie:200`: at most 200 entries per neuron; `concepts`: formulas of named
-            predicates; `trie@excerpts`: as `cratelm explain` makes them from excerpts. Several with
-            + between them are stacked: each is made from what those before it leave unexplained
+            their size; `trie:200`: at most 200 entries per neuron; `trie:200@shared`: 200 on
+            average over a layer; `concepts`: formulas of named predicates; `trie@excerpts`: as
+            `cratelm explain` makes them from excerpts. Several with + between them are stacked:
+            each is made from what those before it leave unexplained
         layers: what is replaced at once: `all` layers, each `one` alone, all layers `up-to` each
             one
         depth: tokens of context, including the current one
