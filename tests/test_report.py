@@ -758,7 +758,7 @@ def test_side_by_side_is_on_the_same_neurons(with_model, asked):
     seen = set()
     for row in rows:
         model, metric = row["model"], _METRICS[row["metric"]]
-        free = row["explainer"] in ("lookup", "trie")
+        free = row["explainer"] in ("lookup", "trie", "concepts")
         folder = model if free else f"{model}@{FAKE}"
         sample = set(_scores(with_model, f"{model}@{FAKE}", FAKE, "detection"))
         if row["neurons"] < len(sample):
