@@ -13,7 +13,7 @@ from viewer_runs import LAYERS, NEURONS, a_neuron
 
 from cratelm.activations.store import read_records
 from cratelm.results.views import LayerQuery, NotFound
-from cratelm.viewer.index import profile_entries
+from cratelm.viewer.index import profile_entries, read_excerpts
 from cratelm.viewer.pages import Pages
 from cratelm.viewer.run_reader import Library
 
@@ -210,7 +210,8 @@ def test_entries_of_a_row_group_are_those_of_its_neurons(run, library):
     columns = library.table("run", "crate-2l")
     path = run / "activations" / "crate-2l" / "excerpts-fit.parquet"
     assert pq.ParquetFile(path).num_row_groups == LAYERS * NEURONS / 16
-    neurons, tokens, values, counts = profile_entries(pq.ParquetFile(path), 5, columns)
+    excerpts = read_excerpts(pq.ParquetFile(path), 5)
+    neurons, tokens, values, counts = profile_entries(excerpts, columns)
     assert set(neurons.tolist()) <= set(range(80, 96))
     for row in set(neurons.tolist()):
         mine = neurons == row

@@ -26,6 +26,7 @@ from cratelm.results.views import ExplainerCard, MetricCard, ModelCard, RunCard
 from cratelm.runs import Completion, Run, StageName
 from cratelm.runs.names import family_of, null_kind, split_set
 from cratelm.runs.reading import read_parquet
+from cratelm.score.whole_summary import LOOKUP
 from cratelm.stats.scores import ModelStatistics
 
 
@@ -143,6 +144,9 @@ def _metric_card(
         undefined=own.counts.undefined,
         dead=own.counts.dead,
         failed=own.counts.failed,
+        look_up=None
+        if explainer == LOOKUP
+        else mean_interval(find_statistics(statistics, LOOKUP, metric)),
     )
 
 

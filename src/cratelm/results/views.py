@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
 from cratelm.records import ExcerptKind, Interval, Split
+from cratelm.results.neuron_groups import NO_GROUP, NeuronGroup
 from cratelm.runs.names import NullKind, twin_name, untrained_name
 
 ExcerptChoice = Literal["some", "all", "top"]
@@ -32,6 +33,8 @@ class MetricCard:
     undefined: int
     dead: int
     failed: int
+    look_up: Interval | None = None
+    """mean score of a look-up of the last token alone, of the same set; None if it was not scored, or is the explainer"""
 
 
 @dataclass(frozen=True)
@@ -348,6 +351,8 @@ class MapPoint:
     y: float
     score: float | None
     label: str
+    """the explanation; empty if there is none"""
+    group: NeuronGroup = NO_GROUP
 
 
 @dataclass(frozen=True)
