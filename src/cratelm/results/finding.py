@@ -149,9 +149,8 @@ def _mentioned(rows: Sequence[_Figure], card: RunCard) -> list[_Figure]:
 
 def _loss_sentence(rows: Sequence[LossFigure]) -> str:
     losses = [
-        f"{r.label} reaches a loss of {r.row.loss_replaced.value:.2f} ({r.row.loss_true.value:.2f} without)"
-        if n == 0
-        else f"{r.label} {r.row.loss_replaced.value:.2f} ({r.row.loss_true.value:.2f})"
+        f"{r.label}{' reaches a loss of' if n == 0 else ''} {r.row.loss_replaced.value:.2f}"
+        f" ({r.row.loss_true.value:.2f} without)"
         for n, r in enumerate(rows)
     ]
     carried = _listed([f"{r.row.carried.value:.2f}" for r in rows])

@@ -31,9 +31,9 @@ _CLASSES: tuple[tuple[str, str], ...] = (
     ("words and parts of words", r"[\W_]*\w+\W*"),
 )
 """name of a class of tokens and the pattern of its members; the first that matches the whole token applies"""
-_KEYWORDS, _OTHER = "Python keywords", "other tokens"
+_KEYWORDS, OTHER_TOKENS = "Python keywords", "other tokens"
 TOKEN_CLASSES = (*(name for name, _ in reversed(_CLASSES)), _KEYWORDS)
-"""all classes, in the order of their colours"""
+"""all classes but `OTHER_TOKENS`, in the order of their colours"""
 
 
 class NeuronGroup(NamedTuple):
@@ -72,4 +72,4 @@ def token_class(token: str) -> str:
     r"""Return the class of a token as in the corpus: `numbers` for `12`, `line breaks and spaces` for `\n`."""
     if token.strip() in _PYTHON:
         return _KEYWORDS
-    return next((name for name, form in _CLASSES if re.fullmatch(form, token)), _OTHER)
+    return next((name for name, form in _CLASSES if re.fullmatch(form, token)), OTHER_TOKENS)

@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from cratelm.results.neuron_groups import TOKEN_CLASSES
+from cratelm.results.neuron_groups import OTHER_TOKENS, TOKEN_CLASSES
 from cratelm.results.views import MapPoint
 from cratelm.text.display import visible
 from cratelm.viewer.drawings import shortened
@@ -77,7 +77,7 @@ def colours(families: Sequence[str]) -> Mapping[str, int]:
     are many, get them by their number of neurons.
     """
     present = Counter(f for f in families if f)
-    if present.keys() <= set(TOKEN_CLASSES):
+    if present.keys() <= {*TOKEN_CLASSES, OTHER_TOKENS}:
         return {name: colour for colour, name in enumerate(TOKEN_CLASSES[:COLOURS])}
     ranked = sorted(present, key=lambda name: (-present[name], name))
     return {name: colour for colour, name in enumerate(ranked[:COLOURS])}

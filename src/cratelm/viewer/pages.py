@@ -162,7 +162,7 @@ class Pages:
             has_page=has_page,
             sorted_by=sorted_by,
             paged=lambda number: same_query(page=number),
-            drawn=self.library.drawn_map(key, model, layer, address),
+            drawn=self.library.drawn_map(key, model, layer, address, cached=not self.static),
             details_at="" if self.static else f"/api{links.to('r', key, 'map', model, layer)}",
             details=as_data(self.library.map_details(key, model, layer)) if self.static else "",
             map_state=self._no_map(key),
@@ -295,7 +295,7 @@ class Pages:
             if not card.neurons or card.null_of:
                 continue
             with contextlib.suppress(NotFound):  # a damaged harvest, which the model's card reports
-                eligible = partial(self.paged, run.key, card.name)
+                eligible = partial(self.paged, run.key, card.name) if self.static else None
                 neurons = self.library.featured(run.key, card.name, eligible)
                 measure = ranking(self.library.table(run.key, card.name))[1]
                 featured += [(card.name, measure, neurons)] if neurons else []

@@ -143,10 +143,7 @@ class Library:
     def layer(self, key: str, model: str, layer: int, query: LayerQuery) -> LayerPage:
         """Return the page of a layer's neurons that matches a query."""
         table = self.table(key, model)
-        here = table.rows_of(layer)
-        if here.start == here.stop:
-            layers = ", ".join(map(str, np.unique(table.layer).tolist()))
-            raise NotFound(f"{model} has no layer {layer}: its layers are {layers}")
+        _layer_rows(table, model, layer)
         on_token, note = None, ""
         if query.token:
             on_token, note = self.index_of(key).on_token(model, query.token)
@@ -175,14 +172,17 @@ class Library:
         return self._cached(key, ("finding", key), lambda: finding(self.run(key)))
 
     def featured(
-        self, key: str, model: str, eligible: Callable[[int, int], bool], n: int = 5
+        self, key: str, model: str, eligible: Callable[[int, int], bool] | None = None, n: int = 5
     ) -> tuple[FeaturedNeuron, ...]:
-        """Return up to `n` neurons worth opening among the `eligible` (layer, index); see `featured_rows`.
+        """Return up to `n` neurons worth opening, only of the `eligible` (layer, index); see `featured_rows`.
 
-        Only the excerpts of these are read, once until the run or the state of its index changes.
+        Only the excerpts of these are read: if all neurons are eligible, once until the run or the state of its index
+        changes.
         """
+        if eligible is not None:
+            return self._featured(key, model, eligible, n)
         name = ("featured", key, model, n, self.index_state(key).ready)
-        return self._cached(key, name, lambda: self._featured(key, model, eligible, n))
+        return self._cached(key, name, lambda: self._featured(key, model, lambda *_: True, n))
 
     def _featured(
         self, key: str, model: str, eligible: Callable[[int, int], bool], n: int
@@ -317,15 +317,18 @@ class Library:
         return self._cached(key, ("drawing", key, *name), draw)
 
     def drawn_map(
-        self, key: str, model: str, layer: int, address: Callable[[int], str]
+        self, key: str, model: str, layer: int, address: Callable[[int], str], *, cached: bool
     ) -> DrawnMap | None:
-        """Return the map of a layer, drawn once and cached; None until it is computed. See `draw_map`."""
+        """Return the map of a layer; None until it is computed. See `draw_map`.
+
+        If `cached`, it is drawn once, so that `address` must always return the same.
+        """
 
         def draw(points: Sequence[MapPoint]) -> DrawnMap:
             families = [group.family for group in self.groups(key, model)]
             return draw_map(points, colours(families), address)
 
-        return self._of_map(key, model, layer, "map", draw)
+        return self._of_map(key, model, layer, "map" if cached else "", draw)
 
     def map_details(self, key: str, model: str, layer: int) -> Any:
         """Return what the map of a layer shows of its neurons on hover; None until the map is computed.
@@ -333,8 +336,9 @@ class Library:
         See `cratelm.viewer.layer_map.details`. No excerpts are read: the index holds the strongest of each neuron.
         """
 
+        here = _layer_rows(self.table(key, model), model, layer)
+
         def made(points: Sequence[MapPoint]) -> Any:
-            here = self.table(key, model).rows_of(layer)
             peaks, strings = self.index_of(key).peaks(model), self._strings(key)
             return details(points, peaks.part(here) if peaks and strings else None, strings)
 
@@ -348,6 +352,7 @@ class Library:
         name: str,
         make: Callable[[Sequence[MapPoint]], _T],
     ) -> _T | None:
+        """Return what `make` makes of the points of a map, cached as `name` unless that is empty."""
         path = self.index_of(key).map_path(model, layer)
         if path is None:
             return None
@@ -356,7 +361,7 @@ class Library:
             points = self.map(key, model, layer)
             return make(points) if points else None
 
-        return self.drawing(key, (name, model, layer, path), made)
+        return self.drawing(key, (name, model, layer, path), made) if name else made()
 
     def search(
         self, key: str, text: str = "", token: str = "", limit: int = 100, model: str = ""
@@ -402,6 +407,15 @@ class Library:
 
     def _cached(self, key: str, name: tuple, read: Callable[[], _T]) -> _T:
         return self._cache.get(changed_at(self.run_of(key)), name, read)
+
+
+def _layer_rows(table: NeuronTable, model: str, layer: int) -> slice:
+    """Return the rows of a layer. Raises `NotFound` if the model does not have it."""
+    here = table.rows_of(layer)
+    if here.start == here.stop:
+        layers = ", ".join(map(str, np.unique(table.layer).tolist()))
+        raise NotFound(f"{model} has no layer {layer}: its layers are {layers}")
+    return here
 
 
 def _hit(model: str, table: NeuronTable, row: int, value: float, count: int) -> SearchHit:
