@@ -56,7 +56,8 @@ class Row:
 
 
 def losses(true: float, replaced: float, mean: float) -> Row:
-    return Row(*(Interval(value, value - 0.1, value + 0.1) for value in (true, replaced, mean)))
+    first, second, third = (Interval(v, v - 0.1, v + 0.1) for v in (true, replaced, mean))
+    return Row(first, second, third)
 
 
 def test_scores_of_twins_with_their_references() -> None:
@@ -92,8 +93,12 @@ def test_losses_come_before_scores() -> None:
     assert not found.scores
     one = finding(run(*TWINS), {"gpt2-2l": rows["gpt2-2l"]})
     assert one is not None
-    assert one.sentence.startswith("On its explanations GPT-2 reaches a loss of 4.36 (3.51 without)")
-    assert one.sentence.endswith("the codes carry 8.67 nats, the explanations give back 7.82 of it.")
+    assert one.sentence.startswith(
+        "On its explanations GPT-2 reaches a loss of 4.36 (3.51 without)"
+    )
+    assert one.sentence.endswith(
+        "the codes carry 8.67 nats, the explanations give back 7.82 of it."
+    )
     assert [row.place for row in one.losses] == [1]  # the colour that it has in the table
 
 
@@ -120,7 +125,9 @@ def test_twins_are_named_by_model_where_families_are_ambiguous() -> None:
     more = (model("crate-4l", metric(80.0)), *TWINS)
     found = finding(run(*more))
     assert found is not None
-    assert found.sentence.startswith("crate-2l's neurons are explained better than GPT-2's: a score of 78.7")
+    assert found.sentence.startswith(
+        "crate-2l's neurons are explained better than GPT-2's: a score of 78.7"
+    )
 
 
 def test_stale_models_are_left_out() -> None:

@@ -189,7 +189,11 @@ def test_groups_are_those_of_concepts_where_a_run_has_them(library, monkeypatch)
     monkeypatch.setitem(table.texts, ("", "concepts"), texts)
     groups = own.groups("run", "crate-2l")
     assert groups[3] == NeuronGroup("digits in comments", "digits in comments")
-    assert {g.family for n, g in enumerate(groups) if n != 3} <= {*TOKEN_CLASSES, "other tokens", ""}
+    assert {g.family for n, g in enumerate(groups) if n != 3} <= {
+        *TOKEN_CLASSES,
+        "other tokens",
+        "",
+    }
 
 
 def test_without_an_index_there_are_no_groups_and_pages_are_shown(library) -> None:

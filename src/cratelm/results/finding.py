@@ -186,10 +186,8 @@ def _score_sentence(rows: Sequence[ScoreFigure]) -> str:
 
 def _compared(a: Interval, b: Interval) -> str:
     """Return how `a` compares with `b` in words; where the intervals overlap, neither is called better."""
-    bounds = (a.low, a.high, b.low, b.high)
-    if any(bound is None for bound in bounds):
+    if a.low is None or a.high is None or b.low is None or b.high is None:
         return "better than" if a.value > b.value else "worse than"
-    assert a.low is not None and a.high is not None and b.low is not None and b.high is not None
     if a.low > b.high:
         return "better than"
     return "worse than" if a.high < b.low else "about as well as"

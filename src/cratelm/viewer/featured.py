@@ -94,7 +94,9 @@ def shown_excerpt(view: NeuronView) -> ExcerptView | None:
 
 def _correlation(excerpt: ExcerptView) -> float:
     """Return the correlation of true and simulated activations; -1 if one of them is constant or missing."""
-    true, simulated = ([token.value for token in side] for side in (excerpt.true, excerpt.simulated))
+    true, simulated = (
+        [token.value for token in side] for side in (excerpt.true, excerpt.simulated)
+    )
     if len(true) != len(simulated) or np.ptp(true) == 0 or np.ptp(simulated) == 0:
         return -1.0
     return float(np.corrcoef(true, simulated)[0, 1])

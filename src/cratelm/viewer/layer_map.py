@@ -164,9 +164,9 @@ def _clusters(rows: NDArray[Any], xy: NDArray[np.float64]) -> list[NDArray[Any]]
     """Return the clusters [c] of at least `_LEAST` of the neurons `rows` whose places [n, 2] are linked by near pairs."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
-    pairs = cKDTree(xy[rows]).query_pairs(_NEAR * WIDTH, output_type="ndarray")
+    pairs = KDTree(xy[rows]).query_pairs(_NEAR * WIDTH, output_type="ndarray")
     shape = (len(rows), len(rows))
     links = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape)
     number, of = connected_components(links, directed=False)
