@@ -16,7 +16,7 @@ from cratelm.records import levels
 from cratelm.results.views import LayerQuery, NotFound
 from cratelm.viewer.index import profile_entries, read_excerpts
 from cratelm.viewer.pages import Pages
-from cratelm.viewer.peaks import AFTER, BEFORE
+from cratelm.viewer.peaks import AFTER, BEFORE, favourites
 from cratelm.viewer.run_reader import Library
 
 pytest.importorskip("fastapi", reason="the extra `viewer` is not installed")
@@ -162,6 +162,16 @@ def test_favourite_tokens_are_those_of_the_profile(run, library):
     dead = library.table("run", "gpt2-2l").maximum <= 0
     if dead.any():
         assert (library.index_of("run").favourites("gpt2-2l")[dead] == -1).all()
+
+
+def test_a_favourite_token_is_strong_and_frequent():
+    """Neither the strongest token, seen twice, nor the most frequent one, which is faint, is the first."""
+    neurons, tokens = np.array([1, 1, 1, 1, 0]), np.array([10, 11, 12, 13, 10])
+    values, counts = np.array([1.0, 0.8, 0.1, 0.05, 0.5]), np.array([2, 9, 100, 2, 2])
+    found = favourites(neurons, tokens, values, counts, n_neurons=3)
+    assert found.tolist() == [[10, -1, -1], [11, 10, 12], [-1, -1, -1]]
+    empty = np.zeros(0, int)
+    assert (favourites(empty, empty, empty, empty, n_neurons=2) == -1).all()
 
 
 @pytest.mark.parametrize("model", ["crate-2l", "gpt2-2l"])
