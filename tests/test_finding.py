@@ -72,7 +72,13 @@ def test_scores_of_twins_with_their_references() -> None:
 
 
 @pytest.mark.parametrize(
-    ("crate", "words"), [(60.0, "worse than"), (68.0, "about as well as"), (69.0, "about as well as"), (70.6, "better than")]
+    ("crate", "words"),
+    [
+        (60.0, "worse than"),
+        (68.0, "about as well as"),
+        (69.0, "about as well as"),
+        (70.6, "better than"),
+    ],
 )
 def test_neither_is_called_better_where_the_intervals_overlap(crate: float, words: str) -> None:
     found = finding(run(model("crate-2l", metric(crate)), TWINS[1]))

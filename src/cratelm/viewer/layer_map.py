@@ -32,7 +32,7 @@ _NEAR = 0.05
 """neurons that share a token form one cluster if each is at most this far from another, as a fraction of the map"""
 _LEAST = 3
 """neurons of a cluster with a label"""
-_MOST_LABELS = 200
+_MOST_LABELS = 150
 _ZOOMS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """zooms from which on a label may be visible; at zoom 1 the map is as wide as `WIDTH` pixels"""
 _LETTER, _BESIDE, _LINE = 7.3, 6.0, 19.0
@@ -114,74 +114,73 @@ def details(points: Sequence[MapPoint], peaks: Peaks | None, strings: Sequence[s
     `strings` maps token ids to text. `words` holds each token of the excerpts once; an excerpt is a list of positions
     in it, and a string of levels in hexadecimal (`a` is 10); `peak` is the position of the strongest token.
     """
-    used: dict[int, int] = {}
-    excerpts, levels, at = [], [], []
-    for row in range(len(points) if peaks is not None else 0):
-        assert peaks is not None
-        ids = peaks.tokens[row].tolist()
-        inside = [(t, level) for t, level in zip(ids, peaks.levels[row].tolist(), strict=True) if t >= 0]  # fmt: skip
-        excerpts.append([used.setdefault(t, len(used)) for t, _ in inside])
-        levels.append("".join(f"{level:x}" for _, level in inside))
-        at.append(sum(t >= 0 for t in ids[:BEFORE]))
+    if peaks is None:
+        peaks = Peaks.empty(0)
+    inside = peaks.tokens >= 0  # one run of columns in each row
+    first, lengths = inside.argmax(1).tolist(), inside.sum(1).tolist()
+    used = np.unique(peaks.tokens[inside])
+    at = np.searchsorted(used, peaks.tokens).tolist()
+    hexadecimal = np.frombuffer(b"0123456789a", np.uint8)[peaks.levels]
+    spans = [slice(low, low + length) for low, length in zip(first, lengths, strict=True)]
     return {
         "score": [None if p.score is None else round(p.score, 1) for p in points],
         "text": [shortened(p.label, _LONGEST) for p in points],
         "family": [p.group.family for p in points],
-        "words": [visible(strings[t]) for t in used],
-        "excerpts": excerpts,
-        "levels": levels,
-        "peak": at,
+        "words": [visible(strings[t]) for t in used.tolist()],
+        "excerpts": [row[span] for row, span in zip(at, spans, strict=True)],
+        "levels": [
+            row[span].tobytes().decode() for row, span in zip(hexadecimal, spans, strict=True)
+        ],
+        "peak": [BEFORE - low if length else 0 for low, length in zip(first, lengths, strict=True)],
     }
 
 
 def place_labels(points: Sequence[MapPoint]) -> list[Label]:
     """Return a label for each cluster of neurons that share a token or concept, the largest clusters first."""
     xy = np.array([_place(p) for p in points], np.float64).reshape(-1, 2)
-    by_share: dict[str, list[int]] = {}
-    for row, point in enumerate(points):
-        if point.group.shares:
-            by_share.setdefault(point.group.shares, []).append(row)
-    clusters = [
-        (text, members)
-        for text, rows in by_share.items()
-        if len(rows) >= _LEAST
-        for members in _clusters(np.array(rows), xy)
-    ]
+    clusters = [(points[rows[0]].group.shares, rows) for rows in _clusters(points, xy)]
     clusters.sort(key=lambda c: (-len(c[1]), c[0], c[1][0]))
     labels: list[Label] = []
-    for text, members in clusters[:_MOST_LABELS]:
-        x, y = np.median(xy[members], axis=0).tolist()
+    for text, rows in clusters[:_MOST_LABELS]:
+        x, y = np.median(xy[rows], axis=0).tolist()
         half = _width(text) / 2
         x = min(max(x, half), max(half, WIDTH - half))  # the whole label is visible at zoom 1
-        label = Label(text, x, y, len(members), 0.0)
-        zoom = next((z for z in _ZOOMS if not _overlaps(label, labels, z)), None)
+        zoom = _first_zoom(text, x, y, labels)
         if zoom is not None:
-            labels.append(Label(text, x, y, len(members), zoom))
+            labels.append(Label(text, x, y, len(rows), zoom))
     return labels
 
 
-def _clusters(rows: NDArray[Any], xy: NDArray[np.float64]) -> list[NDArray[Any]]:
-    """Return the clusters [c] of at least `_LEAST` of the neurons `rows` whose places [n, 2] are linked by near pairs."""
+def _clusters(points: Sequence[MapPoint], xy: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+    """Return the clusters: rows [c] of neurons that share a token or concept, linked by near pairs of `xy` [n, 2]."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
     from scipy.spatial import KDTree
 
-    pairs = KDTree(xy[rows]).query_pairs(_NEAR * WIDTH, output_type="ndarray")
-    shape = (len(rows), len(rows))
-    links = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape)
-    number, of = connected_components(links, directed=False)
-    members = (rows[of == c] for c in range(number))
-    return [m for m in members if len(m) >= _LEAST]
+    if not points:
+        return []
+    numbers: dict[str, int] = {"": 0}
+    share = np.array([numbers.setdefault(p.group.shares, len(numbers)) for p in points])
+    pairs = KDTree(xy).query_pairs(_NEAR * WIDTH, output_type="ndarray")
+    a, b = pairs[(share[pairs[:, 0]] == share[pairs[:, 1]]) & (share[pairs[:, 0]] > 0)].T
+    links = coo_matrix((np.ones(len(a)), (a, b)), (len(points), len(points)))
+    of = connected_components(links, directed=False)[1]
+    order = np.argsort(of, kind="stable")
+    clusters = np.split(order, np.flatnonzero(np.diff(of[order])) + 1)
+    return [rows for rows in clusters if len(rows) >= _LEAST]
 
 
-def _overlaps(label: Label, others: Sequence[Label], zoom: float) -> bool:
-    """Return whether a label overlaps one of `others` that is visible at `zoom`."""
-    return any(
-        abs(label.x - o.x) * zoom < (_width(label.text) + _width(o.text)) / 2 + 2
-        and abs(label.y - o.y) * zoom < _LINE
-        for o in others
-        if o.zoom <= zoom
-    )
+def _first_zoom(text: str, x: float, y: float, others: Sequence[Label]) -> float | None:
+    """Return the first of `_ZOOMS` at which a label overlaps none of `others` that are visible there; None if none."""
+    if not others:
+        return _ZOOMS[0]
+    dx, dy = (np.abs([o.x - x for o in others]), np.abs([o.y - y for o in others]))
+    wide = np.array([(_width(o.text) + _width(text)) / 2 + 2 for o in others])
+    zooms = np.array(_ZOOMS)[:, None]
+    visible_there = np.array([o.zoom for o in others]) <= zooms
+    overlaps = (dx * zooms < wide) & (dy * zooms < _LINE) & visible_there
+    free = np.flatnonzero(~overlaps.any(1))
+    return _ZOOMS[free[0]] if len(free) else None
 
 
 def _place(p: MapPoint) -> tuple[float, float]:
