@@ -6,7 +6,7 @@ from cratelm.results.neuron_groups import (
     NO_GROUP,
     TOKEN_CLASSES,
     NeuronGroup,
-    neuron_group,
+    neuron_groups,
     token_class,
 )
 
@@ -43,30 +43,57 @@ def test_classes_of_tokens(token: str, name: str) -> None:
     assert name in (*TOKEN_CLASSES, "other tokens")
 
 
-def test_a_neuron_without_a_concept_belongs_to_the_class_of_its_first_token() -> None:
-    assert neuron_group("", [" self", "\n"]) == NeuronGroup("beginnings of words", "self")
-    assert neuron_group("", ["self"]).shares == "self"  # with and without a space: the same label
-    assert neuron_group("", ["  "]) == NeuronGroup("line breaks and spaces", "␣␣")
-    assert neuron_group("", ["\n "]).shares == "⏎"
-    assert neuron_group("", []) == NO_GROUP
+def test_a_neuron_without_a_concept_belongs_to_the_class_of_its_token() -> None:
+    tokens = [" self", "self", "  ", "\n ", ""]
+    assert neuron_groups([""] * 5, tokens) == [
+        NeuronGroup("beginnings of words", "self"),
+        NeuronGroup("words and parts of words", "self"),  # the same label with and without a space
+        NeuronGroup("line breaks and spaces", "␣␣"),
+        NeuronGroup("line breaks and spaces", "⏎"),
+        NO_GROUP,
+    ]
+    assert neuron_groups([], []) == []
 
 
 @pytest.mark.parametrize(
-    ("sentence", "family", "shares"),
+    ("sentence", "shares"),
     [
-        (
-            "names of attributes after a dot: `get`, `set`; fires on 2% of tokens",
-            "names of attributes after a dot",
-            "names of attributes after a dot",
-        ),
-        ("digits and not in comments. Fires on ...", "digits", "digits and not in comments"),
-        ("the token `a;b.c:` after `(`; fires", "the token `a;b.c:` after `(`", "the token `a;b.c:` after `(`"),
-        ("x" * 60, "x" * 60, "x" * 39 + "…"),
+        ("names of attributes after a dot: `get`, `set`; 71% of its", "names of attributes after a dot"),
+        ("digits and dots, but not in comments; 50% of", "digits"),
+        ("commas, conjunctions and equals signs, among others: `,`", "commas"),
+        ("tokens after a dot and in comments. 20%", "tokens after a dot"),
+        ("`self` or `cls`, auxiliary verbs and dots; 3%", "`self` or `cls`"),
+        ("`if`, `elif` or `else` that are pieces of two letters; 3%", "`if`, `elif` or `else`"),
+        ("x" * 60, "x" * 31 + "…"),
     ],
 )  # fmt: skip
-def test_a_concept_comes_before_tokens(sentence: str, family: str, shares: str) -> None:
-    assert neuron_group(sentence, [" self"]) == NeuronGroup(family, shares)
+def test_a_label_is_the_first_concept(sentence: str, shares: str) -> None:
+    assert neuron_groups([sentence], [" self"])[0].shares == shares
 
 
-def test_a_sentence_without_a_claim_counts_as_none() -> None:
-    assert neuron_group("; fires on 2% of tokens", ["1"]).family == "numbers"
+def test_concepts_of_one_noun_are_a_family() -> None:
+    sentences = [
+        "opening square brackets, single capitals and dots; 1%",
+        "closing brackets; 1%",
+        "brackets of calls; 1%",
+        "single line breaks with an indentation; 1%",
+        "line breaks; 1%",
+        "parts of names up to an underscore and digits; 1%",
+        "names of built-in functions; 1%",
+        "tokens inside string literals; 1%",
+        "`self` or `cls`; 1%",
+        "",
+        "; 1%",
+    ]
+    groups = neuron_groups(sentences, ["1"] * len(sentences))
+    assert [g.family for g in groups] == [
+        *["brackets"] * 3,
+        *["line breaks"] * 2,
+        "parts of names up to an underscore",
+        "names",
+        "tokens inside string literals",
+        "`self` or `cls`",
+        "",  # without a sentence: no family, since the others are those of concepts
+        "",
+    ]
+    assert groups[-2].shares == "1"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from viewer_runs import NEURONS, Parsed, a_neuron
 
-from cratelm.results.neuron_groups import TOKEN_CLASSES, NeuronGroup, neuron_group
+from cratelm.results.neuron_groups import TOKEN_CLASSES, NeuronGroup, neuron_groups, token_class
 from cratelm.results.views import LayerQuery, MapPoint
 from cratelm.viewer.layer_map import (
     COLOURS,
@@ -27,7 +27,7 @@ pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
 
 
 def points(n: int, group: NeuronGroup | None = None) -> list[MapPoint]:
-    return [MapPoint(i, i / n, 0.5, None if i else 73.4, f"text {i}", group or neuron_group("", [" self"])) for i in range(n)]  # fmt: skip
+    return [MapPoint(i, i / n, 0.5, None if i else 73.4, f"text {i}", group or neuron_groups([""], [" self"])[0]) for i in range(n)]  # fmt: skip
 
 
 def drawn(of: list[MapPoint], address=lambda i: ""):
@@ -153,7 +153,7 @@ def test_the_details_of_a_page_are_those_of_its_run(run_details, library) -> Non
     assert len(run_details["text"]) == NEURONS
     assert str(table.explanations[row])[:40] in run_details["text"][index]
     favourite = library.index_of("run").favourites("crate-2l")[row][0]
-    assert run_details["family"][index] == neuron_group("", [store.token_strings[favourite]]).family
+    assert run_details["family"][index] == token_class(store.token_strings[favourite])
 
 
 @pytest.fixture
@@ -185,15 +185,12 @@ def test_groups_are_those_of_concepts_where_a_run_has_them(library, monkeypatch)
     own.index_of("run").build()
     table = own.table("run", "crate-2l")
     texts = np.full(len(table.layer), "", object)
-    texts[3] = "digits in comments: `1`; fires on 1% of tokens"
+    texts[3] = "digits in comments and dots: `1`; fires on 1% of tokens"
     monkeypatch.setitem(table.texts, ("", "concepts"), texts)
     groups = own.groups("run", "crate-2l")
-    assert groups[3] == NeuronGroup("digits in comments", "digits in comments")
-    assert {g.family for n, g in enumerate(groups) if n != 3} <= {
-        *TOKEN_CLASSES,
-        "other tokens",
-        "",
-    }
+    assert groups[3] == NeuronGroup("digits", "digits in comments")
+    assert {g.family for n, g in enumerate(groups) if n != 3} == {""}
+    assert any(g.shares for n, g in enumerate(groups) if n != 3)
 
 
 def test_without_an_index_there_are_no_groups_and_pages_are_shown(library) -> None:

@@ -1,7 +1,7 @@
 """Groups of neurons, for the colours and labels of maps and for a choice of neurons that differ.
 
-A neuron that the explainer `concepts` explained belongs to the group of its concept; any other neuron belongs to the
-class of the token that it fires on most.
+In a model that the explainer `concepts` explained, a neuron belongs to the family of the first concept of its sentence;
+in any other model, to the class of the token that it fires on most.
 """
 
 import keyword
@@ -13,12 +13,16 @@ from cratelm.text.display import visible
 
 CONCEPTS = "concepts"
 """explainer whose sentences name what a neuron responds to"""
-_CLAIM = re.compile(r"(?:`[^`]*`|[^`;:.])*")
-"""beginning of a sentence, up to the first `;`, `:` or `.` that is not inside backticks"""
-_TERM = re.compile(r" (?:and|or|but)(?: not)? |, ")
-"""separator of the terms of a claim"""
-_LONGEST = 40
-"""characters of a claim on a map"""
+_TERM = re.compile(r"(?:`[^`]*`(?:, (?=`)| or (?=`))?)+|(?:(?! and |, | but )[^`;:.])+")
+"""first concept of a sentence: names in backticks joined by commas and `or`, or words up to the next concept"""
+_HEAD = re.compile(
+    r" (?:of|with|without|other|that|up|in|on|at|after|before|except|inside|between|from|to|than)\b"
+)
+"""end of the noun of a concept and of the words before it"""
+_PARTS = frozenset({"parts", "pieces", "runs", "ends", "beginnings", "continuations"})
+"""nouns that say nothing without what they are of"""
+_LONGEST = 32
+"""characters of a label"""
 _PYTHON = frozenset(keyword.kwlist)
 _CLASSES: tuple[tuple[str, str], ...] = (
     ("line breaks and spaces", r"\s+"),
@@ -48,24 +52,61 @@ class NeuronGroup(NamedTuple):
 NO_GROUP = NeuronGroup("", "")
 
 
-def neuron_group(sentence: str, tokens: Sequence[str]) -> NeuronGroup:
-    """Return the group of a neuron.
+def neuron_groups(sentences: Sequence[str], tokens: Sequence[str]) -> list[NeuronGroup]:
+    """Return the groups of the neurons of a model, [n].
 
-    `sentence` is its explanation by `CONCEPTS`, empty if there is none; `tokens` are those that it fires on most, as
-    in the corpus, the first one counts. The claim is the beginning of the sentence, up to a colon, semicolon or full
-    stop; the family is the first term of the claim.
+    `sentences` [n] are their explanations by `CONCEPTS`, and `tokens` [n] the token that each fires on most, as in the
+    corpus; both are empty where there is none. If any neuron has a sentence, families are those of concepts, and neurons
+    without a sentence have none: `opening brackets` and `brackets of calls` are both of the family `brackets`.
     """
-    if sentence:
-        match = _CLAIM.match(sentence)
-        claim = match.group().strip() if match else ""
-        if claim:
-            shares = claim if len(claim) <= _LONGEST else claim[: _LONGEST - 1].rstrip() + "…"
-            return NeuronGroup(_TERM.split(claim, maxsplit=1)[0], shares)
-    if not tokens:
+    concepts = [_first_concept(sentence) for sentence in sentences]
+    if not any(concepts):
+        return [_of_token(token) for token in tokens]
+    nouns = [_noun(concept) for concept in concepts]
+    heads: dict[str, list[str]] = {}
+    for noun in filter(None, nouns):
+        heads[noun[-1]] = _common_end(heads.get(noun[-1], noun), noun)
+    return [
+        NeuronGroup(" ".join(heads[noun[-1]]), _shortened(concept))
+        if noun
+        else NeuronGroup("", _of_token(token).shares)
+        for concept, noun, token in zip(concepts, nouns, tokens, strict=True)
+    ]
+
+
+def _of_token(token: str) -> NeuronGroup:
+    if not token:
         return NO_GROUP
-    token = tokens[0]
-    bare = token.strip(" ") or token
-    return NeuronGroup(token_class(token), visible(bare))
+    return NeuronGroup(token_class(token), visible(token.strip(" ") or token))
+
+
+def _first_concept(sentence: str) -> str:
+    """Return the first concept of a sentence: `digits` of `digits and dots, but not in comments: `1`; 50% of ...`."""
+    match = _TERM.match(sentence)
+    return match.group().strip() if match else ""
+
+
+def _noun(concept: str) -> list[str]:
+    """Return the noun of a concept with the words before it; a place or names in backticks as one word; [] if empty.
+
+    `opening`, `square`, `brackets` for `opening square brackets of calls`.
+    """
+    if concept.startswith(("`", "tokens ")):
+        return [concept]
+    words = _HEAD.split(concept, maxsplit=1)[0].split()
+    return [concept] if words and words[-1] in _PARTS else words
+
+
+def _common_end(a: list[str], b: list[str]) -> list[str]:
+    """Return the words that two nouns have in common at their ends."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return a[len(a) - n :]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1].rstrip() + "…"
 
 
 def token_class(token: str) -> str:

@@ -32,11 +32,13 @@ _NEAR = 0.05
 """neurons that share a token form one cluster if each is at most this far from another, as a fraction of the map"""
 _LEAST = 3
 """neurons of a cluster with a label"""
-_MOST_LABELS = 150
+_MOST_LABELS, _AT_ONCE = 150, 30
+"""labels, and labels that are visible at zoom 1; at zoom z it is z^2 times as many on the whole map"""
 _ZOOMS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """zooms from which on a label may be visible; at zoom 1 the map is as wide as `WIDTH` pixels"""
-_LETTER, _BESIDE, _LINE = 7.3, 6.0, 19.0
-"""pixels: width of a character of a label, space on each side of it, and height of a label"""
+_LETTER, _BESIDE, _LINE, _ABOVE = 7.3, 6.0, 19.0, 15.0
+"""pixels: width of a character of a label, space on each side of it, height of a label, and its distance above the middle
+of its cluster"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def details(points: Sequence[MapPoint], peaks: Peaks | None, strings: Sequence[s
         "score": [None if p.score is None else round(p.score, 1) for p in points],
         "text": [shortened(p.label, _LONGEST) for p in points],
         "family": [p.group.family for p in points],
-        "words": [visible(strings[t]) for t in used.tolist()],
+        "words": [visible(strings[int(t)]) for t in used],
         "excerpts": [row[span] for row, span in zip(at, spans, strict=True)],
         "levels": [
             row[span].tobytes().decode() for row, span in zip(hexadecimal, spans, strict=True)
@@ -171,7 +173,10 @@ def _clusters(points: Sequence[MapPoint], xy: NDArray[np.float64]) -> list[NDArr
 
 
 def _first_zoom(text: str, x: float, y: float, others: Sequence[Label]) -> float | None:
-    """Return the first of `_ZOOMS` at which a label overlaps none of `others` that are visible there; None if none."""
+    """Return the first of `_ZOOMS` at which a label overlaps none of the visible `others`, and these are not too many.
+
+    None if there is no such zoom.
+    """
     if not others:
         return _ZOOMS[0]
     dx, dy = (np.abs([o.x - x for o in others]), np.abs([o.y - y for o in others]))
@@ -179,7 +184,8 @@ def _first_zoom(text: str, x: float, y: float, others: Sequence[Label]) -> float
     zooms = np.array(_ZOOMS)[:, None]
     visible_there = np.array([o.zoom for o in others]) <= zooms
     overlaps = (dx * zooms < wide) & (dy * zooms < _LINE) & visible_there
-    free = np.flatnonzero(~overlaps.any(1))
+    crowded = visible_there.sum(1) >= _AT_ONCE * zooms[:, 0] ** 2
+    free = np.flatnonzero(~overlaps.any(1) & ~crowded)
     return _ZOOMS[free[0]] if len(free) else None
 
 
@@ -213,6 +219,6 @@ def _label(label: Label) -> str:
     width, height = _width(label.text), _LINE - 2
     return (
         f'<g class="z{round(10 * label.zoom):02d}" transform="translate({label.x:.1f} {label.y:.1f})"><g>'
-        f'<rect x="{-width / 2:.1f}" y="{-height / 2:.1f}" width="{width:.1f}" height="{height:.0f}" rx="5"/>'
-        f"<text>{escape(label.text)}</text></g></g>"
+        f'<rect x="{-width / 2:.1f}" y="{-_ABOVE - height / 2:.1f}" width="{width:.1f}" height="{height:.0f}" rx="5"/>'
+        f'<text y="{-_ABOVE:.0f}">{escape(label.text)}</text></g></g>'
     )

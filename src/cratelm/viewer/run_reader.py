@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from cratelm.errors import InputError, one_line
 from cratelm.records import Split
 from cratelm.results.finding import Finding, finding
-from cratelm.results.neuron_groups import CONCEPTS, NeuronGroup, neuron_group
+from cratelm.results.neuron_groups import CONCEPTS, NeuronGroup, neuron_groups
 from cratelm.results.neuron_table import NeuronTable, layer_page, read_neuron_table
 from cratelm.results.neuron_view import NeuronFiles, NeuronQuery, neuron_view
 from cratelm.results.run_summary import run_card
@@ -298,12 +298,12 @@ class Library:
     def _groups(self, key: str, model: str, index: Index) -> Sequence[NeuronGroup]:
         table = self.table(key, model)
         favourites = index.favourites(model)
-        first = [-1] * len(table.layer) if favourites is None else favourites[:, 0].tolist()
         strings = self._strings(key) if favourites is not None else []
-        tokens = ([strings[t]] if 0 <= t < len(strings) else [] for t in first)
+        first = [-1] * len(table.layer) if favourites is None else favourites[:, 0].tolist()
+        tokens = [strings[t] if 0 <= t < len(strings) else "" for t in first]
         sentences = table.texts.get(("", CONCEPTS))
-        texts = [""] * len(first) if sentences is None else map(str, sentences)
-        return [neuron_group(text, of) for text, of in zip(texts, tokens, strict=True)]
+        texts = [""] * len(tokens) if sentences is None else list(map(str, sentences))
+        return neuron_groups(texts, tokens)
 
     def _strings(self, key: str) -> Sequence[str]:
         """Return the text of each token id; empty if the tokens are missing or damaged."""
