@@ -136,16 +136,23 @@ def test_twins_are_named_by_model_where_families_are_ambiguous() -> None:
     )
 
 
-def test_stale_models_are_left_out() -> None:
-    stale = replace(TWINS[0], stale=("scores are outdated",))
-    found = finding(run(stale, *TWINS[1:]))
+def test_models_whose_results_are_stale_are_left_out() -> None:
+    def stale(card: ModelCard, *stages: str) -> ModelCard:
+        return replace(card, stale=("outdated",), stale_stages=tuple(f"{s}/{card.name}" for s in stages))  # fmt: skip
+
+    found = finding(run(stale(TWINS[0], "scores"), *TWINS[1:]))
     assert found is not None
     assert [s.model for s in found.scores] == ["gpt2-2l"]
     assert found.sentence.startswith("The neurons of GPT-2")
-    null = replace(TWINS[2], stale=("scores are outdated",))
-    found = finding(run(TWINS[0], null))
+    found = finding(run(TWINS[0], stale(TWINS[2], "scores")))
     assert found is not None
     assert "untrained" not in found.sentence
+    other = run(stale(TWINS[0], "analysis", "replacement"), *TWINS[1:])
+    assert finding(other) == finding(run(*TWINS))  # what is stale is not what is shown
+    rows = {"crate-2l": losses(3.77, 4.31, 10.65), "gpt2-2l": losses(3.51, 4.36, 12.18)}
+    found = finding(other, rows)
+    assert found is not None
+    assert [row.model for row in found.losses] == ["gpt2-2l"]
 
 
 def test_scores_of_a_language_model_alone_have_other_metrics() -> None:

@@ -80,18 +80,24 @@ class Finding:
 def finding(card: RunCard, losses: Mapping[str, LossRow] | None = None) -> Finding | None:
     """Return the finding of a run, None if nothing is scored.
 
-    `losses` are the results of models whose codes were replaced by explanations, by name. Models with a stale stage
-    are left out, null controls are only references. The sentence is about the first twins, or about up to three
-    models if there are no twins.
+    `losses` are the results of models whose codes were replaced by explanations, by name. Models whose scores, or
+    losses, are stale are left out; null controls are only references. The sentence is about the first twins, or about
+    up to three models if there are no twins.
     """
-    models = [(place, m) for place, m in enumerate(_trained(card)) if not m.stale]
-    with_losses = [(place, m) for place, m in models if m.name in (losses or {})]
-    if losses and with_losses:
+    losses = losses or {}
+    trained = [m for m in card.models if not m.null_of]
+    with_losses = [
+        (place, m)
+        for place, m in enumerate(trained)
+        if m.name in losses and not _is_stale(m, "replacement")
+    ]
+    if with_losses:
         labels = _labels([m for _, m in with_losses])
         rows = [
             LossFigure(m.name, labels[m.name], place, losses[m.name]) for place, m in with_losses
         ]
         return Finding(_loss_sentence(_mentioned(rows, card)), losses=tuple(rows))
+    models = [(place, m) for place, m in enumerate(trained) if not _is_stale(m, "scores")]
     metrics = [m for m in (*SIMULATION_METRICS, *METRICS) if any(c.metric(m) for _, c in models)]
     if not metrics:
         return None
@@ -109,7 +115,9 @@ def _of_scores(
             continue
         of_metric = m.metric(metric)
         look_up = of_metric.look_up if of_metric else None
-        untrained = _mean(null, metric, m.explainer) if null and not null.stale else None
+        untrained = (
+            _mean(null, metric, m.explainer) if null and not _is_stale(null, "scores") else None
+        )
         rows.append(ScoreFigure(m.name, labels[m.name], place, own, look_up, untrained))
     if not rows:
         return None
@@ -119,8 +127,8 @@ def _of_scores(
     return Finding(sentence, scores=tuple(rows), metric=metric, explainer=explainer)
 
 
-def _trained(card: RunCard) -> list[ModelCard]:
-    return [m for m in card.models if not m.null_of]
+def _is_stale(card: ModelCard, stage: str) -> bool:
+    return f"{stage}/{card.name}" in card.stale_stages
 
 
 def _mean(card: ModelCard, metric: str, explainer: str = "") -> Interval | None:

@@ -72,6 +72,7 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
         dead=layers.dead,
         missing=_missing(run, name, done, bool(first.metrics), null_of),
         stale=tuple(run.stale_lines(name)),
+        stale_stages=tuple(run.stale(name)),
         by_llm=tuple(explainers[1:]),
     )
 

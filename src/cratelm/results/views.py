@@ -75,6 +75,8 @@ class ModelCard:
     """results that the model lacks, each with the command that produces it"""
     stale: tuple[str, ...] = ()
     """stages whose inputs have changed since, each with the command that redoes it"""
+    stale_stages: tuple[str, ...] = ()
+    """labels of these stages, such as `scores/crate-2l`"""
     by_llm: tuple[ExplainerCard, ...] = ()
     """scores of the explainers that are language models, other than `explainer`"""
 
