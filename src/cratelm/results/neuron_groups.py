@@ -7,6 +7,7 @@ in any other model, to the class of the token that it fires on most.
 import keyword
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from cratelm.text.display import visible
@@ -74,6 +75,7 @@ def neuron_groups(sentences: Sequence[str], tokens: Sequence[str]) -> list[Neuro
     ]
 
 
+@lru_cache(maxsize=1 << 16)
 def _of_token(token: str) -> NeuronGroup:
     if not token:
         return NO_GROUP

@@ -26,6 +26,7 @@ from cratelm.results.views import ExplainerCard, MetricCard, ModelCard, RunCard
 from cratelm.runs import Completion, Run, StageName
 from cratelm.runs.names import family_of, null_kind, split_set
 from cratelm.runs.reading import read_parquet
+from cratelm.runs.stage import stale_lines
 from cratelm.score.whole_summary import LOOKUP
 from cratelm.stats.scores import ModelStatistics
 
@@ -56,6 +57,7 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
     layers = _layers(run, name, problems) if done["activations"] else _Layers()
     explainers = _explainers(run, name, problems)
     first = explainers[0] if explainers else ExplainerCard("", ())
+    stale = run.stale(name)
     trained = done["model"].results if done["model"] else {}
     return ModelCard(
         name=name,
@@ -71,8 +73,8 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
         firing=layers.firing,
         dead=layers.dead,
         missing=_missing(run, name, done, bool(first.metrics), null_of),
-        stale=tuple(run.stale_lines(name)),
-        stale_stages=tuple(run.stale(name)),
+        stale=tuple(stale_lines(stale)),
+        stale_stages=tuple(stale),
         by_llm=tuple(explainers[1:]),
     )
 
