@@ -5,15 +5,17 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_run import copied
 from viewer_runs import Parsed, a_neuron, brute
 
 from cratelm.results.views import ExcerptView, LayerQuery, ShadedToken
 from cratelm.viewer import drawings
 from cratelm.viewer.exports import latex_figure
-from cratelm.viewer.featured import RARELY
+from cratelm.viewer.featured import RARELY, ranking, shown_excerpt
 from cratelm.viewer.pages import Links, Pages, as_data, excerpts_html
 from cratelm.viewer.run_reader import Library
 
@@ -264,3 +266,32 @@ def test_a_run_with_one_model_or_without_scores_has_an_overview(copy):
     assert 'class="lead"' not in page
     assert "Neurons worth opening" not in page
     assert "crate-2l" in page
+
+
+def test_without_a_simulation_the_strongest_excerpt_is_shown():
+    def excerpt(rank, simulated):
+        true = tuple(ShadedToken(f"t{i}", float(i == 20), 10 * (i == 20)) for i in range(40))
+        return ExcerptView("top", 0, rank, 20, "name", true, simulated)
+
+    constant = tuple(ShadedToken("t", 1.0, 10) for _ in range(40))
+    right = excerpt(0, ()).true
+    view = SimpleNamespace(excerpts=(excerpt(0, ()), excerpt(1, constant)))
+    shown = shown_excerpt(view)  # pyright: ignore[reportArgumentType]
+    assert shown is not None
+    assert shown.rank == 0
+    assert shown.true[shown.peak].text == "t20"
+    assert [t.text for t in shown.true] == [f"t{i}" for i in range(4, 28)]
+    view.excerpts += (excerpt(2, right),)
+    assert shown_excerpt(view).rank == 2
+    assert shown_excerpt(SimpleNamespace(excerpts=())) is None  # pyright: ignore[reportArgumentType]
+
+
+def test_a_run_of_an_earlier_version_has_an_overview(tmp_path):
+    library = Library([copied(tmp_path)])
+    assert ranking(library.table("run", "crate-2l"))[1] == "score"
+    found = library.featured("run", "crate-2l")
+    column = library.table("run", "crate-2l").best_score()
+    assert column is not None
+    assert {n.value for n in found} <= set(column.values.tolist())
+    page = Pages(library).overview("run")
+    assert page.count("Neurons worth opening") == bool(found)
