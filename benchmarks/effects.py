@@ -32,7 +32,7 @@ def naive(
     partial: PartialForward, text: HeldOutText, neurons: list[np.ndarray]
 ) -> list[list[float]]:
     """Return the mean change of the loss without each neuron, by layer, measured with whole forward passes."""
-    tokens, _ = next(text.batches(text.n_tokens))
+    tokens, *_ = next(text.batches(text.n_tokens))
     ids = torch.from_numpy(tokens).to(partial.model.device)
     step = rows_at_a_time(partial, text.length)
 
@@ -73,7 +73,7 @@ def compare(
 
 def firing(partial: PartialForward, text: HeldOutText) -> float:
     """Return the fraction of tokens at which a neuron is not 0, mean over neurons and layers."""
-    tokens, _ = next(text.batches(4096))
+    tokens, *_ = next(text.batches(4096))
     activations = capture(
         partial.model, partial.site, torch.from_numpy(tokens[:, :-1]).to(partial.model.device)
     )

@@ -66,7 +66,8 @@ TOPICS = [
         *("docs/first-steps.md", "docs/index.md", "docs/browser.md", "docs/white-box.md"),
         *("docs/verbs/demo.md", "docs/verbs/tokenize.md", "docs/verbs/train.md"),
         *("docs/verbs/harvest.md", "docs/verbs/explain.md", "docs/verbs/score.md"),
-        *("docs/verbs/report.md", "docs/verbs/view.md", "docs/verbs/analyze.md"),
+        *("docs/verbs/replace.md", "docs/verbs/report.md", "docs/verbs/view.md"),
+        "docs/verbs/analyze.md",
     ],
     [
         *("docs/verbs/import-sae.md", "docs/saes.md", "docs/verbs/sae-train.md"),
@@ -88,6 +89,7 @@ TINY = {
     "explain": "--neurons 4",
     "analyze": "--tokens 2000",
     "seeds": "--tokens 2000",
+    "replace": "--fit-tokens 2000 --tokens 2000 --neuron-tokens 0 --curve-tokens 1000",
     "effects": "--neurons 4 --tokens 512 --positions 4",
     "intervene": "--neurons 2 --texts 2",
     "view": "--port 0 --neurons 2",

@@ -99,8 +99,9 @@ def test_ablation_equals_the_naive_way(kind, name, direct, put):
     assert [w is not None for w in rest.writes] == [direct] * site.n_layers
     text = HeldOutText.of(Split(), T, 96, 0)  # type: ignore[arg-type]
     chosen = np.array([1, 5, 11])
-    means = None if put == 0 else [np.full(3, put)] * 2
-    found = ablate(rest, text, [chosen, chosen], means, 40, tqdm(disable=True))
+    means = [torch.full((3,), put)] * 2
+    edits = None if put == 0 else lambda tokens, positions: means
+    found = ablate(rest, text, [chosen, chosen], edits, 40, tqdm(disable=True))
     for layer in (0, 1):
         for j, neuron in enumerate(chosen):
             change, own, documents = naive(model, site, layer, int(neuron), put)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cratelm.llm.client import DryRun, WorkerResult
     from cratelm.pipelines.demo import DemoResult
     from cratelm.pipelines.sae_compare import SaeCompareResult
+    from cratelm.replace.replace import ReplaceResult
     from cratelm.report.report import ReportResult
     from cratelm.runs.check import CheckResult
     from cratelm.sae.evaluate import SaeEvaluateResult
@@ -59,6 +60,7 @@ __all__ = [
     "intervene",
     "merge_harvest",
     "predict",
+    "replace",
     "report",
     "sae_compare",
     "sae_evaluate",
@@ -648,6 +650,57 @@ def score(
             simulator's if it differs
     """
     return _run("score", locals())
+
+
+def replace(
+    *,
+    run: str | Path = Path("runs/default"),
+    model: str = "crate-2l",
+    explainers: tuple[str, ...] = ("lookup", "trie", "trie:200", "trie@excerpts"),
+    layers: tuple[Literal["all", "one", "up-to"], ...] = ("all", "one", "up-to"),
+    depth: int = 4,
+    fit_tokens: int = 200_000,
+    tokens: int = 100_000,
+    neuron_tokens: int = 512,
+    curve_tokens: int = 20_000,
+    batch_tokens: int = 8192,
+    resamples: int = 2000,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> "ReplaceResult":
+    """Run a model on the explanations of its neurons, and measure the loss on held-out text.
+
+    Every neuron is explained from a pass over fit tokens. Then the codes of a layer, or of several, are replaced by what
+    the explanations predict from the tokens, and the rest of the model runs on.
+
+    Args:
+        run: run directory with a harvest of the model
+        model: name of the harvested model or latents in the run
+        explainers: explanations to run the model on. `lookup`: the mean activation per token;
+            `trie`: the mean by context; both from a pass over fit tokens and without a limit of
+            their size; `trie:200`: at most 200 entries per neuron; `trie@excerpts`: as `cratelm
+            explain` makes them from excerpts. Several with + between them are stacked: each is made
+            from what those before it leave unexplained
+        layers: what is replaced at once: `all` layers, each `one` alone, all layers `up-to` each
+            one
+        depth: tokens of context, including the current one
+        fit_tokens: fit tokens that explanations are made from, a random sample of whole sequences
+        tokens: held-out tokens on which the loss is measured, a random sample of whole sequences
+        neuron_tokens: held-out tokens on which the cost of replacing one neuron alone is measured;
+            0: not measured
+        curve_tokens: held-out tokens on which the loss with only the best-explained neurons
+            replaced is measured; 0: not measured
+        batch_tokens: tokens per forward pass; fewer if their logits or predictions would exceed 256
+            MiB
+        resamples: bootstrap resamples over documents
+        seed: seed of the samples of sequences, the shuffled explanations and the bootstrap
+        device: cpu, cuda, cuda:1 ...; auto: the device of the harvest if this machine has it
+        force: redo the stage even if it is finished
+        quiet: no progress bar
+    """
+    return _run("replace", locals())
 
 
 def report(

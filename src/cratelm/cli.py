@@ -89,6 +89,12 @@ VERBS: dict[str, Verb] = {
         "cratelm.score.config:ScoreConfig",
         "score the explanations on held-out excerpts",
     ),
+    "replace": Verb(
+        "cratelm.replace.replace",
+        "cratelm.replace.config:ReplaceConfig",
+        "run a model on the explanations of its neurons, and measure the loss",
+        several=True,
+    ),
     "report": Verb(
         "cratelm.report.report",
         "cratelm.report.config:ReportConfig",

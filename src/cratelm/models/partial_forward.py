@@ -174,12 +174,12 @@ class PartialForward:
         self, ids: torch.Tensor, block: int, hidden: torch.Tensor | None, last: int | None
     ) -> torch.Tensor:
         """Return logits [n, last, V] if `block` returns `hidden` [n, T, D]; block -1 is a plain pass."""
-        with self._replayed(block, hidden):
+        with self.replayed(block, hidden):
             return next_logits(self.model, ids, last or ids.shape[1]).float()
 
     @contextlib.contextmanager
-    def _replayed(self, block: int, hidden: torch.Tensor | None) -> Iterator[None]:
-        """Make `block` return `hidden`, and the blocks before it their own input, while open."""
+    def replayed(self, block: int, hidden: torch.Tensor | None) -> Iterator[None]:
+        """Make `block` return `hidden`, and the blocks before it their own input, while open; block -1 changes nothing."""
         # `forward` is set on the instance, not `__call__`, which Python looks up on the class. So hooks
         # of the blocks still run, and removing the attribute restores the class's method.
         patched = self.blocks[: block + 1]

@@ -18,7 +18,7 @@ MODEL_STAGES: dict[StageName, str] = {
 """stages of one model, with the command that writes each"""
 SET_STAGES: dict[StageName, str] = {"explanations": "explain", "scores": "score"}
 """those that can exist several times: once without a language model, and once for each language model"""
-SIDE_STAGES: tuple[StageName, ...] = ("sae", "steer", "analysis", "seeds")
+SIDE_STAGES: tuple[StageName, ...] = ("sae", "steer", "analysis", "seeds", "replacement")
 """optional measurements of a model. Every stage listed here and above is an input of the report, so that an
 addition makes existing reports of runs with such a stage ask for `--force`"""
 READ_ERRORS = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IndexError, AttributeError)  # fmt: skip

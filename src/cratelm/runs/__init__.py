@@ -5,7 +5,7 @@ runs/NAME/
   manifest.json                     all finished stages, collected from the records below
   tokens/                           shards, tokenizer, documents
   model/MODEL/  activations/MODEL/  explanations/MODEL/  scores/MODEL/   one folder per model
-  steer/MODEL/  analysis/MODEL/  seeds/MODEL/  sae/MODEL@NAME/           likewise
+  replacement/MODEL/  steer/MODEL/  analysis/MODEL/  seeds/MODEL/  sae/MODEL@NAME/   likewise
   report/
 ```
 """

@@ -47,6 +47,7 @@ StageName = Literal[
     "steer",
     "analysis",
     "seeds",
+    "replacement",
     "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -76,6 +77,7 @@ _VERBS: dict[StageName, str] = {
     "steer": "effects",
     "analysis": "analyze",
     "seeds": "seeds",
+    "replacement": "replace",
     "report": "report",
 }
 

@@ -1,6 +1,6 @@
 """The loss on held-out text without each neuron, one at a time.
 
-A neuron is set to 0 (or to its mean) at every token, and the loss of every next token is measured again, paired
+A neuron is set to 0 (or to its mean, or to what its explanation predicts) at every token, and the loss of every next token is measured again, paired
 with the loss of the same token in the unedited model. The blocks before the neuron are computed once
 (`cratelm.models.partial_forward`). A sequence in which the edit changes nothing is not run again, because its
 change is 0; after the last block the same holds for single tokens. Running the whole model for each neuron takes
@@ -13,7 +13,7 @@ Shape legend: B sequences, T positions, H neurons, k neurons measured in a layer
 n rows (a row is one sequence with one neuron edited), V vocabulary, L layers of the site.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,9 @@ GROUP = 32
 """number of neurons whose changes are in memory at a time"""
 Float64 = NDArray[np.float64]
 _ALL = Share()
+Edits = Callable[[NDArray[np.int64], NDArray[np.int64]], Sequence[torch.Tensor]]
+"""returns what the neurons of each layer [L] are set to at the tokens [B, T] of a batch, which are at these positions of
+the split [B, T]: one value per neuron [k], or one per token and neuron [B, T, k]"""
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,18 @@ class HeldOutText:
         """Number of predicted tokens in all sequences."""
         return len(self.sequences) * self.length
 
-    def batches(self, batch_tokens: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield tokens [B, T + 1] and the ordinals [B, T] of the documents of the targets."""
+    def batches(
+        self, batch_tokens: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield tokens [B, T + 1], the ordinals [B, T] of the documents of the targets, and the positions [B, T] before them."""
         size = max(1, batch_tokens // self.length)
         for first in range(0, len(self.sequences), size):
             numbers = self.sequences[first : first + size]
             tokens = np.stack([self.split.sequence(i, self.length) for i in numbers])
             # sequence i begins at token i * T of the split; its targets are the tokens after its first
-            positions = numbers[:, None] * self.length + np.arange(1, self.length + 1)
-            documents = self.split.documents_at(positions.ravel()).reshape(positions.shape)
-            yield tokens, documents
+            positions = numbers[:, None] * self.length + np.arange(self.length)
+            documents = self.split.documents_at(positions.ravel() + 1).reshape(positions.shape)
+            yield tokens, documents, positions
 
 
 @dataclass(frozen=True)
@@ -100,14 +105,14 @@ def ablate(
     partial: PartialForward,
     text: HeldOutText,
     neurons: Sequence[NDArray[np.int64]],
-    means: Sequence[NDArray[np.float64]] | None,
+    edits: Edits | None,
     batch_tokens: int,
     bar: tqdm,
     share: Share = _ALL,
 ) -> Ablations:
     """Return the loss without each of `neurons` [L][k], indices of neurons by layer of the site.
 
-    Neurons are set to `means` [L][k], or to 0 if `means` is None. With a `share`, only its groups of `GROUP`
+    Neurons are set to what `edits` returns, or to 0 if that is None. With a `share`, only its groups of `GROUP`
     neurons are measured: groups are never divided, because products of matrices of another size round differently.
     `bar` advances by one for each neuron and batch.
     """
@@ -115,7 +120,7 @@ def ablate(
     sums = [_Sums(len(of_layer)) for of_layer in neurons]
     base = _Sums(1)
     device = partial.model.device
-    for tokens, documents in text.batches(batch_tokens):
+    for tokens, documents, positions in text.batches(batch_tokens):
         for document in documents.ravel().tolist():
             column_of.setdefault(document, len(column_of))
         ids = torch.from_numpy(tokens).to(device)
@@ -123,16 +128,15 @@ def ablate(
         trace = partial.trace(ids[:, :-1])
         losses = _plain_losses(partial, trace, ids[:, 1:])  # [B, T]
         base.grow(len(column_of))
-        for name, values in (("all", losses), ("n", torch.ones_like(losses))):
-            base.add(name, torch.zeros_like(columns), columns, values)
+        for name, of_tokens in (("all", losses), ("n", torch.ones_like(losses))):
+            base.add(name, torch.zeros_like(columns), columns, of_tokens)
+        values = None if edits is None else edits(tokens[:, :-1], positions)
         for site_layer, of_layer in enumerate(neurons):
             sums[site_layer].grow(len(column_of))
             batch = _Batch(partial, trace, site_layer, ids[:, 1:], losses, columns)
             for first in _groups(site_layer, len(of_layer), share):
                 group = slice(first, first + GROUP)
-                value = None
-                if means is not None:
-                    value = torch.from_numpy(means[site_layer][group]).to(losses)
+                value = None if values is None else values[site_layer][..., group].to(losses)
                 indices = torch.from_numpy(of_layer[group]).to(device)
                 _measure(batch, indices, first, value, sums[site_layer])
                 bar.update(len(indices))
@@ -223,7 +227,9 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _measure(
     batch: _Batch, neurons: torch.Tensor, first: int, value: torch.Tensor | None, sums: _Sums
 ) -> None:
-    """Add the changes of the loss with `neurons` [g] of a layer set to `value` [g], or to 0 if None, to `sums`.
+    """Add the changes of the loss with `neurons` [g] of a layer set to `value`, or to 0 if None, to `sums`.
+
+    `value` is [g], or [B, T, g] if it differs by token.
 
     They belong to the rows `first` ... `first + g - 1` of `sums`.
     """

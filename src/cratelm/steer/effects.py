@@ -148,7 +148,7 @@ def _effects(
     ranks: Ranks,
 ) -> dict[NeuronId, VocabularyEffect]:
     """Return the effects on the logits of all selected neurons that fire at a drawn token, on rank 0."""
-    tokens, _ = next(text.batches(config.batch_tokens))
+    tokens, *_ = next(text.batches(config.batch_tokens))
     sample = partial.trace(torch.from_numpy(tokens[:, :-1]).to(partial.model.device))
     matrix = direct_logit_attribution(partial, sample)
     effects: list[VocabularyEffect] = []
@@ -189,13 +189,14 @@ def _ablations(
 ) -> Ablations:
     """Return the loss without each selected neuron, on rank 0."""
     neurons = _by_layer(harvested, selected)
-    means = None
+    edits = None
     if config.ablation == "mean":
         mean_of = {s.neuron: s.mean for s in read_summaries(harvested.folder, "fit")}
         means = [
-            np.array([mean_of[s.neuron] for s in selected if s.neuron.layer == layer])
+            torch.tensor([mean_of[s.neuron] for s in selected if s.neuron.layer == layer])
             for layer in harvested.site.layer_numbers
         ]
+        edits = lambda tokens, positions: means  # noqa: E731
     # rounded up, like the batches of `HeldOutText.batches`
     batches = -(-len(text.sequences) // max(1, config.batch_tokens // text.length))
     with tqdm(
@@ -204,7 +205,7 @@ def _ablations(
         unit="neuron and batch",
         disable=config.quiet or not ranks.is_first,
     ) as bar:
-        ablations = ablate(partial, text, neurons, means, config.batch_tokens, bar, ranks.share)
+        ablations = ablate(partial, text, neurons, edits, config.batch_tokens, bar, ranks.share)
     for of_rank in ranks.collected(ablations):
         ablations.add(of_rank)
     return ablations

@@ -1,0 +1,107 @@
+"""Options of `cratelm replace`. Imports nothing heavy, so that `--help` is quick."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from cratelm.errors import InputError
+from cratelm.replace.layers import EXTENTS, Extent
+from cratelm.runs import Options, at_least, check_resamples, not_in_identity
+
+Kind = Literal["lookup", "trie"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+EXCERPTS = "excerpts"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the explanations that are stacked, as `--explainers` writes it: KIND, KIND:N or KIND@excerpts."""
+
+    kind: Kind
+    most: int = 0
+    """entries per neuron; 0 = no limit"""
+    of_excerpts: bool = False
+    """made by `cratelm explain` from excerpts, instead of from a pass over fit tokens"""
+
+
+def parts_of(explainer: str) -> tuple[Part, ...]:
+    """Return the parts of an explainer, in the order in which they are stacked.
+
+    Raises `InputError` for any form other than KIND, KIND:N and KIND@excerpts, with + between them.
+    """
+    return tuple(_part(word, explainer) for word in explainer.split("+"))
+
+
+def _part(word: str, explainer: str) -> Part:
+    match = re.fullmatch(rf"({'|'.join(KINDS)})(?::([1-9][0-9]{{0,8}})|(@{EXCERPTS}))?", word)
+    if match is None:
+        raise InputError(
+            f"--explainers {explainer}: it must be {' or '.join(KINDS)}, with a limit of entries such as"
+            f" {KINDS[-1]}:200 or with @{EXCERPTS}, or several of these with + between them"
+        )
+    kind: Kind = match[1]  # type: ignore[assignment]
+    return Part(kind, int(match[2] or 0), match[3] is not None)
+
+
+@dataclass(frozen=True)
+class ReplaceConfig(Options):
+    """Run a model on the explanations of its neurons, and measure the loss on held-out text.
+
+    Every neuron is explained from a pass over fit tokens. Then the codes of a layer, or of several, are replaced by what
+    the explanations predict from the tokens, and the rest of the model runs on.
+    """
+
+    run: Path = not_in_identity(Path("runs/default"))
+    """run directory with a harvest of the model"""
+    model: str = "crate-2l"
+    """name of the harvested model or latents in the run"""
+    explainers: tuple[str, ...] = ("lookup", "trie", "trie:200", "trie@excerpts")
+    """explanations to run the model on. `lookup`: the mean activation per token; `trie`: the mean by context; both from a
+    pass over fit tokens and without a limit of their size; `trie:200`: at most 200 entries per neuron; `trie@excerpts`: as
+    `cratelm explain` makes them from excerpts. Several with + between them are stacked: each is made from what those
+    before it leave unexplained"""
+    layers: tuple[Extent, ...] = EXTENTS
+    """what is replaced at once: `all` layers, each `one` alone, all layers `up-to` each one"""
+    depth: int = 4
+    """tokens of context, including the current one"""
+    fit_tokens: int = 200_000
+    """fit tokens that explanations are made from, a random sample of whole sequences"""
+    tokens: int = 100_000
+    """held-out tokens on which the loss is measured, a random sample of whole sequences"""
+    neuron_tokens: int = 512
+    """held-out tokens on which the cost of replacing one neuron alone is measured; 0: not measured"""
+    curve_tokens: int = 20_000
+    """held-out tokens on which the loss with only the best-explained neurons replaced is measured; 0: not measured"""
+    batch_tokens: int = 8192
+    """tokens per forward pass; fewer if their logits or predictions would exceed 256 MiB"""
+    resamples: int = 2000
+    """bootstrap resamples over documents"""
+    seed: int = 0
+    """seed of the samples of sequences, the shuffled explanations and the bootstrap"""
+    device: str = not_in_identity("auto")
+    """cpu, cuda, cuda:1 ...; auto: the device of the harvest if this machine has it"""
+    force: bool = not_in_identity(False)
+    """redo the stage even if it is finished"""
+    quiet: bool = not_in_identity(False)
+    """no progress bar"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(
+            self,
+            {"depth": 1, "fit_tokens": 1, "tokens": 1, "neuron_tokens": 0,
+             "curve_tokens": 0, "batch_tokens": 1, "resamples": 1, "seed": 0},
+        )  # fmt: skip
+        check_resamples(self)
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise InputError(
+                f"--layers {' '.join(self.layers) or '(none)'}: give one or more of"
+                f" {', '.join(EXTENTS)}, each once"
+            )
+        if not self.explainers or len(set(self.explainers)) != len(self.explainers):
+            raise InputError(
+                f"--explainers {' '.join(self.explainers) or '(none)'}: give one or more, each once"
+            )
+        for explainer in self.explainers:
+            parts_of(explainer)

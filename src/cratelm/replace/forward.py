@@ -1,0 +1,247 @@
+"""Run a model in which explanations take the place of the codes of some layers, and measure its loss.
+
+The hook of a replaced layer ignores the activations that the model computed: it returns what the explanations predict
+from the tokens. For latents of autoencoders, their decoded predictions take the place of the activations below them, and
+what the autoencoder cannot reconstruct is dropped, because it would carry activations past the explanations.
+
+In some models nothing passes round the codes of a layer: what its block returns is a function of them alone, as in CRATE
+without a residual. Then no block up to that one need run, and whatever is replaced below it does not matter. This is
+measured on each layer, not assumed. In other models the blocks before the first replaced layer return what one plain
+pass stored (`cratelm.models.partial_forward`).
+
+Half of the time of such a pass is the head. So logits are computed for a few rows at a time, and where the hidden states
+are a function of the last replaced codes, for each different row of codes once: the last token decides the row of a
+look-up table, and one row serves all tokens whose codes are at their means.
+
+Shape legend: B sequences of T tokens, n = B * T, G different rows of codes, H neurons of a layer, D width, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cratelm.errors import InputError
+from cratelm.models.partial_forward import PartialForward, Trace, next_logits
+from cratelm.models.sites import Site, hooked
+from cratelm.steer.ablation import token_losses
+from cratelm.train.head_loss import rows_per_chunk
+
+Codes = Mapping[int, NDArray[np.float32]]
+"""predicted activations [n, H] by place of the site"""
+_STORED_SCALES = ("layer_norm", "constant_norm_rescale")
+"""normalisations of SAELens whose decoding depends on the activations that were encoded last"""
+
+
+class ExplainedModel:
+    """A model that can run with some of its codes replaced.
+
+    Raises `InputError` for autoencoders that scale what they decode by the activations that they encoded.
+    """
+
+    def __init__(self, model: Any, site: Site):
+        self.model, self.site = model, site
+        self._below = replace(site, autoencoders=())
+        _check_scales(site)
+        self._partial: PartialForward | None = None
+        with contextlib.suppress(InputError):  # a site outside numbered blocks: whole passes
+            self._partial = PartialForward(model, self._below)
+        self._head = self._plain_head()
+        self.passes_nothing = [self._passes_nothing(p) for p in range(site.n_layers)]
+        """by place: whether its block returns a function of the codes alone"""
+
+    @torch.no_grad()
+    def trace(self, ids: torch.Tensor) -> Trace:
+        """Run one plain pass over ids [B, T], and return the block outputs and codes [B, T, H] of each place."""
+        if self._partial is not None:
+            trace = self._partial.trace(ids)
+            codes = [self._encoded(place, a) for place, a in enumerate(trace.activations)]
+            return Trace(ids, trace.outputs, codes)
+        codes: list[torch.Tensor] = []
+        with hooked(self.model, self.site, lambda _, a: codes.append(a)):
+            self.model.base_model(input_ids=ids, use_cache=False)
+        return Trace(ids, {}, codes)
+
+    def needed(self, places: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the places whose replacement decides what the model computes, of those that are replaced."""
+        cut = max((p for p in places if self.passes_nothing[p]), default=0)
+        return tuple(p for p in places if p >= cut)
+
+    @torch.no_grad()
+    def losses(
+        self, trace: Trace, codes: Codes, mixed: Mapping[int, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return the loss [B, T - 1] of every next token in nats, with `codes` in place of those of the model.
+
+        `mixed` has by place the neurons [H] that are replaced (default: all); the others keep what the model computes.
+        Without codes it is the loss of the model.
+        """
+        ids = trace.ids
+        if not mixed and self._is_function_of_codes(codes):
+            return self._losses_of_rows(ids, *codes.items())  # of one place
+        shaped = {
+            place: torch.from_numpy(np.ascontiguousarray(of)).to(ids.device).view(*ids.shape, -1)
+            for place, of in codes.items()
+        }
+        with self._running(trace, shaped, mixed or {}):
+            if self._head is None:
+                logits = next_logits(self.model, ids, ids.shape[1])
+                return token_losses(logits[:, :-1].float(), ids[:, 1:])
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return self._head_losses(hidden[:, :-1].flatten(0, 1), ids)
+
+    def _is_function_of_codes(self, codes: Codes) -> bool:
+        """Return whether the hidden states after the last block are functions of these codes alone."""
+        if self._head is None or self._partial is None or len(codes) != 1:
+            return False
+        (place,) = codes
+        return self.passes_nothing[place] and self._partial.is_last(place)
+
+    def _losses_of_rows(
+        self, ids: torch.Tensor, item: tuple[int, NDArray[np.float32]]
+    ) -> torch.Tensor:
+        """Return the losses [B, T - 1] if the codes [n, H] of the last place decide the hidden states."""
+        assert self._partial is not None
+        place, codes = item
+        first, which = _different_rows(codes)
+        rows = torch.from_numpy(np.ascontiguousarray(codes[first])).to(ids.device)
+        writes = self._partial.writes[place]
+        assert writes is not None
+        decoded = self._decoded(place, rows.to(writes.dtype)) @ writes  # [G, D]
+        # after the last block the model treats each token separately: rows are sequences of one token
+        block = self._partial.block_numbers[place]
+        alone = torch.zeros(len(rows), 1, dtype=torch.long, device=ids.device)
+        with self._partial.replayed(block, decoded[:, None]):
+            hidden = self.model.base_model(input_ids=alone, use_cache=False).last_hidden_state
+        row_of = torch.from_numpy(which).to(ids.device).view(ids.shape)[:, :-1].flatten()
+        return self._head_losses(hidden[:, 0], ids, row_of)
+
+    def _head_losses(
+        self, hidden: torch.Tensor, ids: torch.Tensor, row_of: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the losses [B, T - 1], from the hidden states [rows, D] and the row of each token (default: its own)."""
+        head, targets = self._head, ids[:, 1:].flatten()
+        assert head is not None
+        step = rows_per_chunk(len(hidden), *reversed(head.shape), device=hidden.device.type)
+        partition = torch.cat(
+            [torch.logsumexp(part @ head.T, -1) for part in hidden.float().split(step)]
+        )
+        if row_of is not None:
+            hidden, partition = hidden[row_of], partition[row_of]
+        own = (hidden.float() * head[targets]).sum(-1)
+        return (partition - own).view(ids.shape[0], -1)
+
+    @torch.no_grad()
+    def _plain_head(self) -> torch.Tensor | None:
+        """Return the weights [V, D] by which the model makes logits of its hidden states; None if it does more than that.
+
+        This is checked on 6 random tokens.
+        """
+        find = getattr(self.model, "get_output_embeddings", None)
+        head = find() if find else None
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            return None
+        vocabulary = self.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (1, 6), generator=generator).to(head.weight.device)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = next_logits(self.model, ids, 6).float()
+        weight = head.weight.detach().float()
+        is_plain = torch.allclose(hidden.float() @ weight.T, logits, rtol=1e-3, atol=1e-3)
+        return weight if is_plain else None
+
+    @contextlib.contextmanager
+    def _running(
+        self,
+        trace: Trace,
+        codes: Mapping[int, torch.Tensor],
+        mixed: Mapping[int, torch.Tensor],
+    ) -> Iterator[None]:
+        """Replace codes [B, T, H] by place while open."""
+
+        def whole(place: int, activations: torch.Tensor) -> torch.Tensor | None:
+            if place not in codes:
+                return None
+            return self._decoded(place, codes[place].to(activations.dtype))
+
+        def partly(place: int, activations: torch.Tensor) -> torch.Tensor | None:
+            if place not in codes:
+                return None
+            own = self._encoded(place, activations)
+            return self._decoded(place, torch.where(mixed[place], codes[place].to(own.dtype), own))
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(hooked(self.model, self._below, partly if mixed else whole))
+            if self._partial is not None and trace.outputs:
+                block, hidden = self._begin(trace, codes, is_whole=not mixed)
+                stack.enter_context(self._partial.replayed(block, hidden))
+            yield
+
+    def _begin(
+        self, trace: Trace, codes: Mapping[int, torch.Tensor], *, is_whole: bool
+    ) -> tuple[int, torch.Tensor | None]:
+        """Return the last block that need not run, and what it returns; block -1 if all must run."""
+        assert self._partial is not None
+        if not codes:
+            last = max(trace.outputs)
+            return last, trace.outputs[last]
+        first, writes = min(codes), self._partial.writes[min(codes)]
+        block = self._partial.block_numbers[first]
+        if is_whole and self.passes_nothing[first] and writes is not None:
+            decoded = self._decoded(first, codes[first].to(writes.dtype))
+            return block, decoded @ writes
+        return block - 1, trace.outputs[block - 1] if block else None
+
+    def _encoded(self, place: int, activations: torch.Tensor) -> torch.Tensor:
+        saes = self.site.autoencoders
+        return saes[place].encode(activations) if saes else activations
+
+    def _decoded(self, place: int, codes: torch.Tensor) -> torch.Tensor:
+        saes = self.site.autoencoders
+        return saes[place].decode(codes) if saes else codes
+
+    @torch.no_grad()
+    def _passes_nothing(self, place: int) -> bool:
+        """Return whether the block of a place returns a constant linear function of the activations at the site alone.
+
+        This is checked on 6 random tokens, with the activations that the site has on them.
+        """
+        partial = self._partial
+        writes = partial.writes[place] if partial is not None else None
+        if partial is None or writes is None:
+            return False
+        vocabulary = self.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(place)
+        ids = torch.randint(vocabulary, (1, 6), generator=generator).to(writes.device)
+        trace = partial.trace(ids)
+        output = trace.outputs[partial.block_numbers[place]]
+        expected = trace.activations[place] @ writes
+        return bool(torch.allclose(output, expected, rtol=1e-4, atol=1e-5))
+
+
+def _different_rows(codes: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return one row [G] for each different row of codes [n, H], and which of them each row is, [n].
+
+    Rows are compared by a random projection, and then once as they are: sorting whole rows takes a hundred times as long.
+    """
+    projected = codes @ np.random.default_rng(0).normal(size=codes.shape[1])
+    _, first, which = np.unique(projected, return_index=True, return_inverse=True)
+    if (codes[first][which] == codes).all():
+        return first, which
+    return np.arange(len(codes)), np.arange(len(codes))
+
+
+def _check_scales(site: Site) -> None:
+    for autoencoder in site.autoencoders:
+        cfg = getattr(autoencoder, "cfg", None)
+        scale = getattr(cfg, "normalize_activations", "none")
+        if scale in _STORED_SCALES:
+            raise InputError(
+                f"these autoencoders scale what they decode by the activations that they read"
+                f" (normalize_activations is {scale!r}), so that no explanation can take the place of their"
+                " latents: name autoencoders without that, or the neurons of the model"
+            )

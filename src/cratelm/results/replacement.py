@@ -1,0 +1,52 @@
+"""Read the results of `cratelm replace` for the models of a run."""
+
+from collections.abc import Sequence
+
+from cratelm.replace.store import (
+    CurvePoint,
+    NeuronReplacement,
+    ReplacementRow,
+    ReplacementSummary,
+    read_curve,
+    read_neurons,
+    read_replacement_summary,
+)
+from cratelm.runs import Run
+
+ReplacementResults = ReplacementSummary
+
+
+def read_replacement(run: Run, model: str) -> ReplacementResults | None:
+    """Return the results of a model; None if it was not run on its explanations."""
+    stage = run.stage("replacement", model)
+    return None if stage.completion() is None else read_replacement_summary(stage.path)
+
+
+def read_replacements(run: Run, models: Sequence[str]) -> dict[str, ReplacementResults]:
+    """Return the results of those `models` that were run on their explanations, by name."""
+    found = {model: read_replacement(run, model) for model in models}
+    return {model: of for model, of in found.items() if of is not None}
+
+
+def read_replacement_curve(run: Run, model: str) -> list[CurvePoint]:
+    """Return the losses with only the best-explained neurons replaced; none if there are no results."""
+    stage = run.stage("replacement", model)
+    return [] if stage.completion() is None else read_curve(stage.path)
+
+
+def read_replaced_neurons(run: Run, model: str) -> list[NeuronReplacement]:
+    """Return how well each neuron is predicted, and what replacing it alone costs; none if there are no results."""
+    stage = run.stage("replacement", model)
+    return [] if stage.completion() is None else read_neurons(stage.path)
+
+
+__all__ = [
+    "CurvePoint",
+    "NeuronReplacement",
+    "ReplacementResults",
+    "ReplacementRow",
+    "read_replaced_neurons",
+    "read_replacement",
+    "read_replacement_curve",
+    "read_replacements",
+]
