@@ -1,12 +1,13 @@
 """The finding of a run in one sentence, its figures, and its picture."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from viewer_runs import Parsed
 
 from cratelm.records import Interval
+from cratelm.replace.store import ReplacementRow
 from cratelm.results.finding import finding
 from cratelm.results.views import MetricCard, ModelCard, RunCard
 from cratelm.viewer.finding_drawing import finding_picture
@@ -36,28 +37,22 @@ TWINS = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the sentence needs of a row of replacement results."""
+def losses(true: float, replaced: float, mean: float) -> ReplacementRow:
+    def around(value: float) -> Interval:
+        return Interval(value, value - 0.1, value + 0.1)
 
-    loss_true: Interval
-    loss_replaced: Interval
-    loss_mean: Interval
-    explainer: str = "trie"
-    layers: str = "all layers"
-
-    @property
-    def carried(self) -> Interval:
-        return Interval(self.loss_mean.value - self.loss_true.value, None, None)
-
-    @property
-    def given_back(self) -> Interval:
-        return Interval(self.loss_mean.value - self.loss_replaced.value, None, None)
+    of_true, of_replaced, of_mean = map(around, (true, replaced, mean))
+    return ReplacementRow(
+        explainer="trie", layers="all", control="none", loss_true=of_true, loss_mean=of_mean, loss_zero=of_mean,
+        loss_replaced=of_replaced, nats_lost=around(replaced - true), carried=around(mean - true),
+        carried_zero=around(mean - true), given_back=around(mean - replaced), recovered_mean=None,
+        recovered_unigram=None,
+    )  # fmt: skip
 
 
-def losses(true: float, replaced: float, mean: float) -> Row:
-    first, second, third = (Interval(v, v - 0.1, v + 0.1) for v in (true, replaced, mean))
-    return Row(first, second, third)
+def with_losses(**rows: ReplacementRow) -> tuple[ModelCard, ...]:
+    """The twins with rows by family."""
+    return tuple(replace(m, replaced=None if m.null_of else rows.get(m.family)) for m in TWINS)
 
 
 def test_scores_of_twins_with_their_references() -> None:
@@ -89,15 +84,15 @@ def test_neither_is_called_better_where_the_intervals_overlap(crate: float, word
 
 
 def test_losses_come_before_scores() -> None:
-    rows = {"crate-2l": losses(3.774, 4.31, 10.65), "gpt2-2l": losses(3.51, 4.36, 12.18)}
-    found = finding(run(*TWINS), rows)
+    rows = {"crate": losses(3.774, 4.31, 10.65), "gpt2": losses(3.51, 4.36, 12.18)}
+    found = finding(run(*with_losses(**rows)))
     assert found is not None
     assert found.sentence == (
         "On their explanations CRATE reaches a loss of 4.31 (3.77 without) and GPT-2 4.36 (3.51 without);"
         " the codes carry 6.88 and 8.67 nats, the explanations give back 6.34 and 7.82 of them."
     )
     assert not found.scores
-    one = finding(run(*TWINS), {"gpt2-2l": rows["gpt2-2l"]})
+    one = finding(run(*with_losses(gpt2=rows["gpt2"])))
     assert one is not None
     assert one.sentence.startswith(
         "On its explanations GPT-2 reaches a loss of 4.36 (3.51 without)"
@@ -149,8 +144,8 @@ def test_models_whose_results_are_stale_are_left_out() -> None:
     assert "untrained" not in found.sentence
     other = run(stale(TWINS[0], "analysis", "replacement"), *TWINS[1:])
     assert finding(other) == finding(run(*TWINS))  # what is stale is not what is shown
-    rows = {"crate-2l": losses(3.77, 4.31, 10.65), "gpt2-2l": losses(3.51, 4.36, 12.18)}
-    found = finding(other, rows)
+    both = with_losses(crate=losses(3.77, 4.31, 10.65), gpt2=losses(3.51, 4.36, 12.18))
+    found = finding(run(stale(both[0], "analysis", "replacement"), *both[1:]))
     assert found is not None
     assert [row.model for row in found.losses] == ["gpt2-2l"]
 
@@ -162,8 +157,8 @@ def test_scores_of_a_language_model_alone_have_other_metrics() -> None:
 
 
 def test_pictures_show_every_figure_and_say_it_in_words() -> None:
-    rows = {"crate-2l": losses(3.77, 4.31, 10.65), "gpt2-2l": losses(3.51, 4.36, 12.18)}
-    found = finding(run(*TWINS), rows)
+    rows = {"crate": losses(3.77, 4.31, 10.65), "gpt2": losses(3.51, 4.36, 12.18)}
+    found = finding(run(*with_losses(**rows)))
     assert found is not None
     drawn = Parsed(finding_picture(found))
     label = next(a["aria-label"] for tag, a in drawn.tags if tag == "svg")

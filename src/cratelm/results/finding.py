@@ -4,35 +4,19 @@ With results of `cratelm replace`, it is the loss of the models when they run on
 how well the neurons are explained.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from cratelm.records import METRICS, SIMULATION_METRICS, Interval
+from cratelm.replace.store import ReplacementRow
+from cratelm.results.run_summary import run_card
 from cratelm.results.views import ModelCard, RunCard
+from cratelm.runs import Run
 
 _NAMES = {"crate": "CRATE", "gpt2": "GPT-2"}
 _MOST = 3
 """models of a sentence; a picture shows more"""
-
-
-class LossRow(Protocol):
-    """Losses of one model with its codes replaced, nats per token: a row of `cratelm.results.replacement`."""
-
-    @property
-    def explainer(self) -> str: ...
-    @property
-    def layers(self) -> str: ...
-    @property
-    def loss_true(self) -> Interval: ...
-    @property
-    def loss_mean(self) -> Interval: ...
-    @property
-    def loss_replaced(self) -> Interval: ...
-    @property
-    def carried(self) -> Interval: ...
-    @property
-    def given_back(self) -> Interval: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +28,7 @@ class LossFigure:
     """`CRATE`, `GPT-2`, or the name of the model if these are ambiguous"""
     place: int
     """number of the model among the trained ones: its colour"""
-    row: LossRow
+    row: ReplacementRow
 
 
 @dataclass(frozen=True)
@@ -77,25 +61,26 @@ class Finding:
     """of `scores`; explainers differ between models if it is empty"""
 
 
-def finding(card: RunCard, losses: Mapping[str, LossRow] | None = None) -> Finding | None:
+def read_finding(run: Run) -> Finding | None:
+    """Return the finding of a run directory; see `finding`. Results that cannot be read count as missing."""
+    return finding(run_card("", run))
+
+
+def finding(card: RunCard) -> Finding | None:
     """Return the finding of a run, None if nothing is scored.
 
-    `losses` are the results of models whose codes were replaced by explanations, by name. Models whose scores, or
-    losses, are stale are left out; null controls are only references. The sentence is about the first twins, or about
-    up to three models if there are no twins.
+    Models whose scores, or losses on explanations, are stale are left out; null controls are only references. The
+    sentence is about the first twins, or about up to three models if there are no twins.
     """
-    losses = losses or {}
     trained = [m for m in card.models if not m.null_of]
-    with_losses = [
-        (place, m)
+    replaced = [
+        (place, m, m.replaced)
         for place, m in enumerate(trained)
-        if m.name in losses and not _is_stale(m, "replacement")
+        if m.replaced is not None and not _is_stale(m, "replacement")
     ]
-    if with_losses:
-        labels = _labels([m for _, m in with_losses])
-        rows = [
-            LossFigure(m.name, labels[m.name], place, losses[m.name]) for place, m in with_losses
-        ]
+    if replaced:
+        labels = _labels([m for _, m, _ in replaced])
+        rows = [LossFigure(m.name, labels[m.name], place, row) for place, m, row in replaced]
         return Finding(_loss_sentence(_mentioned(rows, card)), losses=tuple(rows))
     models = [(place, m) for place, m in enumerate(trained) if not _is_stale(m, "scores")]
     metrics = [m for m in (*SIMULATION_METRICS, *METRICS) if any(c.metric(m) for _, c in models)]

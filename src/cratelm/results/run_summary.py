@@ -7,6 +7,8 @@ import numpy as np
 
 from cratelm.activations.store import summaries_path
 from cratelm.records import METRICS
+from cratelm.replace.store import ReplacementRow
+from cratelm.results.replacement import read_replacement
 from cratelm.results.scores import (
     find_statistics,
     label_suffix,
@@ -75,8 +77,15 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
         missing=_missing(run, name, done, bool(first.metrics), null_of),
         stale=tuple(stale_lines(stale)),
         stale_stages=tuple(stale),
+        replaced=_replaced(run, name, problems),
         by_llm=tuple(explainers[1:]),
     )
+
+
+def _replaced(run: Run, name: str, problems: Problems) -> ReplacementRow | None:
+    label = f"{run.stage('replacement', name).path} cannot be read"
+    results = problems.attempt(label, partial(read_replacement, run, name), None)
+    return results.headline if results else None
 
 
 @dataclass

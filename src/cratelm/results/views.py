@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
 from cratelm.records import ExcerptKind, Interval, Split
+from cratelm.replace.store import ReplacementRow
 from cratelm.results.neuron_groups import NO_GROUP, NeuronGroup
 from cratelm.runs.names import NullKind, twin_name, untrained_name
 
@@ -77,6 +78,8 @@ class ModelCard:
     """stages whose inputs have changed since, each with the command that redoes it"""
     stale_stages: tuple[str, ...] = ()
     """labels of these stages, such as `scores/crate-2l`"""
+    replaced: ReplacementRow | None = None
+    """losses on the explanations that lose the fewest nats, all layers; None if the model was not run on them"""
     by_llm: tuple[ExplainerCard, ...] = ()
     """scores of the explainers that are language models, other than `explainer`"""
 
