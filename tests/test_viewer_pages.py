@@ -6,13 +6,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from tiny_run import copied
 from viewer_runs import Parsed, a_neuron, brute
 
-from cratelm.results.views import ExcerptView, LayerQuery, ShadedToken
+from cratelm.results.views import ExcerptView, LayerQuery, NeuronView, ShadedToken
 from cratelm.viewer import drawings
 from cratelm.viewer.exports import latex_figure
 from cratelm.viewer.featured import RARELY, ranking, shown_excerpt
@@ -273,17 +274,20 @@ def test_without_a_simulation_the_strongest_excerpt_is_shown():
         true = tuple(ShadedToken(f"t{i}", float(i == 20), 10 * (i == 20)) for i in range(40))
         return ExcerptView("top", 0, rank, 20, "name", true, simulated)
 
+    def shown(*excerpts):
+        return shown_excerpt(cast(NeuronView, SimpleNamespace(excerpts=excerpts)))
+
     constant = tuple(ShadedToken("t", 1.0, 10) for _ in range(40))
-    right = excerpt(0, ()).true
-    view = SimpleNamespace(excerpts=(excerpt(0, ()), excerpt(1, constant)))
-    shown = shown_excerpt(view)  # pyright: ignore[reportArgumentType]
-    assert shown is not None
-    assert shown.rank == 0
-    assert shown.true[shown.peak].text == "t20"
-    assert [t.text for t in shown.true] == [f"t{i}" for i in range(4, 28)]
-    view.excerpts += (excerpt(2, right),)
-    assert shown_excerpt(view).rank == 2
-    assert shown_excerpt(SimpleNamespace(excerpts=())) is None  # pyright: ignore[reportArgumentType]
+    strongest = [excerpt(0, ()), excerpt(1, constant)]
+    found = shown(*strongest)
+    assert found is not None
+    assert found.rank == 0
+    assert found.true[found.peak].text == "t20"
+    assert [t.text for t in found.true] == [f"t{i}" for i in range(4, 28)]
+    predicted = shown(*strongest, excerpt(2, strongest[0].true))
+    assert predicted is not None
+    assert predicted.rank == 2
+    assert shown() is None
 
 
 def test_a_run_of_an_earlier_version_has_an_overview(tmp_path):
