@@ -364,6 +364,7 @@ def test_results_of_replace_are_the_finding_of_the_overview(copy):
     replace(ReplaceConfig(run=copy, model="crate-2l", quiet=True))
     library = Library([copy])
     found = library.finding("copy")
+    assert found is not None
     summary = json.loads((copy / "replacement" / "crate-2l" / "summary.json").read_text())
     rows = [r for r in summary["rows"] if (r["layers"], r["control"]) == ("all", "none")]
     best = min(rows, key=lambda r: r["loss_replaced"]["value"])

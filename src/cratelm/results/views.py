@@ -356,7 +356,7 @@ class MapPoint:
     y: float
     score: float | None
     label: str
-    """the explanation; empty if there is none"""
+    """the claim of the explanation; empty if there is none"""
     group: NeuronGroup = NO_GROUP
 
 

@@ -28,6 +28,7 @@ class FeaturedNeuron:
     group: str
     """family of its group; empty if that is not known"""
     explanation: str
+    """its claim, without the evidence"""
     excerpt: ExcerptView | None
     """tokens around a large activation on held-out text; None if excerpts or text cannot be read"""
 

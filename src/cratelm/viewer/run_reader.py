@@ -37,6 +37,7 @@ from cratelm.results.views import (
     SearchResults,
 )
 from cratelm.runs import Run
+from cratelm.text.claim import claim
 from cratelm.tokens.shards import TokenStore
 from cratelm.viewer.featured import FeaturedNeuron, featured_rows, ranking, shown_excerpt
 from cratelm.viewer.index import Index
@@ -194,7 +195,7 @@ class Library:
         for row in featured_rows(table, groups, n, eligible):
             layer, index = int(table.layer[row]), int(table.index[row])
             view = self.neuron(key, model, layer, index, explainer=simulated, excerpts="top")
-            value, text = float(values[row]), str(table.explanations[row])
+            value, text = float(values[row]), claim(str(table.explanations[row]))
             excerpt, family = shown_excerpt(view), groups[row].family
             neurons.append(FeaturedNeuron(model, layer, index, value, family, text, excerpt))
         return tuple(neurons)
@@ -280,7 +281,9 @@ class Library:
         scores = column.values[here] if column else np.full(len(points), np.nan)
         texts, groups = table.explanations[here], self.groups(key, model)[here]
         return tuple(
-            MapPoint(int(i), float(x), float(y), None if np.isnan(s) else float(s), str(t), group)
+            MapPoint(
+                int(i), float(x), float(y), None if np.isnan(s) else float(s), claim(str(t)), group
+            )
             for i, (x, y), s, t, group in zip(
                 table.index[here], points, scores, texts, groups, strict=True
             )
