@@ -80,7 +80,8 @@ def test_concepts_of_one_noun_are_a_family() -> None:
         "line breaks; 1%",
         "parts of names up to an underscore and digits; 1%",
         "names of built-in functions; 1%",
-        "tokens inside string literals; 1%",
+        "tokens inside string literals other than dots; 1%",
+        "letters outside ASCII; 1%",
         "`self` or `cls`; 1%",
         "",
         "; 1%",
@@ -92,6 +93,7 @@ def test_concepts_of_one_noun_are_a_family() -> None:
         "parts of names up to an underscore",
         "names",
         "tokens inside string literals",
+        "letters",
         "`self` or `cls`",
         "",  # without a sentence: no family, since the others are those of concepts
         "",

@@ -152,8 +152,8 @@ def test_the_details_of_a_page_are_those_of_its_run(run_details, library) -> Non
     assert run_details["levels"][index][run_details["peak"][index]] == "a"
     assert len(run_details["text"]) == NEURONS
     assert str(table.explanations[row]).startswith(run_details["text"][index].rstrip("…")[:60])
-    favourite = library.index_of("run").favourites("crate-2l")[row][0]
-    assert run_details["family"][index] == token_class(store.token_strings[favourite])
+    groups = library.groups("run", "crate-2l")
+    assert run_details["family"][index] == groups[row].family != ""
 
 
 @pytest.fixture
@@ -193,8 +193,20 @@ def test_groups_are_those_of_concepts_where_a_run_has_them(library, monkeypatch)
     assert any(g.shares for n, g in enumerate(groups) if n != 3)
 
 
-def test_without_an_index_there_are_no_groups_and_pages_are_shown(library) -> None:
+def test_groups_are_those_of_tokens_where_a_run_has_no_concepts(library, monkeypatch) -> None:
+    own = Library([library.run_of("run").path])
+    own.index_of("run").build()
+    table, strings = own.table("run", "crate-2l"), own.tokens("run").token_strings
+    monkeypatch.delitem(table.texts, ("", "concepts"), raising=False)
+    favourites = own.index_of("run").favourites("crate-2l")[:, 0]
+    wanted = [token_class(strings[t]) if t >= 0 else "" for t in favourites]
+    assert [g.family for g in own.groups("run", "crate-2l")] == wanted
+
+
+def test_without_an_index_there_are_no_groups_and_pages_are_shown(library, monkeypatch) -> None:
     fresh = Library([library.run_of("run").path])
+    texts = fresh.table("run", "crate-2l").texts
+    monkeypatch.delitem(texts, ("", "concepts"), raising=False)
     assert {g.family for g in fresh.groups("run", "crate-2l")} == {""}
     assert fresh.map_details("run", "crate-2l", 1) is None
     page = Pages(fresh).overview("run")

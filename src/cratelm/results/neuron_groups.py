@@ -17,7 +17,7 @@ CONCEPTS = "concepts"
 _TERM = re.compile(r"(?:`[^`]*`(?:, (?=`)| or (?=`))?)+|(?:(?! and |, | but )[^`;:.])+")
 """first concept of a sentence: names in backticks joined by commas and `or`, or words up to the next concept"""
 _HEAD = re.compile(
-    r" (?:of|with|without|other|that|up|in|on|at|after|before|except|inside|between|from|to|than)\b"
+    r" (?:of|with|without|other|that|up|in|on|at|after|before|except|inside|outside|between|from|to|than)\b"
 )
 """end of the noun of a concept and of the words before it"""
 _PARTS = frozenset({"parts", "pieces", "runs", "ends", "beginnings", "continuations"})
@@ -94,7 +94,7 @@ def _noun(concept: str) -> list[str]:
     `opening`, `square`, `brackets` for `opening square brackets of calls`.
     """
     if concept.startswith(("`", "tokens ")):
-        return [concept]
+        return [re.split(r" (?:other than|except) ", concept)[0]]
     words = _HEAD.split(concept, maxsplit=1)[0].split()
     return [concept] if words and words[-1] in _PARTS else words
 
