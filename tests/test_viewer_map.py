@@ -9,6 +9,7 @@ from viewer_runs import NEURONS, Parsed, a_neuron
 
 from cratelm.results.neuron_groups import TOKEN_CLASSES, NeuronGroup, neuron_groups, token_class
 from cratelm.results.views import LayerQuery, MapPoint
+from cratelm.viewer import run_reader
 from cratelm.viewer.layer_map import (
     COLOURS,
     HEIGHT,
@@ -196,8 +197,8 @@ def test_groups_are_those_of_concepts_where_a_run_has_them(library, monkeypatch)
 def test_groups_are_those_of_tokens_where_a_run_has_no_concepts(library, monkeypatch) -> None:
     own = Library([library.run_of("run").path])
     own.index_of("run").build()
-    table, strings = own.table("run", "crate-2l"), own.tokens("run").token_strings
-    monkeypatch.delitem(table.texts, ("", "concepts"), raising=False)
+    strings = own.tokens("run").token_strings
+    monkeypatch.setattr(run_reader, "CONCEPTS", "not there")
     favourites = own.index_of("run").favourites("crate-2l")[:, 0]
     wanted = [token_class(strings[t]) if t >= 0 else "" for t in favourites]
     assert [g.family for g in own.groups("run", "crate-2l")] == wanted
@@ -205,8 +206,7 @@ def test_groups_are_those_of_tokens_where_a_run_has_no_concepts(library, monkeyp
 
 def test_without_an_index_there_are_no_groups_and_pages_are_shown(library, monkeypatch) -> None:
     fresh = Library([library.run_of("run").path])
-    texts = fresh.table("run", "crate-2l").texts
-    monkeypatch.delitem(texts, ("", "concepts"), raising=False)
+    monkeypatch.setattr(run_reader, "CONCEPTS", "not there")
     assert {g.family for g in fresh.groups("run", "crate-2l")} == {""}
     assert fresh.map_details("run", "crate-2l", 1) is None
     page = Pages(fresh).overview("run")
