@@ -334,7 +334,7 @@ class Library:
         return self._of_map(key, model, layer, "map" if cached else "", draw)
 
     def map_details(self, key: str, model: str, layer: int) -> Any:
-        """Return what the map of a layer shows of its neurons on hover; None until the map is computed.
+        """Return what the map of a layer shows of its neurons on hover, not cached; None until the map is computed.
 
         See `cratelm.viewer.layer_map.details`. No excerpts are read: the index holds the strongest of each neuron.
         """
@@ -345,7 +345,7 @@ class Library:
             peaks, strings = self.index_of(key).peaks(model), self._strings(key)
             return details(points, peaks.part(here) if peaks and strings else None, strings)
 
-        return self._of_map(key, model, layer, "details", made)
+        return self._of_map(key, model, layer, "", made)  # a page asks once; it takes 20 ms
 
     def _of_map(
         self,
