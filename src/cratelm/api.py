@@ -145,7 +145,7 @@ def tokenize(
 
     Args:
         run: run directory, in which `tokens/` is written
-        corpus: `builtin` (the Python standard library's sources, about 12 MB), a file (.txt .text
+        corpus: `builtin` (the Python standard library's sources, about 10 MB), a file (.txt .text
             .md .rst .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of
             such files, or `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the
             extra `hub`)
