@@ -483,7 +483,8 @@ def test_an_export_from_disk(page, library, tmp_path):
     assert page.locator("#map-neuron .line bdi").count() > 0
     assert page.locator("#map-neuron a").count() == 0
     page.locator("tbody tr:visible a").first.click()
-    assert page.locator(".excerpt").count() > 3
+    page.wait_for_url("**/neuron/**")
+    page.locator(".excerpt").nth(3).wait_for()
     page.get_by_label("simulated by").check()
     assert page.locator(".line.simulated").first.is_visible()
     assert serious_findings(page) == []
