@@ -49,6 +49,8 @@ from cratelm.replace.store import (
 from cratelm.replace.summary import Figures
 from cratelm.replace.tables import ContextSums
 from cratelm.replace.text import BatchText
+from cratelm.report.sections import replacement as section
+from cratelm.results.replacement import read_replacement, read_replacement_curve
 from cratelm.runs import RECORD, Run
 from cratelm.runs.ranks import Ranks
 from cratelm.score.simulators import simulate
@@ -946,3 +948,56 @@ def test_too_many_contexts_are_refused(run, monkeypatch):
     monkeypatch.setattr("cratelm.replace.replace.available_on", lambda _: 1000)
     with pytest.raises(InputError, match=r"lower --(fit-tokens|explainers)"):
         replace(ReplaceConfig(run=run.path, model="crate-2l", **{**OPTIONS, "force": True}))
+
+
+# ---- in the report --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reported(run, replaced) -> Any:
+    """The part of a run's results that the section reads."""
+    models = [
+        SimpleNamespace(
+            name=name,
+            place=place,
+            null_of="",
+            replacement=read_replacement(run, name),
+            replacement_curve=read_replacement_curve(run, name),
+        )
+        for place, name in enumerate(("crate-2l", "gpt2-2l"))
+    ]
+    other = SimpleNamespace(name="x", place=2, null_of="", replacement=None, replacement_curve=[])
+    return SimpleNamespace(models=[*models, other])
+
+
+def test_the_report_has_every_row(reported, replaced):
+    table, references, fractions = section.tables(reported)
+    assert len(table.rows) == sum(len(of.rows) for of in replaced.values())
+    for row in table.rows:
+        control = "shuffled" if row[2].endswith(", shuffled") else "none"
+        own = replaced[row[0]].row(row[2].removesuffix(", shuffled"), row[1], control)
+        assert row[4].value == own.loss_replaced.value
+        assert row[5].low == own.nats_lost.low
+    assert [row[1] for row in references.rows[:3]] == [
+        "unigram model", "bigram model", "n-gram model, 2 tokens of context"
+    ]  # fmt: skip
+    assert {row[0] for row in fractions.rows} == {"crate-2l", "gpt2-2l"}
+    assert "documents" in table.note
+
+
+def test_the_comparison_begins_with_both_losses(reported, replaced):
+    first, second, explainer, carried, given_back = section.comparison_cells(reported.models[0])
+    head = replaced["crate-2l"].headline
+    assert (first.value, second.value) == (head.loss_true.value, head.loss_replaced.value)
+    assert explainer == head.explainer
+    assert (carried.value, given_back.value) == (head.carried.value, head.given_back.value)
+    assert section.comparison_cells(reported.models[2]) == (None,) * 5
+
+
+def test_the_figure_is_drawn(reported, tmp_path):
+    (figure,) = section.figures(reported)
+    assert figure is not None
+    assert [panel.title for panel in figure.panels] == ["Loss", "Nats lost over neurons replaced"]
+    figure.write(tmp_path)
+    assert (tmp_path / "replacement.png").stat().st_size > 5000
+    assert section.figures(SimpleNamespace(models=[reported.models[2]])) == [None]  # type: ignore[arg-type]
