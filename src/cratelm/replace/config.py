@@ -60,14 +60,7 @@ class ReplaceConfig(Options):
     """run directory with a harvest of the model"""
     model: str = "crate-2l"
     """name of the harvested model or latents in the run"""
-    explainers: tuple[str, ...] = (
-        "lookup",
-        "trie",
-        "trie:200",
-        "trie@excerpts",
-        "concepts",
-        "concepts+trie",
-    )
+    explainers: tuple[str, ...] = ("lookup", "trie", "trie:200", "concepts", "concepts+trie")
     """explanations to run the model on. `lookup`: the mean activation per token; `trie`: the mean by context; both from a
     pass over fit tokens and without a limit of their size; `trie:200`: at most 200 entries per neuron; `trie:200@shared`: 200 on average over a layer; `concepts`: formulas
     of named predicates; `trie@excerpts`: as `cratelm explain` makes them from excerpts. Several with + between them are stacked: each is made from what those
