@@ -49,7 +49,8 @@ def library(run) -> Library:
 def address(library):
     """Of the real server, in a thread."""
     from cratelm.viewer import server
-    from cratelm.viewer.live import Live, router
+    from cratelm.viewer.live import Live
+    from cratelm.viewer.live_endpoints import router
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
