@@ -238,6 +238,23 @@ def made_kept(made, h: int, most: int) -> list[int]:
     return [n for n in order if best[n] > 0]
 
 
+def test_length_of_the_context_that_decides_a_prediction(fitted):
+    text, _, matched, _, made = fitted
+    whole, pruned = ByContext(made.tables), ByContext(made.pruned(10))
+    stacked = Stacked([ByContext(made.pruned(1)), whole])
+    values = made.tables.values
+    for token in range(0, text.n_tokens, 97):
+        deepest = int((matched[:, token] != ROOT).sum())
+        assert whole.context_length(text, token, 0) == deepest
+        assert stacked.context_length(text, token, 0) == deepest
+        assert whole.predict(text)[token, 0] == values[matched[deepest - 1, token]][0]
+        for h in range(4):
+            kept = set(made_kept(made, h, 10))
+            expected = max((k for k in range(1, 4) if matched[k - 1, token] in kept), default=0)
+            assert pruned.context_length(text, token, h) == expected
+    assert Constant(np.ones(4, np.float32)).context_length(text, 0, 0) == 0
+
+
 def test_larger_tries_predict_better(fitted):
     _, _, matched, activations, made = fitted
     errors = [

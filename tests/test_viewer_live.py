@@ -270,6 +270,7 @@ def test_what_explanations_cost_at_a_token(run, explanations, model, place):
     assert costs == sorted(costs, reverse=True)
     assert all(c > 0 for c in costs)
     texts = explanations.live.library.table("run", model).explanations
+    text = explanations.read("run", model, TEXT)
     for n in found.neurons:
         row = n.position + 1  # the first is the start token
         assert row <= position
@@ -277,6 +278,11 @@ def test_what_explanations_cost_at_a_token(run, explanations, model, place):
             assert row == position
         assert n.true == pytest.approx(by_hand.true[n.layer][0, row, n.index].item(), abs=1e-5)
         assert n.predicted == pytest.approx(by_hand.predicted[n.layer][0, row, n.index].item(), abs=1e-6)  # fmt: skip
+        if n.position >= 0:
+            before = "".join(t.token for t in text.tokens[:row])
+            assert before.endswith("".join(n.context))
+            assert text.tokens[n.position].token == n.context[-1]
+            assert len(n.context) <= 4
         assert n.explanation == texts[NEURONS * n.layer + n.index]
     actual = [t for t in found.tokens if t.is_actual]
     assert [t.token for t in actual] == ([] if place == "end" else [found.target])
@@ -295,6 +301,9 @@ def test_the_neuron_named_first_is_the_one_whose_explanation_is_spoiled(run, liv
             predicted = predictors[1].predict(text).copy()
             predicted[:, 11] = 50 * max(1e-3, live.library.table("run", "gpt2-2l").maximum.max())
             return predicted
+
+        def context_length(self, *_):
+            return 1
 
     name = live.beside["explained"][0]
     live.beside["explained"] = name, explained, [predictors[0], Spoiled()]

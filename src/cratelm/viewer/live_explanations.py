@@ -90,8 +90,8 @@ class NeuronCost:
     """its share of the difference of the two losses, nats (`cratelm.replace.token_cost`)"""
     position: int
     """token of the text before at which most of this arises; -1 is the start of the text"""
-    token: str
-    """its display string"""
+    context: tuple[str, ...]
+    """the tokens up to that one that decide what the explanation predicts; of one token if none does"""
     true: float
     """activation at that token"""
     predicted: float
@@ -162,7 +162,8 @@ class LiveExplanations:
         context, encoder = self.live.opened(run, model)
         explainer, explained, predictors = self._explained(run, model)
         ids, cut = self.live.ids(context, encoder, text, 0)
-        trace, codes = explained.trace(ids), _predicted(predictors, ids)
+        trace, read = explained.trace(ids), _as_read(ids)
+        codes = {place: of.predict(read) for place, of in enumerate(predictors)}
         targets: list[int | None] = [*ids[0, 1:].tolist(), None]
         tokens: list[PredictedToken] = []
         by_model = explained.log_probabilities(trace, {})
@@ -191,19 +192,21 @@ class LiveExplanations:
                 f"token {position}: the text has tokens 0 to {n_tokens - 1}, and {n_tokens} is the one that follows"
             )
         before = ids[:, : position + 1]
-        codes = _predicted(predictors, before)
+        read = _as_read(before)
+        codes = {place: of.predict(read) for place, of in enumerate(predictors)}
         target = int(ids[0, position + 1]) if position < n_tokens else None
         cost = token_cost(explained, before, codes, target)
         display, layers = encoder.display, context.site.layer_numbers
         before_it = ["", *(token_string(display, i) for i in before[0, 1:].tolist())]
-        neurons = tuple(
-            NeuronCost(
-                layers[place], index, nats, at - 1, before_it[at],
-                float(cost.true[place][at, index]), float(codes[place][at, index]),
-                str(table.explanations[table.rows_of(layers[place]).start + index]),
+        neurons = []
+        for place, index, at, nats in _largest(cost.shares):
+            length = max(1, predictors[place].context_length(read, at, index))
+            true, predicted = (float(of[place][at, index]) for of in (cost.true, codes))
+            sentence = str(table.explanations[table.rows_of(layers[place]).start + index])
+            seen = tuple(before_it[max(0, at + 1 - length) : at + 1])
+            neurons.append(
+                NeuronCost(layers[place], index, nats, at - 1, seen, true, predicted, sentence)
             )
-            for place, index, at, nats in _largest(cost.shares)
-        )  # fmt: skip
         p, q = cost.plain, cost.explained
         all_of_them = sum(float(of.sum(dtype=float)) for of in cost.shares.values())
         return ExplainedToken(
@@ -213,7 +216,7 @@ class LiveExplanations:
             loss=-float(p[cost.target]),
             loss_explained=-float(q[cost.target]),
             kl=float((p.exp() * (p - q)).sum().clamp(min=0)),
-            neurons=neurons,
+            neurons=tuple(neurons),
             others=all_of_them - sum(n.cost for n in neurons),
             dropped=cost.dropped,
             layers=tuple(layers[place] for place in cost.shares),
@@ -239,12 +242,11 @@ class LiveExplanations:
         return name[0], explained, predictors
 
 
-def _predicted(predictors: list[Predictor], ids: torch.Tensor) -> dict[int, NDArray[np.float32]]:
-    """Return what explanations predict at the tokens of ids [1, T], [T, H] by place; ids begins with an end mark."""
+def _as_read(ids: torch.Tensor) -> BatchText:
+    """Return ids [1, T], which begin with an end mark, as explanations read them."""
     document = np.zeros(ids.shape, np.int64)
     document[:, 0] = -1
-    text = BatchText(ids.cpu().numpy(), document)
-    return {place: of.predict(text) for place, of in enumerate(predictors)}
+    return BatchText(ids.cpu().numpy(), document)
 
 
 def _predictions(

@@ -178,7 +178,9 @@
       const row = document.createElement("tr");
       const cell = element("td", "", "r");
       cell.append(linkTo(n.layer, n.index));
-      const where = n.position < 0 ? element("td", "start", "faint") : element("td", visible(n.token), "token");
+      const where = element("td", "", "token");
+      if (n.position < 0) where.append(element("span", "start", "faint"));
+      else where.append(element("span", visible(n.context.slice(0, -1).join("")), "faint"), visible(n.context.at(-1)));
       row.append(element("td", signed(n.cost), "r"), element("td", String(n.layer), "r"), cell, where, element("td", short(n.true), "r"), element("td", short(n.predicted), "r"), element("td", shown(n.explanation) || "–", "text wide"));
       return row;
     }));
