@@ -70,7 +70,7 @@ def token_cost(
 
     def run(codes: Mapping[int, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            return model.last_log_probabilities(trace, codes)[0]
+            return model.last_log_probabilities(trace, codes)[0].cpu()
 
     plain, explained = run({}), run({p: true[p] + change[p] for p in places})
     target = int(plain.argmax()) if target is None else target

@@ -168,7 +168,8 @@ class LiveExplanations:
         tokens: list[PredictedToken] = []
         by_model = explained.log_probabilities(trace, {})
         on_explanations = explained.log_probabilities(trace, codes)
-        for p, q in zip(by_model, on_explanations, strict=True):  # [rows, V] each
+        for parts in zip(by_model, on_explanations, strict=True):
+            p, q = (part.cpu() for part in parts)  # [rows, V]
             following = targets[len(tokens) : len(tokens) + len(p)]
             names = ["" if t is None else token_string(encoder.display, t) for t in following]
             of_both = (_predictions(of, following, encoder.display) for of in (p, q))

@@ -186,7 +186,7 @@
     }));
     const dropped = found.dropped ? ` ${signed(found.dropped)} nats are lost because the autoencoders do not reconstruct everything.` : "";
     const decide = found.layers.length < Object.keys(models[fields.model.value]).length ? ` Only the explanations of layer ${found.layers.join(", ")} decide: nothing passes round the activations of that layer.` : "";
-    const unexplained = found.neurons.some((n) => !n.explanation) ? " A neuron with – has no explanation in words: `cratelm explain` has not been asked for it." : "";
+    const unexplained = found.neurons.some((n) => !n.explanation) ? " –: not explained in words; “cratelm explain --neurons 0” explains all neurons." : "";
     get("rest").textContent = `All other neurons together: ${signed(found.others)} nats.${dropped}${decide}${unexplained}`;
   });
 
