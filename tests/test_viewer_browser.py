@@ -350,6 +350,7 @@ def test_a_model_next_to_itself_on_explanations(page, address, library):
     assert page.locator("#target").inner_text() == "…"
     assert "the model's first choice" in page.locator("#both").inner_text()
     tokens.nth(2).click()
+    until(page, "document.querySelectorAll('#losses [role=button]')[2].className.includes('peak')")
     until(page, "document.querySelector('#target').textContent === document.querySelector('#losses .peak').textContent")  # fmt: skip
     assert page.locator("#predictions tr.actual").count() == 1
     cost = float(re.search(r"\(([+−][\d.]+)\)", page.locator("#both").inner_text())[1].replace("−", "-"))  # fmt: skip

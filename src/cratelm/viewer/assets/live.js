@@ -160,7 +160,7 @@
       const span = element("span", name, shade ? `${lost[index] < 0 ? "g" : "l"}${shade}` : "");
       span.title = `${end ? "the next token" : `${signed(lost[index])} nats`} · model: ${probable(t.model)} · on explanations: ${probable(t.explained)}`;
       if (index === predicted) span.classList.add("peak");
-      button(span, end ? "the token that follows the text" : `token ${index}, ${name}, ${signed(lost[index])} nats on explanations`, () => { predicted = index; explain(); });
+      button(span, end ? "the token that comes next" : `token ${index}, ${name}, ${signed(lost[index])} nats on explanations`, () => { predicted = index; explain(); });
       return span;
     }));
     get("explainer").textContent = answer.explainer;
