@@ -360,10 +360,10 @@ def test_a_model_next_to_itself_on_explanations(page, address, library):
     assert sum(nats) + others == pytest.approx(cost, abs=0.01 + 0.005 * len(nats))
     assert "Only the explanations of layer 1 decide" in page.locator("#rest").inner_text()
     assert page.locator("#costs a").first.get_attribute("href").startswith(f"/r/{key}/neuron/{model}/1/")  # fmt: skip
-    page.get_by_label("model", exact=True).select_option("crate-2l-init")
+    page.locator("#model").select_option("crate-2l-init")
     until(page, "document.querySelector('#explained').hidden")
     assert f"--model {model}-init` first" in page.locator("#missing").inner_text()
-    page.get_by_label("model", exact=True).select_option("gpt2-2l")
+    page.locator("#model").select_option("gpt2-2l")
     until(page, "document.querySelector('#missing').hidden && document.querySelectorAll('#costs tr').length > 0")  # fmt: skip
 
 
