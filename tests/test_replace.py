@@ -49,6 +49,7 @@ from cratelm.replace.store import (
 from cratelm.replace.summary import Figures
 from cratelm.replace.tables import ContextSums
 from cratelm.replace.text import BatchText
+from cratelm.replace.token_cost import token_cost
 from cratelm.report.sections import replacement as section
 from cratelm.results.replacement import read_replacement, read_replacement_curve
 from cratelm.runs import RECORD, Run
@@ -242,6 +243,23 @@ def made_kept(made, h: int, most: int) -> list[int]:
             best[tree.parents[node]] = max(best[tree.parents[node]], best[node])
     order = sorted(range(len(tree)), key=lambda n: (-best[n], n))[:most]
     return [n for n in order if best[n] > 0]
+
+
+def test_length_of_the_context_that_decides_a_prediction(fitted):
+    text, _, matched, _, made = fitted
+    whole, pruned = ByContext(made.tables), ByContext(made.pruned(10))
+    stacked = Stacked([ByContext(made.pruned(1)), whole])
+    values = made.tables.values
+    for token in range(0, text.n_tokens, 97):
+        deepest = int((matched[:, token] != ROOT).sum())
+        assert whole.context_length(text, token, 0) == deepest
+        assert stacked.context_length(text, token, 0) == deepest
+        assert whole.predict(text)[token, 0] == values[matched[deepest - 1, token]][0]
+        for h in range(4):
+            kept = set(made_kept(made, h, 10))
+            expected = max((k for k in range(1, 4) if matched[k - 1, token] in kept), default=0)
+            assert pruned.context_length(text, token, h) == expected
+    assert Constant(np.ones(4, np.float32)).context_length(text, 0, 0) == 0
 
 
 def test_larger_tries_predict_better(fitted):
@@ -686,6 +704,114 @@ def test_some_neurons_replaced_and_others_true(kind):
     expected = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none")  # fmt: skip
     found = explained.losses(trace, codes, masks).flatten()
     assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-5)
+
+
+def ids_and_codes(site: Site, n: int = 20):
+    """Token ids [1, n] and codes by place that no explanation would predict."""
+    rng = np.random.default_rng(0)
+    codes = {
+        place: rng.exponential(size=(n, width)).astype(np.float32)
+        for place, width in enumerate(site.n_neurons)
+    }
+    return torch.from_numpy(rng.integers(1, 30, (1, n))), codes
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_log_probabilities_are_those_of_the_losses(kind, monkeypatch):
+    model = any_model(kind)
+    explained = ExplainedModel(model, site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    trace = explained.trace(ids)
+    for places in ((), (0,), (1,), (0, 1)):
+        chosen = {p: codes[p] for p in places}
+        expected = naive_losses(model, explained.site, SimpleNamespace(input_ids=ids), chosen)[0]
+        for rows in (256, 7):
+            monkeypatch.setattr(
+                "cratelm.replace.forward.rows_per_chunk", lambda *_, n=rows, **__: n
+            )
+            parts = list(explained.log_probabilities(trace, chosen))
+            assert [len(p) for p in parts] == ([20] if rows == 256 else [7, 7, 6])
+            whole = torch.cat(parts)
+            assert whole.exp().sum(-1).numpy() == pytest.approx(1)
+            losses = -whole[:-1].gather(1, ids[0, 1:, None])[:, 0]
+            assert losses.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        as_tensors = {p: torch.from_numpy(of)[None] for p, of in chosen.items()}
+        last = explained.last_log_probabilities(trace, as_tensors)
+        assert last.detach().numpy() == pytest.approx(whole[-1:].numpy(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_costs_of_neurons_add_up_to_the_cost_of_the_explanations(kind):
+    model = any_model(kind)
+    explained = ExplainedModel(model, site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    target = int(ids[0, -1])
+    before, of_before = ids[:, :-1], {p: of[:-1] for p, of in codes.items()}
+    cost = token_cost(explained, before, of_before, target, points=24)
+    batch = SimpleNamespace(input_ids=ids)
+    losses = [naive_losses(model, explained.site, batch, of)[0, -1] for of in ({}, codes)]
+    assert [-float(of[target]) for of in (cost.plain, cost.explained)] == pytest.approx(losses, rel=1e-4)  # fmt: skip
+    assert cost.cost == pytest.approx(losses[1] - losses[0], abs=1e-4)
+    assert abs(cost.cost) > 0.05
+    assert sum(of.sum() for of in cost.shares.values()) == pytest.approx(cost.cost, abs=1e-3)
+    assert cost.dropped == 0
+    decides_alone = kind in ("crate", "decoupled_dictionary")
+    assert list(cost.shares) == ([1] if decides_alone else [0, 1])
+    if decides_alone:  # of the last layer, only the codes at the last token reach its prediction
+        assert not cost.shares[1][:-1].any()
+    elif kind == "gpt2":  # attention reads the lower layer at every token
+        assert np.abs(cost.shares[0]).sum(1).min() > 0
+    assert token_cost(explained, before, of_before).target == int(cost.plain.argmax())
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_cost_of_one_neuron_is_what_replacing_it_alone_changes(kind):
+    """All others are predicted exactly, so that the whole cost is that of this neuron."""
+    model = any_model(kind)
+    explained = ExplainedModel(model, site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    true = {p: of[0].numpy() for p, of in enumerate(explained.trace(ids).activations)}
+    batch = SimpleNamespace(input_ids=ids)
+    for place, neuron in ((1, 3), (0, 5)):
+        predicted = {p: of.copy() for p, of in true.items()}
+        predicted[place][:, neuron] += 5 * codes[place][:, neuron]
+        without, alone = (naive_losses(model, explained.site, batch, of)[0, -1] for of in (true, predicted))  # fmt: skip
+        of_before = {p: of[:-1] for p, of in predicted.items()}
+        shares = token_cost(explained, ids[:, :-1], of_before, int(ids[0, -1]), points=32).shares
+        if place not in shares:  # nothing of the lower layer gets past the codes of the last one
+            assert alone == pytest.approx(without, abs=1e-6)
+            continue
+        assert abs(alone - without) > 1e-4
+        assert shares[place][:, neuron].sum() == pytest.approx(alone - without, abs=2e-4)
+        assert np.abs(np.delete(shares[place], neuron, 1)).max() < 1e-5
+        if (
+            place == 1
+        ):  # above the last layer, this is also what one edited neuron costs in the model
+            mask = torch.arange(explained.site.n_neurons[1]) == neuron
+            mixed = explained.losses(explained.trace(ids), {1: predicted[1]}, {1: mask})[0, -1]
+            assert float(mixed) - without == pytest.approx(shares[1].sum(), abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["crate", "gpt2"])
+def test_what_autoencoders_drop_is_no_cost_of_explanations(kind):
+    model = any_model(kind)
+    below = site_of(model)
+    widths = tuple(w // 2 for w in below.n_neurons)
+    site = Site("latents", below.paths, below.side, widths, autoencoders=(Halves(), Halves()))
+    explained = ExplainedModel(model, site)
+    ids, codes = ids_and_codes(site)
+    cost = token_cost(explained, ids, codes, 7, points=32)
+    halves = {
+        p: np.concatenate([of[0].numpy() / 2, 0 * of[0].numpy()], 1)
+        for p, of in enumerate(explained.trace(ids).activations)
+    }
+    batch = SimpleNamespace(input_ids=F.pad(ids, (0, 1), value=7))
+    pad = {p: np.concatenate([of, of[-1:]]) for p, of in halves.items()}
+    whole, reconstructed = (naive_losses(model, below, batch, of)[0, -1] for of in ({}, pad))
+    assert cost.dropped == pytest.approx(reconstructed - whole, abs=1e-4)
+    assert abs(cost.dropped) > 1e-3
+    shares = sum(of.sum() for of in cost.shares.values())
+    assert shares + cost.dropped == pytest.approx(cost.cost, abs=1e-3)
 
 
 def test_layer_sets():

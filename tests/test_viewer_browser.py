@@ -49,7 +49,8 @@ def library(run) -> Library:
 def address(library):
     """Of the real server, in a thread."""
     from cratelm.viewer import server
-    from cratelm.viewer.live import Live, router
+    from cratelm.viewer.live import Live
+    from cratelm.viewer.live_endpoints import router
 
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -138,6 +139,7 @@ def until(page, expression, arg=None):
 def settled(page, name):
     if name == "live":
         until(page, "document.querySelectorAll('#chances tr').length > 0")
+        until(page, "document.querySelectorAll('#costs tr').length > 0 || !document.querySelector('#missing').hidden")  # fmt: skip
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -452,6 +454,43 @@ def test_steering_with_the_slider(page, address, library):
     until(page, "document.querySelector('#kl').textContent.includes('by 0.00 nats')")
     assert strong > 0
     assert page.locator("#plain").inner_text() == page.locator("#steered").inner_text()
+
+
+def test_a_model_next_to_itself_on_explanations(page, address, library):
+    key, model, _ = names(library)
+    page.goto(f"{address}/r/{key}/live?model={model}")
+    settled(page, "live")
+    page.get_by_label("Text").fill(TEXT)
+    until(page, "document.querySelector('#losses').textContent.includes('stone')")
+    tokens = page.locator("#losses [role=button]")
+    differences = [float(re.search(r"[+−][\d.]+", t.get_attribute("title"))[0].replace("−", "-")) for t in tokens.all()[:-1]]  # fmt: skip
+    until(page, "document.querySelectorAll('#losses .peak').length === 1")
+    chosen = tokens.evaluate_all("all => all.findIndex(t => t.classList.contains('peak'))")
+    assert differences[chosen] == max(differences)  # at first the token at which most is lost
+    for number in (2, tokens.count() - 1):
+        tokens.nth(number).focus()
+        page.keyboard.press("Enter")
+        until(page, "n => document.querySelectorAll('#losses [role=button]')[n].className.includes('peak')", arg=number)  # fmt: skip
+        until(page, "document.querySelector('#target').textContent === document.querySelector('#losses .peak').textContent")  # fmt: skip
+        assert page.evaluate("document.activeElement === document.querySelector('#losses .peak')")
+    assert page.locator("#target").inner_text() == "…"
+    assert "the model's first choice" in page.locator("#both").inner_text()
+    tokens.nth(2).click()
+    until(page, "document.querySelectorAll('#losses [role=button]')[2].className.includes('peak')")
+    until(page, "document.querySelector('#target').textContent === document.querySelector('#losses .peak').textContent")  # fmt: skip
+    assert page.locator("#predictions tr.actual").count() == 1
+    cost = float(re.search(r"\(([+−][\d.]+)\)", page.locator("#both").inner_text())[1].replace("−", "-"))  # fmt: skip
+    others = float(re.search(r"together: ([+−][\d.]+)", page.locator("#rest").inner_text())[1].replace("−", "-"))  # fmt: skip
+    nats = [float(t.replace("−", "-")) for t in page.locator("#costs td:first-child").all_inner_texts()]  # fmt: skip
+    assert nats == sorted(nats, reverse=True)
+    assert sum(nats) + others == pytest.approx(cost, abs=0.01 + 0.005 * len(nats))
+    assert "Only the explanations of layer 1 decide" in page.locator("#rest").inner_text()
+    assert page.locator("#costs a").first.get_attribute("href").startswith(f"/r/{key}/neuron/{model}/1/")  # fmt: skip
+    page.locator("#model").select_option("crate-2l-init")
+    until(page, "document.querySelector('#explained').hidden")
+    assert f"--model {model}-init` first" in page.locator("#missing").inner_text()
+    page.locator("#model").select_option("gpt2-2l")
+    until(page, "document.querySelector('#missing').hidden && document.querySelectorAll('#costs tr').length > 0")  # fmt: skip
 
 
 def test_the_servers_sentence_is_shown(page, address, library):

@@ -274,7 +274,15 @@ class Pages:
             self._crumbs(links, key, ("live", "")),
             key,
             models=models,
-            data=as_data(plain({"run": key, "models": models})),
+            data=as_data(
+                plain(
+                    {
+                        "run": key,
+                        "models": models,
+                        "missing": self.library.not_explained(key, models),
+                    }
+                )
+            ),
         )
 
     def error(self, status: int, message: str) -> str:

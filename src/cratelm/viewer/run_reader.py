@@ -6,7 +6,7 @@ Files may be missing, half-finished or damaged: readable files are shown, and al
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from cratelm.results.finding import Finding, finding
 from cratelm.results.neuron_groups import CONCEPTS, NeuronGroup, neuron_groups
 from cratelm.results.neuron_table import NeuronTable, layer_page, read_neuron_table
 from cratelm.results.neuron_view import NeuronFiles, NeuronQuery, neuron_view
+from cratelm.results.replacement import read_stored_explainer
 from cratelm.results.run_summary import run_card
 from cratelm.results.stages import READ_ERRORS, changed_at
 from cratelm.results.views import (
@@ -247,6 +248,16 @@ class Library:
                 for r, s in hits
             ]
         return tuple(neighbours)
+
+    def not_explained(self, key: str, models: Iterable[str]) -> dict[str, str]:
+        """Return why models cannot be run on their explanations, with the command to type, by name of the model."""
+        problems = {}
+        for model in models:
+            try:
+                read_stored_explainer(self.run_of(key), model)
+            except InputError as error:
+                problems[model] = one_line(error)
+        return problems
 
     # ---- the index --------------------------------------------------------------------------------
 
