@@ -20,6 +20,7 @@ from common import figures, timed, timed_result
 from fastapi.testclient import TestClient
 
 from cratelm.viewer.live import Live
+from cratelm.viewer.live_explanations import LiveExplanations
 from cratelm.viewer.run_reader import Library
 from cratelm.viewer.server import application
 
@@ -74,6 +75,7 @@ def pages(run: Path, turns: int, index: bool) -> None:
     kinds: dict[str, Callable[[], str]] = {
         "overview": lambda: base,
         "layer, with its map": lambda: f"{base}/layer/{model.name}/{layer()}",
+        "details of a map": lambda: f"/api{base}/map/{model.name}/{layer()}",
         "layer, sorted": lambda: (
             f"{base}/layer/{model.name}/{layer()}?sort=anthropic&direction=descending&page={rng.integers(1, 9)}"
         ),
@@ -110,6 +112,10 @@ def live(run: Path, model: str, turns: int) -> None:
         "activations": lambda i: model_server.activations(key, model, text(i), 0, i % 64),
         "strongest": lambda i: model_server.strongest(key, model, text(i + 10_000), i % 20),
     }
+    if not model_server.library.not_explained(key, [model]):
+        explanations = LiveExplanations(model_server)
+        kinds["explained"] = lambda i: explanations.read(key, model, text(i + 20_000))
+        kinds["predicted"] = lambda i: explanations.predict(key, model, text(i), tokens - 5)
     for name, ask in kinds.items():
         show(f"{name}, one client", [timed(lambda i=i, f=ask: f(i)) for i in range(turns)])
     for name, ask in kinds.items():

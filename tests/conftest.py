@@ -87,7 +87,7 @@ def client(library, live):
     from fastapi.testclient import TestClient
 
     from cratelm.viewer import server
-    from cratelm.viewer.live import router
+    from cratelm.viewer.live_endpoints import router
     from cratelm.viewer.security import Rate
 
     app = server.application(library, live=router(live), rate=Rate(1e9, 1e9))

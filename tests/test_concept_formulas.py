@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import planted
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,11 +24,16 @@ from cratelm.explain.concepts.library import builtin_library
 from cratelm.explain.concepts.predict import cells_all, predict_all
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import Evidence, contexts_of
+from cratelm.explain.explain import explain
 from cratelm.explain.lookup import residual_of, token_table
 from cratelm.explain.neuron import explain_neuron
+from cratelm.explain.store import read_explanations
 from cratelm.score.cells import CellSums, SplitFeatures
+from cratelm.score.config import ScoreConfig
 from cratelm.score.contexts import SortedContexts, Whole
+from cratelm.score.score import score
 from cratelm.score.simulators import TokenLists, simulate
+from cratelm.score.store import read_scores
 
 LIBRARY = builtin_library()
 
@@ -250,6 +256,35 @@ def test_stacked_on_a_look_up_a_formula_adds_what_the_context_says():
         scores[e.explainer] = np.corrcoef(simulated, truth)[0, 1]
     assert scores["lookup+concepts"] > scores["lookup"] + 0.1
     assert scores["lookup+concepts"] > scores["concepts"] + 0.1
+
+
+OWN = """[[predicate]]
+name = "sevens"
+kind = "sevens"
+token = " w[0-9]*7"
+example = "a¦« w7»¦ w8"
+"""
+
+
+def test_explanations_with_a_users_predicate_are_scored_with_it(tmp_path):
+    """The library travels with the explanations; a changed file is another input."""
+    run = planted.run_with_harvest(tmp_path / "run", n_neurons=8, layers=1)
+    file = tmp_path / "own.toml"
+    file.write_text(OWN, encoding="utf-8")
+    config = ExplainConfig(
+        run=run.path, model="m", explainers=("lookup", "concepts"), concepts=(file,), quiet=True
+    )
+    found = read_explanations(explain(config).path)
+    by_index = {e.neuron.index: e for e in found if e.explainer == "concepts"}
+    assert "sevens" in by_index[7].payload["terms"]
+    file.write_text(OWN.replace("sevens", "others"), encoding="utf-8")
+    with pytest.raises(InputError, match="input concepts that has changed since"):
+        explain(config)
+    score(ScoreConfig(run=run.path, model="m", resamples=100, quiet=True))
+    scores = [s for s in read_scores(run.path / "scores" / "m") if s.explainer == "concepts"]
+    own = [s.score.value for s in scores if (s.control, s.neuron.index) == ("none", 7)]
+    assert len(own) == 3
+    assert min(own) > 0.4  # of the five tokens that end in 7, the neuron fires on one
 
 
 # ---- over a whole split ---------------------------------------------------------------------------

@@ -49,6 +49,9 @@ from cratelm.replace.store import (
 from cratelm.replace.summary import Figures
 from cratelm.replace.tables import ContextSums
 from cratelm.replace.text import BatchText
+from cratelm.replace.token_cost import token_cost
+from cratelm.report.sections import replacement as section
+from cratelm.results.replacement import read_replacement, read_replacement_curve
 from cratelm.runs import RECORD, Run
 from cratelm.runs.ranks import Ranks
 from cratelm.score.simulators import simulate
@@ -242,6 +245,23 @@ def made_kept(made, h: int, most: int) -> list[int]:
     return [n for n in order if best[n] > 0]
 
 
+def test_length_of_the_context_that_decides_a_prediction(fitted):
+    text, _, matched, _, made = fitted
+    whole, pruned = ByContext(made.tables), ByContext(made.pruned(10))
+    stacked = Stacked([ByContext(made.pruned(1)), whole])
+    values = made.tables.values
+    for token in range(0, text.n_tokens, 97):
+        deepest = int((matched[:, token] != ROOT).sum())
+        assert whole.context_length(text, token, 0) == deepest
+        assert stacked.context_length(text, token, 0) == deepest
+        assert whole.predict(text)[token, 0] == values[matched[deepest - 1, token]][0]
+        for h in range(4):
+            kept = set(made_kept(made, h, 10))
+            expected = max((k for k in range(1, 4) if matched[k - 1, token] in kept), default=0)
+            assert pruned.context_length(text, token, h) == expected
+    assert Constant(np.ones(4, np.float32)).context_length(text, 0, 0) == 0
+
+
 def test_larger_tries_predict_better(fitted):
     _, _, matched, activations, made = fitted
     errors = [
@@ -257,6 +277,19 @@ def test_weights_decide_what_is_kept(fitted):
     weights[3] = 1
     tries = made.pruned(2, weights)
     assert set(tries.rise.nonzero()[0].tolist()) == {3}
+
+
+def test_a_shared_limit_goes_to_the_neurons_that_vary(fitted):
+    _, _, matched, activations, made = fitted
+    own, shared = made.pruned(10), made.pruned(10, shared=True)
+    assert shared.n_values == own.n_values == 40
+    gains = [sorted(of, reverse=True) for of in made._best_gains(None).T.tolist()]
+    everything = sorted((g for of in gains for g in of), reverse=True)
+    for h in range(4):
+        wanted = sum(g >= everything[39] for g in gains[h])
+        assert len(shared.rise.tocsc()[:, [h]].data) == wanted
+    errors = [((t.predict(matched) - activations) ** 2).sum() for t in (own, shared)]
+    assert errors[1] < errors[0]
 
 
 def test_sums_do_not_depend_on_the_order(fitted):
@@ -673,6 +706,114 @@ def test_some_neurons_replaced_and_others_true(kind):
     assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-5)
 
 
+def ids_and_codes(site: Site, n: int = 20):
+    """Token ids [1, n] and codes by place that no explanation would predict."""
+    rng = np.random.default_rng(0)
+    codes = {
+        place: rng.exponential(size=(n, width)).astype(np.float32)
+        for place, width in enumerate(site.n_neurons)
+    }
+    return torch.from_numpy(rng.integers(1, 30, (1, n))), codes
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_log_probabilities_are_those_of_the_losses(kind, monkeypatch):
+    model = any_model(kind)
+    explained = ExplainedModel(model, site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    trace = explained.trace(ids)
+    for places in ((), (0,), (1,), (0, 1)):
+        chosen = {p: codes[p] for p in places}
+        expected = naive_losses(model, explained.site, SimpleNamespace(input_ids=ids), chosen)[0]
+        for rows in (256, 7):
+            monkeypatch.setattr(
+                "cratelm.replace.forward.rows_per_chunk", lambda *_, n=rows, **__: n
+            )
+            parts = list(explained.log_probabilities(trace, chosen))
+            assert [len(p) for p in parts] == ([20] if rows == 256 else [7, 7, 6])
+            whole = torch.cat(parts)
+            assert whole.exp().sum(-1).numpy() == pytest.approx(1)
+            losses = -whole[:-1].gather(1, ids[0, 1:, None])[:, 0]
+            assert losses.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        as_tensors = {p: torch.from_numpy(of)[None] for p, of in chosen.items()}
+        last = explained.last_log_probabilities(trace, as_tensors)
+        assert last.detach().numpy() == pytest.approx(whole[-1:].numpy(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_costs_of_neurons_add_up_to_the_cost_of_the_explanations(kind):
+    model = any_model(kind)
+    explained = ExplainedModel(model, site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    target = int(ids[0, -1])
+    before, of_before = ids[:, :-1], {p: of[:-1] for p, of in codes.items()}
+    cost = token_cost(explained, before, of_before, target, points=24)
+    batch = SimpleNamespace(input_ids=ids)
+    losses = [naive_losses(model, explained.site, batch, of)[0, -1] for of in ({}, codes)]
+    assert [-float(of[target]) for of in (cost.plain, cost.explained)] == pytest.approx(losses, rel=1e-4)  # fmt: skip
+    assert cost.cost == pytest.approx(losses[1] - losses[0], abs=1e-4)
+    assert abs(cost.cost) > 0.05
+    assert sum(of.sum() for of in cost.shares.values()) == pytest.approx(cost.cost, abs=1e-3)
+    assert cost.dropped == 0
+    decides_alone = kind in ("crate", "decoupled_dictionary")
+    assert list(cost.shares) == ([1] if decides_alone else [0, 1])
+    if decides_alone:  # of the last layer, only the codes at the last token reach its prediction
+        assert not cost.shares[1][:-1].any()
+    elif kind == "gpt2":  # attention reads the lower layer at every token
+        assert np.abs(cost.shares[0]).sum(1).min() > 0
+    assert token_cost(explained, before, of_before).target == int(cost.plain.argmax())
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_cost_of_one_neuron_is_what_replacing_it_alone_changes(kind):
+    """All others are predicted exactly, so that the whole cost is that of this neuron."""
+    model = any_model(kind)
+    explained = ExplainedModel(model, site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    true = {p: of[0].numpy() for p, of in enumerate(explained.trace(ids).activations)}
+    batch = SimpleNamespace(input_ids=ids)
+    for place, neuron in ((1, 3), (0, 5)):
+        predicted = {p: of.copy() for p, of in true.items()}
+        predicted[place][:, neuron] += 5 * codes[place][:, neuron]
+        without, alone = (naive_losses(model, explained.site, batch, of)[0, -1] for of in (true, predicted))  # fmt: skip
+        of_before = {p: of[:-1] for p, of in predicted.items()}
+        shares = token_cost(explained, ids[:, :-1], of_before, int(ids[0, -1]), points=32).shares
+        if place not in shares:  # nothing of the lower layer gets past the codes of the last one
+            assert alone == pytest.approx(without, abs=1e-6)
+            continue
+        assert abs(alone - without) > 1e-4
+        assert shares[place][:, neuron].sum() == pytest.approx(alone - without, abs=2e-4)
+        assert np.abs(np.delete(shares[place], neuron, 1)).max() < 1e-5
+        if (
+            place == 1
+        ):  # above the last layer, this is also what one edited neuron costs in the model
+            mask = torch.arange(explained.site.n_neurons[1]) == neuron
+            mixed = explained.losses(explained.trace(ids), {1: predicted[1]}, {1: mask})[0, -1]
+            assert float(mixed) - without == pytest.approx(shares[1].sum(), abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["crate", "gpt2"])
+def test_what_autoencoders_drop_is_no_cost_of_explanations(kind):
+    model = any_model(kind)
+    below = site_of(model)
+    widths = tuple(w // 2 for w in below.n_neurons)
+    site = Site("latents", below.paths, below.side, widths, autoencoders=(Halves(), Halves()))
+    explained = ExplainedModel(model, site)
+    ids, codes = ids_and_codes(site)
+    cost = token_cost(explained, ids, codes, 7, points=32)
+    halves = {
+        p: np.concatenate([of[0].numpy() / 2, 0 * of[0].numpy()], 1)
+        for p, of in enumerate(explained.trace(ids).activations)
+    }
+    batch = SimpleNamespace(input_ids=F.pad(ids, (0, 1), value=7))
+    pad = {p: np.concatenate([of, of[-1:]]) for p, of in halves.items()}
+    whole, reconstructed = (naive_losses(model, below, batch, of)[0, -1] for of in ({}, pad))
+    assert cost.dropped == pytest.approx(reconstructed - whole, abs=1e-4)
+    assert abs(cost.dropped) > 1e-3
+    shares = sum(of.sum() for of in cost.shares.values())
+    assert shares + cost.dropped == pytest.approx(cost.cost, abs=1e-3)
+
+
 def test_layer_sets():
     sets = layer_sets((0, 1, 2), ("all", "one", "up-to"))
     assert {s.label: s.places for s in sets} == {
@@ -933,3 +1074,59 @@ def test_too_many_contexts_are_refused(run, monkeypatch):
     monkeypatch.setattr("cratelm.replace.prepared.available_on", lambda _: 1000)
     with pytest.raises(InputError, match=r"lower --(fit-tokens|explainers)"):
         replace(ReplaceConfig(run=run.path, model="crate-2l", **{**OPTIONS, "force": True}))
+
+
+# ---- in the report --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reported(run, replaced) -> Any:
+    """The part of a run's results that the section reads."""
+    models = [
+        SimpleNamespace(
+            name=name,
+            place=place,
+            null_of="",
+            replacement=read_replacement(run, name),
+            replacement_curve=read_replacement_curve(run, name),
+            replacement_sets=[],
+        )
+        for place, name in enumerate(("crate-2l", "gpt2-2l"))
+    ]
+    other = SimpleNamespace(
+        name="x", place=2, null_of="", replacement=None, replacement_curve=[], replacement_sets=[]
+    )
+    return SimpleNamespace(models=[*models, other])
+
+
+def test_the_report_has_every_row(reported, replaced):
+    table, references, fractions = section.tables(reported)
+    assert len(table.rows) == sum(len(of.rows) for of in replaced.values())
+    for row in table.rows:
+        control = "shuffled" if row[2].endswith(", shuffled") else "none"
+        own = replaced[row[0]].row(row[2].removesuffix(", shuffled"), row[1], control)
+        assert row[4].value == own.loss_replaced.value
+        assert row[5].low == own.nats_lost.low
+    assert [row[1] for row in references.rows[:3]] == [
+        "unigram model", "bigram model", "n-gram model, 2 tokens of context"
+    ]  # fmt: skip
+    assert {row[0] for row in fractions.rows} == {"crate-2l", "gpt2-2l"}
+    assert "documents" in table.note
+
+
+def test_the_comparison_begins_with_both_losses(reported, replaced):
+    first, second, explainer, carried, given_back = section.comparison_cells(reported.models[0])
+    head = replaced["crate-2l"].headline
+    assert (first.value, second.value) == (head.loss_true.value, head.loss_replaced.value)
+    assert explainer == head.explainer
+    assert (carried.value, given_back.value) == (head.carried.value, head.given_back.value)
+    assert section.comparison_cells(reported.models[2]) == (None,) * 5
+
+
+def test_the_figure_is_drawn(reported, tmp_path):
+    (figure,) = section.figures(reported)
+    assert figure is not None
+    assert [panel.title for panel in figure.panels] == ["Loss", "Nats lost over neurons replaced"]
+    figure.write(tmp_path)
+    assert (tmp_path / "replacement.png").stat().st_size > 5000
+    assert section.figures(SimpleNamespace(models=[reported.models[2]])) == [None]  # type: ignore[arg-type]

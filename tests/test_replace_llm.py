@@ -97,6 +97,10 @@ def test_levels_are_calibrated_by_least_squares_on_the_fit_tokens(text):
     for constant in (1, 2, 3, 4):  # without an explanation, or an activation that does not rise
         assert (predicted[:, constant] == means[constant]).all()
     assert len(np.unique(predicted[is_text, 0])) > 1 or made.slope[0] == 0
+    assert [made.context_length(text, at, 5) for at in (low, high - 1)] == [0, 0]
+    (start, _) = pieces_of(text)[1]
+    assert [made.context_length(text, start + i, 5) for i in (0, 1, 2)] == [1, 2, 3]
+    assert made.context_length(text, start, 1) == 0
 
 
 def test_other_text_has_no_level(text):

@@ -20,7 +20,7 @@ pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
 from fastapi.testclient import TestClient
 
 from cratelm.viewer import server
-from cratelm.viewer.live import router
+from cratelm.viewer.live_endpoints import router
 
 
 def test_every_link_leads_somewhere(client):

@@ -12,6 +12,8 @@ from cratelm.activations.store import read_summaries
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
+from cratelm.replace.config import ReplaceConfig
+from cratelm.replace.replace import replace
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.score.store import read_scores
@@ -62,6 +64,11 @@ def small_run(folder: Path) -> Path:
         explain(ExplainConfig(run=path, model=name, neurons=40, quiet=True))
         score(ScoreConfig(run=path, model=name, resamples=100, quiet=True))
     effects(EffectsConfig(run=path, model="crate-2l", tokens=300, quiet=True))
+    for name in ("crate-2l", "gpt2-2l"):
+        replace(ReplaceConfig(
+            run=path, model=name, explainers=("lookup", "trie"), tokens=600, neuron_tokens=0,
+            curve_tokens=0, resamples=50, quiet=True,
+        ))  # fmt: skip
     return path
 
 

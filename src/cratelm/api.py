@@ -145,7 +145,7 @@ def tokenize(
 
     Args:
         run: run directory, in which `tokens/` is written
-        corpus: `builtin` (the Python standard library's sources, about 12 MB), a file (.txt .text
+        corpus: `builtin` (the Python standard library's sources, about 10 MB), a file (.txt .text
             .md .rst .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of
             such files, or `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the
             extra `hub`)
@@ -685,14 +685,7 @@ def replace(
     simulator: str = "",
     explanations: str = "",
     simulated_tokens: int = 256,
-    explainers: tuple[str, ...] = (
-        "lookup",
-        "trie",
-        "trie:200",
-        "trie@excerpts",
-        "concepts",
-        "concepts+trie",
-    ),
+    explainers: tuple[str, ...] = ("lookup", "trie", "trie:200", "concepts", "concepts+trie"),
     layers: tuple[Literal["all", "one", "up-to"], ...] = ("all", "one", "up-to"),
     depth: int = 4,
     fit_tokens: int = 200_000,
@@ -752,9 +745,10 @@ def replace(
             most 64 of them is a call for each neuron
         explainers: explanations to run the model on. `lookup`: the mean activation per token;
             `trie`: the mean by context; both from a pass over fit tokens and without a limit of
-            their size; `trie:200`: at most 200 entries per neuron; `concepts`: formulas of named
-            predicates; `trie@excerpts`: as `cratelm explain` makes them from excerpts. Several with
-            + between them are stacked: each is made from what those before it leave unexplained
+            their size; `trie:200`: at most 200 entries per neuron; `trie:200@shared`: 200 on
+            average over a layer; `concepts`: formulas of named predicates; `trie@excerpts`: as
+            `cratelm explain` makes them from excerpts. Several with + between them are stacked:
+            each is made from what those before it leave unexplained
         layers: what is replaced at once: `all` layers, each `one` alone, all layers `up-to` each
             one
         depth: tokens of context, including the current one

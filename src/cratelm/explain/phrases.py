@@ -43,6 +43,8 @@ STRONG = 0.5
 """fraction of the highest activation from which one counts as strong"""
 OVERLAP = 0.5
 """share of the strong activations and of the tokens of a concept that must be the same (IoU) for a claim to name it"""
+CLAIM_TERMS, CLAIM_BEAM = 2, 4
+"""predicates in the claim of a look-up or a trie, and formulas of one that are tried with a second: short, and quick"""
 DOMINANT = 0.75
 """share of strong activations on one token from which a claim names the token and not a concept that it is one of"""
 ALONE = 0.97
@@ -144,9 +146,13 @@ class Described:
         if activations.max(initial=0) <= 0 or strong.sum() < MIN_SEEN:
             return None
         search = FormulaSearch(
-            self.features, self.evidence.weights, strong.astype(float), objective="overlap"
+            self.features,
+            self.evidence.weights,
+            strong.astype(float),
+            objective="overlap",
+            beam=CLAIM_BEAM,
         )
-        formula = search.best()
+        formula = search.best(CLAIM_TERMS)
         if formula is None:
             return None
         holds, weights = self._holds(formula), self.evidence.weights

@@ -249,4 +249,4 @@ def _of_sums(part: Part, fitted: FittedTables | Predictor) -> Predictor:
         return fitted
     if part.kind == "lookup":
         fitted = fitted.shallow(1)
-    return ByContext(fitted.pruned(part.most) if part.most else fitted.tables)
+    return ByContext(fitted.pruned(part.most, shared=part.shared) if part.most else fitted.tables)

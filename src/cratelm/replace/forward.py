@@ -83,16 +83,38 @@ class ExplainedModel:
         ids = trace.ids
         if not mixed and self._is_function_of_codes(codes):
             return self._losses_of_rows(ids, *codes.items())  # of one place
-        shaped = {
-            place: torch.from_numpy(np.ascontiguousarray(of)).to(ids.device).view(*ids.shape, -1)
-            for place, of in codes.items()
-        }
-        with self._running(trace, shaped, mixed or {}):
+        with self._running(trace, _shaped(codes, ids), mixed or {}):
             if self._head is None:
                 logits = next_logits(self.model, ids, ids.shape[1])
                 return token_losses(logits[:, :-1].float(), ids[:, 1:])
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return self._head_losses(hidden[:, :-1].flatten(0, 1), ids)
+
+    @torch.no_grad()
+    def log_probabilities(self, trace: Trace, codes: Codes) -> Iterator[torch.Tensor]:
+        """Yield the log-probabilities [rows, V] of every next token with `codes` in place of those of the model.
+
+        The rows are the B * T tokens of the trace in order, as many at a time whatever the codes are.
+        """
+        ids, head = trace.ids, self._head
+        with self._running(trace, _shaped(codes, ids), {}):
+            if head is None:
+                rows = next_logits(self.model, ids, ids.shape[1]).flatten(0, 1)
+            else:
+                output = self.model.base_model(input_ids=ids, use_cache=False)
+                rows = output.last_hidden_state.flatten(0, 1)
+        step = len(rows)
+        if head is not None:
+            step = rows_per_chunk(len(rows), *reversed(head.shape), device=rows.device.type)
+        for part in rows.float().split(step):
+            yield (part if head is None else part @ head.T).log_softmax(-1)
+
+    def last_log_probabilities(
+        self, trace: Trace, codes: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the log-probabilities [B, V] after the last token, with codes [B, T, H] by place; they have gradients."""
+        with self._running(trace, codes, {}):
+            return next_logits(self.model, trace.ids, 1)[:, 0].float().log_softmax(-1)
 
     def _is_function_of_codes(self, codes: Codes) -> bool:
         """Return whether the hidden states after the last block are functions of these codes alone."""
@@ -221,6 +243,14 @@ class ExplainedModel:
         output = trace.outputs[partial.block_numbers[place]]
         expected = trace.activations[place] @ writes
         return bool(torch.allclose(output, expected, rtol=1e-4, atol=1e-5))
+
+
+def _shaped(codes: Codes, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return codes [n, H] as tensors [B, T, H] on the device of ids [B, T]."""
+    return {
+        place: torch.from_numpy(np.ascontiguousarray(of)).to(ids.device).view(*ids.shape, -1)
+        for place, of in codes.items()
+    }
 
 
 def _different_rows(codes: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

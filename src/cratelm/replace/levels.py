@@ -113,3 +113,10 @@ class Simulated:
         of_mean = predicted[:, self.levels.neurons]
         predicted[:, self.levels.neurons] = np.where(np.isnan(values), of_mean, values)
         return predicted
+
+    def context_length(self, text: BatchText, token: int, neuron: int) -> int:
+        """Return how many tokens of the piece, up to this one, the model has read; 0 where the neuron has its mean."""
+        column = np.flatnonzero(self.levels.neurons == neuron)
+        if not len(column) or np.isnan(self.levels.at(text)[token, column[0]]):
+            return 0
+        return next(token - low + 1 for low, high in pieces_of(text) if low <= token < high)

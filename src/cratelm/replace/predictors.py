@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cratelm.replace.contexts import ROOT
 from cratelm.replace.tables import Tables, Tries
 from cratelm.replace.text import BatchText
 
@@ -33,6 +34,10 @@ class Predictor(Protocol):
         """Return the predicted activations [n, H] at each token."""
         ...
 
+    def context_length(self, text: BatchText, token: int, neuron: int) -> int:
+        """Return how many tokens, up to token number `token` of the text, decide the prediction of a neuron there."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class ByContext:
@@ -53,6 +58,15 @@ class ByContext:
     def predict(self, text: BatchText) -> Float32:
         """Return the value of the longest context in the explanation, or its default, [n, H]."""
         return self.tables.predict(text.matched(self.tables.contexts))
+
+    def context_length(self, text: BatchText, token: int, neuron: int) -> int:
+        """Return how many tokens, up to this one, decide the prediction of a neuron; 0 if it is its default."""
+        nodes = text.matched(self.tables.contexts)[:, token]
+        nodes = nodes[nodes != ROOT]
+        if isinstance(self.tables, Tries):
+            kept = self.tables.rise[nodes, np.full(len(nodes), neuron)] if len(nodes) else nodes
+            return int(np.flatnonzero(kept).max(initial=-1)) + 1
+        return len(nodes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +90,10 @@ class Constant:
         """Return the values at each token, [n, H]."""
         return np.broadcast_to(self.values, (text.n_tokens, len(self.values)))
 
+    def context_length(self, text: BatchText, token: int, neuron: int) -> int:
+        """Return 0."""
+        return 0
+
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
@@ -97,3 +115,7 @@ class Stacked:
         """Return the sum of the predictions, [n, H]."""
         first, *others = (part.predict(text) for part in self.parts)
         return sum(others, start=first)
+
+    def context_length(self, text: BatchText, token: int, neuron: int) -> int:
+        """Return how many tokens decide the prediction of the part that reads most."""
+        return max(part.context_length(text, token, neuron) for part in self.parts)

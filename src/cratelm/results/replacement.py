@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cratelm.errors import InputError
 from cratelm.replace.store import (
     CurvePoint,
     NeuronReplacement,
@@ -39,6 +40,24 @@ def read_replacements(run: Run, models: Sequence[str]) -> dict[str, ReplacementR
     return {model: of for model, of in found.items() if of is not None}
 
 
+def read_stored_explainer(run: Run, model: str) -> str:
+    """Return the explainer on whose stored explanations the model loses the fewest nats with all layers replaced.
+
+    Raises `InputError`, which says what to type, if the results are missing or stale, or if no explanations are stored.
+    """
+    stage = run.stage("replacement", model)
+    stage.require("replace")
+    summary = read_replacement_summary(stage.path)
+    rows = [row for row in summary.rows if (row.layers, row.control) == ("all", "none")]
+    stored = [row for row in rows if row.explainer in summary.simulators]
+    if not stored:
+        raise InputError(
+            f"{stage.path} has no stored explanations with which all layers were replaced: type"
+            f" `cratelm replace --run {run.path} --model {model} --force`"
+        )
+    return min(stored, key=lambda row: row.loss_replaced.value).explainer
+
+
 def read_replacement_curve(run: Run, model: str) -> list[CurvePoint]:
     """Return the losses with only the best-explained neurons replaced; none if there are no results."""
     stage = run.stage("replacement", model)
@@ -61,4 +80,5 @@ __all__ = [
     "read_replacement_curve",
     "read_replacement_sets",
     "read_replacements",
+    "read_stored_explainer",
 ]

@@ -1,4 +1,4 @@
-"""The live page: run the model on a typed text, and steer it. Endpoints return JSON over HTTP.
+"""The live page: run the model on a typed text, and steer it.
 
 One thread owns the model. At most `_WAITING` requests wait for it, each for at most `_PATIENCE` seconds,
 so that the server stays responsive. Memory holds only the model used last, and the activations of the text
@@ -12,21 +12,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from cachetools import LRUCache
-from fastapi import APIRouter, Path, Request
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
 from cratelm.results.stages import changed_at
-from cratelm.results.views import NotFound, plain
 from cratelm.steer.edits import Edit
 from cratelm.steer.next_tokens import (
     compare_next_tokens,
@@ -37,15 +33,12 @@ from cratelm.steer.next_tokens import (
 from cratelm.steer.steering import steering
 from cratelm.text.claim import claim
 from cratelm.viewer.run_reader import Library
-from cratelm.viewer.security import Rate
 
 LONGEST_TEXT = 4000
 """characters"""
 _WAITING, _PATIENCE = 24, 20.0
 _ANSWERS = 64
 """maximum number of cached answers, of at most about 100 kB each"""
-BURST, PER_SECOND = 30, 8
-"""rate limit of requests to the model per client: at once, and per second in the long run"""
 _STRONGEST, _TOKENS_SHOWN, _MOST_GENERATED = 20, 10, 64
 _T = TypeVar("_T")
 _Captured = tuple[tuple[str, ...], int, list[np.ndarray]]
@@ -120,6 +113,8 @@ class Live:
         """run, model and identity of its harvest; the opened model"""
         self._text: tuple[tuple[str, str, str], _Captured] | None = None
         """run, model and text; its activations, because several requests usually use the same text"""
+        self.beside: dict[str, Any] = {}
+        """what else is made of the model in memory, which is freed with it; for use in the model's thread"""
         self._answers: LRUCache[tuple, Any] = LRUCache(_ANSWERS)
         self._lock = threading.Lock()
         """protects `_answers`"""
@@ -138,30 +133,30 @@ class Live:
         Raises `InputError` if the text is empty or too long or the neuron does not exist, and `Busy` if too many
         requests wait.
         """
-        state = self._state(run, model)
+        state = self.state(run, model)
         maximum = self._maximum(run, model, layer, index)
 
         def work() -> TextActivations:
             tokens, cut, activations = self._captured(run, model, text)
-            layers = self._open(run, model)[0].site.layer_numbers
+            layers = self.opened(run, model)[0].site.layer_numbers
             values = activations[layers.index(layer)][:, index]
             return TextActivations(tokens, cut, layer, index, tuple(values.tolist()), maximum)
 
-        return self._ask(("activations", *state, text, layer, index), work)
+        return self.ask(("activations", *state, text, layer, index), work)
 
     def strongest(self, run: str, model: str, text: str, position: int) -> tuple[TopNeuron, ...]:
         """Return the neurons of all layers with the highest activation at a token, relative to their own maximum.
 
         Raises `InputError` if the text has no token at `position`, and the same errors as `activations`.
         """
-        state = self._state(run, model)
+        state = self.state(run, model)
         table = self.library.table(run, model)
 
         def work() -> tuple[TopNeuron, ...]:
             tokens, _, activations = self._captured(run, model, text)
             if not 0 <= position < len(tokens):
                 raise InputError(f"token {position}: the text has tokens 0 to {len(tokens) - 1}")
-            layers = self._open(run, model)[0].site.layer_numbers
+            layers = self.opened(run, model)[0].site.layer_numbers
             strongest = []
             for layer, of_layer in zip(layers, activations, strict=True):
                 here = table.rows_of(layer)
@@ -176,7 +171,7 @@ class Live:
                         )
             return tuple(sorted(strongest, key=lambda s: -s.share)[:_STRONGEST])
 
-        return self._ask(("strongest", *state, text, position), work)
+        return self.ask(("strongest", *state, text, position), work)
 
     def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> SteeringEffect:
         """Return the effect of an edit at every token on the next-token distribution and on a continuation.
@@ -188,13 +183,13 @@ class Live:
             raise InputError(
                 f"{count} tokens were requested: 0 to {_MOST_GENERATED} can be generated"
             )
-        state = self._state(run, model)
+        state = self.state(run, model)
         for index in edit.indices:
             self._maximum(run, model, edit.layer, index)
 
         def work() -> SteeringEffect:
-            context, encoder = self._open(run, model)
-            ids, _ = self._ids(context, encoder, text, count)
+            context, encoder = self.opened(run, model)
+            ids, _ = self.ids(context, encoder, text, count)
             subject_model = context.subject.model
             before = next_log_probabilities(subject_model, ids)
             plain = continue_text(subject_model, encoder, ids, count)
@@ -205,13 +200,13 @@ class Live:
             chances = _chances(before, after, change, encoder.display)
             return SteeringEffect(chances, change.kl, plain, steered)
 
-        return self._ask(
+        return self.ask(
             ("steer", *state, text, edit.layer, edit.indices, edit.operation, count), work
         )
 
     # ---- in the model's thread --------------------------------------------------------------------
 
-    def _state(self, run: str, model: str) -> tuple[str, str, str, int]:
+    def state(self, run: str, model: str) -> tuple[str, str, str, int]:
         """Return the cache key of an answer: run, model, its harvest and the time of the last change of the run.
 
         A cached answer is valid only while the harvest and the stages computed from it stay the same. Raises
@@ -222,7 +217,7 @@ class Live:
         harvest = path.stage("activations", model).require("harvest").identity
         return run, model, harvest, changed_at(path)
 
-    def _ask(self, name: tuple, work: Callable[[], _T]) -> _T:
+    def ask(self, name: tuple, work: Callable[[], _T]) -> _T:
         """Return the cached answer of this name, or compute it in the model's thread."""
         with self._lock:
             if name in self._answers:
@@ -242,19 +237,20 @@ class Live:
             self._answers[name] = answer
         return answer
 
-    def _open(self, run: str, model: str) -> tuple[HarvestContext, Encoder]:
+    def opened(self, run: str, model: str) -> tuple[HarvestContext, Encoder]:
         """Return the model and its encoder, opening them if another model is in memory."""
         path = self.library.run_of(run)
         harvest = path.stage("activations", model).require("harvest").identity
         name = (run, model, harvest)
         if self._model is None or self._model[0] != name:
             self._model = self._text = None  # free the other model before loading this one
+            self.beside.clear()
             context = open_harvested(path, model)
             context.subject.model.eval()
             self._model = (name, context, encoder_of(context.subject, path))
         return self._model[1], self._model[2]
 
-    def _ids(
+    def ids(
         self, context: HarvestContext, encoder: Encoder, text: str, room: int
     ) -> tuple[torch.Tensor, int]:
         """Return the token ids [1, 1 + T], beginning with the start token, and the number of tokens cut off.
@@ -269,11 +265,11 @@ class Live:
 
     def _captured(self, run: str, model: str, text: str) -> _Captured:
         """Return the display strings [T], the number of tokens cut off, and activations [T, H] of each layer."""
-        context, encoder = self._open(run, model)
+        context, encoder = self.opened(run, model)
         name = (run, model, text)
         if self._text is not None and self._text[0] == name:
             return self._text[1]
-        ids, cut = self._ids(context, encoder, text, 0)
+        ids, cut = self.ids(context, encoder, text, 0)
         captured = capture(context.subject.model, context.site, ids)
         activations = [a[0, 1:].float().cpu().numpy() for a in captured]
         display = encoder.display
@@ -314,86 +310,3 @@ def _chances(
         TokenChance(token_string(display, t), float(p[t]), float(q[t]))
         for t in tokens[: 2 * _TOKENS_SHOWN]
     )
-
-
-# ---- over HTTP ------------------------------------------------------------------------------------
-
-Index = Annotated[int, Field(ge=0, le=100_000_000)]
-Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
-RunKey = Annotated[str, Path(max_length=200)]
-
-
-class LiveRequest(BaseModel):
-    """Fields common to all requests."""
-
-    model_config = ConfigDict(extra="forbid")
-    model: Annotated[str, Field(max_length=200)]
-    text: Text
-
-
-class ActivationsRequest(LiveRequest):
-    """Request for the activation of one neuron at every token."""
-
-    layer: Index
-    neuron: Index
-
-
-class StrongestRequest(LiveRequest):
-    """Request for the strongest neurons at one token."""
-
-    position: Index
-
-
-class SteerRequest(LiveRequest):
-    """Request to steer one neuron at every token."""
-
-    layer: Index
-    neuron: Index
-    operation: Literal["set", "add", "scale", "zero"]
-    value: Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)] = 0.0
-    tokens: Annotated[int, Field(ge=0, le=64)] = 16
-
-    def edit(self) -> Edit:
-        """Return the requested edit."""
-        value: Any = True if self.operation == "zero" else self.value
-        return Edit(self.layer, self.neuron, **{self.operation: value})
-
-
-def router(live: Live, rate: Rate | None = None) -> APIRouter:
-    """Return the endpoints of the live page. Each runs in a worker thread, so the event loop stays free.
-
-    `rate` limits the requests of each client; by default 30 at once and 8 per second.
-    """
-    limit = rate or Rate(burst=BURST, per_second=PER_SECOND)
-    endpoints = APIRouter(prefix="/api/r/{run}/live")
-
-    def answer(request: Request, ask: Callable[[], Any]) -> Response:
-        client = request.client.host if request.client else ""
-        if not limit.take(client):
-            return JSONResponse({"error": "too many requests at once: wait a second"}, 429)
-        try:
-            return JSONResponse(plain(ask()))
-        except Busy as error:
-            return JSONResponse({"error": str(error)}, 503)
-        except NotFound as error:
-            return JSONResponse({"error": str(error)}, 404)
-        except InputError as error:
-            return JSONResponse({"error": str(error)}, 400)
-
-    @endpoints.post("/activations")
-    def activations(run: RunKey, body: ActivationsRequest, request: Request) -> Response:
-        return answer(
-            request, lambda: live.activations(run, body.model, body.text, body.layer, body.neuron)
-        )
-
-    @endpoints.post("/strongest")
-    def strongest(run: RunKey, body: StrongestRequest, request: Request) -> Response:
-        return answer(request, lambda: live.strongest(run, body.model, body.text, body.position))
-
-    @endpoints.post("/steer")
-    def steer(run: RunKey, body: SteerRequest, request: Request) -> Response:
-        return answer(
-            request, lambda: live.steer(run, body.model, body.text, body.edit(), body.tokens)
-        )
-
-    return endpoints

@@ -43,7 +43,8 @@ def _serve(config: ViewConfig, library: Library) -> None:
     listening = _listen(config.host, config.port)
     live = None
     if config.live:
-        from cratelm.viewer.live import Live, router
+        from cratelm.viewer.live import Live
+        from cratelm.viewer.live_endpoints import router
 
         live = router(Live(library))
     library.start_indexing()

@@ -92,29 +92,31 @@ class FormulaSearch:
         *,
         either: bool = False,
         objective: Objective = "variance",
+        beam: int = BEAM,
     ):
         """`features` [N, P] is 1 where a predicate holds; `weights` and `targets` are [N].
 
-        The objective `overlap` is the IoU of the formula with targets that are 0 or 1. With `either`, a formula may also
+        `beam` formulas are made longer. The objective `overlap` is the IoU of the formula with targets that are 0 or 1. With `either`, a formula may also
         hold where the target is low.
         """
         self._features, self._either, self._maximised = features, either, objective
+        self._beam = beam
         self._rows = np.stack([weights, weights * targets]).astype(np.float32)
         self._total, self._sum = float(weights.sum()), float(weights @ targets)
         n, s = (self._rows @ features).astype(np.float64)
         self._n, self._s = n, s
         self._terms = np.flatnonzero((n >= LEAST) & (self._total - n >= LEAST))
 
-    def best(self) -> Formula | None:
-        """Return the best formula; None if no predicate says anything."""
+    def best(self, max_terms: int = MAX_TERMS) -> Formula | None:
+        """Return the best formula of up to `max_terms` predicates; None if no predicate says anything."""
         beam = self._first()
         chosen, value = None, 0.0
-        for length in range(1, MAX_TERMS + 1):
+        for length in range(1, max_terms + 1):
             if not beam.formulas:
                 break
             if beam.objective[0] > value * (1 + GAIN):
                 chosen, value = beam.formulas[0], float(beam.objective[0])
-            if length < MAX_TERMS:
+            if length < max_terms:
                 beam = self._longer(beam)
         return chosen
 
@@ -137,7 +139,7 @@ class FormulaSearch:
         value = self._objective(n, s)
         # A term must help: else the beam fills up with the best predicate and terms that change little.
         value[value <= beam.objective[:, None] * (1 + 1e-6)] = 0
-        best = np.argsort(-value, axis=None, kind="stable")[: 8 * BEAM]
+        best = np.argsort(-value, axis=None, kind="stable")[: 8 * self._beam]
         formulas, kept = [], []
         for flat in best.tolist():
             operator, of, term = np.unravel_index(flat, value.shape)
@@ -157,7 +159,7 @@ class FormulaSearch:
             if value[i] > 0 and key not in seen:
                 seen.add(key)
                 order.append(i)
-            if len(order) == BEAM:
+            if len(order) == self._beam:
                 break
         return _Beam([formulas[i] for i in order], n[order], s[order], value[order])
 

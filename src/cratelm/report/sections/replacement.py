@@ -12,11 +12,11 @@ from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.text.table import Cell, Column, Table
 
 COLUMNS = (
-    Column("loss_true", "loss of the model, held-out nats per token [95%]", ".3f", "head"),
+    Column("loss_true", "loss on held-out tokens, nats [95%]", ".3f", "head"),
     Column("loss_replaced", "loss on its explanations", ".3f", "head"),
-    Column("replaced_explainer", "explained by", "", "minor"),
-    Column("carried", "what the codes carry, nats", ".3f", "minor"),
-    Column("given_back", "what the explanations give back of it", ".3f", "minor"),
+    Column("replaced_explainer", "explanations", "", "minor"),
+    Column("carried", "nats that the codes carry", ".3f", "minor"),
+    Column("given_back", "nats given back", ".3f", "minor"),
 )
 """columns of the cells that `comparison_cells` returns"""
 _REFERENCES = (

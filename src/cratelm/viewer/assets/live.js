@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const get = (id) => document.getElementById(id);
-  const { run, models } = JSON.parse(get("data").textContent);
+  const { run, models, missing } = JSON.parse(get("data").textContent);
   const fields = Object.fromEntries(["model", "layer", "neuron", "text", "operation", "value", "count"].map((id) => [id, get(id)]));
   const marks = { " ": "␣", "\n": "⏎", "\t": "⇥" };
   const shown = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}]/gu, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
@@ -49,6 +49,36 @@
   };
   const level = (value, top) => (value > 0 && top > 0 ? Math.max(1, Math.min(10, Math.round((10 * value) / top))) : 0);
   const element = (tag, text, kind) => { const node = document.createElement(tag); node.textContent = text; if (kind) node.className = kind; return node; };
+  const button = (span, label, choose) => {
+    span.tabIndex = 0;
+    span.setAttribute("role", "button");
+    span.setAttribute("aria-label", label);
+    span.addEventListener("click", choose);
+    span.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(); } });
+  };
+  const replaceSpans = (place, spans) => {  // the focus stays where it is
+    const focused = [...place.children].indexOf(document.activeElement);
+    place.replaceChildren(...spans);
+    if (focused >= 0) spans[Math.min(focused, spans.length - 1)]?.focus();
+  };
+  const chance = (token, [first, second]) => {  // a row with two probabilities; both are [label, value]
+    const row = document.createElement("tr");
+    const bars = document.createElement("td");
+    bars.className = "bars";
+    for (const [[label, value], kind] of [[first, "before"], [second, "after"]]) {
+      const bar = element("meter", "", kind);
+      Object.assign(bar, { min: 0, max: 1, value });
+      bar.setAttribute("aria-label", `${label}, ${(100 * value).toFixed(1)}%`);
+      bars.append(bar);
+    }
+    row.append(element("td", visible(token), "token"), element("td", (100 * first[1]).toFixed(2), "r"), element("td", (100 * second[1]).toFixed(2), "r"), bars);
+    return row;
+  };
+  const linkTo = (layer, index) => {
+    const link = element("a", String(index));
+    link.href = `/r/${encodeURIComponent(run)}/neuron/${encodeURIComponent(fields.model.value)}/${layer}/${index}`;
+    return link;
+  };
 
   const read = () => withStatus(async () => {
     const answer = await ask("activations", neuron());
@@ -57,19 +87,12 @@
     const spans = answer.tokens.map((token, index) => {
       const span = element("span", visible(token), level(answer.values[index], largest) ? `l${level(answer.values[index], largest)}` : "");
       span.title = answer.values[index].toPrecision(3);
-      span.tabIndex = 0;
-      span.setAttribute("role", "button");
-      span.setAttribute("aria-label", `token ${index}, ${visible(token)}, activation ${span.title}`);
       if (index === position) span.classList.add("peak");
-      const choose = () => { position = index; read(); strongest(); };
-      span.addEventListener("click", choose);
-      span.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(); } });
+      button(span, `token ${index}, ${visible(token)}, activation ${span.title}`, () => { position = index; read(); strongest(); });
       return span;
     });
     current = answer.tokens;
-    const focused = [...get("tokens").children].indexOf(document.activeElement);
-    get("tokens").replaceChildren(...spans);
-    if (focused >= 0) spans[Math.min(focused, spans.length - 1)]?.focus();
+    replaceSpans(get("tokens"), spans);
     const top = Math.max(...answer.values);
     get("status").textContent = `${answer.tokens.length} tokens${answer.cut ? ` (${answer.cut} more do not fit into the model's context)` : ""}; largest activation ${top.toPrecision(3)}, ${answer.maximum > 0 ? `${Math.round((100 * top) / answer.maximum)}% of the neuron's maximum` : "of a dead neuron"}`;
   });
@@ -83,16 +106,14 @@
     get("at").textContent = visible(current[position] ?? "");
     get("strongest").replaceChildren(...neurons.map((n) => {
       const row = document.createElement("tr");
-      const link = element("a", String(n.index));
-      link.href = `/r/${encodeURIComponent(run)}/neuron/${encodeURIComponent(fields.model.value)}/${n.layer}/${n.index}`;
       const cell = element("td", "", "r");
-      cell.append(link);
+      cell.append(linkTo(n.layer, n.index));
       row.append(element("td", String(n.layer), "r"), cell, element("td", (100 * n.share).toFixed(0), "r"), element("td", n.value.toPrecision(3), "r"), element("td", shown(n.explanation) || "–", "text wide"));
-      const button = element("button", "select", "select");
-      button.type = "button";
-      button.setAttribute("aria-label", `select neuron ${n.index} of layer ${n.layer}`);
-      button.addEventListener("click", () => { select(n); get("neuron").focus(); all(); });
-      cell.append(" ", button);
+      const selecting = element("button", "select", "select");
+      selecting.type = "button";
+      selecting.setAttribute("aria-label", `select neuron ${n.index} of layer ${n.layer}`);
+      selecting.addEventListener("click", () => { select(n); get("neuron").focus(); all(); });
+      cell.append(" ", selecting);
       return row;
     }));
   });
@@ -109,27 +130,68 @@
     get("shown").textContent = fields.operation.value === "zero" ? "0" : Number(fields.value.value).toPrecision(3);
     const effect = await ask("steer", { ...neuron(), operation: fields.operation.value, value: Number(fields.value.value), tokens: Math.min(64, Math.max(0, Math.round(Number(fields.count.value) || 0))) });
     get("kl").textContent = `Steering changes the prediction of the next token by ${effect.kl.toPrecision(3)} nats (KL divergence).`;
-    get("chances").replaceChildren(...effect.chances.map((t) => {
-      const row = document.createElement("tr");
-      const bars = document.createElement("td");
-      bars.className = "bars";
-      for (const [value, kind] of [[t.before, "before"], [t.after, "after"]]) {
-        const bar = element("meter", "", kind);
-        Object.assign(bar, { min: 0, max: 1, value });
-        bar.setAttribute("aria-label", `${kind}, ${(100 * value).toFixed(1)}%`);
-        bars.append(bar);
-      }
-      row.append(element("td", visible(t.token), "token"), element("td", (100 * t.before).toFixed(2), "r"), element("td", (100 * t.after).toFixed(2), "r"), bars);
-      return row;
-    }));
+    get("chances").replaceChildren(...effect.chances.map((t) => chance(t.token, [["before", t.before], ["after", t.after]])));
     get("plain").textContent = visible(effect.plain);
     let same = 0;
     while (same < effect.steered.length && effect.steered[same] === effect.plain[same]) same += 1;
     get("steered").replaceChildren(document.createTextNode(visible(effect.steered.slice(0, same))), element("mark", visible(effect.steered.slice(same))));
   });
 
+  // ---- the model on its explanations: `predicted` is the chosen token, null for the one with the largest difference ----
+  let predicted = null;
+  const full = 4;  // nats of difference at which the shade is darkest
+  const short = (value) => (value === 0 ? "0" : value.toPrecision(2));
+  const signed = (nats) => `${nats < 0 ? "−" : "+"}${Math.abs(nats).toFixed(2)}`;
+  const probable = (of) => `${visible(of.likely)} ${(100 * of.probability).toFixed(0)}%`;
+  const explain = () => withStatus(async () => {
+    const problem = missing[fields.model.value];
+    get("explained").hidden = Boolean(problem);
+    get("missing").hidden = !problem;
+    get("missing").textContent = problem ? `${fields.model.value} cannot run on its explanations: ${problem}` : "";
+    if (problem) return;
+    const answer = await ask("explained", {});
+    const lost = answer.tokens.map((t) => (t.model.loss === null ? null : t.explained.loss - t.model.loss));
+    const last = lost.length - 1;
+    if (predicted === null || predicted > last) predicted = lost.indexOf(Math.max(...lost.slice(0, last)));
+    replaceSpans(get("losses"), answer.tokens.map((t, index) => {
+      const end = index === last;
+      const name = end ? "…" : visible(t.token);
+      const shade = end ? 0 : level(Math.abs(lost[index]), full);
+      const span = element("span", name, shade ? `${lost[index] < 0 ? "w" : "l"}${shade}` : "");
+      span.title = `${end ? "the next token" : `${signed(lost[index])} nats`} · model: ${probable(t.model)} · on explanations: ${probable(t.explained)}`;
+      if (index === predicted) span.classList.add("peak");
+      button(span, end ? "the token that comes next" : `token ${index}, ${name}, ${signed(lost[index])} nats on explanations`, () => { predicted = index; explain(); });
+      return span;
+    }));
+    get("explainer").textContent = answer.explainer;
+    get("sums").textContent = `Mean over these ${last} tokens: a loss of ${answer.loss.toFixed(2)} nats per token by the model, ${answer.loss_explained.toFixed(2)} on its explanations.`;
+    const found = await ask("predicted", { position: predicted });
+    get("target").textContent = predicted === last ? "…" : visible(found.target);
+    const target = `“${visible(found.target)}”${predicted === last ? ", the model's first choice" : ""}`;
+    get("both").textContent = `Loss of ${target}: ${found.loss.toFixed(2)} nats by the model, ${found.loss_explained.toFixed(2)} on explanations (${signed(found.loss_explained - found.loss)}). The two predictions differ by ${found.kl.toFixed(2)} nats (KL divergence).`;
+    get("predictions").replaceChildren(...found.tokens.map((t) => {
+      const row = chance(t.token, [["model", t.model], ["on explanations", t.explained]]);
+      if (t.is_actual) { row.className = "actual"; row.firstChild.append(element("span", "in the text", "note")); }
+      return row;
+    }));
+    get("costs").replaceChildren(...found.neurons.map((n) => {
+      const row = document.createElement("tr");
+      const cell = element("td", "", "r");
+      cell.append(linkTo(n.layer, n.index));
+      const where = element("td", "", "token");
+      if (n.position < 0) where.append(element("span", "start", "faint"));
+      else where.append(element("span", visible(n.context.slice(0, -1).join("")), "faint"), visible(n.context.at(-1)));
+      row.append(element("td", signed(n.cost), "r"), element("td", String(n.layer), "r"), cell, where, element("td", short(n.true), "r"), element("td", short(n.predicted), "r"), element("td", shown(n.explanation) || "–", "text wide"));
+      return row;
+    }));
+    const dropped = found.dropped ? ` ${signed(found.dropped)} nats are lost because the autoencoders do not reconstruct everything.` : "";
+    const decide = found.layers.length < Object.keys(models[fields.model.value]).length ? ` Only the explanations of layer ${found.layers.join(", ")} decide: nothing passes round the activations of that layer.` : "";
+    const unexplained = found.neurons.some((n) => !n.explanation) ? " –: not explained in words; “cratelm explain --neurons 0” explains all neurons." : "";
+    get("rest").textContent = `All other neurons together: ${signed(found.others)} nats.${dropped}${decide}${unexplained}`;
+  });
+
   // ---- updates after a change; quick successive changes cause one update ----
-  let timer = 0;
+  let timer = 0, explaining = 0;
   const later = (work, wait = 250) => { clearTimeout(timer); timer = setTimeout(work, wait); };
   const all = async () => {
     remember();
@@ -139,9 +201,13 @@
     await read(); await strongest();
     if (chosen !== before) { remember(); await read(); }
     await steer();
+    clearTimeout(explaining);  // later than the others, so that fast typing stays within the server's rate limit
+    explaining = setTimeout(explain, first ? 0 : 400);
+    first = false;
   };
-  fields.text.addEventListener("input", () => { position = null; later(all, 350); });
-  fields.model.addEventListener("change", () => { current = null; fill(); later(all, 0); });
+  let first = true;
+  fields.text.addEventListener("input", () => { position = predicted = null; later(all, 350); });
+  fields.model.addEventListener("change", () => { current = predicted = null; fill(); later(all, 0); });
   fields.layer.addEventListener("change", () => { chosen = true; fill(); later(all, 0); });
   fields.neuron.addEventListener("input", () => { chosen = true; later(all); });
   for (const id of ["operation", "value", "count"]) fields[id].addEventListener("input", () => { if (id === "operation") scale(); get("shown").textContent = Number(fields.value.value).toPrecision(3); later(() => { remember(); steer(); }, 200); });
