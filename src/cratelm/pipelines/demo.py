@@ -26,7 +26,7 @@ from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.replace import replace as replace_codes
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
-from cratelm.runs import Run
+from cratelm.runs import Run, StageName
 from cratelm.runs.devices import device_of
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.score.config import ScoreConfig
@@ -239,16 +239,10 @@ def _plan(config: DemoConfig) -> str:
     training = harvesting = scoring = replacing = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
     for name in twins + controls:
-        missing = [
-            stage
-            for stage in (
-                "model",
-                "activations",
-                "scores",
-                *(("replacement",) if name in twins else ()),
-            )
-            if config.force or name not in run.models(stage)
-        ]
+        measured: list[StageName] = ["model", "activations", "scores"]
+        if name in twins:
+            measured.append("replacement")
+        missing = [s for s in measured if config.force or name not in run.models(s)]
         step, forward = _measure(name.removesuffix("-init"), config) if missing else (0, 0)
         if name in twins and "model" in missing:
             training += step * config.steps

@@ -141,6 +141,10 @@ class ByConcept:
         predicted[rows] = self.means[np.arange(len(self.payloads)), cells]
         return predicted
 
+    def context_length(self, text: BatchText, token: int, neuron: int) -> int:
+        """Return 1: predicates are about the token, whatever else of the text they look at; 0 without a formula."""
+        return int(len(self.payloads[neuron]["terms"]) > 0)
+
 
 def concepts_as_found(payloads: Sequence[Payload], reader: ConceptReader) -> ByConcept:
     """Return formulas with the means of their cells over the excerpts that they were found in."""
