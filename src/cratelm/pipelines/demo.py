@@ -52,7 +52,7 @@ _SECONDS_PER_NEURON = 0.04
 """time to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
 """held-out tokens of each twin for the white-box measurements and for the evaluation of autoencoders"""
-_REPLACED = 100_000
+_REPLACED = 50_000
 """held-out tokens on which each twin runs on its explanations"""
 _REPLACED_COST = 12.0
 """duration of that, with making the explanations, divided by that of the forward passes over both kinds of tokens
@@ -179,6 +179,7 @@ def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]
         model=name,
         fit_tokens=config.tokens,
         tokens=min(config.tokens, _REPLACED),
+        curve_tokens=min(config.tokens, _REPLACED // 5),
         seed=config.seed,
     )
     yield Step("replacement", name, lambda: replace_codes(replacing))
