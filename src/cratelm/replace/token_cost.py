@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from cratelm.replace.forward import Codes, ExplainedModel
 
 POINTS = 8
-"""points of the quadrature, each one pass forward and back; on the demo's twins the shares then add up to 1e-4 nats"""
+"""points of the quadrature, each one pass forward and back. With them the shares of small twins of one layer add up to
+within 1e-4 nats at 51 tokens, those of latents of a poor autoencoder to within 2e-3; with 4 points to .03 and .1"""
 
 
 @dataclass(frozen=True, eq=False)
