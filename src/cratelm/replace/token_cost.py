@@ -9,8 +9,8 @@ that the explanations predict. The share of neuron i is, summed over the tokens 
 F(p) - F(a), which is what the explanations cost at that token. What a neuron would cost if its explanation alone were
 used is something else: such costs do not add up, because the rest of the model saturates.
 
-With all codes set, what lies between them and the loss is smooth (norms, attention, the head), so that Gauss-Legendre
-quadrature needs few points.
+With the codes of all MLPs or ISTA blocks set, what lies between them and the loss is smooth (norms, attention, the head),
+so that Gauss-Legendre quadrature needs few points. At other sites ReLUs may lie between, and the sum is less exact.
 
 Shape legend: T tokens of a text, H neurons of a layer, V vocabulary.
 """
