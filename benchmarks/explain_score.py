@@ -84,7 +84,13 @@ def rates(path: Path, n_neurons: int, n_tokens: int) -> dict[str, float]:
     run = Run(path) if path.exists() else generated_run(path, n_neurons, n_tokens)
     seconds = {}
     for name, verb, config in (
-        ("explain", explain, ExplainConfig(run=run.path, model="m", force=True, quiet=True)),
+        (
+            "explain",
+            explain,
+            ExplainConfig(
+                run=run.path, model="m", explainers=("lookup", "trie"), force=True, quiet=True
+            ),
+        ),
         ("score", score, ScoreConfig(run=run.path, model="m", force=True, quiet=True)),
     ):
         start_cpu = time.process_time()

@@ -75,6 +75,7 @@ def pages(run: Path, turns: int, index: bool) -> None:
     kinds: dict[str, Callable[[], str]] = {
         "overview": lambda: base,
         "layer, with its map": lambda: f"{base}/layer/{model.name}/{layer()}",
+        "details of a map": lambda: f"/api{base}/map/{model.name}/{layer()}",
         "layer, sorted": lambda: (
             f"{base}/layer/{model.name}/{layer()}?sort=anthropic&direction=descending&page={rng.integers(1, 9)}"
         ),

@@ -27,6 +27,7 @@ HARVEST = (
 MODULES = (
     "activations.harvest",
     "steer.effects",
+    "replace.replace",
     "analysis.analyze",
     "explain.explain",
     "runs.check",

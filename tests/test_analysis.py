@@ -289,6 +289,16 @@ def test_what_an_explanation_covers():
     assert covered_tokens(payload, simulated, 0.5).tolist() == [False, True, False, True, False]
     assert covered_tokens(payload, simulated, 0.25).tolist() == [False, True, True, True, False]
     assert not covered_tokens({"default": 1.0, "values": []}, simulated, 0.5).any()
+    formula = {"default": 0.0, "terms": ["digits"], "operators": [], "cells": [0.0, max(simulated)]}
+    stacked = {
+        **formula,
+        "default": max(simulated),
+        "cells": [0.0, 0.0],
+        "tokens": [],
+        "values": [],
+    }
+    assert covered_tokens(formula, simulated, 1.0).sum() == (simulated == max(simulated)).sum()
+    assert not covered_tokens(stacked, simulated, 0.5).any()  # nothing above its default
     assert not covered_tokens({"default": 1.0, "values": [0.5]}, simulated, 0.5).any()
 
 

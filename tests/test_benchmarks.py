@@ -113,6 +113,20 @@ def test_what_measures_cost(tmp_path, capsys, monkeypatch):
     assert printed.count(" times (") == len(loaded("measures", monkeypatch).WITH)
 
 
+def test_running_on_explanations(tmp_path, capsys, monkeypatch):
+    arguments = f"--run {copied(tmp_path)} --models crate-2l --fit-tokens 600 --tokens 300"
+    printed = run("replace", arguments.split(), capsys, monkeypatch)
+    assert printed.count("times the plain passes") == 1
+
+
+def test_how_tries_grow(tmp_path, capsys, monkeypatch):
+    arguments = (
+        f"--run {copied(tmp_path)} --models crate-2l --fit-tokens 600 --tokens 300 --entries 3 9"
+    )
+    printed = run("trie_growth", arguments.split(), capsys, monkeypatch)
+    assert printed.count("entries per neuron: squared error ") == 2
+
+
 def test_a_small_harvest_against_keeping_and_sorting(tmp_path, capsys, monkeypatch):
     """Both sides find the same highest activation of each neuron.
 
@@ -153,6 +167,8 @@ def test_all_are_here():
     named = {name.partition(",")[0] for name in TINY} | {
         "large_run",
         "measures",
+        "replace",
+        "trie_growth",
         "viewer",
         "simulate",
         "estimate",

@@ -12,8 +12,9 @@ from planted import STRINGS, corpus, harvested, on_pair, on_token
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import NO_TOKEN, Evidence, collect_evidence, contexts_of
-from cratelm.explain.explain import explain, explain_neuron
+from cratelm.explain.explain import explain
 from cratelm.explain.lookup import token_table
+from cratelm.explain.neuron import explain_neuron
 from cratelm.explain.selection import explained_from, select_neurons
 from cratelm.explain.store import read_explanations, read_selected
 from cratelm.explain.trie import ROOT, context_trie
@@ -43,7 +44,7 @@ def explained(activations, explainer, **fields):
 def test_token_neuron_is_recovered(explainer):
     explanation = explained(on_token(corpus("fit")[0], 3), explainer)
     assert score_everywhere(explanation, on_token(corpus("held_out")[0], 3)) > 0.99
-    assert "most on `⇥from`;" in explanation.text
+    assert explanation.text.startswith("the token `⇥from`; 100% of its activation, fires on ")
     assert "«⇥from»" in explanation.text
 
 
@@ -54,8 +55,8 @@ def test_pair_neuron_needs_the_trie():
     truth = on_pair(held_out, 1, 2)
     assert score_everywhere(trie, truth) > 0.97
     assert score_everywhere(lookup, truth) < 0.6
-    assert "`␣import` after `⏎`" in trie.text
-    assert "most on `␣import`, mostly after `⏎`; e.g." in lookup.text
+    assert trie.text.startswith("the token `␣import` after `⏎`; ")
+    assert lookup.text.startswith("the token `␣import`, mostly after `⏎`; ")
 
 
 def test_trie_of_depth_one_is_the_lookup():
@@ -180,7 +181,7 @@ def test_phrases_differ_between_neurons_and_are_short():
 
 def test_phrase_of_a_neuron_that_is_the_same_everywhere():
     text = explained(np.ones(7200), "lookup").text
-    assert text.startswith("fires on 100% of tokens, on none much more than on others; e.g. ")
+    assert text.startswith("no token much more than others; fires on 100% of tokens; e.g. ")
 
 
 def test_white_space_is_visible_folded():
@@ -206,21 +207,20 @@ def test_paper_ranks_are_explained_from():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr("cratelm.explain.explain._token_strings", lambda run: STRINGS)
+def run(tmp_path):
     return planted.run_with_harvest(tmp_path / "run")
 
 
 def test_explain_writes_every_live_neuron_and_is_skipped_then(run, capsys):
     config = ExplainConfig(run=run.path, model="m", quiet=True)
     result = explain(config)
-    assert (result.n_neurons, result.n_dead, result.n_explanations) == (24, 2, 44)
+    assert (result.n_neurons, result.n_dead, result.n_explanations) == (24, 2, 66)
     explanations = read_explanations(result.path)
-    assert [(e.neuron.layer, e.neuron.index) for e in explanations[::2]] == [
+    assert [(e.neuron.layer, e.neuron.index) for e in explanations[::3]] == [
         (layer, index) for layer in (0, 1) for index in range(1, 12)
     ]
     assert [s.neuron.index for s in read_selected(result.path) if s.dead] == [0, 0]
-    (direct, _) = explain_neuron(harvested(planted.activations("fit", 4), index=4), config, STRINGS)
+    direct, *_ = explain_neuron(harvested(planted.activations("fit", 4), index=4), config, STRINGS)
     stored = next(e for e in explanations if e.neuron == direct.neuron)
     assert (stored.text, stored.payload, stored.documents) == (
         direct.text, direct.payload, direct.documents
@@ -246,7 +246,7 @@ def test_sample_is_the_same_for_twins(run):
         ({"explainers": ()}, "--explainers"),
         (
             {"explainers": ("lookup", "oracle")},
-            "--explainers is 'oracle': choose from lookup, trie",
+            "--explainers is 'oracle': choose from lookup, trie, concepts",
         ),
         ({"explainers": ("trie", "trie")}, "each once"),
         ({"max_entries": 0}, "--max-entries must be at least 1, not 0"),

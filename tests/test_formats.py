@@ -736,6 +736,7 @@ def test_scores_belong_to_the_explanation_that_was_read(harvested, neuronpedia):
     assert Counter(r["typeName"] for r in explanations.values()) == {
         "cratelm_lookup": len(NEURONS),
         "cratelm_trie": len(NEURONS),
+        "cratelm_concepts": len(NEURONS),
         "cratelm_model_top": 1,
         "cratelm_model_anthropic": 1,
     }

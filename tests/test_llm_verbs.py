@@ -317,10 +317,10 @@ def test_phrases_made_without_a_model_can_be_read_by_one(run, model):
     result = scored(run, explanations="llm-free", metrics=("top_and_random",))
     assert result.path.name == "m@llm-free-by-fake"
     found = read_scores(result.path)
-    assert {s.explainer for s in found} == {"lookup/fake", "trie/fake"}
+    names = ("lookup", "trie", "concepts")
+    assert {s.explainer for s in found} == {f"{name}/fake" for name in names}
     assert {(s.explained_by, s.simulator, s.variant) for s in found} == {
-        ("lookup", "fake", ""),
-        ("trie", "fake", ""),
+        (name, "fake", "") for name in names
     }
 
 
@@ -342,7 +342,7 @@ def test_scores_by_another_model_are_exported_to_neuronpedia(run, model, tmp_pat
     ]
     found = sorted((json.loads(r["jsonDetails"])["explainer"], r["value"]) for r in rows)
     of_dead = [s for s in own if s.score.status == Status.DEAD]
-    assert {label for label, _ in found} == {"lookup/fake", "trie/fake", "mine/fake"}
+    assert {label for label, _ in found} == {"lookup/fake", "trie/fake", "concepts/fake", "mine/fake"}  # fmt: skip
     assert found == sorted((s.explainer, s.score.value) for s in with_value)
     assert (result.scores, result.without_value) == (len(with_value), len(own) - len(with_value))
     assert of_dead

@@ -1,4 +1,4 @@
-"""Effects and analyses under `torchrun`: the files of several processes are those of one; shares of work."""
+"""Effects, analyses and replacements under `torchrun`: the files of several processes are those of one; shares of work."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from cratelm.runs.ranks import Ranks, Share, joined, n_ranks, n_ranks_here, rank
 VERBS: dict[str, tuple[StageName, str]] = {
     "effects": ("steer", f"effects --run run --model {MODEL} --neurons 70 --tokens 96 --batch-tokens 32 --positions 2"),
     "analyze": ("analysis", f"analyze --run run --model {MODEL} --tokens 300 --resamples 100 --batch-tokens 64 --memory-mib 1"),
+    "replace": ("replacement", f"replace --run run --model {MODEL} --fit-tokens 1500 --tokens 800 --neuron-tokens 48 --curve-tokens 300 --resamples 100 --batch-tokens 48 --explainers lookup trie:5 trie@excerpts trie:5+lookup"),
 }  # fmt: skip
 
 

@@ -18,11 +18,15 @@ import cratelm
 from cratelm.activations.batches import SearchPlan
 from cratelm.cli import main
 from cratelm.errors import InputError
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.formula import STRENGTH
+from cratelm.explain.concepts.library import builtin_library
 from cratelm.explain.evidence import collect_evidence
 from cratelm.explain.lookup import token_table
 from cratelm.explain.trie import context_trie
 from cratelm.models import build, site_of
 from cratelm.models.sites import Site, hooked
+from cratelm.replace.concepts import CellSums
 from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.contexts import NO_TOKEN, ROOT, START, Contexts
 from cratelm.replace.exact import quantum_of, rounded
@@ -46,11 +50,14 @@ from cratelm.replace.summary import Figures
 from cratelm.replace.tables import ContextSums
 from cratelm.replace.text import BatchText
 from cratelm.replace.token_cost import token_cost
+from cratelm.report.sections import replacement as section
+from cratelm.results.replacement import read_replacement, read_replacement_curve
 from cratelm.runs import RECORD, Run
 from cratelm.runs.ranks import Ranks
 from cratelm.score.simulators import simulate
 from cratelm.score.token_share import TokenMeans
 from cratelm.stats.documents import DocumentResamples
+from cratelm.tokens.shards import TokenStore
 
 CPU = torch.device("cpu")
 
@@ -272,6 +279,19 @@ def test_weights_decide_what_is_kept(fitted):
     assert set(tries.rise.nonzero()[0].tolist()) == {3}
 
 
+def test_a_shared_limit_goes_to_the_neurons_that_vary(fitted):
+    _, _, matched, activations, made = fitted
+    own, shared = made.pruned(10), made.pruned(10, shared=True)
+    assert shared.n_values == own.n_values == 40
+    gains = [sorted(of, reverse=True) for of in made._best_gains(None).T.tolist()]
+    everything = sorted((g for of in gains for g in of), reverse=True)
+    for h in range(4):
+        wanted = sum(g >= everything[39] for g in gains[h])
+        assert len(shared.rise.tocsc()[:, [h]].data) == wanted
+    errors = [((t.predict(matched) - activations) ** 2).sum() for t in (own, shared)]
+    assert errors[1] < errors[0]
+
+
 def test_sums_do_not_depend_on_the_order(fitted):
     _, tree, matched, activations, _ = fitted
     activations = activations * 10.0 ** np.random.default_rng(0).uniform(-6, 3, activations.shape)
@@ -319,6 +339,37 @@ def test_explanations_of_excerpts_are_simulated_as_by_score():
             expected = simulate(kind, payload, [held_out])[0]
             assert found[:, h] == pytest.approx(expected, abs=1e-6)
     assert ByContext(tries_of(payloads[:1])).predict(text).shape == (600, 1)
+
+
+def test_means_of_cells_are_those_of_the_fit_text():
+    strings = [f" w{i}" if i % 3 else str(i) for i in range(40)]
+    reader = ConceptReader(builtin_library(), strings)
+    text = text_of(split_of(documents(60, 30)))
+    features = reader.features([text.ids[a:b] for a, b in text.segments()])
+    first = reader.library.predicates[0].name
+    names = [p.name for p in reader.library.predicates]
+    digit = next(n for n in names if 0.2 < features.column(n).mean() < 0.6)
+    payloads = [
+        {"terms": [digit], "operators": [], "cells": []},
+        {"terms": [digit, first], "operators": ["and"], "cells": []},
+        {"terms": [], "operators": [], "cells": []},
+    ]
+    rng = np.random.default_rng(0)
+    activations = rng.random((text.n_tokens, 3)).astype(np.float32)
+    sums = CellSums(payloads, reader, 2.0**-40)
+    sums.add(activations, text)
+    made = sums.explanations()
+    is_text = text.document >= 0
+    holds = np.zeros(text.n_tokens, bool)
+    holds[is_text] = features.column(digit)
+    mean = activations[is_text, 0].mean()
+    for value in (False, True):
+        at = is_text & (holds == value)
+        side = (activations[at, 0].sum() + STRENGTH * mean) / (at.sum() + STRENGTH)
+        expected = (activations[at, 0].sum() + STRENGTH * side) / (at.sum() + STRENGTH)
+        assert made.predict(text)[at, 0] == pytest.approx(expected, rel=1e-5)
+    assert made.predict(text)[is_text, 2] == pytest.approx(activations[is_text, 2].mean(), rel=1e-5)
+    assert made.predict(text)[~is_text, 0] == pytest.approx(mean, rel=1e-5)
 
 
 # ---- n-gram models --------------------------------------------------------------------------------
@@ -859,7 +910,7 @@ def run(tmp_path_factory) -> Run:
 
 
 OPTIONS: dict[str, Any] = {
-    "explainers": ("lookup", "trie", "trie:20", "trie@excerpts", "trie:20+lookup"),
+    "explainers": ("lookup", "trie", "trie:20", "trie@excerpts", "trie:20+lookup", "concepts", "concepts@excerpts", "lookup+concepts", "concepts+trie:20"),
     "fit_tokens": 4000, "tokens": 2000, "neuron_tokens": 128, "curve_tokens": 1000,
     "batch_tokens": 512, "resamples": 200, "quiet": True,
 }  # fmt: skip
@@ -946,7 +997,7 @@ def test_cost_of_one_neuron_is_that_of_a_hook(run, replaced):
     summary = replaced["gpt2-2l"]
     folder = run.stage("replacement", "gpt2-2l").path
     neurons = {x.neuron.key: x for x in read_neurons(folder) if x.cost is not None}
-    explained = read_simulators(folder, summary.alone)
+    explained = read_simulators(folder, summary.alone, opened.store.token_strings)
     split, model = opened.store.split("held_out"), opened.subject.model
     text = HeldOutText.of(split, opened.sequence_length, 128, 0)
     (tokens, _, positions), = text.batches(text.n_tokens)  # fmt: skip
@@ -976,12 +1027,18 @@ def test_stored_explanations_predict_the_same(run, replaced):
     folder = run.stage("replacement", "crate-2l").path
     assert set(replaced["crate-2l"].simulators) == set(OPTIONS["explainers"])
     text = text_of(split_of(documents(20, 40)))
-    stacked = read_simulators(folder, "trie:20+lookup")
+    strings = TokenStore(run.stage("tokens").path).token_strings
+    for name in ("concepts", "concepts@excerpts"):
+        (first, _) = read_simulators(folder, name, strings)
+        predicted = first.predict(text)
+        assert predicted.shape == (text.n_tokens, first.means.shape[0])
+        assert len(np.unique(predicted[:, 0])) <= 8
+    stacked = read_simulators(folder, "trie:20+lookup", [])
     assert [type(of) for of in stacked] == [Stacked, Stacked]
-    by_trie = read_simulators(folder, "trie:20")
+    by_trie = read_simulators(folder, "trie:20", [])
     assert stacked[1].parts[0].predict(text) == pytest.approx(by_trie[1].predict(text))
-    with pytest.raises(InputError, match=r"no explanations by 'x': name one of lookup, "):
-        read_simulators(folder, "x")
+    with pytest.raises(InputError, match=r"no explanations by 'x': name one of concepts, "):
+        read_simulators(folder, "x", [])
 
 
 def test_a_finished_stage_is_only_read(run, replaced, capsys):
@@ -994,7 +1051,7 @@ def test_a_finished_stage_is_only_read(run, replaced, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--explainers lookups", "--explainers lookups: it must be lookup or trie"),
+        ("--explainers lookups", "--explainers lookups: it must be lookup, trie or concepts"),
         ("--explainers lookup:0", "--explainers lookup:0: it must be"),
         ("--explainers lookup lookup", "give one or more, each once"),
         ("--layers all all", "give one or more of all, one, up-to, each once"),
@@ -1017,3 +1074,56 @@ def test_too_many_contexts_are_refused(run, monkeypatch):
     monkeypatch.setattr("cratelm.replace.replace.available_on", lambda _: 1000)
     with pytest.raises(InputError, match=r"lower --(fit-tokens|explainers)"):
         replace(ReplaceConfig(run=run.path, model="crate-2l", **{**OPTIONS, "force": True}))
+
+
+# ---- in the report --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reported(run, replaced) -> Any:
+    """The part of a run's results that the section reads."""
+    models = [
+        SimpleNamespace(
+            name=name,
+            place=place,
+            null_of="",
+            replacement=read_replacement(run, name),
+            replacement_curve=read_replacement_curve(run, name),
+        )
+        for place, name in enumerate(("crate-2l", "gpt2-2l"))
+    ]
+    other = SimpleNamespace(name="x", place=2, null_of="", replacement=None, replacement_curve=[])
+    return SimpleNamespace(models=[*models, other])
+
+
+def test_the_report_has_every_row(reported, replaced):
+    table, references, fractions = section.tables(reported)
+    assert len(table.rows) == sum(len(of.rows) for of in replaced.values())
+    for row in table.rows:
+        control = "shuffled" if row[2].endswith(", shuffled") else "none"
+        own = replaced[row[0]].row(row[2].removesuffix(", shuffled"), row[1], control)
+        assert row[4].value == own.loss_replaced.value
+        assert row[5].low == own.nats_lost.low
+    assert [row[1] for row in references.rows[:3]] == [
+        "unigram model", "bigram model", "n-gram model, 2 tokens of context"
+    ]  # fmt: skip
+    assert {row[0] for row in fractions.rows} == {"crate-2l", "gpt2-2l"}
+    assert "documents" in table.note
+
+
+def test_the_comparison_begins_with_both_losses(reported, replaced):
+    first, second, explainer, carried, given_back = section.comparison_cells(reported.models[0])
+    head = replaced["crate-2l"].headline
+    assert (first.value, second.value) == (head.loss_true.value, head.loss_replaced.value)
+    assert explainer == head.explainer
+    assert (carried.value, given_back.value) == (head.carried.value, head.given_back.value)
+    assert section.comparison_cells(reported.models[2]) == (None,) * 5
+
+
+def test_the_figure_is_drawn(reported, tmp_path):
+    (figure,) = section.figures(reported)
+    assert figure is not None
+    assert [panel.title for panel in figure.panels] == ["Loss", "Nats lost over neurons replaced"]
+    figure.write(tmp_path)
+    assert (tmp_path / "replacement.png").stat().st_size > 5000
+    assert section.figures(SimpleNamespace(models=[reported.models[2]])) == [None]  # type: ignore[arg-type]

@@ -336,7 +336,7 @@ def test_comparison_has_what_the_last_token_explains(run, written, page):
     tables = _tables(written)
     assert [row["model"] for row in tables["token_shares"]["rows"]] == list(MODELS)
     kinds = [(r["model"], r["explainer"], r["explanations"]) for r in tables["all_tokens"]["rows"]]
-    assert len(kinds) == len(set(kinds)) == len(MODELS) * 2 * 2
+    assert len(kinds) == len(set(kinds)) == len(MODELS) * 3 * 2  # explainers, controls
     shares = {
         tuple(s.neuron.key): s.token_share for s in read_token_shares(run / "scores" / "gpt2-2l")
     }
@@ -408,6 +408,7 @@ def test_a_run_that_was_scored_before_has_no_such_lines():
 
 def test_comparison_as_text(written):
     text = comparison_table(written)
+    assert text.startswith("CRATE's neurons are explained ")
     assert "crate-2l" in text
     assert f"{written.comparison[0]['anthropic']['value']:.1f} [" in text
     assert max(map(len, text.splitlines())) <= 80  # an ordinary terminal
@@ -572,7 +573,7 @@ def test_explainer_and_models_can_be_chosen(run, tmp_path):
     config: dict[str, Any] = {"run": _copy(run, tmp_path), "force": True, "neurons": 0}
     written = report(ReportConfig(**config, explainer="lookup", models=("gpt2-2l",)))
     assert [row["model"] for row in written.comparison] == ["gpt2-2l"]
-    assert comparison_table(written).startswith("explainer: lookup")
+    assert "\n\nexplainer: lookup" in comparison_table(written)
     with pytest.raises(InputError, match="trie"):
         report(ReportConfig(**config, explainer="oracle"))
     with pytest.raises(InputError, match="cratelm score"):
@@ -758,7 +759,7 @@ def test_side_by_side_is_on_the_same_neurons(with_model, asked):
     seen = set()
     for row in rows:
         model, metric = row["model"], _METRICS[row["metric"]]
-        free = row["explainer"] in ("lookup", "trie")
+        free = row["explainer"] in ("lookup", "trie", "concepts")
         folder = model if free else f"{model}@{FAKE}"
         sample = set(_scores(with_model, f"{model}@{FAKE}", FAKE, "detection"))
         if row["neurons"] < len(sample):
@@ -820,7 +821,7 @@ def test_language_model_less_free_is_paired_over_neurons(with_model, asked):
         assert row["paired"] == "yes"
         assert row["n_a"] == row["n_b"] == sum(map(len, gaps.values()))
         compared += 1
-    assert compared >= 2 * 2 * 3  # models, LLM-free explainers, metrics
+    assert compared >= 2 * 3 * 3  # models, LLM-free explainers, metrics
     assert {r["model"] for r in rows} == set(MODELS[:2])
 
 
@@ -922,7 +923,7 @@ def test_language_model_alone(with_model, tmp_path):
     path = _copy(with_model, tmp_path, *(f"scores/{m}" for m in MODELS))
     written = report(ReportConfig(**SETTINGS, run=path, force=True))
     assert [row["model"] for row in written.comparison] == ["crate-2l", "gpt2-2l"]
-    assert comparison_table(written).startswith(f"explainer: {FAKE}")
+    assert f"\n\nexplainer: {FAKE}" in comparison_table(written)
     tables = _tables(written)
     assert "llm_minus_llm_free" not in tables
     assert {r["neurons"] for r in tables["side_by_side"]["rows"]} == {6}

@@ -17,7 +17,8 @@ from tiny_run import reseal
 
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
-from cratelm.explain.explain import explain, explain_neuron
+from cratelm.explain.explain import explain
+from cratelm.explain.neuron import explain_neuron
 from cratelm.llm.client import Client
 from cratelm.llm.config import Budget
 from cratelm.llm.ledger import Ledger
@@ -263,10 +264,10 @@ def silenced(excerpt: Excerpt) -> Excerpt:
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr("cratelm.explain.explain._token_strings", lambda run: STRINGS)
+def run(tmp_path):
     run = planted.run_with_harvest(tmp_path / "run")
-    explain(ExplainConfig(run=run.path, model="m", quiet=True))
+    explainers = ("lookup", "trie")
+    explain(ExplainConfig(run=run.path, model="m", quiet=True, explainers=explainers))
     return run
 
 
@@ -337,8 +338,7 @@ def test_failed_explanation_is_counted(run):
     assert len(failed) == 2 * 3 * 3
 
 
-def test_shared_documents_stop_the_scoring(tmp_path, monkeypatch):
-    monkeypatch.setattr("cratelm.explain.explain._token_strings", lambda run: STRINGS)
+def test_shared_documents_stop_the_scoring(tmp_path):
     run = planted.run_with_harvest(tmp_path / "run", documents_overlap=True)
     explain(ExplainConfig(run=run.path, model="m", quiet=True))
     with pytest.raises(InputError, match=r"documents \(first: 0\) were both explained from"):

@@ -154,7 +154,11 @@ def test_pages_are_accessible(page, address, library, name, theme):
         folder = Path(os.environ["SCREENSHOTS"])
         page.screenshot(path=folder / f"view-{name}{suffix}.png")
         if name == "layer":
-            page.locator("svg.map").screenshot(path=folder / f"view-map{suffix}.png")
+            page.locator("svg.map").scroll_into_view_if_needed()
+            _, x, y = point(page, 5)
+            page.mouse.move(x, y)
+            until(page, "document.querySelector('#map-neuron .text') !== null")
+            page.locator("#mapbox").screenshot(path=folder / f"view-map{suffix}.png")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -186,8 +190,130 @@ def test_sorting_and_filtering_a_layer(page, address, library):
     page.get_by_role("button", name="filter").click()
     assert "only=explained" in page.url
     assert page.locator("tbody tr").count() > 0
-    page.locator("svg.map a").first.click(force=True)
-    assert "/neuron/" in page.url
+    page.locator("svg.map a").first.press("Enter")
+    page.wait_for_url("**/neuron/**")
+
+
+def open_map(page, address, library):
+    key, model, _ = names(library)
+    page.goto(f"{address}/r/{key}/layer/{model}/1")
+    page.locator("svg.map").scroll_into_view_if_needed()
+    return page.locator("#map-neuron")
+
+
+def view_box(page):
+    return [float(v) for v in page.locator("svg.map").get_attribute("viewBox").split()]
+
+
+def point(page, number):
+    """Of the map: index, middle on the screen."""
+    node = page.locator("svg.map .n").nth(number)
+    box = node.locator("circle").bounding_box()
+    index = int(node.get_attribute("aria-label").split()[1])
+    return index, box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
+def test_hovering_a_map_shows_the_neuron(page, address, library):
+    key, model, _ = names(library)
+    panel = open_map(page, address, library)
+    index, x, y = point(page, 5)
+    page.mouse.move(x + 1, y)
+    until(page, "document.querySelector('#map-neuron .line') !== null")
+    details = library.map_details(key, model, 1)
+    assert panel.locator(".head").inner_text().startswith(f"neuron {index}")
+    assert panel.locator(".line bdi").count() == len(details["excerpts"][5])
+    assert panel.locator(".line .peak").count() == 1
+    assert panel.locator(".line .peak.l10").count() == 1
+    assert "".join(details["words"][w] for w in details["excerpts"][5]) in panel.locator(".line").text_content()  # fmt: skip
+    assert panel.locator(".text").text_content() == (details["text"][5] or "not explained")
+    assert page.locator("svg.map title").count() == 0  # no second, native tooltip
+    page.mouse.click(x, y)
+    page.wait_for_url(f"**/neuron/{model}/1/{index}")
+
+
+def test_a_map_by_keyboard(page, address, library):
+    panel = open_map(page, address, library)
+    page.locator(".legend button").last.focus()
+    stops = page.locator("svg.map [tabindex='0']")
+    assert stops.count() == 1
+    stops.focus()
+    first = panel.locator(".head").inner_text()
+    until(page, "document.querySelector('#map-neuron .text') !== null")
+    seen = {first}
+    for key in ("ArrowRight", "ArrowUp", "ArrowLeft", "ArrowLeft", "ArrowDown"):
+        page.keyboard.press(key)
+        seen.add(panel.locator(".head").inner_text())
+    assert len(seen) > 3
+    assert page.locator("svg.map [tabindex='0']").count() == 1
+    whole = view_box(page)
+    page.keyboard.press("+")
+    zoomed = view_box(page)
+    assert zoomed[2] == pytest.approx(whole[2] / 1.5)
+    x, _, width, _ = zoomed
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+ArrowLeft")
+    page.keyboard.press("Shift+ArrowLeft")
+    assert view_box(page)[0] <= x
+    for _ in range(12):  # the point in focus stays in view
+        page.keyboard.press("+")
+        page.keyboard.press("ArrowDown")
+    x, y, width, height = view_box(page)
+    inside = page.evaluate("(() => { const c = document.activeElement.querySelector('circle'); return [c.cx.baseVal.value, c.cy.baseVal.value]; })()")  # fmt: skip
+    assert x <= inside[0] <= x + width
+    assert y <= inside[1] <= y + height
+    assert width == pytest.approx(whole[2] / 12)
+    page.keyboard.press("0")
+    assert view_box(page) == whole
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/neuron/**")
+
+
+def test_a_map_is_zoomed_and_dragged(page, address, library):
+    open_map(page, address, library)
+    whole = view_box(page)
+    box = page.locator("svg.map").bounding_box()
+    x, y = box["x"] + 0.6 * box["width"], box["y"] + 0.4 * box["height"]
+    page.mouse.move(x, y)
+    page.mouse.wheel(0, -200)  # scrolls the page: the map is not in use
+    page.wait_for_timeout(100)
+    assert view_box(page) == whole
+    assert "hold Ctrl" in page.locator("#map-hint").inner_text()
+    page.get_by_role("button", name="zoom in").click()
+    page.get_by_role("button", name="zoom in").click()
+    zoomed = view_box(page)
+    assert zoomed[2] == pytest.approx(whole[2] / 2.56)
+    radius = page.locator("svg.map circle").first.bounding_box()["width"]
+    assert radius < 20  # points do not grow with the map
+    page.locator("svg.map").scroll_into_view_if_needed()
+    box = page.locator("svg.map").bounding_box()
+    x, y = box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"]
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - 60, y - 30, steps=4)
+    page.mouse.up()
+    moved = view_box(page)
+    assert moved[0] > zoomed[0]
+    assert moved[1] > zoomed[1]
+    assert "/layer/" in page.url  # a drag opens no neuron
+    page.mouse.wheel(0, -300)
+    until(page, "width => document.querySelector('svg.map').viewBox.baseVal.width < width", arg=moved[2] - 1)  # fmt: skip
+    page.get_by_role("button", name="whole map").click()
+    assert view_box(page) == whole
+
+
+def test_one_group_of_a_map(page, address, library):
+    open_map(page, address, library)
+    button = page.locator(".legend button").first
+    number = int(button.locator(".faint").inner_text())
+    button.click()
+    page.mouse.move(2, 2)
+    assert button.get_attribute("aria-pressed") == "true"
+    assert page.locator("svg.map.filtered .n.on").count() == number
+    assert serious_findings(page) == []
+    button.click()
+    button.evaluate("b => b.blur()")
+    page.mouse.move(2, 2)
+    assert page.locator("svg.map.filtered").count() == 0
 
 
 def test_searching_by_keyboard(page, address, library):
@@ -386,11 +512,18 @@ def test_an_export_from_disk(page, library, tmp_path):
     page.get_by_role("button", name="maximum").click()
     values = page.eval_on_selector_all("tbody tr td:last-child", "cells => cells.map(c => Number(c.dataset.value))")  # fmt: skip
     assert values == sorted(values, reverse=True)
-    page.get_by_label("filter").fill("fires on")
+    cells = page.locator("tbody td.text").all_inner_texts()
+    page.get_by_label("filter").fill(next(c.split()[0] for c in cells if len(c) > 10))
     shown = page.locator("tbody tr:visible").count()
     assert 0 < shown < len(values)
+    assert page.locator("svg.map g.n").count() > 6  # neurons without a page are described, too
+    page.locator("svg.map g.n").first.focus()
+    until(page, "document.querySelector('#map-neuron .text') !== null")
+    assert page.locator("#map-neuron .line bdi").count() > 0
+    assert page.locator("#map-neuron a").count() == 0
     page.locator("tbody tr:visible a").first.click()
-    assert page.locator(".excerpt").count() > 3
+    page.wait_for_url("**/neuron/**")
+    page.locator(".excerpt").nth(3).wait_for()
     page.get_by_label("simulated by").check()
     assert page.locator(".line.simulated").first.is_visible()
     assert serious_findings(page) == []

@@ -12,9 +12,11 @@ import pytest
 from viewer_runs import LAYERS, NEURONS, a_neuron
 
 from cratelm.activations.store import read_records
+from cratelm.records import levels
 from cratelm.results.views import LayerQuery, NotFound
-from cratelm.viewer.index import profile_entries
+from cratelm.viewer.index import profile_entries, read_excerpts
 from cratelm.viewer.pages import Pages
+from cratelm.viewer.peaks import AFTER, BEFORE, favourites
 from cratelm.viewer.run_reader import Library
 
 pytest.importorskip("fastapi", reason="the extra `viewer` is not installed")
@@ -149,6 +151,54 @@ def test_vectors_keep_the_profiles(run, library):
     assert np.corrcoef((unit @ unit.T)[off], (ours @ ours.T)[off])[0, 1] > 0.9
 
 
+def test_favourite_tokens_are_those_of_the_profile(run, library):
+    index = a_neuron(library)
+    wanted = profile(run, "crate-2l", 1, index)
+    weights = {token: count * value**2 for token, (value, count) in wanted.items()}
+    row = library.table("run", "crate-2l").row(1, index)
+    found = library.index_of("run").favourites("crate-2l")[row].tolist()
+    best = sorted(weights.values(), reverse=True)[: len(found)]
+    assert [weights[token] for token in found] == pytest.approx(best, rel=5e-3)
+    dead = library.table("run", "gpt2-2l").maximum <= 0
+    if dead.any():
+        assert (library.index_of("run").favourites("gpt2-2l")[dead] == -1).all()
+
+
+def test_a_favourite_token_is_strong_and_frequent():
+    """Neither the strongest token, seen twice, nor the most frequent one, which is faint, is the first."""
+    neurons, tokens = np.array([1, 1, 1, 1, 0]), np.array([10, 11, 12, 13, 10])
+    values, counts = np.array([1.0, 0.8, 0.1, 0.05, 0.5]), np.array([2, 9, 100, 2, 2])
+    found = favourites(neurons, tokens, values, counts, n_neurons=3)
+    assert found.tolist() == [[10, -1, -1], [11, 10, 12], [-1, -1, -1]]
+    empty = np.zeros(0, int)
+    assert (favourites(empty, empty, empty, empty, n_neurons=2) == -1).all()
+
+
+@pytest.mark.parametrize("model", ["crate-2l", "gpt2-2l"])
+def test_the_peak_of_each_neuron_is_its_strongest_excerpt(run, library, model):
+    peaks, table = library.index_of("run").peaks(model), library.table("run", model)
+    seen = 0
+    for record in read_records(run / "activations" / model, "fit", [1], range(0, NEURONS, 7)):
+        row = table.row(record.summary.neuron.layer, record.summary.neuron.index)
+        excerpts = [e for e in record.excerpts if e.kind != "out_of_context"]
+        top = max(float(e.activations.max()) for e in excerpts)
+        assert peaks.values[row] == max(top, 0)
+        if top <= 0:
+            assert (peaks.tokens[row] == -1).all()
+            continue
+        best = next(e for e in excerpts if float(e.activations.max()) == top)
+        at = int(best.activations.argmax())
+        low, high = max(0, at - BEFORE), at + AFTER + 1
+        inside = peaks.tokens[row] >= 0
+        assert peaks.tokens[row][inside].tolist() == best.token_ids[low:high].tolist()
+        assert peaks.tokens[row][BEFORE] == best.token_ids[at]
+        wanted = levels(best.activations[low:high], top).tolist()
+        assert peaks.levels[row][inside].tolist() == wanted
+        assert peaks.levels[row].max() == 10
+        seen += 1
+    assert seen > 3
+
+
 def test_the_map_has_every_neuron(library):
     points = library.map("run", "crate-2l", 1)
     assert [p.index for p in points] == list(range(NEURONS))
@@ -210,7 +260,8 @@ def test_entries_of_a_row_group_are_those_of_its_neurons(run, library):
     columns = library.table("run", "crate-2l")
     path = run / "activations" / "crate-2l" / "excerpts-fit.parquet"
     assert pq.ParquetFile(path).num_row_groups == LAYERS * NEURONS / 16
-    neurons, tokens, values, counts = profile_entries(pq.ParquetFile(path), 5, columns)
+    excerpts = read_excerpts(pq.ParquetFile(path), 5)
+    neurons, tokens, values, counts = profile_entries(excerpts, columns)
     assert set(neurons.tolist()) <= set(range(80, 96))
     for row in set(neurons.tolist()):
         mine = neurons == row

@@ -5,16 +5,20 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
+from tiny_run import copied
 from viewer_runs import Parsed, a_neuron, brute
 
-from cratelm.results.views import ExcerptView, LayerQuery, MapPoint, ShadedToken
+from cratelm.results.views import ExcerptView, LayerQuery, NeuronView, ShadedToken
 from cratelm.viewer import drawings
 from cratelm.viewer.exports import latex_figure
+from cratelm.viewer.featured import RARELY, ranking, shown_excerpt
 from cratelm.viewer.pages import Links, Pages, as_data, excerpts_html
-from cratelm.viewer.run_reader import RARELY, Library
+from cratelm.viewer.run_reader import Library
 
 pytest.importorskip("fastapi", reason="the extra `viewer` is not installed")
 pytest.importorskip("sklearn", reason="the extra `viewer` is not installed")
@@ -112,17 +116,6 @@ def test_an_open_last_bin_is_told(library):
     assert f">{high / 2:.3g} or more<" in drawings.histogram(replace(view, histogram_high=high / 2))
 
 
-def test_a_large_map_carries_no_explanations():
-    def points(n):
-        return [MapPoint(i, i / n, 0.5, None if i else 73.4, f"text {i}") for i in range(n)]
-
-    drawn = drawings.layer_map(points(1024), lambda i: f"/n/{i}" if i % 2 else "")
-    assert "<title>0 (73): text 0</title>" in drawn
-    assert "<title>1023 (no score): text 1023</title>" in drawn
-    assert drawn.count("<a ") == 512
-    assert "text" not in drawings.layer_map(points(1025), lambda i: "")
-
-
 def test_overview_colours_are_those_of_the_table(copy):
     shutil.rmtree(copy / "scores" / "crate-2l")
     card = Library([copy]).run("copy")
@@ -172,19 +165,6 @@ def test_scores_of_layers_beside_each_other(run, library, client):
     assert f"{found.defined} of {found.neurons}" in shown
 
 
-def test_overview_begins_with_selective_neurons_that_are_explained_well(library, client):
-    for model in ("crate-2l", "gpt2-2l"):
-        columns = library.table("run", model)
-        values = columns.score("top_and_random").values
-        rare = [(v, r) for r, v in enumerate(values.tolist()) if v > 0 and columns.firing_rate[r] < RARELY]  # fmt: skip
-        wanted = [(int(columns.layer[r]), int(columns.index[r])) for v, r in sorted(rare, key=lambda x: -x[0])[:5]]  # fmt: skip
-        assert [(h.layer, h.index) for h in library.best("run", model)] == wanted
-        page = client.get("/r/run").text
-        for layer, index in wanted:
-            assert f">{layer}:{index}</a>" in page
-    assert any(library.best("run", m) for m in ("crate-2l", "gpt2-2l"))
-
-
 def test_another_explainer_simulates_when_asked(library, client):
     index = a_neuron(library)
     page = client.get(f"/r/run/neuron/crate-2l/1/{index}").text
@@ -201,3 +181,121 @@ def test_links():
     assert inside.to("r", "run", "neuron", "m+s", 0, 3) == "../../neuron/m%2Bs/0/3.html"
     assert inside.to() == "../../../../index.html"
     assert inside.asset("app.js") == "../../../../assets/app.js"
+
+
+def featured_by_hand(library, model: str) -> list[tuple[int, int]]:
+    """The best neuron of each group by the correlation over all held-out tokens, selective ones first."""
+    table, groups = library.table("run", model), library.groups("run", model)
+    values = table.last_token.correlations["trie"]
+    rows = [r for r in range(len(values)) if values[r] > 0 and table.explanations[r] and table.maximum[r] > 0]  # fmt: skip
+    median = np.median(values[rows])
+    rows.sort(key=lambda r: (table.firing_rate[r] >= RARELY or values[r] < median, -values[r], r))
+    best: dict[str, int] = {}
+    for row in rows:
+        best.setdefault(groups[row].family, row)
+    others = [row for row in rows if row not in best.values()]
+    chosen = [*best.values(), *others][:5]
+    return [(int(table.layer[r]), int(table.index[r])) for r in chosen]
+
+
+@pytest.mark.parametrize("model", ["crate-2l", "gpt2-2l"])
+def test_neurons_worth_opening_are_the_best_of_different_groups(library, client, model):
+    found = library.featured("run", model)
+    assert [(n.layer, n.index) for n in found] == featured_by_hand(library, model)
+    assert len(found) == 5
+    table = library.table("run", model)
+    page = client.get("/r/run").text
+    for neuron in found:
+        row = table.row(neuron.layer, neuron.index)
+        assert neuron.value == table.last_token.correlations["trie"][row]
+        assert table.explanations[row].startswith(f"{neuron.explanation};")  # without the evidence
+        assert f'neuron {neuron.index}">{neuron.layer}:{neuron.index}</a>' in page
+        assert neuron.excerpt is not None
+        view = library.neuron("run", model, neuron.layer, neuron.index, explainer="trie", excerpts="top")  # fmt: skip
+        shown = [e for e in view.excerpts if neuron.excerpt.true == e.true[max(0, e.peak - 16) : e.peak + 8]]  # fmt: skip
+        assert len(shown) >= 1
+        assert neuron.excerpt.true[neuron.excerpt.peak] == shown[0].true[shown[0].peak]
+        correlations = [np.corrcoef([t.value for t in e.true], [t.value for t in e.simulated])[0, 1] if np.ptp([t.value for t in e.simulated]) and np.ptp([t.value for t in e.true]) else -1 for e in view.excerpts]  # fmt: skip
+        best = view.excerpts[int(np.argmax(correlations))]
+        assert neuron.excerpt.document == best.document
+
+
+def test_only_neurons_with_a_page_are_featured(library):
+    everything = library.featured("run", "crate-2l")
+    some = library.featured("run", "crate-2l", lambda layer, index: layer == 1 and index < 30)
+    assert {n.layer for n in some} == {1}
+    assert max(n.index for n in some) < 30
+    assert library.featured("run", "crate-2l") == everything != some
+
+
+def test_a_map_of_an_export_links_to_the_pages_that_it_has(library):
+    query = LayerQuery()
+    served = Pages(library).layer("run", "crate-2l", 1, query)
+    assert served.count('href="/r/run/neuron/crate-2l/1/') >= 64
+    few = Pages(library, static=True, paged=lambda run, model, layer, index: index < 3)
+    drawn = few.layer("run", "crate-2l", 1, query).partition('<svg class="map"')[2]
+    assert re.findall(r'href="([^"]*)"', drawn) == [f"../../neuron/crate-2l/1/{i}.html" for i in range(3)]  # fmt: skip
+    assert Pages(library).layer("run", "crate-2l", 1, query) == served
+
+
+def test_the_overview_begins_with_the_finding(library, client):
+    page = client.get("/r/run").text
+    found = library.finding("run")
+    assert found is not None
+    assert found.sentence in Parsed(page).words
+    assert page.index('class="lead"') < page.index('class="finding"') < page.index("Neurons worth opening") < page.index("<table>")  # fmt: skip
+    shown = {s.model: s for s in found.scores}
+    card = library.run("run")
+    for name in ("crate-2l", "gpt2-2l"):
+        metric = card.model(name).metric("top_and_random")
+        assert metric is not None
+        assert shown[name].own == metric.mean
+        assert shown[name].look_up == metric.look_up != metric.mean
+    assert shown["crate-2l"].untrained is not None
+    assert shown["gpt2-2l"].untrained is None
+
+
+def test_a_run_with_one_model_or_without_scores_has_an_overview(copy):
+    shutil.rmtree(copy / "activations" / "gpt2-2l")
+    for stage in ("model", "scores", "explanations"):
+        shutil.rmtree(copy / stage / "gpt2-2l")
+    page = Pages(Library([copy])).overview("copy")
+    assert "The neurons of CRATE are explained with a score of" in page
+    for name in ("crate-2l", "crate-2l-init"):
+        shutil.rmtree(copy / "scores" / name)
+    page = Pages(Library([copy])).overview("copy")
+    assert 'class="lead"' not in page
+    assert "Neurons worth opening" not in page
+    assert "crate-2l" in page
+
+
+def test_without_a_simulation_the_strongest_excerpt_is_shown():
+    def excerpt(rank, simulated):
+        true = tuple(ShadedToken(f"t{i}", float(i == 20), 10 * (i == 20)) for i in range(40))
+        return ExcerptView("top", 0, rank, 20, "name", true, simulated)
+
+    def shown(*excerpts):
+        return shown_excerpt(cast(NeuronView, SimpleNamespace(excerpts=excerpts)))
+
+    constant = tuple(ShadedToken("t", 1.0, 10) for _ in range(40))
+    strongest = [excerpt(0, ()), excerpt(1, constant)]
+    found = shown(*strongest)
+    assert found is not None
+    assert found.rank == 0
+    assert found.true[found.peak].text == "t20"
+    assert [t.text for t in found.true] == [f"t{i}" for i in range(4, 28)]
+    predicted = shown(*strongest, excerpt(2, strongest[0].true))
+    assert predicted is not None
+    assert predicted.rank == 2
+    assert shown() is None
+
+
+def test_a_run_of_an_earlier_version_has_an_overview(tmp_path):
+    library = Library([copied(tmp_path)])
+    assert ranking(library.table("run", "crate-2l"))[1] == "score"
+    found = library.featured("run", "crate-2l")
+    column = library.table("run", "crate-2l").best_score()
+    assert column is not None
+    assert {n.value for n in found} <= set(column.values.tolist())
+    page = Pages(library).overview("run")
+    assert page.count("Neurons worth opening") == bool(found)

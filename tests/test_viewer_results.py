@@ -14,6 +14,7 @@ from viewer_runs import LAYERS, NEURONS, a_neuron, brute
 from cratelm.activations.store import read_records, read_summaries
 from cratelm.errors import InputError
 from cratelm.explain.store import read_explanations
+from cratelm.results.finding import read_finding
 from cratelm.results.neuron_view import NeuronFiles
 from cratelm.results.views import LayerQuery, NotFound
 from cratelm.runs import Run
@@ -99,9 +100,9 @@ def test_columns_have_what_the_last_token_explains(run, library):
     gains = 0
     for s in shares:
         shown = columns.row(place(*s.neuron.key))
-        own = {e: found.get((s.neuron.key, e)) for e in ("lookup", "trie")}
+        own = {e: found.get((s.neuron.key, e)) for e in ("lookup", "trie", "concepts")}
         assert shown.correlations == {e: v if v is None else pytest.approx(100 * v) for e, v in own.items()}  # fmt: skip
-        assert shown.gains.keys() == {"trie"}
+        assert shown.gains.keys() == {"trie", "concepts"}
         if None not in own.values():
             assert shown.gains["trie"] == pytest.approx(100 * (own["trie"] - own["lookup"]))
             gains += 1
@@ -351,3 +352,31 @@ def test_a_run_without_models_is_a_page(tmp_path):
     answer = client.get("/")
     assert answer.status_code == 200
     assert "has no finished model: type `cratelm demo --run" in answer.text
+
+
+def test_results_of_replace_are_the_finding_of_the_overview(copy):
+    from cratelm.replace.config import ReplaceConfig
+    from cratelm.replace.replace import replace
+
+    before = Library([copy]).finding("copy")
+    assert before is not None
+    assert before.scores
+    replace(ReplaceConfig(run=copy, model="crate-2l", quiet=True))
+    library = Library([copy])
+    found = library.finding("copy")
+    assert found is not None
+    summary = json.loads((copy / "replacement" / "crate-2l" / "summary.json").read_text())
+    rows = [r for r in summary["rows"] if (r["layers"], r["control"]) == ("all", "none")]
+    best = min(rows, key=lambda r: r["loss_replaced"]["value"])
+    assert [(f.model, f.row.explainer, f.row.loss_replaced.value) for f in found.losses] == [
+        ("crate-2l", best["explainer"], best["loss_replaced"]["value"])
+    ]
+    assert found == read_finding(Run(copy))
+    page = Pages(library).overview("copy")
+    loss = f"{best['loss_replaced']['value']:.2f}"
+    assert f"On its explanations CRATE reaches a loss of {loss} (" in page
+    path = copy / "replacement" / "crate-2l" / "summary.json"
+    path.write_bytes(b"{garbage")
+    library = Library([copy])
+    assert library.finding("copy") == before
+    assert "replacement/crate-2l cannot be read" in Pages(library).overview("copy")

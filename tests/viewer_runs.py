@@ -19,6 +19,7 @@ from cratelm.score.score import score
 from cratelm.score.store import read_scores
 from cratelm.steer.config import EffectsConfig
 from cratelm.steer.effects import effects
+from cratelm.text.claim import claim
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -81,7 +82,11 @@ def a_neuron(library, alive=True, explained=True) -> int:
 
 def brute(run, model="crate-2l", layer=1):
     """Rows of a layer from the readers of records: index, explanation, score, maximum, rate."""
-    texts = {(e.neuron.layer, e.neuron.index): e.text for e in read_explanations(run / "explanations" / model) if e.explainer == "trie"}  # fmt: skip
+    texts, best = {}, {}
+    for e in sorted(read_explanations(run / "explanations" / model), key=lambda e: (e.explainer != "trie", e.explainer)):  # fmt: skip
+        key, worth = (e.neuron.layer, e.neuron.index), e.claim_variance / (0.9 if e.explainer == "concepts" else 1)  # fmt: skip
+        if worth > best.get(key, -1.0):
+            texts[key], best[key] = claim(e.text), worth
     scores = {(s.neuron.layer, s.neuron.index): s.score.value for s in read_scores(run / "scores" / model) if (s.explainer, s.metric, s.control) == ("trie", "random_only", "none")}  # fmt: skip
     summaries = [s for s in read_summaries(run / "activations" / model, "held_out") if s.neuron.layer == layer]  # fmt: skip
     return [(s.neuron.index, texts.get((layer, s.neuron.index), ""), scores.get((layer, s.neuron.index)), s.maximum, s.firing_rate) for s in summaries]  # fmt: skip

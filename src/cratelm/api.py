@@ -145,7 +145,7 @@ def tokenize(
 
     Args:
         run: run directory, in which `tokens/` is written
-        corpus: `builtin` (the Python standard library's sources, about 12 MB), a file (.txt .text
+        corpus: `builtin` (the Python standard library's sources, about 10 MB), a file (.txt .text
             .md .rst .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of
             such files, or `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the
             extra `hub`)
@@ -466,7 +466,12 @@ def explain(
     force: bool = False,
     quiet: bool = False,
     explainer: str = "",
-    explainers: tuple[Literal["lookup", "trie"], ...] = ("lookup", "trie"),
+    explainers: tuple[Literal["lookup", "trie", "concepts", "lookup+concepts"], ...] = (
+        "lookup",
+        "trie",
+        "concepts",
+    ),
+    concepts: tuple[str | Path, ...] = (),
     evidence: tuple[Literal["top", "anthropic"], ...] = ("top", "anthropic"),
     contrast: int = 0,
     max_entries: int = 200,
@@ -517,7 +522,10 @@ def explain(
             or `smollm2`), or `openai:MODEL` at --base-url; default: the explainers below, which
             need no language model
         explainers: explainers without a language model. `lookup`: mean activation per token (Bills
-            et al. 2023); `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023)
+            et al. 2023); `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023);
+            `concepts`: a formula of named predicates (Mu & Andreas 2020); `lookup+concepts`: a
+            formula for what the look-up leaves, added to it
+        concepts: files of further predicates for the formulas and sentences, in TOML
         evidence: excerpts that a language model explains from: `top`, those with the highest
             activations (for the metrics top-and-random and random-only); `anthropic`, 8-token
             excerpts over the whole range
@@ -622,8 +630,8 @@ def score(
         force: redo the stage even if it is finished
         quiet: no progress bar
         simulator: a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a
-            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: look-up and trie
-            simulate themselves
+            GGUF file, or `smollm2`), or `openai:MODEL` at --base-url; default: each explanation's
+            own simulator, without one
         explanations: explanations to score: the name of the language model that wrote them, or
             `llm-free` for those made without one; default: those of the simulator itself
         metrics: `top_and_random`, `random_only` (64-token excerpts), `anthropic` (8-token
@@ -656,7 +664,7 @@ def replace(
     *,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
-    explainers: tuple[str, ...] = ("lookup", "trie", "trie:200", "trie@excerpts"),
+    explainers: tuple[str, ...] = ("lookup", "trie", "trie:200", "concepts", "concepts+trie"),
     layers: tuple[Literal["all", "one", "up-to"], ...] = ("all", "one", "up-to"),
     depth: int = 4,
     fit_tokens: int = 200_000,
@@ -680,9 +688,10 @@ def replace(
         model: name of the harvested model or latents in the run
         explainers: explanations to run the model on. `lookup`: the mean activation per token;
             `trie`: the mean by context; both from a pass over fit tokens and without a limit of
-            their size; `trie:200`: at most 200 entries per neuron; `trie@excerpts`: as `cratelm
-            explain` makes them from excerpts. Several with + between them are stacked: each is made
-            from what those before it leave unexplained
+            their size; `trie:200`: at most 200 entries per neuron; `trie:200@shared`: 200 on
+            average over a layer; `concepts`: formulas of named predicates; `trie@excerpts`: as
+            `cratelm explain` makes them from excerpts. Several with + between them are stacked:
+            each is made from what those before it leave unexplained
         layers: what is replaced at once: `all` layers, each `one` alone, all layers `up-to` each
             one
         depth: tokens of context, including the current one
@@ -826,9 +835,9 @@ def analyze(
         sequence_length: tokens that the model reads at once; default: as in the harvest
         ista_steps: number of ISTA steps at which the lasso objective is measured; at least those of
             the model
-        explainer: explainer whose explanations determine the covered tokens: trie or lookup;
-            default: trie if the run has it. Without explanations, consistency and distinctiveness
-            are not measured
+        explainer: explainer whose explanations determine the covered tokens, one without a language
+            model; default: trie if the run has it. Without explanations, consistency and
+            distinctiveness are not measured
         resamples: number of bootstrap resamples over neurons
         seed: seed of the held-out sequences, shuffled explanations, random subspaces and the
             bootstrap

@@ -298,13 +298,15 @@ class Explanation:
 
     neuron: NeuronId
     explainer: str
-    """`lookup`, `trie`, or the name of a language model"""
+    """`lookup`, `trie`, `concepts`, `lookup+concepts`, or the name of a language model"""
     text: str
-    """a short phrase, for people and for language models that simulate from it"""
+    """a sentence, for people and for language models that simulate from it: the claim, then its evidence"""
     payload: dict[str, object]
     """exactly what the simulator needs, as JSON, so that it can be read, stored and shared"""
     documents: tuple[int, ...]
     """ordinals of the documents that the explainer saw, for the leakage audit"""
+    claim_variance: float | None = None
+    """fraction of the variance over the fit evidence that the claim in `text` explains; None if it was not measured"""
 
     @property
     def evidence(self) -> str:

@@ -49,6 +49,8 @@ from cratelm.analysis.weights import (
     step_figures,
 )
 from cratelm.errors import InputError
+from cratelm.explain.concepts.predict import is_concept_payload
+from cratelm.explain.concepts.stored import concept_reader
 from cratelm.explain.store import read_explanations
 from cratelm.models.open import sequence_length
 from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey
@@ -146,6 +148,10 @@ def _measure(
     }
     free = available_memory()
     check_memory(config, parts, "activations", available=free and free // n_ranks_here())
+    concepts = None
+    if any(is_concept_payload(e.payload) for e in explanations):
+        folder = Run(config.run).stage("explanations", config.model).path
+        concepts = concept_reader(folder, opened.store.token_strings)
     quiet = config.quiet or not ranks.is_first
     with tqdm(desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
         sums = sum_over_text(
@@ -159,7 +165,7 @@ def _measure(
         )
         coverages = list(
             measure_neurons(
-                HeldOutPass(model, site, plan, config.batch_tokens),
+                HeldOutPass(model, site, plan, config.batch_tokens, concepts),
                 explanations,
                 _fit_maximum(opened.folder),
                 memory_bytes=config.memory_mib * 2**20,

@@ -25,8 +25,8 @@ class AnalyzeConfig(Options):
     ista_steps: int = 10
     """number of ISTA steps at which the lasso objective is measured; at least those of the model"""
     explainer: str | None = None
-    """explainer whose explanations determine the covered tokens: trie or lookup; default: trie if the run has
-    it. Without explanations, consistency and distinctiveness are not measured"""
+    """explainer whose explanations determine the covered tokens, one without a language model; default: trie if the
+    run has it. Without explanations, consistency and distinctiveness are not measured"""
     resamples: int = 2000
     """number of bootstrap resamples over neurons"""
     seed: int = 0

@@ -35,10 +35,12 @@ from scipy.stats import rankdata
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.analysis.store import SHARES, CoverageControl, CoverageMeasures, NeuronCoverage
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.predict import group_values, is_concept_payload
 from cratelm.models.sites import Site, hooked
 from cratelm.records import Explanation, NeuronKey, Status
 from cratelm.runs.ranks import Share
-from cratelm.score.simulators import simulate
+from cratelm.score.simulators import TokenLists, simulate
 from cratelm.stats.auc import roc_area_of_ranks
 
 FIRING = 0.1
@@ -73,7 +75,8 @@ def covered_tokens(
     An explanation without a value above its default covers no token.
     """
     default = float(payload["default"])
-    top = max(payload["values"], default=default)
+    values = group_values(payload) if is_concept_payload(payload) else payload["values"]
+    top = max(values, default=default)
     if top <= default:
         return np.zeros(len(simulated), bool)
     return simulated >= default + share * (top - default)
@@ -121,6 +124,8 @@ class HeldOutPass:
     site: Site
     plan: SearchPlan
     batch_tokens: int
+    concepts: ConceptReader | None = None
+    """what evaluates formulas of concepts; None if no explanation has one"""
 
 
 def measure_neurons(
@@ -140,7 +145,7 @@ def measure_neurons(
     activation of each neuron on the fit split; `progress` is called with the number of tokens read. `work`: the
     share of the passes that is made.
     """
-    segments = _segments(held_out)
+    segments = TokenLists(_segments(held_out), held_out.concepts)
     n_tokens = sum(map(len, segments))
     at_once = max(1, memory_bytes // (n_tokens * (4 + len(SHARES))))
     for number, of_pass in enumerate(_passes(explanations, at_once)):
@@ -191,9 +196,7 @@ def _segments(held_out: HeldOutPass) -> list[NDArray[np.int64]]:
     return segments
 
 
-def _covered(
-    explanation: Explanation, segments: list[NDArray[np.int64]]
-) -> list[NDArray[np.bool_]]:
+def _covered(explanation: Explanation, segments: TokenLists) -> list[NDArray[np.bool_]]:
     """Return which tokens [N] an explanation covers, for each share in `SHARES`."""
     simulated = np.concatenate(simulate(explanation.explainer, explanation.payload, segments))
     return [covered_tokens(explanation.payload, simulated, share) for share in SHARES]

@@ -20,7 +20,7 @@ from cratelm.analysis.matching import read_activations
 from cratelm.explain.store import ExplanationSource
 from cratelm.models.sites import Site
 from cratelm.score.contexts import Nodes, NodeSums, SortedContexts, Whole
-from cratelm.score.simulators import SIMULATORS, TokenLists
+from cratelm.score.simulators import TOKEN_EXPLAINERS, TokenLists
 from cratelm.stats.seeds import Matching
 
 _BYTES = 2**30
@@ -146,7 +146,7 @@ def _explained(
         random = np.random.default_rng([*seed, place, side]).integers(0, width, width)
         payloads: dict[str, dict[int, Mapping[str, Any]]] = {}
         for (explainer, _), stored in source.of_layer(layer) if source else ():
-            if explainer in SIMULATORS:
+            if explainer in TOKEN_EXPLAINERS:
                 payloads.setdefault(explainer, {})[stored.neuron.index] = stored.read().payload
         for explainer, of in payloads.items():
             yield _Explained.of(side, explainer, of, match, random)

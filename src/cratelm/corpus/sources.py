@@ -25,6 +25,7 @@ from cratelm.corpus.formats import (
     readable,
     why_unreadable,
 )
+from cratelm.corpus.generated import is_generated
 from cratelm.corpus.parquet import read_parquet
 from cratelm.errors import InputError
 
@@ -144,16 +145,16 @@ def open_corpus(corpus: str, fields: Fields | None = None) -> Corpus:
 
 
 def builtin_corpus(fields: Fields) -> FileCorpus:
-    """Return the Python standard library's own source files, about 12 MB; subset = top-level module.
+    """Return the Python standard library's own source files, about 10 MB; subset = top-level module.
 
-    Installed packages, test folders and the build's own settings (`_sysconfigdata*`) are excluded. Raises
-    `InputError` if there are no sources.
+    Installed packages, test folders, the build's own settings (`_sysconfigdata*`), and files that are generated or
+    tables (see `cratelm.corpus.generated`) are excluded. Raises `InputError` if there are no sources.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple(
         CorpusFile(p, BUILTIN, name := p.relative_to(root).as_posix(), _top_level(name))
         for p, _ in _walk(root, _LEFT_OUT)
-        if p.suffix == ".py" and not p.name.startswith("_sysconfigdata")
+        if p.suffix == ".py" and not p.name.startswith("_sysconfigdata") and not _generated(p)
     )
     if not files:
         raise InputError(f"{root} holds no Python sources: name another corpus with --corpus PATH")
@@ -169,6 +170,15 @@ def read_python(file: CorpusFile, fields: Fields) -> Found:
         yield ReadError(f"{readable(file.path)}: cannot be read as Python source ({error})")
     else:
         yield Document(text, file.source, file.name, 0, file.subset)
+
+
+def _generated(path: Path) -> bool:
+    """Return whether a Python file is generated or a table; False if it cannot be read, which reading reports."""
+    try:
+        with python_source.open(path) as stream:
+            return is_generated(stream.read())
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return False
 
 
 def _folder_files(folder: Path, source: str) -> tuple[CorpusFile, ...]:

@@ -1,6 +1,7 @@
 """Options of `cratelm explain`. Imports nothing heavy."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
@@ -9,8 +10,8 @@ from cratelm.records import EvidenceKind, NeuronKey, parse_neuron_ids
 from cratelm.runs import at_least
 from cratelm.runs.names import check_name
 
-ExplainerName = Literal["lookup", "trie"]
-EXPLAINERS: tuple[ExplainerName, ...] = ("lookup", "trie")
+ExplainerName = Literal["lookup", "trie", "concepts", "lookup+concepts"]
+EXPLAINERS: tuple[ExplainerName, ...] = ("lookup", "trie", "concepts", "lookup+concepts")
 EVIDENCE: tuple[EvidenceKind, ...] = ("top", "anthropic")
 Prompts = Literal["cratelm", "openai"]
 
@@ -22,9 +23,12 @@ class ExplainConfig(LLMConfig):
     explainer: str = ""
     """a language model that explains: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file, or `smollm2`),
     or `openai:MODEL` at --base-url; default: the explainers below, which need no language model"""
-    explainers: tuple[ExplainerName, ...] = EXPLAINERS
+    explainers: tuple[ExplainerName, ...] = ("lookup", "trie", "concepts")
     """explainers without a language model. `lookup`: mean activation per token (Bills et al. 2023);
-    `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023)"""
+    `trie`: activation by context (Neuron-to-Graph, Foote et al. 2023); `concepts`: a formula of named predicates
+    (Mu & Andreas 2020); `lookup+concepts`: a formula for what the look-up leaves, added to it"""
+    concepts: tuple[Path, ...] = ()
+    """files of further predicates for the formulas and sentences, in TOML"""
     evidence: tuple[EvidenceKind, ...] = EVIDENCE
     """excerpts that a language model explains from: `top`, those with the highest activations (for the
     metrics top-and-random and random-only); `anthropic`, 8-token excerpts over the whole range"""

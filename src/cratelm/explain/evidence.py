@@ -4,7 +4,7 @@ Shapes: n tokens of all excerpts; N of them after removing repeated positions of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ class Evidence:
     """[N], raw activations"""
     weights: NDArray[np.float64]
     """[N], 1 for a token of a random excerpt, less for one that occurs only in excerpts chosen for a peak"""
+    positions: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[N] position of each token in the split, ascending; empty if not known"""
 
     @cached_property
     def weighted(self) -> NDArray[np.float64]:
@@ -87,10 +89,12 @@ def evidence_of(excerpts: Sequence[Excerpt], depth: int, weight: float) -> Evide
     kept = best % max(1, n)
     drawn = np.zeros(n_places, bool)
     drawn[places[np.repeat(table.is_kind("random"), lengths)]] = True
+    starts = np.repeat(table.positions - table.peaks, lengths)
     return Evidence(
         _contexts(table.token_ids, offsets, kept, depth),
         table.activations[kept].astype(np.float64),
         np.where(drawn, 1.0, weight),
+        starts[kept] + offsets[kept],
     )
 
 

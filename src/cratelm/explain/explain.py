@@ -1,5 +1,6 @@
 """`cratelm explain`: describe what each neuron responds to, from its excerpts of the fit split."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -7,16 +8,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from tqdm import tqdm
 
-from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.errors import InputError
+from cratelm.explain.concepts.files import load_library
+from cratelm.explain.concepts.fit import FitFeatures
+from cratelm.explain.concepts.library import Library
+from cratelm.explain.concepts.stored import write_library
 from cratelm.explain.config import ExplainConfig
-from cratelm.explain.evidence import WEIGHT, collect_evidence
 from cratelm.explain.llm_explainer import LLMExplainer
-from cratelm.explain.lookup import token_table
-from cratelm.explain.phrases import lookup_phrase, trie_phrase
+from cratelm.explain.neuron import CountingExplainer, check_contexts
 from cratelm.explain.selection import read_selected_records, select_neurons
 from cratelm.explain.store import (
     ExplanationFailure,
@@ -25,13 +26,12 @@ from cratelm.explain.store import (
     write_selected,
     write_unexplained,
 )
-from cratelm.explain.trie import context_trie
 from cratelm.llm.client import DryRun, WorkerResult, dry_run
 from cratelm.llm.prompts import openai as openai_prompts
 from cratelm.llm.prompts.neurons import VERSION
 from cratelm.llm.session import is_finished, open_client, write_calls
 from cratelm.records import Explanation, NeuronRecord
-from cratelm.runs import Draft, Inputs, Run, check_memory
+from cratelm.runs import Completion, Draft, Inputs, Run
 from cratelm.runs.names import set_name
 from cratelm.stats.sample_size import precision_statement
 
@@ -78,19 +78,6 @@ class Explainer(Protocol):
         ...
 
 
-class CountingExplainer:
-    """Explains without a language model, by counting over the fit excerpts: `config.explainers`."""
-
-    def __init__(self, config: ExplainConfig, token_strings: Sequence[str]):
-        """`token_strings` [V] is the text of each token id."""
-        self._config, self._strings = config, token_strings
-
-    def explain(self, records: Iterable[NeuronRecord]) -> Iterator[Explanation]:
-        """Yield one explanation per neuron and explainer."""
-        for record in records:
-            yield from explain_neuron(record, self._config, self._strings)
-
-
 def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     """Explain the neurons of one model of a run, and return the counts.
 
@@ -103,26 +90,30 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
     """
     run = Run(config.run)
     harvest = run.stage("activations", config.model)
-    inputs = {
+    inputs: dict[str, Completion | str] = {
         "tokens": run.stage("tokens").require("tokenize"),
         "activations": harvest.require("harvest"),
     }
     selected = select_neurons(harvest.path, config.neurons, config.seed, config.neuron_ids())
     if config.explainer:
         return _explain_with_llm(config, run, inputs, selected)
+    library = load_library(config.concepts)
+    if config.concepts:
+        inputs["concepts"] = hashlib.sha256(library.as_json().encode()).hexdigest()
     stage = run.stage("explanations", config.model)
     if stage.is_finished(config, inputs, force=config.force):
         return stage.result(ExplainResult, path=stage.path)
     records = read_selected_records(harvest.path, "fit", selected)
     first = list(islice(records, 1))
     for record in first:  # before the progress bar; all neurons have about as many tokens
-        _check_memory(record, config)
-    explainer = CountingExplainer(config, _token_strings(run))
+        check_contexts(record, config)
+    explainer = CountingExplainer(config, _fit_features(run, config, library))
     n_expected = len(config.explainers) * sum(not s.dead for s in selected)
     with stage.write(config, inputs) as draft:
         stream = explainer.explain(chain(first, records))
         outcomes = _progress(stream, n_expected, config.model, config.quiet)
         counts = _write(draft, selected, outcomes)
+        write_library(draft.path, library)
     return ExplainResult(path=stage.path, **counts)
 
 
@@ -213,44 +204,14 @@ def _write(
     return counts
 
 
-def explain_neuron(
-    record: NeuronRecord, config: ExplainConfig, token_strings: Sequence[str]
-) -> list[Explanation]:
-    """Return one explanation per explainer in `config.explainers`; none for a dead neuron.
+def _fit_features(run: Run, config: ExplainConfig, library: Library) -> FitFeatures:
+    """Return the features of the fit split, in segments of the harvest's sequences."""
+    from cratelm.tokens.shards import TokenStore
 
-    `record` is of the fit split; `token_strings` [V] is the text of each token id. Raises `InputError` if
-    the record has out-of-context excerpts, which exist for scoring only, or no tokens at all.
-    """
-    if record.summary.dead:
-        return []
-    table = ExcerptTable.of(record.excerpts)
-    if table.is_kind("out_of_context").any() or not len(table.token_ids):
-        raise InputError(
-            f"{record.neuron} has no excerpts, or has excerpts of the held_out split instead of fit:"
-            " type `cratelm harvest --force` for this model"
-        )
-    _check_memory(record, config)
-    # at least 2 tokens of context, whatever --depth: look-up phrases say what comes before a token
-    evidence = collect_evidence(record, depth=max(config.depth, 2), weight=WEIGHT)
-    documents = tuple(np.unique(table.documents).tolist())
-    mean = record.summary.mean
-    explanations = []
-    for explainer in config.explainers:
-        if explainer == "lookup":
-            table = token_table(evidence, mean, config.max_entries)
-            text = lookup_phrase(table, evidence, record, token_strings)
-            payload = table.payload()
-        else:
-            trie = context_trie(evidence, mean, config.max_entries, depth=config.depth)
-            text, payload = trie_phrase(trie, record, token_strings), trie.payload()
-        explanations.append(Explanation(record.neuron, explainer, text, payload, documents))
-    return explanations
-
-
-def _check_memory(record: NeuronRecord, config: ExplainConfig) -> None:
-    """Raise `InputError` if the contexts of all tokens of a neuron's excerpts do not fit into memory."""
-    tokens = len(ExcerptTable.of(record.excerpts).token_ids)
-    check_memory(config, {"depth": 8 * config.depth * tokens}, "the contexts of one neuron")
+    store = TokenStore(run.stage("tokens").path)
+    harvest = run.stage("activations", config.model).completion()
+    length = harvest.results.get("sequence_length", 0) if harvest else 0
+    return FitFeatures(library, store.token_strings, store.split("fit"), length)
 
 
 def _token_strings(run: Run) -> list[str]:

@@ -59,3 +59,19 @@ def token_table(
     best = best[gain[best] > 0]
     best = best[np.lexsort((tokens[best], -values[best]))]
     return TokenTable(mean, tokens[best], values[best], counts[best])
+
+
+def residual_of(
+    evidence: Evidence, table: TokenTable, strength: float = STRENGTH
+) -> NDArray[np.float64]:
+    """Return what the table leaves of each activation in the evidence, [N].
+
+    The value of a token leaves out the activation itself, which otherwise would explain itself: a token that occurs once
+    would leave almost nothing.
+    """
+    own, mean = evidence.contexts[:, 0], table.default
+    tokens, _, weights, totals = evidence.by_token
+    at = np.searchsorted(tokens, own)
+    others = weights[at] - evidence.weights
+    values = (totals[at] - evidence.weighted + strength * mean) / (others + strength)
+    return evidence.activations - np.where(np.isin(own, table.tokens), values, mean)

@@ -2,6 +2,7 @@
 
 `explanations.parquet`   one row per neuron and explainer
 `neurons.parquet`        one row per neuron selected to be explained, including dead ones
+`concepts.json`          the predicates that the formulas of concepts use, see `concepts.stored`
 `unexplained.parquet`    one row per explanation that was requested from a language model and failed
 
 The folder is `explanations/MODEL/` without a language model and `explanations/MODEL@NAME/` with one.
@@ -34,15 +35,28 @@ EXPLANATIONS = TableFile(
     "explanations/MODEL/explanations.parquet",
     (
         *NEURON_COLUMNS,
-        FileColumn("explainer", pa.string(), "`lookup`, `trie`, or the name of a language model"),
         FileColumn(
-            "text", pa.string(), "for people, and for language models that simulate from it"
+            "explainer",
+            pa.string(),
+            "`lookup`, `trie`, `concepts`, `lookup+concepts`, or the name of a language model",
+        ),
+        FileColumn(
+            "text",
+            pa.string(),
+            "for people, and for language models that simulate from it: the claim up to the first semicolon, then the"
+            " evidence",
         ),
         FileColumn("payload", pa.string(), "for the simulator of the same name, JSON"),
         FileColumn(
             "documents",
             pa.list_(pa.int64()),
             "`ordinal`s of the documents that it was made from, all of split `fit`",
+        ),
+        FileColumn(
+            "claim_variance",
+            pa.float64(),
+            "fraction of the variance over the fit excerpts that the claim explains, 0 to 1; null for language models."
+            " Files of version 0.1.0 lack the column",
         ),
     ),
 )
@@ -106,6 +120,7 @@ def _explanation_table(explanations: Sequence[Explanation]) -> pa.Table:
             "text": e.text,
             "payload": json.dumps(e.payload),
             "documents": e.documents,
+            "claim_variance": e.claim_variance,
         }
         for e in explanations
     ]
@@ -126,6 +141,7 @@ def explanation_of(row: dict[str, Any]) -> Explanation:
         row["text"],
         json.loads(row["payload"]),
         tuple(row["documents"]),
+        row.get("claim_variance"),
     )
 
 
@@ -194,7 +210,8 @@ class ExplanationFile:
 
     def of_layer(self, layer: int) -> Iterator[tuple[Kind, StoredExplanation]]:
         """Yield the explanations of a layer with their kinds, in the order written, without documents."""
-        columns = [column.name for column in EXPLANATIONS.columns if column.name != "documents"]
+        unused = ("documents", "claim_variance")
+        columns = [c.name for c in EXPLANATIONS.columns if c.name not in unused]
         for group in self._groups(columns, layer):
             decoded = lru_cache(maxsize=8)(partial(self._explanation, group))
             names = (group[name].to_pylist() for name in ("model", "site", "index", "explainer"))

@@ -22,9 +22,11 @@ from cratelm.models import build
 from cratelm.pipelines.chains import Step, run_chains
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
 from cratelm.pipelines.sae_compare import steps as autoencoder_steps
+from cratelm.replace.config import ReplaceConfig
+from cratelm.replace.replace import replace as replace_codes
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
-from cratelm.runs import Run
+from cratelm.runs import Run, StageName
 from cratelm.runs.devices import device_of
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.score.config import ScoreConfig
@@ -50,6 +52,11 @@ _SECONDS_PER_NEURON = 0.04
 """time to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
 """held-out tokens of each twin for the white-box measurements and for the evaluation of autoencoders"""
+_REPLACED = 100_000
+"""held-out tokens on which each twin runs on its explanations"""
+_REPLACED_COST = 12.0
+"""duration of that, with making the explanations, divided by that of the forward passes over both kinds of tokens
+(benchmarks/replace.py)"""
 _ABLATED = 2048
 """held-out tokens on which the loss without each neuron is measured; few, because it is slow"""
 _SECONDS_PER_EFFECT = 0.025
@@ -167,6 +174,14 @@ def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]
         return
     if config.sae:
         yield from autoencoder_steps(_sae_config(config), [name])
+    replacing = ReplaceConfig(
+        **common,
+        model=name,
+        fit_tokens=config.tokens,
+        tokens=min(config.tokens, _REPLACED),
+        seed=config.seed,
+    )
+    yield Step("replacement", name, lambda: replace_codes(replacing))
     analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
     writing = EffectsConfig(
         **common, model=name, tokens=_ABLATED, neurons=config.neurons, seed=config.seed
@@ -221,14 +236,13 @@ def _sae_config(config: DemoConfig) -> SaeCompareConfig:
 def _plan(config: DemoConfig) -> str:
     """Return what the demo will do and how long it may take, estimated from a short measurement on this machine."""
     run, (twins, controls) = Run(config.run), _models(config)
-    training = harvesting = scoring = writing = autoencoders = 0.0
+    training = harvesting = scoring = replacing = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
     for name in twins + controls:
-        missing = [
-            stage
-            for stage in ("model", "activations", "scores")
-            if config.force or name not in run.models(stage)
-        ]
+        measured: list[StageName] = ["model", "activations", "scores"]
+        if name in twins:
+            measured.append("replacement")
+        missing = [s for s in measured if config.force or name not in run.models(s)]
         step, forward = _measure(name.removesuffix("-init"), config) if missing else (0, 0)
         if name in twins and "model" in missing:
             training += step * config.steps
@@ -237,6 +251,8 @@ def _plan(config: DemoConfig) -> str:
         if "scores" in missing:
             scoring += _SECONDS_PER_NEURON * layers * (config.neurons or 512)
             scoring += 2 * config.tokens * forward * _WHOLE_COST
+        if name in twins and (config.force or name not in run.models("replacement")):
+            replacing += (config.tokens + _REPLACED) * forward * _REPLACED_COST
         if name in twins and (config.force or name not in run.models("steer")):
             writing += _SECONDS_PER_EFFECT * layers**2 * (config.neurons or 512)
         done = any(other.startswith(f"{name}+") for other in run.models("scores"))
@@ -244,14 +260,16 @@ def _plan(config: DemoConfig) -> str:
             autoencoders += _SAE_SECONDS * layers
     jobs = n_jobs(config)
     training, harvesting = (s * _SHARED if jobs > 1 else s for s in (training, harvesting))
-    scoring, writing, autoencoders = (s / jobs for s in (scoring, writing, autoencoders))
-    minutes = [s / 60 for s in (training, harvesting, scoring, writing, autoencoders)]
+    scoring, replacing, writing, autoencoders = (
+        s / jobs for s in (scoring, replacing, writing, autoencoders)
+    )
+    minutes = [s / 60 for s in (training, harvesting, scoring, replacing, writing, autoencoders)]
     total = round(sum(minutes) + _FIXED_SECONDS / 60)
     return (
         f"expected: about {total} minute{'s' * (total != 1)} on this machine"
         f" ({os.cpu_count()} cores): training {minutes[0]:.1f}, harvest {minutes[1]:.1f},"
-        f" explaining and scoring {minutes[2]:.1f}, effects {minutes[3]:.1f}"
-        f"{f', autoencoders {minutes[4]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
+        f" explaining and scoring {minutes[2]:.1f}, running on explanations {minutes[3]:.1f}, effects {minutes[4]:.1f}"
+        f"{f', autoencoders {minutes[5]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
         f"{' and '.join(twins)} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"
         f" controls {' and '.join(controls)}; all files are written to {config.run}"
     )

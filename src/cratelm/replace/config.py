@@ -9,18 +9,20 @@ from cratelm.errors import InputError
 from cratelm.replace.layers import EXTENTS, Extent
 from cratelm.runs import Options, at_least, check_resamples, not_in_identity
 
-Kind = Literal["lookup", "trie"]
+Kind = Literal["lookup", "trie", "concepts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-EXCERPTS = "excerpts"
+EXCERPTS, SHARED = "excerpts", "shared"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the explanations that are stacked, as `--explainers` writes it: KIND, KIND:N or KIND@excerpts."""
+    """One of the explanations that are stacked, as `--explainers` writes it: KIND, KIND:N, KIND:N@shared or KIND@excerpts."""
 
     kind: Kind
     most: int = 0
     """entries per neuron; 0 = no limit"""
+    shared: bool = False
+    """`most` is the mean number of entries of the neurons of a layer, not the limit of each"""
     of_excerpts: bool = False
     """made by `cratelm explain` from excerpts, instead of from a pass over fit tokens"""
 
@@ -28,20 +30,22 @@ class Part:
 def parts_of(explainer: str) -> tuple[Part, ...]:
     """Return the parts of an explainer, in the order in which they are stacked.
 
-    Raises `InputError` for any form other than KIND, KIND:N and KIND@excerpts, with + between them.
+    Raises `InputError` for any form other than KIND, KIND:N, KIND:N@shared and KIND@excerpts, with + between them.
     """
     return tuple(_part(word, explainer) for word in explainer.split("+"))
 
 
 def _part(word: str, explainer: str) -> Part:
-    match = re.fullmatch(rf"({'|'.join(KINDS)})(?::([1-9][0-9]{{0,8}})|(@{EXCERPTS}))?", word)
-    if match is None:
+    match = re.fullmatch(
+        rf"({'|'.join(KINDS)})(?::([1-9][0-9]{{0,8}})(@{SHARED})?|(@{EXCERPTS}))?", word
+    )
+    if match is None or (match[1] == "concepts" and match[2]):
         raise InputError(
-            f"--explainers {explainer}: it must be {' or '.join(KINDS)}, with a limit of entries such as"
-            f" {KINDS[-1]}:200 or with @{EXCERPTS}, or several of these with + between them"
+            f"--explainers {explainer}: it must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, with a limit of entries"
+            f" such as trie:200 or trie:200@{SHARED} or with @{EXCERPTS}, or several of these with + between them"
         )
     kind: Kind = match[1]  # type: ignore[assignment]
-    return Part(kind, int(match[2] or 0), match[3] is not None)
+    return Part(kind, int(match[2] or 0), match[3] is not None, match[4] is not None)
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,10 @@ class ReplaceConfig(Options):
     """run directory with a harvest of the model"""
     model: str = "crate-2l"
     """name of the harvested model or latents in the run"""
-    explainers: tuple[str, ...] = ("lookup", "trie", "trie:200", "trie@excerpts")
+    explainers: tuple[str, ...] = ("lookup", "trie", "trie:200", "concepts", "concepts+trie")
     """explanations to run the model on. `lookup`: the mean activation per token; `trie`: the mean by context; both from a
-    pass over fit tokens and without a limit of their size; `trie:200`: at most 200 entries per neuron; `trie@excerpts`: as
-    `cratelm explain` makes them from excerpts. Several with + between them are stacked: each is made from what those
+    pass over fit tokens and without a limit of their size; `trie:200`: at most 200 entries per neuron; `trie:200@shared`: 200 on average over a layer; `concepts`: formulas
+    of named predicates; `trie@excerpts`: as `cratelm explain` makes them from excerpts. Several with + between them are stacked: each is made from what those
     before it leave unexplained"""
     layers: tuple[Extent, ...] = EXTENTS
     """what is replaced at once: `all` layers, each `one` alone, all layers `up-to` each one"""

@@ -9,6 +9,7 @@ explanations, 12 bytes per neuron and entry, or 4 per neuron and context without
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,11 @@ from tqdm import tqdm
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.open_harvest import HarvestContext
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.fit import FitFeatures
+from cratelm.explain.concepts.library import builtin_library
 from cratelm.models.sites import hooked
+from cratelm.replace.concepts import CellSums, concepts_as_found, fit_features, formulas
 from cratelm.replace.config import Part, ReplaceConfig, parts_of
 from cratelm.replace.contexts import Contexts
 from cratelm.replace.exact import quantum_of
@@ -124,40 +129,66 @@ class Fit:
         named = {n: of for n in self._config.explainers if len(of := parts_of(n)) > number}
         fitted = {n: of for n, of in named.items() if not of[number].of_excerpts}
         # parts that are made from the same activations share their sums
-        before = {name: of[:number] for name, of in fitted.items()}
+        wanted = {
+            name: _Sums(of[:number], of[number].kind == "concepts") for name, of in fitted.items()
+        }
         sums = {
-            (layer.place, key): ContextSums(
-                self._text.contexts, layer.n_neurons, self._quanta[layer.place]
-            )
+            (layer.place, of): self._empty(layer, of)
             for layer in layers
-            for key in dict.fromkeys(before.values())
+            for of in dict.fromkeys(wanted.values())
         }
         if sums:
             self._add(layers, sums)
         for layer in layers:
-            tables: dict[tuple[Part, ...], FittedTables] = {}
-            for key in dict.fromkeys(before.values()):
-                own = sums.pop((layer.place, key))
+            made: dict[_Sums, FittedTables | Predictor] = {}
+            for of in dict.fromkeys(wanted.values()):
+                own = sums.pop((layer.place, of))
                 for other in self._ranks.collected(own):
                     if other is not own:
-                        own.merge(other)
-                tables[key] = self._ranks.by_first(own.tables)
-            for name, of in named.items():
+                        own.merge(other)  # type: ignore[arg-type]  (of the same kind)
+                finish = own.explanations if isinstance(own, CellSums) else own.tables
+                made[of] = self._ranks.by_first(finish)
+            for name, parts in named.items():
                 if name in fitted:
-                    part = _of_tables(of[number], tables[before[name]])
+                    part = _of_sums(parts[number], made[wanted[name]])
                 else:
-                    part = self._of_excerpts(of[number], layer.place)
+                    part = self._of_excerpts(parts[number], layer.place)
                 layer.parts.setdefault(name, []).append(part)
 
-    def _of_excerpts(self, part: Part, place: int) -> Predictor:
-        return self._ranks.by_first(
-            lambda: explained_by_excerpts(part.kind, self._opened, place, self._config.depth)
+    def _empty(self, layer: _Layer, of: "_Sums") -> ContextSums | CellSums:
+        place, quantum = layer.place, self._quanta[layer.place]
+        if not of.are_of_cells:
+            return ContextSums(self._text.contexts, layer.n_neurons, quantum)
+        # the search knows formulas for activations, and for what a look-up leaves of them
+        is_residual = tuple(part.kind for part in of.before) == ("lookup",)
+        found = self._ranks.by_first(
+            lambda: formulas(self._opened, place, self._features, of_residual=is_residual)
         )
+        return CellSums(found, self._reader, quantum)
+
+    @cached_property
+    def _features(self) -> FitFeatures:
+        return fit_features(self._opened)
+
+    @cached_property
+    def _reader(self) -> ConceptReader:
+        return ConceptReader(builtin_library(), self._opened.store.token_strings)
+
+    def _of_excerpts(self, part: Part, place: int) -> Predictor:
+        """Return the explanations that `cratelm explain` would make."""
+
+        def made() -> Predictor:
+            if part.kind == "concepts":
+                found = formulas(self._opened, place, self._features, of_residual=False)
+                return concepts_as_found(found, self._reader)
+            return explained_by_excerpts(part.kind, self._opened, place, self._config.depth)
+
+        return self._ranks.by_first(made)
 
     def _add(
         self,
         layers: Sequence[_Layer],
-        sums: Mapping[tuple[int, tuple[Part, ...]], ContextSums],
+        sums: "Mapping[tuple[int, _Sums], ContextSums | CellSums]",
     ) -> None:
         """Run the model over this process's share of the fit tokens, and add the activations to the sums."""
         text, opened = self._text, self._opened
@@ -183,11 +214,15 @@ class Fit:
                 of_batch = BatchText.of(batch)
                 matched = of_batch.matched(text.contexts)
                 for layer in layers:
-                    for (place, key), of in sums.items():
-                        if place == layer.place:
-                            left = codes[place]
-                            for done in self._finished(layer, key):
-                                left = left - done.predict(of_batch)
+                    for (place, wanted), of in sums.items():
+                        if place != layer.place:
+                            continue
+                        left = codes[place]
+                        for done in self._finished(layer, wanted.before):
+                            left = left - done.predict(of_batch)
+                        if isinstance(of, CellSums):
+                            of.add(left, of_batch)
+                        else:
                             of.add(left, matched)
                 bar.update(batch.input_ids.numel())
 
@@ -199,7 +234,19 @@ class Fit:
         return layer.parts[name][: len(key)]
 
 
-def _of_tables(part: Part, fitted: FittedTables) -> Predictor:
+@dataclass(frozen=True)
+class _Sums:
+    """Which sums a part is made from."""
+
+    before: tuple[Part, ...]
+    """parts whose predictions are subtracted from the activations"""
+    are_of_cells: bool
+    """over the cells of formulas; otherwise over contexts"""
+
+
+def _of_sums(part: Part, fitted: FittedTables | Predictor) -> Predictor:
+    if not isinstance(fitted, FittedTables):
+        return fitted
     if part.kind == "lookup":
         fitted = fitted.shallow(1)
-    return ByContext(fitted.pruned(part.most) if part.most else fitted.tables)
+    return ByContext(fitted.pruned(part.most, shared=part.shared) if part.most else fitted.tables)

@@ -16,6 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cratelm.errors import InputError
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.library import Library
+from cratelm.replace.concepts import ByConcept
 from cratelm.replace.contexts import Contexts
 from cratelm.replace.predictors import ByContext, Predictor, Stacked
 from cratelm.replace.tables import Tables, Tries
@@ -41,15 +44,23 @@ def write_simulators(folder: Path, explained: Mapping[str, Sequence[Predictor]])
                 key = f"{len(parts)}"
                 kind, of_part, bounds = _arrays(part)
                 arrays |= {f"{key}.{name}": array for name, array in of_part.items()}
-                parts.append(
-                    {"key": key, "explainer": explainer, "place": place, "part": number,
-                     "kind": kind, "bounds": bounds}
-                )  # fmt: skip
+                described = {
+                    "key": key, "explainer": explainer, "place": place, "part": number,
+                    "kind": kind, "bounds": bounds,
+                }  # fmt: skip
+                if isinstance(part, ByConcept):
+                    names = ("terms", "operators")
+                    described["formulas"] = [{n: of[n] for n in names} for of in part.payloads]
+                parts.append(described)
     save_file(arrays, folder / FILE, {"parts": json.dumps(parts)})
     return written
 
 
 def _arrays(part: Predictor) -> tuple[str, dict[str, NDArray], list[int]]:
+    if isinstance(part, ByConcept):
+        library = np.frombuffer(part.reader.library.as_json().encode(), np.uint8)
+        found = {"means": part.means, "default": part.default, "library": library}
+        return "concepts", found, []
     assert isinstance(part, ByContext)
     contexts = part.tables.contexts
     shared = {
@@ -68,8 +79,10 @@ def _arrays(part: Predictor) -> tuple[str, dict[str, NDArray], list[int]]:
     return "tries", shared | sparse, list(contexts.bounds)
 
 
-def read_simulators(folder: str | Path, explainer: str) -> list[Predictor]:
-    """Return the explanations of an explainer by place.
+def read_simulators(
+    folder: str | Path, explainer: str, token_strings: Sequence[str]
+) -> list[Predictor]:
+    """Return the explanations of an explainer by place; `token_strings` [V] is the text of each token id.
 
     Raises `InputError` if the file has none of it, or is damaged.
     """
@@ -82,7 +95,9 @@ def read_simulators(folder: str | Path, explainer: str) -> list[Predictor]:
         by_place: dict[int, list[Predictor]] = {}
         for part in parts:
             if part["explainer"] == explainer:
-                by_place.setdefault(part["place"], []).append(_predictor(file, part))
+                by_place.setdefault(part["place"], []).append(
+                    _predictor(file, part, token_strings, str(path))
+                )
     if not by_place:
         names = sorted({part["explainer"] for part in parts})
         raise InputError(
@@ -91,12 +106,18 @@ def read_simulators(folder: str | Path, explainer: str) -> list[Predictor]:
     return [of[0] if len(of) == 1 else Stacked(of) for _, of in sorted(by_place.items())]
 
 
-def _predictor(file: Any, part: Mapping[str, Any]) -> Predictor:
+def _predictor(
+    file: Any, part: Mapping[str, Any], token_strings: Sequence[str], path: str
+) -> Predictor:
     from scipy.sparse import csr_array  # takes a quarter of a second
 
     def array(name: str) -> NDArray:
         return file.get_tensor(f"{part['key']}.{name}")
 
+    if part["kind"] == "concepts":
+        library = Library.from_json(array("library").tobytes().decode(), path)
+        reader = ConceptReader(library, token_strings)
+        return ByConcept(part["formulas"], array("means"), array("default"), reader)
     tokens, parents = (array(name).astype(np.int64) for name in ("tokens", "parents"))
     contexts = Contexts(tokens, parents, np.zeros_like(tokens), tuple(part["bounds"]))
     if part["kind"] == "tables":

@@ -160,22 +160,27 @@ class FittedTables:
         rows = np.append(np.arange(len(contexts)), len(values) - 1)
         return FittedTables(Tables(contexts, values[rows]), self.totals[rows])
 
-    def pruned(self, most: int, weights: Float32 | None = None) -> "Tries":
+    def pruned(self, most: int, weights: Float32 | None = None, *, shared: bool = False) -> "Tries":
         """Return the `most` contexts of each neuron that change its prediction most, and their ancestors among them.
 
         The gain of a context is the squared error that it removes in addition to its parent, n_c (v_c - v_p)^2; with
         `weights` [C, H], sums of the weights of the tokens of each context take the place of n_c. Contexts are ranked
-        by the best gain in their subtree, as in `cratelm.explain.trie`, so that ancestors are kept.
+        by the best gain in their subtree, as in `cratelm.explain.trie`, so that ancestors are kept. If they are `shared`,
+        the limit is `most` times H for all neurons of the layer together, so that those that vary more get more.
 
         A context predicts only where none of its kept children does. So its value becomes the mean activation over
         these tokens, in which its value in the tables counts as one more token; and likewise the default.
         """
         values, best = self.tables.values, self._best_gains(weights)
-        kept, predicted = [], []
-        for h in range(values.shape[1]):
-            of = _highest(best[:, h], most)
-            kept.append(of)
-            predicted.append(self._uncovered(of, h))
+        n_neurons = values.shape[1]
+        if shared:
+            chosen = _highest(best.ravel(), most * n_neurons)  # context * H + neuron
+            order = np.argsort(chosen % n_neurons, kind="stable")
+            edges = np.searchsorted(chosen[order] % n_neurons, np.arange(1, n_neurons))
+            kept = np.split(chosen[order] // n_neurons, edges)
+        else:
+            kept = [_highest(best[:, h], most) for h in range(n_neurons)]
+        predicted = [self._uncovered(of, h) for h, of in enumerate(kept)]
         default = np.array([of[-1] for of in predicted], np.float32)
         return Tries.of(self.tables.contexts, default, kept, [of[:-1] for of in predicted])
 

@@ -3,6 +3,9 @@
 Shape legend: B sequences of T tokens, n = B * T tokens, D depth of contexts, C documents.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +13,7 @@ from cratelm.activations.batches import Batch
 from cratelm.replace.contexts import NO_TOKEN, START, Contexts
 
 Int64 = NDArray[np.int64]
+_T = TypeVar("_T")
 
 
 class BatchText:
@@ -25,7 +29,7 @@ class BatchText:
         self._columns = [self.ids]
         """by j, the j-th token before each token, `START` just before its document or sequence, `NO_TOKEN` further away, [n] each"""
         self._offset = _offsets(document).ravel()
-        self._matched: dict[int, tuple[Contexts, Int64]] = {}
+        self._shared: dict[int, tuple[Any, Any]] = {}
 
     @classmethod
     def of(cls, batch: Batch) -> "BatchText":
@@ -55,10 +59,13 @@ class BatchText:
 
     def matched(self, contexts: Contexts) -> Int64:
         """Return `contexts.match` of this text, [D, n]."""
-        if id(contexts) not in self._matched:
-            of_text = self.contexts(contexts.depth)
-            self._matched[id(contexts)] = contexts, contexts.match(of_text)
-        return self._matched[id(contexts)][1]
+        return self.shared(contexts, lambda: contexts.match(self.contexts(contexts.depth)))
+
+    def shared(self, key: object, make: Callable[[], _T]) -> _T:
+        """Return what `make` returns for `key`; made once for the text, however many explanations ask for it."""
+        if id(key) not in self._shared:
+            self._shared[id(key)] = key, make()  # the key stays, so that its number stays its own
+        return self._shared[id(key)][1]
 
     def segments(self) -> list[tuple[int, int]]:
         """Return where the text of each document in each sequence begins in the batch, and one past its end."""

@@ -13,6 +13,9 @@ from markupsafe import Markup
 from numpy.typing import ArrayLike
 
 from cratelm.activations.store import read_records
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.predict import is_concept_payload
+from cratelm.explain.concepts.stored import concept_reader
 from cratelm.records import Excerpt, Metric, NeuronId, NeuronKey, NeuronRecord, NeuronScore, Split
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
@@ -175,6 +178,9 @@ def _gallery(
         folder = run.stage("explanations", model.name).path
         explanations = read_explanations_of(folder, neurons, results.explainer)
         explained = {e.neuron.key: e for e in explanations}
+    concepts = None
+    if any(is_concept_payload(e.payload) for e in explained.values()):
+        concepts = concept_reader(run.stage("explanations", model.name).path, store.token_strings)
     by_llm = llm_explanations(run, model, neurons)
     harvest, effects = (run.stage(s, model.name).path for s in ("activations", "steer"))
     held_out, fit = (_records(harvest, split, neurons) for split in ("held_out", "fit"))
@@ -185,7 +191,9 @@ def _gallery(
     def card(key: NeuronKey, group: str) -> Card:
         record, explanation = held_out[key], explained.get(key)
         payload = explanation.payload if explanation else None
-        excerpts = _excerpts(fit[key], record, results.explainer, payload, config.excerpts, store)
+        excerpts = _excerpts(
+            fit[key], record, results.explainer, payload, config.excerpts, store, concepts
+        )
         return Card(
             neuron=record.neuron,
             group=group,
@@ -235,6 +243,7 @@ def _excerpts(
     payload: Mapping[str, Any] | None,
     n: int,
     store: TokenStore,
+    concepts: ConceptReader | None,
 ) -> Iterator[ShownExcerpt]:
     """Yield the strongest fit excerpt, then `n` held-out excerpts: the strongest, and last a random one."""
     if n == 0:
@@ -247,7 +256,7 @@ def _excerpts(
     for excerpt in fit_excerpts:
         label = "Fit split, strongest excerpt: seen by the explainer"
         yield ShownExcerpt(label, (_row("true", excerpt, excerpt.activations, top, store),))
-    simulated = simulate_excerpts(explainer, payload, unseen)
+    simulated = simulate_excerpts(explainer, payload, unseen, concepts)
     simulated_top = largest(simulated)
     for number, excerpt in enumerate(unseen):
         rows = [_row("true", excerpt, excerpt.activations, top, store)]

@@ -1,7 +1,8 @@
 """`cratelm report`: write one page, tables and figures about all models of a run."""
 
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from cratelm.report.sections import (
     leakage,
     llm,
     models,
+    replacement,
     sae_controls,
     scores,
     seeds,
@@ -29,6 +31,7 @@ from cratelm.report.sections import (
     white_box_figures,
 )
 from cratelm.report.stale import Stale
+from cratelm.results.finding import finding
 from cratelm.results.run_results import (
     RunResults,
     input_identities,
@@ -36,6 +39,7 @@ from cratelm.results.run_results import (
     read_results,
     scored_models,
 )
+from cratelm.results.run_summary import run_card
 from cratelm.results.seeds import excluded_seeds
 from cratelm.runs import Run, versions, write_json
 from cratelm.runs.reading import read_json, verified
@@ -43,8 +47,11 @@ from cratelm.text.shading import faint_marks
 from cratelm.text.table import Table
 
 PAGE, TABLES, COMPARISON = "report.html", "tables.json", "comparison.txt"
+_WIDTH = 78
+"""characters of a line of the sentence above the printed comparison"""
 _SECTIONS = (
     ("comparison", "Comparison"),
+    ("replacement", "On explanations"),
     ("run", "Settings"),
     ("models", "Loss"),
     ("scores", "Scores"),
@@ -103,11 +110,12 @@ def report(config: ReportConfig) -> ReportResult:
     tables, figures = stale.tables(tables), stale.figures(figures)
     of_models = stale.galleries(of_models)
     with stage.write(config, inputs) as draft:
-        _write_tables(draft.path, tables, stale.lines)
+        sentence = _sentence(results)
+        _write_tables(draft.path, tables, sentence, stale.lines)
         (draft.path / "figures").mkdir()
         for figure in figures.values():
             figure.write(draft.path / "figures")
-        page = _page(results, config, tables, figures, of_models, stale.lines)
+        page = _page(results, config, tables, figures, of_models, sentence, stale.lines)
         (draft.path / PAGE).write_text(page, encoding="utf-8")
     return _read(stage.path)
 
@@ -118,6 +126,7 @@ def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
     seeded = {"resamples": config.resamples, "seed": config.seed}
     made = [
         *scores.tables(results),
+        *replacement.tables(results),
         *all_tokens.tables(results),
         *models.tables(results),
         *comparisons.tables(results, **seeded),
@@ -137,6 +146,7 @@ def _figures(results: RunResults) -> dict[str, Figure]:
     series = {m.name: series_of(m) for m in results.models}
     made = [
         *scores.figures(results),
+        *replacement.figures(results),
         *all_tokens.figures(results),
         *models.figures(results),
         *white_box_figures.figures(results.analyses, series),
@@ -162,9 +172,21 @@ def _read(folder: Path) -> ReportResult:
     )
 
 
-def _write_tables(folder: Path, tables: dict[str, Table], stale: Sequence[str]) -> None:
+def _sentence(results: RunResults) -> str:
+    """Return what the run shows in one sentence; empty if that is nothing."""
+    names = {m.name for m in results.models}
+    card = run_card("", results.run)
+    found = finding(replace(card, models=tuple(m for m in card.models if m.name in names)))
+    return found.sentence if found else ""
+
+
+def _write_tables(
+    folder: Path, tables: dict[str, Table], sentence: str, stale: Sequence[str]
+) -> None:
     write_json(folder / TABLES, {name: table.to_json() for name, table in tables.items()})
-    lines = [tables["comparison"].to_text(), *([""] if stale else []), *stale]
+    lines = [*textwrap.wrap(sentence, _WIDTH), *([""] if sentence else [])]
+    lines.append(tables["comparison"].to_text())
+    lines += [*([""] if stale else []), *stale]
     (folder / COMPARISON).write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tables").mkdir()
     for name, table in tables.items():
@@ -178,6 +200,7 @@ def _page(
     tables: dict[str, Table],
     figures: dict[str, Figure],
     of_models: Sequence[Gallery],
+    sentence: str,
     stale: Sequence[str],
 ) -> str:
     """Return the page as HTML. Every value is escaped except the package's own CSS and SVG."""
@@ -188,6 +211,7 @@ def _page(
     environment.filters["marks"] = faint_marks
     absent = {name for name in ("twins", "sparsity") if name not in tables}
     absent |= set() if {"seeds", "seed_matches"} & set(tables) else {"seeds"}
+    absent |= set() if "replacement" in tables else {"replacement"}
     absent |= set() if of_models else {"neurons"}
     absent |= set() if any(name.startswith("white_box") for name in tables) else {"white-box"}
     absent |= set() if "sae_policies" in tables else {"autoencoders"}
@@ -197,6 +221,7 @@ def _page(
         css=Markup((folder / "style.css").read_text(encoding="utf-8")),
         title=_title(results),
         lead=_lead(results),
+        finding=sentence,
         sections=[(anchor, name) for anchor, name in _SECTIONS if anchor not in absent],
         with_model="with-model" not in absent,
         white_box="white-box" not in absent,
@@ -229,8 +254,13 @@ def _lead(results: RunResults) -> str:
     sample = f", some of them also by {' and '.join(by_llm)}" if by_llm else ""
     return (
         f"Run {results.run.path.resolve().name}: {count}, explained from one set of documents by"
-        f" {' and '.join(results.explainers)}{sample}, and scored on documents that no explainer has seen."
+        f" {_listed(results.explainers)}{sample}, and scored on documents that no explainer has seen."
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as `a`, `a and b` or `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _gallery_note(results: RunResults, config: ReportConfig) -> str:

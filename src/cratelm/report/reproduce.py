@@ -53,9 +53,13 @@ def commands(results: RunResults, config: ReportConfig) -> str:
 def _side_command(done: Completion, results: RunResults) -> str:
     """Return the command of an additional measurement, with all settings that are not empty."""
     steer_verb = "intervene" if "@" in done.name else "effects"
-    verb = {"analysis": "analyze", "steer": steer_verb, "sae": "sae train", "seeds": "seeds"}[
-        done.stage
-    ]
+    verb = {
+        "analysis": "analyze",
+        "steer": steer_verb,
+        "sae": "sae train",
+        "seeds": "seeds",
+        "replacement": "replace",
+    }[done.stage]
     return _words(verb, done.config, results)
 
 

@@ -20,6 +20,7 @@ _MARK = " (stale)"
 _SCORED: tuple[StageName, ...] = ("model", "activations", "explanations", "scores")
 _STAGES_OF: tuple[tuple[str, tuple[StageName, ...]], ...] = (
     ("models", ("model",)),
+    ("replacement", ("replacement",)),
     ("sae", ("sae", *_SCORED)),
     ("white_box", ("analysis",)),
     ("effects", ("steer",)),

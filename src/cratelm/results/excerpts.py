@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cratelm.activations.excerpt_table import ExcerptTable
+from cratelm.explain.concepts.features import ConceptReader
 from cratelm.explain.evidence import WEIGHT, evidence_of
 from cratelm.records import EXCERPT_KINDS, Excerpt, ExcerptKind, levels
 from cratelm.results.views import ExcerptChoice, ExcerptView, ShadedToken, TokenValue
@@ -42,15 +43,18 @@ def shade(tokens: Sequence[str], activations: ArrayLike, maximum: float) -> tupl
 
 
 def simulate_excerpts(
-    explainer: str, payload: Mapping[str, Any] | None, excerpts: Sequence[Excerpt]
+    explainer: str,
+    payload: Mapping[str, Any] | None,
+    excerpts: Sequence[Excerpt],
+    concepts: ConceptReader | None,
 ) -> list[NDArray[np.float64]] | None:
-    """Return the simulated activations [n] of each excerpt.
+    """Return the simulated activations [n] of each excerpt. `concepts` evaluates formulas.
 
     Returns None without excerpts or an explanation, and for explainers whose simulator is a language model.
     """
     if payload is None or explainer not in SIMULATORS or not excerpts:
         return None
-    return simulate(explainer, payload, [e.token_ids for e in excerpts])
+    return simulate(explainer, payload, [e.token_ids for e in excerpts], concepts)
 
 
 def largest(arrays: Sequence[ArrayLike] | None) -> float:
@@ -66,15 +70,16 @@ def excerpt_views(
     payload: Mapping[str, Any] | None,
     documents: Callable[[Collection[int]], Mapping[int, str]],
     choice: ExcerptChoice,
+    concepts: ConceptReader | None = None,
 ) -> tuple[tuple[ExcerptView, ...], int]:
-    """Return the chosen excerpts and the number of excerpts that were not chosen.
+    """Return the chosen excerpts and the number of excerpts that were not chosen. `concepts` evaluates formulas.
 
     `documents` maps document ordinals to names. Without a `store` there is no text, so nothing is shown.
     """
     if store is None:
         return (), len(excerpts)
     chosen = list(excerpts) if choice == "all" else _first(excerpts, choice)
-    simulated = simulate_excerpts(explainer, payload, chosen)
+    simulated = simulate_excerpts(explainer, payload, chosen, concepts)
     top, simulated_top = largest([e.activations for e in chosen]), largest(simulated)
     names = documents({e.document for e in chosen})
     views = []

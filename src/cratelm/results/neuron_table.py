@@ -8,16 +8,18 @@ Shape legend: n neurons of a model, e neurons that are looked up in the table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
+from cratelm.explain.phrases import NEARLY
 from cratelm.records import METRICS, NeuronKey
 from cratelm.results.stages import Problems, principal_explainer, set_names
 from cratelm.results.views import LastToken, LayerPage, LayerQuery, NeuronRow
@@ -25,9 +27,12 @@ from cratelm.runs import Run, Stage
 from cratelm.runs.names import set_name
 from cratelm.runs.reading import read_parquet, verified
 from cratelm.score.whole_summary import LOOKUP
+from cratelm.text.claim import claim
 
 ExplainerKey = tuple[str, str]
 """name of the set (empty without a language model) and explainer"""
+CONCEPTS = "concepts"
+"""explainer whose claims say what tokens share"""
 OnToken = Mapping[NeuronKey, tuple[float, int]]
 """by neuron: mean activation on a token divided by the neuron's maximum, and number of occurrences of the
 token"""
@@ -96,6 +101,9 @@ class NeuronTable:
     """messages about files that cannot be read, and about stale stages"""
     last_token: LastTokenColumns | None = None
     """None if it was not measured"""
+    claims: Mapping[ExplainerKey, NDArray[np.float64]] = field(default_factory=dict)
+    """[n] fraction of the variance over the fit excerpts that the claim of each explanation explains, NaN without one; by
+    explainers that have such figures"""
 
     @cached_property
     def explainers(self) -> tuple[ExplainerKey, ...]:
@@ -117,9 +125,23 @@ class NeuronTable:
 
     @cached_property
     def explanations(self) -> NDArray[np.object_]:
-        """Return the explanations [n] of the principal explainer, empty if there is none."""
+        """Return the sentence [n] that stands first for each neuron, empty if it has none.
+
+        It is that of the explainer whose claim explains most of the fit excerpts; of concepts, which say what tokens share,
+        if it explains nearly as much. Without such figures it is that of the principal explainer.
+        """
         texts = self.texts.get(self.principal) if self.principal else None
-        return np.full(len(self.layer), "", object) if texts is None else texts
+        found = np.full(len(self.layer), "", object) if texts is None else texts.copy()
+        if self.principal not in self.claims:  # none, or a language model's
+            return found
+        keys = sorted(self.claims, key=lambda key: (key != self.principal, key))
+        worth = np.stack([np.nan_to_num(self.claims[key], nan=-1.0) for key in keys])
+        worth *= np.array([1 / NEARLY if key[1] == CONCEPTS else 1.0 for key in keys])[:, None]
+        best = worth.argmax(0)
+        for number, key in enumerate(keys):
+            rows = (best == number) & (worth[number] >= 0)
+            found[rows] = self.texts[key][rows]
+        return found
 
     def score(self, metric: str) -> ScoreColumn | None:
         """Return the scores of the principal explainer under a metric; None if it has none."""
@@ -176,6 +198,7 @@ def read_neuron_table(run: Run, model: str) -> NeuronTable:
     layer, index = table["layer"].to_numpy(), table["index"].to_numpy()
     keys = _packed(layer, index)
     texts: dict[ExplainerKey, Any] = {}
+    claims: dict[ExplainerKey, NDArray[np.float64]] = {}
     scores: dict[tuple[str, str, str], ScoreColumn] = {}
     problems = Problems(run.stale_lines(model))
     for name in ["", *set_names(run, model)]:
@@ -184,7 +207,10 @@ def read_neuron_table(run: Run, model: str) -> NeuronTable:
         read_texts = partial(_read_finished, explained, _texts, keys)
         read_scores = partial(_read_finished, scored, _scores, keys)
         text_columns = problems.attempt(f"{explained.path} cannot be read", read_texts, {})
-        texts |= {(name, explainer): column for explainer, column in text_columns.items()}
+        for explainer, (column, of_claim) in text_columns.items():
+            texts[name, explainer] = column
+            if np.isfinite(of_claim).any():
+                claims[name, explainer] = of_claim
         score_columns = problems.attempt(f"{scored.path} cannot be read", read_scores, {})
         scores |= {(name, *key): column for key, column in score_columns.items()}
     scored = run.stage("scores", model)
@@ -201,6 +227,7 @@ def read_neuron_table(run: Run, model: str) -> NeuronTable:
         scores=scores,
         problems=tuple(problems.lines),
         last_token=last_token,
+        claims=claims,
     )
 
 
@@ -210,9 +237,15 @@ def _read_finished(
     return {} if stage.completion() is None else read(stage.path, keys)
 
 
-def _texts(folder: Path, keys: NDArray[np.int64]) -> dict[str, NDArray[np.object_]]:
+def _texts(
+    folder: Path, keys: NDArray[np.int64]
+) -> dict[str, tuple[NDArray[np.object_], NDArray[np.float64]]]:
+    """Return sentences and what their claims explain [n], by explainer."""
+    path = folder / "explanations.parquet"
     columns = ["layer", "index", "explainer", "text"]
-    table = read_parquet(folder / "explanations.parquet", columns=columns)
+    if "claim_variance" in pq.read_schema(verified(path)).names:  # absent in version 0.1.0
+        columns.append("claim_variance")
+    table = read_parquet(path, columns=columns)
     by_explainer = {}
     explainers = table["explainer"].to_numpy()
     for explainer in np.unique(explainers.astype(str)).tolist():
@@ -220,7 +253,10 @@ def _texts(folder: Path, keys: NDArray[np.int64]) -> dict[str, NDArray[np.object
         rows, in_keys = _rows(part, keys)
         column = np.full(len(keys), "", object)
         column[rows] = part["text"].to_numpy()[in_keys]
-        by_explainer[explainer] = column
+        of_claim = np.full(len(keys), np.nan)
+        if "claim_variance" in columns:
+            of_claim = _spread(part, "claim_variance", keys)
+        by_explainer[explainer] = column, of_claim
     return by_explainer
 
 
@@ -382,7 +418,7 @@ def _row(row: int, *, layer: int, table: NeuronTable, on_token: OnToken | None) 
     scores = {m: c for m in table.metrics if (c := table.score(m)) is not None}
     return NeuronRow(
         index=index,
-        explanation=str(table.explanations[row]),
+        explanation=claim(str(table.explanations[row])),
         scores={m: _number(c.values[row]) for m, c in scores.items()},
         status={m: str(c.status[row]) for m, c in scores.items()},
         firing_rate=float(table.firing_rate[row]),

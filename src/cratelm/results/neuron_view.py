@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 
 from cratelm.activations.store import ExcerptFile, NeuronFile, summaries_path
 from cratelm.errors import InputError
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.predict import is_concept_payload
+from cratelm.explain.concepts.stored import concept_reader
 from cratelm.explain.store import explanation_of
 from cratelm.records import Excerpt, Explanation, NeuronId, NeuronKey, Split
 from cratelm.results.excerpts import excerpt_views, favourite_tokens
@@ -32,6 +35,7 @@ from cratelm.runs import Run
 from cratelm.runs.reading import read_rows, verified
 from cratelm.score.simulators import SIMULATORS
 from cratelm.steer.store import LogitEffect, read_logit_effect
+from cratelm.text.claim import claim
 from cratelm.tokens.shards import TokenStore
 
 _T = TypeVar("_T")
@@ -110,6 +114,15 @@ class NeuronFiles:
         payloads = (json.loads(r["payload"]) for r in rows if r["explainer"] == explainer)
         return next(payloads, None)
 
+    def concepts(self, query: NeuronQuery) -> ConceptReader:
+        """Return what evaluates the formulas in the explanations of a model. Raises `InputError` for damaged files."""
+        folder = self.run.stage("explanations", query.model).path
+
+        def read() -> ConceptReader:
+            return concept_reader(folder, self.tokens_of(query.model).token_strings)
+
+        return self._cache(("concepts", folder), read)
+
     def effect(self, query: NeuronQuery, site: str) -> LogitEffect | None:
         """Return the tokens that the neuron promotes and suppresses; None if they were not measured."""
         neuron = NeuronId(query.model, site, query.layer, query.index)
@@ -180,6 +193,7 @@ def neuron_view(
         index=query.index,
         split=query.split,
         explainer=explainer,
+        sentence=claim(str(table.explanations[row])),
         explanations=_explanations(table, row),
         statistics={k: v for k, v in summary.items() if isinstance(v, int | float)},
         histogram=tuple(summary.get("histogram", ())),
@@ -225,13 +239,21 @@ def _shown_excerpts(
         "the simulation cannot be shown", lambda: files.payload(query, explainer), None
     )
 
+    concepts = None
+    if payload is not None and is_concept_payload(payload):
+        read_concepts = partial(files.concepts, query)
+        concepts = problems.attempt("the simulation cannot be shown", read_concepts, None)
+        payload = payload if concepts is not None else None
+
     def documents(ordinals: Collection[int]) -> Mapping[int, str]:
         read = partial(files.documents, ordinals)
         return problems.attempt("names of documents cannot be shown", read, {})
 
     views, held_back = problems.attempt(
         "excerpts cannot be shown",
-        lambda: excerpt_views(excerpts, store, explainer, payload, documents, query.excerpts),
+        lambda: excerpt_views(
+            excerpts, store, explainer, payload, documents, query.excerpts, concepts
+        ),
         ((), 0),
     )
     return explainer if payload is not None else "", views, held_back

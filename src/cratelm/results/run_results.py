@@ -23,6 +23,12 @@ from cratelm.records import (  # fmt: skip
     Metric,
     NeuronKey,
 )
+from cratelm.results.replacement import (
+    CurvePoint,
+    ReplacementResults,
+    read_replacement,
+    read_replacement_curve,
+)
 from cratelm.results.scores import (
     find_statistics,
     label_suffix,
@@ -147,6 +153,10 @@ class ModelResults:
     evaluation: StoredEvaluation | None
     """evaluation of the autoencoders that define the latents; None for neurons, and if the present
     autoencoders were not evaluated"""
+    replacement: ReplacementResults | None
+    """losses of the model on its explanations; None if they were not measured"""
+    replacement_curve: list[CurvePoint]
+    """losses with only the best-explained neurons replaced"""
     stale: Mapping[str, Freshness]
     """stages of the model whose inputs have changed since, by label"""
 
@@ -325,6 +335,8 @@ def _read_model(run: Run, name: str, place: int, null_of: str) -> ModelResults:
         sparsity=read_sparsity(folder) if harvest else {},
         curve=read_metrics(run.stage("model", name).path) if "model" in done else [],
         evaluation=read_sae_evaluation(run, harvest) if harvest else None,
+        replacement=read_replacement(run, name),
+        replacement_curve=read_replacement_curve(run, name),
         stale=run.stale(name),
     )
 

@@ -7,6 +7,8 @@ import numpy as np
 
 from cratelm.activations.store import summaries_path
 from cratelm.records import METRICS
+from cratelm.replace.store import ReplacementRow
+from cratelm.results.replacement import read_replacement
 from cratelm.results.scores import (
     find_statistics,
     label_suffix,
@@ -26,6 +28,8 @@ from cratelm.results.views import ExplainerCard, MetricCard, ModelCard, RunCard
 from cratelm.runs import Completion, Run, StageName
 from cratelm.runs.names import family_of, null_kind, split_set
 from cratelm.runs.reading import read_parquet
+from cratelm.runs.stage import stale_lines
+from cratelm.score.whole_summary import LOOKUP
 from cratelm.stats.scores import ModelStatistics
 
 
@@ -55,6 +59,7 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
     layers = _layers(run, name, problems) if done["activations"] else _Layers()
     explainers = _explainers(run, name, problems)
     first = explainers[0] if explainers else ExplainerCard("", ())
+    stale = run.stale(name)
     trained = done["model"].results if done["model"] else {}
     return ModelCard(
         name=name,
@@ -70,9 +75,17 @@ def _card(run: Run, name: str, null_of: str, problems: Problems) -> ModelCard:
         firing=layers.firing,
         dead=layers.dead,
         missing=_missing(run, name, done, bool(first.metrics), null_of),
-        stale=tuple(run.stale_lines(name)),
+        stale=tuple(stale_lines(stale)),
+        stale_stages=tuple(stale),
+        replaced=_replaced(run, name, problems),
         by_llm=tuple(explainers[1:]),
     )
+
+
+def _replaced(run: Run, name: str, problems: Problems) -> ReplacementRow | None:
+    label = f"{run.stage('replacement', name).path} cannot be read"
+    results = problems.attempt(label, partial(read_replacement, run, name), None)
+    return results.headline if results else None
 
 
 @dataclass
@@ -143,6 +156,9 @@ def _metric_card(
         undefined=own.counts.undefined,
         dead=own.counts.dead,
         failed=own.counts.failed,
+        look_up=None
+        if explainer == LOOKUP
+        else mean_interval(find_statistics(statistics, LOOKUP, metric)),
     )
 
 

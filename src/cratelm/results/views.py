@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
 from cratelm.records import ExcerptKind, Interval, Split
+from cratelm.replace.store import ReplacementRow
+from cratelm.results.neuron_groups import NO_GROUP, NeuronGroup
 from cratelm.runs.names import NullKind, twin_name, untrained_name
 
 ExcerptChoice = Literal["some", "all", "top"]
@@ -32,6 +34,8 @@ class MetricCard:
     undefined: int
     dead: int
     failed: int
+    look_up: Interval | None = None
+    """mean score of a look-up of the last token alone, of the same set; None if it was not scored, or is the explainer"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,10 @@ class ModelCard:
     """results that the model lacks, each with the command that produces it"""
     stale: tuple[str, ...] = ()
     """stages whose inputs have changed since, each with the command that redoes it"""
+    stale_stages: tuple[str, ...] = ()
+    """labels of these stages, such as `scores/crate-2l`"""
+    replaced: ReplacementRow | None = None
+    """losses on the explanations that lose the fewest nats, all layers; None if the model was not run on them"""
     by_llm: tuple[ExplainerCard, ...] = ()
     """scores of the explainers that are language models, other than `explainer`"""
 
@@ -307,6 +315,8 @@ class NeuronView:
     split: Split
     explainer: str
     """explainer whose explanation simulates the excerpts; empty without a simulation"""
+    sentence: str
+    """what the neuron responds to, the claim that tables show; empty without an explanation"""
     explanations: tuple[ExplanationView, ...]
     statistics: Mapping[str, float]
     """statistics over the split: firing_rate, mean, variance, skew, kurtosis, maximum, n_tokens"""
@@ -348,6 +358,8 @@ class MapPoint:
     y: float
     score: float | None
     label: str
+    """the claim of the explanation; empty if there is none"""
+    group: NeuronGroup = NO_GROUP
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from cratelm.records import CORRELATIONS, Explanation, NeuronId, NeuronScore
 from cratelm.score.audit import FALL, Change
 from cratelm.score.contexts import Nodes
 from cratelm.score.controls import shuffled
+from cratelm.score.simulators import TOKEN_EXPLAINERS
 from cratelm.score.whole_records import FIGURES, WholeScore
 from cratelm.stats.layers import LayeredMean, layered_mean
 from cratelm.text.table import align
@@ -46,12 +47,14 @@ class ChangedExplanations:
 
     def kinds(self) -> Collection[Kind]:
         """Return all kinds in the set."""
-        return self._source.kinds()
+        return {kind for kind in self._source.kinds() if kind[0] in TOKEN_EXPLAINERS}
 
     def of_layer(self, layer: int) -> Iterator[tuple[Kind, StoredExplanation]]:
         """Yield the changed explanations of a layer with their kinds."""
         by_kind: dict[Kind, dict[NeuronId, StoredExplanation]] = {}
         for kind, stored in self._source.of_layer(layer):
+            if kind[0] not in TOKEN_EXPLAINERS:
+                continue
             by_kind.setdefault(kind, {})[stored.neuron] = stored
         for kind, of_kind in by_kind.items():
             donors = shuffled(list(of_kind), self._seed)

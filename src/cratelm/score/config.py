@@ -19,7 +19,7 @@ class ScoreConfig(LLMConfig):
 
     simulator: str = ""
     """a language model that reads explanations: `hf:ID_OR_PATH` (a Hub id, a folder, a GGUF file, or
-    `smollm2`), or `openai:MODEL` at --base-url; default: look-up and trie simulate themselves"""
+    `smollm2`), or `openai:MODEL` at --base-url; default: each explanation's own simulator, without one"""
     explanations: str = ""
     """explanations to score: the name of the language model that wrote them, or `llm-free` for those made
     without one; default: those of the simulator itself"""

@@ -14,6 +14,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from cratelm.explain.concepts.features import ConceptReader
 from cratelm.llm.client import Client
 from cratelm.llm.requests import Answer, Outcome, Request
 from cratelm.records import (
@@ -75,6 +76,8 @@ class Scoring:
     """`all_tokens_estimate`: excerpts per quantile bin"""
     resamples: int = RESAMPLES
     """`all_tokens_estimate`: bootstrap resamples for the interval of each neuron"""
+    concepts: ConceptReader | None = None
+    """what evaluates formulas of concepts; None if there are none"""
 
     @property
     def variants(self) -> Sequence[str]:
@@ -86,7 +89,7 @@ class _HeldOut:
     """A held-out record, with the excerpts of each metric."""
 
     def __init__(self, record: NeuronRecord, scoring: Scoring):
-        self.record = record
+        self.record, self._concepts = record, scoring.concepts
         sources: dict[Metric, None] = {_source(metric): None for metric in scoring.metrics}
         self.samples: dict[Metric, Sample] = {
             source: _sample(record, source, scoring) for source in sources
@@ -96,7 +99,8 @@ class _HeldOut:
     @cached_property
     def _token_ids(self) -> TokenLists:
         """Return the token ids of all samples, one after another."""
-        return TokenLists([ids for sample in self.samples.values() for ids in sample.token_ids])
+        lists = [ids for sample in self.samples.values() for ids in sample.token_ids]
+        return TokenLists(lists, self._concepts)
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:

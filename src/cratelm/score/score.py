@@ -18,6 +18,8 @@ from cratelm.activations.config import HarvestConfig
 from cratelm.activations.open_harvest import is_measurable, open_harvested
 from cratelm.activations.store import read_summaries
 from cratelm.errors import InputError
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.stored import concept_reader
 from cratelm.explain.selection import read_selected_records, read_selected_rows
 from cratelm.explain.store import (
     ExplanationFailure,
@@ -47,7 +49,7 @@ from cratelm.score.duplicates import DuplicateAudit, NearDuplicates
 from cratelm.score.llm_summary import LostExcerpts, hard_differences, lost_excerpts
 from cratelm.score.pipeline import Reader, Scoring, plan_batches, requests_of, score_records
 from cratelm.score.scorers import Prompting
-from cratelm.score.simulators import COMPAT, LLMSimulator
+from cratelm.score.simulators import COMPAT, TOKEN_EXPLAINERS, LLMSimulator
 from cratelm.score.store import read_score_columns, read_whole_scores, write_scores, write_whole
 from cratelm.score.whole import WholeSplit
 from cratelm.score.whole_summary import summarize_whole
@@ -128,21 +130,23 @@ def score(config: ScoreConfig) -> ScoreResult | DryRun | WorkerResult:
         explained.path, explained.require("explain").config["explainers"]
     )
     _require_counts(config, harvest.path, explanations.selected)
-    duplicates = _near_duplicates(TokenStore(run.stage("tokens").path), harvest.path, explanations)
-    scoring = _scoring(config, explanations, duplicates, None)
+    store = TokenStore(run.stage("tokens").path)
+    duplicates = _near_duplicates(store, harvest.path, explanations)
+    concepts = concept_reader(explained.path, store.token_strings)
+    scoring = replace(_scoring(config, explanations, duplicates, None), concepts=concepts)
     with stage.write(config, inputs) as draft:
         records = _held_out(config, harvest.path, explanations.selected)
         scores = score_records(records, scoring)
         documents = _write(draft, config, explanations, scores)
         whole, extra, words = None, {}, {}
         if config.all_tokens and is_measurable(harvest):
-            whole = _Whole(config, run, harvest, explanations.explainers)
+            whole = _Whole(config, run, harvest, explanations.explainers, concepts)
             write_whole(draft.path, whole.of(explanations.explanations).measure())
             columns = read_score_columns(draft.path, ("value",))
             summary = summarize_whole(draft.path, columns, config.resamples, config.seed)
             extra["all_tokens"], words["whole"] = asdict(summary), summary.in_words()
         if config.audit:
-            words["audit"] = _audited(config, harvest.path, explanations, duplicates, whole, draft)
+            words["audit"] = _audited(config, harvest.path, explanations, scoring, whole, draft)
         results = _summarize(draft, config, explanations, documents, duplicates, extra) | words
         draft.results.update(words)
     return ScoreResult(path=stage.path, **results)
@@ -316,8 +320,15 @@ def _held_out(
 class _Whole:
     """Measures over all held-out tokens, for explanations or changed ones."""
 
-    def __init__(self, config: ScoreConfig, run: Run, harvest: Stage, explainers: Sequence[str]):
-        self._config, self._explainers = config, explainers
+    def __init__(
+        self,
+        config: ScoreConfig,
+        run: Run,
+        harvest: Stage,
+        explainers: Sequence[str],
+        concepts: ConceptReader,
+    ):
+        self._config, self._explainers, self._concepts = config, explainers, concepts
         self._opened = open_harvested(run, config.model, config.device)
         self._harvest = harvest.require("harvest").config
 
@@ -333,7 +344,14 @@ class _Whole:
         """Return the measurement of explanations."""
         c = self._config
         return WholeSplit(
-            self._opened, self._plan, explanations, self._explainers, c.model, c.seed, c.quiet
+            self._opened,
+            self._plan,
+            explanations,
+            self._explainers,
+            c.model,
+            c.seed,
+            c.quiet,
+            self._concepts,
         )
 
 
@@ -341,7 +359,7 @@ def _audited(
     config: ScoreConfig,
     harvest: Path,
     explained: Explained,
-    duplicates: NearDuplicates,
+    scoring: Scoring,
     whole: _Whole | None,
     draft: Draft,
 ) -> str:
@@ -351,11 +369,12 @@ def _audited(
     found: list[RunAudit] = []
     for change in CHANGES:
         source = ChangedExplanations(explained.explanations, change, config.seed)
-        scoring = replace(
-            _scoring(config, explained, duplicates, None),
+        changed = replace(
+            scoring,
             explanations=ExplanationSet(source, None, config.seed),
+            explainers=[e for e in scoring.explainers if e in TOKEN_EXPLAINERS],
         )
-        scores = score_records(_held_out(config, harvest, explained.selected), scoring)
+        scores = score_records(_held_out(config, harvest, explained.selected), changed)
         over_all = (s for _, of in (whole.of(source).measure() if whole else ()) for s in of)
         after = figures_of(scores, over_all)
         found += compare(before, after, change, resamples=config.resamples, seed=config.seed)

@@ -9,6 +9,7 @@ Shapes: n tokens of an excerpt (or of all excerpts together), O options.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -16,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
+from cratelm.explain.concepts.features import ConceptFeatures, ConceptReader
+from cratelm.explain.concepts.formula import cells_of
+from cratelm.explain.concepts.predict import looked_up
 from cratelm.explain.config import Prompts
 from cratelm.explain.evidence import contexts_of
 from cratelm.explain.trie import ROOT
@@ -51,17 +55,13 @@ class Simulator(Protocol):
 class TokenLists(Sequence[NDArray]):
     """Token ids of several excerpts, with what several simulations of them share."""
 
-    def __init__(self, token_ids: Sequence[NDArray]):
-        """`token_ids` has one array per excerpt."""
+    def __init__(self, token_ids: Sequence[NDArray], concepts: ConceptReader | None = None):
+        """`token_ids` has one array per excerpt; `concepts` evaluates the predicates of formulas."""
         self._lists = list(token_ids)
+        self._concepts = concepts
         self.flat = np.concatenate([np.zeros(0, np.int64), *self._lists]).astype(np.int64)
         """[n]"""
         self._contexts: dict[int, NDArray[np.int64]] = {}
-
-    @classmethod
-    def of(cls, token_ids: Sequence[NDArray]) -> "TokenLists":
-        """Return token ids as such lists; these are returned as they are."""
-        return token_ids if isinstance(token_ids, cls) else cls(token_ids)
 
     def __getitem__(self, at: Any) -> Any:
         return self._lists[at]
@@ -74,6 +74,13 @@ class TokenLists(Sequence[NDArray]):
         if depth not in self._contexts:
             self._contexts[depth] = contexts_of(self._lists, depth)
         return self._contexts[depth]
+
+    @cached_property
+    def features(self) -> ConceptFeatures:
+        """Return where predicates hold at all tokens. Raises `InputError` if no library was given."""
+        if self._concepts is None:
+            raise InputError("formulas of concepts need the library that they were made with")
+        return self._concepts.features(self._lists)
 
     def split(self, values: NDArray) -> list[NDArray]:
         """Return `values` [n] as one array per excerpt."""
@@ -124,6 +131,19 @@ class TrieSimulator:
             at, node = at[inside], node[inside]
             simulated[at] = values[node]
         return simulated
+
+
+class ConceptSimulator:
+    """Predicts the mean of the formula's cell that a token is in, added to a look-up if the payload has one.
+
+    In the neuron's unit. Raises `InputError` if the library lacks a predicate of the formula.
+    """
+
+    def values(self, payload: Mapping[str, Any], token_ids: TokenLists) -> NDArray[np.float64]:
+        """Return the mean of the cell of each token, plus the table's value where there is a table, [n]."""
+        means, n = np.asarray(payload["cells"], np.float64), len(token_ids.flat)
+        values = means[cells_of([token_ids.features.column(t) for t in payload["terms"]], n)]
+        return values + looked_up(payload, token_ids.flat) if "tokens" in payload else values
 
 
 class ConstantSimulator:
@@ -222,8 +242,12 @@ class LLMSimulator:
 SIMULATORS: dict[str, PayloadSimulator] = {
     "lookup": LookupSimulator(),
     "trie": TrieSimulator(),
+    "concepts": ConceptSimulator(),
+    "lookup+concepts": ConceptSimulator(),
 }
 """simulators without a language model, by the explainer whose payloads they read"""
+TOKEN_EXPLAINERS = ("lookup", "trie")
+"""those whose payloads are tokens with the tokens before them, see `cratelm.score.contexts`"""
 
 
 def simulator_of(explainer: str) -> PayloadSimulator:
@@ -233,13 +257,18 @@ def simulator_of(explainer: str) -> PayloadSimulator:
     return SIMULATORS[explainer]
 
 
-def simulate(explainer: str, payload: Mapping[str, Any], token_ids: Sequence[NDArray]) -> Simulated:
+def simulate(
+    explainer: str,
+    payload: Mapping[str, Any],
+    token_ids: Sequence[NDArray],
+    concepts: ConceptReader | None = None,
+) -> Simulated:
     """Return the activations that an explanation predicts without a language model.
 
-    There is one array per sequence in `token_ids`, in the neuron's unit. Raises `InputError` if no
-    simulator reads the payloads of `explainer`.
+    There is one array per sequence in `token_ids`, in the neuron's unit. `concepts` has the library that
+    formulas were made with. Raises `InputError` if no simulator reads the payloads of `explainer`.
     """
-    lists = TokenLists.of(token_ids)
+    lists = token_ids if isinstance(token_ids, TokenLists) else TokenLists(token_ids, concepts)
     return lists.split(simulator_of(explainer).values(payload, lists))
 
 

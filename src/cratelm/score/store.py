@@ -123,7 +123,7 @@ ALL_TOKENS = TableFile(
     "scores/MODEL/all_tokens.parquet",
     (
         *NEURON_COLUMNS,
-        FileColumn("explainer", pa.string(), "`lookup` or `trie`"),
+        FileColumn("explainer", pa.string(), "one without a language model, such as `lookup`"),
         FileColumn(
             "control",
             pa.string(),

@@ -1,7 +1,7 @@
 """Explanations scored over all held-out tokens, and what the last token alone explains: `cratelm score` without an LLM.
 
 Excerpts that were chosen for their peak cannot notice an explanation that is too broad (Oikarinen, Yan & Weng, ICML 2025,
-arXiv 2506.05774). Look-up and trie cost nothing to simulate, so here they predict every held-out token that the harvest
+arXiv 2506.05774). Look-ups, tries and formulas of concepts cost little to simulate, so here they predict every held-out token that the harvest
 searched. The model runs over both splits again: over `fit` for what the last token predicts (`token_share`) and for the
 thresholds, over `held_out` for the scores, which thus use no held-out figure.
 
@@ -10,7 +10,7 @@ A token is positive, in one of two ways:
     top    a_i is among the highest 1% of the neuron's activations above 0, by their value on the fit split
     tenth  a_i > max / 10, with the neuron's maximum on the fit split
 
-Memory: 20 * V + 16 * 1% of the searched tokens, in bytes per neuron; layers that exceed `_BYTES` together are measured
+Memory: 20 * V + 16 * 1% of the searched tokens, in bytes per neuron, and a quarter of a byte per token with formulas; layers that exceed `_BYTES` together are measured
 one group after another, each with the model run again.
 
 Shape legend: n tokens of a batch, H neurons of a layer.
@@ -27,9 +27,12 @@ from tqdm import tqdm
 
 from cratelm.activations.batches import Batch, SearchPlan
 from cratelm.activations.open_harvest import HarvestContext
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.predict import is_concept_payload
 from cratelm.explain.store import ExplanationSource
 from cratelm.models.sites import hooked
 from cratelm.records import Control, NeuronId, Split, Status
+from cratelm.score.cells import CellSums, SplitFeatures
 from cratelm.score.contexts import Nodes, NodeSums, Simulated, SortedContexts, Whole
 from cratelm.score.controls import shuffled
 from cratelm.score.simulators import SIMULATORS, TokenLists
@@ -42,6 +45,7 @@ TOP = 0.01
 TENTH = 0.1
 """fraction of a neuron's maximum above which a token is positive as `tenth`"""
 BATCH_TOKENS = 8_192
+_ROLES: tuple[Control, ...] = ("none", "shuffled")
 Float64 = NDArray[np.float64]
 
 
@@ -56,6 +60,8 @@ class _Layer:
     shrunk: ShrunkMeans | None = None
     whole: Whole | None = None
     sums: dict[tuple[str, Control], NodeSums] = field(default_factory=dict)
+    cells: dict[str, CellSums] = field(default_factory=dict)
+    """by explainer; roles are those of `_ROLES`"""
     entropy: Float64 = field(default_factory=lambda: np.zeros(0))
     explained: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """columns of the neurons that have an explanation, ascending"""
@@ -73,8 +79,13 @@ class WholeSplit:
         model: str,
         seed: int,
         quiet: bool = False,
+        concepts: ConceptReader | None = None,
     ):
-        """`plan` returns what is searched of a split, `seed` is that of the shuffled control."""
+        """`plan` returns what is searched of a split, `seed` is that of the shuffled control.
+
+        `concepts` evaluates formulas; None if no explanation has one.
+        """
+        self._concepts = concepts
         self._opened, self._explanations, self._seed = opened, explanations, seed
         self._plans = {split: plan(split) for split in ("fit", "held_out")}
         self._explainers = [e for e in explainers if e in SIMULATORS]
@@ -86,6 +97,7 @@ class WholeSplit:
         n_fit = self._plans["fit"].n_tokens()
         vocabulary = self._opened.store.vocab_size
         per_neuron = 20 * vocabulary + 16 * int(TOP * n_fit)
+        per_neuron += self._plans["held_out"].n_tokens() // 4 if self._concepts else 0
         group: list[int] = []
         groups, n_bytes = [group], 0
         for place, width in enumerate(site.n_neurons):
@@ -98,9 +110,12 @@ class WholeSplit:
             layers = {place: self._begin(place, vocabulary, n_fit) for place in places}
             self._read_fit(layers)
             depth = self._prepare(layers)
-            self._read_held_out(layers, depth)
+            features = self._read_held_out(layers, depth)
             for layer in layers.values():
-                yield self._shares(layer), list(self._scores(layer))
+                yield (
+                    self._shares(layer),
+                    [*self._scores(layer), *self._cell_scores(layer, features)],
+                )
 
     def _begin(self, place: int, vocabulary: int, n_fit: int) -> _Layer:
         site = self._opened.site
@@ -131,13 +146,18 @@ class WholeSplit:
                 of = payloads.get(explainer, {})
                 donors = shuffled(list(of), self._seed)
                 receivers = {donor: neuron for neuron, donor in donors.items()}
-                nodes = Nodes.of(list(of.values()))
-                depth = max(depth, len(nodes.levels))
                 place = {int(index): at for at, index in enumerate(layer.explained)}
                 own = [place[neuron.index] for neuron in of]
                 other = [place[receivers[n].index] if n in receivers else -1 for n in of]
-                layer.sums[explainer, "none"] = NodeSums(nodes, np.array(own, np.int64))
-                layer.sums[explainer, "shuffled"] = NodeSums(nodes, np.array(other, np.int64))
+                roles = np.array([own, other], np.int64).reshape(len(_ROLES), len(of))
+                if any(map(is_concept_payload, of.values())):
+                    kept = thresholds[:, layer.explained]
+                    layer.cells[explainer] = CellSums(list(of.values()), roles, kept)
+                    continue
+                nodes = Nodes.of(list(of.values()))
+                depth = max(depth, len(nodes.levels))
+                for control, neurons in zip(_ROLES, roles, strict=True):
+                    layer.sums[explainer, control] = NodeSums(nodes, neurons)
             vocabulary = self._opened.store.vocab_size
             layer.whole = Whole(
                 vocabulary, thresholds[:, layer.explained], list(layer.sums.values())
@@ -152,17 +172,25 @@ class WholeSplit:
                 found.setdefault(explainer, {})[stored.neuron] = stored.read().payload
         return found
 
-    def _read_held_out(self, layers: Mapping[int, _Layer], depth: int) -> None:
+    def _read_held_out(self, layers: Mapping[int, _Layer], depth: int) -> SplitFeatures:
+        cells = [c for layer in layers.values() for c in layer.cells.values()]
+        kept = SplitFeatures([name for c in cells for p in c.payloads for name in p["terms"]])
         for batch, of_layer in self._activations("held_out", layers):
             ids = batch.input_ids.flatten().numpy()
-            lists = TokenLists([ids[low:high] for low, high in batch.segments])
+            lists = TokenLists([ids[low:high] for low, high in batch.segments], self._concepts)
             contexts = SortedContexts(lists.contexts(depth))
+            if cells:
+                kept.add(lists.features)
             for place, activations in of_layer.items():
                 whole, shrunk = layers[place].whole, layers[place].shrunk
                 assert whole is not None
                 assert shrunk is not None
-                whole.add(activations[:, layers[place].explained], contexts)
+                of_explained = activations[:, layers[place].explained]
+                whole.add(of_explained, contexts)
                 shrunk.add(activations, lists.flat)
+                for sums in layers[place].cells.values():
+                    sums.add(of_explained, lists.features)
+        return kept
 
     def _activations(
         self, split: Split, layers: Mapping[int, _Layer]
@@ -210,6 +238,15 @@ class WholeSplit:
             for simulated in sums.groups(layer.whole):
                 if simulated is not None:
                     yield _score(layer, explainer, control, simulated)
+
+    def _cell_scores(self, layer: _Layer, kept: SplitFeatures) -> Iterator[WholeScore]:
+        assert layer.whole is not None
+        ids, columns = (kept.ids(), kept.columns()) if layer.cells else (None, None)
+        for explainer, sums in layer.cells.items():
+            assert ids is not None
+            assert columns is not None
+            for role, simulated in sums.simulated(layer.whole, ids, columns):
+                yield _score(layer, explainer, _ROLES[role], simulated)
 
 
 def _score(layer: _Layer, explainer: str, control: Control, simulated: Simulated) -> WholeScore:

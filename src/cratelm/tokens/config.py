@@ -33,7 +33,7 @@ class TokenizeConfig(Options):
     run: Path = not_in_identity(Path("runs/default"))
     """run directory, in which `tokens/` is written"""
     corpus: str = "builtin"
-    """`builtin` (the Python standard library's sources, about 12 MB), a file (.txt .text .md .rst
+    """`builtin` (the Python standard library's sources, about 10 MB), a file (.txt .text .md .rst
     .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of such files, or
     `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the extra `hub`)"""
     text_field: str = "text"

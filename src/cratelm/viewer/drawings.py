@@ -1,22 +1,20 @@
 """Small drawings as SVG, with classes and attributes only, for pages that forbid inline styles.
 
-The curve of scores by layer is drawn as in the report. Histograms and maps are written here without matplotlib,
-which takes 100 times as long: they are on the pages of single neurons and layers, of which there are thousands.
+The curve of scores by layer is drawn as in the report. Histograms are written here without matplotlib, which takes
+100 times as long: they are on the pages of single neurons, of which there are thousands. See also `layer_map`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
 from cratelm.report.drawing import Series, scores_panel
-from cratelm.results.views import MapPoint, NeuronView, RunCard, ScoreHistogram
+from cratelm.results.views import NeuronView, RunCard, ScoreHistogram
 from cratelm.runs.names import NULLS
 from cratelm.text.display import printable
 
 _PAD = 30
-_LABELLED = 1024
-"""largest layer whose map contains the explanations; in larger layers they would take up most of the page"""
 
 
 def scores_by_layer(run: RunCard, metric: str) -> Markup:
@@ -40,7 +38,8 @@ def scores_by_layer(run: RunCard, metric: str) -> Markup:
     return scores_panel("", series, lines).svg(f"run-{run.key.encode().hex()}-{metric}", label)
 
 
-def _ticks(bottom: float, top: float) -> list[float]:
+def ticks(bottom: float, top: float) -> list[float]:
+    """Return round values between the ends of an axis, at most seven."""
     step = 10 ** math.floor(math.log10(max(top - bottom, 1e-9)))
     step = next(s for s in (step / 2, step, step * 2, step * 5) if (top - bottom) / s <= 6)
     first = math.ceil(bottom / step)
@@ -55,7 +54,7 @@ def score_histograms(sides: Sequence[ScoreHistogram | None], metric: str) -> Mar
     width, height = 320, 130
     top = max(max(s.shares) for _, s in scored) * 1.1
     parts = []
-    for value in _ticks(0.0, 100 * top):
+    for value in ticks(0.0, 100 * top):
         y = 8 + (height - 28) * (1 - value / (100 * top))
         parts.append(
             f'<line class="grid" x1="{_PAD}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -117,35 +116,12 @@ def _short(n: int) -> str:
     return f"{n // 1_000_000}M" if n >= 1_000_000 else f"{n // 1000}k" if n >= 1000 else str(n)
 
 
-def layer_map(points: Sequence[MapPoint], address: Callable[[int], str]) -> Markup:
-    """Return a map with a point per neuron, shaded by its score, and linked to `address(index)` unless that is empty.
-
-    A tooltip shows the number and score of a neuron, and in layers of up to `_LABELLED` neurons its explanation.
-    """
-    width = height = 560
-    dots = []
-    for p in points:
-        x, y = 12 + p.x * (width - 24), 12 + p.y * (height - 24)
-        level = 0 if p.score is None else max(0, min(10, round(p.score / 10)))
-        label = f"{p.index} ({'no score' if p.score is None else f'{p.score:.0f}'})"
-        if len(points) <= _LABELLED:
-            label = escape(f"{label}: {shortened(p.label, 100) or 'not explained'}")
-        dot = (
-            f'<circle class="point m{level}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
-            f"<title>{label}</title></circle>"
-        )
-        href = address(p.index)
-        dots.append(f'<a href="{href}" tabindex="-1">{dot}</a>' if href else dot)
-    return _svg(width, height, f"map of {len(points):,} neurons", "".join(dots), kind="map")
-
-
 def shortened(text: str, most: int) -> str:
     """Return `text` in printable form on one line, cut to `most` of its characters."""
     return printable(text) if len(text) <= most else printable(text[: most - 1]) + "…"
 
 
-def _svg(width: int, height: int, title: str, inside: str, kind: str = "chart") -> Markup:
-    role = "group" if kind == "map" else "img"
+def _svg(width: int, height: int, title: str, inside: str) -> Markup:
     return Markup(
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="{role}" aria-label="{escape(title)}">{inside}</svg>'
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{inside}</svg>'
     )

@@ -4,6 +4,7 @@ A neuron's *profile* is its mean activation on each token, over its excerpts of 
 counts once), relative to its largest activation. The index stores the `_TOKENS` largest entries of each profile,
 among tokens that occur at least `_LEAST` times. The similarity of two neurons, of the same model or of two models,
 is the cosine of their profiles in the span of the first `_DIMENSIONS` singular vectors of all profiles of the run.
+Next to the profiles are the tokens that a neuron fires on most, and its strongest excerpt (`cratelm.viewer.peaks`).
 Maps are computed by t-SNE (van der Maaten & Hinton 2008) on the same vectors.
 
 The index is built once, in `viewer/` of the run, one row group of excerpts at a time. It is rebuilt after a
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -36,8 +38,9 @@ from cratelm.runs import Run, atomic_folder, atomic_path, hash_json, write_json
 from cratelm.runs.atomic import clear_interrupted
 from cratelm.runs.reading import verified
 from cratelm.tokens.shards import TokenStore
+from cratelm.viewer.peaks import PEAK_FILES, Peaks, favourites
 
-_FORMAT = 3
+_FORMAT = 4
 """Raise it with any change of a constant or formula below: an index of this format is used as it is."""
 _TOKENS = 96
 _DIMENSIONS = 64
@@ -133,11 +136,15 @@ class Index:
         self.state = IndexState(False, 0, sum(groups.values()))
         neurons, tokens, values, counts = [], [], [], []
         offsets, start = {}, 0
+        peaks = []
         for name in models:
             table = read_neuron_table(self.run, name)
             offsets[name] = start
+            peaks.append(Peaks.empty(len(table.layer)))
             for group in range(groups[name]):
-                entries = profile_entries(files[name], group, table)
+                excerpts = read_excerpts(files[name], group)
+                entries = profile_entries(excerpts, table)
+                peaks[-1].add(excerpts, table)
                 for column, part in zip((neurons, tokens, values, counts), entries, strict=True):
                     column.append(part)
                 neurons[-1] = neurons[-1] + start
@@ -150,6 +157,8 @@ class Index:
         ]
         with atomic_folder(folder) as draft:
             _write(draft, *arrays, n_neurons=start)
+            Peaks.joined(peaks).save(draft)
+            np.save(draft / "favourites.npy", favourites(*arrays, n_neurons=start))
             write_json(draft / "meta.json", {"offsets": offsets, "neurons": start})
         for old in folder.parent.glob("index-*"):
             if old != folder:
@@ -166,7 +175,7 @@ class Index:
 
     def _open(self, folder: Path) -> None:
         self._meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        names = ("starts", "neurons", "values", "counts", "vectors")
+        names = ("starts", "neurons", "values", "counts", "vectors", "favourites", *PEAK_FILES)
         self._arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in names}
         self._folder = folder
         self._texts = {}
@@ -187,10 +196,28 @@ class Index:
 
     def _vectors(self, model: str) -> NDArray[np.float32]:
         """Return the vectors [n, D] of the n neurons of a model, of unit length or 0."""
-        offsets = self._meta["offsets"]
-        start = offsets[model]
-        later = [o for o in offsets.values() if o > start]
-        return self._arrays["vectors"][start : min(later, default=self._meta["neurons"])]
+        return self._arrays["vectors"][self._rows(model)]
+
+    def favourites(self, model: str) -> NDArray[np.int32] | None:
+        """Return the ids [n, FAVOURITES] of the tokens that each neuron fires on most, -1 where it has fewer.
+
+        None until the index is ready.
+        """
+        rows = self._rows(model)
+        return None if rows is None else np.asarray(self._arrays["favourites"][rows])
+
+    def peaks(self, model: str) -> Peaks | None:
+        """Return the strongest excerpt of each neuron of a model; None until the index is ready."""
+        rows = self._rows(model)
+        return None if rows is None else Peaks(*(self._arrays[f][rows] for f in PEAK_FILES))
+
+    def _rows(self, model: str) -> slice | None:
+        """Return the rows of a model's neurons among those of all models; None if it is not in the index."""
+        if not self.state.ready or model not in self._meta["offsets"]:
+            return None
+        start = self._meta["offsets"][model]
+        later = [o for o in self._meta["offsets"].values() if o > start]
+        return slice(start, min(later, default=self._meta["neurons"]))
 
     def on_token(self, model: str, text: str) -> tuple[Mapping[NeuronKey, tuple[float, int]], str]:
         """Return the neurons of a model that fire on a token, and a note in words on the tokens that were matched.
@@ -306,12 +333,16 @@ def map_name(model: str, layer: int) -> str:
     return f"map-{model}-{layer}.npy"
 
 
-def profile_entries(
-    file: pq.ParquetFile, group: int, table: NeuronTable
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float16], NDArray[np.uint16]]:
-    """Return the profile entries [E] of the neurons of a row group: neuron (row of `table`), token, value, count."""
+def read_excerpts(file: pq.ParquetFile, group: int) -> pa.Table:
+    """Return the excerpts of a row group, the columns that the index reads."""
     columns = ["layer", "index", "kind", "peak", "position", "token_ids", "activations"]
-    excerpts = file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
+    return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
+
+
+def profile_entries(
+    excerpts: pa.Table, table: NeuronTable
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float16], NDArray[np.uint16]]:
+    """Return the profile entries [E] of the neurons of `excerpts`: neuron (row of `table`), token, value, count."""
     if not len(excerpts):
         return (np.zeros(0, np.int32),) * 2 + (np.zeros(0, np.float16), np.zeros(0, np.uint16))  # type: ignore[return-value]
     ids, activations = excerpts["token_ids"].chunk(0), excerpts["activations"].chunk(0)

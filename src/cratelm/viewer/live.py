@@ -31,6 +31,7 @@ from cratelm.steer.next_tokens import (
     token_string,
 )
 from cratelm.steer.steering import steering
+from cratelm.text.claim import claim
 from cratelm.viewer.run_reader import Library
 
 LONGEST_TEXT = 4000
@@ -164,7 +165,7 @@ class Live:
                 share = np.where(table.maximum[here] > 0, values / largest, 0)
                 for i in np.argsort(-share, kind="stable")[:_STRONGEST].tolist():
                     if share[i] > 0:
-                        text_of = str(table.explanations[here.start + i])
+                        text_of = claim(str(table.explanations[here.start + i]))
                         strongest.append(
                             TopNeuron(layer, i, float(values[i]), float(share[i]), text_of)
                         )

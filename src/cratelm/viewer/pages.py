@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from cratelm.report.cells import METRIC_NAMES
+from cratelm.results.finding import Finding
 from cratelm.results.views import (
     ExcerptView,
     LayerQuery,
@@ -25,7 +26,6 @@ from cratelm.results.views import (
     NeuronView,
     NotFound,
     RunCard,
-    SearchHit,
     plain,
 )
 from cratelm.score.simulators import SIMULATORS
@@ -34,7 +34,9 @@ from cratelm.text.shading import faint_marks, shaded_html
 from cratelm.viewer import drawings
 from cratelm.viewer.compare import compare
 from cratelm.viewer.exports import latex_figure, svg_card
-from cratelm.viewer.run_reader import RARELY, Library
+from cratelm.viewer.featured import RARELY, FeaturedNeuron, ranking
+from cratelm.viewer.finding_drawing import finding_picture
+from cratelm.viewer.run_reader import Library
 
 SEARCH_LIMIT = 100
 """maximum number of neurons on the search page"""
@@ -112,7 +114,9 @@ class Pages:
             llm_explainers=_llm_explainers,
             scores_by_layer=self._scores_by_layer,
             pairs=_pairs,
-            best=self._best,
+            featured=self._featured,
+            finding_of=self._finding,
+            shaded=lambda e: shaded_html(e.true, e.peak, every_value=False),
             rarely=RARELY,
         )
 
@@ -158,9 +162,9 @@ class Pages:
             has_page=has_page,
             sorted_by=sorted_by,
             paged=lambda number: same_query(page=number),
-            drawn=self.library.drawn_map(
-                key, model, layer, lambda points: drawings.layer_map(points, address)
-            ),
+            drawn=self.library.drawn_map(key, model, layer, address, cached=not self.static),
+            details_at="" if self.static else f"/api{links.to('r', key, 'map', model, layer)}",
+            details=as_data(self.library.map_details(key, model, layer)) if self.static else "",
             map_state=self._no_map(key),
         )
 
@@ -292,17 +296,23 @@ class Pages:
         draw = partial(drawings.scores_by_layer, run, metric)
         return self.library.drawing(run.key, ("scores by layer", metric), draw)
 
-    def _best(self, run: RunCard) -> list[tuple[str, list[SearchHit]]]:
-        """Return the neurons to start with, by trained model: the best explained ones that have a page."""
-        best = []
+    def _featured(self, run: RunCard) -> list[tuple[str, str, Sequence[FeaturedNeuron]]]:
+        """Return the neurons to start with by trained model, among those that have a page, and what ranks them."""
+        featured = []
         for card in run.models:
             if not card.neurons or card.null_of:
                 continue
             with contextlib.suppress(NotFound):  # a damaged harvest, which the model's card reports
-                hits = self.library.best(run.key, card.name)
-                with_page = [h for h in hits if self.paged(run.key, h.model, h.layer, h.index)]
-                best += [(card.name, with_page)] if with_page else []
-        return best
+                eligible = partial(self.paged, run.key, card.name) if self.static else None
+                neurons = self.library.featured(run.key, card.name, eligible)
+                measure = ranking(self.library.table(run.key, card.name))[1]
+                featured += [(card.name, measure, neurons)] if neurons else []
+        return featured
+
+    def _finding(self, run: RunCard) -> tuple[Finding, Markup] | None:
+        """Return the finding of a run with its picture; None if nothing is scored."""
+        finding = self.library.finding(run.key)
+        return (finding, finding_picture(finding)) if finding else None
 
     def _index_state(self, key: str, content: str, otherwise: str) -> str:
         """Return why `content`, which needs the index, is missing; `otherwise` if the index is ready."""

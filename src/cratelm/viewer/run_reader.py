@@ -16,6 +16,8 @@ from cachetools import LRUCache
 
 from cratelm.errors import InputError, one_line
 from cratelm.records import Split
+from cratelm.results.finding import Finding, finding
+from cratelm.results.neuron_groups import CONCEPTS, NeuronGroup, neuron_groups
 from cratelm.results.neuron_table import NeuronTable, layer_page, read_neuron_table
 from cratelm.results.neuron_view import NeuronFiles, NeuronQuery, neuron_view
 from cratelm.results.replacement import read_stored_explainer
@@ -36,16 +38,17 @@ from cratelm.results.views import (
     SearchResults,
 )
 from cratelm.runs import Run
+from cratelm.text.claim import claim
 from cratelm.tokens.shards import TokenStore
+from cratelm.viewer.featured import FeaturedNeuron, featured_rows, ranking, shown_excerpt
 from cratelm.viewer.index import Index
+from cratelm.viewer.layer_map import DrawnMap, colours, details, draw_map
 
 _CACHED = 64
 """maximum number of cached files, tables and drawings, for all runs together"""
 _NEAREST = 8
 """number of nearest neurons to return, per model"""
 _HISTOGRAM_BINS = 20
-RARELY = 0.2
-"""firing rate below which a neuron is selective enough to be suggested on the overview"""
 _T = TypeVar("_T")
 
 
@@ -142,10 +145,7 @@ class Library:
     def layer(self, key: str, model: str, layer: int, query: LayerQuery) -> LayerPage:
         """Return the page of a layer's neurons that matches a query."""
         table = self.table(key, model)
-        here = table.rows_of(layer)
-        if here.start == here.stop:
-            layers = ", ".join(map(str, np.unique(table.layer).tolist()))
-            raise NotFound(f"{model} has no layer {layer}: its layers are {layers}")
+        _layer_rows(table, model, layer)
         on_token, note = None, ""
         if query.token:
             on_token, note = self.index_of(key).on_token(model, query.token)
@@ -169,19 +169,37 @@ class Library:
             histograms.append(ScoreHistogram(metric, mean, len(defined), scored, shares))
         return tuple(histograms)
 
-    def best(self, key: str, model: str, n: int = 5) -> tuple[SearchHit, ...]:
-        """Return the `n` best explained neurons of a model that fire on less than a fraction `RARELY` of tokens."""
-        table = self.table(key, model)
-        column = table.best_score()
-        if column is None:
-            return ()
-        values = np.where(table.firing_rate < RARELY, column.values, np.nan)
-        order = np.lexsort((np.arange(len(values)), -values))[
-            :n
-        ]  # neurons without a value come last
-        return tuple(
-            _hit(model, table, int(r), float(values[r]), 0) for r in order if values[r] > 0
-        )
+    def finding(self, key: str) -> Finding | None:
+        """Return what the run shows, in a sentence with its figures; None if nothing is scored."""
+        return self._cached(key, ("finding", key), lambda: finding(self.run(key)))
+
+    def featured(
+        self, key: str, model: str, eligible: Callable[[int, int], bool] | None = None, n: int = 5
+    ) -> tuple[FeaturedNeuron, ...]:
+        """Return up to `n` neurons worth opening, only of the `eligible` (layer, index); see `featured_rows`.
+
+        Only the excerpts of these are read: if all neurons are eligible, once until the run or the state of its index
+        changes.
+        """
+        if eligible is not None:
+            return self._featured(key, model, eligible, n)
+        name = ("featured", key, model, n, self.index_state(key).ready)
+        return self._cached(key, name, lambda: self._featured(key, model, lambda *_: True, n))
+
+    def _featured(
+        self, key: str, model: str, eligible: Callable[[int, int], bool], n: int
+    ) -> tuple[FeaturedNeuron, ...]:
+        table, groups = self.table(key, model), self.groups(key, model)
+        values, _ = ranking(table)
+        simulated = table.principal[1] if table.principal and not table.principal[0] else ""
+        neurons = []
+        for row in featured_rows(table, groups, n, eligible):
+            layer, index = int(table.layer[row]), int(table.index[row])
+            view = self.neuron(key, model, layer, index, explainer=simulated, excerpts="top")
+            value, text = float(values[row]), claim(str(table.explanations[row]))
+            excerpt, family = shown_excerpt(view), groups[row].family
+            neurons.append(FeaturedNeuron(model, layer, index, value, family, text, excerpt))
+        return tuple(neurons)
 
     # ---- one neuron -------------------------------------------------------------------------------
 
@@ -226,7 +244,7 @@ class Library:
             )
             texts = table.explanations
             neighbours += [
-                Neighbour(name, int(table.layer[r]), int(table.index[r]), s, str(texts[r]))
+                Neighbour(name, int(table.layer[r]), int(table.index[r]), s, claim(str(texts[r])))
                 for r, s in hits
             ]
         return tuple(neighbours)
@@ -272,29 +290,92 @@ class Library:
             return None
         column = table.best_score()
         scores = column.values[here] if column else np.full(len(points), np.nan)
-        texts = table.explanations[here]
+        texts, groups = table.explanations[here], self.groups(key, model)[here]
         return tuple(
-            MapPoint(int(i), float(x), float(y), None if np.isnan(s) else float(s), str(t))
-            for i, (x, y), s, t in zip(table.index[here], points, scores, texts, strict=True)
+            MapPoint(
+                int(i), float(x), float(y), None if np.isnan(s) else float(s), claim(str(t)), group
+            )
+            for i, (x, y), s, t, group in zip(
+                table.index[here], points, scores, texts, groups, strict=True
+            )
         )
+
+    def groups(self, key: str, model: str) -> Sequence[NeuronGroup]:
+        """Return the group of each neuron, in the order of `table`.
+
+        Without an explanation by `concepts`, a neuron has no group until the index is ready.
+        """
+        index = self.index_of(key)
+        name = ("groups", key, model, index.state.ready)
+        return self._cached(key, name, partial(self._groups, key, model, index))
+
+    def _groups(self, key: str, model: str, index: Index) -> Sequence[NeuronGroup]:
+        table = self.table(key, model)
+        favourites = index.favourites(model)
+        strings = self._strings(key) if favourites is not None else []
+        first = [-1] * len(table.layer) if favourites is None else favourites[:, 0].tolist()
+        tokens = [strings[t] if 0 <= t < len(strings) else "" for t in first]
+        sentences = table.texts.get(("", CONCEPTS))
+        texts = [""] * len(tokens) if sentences is None else list(map(str, sentences))
+        return neuron_groups(texts, tokens)
+
+    def _strings(self, key: str) -> Sequence[str]:
+        """Return the text of each token id; empty if the tokens are missing or damaged."""
+        try:
+            return self.tokens(key).token_strings
+        except (*READ_ERRORS, InputError):
+            return []
 
     def drawing(self, key: str, name: tuple, draw: Callable[[], _T]) -> _T:
         """Return the drawing `name` of a run, drawn once and cached until the run changes."""
         return self._cached(key, ("drawing", key, *name), draw)
 
     def drawn_map(
-        self, key: str, model: str, layer: int, draw: Callable[[Sequence[MapPoint]], _T]
+        self, key: str, model: str, layer: int, address: Callable[[int], str], *, cached: bool
+    ) -> DrawnMap | None:
+        """Return the map of a layer; None until it is computed. See `draw_map`.
+
+        If `cached`, it is drawn once, so that `address` must always return the same.
+        """
+
+        def draw(points: Sequence[MapPoint]) -> DrawnMap:
+            families = [group.family for group in self.groups(key, model)]
+            return draw_map(points, colours(families), address)
+
+        return self._of_map(key, model, layer, "map" if cached else "", draw)
+
+    def map_details(self, key: str, model: str, layer: int) -> Any:
+        """Return what the map of a layer shows of its neurons on hover, not cached; None until the map is computed.
+
+        See `cratelm.viewer.layer_map.details`. No excerpts are read: the index holds the strongest of each neuron.
+        """
+
+        here = _layer_rows(self.table(key, model), model, layer)
+
+        def made(points: Sequence[MapPoint]) -> Any:
+            peaks, strings = self.index_of(key).peaks(model), self._strings(key)
+            return details(points, peaks.part(here) if peaks and strings else None, strings)
+
+        return self._of_map(key, model, layer, "", made)  # a page asks once; it takes 20 ms
+
+    def _of_map(
+        self,
+        key: str,
+        model: str,
+        layer: int,
+        name: str,
+        make: Callable[[Sequence[MapPoint]], _T],
     ) -> _T | None:
-        """Return the map of a layer drawn by `draw`, drawn once and cached; None until the map is computed."""
+        """Return what `make` makes of the points of a map, cached as `name` unless that is empty."""
         path = self.index_of(key).map_path(model, layer)
         if path is None:
             return None
 
-        def drawn() -> _T | None:
+        def made() -> _T | None:
             points = self.map(key, model, layer)
-            return draw(points) if points else None
+            return make(points) if points else None
 
-        return self.drawing(key, ("map", model, layer, path), drawn)
+        return self.drawing(key, (name, model, layer, path), made) if name else made()
 
     def search(
         self, key: str, text: str = "", token: str = "", limit: int = 100, model: str = ""
@@ -342,7 +423,16 @@ class Library:
         return self._cache.get(changed_at(self.run_of(key)), name, read)
 
 
+def _layer_rows(table: NeuronTable, model: str, layer: int) -> slice:
+    """Return the rows of a layer. Raises `NotFound` if the model does not have it."""
+    here = table.rows_of(layer)
+    if here.start == here.stop:
+        layers = ", ".join(map(str, np.unique(table.layer).tolist()))
+        raise NotFound(f"{model} has no layer {layer}: its layers are {layers}")
+    return here
+
+
 def _hit(model: str, table: NeuronTable, row: int, value: float, count: int) -> SearchHit:
     neuron = int(table.layer[row]), int(table.index[row])
-    rate, text = float(table.firing_rate[row]), str(table.explanations[row])
+    rate, text = float(table.firing_rate[row]), claim(str(table.explanations[row]))
     return SearchHit(model, *neuron, text, value, count, rate)

@@ -30,6 +30,7 @@ ASSETS = {
     "style.css": "text/css",
     "app.js": "text/javascript",
     "live.js": "text/javascript",
+    "map.js": "text/javascript",
 }
 Words = Annotated[str, Query(max_length=200)]
 TokenText = Annotated[str, Query(max_length=100)]
@@ -161,6 +162,10 @@ def _api(library: Library) -> APIRouter:
     @router.get("/r/{run}/layer/{model}/{layer}")
     def layer(run: str, model: str, layer: Layer, query: Filters) -> Response:
         return JSONResponse(plain(library.layer(run, model, layer, query)))
+
+    @router.get("/r/{run}/map/{model}/{layer}")
+    def map_details(run: str, model: str, layer: Layer) -> Response:
+        return JSONResponse(library.map_details(run, model, layer))
 
     @router.get("/r/{run}/search")
     def search(run: str, q: Words = "", token: TokenText = "", model: Words = "") -> Response:

@@ -115,7 +115,7 @@ def _write_all(
         path.write_text(html, encoding="utf-8")
 
     (folder / "assets").mkdir()
-    for name in ("style.css", "app.js"):
+    for name in ("style.css", "app.js", "map.js"):
         content = (resources.files("cratelm.viewer") / "assets" / name).read_bytes()
         (folder / "assets" / name).write_bytes(content)
     write((), pages.overview())

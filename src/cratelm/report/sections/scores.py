@@ -19,7 +19,7 @@ from cratelm.report.cells import (
     without_score,
 )
 from cratelm.report.drawing import Figure, Panel, Series, distributions, rows, scores_panel
-from cratelm.report.sections import all_tokens
+from cratelm.report.sections import all_tokens, replacement
 from cratelm.report.sections.autoencoders import reconstruction_costs
 from cratelm.report.sections.models import loss_cell, trained_figures
 from cratelm.results.run_results import ModelResults, RunResults
@@ -76,6 +76,7 @@ def model_comparison_table(results: RunResults) -> Table:
     """Return the table that `cratelm demo` prints: a row per model, displayed as a column per model."""
     columns = [
         Column("model", f"explainer: {results.explainer}"),
+        *(replacement.COLUMNS if _are_replaced(results) else ()),
         Column("parameters", "parameters", ",d"),
         Column("training_tokens", "training tokens", ",d"),
         Column("validation_loss", "validation loss ± se, nats per token", ".3f"),
@@ -112,6 +113,11 @@ def model_comparison_table(results: RunResults) -> Table:
     )
 
 
+def _are_replaced(results: RunResults) -> bool:
+    """Return whether a model of the comparison was run on its explanations."""
+    return any(m.replacement for m in results.principal)
+
+
 def _metric_columns(metric: Metric) -> list[Column]:
     return [
         Column(metric, f"{METRIC_NAMES[metric]}, mean × 100 [95%]", ".1f", "head"),
@@ -132,6 +138,7 @@ def _comparison_row(
     own = [model.find(results.explainer, metric) for metric in results.metrics]
     cells: list[Cell] = [
         model.name,
+        *(replacement.comparison_cells(model) if _are_replaced(results) else ()),
         trained.get("parameters"),
         trained.get("tokens"),
         loss_cell(trained),

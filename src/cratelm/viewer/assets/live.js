@@ -157,7 +157,7 @@
       const end = index === last;
       const name = end ? "…" : visible(t.token);
       const shade = end ? 0 : level(Math.abs(lost[index]), full);
-      const span = element("span", name, shade ? `${lost[index] < 0 ? "gain" : "l"}${shade}` : "");
+      const span = element("span", name, shade ? `${lost[index] < 0 ? "w" : "l"}${shade}` : "");
       span.title = `${end ? "the next token" : `${signed(lost[index])} nats`} · model: ${probable(t.model)} · on explanations: ${probable(t.explained)}`;
       if (index === predicted) span.classList.add("peak");
       button(span, end ? "the token that comes next" : `token ${index}, ${name}, ${signed(lost[index])} nats on explanations`, () => { predicted = index; explain(); });

@@ -1,0 +1,157 @@
+"""Formulas of concepts as explanations of all neurons of a layer.
+
+`cratelm explain` finds the formula of a neuron in its excerpts. What it predicts where its terms hold, the means of its
+cells, is taken from the pass over fit tokens instead: excerpts are chosen for their activations, so that means over them
+are too high.
+
+Shape legend: n tokens, H neurons of a layer, 8 cells.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cratelm.activations.open_harvest import HarvestContext
+from cratelm.activations.store import read_records
+from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.fit import FitFeatures
+from cratelm.explain.concepts.formula import MAX_TERMS, STRENGTH, holds_in
+from cratelm.explain.concepts.library import Library, builtin_library
+from cratelm.explain.concepts.predict import cells_all
+from cratelm.explain.config import ExplainConfig, ExplainerName
+from cratelm.explain.neuron import explain_neuron
+from cratelm.replace.exact import rounded
+from cratelm.replace.text import BatchText
+
+N_CELLS = 1 << MAX_TERMS
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Payload = Mapping[str, Any]
+
+
+def fit_features(opened: HarvestContext, library: Library | None = None) -> FitFeatures:
+    """Return the features of the fit split, by which formulas are found."""
+    store = opened.store
+    return FitFeatures(
+        library or builtin_library(),
+        store.token_strings,
+        store.split("fit"),
+        opened.sequence_length,
+    )
+
+
+def formulas(
+    opened: HarvestContext, place: int, features: FitFeatures, *, of_residual: bool
+) -> list[Payload]:
+    """Return the payloads of the concepts of all neurons at a place of the site, found in their fit excerpts.
+
+    With `of_residual`, they are about what a look-up of the last token leaves. A dead neuron has no terms.
+    """
+    explainer: ExplainerName = "lookup+concepts" if of_residual else "concepts"
+    config = ExplainConfig(explainers=(explainer,))
+    payloads: list[Payload] = []
+    for record in read_records(opened.folder, "fit", [opened.site.layer_numbers[place]]):
+        explained = explain_neuron(record, config, features.strings, features)
+        empty = {"terms": [], "operators": [], "cells": [record.summary.mean]}
+        payloads.append(explained[0].payload if explained else empty)
+    return payloads
+
+
+class CellSums:
+    """Sums of activations over the tokens in each cell of the formulas of a layer."""
+
+    def __init__(self, payloads: Sequence[Payload], reader: ConceptReader, quantum: float):
+        """Sums of a batch are rounded to multiples of `quantum`, see `cratelm.replace.exact`."""
+        self.payloads, self.reader = payloads, reader
+        self.total = np.zeros((len(payloads), N_CELLS))
+        self.n = np.zeros((len(payloads), N_CELLS))
+        self._quantum = quantum
+
+    def add(self, activations: Float32, text: BatchText) -> None:
+        """Add activations [n, H] at the tokens of a batch; end marks are in no cell."""
+        rows, cells = cells_of(self.payloads, self.reader, text)
+        number = cells + N_CELLS * np.arange(len(self.payloads))  # [rows, H]
+        size = len(self.payloads) * N_CELLS
+        values = activations[rows].ravel()
+        total = np.bincount(number.ravel(), values, size).astype(np.float64)
+        self.total += rounded(total.reshape(self.total.shape), self._quantum)
+        self.n += np.bincount(number.ravel(), minlength=size).reshape(self.n.shape)
+
+    def merge(self, other: "CellSums") -> None:
+        """Add the sums over other tokens."""
+        self.total += other.total
+        self.n += other.n
+
+    def explanations(self) -> "ByConcept":
+        """Return the explanations, with means of cells shrunk as those of `cratelm explain` are."""
+        default = self.total.sum(1) / np.maximum(1, self.n.sum(1))
+        means = np.zeros(self.total.shape)
+        for h, payload in enumerate(self.payloads):
+            holds = holds_in(payload)
+            n, total = self.n[h, : len(holds)], self.total[h, : len(holds)]
+            side = np.empty(len(holds))
+            for value in (False, True):
+                of = holds == value
+                side[of] = (total[of].sum() + STRENGTH * default[h]) / (n[of].sum() + STRENGTH)
+            means[h, : len(holds)] = (total + STRENGTH * side) / (n + STRENGTH)
+        return ByConcept(
+            self.payloads, means.astype(np.float32), default.astype(np.float32), self.reader
+        )
+
+
+def cells_of(
+    payloads: Sequence[Payload], reader: ConceptReader, text: BatchText
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the text tokens of a batch [rows], and the cell of each of them for each formula, [rows, H]."""
+    segments = text.segments()
+    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(a, b) for a, b in segments)])
+    features = text.shared(reader, lambda: reader.features([text.ids[a:b] for a, b in segments]))
+    return rows, cells_all(payloads, features).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class ByConcept:
+    """Formulas of named predicates, and what each neuron does in the cells of its formula."""
+
+    payloads: Sequence[Payload]
+    """[H] with the names of the terms, and what joins them"""
+    means: Float32
+    """[H, 8] by cell"""
+    default: Float32
+    """[H] value at end marks"""
+    reader: ConceptReader = field(repr=False)
+
+    @property
+    def entries(self) -> float:
+        """Return the mean number of cells of a formula."""
+        return float(np.mean([1 << len(of["terms"]) for of in self.payloads]))
+
+    @property
+    def n_values(self) -> int:
+        """Return the number of values of all neurons."""
+        return self.means.size
+
+    def predict(self, text: BatchText) -> Float32:
+        """Return the mean of the cell at each token, [n, H]."""
+        predicted = np.repeat(self.default[None], text.n_tokens, axis=0)
+        rows, cells = cells_of(self.payloads, self.reader, text)
+        predicted[rows] = self.means[np.arange(len(self.payloads)), cells]
+        return predicted
+
+    def context_length(self, text: BatchText, token: int, neuron: int) -> int:
+        """Return 1: predicates are about the token, whatever else of the text they look at; 0 without a formula."""
+        return int(len(self.payloads[neuron]["terms"]) > 0)
+
+
+def concepts_as_found(payloads: Sequence[Payload], reader: ConceptReader) -> ByConcept:
+    """Return formulas with the means of their cells over the excerpts that they were found in."""
+    means = np.zeros((len(payloads), N_CELLS), np.float32)
+    for h, payload in enumerate(payloads):
+        means[h, : len(payload["cells"])] = payload["cells"]
+    default = np.array(
+        [payload.get("default", payload["cells"][0]) for payload in payloads], np.float32
+    )
+    return ByConcept(payloads, means, default, reader)
