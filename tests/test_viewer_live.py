@@ -214,9 +214,9 @@ class OnExplanations:
         self.ids = torch.tensor([[encoder.start, *encoder.encode(text).tolist()]])
         document = np.zeros(tuple(self.ids.shape), int)
         document[:, 0] = -1
-        stored = read_simulators(
-            run / "replacement" / model, read_stored_explainer(Run(run), model)
-        )
+        explainer = read_stored_explainer(Run(run), model)
+        strings = self.held.store.token_strings
+        stored = read_simulators(run / "replacement" / model, explainer, strings)
         of_text = BatchText(self.ids.numpy(), document)
         self.predicted = [torch.from_numpy(of.predict(of_text))[None] for of in stored]
         self.true = capture(self.held.subject.model, self.held.site, self.ids)
