@@ -4,7 +4,7 @@
     python benchmarks/replace.py --paper
 
 The command runs without its start, next to what a pass over the same fit and held-out tokens costs in which nothing is
-replaced, with the loss of every next token. At the size of the paper (12 layers of 3,072 neurons, width 768), the model is
+replaced, with the loss of every next token; and `cratelm explain` of all neurons by its default explainers. At the size of the paper (12 layers of 3,072 neurons, width 768), the model is
 untrained, because that changes no cost, and the explanations have a limit of their size.
 """
 
@@ -23,6 +23,8 @@ from measures import copied
 from cratelm import api
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.open_harvest import open_harvested
+from cratelm.explain.config import ExplainConfig
+from cratelm.explain.explain import explain
 from cratelm.models.partial_forward import next_logits
 from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.replace import replace
@@ -56,21 +58,31 @@ def measure(config: ReplaceConfig, label: str) -> None:
     seconds: list[float] = []
     memory = peak_memory(lambda: seconds.append(timed(lambda: replace(config))))
     cpu = time.process_time() - cpu
+    explaining = timed(lambda: explain(of_all)) if (of_all := all_neurons(config)) else 0.0
     print(
         f"{label:<10} {seconds[0]:6.1f} s ({cpu:.1f} s of CPU), {seconds[0] / alone:.1f} times the plain passes"
         f" ({alone:.1f} s), peak memory {memory / 2**20:,.0f} MiB above that of the process"
+        + (f"; `explain` of all neurons {explaining:.1f} s" if of_all else "")
     )
     figures(
         model=label,
         seconds=seconds[0],
         cpu_seconds=cpu,
         plain_seconds=alone,
+        explain_seconds=explaining,
         ratio=seconds[0] / alone,
         peak_bytes=memory,
         tokens=config.tokens,
         fit_tokens=config.fit_tokens,
         explainers=config.explainers,
     )
+
+
+def all_neurons(config: ReplaceConfig) -> ExplainConfig | None:
+    """Return the options of explaining all neurons by the default explainers; None for the untrained model of the paper."""
+    if config.model.endswith("-init"):
+        return None
+    return ExplainConfig(run=config.run, model=config.model, force=True, quiet=True)
 
 
 def paper_run(folder: Path, size: str, tokens: int) -> Run:

@@ -29,6 +29,7 @@ from cratelm.runs import Run
 from cratelm.steer.config import SteerConfig
 from cratelm.steer.edits import Edit
 from cratelm.steer.steer import steer
+from cratelm.text.claim import claim
 from cratelm.train.config import TrainConfig
 from cratelm.train.loop import train
 from cratelm.viewer.run_reader import Library
@@ -115,7 +116,7 @@ def test_answers_are_those_of_the_harvest_and_explanations_of_now(copy):
     explain(ExplainConfig(run=copy, model="gpt2-2l", neurons=40, quiet=True, explainers=("trie",), max_entries=1, force=True))  # fmt: skip
     texts = live.library.table("copy", "gpt2-2l").explanations
     for s in live.strongest("copy", "gpt2-2l", TEXT, 2):
-        assert s.explanation == texts[NEURONS * s.layer + s.index]
+        assert s.explanation == claim(texts[NEURONS * s.layer + s.index])
     train(TrainConfig(run=copy, model="gpt2-2l", name="gpt2-2l", steps=2, seed=1, quiet=True, tensorboard=False, force=True, validate_every=2, model_overrides=("hidden_size=16", "num_attention_heads=2"), sequence_length=64, validation_sequences=8, batch_size=4))  # fmt: skip
     harvest(HarvestConfig(run=copy, model="gpt2-2l", tokens=2500, pilot_tokens=256, device="cpu", force=True))  # fmt: skip
     other = Live(Library([copy]))  # which remembers nothing
@@ -213,9 +214,9 @@ class OnExplanations:
         self.ids = torch.tensor([[encoder.start, *encoder.encode(text).tolist()]])
         document = np.zeros(tuple(self.ids.shape), int)
         document[:, 0] = -1
-        stored = read_simulators(
-            run / "replacement" / model, read_stored_explainer(Run(run), model)
-        )
+        explainer = read_stored_explainer(Run(run), model)
+        strings = self.held.store.token_strings
+        stored = read_simulators(run / "replacement" / model, explainer, strings)
         of_text = BatchText(self.ids.numpy(), document)
         self.predicted = [torch.from_numpy(of.predict(of_text))[None] for of in stored]
         self.true = capture(self.held.subject.model, self.held.site, self.ids)
@@ -283,7 +284,7 @@ def test_what_explanations_cost_at_a_token(run, explanations, model, place):
             assert before.endswith("".join(n.context))
             assert text.tokens[n.position].token == n.context[-1]
             assert len(n.context) <= 4
-        assert n.explanation == texts[NEURONS * n.layer + n.index]
+        assert n.explanation == claim(texts[NEURONS * n.layer + n.index])
     actual = [t for t in found.tokens if t.is_actual]
     assert [t.token for t in actual] == ([] if place == "end" else [found.target])
     assert {found.target} <= {t.token for t in found.tokens}

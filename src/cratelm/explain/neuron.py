@@ -78,17 +78,17 @@ def _explained(
         trie = context_trie(evidence, mean, config.max_entries, depth=config.depth)
         return described.trie_sentence(trie), trie.payload()
     if explainer == "concepts":
-        concept = _concept(described, evidence.activations, mean)
+        concept = best_concept(described, evidence.activations, mean)
         return described.concept_sentence(concept), concept.payload()
     table = token_table(evidence, mean, config.max_entries)
     if explainer == "lookup":
         return described.lookup_sentence(table), table.payload()
-    concept = _concept(described, residual_of(evidence, table), 0.0, either=True)
+    concept = best_concept(described, residual_of(evidence, table), 0.0, either=True)
     payload = {**concept.payload(), **table.payload()}  # the default is the table's
     return described.stacked_sentence(table, concept), payload
 
 
-def _concept(
+def best_concept(
     described: Described, targets: NDArray[np.float64], default: float, *, either: bool = False
 ) -> ConceptExplanation:
     """Return the best formula for targets [N] on the evidence, with the means of its cells."""

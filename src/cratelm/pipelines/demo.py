@@ -26,7 +26,7 @@ from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.replace import replace as replace_codes
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
-from cratelm.runs import Run
+from cratelm.runs import Run, StageName
 from cratelm.runs.devices import device_of
 from cratelm.sae.architectures import import_sae_lens
 from cratelm.score.config import ScoreConfig
@@ -52,7 +52,7 @@ _SECONDS_PER_NEURON = 0.04
 """time to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
 """held-out tokens of each twin for the white-box measurements and for the evaluation of autoencoders"""
-_REPLACED = 100_000
+_REPLACED = 50_000
 """held-out tokens on which each twin runs on its explanations"""
 _REPLACED_COST = 12.0
 """duration of that, with making the explanations, divided by that of the forward passes over both kinds of tokens
@@ -179,6 +179,7 @@ def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]
         model=name,
         fit_tokens=config.tokens,
         tokens=min(config.tokens, _REPLACED),
+        curve_tokens=min(config.tokens, _REPLACED // 5),
         seed=config.seed,
     )
     yield Step("replacement", name, lambda: replace_codes(replacing))
@@ -239,16 +240,10 @@ def _plan(config: DemoConfig) -> str:
     training = harvesting = scoring = replacing = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
     for name in twins + controls:
-        missing = [
-            stage
-            for stage in (
-                "model",
-                "activations",
-                "scores",
-                *(("replacement",) if name in twins else ()),
-            )
-            if config.force or name not in run.models(stage)
-        ]
+        measured: list[StageName] = ["model", "activations", "scores"]
+        if name in twins:
+            measured.append("replacement")
+        missing = [s for s in measured if config.force or name not in run.models(s)]
         step, forward = _measure(name.removesuffix("-init"), config) if missing else (0, 0)
         if name in twins and "model" in missing:
             training += step * config.steps

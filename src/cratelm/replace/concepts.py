@@ -21,8 +21,11 @@ from cratelm.explain.concepts.fit import FitFeatures
 from cratelm.explain.concepts.formula import MAX_TERMS, STRENGTH, holds_in
 from cratelm.explain.concepts.library import Library, builtin_library
 from cratelm.explain.concepts.predict import cells_all
-from cratelm.explain.config import ExplainConfig, ExplainerName
-from cratelm.explain.neuron import explain_neuron
+from cratelm.explain.config import ExplainConfig
+from cratelm.explain.evidence import WEIGHT, collect_evidence
+from cratelm.explain.lookup import residual_of, token_table
+from cratelm.explain.neuron import best_concept
+from cratelm.explain.phrases import Described
 from cratelm.replace.exact import rounded
 from cratelm.replace.text import BatchText
 
@@ -50,13 +53,20 @@ def formulas(
 
     With `of_residual`, they are about what a look-up of the last token leaves. A dead neuron has no terms.
     """
-    explainer: ExplainerName = "lookup+concepts" if of_residual else "concepts"
-    config = ExplainConfig(explainers=(explainer,))
+    most = ExplainConfig().max_entries
     payloads: list[Payload] = []
     for record in read_records(opened.folder, "fit", [opened.site.layer_numbers[place]]):
-        explained = explain_neuron(record, config, features.strings, features)
-        empty = {"terms": [], "operators": [], "cells": [record.summary.mean]}
-        payloads.append(explained[0].payload if explained else empty)
+        mean = record.summary.mean
+        if record.summary.dead:
+            payloads.append({"terms": [], "operators": [], "cells": [mean], "default": mean})
+            continue
+        evidence = collect_evidence(record, depth=1, weight=WEIGHT)
+        described = Described(record, evidence, features.of(evidence), features.library, features.strings)  # fmt: skip
+        targets, default = evidence.activations, mean
+        if of_residual:
+            targets, default = residual_of(evidence, token_table(evidence, mean, most)), 0.0
+        concept = best_concept(described, targets, default, either=of_residual)
+        payloads.append(concept.payload())
     return payloads
 
 
@@ -140,6 +150,10 @@ class ByConcept:
         rows, cells = cells_of(self.payloads, self.reader, text)
         predicted[rows] = self.means[np.arange(len(self.payloads)), cells]
         return predicted
+
+    def context_length(self, text: BatchText, token: int, neuron: int) -> int:
+        """Return 1: predicates are about the token, whatever else of the text they look at; 0 without a formula."""
+        return int(len(self.payloads[neuron]["terms"]) > 0)
 
 
 def concepts_as_found(payloads: Sequence[Payload], reader: ConceptReader) -> ByConcept:

@@ -9,8 +9,8 @@ that the explanations predict. The share of neuron i is, summed over the tokens 
 F(p) - F(a), which is what the explanations cost at that token. What a neuron would cost if its explanation alone were
 used is something else: such costs do not add up, because the rest of the model saturates.
 
-With all codes set, what lies between them and the loss is smooth (norms, attention, the head), so that Gauss-Legendre
-quadrature needs few points.
+With the codes of all MLPs or ISTA blocks set, what lies between them and the loss is smooth (norms, attention, the head),
+so that Gauss-Legendre quadrature needs few points. At other sites ReLUs may lie between, and the sum is less exact.
 
 Shape legend: T tokens of a text, H neurons of a layer, V vocabulary.
 """
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from cratelm.replace.forward import Codes, ExplainedModel
 
 POINTS = 8
-"""points of the quadrature, each one pass forward and back; on the demo's twins the shares then add up to 1e-4 nats"""
+"""points of the quadrature, each one pass forward and back. With them the shares of small twins of one layer add up to
+within 1e-4 nats at 51 tokens, those of latents of a poor autoencoder to within 2e-3; with 4 points to .03 and .1"""
 
 
 @dataclass(frozen=True, eq=False)

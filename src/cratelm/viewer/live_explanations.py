@@ -23,6 +23,7 @@ from cratelm.replace.token_cost import TokenCost, token_cost
 from cratelm.results.neuron_table import NeuronTable
 from cratelm.results.replacement import read_stored_explainer
 from cratelm.steer.next_tokens import token_string
+from cratelm.text.claim import claim
 from cratelm.viewer.live import Live
 
 _TOKENS_SHOWN, _NEURONS_SHOWN = 6, 12
@@ -203,7 +204,7 @@ class LiveExplanations:
         for place, index, at, nats in _largest(cost.shares):
             length = max(1, predictors[place].context_length(read, at, index))
             true, predicted = (float(of[place][at, index]) for of in (cost.true, codes))
-            sentence = str(table.explanations[table.rows_of(layers[place]).start + index])
+            sentence = claim(str(table.explanations[table.rows_of(layers[place]).start + index]))
             seen = tuple(before_it[max(0, at + 1 - length) : at + 1])
             neurons.append(
                 NeuronCost(layers[place], index, nats, at - 1, seen, true, predicted, sentence)
