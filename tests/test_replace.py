@@ -19,6 +19,7 @@ from cratelm.activations.batches import SearchPlan
 from cratelm.cli import main
 from cratelm.errors import InputError
 from cratelm.explain.concepts.features import ConceptReader
+from cratelm.explain.concepts.fit import FitFeatures
 from cratelm.explain.concepts.formula import STRENGTH
 from cratelm.explain.concepts.library import builtin_library
 from cratelm.explain.evidence import collect_evidence
@@ -26,7 +27,7 @@ from cratelm.explain.lookup import token_table
 from cratelm.explain.trie import context_trie
 from cratelm.models import build, site_of
 from cratelm.models.sites import Site, hooked
-from cratelm.replace.concepts import CellSums
+from cratelm.replace.concepts import CellSums, cells_of, share_features
 from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.contexts import NO_TOKEN, ROOT, START, Contexts
 from cratelm.replace.exact import quantum_of, rounded
@@ -370,6 +371,24 @@ def test_means_of_cells_are_those_of_the_fit_text():
         assert made.predict(text)[at, 0] == pytest.approx(expected, rel=1e-5)
     assert made.predict(text)[is_text, 2] == pytest.approx(activations[is_text, 2].mean(), rel=1e-5)
     assert made.predict(text)[~is_text, 0] == pytest.approx(mean, rel=1e-5)
+
+
+def test_features_of_the_fit_split_are_those_of_its_batches():
+    strings = [f" w{i}" if i % 3 else f"{i}." for i in range(40)]
+    split = split_of(documents(60, 30))
+    plan, reader = plan_of(split), ConceptReader(builtin_library(), strings)
+    whole = [s for s in plan.sequences if plan.bounds(s)[1] - plan.bounds(s)[0] == 16]
+    batch = plan.batch(whole[3:9], CPU)
+    evaluated, fresh = BatchText.of(batch), BatchText.of(batch)
+    features = FitFeatures(reader.library, strings, split, 16)
+    share_features(evaluated, batch.position.numpy(), reader, features)
+    names = [p.name for p in reader.library.predicates]
+    payloads = [{"terms": [name], "operators": [], "cells": []} for name in names]
+    rows, cells = cells_of(payloads, reader, evaluated)
+    expected_rows, expected = cells_of(payloads, reader, fresh)
+    assert (rows == expected_rows).all()
+    assert (cells == expected).all()
+    assert 0 < cells.mean() < 1
 
 
 # ---- n-gram models --------------------------------------------------------------------------------

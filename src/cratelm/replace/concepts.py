@@ -112,14 +112,41 @@ class CellSums:
         )
 
 
+class EvaluatedFeatures:
+    """Features of tokens that were evaluated before, as `cells_all` reads them."""
+
+    def __init__(self, library: Library, holds: NDArray[np.bool_]):
+        """`holds` [n, P]: where each predicate of the library holds."""
+        self._library, self._holds = library, np.asfortranarray(holds)  # columns are read
+
+    def __len__(self) -> int:
+        return len(self._holds)
+
+    def column(self, name: str) -> NDArray[np.bool_]:
+        """Return at which tokens a predicate holds, [n]."""
+        return self._holds[:, self._library.number[name]]
+
+
+def share_features(
+    text: BatchText, positions: NDArray[np.int64], reader: ConceptReader, features: FitFeatures
+) -> None:
+    """Let formulas read the features of a fit batch, at positions [n] of the split, from those that were evaluated."""
+    rows = text_rows(text)
+    text.shared(reader, lambda: EvaluatedFeatures(features.library, features.at(positions[rows])))
+
+
+def text_rows(text: BatchText) -> NDArray[np.int64]:
+    """Return which tokens of a batch are text, in order."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(a, b) for a, b in text.segments())])
+
+
 def cells_of(
     payloads: Sequence[Payload], reader: ConceptReader, text: BatchText
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the text tokens of a batch [rows], and the cell of each of them for each formula, [rows, H]."""
     segments = text.segments()
-    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(a, b) for a, b in segments)])
     features = text.shared(reader, lambda: reader.features([text.ids[a:b] for a, b in segments]))
-    return rows, cells_all(payloads, features).astype(np.int64)
+    return text_rows(text), cells_all(payloads, features).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,13 @@ from cratelm.explain.concepts.features import ConceptReader
 from cratelm.explain.concepts.fit import FitFeatures
 from cratelm.explain.concepts.library import builtin_library
 from cratelm.models.sites import hooked
-from cratelm.replace.concepts import CellSums, concepts_as_found, fit_features, formulas
+from cratelm.replace.concepts import (
+    CellSums,
+    concepts_as_found,
+    fit_features,
+    formulas,
+    share_features,
+)
 from cratelm.replace.config import Part, ReplaceConfig, parts_of
 from cratelm.replace.contexts import Contexts
 from cratelm.replace.exact import quantum_of
@@ -166,6 +172,11 @@ class Fit:
         )
         return CellSums(found, self._reader, quantum)
 
+    @property
+    def _has_concepts(self) -> bool:
+        names = self._config.explainers
+        return any(part.kind == "concepts" for name in names for part in parts_of(name))
+
     @cached_property
     def _features(self) -> FitFeatures:
         return fit_features(self._opened)
@@ -213,6 +224,9 @@ class Fit:
                     model.base_model(input_ids=batch.input_ids, use_cache=False)
                 of_batch = BatchText.of(batch)
                 matched = of_batch.matched(text.contexts)
+                if self._has_concepts:
+                    position = batch.position.cpu().numpy()
+                    share_features(of_batch, position, self._reader, self._features)
                 for layer in layers:
                     for (place, wanted), of in sums.items():
                         if place != layer.place:

@@ -56,6 +56,14 @@ class FitFeatures:
         rows = self._packed[evidence.positions]
         return np.unpackbits(rows, axis=1, count=len(self.library)).astype(np.float32)
 
+    def at(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return where each predicate holds at positions of the split [N], [N, P]. There must be a split."""
+        segments = np.unique(np.searchsorted(self._edges, positions, side="right") - 1)
+        self._evaluate(segments[~self._evaluated[segments]])
+        return np.unpackbits(self._packed[positions], axis=1, count=len(self.library)).view(
+            np.bool_
+        )
+
     def _matches(self, evidence: Evidence) -> bool:
         """Evaluate the segments of the evidence; return whether it has the tokens of the split at its positions."""
         at = evidence.positions

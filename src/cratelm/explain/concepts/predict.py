@@ -4,7 +4,7 @@ Shape legend: n tokens, E explanations.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,17 @@ def is_concept_payload(payload: Payload) -> bool:
     return "cells" in payload
 
 
-def cells_all(payloads: Sequence[Payload], features: ConceptFeatures) -> NDArray[np.uint8]:
+class Columns(Protocol):
+    """Where predicates hold at n tokens."""
+
+    def __len__(self) -> int: ...
+
+    def column(self, name: str, /) -> NDArray[np.bool_]:
+        """Return at which tokens a predicate holds, [n]."""
+        ...
+
+
+def cells_all(payloads: Sequence[Payload], features: Columns) -> NDArray[np.uint8]:
     """Return the cell of each token for each explanation, [n, E].
 
     Cell c of payload e has the mean `payloads[e]["cells"][c]`, of activations for `concepts` and of what the look-up
