@@ -54,12 +54,14 @@ _ANALYZED = 20_000
 """held-out tokens of each twin for the white-box measurements and for the evaluation of autoencoders"""
 _REPLACED = 50_000
 """held-out tokens on which each twin runs on its explanations"""
-_REPLACED_COST = 12.0
+_REPLACED_BY = ("lookup", "trie", "concepts+trie")
+"""explanations that the twins run on: of the last token, of the last four, and of these on top of concepts"""
+_REPLACED_COST = 8.0
 """duration of that, with making the explanations, divided by that of the forward passes over both kinds of tokens
 (benchmarks/replace.py)"""
-_ABLATED = 2048
+_ABLATED = 1024
 """held-out tokens on which the loss without each neuron is measured; few, because it is slow"""
-_SECONDS_PER_EFFECT = 0.025
+_SECONDS_PER_EFFECT = 0.015
 """time to measure the tokens that a neuron promotes and the loss without it, per layer that runs, on 2 cores"""
 _SAE_TOKENS = 204_800
 """tokens on which an autoencoder is trained"""
@@ -180,6 +182,8 @@ def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]
         fit_tokens=config.tokens,
         tokens=min(config.tokens, _REPLACED),
         curve_tokens=min(config.tokens, _REPLACED // 5),
+        neuron_tokens=_SEQUENCE,
+        explainers=_REPLACED_BY,
         seed=config.seed,
     )
     yield Step("replacement", name, lambda: replace_codes(replacing))
