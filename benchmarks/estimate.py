@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from common import figures, timed_result
 
+from cratelm.explain.concepts.stored import concept_reader
 from cratelm.explain.selection import read_selected_records
 from cratelm.explain.store import ExplanationFile, read_selected
 from cratelm.records import NeuronId, NeuronScore
@@ -22,6 +23,7 @@ from cratelm.runs import Run
 from cratelm.score.controls import ExplanationSet
 from cratelm.score.pipeline import Scoring, score_records
 from cratelm.score.store import read_whole_scores
+from cratelm.tokens.shards import TokenStore
 
 
 def estimates(run: Run, model: str, explainers: Sequence[str], per_bin: int) -> list[NeuronScore]:
@@ -34,6 +36,7 @@ def estimates(run: Run, model: str, explainers: Sequence[str], per_bin: int) -> 
         dead_on_fit={s.neuron for s in read_selected(explained) if s.dead},
         find_duplicates=lambda excerpts: np.zeros(len(excerpts), bool),
         per_bin=per_bin,
+        concepts=concept_reader(explained, TokenStore(run.stage("tokens").path).token_strings),
     )
     harvest = run.stage("activations", model).path
     records = read_selected_records(harvest, "held_out", read_selected(explained))

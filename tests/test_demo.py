@@ -112,7 +112,7 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(whole, corpus, tmp_path
     assert out.splitlines()[-1].endswith(f"cratelm view {whole}")
 
     broken = tmp_path / "broken"
-    for told, jobs in (("[2/22]", 1), ("[9/22]", 2), ("[22/22]", 1)):
+    for told, jobs in (("[2/24]", 1), ("[9/24]", 2), ("[24/24]", 1)):
         assert run_until(broken, corpus, told, jobs)[1] == -signal.SIGKILL, told
     out, status = run_until(broken, corpus)
     assert status == 0, out
@@ -145,6 +145,7 @@ def test_a_quiet_demo_says_nothing_and_tells_every_verb_so(tmp_path, monkeypatch
         "harvest",
         "explain",
         "score",
+        "replace_codes",
         "analyze",
         "effects",
         "report",
@@ -154,7 +155,7 @@ def test_a_quiet_demo_says_nothing_and_tells_every_verb_so(tmp_path, monkeypatch
     config = DemoConfig(run=tmp_path, quiet=True, jobs=1)
     room.demo(config)
     assert capfd.readouterr() == ("", "")
-    assert len(told) == 22
+    assert len(told) == 24
     assert all(told)
     assert room._sae_config(config).quiet
 

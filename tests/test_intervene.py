@@ -339,7 +339,7 @@ def test_the_explanations_made_without_a_model(run, judge):
     result = asked(run, explanations="llm-free", explainer="trie", neurons=2)
     assert (result.explainer, result.n_neurons) == ("trie", 4)
     assert result.path.name == f"{MODEL}@judge"
-    assert asked(run, explanations="llm-free", neurons=2, name="mine").explainer == "lookup"
+    assert asked(run, explanations="llm-free", neurons=2, name="mine").explainer == "concepts"
 
 
 def test_mistakes(run, judge, capsys):

@@ -500,7 +500,7 @@ def test_demo_with_autoencoders(tmp_path, monkeypatch, capsys):
     ))  # fmt: skip
     told = capsys.readouterr().out
     assert "autoencoders" in told.splitlines()[0]
-    assert "[32/32] report" in told
+    assert "[34/34] report" in told
     assert "crate-1l+topk-2x" in result.table
     assert "loss added by the reconstruction" in result.table
     assert '<h2 id="autoencoders">' in result.report.read_text()

@@ -242,10 +242,21 @@ def test_the_overview_begins_with_the_finding(library, client):
     page = client.get("/r/run").text
     found = library.finding("run")
     assert found is not None
+    assert [f.model for f in found.losses] == ["crate-2l", "gpt2-2l"]
+    assert found.sentence in Parsed(page).words
+    assert page.index('class="lead"') < page.index('class="finding"') < page.index("Neurons worth opening") < page.index("<table>")  # fmt: skip
+
+
+def test_without_replacement_the_finding_is_about_scores(copy):
+    shutil.rmtree(copy / "replacement")
+    library = Library([copy])
+    page = Pages(library).overview("copy")
+    found = library.finding("copy")
+    assert found is not None
     assert found.sentence in Parsed(page).words
     assert page.index('class="lead"') < page.index('class="finding"') < page.index("Neurons worth opening") < page.index("<table>")  # fmt: skip
     shown = {s.model: s for s in found.scores}
-    card = library.run("run")
+    card = library.run("copy")
     for name in ("crate-2l", "gpt2-2l"):
         metric = card.model(name).metric("top_and_random")
         assert metric is not None
@@ -259,6 +270,7 @@ def test_a_run_with_one_model_or_without_scores_has_an_overview(copy):
     shutil.rmtree(copy / "activations" / "gpt2-2l")
     for stage in ("model", "scores", "explanations"):
         shutil.rmtree(copy / stage / "gpt2-2l")
+    shutil.rmtree(copy / "replacement")
     page = Pages(Library([copy])).overview("copy")
     assert "The neurons of CRATE are explained with a score of" in page
     for name in ("crate-2l", "crate-2l-init"):

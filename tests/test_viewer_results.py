@@ -355,13 +355,13 @@ def test_a_run_without_models_is_a_page(tmp_path):
 
 
 def test_results_of_replace_are_the_finding_of_the_overview(copy):
-    from cratelm.replace.config import ReplaceConfig
-    from cratelm.replace.replace import replace
-
+    kept = copy.parent / "kept"
+    (copy / "replacement").rename(kept)
     before = Library([copy]).finding("copy")
     assert before is not None
     assert before.scores
-    replace(ReplaceConfig(run=copy, model="crate-2l", quiet=True))
+    (copy / "replacement").mkdir()
+    (kept / "crate-2l").rename(copy / "replacement" / "crate-2l")
     library = Library([copy])
     found = library.finding("copy")
     assert found is not None
