@@ -122,7 +122,7 @@ def test_demo_killed_anywhere_ends_as_if_it_had_not_been(whole, corpus, tmp_path
         {(c.stage, c.name): c.identity for c in Run(path).completions() if c.stage != "report"}
         for path in (whole, broken)
     )
-    assert len(first) == 21
+    assert len(first) == 23
     assert first == second
     tables = [path / "report" / "tables" / "mean_and_variance.csv" for path in (whole, broken)]
     assert tables[0].read_text() == tables[1].read_text()  # the page itself tells paths and times
