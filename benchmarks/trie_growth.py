@@ -22,11 +22,11 @@ from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.models.sites import hooked
 from cratelm.records import Split
 from cratelm.replace.exact import quantum_of
-from cratelm.replace.fit import FitText, predicted
+from cratelm.replace.fit import FitText
 from cratelm.replace.forward import ExplainedModel
 from cratelm.replace.measure import HeldOut
 from cratelm.replace.tables import ContextSums, Tables, Tries
-from cratelm.replace.text import BatchText
+from cratelm.replace.text import BatchText, predicted
 from cratelm.runs import Run
 from cratelm.runs.ranks import Share
 

@@ -32,11 +32,11 @@ from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.contexts import NO_TOKEN, ROOT, START, Contexts
 from cratelm.replace.exact import quantum_of, rounded
 from cratelm.replace.excerpts import tries_of
-from cratelm.replace.fit import Fit, FitText, predicted, successors
+from cratelm.replace.fit import Fit, FitText
 from cratelm.replace.forward import ExplainedModel
 from cratelm.replace.layers import layer_sets
 from cratelm.replace.measure import HeldOut, Variant, measure
-from cratelm.replace.neurons import _within, best_explained, ranking
+from cratelm.replace.neurons import _within, best_explained, ranking, replaced_alone
 from cratelm.replace.ngram import NGrams
 from cratelm.replace.predictors import ByContext, Constant, Stacked
 from cratelm.replace.replace import replace
@@ -49,7 +49,7 @@ from cratelm.replace.store import (
 )
 from cratelm.replace.summary import Figures
 from cratelm.replace.tables import ContextSums
-from cratelm.replace.text import BatchText
+from cratelm.replace.text import BatchText, predicted, successors
 from cratelm.replace.token_cost import token_cost
 from cratelm.report.sections import replacement as section
 from cratelm.results.replacement import read_replacement, read_replacement_curve
@@ -831,6 +831,20 @@ def test_what_autoencoders_drop_is_no_cost_of_explanations(kind):
     assert abs(cost.dropped) > 1e-3
     shares = sum(of.sum() for of in cost.shares.values())
     assert shares + cost.dropped == pytest.approx(cost.cost, abs=1e-3)
+
+
+def test_single_neurons_need_numbered_blocks():
+    """Elsewhere a whole pass would be needed for each neuron: all other figures are measured, the costs are not."""
+    model, config = model_of("gpt2"), ReplaceConfig(neuron_tokens=16, quiet=True)
+    split = SimpleNamespace(n_sequences=lambda length: 3)
+    opened: Any = SimpleNamespace(
+        subject=SimpleNamespace(model=model),
+        site=site_of(model, "transformer.ln_f"),
+        store=SimpleNamespace(split=lambda name: split, eot_id=EOT),
+        sequence_length=16,
+    )
+    assert ExplainedModel(model, opened.site).passes_nothing == [False]
+    assert replaced_alone(config, opened, [], Ranks()) is None
 
 
 def test_layer_sets():

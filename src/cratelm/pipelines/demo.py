@@ -56,12 +56,12 @@ _REPLACED = 50_000
 """held-out tokens on which each twin runs on its explanations"""
 _REPLACED_BY = ("lookup", "trie", "concepts+trie")
 """explanations that the twins run on: of the last token, of the last four, and of these on top of concepts"""
-_REPLACED_COST = 8.0
-"""duration of that, with making the explanations, divided by that of the forward passes over both kinds of tokens
-(benchmarks/replace.py)"""
+_REPLACED_COST = 29.0
+"""duration of that, with making the explanations, divided by that of the forward passes over both kinds of tokens,
+without the head, on all cores: 104 and 113 s for the demo's twins, two at a time on 2 cores"""
 _ABLATED = 1024
 """held-out tokens on which the loss without each neuron is measured; few, because it is slow"""
-_SECONDS_PER_EFFECT = 0.015
+_SECONDS_PER_EFFECT = 0.026
 """time to measure the tokens that a neuron promotes and the loss without it, per layer that runs, on 2 cores"""
 _SAE_TOKENS = 204_800
 """tokens on which an autoencoder is trained"""

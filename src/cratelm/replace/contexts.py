@@ -139,14 +139,6 @@ class Contexts:
             matched[level, rows] = node
         return matched
 
-    def deepest(self, contexts: Int64) -> Int64:
-        """Return the longest context that occurs at each token [n], `ROOT` where there is none."""
-        matched = self.match(contexts)
-        node = matched[0]
-        for of_level in matched[1:]:
-            node = np.where(of_level != ROOT, of_level, node)
-        return node
-
     def families(self, level: int) -> tuple[Int64, Int64]:
         """Return the distinct parents [P] of the contexts of a level, and where the children of each begin in it [P]."""
         of = self.parents[self.level(level)]

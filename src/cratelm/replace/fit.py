@@ -36,7 +36,7 @@ from cratelm.replace.excerpts import explained_by_excerpts
 from cratelm.replace.ngram import NGrams
 from cratelm.replace.predictors import ByContext, Predictor, Stacked
 from cratelm.replace.tables import ContextSums, FittedTables
-from cratelm.replace.text import BatchText
+from cratelm.replace.text import BatchText, successors
 from cratelm.runs.ranks import Ranks
 
 _BYTES = 2**30
@@ -64,19 +64,6 @@ class FitText:
             contexts, np.concatenate(matched, axis=1), np.concatenate(following), vocabulary
         )
         return cls(plan, batch_tokens, contexts, ngrams, plan.n_tokens())
-
-
-def successors(text: BatchText, contexts: Contexts) -> tuple[NDArray, NDArray]:
-    """Return the contexts [D, m] of the tokens whose next token is predicted, and the next tokens [m]."""
-    at = predicted(text).ravel()
-    matched = text.matched(contexts).reshape(contexts.depth, *text.shape)[:, :, :-1]
-    following = text.ids.reshape(text.shape)[:, 1:].ravel()
-    return matched.reshape(contexts.depth, -1)[:, at], following[at]
-
-
-def predicted(text: BatchText) -> NDArray[np.bool_]:
-    """Return where the next token is predicted, [B, T - 1]: at text, not at end marks, except the last of a sequence."""
-    return text.document.reshape(text.shape)[:, :-1] >= 0
 
 
 @dataclass(eq=False)

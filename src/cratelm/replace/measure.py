@@ -16,13 +16,12 @@ from cratelm.activations.batches import Batch, SearchPlan
 from cratelm.models.partial_forward import Trace
 from cratelm.replace.contexts import Contexts
 from cratelm.replace.exact import quantum_of, rounded
-from cratelm.replace.fit import predicted, successors
 from cratelm.replace.forward import Codes, ExplainedModel
 from cratelm.replace.layers import ALL, LayerSet
 from cratelm.replace.ngram import NGrams
 from cratelm.replace.predictors import Constant, Predictor
 from cratelm.replace.store import ReplacedBy
-from cratelm.replace.text import BatchText
+from cratelm.replace.text import BatchText, predicted, successors
 from cratelm.runs.ranks import Ranks, Share
 
 Float32 = NDArray[np.float32]
@@ -216,10 +215,9 @@ def measure(
         Errors(width, quantum_of(n_tokens, 16 * max(1.0, top**2)))
         for width, top in zip(site.n_neurons, largest, strict=True)
     ]
-    references = {
-        "mean": [Constant(of) for of in means],
-        "zero": [Constant(np.zeros_like(of)) for of in means],
-    }
+    references: list[tuple[ReplacedBy, list[Float32]]] = [
+        ("mean", list(means)), ("zero", [np.zeros_like(of) for of in means]),
+    ]  # fmt: skip
     places = sorted({place for layer_set in sets for place in layer_set.places})
     everything = [s for s in sets if s.label == ALL]
     shuffled = [Shuffled.of(everything, of, seed, place) for place, of in enumerate(means)]
@@ -240,10 +238,10 @@ def measure(
             losses.add(
                 Variant("none", layers=ALL), columns, held_out.token_losses(trace, text, rebuilt)
             )
-        for name, predictors in references.items():
-            codes = [predictor.predict(text) for predictor in predictors]
-            for variant, of in _of_sets(held_out, trace, text, codes, sets):
-                losses.add(Variant(name, layers=variant), columns, of)  # type: ignore[arg-type]
+        for name, values in references:
+            codes = [Constant(of).predict(text) for of in values]
+            for label, of in _of_sets(held_out, trace, text, codes, sets):
+                losses.add(Variant(name, layers=label), columns, of)
         for explainer, predictors in explained.items():
             codes = [predictor.predict(text) for predictor in predictors]
             for place, of in enumerate(codes):
@@ -253,12 +251,17 @@ def measure(
             other = [by.codes(of) for of, by in zip(codes, shuffled, strict=True)]
             for label, of in _of_sets(held_out, trace, text, other, everything):
                 losses.add(Variant("shuffled", explainer, label), columns, of)
-    for other in ranks.collected((losses, errors)):
-        if other[0] is not losses:
-            losses.merge(other[0])
-            for mine, its in zip(errors, other[1], strict=True):
-                mine.merge(its)
+    _merge_ranks(losses, errors, ranks)
     return losses, errors
+
+
+def _merge_ranks(losses: Losses, errors: Sequence[Errors], ranks: Ranks) -> None:
+    """Merge, on rank 0, what the other ranks measured into its own."""
+    for its_losses, its_errors in ranks.collected((losses, errors)):
+        if its_losses is not losses:
+            losses.merge(its_losses)
+            for mine, its in zip(errors, its_errors, strict=True):
+                mine.merge(its)
 
 
 def _of_sets(

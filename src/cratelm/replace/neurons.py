@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cratelm.activations.open_harvest import HarvestContext
+from cratelm.errors import InputError
 from cratelm.models.partial_forward import PartialForward
 from cratelm.models.sites import Site
 from cratelm.records import NeuronId
@@ -36,12 +37,16 @@ def replaced_alone(
 ) -> Ablations | None:
     """Return the change of the loss if one neuron alone is replaced, of all neurons, on rank 0.
 
-    None if it is not to be measured, or not one sequence has enough tokens.
+    None if it is not to be measured, if not one sequence has enough tokens, or if the site is not in numbered blocks, so
+    that a whole pass would be needed for each neuron. For latents, what the autoencoder cannot reconstruct is kept here.
     """
     split, length = opened.store.split("held_out"), opened.sequence_length
     if not config.neuron_tokens or split.n_sequences(length) < 1:
         return None
-    partial = PartialForward(opened.subject.model, opened.site)
+    try:
+        partial = PartialForward(opened.subject.model, opened.site)
+    except InputError:
+        return None
     text = HeldOutText.of(split, length, config.neuron_tokens, config.seed)
     neurons = [np.arange(width) for width in opened.site.n_neurons]
 

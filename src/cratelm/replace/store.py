@@ -13,7 +13,7 @@ neurons' costs and of explanations.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,6 @@ from cratelm.runs.reading import read_json, read_rows
 ReplacedBy = Literal["none", "mean", "zero", "ngram", "own", "shuffled"]
 """what the loss is of: `none`, the model itself; `mean`, `zero`: all codes of the layers at their fit means, at 0;
 `ngram`: no model but an n-gram model; `own`, `shuffled`: each neuron replaced by its explanation, by another neuron's"""
-REPLACED_BY: tuple[ReplacedBy, ...] = get_args(ReplacedBy)
 DOCUMENTS, NEURONS, CURVE, SUMMARY = (
     "documents.parquet",
     "neurons.parquet",

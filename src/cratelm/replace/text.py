@@ -76,6 +76,19 @@ class BatchText:
         return list(zip(first.tolist(), ends.tolist(), strict=True))
 
 
+def successors(text: BatchText, contexts: Contexts) -> tuple[Int64, Int64]:
+    """Return the contexts [D, m] of the tokens whose next token is predicted, and the next tokens [m]."""
+    at = predicted(text).ravel()
+    matched = text.matched(contexts).reshape(contexts.depth, *text.shape)[:, :, :-1]
+    following = text.ids.reshape(text.shape)[:, 1:].ravel()
+    return matched.reshape(contexts.depth, -1)[:, at], following[at]
+
+
+def predicted(text: BatchText) -> NDArray[np.bool_]:
+    """Return where the next token is predicted, [B, T - 1]: at text, not at end marks, except the last of a sequence."""
+    return text.document.reshape(text.shape)[:, :-1] >= 0
+
+
 def _offsets(document: Int64) -> Int64:
     """Return how many tokens of its document precede each token in its sequence [B, T]; an end mark ends its document."""
     at = np.broadcast_to(np.arange(document.shape[1]), document.shape)

@@ -1,15 +1,11 @@
 """Read the results of `cratelm replace` for the models of a run."""
 
-from collections.abc import Sequence
-
 from cratelm.errors import InputError
 from cratelm.replace.store import (
     CurvePoint,
-    NeuronReplacement,
     ReplacementRow,
     ReplacementSummary,
     read_curve,
-    read_neurons,
     read_replacement_summary,
 )
 from cratelm.runs import Run
@@ -32,12 +28,6 @@ def read_replacement_sets(run: Run, model: str) -> list[ReplacementResults]:
     names = sets_of(run.models("replacement"), model)
     found = (read_replacement(run, set_name(model, name)) for name in names)
     return [of for of in found if of is not None]
-
-
-def read_replacements(run: Run, models: Sequence[str]) -> dict[str, ReplacementResults]:
-    """Return the results of those `models` that were run on their explanations, by name."""
-    found = {model: read_replacement(run, model) for model in models}
-    return {model: of for model, of in found.items() if of is not None}
 
 
 def read_stored_explainer(run: Run, model: str) -> str:
@@ -64,21 +54,12 @@ def read_replacement_curve(run: Run, model: str) -> list[CurvePoint]:
     return [] if stage.completion() is None else read_curve(stage.path)
 
 
-def read_replaced_neurons(run: Run, model: str) -> list[NeuronReplacement]:
-    """Return how well each neuron is predicted, and what replacing it alone costs; none if there are no results."""
-    stage = run.stage("replacement", model)
-    return [] if stage.completion() is None else read_neurons(stage.path)
-
-
 __all__ = [
     "CurvePoint",
-    "NeuronReplacement",
     "ReplacementResults",
     "ReplacementRow",
-    "read_replaced_neurons",
     "read_replacement",
     "read_replacement_curve",
     "read_replacement_sets",
-    "read_replacements",
     "read_stored_explainer",
 ]

@@ -19,6 +19,10 @@ COLUMNS = (
     Column("given_back", "nats given back", ".3f", "minor"),
 )
 """columns of the cells that `comparison_cells` returns"""
+COMPARISON_NOTE = (
+    " The losses on held-out tokens and on explanations, and the nats of codes and explanations, have intervals over"
+    " documents: all codes of the model are replaced by what its best explanations predict."
+)
 _REFERENCES = (
     ("mean", "codes at their means"),
     ("zero", "codes at 0"),

@@ -98,7 +98,8 @@ def model_comparison_table(results: RunResults) -> Table:
         tuple(columns),
         rows,
         "Scores are correlations × 100: the mean over layers of the mean over neurons. Neurons without a"
-        f" score are excluded, and counted. {INTERVAL_NOTE} Validation loss: standard error over held-out"
+        f" score are excluded, and counted. {INTERVAL_NOTE}"
+        f"{replacement.COMPARISON_NOTE if _are_replaced(results) else ''} Validation loss: standard error over held-out"
         " sequences. Random init: the same model before training, harvested, explained and scored in the same"
         " way. Shuffled: each neuron is scored with the explanation of another neuron of the layer."
         f"{TUNED_NOTE if results.explainer in EXPLAINERS else ''}"
