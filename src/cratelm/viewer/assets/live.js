@@ -31,7 +31,11 @@
   };
 
   // ---- requests: one of each kind at a time; a new request cancels the previous one ----
+  // An answer can arrive after the fields have changed: `turn` counts the updates, and what belongs to an earlier one
+  // is not shown.
   const pending = {};
+  let turn = 0, explaining = 0;
+  const cancel = () => { turn += 1; clearTimeout(explaining); for (const control of Object.values(pending)) control.abort(); };
   const ask = async (kind, body) => {
     pending[kind]?.abort();
     const control = (pending[kind] = new AbortController());
@@ -45,7 +49,8 @@
   };
   const neuron = () => ({ layer: Number(fields.layer.value), neuron: Number(fields.neuron.value) });
   const withStatus = async (work) => {
-    try { await work(); } catch (error) { if (error.name !== "AbortError") get("status").textContent = error.message; }
+    const started = turn;
+    try { await work(); } catch (error) { if (error.name !== "AbortError" && started === turn) get("status").textContent = error.message; }
   };
   const level = (value, top) => (value > 0 && top > 0 ? Math.max(1, Math.min(10, Math.round((10 * value) / top))) : 0);
   const element = (tag, text, kind) => { const node = document.createElement(tag); node.textContent = text; if (kind) node.className = kind; return node; };
@@ -191,16 +196,19 @@
   });
 
   // ---- updates after a change; quick successive changes cause one update ----
-  let timer = 0, explaining = 0;
+  let timer = 0;
   const later = (work, wait = 250) => { clearTimeout(timer); timer = setTimeout(work, wait); };
   const all = async () => {
+    cancel();
+    const started = turn;
     remember();
     if (!fields.text.value) { get("status").textContent = "Enter a text."; return; }
     const before = chosen;
     if (!current) get("status").textContent = "Loading the model …";
-    await read(); await strongest();
+    for (const work of [read, strongest]) { await work(); if (started !== turn) return; }
     if (chosen !== before) { remember(); await read(); }
-    await steer();
+    if (started === turn) await steer();
+    if (started !== turn) return;
     clearTimeout(explaining);  // later than the others, so that fast typing stays within the server's rate limit
     explaining = setTimeout(explain, first ? 0 : 400);
     first = false;
