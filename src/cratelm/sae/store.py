@@ -324,8 +324,10 @@ def _estimates(content: dict[str, Any]) -> dict[str, Any]:
     """
 
     def estimate(name: str, figure: dict[str, Any]) -> Estimate | None:
-        if figure["value"] is not None:
-            return Estimate(**figure)
-        return None if name in _OPTIONAL else Estimate(math.nan, figure["error"])
+        value, error = figure["value"], figure["error"]
+        if value is None and name in _OPTIONAL:
+            return None
+        # 0.1.0 wrote the error of a negative ratio with the wrong sign
+        return Estimate(math.nan if value is None else value, None if error is None else abs(error))
 
     return {k: estimate(k, v) if isinstance(v, dict) else v for k, v in content.items()}
