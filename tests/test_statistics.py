@@ -334,7 +334,7 @@ def test_the_error_of_a_ratio_is_not_negative(pairs):
 
 
 def test_a_negative_ratio_shows_a_positive_error():
-    assert ratio([-3.0, -2.9], [-2.0, 4.0]).show(".2f") == "-2.95 ± 8.87"
+    assert ratio([-3.0, -2.9], [-2.0, 4.0]).show(".2f") == "-2.95 ± 8.90"
     with pytest.raises(ValueError, match="must be at least 0"):
         Estimate(-1.482, -0.010)
 

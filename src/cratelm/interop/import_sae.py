@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from cratelm.errors import InputError
-from cratelm.interop.authors_checkpoint import check_tensor, read_torch_file
 from cratelm.interop.config import ImportSaeConfig
 from cratelm.interop.model_card import PAPER, code_block, write_card
 from cratelm.interop.out_folder import check_out, out_folder
 from cratelm.interop.source_file import SourceFile, locate
+from cratelm.models.torch_files import check_tensor, read_torch_file, without_wrappers
 from cratelm.runs import hash_file
 from cratelm.runs.pretrained import json_object
 from cratelm.sae.sae import DTYPES, Sae, SaeConfig
@@ -102,11 +102,12 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{path} is a language model, not an autoencoder: read it with `cratelm import authors`"
         )
-    if not isinstance(content, Mapping) or "W_enc" not in content:
+    weights, _ = without_wrappers(content if isinstance(content, Mapping) else {}, path)
+    if "W_enc" not in weights:
         raise InputError(f"{path}: weight W_enc is missing: is it a sparse autoencoder?")
-    for key, tensor in content.items():
-        check_tensor(tensor, str(key), path)
-    return dict(content)
+    for key, tensor in weights.items():
+        check_tensor(tensor, key, path)
+    return weights
 
 
 def _shape(

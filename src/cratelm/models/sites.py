@@ -2,7 +2,8 @@
 
 A site is one tensor [B, T, H] per layer: the output of a module, or its input. It is written `PATH`,
 `PATH:output` or `PATH:input`, with `*` for the layer number, for instance
-`gpt_neox.layers.*.mlp.dense_4h_to_h:input`. The usual sites have names: `ista`, `mssa` and `heads` in
+`gpt_neox.layers.*.mlp.dense_4h_to_h:input`. Two more sides are `PATH:residual` and `PATH:normalized`
+(`site_hooks`). A name of TransformerLens, `blocks.*.hook_resid_mid`, is translated (`hook_names`). The usual sites have names: `ista`, `mssa` and `heads` in
 CRATE, `mlp` (activations of the MLP, which its last projection reads) in other models.
 
 The latents of sparse autoencoders can be placed on top of a site (`cratelm.models.latents`).
@@ -12,6 +13,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,9 +21,12 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
+from cratelm.models.hook_names import is_hook_name, path_of
+from cratelm.models.site_hooks import normalized_hooks, residual_hooks
 from cratelm.runs.arguments import checked_arguments
 
-Side = Literal["input", "output"]
+Side = Literal["input", "output", "residual", "normalized"]
+_SIDES: tuple[Side, ...] = ("input", "output", "residual", "normalized")
 
 _NAMED: dict[str, tuple[str, ...]] = {
     "ista": ("model.layers.*.ista.code",),
@@ -94,7 +99,7 @@ def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
     candidates = _DEFAULTS if name is None else (name,)
     for candidate in candidates:
         for pattern in _NAMED.get(candidate, (candidate,)):
-            path, side = _parse(pattern)
+            path, side = _parse(_path(model, pattern))
             paths = _expand(model, path)
             if paths:
                 return Site(candidate, paths, side, _widths(model, paths, side))
@@ -123,6 +128,9 @@ def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
             if site.side == "output":
                 hook = _output_hook(layer, on_activation)
                 handles.append(module.register_forward_hook(hook))
+            elif site.side != "input":
+                register = residual_hooks if site.side == "residual" else normalized_hooks
+                handles += register(model, path, partial(on_activation, layer))
             else:
                 handles.append(module.register_forward_pre_hook(_input_hook(layer, on_activation)))
         yield
@@ -140,7 +148,8 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         changed = on_latents(place, latents)
         if changed is None:
             return None
-        return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
+        change = autoencoder.decode(changed) - autoencoder.decode(latents)
+        return activations + change.to(activations.dtype)
 
     return on_activation
 
@@ -180,11 +189,20 @@ def capture(
     return captured
 
 
+def _path(model: nn.Module, pattern: str) -> str:
+    """Return the path that a name of TransformerLens stands for, any other pattern as it is."""
+    if not is_hook_name(pattern):
+        return pattern
+    path, layer = path_of(model, pattern)
+    return path if ".*." in pattern else path.replace("*", str(layer))
+
+
 def _parse(pattern: str) -> tuple[str, Side]:
-    path, _, side = pattern.partition(":")
-    if side not in ("", "input", "output"):
-        raise InputError(f"site {pattern!r} ends in {side!r}: it must end in 'input' or 'output'")
-    return path, "input" if side == "input" else "output"
+    path, _, named = pattern.partition(":")
+    sides = [side for side in _SIDES if side == (named or "output")]
+    if not sides:
+        raise InputError(f"site {pattern!r} ends in {named!r}: it must end in one of {', '.join(_SIDES)}")
+    return path, sides[0]
 
 
 def _expand(model: nn.Module, path: str) -> tuple[str, ...]:
