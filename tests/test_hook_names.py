@@ -150,9 +150,7 @@ def test_several_layers_at_once():
     found = capture(model, "blocks.*.hook_resid_mid", IDS)
     assert len(found) == 2
     for number, tensor in enumerate(found):
-        (norm_input,) = capture(
-            model, f"model.layers.{number}.post_attention_layernorm:input", IDS
-        )
+        (norm_input,) = capture(model, f"model.layers.{number}.post_attention_layernorm:input", IDS)
         assert torch.equal(tensor, norm_input)
 
 
@@ -162,7 +160,7 @@ def test_what_is_unknown_is_listed():
             path_of(tiny("Llama"), name)
     with pytest.raises(InputError, match="hook_resid_mid' is no tensor"):
         path_of(tiny("GPTNeoX"), "blocks.0.hook_resid_mid")  # attention and MLP side by side
-    with pytest.raises(InputError, match="mlp.hook_pre' is no tensor of CrateForCausalLM"):
+    with pytest.raises(InputError, match=r"mlp\.hook_pre' is no tensor of CrateForCausalLM"):
         path_of(tiny("CRATE"), "blocks.0.mlp.hook_pre")
     bloom = transformers.BloomConfig(vocab_size=101, hidden_size=16, n_layer=1, n_head=2)
     with pytest.raises(InputError, match=r"known for CRATE, GPT-2.*--site"):

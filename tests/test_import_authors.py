@@ -175,7 +175,9 @@ def test_causal_masks_and_half_precision_are_told(tmp_path):
         lambda key: f"module.module.{key}",
         lambda key: f"_forward_module.{key}",  # Lightning
         lambda key: key.replace("transformer.h.", "_fsdp_wrapped_module.transformer.h."),
-        lambda key: re.sub(r"(h\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", key),
+        lambda key: re.sub(
+            r"(h\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", key
+        ),
     ],
 )
 def test_names_of_wrappers_in_keys(wrapped, tmp_path):

@@ -10,9 +10,9 @@ from sae_runs import EOT, LENGTH, small_run
 from safetensors.torch import load_file, save_file
 from tiny_run import reseal
 
-from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models import load
+from cratelm.models.autoencoder_files import autoencoder_identity
 from cratelm.models.sites import site_of
 from cratelm.runs import write_json
 from cratelm.sae.evaluate import dead_fraction, sae_evaluate

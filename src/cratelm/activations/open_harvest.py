@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
+from cratelm.models.latents import find_autoencoders, latents_of
 from cratelm.models.open import (
     HUB,
     LoadedModel,
@@ -17,7 +17,6 @@ from cratelm.models.open import (
 )
 from cratelm.models.sites import Site, site_of
 from cratelm.runs import Completion, Run, Stage
-from cratelm.runs.names import set_name
 from cratelm.tokens.shards import TokenStore
 
 
@@ -37,28 +36,12 @@ class HarvestContext:
 def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None) -> Site:
     """Return the site called `site`, or the latents of the autoencoders called `sae`.
 
-    `sae` is a name in the run, or a folder. Raises `InputError` if there is no such site or autoencoder.
+    `sae` is what `--sae` gives; with it, `site` is the site that the autoencoders read, if they do not say it. Raises
+    `InputError` if there is no such site or autoencoder.
     """
     if sae is None:
         return site_of(subject.model, site)
-    from cratelm.models.latents import latents_of
-
-    folder = _folder_of(run, subject, sae)
-    if folder is None:
-        stage = _sae_stage(run, subject, sae)
-        stage.require("sae train")
-        folder = stage.path
-    return latents_of(subject.model, folder)
-
-
-def _sae_stage(run: Run, subject: LoadedModel, sae: str) -> Stage:
-    return run.stage("sae", set_name(Path(subject.name).name, Path(sae).name))
-
-
-def _folder_of(run: Run, subject: LoadedModel, sae: str) -> Path | None:
-    """Return the folder that `sae` names; None if it names autoencoders of the run."""
-    in_run = "/" not in sae and _sae_stage(run, subject, sae).completion() is not None
-    return None if in_run else Path(sae)
+    return latents_of(subject.model, find_autoencoders(run, subject.name, sae), site)
 
 
 def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedModel:
@@ -123,8 +106,9 @@ def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     length = harvest.results.get("sequence_length")
     length = length or sequence_length(subject, harvest.config.get("sequence_length"))
     sae = harvest.config.get("sae")
+    if sae:
+        source = find_autoencoders(run, subject.name, sae)
+        if source.record is None and source.identity != harvest.inputs.get("sae"):
+            raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")
     site = open_site(run, subject, harvest.config.get("site"), sae)
-    from_folder = _folder_of(run, subject, sae) if sae else None
-    if from_folder and autoencoder_identity(from_folder) != harvest.inputs.get("sae"):
-        raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")
     return HarvestContext(subject, site, store, stage.path, length)

@@ -127,9 +127,7 @@ def path_in_family(hook: str, *, is_crate: bool) -> str | None:
 
 def hooks_of_families() -> list[str]:
     """Return the hooks, without `blocks.N.`, that GPT-2 and CRATE have."""
-    return sorted(
-        set.intersection(*(set(_paths(f, "", f.is_parallel)) for f in (_GPT2, _CRATE)))
-    )
+    return sorted(set.intersection(*(set(_paths(f, "", f.is_parallel)) for f in (_GPT2, _CRATE))))
 
 
 def _points(model: nn.Module) -> dict[str, str]:
@@ -198,7 +196,9 @@ def _paths(f: _Family, prefix: str, is_parallel: bool) -> dict[str, str]:
     if f is _CRATE:  # its own names, as `interop.transformer_lens` gives them
         points |= {"hook_neurons": f.neurons, "ista.code.hook_out": f.neurons}
         points |= {"mssa.hook_out": f.attention, "ista.hook_out": f.mlp}
-        points |= {f"mssa.{of}.hook_out": f"mssa.{of}" for of in ("projection", "subspace", "heads")}
+        points |= {
+            f"mssa.{of}.hook_out": f"mssa.{of}" for of in ("projection", "subspace", "heads")
+        }
     start = f"{prefix}.{f.blocks}.*" if prefix else f"{f.blocks}.*"
     return {
         hook: f"{start}{path}" if path.startswith(":") or not path else f"{start}.{path}"
@@ -217,11 +217,19 @@ def _module(model: nn.Module, name: str) -> tuple[str, int] | None:
     """Return the path and layer of a module of the model, named in full or from the base model on; None if absent."""
     base = getattr(model, "base_model_prefix", "")
     named, end = name, ""
-    for side in ("input", "output"):  # `model.layers.5:input`, and SAELens's `model.layers.5.output`
+    for side in (
+        "input",
+        "output",
+    ):  # `model.layers.5:input`, and SAELens's `model.layers.5.output`
         for separator in ":.":
             if name.endswith(separator + side):
                 named, end = name.removesuffix(separator + side), f":{side}"
-    spellings = [named, f"{base}.{named}", f"{base}.decoder.{named}", f"{base}.language_model.{named}"]
+    spellings = [
+        named,
+        f"{base}.{named}",
+        f"{base}.decoder.{named}",
+        f"{base}.language_model.{named}",
+    ]
     if "." not in named:  # a folder may be named layers_5_mlp
         spellings += [re.sub(r"_(\d+)(?:_|$)", r".\1.", s).strip(".") for s in spellings]
     for spelling in spellings:

@@ -85,11 +85,13 @@ def _weight(
 ) -> torch.Tensor:
     """Return what the norm multiplies by [D]: its weight, or 1 plus its weight in Gemma."""
     weight = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor):
+    if isinstance(weight, torch.Tensor) and weight.shape == normalized.shape[-1:]:
         bias = getattr(module, "bias", None)
         for by in (weight.float(), 1 + weight.float()):
             made = normalized * by + (0 if bias is None else bias.float())
-            if torch.allclose(made, output.float(), rtol=2e-2, atol=1e-3 + 1e-2 * float(by.abs().max())):
+            if torch.allclose(
+                made, output.float(), rtol=2e-2, atol=1e-3 + 1e-2 * float(by.abs().max())
+            ):
                 return by
     raise InputError(
         f"site {path}:normalized is a {type(module).__name__}, which computes neither a layer norm nor an RMS norm:"

@@ -201,7 +201,9 @@ def _parse(pattern: str) -> tuple[str, Side]:
     path, _, named = pattern.partition(":")
     sides = [side for side in _SIDES if side == (named or "output")]
     if not sides:
-        raise InputError(f"site {pattern!r} ends in {named!r}: it must end in one of {', '.join(_SIDES)}")
+        raise InputError(
+            f"site {pattern!r} ends in {named!r}: it must end in one of {', '.join(_SIDES)}"
+        )
     return path, sides[0]
 
 
