@@ -5,9 +5,11 @@ dictionary_learning (`autoencoder_files`), or RELEASE/ID of SAELens' registry (`
 model they read: in cratelm's own words, or by a name of another tool (`hook_names`).
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
@@ -148,6 +150,14 @@ def _place(
         path, layer = path_of(model, config.hook_name)
     except InputError as error:
         raise InputError(f"{label} reads {error}") from None
+    norm, _, side = path.replace("*", str(layer)).partition(":")
+    if side == "normalized" and isinstance(model.get_submodule(norm), nn.LayerNorm):
+        print(
+            f"note: {label} reads {config.hook_name}, which is before the norm's weight and bias in TransformerLens 3,"
+            f" and after them in version 2: name --site {norm} if it was trained with version 2",
+            file=sys.stderr,
+            flush=True,
+        )
     return path, layer
 
 
