@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 from cratelm.errors import InputError
+from cratelm.runs import write_json
+from cratelm.runs.pretrained import json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -211,6 +213,26 @@ def hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
         bos_token=end,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_hf_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write a tokenizer into a model's folder, so that versions 4 and 5 of transformers read it."""
+    tokenizer.save_pretrained(folder)
+    name_class_of_version_4(folder)
+
+
+def name_class_of_version_4(folder: Path) -> None:
+    """Change the class in a folder's `tokenizer_config.json`, if there is one, to the name that version 4 has.
+
+    transformers 5 writes `TokenizersBackend`, at which `AutoTokenizer` of version 4 stops;
+    `PreTrainedTokenizerFast` is the same class in both, with the same ids.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = json_object(path, "the settings of a tokenizer")
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _fetch_tiktoken() -> Tokenizer:
