@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -725,8 +726,8 @@ def test_the_verbs_measure_the_site_that_the_file_names(model, run, tmp_path):
 def test_the_option_that_an_error_names_exists(run, tmp_path):
     """`--site` in `sae evaluate`, `harvest` and `steer`, and it decides."""
     folder = wide(tmp_path / "odd", "blocks.1.some.other_tool", d_in=128)
-    common = {"run": run, "model": "gpt2", "sae": str(folder)}
-    small = {"tokens": 200, "steered": 0, "quiet": True}
+    common: dict[str, Any] = {"run": run, "model": "gpt2", "sae": str(folder)}
+    small: dict[str, Any] = {"tokens": 200, "steered": 0, "quiet": True}
     with pytest.raises(InputError, match=r"'blocks\.1\.some\.other_tool' is no tensor of GPT2.*--site"):  # fmt: skip
         sae_evaluate(SaeEvaluateConfig(**common, **small))
     measured = sae_evaluate(SaeEvaluateConfig(**common, **small, site="blocks.1.mlp.hook_pre"))
@@ -744,7 +745,7 @@ def test_a_release_in_the_verbs(run, registry):
     folder.rmdir()
     wide(folder, "blocks.1.hook_resid_pre")
     sae_lens_of_ours.load_release.cache_clear()
-    common = {"run": run, "model": "gpt2", "sae": "made-up-res/plain"}
+    common: dict[str, Any] = {"run": run, "model": "gpt2", "sae": "made-up-res/plain"}
     measured = sae_evaluate(SaeEvaluateConfig(**common, tokens=200, steered=0, quiet=True))
     done = harvest(HarvestConfig(**common, tokens=400, pilot_tokens=64, device="cpu", quiet=True))
     assert done.path.name == "gpt2+made-up-res-plain"

@@ -1,6 +1,7 @@
 """Names of TransformerLens and of modules, as sites: the tensor is the one that TransformerLens captures."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ from cratelm.models.hook_names import hooks_of_families, path_in_family, path_of
 from cratelm.models.sites import hooked
 
 IDS = torch.randint(0, 101, (2, 7), generator=torch.Generator().manual_seed(0))
-_SMALL = {"vocab_size": 101, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}  # fmt: skip
-_GATED = {**_SMALL, "intermediate_size": 40, "num_key_value_heads": 1, "head_dim": 8}
-_SIZES = {"GPT2": {"vocab_size": 101, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}, "GPTNeoX": {**_SMALL, "intermediate_size": 40}, "Phi": {**_SMALL, "intermediate_size": 40}}  # fmt: skip
+_SMALL: dict[str, Any] = {"vocab_size": 101, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+_GATED: dict[str, Any] = {
+    **_SMALL,
+    "intermediate_size": 40,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+_SIZES: dict[str, dict[str, Any]] = {"GPT2": {"vocab_size": 101, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}, "GPTNeoX": {**_SMALL, "intermediate_size": 40}, "Phi": {**_SMALL, "intermediate_size": 40}}  # fmt: skip
 _SIZES |= {"GPTJ": {**_SIZES["GPT2"], "rotary_dim": 4}}
 FAMILIES = ["GPT2", "GPTNeoX", "GPTNeoX sequential", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo2", "Phi", "GPTJ"]  # fmt: skip
 RESIDUAL = ("blocks.{}.hook_resid_pre", "blocks.{}.hook_resid_post", "blocks.{}.hook_attn_out", "blocks.{}.hook_mlp_out", "blocks.{}.attn.hook_z", "blocks.{}.mlp.hook_post", "blocks.{}.ln1.hook_normalized")  # fmt: skip

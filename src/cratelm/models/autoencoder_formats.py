@@ -225,8 +225,8 @@ def _submodule(
         match = _SUBMODULE.fullmatch(name)
         if match is None:
             continue
-        number = match[2] if match[2] is not None else layer
-        if type(layer) is int and int(number) != layer:
+        number = int(match[2]) if match[2] is not None else layer
+        if type(layer) is int and number != layer:
             raise InputError(f"{source} contradicts itself: layer {layer}, and {name}")
         return f"blocks.{number}.{_TENSORS[match[1]]}" if number is not None else ""
     return f"{named}:input" if named and side == "in" else named
@@ -270,7 +270,7 @@ def _renamed(
     return {names.get(k, k): v.T if k in transposed else v for k, v in weights.items()}
 
 
-def _sizes(d_in: Any, d_sae: Any, source: object) -> dict[str, int]:
+def _sizes(d_in: Any, d_sae: Any, source: object) -> dict[str, Any]:
     for size in (d_in, d_sae):
         if type(size) is not int or not 1 <= size <= LARGEST:
             raise InputError(

@@ -199,7 +199,7 @@ def _path(model: nn.Module, pattern: str) -> str:
 
 def _parse(pattern: str) -> tuple[str, Side]:
     path, _, named = pattern.partition(":")
-    sides = [side for side in _SIDES if side == (named or "output")]
+    sides: list[Side] = [side for side in _SIDES if side == (named or "output")]
     if not sides:
         raise InputError(
             f"site {pattern!r} ends in {named!r}: it must end in one of {', '.join(_SIDES)}"

@@ -84,6 +84,20 @@ class SparseAutoencoder(nn.Module):
     `encode` has to be called first, on the same tokens.
     """
 
+    W_enc: torch.Tensor
+    W_dec: torch.Tensor
+    b_dec: torch.Tensor
+    b_enc: torch.Tensor
+    threshold: torch.Tensor
+    b_gate: torch.Tensor
+    b_mag: torch.Tensor
+    r_mag: torch.Tensor
+    W_mag: torch.Tensor
+    """[H, S] W_enc e^r_mag"""
+    norms: torch.Tensor
+    """[S] of the rows of W_dec"""
+    latent_scale: torch.Tensor | None
+
     def __init__(
         self,
         config: SparseAutoencoderConfig,
