@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -111,14 +111,17 @@ def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
+def hooked(model: nn.Module, site: Site | str, on_activation: Hook) -> Iterator[None]:
     """Call `on_activation(place, activations [B, T, H])` in every forward pass while open.
+
+    `site`: a site, or a name for `site_of`.
 
     `place` counts the tensors of the site; it equals the layer number if the site has all layers. If
     `on_activation` returns a tensor, this replaces the activations. For latents, their change is decoded
     and added to the activations, so that what the autoencoder cannot reconstruct stays as it is. Hooks
     are removed even after an error.
     """
+    site = site_of(cast(PreTrainedModel, model), site) if isinstance(site, str) else site
     if site.autoencoders:
         on_activation = _through(site.autoencoders, on_activation)
     handles = []
