@@ -24,7 +24,7 @@ from cratelm.analysis.coding_rate import (
     orthonormal,
 )
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.consistency import HeldOutPass, measure_neurons
+from cratelm.analysis.consistency import HeldOutPass, count_passes, measure_neurons
 from cratelm.analysis.dictionary import Coherence
 from cratelm.analysis.groups import NONE, NeuronGroups, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, TextSums, sum_over_text
@@ -105,7 +105,7 @@ def _analyze(config: AnalyzeConfig, ranks: Ranks) -> AnalyzeResult:
         inputs["explanations"] = explained.require("explain")
     if not ranks.by_first(lambda: stage.is_finished(config, inputs, force=config.force)):
         explanations = _explanations(run, config, is_explained)
-        opened = open_harvested(run, config.model, config.device)
+        opened = open_harvested(run, config.model, config)
         with ranks.write(stage, config, inputs) as draft:
             _measure(config, opened, explanations, draft, ranks)
     return stage.result(AnalyzeResult, path=stage.path, model=config.model)
@@ -153,7 +153,11 @@ def _measure(
         folder = Run(config.run).stage("explanations", config.model).path
         concepts = concept_reader(folder, opened.store.token_strings)
     quiet = config.quiet or not ranks.is_first
-    with tqdm(desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
+    held_out = HeldOutPass(model, site, plan, config.batch_tokens, concepts)
+    memory_bytes = config.memory_mib * 2**20
+    passes = 1 + count_passes(held_out, explanations, memory_bytes, ranks.share)
+    total = tokens * passes  # each pass with what is computed from it: the estimate counts both
+    with tqdm(total=total, desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
         sums = sum_over_text(
             model,
             site,
@@ -165,10 +169,10 @@ def _measure(
         )
         coverages = list(
             measure_neurons(
-                HeldOutPass(model, site, plan, config.batch_tokens, concepts),
+                held_out,
                 explanations,
                 _fit_maximum(opened.folder),
-                memory_bytes=config.memory_mib * 2**20,
+                memory_bytes=memory_bytes,
                 seed=config.seed,
                 progress=bar.update,
                 work=ranks.share,
