@@ -1503,6 +1503,7 @@ def export_model(
     run: str | Path = Path("runs/default"),
     path: str | Path | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
+    trust_remote_code: bool = False,
     push: str = "",
     force: bool = False,
 ) -> "ExportModelResult":
@@ -1515,6 +1516,9 @@ def export_model(
         run: run directory with `--model`
         path: a model folder to export instead of `--model` of `--run`
         dtype: precision of the weights; default: unchanged
+        trust_remote_code: with --path: run the Python code that comes with a model that
+            transformers itself does not have. Without this option such a model is refused with the
+            names of the files and the class
         push: OWNER/REPO on the Hub to which the folder is also uploaded; a repository that does not
             exist is created as a private one
         force: replace the folder `--out` if an earlier import or export wrote it

@@ -313,7 +313,7 @@ def write_split(
     if folder is None:
         return
     of_site = asdict(replace(site, autoencoders=()))
-    del of_site["autoencoders"]
+    del of_site["autoencoders"], of_site["is_flat"]
     write_json(folder / "sites.json", {**of_site, "layers": site.layer_numbers})
     with (
         pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARIES.schema) as summaries,

@@ -24,7 +24,7 @@ from cratelm.analysis.coding_rate import (
     orthonormal,
 )
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.consistency import HeldOutPass, count_passes, measure_neurons
+from cratelm.analysis.consistency import HeldOutPass, measure_neurons
 from cratelm.analysis.dictionary import Coherence
 from cratelm.analysis.groups import NONE, NeuronGroups, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, TextSums, sum_over_text
@@ -154,10 +154,7 @@ def _measure(
         concepts = concept_reader(folder, opened.store.token_strings)
     quiet = config.quiet or not ranks.is_first
     held_out = HeldOutPass(model, site, plan, config.batch_tokens, concepts)
-    memory_bytes = config.memory_mib * 2**20
-    passes = 1 + count_passes(held_out, explanations, memory_bytes, ranks.share)
-    total = tokens * passes  # each pass with what is computed from it: the estimate counts both
-    with tqdm(total=total, desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
+    with tqdm(total=tokens, desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
         sums = sum_over_text(
             model,
             site,
@@ -167,18 +164,24 @@ def _measure(
             progress=bar.update,
             share=ranks.share,
         )
+    with tqdm(
+        total=-(-len(explanations) // ranks.share.of),
+        desc="explanations",
+        unit="neuron",
+        disable=quiet,
+    ) as bar:
         coverages = list(
             measure_neurons(
                 held_out,
                 explanations,
                 _fit_maximum(opened.folder),
-                memory_bytes=memory_bytes,
+                memory_bytes=config.memory_mib * 2**20,
                 seed=config.seed,
                 progress=bar.update,
                 work=ranks.share,
             )
         )
-    measured = _Measured(*_figures(config, opened, sums), coverages)
+    measured = _Measured(*_figures(config, opened, sums, quiet), coverages)
     everyone = list(ranks.collected(measured))
     if draft is None:
         return
@@ -225,13 +228,14 @@ def _fit_maximum(folder: Path) -> dict[NeuronKey, float]:
 
 
 def _figures(
-    config: AnalyzeConfig, opened: HarvestContext, text: TextSums
+    config: AnalyzeConfig, opened: HarvestContext, text: TextSums, quiet: bool
 ) -> tuple[list[LayerFigure], list[NeuronFacts]]:
     """Return the figures of all layers, and the facts about each neuron."""
     figures: list[LayerFigure] = []
     neurons: list[NeuronFacts] = []
     model, site = opened.subject.model, opened.site
-    for layer, sums in sorted(text.layers.items()):
+    layers = tqdm(sorted(text.layers.items()), desc="layers", unit="layer", disable=quiet)
+    for layer, sums in layers:
         of_layer: Figures = dict(sums.estimates())
         bases, atoms = bases_of(model, layer), atoms_of(model, site, layer)
         of_layer |= _rates(sums, text.group_tokens, bases)

@@ -77,6 +77,8 @@ class Site:
     """[L] numbers of the layers in the model; empty: 0, 1, 2 ..."""
     autoencoders: tuple[Autoencoder, ...] = field(default=(), repr=False, compare=False)
     """[L] the autoencoders whose latents are the neurons; empty: the activations are"""
+    is_flat: bool = False
+    """whether the tensor is [B * T, H] in the model, as in OPT; hooks are called with [B, T, H] all the same"""
 
     @property
     def n_layers(self) -> int:
@@ -123,8 +125,8 @@ class Site:
 def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, ...] = ()) -> Site:
     """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
 
-    `layers` are numbers of the model's layers; empty: all that have the site. Runs the model once on one token to
-    determine H. Raises `InputError` if no module has that name, if its tensor is not [B, T, H], or if a layer
+    `layers` are numbers of the model's layers; empty: all that have the site. Runs the model once on a few tokens
+    to determine H. Raises `InputError` if no module has that name, if its tensor is not [B, T, H], or if a layer
     lacks the site.
     """
     candidates = _DEFAULTS if name is None else (name,)
@@ -133,12 +135,7 @@ def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, 
             path, side = _parse(pattern)
             numbered = _expand(model, path)
             if numbered:
-                numbers, paths = zip(*numbered, strict=True)
-                every = numbers == tuple(range(len(numbers)))
-                site = Site(
-                    candidate, paths, side, _widths(model, paths, side), () if every else numbers
-                )
-                return site.only(layers)
+                return _measured(model, candidate, numbered, side).only(layers)
     fused = _fused_experts(model)
     if fused and (name is None or name in _NAMED):
         raise InputError(
@@ -200,6 +197,10 @@ def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
     if site.autoencoders:
         on_activation = _through(site.autoencoders, on_activation)
     handles = []
+    if site.is_flat:
+        on_activation, follow = _unflattened(on_activation, site)
+        base = getattr(model, "base_model", model)
+        handles.append(base.register_forward_pre_hook(follow, with_kwargs=True))
     try:
         for layer, path in enumerate(site.paths):
             module = model.get_submodule(path)
@@ -226,6 +227,27 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
 
     return on_activation
+
+
+def _unflattened(on_activation: Hook, site: Site) -> tuple[Hook, Callable[..., None]]:
+    """Return a hook for activations [B * T, H], and one for the model's inputs, which tell it B and T."""
+    shape = torch.Size([0, 0])
+
+    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal shape
+        inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        shape = next(x.shape[:2] for x in inputs if isinstance(x, torch.Tensor))
+
+    def on_flat(place: int, activations: torch.Tensor) -> torch.Tensor | None:
+        if len(activations) != shape.numel():
+            raise InputError(
+                f"site {site.name} has {len(activations)} vectors for {shape.numel()} tokens: name a module that"
+                " returns one vector per token"
+            )
+        changed = on_activation(place, activations.unflatten(0, shape))
+        return None if changed is None else changed.flatten(0, 1)
+
+    return on_flat, follow
 
 
 def _output_hook(layer: int, on_activation: Hook):
@@ -288,23 +310,36 @@ def _expand(model: nn.Module, path: str) -> list[tuple[int, str]]:
     return sorted(numbered)
 
 
-def _widths(model: PreTrainedModel, paths: tuple[str, ...], side: Side) -> tuple[int, ...]:
-    site = Site("", paths, side, ())
+def _measured(
+    model: PreTrainedModel, name: str, numbered: list[tuple[int, str]], side: Side
+) -> Site:
+    """Return the site of these layers and modules, with the widths and shape that they have on a few tokens."""
+    numbers, paths = zip(*numbered, strict=True)
+    every = numbers == tuple(range(len(numbers)))
+    site = Site(name, paths, side, (), () if every else numbers)
     device = next(model.parameters()).device
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    tensors = capture(model, site, token)
+    # More than one token, so that a vector for some of the tokens is not taken for one per token.
+    tokens = torch.arange(_TRIAL[0] * _TRIAL[1], device=device).view(_TRIAL)
+    tensors = capture(model, site, tokens % model.config.get_text_config().vocab_size)
     if len(tensors) < len(paths):
         raise InputError(
-            f"{len(paths) - len(tensors)} of {len(paths)} modules of site {paths[0]!r} did not run on one token, such"
-            " as experts that it is not sent to: name a module that runs on every token"
+            f"{len(paths) - len(tensors)} of {len(paths)} modules of site {paths[0]!r} did not run on a few tokens, such"
+            " as experts that these are not sent to: name a module that runs on every token"
         )
-    if len(tensors) != len(paths) or any(t.dim() != 3 for t in tensors):
-        shapes = sorted({tuple(t.shape) for t in tensors})
+    shapes = sorted({tuple(t.shape[:-1]) for t in tensors})
+    flat = (_TRIAL[0] * _TRIAL[1],)
+    if len(tensors) != len(paths) or shapes not in ([_TRIAL], [flat]):
+        found = sorted({tuple(t.shape) for t in tensors})
         raise InputError(
-            f"site {paths[0]!r} has shapes {shapes} on one token and not [1, 1, neurons]:"
+            f"site {paths[0]!r} has shapes {found} on tokens {list(_TRIAL)} and not {[*_TRIAL, 'neurons']}:"
             " name a module that returns one vector per token"
         )
-    return tuple(t.shape[-1] for t in tensors)
+    widths = tuple(t.shape[-1] for t in tensors)
+    return replace(site, n_neurons=widths, is_flat=shapes == [flat])
+
+
+_TRIAL = (2, 3)
+"""sequences and tokens of the pass that determines the shape of a site"""
 
 
 def _example(model: nn.Module) -> str:

@@ -147,7 +147,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
         verify_folder(path)
     with _loading(path):
-        model = from_pretrained(path, **kwargs)
+        model = from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     if isinstance(model, GPT2LMHeadModel):
         as_twin(model)
     return model.eval()
@@ -158,7 +158,7 @@ def hub_commit(name: str, revision: str | None = None) -> str:
 
     Without a network, it is the commit in the local cache. Raises `InputError` as `load` does.
     """
-    with _loading(name):
+    with _loading(f"{name}@{revision}" if revision else name):
         return commit_of(name, revision)
 
 

@@ -58,7 +58,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(path) / kwargs.get("subfolder", "")
-    trusted = bool(kwargs.pop("trust_remote_code", False))
+    trusted = kwargs.pop("trust_remote_code", None)
     if not kwargs.get("gguf_file"):
         check_folder(folder)
         at = folder if folder.is_dir() else path

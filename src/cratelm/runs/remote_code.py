@@ -70,20 +70,22 @@ def remote_code_of(
 
 
 def options_for(
-    location: str | Path, revision: str | None = None, *, trusted: bool, **hub: Any
+    location: str | Path, revision: str | None = None, *, trusted: bool | None, **hub: Any
 ) -> dict[str, Any]:
     """Return arguments of `from_pretrained` that run the code of a model; none if it needs no code.
 
     The code that will run is printed on stderr. Raises `InputError`, which says what would be run, if it is not
-    `trusted`.
+    `trusted`; None: the caller has no option for it.
     """
     code = remote_code_of(location, revision, **hub)
     if code is None:
         return {}
     if not trusted:
+        advice = "read the code, then add --trust-remote-code"
+        if trusted is None:
+            advice = "let a server run it, and name it as openai:MODEL"
         raise InputError(
-            f"{location} is no model that transformers has: opening it runs {code} on this machine: read the code,"
-            " then add --trust-remote-code"
+            f"{location} is no model that transformers has: opening it runs {code} on this machine: {advice}"
         )
     print(f"note: {location}: runs {code}", file=sys.stderr, flush=True)
     pinned = {} if code.revision is None else {"code_revision": code.revision}
