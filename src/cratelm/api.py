@@ -127,6 +127,7 @@ def tokenize(
     text_field: str = "text",
     subset_field: str = "meta.pile_set_name",
     tokenizer: str = "train",
+    revision: str | None = None,
     vocab_size: int = 4096,
     sample_megabytes: float = 64.0,
     fit: float = 0.05,
@@ -149,11 +150,16 @@ def tokenize(
             .md .rst .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of
             such files, or `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the
             extra `hub`)
-        text_field: field of a row that holds the text
+        text_field: field of a row that holds the text. A row without it that has `messages` (a list
+            of role and content) is a chat
         subset_field: field of a row that names its part of the corpus, stored with the document; a
             dot selects a nested field; rows may lack it
         tokenizer: `train` (byte-level BPE, trained on documents of the train split only), `gpt2`
-            (fetched through tiktoken, else from the Hub), or the path of a tokenizer.json
+            (fetched through tiktoken, else from the Hub), the path of a tokenizer.json, or a
+            model's folder or Hub id (OWNER/NAME), whose chat template then also writes rows with
+            `messages`
+        revision: for a tokenizer of the Hub: branch, tag or commit; the commit is recorded.
+            Default: the newest
         vocab_size: size of a trained vocabulary, including `<|endoftext|>`; other tokenizers have
             their own size
         sample_megabytes: megabytes (10^6 bytes) of text, from the start of the train split, to

@@ -15,7 +15,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError, missing_extra, one_line
-from cratelm.models.sites import Site, site_of
+from cratelm.models.sites import Site, layers_in_words, site_of
 from cratelm.runs.arguments import LARGEST
 from cratelm.runs.pretrained import json_object, safetensors_shapes
 from cratelm.runs.reading import verified
@@ -139,9 +139,9 @@ def _site_name(sae: Any) -> str | None:
 
 def _check(layer: int, sae: Any, below: Site, folder: Path) -> None:
     if layer not in below.layer_numbers:
-        numbers = ", ".join(map(str, below.layer_numbers))
+        numbers = layers_in_words(below.layer_numbers)
         raise InputError(
-            f"{folder} is of layer {layer}, but site {below.name} of this model has the layers {numbers}:"
+            f"{folder} is of layer {layer}, but site {below.name} of this model has layers {numbers}:"
             " is it an autoencoder of another model?"
         )
     width = below.n_neurons[below.place(layer)]

@@ -94,7 +94,7 @@ class Site:
         """Return the index [L] of the layer with this number. Raises `InputError` if the site lacks it."""
         if layer not in self.layer_numbers:
             raise InputError(
-                f"layer {layer} does not exist: site {self.name} has the layers {_in_words(self.layer_numbers)}"
+                f"layer {layer} does not exist: site {self.name} has the layers {layers_in_words(self.layer_numbers)}"
             )
         return self.layer_numbers.index(layer)
 
@@ -108,7 +108,7 @@ class Site:
         missing = set(layers) - set(self.layer_numbers)
         if missing:
             raise InputError(
-                f"--layers names {min(missing)}, but site {self.name} has layers {_in_words(self.layer_numbers)}"
+                f"--layers names {min(missing)}, but site {self.name} has layers {layers_in_words(self.layer_numbers)}"
             )
         places = [self.place(layer) for layer in sorted(layers)]
         of_places = (  # of what has a value per layer
@@ -156,16 +156,14 @@ def partial_note(model: nn.Module, site: Site) -> str:
     total = len(list(model.get_submodule(match[1]).children())) if match else site.n_layers
     if site.n_layers == total:
         return ""
-    return (
-        f"site {site.name} is in {site.n_layers} of {total} layers: {_in_words(site.layer_numbers)}"
-    )
+    return f"site {site.name} is in {site.n_layers} of {total} layers: {layers_in_words(site.layer_numbers)}"
 
 
 _BLOCK = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
 """path of the list of blocks, and number of the block"""
 
 
-def _in_words(numbers: tuple[int, ...]) -> str:
+def layers_in_words(numbers: tuple[int, ...]) -> str:
     """Return ascending numbers with runs shortened, such as `0, 2 to 5`."""
     runs: list[list[int]] = []
     for number in numbers:
