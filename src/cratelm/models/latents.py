@@ -21,7 +21,7 @@ from cratelm.models.autoencoder_files import (
 )
 from cratelm.models.hook_names import path_of
 from cratelm.models.sae_lens import load_release, release_identity
-from cratelm.models.sites import Site, site_of
+from cratelm.models.sites import Site, layers_in_words, site_of
 from cratelm.models.sparse_autoencoder import SparseAutoencoder
 from cratelm.runs import Completion, Run
 from cratelm.runs.names import autoencoder_name, set_name
@@ -97,12 +97,10 @@ def latents_of(
     below = site_of(model, names.pop())
     _check(by_layer, below)
     layers = sorted(by_layer)
-    at = [below.layer_numbers.index(layer) for layer in layers]
     saes = tuple(by_layer[layer][1].to(model.device) for layer in layers)
     return replace(
-        below,
+        below.only(tuple(layers)),
         name="latents",
-        paths=tuple(below.paths[place] for place in at),
         n_neurons=tuple(sae.config.d_sae for sae in saes),
         layers=tuple(layers),
         autoencoders=saes,
@@ -164,12 +162,12 @@ def _place(
 def _check(by_layer: dict[int, tuple[str, SparseAutoencoder]], below: Site) -> None:
     for layer, (label, sae) in by_layer.items():
         if layer not in below.layer_numbers:
-            numbers = below.layer_numbers
+            numbers = layers_in_words(below.layer_numbers)
             raise InputError(
-                f"{label} is of layer {layer}, but the model has layers {numbers[0]} to {numbers[-1]}: is it an"
+                f"{label} is of layer {layer}, but site {below.name} of this model has layers {numbers}: is it an"
                 " autoencoder of another model?"
             )
-        width = below.n_neurons[below.layer_numbers.index(layer)]
+        width = below.n_neurons[below.place(layer)]
         if sae.config.d_in != width:
             raise InputError(
                 f"{label} reads {sae.config.d_in} activations, but site {below.name} of this model has {width}: is it"
