@@ -187,3 +187,16 @@ def test_names_without_a_model():
     assert path_in_family("hook_mlp_out", is_crate=False) == "transformer.h.*.mlp"
     assert path_in_family("mlp.hook_pre", is_crate=True) is None
     assert {"hook_resid_mid", "mlp.hook_post"} <= set(hooks_of_families())
+
+
+def test_a_model_that_also_reads_images():
+    """Its language model lies deeper; names from the base model on still find it."""
+    text = {**_GATED, "hidden_size": 16}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    expected = ("model.language_model.layers.*", 1)
+    for name in ("blocks.1.hook_resid_post", "layers.1", "model.language_model.layers.1"):
+        assert path_of(model, name) == expected
+    site = site_of(model, "blocks.*.hook_mlp_out")
+    assert site.paths[1] == "model.language_model.layers.1.post_feedforward_layernorm"

@@ -24,11 +24,10 @@ def import_sae_lens() -> Any:
     return sae_lens
 
 
-@functools.lru_cache(
-    maxsize=2
-)  # a stage asks for the identity first, and for the autoencoder later
+# A stage asks for the identity first, and for the autoencoder later.
+@functools.lru_cache(maxsize=2)
 def load_release(name: str) -> SparseAutoencoder:
-    """Return the autoencoder that SAELens' registry calls `name`, RELEASE/ID, on the CPU.
+    """Return the autoencoder that SAELens' registry calls `name`, RELEASE/ID; the same object each time.
 
     For a release that is not registered, `name` is OWNER/REPOSITORY/FOLDER of the Hub, in SAELens' format. Files come
     from the Hub, or from its cache on this machine. Raises `InputError` for a name that the registry does not have, an
@@ -38,9 +37,7 @@ def load_release(name: str) -> SparseAutoencoder:
     release, identifier = _split(name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about scales and kwargs, which `from_sae_lens` reads itself
+            warnings.simplefilter("ignore")  # what they are about, `from_sae_lens` reads itself
             sae = lens.SAE.from_pretrained(release, identifier, device="cpu", dtype="float32")
     except Exception as error:  # SAELens, its parts and the network share no base exception
         raise InputError(
@@ -56,7 +53,7 @@ def release_identity(name: str) -> str:
     digest = hashlib.sha256(json.dumps(repr(sae.config)).encode())
     for key, tensor in sorted(sae.state_dict().items()):
         digest.update(key.encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.cpu().numpy().tobytes())
     return f"release:{name}@{digest.hexdigest()}"
 
 
