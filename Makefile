@@ -27,7 +27,7 @@ test-browser: $(DEVELOPED)  ## the neuron browser in chromium, which it installs
 test-older: $(DEVELOPED)  ## exported folders in the oldest transformers that tools of the field install
 	@test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
 	$(OLDER)/bin/pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	$(OLDER)/bin/pip install --quiet --disable-pip-version-check transformers==4.56.2 sae-dashboard==0.8.0 'pyarrow<22'
+	$(OLDER)/bin/pip install --quiet --disable-pip-version-check transformers==4.56.2 sae-dashboard==0.8.0 'pyarrow<21'
 	OMP_NUM_THREADS=1 OLDER_PYTHON=$(OLDER)/bin/python $(BIN)/pytest -n 0 tests/test_older_transformers.py
 
 wheel-test: $(INSTALLED)  ## the wheel in an empty environment, without the repository
