@@ -565,7 +565,9 @@ def test_the_site_by_hand(tmp_path):
     with pytest.raises(InputError, match=r"reads 16 activations, but site transformer\.h\.\*\.mlp\.c_fc of this model has 64"):  # fmt: skip
         latents_of(tiny(), wide)
     deep = hooked_folder(tmp_path / "deep", "blocks.7.hook_resid_pre")
-    with pytest.raises(InputError, match=r"is of layer 7, but site .* of this model has layers 0 to 1"):
+    with pytest.raises(
+        InputError, match=r"is of layer 7, but site .* of this model has layers 0 to 1"
+    ):
         latents_of(tiny(), deep)
     for name in ("a", "b"):
         hooked_folder(tmp_path / "twice" / name, "blocks.1.hook_resid_pre")

@@ -11,6 +11,7 @@ from typing import Any
 from cratelm.errors import InputError, missing_extra, one_line
 from cratelm.models.autoencoder_formats import from_sae_lens
 from cratelm.models.sparse_autoencoder import SparseAutoencoder
+from cratelm.runs.hub import quiet_hub
 
 
 def import_sae_lens() -> Any:
@@ -36,7 +37,7 @@ def load_release(name: str) -> SparseAutoencoder:
     lens = import_sae_lens()
     release, identifier = _split(name)
     try:
-        with warnings.catch_warnings():
+        with quiet_hub(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they are about, `from_sae_lens` reads itself
             sae = lens.SAE.from_pretrained(release, identifier, device="cpu", dtype="float32")
     except Exception as error:  # SAELens, its parts and the network share no base exception

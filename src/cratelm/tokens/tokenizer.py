@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 
 from cratelm.errors import InputError
 from cratelm.runs import write_json
+from cratelm.runs.hub import quiet_hub
 from cratelm.runs.pretrained import json_object
 
 if TYPE_CHECKING:
@@ -251,14 +252,8 @@ def _fetch_tiktoken() -> Tokenizer:
 
 
 def _fetch_hub() -> Tokenizer:
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # without a network it prints six lines about retries
-    try:
+    with quiet_hub():
         return Tokenizer.from_pretrained("openai-community/gpt2")
-    finally:
-        logging.set_verbosity(before)
 
 
 def without_limits(tokenizer: Tokenizer) -> Tokenizer:
