@@ -61,8 +61,8 @@ def from_sae_lens(
     if architecture not in _ACTIVATIONS:
         raise _unsupported(source, "architecture", architecture, ", ".join(_ACTIVATIONS))
     _reject(source, metadata, "hook_head_index", "hook_name_out")
-    hook = str(metadata.get("hook_name") or metadata.get("hook_point") or "")
-    hook = hook or str(metadata.get("hf_hook_name") or "")
+    module = str(metadata.get("hf_hook_name") or "")
+    hook = str(metadata.get("hook_name") or metadata.get("hook_point") or module)
     layer = next(
         (metadata[n] for n in ("layer", "hook_layer", "hook_point_layer") if n in metadata), None
     )
@@ -75,6 +75,7 @@ def from_sae_lens(
         centres=bool(processing.get("center_writing_weights")) and hook.endswith(_WRITES_STREAM),
         decoder_norms="selection" if settings.get("rescale_acts_by_decoder_norm") else "none",
         hook_name=hook,
+        module_name=module,
         site=str(metadata.get("site") or ""),
         layer=layer if type(layer) is int else None,
         model_name=str(metadata.get("model_name") or ""),

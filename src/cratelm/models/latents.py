@@ -147,7 +147,11 @@ def _place(
     try:
         path, layer = path_of(model, config.hook_name)
     except InputError as error:
-        raise InputError(f"{label} reads {error}") from None
+        if config.module_name in ("", config.hook_name):
+            raise InputError(f"{label} reads {error}") from None
+        path, layer = path_of(
+            model, config.module_name
+        )  # of a family without TransformerLens' names
     norm, _, side = path.replace("*", str(layer)).partition(":")
     if side == "normalized" and isinstance(model.get_submodule(norm), nn.LayerNorm):
         print(

@@ -59,6 +59,8 @@ class SparseAutoencoderConfig:
     by them"""
     hook_name: str = ""
     """tensor that it reads, as its file names it; empty: the file does not say"""
+    module_name: str = ""
+    """the same as a module of transformers, where the file also has that"""
     site: str = ""
     """the same as cratelm names it, if cratelm wrote the file"""
     layer: int | None = None
