@@ -192,9 +192,7 @@ class _Found:
 
 def _measure(config: SeedsConfig, models: Sequence[_Seed], folder: Path) -> SeedsSummary:
     opened = models[0].opened
-    split, eot = opened.store.split("held_out"), opened.store.eot_id
-    length = opened.sequence_length
-    plan = SearchPlan.of(split, "held_out", eot, length, config.tokens, config.seed)
+    plan = opened.plan("held_out", config.tokens, config.seed)
     at_once = min(config.batch_tokens, plan.n_tokens())
     check_memory(
         config, {"batch_tokens": 2 * 4 * at_once * sum(opened.site.n_neurons)}, "activations"

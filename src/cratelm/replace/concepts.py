@@ -43,6 +43,7 @@ def fit_features(opened: HarvestContext, library: Library | None = None) -> FitF
         store.token_strings,
         store.split("fit"),
         opened.sequence_length,
+        opened.beginning,
     )
 
 
