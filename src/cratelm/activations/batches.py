@@ -54,6 +54,8 @@ class Batch:
     """[S] one past its last position"""
     document: torch.Tensor
     """[S] ordinal of the document"""
+    is_left_out: torch.Tensor | None = None
+    """[N] bool, which tokens are begin tokens, or first tokens that are left out; None if none is"""
 
     @property
     def n_text(self) -> int:
@@ -236,10 +238,10 @@ class SearchPlan:
     def batch(self, sequences: list[int], device: torch.device) -> Batch:
         """Return the batch of sequences of equal length."""
         rows, positions, segments, spans, documents = [], [], [], [], []
-        offset = 0
+        offset, begin = 0, self.beginning
         for sequence in sequences:
             start, stop = self.bounds(sequence)
-            rows.append(self.beginning.before(self.split.read(start, stop)))
+            rows.append(begin.before(self.split.read(start, stop)))
             n_set = len(rows[-1]) - (stop - start)
             positions.append(np.maximum(np.arange(start - n_set, stop), start))
             offset += n_set
@@ -252,6 +254,12 @@ class SearchPlan:
         segment_of = np.full(len(position), -1, np.int64)
         for index, (low, high) in enumerate(segments):
             segment_of[low:high] = index
+        is_left_out = None if begin.is_plain else np.concatenate([begin.left_out(r) for r in rows])
+        if is_left_out is not None and begin.token is not None:
+            starts = self.split.starts
+            begins_document = starts[np.searchsorted(starts, position)] == position
+            of_documents = (np.concatenate(rows) == begin.token) & begins_document
+            is_left_out |= of_documents & (segment_of < 0)
         key = np.where(segment_of >= 0, sampling_keys(position, self.seed), NEVER)
         span = np.array(spans, np.int64).reshape(-1, 2)
 
@@ -268,6 +276,7 @@ class SearchPlan:
             start=put(span[:, 0]),
             stop=put(span[:, 1]),
             document=put(np.array(documents, np.int64)),
+            is_left_out=None if is_left_out is None else put(is_left_out),
         )
 
 

@@ -4,7 +4,6 @@ Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +33,7 @@ from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_tabl
 from cratelm.activations.topk import slot_bytes
 from cratelm.errors import InputError
 from cratelm.models import Site, site_of
-from cratelm.models.begin import PLAIN_BEGINNING, ChosenBeginning, choose_beginning, is_own
+from cratelm.models.begin import PLAIN_BEGINNING, ChosenBeginning, announce, choose_beginning
 from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, ModelSource, find_model, sequence_length
 from cratelm.models.sites import hooked
@@ -100,8 +99,8 @@ def _harvest(config: HarvestConfig, ranks: Ranks) -> HarvestResult:
     if ranks.by_first(lambda: stage.is_finished(config, sources.inputs, force=config.force)):
         return harvest_result(stage)
     opened = sources.open(config, run)
-    if ranks.is_first and not is_own(opened.loaded):
-        print(f"{harvest_name(config)}: {opened.chosen}", file=sys.stderr, flush=True)
+    if ranks.is_first:
+        announce(opened.chosen, opened.loaded)
     check_harvest_memory(config, opened.store, opened.site, opened.loaded.model.device)
     with ranks.write(stage, config, sources.inputs) as draft:
         _write_splits(config, opened, harvest_name(config), draft, ranks)
@@ -286,7 +285,9 @@ def add_results(
     # For later measurements on the same neurons (`open_harvest`).
     results.update(sequence_length=opened.length, device=config.device)
     begin = opened.chosen.beginning
-    results.update(begin_token=begin.token, skip_first=begin.skip, begin_reason=opened.chosen.reason)
+    results.update(
+        begin_token=begin.token, skip_first=begin.skip, begin_reason=opened.chosen.reason
+    )
 
 
 def sizes_of(config: HarvestConfig) -> ExcerptSizes:

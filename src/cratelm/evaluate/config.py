@@ -6,11 +6,12 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.records import Split
-from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs import at_least, not_in_identity
+from cratelm.tokens.beginning import BeginTokenOption
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Options):
+class EvaluateConfig(BeginTokenOption):
     """Measure models on a run's tokens and on named sets, every token once, and compare them."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -37,7 +38,7 @@ class EvaluateConfig(Options):
     text_field: str | None = None
     """field that holds the text in rows of local files. Default: the set's field on the Hub"""
     sequence_length: int | None = None
-    """tokens per sequence, which limits the context of a token. Default: the model's maximum, but at most
+    """tokens per sequence, with the begin token, which limits the context of a token. Default: the model's maximum, but at most
     2,048; 1,024 if the model states no maximum"""
     stride: int | None = None
     """tokens by which the window moves: each token is still predicted once, from at least
@@ -81,7 +82,7 @@ class EvaluateConfig(Options):
 
 
 @dataclass(frozen=True)
-class PredictConfig(Options):
+class PredictConfig(BeginTokenOption):
     """Show what models predict after each token of the same text, as a page and a figure."""
 
     run: Path = not_in_identity(Path("runs/default"))

@@ -3,6 +3,7 @@
 The rule of `--begin-token auto` and of the default of `--skip-first`, in one place for all verbs.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +30,16 @@ class ChosenBeginning:
     token: str
     """the begin token as text; empty for none"""
 
-    def __str__(self) -> str:
-        begin, skip = self.beginning, self.beginning.skip
-        first = f"begin with {self.token} (id {begin.token})" if begin.extra else "begin without a begin token"
-        count = "no further token is" if not skip else f"the next {skip} are" if begin.extra else f"the first {skip} are"
-        if not begin.extra and not skip:
-            count = "no token is"
-        return f"sequences {first}: {self.reason}; {count} left out (--begin-token, --skip-first)"
+    def in_words(self, *, with_skip: bool = True) -> str:
+        """Return the choice on one line, with or without the first tokens that are left out."""
+        begin = self.beginning
+        token = f"{self.token} (id {begin.token})" if begin.extra else "no begin token"
+        line = f"sequences begin with {token}: {self.reason} (--begin-token)"
+        if not with_skip:
+            return line
+        counted = f"the first {begin.skip}" if begin.skip else "none"
+        further = "further " if begin.extra else ""
+        return f"{line}; of their {further}tokens {counted} are left out (--skip-first)"
 
 
 PLAIN_BEGINNING = ChosenBeginning(PLAIN, "cratelm trains models without one", "")
@@ -66,14 +70,30 @@ def choose_beginning(
             )
     default = 0 if own or token is not None else UNPROTECTED
     beginning = Beginning(token, default if skip_first is None else skip_first)
-    return ChosenBeginning(beginning, reason, _text(token, _encoder(loaded, run)) if token is not None else "")
+    return ChosenBeginning(
+        beginning, reason, _text(token, _encoder(loaded, run)) if token is not None else ""
+    )
 
 
-def beginning_of(
-    loaded: LoadedModel, run: Run, begin_token: str = AUTO, skip_first: int | None = None
+def announce(chosen: ChosenBeginning, loaded: LoadedModel, *, with_skip: bool = True) -> None:
+    """Print how the sequences of a model begin on stderr, unless cratelm trained it: those have no begin token."""
+    if not is_own(loaded) or chosen.beginning != PLAIN:
+        words = chosen.in_words(with_skip=with_skip)
+        print(f"{Path(loaded.name).name}: {words}", file=sys.stderr, flush=True)
+
+
+def announced(
+    loaded: LoadedModel,
+    run: Run,
+    begin_token: str,
+    skip_first: int | None = None,
+    *,
+    with_skip: bool = False,
 ) -> Beginning:
-    """Return what `choose_beginning` chooses, without the reason."""
-    return choose_beginning(loaded, run, begin_token, skip_first).beginning
+    """Return what `choose_beginning` chooses, which is printed."""
+    chosen = choose_beginning(loaded, run, begin_token, skip_first)
+    announce(chosen, loaded, with_skip=with_skip)
+    return chosen.beginning
 
 
 def opening(encoder: Encoder, beginning: Beginning) -> int:

@@ -58,7 +58,7 @@ class FitText:
         """Read the tokens of a plan. Memory: 8 * depth bytes per token."""
         cpu = torch.device("cpu")
         texts = [BatchText.of(batch) for batch in plan.batches(batch_tokens, cpu)]
-        contexts = Contexts.of(np.concatenate([text.contexts(depth) for text in texts]))
+        contexts = Contexts.of(np.concatenate([text.rows(text.contexts(depth)) for text in texts]))
         matched, following = zip(*(successors(text, contexts) for text in texts), strict=True)
         ngrams = NGrams.of(
             contexts, np.concatenate(matched, axis=1), np.concatenate(following), vocabulary
@@ -224,7 +224,7 @@ class Fit:
                         if isinstance(of, CellSums):
                             of.add(left, of_batch)
                         else:
-                            of.add(left, matched)
+                            of.add(of_batch.rows(left), of_batch.rows(matched.T).T)
                 bar.update(batch.input_ids.numel())
 
     def _finished(self, layer: _Layer, key: tuple[Part, ...]) -> list[Predictor]:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.records import Split
-from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs import at_least, not_in_identity
+from cratelm.tokens.beginning import BeginningOptions
 
 
 @dataclass(frozen=True)
-class SaeEvaluateConfig(Options):
+class SaeEvaluateConfig(BeginningOptions):
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations."""
 
     run: Path = not_in_identity(Path("runs/default"))

@@ -7,8 +7,9 @@ from typing import Literal
 
 from cratelm.activations.config import last_name
 from cratelm.errors import InputError
-from cratelm.runs import Options, Settings, at_least, config_dict, not_in_identity, options_of
+from cratelm.runs import Settings, at_least, config_dict, not_in_identity, options_of
 from cratelm.runs.names import check_name, set_name
+from cratelm.tokens.beginning import BeginningOptions
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "gated"]
 ARCHITECTURES: tuple[Architecture, ...] = ("l1", "topk", "batchtopk", "jumprelu", "gated")
@@ -25,7 +26,7 @@ _MOST_TOKENS_UNTIL_DEAD = 10_000_000
 
 
 @dataclass(frozen=True)
-class SaeTrainConfig(Options):
+class SaeTrainConfig(BeginningOptions):
     """Train sparse autoencoders on a site of a model, one per layer, in one pass over train tokens.
 
     After an interruption the same command resumes.

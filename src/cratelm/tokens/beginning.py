@@ -73,6 +73,14 @@ class Beginning:
             return ids
         return np.concatenate([[self.token], ids]).astype(np.int64)
 
+    def without(self, ids: Int64) -> Int64:
+        """Return a text [n] without the begin token that it begins with, if it does."""
+        return ids[1:] if self.is_set(ids) else ids
+
+    def left_out(self, ids: Int64) -> NDArray[np.bool_]:
+        """Return which tokens of a sequence [n] as the model reads it are left out: the first ones, [n]."""
+        return np.arange(len(ids)) < self.skip + int(self.is_set(ids))
+
     def prefix(self, end_id: int) -> tuple[int, ...]:
         """Return what stands before a piece of text that is read by itself, so that all of the piece counts.
 
