@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -30,6 +29,7 @@ from cratelm.activations.store import (
     summaries_path,
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
+from cratelm.activations.top_positions import top_positions
 from cratelm.activations.topk import slot_bytes
 from cratelm.errors import InputError
 from cratelm.models import Site, site_of
@@ -76,8 +76,10 @@ class HarvestResult:
     """id of the token set before every sequence, which counts nowhere; None for none"""
     skip_first: int = 0
     """number of first tokens of every sequence that are left out, without the begin token"""
-    top_positions: dict[str, Any] = field(default_factory=dict)
-    """by split, where in their sequences top excerpts have their peaks: the fields of `TopPositions`"""
+    top_at_first: dict[str, float] = field(default_factory=dict)
+    """fraction of the top excerpts with their peak at the first position of a sequence, by split"""
+    crowded: dict[str, int] = field(default_factory=dict)
+    """number of neurons with half or more of their top excerpts at one position, by split (`TopPositions`)"""
 
 
 def harvest(config: HarvestConfig) -> HarvestResult:
@@ -288,6 +290,11 @@ def add_results(
     results.update(
         begin_token=begin.token, skip_first=begin.skip, begin_reason=opened.chosen.reason
     )
+    if not config.part:
+        top = top_positions(layers, begin.room(opened.length))
+        results.setdefault("top_positions", {})[split] = asdict(top)
+        results.setdefault("top_at_first", {})[split] = top.first_shares[0]
+        results.setdefault("crowded", {})[split] = top.crowded
 
 
 def sizes_of(config: HarvestConfig) -> ExcerptSizes:
