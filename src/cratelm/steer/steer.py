@@ -101,7 +101,8 @@ def steer(config: SteerConfig) -> SteerResult:
     ids = torch.tensor([[start, *encoder.encode(text)]], device=subject.model.device)
     _check_length(ids, subject, config)
     site = open_site(run, subject, config.site, config.sae)
-    edits = [edit.from_position(beginning.extra) for edit in config.edits()]
+    first = beginning.extra if config.positions == "all" else 0
+    edits = [edit.from_position(first) for edit in config.edits()]
     _check_positions(edits[0], ids, config.generate)
     before = next_log_probabilities(subject.model, ids)
     sampling = (config.generate, config.temperature, config.seed)
