@@ -123,7 +123,7 @@ def test_the_choice_is_printed_and_recorded(harvested, capsys):
         assert "begin with <s> (id 1): its tokenizer adds it to every text (--begin-token); of their further tokens none are left out" in told  # fmt: skip
         assert (results["begin_token"], results["skip_first"]) == (1, 0)
     else:
-        assert "begin with no begin token: its tokenizer adds none (--begin-token); of their tokens the first 4 are left out" in told  # fmt: skip
+        assert "have no begin token: its tokenizer adds none (--begin-token); of their tokens the first 4 are left out" in told  # fmt: skip
         assert (results["begin_token"], results["skip_first"]) == (None, 4)
 
 

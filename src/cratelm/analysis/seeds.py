@@ -171,6 +171,7 @@ def _check_sites(models: Sequence[_Seed]) -> None:
         for what, a, b in (
             ("neurons of", first.opened.site.name, other.opened.site.name),
             ("sequences of", first.opened.sequence_length, other.opened.sequence_length),
+            ("sequences that begin as", first.opened.beginning, other.opened.beginning),
         ):
             if a != b:
                 raise InputError(

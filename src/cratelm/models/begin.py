@@ -33,8 +33,8 @@ class ChosenBeginning:
     def in_words(self, *, with_skip: bool = True) -> str:
         """Return the choice on one line, with or without the first tokens that are left out."""
         begin = self.beginning
-        token = f"{self.token} (id {begin.token})" if begin.extra else "no begin token"
-        line = f"sequences begin with {token}: {self.reason} (--begin-token)"
+        how = f"begin with {self.token} (id {begin.token})" if begin.extra else "have no begin token"
+        line = f"sequences {how}: {self.reason} (--begin-token)"
         if not with_skip:
             return line
         counted = f"the first {begin.skip}" if begin.skip else "none"
