@@ -279,6 +279,7 @@ def train(
 
 def evaluate(
     *,
+    begin_token: str = "auto",
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     path: str | None = None,
@@ -299,6 +300,9 @@ def evaluate(
     """Measure models on a run's tokens and on named sets, every token once, and compare them.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         run: run directory: its models, and the tokens of its splits
         model: name of a model in the run
         path: a model folder or Hub id to measure instead of --model
@@ -316,8 +320,9 @@ def evaluate(
             of openwebtext and of the Pile, which are streamed
         text_field: field that holds the text in rows of local files. Default: the set's field on
             the Hub
-        sequence_length: tokens per sequence, which limits the context of a token. Default: the
-            model's maximum, but at most 2,048; 1,024 if the model states no maximum
+        sequence_length: tokens per sequence, with the begin token, which limits the context of a
+            token. Default: the model's maximum, but at most 2,048; 1,024 if the model states no
+            maximum
         stride: tokens by which the window moves: each token is still predicted once, from at least
             sequence_length - stride tokens. Default: sequence_length, no overlap
         batch_size: sequences at a time; fewer if their logits would exceed 1 GiB
@@ -331,6 +336,7 @@ def evaluate(
 
 def predict(
     *,
+    begin_token: str = "auto",
     run: str | Path = Path("runs/default"),
     models: tuple[str, ...] = ("crate-2l", "gpt2-2l"),
     text: str | None = None,
@@ -348,6 +354,9 @@ def predict(
     """Show what models predict after each token of the same text, as a page and a figure.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         run: run directory: its models, and the documents of its splits
         models: names in the run, model folders, Hub ids (OWNER/NAME); each model reads in its own
             tokens
@@ -370,6 +379,8 @@ def predict(
 
 def harvest(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     name: str | None = None,
@@ -394,6 +405,12 @@ def harvest(
     """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         run: run directory
         model: a model of the run by name, or any Hugging Face causal language model by folder or
             Hub id
@@ -405,9 +422,10 @@ def harvest(
         part: harvest only one part of the tokens, such as 2/4 for the second of four, so that
             several machines can share the work; `cratelm merge harvest` then makes the harvest from
             all parts
-        tokens: most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)
-        sequence_length: tokens per sequence. Default: the model's maximum, but at most 2,048; 1,024
-            if the model states no maximum
+        tokens: most tokens to search in each of the splits fit and held_out, to within one sequence
+            (the paper: 8,192,000)
+        sequence_length: tokens per sequence, with the begin token. Default: the model's maximum,
+            but at most 2,048; 1,024 if the model states no maximum
         top: excerpts with the highest activation, one per document
         random: excerpts around random tokens
         per_bin: excerpts from each bin of both binnings
@@ -937,6 +955,7 @@ def seeds(
 
 def steer(
     *,
+    begin_token: str = "auto",
     neurons: tuple[str, ...],
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
@@ -962,6 +981,9 @@ def steer(
     """Edit neurons while a model reads a text, and show how the next token and the continuation change.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         neurons: neurons to edit, as LAYER:INDEX, such as 1:32 0:7
         run: run directory
         model: name of a model in the run
@@ -975,8 +997,9 @@ def steer(
         scale: factor that the activation is multiplied by
         zero: set the activation to 0
         positions: tokens at which neurons are edited: all, last, generated, a span such as 5: or
-            -3:, or numbers such as 2,5. Position 0 is the token that begins every text; negative
-            positions count from the end of the text
+            -3:, or numbers such as 2,5. Position 0 is the token that begins every text; if that is
+            the model's begin token, `all` leaves it as it is. Negative positions count from the end
+            of the text
         text: the text; default: the beginning of a held-out document of the run
         text_file: UTF-8 file with the text
         tokens: tokens of the default text, from the beginning of the held-out document
@@ -1130,6 +1153,8 @@ def intervene(
 
 def sae_train(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     site: str | None = None,
@@ -1164,6 +1189,12 @@ def sae_train(
     After an interruption the same command resumes.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         run: run directory
         model: a model of the run, or a folder or Hub id of a causal language model of transformers
         site: ista, mssa, heads, mlp, or a module path with * for the layer: `model.layers.*` is
@@ -1215,6 +1246,8 @@ def sae_train(
 
 def sae_evaluate(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     sae: str = "",
@@ -1232,6 +1265,12 @@ def sae_evaluate(
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         run: run directory with the tokens, and with the model if it is one of the run
         model: a model of the run, or a folder or Hub id of a causal language model of transformers
         sae: NAME or MODEL@NAME of `cratelm sae train`, or a folder in SAELens' format, or one with

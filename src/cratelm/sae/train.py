@@ -313,6 +313,8 @@ def _write(training: _Training, inputs: dict[str, str]) -> None:
         sae = _fold_scales(config, trainer)
         for key, value in _provenance(config, site, layer, inputs).items():
             sae.cfg.metadata[key] = value
+        if training.activations.beginning.token is not None:
+            sae.cfg.metadata["prepend_bos"] = True
         _, settings = sae.save_inference_model(draft.path / f"layer-{layer}")
         # SAELens writes the keys in the order of a set, which differs between processes
         write_json(settings, json.loads(settings.read_text(encoding="utf-8")))
