@@ -85,7 +85,7 @@ def read_by_models() -> Iterator[list[np.ndarray]]:
             ids = input_ids.detach().cpu().numpy()
             if not (ids.shape[1] == 6 and (ids == ids[0]).all()):
                 seen.append(ids)
-        return forward(self, input_ids, *args, **kwargs)
+        return forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         watched.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]

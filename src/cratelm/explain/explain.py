@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.explain.concepts.files import load_library
-from cratelm.explain.concepts.fit import FitFeatures
+from cratelm.explain.concepts.fit import FitFeatures, fit_features
 from cratelm.explain.concepts.library import Library
 from cratelm.explain.concepts.stored import write_library
 from cratelm.explain.config import ExplainConfig
@@ -213,7 +213,7 @@ def _fit_features(run: Run, config: ExplainConfig, library: Library) -> FitFeatu
     harvest = run.stage("activations", config.model).completion()
     results = harvest.results if harvest else {}
     length, beginning = results.get("sequence_length", 0), Beginning.recorded(results)
-    return FitFeatures(library, store.token_strings, store.split("fit"), length, beginning)
+    return fit_features(library, store, length, beginning)
 
 
 def _token_strings(run: Run) -> list[str]:

@@ -33,7 +33,9 @@ class ChosenBeginning:
     def in_words(self, *, with_skip: bool = True) -> str:
         """Return the choice on one line, with or without the first tokens that are left out."""
         begin = self.beginning
-        how = f"begin with {self.token} (id {begin.token})" if begin.extra else "have no begin token"
+        how = (
+            f"begin with {self.token} (id {begin.token})" if begin.extra else "have no begin token"
+        )
         line = f"sequences {how}: {self.reason} (--begin-token)"
         if not with_skip:
             return line

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from cratelm.records import Split
 from cratelm.runs import at_least, not_in_identity
+from cratelm.runs.model_options import Dtype, ModelOptions, model_option
 from cratelm.tokens.beginning import BeginningOptions
 
 
 @dataclass(frozen=True)
-class SaeEvaluateConfig(BeginningOptions):
+class SaeEvaluateConfig(ModelOptions, BeginningOptions):
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -34,8 +35,8 @@ class SaeEvaluateConfig(BeginningOptions):
     """tokens at which they are steered, a random sample of whole sequences"""
     seed: int = 0
     """seed of the samples of sequences, latents and neurons"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, cuda:1 ...; auto: an accelerator if there is one"""
+    dtype: Dtype = model_option("float32")
+    """precision of the model; auto: that of its files. Autoencoders are in float32"""
     output: Path | None = not_in_identity(None)
     """also write the figures to this JSON file; they are always stored in the run, in
     sae/MODEL@NAME/evaluation.json, or in sae/MODEL@FOLDER.json for autoencoders from a folder elsewhere"""

@@ -89,21 +89,29 @@ class HeldOutText:
         size, begin = max(1, batch_tokens // self.length), self.beginning
         room = begin.room(self.length)
         for low in range(0, len(self.sequences), size):
-            # Sequence i begins at token i * room of the split; its targets are the tokens after its first. A begin
-            # token takes the place before it; a sequence that has one of its own has one token more at its end.
-            first = self.sequences[low : low + size] * room
-            if begin.token is not None:
-                own = self.split.read_at(first) == begin.token
-                own &= first + self.length < self.split.n_tokens
-                first = first - ~own
-            positions = first[:, None] + np.arange(self.length + 1)
-            tokens = self.split.read_at(np.maximum(positions, 0))
-            if begin.token is not None:
-                tokens[:, 0] = begin.token
-            documents = self.split.documents_at(positions[:, 1:].ravel())
-            positions = positions[:, :-1].copy()
-            positions[:, : begin.extra + begin.skip] = -1
-            yield tokens, documents.reshape(positions.shape), positions
+            numbers = self.sequences[low : low + size]
+            # sequence i begins at token i * room of the split; its targets are the tokens after its first
+            positions = numbers[:, None] * room + np.arange(self.length)
+            if begin.token is None:
+                tokens = np.stack([self.split.sequence(i, self.length) for i in numbers])
+            else:
+                tokens, positions = self._begun(positions)
+            documents = self.split.documents_at(positions.ravel() + 1).reshape(positions.shape)
+            if not begin.is_plain:
+                positions[:, : begin.extra + begin.skip] = -1
+            yield tokens, documents, positions
+
+    def _begun(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return tokens [B, T + 1] after the begin token, and the positions [B, T] of all but the last."""
+        # The begin token takes the place before the sequence. One that has a begin token of its own, and is not the
+        # last one of the split, has one token more at its end instead.
+        own = self.split.read_at(positions[:, 0]) == self.beginning.token
+        own &= positions[:, -1] + 1 < self.split.n_tokens
+        positions = positions - ~own[:, None]
+        after = np.concatenate([positions, positions[:, -1:] + 1], axis=1)
+        tokens = self.split.read_at(np.maximum(after, 0))
+        tokens[:, 0] = self.beginning.token
+        return tokens, positions
 
 
 @dataclass(frozen=True)

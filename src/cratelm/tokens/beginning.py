@@ -101,7 +101,7 @@ PLAIN = Beginning()
 class BeginTokenOption(Options):
     """The option of verbs that run a model on text of their own choice."""
 
-    begin_token: str = field(default=AUTO, metadata={"group": "sequences"})
+    begin_token: str = field(default=AUTO, metadata={"group": "model"})
     """token set before every sequence: an id, none, or auto: the begin token that the model was trained with, if
     its tokenizer or its configuration adds one; none for models trained by cratelm"""
 
@@ -117,7 +117,7 @@ class BeginTokenOption(Options):
 class BeginningOptions(BeginTokenOption):
     """The options of verbs that measure activations."""
 
-    skip_first: int | None = field(default=None, metadata={"group": "sequences"})
+    skip_first: int | None = field(default=None, metadata={"group": "model"})
     """number of tokens at the start of every sequence that count in no statistic and no excerpt, without the begin
     token. Default: 0 for models trained by cratelm; for others 0 after a begin token, else 4"""
 
