@@ -285,6 +285,7 @@ def train(
 
 def evaluate(
     *,
+    begin_token: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -307,6 +308,9 @@ def evaluate(
     """Measure models on a run's tokens and on named sets, every token once, and compare them.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -331,8 +335,9 @@ def evaluate(
             of openwebtext and of the Pile, which are streamed
         text_field: field that holds the text in rows of local files. Default: the set's field on
             the Hub
-        sequence_length: tokens per sequence, which limits the context of a token. Default: the
-            model's maximum, but at most 2,048; 1,024 if the model states no maximum
+        sequence_length: tokens per sequence, with the begin token, which limits the context of a
+            token. Default: the model's maximum, but at most 2,048; 1,024 if the model states no
+            maximum
         stride: tokens by which the window moves: each token is still predicted once, from at least
             sequence_length - stride tokens. Default: sequence_length, no overlap
         batch_size: sequences at a time; fewer if their logits would exceed 1 GiB
@@ -344,6 +349,7 @@ def evaluate(
 
 def predict(
     *,
+    begin_token: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -363,6 +369,9 @@ def predict(
     """Show what models predict after each token of the same text, as a page and a figure.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -390,6 +399,8 @@ def predict(
 
 def harvest(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -417,6 +428,12 @@ def harvest(
     """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -437,9 +454,10 @@ def harvest(
         part: harvest only one part of the tokens, such as 2/4 for the second of four, so that
             several machines can share the work; `cratelm merge harvest` then makes the harvest from
             all parts
-        tokens: most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)
-        sequence_length: tokens per sequence. Default: the model's maximum, but at most 2,048; 1,024
-            if the model states no maximum
+        tokens: most tokens to search in each of the splits fit and held_out, to within one sequence
+            (the paper: 8,192,000)
+        sequence_length: tokens per sequence, with the begin token. Default: the model's maximum,
+            but at most 2,048; 1,024 if the model states no maximum
         top: excerpts with the highest activation, one per document
         random: excerpts around random tokens
         per_bin: excerpts from each bin of both binnings
@@ -1020,6 +1038,7 @@ def seeds(
 
 def steer(
     *,
+    begin_token: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -1047,6 +1066,9 @@ def steer(
     """Edit neurons while a model reads a text, and show how the next token and the continuation change.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -1067,8 +1089,9 @@ def steer(
         scale: factor that the activation is multiplied by
         zero: set the activation to 0
         positions: tokens at which neurons are edited: all, last, generated, a span such as 5: or
-            -3:, or numbers such as 2,5. Position 0 is the token that begins every text; negative
-            positions count from the end of the text
+            -3:, or numbers such as 2,5. Position 0 is the token that begins every text; if that is
+            the model's begin token, `all` leaves it as it is. Negative positions count from the end
+            of the text
         text: the text; default: the beginning of a held-out document of the run
         text_file: UTF-8 file with the text
         tokens: tokens of the default text, from the beginning of the held-out document
@@ -1237,6 +1260,8 @@ def intervene(
 
 def sae_train(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -1274,6 +1299,12 @@ def sae_train(
     After an interruption the same command resumes.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -1331,6 +1362,8 @@ def sae_train(
 
 def sae_evaluate(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -1351,6 +1384,12 @@ def sae_evaluate(
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
