@@ -32,6 +32,7 @@ class FakeModel:
     name = "fake"
     window = 256
     parallel = 1
+    thinking_tokens = 0
     reason = ""
     address = ""
 

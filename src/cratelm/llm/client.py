@@ -162,7 +162,8 @@ class Client:
     def _claim_of(self, k: str, request: Request) -> Claim:
         if not (self.budget.max_tokens or self.budget.max_cost):
             return Claim(k)
-        return Claim(k, prompt_tokens(request, self.backend), completion_tokens(request))
+        most = completion_tokens(request, self.backend.thinking_tokens)
+        return Claim(k, prompt_tokens(request, self.backend), most)
 
     def _claim(
         self, claims: Claims, wanted: Sequence[Claim]
@@ -333,7 +334,7 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
         for request in client.missing(list(new.values())):
             calls += 1
             prompt += prompt_tokens(request, client.backend)
-            completion += completion_tokens(request)
+            completion += completion_tokens(request, client.backend.thinking_tokens)
             kinds.add(kind_of(request))
     budget = client.budget
     priced = budget.price_prompt or budget.price_completion

@@ -137,6 +137,8 @@ class FailureKind(StrEnum):
     REFUSED = "refused"
     MALFORMED = "malformed"
     """not in the requested form: no JSON, truncated, the wrong number of values, or values out of range"""
+    CUT = "cut"
+    """the cap on tokens was reached before there was an answer: the model was still thinking"""
     UNREADABLE = "unreadable"
     """log-probabilities that cannot be located: no token begins at a slot, or no option is reported there"""
 
@@ -198,6 +200,11 @@ class Backend(Protocol):
         """Return how many calls the backend has in flight at a time."""
         ...
 
+    @property
+    def thinking_tokens(self) -> int:
+        """Return how many tokens a model may think before an answer, in addition to those of the answer."""
+        ...
+
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         """Yield outcomes with the index of their request, as they arrive, in groups to be stored together.
 
@@ -252,10 +259,11 @@ def prompt_tokens(request: Request, backend: Backend) -> int:
     return backend.count_tokens(request.text)
 
 
-def completion_tokens(request: Request) -> int:
-    """Return the largest number of tokens that the answer can take."""
+def completion_tokens(request: Request, thinking_tokens: int = 0) -> int:
+    """Return the largest number of tokens that the answer can take, and the thoughts before it."""
     if isinstance(request, Chat):
-        return request.max_tokens
+        return request.max_tokens + thinking_tokens
     if isinstance(request, JsonQuery):
-        return 16 + 4 * request.n  # of JSON: a number and its punctuation per value, and the frame
+        # of JSON: a number and its punctuation per value, and the frame
+        return 16 + 4 * request.n + thinking_tokens
     return 1 if isinstance(request, LogprobQuery) else 0

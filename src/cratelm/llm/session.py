@@ -72,6 +72,7 @@ class ReplayBackend:
 
     window = 4096
     parallel = 1
+    thinking_tokens = 0
     address = ""
 
     def __init__(self, label: str, facts: dict[str, Any]):
@@ -121,7 +122,12 @@ def _backend(config: LLMConfig, specification: str) -> Backend:
     if kind == "hf":
         from cratelm.llm.backends.transformers import LocalBackend
 
-        return LocalBackend(name, device=config.device, dtype=config.dtype)
+        return LocalBackend(
+            name,
+            device=config.device,
+            dtype=config.dtype,
+            thinking_tokens=config.thinking_tokens,
+        )
     from cratelm.llm.backends.openai import ServerBackend
 
     return ServerBackend(
@@ -131,4 +137,5 @@ def _backend(config: LLMConfig, specification: str) -> Backend:
         retries=config.retries,
         deadline=config.deadline,
         method=config.method,
+        thinking_tokens=config.thinking_tokens,
     )

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from cratelm.errors import InputError, missing_extra
+from cratelm.llm.backends.openai_parameters import Parameters, refusal_of
 from cratelm.llm.backends.openai_responses import (
     Body,
     UnusableAnswer,
@@ -47,6 +48,7 @@ from cratelm.llm.requests import (
     completion_tokens,
     prompt_tokens,
 )
+from cratelm.llm.thinking import no_answer_before
 
 Method = Literal["auto", "logprobs", "json"]
 T = TypeVar("T")
@@ -103,11 +105,13 @@ class ServerBackend:
         retries: int = 4,
         deadline: float = 120.0,
         method: Method = "auto",
+        thinking_tokens: int = 0,
     ):
         """Check the arguments; nothing is sent.
 
         `base_url` None: OpenAI's API. `concurrency`: calls in flight at a time. `deadline`: seconds
-        that one call may take, including all retries.
+        that one call may take, including all retries. `thinking_tokens`: tokens of thoughts that are allowed
+        in addition to those of an answer.
 
         Raises `InputError` if `openai` is not installed, no key is set for OpenAI, or an argument
         is out of range.
@@ -125,6 +129,7 @@ class ServerBackend:
         self._key = _key(needed=base_url is None)
         self._concurrency, self._retries, self._deadline = concurrency, retries, deadline
         self._method: Method = method
+        self.thinking_tokens = thinking_tokens
         self.name = re.sub(r"[^A-Za-z0-9._-]", "-", _last_part(model)).strip(".-") or "model"
         self.reason = ""
         """why `supports_logprobs` is False with the method `auto`; empty otherwise"""
@@ -134,6 +139,7 @@ class ServerBackend:
         self._logprobs: bool | None = None  # not decided yet
         self._top = TOP_LOGPROBS[0]
         self._takes_schema = True
+        self._parameters = Parameters(self.name)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -313,6 +319,10 @@ class ServerBackend:
             kind, reason = FailureKind.DEADLINE, f"no complete answer in {self._deadline:g} s"
         except UnusableAnswer as error:
             kind, reason = error.kind, error.reason
+            if kind is FailureKind.CUT:
+                cap = completion_tokens(request, self.thinking_tokens)
+                reason = no_answer_before(cap, self.thinking_tokens)
+                used = used[0] or prompt_tokens(request, self), used[1] or cap
         except OpenAIError as error:
             broken = error
         else:
@@ -333,8 +343,11 @@ class ServerBackend:
     def _estimate(self, request: Request, characters: int) -> int:
         """Return an estimate of the completion tokens, for servers that do not report them."""
         if isinstance(request, Chat):
-            return min(request.max_tokens, math.ceil(characters / BYTES_PER_TOKEN))
-        return completion_tokens(request)
+            return min(
+                completion_tokens(request, self.thinking_tokens),
+                math.ceil(characters / BYTES_PER_TOKEN),
+            )
+        return completion_tokens(request, self.thinking_tokens)
 
     async def _body(self, client: Any, request: Request) -> tuple[Body, int]:
         """Return the response's body, and how many tokens it reports per position (0 for other requests)."""
@@ -349,22 +362,32 @@ class ServerBackend:
         return await self._send(
             client.chat.completions.with_streaming_response.create,
             messages=_messages(request),
-            max_tokens=request.max_tokens,
+            max_tokens=completion_tokens(request, self.thinking_tokens),
             temperature=request.temperature,
             seed=request.seed,
         ), 0
 
     async def _send(self, create: Any, **options: Any) -> Body:
-        """Make one call, repeated after transient errors; the caller's deadline includes the pauses."""
+        """Make one call, repeated after transient errors; the caller's deadline includes the pauses.
+
+        It is also repeated without the parameters that the server refuses, if it can do without them.
+        """
+        from openai import BadRequestError, UnprocessableEntityError
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(_is_transient),
-            stop=stop_after_attempt(1 + self._retries),
-            wait=_pause,
-            reraise=True,
-        )
-        return parse_body(await retrying(_content, create, model=self._model, **options))
+        while True:
+            sent = self._parameters.accepted(options)
+            retrying = AsyncRetrying(
+                retry=retry_if_exception(_is_transient),
+                stop=stop_after_attempt(1 + self._retries),
+                wait=_pause,
+                reraise=True,
+            )
+            try:
+                return parse_body(await retrying(_content, create, model=self._model, **sent))
+            except (BadRequestError, UnprocessableEntityError) as error:
+                if not self._parameters.learn(refusal_of(error.body, error.message), sent):
+                    raise
 
     async def _json_values(self, client: Any, request: JsonQuery) -> Body:
         """Request JSON with a schema, or without one if the server refuses it."""
@@ -372,7 +395,7 @@ class ServerBackend:
 
         options = {
             "messages": _messages(request),
-            "max_tokens": completion_tokens(request),
+            "max_tokens": completion_tokens(request, self.thinking_tokens),
             "temperature": 0.0,
             "seed": request.seed,
         }

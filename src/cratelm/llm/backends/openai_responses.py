@@ -33,6 +33,7 @@ from cratelm.llm.requests import (
     Request,
     Value,
 )
+from cratelm.llm.thinking import UnfinishedThoughts, answer_after_thoughts
 
 Body = dict[str, Any]
 _MINUS_INFINITY = -9999.0
@@ -83,10 +84,19 @@ def _unreadable(reason: str) -> UnusableAnswer:
 
 
 def read_usage(body: Body) -> tuple[int | None, int | None]:
-    """Return prompt and completion tokens, None if they are not reported."""
+    """Return prompt and completion tokens, None if they are not reported.
+
+    Tokens of hidden reasoning are completion tokens. Some servers leave them out of `completion_tokens`, but
+    not out of `total_tokens`.
+    """
     usage = body.get("usage")
     counts = usage if isinstance(usage, dict) else {}
-    return _tokens(counts.get("prompt_tokens")), _tokens(counts.get("completion_tokens"))
+    prompt, completion, total = (
+        _tokens(counts.get(name)) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+    )
+    if prompt is not None and completion is not None and total is not None:
+        completion = max(completion, total - prompt)
+    return prompt, completion
 
 
 def _tokens(x: Any) -> int | None:
@@ -107,18 +117,41 @@ def _choice(body: Body) -> Body:
 
 
 def _message_text(body: Body) -> str:
-    """Return the assistant's text."""
-    message = _choice(body).get("message")
+    """Return the assistant's text, without its thoughts."""
+    choice = _choice(body)
+    message, is_cut = choice.get("message"), choice.get("finish_reason") == "length"
     if not isinstance(message, dict):
         raise _malformed("the answer has no message")
     if message.get("refusal"):
         raise UnusableAnswer(FailureKind.REFUSED, f"the model refused: {message['refusal']}")
-    text = message.get("content")
-    if text is None or (isinstance(text, str) and not text.strip()):
+    text = _content(message.get("content"))
+    try:
+        answer = answer_after_thoughts(text)
+    except UnfinishedThoughts:
+        raise _only_thoughts(is_cut) from None
+    if not answer.strip():
+        # thoughts may be in a field of their own, or hidden: then only the reason for the end tells
+        thought = bool(text.strip() or message.get("reasoning_content") or message.get("reasoning"))
+        if is_cut or thought:
+            raise _only_thoughts(is_cut)
         raise UnusableAnswer(FailureKind.EMPTY, "the answer is empty")
-    if not isinstance(text, str):
+    return answer.encode(errors="replace").decode()  # an unpaired surrogate cannot be encoded
+
+
+def _content(content: Any) -> str:
+    """Return the text of a message's content, which may be a list of parts; parts of thoughts are left out."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str | None):
         raise _malformed("the answer is not text")
-    return text.encode(errors="replace").decode()  # an unpaired surrogate cannot be encoded
+    return content or ""
+
+
+def _only_thoughts(is_cut: bool) -> UnusableAnswer:
+    if is_cut:
+        return UnusableAnswer(FailureKind.CUT, "no answer before the cap on tokens")
+    return UnusableAnswer(FailureKind.EMPTY, "the model thought and gave no answer")
 
 
 def _read_integers(request: JsonQuery, text: str, choice: Body) -> tuple[int, ...]:
