@@ -1,12 +1,10 @@
 """What newer servers do: refuse parameters, think before they answer, read label probabilities in other ways."""
 
-import re
 from typing import Any
 
-import numpy as np
 import pytest
-from llm_server import MODEL, Call, LLMServer
-from test_llm_server import CHAT, EMBED, FILL, STRINGS, answered, ask, backend, failed, quick
+from llm_server import Call, LLMServer
+from test_llm_server import CHAT, FILL, STRINGS, answered, ask, backend, failed, quick
 
 from cratelm.llm.backends.openai_parameters import Parameters, refusal_of
 from cratelm.llm.client import Client

@@ -191,6 +191,16 @@ class Backend(Protocol):
         ...
 
     @property
+    def way(self) -> str:
+        """Return how a server reports log-probabilities; empty for a local model, or if it does not."""
+        ...
+
+    @property
+    def reads_by_slot(self) -> bool:
+        """Return True if a `LogprobQuery` takes a call for each of its slots, with the text up to it."""
+        ...
+
+    @property
     def window(self) -> int:
         """Return how many requests to pass at a time so that the backend stays busy."""
         ...
@@ -256,14 +266,23 @@ def prompt_tokens(request: Request, backend: Backend) -> int:
     if isinstance(request, Chat | JsonQuery):
         # about 4 tokens a message mark who speaks
         return sum(backend.count_tokens(text) + 4 for _, text in request.messages)
+    if isinstance(request, LogprobQuery) and backend.reads_by_slot:
+        return sum(backend.count_tokens(request.text[:offset]) for offset in request.offsets)
     return backend.count_tokens(request.text)
 
 
-def completion_tokens(request: Request, thinking_tokens: int = 0) -> int:
-    """Return the largest number of tokens that the answer can take, and the thoughts before it."""
+def completion_tokens(
+    request: Request, thinking_tokens: int = 0, *, by_slot: bool = False
+) -> int:
+    """Return the largest number of tokens that the answer can take, and the thoughts before it.
+
+    `by_slot`: a `LogprobQuery` takes a call for each slot.
+    """
     if isinstance(request, Chat):
         return request.max_tokens + thinking_tokens
     if isinstance(request, JsonQuery):
         # of JSON: a number and its punctuation per value, and the frame
         return 16 + 4 * request.n + thinking_tokens
-    return 1 if isinstance(request, LogprobQuery) else 0
+    if isinstance(request, LogprobQuery):
+        return len(request.slots) if by_slot else 1
+    return 0

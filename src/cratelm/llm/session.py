@@ -72,6 +72,7 @@ class ReplayBackend:
 
     window = 4096
     parallel = 1
+    reads_by_slot = False
     thinking_tokens = 0
     address = ""
 
@@ -81,6 +82,7 @@ class ReplayBackend:
         self.identity: dict[str, str] = facts["identity"]
         self.supports_logprobs: bool = facts["reads"]
         self.reason: str = facts["reason"]
+        self.way: str = facts.get("way", "")  # version 0.1.0 has none
 
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         """Raise `InputError`: these answers are not in the ledger."""
@@ -114,6 +116,7 @@ def _facts(backend: Backend) -> dict[str, Any]:
         "identity": backend.identity,
         "reads": backend.supports_logprobs,  # the key of version 0.1.0: old ledgers replay, too
         "reason": backend.reason,
+        "way": backend.way,
     }
 
 

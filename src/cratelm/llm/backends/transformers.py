@@ -76,6 +76,8 @@ class LocalBackend:
 
     supports_logprobs = True
     reason = ""
+    way = ""
+    reads_by_slot = False
     parallel = 1
     address = ""
 
