@@ -1,16 +1,22 @@
 """What newer servers do: refuse parameters, think before they answer, read label probabilities in other ways."""
 
+import json
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
-from llm_server import Call, LLMServer
-from test_llm_server import CHAT, FILL, STRINGS, answered, ask, backend, failed, quick
+from llm_server import Call, LLMServer, likely
+from test_llm_server import CHAT, FILL, READ, STRINGS, answered, ask, backend, failed, quick
 
+from cratelm.errors import InputError
 from cratelm.llm.backends.openai_parameters import Parameters, refusal_of
 from cratelm.llm.client import Client
 from cratelm.llm.config import Budget
 from cratelm.llm.ledger import Ledger
-from cratelm.llm.requests import Chat, FailureKind, JsonQuery, completion_tokens
+from cratelm.llm.probe import ProbeResult, probe_levels
+from cratelm.llm.prompts.neurons import simulate_read
+from cratelm.llm.requests import Chat, FailureKind, JsonQuery, completion_tokens, prompt_tokens
 
 __all__ = ["quick"]
 VALUES = '{"values": [' + ", ".join("1" for _ in STRINGS) + "]}"
@@ -165,8 +171,6 @@ THOUGHTS = "Okay, cats and dogs.\n\nBoth are plural."
 )
 @pytest.mark.parametrize(("request_", "text"), [(CHAT, "plural nouns"), (FILL, VALUES)])
 def test_what_a_model_thinks_is_not_its_answer(message, request_, text):
-    import json
-
     filled = json.loads(json.dumps(message).replace("{}", json.dumps(text)[1:-1]))
     with LLMServer(override=saying(filled)) as server:
         (outcome,) = ask(backend(server), request_)
@@ -191,9 +195,10 @@ def test_thoughts_that_reach_the_cap_are_a_failure_that_is_charged(message, requ
         (outcome,) = ask(backend(server, thinking_tokens=40), request_)
         cap = completion_tokens(request_, 40)
         assert server.calls[0].body["max_tokens"] == cap
-    assert failed(outcome).kind is FailureKind.CUT
-    assert f"cap of {cap} tokens" in outcome.reason
-    assert "--thinking-tokens (now 40)" in outcome.reason
+    failure = failed(outcome)
+    assert failure.kind is FailureKind.CUT
+    assert f"cap of {cap} tokens" in failure.reason
+    assert "--thinking-tokens (now 40)" in failure.reason
     assert (outcome.prompt_tokens, outcome.completion_tokens) == (20, 60)
 
 
@@ -216,8 +221,9 @@ def test_a_model_that_stops_after_its_thoughts_has_not_answered():
     message = {"content": f"<think>{THOUGHTS}</think>\n"}
     with LLMServer(override=saying(message)) as server:
         (outcome,) = ask(backend(server), CHAT)
-    assert failed(outcome).kind is FailureKind.EMPTY
-    assert "thought" in outcome.reason
+    failure = failed(outcome)
+    assert failure.kind is FailureKind.EMPTY
+    assert "thought" in failure.reason
 
 
 def test_a_budget_reserves_the_thoughts(tmp_path):
@@ -228,3 +234,176 @@ def test_a_budget_reserves_the_thoughts(tmp_path):
         with pytest.raises(Exception, match="--max-tokens 500"):
             client.ask([CHAT])
         assert not server.calls
+
+
+# ways to read label probabilities
+
+
+class OtherWays:
+    """Answers as servers that refuse the echo do: by `prompt_logprobs`, llama.cpp's `n_probs`, or the next token.
+
+    The numbers are those that `LLMServer` echoes; `chat_form`: as llama.cpp reports them for completions.
+    """
+
+    def __init__(self, way: str, *, chat_form: bool = False, bos: bool = False, cut: str = ""):
+        self.way, self.chat_form, self.bos, self.cut = way, chat_form, bos, cut
+        self.server: LLMServer
+
+    def __call__(self, call: Call) -> tuple[int, dict[str, Any]] | None:
+        body = call.body
+        if call.path == "/completions" and self.way == "n_probs":
+            top = [
+                {"id": 1, "token": token, "bytes": [], "logprob": value}
+                for token, value in self.next_tokens(body["prompt"], body["n_probs"]).items()
+            ]
+            found = [{"id": 1, "token": "x", "bytes": [], "logprob": -1.0, "top_logprobs": top}]
+            n = self.server.n_tokens(body["prompt"])
+            return 200, {
+                "completion_probabilities": found,
+                "tokens_evaluated": n,
+                "tokens_predicted": 1,
+            }
+        if call.path != "/v1/completions":
+            return None
+        if body.get("echo"):
+            return 501, error("echo is not supported")
+        usage = {"prompt_tokens": self.server.n_tokens(body["prompt"]), "completion_tokens": 1}
+        choice: dict[str, Any] = {"text": "x"}
+        if self.way == "prompt_logprobs" and "prompt_logprobs" in body:
+            choice["prompt_logprobs"] = self.entries(body["prompt"], body["prompt_logprobs"])
+        elif self.way == "next token" and "logprobs" in body:
+            top = self.next_tokens(body["prompt"], body["logprobs"])
+            choice["logprobs"] = {"tokens": ["x"], "top_logprobs": [top]}
+            if self.chat_form:
+                tops = [{"token": token, "logprob": value} for token, value in top.items()]
+                choice["logprobs"] = {"content": [{"token": "x", "top_logprobs": tops}]}
+        return 200, {"choices": [choice], "usage": usage}
+
+    def next_tokens(self, prompt: str, n_top: int) -> dict[str, float]:
+        return dict(list(likely(prompt, n_top, "x").items())[:n_top])
+
+    def entries(self, prompt: str, n_top: int) -> list[Any]:
+        """As vLLM: per token {id: entry}, the prompt's own first, null for the first of all."""
+        told = self.server.echoed(prompt, n_top)
+        tokens, tops = told["tokens"][:-1], told["top_logprobs"][:-1]
+        entries: list[Any] = []
+        for token, top in zip(tokens, tops, strict=True):
+            ordered = {token: (top or {}).get(token, -1.0), **(top or {})}
+            decoded = {t: (t.replace(self.cut, "") if self.cut else t) for t in ordered}
+            entries.append(
+                {
+                    str(i): {"logprob": value, "rank": i + 1, "decoded_token": decoded[t]}
+                    for i, (t, value) in enumerate(ordered.items())
+                }
+            )
+        return [None, *entries] if self.bos else [None, *entries[1:]]
+
+
+def reads_by(way: OtherWays, **options: Any):
+    server = LLMServer(override=way)
+    way.server = server
+    return server, {"method": "auto", "retries": 0, **options}
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        OtherWays("prompt_logprobs"),
+        OtherWays("prompt_logprobs", bos=True),
+        OtherWays("n_probs"),
+        OtherWays("next token"),
+        OtherWays("next token", chat_form=True),
+    ],
+    ids=lambda way: f"{way.way} {way.bos} {way.chat_form}",
+)
+def test_every_way_reads_the_numbers_of_the_echo(way):
+    with LLMServer() as server:
+        (expected,) = ask(backend(server), READ)
+    server, options = reads_by(way)
+    with server:
+        model = backend(server, **options)
+        assert model.supports_logprobs
+        assert (model.way, model.reason) == (way.way, "")
+        (outcome,) = ask(model, READ)
+    found, expected = answered(outcome), answered(expected)
+    reported = np.isfinite(expected.log_probs)
+    if way.way == "n_probs":  # more tokens are reported, and the sum is over all of them
+        assert np.isfinite(found.log_probs).all()
+    else:
+        assert (np.isfinite(found.log_probs) == reported).all()
+    np.testing.assert_allclose(found.log_probs[reported], expected.log_probs[reported], atol=1e-3)
+    np.testing.assert_allclose(found.mass, expected.mass, atol=1e-3)
+    assert (found.ranks[found.ranks < 5] == expected.ranks[found.ranks < 5]).all()
+    prompts = [READ.text[:o] for o in READ.offsets] if model.reads_by_slot else [READ.text]
+    assert outcome.prompt_tokens == sum(map(server.n_tokens, prompts))
+    assert outcome.completion_tokens == len(prompts)
+
+
+def test_a_budget_counts_the_calls_of_each_slot():
+    server, options = reads_by(OtherWays("n_probs"))
+    with server:
+        model = backend(server, **options)
+        whole = prompt_tokens(READ, model)
+        assert model.supports_logprobs
+        assert model.reads_by_slot
+        assert prompt_tokens(READ, model) > 5 * whole
+        assert completion_tokens(READ, by_slot=True) == len(STRINGS)
+
+
+@pytest.mark.parametrize("name", ["prompt_logprobs", "n_probs", "next token"])
+def test_levels_are_probed_in_every_way(name, tmp_path):
+    server, options = reads_by(OtherWays(name))
+    with server, Ledger(tmp_path / "l.sqlite") as ledger:
+        client = Client(backend(server, **options), ledger, Budget())
+        result = probe_levels(client)
+    # "10" is a token of this server's, which is only known if the tokens of the prompt are reported
+    assert (result.supports_logprobs, result.way) == (True, name)
+    assert result.top_level == (10 if name == "prompt_logprobs" else 9)
+    assert result.mass is not None
+    assert result.mass > 0.9
+    assert f"read by {name}" in str(result)
+    record = result.as_dict()
+    assert ProbeResult(supports_logprobs=bool(record.pop("reads")), **record) == result  # type: ignore[arg-type]
+
+
+def test_prompt_logprobs_that_are_not_of_the_text_are_unreadable():
+    """Characters cut over tokens decode to nothing after the first slot: offsets before them are wrong."""
+    server, options = reads_by(OtherWays("prompt_logprobs", cut="é"), method="logprobs")
+    with server:
+        model = backend(server, **options)
+        assert model.supports_logprobs  # the probe has it before its first slot only
+        (outcome,) = ask(model, READ)
+    assert failed(outcome).kind is FailureKind.UNREADABLE
+
+
+@pytest.mark.parametrize("method", ["auto", "logprobs"])
+def test_the_reasons_of_all_ways_are_given(method, tmp_path):
+    server, options = reads_by(OtherWays("none"), method=method)
+    with server, Ledger(tmp_path / "l.sqlite") as ledger:
+        model = backend(server, **options)
+        assert model.supports_logprobs is (method == "logprobs")
+        for way in ("echo", "prompt_logprobs", "n_probs", "next token"):
+            assert f"{way}: " in model.reason
+        assert model.way == ""
+        if method == "logprobs":
+            with pytest.raises(
+                InputError, match=r"echo is not supported.*prompt_logprobs.*--method json"
+            ):
+                probe_levels(Client(model, ledger, Budget()))
+
+
+def test_slots_of_a_server_limit_how_many_texts_are_read_at_a_time():
+    """llama.cpp's server forgets what it computed of a text if others come in between."""
+    way = OtherWays("n_probs")
+    server, options = reads_by(way, concurrency=8)
+    server.delay = 0.005
+    texts = [simulate_read(f"word {n}", np.arange(4), STRINGS, 9) for n in range(6)]
+    with server:
+        model = backend(server, **options)
+        assert model.supports_logprobs
+        server.calls.clear()
+        ask(model, *texts)
+        prompts = [c.body["prompt"] for c in server.calls if c.path == "/completions"]
+    assert len(prompts) == 24
+    owners = [next(i for i, t in enumerate(texts) if t.text.startswith(p)) for p in prompts]
+    assert sum(a != b for a, b in pairwise(owners)) == 5

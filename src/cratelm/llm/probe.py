@@ -89,7 +89,7 @@ def probe_levels(client: Client) -> ProbeResult:
         if not counts:
             why = f" ({backend.reason})" if backend.reason else ""
             raise InputError(
-                f"{backend.name}: the probe call that finds how it tokenises levels failed{why}: type the"
+                f"{backend.name}: the probe calls for the log-probabilities of levels failed{why}: type the"
                 " command again, or request levels as JSON with --method json"
             )
         ledger.remember(label, {"counts": counts})

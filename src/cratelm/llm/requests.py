@@ -271,9 +271,7 @@ def prompt_tokens(request: Request, backend: Backend) -> int:
     return backend.count_tokens(request.text)
 
 
-def completion_tokens(
-    request: Request, thinking_tokens: int = 0, *, by_slot: bool = False
-) -> int:
+def completion_tokens(request: Request, thinking_tokens: int = 0, *, by_slot: bool = False) -> int:
     """Return the largest number of tokens that the answer can take, and the thoughts before it.
 
     `by_slot`: a `LogprobQuery` takes a call for each slot.

@@ -76,6 +76,8 @@ LARGEST_RESPONSE = 64_000_000
 LOST = 8
 """consecutive calls without a connection, each after all retries, after which a server counts as lost"""
 _REASON_CHARACTERS = 200
+_WAY_CHARACTERS = 120
+"""of the reason why one of several ways does not work"""
 _TRANSIENT = (FailureKind.CONNECTION, FailureKind.DEADLINE)
 """failures that say nothing about what a server supports"""
 
@@ -206,7 +208,7 @@ class ServerBackend:
                 )
             reasons.append(f"{self._way}: {outcome.kind}: {outcome.reason}")
         self._way = Way.ECHO
-        self.reason = "; ".join(_shortened(r, _REASON_CHARACTERS // len(ways)) for r in reasons)
+        self.reason = "; ".join(_shortened(reason, _WAY_CHARACTERS) for reason in reasons)
         return False
 
     def _probe(self) -> Outcome:
@@ -239,7 +241,7 @@ class ServerBackend:
 
         Makes one call per option, and up to `PROBE_ATTEMPTS` if it fails. An option that is
         merged with its surroundings counts as one more token, since it is not a single token there. If only the
-        likeliest next tokens are reported, an option that is not among them where it belongs counts as two.
+        likeliest next tokens are reported, a longer option that is not among them counts as two.
         """
         if not self.supports_logprobs or self.reason:
             return []
@@ -265,7 +267,10 @@ class ServerBackend:
         return []
 
     def _counts_by_slot(self, options: Sequence[str]) -> list[int]:
-        """Return 1 for each option that is reported where a text repeats it, and 2 for the others."""
+        """Return 1 for each option that is reported as a next token, and 2 for the others.
+
+        Single characters count as 1 even if too few tokens are reported to hold all of them.
+        """
         lines = [f"{option}\t{option}\n" for option in options]
         starts = [sum(map(len, lines[:i])) + len(option) + 1 for i, option in enumerate(options)]
         query = LogprobQuery("", _PROBE.context, "".join(lines), tuple(starts), tuple(options))
@@ -274,8 +279,11 @@ class ServerBackend:
             if isinstance(outcome, Answer):
                 self.reason = ""
                 log_probs: Any = outcome.value
-                reported = ~np.isneginf(np.diagonal(log_probs.log_probs))
-                return [1 if x else 2 for x in reported]
+                reported = ~np.isneginf(log_probs.log_probs).all(axis=0)  # [O]
+                return [
+                    1 if len(option) == 1 or is_reported else 2
+                    for option, is_reported in zip(options, reported, strict=True)
+                ]
             self.reason = f"{outcome.kind}: {outcome.reason}"
         return []
 
