@@ -331,8 +331,8 @@ def test_every_way_reads_the_numbers_of_the_echo(way):
         assert np.isfinite(found.log_probs).all()
     else:
         assert (np.isfinite(found.log_probs) == reported).all()
-    np.testing.assert_allclose(found.log_probs[reported], expected.log_probs[reported], atol=1e-3)
-    np.testing.assert_allclose(found.mass, expected.mass, atol=1e-3)
+    np.testing.assert_allclose(found.log_probs[reported], expected.log_probs[reported], atol=0.02)
+    np.testing.assert_allclose(found.mass, expected.mass, atol=0.02)
     assert (found.ranks[found.ranks < 5] == expected.ranks[found.ranks < 5]).all()
     prompts = [READ.text[:o] for o in READ.offsets] if model.reads_by_slot else [READ.text]
     assert outcome.prompt_tokens == sum(map(server.n_tokens, prompts))

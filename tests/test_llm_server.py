@@ -751,7 +751,7 @@ def test_auto_decides_nothing_without_an_answer():
         with pytest.raises(InputError, match="did not answer a probe call"):
             _ = backend(server, method="auto", deadline=0.3).supports_logprobs
         assert not backend(server, method="json").supports_logprobs
-        assert backend(server, method="logprobs").supports_logprobs
+        assert backend(server, method="logprobs", deadline=0.3).supports_logprobs
 
 
 @pytest.mark.parametrize("bos", [False, True])

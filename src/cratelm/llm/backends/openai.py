@@ -76,7 +76,7 @@ LARGEST_RESPONSE = 64_000_000
 LOST = 8
 """consecutive calls without a connection, each after all retries, after which a server counts as lost"""
 _REASON_CHARACTERS = 200
-_WAY_CHARACTERS = 120
+_WAY_CHARACTERS = 150
 """of the reason why one of several ways does not work"""
 _TRANSIENT = (FailureKind.CONNECTION, FailureKind.DEADLINE)
 """failures that say nothing about what a server supports"""
@@ -181,8 +181,8 @@ class ServerBackend:
     def supports_logprobs(self) -> bool:
         """Return whether `LogprobQuery` is used; probe calls find in which way, see `way` and `reason`.
 
-        True with the method `logprobs` even if no way works. Raises `InputError` if a probe is inconclusive: no
-        connection, or no answer in time.
+        True with the method `logprobs` even if no way works. Raises `InputError` if with `auto` a probe is
+        inconclusive: no connection, or no answer in time.
         """
         if self._logprobs is None:
             self._logprobs = self._method != "json" and (
@@ -201,7 +201,7 @@ class ServerBackend:
                 outcome = self._probe()
             if isinstance(outcome, Answer):
                 return True
-            if outcome.kind in _TRANSIENT:
+            if outcome.kind in _TRANSIENT and self._method == "auto":
                 raise InputError(
                     f"{self.address} did not answer a probe call ({outcome.kind}: {outcome.reason}):"
                     " type the command again, with a longer --deadline or with --method json"
