@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import planted
@@ -100,13 +101,21 @@ def llama(tmp_path_factory) -> Iterator[str]:
 def transformers_server(local, tmp_path_factory) -> Iterator[tuple[str, str]]:
     require("fastapi", "uvicorn", "openai")
     folder = tmp_path_factory.mktemp("smollm2")
-    local.model.save_pretrained(folder)
+    save(local.model, folder)
     local.tokenizer.save_pretrained(folder)
     port = free_port()
     command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder)]
     command += ["--port", str(port), "--device", "cpu"]
     with serving(command, port, folder / "log") as address:
         yield address, str(folder)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Save a model that was read from a GGUF file, which transformers takes for a quantized one that it cannot save."""
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    copy = type(model)(type(model.config)(**settings))
+    copy.load_state_dict(model.state_dict())
+    copy.save_pretrained(folder)
 
 
 def answers(backend: ServerBackend | LocalBackend, requests: list[Request]) -> list[Answer]:
@@ -119,13 +128,20 @@ def answers(backend: ServerBackend | LocalBackend, requests: list[Request]) -> l
 def explained_and_scored(run: Path, model: str, address: str, **options):
     """Explanations of two planted neurons, and the folder of their scores."""
     planted.run_with_harvest(run, n_neurons=8)
-    ask = {"run": run, "model": "m", "base_url": address, "quiet": True, "name": "server", "deadline": 600.0}
+    ask = {
+        "run": run,
+        "model": "m",
+        "base_url": address,
+        "quiet": True,
+        "name": "server",
+        "deadline": 600.0,
+    }
     explain(
         ExplainConfig(explainer=f"openai:{model}", only=("0:5", "0:6"), evidence=("top",), **ask)
     )
     result = score(
         ScoreConfig(
-            simulator=f"openai:{model}", resamples=50, metrics=("detection",), **ask, **options
+            simulator=f"openai:{model}", resamples=100, metrics=("detection",), **ask, **options
         )
     )
     return read_explanations(run / "explanations/m@server"), result.path

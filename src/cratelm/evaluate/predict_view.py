@@ -20,6 +20,8 @@ from matplotlib.patches import Rectangle
 from cratelm.evaluate.predictions import PredictedText, Prediction
 from cratelm.text.display import laid_out, visible
 
+CONTINUED = "·"
+"""in place of a token that belongs to the character before it"""
 LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.9)
 """lowest probability of each shade from 1 on; below the first a token has no shade"""
 
@@ -43,6 +45,7 @@ def page(text: PredictedText, predictions: Sequence[Prediction]) -> str:
     environment.filters.update(
         visible=visible, laid_out=laid_out, level=level, percent=percent, width=_width
     )
+    environment.globals["continued"] = CONTINUED
     template = resources.files("cratelm.evaluate") / "predict.html.j2"
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         title=f"Next-token predictions of {_listed([p.model for p in predictions])}",
@@ -114,7 +117,7 @@ def _lines(prediction: Prediction) -> list[tuple[int, int, str, int]]:
     lines: list[tuple[int, int, str, int]] = []
     row = column = 0
     for step in prediction.steps:
-        text = visible(step.token)
+        text = visible(step.text) or CONTINUED
         if column and column + len(text) > _COLUMNS:
             row, column = row + 1, 0
         lines.append((row, column, text, level(step.probability)))

@@ -23,6 +23,7 @@ from cratelm.models.sizes import hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.runs.devices import device_of
 from cratelm.runs.reading import verified
+from cratelm.text.units import TokenStrings
 from cratelm.tokens.pieces import PieceEncoder
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
@@ -206,7 +207,7 @@ class Encoder:
         return hashlib.sha256(tokens.encode()).hexdigest()
 
     @cached_property
-    def display(self) -> list[str]:
+    def display(self) -> TokenStrings:
         """Return a display string for each token id."""
         return display_strings(self.tokenizer)
 
