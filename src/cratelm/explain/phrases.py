@@ -30,8 +30,8 @@ from cratelm.explain.lookup import TokenTable
 from cratelm.explain.trie import ROOT, Trie
 from cratelm.records import Excerpt, NeuronRecord
 from cratelm.text.claim import claim
-from cratelm.text.display import visible_folded
-from cratelm.text.units import is_whole, text_of, units_in
+from cratelm.text.display import visible, visible_folded
+from cratelm.text.units import Unit, is_text, is_whole, text_of, units_in
 
 N_NAMED = 5
 """tokens or contexts named in a claim"""
@@ -92,7 +92,8 @@ class Described:
         for excerpt in self.record.excerpts:
             ids = excerpt.token_ids.tolist()
             for unit in units_in(ids, self.token_strings):
-                for token in ids[unit.start : unit.stop] if unit.n_tokens > 1 else ():
+                tokens = ids[unit.start : unit.stop] if is_text(unit, ids, self.token_strings) else []
+                for token in tokens:
                     if not is_whole(token, self.token_strings):
                         counts.setdefault(token, Counter())[unit.text.strip()] += 1
         return {
@@ -121,7 +122,12 @@ class Described:
         for context in named:
             of = self.evidence.contexts[:, : len(context)]
             here |= (of == context[::-1]).all(1) if of.shape[1] == len(context) else False
-        tokens = _tokens([_in_context(c, self.token_strings) for c in named])
+        tokens = _tokens(
+            [
+                _in_context(c, self.token_strings) if len(c) > 1 else self._token(c[0])
+                for c in named
+            ]
+        )
         if all(len(context) == 1 for context in named):
             own = np.array(named, np.int64).ravel()
             tokens += _mostly_after(self.evidence, own, self.token_strings)
@@ -279,15 +285,14 @@ def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
     excerpt = table[int(rows[highest.argmax()])]
     at = int(excerpt.activations.argmax())
     units = units_in(excerpt.token_ids.tolist(), token_strings)
-    peak = next(unit for unit in units if at < unit.stop)
+    peak = next(number for number, unit in enumerate(units) if at < unit.stop)
+    first = next(number for number, unit in enumerate(units) if unit.start >= at - BEFORE or number == peak)
+    after = [unit for unit in units[peak + 1 :] if unit.stop <= at + AFTER]
 
-    def text(start: int, stop: int) -> str:
-        return visible_folded(text_of(excerpt.token_ids[start:stop], token_strings))
+    def text(of: Sequence[Unit]) -> str:
+        return visible_folded("".join(unit.text for unit in of))
 
-    return (
-        f"{text(max(0, peak.start - BEFORE), peak.start)}«{text(peak.start, peak.stop)}»"
-        f"{text(peak.stop, max(at + AFTER, peak.stop))}"
-    )
+    return f"{text(units[first:peak])}«{text(units[peak : peak + 1])}»{text(after)}"
 
 
 def _mostly_after(evidence: Evidence, tokens: NDArray, token_strings: Sequence[str]) -> str:
@@ -314,7 +319,9 @@ def _in_context(context: list[int], token_strings: Sequence[str]) -> str:
 
 
 def _quoted(ids: Sequence[int], token_strings: Sequence[str]) -> str:
-    return "`" + visible_folded(text_of(ids, token_strings)) + "`"
+    text = visible_folded(text_of(ids, token_strings))
+    # a mark that is drawn on the character before it would be drawn on the backtick
+    return f"`{'◌' * (text[:1] != visible(text[:1]))}{text}`"
 
 
 def _ends_alike(a: list[int], b: list[int]) -> bool:

@@ -93,6 +93,14 @@ def is_whole(token: int, strings: Sequence[str]) -> bool:
     return not isinstance(strings, TokenStrings) or strings[token].encode() == strings.bytes[token]
 
 
+def is_text(unit: Unit, ids: Sequence[int], strings: Sequence[str]) -> bool:
+    """Return whether a unit of the token ids [n] holds whole characters only."""
+    if not isinstance(strings, TokenStrings):
+        return True
+    of_unit = b"".join(strings.bytes[int(i)] for i in ids[unit.start : unit.stop])
+    return unit.text.encode() == of_unit
+
+
 def text_of(ids: Iterable[int], strings: Sequence[str]) -> str:
     """Return the text of token ids, in which tokens that make a character together are that character."""
     if isinstance(strings, TokenStrings):
