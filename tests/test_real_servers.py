@@ -136,9 +136,7 @@ def explained_and_scored(run: Path, model: str, address: str, *neurons: str):
         "name": "server",
         "deadline": 600.0,
     }
-    explain(
-        ExplainConfig(explainer=f"openai:{model}", only=neurons, evidence=("top",), **ask)
-    )
+    explain(ExplainConfig(explainer=f"openai:{model}", only=neurons, evidence=("top",), **ask))
     result = score(
         ScoreConfig(
             simulator=f"openai:{model}",

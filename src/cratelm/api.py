@@ -451,6 +451,7 @@ def explain(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -498,6 +499,9 @@ def explain(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -555,6 +559,7 @@ def score(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -609,6 +614,9 @@ def score(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -668,6 +676,7 @@ def replace(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -716,6 +725,9 @@ def replace(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -1042,6 +1054,7 @@ def intervene(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -1086,6 +1099,9 @@ def intervene(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost

@@ -15,7 +15,6 @@ from cratelm.errors import InputError
 from cratelm.models.open import Encoder, LoadedModel
 from cratelm.models.partial_forward import next_logits
 from cratelm.runs import check_memory
-from cratelm.text.units import aligned_text
 
 _CANDIDATE_BYTES = 200
 """bytes of one `Candidate` and its line on the page"""
@@ -96,7 +95,7 @@ def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> P
         tuple(Candidate(_token_text(encoder, i), math.exp(p)) for p, i in zip(*row, strict=True))
         for row in zip(best.tolist(), best_ids.tolist(), strict=True)
     ]
-    texts = _aligned(encoder, ids.tolist())
+    texts = _shown_texts(encoder, ids.tolist())
     rows = zip(ids, losses.tolist(), ranks.tolist(), expected[:-1], texts, strict=True)
     return Prediction(
         model=subject.name,
@@ -115,8 +114,11 @@ def _token_text(encoder: Encoder, token: int) -> str:
     return encoder.display[token] if token < len(encoder.display) else f"[{token}]"
 
 
-def _aligned(encoder: Encoder, ids: list[int]) -> list[str]:
-    """Return the text of each token, [n]; of several that make a character, the first has it."""
+def _shown_texts(encoder: Encoder, ids: list[int]) -> list[str]:
+    """Return what is shown of each token, [n]: of several that make a unit of text, the first has it."""
     if any(token >= len(encoder.display) for token in ids):
         return [_token_text(encoder, token) for token in ids]
-    return aligned_text(ids, encoder.display)
+    texts = [""] * len(ids)
+    for unit in encoder.display.units(ids):
+        texts[unit.start] = unit.text
+    return texts

@@ -92,7 +92,9 @@ class Described:
         for excerpt in self.record.excerpts:
             ids = excerpt.token_ids.tolist()
             for unit in units_in(ids, self.token_strings):
-                tokens = ids[unit.start : unit.stop] if is_text(unit, ids, self.token_strings) else []
+                tokens = (
+                    ids[unit.start : unit.stop] if is_text(unit, ids, self.token_strings) else []
+                )
                 for token in tokens:
                     if not is_whole(token, self.token_strings):
                         counts.setdefault(token, Counter())[unit.text.strip()] += 1
@@ -123,10 +125,7 @@ class Described:
             of = self.evidence.contexts[:, : len(context)]
             here |= (of == context[::-1]).all(1) if of.shape[1] == len(context) else False
         tokens = _tokens(
-            [
-                _in_context(c, self.token_strings) if len(c) > 1 else self._token(c[0])
-                for c in named
-            ]
+            [_in_context(c, self.token_strings) if len(c) > 1 else self._token(c[0]) for c in named]
         )
         if all(len(context) == 1 for context in named):
             own = np.array(named, np.int64).ravel()
@@ -286,7 +285,9 @@ def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
     at = int(excerpt.activations.argmax())
     units = units_in(excerpt.token_ids.tolist(), token_strings)
     peak = next(number for number, unit in enumerate(units) if at < unit.stop)
-    first = next(number for number, unit in enumerate(units) if unit.start >= at - BEFORE or number == peak)
+    first = next(
+        number for number, unit in enumerate(units) if unit.start >= at - BEFORE or number == peak
+    )
     after = [unit for unit in units[peak + 1 :] if unit.stop <= at + AFTER]
 
     def text(of: Sequence[Unit]) -> str:

@@ -7,7 +7,7 @@
   const marks = { " ": "␣", "\n": "⏎", "\t": "⇥" };
   const shown = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}]/gu, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
   const visible = (text) => shown(text.replace(/[ \n\t]/g, (c) => marks[c]));
-  let maximum = 1, position = null, current = null;
+  let maximum = 1, position = null, current = null, units = [];
   get("live").hidden = false;
 
   // ---- state is stored in the address, so that it can be shared ----
@@ -92,7 +92,7 @@
     const answer = await ask("activations", neuron());
     const largest = Math.max(answer.maximum, ...answer.values);
     if (answer.maximum !== maximum) { maximum = answer.maximum; scale(); }
-    const spans = answer.units.map(([start, stop, text]) => {  // a unit stands for its token with the largest activation
+    const spans = answer.units.map(({ start, stop, text }) => {  // a unit stands for its token with the largest activation
       const values = answer.values.slice(start, stop);
       const value = Math.max(...values);
       const index = start + values.indexOf(value);
@@ -116,8 +116,7 @@
     if (position === null || position >= current.length) position = current.length - 1;
     const neurons = await ask("strongest", { position });
     if (!chosen && neurons.length) select(neurons[0]);
-    const [, , unit] = units.find(([start, stop]) => has(start, stop, position)) ?? [0, 0, ""];
-    get("at").textContent = visible(unit);
+    get("at").textContent = visible(units.find((u) => has(u.start, u.stop, position))?.text ?? "");
     get("strongest").replaceChildren(...neurons.map((n) => {
       const row = document.createElement("tr");
       const cell = element("td", "", "r");
@@ -168,7 +167,7 @@
     const last = lost.length - 1;
     if (predicted === null || predicted > last) predicted = lost.indexOf(Math.max(...lost.slice(0, last)));
     const names = answer.tokens.map((t) => t.token);
-    replaceSpans(get("losses"), [...answer.units, [last, last + 1, "…"]].map(([start, stop, text]) => {
+    replaceSpans(get("losses"), [...answer.units, { start: last, stop: last + 1, text: "…" }].map(({ start, stop, text }) => {
       const end = start === last;
       const name = end ? text : visible(text);
       const sizes = lost.slice(start, stop).map(Math.abs);  // a unit stands for its token with the largest difference
