@@ -507,6 +507,7 @@ def explain(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -554,6 +555,9 @@ def explain(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -613,6 +617,7 @@ def score(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -672,6 +677,9 @@ def score(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -733,6 +741,7 @@ def replace(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -786,6 +795,9 @@ def replace(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -1167,6 +1179,7 @@ def intervene(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -1216,6 +1229,9 @@ def intervene(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
