@@ -37,7 +37,7 @@ _NAMED: dict[str, tuple[str, ...]] = {
         "transformer.h.*.mlp.dense_4h_to_h:input",  # Falcon, BLOOM
     ),
 }
-_DEFAULTS = ("ista", "mlp")
+_DEFAULTS = ("ista", "mlp", "mssa")
 
 
 Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
@@ -86,7 +86,8 @@ class Site:
 
 @checked_arguments(model=nn.Module)
 def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
-    """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
+    """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others, and
+    `mssa` for a CRATE without a sparse code.
 
     Runs the model once on one token to determine H. Raises `InputError` if no module has that name, or
     if its tensor is not [B, T, H].
@@ -99,7 +100,7 @@ def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
             if paths:
                 return Site(candidate, paths, side, _widths(model, paths, side))
     raise InputError(
-        f"{type(model).__name__} has no site {name or 'ista or mlp'!r}: name one of"
+        f"{type(model).__name__} has no site {name or 'ista, mlp or mssa'!r}: name one of"
         f" {', '.join(_NAMED)} or a module path with * for the layer, such as"
         f" {_example(model)!r}"
     )
