@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ ORACLE = SHARED / "oracle"
 VOCABULARY, LONGEST = 64, 48
 
 
-def tiny(family, **overrides):
+def tiny(family: str, **overrides: Any) -> Any:
     """A model of two layers, its weights moved from where they start, so that no term is 0 or 1."""
     fields = {"hidden_size": 32, "num_attention_heads": 4, **overrides}
     model = build(f"{family}-2l", vocab_size=VOCABULARY, max_position_embeddings=LONGEST, **fields)
@@ -57,12 +58,12 @@ def test_tssa_and_its_gradients_are_those_of_the_released_model():
             "denominator_bias": expected["denominator_bias"],
         }
     )
-    x = expected["x"].requires_grad_()
+    x: Any = expected["x"].requires_grad_()
     y = module(x)
     assert (y - expected["y"]).abs().max() < 1e-5
     (y.flatten() * torch.linspace(-1, 1, y.numel())).sum().backward()
     assert (x.grad - expected["x_grad"]).abs().max() < 1e-5
-    found = module.projection.weight.grad
+    found: Any = module.projection.weight.grad
     assert (found - expected["projection_grad"]).abs().max() < 1e-5
 
 
@@ -80,7 +81,8 @@ def test_tssa_is_causal_and_its_cache_does_not_grow():
         for length in (1, 20):
             cache = CrateCache(model.config)
             model(tokens[:, :length], past_key_values=cache, use_cache=True)
-            sizes.append(sum(la.keys.numel() + la.values.numel() for la in cache.layers))
+            layers: list[Any] = list(cache.layers)
+            sizes.append(sum(la.keys.numel() + la.values.numel() for la in layers))
     assert sizes[0] == sizes[1] == 2 * 2 * (32 + 32 + 4)  # layers x rows x (D + D + K)
 
 
@@ -282,8 +284,8 @@ for folder in sys.argv[1:]:
 
 
 def test_exported_models_load_in_stock_transformers(tmp_path):
-    from cratelm.interop.export_model import export_model
     from cratelm.interop.config import ExportModelConfig
+    from cratelm.interop.export_model import export_model
 
     folders = []
     for family in FAMILIES:

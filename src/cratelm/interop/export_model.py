@@ -14,8 +14,8 @@ from cratelm.interop.model_card import PAPER, code_block, write_card
 from cratelm.interop.model_folder import architecture, code_name, save_model, usage
 from cratelm.interop.out_folder import PROVENANCE, check_out, out_folder
 from cratelm.models.crate import CrateConfig
-from cratelm.models.sparse_gpt import SparseGptConfig
 from cratelm.models.sizes import count_parameters, load
+from cratelm.models.sparse_gpt import SparseGptConfig
 from cratelm.runs import Completion, Run, hash_file
 from cratelm.runs.pretrained import json_object
 

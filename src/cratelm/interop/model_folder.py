@@ -56,7 +56,7 @@ def save_model(model: Any, folder: Path) -> None:
             "AutoConfig": f"{module}.{type(model.config).__name__}",
             "AutoModelForCausalLM": f"{module}.{type(model).__name__}",
         }
-        base = AutoModel._model_mapping.get(type(model.config), None)  # type: ignore[attr-defined]
+        base: Any = AutoModel._model_mapping.get(type(model.config), None)
         if base is not None:
             model.config.auto_map["AutoModel"] = f"{module}.{base.__name__}"
     bar_enabled = transformers_logging.is_progress_bar_enabled()

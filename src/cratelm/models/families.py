@@ -141,7 +141,6 @@ def model_of(config: Any) -> PreTrainedModel:
 
 
 def _register_all() -> None:
-    crate = (CrateConfig, CrateForCausalLM)
     switches: dict[str, dict[str, Any]] = {
         "crate": {},
         "crate-alpha": {"ista_residual": True, "decoupled_dictionary": True},
@@ -152,9 +151,9 @@ def _register_all() -> None:
         "crate-tssa": {"attention": "tssa"},
     }
     for name, fields in switches.items():
-        register_family(name, *crate, base_class=CrateModel, **fields)
+        register_family(name, CrateConfig, CrateForCausalLM, base_class=CrateModel, **fields)
     for name in ("gpt2", "gpt2-relu", "gpt2-gelu"):
-        fields = {"activation": "gelu"} if name == "gpt2-gelu" else {}
+        fields: dict[str, Any] = {"activation": "gelu"} if name == "gpt2-gelu" else {}
         register_family(
             name, GPT2Config, GPT2LMHeadModel, config=gpt2_config, model=build_gpt2, **fields
         )

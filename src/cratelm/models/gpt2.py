@@ -73,8 +73,9 @@ def freeze_biases(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 def build_gpt2(config: GPT2Config) -> GPT2LMHeadModel:
     """Return a GPT-2 with fresh weights; without biases if the configuration has `zero_biases`."""
-    is_other = isinstance(config, Gpt2ActivationConfig)
-    return as_twin((Gpt2ActivationForCausalLM if is_other else GPT2LMHeadModel)(config))
+    if isinstance(config, Gpt2ActivationConfig):
+        return as_twin(Gpt2ActivationForCausalLM(config))
+    return as_twin(GPT2LMHeadModel(config))
 
 
 def as_twin(model: GPT2LMHeadModel) -> GPT2LMHeadModel:

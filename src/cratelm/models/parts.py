@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
+
 _IN_BLOCK = (
     ("dictionary", "ista.dictionary"),
     ("mlp", "mlp.fc1.weight"),

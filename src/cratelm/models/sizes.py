@@ -25,6 +25,7 @@ from cratelm.runs.pretrained import (
     reason_of,
 )
 
+
 @checked_arguments()
 def build(
     name: str,

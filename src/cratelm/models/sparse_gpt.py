@@ -291,7 +291,7 @@ class SparseGptPreTrainedModel(PreTrainedModel):
         if isinstance(module, SparseGptAttention) and module.sink_logit is not None:
             init.zeros_(module.sink_logit)
         if isinstance(module, SparseGptForCausalLM):
-            init.zeros_(module.final_logits_bias)
+            init.zeros_(module.final_logits_bias)  # type: ignore[arg-type]
 
 
 class SparseGptModel(SparseGptPreTrainedModel):
@@ -377,9 +377,7 @@ class SparseGptForCausalLM(SparseGptPreTrainedModel, GenerationMixin):
 
         Not the gains of the norms, the logits of the sinks, and the bigram table.
         """
-        modules = [
-            m for m in self.modules() if isinstance(m, nn.Linear) or type(m) is nn.Embedding
-        ]
+        modules = [m for m in self.modules() if isinstance(m, nn.Linear) or type(m) is nn.Embedding]
         unique = {id(p): p for m in modules for p in m.parameters()}
         return list(unique.values())
 

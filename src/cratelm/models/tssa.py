@@ -39,7 +39,11 @@ class RunningSums(CacheLayerMixin):
         """Do nothing: each sum starts at 0 with its first terms."""
 
     def update(  # type: ignore[override]
-        self, key_states: torch.Tensor | None, value_states: torch.Tensor | None, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor | None,
+        value_states: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Add the terms of T positions [B, K, T, .] of one of the sums, the other being None.
 

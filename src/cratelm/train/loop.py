@@ -180,9 +180,7 @@ def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: s
     log.close()
 
 
-def _update(
-    setup: TrainingSetup, step: int
-) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+def _update(setup: TrainingSetup, step: int) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """Update the weights by one batch; return this rank's mean loss and the norm of the gradient.
 
     Both stay tensors on the device: reading a number would make the host wait at each step.

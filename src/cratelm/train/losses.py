@@ -41,7 +41,9 @@ class NextTokenLoss(nn.Module):
         self.penalties: list[torch.Tensor] = []
         """of the layers, from the last forward pass in training"""
         self.site: Site | None = site_of(model) if l1 else None
-        if self.site is not None:  # open as long as the model: checkpointed blocks run again in the backward pass
+        if (
+            self.site is not None
+        ):  # open as long as the model: checkpointed blocks run again in the backward pass
             self._hooks = contextlib.ExitStack()
             self._hooks.enter_context(hooked(model, self.site, self._penalise))
         self.head_is_linear = getattr(model, "head_is_linear", isinstance(model, GPT2LMHeadModel))

@@ -19,9 +19,7 @@ class WeightSparsity:
     def __init__(self, model: Any, steps: int):
         self.target: float = model.config.weight_fraction
         self.steps = steps
-        self.tensors: list[nn.Parameter] = [
-            p for p in model.sparse_parameters() if p.requires_grad
-        ]
+        self.tensors: list[nn.Parameter] = [p for p in model.sparse_parameters() if p.requires_grad]
 
     def fraction(self, done: int) -> float:
         """Return the fraction of entries that is kept after `done` of all steps."""
