@@ -1,5 +1,6 @@
 """Model folders for transformers: weights, the code of a family, and parts of the model card."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from cratelm.runs import versions
 
 _OF_CRATELM = re.compile(r"^from cratelm\.models\.(\w+) import", re.MULTILINE)
 """an import of another file of `cratelm.models`, which a model folder contains as well"""
+
+_REGISTER = "register_family"
 
 
 def code_name(config: Any) -> str:
@@ -33,17 +36,34 @@ def _code_files(config: Any) -> dict[str, str]:
     """Return the text of each file that a model folder needs, by its name.
 
     The family's file may import others of `cratelm.models`, which the folder then has beside it: an import that
-    names cratelm becomes one of the same folder.
+    names cratelm becomes one of the same folder. A family from outside of cratelm is not registered there.
     """
     module = type(config).__module__
     texts: dict[str, str] = {}
     to_read = [(module, code_name(config))]
     while to_read:
         name, file = to_read.pop()
-        text = Path(str(sys.modules[name].__file__)).read_text(encoding="utf-8")
+        text = _unregistered(Path(str(sys.modules[name].__file__)).read_text(encoding="utf-8"))
         to_read += [(f"cratelm.models.{m}", f"{m}.py") for m in _OF_CRATELM.findall(text)]
         texts[file] = _OF_CRATELM.sub(r"from .\1 import", text)
     return texts
+
+
+def _unregistered(text: str) -> str:
+    """Return the text of a module without its top-level import and calls of `register_family`."""
+    lines = text.splitlines(keepends=True)
+    for node in ast.parse(text).body:
+        is_import = isinstance(node, ast.ImportFrom) and [a.name for a in node.names] == [_REGISTER]
+        is_call = (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Call)
+            and isinstance(node.value.func, ast.Name)
+            and node.value.func.id == _REGISTER
+        )
+        if is_import or is_call:
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            lines[first:last] = [""] * (last - first)
+    return "".join(lines)
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -18,7 +18,9 @@ gpt2-topk         the same with TopK, 1/16 of the neurons                     on
 sparse-gpt        weight-sparse GPT, arXiv 2511.13653                         small circuits against readable neurons
 """
 
+import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import PreTrainedModel
 
-from cratelm.errors import InputError
+from cratelm.errors import InputError, one_line
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
 from cratelm.models.gpt2 import build_gpt2, gpt2_config
 from cratelm.models.gpt2_activation import (
@@ -89,6 +91,9 @@ FAMILIES: dict[str, Family] = {}
 """families by name; `register_family` adds one"""
 SIZES: dict[str, Size] = {}
 """shapes by the name of a model, FAMILY-SIZE"""
+OUTSIDE = "CRATELM_FAMILIES"
+"""environment variable that names modules, separated by commas, which call `register_family` when they are imported"""
+_imported: set[str] = set()
 
 
 def register_family(
@@ -123,6 +128,26 @@ def register_family(
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)  # type: ignore[arg-type]
         if base_class is not None:
             AutoModel.register(config_class, base_class, exist_ok=True)  # type: ignore[arg-type]
+
+
+def import_outside_families() -> None:
+    """Import the modules that the environment variable `CRATELM_FAMILIES` names, each once.
+
+    Raises `InputError` for one that cannot be imported.
+    """
+    names = [name.strip() for name in os.environ.get(OUTSIDE, "").split(",")]
+    for name in names:
+        if not name or name in _imported:
+            continue
+        _imported.add(name)
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever the module raises
+            _imported.discard(name)
+            raise InputError(
+                f"{OUTSIDE} names the module {name!r}, which cannot be imported ({one_line(error)}): put its folder"
+                " into PYTHONPATH, or unset the variable"
+            ) from None
 
 
 def family_of(name: str) -> str:

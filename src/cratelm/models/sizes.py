@@ -12,7 +12,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from cratelm.errors import InputError, one_line
-from cratelm.models.families import FAMILIES, SIZES, Family, family_of, model_of
+from cratelm.models.families import (
+    FAMILIES,
+    SIZES,
+    Family,
+    family_of,
+    import_outside_families,
+    model_of,
+)
 from cratelm.models.gpt2 import as_twin
 from cratelm.runs.arguments import checked_arguments, checked_value
 from cratelm.runs.memory import available_memory, size_in_words
@@ -71,6 +78,7 @@ def config_of(name: str, **fields: Any) -> Any:
 
     Raises `InputError` for an unknown name or field, and for values that do not fit together.
     """
+    import_outside_families()
     if name not in SIZES:
         near = difflib.get_close_matches(name, SIZES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -114,6 +122,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         from cratelm.runs.reading import verify_folder  # imports pyarrow
 
         verify_folder(path)
+    import_outside_families()
     with _loading(path):
         model = from_pretrained(path, **kwargs)
     if isinstance(model, GPT2LMHeadModel):
