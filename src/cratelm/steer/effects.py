@@ -109,7 +109,7 @@ def _measured(config: EffectsConfig, ranks: Ranks) -> EffectsResult:
     stage = effects_stage(run, config.model)
     if ranks.by_first(lambda: stage.is_finished(config, inputs, force=config.force)):
         return _result(stage.path)
-    harvested = open_harvested(run, config.model, config.device)
+    harvested = open_harvested(run, config.model, config)
     chosen = parse_neuron_ids("--only", config.only) if config.only else ()
     selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
     partial = PartialForward(harvested.subject.model, harvested.site)
