@@ -223,3 +223,20 @@ def test_the_gradient_is_clipped_by_its_norm_or_by_its_root_mean_square() -> Non
     assert gradient_limit(1.0, model, is_sparse=False) == 1.0
     assert gradient_limit(0.5, model, is_sparse=True) == pytest.approx(0.5 * 12**0.5)
     assert gradient_limit(0, model, is_sparse=True) == float("inf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["crate-tssa", "gpt2-topk", "sparse-gpt"])
+def test_a_compiled_loss_has_the_gradients_of_the_plain_one(family: str) -> None:
+    """With the penalty, whose hooks are inside of the graph; without code for this machine."""
+    torch._dynamo.reset()
+    model = tiny(family)
+    loss = NextTokenLoss(model, l1=0.5).train()
+    tokens = torch.randint(64, (2, 8))
+    weights = parts_of(model)["attention"]
+    expected = torch.autograd.grad(loss(tokens, tokens), weights)
+    compiled: Any = torch.compile(loss, backend="eager")
+    for _ in range(2):
+        found = torch.autograd.grad(compiled(tokens, tokens), weights)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)

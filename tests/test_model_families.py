@@ -310,3 +310,17 @@ def test_exported_models_load_in_stock_transformers(tmp_path):
         [*program, *folders], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ---- compiled -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # 30 seconds for all of them
+@torch.no_grad()
+def test_compiled_models_keep_their_numbers_in_one_graph(model):
+    """Traced as a whole, without code for this machine, which would need a compiler."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model.base_model, backend="eager", fullgraph=True)
+    found = compiled(input_ids=ids(), use_cache=False).last_hidden_state
+    expected = model.base_model(input_ids=ids(), use_cache=False).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-5)
