@@ -35,7 +35,8 @@ from cratelm.analysis.dictionary import (
 from cratelm.analysis.groups import NONE, CorrelationSums, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, _add_moments, _TextTokens
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
-from cratelm.analysis.store import MEASURES
+from cratelm.analysis.store import MEASURES, SHARE, LayerFigure, MeasureSummary
+from cratelm.analysis.summary import show
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
@@ -485,3 +486,10 @@ def test_bad_input_is_told(run, tmp_path):
     with pytest.raises(InputError, match="--resamples must be at least 100, not 3"):
         AnalyzeConfig(resamples=3)
     assert not list((run / "analysis").glob(".*partial"))
+
+
+def test_a_layer_without_measured_neurons_has_a_dash_in_the_table():
+    figures = [LayerFigure(layer, "dead", "", 0.5) for layer in (0, 1)]
+    summary = MeasureSummary(1, "none", SHARE, "consistency", 0.25, None, None, 1, 0, 0)
+    lines = show(figures, [summary]).splitlines()
+    assert lines[-1].split() == ["consistency", "–", "0.250"]
