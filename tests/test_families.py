@@ -90,7 +90,7 @@ def test_the_neurons_of_each_family_are_what_its_mlp_writes(family, attention, d
         written = linear(
             activations.float(), matrix.float(), None if bias is None else bias.float()
         )
-        tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == "float32" else {"rtol": 2e-2, "atol": 1e-3}  # fmt: skip
+        tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6} if dtype == "float32" else {"rtol": 2e-2, "atol": 1e-3}  # fmt: skip
         torch.testing.assert_close(seen["output"].float(), written, **tolerance)
         if family not in ADDS_RESIDUAL and "mlp" in path:
             assert torch.equal(seen["mlp"], seen["output"])
@@ -175,7 +175,7 @@ def tiny_meta(config: Any) -> Any:
 
 # ---- harvests -----------------------------------------------------------------------------------------
 
-FEW = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
+FEW: dict[str, Any] = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ OPENS_NO_MODEL = {
     "import sae", "import records", "export records", "export neuronpedia",
 }  # fmt: skip
 """verbs that open no model from elsewhere: they read results, or models that they train themselves"""
-FEW = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
+FEW: dict[str, Any] = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
 CODE = """
 from transformers import GPT2Config, GPT2LMHeadModel
 
