@@ -85,7 +85,7 @@ def demo(
     corpus: str = "builtin",
     size: Literal["1l", "2l", "3l"] = "2l",
     vocab_size: int = 4096,
-    steps: int = 600,
+    steps: int = 500,
     tokens: int = 200_000,
     neurons: int = 256,
     sae: bool = False,
