@@ -197,8 +197,8 @@ def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
     handles = []
     if site.is_flat:
         on_activation, follow = _unflattened(on_activation, site)
-        base = getattr(model, "base_model", model)
-        handles.append(base.register_forward_pre_hook(follow, with_kwargs=True))
+        for entrance in entrances(model):
+            handles.append(entrance.register_forward_pre_hook(follow, with_kwargs=True))
     try:
         for layer, path in enumerate(site.paths):
             module = model.get_submodule(path)
@@ -225,6 +225,15 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
 
     return on_activation
+
+
+def entrances(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that may be called with token ids: the model, and its base model.
+
+    OPT with a head calls the decoder in its base model, and never the base model itself.
+    """
+    base = getattr(model, "base_model", model)
+    return [model] if base is model else [model, base]
 
 
 def _unflattened(on_activation: Hook, site: Site) -> tuple[Hook, Callable[..., None]]:
