@@ -40,12 +40,8 @@ from cratelm.analysis.dictionary import (
 from cratelm.analysis.groups import NONE, CorrelationSums, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, _add_moments, _TextTokens
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
-<<<<<<< HEAD
-from cratelm.analysis.store import MEASURES, SHARE, LayerFigure, MeasureSummary
+from cratelm.analysis.store import MEASURES, SHARE, SHARES, LayerFigure, MeasureSummary
 from cratelm.analysis.summary import show
-=======
-from cratelm.analysis.store import MEASURES, SHARES
->>>>>>> configs
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
