@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cratelm.interop.import_authors import ImportAuthorsResult
     from cratelm.interop.import_records import ImportRecordsResult
     from cratelm.interop.import_sae import ImportSaeResult
+    from cratelm.interop.import_sparse_gpt import ImportSparseGptResult
     from cratelm.interop.neuronpedia import ExportNeuronpediaResult
     from cratelm.llm.client import DryRun, WorkerResult
     from cratelm.pipelines.demo import DemoResult
@@ -57,6 +58,7 @@ __all__ = [
     "import_authors",
     "import_records",
     "import_sae",
+    "import_sparse_gpt",
     "intervene",
     "merge_harvest",
     "predict",
@@ -203,6 +205,7 @@ def train(
     warmup: int | None = None,
     weight_decay: float = 0.1,
     clip: float = 1.0,
+    l1: float = 0.0,
     precision: Literal["fp32", "bf16"] | None = None,
     compile: bool = False,
     gradient_checkpointing: bool = False,
@@ -228,8 +231,10 @@ def train(
 
     Args:
         run: run directory; its tokens must have been made by `cratelm tokenize`
-        model: name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l; with
-            --null, name of a trained model of the run
+        model: FAMILY-SIZE, a family and one of the sizes 1l, 2l, 3l, 6l, 12l. Families: crate,
+            crate-alpha, crate-query, crate-mlp, crate-attention, crate-mssa, crate-tssa, gpt2,
+            gpt2-relu, gpt2-gelu, gpt2-solu, gpt2-topk, sparse-gpt. With --null, name of a trained
+            model of the run
         name: name of the model's folder in the run. Default: --model, with `-frozen-PART` for
             --freeze PART, with `-seedN` for --seed N above 0, with `-init` if --steps is 0; --model
             with `-KIND` for --null KIND, whatever the seed
@@ -242,7 +247,7 @@ def train(
             over the micro-batches of a step (paper 16; laptop 16)
         sequence_length: T, tokens per sequence (paper 1,024; laptop 256)
         optimizer: muon: torch.optim.Muon for the matrices inside the blocks, AdamW for the
-            embeddings, the head and the vectors (paper adamw; laptop muon)
+            embeddings, the head and the vectors (paper adamw; laptop muon, for sparse-gpt adamw)
         learning_rate: peak learning rate, the same for all parameters (paper 6e-4; laptop 1.5e-2,
             with adamw 3e-3)
         minimum_ratio: learning rate of the last step as a fraction of the peak; it falls along a
@@ -250,7 +255,11 @@ def train(
         warmup: steps over which the learning rate rises (paper 2,000; laptop 60; with another
             --steps the same fraction of the steps)
         weight_decay: applied to tensors of 2 or more dimensions
-        clip: largest norm of the gradient over all parameters; 0 means no limit
+        clip: largest norm of the gradient over all parameters (for sparse-gpt its largest root mean
+            square); 0 means no limit
+        l1: weight of an L1 penalty on the neurons, added to the loss in training: the sum of the
+            absolute values of a layer's neurons, averaged over tokens and layers. The validation
+            loss is without it
         precision: bf16: mixed precision, weights stay in float32 (paper bf16; laptop fp32)
         compile: use torch.compile: slow to start, but faster steps, above all on GPUs
         gradient_checkpointing: recompute the activations of each block in the backward pass instead
@@ -265,8 +274,8 @@ def train(
         seed: seed of the initial weights and of the order of the sequences
         model_overrides: fields of the model's configuration as key=value, such as
             ista_residual=true ista_steps=3
-        freeze: parts that keep their initial weights: dictionary (CRATE's), mlp (GPT-2's
-            counterpart, the first matrix of its MLP), attention (its matrices), embeddings (of
+        freeze: parts that keep their initial weights: dictionary (CRATE's), mlp (the counterpart in
+            other families, the first matrix of their MLP), attention (its matrices), embeddings (of
             tokens and positions, with the head)
         null: make a null control of the trained model --model instead of training. permuted: each
             matrix and vector of its blocks is permuted inside itself; embeddings: all weights but
@@ -507,6 +516,7 @@ def explain(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -554,6 +564,9 @@ def explain(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -613,6 +626,7 @@ def score(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -672,6 +686,9 @@ def score(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -733,6 +750,7 @@ def replace(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -786,6 +804,9 @@ def replace(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -1167,6 +1188,7 @@ def intervene(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -1216,6 +1238,9 @@ def intervene(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -1493,6 +1518,25 @@ def import_authors(
         force: replace the folder `--out` if an earlier import or export wrote it
     """
     return _run("import authors", locals())
+
+
+def import_sparse_gpt(
+    *,
+    folder: str,
+    out: str | Path,
+    tokenizer: str = "",
+    force: bool = False,
+) -> "ImportSparseGptResult":
+    """Write a released checkpoint of a weight-sparse GPT as a Hugging Face folder.
+
+    Args:
+        folder: folder with beeg_config.json and final_model.pt. Nothing in the files is executed
+        out: folder to write: config.json, model.safetensors, the model's code, README.md and, if
+            there is one, the tokenizer
+        tokenizer: path of its tokenizer.json; default: the one in the folder, else none
+        force: replace the folder `--out` if an earlier import or export wrote it
+    """
+    return _run("import sparse-gpt", locals())
 
 
 def import_sae(

@@ -39,6 +39,9 @@ class PredictedToken:
     """rank of its probability in the vocabulary, from 1"""
     expected: tuple[Candidate, ...]
     """[k] the most likely tokens at its position, most likely first"""
+    text: str
+    """what is shown of it in the text: of several tokens that make a character, the first has it, and the others
+    are empty"""
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,13 @@ def predict_text(
         tuple(Candidate(_token_text(encoder, i), math.exp(p)) for p, i in zip(*row, strict=True))
         for row in zip(best.tolist(), best_ids.tolist(), strict=True)
     ]
-    rows = zip(ids, losses.tolist(), ranks.tolist(), expected[:-1], strict=True)
+    texts = _shown_texts(encoder, ids.tolist())
+    rows = zip(ids, losses.tolist(), ranks.tolist(), expected[:-1], texts, strict=True)
     return Prediction(
         model=subject.name,
         steps=tuple(
-            PredictedToken(_token_text(encoder, i), math.exp(-x), rank, e) for i, x, rank, e in rows
+            PredictedToken(_token_text(encoder, i), math.exp(-x), rank, e, text)
+            for i, x, rank, e, text in rows
         ),
         after=expected[-1],
         loss=float(losses.mean()),
@@ -112,3 +117,13 @@ def predict_text(
 def _token_text(encoder: Encoder, token: int) -> str:
     """Return the text of a token id; an embedding row beyond the vocabulary appears as its number."""
     return encoder.display[token] if token < len(encoder.display) else f"[{token}]"
+
+
+def _shown_texts(encoder: Encoder, ids: list[int]) -> list[str]:
+    """Return what is shown of each token, [n]: of several that make a unit of text, the first has it."""
+    if any(token >= len(encoder.display) for token in ids):
+        return [_token_text(encoder, token) for token in ids]
+    texts = [""] * len(ids)
+    for unit in encoder.display.units(ids):
+        texts[unit.start] = unit.text
+    return texts

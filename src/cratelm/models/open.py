@@ -27,6 +27,7 @@ from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.runs.devices import device_of
 from cratelm.runs.model_options import SourceOptions
 from cratelm.runs.reading import verified
+from cratelm.text.units import TokenStrings
 from cratelm.tokens.pieces import PieceEncoder
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
@@ -248,7 +249,7 @@ class Encoder:
         return hashlib.sha256(tokens.encode()).hexdigest()
 
     @cached_property
-    def display(self) -> list[str]:
+    def display(self) -> TokenStrings:
         """Return a display string for each token id."""
         return display_strings(self.tokenizer)
 

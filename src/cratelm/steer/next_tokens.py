@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from cratelm.models.open import Encoder
 from cratelm.models.partial_forward import next_logits
+from cratelm.text.units import Unit, units_in
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,13 @@ def compare_next_tokens(
 def token_string(strings: Sequence[str], token: int) -> str:
     """Return the text of a token id, or `[id]` if it has none: a head can have more rows than there are tokens."""
     return strings[token] if token < len(strings) else f"[{token}]"
+
+
+def shown_units(strings: Sequence[str], ids: Sequence[int]) -> tuple[Unit, ...]:
+    """Return the units of text that token ids [T] make; ids without a text are units as `token_string` has them."""
+    if all(token < len(strings) for token in ids):
+        return tuple(units_in(ids, strings))
+    return tuple(Unit(at, at + 1, token_string(strings, token)) for at, token in enumerate(ids))
 
 
 def continue_text(
