@@ -178,6 +178,24 @@ def test_every_family_has_every_size_and_its_parameter_count_is_stated():
         assert count_parameters(model) == expected, family
 
 
+def test_initial_weights():
+    for family in FAMILIES:
+        model = build(f"{family}-2l", vocab_size=512, hidden_size=64, num_attention_heads=4)
+        scaled = ("output.weight", "fc2.weight", "c_proj.weight")
+        zero = ("denominator_bias", "bias", "sink_logit", "bigram_table.weight")
+        for name, weight in model.named_parameters():
+            if name.endswith(zero):
+                assert not weight.any(), name
+            elif name.endswith(("temperature", *NORMS)):
+                assert (weight == 1).all(), name
+            elif not name.endswith(("dictionary", "decoder")):
+                expected = 0.02 / (2 if name.endswith(scaled) else 1)  # sqrt(2 L) = 2
+                assert abs(weight.std() / expected - 1) < 0.1, name
+
+
+NORMS = tuple(f"{name}.weight" for name in ("norm", "norm_mssa", "norm_ista", "norm_mlp", "ln_1", "ln_2", "ln_f"))  # fmt: skip
+
+
 # ---- every family ---------------------------------------------------------------------------------
 
 
