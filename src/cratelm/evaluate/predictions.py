@@ -70,8 +70,12 @@ class PredictedText:
 
 
 @torch.no_grad()
-def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> Prediction:
+def predict_text(
+    subject: LoadedModel, encoder: Encoder, text: str, k: int, start: int | None = None
+) -> Prediction:
     """Return a model's predictions for each token of a text, and after the last.
+
+    `start` is the token that stands before the text; default: the end-of-text token.
 
     Raises `InputError` if the text has no token, or more tokens than the model accepts.
     """
@@ -84,7 +88,8 @@ def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> P
         )
     shown = (len(ids) + 1) * min(k, subject.vocab_size)
     check_memory(SimpleNamespace(top=k), {"top": _CANDIDATE_BYTES * shown}, "the predictions")
-    tokens = torch.tensor([[encoder.start, *ids]], device=subject.model.device)
+    start = encoder.end if start is None else start
+    tokens = torch.tensor([[start, *ids]], device=subject.model.device)
     logits = next_logits(subject.model, tokens, tokens.shape[1])[0].float()  # [n + 1, V]
     logs = logits.log_softmax(-1).cpu()
     targets = torch.from_numpy(ids)

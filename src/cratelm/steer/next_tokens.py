@@ -105,7 +105,7 @@ def continue_text(
     """Return the text of the `count` tokens that the model generates after ids [1, n]; see `continue_ids`."""
     if not count:
         return ""
-    made = continue_ids(model, ids, count, temperature, seed, encoder.start)
+    made = continue_ids(model, ids, count, temperature, seed, encoder.end)
     return encoder.tokenizer.decode(made[0].tolist(), skip_special_tokens=False)
 
 

@@ -20,6 +20,7 @@ from cachetools import LRUCache
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
+from cratelm.models.begin import opening
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
 from cratelm.results.stages import changed_at
@@ -185,7 +186,7 @@ class Live:
         return self.ask(("strongest", *state, text, position), work)
 
     def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> SteeringEffect:
-        """Return the effect of an edit at every token on the next-token distribution and on a continuation.
+        """Return the effect of an edit at every token but a begin token on the next token and on a continuation.
 
         The continuation has `count` tokens, chosen greedily. Raises `InputError` if `count` is too large, and the
         same errors as `activations`.
@@ -201,10 +202,11 @@ class Live:
         def work() -> SteeringEffect:
             context, encoder = self.opened(run, model)
             ids, _ = self.ids(context, encoder, text, count)
+            steered_at = edit.from_position(context.beginning.extra)
             subject_model = context.subject.model
             before = next_log_probabilities(subject_model, ids)
             plain = continue_text(subject_model, encoder, ids, count)
-            with steering(subject_model, edit, site=context.site):
+            with steering(subject_model, steered_at, site=context.site):
                 after = next_log_probabilities(subject_model, ids)
                 steered = continue_text(subject_model, encoder, ids, count)
             change = compare_next_tokens(before, after, encoder.display, _TOKENS_SHOWN)
@@ -264,13 +266,15 @@ class Live:
     def ids(
         self, context: HarvestContext, encoder: Encoder, text: str, room: int
     ) -> tuple[torch.Tensor, int]:
-        """Return the token ids [1, 1 + T], beginning with the start token, and the number of tokens cut off.
+        """Return the token ids [1, 1 + T], and the number of tokens cut off.
+
+        They begin with the begin token of the harvest, or without one with the end-of-text token.
 
         `room` is the number of tokens that will be generated after the text.
         """
         ids = encoder.encode(checked(text)).tolist()
         longest = (context.subject.longest or 1024) - 1 - room
-        fitting = [encoder.start, *ids[:longest]]
+        fitting = [opening(encoder, context.beginning), *ids[:longest]]
         device = context.subject.model.device
         return torch.tensor([fitting], device=device), max(0, len(ids) - longest)
 

@@ -242,14 +242,14 @@ class LiveExplanations:
             context, _ = self.live.opened(run, model)
             folder = self.live.library.run_of(run).stage("replacement", model).path
             predictors = read_simulators(folder, name[0], context.store.token_strings)
-            explained = ExplainedModel(context.subject.model, context.site)
+            explained = ExplainedModel(context.subject.model, context.site, context.beginning)
             self.live.beside["explained"] = name, explained, predictors
         _, explained, predictors = self.live.beside["explained"]
         return name[0], explained, predictors
 
 
 def _as_read(ids: torch.Tensor) -> BatchText:
-    """Return ids [1, T], which begin with an end mark, as explanations read them."""
+    """Return ids [1, T], which begin with a begin token or an end mark, as explanations read them."""
     document = np.zeros(ids.shape, np.int64)
     document[:, 0] = -1
     return BatchText(ids.cpu().numpy(), document)
