@@ -114,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 # a run of its own: what `replace` keeps of the text for the next stage would help
                 other = copied(Run(options.run), model, Path(folder) / f"{model}-explain")
-                explaining = ExplainConfig(run=other, model=model, neurons=0, force=True, quiet=True)
+                explaining = ExplainConfig(
+                    run=other, model=model, neurons=0, force=True, quiet=True
+                )
                 measure(config, model, explaining)
         if options.paper:
             n_fit, n = options.fit_tokens or 20_000, options.tokens or 4096

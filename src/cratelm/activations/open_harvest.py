@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cratelm.activations.batches import SearchPlan
 from cratelm.errors import InputError
 from cratelm.models.latents import find_autoencoders, latents_of
 from cratelm.models.open import (
@@ -18,9 +19,11 @@ from cratelm.models.open import (
 )
 from cratelm.models.sites import Site, site_of
 from cratelm.models.sizes import hub_commit
+from cratelm.records import Split
 from cratelm.runs import Completion, Run, Stage
 from cratelm.runs.model_options import HarvestedModelOptions, SourceOptions
 from cratelm.runs.reading import read_json
+from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenStore
 
 
@@ -34,7 +37,20 @@ class HarvestContext:
     folder: Path
     """folder of the harvest"""
     sequence_length: int
-    """tokens per sequence in the harvest"""
+    """tokens per sequence in the harvest, with the begin token"""
+    beginning: Beginning = PLAIN
+    """how sequences began in the harvest"""
+
+    def plan(
+        self, split: Split, tokens: int, seed: int, sequence_length: int | None = None
+    ) -> SearchPlan:
+        """Return a plan of at most `tokens` tokens of a split, in sequences that begin as in the harvest.
+
+        `sequence_length` is by default that of the harvest.
+        """
+        length = sequence_length or self.sequence_length
+        of_split, eot = self.store.split(split), self.store.eot_id
+        return SearchPlan.of(of_split, split, eot, length, tokens, seed, self.beginning)
 
 
 def open_site(
@@ -160,4 +176,5 @@ def open_harvested(
     layers = tuple(harvest.config.get("layers", ()))
     site = open_site(run, subject, harvest.config.get("site"), sae, layers)
     site = _with_recorded_layers(site, stage.path)
-    return HarvestContext(subject, site, store, stage.path, length)
+    beginning = Beginning.recorded(harvest.results)
+    return HarvestContext(subject, site, store, stage.path, length, beginning)
