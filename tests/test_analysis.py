@@ -22,6 +22,7 @@ from cratelm.analysis.config import AnalyzeConfig
 from cratelm.analysis.consistency import (
     HeldOutPass,
     NeuronActivations,
+    count_passes,
     covered_tokens,
     draw_partners,
     measure_coverage,
@@ -40,7 +41,8 @@ from cratelm.analysis.dictionary import (
 from cratelm.analysis.groups import NONE, CorrelationSums, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, _add_moments, _TextTokens
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
-from cratelm.analysis.store import MEASURES, SHARES
+from cratelm.analysis.store import MEASURES, SHARES, LayerFigure, MeasureSummary
+from cratelm.analysis.summary import show
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
@@ -479,8 +481,9 @@ def test_a_deep_model_reads_the_text_for_all_layers_at_once(tmp_path):
 
     def measured(memory_bytes):
         read.clear()
-        held_out = HeldOutPass(model, site, plan, 1000)
-        found = list(measure_neurons(held_out, explained, maximum, memory_bytes=memory_bytes, seed=3, progress=shown.append))  # fmt: skip
+        held_out, tokens = HeldOutPass(model, site, plan, 1000), []
+        found = list(measure_neurons(held_out, explained, maximum, memory_bytes=memory_bytes, seed=3, progress=shown.append, read=tokens.append))  # fmt: skip
+        assert sum(tokens) == plan.n_tokens() * count_passes(held_out, explained, memory_bytes)
         return found, len(read)
 
     shown: list[int] = []
@@ -504,6 +507,15 @@ def test_what_gpt2_has_not_is_absent(run):
     assert not quantities & set(absent)
     # it has no explanations: nothing is read
     assert not (run / "analysis" / "gpt2-2l" / "readings.parquet").exists()
+
+
+def test_a_measure_that_one_layer_lacks_leaves_its_cell_empty():
+    def summary(layer, mean):
+        return MeasureSummary(layer=layer, control="none", share=0.5, measure="consistency", defined=2, undefined=0, dead=0, mean=mean, low=None, high=None)  # fmt: skip
+
+    figures = [LayerFigure(layer, "dead", "", 0.5) for layer in range(3)]
+    table = show(figures, [summary(0, 0.25), summary(2, 0.75)])
+    assert table.splitlines()[-1].split() == ["consistency", "0.250", "–", "0.750"]
 
 
 def test_a_finished_analysis_is_kept(run, capsys):
