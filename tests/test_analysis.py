@@ -41,7 +41,7 @@ from cratelm.analysis.dictionary import (
 from cratelm.analysis.groups import NONE, CorrelationSums, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, _add_moments, _TextTokens
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
-from cratelm.analysis.store import MEASURES, SHARES, LayerFigure, MeasureSummary
+from cratelm.analysis.store import MEASURES, SHARE, SHARES, LayerFigure, MeasureSummary
 from cratelm.analysis.summary import show
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
@@ -509,15 +509,6 @@ def test_what_gpt2_has_not_is_absent(run):
     assert not (run / "analysis" / "gpt2-2l" / "readings.parquet").exists()
 
 
-def test_a_measure_that_one_layer_lacks_leaves_its_cell_empty():
-    def summary(layer, mean):
-        return MeasureSummary(layer=layer, control="none", share=0.5, measure="consistency", defined=2, undefined=0, dead=0, mean=mean, low=None, high=None)  # fmt: skip
-
-    figures = [LayerFigure(layer, "dead", "", 0.5) for layer in range(3)]
-    table = show(figures, [summary(0, 0.25), summary(2, 0.75)])
-    assert table.splitlines()[-1].split() == ["consistency", "0.250", "–", "0.750"]
-
-
 def test_a_finished_analysis_is_kept(run, capsys):
     config = AnalyzeConfig(run=run, model="crate-2l", **SMALL)
     first, again = analyze(config), analyze(config)
@@ -534,3 +525,10 @@ def test_bad_input_is_told(run, tmp_path):
     with pytest.raises(InputError, match="--resamples must be at least 100, not 3"):
         AnalyzeConfig(resamples=3)
     assert not list((run / "analysis").glob(".*partial"))
+
+
+def test_a_layer_without_measured_neurons_has_a_dash_in_the_table():
+    figures = [LayerFigure(layer, "dead", "", 0.5) for layer in (0, 1)]
+    summary = MeasureSummary(1, "none", SHARE, "consistency", 0.25, None, None, 1, 0, 0)
+    lines = show(figures, [summary]).splitlines()
+    assert lines[-1].split() == ["consistency", "–", "0.250"]

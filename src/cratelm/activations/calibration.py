@@ -6,7 +6,7 @@ bin edges, and every activation is then counted in its bin.
 Shape legend: P tokens of the pilot sample, H neurons.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -98,9 +98,9 @@ def calibrate(
 
     Memory: the larger of 256 MiB and, for one layer, tokens * H * 4 bytes.
     """
-    wanted = min(len(plan.sequences), max(1, tokens // plan.sequence_length))
+    wanted = min(len(plan.sequences), max(1, tokens // plan.room))
     chosen = plan.sequences[:: max(1, len(plan.sequences) // wanted)][:wanted]
-    pilot = SearchPlan(plan.split, plan.name, plan.eot_id, plan.sequence_length, chosen, plan.seed)
+    pilot = replace(plan, sequences=chosen)
     calibrations: dict[int, Calibration] = {}
     for layers in _groups(site.n_neurons, pilot.n_tokens()):
         for layer, activations in _activations(model, site, pilot, layers, batch_tokens).items():

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,9 +30,11 @@ from cratelm.activations.store import (
     summaries_path,
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
+from cratelm.activations.top_positions import top_positions
 from cratelm.activations.topk import slot_bytes
 from cratelm.errors import InputError
 from cratelm.models import Site, site_of
+from cratelm.models.begin import PLAIN_BEGINNING, ChosenBeginning, announce, choose_beginning
 from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, ModelSource, find_model, sequence_length
 from cratelm.models.sites import hooked, partial_note
@@ -71,6 +73,14 @@ class HarvestResult:
     """number of tokens searched, without end marks, by split"""
     dead: dict[str, int]
     """number of neurons that were never above 0, by split"""
+    begin_token: int | None = None
+    """id of the token set before every sequence, which counts nowhere; None for none"""
+    skip_first: int = 0
+    """number of first tokens of every sequence that are left out, without the begin token"""
+    top_at_first: dict[str, float] = field(default_factory=dict)
+    """fraction of the top excerpts with their peak at the first position of a sequence, by split"""
+    crowded: dict[str, int] = field(default_factory=dict)
+    """number of neurons with half or more of their top excerpts at one position, by split (`TopPositions`)"""
 
 
 def harvest(config: HarvestConfig) -> HarvestResult:
@@ -92,6 +102,8 @@ def _harvest(config: HarvestConfig, ranks: Ranks) -> HarvestResult:
     if ranks.by_first(lambda: stage.is_finished(config, sources.inputs, force=config.force)):
         return harvest_result(stage)
     opened = sources.open(config, run)
+    if ranks.is_first:
+        announce(opened.chosen, opened.loaded)
     check_harvest_memory(config, opened.store, opened.site, opened.loaded.model.device)
     with ranks.write(stage, config, sources.inputs) as draft:
         _write_splits(config, opened, harvest_name(config), draft, ranks)
@@ -133,7 +145,10 @@ class HarvestSources:
             site = site_of(loaded.model, config.site, config.layers)
         if note := partial_note(loaded.model, site):
             print(f"note: {note}", file=sys.stderr, flush=True)
-        return OpenedSources(loaded, store, site, sequence_length(loaded, config.sequence_length))
+        length = sequence_length(loaded, config.sequence_length)
+        chosen = choose_beginning(loaded, run, config.begin_token, config.skip_first)
+        chosen.beginning.room(length)  # raises where nothing would count
+        return OpenedSources(loaded, store, site, length, chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +159,9 @@ class OpenedSources:
     store: TokenStore
     site: Site
     length: int
-    """tokens per sequence"""
+    """tokens per sequence, with the begin token"""
+    chosen: ChosenBeginning = PLAIN_BEGINNING
+    """how sequences begin"""
 
 
 def harvest_name(config: HarvestConfig) -> str:
@@ -272,6 +289,15 @@ def add_results(
     results.update(site=site.name, neurons=list(site.n_neurons))
     # For later measurements on the same neurons (`open_harvest`).
     results.update(sequence_length=opened.length, device=config.device)
+    begin = opened.chosen.beginning
+    results.update(
+        begin_token=begin.token, skip_first=begin.skip, begin_reason=opened.chosen.reason
+    )
+    if not config.part:
+        top = top_positions(layers, begin.room(opened.length))
+        results.setdefault("top_positions", {})[split] = asdict(top)
+        results.setdefault("top_at_first", {})[split] = top.first_shares[0]
+        results.setdefault("crowded", {})[split] = top.crowded
 
 
 def sizes_of(config: HarvestConfig) -> ExcerptSizes:
@@ -365,7 +391,13 @@ def plan_of(config: HarvestConfig, opened: OpenedSources, split: Split) -> Searc
     if tokens.n_tokens == 0:
         raise InputError(f"split {split} has no tokens: tokenize more text or raise its fraction")
     return SearchPlan.of(
-        tokens, split, opened.store.eot_id, opened.length, config.tokens, config.seed
+        tokens,
+        split,
+        opened.store.eot_id,
+        opened.length,
+        config.tokens,
+        config.seed,
+        opened.chosen.beginning,
     )
 
 

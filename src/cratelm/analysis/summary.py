@@ -81,14 +81,14 @@ def show(figures: Sequence[LayerFigure], summaries: Sequence[MeasureSummary]) ->
             lines.append([label, *(_cell(cell, form) for cell in cells)])
     for control in ("none", "shuffled"):
         for measure in MEASURES:
-            of_layer = {
+            by_layer = {
                 s.layer: s
                 for s in summaries
                 if (s.control, s.share, s.measure) == (control, SHARE, measure)
             }
-            if of_layer:  # a measure may have a value in some layers alone
+            if by_layer:  # a layer none of whose explained neurons fires has no summary
                 name = measure if control == "none" else f"{measure}, shuffled explanations"
-                lines.append([name, *(_mean(of_layer.get(layer)) for layer in layers)])
+                lines.append([name, *(_mean(by_layer.get(layer)) for layer in layers)])
     return "\n".join(f"  {line}" for line in align(lines))
 
 

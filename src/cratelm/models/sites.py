@@ -42,7 +42,7 @@ _NAMED: dict[str, tuple[str, ...]] = {
         "transformer.blocks.*.ffn.down_proj:input",  # MPT
     ),
 }
-_DEFAULTS = ("ista", "mlp")
+_DEFAULTS = ("ista", "mlp", "mssa")
 
 
 Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
@@ -123,7 +123,7 @@ class Site:
 
 @checked_arguments(model=nn.Module)
 def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, ...] = ()) -> Site:
-    """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
+    """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others, else `mssa`.
 
     `layers` are numbers of the model's layers; empty: all that have the site. Runs the model once on a few tokens
     to determine H. Raises `InputError` if no module has that name, if its tensor is not [B, T, H], or if a layer
@@ -144,7 +144,7 @@ def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, 
             f" {re.sub(r'[.][0-9]+[.]', '.*.', fused.rpartition('.')[0], count=1)!r}, the output of all experts"
         )
     raise InputError(
-        f"{type(model).__name__} has no site {name or 'ista or mlp'!r}: name one of"
+        f"{type(model).__name__} has no site {name or 'ista, mlp or mssa'!r}: name one of"
         f" {', '.join(_NAMED)} or a module path with * for the layer, such as"
         f" {_example(model)!r}"
     )
