@@ -282,6 +282,16 @@ def test_neurons_are_those_of_a_hook_set_by_hand_and_steering_reaches_the_logits
     assert torch.equal(model(ids()).logits, plain)
 
 
+def test_the_transformer_lens_bridge_is_for_mssa_and_ista():
+    lens = pytest.importorskip("cratelm.interop.transformer_lens", exc_type=ImportError)
+    for family in ("crate-tssa", "crate-mlp", "crate-mssa"):
+        with pytest.raises(ValueError, match="use hooks on the model itself"):
+            lens.bridge(tiny(family))
+    for family in ("crate-query", "crate-alpha"):
+        expected = tiny(family)(ids()).logits
+        assert torch.allclose(lens.bridge(tiny(family))(ids()), expected, atol=1e-5)
+
+
 # ---- exported, for transformers without cratelm ---------------------------------------------------
 
 LOAD = """
