@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
+from cratelm.records import has_both_ends
 from cratelm.runs import Options, at_least, not_in_identity
 from cratelm.runs.names import check_name
 
@@ -53,6 +54,10 @@ class HarvestConfig(Options):
     sae: str | None = None
     """harvest latents of sparse autoencoders instead of neurons: their name in the run (see
     `cratelm sae train`), or a folder in SAELens' format; needs the extra `sae`"""
+    polarity: Literal["auto", "positive", "both"] = "auto"
+    """which activations count: `positive` those above 0; `both` the two ends of each neuron, `17+` and `17-`, which are
+    explained and scored by themselves; `auto` both where the site's activations go as far below 0 as above it (gated
+    MLPs, attention, the residual stream), else positive (ReLU, GELU, CRATE's code, latents)"""
     part: str | None = None
     """harvest only one part of the tokens, such as 2/4 for the second of four, so that several machines can share
     the work; `cratelm merge harvest` then makes the harvest from all parts"""
@@ -105,6 +110,12 @@ class HarvestConfig(Options):
         if self.sae and self.site:
             raise InputError(
                 f"--site {self.site} and --sae cannot be combined: autoencoders determine their site"
+            )
+        if self.sae and self.polarity == "both":
+            raise InputError("--polarity both and --sae cannot be combined: latents have one end")
+        if self.site and has_both_ends(self.site) and self.polarity == "positive":
+            raise InputError(
+                f"--site {self.site} names both ends, and --polarity positive one: omit one of them"
             )
 
 

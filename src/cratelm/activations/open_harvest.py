@@ -16,6 +16,7 @@ from cratelm.models.open import (
     sequence_length,
 )
 from cratelm.models.sites import Site, site_of
+from cratelm.records import has_both_ends
 from cratelm.runs import Completion, Run, Stage
 from cratelm.runs.names import set_name
 from cratelm.tokens.shards import TokenStore
@@ -123,7 +124,9 @@ def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     length = harvest.results.get("sequence_length")
     length = length or sequence_length(subject, harvest.config.get("sequence_length"))
     sae = harvest.config.get("sae")
-    site = open_site(run, subject, harvest.config.get("site"), sae)
+    named = harvest.results.get("site", "")
+    site_name = named if has_both_ends(named) else harvest.config.get("site")
+    site = open_site(run, subject, site_name, sae)
     from_folder = _folder_of(run, subject, sae) if sae else None
     if from_folder and autoencoder_identity(from_folder) != harvest.inputs.get("sae"):
         raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")

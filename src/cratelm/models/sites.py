@@ -5,13 +5,15 @@ A site is one tensor [B, T, H] per layer: the output of a module, or its input. 
 `gpt_neox.layers.*.mlp.dense_4h_to_h:input`. The usual sites have names: `ista`, `mssa` and `heads` in
 CRATE, `mlp` (activations of the MLP, which its last projection reads) in other models.
 
-The latents of sparse autoencoders can be placed on top of a site (`cratelm.models.latents`).
+The latents of sparse autoencoders can be placed on top of a site (`cratelm.models.latents`). So can the two ends of
+each activation: `mlp:both` or `PATH:input:both` is a site of 2 H neurons, max(a, 0) and max(-a, 0) of each activation
+a, one after the other (`both_ends`).
 """
 
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
+from cratelm.records import BOTH_ENDS, has_both_ends
 from cratelm.runs.arguments import checked_arguments
 
 Side = Literal["input", "output"]
@@ -57,6 +60,20 @@ class Autoencoder(Protocol):
         ...
 
 
+class Ends:
+    """Map from activations [..., H] to their ends [..., 2 H] and back, without loss."""
+
+    def encode(self, x: torch.Tensor, /) -> torch.Tensor:
+        """Return the ends [..., 2 H]: element 2 i is max(x_i, 0), element 2 i + 1 is max(-x_i, 0)."""
+        # adding 0 turns the -0.0 of -x into 0.0; not finite values stay so, for whoever checks
+        ends = torch.stack([x.clamp(min=0) + 0.0, (-x).clamp(min=0) + 0.0], -1)
+        return ends.flatten(-2)
+
+    def decode(self, latents: torch.Tensor, /) -> torch.Tensor:
+        """Return the activations [..., H] whose ends are `latents` [..., 2 H]."""
+        return latents[..., 0::2] - latents[..., 1::2]
+
+
 @dataclass(frozen=True)
 class Site:
     """Where neurons live: one tensor per layer, for L layers."""
@@ -71,7 +88,7 @@ class Site:
     layers: tuple[int, ...] = ()
     """[L] numbers of the layers in the model; empty: 0, 1, 2 ..."""
     autoencoders: tuple[Autoencoder, ...] = field(default=(), repr=False, compare=False)
-    """[L] the autoencoders whose latents are the neurons; empty: the activations are"""
+    """[L] the autoencoders whose latents are the neurons, or `Ends`; empty: the activations are the neurons"""
 
     @property
     def n_layers(self) -> int:
@@ -83,14 +100,38 @@ class Site:
         """Return the layer numbers [L] that the names of the neurons use."""
         return self.layers or tuple(range(self.n_layers))
 
+    @property
+    def has_both_ends(self) -> bool:
+        """Return whether the neurons are ends of activations."""
+        return bool(self.autoencoders) and isinstance(self.autoencoders[0], Ends)
+
+
+def both_ends(site: Site) -> Site:
+    """Return the site of both ends of the activations of `site`; a site that has both is returned as it is.
+
+    Raises `InputError` for latents of autoencoders.
+    """
+    if site.has_both_ends:
+        return site
+    if site.autoencoders:
+        raise InputError("latents of autoencoders have one end: use --polarity positive, or auto")
+    return replace(
+        site,
+        name=f"{site.name}{BOTH_ENDS}",
+        n_neurons=tuple(2 * h for h in site.n_neurons),
+        autoencoders=(Ends(),) * site.n_layers,
+    )
+
 
 @checked_arguments(model=nn.Module)
 def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
     """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
 
-    Runs the model once on one token to determine H. Raises `InputError` if no module has that name, or
-    if its tensor is not [B, T, H].
+    A name that ends in `:both` is that of both ends of a site. Runs the model once on one token to determine H. Raises
+    `InputError` if no module has that name, or if its tensor is not [B, T, H].
     """
+    if name is not None and has_both_ends(name):
+        return both_ends(site_of(model, name.removesuffix(BOTH_ENDS)))
     candidates = _DEFAULTS if name is None else (name,)
     for candidate in candidates:
         for pattern in _NAMED.get(candidate, (candidate,)):
@@ -140,6 +181,8 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         changed = on_latents(place, latents)
         if changed is None:
             return None
+        if isinstance(autoencoder, Ends):
+            return autoencoder.decode(changed)  # exactly: nothing is lost that would have to be added
         return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
 
     return on_activation

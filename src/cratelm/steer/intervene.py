@@ -204,7 +204,7 @@ def _requests(
     donors = shuffled([s.neuron for s in selected if s.neuron in explained.texts], config.seed)
     alive: dict[int, list[int]] = {}
     for summary in summaries.values():
-        if not summary.dead:
+        if not summary.silent:
             alive.setdefault(summary.neuron.layer, []).append(summary.neuron.index)
     for sampled in share:
         neuron = sampled.neuron
@@ -234,7 +234,8 @@ def _continuations(
     """Return three continuations of held-out texts; the other neuron is drawn from those alive in the layer."""
     # the last number makes this stream differ from that of `draw_prompts`
     rng = np.random.default_rng([config.seed, neuron.layer, neuron.index, 1])
-    others = sorted(set(alive) - {neuron.index})
+    own = {neuron.index, *([neuron.opposite.index] if neuron.opposite else [])}
+    others = sorted(set(alive) - own)
     prompts = draw_prompts(
         harvested.store.split("held_out"),
         harvested.store.eot_id,
