@@ -232,6 +232,11 @@ class NeuronId:
         return neuron_name(self.index, self.site)
 
     @property
+    def n_ends(self) -> int:
+        """Return the number of ends that the neurons of the site have: 1 or 2."""
+        return 2 if has_both_ends(self.site) else 1
+
+    @property
     def opposite(self) -> "NeuronId | None":
         """Return the other end of the same neuron; None at a site whose neurons have one end."""
         if not has_both_ends(self.site):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.llm.config import LLMConfig, check_specification, option
-from cratelm.records import EvidenceKind, NeuronKey, parse_neuron_ids
+from cratelm.records import EvidenceKind, parse_neuron_ids
 from cratelm.runs import at_least
 from cratelm.runs.names import check_name
 
@@ -72,11 +72,7 @@ class ExplainConfig(LLMConfig):
             raise InputError("--only and --neurons cannot be combined")
         if self.name:
             check_name("--name", self.name)
-        self.neuron_ids()
-
-    def neuron_ids(self) -> list[NeuronKey]:
-        """Return the neurons of `only`, sorted; raise `InputError` if one is not LAYER:INDEX."""
-        return parse_neuron_ids("--only", self.only)
+        parse_neuron_ids("--only", self.only)
 
 
 def _each_once(option: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:

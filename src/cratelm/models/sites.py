@@ -123,6 +123,15 @@ def both_ends(site: Site) -> Site:
     )
 
 
+def without_ends(site: Site) -> Site:
+    """Return the site whose ends `site` has: that of the activations; a site without ends is returned as it is."""
+    if not site.has_both_ends:
+        return site
+    n_neurons = tuple(h // 2 for h in site.n_neurons)
+    name = site.name.removesuffix(BOTH_ENDS)
+    return replace(site, name=name, n_neurons=n_neurons, autoencoders=())
+
+
 @checked_arguments(model=nn.Module)
 def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
     """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
