@@ -124,9 +124,20 @@ def neuron_name(index: int, site: str) -> str:
     return f"{index // 2}{ENDS[index % 2]}" if has_both_ends(site) else str(index)
 
 
-def ends_words(n: int, site: str) -> str:
-    """Return a number of indices of a site in words: `8 neurons`, or `16 ends of 8 neurons`."""
-    return f"{n:,} ends of {n // 2:,} neurons" if has_both_ends(site) else f"{n:,} neurons"
+def named_index(name: str, site: str) -> int:
+    """Return the index of the neuron of a site that is written as `name`; `17` is `17+` at a site with both ends.
+
+    Raises `InputError` for any other form, and for an end of a neuron that has only one.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})([+-]?)", name)
+    if match is None:
+        raise InputError(f"neuron {name[:40]!r}: write a number such as 17, or one of its ends, 17+ or 17-")
+    number, end = int(match[1]), match[2]
+    if has_both_ends(site):
+        return 2 * number + ENDS.index(end or "+")
+    if end:
+        raise InputError(f"neuron {name}: the neurons of site {site} have one end, so write {number}")
+    return number
 
 
 class NeuronKey(NamedTuple):

@@ -22,6 +22,7 @@ from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
+from cratelm.records import neuron_name
 from cratelm.results.stages import changed_at
 from cratelm.steer.edits import Edit
 from cratelm.steer.next_tokens import (
@@ -75,6 +76,8 @@ class TopNeuron:
     share: float
     """`value` divided by the neuron's largest activation on the held-out split"""
     explanation: str
+    name: str
+    """how the neuron is written: its index, or `17+` and `17-` for the ends of neuron 17"""
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,9 @@ class Live:
                 for i in np.argsort(-share, kind="stable")[:_STRONGEST].tolist():
                     if share[i] > 0:
                         text_of = claim(str(table.explanations[here.start + i]))
+                        name = neuron_name(i, table.site)
                         strongest.append(
-                            TopNeuron(layer, i, float(values[i]), float(share[i]), text_of)
+                            TopNeuron(layer, i, float(values[i]), float(share[i]), text_of, name)
                         )
             return tuple(sorted(strongest, key=lambda s: -s.share)[:_STRONGEST])
 
@@ -282,7 +286,8 @@ class Live:
         table = self.library.table(run, model)
         row = table.row(layer, index)
         if row is None:
-            raise InputError(f"{model} has no neuron {index} in layer {layer}")
+            name = neuron_name(index, table.site)
+            raise InputError(f"{model} has no neuron {name} in layer {layer}")
         return float(table.maximum[row])
 
 
