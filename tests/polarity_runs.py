@@ -10,13 +10,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
-from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.config import TokenizeConfig
+from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenize import tokenize
 
 OPTIONS: dict[str, Any] = {
-    **{"top": 8, "random": 8, "per_bin": 4, "context": 8, "sequence_length": 32},
-    **{"pilot_tokens": 512, "batch_tokens": 256, "device": "cpu", "quiet": True},
+    "top": 8,
+    "random": 8,
+    "per_bin": 4,
+    "context": 8,
+    "sequence_length": 32,
+    "pilot_tokens": 512,
+    "batch_tokens": 256,
+    "device": "cpu",
+    "quiet": True,
 }
 WIDTH, LAYERS = 6, 2
 ONLY_NEGATIVE, DEAD = 3, 4
@@ -66,7 +73,9 @@ def tokenized(folder: Path) -> Path:
             file.write(json.dumps({"text": text}) + "\n")
     run = folder / "run"
     corpus: dict[str, Any] = {"corpus": str(folder / "corpus.jsonl"), "vocab_size": 280}
-    tokenize(TokenizeConfig(run=run, fit=0.3, held_out=0.3, quiet=True, sequence_length=32, **corpus))
+    tokenize(
+        TokenizeConfig(run=run, fit=0.3, held_out=0.3, quiet=True, sequence_length=32, **corpus)
+    )
     return run
 
 

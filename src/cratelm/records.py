@@ -114,6 +114,10 @@ scored by themselves: `i+` has index 2 i and the activation max(a, 0), `i-` has 
 ENDS = ("+", "-")
 
 
+END_WORDS = ("plus", "minus")
+"""names of the ends where a sign cannot stand, such as in folders of exports"""
+
+
 def has_both_ends(site: str) -> bool:
     """Return whether the indices of a site called `site` count ends of neurons and not neurons."""
     return site.endswith(BOTH_ENDS)
@@ -131,12 +135,16 @@ def named_index(name: str, site: str) -> int:
     """
     match = re.fullmatch(r"([0-9]{1,9})([+-]?)", name)
     if match is None:
-        raise InputError(f"neuron {name[:40]!r}: write a number such as 17, or one of its ends, 17+ or 17-")
+        raise InputError(
+            f"neuron {name[:40]!r}: write a number such as 17, or one of its ends, 17+ or 17-"
+        )
     number, end = int(match[1]), match[2]
     if has_both_ends(site):
         return 2 * number + ENDS.index(end or "+")
     if end:
-        raise InputError(f"neuron {name}: the neurons of site {site} have one end, so write {number}")
+        raise InputError(
+            f"neuron {name}: the neurons of site {site} have one end, so write {number}"
+        )
     return number
 
 
@@ -241,6 +249,16 @@ class NeuronId:
     def name(self) -> str:
         """Return how the neuron is written within its layer: `17`, or `17+` and `17-` for the ends of neuron 17."""
         return neuron_name(self.index, self.site)
+
+    @property
+    def number(self) -> int:
+        """Return the number of the neuron among the activations of its layer: 17 for both `17+` and `17-`."""
+        return self.index // self.n_ends
+
+    @property
+    def end(self) -> int:
+        """Return 0 for the end `+`, or if the neuron has one end, and 1 for the end `-`."""
+        return self.index % self.n_ends
 
     @property
     def n_ends(self) -> int:

@@ -21,7 +21,7 @@ from cratelm.activations.config import HarvestConfig, last_name
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
 from cratelm.activations.parts import part_share, part_stage, write_part
-from cratelm.activations.polarity import Polarity, Signs, signs_of
+from cratelm.activations.polarity import ABOVE_0, Polarity, Signs, signs_of
 from cratelm.activations.store import (
     NEURONS_PER_GROUP,
     SUMMARIES_PER_GROUP,
@@ -156,7 +156,7 @@ class OpenedSources:
     site: Site
     length: int
     """tokens per sequence"""
-    signs: Signs = Signs("positive", "", exact_zeros=True)
+    signs: Signs = ABOVE_0
     """how the activations are read"""
 
     def read_as(self, signs: Signs) -> "OpenedSources":

@@ -230,7 +230,9 @@ class LayerHarvest:
         """
         tenth = torch.log2(self.maximum.double().clamp(min=0) / 10).floor()
         octave = (tenth - LOWEST_OCTAVE).clamp(0, OCTAVES - 1).long()  # [H]
-        above = self.octaves.view(-1, OCTAVES).flip(1).cumsum(1).flip(1)  # [H, 64] in this octave or a higher one
+        above = (
+            self.octaves.view(-1, OCTAVES).flip(1).cumsum(1).flip(1)
+        )  # [H, 64] in this octave or a higher one
         alive = self.maximum > 0
         threshold = torch.exp2((octave + LOWEST_OCTAVE).double()).where(alive, 0.0)
         return above.gather(1, octave[:, None])[:, 0].where(alive, 0), threshold

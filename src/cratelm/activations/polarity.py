@@ -36,7 +36,13 @@ _EXACT = ("ReLU", "ReLU6", "ReLUSquaredActivation")
 """activation functions that are exactly 0 where a neuron is silent, by class name"""
 _BOUNDED = (
     *("GELU", "GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation"),
-    *("PytorchGELUTanh", "GELUTanh", "AccurateGELUActivation", "BloomGelu", "ClippedGELUActivation"),
+    *(
+        "PytorchGELUTanh",
+        "GELUTanh",
+        "AccurateGELUActivation",
+        "BloomGelu",
+        "ClippedGELUActivation",
+    ),
     *("SiLU", "SiLUActivation", "Mish", "MishActivation", "Sigmoid"),
 )
 """activation functions that fall below 0 by a fixed small amount at most, by class name"""
@@ -77,6 +83,10 @@ class Signs:
             results.get("polarity_reason", ""),
             results.get("exact_zeros", True),
         )
+
+
+ABOVE_0 = Signs("positive", "", exact_zeros=True)
+"""how older versions read all activations"""
 
 
 @dataclass(frozen=True)
@@ -152,9 +162,7 @@ def _name_of(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _measure(
-    model: PreTrainedModel, site: Site, pilot: SearchPlan, batch_tokens: int
-) -> _Measured:
+def _measure(model: PreTrainedModel, site: Site, pilot: SearchPlan, batch_tokens: int) -> _Measured:
     """Return the figures of the pilot sample. Memory: two numbers per neuron."""
     extremes: dict[int, torch.Tensor] = {}
     zeros = counted = 0

@@ -8,7 +8,6 @@ from cratelm.analysis.store import (
     MEASURES,
     SHARE,
     CoverageControl,
-    CoverageMeasures,
     LayerFigure,
     MeasureSummary,
     NeuronCoverage,

@@ -191,7 +191,9 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         if changed is None:
             return None
         if isinstance(autoencoder, Ends):
-            return autoencoder.decode(changed)  # exactly: nothing is lost that would have to be added
+            return autoencoder.decode(
+                changed
+            )  # exactly: nothing is lost that would have to be added
         return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
 
     return on_activation

@@ -9,7 +9,6 @@ from cratelm.activations.store import summaries_path
 from cratelm.records import METRICS
 from cratelm.replace.store import ReplacementRow
 from cratelm.results.replacement import read_replacement
-from cratelm.results.sparsity import neurons_of
 from cratelm.results.scores import (
     find_statistics,
     label_suffix,
@@ -17,6 +16,7 @@ from cratelm.results.scores import (
     mean_interval,
     read_statistics,
 )
+from cratelm.results.sparsity import neurons_of
 from cratelm.results.stages import (
     MODEL_STAGES,
     Problems,

@@ -73,7 +73,9 @@ def dead_rows(maximum: NDArray[np.float32], *, has_ends: bool) -> NDArray[np.boo
     return silent.reshape(-1, 2).all(1).repeat(2) if has_ends else silent
 
 
-def _kurtosis_of_ends(mean: Float64, variance: Float64, skew: Float64, kurtosis: Float64) -> Float64:
+def _kurtosis_of_ends(
+    mean: Float64, variance: Float64, skew: Float64, kurtosis: Float64
+) -> Float64:
     """Return the kurtosis [n] of neurons from the moments [2 n] of their ends.
 
     The activation is one end minus the other, and one of the two is always 0, so its k-th raw moment is that of the

@@ -211,7 +211,9 @@ class LiveExplanations:
             name = neuron_name(index, table.site)
             seen = tuple(before_it[max(0, at + 1 - length) : at + 1])
             neurons.append(
-                NeuronCost(layers[place], index, nats, at - 1, seen, true, predicted, sentence, name)
+                NeuronCost(
+                    layers[place], index, nats, at - 1, seen, true, predicted, sentence, name
+                )
             )
         p, q = cost.plain, cost.explained
         all_of_them = sum(float(of.sum(dtype=float)) for of in cost.shares.values())

@@ -173,7 +173,7 @@ class Pages:
 
     def neuron(self, view: NeuronView) -> str:
         """Return the page of one neuron."""
-        key, model, layer, index = view.run, view.model, view.layer, view.index
+        key, model, layer = view.run, view.model, view.layer
         here = ("r", key, "neuron", model, str(layer), view.name)
         links = self._links(here)
         other_end = None
@@ -199,7 +199,9 @@ class Pages:
         return self._page(
             "neuron.html",
             here,
-            self._crumbs(links, key, (model, ""), (f"layer {layer}", up), (f"neuron {view.name}", "")),
+            self._crumbs(
+                links, key, (model, ""), (f"layer {layer}", up), (f"neuron {view.name}", "")
+            ),
             key,
             v=view,
             has_page=has_page,

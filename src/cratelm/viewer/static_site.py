@@ -63,7 +63,9 @@ def export(
         (draft / _MARK).write_text("Written by `cratelm view --static`.\n", encoding="utf-8")
         size = sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
     tables = ((library.table(r, m), layer) for r, m, layer in chosen)
-    total = sum(len(range(*table.rows_of(layer).indices(len(table.layer)))) for table, layer in tables)
+    total = sum(
+        len(range(*table.rows_of(layer).indices(len(table.layer)))) for table, layer in tables
+    )
     path = folder if folder.is_dir() else target  # a/../b is not a valid path if a does not exist
     return Exported(path, count, size, sum(map(len, chosen.values())), total)
 
