@@ -213,7 +213,7 @@ CHOICES = [
 def test_the_site_decides(run, tmp_path, function, site, polarity, exact):
     folder = tmp_path / "gpt"
     gpt2(function).save_pretrained(folder)
-    name = f"choice-{function}-{polarity}-{bool(site)}"
+    name = f"choice-{function}-{len(site or '')}"
     found = harvest(HarvestConfig(run=run, model=str(folder), site=site, name=name, **OPTIONS))
     assert (found.polarity, found.exact_zeros) == (polarity, exact)
     assert found.polarity_reason
@@ -300,7 +300,7 @@ def test_both_ends_are_harvested_as_brute_force_has_them(run, truth, monkeypatch
             assert s.firing_threshold == limit
             fires = (text >= limit).sum() if limit else 0
             near = (np.abs(text - limit) < 1e-4 * limit).sum()
-            assert abs(s.firing_rate * len(text) - fires) <= near
+            assert abs(s.firing_rate * len(text) - fires) <= near + 1e-6
             for excerpt in record.excerpts:
                 if excerpt.kind != "out_of_context":
                     first = excerpt.position - excerpt.peak
@@ -470,7 +470,7 @@ def test_a_model_on_the_explanations_of_both_ends(run):
     rows = [r for r in summary.rows if r.layers == "all"]
     assert rows
     assert all(np.isfinite(r.loss_replaced.value) for r in rows)
-    assert summary.loss_reconstructed is None  # both ends are the activation: nothing is lost
+    assert summary.reconstructed is None  # both ends are the activation: nothing is lost
     model = gated_llama(300)
     explained = ExplainedModel(model, site_of(model, "mlp:both"))
     trace = explained.trace(IDS)

@@ -244,10 +244,11 @@ def by_end_table(results: RunResults) -> Table:
                     null = find_statistics(statistics, s.explainer, s.metric, "shuffled")
                     counts = (s.counts.defined, s.counts.total)
                     name = METRIC_NAMES[s.metric]
+                    side = "above 0 (+)" if end == "+" else "below 0 (-)"
                     rows.append(
-                        (m.name, s.explainer, name, end, mean_cell(s), mean_cell(null), *counts)
+                        (m.name, s.explainer, name, side, mean_cell(s), mean_cell(null), *counts)
                     )
-    rows.sort(key=lambda row: (row[:3], row[3] != "+"))
+    rows.sort(key=lambda row: row[:4])
     return Table(
         "by_end",
         "Scores by end",
