@@ -41,7 +41,8 @@ class ExplainConfig(LLMConfig):
     neurons: int = 0
     """neurons per layer, drawn at random; 0 = all. Models with equally many neurons draw the same indices"""
     only: tuple[str, ...] = ()
-    """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
+    """only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of a
+    neuron that has two"""
     seed: int = 0
     """seed of that draw, and of the sampling of a language model"""
     prompts: Prompts = option("cratelm", "language model")

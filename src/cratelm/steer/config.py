@@ -110,7 +110,8 @@ class EffectsConfig(Options):
     neurons: int = 256
     """neurons per layer, drawn at random as `cratelm explain` draws them; 0 = all"""
     only: tuple[str, ...] = ()
-    """measure only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
+    """measure only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of a
+    neuron that has two"""
     top: int = 10
     """number of tokens stored among those that a neuron promotes most, and among those it suppresses most"""
     positions: int = 16
