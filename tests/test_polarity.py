@@ -544,3 +544,19 @@ def test_exports_tell_the_ends_apart(run, tmp_path):
     one = api.export_records(run=run, model=MODEL, out=tmp_path / "one", only=["0:5-"], quiet=True)
     assert one.neurons == 1
     assert (tmp_path / "one" / "minus" / "0" / "5.json").is_file()
+
+
+def test_autoencoders_read_activations_and_not_ends():
+    from cratelm.sae.train_config import SaeTrainConfig
+
+    with pytest.raises(InputError, match="type --site mlp$"):
+        SaeTrainConfig(site="mlp:both")
+    with pytest.raises(InputError, match="latents of autoencoders have one end"):
+        both_ends(replace(site_of(gated_llama(300)), name="latents", autoencoders=(nn.Identity(),) * LAYERS))  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_seeds_are_compared_by_neurons_with_one_end(run):
+    from cratelm.analysis.seeds import _check_sites, _Seed
+
+    with pytest.raises(InputError, match="harvest with --polarity positive, under another --name"):
+        _check_sites([_Seed(MODEL, 0, open_harvested(Run(run), MODEL), None)] * 2)

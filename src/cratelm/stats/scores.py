@@ -235,9 +235,7 @@ def compare_models(
     """
     chosen = [_chosen(s, explainer, metric, "none") for s in (scores_a, scores_b)]
     model_a, model_b = map(_model, chosen)
-    if paired is None:
-        # with other ends, random excerpts are drawn at other positions
-        paired = metric == "random_only" and has_ends(chosen[0]) == has_ends(chosen[1])
+    paired = _are_paired(metric, chosen) if paired is None else paired
     values_a, values_b = (_values(side, metric, policy) for side in chosen)
     layers = _common_layers(values_a, values_b, paired)
     if not layers:
@@ -277,6 +275,12 @@ def compare_models(
         superiority=float(np.mean([_superiority(x, y, paired) for x, y in layers])),
         confidence=confidence,
     )
+
+
+def _are_paired(metric: Metric, sides: Sequence[ScoreTable]) -> bool:
+    """Return whether the excerpts of two models are at the same positions, neuron by neuron."""
+    # of neurons with two ends, random excerpts are drawn at other positions than of neurons with one
+    return metric == "random_only" and len({has_ends(side) for side in sides}) == 1
 
 
 def _chosen(
