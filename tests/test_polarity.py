@@ -549,7 +549,7 @@ def test_exports_tell_the_ends_apart(run, tmp_path):
 def test_autoencoders_read_activations_and_not_ends():
     from cratelm.sae.train_config import SaeTrainConfig
 
-    with pytest.raises(InputError, match="type --site mlp$"):
+    with pytest.raises(InputError, match=r"type --site mlp$"):
         SaeTrainConfig(site="mlp:both")
     with pytest.raises(InputError, match="latents of autoencoders have one end"):
         both_ends(replace(site_of(gated_llama(300)), name="latents", autoencoders=(nn.Identity(),) * LAYERS))  # type: ignore[arg-type]  # fmt: skip
