@@ -51,38 +51,31 @@ def plain(config: ReplaceConfig) -> None:
                     token_losses(next_logits(model, ids, ids.shape[1])[:, :-1], ids[:, 1:])
 
 
-def measure(config: ReplaceConfig, label: str) -> None:
-    """Print the time and memory of the command, and of the plain passes."""
+def measure(config: ReplaceConfig, label: str, explaining: ExplainConfig | None = None) -> None:
+    """Print the time and memory of the command, of the plain passes, and of explaining the neurons."""
     alone = timed(lambda: plain(config))
     cpu = time.process_time()
     seconds: list[float] = []
     memory = peak_memory(lambda: seconds.append(timed(lambda: replace(config))))
     cpu = time.process_time() - cpu
-    explaining = timed(lambda: explain(of_all)) if (of_all := all_neurons(config)) else 0.0
+    explain_seconds = timed(lambda: explain(explaining)) if explaining else 0.0
     print(
         f"{label:<10} {seconds[0]:6.1f} s ({cpu:.1f} s of CPU), {seconds[0] / alone:.1f} times the plain passes"
         f" ({alone:.1f} s), peak memory {memory / 2**20:,.0f} MiB above that of the process"
-        + (f"; `explain` of all neurons {explaining:.1f} s" if of_all else "")
+        + (f"; `explain` of all neurons {explain_seconds:.1f} s" if explaining else "")
     )
     figures(
         model=label,
         seconds=seconds[0],
         cpu_seconds=cpu,
         plain_seconds=alone,
-        explain_seconds=explaining,
+        explain_seconds=explain_seconds,
         ratio=seconds[0] / alone,
         peak_bytes=memory,
         tokens=config.tokens,
         fit_tokens=config.fit_tokens,
         explainers=config.explainers,
     )
-
-
-def all_neurons(config: ReplaceConfig) -> ExplainConfig | None:
-    """Return the options of explaining all neurons by the default explainers; None for the untrained model of the paper."""
-    if config.model.endswith("-init"):
-        return None
-    return ExplainConfig(run=config.run, model=config.model, force=True, quiet=True)
 
 
 def paper_run(folder: Path, size: str, tokens: int) -> Run:
@@ -119,7 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     fit_tokens=options.fit_tokens or config.fit_tokens,
                     tokens=options.tokens or config.tokens,
                 )
-                measure(config, model)
+                # a run of its own: what `replace` keeps of the text for the next stage would help
+                other = copied(Run(options.run), model, Path(folder) / f"{model}-explain")
+                explaining = ExplainConfig(
+                    run=other, model=model, neurons=0, force=True, quiet=True
+                )
+                measure(config, model, explaining)
         if options.paper:
             n_fit, n = options.fit_tokens or 20_000, options.tokens or 4096
             run = paper_run(Path(folder) / "paper", options.size, 2048)

@@ -28,6 +28,7 @@ from cratelm.replace.measure import HeldOut
 from cratelm.replace.tables import ContextSums, Tables, Tries
 from cratelm.replace.text import BatchText, predicted
 from cratelm.runs import Run
+from cratelm.runs.model_options import HarvestedModelOptions
 from cratelm.runs.ranks import Share
 
 
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     for model in options.models:
-        opened = open_harvested(Run(options.run), model, "cpu")
+        opened = open_harvested(Run(options.run), model, HarvestedModelOptions(device="cpu"))
 
         def plan(split: Split, tokens: int, opened: HarvestContext = opened) -> SearchPlan:
             store = opened.store

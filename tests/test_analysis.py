@@ -447,7 +447,7 @@ def _parts(row, mask):
 def test_little_memory_gives_the_same_readings(run, analysed, monkeypatch):
     """In lots of one neuron nothing but the null is lost."""
     monkeypatch.setattr(
-        "cratelm.analysis.consistency._passes", lambda e, at_once: [[one] for one in e]
+        "cratelm.analysis.consistency._groups", lambda e, at_once: [[one] for one in e]
     )
     found = analyze(AnalyzeConfig(run=run, model="crate-2l", force=True, **SMALL))
     rows = pq.read_table(found.path / "readings.parquet").to_pylist()

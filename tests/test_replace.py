@@ -1024,9 +1024,10 @@ def test_neurons_alone_and_the_curve(run, replaced):
 def test_cost_of_one_neuron_is_that_of_a_hook(run, replaced):
     """Its activations alone are replaced on the same text by what the stored explanations predict."""
     from cratelm.activations.open_harvest import open_harvested
+    from cratelm.runs.model_options import HarvestedModelOptions
     from cratelm.steer.ablation import HeldOutText
 
-    opened = open_harvested(run, "gpt2-2l", "cpu")
+    opened = open_harvested(run, "gpt2-2l", HarvestedModelOptions(device="cpu"))
     summary = replaced["gpt2-2l"]
     folder = run.stage("replacement", "gpt2-2l").path
     neurons = {x.neuron.key: x for x in read_neurons(folder) if x.cost is not None}

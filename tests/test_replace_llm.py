@@ -399,8 +399,9 @@ def pieces_read(path: Path, tokens: int, model: str) -> int:
     """The number of different pieces of at most 64 tokens in both samples, cut by hand."""
     from cratelm.activations.open_harvest import open_harvested
     from cratelm.replace.prepared import planned
+    from cratelm.runs.model_options import HarvestedModelOptions
 
-    opened = open_harvested(Run(path), model, "cpu")
+    opened = open_harvested(Run(path), model, HarvestedModelOptions(device="cpu"))
     config = ReplaceConfig(run=path, model=model)
     found = set()
     for split in ("fit", "held_out"):

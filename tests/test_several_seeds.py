@@ -285,10 +285,11 @@ def test_matches_and_transfer_are_those_of_the_definition(compared):
     from cratelm.activations.open_harvest import open_harvested
     from cratelm.analysis.matching import read_activations
     from cratelm.explain.store import read_explanations
+    from cratelm.runs.model_options import HarvestedModelOptions
     from cratelm.score.simulators import simulate
 
     run, layer = Run(compared), 1
-    opened = [open_harvested(run, name, "cpu") for name in MODELS[:2]]
+    opened = [open_harvested(run, name, HarvestedModelOptions(device="cpu")) for name in MODELS[:2]]
     first = opened[0]
     plan = SearchPlan.of(first.store.split("held_out"), "held_out", first.store.eot_id, first.sequence_length, TOKENS, 0)  # fmt: skip
     read = list(read_activations([o.subject.model for o in opened], first.site, plan, 64, abs))
@@ -353,6 +354,7 @@ def test_the_comparison_is_summarized_and_stored(compared, tmp_path, capsys):
 def test_the_null_is_the_model_before_its_training(run, tmp_path):
     """The same bits as `--steps 0` saves."""
     from cratelm.activations.open_harvest import open_harvested
+    from cratelm.runs.model_options import HarvestedModelOptions
 
     path = tmp_path / "run"
     shutil.copytree(run, path)
@@ -360,7 +362,7 @@ def test_the_null_is_the_model_before_its_training(run, tmp_path):
         base, seed = names.seed_of(name)
         options = {**SMALL, "steps": 0, "model": base, "seed": seed}
         saved = load(train(TrainConfig(run=path, **options)).path)
-        opened = open_harvested(Run(path), name, "cpu")
+        opened = open_harvested(Run(path), name, HarvestedModelOptions(device="cpu"))
         fresh = _untrained(SimpleNamespace(model=opened.subject.model, seed=seed))  # pyright: ignore
         for key, weight in saved.state_dict().items():
             assert torch.equal(weight, fresh.state_dict()[key]), key

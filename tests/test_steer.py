@@ -350,7 +350,7 @@ def test_a_static_cache_steers_everywhere_or_says_why_not():
     [
         (
             lambda m: steering(m, Edit(2, 0, set=1.0)),
-            "layer 2 does not exist: site ista has the layers 0, 1",
+            "layer 2 does not exist: site ista has the layers 0 to 1",
         ),
         (lambda m: steering(m, Edit(0, 128, set=1.0)), "neuron 128 .* neurons 0 to 127"),
         (lambda m: steering(m, Edit(0, -1, set=1.0)), "neuron -1"),

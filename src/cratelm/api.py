@@ -85,7 +85,7 @@ def demo(
     corpus: str = "builtin",
     size: Literal["1l", "2l", "3l"] = "2l",
     vocab_size: int = 4096,
-    steps: int = 600,
+    steps: int = 500,
     tokens: int = 200_000,
     neurons: int = 256,
     sae: bool = False,
@@ -127,6 +127,7 @@ def tokenize(
     text_field: str = "text",
     subset_field: str = "meta.pile_set_name",
     tokenizer: str = "train",
+    revision: str | None = None,
     vocab_size: int = 4096,
     sample_megabytes: float = 64.0,
     fit: float = 0.05,
@@ -149,11 +150,16 @@ def tokenize(
             .md .rst .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of
             such files, or `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the
             extra `hub`)
-        text_field: field of a row that holds the text
+        text_field: field of a row that holds the text. A row without it that has `messages` (a list
+            of role and content) is a chat
         subset_field: field of a row that names its part of the corpus, stored with the document; a
             dot selects a nested field; rows may lack it
         tokenizer: `train` (byte-level BPE, trained on documents of the train split only), `gpt2`
-            (fetched through tiktoken, else from the Hub), or the path of a tokenizer.json
+            (fetched through tiktoken, else from the Hub), the path of a tokenizer.json, or a
+            model's folder or Hub id (OWNER/NAME), whose chat template then also writes rows with
+            `messages`
+        revision: for a tokenizer of the Hub: branch, tag or commit; the commit is recorded.
+            Default: the newest
         vocab_size: size of a trained vocabulary, including `<|endoftext|>`; other tokenizers have
             their own size
         sample_megabytes: megabytes (10^6 bytes) of text, from the start of the train split, to
@@ -279,6 +285,10 @@ def train(
 
 def evaluate(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     path: str | None = None,
@@ -291,14 +301,19 @@ def evaluate(
     sequence_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
-    device: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     output: str | Path | None = None,
     quiet: bool = False,
 ) -> "EvaluateResult":
     """Measure models on a run's tokens and on named sets, every token once, and compare them.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto uses an accelerator if there is one
+        dtype: precision of the model; auto: that of its files
         run: run directory: its models, and the tokens of its splits
         model: name of a model in the run
         path: a model folder or Hub id to measure instead of --model
@@ -321,8 +336,6 @@ def evaluate(
         stride: tokens by which the window moves: each token is still predicted once, from at least
             sequence_length - stride tokens. Default: sequence_length, no overlap
         batch_size: sequences at a time; fewer if their logits would exceed 1 GiB
-        device: cpu, cuda, ...; auto uses an accelerator if there is one
-        dtype: precision of the models; auto: that of their files
         output: also write the figures to this JSON file
         quiet: show no progress bar
     """
@@ -331,6 +344,10 @@ def evaluate(
 
 def predict(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     run: str | Path = Path("runs/default"),
     models: tuple[str, ...] = ("crate-2l", "gpt2-2l"),
     text: str | None = None,
@@ -340,14 +357,19 @@ def predict(
     seed: int = 0,
     tokens: int = 96,
     top: int = 5,
-    device: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     out: str | Path | None = None,
     quiet: bool = False,
 ) -> "PredictResult":
     """Show what models predict after each token of the same text, as a page and a figure.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto uses an accelerator if there is one
+        dtype: precision of the model; auto: that of its files
         run: run directory: its models, and the documents of its splits
         models: names in the run, model folders, Hub ids (OWNER/NAME); each model reads in its own
             tokens
@@ -359,8 +381,6 @@ def predict(
         tokens: number of tokens of the document to show, in the run's tokenizer; your own text is
             shown whole
         top: number of most likely next tokens to show for each token
-        device: cpu, cuda, ...; auto uses an accelerator if there is one
-        dtype: precision of the models; auto: that of their files
         out: path of the page. Default: predictions.html in the run. A PNG and a PDF of the same
             name are written to the same folder
         quiet: no effect: `predict` has no progress bar, and accepts this option as every verb does
@@ -370,10 +390,15 @@ def predict(
 
 def harvest(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32",
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     name: str | None = None,
     site: str | None = None,
+    layers: tuple[int, ...] = (),
     sae: str | None = None,
     polarity: Literal["auto", "positive", "both"] = "auto",
     part: str | None = None,
@@ -387,20 +412,27 @@ def harvest(
     pilot_tokens: int = 8192,
     seed: int = 0,
     batch_tokens: int = 8192,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    device: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> "HarvestResult":
     """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto uses an accelerator if there is one
+        dtype: precision of the model; auto: that of its files. Statistics are always kept in
+            float32 or more
         run: run directory
         model: a model of the run by name, or any Hugging Face causal language model by folder or
             Hub id
         name: name of the harvest in the run. Default: the model's name; for latents `MODEL+SAE`
         site: where neurons live: ista, mssa, heads, mlp, or a module path such as
             'gpt_neox.layers.*.mlp.dense_4h_to_h:input'. Default: ista for CRATE, mlp for others
+        layers: numbers of the layers in the model, from 0. Default: all that have the site
         sae: harvest latents of sparse autoencoders instead of neurons: their name in the run (see
             `cratelm sae train`), or a folder in SAELens' format; needs the extra `sae`
         polarity: which activations count: `positive` those above 0; `both` the two ends of each
@@ -422,8 +454,6 @@ def harvest(
         pilot_tokens: tokens of the pilot sample that sets the edges of the bins
         seed: seed of the random excerpts and of the order within bins; twins need the same one
         batch_tokens: tokens per forward pass; more are faster and take more memory
-        dtype: precision of the model; statistics are always kept in float32 or more
-        device: cpu, cuda, ...; auto uses an accelerator if there is one
         force: redo the stage even if it is finished
         quiet: show no progress bar
     """
@@ -432,6 +462,8 @@ def harvest(
 
 def merge_harvest(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     device: str = "auto",
@@ -440,9 +472,15 @@ def merge_harvest(
     """Make a harvest from its parts, which `cratelm harvest --part` collected, and remove the parts.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
         run: run directory
         model: name of the harvest: that of the model, or what `--name` of the parts says
-        device: cpu, cuda, ...; auto uses an accelerator if there is one
+        device: cpu, cuda, ...; auto uses an accelerator if there is one. The precision is that of
+            the parts
         force: redo the stage even if it is finished
     """
     return _run("merge harvest", locals())
@@ -555,6 +593,8 @@ def explain(
 
 def score(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     base_url: str = "",
@@ -604,6 +644,11 @@ def score(
     """Score the explanations of one model on held-out excerpts, with null controls.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
@@ -668,6 +713,8 @@ def score(
 
 def replace(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     base_url: str = "",
@@ -710,6 +757,11 @@ def replace(
     that a language model has explained are replaced, by what a language model predicts from their explanations.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
@@ -822,6 +874,10 @@ def report(
 
 def view(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     runs: tuple[str | Path, ...] = (Path("runs/demo"),),
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -836,6 +892,14 @@ def view(
     Serves pages until Ctrl-C, or writes them into a folder with --static.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto: as in the harvest
+        dtype: precision of the model; auto: as in the harvest, whose activations no other precision
+            gives exactly
         runs: run directories
         host: address to listen on. With an address other than this machine's own (127.0.0.1),
             everyone who can reach it can read the runs and use the model: there is no password
@@ -871,6 +935,10 @@ def check(
 
 def analyze(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     tokens: int = 50_000,
@@ -881,7 +949,6 @@ def analyze(
     seed: int = 0,
     batch_tokens: int = 8192,
     memory_mib: int = 512,
-    device: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> "AnalyzeResult":
@@ -891,6 +958,14 @@ def analyze(
     groups of neurons, consistency and distinctiveness for other models.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto: as in the harvest
+        dtype: precision of the model; auto: as in the harvest, whose activations no other precision
+            gives exactly
         run: run directory, holding the harvest of `--model`
         model: name of the harvest, which is the name of the model
         tokens: held-out tokens to read
@@ -906,7 +981,6 @@ def analyze(
         batch_tokens: tokens per forward pass
         memory_mib: MiB of activations in memory at a time for consistency; if this is not enough
             for all neurons of a layer, several passes are made
-        device: cpu, cuda, ...; auto: as in the harvest. The precision is always that of the harvest
         force: redo the stage even if it is finished
         quiet: no progress bar
     """
@@ -915,26 +989,35 @@ def analyze(
 
 def seeds(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     tokens: int = 50_000,
     seed: int = 0,
     batch_tokens: int = 8192,
-    device: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> "SeedsResult":
     """Match the neurons of models that differ only in their seed, and test explanations on the matches.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto: as in the harvest
+        dtype: precision of the model; auto: as in the harvest, whose activations no other precision
+            gives exactly
         run: run directory, holding harvests of at least two seeds of `--model`
         model: name of the model with seed 0; crate-2l stands for crate-2l, crate-2l-seed1,
             crate-2l-seed2 ...
         tokens: held-out tokens to read
         seed: seed of the held-out sequences and of the random neurons of the null control
         batch_tokens: tokens per forward pass
-        device: cpu, cuda, ...; auto: as in the harvests. The precision is always that of the
-            harvests
         force: redo the stage even if it is finished
         quiet: no progress bar
     """
@@ -943,6 +1026,10 @@ def seeds(
 
 def steer(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     neurons: tuple[str, ...],
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
@@ -961,13 +1048,18 @@ def steer(
     generate: int = 32,
     temperature: float = 0.0,
     seed: int = 0,
-    device: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     output: str | Path | None = None,
 ) -> "SteerResult":
     """Edit neurons while a model reads a text, and show how the next token and the continuation change.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto uses an accelerator if there is one
+        dtype: precision of the model; auto: that of its files
         neurons: neurons to edit, as LAYER:INDEX, such as 1:32 0:7; with a sign, one end of a
             neuron: `--neurons 1:32- --set 5` sets its activation to -5
         run: run directory
@@ -993,8 +1085,6 @@ def steer(
         temperature: sampling temperature of the continuation; 0: the most likely token each time
         seed: seed of the choice of document, and of sampling at a temperature above 0: both
             continuations use the same random numbers
-        device: cpu, cuda, ...; auto uses an accelerator if there is one
-        dtype: precision of the model; auto: as in its files
         output: also write the results to this JSON file
     """
     return _run("steer", locals())
@@ -1002,6 +1092,10 @@ def steer(
 
 def effects(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     neurons: int = 256,
@@ -1013,13 +1107,20 @@ def effects(
     sequence_length: int | None = None,
     seed: int = 0,
     batch_tokens: int = 4096,
-    device: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> "EffectsResult":
     """Measure the effect of each neuron on the logits, and the loss on held-out text without it.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto: as in the harvest
+        dtype: precision of the model; auto: as in the harvest, whose activations no other precision
+            gives exactly
         run: run directory, holding the harvest of `--model`
         model: name of the harvest, which is the name of the model
         neurons: neurons per layer, drawn at random as `cratelm explain` draws them; 0 = all
@@ -1035,7 +1136,6 @@ def effects(
         seed: seed of the sampled neurons, positions and held-out sequences, the shuffled
             explanations and the bootstrap
         batch_tokens: held-out tokens whose activations are in memory at a time
-        device: cpu, cuda, ...; auto: as in the harvest. The precision is always that of the harvest
         force: redo the stage even if it is finished
         quiet: no progress bar
     """
@@ -1044,6 +1144,8 @@ def effects(
 
 def intervene(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     base_url: str = "",
@@ -1081,6 +1183,11 @@ def intervene(
     """Ask a language model whether steering each neuron changes the text as its explanation says.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
         run: run directory, holding the harvest of `--model`
         model: name of the model in the run
         base_url: for `openai:MODEL`: address of an OpenAI-compatible server, such as
@@ -1138,6 +1245,10 @@ def intervene(
 
 def sae_train(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32",
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     site: str | None = None,
@@ -1163,7 +1274,6 @@ def sae_train(
     seed: int = 0,
     log_every: int | None = None,
     checkpoint_minutes: float = 2.0,
-    device: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> "SaeTrainResult":
@@ -1172,6 +1282,13 @@ def sae_train(
     After an interruption the same command resumes.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto uses an accelerator if there is one
+        dtype: precision of the model; auto: that of its files. Autoencoders are in float32
         run: run directory
         model: a model of the run, or a folder or Hub id of a causal language model of transformers
         site: ista, mssa, heads, mlp, or a module path with * for the layer: `model.layers.*` is
@@ -1214,7 +1331,6 @@ def sae_train(
             latents
         log_every: steps between two points of the curves; default: a hundredth of the steps
         checkpoint_minutes: minutes between two checkpoints; 0: a checkpoint after every step
-        device: cpu, cuda, cuda:1 ...; auto: an accelerator if there is one
         force: train again even if the stage is finished
         quiet: no progress bar
     """
@@ -1223,6 +1339,10 @@ def sae_train(
 
 def sae_evaluate(
     *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32",
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     sae: str = "",
@@ -1233,13 +1353,19 @@ def sae_evaluate(
     steered: int = 8,
     steered_tokens: int = 2048,
     seed: int = 0,
-    device: str = "auto",
     output: str | Path | None = None,
     quiet: bool = False,
 ) -> "SaeEvaluateResult":
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations.
 
     Args:
+        revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
+            the newest, and in verbs that read a harvest the one that was harvested
+        trust_remote_code: run the Python code that comes with a model that transformers itself does
+            not have. Without this option such a model is refused with the names of the files and
+            the class
+        device: cpu, cuda, cuda:1 ...; auto uses an accelerator if there is one
+        dtype: precision of the model; auto: that of its files. Autoencoders are in float32
         run: run directory with the tokens, and with the model if it is one of the run
         model: a model of the run, or a folder or Hub id of a causal language model of transformers
         sae: NAME or MODEL@NAME of `cratelm sae train`, or a folder in SAELens' format, or one with
@@ -1255,7 +1381,6 @@ def sae_evaluate(
             maximum one at a time to measure how faithful steering is; 0: none
         steered_tokens: tokens at which they are steered, a random sample of whole sequences
         seed: seed of the samples of sequences, latents and neurons
-        device: cpu, cuda, cuda:1 ...; auto: an accelerator if there is one
         output: also write the figures to this JSON file; they are always stored in the run, in
             sae/MODEL@NAME/evaluation.json, or in sae/MODEL@FOLDER.json for autoencoders from a
             folder elsewhere
@@ -1392,6 +1517,7 @@ def export_model(
     run: str | Path = Path("runs/default"),
     path: str | Path | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
+    trust_remote_code: bool = False,
     push: str = "",
     force: bool = False,
 ) -> "ExportModelResult":
@@ -1404,6 +1530,9 @@ def export_model(
         run: run directory with `--model`
         path: a model folder to export instead of `--model` of `--run`
         dtype: precision of the weights; default: unchanged
+        trust_remote_code: with --path: run the Python code that comes with a model that
+            transformers itself does not have. Without this option such a model is refused with the
+            names of the files and the class
         push: OWNER/REPO on the Hub to which the folder is also uploaded; a repository that does not
             exist is created as a private one
         force: replace the folder `--out` if an earlier import or export wrote it

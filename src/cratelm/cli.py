@@ -189,6 +189,7 @@ _LONGEST_MESSAGE = 2000
 """characters"""
 GROUPS = {
     "what to run": "",
+    "model": "model",
     "language model": "language model",
     "limits": "limit",
     "output": "output",

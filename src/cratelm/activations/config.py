@@ -7,7 +7,8 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.records import has_both_ends
-from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs import at_least, not_in_identity
+from cratelm.runs.model_options import Dtype, ModelOptions, SourceOptions, model_option
 from cratelm.runs.names import check_name
 
 
@@ -17,6 +18,8 @@ def last_name(option: str, path: str) -> str:
     Raises `InputError` if there is none, as in `.`, `..` and `/`.
     """
     name = Path(path).name
+    if "/" in path and not Path(path).is_dir():
+        name = name.partition("@")[0]  # OWNER/NAME@REVISION of the Hub
     if name in ("", ".."):
         whole = Path(path).resolve()
         instead = f"type {option} {whole}" if whole.name else "name another folder"
@@ -39,7 +42,7 @@ def check_part(part: str) -> None:
 
 
 @dataclass(frozen=True)
-class HarvestConfig(Options):
+class HarvestConfig(ModelOptions):
     """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -51,6 +54,8 @@ class HarvestConfig(Options):
     site: str | None = None
     """where neurons live: ista, mssa, heads, mlp, or a module path such as
     'gpt_neox.layers.*.mlp.dense_4h_to_h:input'. Default: ista for CRATE, mlp for others"""
+    layers: tuple[int, ...] = ()
+    """numbers of the layers in the model, from 0. Default: all that have the site"""
     sae: str | None = None
     """harvest latents of sparse autoencoders instead of neurons: their name in the run (see
     `cratelm sae train`), or a folder in SAELens' format; needs the extra `sae`"""
@@ -82,10 +87,8 @@ class HarvestConfig(Options):
     """seed of the random excerpts and of the order within bins; twins need the same one"""
     batch_tokens: int = not_in_identity(8_192)
     """tokens per forward pass; more are faster and take more memory"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of the model; statistics are always kept in float32 or more"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto uses an accelerator if there is one"""
+    dtype: Dtype = model_option("float32")
+    """precision of the model; auto: that of its files. Statistics are always kept in float32 or more"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -100,6 +103,8 @@ class HarvestConfig(Options):
         )  # fmt: skip
         if self.name is not None:
             check_name("--name", self.name, reserved="@")
+        if len(set(self.layers)) < len(self.layers) or min(self.layers, default=0) < 0:
+            raise InputError(f"--layers {' '.join(map(str, self.layers))}: name each once, from 0")
         if self.part is not None:
             check_part(self.part)
         if self.short_context > self.context:
@@ -120,14 +125,14 @@ class HarvestConfig(Options):
 
 
 @dataclass(frozen=True)
-class MergeHarvestConfig(Options):
+class MergeHarvestConfig(SourceOptions):
     """Make a harvest from its parts, which `cratelm harvest --part` collected, and remove the parts."""
 
     run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     model: str = "crate-2l"
     """name of the harvest: that of the model, or what `--name` of the parts says"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto uses an accelerator if there is one"""
+    device: str = model_option("auto", identity=False)
+    """cpu, cuda, ...; auto uses an accelerator if there is one. The precision is that of the parts"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""

@@ -4,6 +4,7 @@ Shape legend: B sequences, T positions, H neurons of a layer, L layers.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +36,7 @@ from cratelm.errors import InputError
 from cratelm.models import Site, site_of
 from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, ModelSource, find_model, sequence_length
-from cratelm.models.sites import hooked
+from cratelm.models.sites import hooked, partial_note
 from cratelm.records import ANTHROPIC_BINS, OPENAI_QUANTILES, Split
 from cratelm.runs import (
     Completion,
@@ -125,7 +126,7 @@ class HarvestSources:
     def of(cls, config: HarvestConfig, run: Run) -> "HarvestSources":
         """Return the sources. Raises `InputError` if one of them is missing or stale."""
         tokens = run.stage("tokens").require("tokenize")
-        model = find_model(run, config.model).pinned()
+        model = find_model(run, config.model, config).pinned()
         inputs: dict[str, Completion | str] = {
             "tokens": tokens,
             "model": model.record or model.identity,
@@ -139,11 +140,13 @@ class HarvestSources:
         """Load the model. Raises `InputError` for a model, site or tokenizer that does not fit."""
         loaded = self.model.load(config.device, config.dtype)
         store = TokenStore(run.path / "tokens")
-        check_vocabulary(store, loaded.model.config.vocab_size)
+        check_vocabulary(store, loaded.vocab_size)
         if self.autoencoder:
-            site = latents_of(loaded.model, self.autoencoder)
+            site = latents_of(loaded.model, self.autoencoder).only(config.layers)
         else:
-            site = site_of(loaded.model, config.site)
+            site = site_of(loaded.model, config.site, config.layers)
+        if note := partial_note(loaded.model, site):
+            print(f"note: {note}", file=sys.stderr, flush=True)
         return OpenedSources(loaded, store, site, sequence_length(loaded, config.sequence_length))
 
 
@@ -356,7 +359,7 @@ def write_split(
     if folder is None:
         return
     of_site = asdict(replace(site, autoencoders=()))
-    del of_site["autoencoders"]
+    del of_site["autoencoders"], of_site["is_flat"]
     write_json(folder / "sites.json", {**of_site, "layers": site.layer_numbers})
     with (
         pq.ParquetWriter(

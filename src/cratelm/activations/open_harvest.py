@@ -1,13 +1,15 @@
 """Open the model and the site of a harvest again, to measure on the same neurons."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cratelm.activations.config import last_name
 from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models.open import (
     HUB,
     LoadedModel,
+    ModelSource,
     check_store,
     device_of,
     find_model,
@@ -16,9 +18,12 @@ from cratelm.models.open import (
     sequence_length,
 )
 from cratelm.models.sites import Site, site_of
+from cratelm.models.sizes import hub_commit
 from cratelm.records import has_both_ends
 from cratelm.runs import Completion, Run, Stage
+from cratelm.runs.model_options import HarvestedModelOptions, SourceOptions
 from cratelm.runs.names import set_name
+from cratelm.runs.reading import read_json
 from cratelm.tokens.shards import TokenStore
 
 
@@ -35,13 +40,19 @@ class HarvestContext:
     """tokens per sequence in the harvest"""
 
 
-def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None) -> Site:
-    """Return the site called `site`, or the latents of the autoencoders called `sae`.
+def open_site(
+    run: Run,
+    subject: LoadedModel,
+    site: str | None,
+    sae: str | None,
+    layers: tuple[int, ...] = (),
+) -> Site:
+    """Return the site called `site`, or the latents of the autoencoders called `sae`, in `layers` (empty: all).
 
     `sae` is a name in the run, or a folder. Raises `InputError` if there is no such site or autoencoder.
     """
     if sae is None:
-        return site_of(subject.model, site)
+        return site_of(subject.model, site, layers)
     from cratelm.models.latents import latents_of
 
     folder = _folder_of(run, subject, sae)
@@ -49,11 +60,11 @@ def open_site(run: Run, subject: LoadedModel, site: str | None, sae: str | None)
         stage = _sae_stage(run, subject, sae)
         stage.require("sae train")
         folder = stage.path
-    return latents_of(subject.model, folder)
+    return latents_of(subject.model, folder).only(layers)
 
 
 def _sae_stage(run: Run, subject: LoadedModel, sae: str) -> Stage:
-    return run.stage("sae", set_name(Path(subject.name).name, Path(sae).name))
+    return run.stage("sae", set_name(last_name("--model", subject.name), Path(sae).name))
 
 
 def _folder_of(run: Run, subject: LoadedModel, sae: str) -> Path | None:
@@ -62,7 +73,7 @@ def _folder_of(run: Run, subject: LoadedModel, sae: str) -> Path | None:
     return None if in_run else Path(sae)
 
 
-def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedModel:
+def _opened(run: Run, harvest: Completion, options: SourceOptions, again: str) -> LoadedModel:
     """Return the harvested model, from its location at the time and in the same precision.
 
     A model from the Hub is loaded at the same commit; any other is never looked up on the Hub. `again` is
@@ -70,27 +81,60 @@ def _opened(run: Run, harvest: Completion, device: str, again: str) -> LoadedMod
     """
     name: str = harvest.config["model"]
     identity = harvest.inputs.get("model", "")
-    dtype = harvest.config.get("dtype", "float32")
+    device, dtype = _device(harvest, options.device_wanted), options.dtype_wanted
+    dtype = harvest.config.get("dtype", "float32") if dtype == "auto" else dtype
     if identity.startswith(HUB):
-        source = find_model(run, name, from_run=False, revision=revision_of(identity))
-        return source.load(device, dtype)
+        return _from_hub(run, name, identity, options, again).load(device, dtype)
     folder = Path(name)
     if folder.is_dir() and name not in run.models():
         if identity not in ("", folder_identity(folder)):
             raise InputError(
                 f"{folder} no longer has the model that was harvested: restore its files, or {again}"
             )
-        return find_model(run, name, from_run=False).load(device, dtype)
+        return find_model(run, name, options, from_run=False).load(device, dtype)
     if len(folder.parts) > 1:
         raise InputError(
             f"{name} does not exist: restore the folder of the model, or harvest it again"
         )
-    return find_model(run, name).load(device, dtype)
+    return find_model(run, name, options).load(device, dtype)
 
 
-def _device(harvest: Completion) -> str:
-    """Return the device of the harvest; `auto` if this machine does not have it."""
+def _from_hub(
+    run: Run, name: str, identity: str, options: SourceOptions, again: str
+) -> ModelSource:
+    """Return the commit that was harvested. Raises `InputError` if `--revision` is another, or its code changed."""
+    commit = revision_of(identity)
+    if options.revision is not None:
+        asked = hub_commit(name.partition("@")[0], options.revision)
+        if commit is not None and asked != commit:
+            raise InputError(
+                f"--revision {options.revision} is commit {asked} of {name}, but {commit} was harvested: omit"
+                " --revision, or harvest that revision under another --name"
+            )
+    of_harvest = replace(options, revision=commit or options.revision)
+    source = find_model(run, name.partition("@")[0], of_harvest, from_run=False)
+    if commit is not None and source.identity != identity:
+        raise InputError(f"the code of {name} has changed since it was harvested: {again}")
+    return source
+
+
+def _with_recorded_layers(site: Site, folder: Path) -> Site:
+    """Return the site with the numbers of its layers in a harvest.
+
+    Version 0.1.0 numbered them from 0, also where the first layers of the model lack the site.
+    """
+    recorded = read_json(folder / "sites.json")
+    if tuple(recorded.get("paths", ())) != site.paths or not recorded.get("layers"):
+        return site
+    numbers = tuple(recorded["layers"])
+    return site if numbers == site.layer_numbers else replace(site, layers=numbers)
+
+
+def _device(harvest: Completion, wanted: str) -> str:
+    """Return `wanted`; for `auto` the device of the harvest, or `auto` if this machine does not have that."""
     device = harvest.results.get("device", "auto")  # absent in runs of version 0.1.0
+    if wanted != "auto":
+        return wanted
     try:
         device_of(device)
     except InputError:
@@ -104,11 +148,15 @@ def is_measurable(stage: Stage) -> bool:
     return "model" in harvest.config and (stage.path / "sites.json").is_file()
 
 
-def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
-    """Return the model, site and tokens of the harvest called `name`, in the harvest's precision.
+def open_harvested(
+    run: Run,
+    name: str,
+    options: SourceOptions = HarvestedModelOptions(),  # noqa: B008 - it is frozen
+) -> HarvestContext:
+    """Return the model, site and tokens of the harvest called `name`.
 
-    With `device` `auto`, it is the harvest's device if this machine has it. Raises `InputError` if the
-    harvest is not finished, is stale or was imported, or if its model is missing or has changed. Models
+    By default the precision is that of the harvest, and so is the device if this machine has it. Raises `InputError`
+    if the harvest is not finished, is stale or was imported, or if its model is missing or has changed. Models
     and autoencoders from a folder are compared here, by their content.
     """
     stage = run.stage("activations", name)
@@ -117,7 +165,7 @@ def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     if not is_measurable(stage):
         raise InputError(f"{stage.path} was imported, so there is no model to run: harvest a model")
     again = f"type `{stage.command()}`"
-    subject = _opened(run, harvest, _device(harvest) if device == "auto" else device, again)
+    subject = _opened(run, harvest, options, again)
     store = TokenStore(run.stage("tokens").path)
     check_store(subject, store, run)
     # The harvest's sequence length; absent in runs of version 0.1.0.
@@ -126,7 +174,9 @@ def open_harvested(run: Run, name: str, device: str = "auto") -> HarvestContext:
     sae = harvest.config.get("sae")
     named = harvest.results.get("site", "")
     site_name = named if has_both_ends(named) else harvest.config.get("site")
-    site = open_site(run, subject, site_name, sae)
+    layers = tuple(harvest.config.get("layers", ()))
+    site = open_site(run, subject, site_name, sae, layers)
+    site = _with_recorded_layers(site, stage.path)
     from_folder = _folder_of(run, subject, sae) if sae else None
     if from_folder and autoencoder_identity(from_folder) != harvest.inputs.get("sae"):
         raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")

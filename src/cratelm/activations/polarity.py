@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.models.crate import Ista
-from cratelm.models.sites import Site, both_ends, hooked
+from cratelm.models.sites import Site, both_ends, hooked, without_ends
 
 Polarity = Literal["positive", "both"]
 PolarityOption = Literal["auto", "positive", "both"]
@@ -184,8 +184,7 @@ def _measure(model: PreTrainedModel, site: Site, pilot: SearchPlan, batch_tokens
             counted += rows.numel()
 
         # the activations themselves, not their ends
-        plain = Site(site.name, site.paths, site.side, site.n_neurons)
-        with hooked(model, plain, collect):
+        with hooked(model, without_ends(site), collect):
             model.base_model(input_ids=batch.input_ids, use_cache=False)
     low, high = torch.cat([extremes[place] for place in sorted(extremes)], 1)
     both_ways = (low < 0) & (-low > FAR * high)

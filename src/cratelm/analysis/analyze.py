@@ -107,7 +107,7 @@ def _analyze(config: AnalyzeConfig, ranks: Ranks) -> AnalyzeResult:
         inputs["explanations"] = explained.require("explain")
     if not ranks.by_first(lambda: stage.is_finished(config, inputs, force=config.force)):
         explanations = _explanations(run, config, is_explained)
-        opened = open_harvested(run, config.model, config.device)
+        opened = open_harvested(run, config.model, config)
         with ranks.write(stage, config, inputs) as draft:
             _measure(config, opened, explanations, draft, ranks)
     return stage.result(AnalyzeResult, path=stage.path, model=config.model)
@@ -155,7 +155,8 @@ def _measure(
         folder = Run(config.run).stage("explanations", config.model).path
         concepts = concept_reader(folder, opened.store.token_strings)
     quiet = config.quiet or not ranks.is_first
-    with tqdm(desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
+    held_out = HeldOutPass(model, site, plan, config.batch_tokens, concepts)
+    with tqdm(total=tokens, desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
         sums = sum_over_text(
             model,
             site,
@@ -165,9 +166,15 @@ def _measure(
             progress=bar.update,
             share=ranks.share,
         )
+    with tqdm(
+        total=-(-len(explanations) // ranks.share.of),
+        desc="explanations",
+        unit="neuron",
+        disable=quiet,
+    ) as bar:
         coverages = list(
             measure_neurons(
-                HeldOutPass(model, site, plan, config.batch_tokens, concepts),
+                held_out,
                 explanations,
                 _fit_maximum(opened.folder),
                 memory_bytes=config.memory_mib * 2**20,
@@ -176,7 +183,7 @@ def _measure(
                 work=ranks.share,
             )
         )
-    measured = _Measured(*_figures(config, opened, sums), coverages)
+    measured = _Measured(*_figures(config, opened, sums, quiet), coverages)
     everyone = list(ranks.collected(measured))
     if draft is None:
         return
@@ -223,13 +230,14 @@ def _fit_maximum(folder: Path) -> dict[NeuronKey, float]:
 
 
 def _figures(
-    config: AnalyzeConfig, opened: HarvestContext, text: TextSums
+    config: AnalyzeConfig, opened: HarvestContext, text: TextSums, quiet: bool
 ) -> tuple[list[LayerFigure], list[NeuronFacts]]:
     """Return the figures of all layers, and the facts about each neuron."""
     figures: list[LayerFigure] = []
     neurons: list[NeuronFacts] = []
     model, site = opened.subject.model, opened.site
-    for layer, sums in sorted(text.layers.items()):
+    layers = tqdm(sorted(text.layers.items()), desc="layers", unit="layer", disable=quiet)
+    for layer, sums in layers:
         of_layer: Figures = dict(sums.estimates())
         bases, atoms = bases_of(model, layer), atoms_of(model, site, layer)
         of_layer |= _rates(sums, text.group_tokens, bases)

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cratelm.runs import Options, at_least, at_most, check_resamples, not_in_identity
+from cratelm.runs import at_least, at_most, check_resamples, not_in_identity
+from cratelm.runs.model_options import HarvestedModelOptions
 
 
 @dataclass(frozen=True)
-class AnalyzeConfig(Options):
+class AnalyzeConfig(HarvestedModelOptions):
     """Measure on held-out text the properties that CRATE's derivation predicts, and where its neurons fire.
 
     Every quantity that exists for the model is measured: all of them for CRATE; sparsity, dictionary,
@@ -36,8 +37,6 @@ class AnalyzeConfig(Options):
     memory_mib: int = not_in_identity(512)
     """MiB of activations in memory at a time for consistency; if this is not enough for all neurons of a
     layer, several passes are made"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto: as in the harvest. The precision is always that of the harvest"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)

@@ -140,32 +140,50 @@ def measure_neurons(
 ) -> Iterator[NeuronCoverage]:
     """Yield the measures of every explained neuron, with its own explanation and with another neuron's.
 
-    As many neurons of a layer share a pass over the text as fit into `memory_bytes`. The other explanation is
-    that of a neuron of the same pass; a neuron that is alone in its pass has none. `fit_maximum` is the largest
-    activation of each neuron on the fit split; `progress` is called with the number of tokens read. `work`: the
-    share of the passes that is made.
+    As many neurons share a pass over the text as fit into `memory_bytes`, of one layer or several: a pass per layer
+    would run a deep model as often as it has layers. The other explanation is that of a neuron of the same group
+    (`_groups`); a neuron that is alone in its group has none. `fit_maximum` is the largest activation of each neuron on
+    the fit split; `progress` is called with the number of neurons measured. `work`: the share of the groups that is
+    measured.
     """
-    segments = TokenLists(_segments(held_out), held_out.concepts)
-    n_tokens = sum(map(len, segments))
-    at_once = max(1, memory_bytes // (n_tokens * (4 + len(SHARES))))
-    for number, of_pass in enumerate(_passes(explanations, at_once)):
-        if not work.takes(number):
-            continue
-        keys = [e.neuron.key for e in of_pass]
-        activations = _activations(held_out, keys, progress)  # [n, N]
-        covered = [_covered(e, segments) for e in of_pass]
-        partner = draw_partners(len(of_pass), seed) if len(of_pass) > 1 else None
-        for i, explanation in enumerate(of_pass):
-            neuron = NeuronActivations.of(activations[i], fit_maximum[keys[i]])
-            controls: list[tuple[CoverageControl, int]] = [("none", i)]
-            if partner is not None:
-                controls.append(("shuffled", int(partner[i])))
-            for control, explained in controls:
-                for share, tokens in zip(SHARES, covered[explained], strict=True):
-                    measures = measure_coverage(neuron, tokens)
-                    yield NeuronCoverage(
-                        explanation.neuron, explanation.explainer, control, share, measures
-                    )
+    tokens = _segments(held_out)
+    n_tokens = sum(map(len, tokens))
+    at_once = _at_once(n_tokens, memory_bytes)
+    segments = TokenLists(tokens, held_out.concepts)
+    for of_pass in _passes(explanations, at_once, work):
+        activations = _activations(held_out, of_pass, n_tokens)
+        for group in of_pass:
+            of_group = activations.pop(0)  # [n, N]; freed when the group is done
+            yield from _measure_group(group, of_group, segments, fit_maximum, seed)
+            progress(len(group))
+
+
+def _at_once(n_tokens: int, memory_bytes: int) -> int:
+    """Return how many neurons fit into memory, with their activations and covered tokens."""
+    return max(1, memory_bytes // (n_tokens * (4 + len(SHARES))))
+
+
+def _measure_group(
+    group: Sequence[Explanation],
+    activations: NDArray[np.float32],
+    segments: TokenLists,
+    fit_maximum: Mapping[NeuronKey, float],
+    seed: int,
+) -> Iterator[NeuronCoverage]:
+    """Yield the measures of the neurons of a group, of which `activations` [n, N] are given."""
+    covered = [_covered(e, segments) for e in group]
+    partner = draw_partners(len(group), seed) if len(group) > 1 else None
+    for i, explanation in enumerate(group):
+        neuron = NeuronActivations.of(activations[i], fit_maximum[explanation.neuron.key])
+        controls: list[tuple[CoverageControl, int]] = [("none", i)]
+        if partner is not None:
+            controls.append(("shuffled", int(partner[i])))
+        for control, explained in controls:
+            for share, tokens in zip(SHARES, covered[explained], strict=True):
+                measures = measure_coverage(neuron, tokens)
+                yield NeuronCoverage(
+                    explanation.neuron, explanation.explainer, control, share, measures
+                )
 
 
 def draw_partners(n: int, seed: int) -> NDArray[np.int64]:
@@ -179,7 +197,23 @@ def draw_partners(n: int, seed: int) -> NDArray[np.int64]:
     return partner
 
 
-def _passes(explanations: Sequence[Explanation], at_once: int) -> Iterator[list[Explanation]]:
+def _passes(
+    explanations: Sequence[Explanation], at_once: int, work: Share
+) -> Iterator[list[list[Explanation]]]:
+    """Yield the groups of each pass over the text: at most `at_once` neurons in total, of the share `work`."""
+    groups: list[list[Explanation]] = []
+    for number, group in enumerate(_groups(explanations, at_once)):
+        if not work.takes(number):
+            continue
+        if groups and sum(map(len, groups)) + len(group) > at_once:
+            yield groups
+            groups = []
+        groups.append(group)
+    if groups:
+        yield groups
+
+
+def _groups(explanations: Sequence[Explanation], at_once: int) -> Iterator[list[Explanation]]:
     """Yield explanations of neurons of one layer, at most `at_once` at a time."""
     for layer in sorted({e.neuron.layer for e in explanations}):
         of_layer = [e for e in explanations if e.neuron.layer == layer]
@@ -203,23 +237,32 @@ def _covered(explanation: Explanation, segments: TokenLists) -> list[NDArray[np.
 
 
 def _activations(
-    held_out: HeldOutPass, keys: Sequence[NeuronKey], progress: Callable[[int], Any]
-) -> NDArray[np.float32]:
-    """Return the activations [n, N] of neurons of one layer on all text tokens, from one pass."""
-    layer = keys[0].layer
-    indices = torch.tensor([key.index for key in keys])
-    parts: list[NDArray[np.float32]] = []
+    held_out: HeldOutPass,
+    groups: Sequence[Sequence[Explanation]],
+    n_tokens: int,
+) -> list[NDArray[np.float32]]:
+    """Return the activations [n, N] of each group, of neurons of one layer, on all text tokens, from one pass."""
+    indices = [torch.tensor([e.neuron.index for e in group]) for group in groups]
+    of_layer: dict[int, list[int]] = {}  # groups by layer
+    for i, group in enumerate(groups):
+        of_layer.setdefault(group[0].neuron.layer, []).append(i)
+    activations_of = [np.empty((len(group), n_tokens), np.float32) for group in groups]
+    start = 0
     for batch in held_out.plan.batches(held_out.batch_tokens, held_out.model.device):
         text = batch.is_text > 0
 
         def on_activation(
-            site_layer: int, activations: torch.Tensor, text: torch.Tensor = text
+            site_layer: int,
+            activations: torch.Tensor,
+            text: torch.Tensor = text,
+            start: int = start,
         ) -> None:
-            if held_out.site.layer_numbers[site_layer] == layer:
-                chosen = activations.flatten(0, 1)[text][:, indices.to(text.device)]
-                parts.append(chosen.float().T.cpu().numpy())
+            layer = held_out.site.layer_numbers[site_layer]
+            for i in of_layer.get(layer, ()):
+                chosen = activations.flatten(0, 1)[text][:, indices[i].to(text.device)]
+                activations_of[i][:, start : start + len(chosen)] = chosen.float().T.cpu().numpy()
 
         with torch.no_grad(), hooked(held_out.model, held_out.site, on_activation):
             held_out.model.base_model(input_ids=batch.input_ids, use_cache=False)
-        progress(batch.input_ids.numel())
-    return np.concatenate(parts, axis=1)
+        start += int(text.sum())
+    return activations_of

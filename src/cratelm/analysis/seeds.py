@@ -159,7 +159,7 @@ def _too_few(run: Run, base: str, names: Sequence[str]) -> str:
 def _open(
     run: Run, config: SeedsConfig, record: Completion, inputs: dict[str, Completion]
 ) -> _Seed:
-    opened = open_harvested(run, record.name, config.device)
+    opened = open_harvested(run, record.name, config)
     explained = f"explanations/{record.name}" in inputs
     source = ExplanationFile(run.stage("explanations", record.name).path) if explained else None
     return _Seed(record.name, record.config["seed"], opened, source)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.errors import InputError
-from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs import at_least, not_in_identity
+from cratelm.runs.model_options import HarvestedModelOptions
 from cratelm.runs.names import seed_of
 
 
 @dataclass(frozen=True)
-class SeedsConfig(Options):
+class SeedsConfig(HarvestedModelOptions):
     """Match the neurons of models that differ only in their seed, and test explanations on the matches."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -22,8 +23,6 @@ class SeedsConfig(Options):
     """seed of the held-out sequences and of the random neurons of the null control"""
     batch_tokens: int = not_in_identity(8192)
     """tokens per forward pass"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto: as in the harvests. The precision is always that of the harvests"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)

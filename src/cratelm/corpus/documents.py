@@ -25,6 +25,8 @@ class Document:
     """line of the file, or row of the table, from 1; 0 if the document is the whole file"""
     subset: str
     """part of the corpus, such as the Pile's `pile_set_name`; empty if it is not known"""
+    is_chat: bool = False
+    """whether a chat template wrote the text, in which special tokens are tokens and not plain text"""
 
     @property
     def location(self) -> str:

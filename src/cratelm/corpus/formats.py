@@ -12,12 +12,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
+from cratelm.corpus.chat import MESSAGES, ChatError, ChatTemplate, why_no_chat
 from cratelm.corpus.documents import (
     LONGEST_DOCUMENT,
     Document,
@@ -52,6 +53,8 @@ class Fields:
     """a dot selects a field of a nested object"""
     longest: int = LONGEST_DOCUMENT
     """bytes of a text file, of a JSON line (decompressed), or of a Parquet cell, above which it is a read error"""
+    chat: ChatTemplate | None = None
+    """what writes rows with `messages` instead of a text; None: they are read errors"""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ def row_document(
     location = f"{readable(file.path)}, {unit} {number}"
     if not isinstance(row, Mapping):
         return ReadError(f"{location}: expected a JSON object, found {type(row).__name__}")
+    if MESSAGES in row and (fields.text not in row or fields.text == MESSAGES):
+        return _chat_document(row, fields, file, number, location)
     if fields.text not in row:
         return ReadError(f"{location}: {missing_field(fields.text, list(row))}")
     text = row[fields.text]
@@ -145,6 +150,36 @@ def row_document(
         return ReadError(
             f"{location}: field {fields.text!r} must be a string, not {type(text).__name__}"
         )
+    return _document(text, row, fields, file, number, location)
+
+
+def _chat_document(
+    row: Mapping[str, Any], fields: Fields, file: CorpusFile, number: int, location: str
+) -> Document | ReadError:
+    """Return the document of a row with `messages`, as the chat template writes them."""
+    if why := why_no_chat(row[MESSAGES]):
+        return ReadError(f"{location}: field {MESSAGES!r} {why}")
+    if fields.chat is None:
+        return ReadError(
+            f"{location}: it is a chat, but the tokenizer has no chat template: name the folder or Hub id of a model"
+            " that has one with --tokenizer"
+        )
+    try:
+        text = fields.chat.text_of(row[MESSAGES])
+    except ChatError as error:
+        return ReadError(f"{location}: {error}")
+    document = _document(text, row, fields, file, number, location)
+    return replace(document, is_chat=True) if isinstance(document, Document) else document
+
+
+def _document(
+    text: str,
+    row: Mapping[str, Any],
+    fields: Fields,
+    file: CorpusFile,
+    number: int,
+    location: str,
+) -> Document | ReadError:
     if not is_encodable(text):
         return ReadError(f"{location}: expected valid Unicode, found a lone surrogate")
     if 4 * len(text) > fields.longest and n_bytes_of(text) > fields.longest:

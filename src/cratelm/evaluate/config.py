@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.records import Split
-from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs import at_least, not_in_identity
+from cratelm.runs.model_options import ModelOptions
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Options):
+class EvaluateConfig(ModelOptions):
     """Measure models on a run's tokens and on named sets, every token once, and compare them."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -44,10 +44,6 @@ class EvaluateConfig(Options):
     sequence_length - stride tokens. Default: sequence_length, no overlap"""
     batch_size: int = 16
     """sequences at a time; fewer if their logits would exceed 1 GiB"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto uses an accelerator if there is one"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the models; auto: that of their files"""
     output: Path | None = not_in_identity(None)
     """also write the figures to this JSON file"""
     quiet: bool = not_in_identity(False)
@@ -81,7 +77,7 @@ class EvaluateConfig(Options):
 
 
 @dataclass(frozen=True)
-class PredictConfig(Options):
+class PredictConfig(ModelOptions):
     """Show what models predict after each token of the same text, as a page and a figure."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -102,10 +98,6 @@ class PredictConfig(Options):
     """number of tokens of the document to show, in the run's tokenizer; your own text is shown whole"""
     top: int = 5
     """number of most likely next tokens to show for each token"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto uses an accelerator if there is one"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the models; auto: that of their files"""
     out: Path | None = not_in_identity(None)
     """path of the page. Default: predictions.html in the run. A PNG and a PDF of the same name are
     written to the same folder"""

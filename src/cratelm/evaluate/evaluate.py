@@ -74,16 +74,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         run.stage("tokens").require("tokenize")
         store = TokenStore(run.stage("tokens").path)
     for name in config.subjects:  # a wrong name is reported before any model is measured
-        find_model(run, name, from_run=config.path is None)
+        find_model(run, name, config, from_run=config.path is None)
     measured: dict[tuple[str, str], tuple[DocumentTotals, Measurement]] = {}
     for name in config.subjects:
-        subject = open_model(
-            run,
-            name,
-            from_run=config.path is None,
-            device=config.device,
-            dtype=config.dtype,
-        )
+        subject = open_model(run, name, config, from_run=config.path is None)
         for on, documents in sets.items():
             measured[on, name] = _measure(subject, on, documents, run, store, config)
     result = EvaluateResult(

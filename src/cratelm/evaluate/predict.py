@@ -56,9 +56,7 @@ def predict(config: PredictConfig) -> PredictResult:
     run = Run(config.run)
     out = Path(config.out or run.path / PAGE)
     check_target(out, "--out", "file")
-    subjects = [
-        open_model(run, name, device=config.device, dtype=config.dtype) for name in config.models
-    ]
+    subjects = [open_model(run, name, config) for name in config.models]
     encoders = [encoder_of(subject, run) for subject in subjects]
     text = _text(config, run, subjects)
     predictions = tuple(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cratelm.errors import InputError
 from cratelm.explain.concepts.files import load_library
-from cratelm.explain.concepts.fit import FitFeatures
+from cratelm.explain.concepts.fit import FitFeatures, fit_features
 from cratelm.explain.concepts.library import Library
 from cratelm.explain.concepts.stored import write_library
 from cratelm.explain.config import ExplainConfig
@@ -216,7 +216,7 @@ def _fit_features(run: Run, config: ExplainConfig, library: Library) -> FitFeatu
     store = TokenStore(run.stage("tokens").path)
     harvest = run.stage("activations", config.model).completion()
     length = harvest.results.get("sequence_length", 0) if harvest else 0
-    return FitFeatures(library, store.token_strings, store.split("fit"), length)
+    return fit_features(library, store, length)
 
 
 def _token_strings(run: Run) -> list[str]:

@@ -10,6 +10,7 @@ import tyro
 from cratelm.errors import InputError
 from cratelm.records import parse_neuron_ids
 from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs.model_options import model_option
 from cratelm.runs.names import check_name
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -86,6 +87,9 @@ class ExportModelConfig(Options):
     """a model folder to export instead of `--model` of `--run`"""
     dtype: Literal["fp32", "bf16"] | None = None
     """precision of the weights; default: unchanged"""
+    trust_remote_code: bool = model_option(False, identity=False)
+    """with --path: run the Python code that comes with a model that transformers itself does not have. Without this
+    option such a model is refused with the names of the files and the class"""
     push: str = not_in_identity("")
     """OWNER/REPO on the Hub to which the folder is also uploaded; a repository that does not exist is created as a
     private one"""

@@ -71,7 +71,7 @@ def export_model(config: ExportModelConfig) -> ExportModelResult:
     origin = _origin(config)
     check_out(config.out, _sources(config, origin), force=config.force)
     _check_token(config.push)
-    model = load(origin.folder)
+    model = load(origin.folder, trust_remote_code=config.trust_remote_code)
     if config.dtype is not None:
         model.to(_DTYPES[config.dtype])  # pyright: ignore[reportCallIssue, reportArgumentType]
     with out_folder(config.out, _provenance(origin)) as folder:

@@ -15,7 +15,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError, missing_extra, one_line
-from cratelm.models.sites import Site, site_of
+from cratelm.models.sites import Site, layers_in_words, site_of
 from cratelm.runs.arguments import LARGEST
 from cratelm.runs.pretrained import json_object, safetensors_shapes
 from cratelm.runs.reading import verified
@@ -39,9 +39,8 @@ def latents_of(model: PreTrainedModel, folder: str | Path) -> Site:
     for layer, sae in saes.items():
         _check(layer, sae, below, by_layer[layer])
     return replace(
-        below,
+        below.only(tuple(saes)),
         name="latents",
-        paths=tuple(below.paths[layer] for layer in saes),
         n_neurons=tuple(int(sae.cfg.d_sae) for sae in saes.values()),
         layers=tuple(saes),
         autoencoders=tuple(saes.values()),
@@ -139,13 +138,15 @@ def _site_name(sae: Any) -> str | None:
 
 
 def _check(layer: int, sae: Any, below: Site, folder: Path) -> None:
-    if layer >= below.n_layers:
+    if layer not in below.layer_numbers:
+        numbers = layers_in_words(below.layer_numbers)
         raise InputError(
-            f"{folder} is of layer {layer}, but the model has layers 0 to {below.n_layers - 1}:"
+            f"{folder} is of layer {layer}, but site {below.name} of this model has layers {numbers}:"
             " is it an autoencoder of another model?"
         )
-    if sae.cfg.d_in != below.n_neurons[layer]:
+    width = below.n_neurons[below.place(layer)]
+    if sae.cfg.d_in != width:
         raise InputError(
             f"{folder} reads {sae.cfg.d_in} activations, but site {below.name} of this model has"
-            f" {below.n_neurons[layer]}: is it an autoencoder of another model or site?"
+            f" {width}: is it an autoencoder of another model or site?"
         )

@@ -1,13 +1,16 @@
 """Open a model by its name: find its folder or Hub id, identity, device, precision and tokenizer.
 
 All verbs follow one rule. A name without a slash is a model of the run if the run has a model of this
-name, or if there is no folder of this name. Otherwise it is a folder if there is one, else a Hub id.
+name, or if there is no folder of this name. Otherwise it is a folder if there is one, else a Hub id, also written
+OWNER/NAME@REVISION. `cratelm.runs.model_options` has the options. Code that comes with a model runs only with
+`--trust-remote-code`.
 Records name a model by its identity: that of the stage that trained it, a hash of the files of a folder,
 or the Hub's repository with the commit.
 """
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +22,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cratelm.errors import InputError, one_line
-from cratelm.models.sizes import hub_commit, load
+from cratelm.models.sizes import code_of, hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.runs.devices import device_of
+from cratelm.runs.model_options import SourceOptions
 from cratelm.runs.reading import verified
 from cratelm.tokens.pieces import PieceEncoder
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
@@ -29,8 +33,11 @@ from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_token
 
 HUB = "hub:"
 """prefix of the identity of a Hub model, hub:NAME@COMMIT"""
+_COMMIT = re.compile("[0-9a-f]{40}")
 NO_LIMIT = 1024
 """sequence length, in tokens, for models that state no maximum"""
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""fields of configurations with the number of positions; the last two are MPT's and BLOOM's"""
 LONGEST = 2048
 """longest default sequence, in tokens: the logits of 131,072 tokens, which some models accept, exceed the
 memory of most machines"""
@@ -50,22 +57,31 @@ class ModelSource:
     record: Completion | None = None
     """record of the stage that trained it; None for a model from outside the run"""
     revision: str | None = None
-    """commit of the Hub's repository; None for the newest commit, and for folders"""
+    """branch, tag or commit of the Hub's repository; None for the newest commit, and for folders"""
+    trust_remote_code: bool = False
+    """whether code that comes with the model may run"""
 
     @property
     def identity(self) -> str:
-        """Return a string that changes when the model does. Reads all files of a folder outside the run."""
+        """Return a string that changes when the model does, or code that comes with it.
+
+        Reads all files of a folder outside the run.
+        """
         if self.record is not None:
             return self.record.identity
         if isinstance(self.location, Path):
             return folder_identity(self.location)
-        return f"{HUB}{self.location}@{self.revision or hub_commit(self.location)}"
+        revision = self.pinned().revision
+        code = code_of(self.location, revision)
+        elsewhere = code is not None and code.source != self.location
+        of_code = f"+{code.source}@{code.revision}" if code and elsewhere else ""
+        return f"{HUB}{self.location}{of_code}@{revision}"
 
     def pinned(self) -> "ModelSource":
         """Return the source with a Hub model's current commit, so that the model loaded is the one named."""
-        if self.record is not None or isinstance(self.location, Path) or self.revision:
+        if isinstance(self.location, Path) or _COMMIT.fullmatch(self.revision or ""):
             return self
-        return replace(self, revision=hub_commit(self.location))
+        return replace(self, revision=hub_commit(self.location, self.revision))
 
     def load(self, device: str = "auto", dtype: str = "auto") -> "LoadedModel":
         """Return the model on a device and in a precision.
@@ -77,32 +93,55 @@ class ModelSource:
         options: dict[str, Any] = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
         if self.revision:
             options["revision"] = self.revision
+        if self.trust_remote_code:
+            options["trust_remote_code"] = True
         model: Any = load(self.location, **options)
         return LoadedModel(self.name, self.location, model.to(torch_device), self.revision)
 
 
 def find_model(
-    run: Run, name: str, *, from_run: bool = True, revision: str | None = None
+    run: Run,
+    name: str,
+    options: SourceOptions = SourceOptions(),  # noqa: B008 - it is frozen
+    *,
+    from_run: bool = True,
 ) -> ModelSource:
     """Return the location of the model called `name`; with `from_run` False, of a folder or Hub id.
 
-    Raises `InputError` for a model of the run that is not trained.
+    Raises `InputError` for a model of the run that is not trained, and for a revision of a model that is not on the
+    Hub.
     """
-    folder = Path(name)
+    source = _located(run, name, options, from_run)
+    if options.revision is not None and isinstance(source.location, Path):
+        raise InputError(
+            f"--revision is {options.revision}, but {name} is in {source.location}, and only models of the Hub have"
+            " revisions: omit --revision"
+        )
+    return source
+
+
+def _located(run: Run, name: str, options: SourceOptions, from_run: bool) -> ModelSource:
+    folder, trusted = Path(name), options.trust_remote_code
     may_be_of_run = from_run and "/" not in name and not name.startswith(".")
     if may_be_of_run:
         stage = run.stage("model", name)
         if stage.completion() is not None or not folder.is_dir():
             return ModelSource(name, stage.path, stage.require("train"))
     if folder.is_dir():
-        return ModelSource(name, folder)
-    return ModelSource(name, name, revision=revision)
+        return ModelSource(name, folder, trust_remote_code=trusted)
+    repository, _, revision = name.partition("@")
+    if revision and options.revision:
+        raise InputError(f"{name} and --revision {options.revision}: give one revision")
+    revision = revision or options.revision
+    return ModelSource(name, repository, revision=revision, trust_remote_code=trusted)
 
 
 def folder_identity(folder: Path) -> str:
-    """Return a sha256 over the configuration and weight files of a model's folder."""
+    """Return a sha256 over the configuration and weight files of a model's folder, and the code that it needs."""
     files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")]
-    return hash_json({p.name: hash_file(p) for p in files})
+    hashes = {p.name: hash_file(p) for p in files}
+    code = code_of(folder) if (folder / "config.json").is_file() else None
+    return hash_json(hashes | ({"code": code.identity} if code else {}))
 
 
 def revision_of(identity: str) -> str | None:
@@ -133,20 +172,21 @@ class LoadedModel:
     @property
     def longest(self) -> int | None:
         """Return the longest sequence that it accepts, in tokens; None if it states no maximum."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        found = (getattr(config, name, None) for name in _POSITIONS)
+        return next((n for n in found if type(n) is int and n > 0), None)
 
 
 def open_model(
     run: Run,
     name: str,
+    options: SourceOptions = SourceOptions(),  # noqa: B008 - it is frozen
     *,
     from_run: bool = True,
-    device: str = "auto",
-    dtype: str = "auto",
-    revision: str | None = None,
 ) -> LoadedModel:
     """Return the model called `name`, as `find_model` finds it and `ModelSource.load` loads it."""
-    return find_model(run, name, from_run=from_run, revision=revision).load(device, dtype)
+    source = find_model(run, name, options, from_run=from_run).pinned()
+    return source.load(options.device_wanted, options.dtype_wanted)
 
 
 def check_store(subject: LoadedModel, store: TokenStore, run: Run) -> None:

@@ -5,6 +5,9 @@ A site is one tensor [B, T, H] per layer: the output of a module, or its input. 
 `gpt_neox.layers.*.mlp.dense_4h_to_h:input`. The usual sites have names: `ista`, `mssa` and `heads` in
 CRATE, `mlp` (activations of the MLP, which its last projection reads) in other models.
 
+Neurons carry the numbers that the layers have in the model, also where only some layers have the site: in a
+mixture of experts the first layer may be the only one with an MLP.
+
 The latents of sparse autoencoders can be placed on top of a site (`cratelm.models.latents`). So can the two ends of
 each activation: `mlp:both` or `PATH:input:both` is a site of 2 H neurons, max(a, 0) and max(-a, 0) of each activation
 a, one after the other (`both_ends`).
@@ -34,10 +37,12 @@ _NAMED: dict[str, tuple[str, ...]] = {
         "transformer.h.*.mlp.c_proj:input",  # GPT-2
         "gpt_neox.layers.*.mlp.dense_4h_to_h:input",  # GPT-NeoX, Pythia
         "model.layers.*.mlp.down_proj:input",  # LLaMA, Mistral, Qwen, Gemma, OLMo
+        "model.language_model.layers.*.mlp.down_proj:input",  # Gemma 3 and others that also read images
         "model.decoder.layers.*.fc2:input",  # OPT
         "model.layers.*.mlp.fc2:input",  # Phi
         "transformer.h.*.mlp.fc_out:input",  # GPT-J
         "transformer.h.*.mlp.dense_4h_to_h:input",  # Falcon, BLOOM
+        "transformer.blocks.*.ffn.down_proj:input",  # MPT
     ),
 }
 _DEFAULTS = ("ista", "mlp")
@@ -89,6 +94,8 @@ class Site:
     """[L] numbers of the layers in the model; empty: 0, 1, 2 ..."""
     autoencoders: tuple[Autoencoder, ...] = field(default=(), repr=False, compare=False)
     """[L] the autoencoders whose latents are the neurons, or `Ends`; empty: the activations are the neurons"""
+    is_flat: bool = False
+    """whether the tensor is [B * T, H] in the model, as in OPT; hooks are called with [B, T, H] all the same"""
 
     @property
     def n_layers(self) -> int:
@@ -104,6 +111,36 @@ class Site:
     def has_both_ends(self) -> bool:
         """Return whether the neurons are ends of activations."""
         return bool(self.autoencoders) and isinstance(self.autoencoders[0], Ends)
+
+    def place(self, layer: int) -> int:
+        """Return the index [L] of the layer with this number. Raises `InputError` if the site lacks it."""
+        if layer not in self.layer_numbers:
+            raise InputError(
+                f"layer {layer} does not exist: site {self.name} has the layers {layers_in_words(self.layer_numbers)}"
+            )
+        return self.layer_numbers.index(layer)
+
+    def only(self, layers: tuple[int, ...]) -> "Site":
+        """Return the site in some of its layers, in ascending order; empty: in all.
+
+        Raises `InputError` if the site lacks one.
+        """
+        if not layers:
+            return self
+        missing = set(layers) - set(self.layer_numbers)
+        if missing:
+            raise InputError(
+                f"--layers names {min(missing)}, but site {self.name} has layers {layers_in_words(self.layer_numbers)}"
+            )
+        places = [self.place(layer) for layer in sorted(layers)]
+        of_places = (  # of what has a value per layer
+            tuple(values[place] for place in places) if values else ()
+            for values in (self.paths, self.n_neurons, self.layer_numbers, self.autoencoders)
+        )
+        paths, n_neurons, numbers, autoencoders = of_places
+        return replace(
+            self, paths=paths, n_neurons=n_neurons, layers=numbers, autoencoders=autoencoders
+        )
 
 
 def both_ends(site: Site) -> Site:
@@ -133,21 +170,29 @@ def without_ends(site: Site) -> Site:
 
 
 @checked_arguments(model=nn.Module)
-def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
+def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, ...] = ()) -> Site:
     """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
 
-    A name that ends in `:both` is that of both ends of a site. Runs the model once on one token to determine H. Raises
-    `InputError` if no module has that name, or if its tensor is not [B, T, H].
+    A name that ends in `:both` is that of both ends of a site. `layers` are numbers of the model's layers; empty: all that have the site. Runs the model once on a few tokens
+    to determine H. Raises `InputError` if no module has that name, if its tensor is not [B, T, H], or if a layer
+    lacks the site.
     """
     if name is not None and has_both_ends(name):
-        return both_ends(site_of(model, name.removesuffix(BOTH_ENDS)))
+        return both_ends(site_of(model, name.removesuffix(BOTH_ENDS), layers))
     candidates = _DEFAULTS if name is None else (name,)
     for candidate in candidates:
         for pattern in _NAMED.get(candidate, (candidate,)):
             path, side = _parse(pattern)
-            paths = _expand(model, path)
-            if paths:
-                return Site(candidate, paths, side, _widths(model, paths, side))
+            numbered = _expand(model, path)
+            if numbered:
+                return _measured(model, candidate, numbered, side).only(layers)
+    fused = _fused_experts(model)
+    if fused and (name is None or name in _NAMED):
+        raise InputError(
+            f"{type(model).__name__} has no site {name or 'ista or mlp'!r}: {fused} holds all experts in one tensor,"
+            " so that no module reads the neurons of one expert; name a module path with * for the layer, such as"
+            f" {re.sub(r'[.][0-9]+[.]', '.*.', fused.rpartition('.')[0], count=1)!r}, the output of all experts"
+        )
     raise InputError(
         f"{type(model).__name__} has no site {name or 'ista or mlp'!r}: name one of"
         f" {', '.join(_NAMED)} or a module path with * for the layer, such as"
@@ -155,11 +200,44 @@ def site_of(model: PreTrainedModel, name: str | None = None) -> Site:
     )
 
 
+def partial_note(model: nn.Module, site: Site) -> str:
+    """Return a sentence that says which layers have the site; empty if all layers of the model have it."""
+    match = _BLOCK.match(site.paths[0])
+    total = len(list(model.get_submodule(match[1]).children())) if match else site.n_layers
+    if site.n_layers == total:
+        return ""
+    return f"site {site.name} is in {site.n_layers} of {total} layers: {layers_in_words(site.layer_numbers)}"
+
+
+_BLOCK = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
+"""path of the list of blocks, and number of the block"""
+
+
+def layers_in_words(numbers: tuple[int, ...]) -> str:
+    """Return ascending numbers with runs shortened, such as `0, 2 to 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def _fused_experts(model: nn.Module) -> str:
+    """Return the name of the first module that holds the weights of all experts in one tensor; empty: none."""
+    for name, module in model.named_modules():
+        fused = any(p.dim() == 3 for p in module.parameters(recurse=False))
+        if fused and name.endswith("experts"):
+            return name
+    return ""
+
+
 @contextlib.contextmanager
 def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
     """Call `on_activation(place, activations [B, T, H])` in every forward pass while open.
 
-    `place` counts the tensors of the site; it equals the layer number if the site has all layers. If
+    `place` counts the tensors of the site; it equals the layer number only if the site has all layers. If
     `on_activation` returns a tensor, this replaces the activations. For latents, their change is decoded
     and added to the activations, so that what the autoencoder cannot reconstruct stays as it is. Hooks
     are removed even after an error.
@@ -167,6 +245,10 @@ def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
     if site.autoencoders:
         on_activation = _through(site.autoencoders, on_activation)
     handles = []
+    if site.is_flat:
+        on_activation, follow = _unflattened(on_activation, site)
+        base = getattr(model, "base_model", model)
+        handles.append(base.register_forward_pre_hook(follow, with_kwargs=True))
     try:
         for layer, path in enumerate(site.paths):
             module = model.get_submodule(path)
@@ -197,6 +279,27 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
 
     return on_activation
+
+
+def _unflattened(on_activation: Hook, site: Site) -> tuple[Hook, Callable[..., None]]:
+    """Return a hook for activations [B * T, H], and one for the model's inputs, which tell it B and T."""
+    shape = torch.Size([0, 0])
+
+    def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal shape
+        inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        shape = next(x.shape[:2] for x in inputs if isinstance(x, torch.Tensor))
+
+    def on_flat(place: int, activations: torch.Tensor) -> torch.Tensor | None:
+        if len(activations) != shape.numel():
+            raise InputError(
+                f"site {site.name} has {len(activations)} vectors for {shape.numel()} tokens: name a module that"
+                " returns one vector per token"
+            )
+        changed = on_activation(place, activations.unflatten(0, shape))
+        return None if changed is None else changed.flatten(0, 1)
+
+    return on_flat, follow
 
 
 def _output_hook(layer: int, on_activation: Hook):
@@ -241,8 +344,11 @@ def _parse(pattern: str) -> tuple[str, Side]:
     return path, "input" if side == "input" else "output"
 
 
-def _expand(model: nn.Module, path: str) -> tuple[str, ...]:
-    """Return the modules that `path` names, by layer number; an empty tuple if there is none."""
+def _expand(model: nn.Module, path: str) -> list[tuple[int, str]]:
+    """Return the numbers of the layers and the modules that `path` names, in order; empty if there is none.
+
+    Without `*`, the first number in the path is that of the layer.
+    """
     pattern = re.compile(re.escape(path).replace(r"\*", r"(\d+)"))
     if path.count("*") > 1:
         raise InputError(f"site {path!r} has more than one *: only the layer number varies")
@@ -250,22 +356,42 @@ def _expand(model: nn.Module, path: str) -> tuple[str, ...]:
     for name, _ in model.named_modules():
         match = pattern.fullmatch(name)
         if match:
-            numbered.append((int(match.group(1)) if match.groups() else 0, name))
-    return tuple(name for _, name in sorted(numbered))
+            number = _BLOCK.match(name)
+            layer = match.group(1) if match.groups() else number[2] if number else 0
+            numbered.append((int(layer), name))
+    return sorted(numbered)
 
 
-def _widths(model: PreTrainedModel, paths: tuple[str, ...], side: Side) -> tuple[int, ...]:
-    site = Site("", paths, side, ())
+def _measured(
+    model: PreTrainedModel, name: str, numbered: list[tuple[int, str]], side: Side
+) -> Site:
+    """Return the site of these layers and modules, with the widths and shape that they have on a few tokens."""
+    numbers, paths = zip(*numbered, strict=True)
+    every = numbers == tuple(range(len(numbers)))
+    site = Site(name, paths, side, (), () if every else numbers)
     device = next(model.parameters()).device
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    tensors = capture(model, site, token)
-    if len(tensors) != len(paths) or any(t.dim() != 3 for t in tensors):
-        shapes = sorted({tuple(t.shape) for t in tensors})
+    # More than one token, so that a vector for some of the tokens is not taken for one per token.
+    tokens = torch.arange(_TRIAL[0] * _TRIAL[1], device=device).view(_TRIAL)
+    tensors = capture(model, site, tokens % model.config.get_text_config().vocab_size)
+    if len(tensors) < len(paths):
         raise InputError(
-            f"site {paths[0]!r} has shapes {shapes} on one token and not [1, 1, neurons]:"
+            f"{len(paths) - len(tensors)} of {len(paths)} modules of site {paths[0]!r} did not run on a few tokens, such"
+            " as experts that these are not sent to: name a module that runs on every token"
+        )
+    shapes = sorted({tuple(t.shape[:-1]) for t in tensors})
+    flat = (_TRIAL[0] * _TRIAL[1],)
+    if len(tensors) != len(paths) or shapes not in ([_TRIAL], [flat]):
+        found = sorted({tuple(t.shape) for t in tensors})
+        raise InputError(
+            f"site {paths[0]!r} has shapes {found} on tokens {list(_TRIAL)} and not {[*_TRIAL, 'neurons']}:"
             " name a module that returns one vector per token"
         )
-    return tuple(t.shape[-1] for t in tensors)
+    widths = tuple(t.shape[-1] for t in tensors)
+    return replace(site, n_neurons=widths, is_flat=shapes == [flat])
+
+
+_TRIAL = (2, 3)
+"""sequences and tokens of the pass that determines the shape of a site"""
 
 
 def _example(model: nn.Module) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from cratelm.errors import InputError, one_line
 from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
@@ -26,6 +25,7 @@ from cratelm.runs.pretrained import (
     least_memory,
     reason_of,
 )
+from cratelm.runs.remote_code import RemoteCode, commit_of, remote_code_of
 
 AutoConfig.register("crate", CrateConfig, exist_ok=True)
 AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
@@ -147,22 +147,28 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
         verify_folder(path)
     with _loading(path):
-        model = from_pretrained(path, **kwargs)
+        model = from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     if isinstance(model, GPT2LMHeadModel):
         as_twin(model)
     return model.eval()
 
 
-def hub_commit(name: str) -> str:
-    """Return the commit of the Hub's repository that `load` would read now.
+def hub_commit(name: str, revision: str | None = None) -> str:
+    """Return the commit of the Hub's repository that `load` would read now, at a revision (None: the newest).
 
     Without a network, it is the commit in the local cache. Raises `InputError` as `load` does.
     """
-    with _loading(name):
-        path = cached_file(name, "config.json")
-    assert path is not None, "cached_file raises if there is none"
-    parts = Path(path).parts  # the cache keeps a file in `.../snapshots/COMMIT/`
-    return parts[parts.index("snapshots") + 1]
+    with _loading(f"{name}@{revision}" if revision else name):
+        return commit_of(name, revision)
+
+
+def code_of(location: str | Path, revision: str | None = None) -> RemoteCode | None:
+    """Return the code that `load` would run for a model that transformers does not have; None for others.
+
+    Raises `InputError` as `load` does.
+    """
+    with _loading(location):
+        return remote_code_of(location, revision)
 
 
 @contextlib.contextmanager

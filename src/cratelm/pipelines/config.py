@@ -28,7 +28,7 @@ class DemoConfig(Options):
     """number of layers of the twins (width 128, 512 neurons per layer)"""
     vocab_size: int = 4096
     """number of tokens in the vocabulary, which is trained on the corpus"""
-    steps: int = 600
+    steps: int = 500
     """training steps of each twin, 16 sequences of 256 tokens per step"""
     tokens: int = 200_000
     """tokens harvested from each of the splits fit and held_out"""

@@ -48,6 +48,10 @@ _WHOLE_COST = 2.0
 _SHARED = 0.8
 """duration of training or harvesting two models at a time, each with half of the cores, divided by that of one after
 another with all cores: 286 and 263 s for the twins at a time, 234 and 176 s alone, on 2 cores"""
+_EXPLAINERS = ExplainConfig.explainers
+_CONTROLLED = ("lookup", "trie")
+"""explainers of the untrained controls: searching and scoring their concepts would take a minute for a figure of less
+interest, since concepts explain them worse than the last token does"""
 _SECONDS_PER_NEURON = 0.04
 """time to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
@@ -166,7 +170,13 @@ def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]
     harvesting = HarvestConfig(
         **common, model=name, tokens=config.tokens, sequence_length=_SEQUENCE, seed=config.seed
     )
-    explaining = ExplainConfig(**common, model=name, neurons=config.neurons, seed=config.seed)
+    explaining = ExplainConfig(
+        **common,
+        model=name,
+        neurons=config.neurons,
+        explainers=_EXPLAINERS if is_trained else _CONTROLLED,
+        seed=config.seed,
+    )
     scoring = ScoreConfig(**common, model=name, seed=config.seed)
     yield Step("model", name, lambda: train(_train_config(config, name)))
     yield Step("activations", name, lambda: harvest(harvesting))

@@ -19,7 +19,7 @@ from cratelm.activations.store import read_records
 from cratelm.explain.concepts.features import ConceptReader
 from cratelm.explain.concepts.fit import FitFeatures
 from cratelm.explain.concepts.formula import MAX_TERMS, STRENGTH, holds_in
-from cratelm.explain.concepts.library import Library, builtin_library
+from cratelm.explain.concepts.library import Library
 from cratelm.explain.concepts.predict import cells_all
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.evidence import WEIGHT, collect_evidence
@@ -33,17 +33,6 @@ N_CELLS = 1 << MAX_TERMS
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Payload = Mapping[str, Any]
-
-
-def fit_features(opened: HarvestContext, library: Library | None = None) -> FitFeatures:
-    """Return the features of the fit split, by which formulas are found."""
-    store = opened.store
-    return FitFeatures(
-        library or builtin_library(),
-        store.token_strings,
-        store.split("fit"),
-        opened.sequence_length,
-    )
 
 
 def formulas(

@@ -8,6 +8,7 @@ from cratelm.errors import InputError
 from cratelm.llm.config import NO_LLM, LLMConfig, check_specification, option
 from cratelm.replace.layers import EXTENTS, Extent
 from cratelm.runs import at_least, check_resamples
+from cratelm.runs.model_options import SourceOptions
 from cratelm.runs.names import check_name
 
 Kind = Literal["lookup", "trie", "concepts"]
@@ -50,7 +51,7 @@ def _part(word: str, explainer: str) -> Part:
 
 
 @dataclass(frozen=True)
-class ReplaceConfig(LLMConfig):
+class ReplaceConfig(LLMConfig, SourceOptions):
     """Run a model on the explanations of its neurons, and measure the loss on held-out text.
 
     Every neuron is explained from a pass over fit tokens. Then the codes of a layer, or of several, are replaced by what

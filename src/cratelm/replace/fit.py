@@ -19,13 +19,12 @@ from tqdm import tqdm
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.open_harvest import HarvestContext
 from cratelm.explain.concepts.features import ConceptReader
-from cratelm.explain.concepts.fit import FitFeatures
+from cratelm.explain.concepts.fit import FitFeatures, fit_features
 from cratelm.explain.concepts.library import builtin_library
 from cratelm.models.sites import hooked
 from cratelm.replace.concepts import (
     CellSums,
     concepts_as_found,
-    fit_features,
     formulas,
     share_features,
 )
@@ -166,7 +165,7 @@ class Fit:
 
     @cached_property
     def _features(self) -> FitFeatures:
-        return fit_features(self._opened)
+        return fit_features(builtin_library(), self._opened.store, self._opened.sequence_length)
 
     @cached_property
     def _reader(self) -> ConceptReader:

@@ -148,10 +148,7 @@ class ExplainedModel:
         """Return the losses [B, T - 1], from the hidden states [rows, D] and the row of each token (default: its own)."""
         head, targets = self._head, ids[:, 1:].flatten()
         assert head is not None
-        step = rows_per_chunk(len(hidden), *reversed(head.shape), device=hidden.device.type)
-        partition = torch.cat(
-            [torch.logsumexp(part @ head.T, -1) for part in hidden.float().split(step)]
-        )
+        partition = _log_partition(hidden.float(), head)
         if row_of is not None:
             hidden, partition = hidden[row_of], partition[row_of]
         own = (hidden.float() * head[targets]).sum(-1)
@@ -243,6 +240,24 @@ class ExplainedModel:
         output = trace.outputs[partial.block_numbers[place]]
         expected = trace.activations[place] @ writes
         return bool(torch.allclose(output, expected, rtol=1e-4, atol=1e-5))
+
+
+def _log_partition(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the sum of exponentials [rows] of the logits `hidden` [rows, D] @ `head` [V, D]^T.
+
+    Logits of a few rows at a time overwrite those before them: with new memory for each, the pages that the system must
+    provide take longer than the product (2.2 times as long in all at d 128 and V 4,096).
+    """
+    step = rows_per_chunk(len(hidden), *reversed(head.shape), device=hidden.device.type)
+    buffer = hidden.new_empty(step, len(head))
+    partition = hidden.new_empty(len(hidden))
+    for first in range(0, len(hidden), max(1, step)):
+        rows = hidden[first : first + step]
+        logits = torch.mm(rows, head.T, out=buffer[: len(rows)])
+        highest = logits.amax(-1, keepdim=True)
+        sums = logits.sub_(highest).exp_().sum(-1)
+        partition[first : first + step] = sums.log_() + highest[:, 0]
+    return partition
 
 
 def _shaped(codes: Codes, ids: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -44,7 +44,7 @@ class Prepared:
 
         Raises `InputError` if that is impossible, or if the explanations do not fit into memory.
         """
-        opened = open_harvested(run, config.model, config.device)
+        opened = open_harvested(run, config.model, config)
         model = ExplainedModel(opened.subject.model, opened.site)
         summaries = [
             [s for s in read_summaries(opened.folder, "fit") if s.neuron.layer == layer]

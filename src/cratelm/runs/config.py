@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,11 @@ def config_dict(config: Any) -> dict[str, Any]:
     """
     if isinstance(config, Mapping):
         return _plain(config)
-    options = {f.name: getattr(config, f.name) for f in _deciding(config)}
+    return _values(config, _deciding(config))
+
+
+def _values(config: Any, of: Sequence[dataclasses.Field[Any]]) -> dict[str, Any]:
+    options = {f.name: getattr(config, f.name) for f in of}
     return _plain(
         {
             k: dataclasses.asdict(v)
@@ -64,8 +68,17 @@ def config_dict(config: Any) -> dict[str, Any]:
 
 
 def options_of(config: Any) -> tuple[str, ...]:
-    """Return `--model` and the options that differ from their defaults, as words of a command line."""
-    values, defaults = config_dict(config), _defaults(config)
+    """Return `--model` and the options that differ from their defaults, as words of a command line.
+
+    These are the options that decide the result, and those without which the command would not run
+    (`metadata["in_commands"]`).
+    """
+    of = [
+        f
+        for f in dataclasses.fields(config)
+        if f.metadata.get("identity", True) or f.metadata.get("in_commands")
+    ]
+    values, defaults = _values(config, of), _default_values(of)
     words: list[str] = []
     for name, value in values.items():
         unset = value is None or value == [] or isinstance(value, dict)
@@ -126,8 +139,12 @@ def _deciding(config: Any) -> list[dataclasses.Field[Any]]:
 
 
 def _defaults(config: Any) -> dict[str, Any]:
+    return _default_values(_deciding(config))
+
+
+def _default_values(of: Sequence[dataclasses.Field[Any]]) -> dict[str, Any]:
     defaults = {}
-    for f in _deciding(config):
+    for f in of:
         if f.default is not dataclasses.MISSING:
             defaults[f.name] = f.default
         elif f.default_factory is not dataclasses.MISSING:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cratelm.errors import InputError, one_line
 from cratelm.runs.arguments import LARGEST
+from cratelm.runs.remote_code import options_for
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -51,13 +52,18 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
 
     `path` is a folder or a Hub id. Raises `InputError`, which names the file, for a folder that lacks a file
     or has a damaged one, and for weights that do not fit the configuration or are missing; whatever the
-    libraries raise for anything else.
+    libraries raise for anything else. Code that comes with a model runs only with `trust_remote_code`, and only if
+    transformers has no class for the model (`cratelm.runs.remote_code`).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(path) / kwargs.get("subfolder", "")
+    trusted = kwargs.pop("trust_remote_code", None)
     if not kwargs.get("gguf_file"):
         check_folder(folder)
+        at = folder if folder.is_dir() else path
+        hub = {k: kwargs[k] for k in ("cache_dir", "token", "local_files_only") if k in kwargs}
+        kwargs |= options_for(at, kwargs.get("revision"), trusted=trusted, **hub)
         config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in _HUB & kwargs.keys()})
         check_config(config, folder / CONFIG if folder.is_dir() else path)
         check_sizes(config, folder)
@@ -70,7 +76,8 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-_HUB = {"revision", "cache_dir", "token", "local_files_only", "subfolder", "trust_remote_code"}
+_HUB = {"revision", "cache_dir", "token", "local_files_only", "subfolder", "trust_remote_code",
+        "code_revision"}  # fmt: skip
 """arguments of `from_pretrained` that decide which configuration is read"""
 
 

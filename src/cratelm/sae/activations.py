@@ -40,7 +40,7 @@ class StreamPosition:
 class ActivationBuffer:
     """Batches of activations of several layers, with the same tokens for each layer.
 
-    Raises `InputError` if the split has no full sequence, or an activation is not a finite number.
+    `layers` are places: numbers of layers among those of the site, from 0. Raises `InputError` if the split has no full sequence, or an activation is not a finite number.
     """
 
     def __init__(
@@ -161,14 +161,14 @@ def layer_activations(
 ) -> list[torch.Tensor]:
     """Return the activations [b, T, H] of `layers` on token ids [b, T], in float32; the head is not run.
 
-    Raises `InputError` with the layer if an activation is not a finite number.
+    `layers` are places: numbers of layers among those of the site, from 0. Raises `InputError` with the layer if an activation is not a finite number.
     """
     by_layer: dict[int, torch.Tensor] = {}
 
     def on_activation(layer: int, activations: torch.Tensor) -> None:
         if layer in layers:
             by_layer[layer] = activations.float()
-            check_finite(by_layer[layer], site, layer)
+            check_finite(by_layer[layer], site, site.layer_numbers[layer])
 
     with hooked(model, site, on_activation):
         model.base_model(input_ids=tokens, use_cache=False)

@@ -34,7 +34,7 @@ from cratelm.models.latents import latents_of
 from cratelm.models.open import find_model, sequence_length
 from cratelm.models.sites import Site
 from cratelm.records import Estimate
-from cratelm.runs import Run, config_dict
+from cratelm.runs import Run, config_dict, settings_of
 from cratelm.runs.names import set_name, split_set
 from cratelm.runs.storage import check_target
 from cratelm.sae.architectures import import_sae_lens
@@ -82,10 +82,10 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     if config.output is not None:
         check_target(config.output, "--output", "file")
     tokens = run.stage("tokens").require("tokenize")
-    source = find_model(run, config.model).pinned()
+    source = find_model(run, config.model, config).pinned()
     identity = source.identity
     asked_for = _autoencoders(config, run)
-    loaded = source.load(config.device, "float32")
+    loaded = source.load(config.device, config.dtype)
     model = loaded.model
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
@@ -134,7 +134,7 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     """
     run = Run(config.run)
     asked_for = _autoencoders(config, run)
-    identity = find_model(run, config.model).identity
+    identity = find_model(run, config.model, config).identity
     if not asked_for.path.is_file():
         return False
     try:
@@ -143,7 +143,8 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
         return False  # written by another version
     tokens = run.stage("tokens").require("tokenize").identity
     of = (asked_for.identity, identity, tokens)
-    if stored.config != config_dict(config) or not stored.is_of(*of):
+    settings = settings_of(config)
+    if settings.defaults | stored.config != settings.values or not stored.is_of(*of):
         return False
     print(f"{asked_for.path} exists, skipped (--force redoes it)", flush=True)
     return True

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cratelm.records import Split
-from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs import at_least, not_in_identity
+from cratelm.runs.model_options import Dtype, ModelOptions, model_option
 
 
 @dataclass(frozen=True)
-class SaeEvaluateConfig(Options):
+class SaeEvaluateConfig(ModelOptions):
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -33,8 +34,8 @@ class SaeEvaluateConfig(Options):
     """tokens at which they are steered, a random sample of whole sequences"""
     seed: int = 0
     """seed of the samples of sequences, latents and neurons"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, cuda:1 ...; auto: an accelerator if there is one"""
+    dtype: Dtype = model_option("float32")
+    """precision of the model; auto: that of its files. Autoencoders are in float32"""
     output: Path | None = not_in_identity(None)
     """also write the figures to this JSON file; they are always stored in the run, in
     sae/MODEL@NAME/evaluation.json, or in sae/MODEL@FOLDER.json for autoencoders from a folder elsewhere"""

@@ -86,20 +86,20 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     import_sae_lens()  # before anything is written
     run = Run(config.run)
     tokens = run.stage("tokens").require("tokenize")
-    source = find_model(run, config.model).pinned()
+    source = find_model(run, config.model, config).pinned()
     stage = run.stage("sae", config.folder)
     inputs = {"tokens": tokens, "model": source.record or source.identity}
     settings = config.settings()
     if stage.is_finished(settings, inputs, force=config.force):
         return _result(stage)
-    model = source.load(config.device, "float32").model
+    model = source.load(config.device, config.dtype).model
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
-    site = site_of(model, config.site)
+    site = site_of(model, config.site, config.layers)
     layers = _layers(config, site)
-    check_training_memory(config, [site.n_neurons[layer] for layer in layers], model.device)
+    check_training_memory(config, list(site.n_neurons), model.device)
     # created before the draft, so that invalid input is rejected before anything is written
-    activations = _activations(config, model, store, site, layers)
+    activations = _activations(config, model, store, site)
     with without_worthless_draft(stage), stage.write(settings, inputs, resume=True) as draft:
         draft.scratch.add(checkpoints.FOLDER)
         draft.unhashed.add(TIMING)
@@ -110,16 +110,10 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
 
 
 def _layers(config: SaeTrainConfig, site: Site) -> tuple[int, ...]:
-    """Return the layers to train on, ascending; raise `InputError` for a layer that the site lacks."""
-    layers = config.layers or tuple(range(site.n_layers))
-    missing = [layer for layer in layers if layer >= site.n_layers]
-    if missing:
-        raise InputError(
-            f"--layers names {missing[0]}, but site {site.name} has layers 0 to {site.n_layers - 1}"
-        )
-    for layer in layers:
-        n_latents(config, site.n_neurons[layer])
-    return tuple(sorted(layers))
+    """Return the numbers of the layers to train on, ascending. Raises `InputError` for too many latents."""
+    for width in site.n_neurons:
+        n_latents(config, width)
+    return site.layer_numbers
 
 
 def _activations(
@@ -127,13 +121,12 @@ def _activations(
     model: PreTrainedModel,
     store: TokenStore,
     site: Site,
-    layers: tuple[int, ...],
 ) -> ActivationBuffer:
     length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
     return ActivationBuffer(
         model,
         site,
-        layers,
+        tuple(range(site.n_layers)),
         store.split("train"),
         store.eot_id,
         sequence_length=length,
@@ -154,8 +147,11 @@ def _prepare(
 ) -> _Training:
     """Return activations and trainers as of the last checkpoint, or ready for the first step."""
     if not config.quiet:
-        print(_plan(config, site, layers, activations), flush=True)
-    saes = [build_sae(config, site.n_neurons[layer], layer, activations.device) for layer in layers]
+        print(_plan(config, site, activations), flush=True)
+    saes = [
+        build_sae(config, width, layer, activations.device)
+        for layer, width in zip(layers, site.n_neurons, strict=True)
+    ]
     trainers = [make_trainer(config, sae) for sae in saes]
     resampled = [0] * len(layers)
     restored = checkpoints.restore(draft, trainers)
@@ -167,13 +163,9 @@ def _prepare(
     return _Training(config, site, layers, activations, trainers, resampled, draft)
 
 
-def _plan(
-    config: SaeTrainConfig, site: Site, layers: tuple[int, ...], activations: ActivationBuffer
-) -> str:
+def _plan(config: SaeTrainConfig, site: Site, activations: ActivationBuffer) -> str:
     """Return the line that is printed before the first step."""
-    sizes = ", ".join(
-        f"{site.n_neurons[i]} -> {n_latents(config, site.n_neurons[i])}" for i in layers
-    )
+    sizes = ", ".join(f"{width} -> {n_latents(config, width)}" for width in site.n_neurons)
     return (
         f"{config.folder}: {config.architecture} on {site.name}, inputs -> latents {sizes};"
         f" {config.steps:,} steps of {config.batch_size:,} tokens, buffer"
@@ -348,7 +340,7 @@ def _provenance(
         "model_name": Path(config.model).name,
         "site": site.name,
         "layer": layer,
-        "hook_name": f"{site.paths[layer]}{side}",
+        "hook_name": f"{site.paths[site.place(layer)]}{side}",
         "provenance": {
             "source": "cratelm sae train",
             "model_identity": inputs["model"],

@@ -8,7 +8,8 @@ from typing import Literal
 from cratelm.activations.config import last_name
 from cratelm.errors import InputError
 from cratelm.records import BOTH_ENDS, has_both_ends
-from cratelm.runs import Options, Settings, at_least, config_dict, not_in_identity, options_of
+from cratelm.runs import Settings, at_least, config_dict, not_in_identity, options_of
+from cratelm.runs.model_options import Dtype, ModelOptions, model_option
 from cratelm.runs.names import check_name, set_name
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "gated"]
@@ -26,7 +27,7 @@ _MOST_TOKENS_UNTIL_DEAD = 10_000_000
 
 
 @dataclass(frozen=True)
-class SaeTrainConfig(Options):
+class SaeTrainConfig(ModelOptions):
     """Train sparse autoencoders on a site of a model, one per layer, in one pass over train tokens.
 
     After an interruption the same command resumes.
@@ -91,8 +92,8 @@ class SaeTrainConfig(Options):
     """steps between two points of the curves; default: a hundredth of the steps"""
     checkpoint_minutes: float = not_in_identity(2.0)
     """minutes between two checkpoints; 0: a checkpoint after every step"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, cuda:1 ...; auto: an accelerator if there is one"""
+    dtype: Dtype = model_option("float32")
+    """precision of the model; auto: that of its files. Autoencoders are in float32"""
     force: bool = not_in_identity(False)
     """train again even if the stage is finished"""
     quiet: bool = not_in_identity(False)
@@ -136,14 +137,15 @@ class SaeTrainConfig(Options):
                 )
 
     def settings(self) -> Settings:
-        """Return the settings for a completion record, without `freeze` unless it was given.
+        """Return the settings for a completion record, without `freeze` and `dtype` unless they were given.
 
-        So the identities are those of versions without that option.
+        So the identities are those of versions without these options.
         """
         given, usual = config_dict(self), config_dict(SaeTrainConfig())
         for values in (given, usual):
-            if values["freeze"] is None:
-                del values["freeze"]
+            for name in ("freeze", "dtype"):
+                if values[name] == getattr(SaeTrainConfig, name):
+                    del values[name]
         return Settings(given, usual, options_of(self))
 
     @property

@@ -7,6 +7,7 @@ from cratelm.explain.config import Prompts
 from cratelm.llm.config import LLMConfig, check_specification, option
 from cratelm.records import CORRELATIONS, METRICS, SIMULATION_METRICS, Metric
 from cratelm.runs import at_least, check_resamples
+from cratelm.runs.model_options import SourceOptions
 from cratelm.runs.names import check_name
 
 PER_BIN = 10
@@ -14,7 +15,7 @@ PER_BIN = 10
 
 
 @dataclass(frozen=True)
-class ScoreConfig(LLMConfig):
+class ScoreConfig(LLMConfig, SourceOptions):
     """Score the explanations of one model on held-out excerpts, with null controls."""
 
     simulator: str = ""

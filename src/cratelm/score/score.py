@@ -327,7 +327,7 @@ class _Whole:
         concepts: ConceptReader,
     ):
         self._config, self._explainers, self._concepts = config, explainers, concepts
-        self._opened = open_harvested(run, config.model, config.device)
+        self._opened = open_harvested(run, config.model, config)
         self._harvest = harvest.require("harvest").config
 
     def _plan(self, split: Split) -> SearchPlan:

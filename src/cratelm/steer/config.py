@@ -7,7 +7,8 @@ from typing import Literal
 from cratelm.errors import InputError
 from cratelm.llm.config import NO_LLM, LLMConfig, check_specification
 from cratelm.records import ENDS, names_an_end, parse_neuron_ids
-from cratelm.runs import Options, at_least, check_memory, check_resamples, not_in_identity
+from cratelm.runs import at_least, check_memory, check_resamples, not_in_identity
+from cratelm.runs.model_options import HarvestedModelOptions, ModelOptions, SourceOptions
 from cratelm.runs.names import check_name
 from cratelm.steer.edits import Edit, Positions, one_operation
 
@@ -16,7 +17,7 @@ PROMOTED = "promoted"
 
 
 @dataclass(frozen=True)
-class SteerConfig(Options):
+class SteerConfig(ModelOptions):
     """Edit neurons while a model reads a text, and show how the next token and the continuation change."""
 
     neurons: tuple[str, ...]
@@ -59,10 +60,6 @@ class SteerConfig(Options):
     seed: int = 0
     """seed of the choice of document, and of sampling at a temperature above 0: both continuations use the
     same random numbers"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto uses an accelerator if there is one"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the model; auto: as in its files"""
     output: Path | None = None
     """also write the results to this JSON file"""
 
@@ -100,7 +97,7 @@ class SteerConfig(Options):
 
 
 @dataclass(frozen=True)
-class EffectsConfig(Options):
+class EffectsConfig(HarvestedModelOptions):
     """Measure the effect of each neuron on the logits, and the loss on held-out text without it."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -128,8 +125,6 @@ class EffectsConfig(Options):
     bootstrap"""
     batch_tokens: int = not_in_identity(4096)
     """held-out tokens whose activations are in memory at a time"""
-    device: str = not_in_identity("auto")
-    """cpu, cuda, ...; auto: as in the harvest. The precision is always that of the harvest"""
     force: bool = not_in_identity(False)
     """redo the stage even if it is finished"""
     quiet: bool = not_in_identity(False)
@@ -146,7 +141,7 @@ class EffectsConfig(Options):
 
 
 @dataclass(frozen=True)
-class InterveneConfig(LLMConfig):
+class InterveneConfig(LLMConfig, SourceOptions):
     """Ask a language model whether steering each neuron changes the text as its explanation says."""
 
     device: str = not_in_identity("auto")

@@ -110,7 +110,7 @@ def _measured(config: EffectsConfig, ranks: Ranks) -> EffectsResult:
     stage = effects_stage(run, config.model)
     if ranks.by_first(lambda: stage.is_finished(config, inputs, force=config.force)):
         return _result(stage.path)
-    harvested = open_harvested(run, config.model, config.device)
+    harvested = open_harvested(run, config.model, config)
     selected = select_neurons(harvested.folder, config.neurons, config.seed, config.only)
     partial = PartialForward(harvested.subject.model, harvested.site)
     wanted = config.sequence_length or harvested.sequence_length

@@ -153,7 +153,7 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
             config.dry_run or config.shard
         ):  # no other process may make the same calls meanwhile
             held.enter_context(stage.lock())
-        harvested = open_harvested(run, config.model, config.device)
+        harvested = open_harvested(run, config.model, config)
         _check_length(config, harvested)
         explained = read_judged_explanations(config, source.path)
         selected = choose_neurons(config, explained.selected)

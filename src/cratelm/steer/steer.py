@@ -88,13 +88,8 @@ def steer(config: SteerConfig) -> SteerResult:
     run = Run(config.run)
     if config.output is not None:
         check_target(Path(config.output), "--output", "file")
-    subject = open_model(
-        run,
-        config.path or config.model,
-        from_run=config.path is None,
-        device=config.device,
-        dtype=config.dtype,
-    )
+    name, from_run = config.path or config.model, config.path is None
+    subject = open_model(run, name, config, from_run=from_run)
     encoder = encoder_of(subject, run)
     text = _text(config, run)
     ids = torch.tensor([[encoder.start, *encoder.encode(text)]], device=subject.model.device)

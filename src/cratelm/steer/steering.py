@@ -124,15 +124,9 @@ def _by_site_layer(edits: Sequence[Edit], site: Site) -> dict[int, list[Edit]]:
 
     Raises `InputError` for a layer or neuron that does not exist, and for a neuron named twice in an edit.
     """
-    numbers = site.layer_numbers
     by_site_layer: dict[int, list[Edit]] = {}
     for edit in edits:
-        if edit.layer not in numbers:
-            raise InputError(
-                f"layer {edit.layer} does not exist: site {site.name} has the layers"
-                f" {', '.join(map(str, numbers))}"
-            )
-        site_layer = numbers.index(edit.layer)
+        site_layer = site.place(edit.layer)
         wrong = [i for i in edit.indices if not 0 <= i < site.n_neurons[site_layer]]
         if wrong:
             ends = 2 if site.has_both_ends else 1

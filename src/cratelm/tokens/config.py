@@ -8,6 +8,7 @@ from typing import Any, Literal
 from cratelm.corpus.documents import LONGEST_DOCUMENT
 from cratelm.errors import InputError
 from cratelm.runs import Options, at_least, check_memory, not_in_identity
+from cratelm.runs.model_options import model_option
 
 LEAST_VOCABULARY = 257
 """256 bytes and the end-of-text token"""
@@ -37,13 +38,16 @@ class TokenizeConfig(Options):
     .tex .py: one document; .jsonl .jsonl.zst .parquet: one per row), a folder of such files, or
     `hub:ID[:CONFIGURATION][@REVISION]` (the train split, streamed; needs the extra `hub`)"""
     text_field: str = "text"
-    """field of a row that holds the text"""
+    """field of a row that holds the text. A row without it that has `messages` (a list of role and content) is a chat"""
     subset_field: str = "meta.pile_set_name"
     """field of a row that names its part of the corpus, stored with the document; a dot selects a
     nested field; rows may lack it"""
     tokenizer: str = "train"
     """`train` (byte-level BPE, trained on documents of the train split only), `gpt2` (fetched through
-    tiktoken, else from the Hub), or the path of a tokenizer.json"""
+    tiktoken, else from the Hub), the path of a tokenizer.json, or a model's folder or Hub id (OWNER/NAME), whose
+    chat template then also writes rows with `messages`"""
+    revision: str | None = model_option(None, identity=False, in_commands=True)
+    """for a tokenizer of the Hub: branch, tag or commit; the commit is recorded. Default: the newest"""
     vocab_size: int = 4096
     """size of a trained vocabulary, including `<|endoftext|>`; other tokenizers have their own size"""
     sample_megabytes: float = 64.0

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from cratelm.corpus.documents import Document, ReadError, n_bytes_of
 from cratelm.records import Split
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.pieces import PieceEncoder, UncuttableError
+from cratelm.tokens.tokenizer import without_limits
 
 _BATCH_BYTES = 2_000_000
 _BATCH_ENTRIES = 4096
@@ -74,7 +76,7 @@ def encode_corpus(
     The next batch is read while one is encoded, on all cores. A long document is a batch by itself, and the
     next one is read when the caller has used it: `del` the batch.
     """
-    encoder = PieceEncoder(tokenizer)
+    encoder = _Encoder(tokenizer)
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[tuple[list[_Read], Future[list[_Ids]]]] = deque()
 
@@ -83,7 +85,7 @@ def encode_corpus(
             return _entries(batch, ids.result())
 
         for batch in _batches(_read(corpus, config)):
-            waiting.append((batch, pool.submit(_encode, encoder, _texts(batch))))
+            waiting.append((batch, pool.submit(_encode, encoder, _documents(batch))))
             most_waiting = 0 if _is_long(batch) else 1
             del batch
             while len(waiting) > most_waiting:
@@ -117,7 +119,7 @@ def _batches(entries: Iterable[_Read]) -> Iterator[list[_Read]]:
             yield batch
             batch, n_bytes = [], 0
         batch.append(entry)
-        n_bytes += sum(map(n_bytes_of, _texts([entry])))
+        n_bytes += sum(n_bytes_of(document.text) for document in _documents([entry]))
         del entry
         if is_long:
             yield batch
@@ -126,23 +128,48 @@ def _batches(entries: Iterable[_Read]) -> Iterator[list[_Read]]:
         yield batch
 
 
-def _texts(batch: list[_Read]) -> list[str]:
-    return [entry[1].text for entry in batch if isinstance(entry, tuple)]
+def _documents(batch: list[_Read]) -> list[Document]:
+    return [entry[1] for entry in batch if isinstance(entry, tuple)]
 
 
 def _is_long(batch: list[_Read]) -> bool:
     return isinstance(batch[0], tuple) and len(batch[0][1].text) > _LONG
 
 
-def _encode(encoder: PieceEncoder, texts: list[str]) -> list[_Ids]:
-    """Return the token ids of texts, or why they cannot be encoded."""
-    if len(texts) == 1 and len(texts[0]) > _LONG:
+class _Encoder:
+    """A tokenizer for texts, in which special tokens are plain text, and for chats, in which they are tokens."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.text = PieceEncoder(tokenizer)
+
+    @cached_property
+    def chat(self) -> Tokenizer:
+        """Return the tokenizer as `apply_chat_template` uses it."""
+        tokenizer = without_limits(Tokenizer.from_str(self.text.tokenizer.to_str()))
+        tokenizer.encode_special_tokens = False
+        return tokenizer
+
+
+def _encode(encoder: _Encoder, documents: list[Document]) -> list[_Ids]:
+    """Return the token ids of documents, or why they cannot be encoded."""
+    ids: list[_Ids] = [()] * len(documents)
+    chats = [i for i, document in enumerate(documents) if document.is_chat]
+    texts = [i for i, document in enumerate(documents) if not document.is_chat]
+    if len(documents) == 1 and texts and len(documents[0].text) > _LONG:
         try:
-            return [encoder.encode(texts[0])]
+            return [encoder.text.encode(documents[0].text)]
         except UncuttableError as error:
             return [error]
-    encodings = encoder.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    for chosen, is_chat in ((texts, False), (chats, True)):
+        if chosen:
+            tokenizer = encoder.chat if is_chat else encoder.text.tokenizer
+            # a begin token is in the text of a chat if its template wants one: none is added
+            encodings = tokenizer.encode_batch_fast(
+                [documents[i].text for i in chosen], add_special_tokens=False
+            )
+            for i, encoding in zip(chosen, encodings, strict=True):
+                ids[i] = encoding.ids
+    return ids
 
 
 def _entries(batch: list[_Read], encoded: list[_Ids]) -> list[Entry]:

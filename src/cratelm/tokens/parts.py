@@ -39,7 +39,7 @@ from cratelm.tokens.encoding import Encoded, Entry, encode_corpus
 from cratelm.tokens.shards import token_dtype
 from cratelm.tokens.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 
-FORMAT = 1
+FORMAT = 2
 MOST_NAMED = 20
 """failures whose messages are stored and printed; the others are only counted"""
 _TOKENS, _DOCUMENTS, _RECORD, _TOKENIZER = (
@@ -63,6 +63,7 @@ _COLUMNS = pa.schema(
         "bytes": pa.int64(),  # of the text in UTF-8
         "empty_before": pa.int64(),  # documents without text between the row before and this one
         "failed_before": pa.int64(),  # documents that could not be read, likewise
+        "is_chat": pa.bool_(),
     }
 )
 Announce = Callable[[str], None]
@@ -303,7 +304,7 @@ class _PartWriter:
         text = document.text
         origin = (document.source, document.subset, document.name, document.line)
         sizes = (n_tokens, len(text), n_bytes_of(text))
-        self._rows.append((split, *origin, *sizes, self._empty, self._unreadable))
+        self._rows.append((split, *origin, *sizes, self._empty, self._unreadable, document.is_chat))
         self._empty = self._unreadable = 0
         self.n_rows += 1
         self.n_tokens += n_tokens

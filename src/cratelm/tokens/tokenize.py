@@ -34,6 +34,7 @@ from cratelm.runs.atomic import remove_all_but
 from cratelm.runs.stage import PLAN
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.tokens.encoding import Encoded, Entry, encode_corpus, split_of
+from cratelm.tokens.model_tokenizer import ModelTokenizer, model_tokenizer
 from cratelm.tokens.parts import (
     MOST_NAMED,
     Block,
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 GROUP_BYTES = 2**24
 """bytes of files, as they are stored, that make a part; a larger file is a part by itself"""
+CHAT_TEMPLATE = "chat_template.jinja"
+"""file with the template of chats, in the folder `tokens/` of a corpus that has chats"""
 _PARTS = "parts"
 
 
@@ -80,6 +83,8 @@ class TokenizeResult:
     """number of documents (or ends of files) that could not be read and were skipped (`--on-error skip`)"""
     first_skipped: str = ""
     """file, line and reason of the first of them"""
+    chats: int = 0
+    """number of documents that are chats, written by the chat template of the tokenizer's model"""
 
 
 def tokenize(config: TokenizeConfig) -> TokenizeResult:
@@ -91,8 +96,11 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
     run = Run(config.run)
     stage = run.stage("tokens")
     longest = int(config.max_document_megabytes * 1e6)
-    corpus = open_corpus(config.corpus, Fields(config.text_field, config.subset_field, longest))
-    inputs = {"corpus": corpus.identity(), **_tokenizer_identity(config)}
+    of_model = _model_tokenizer(config)
+    chat = of_model.chat if of_model else None
+    fields = Fields(config.text_field, config.subset_field, longest, chat)
+    corpus = open_corpus(config.corpus, fields)
+    inputs = {"corpus": corpus.identity(), **_tokenizer_identity(config, of_model)}
     if stage.is_finished(config, inputs, force=config.force):
         result = stage.result(TokenizeResult, path=stage.path)
         _check_length(result, config)
@@ -111,6 +119,8 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
             shards = _stream(config, corpus, draft)
         result = dataclasses.replace(shards.result(), path=stage.path)
         _check_length(result, config)
+        if chat is not None and result.chats:
+            (draft.path / CHAT_TEMPLATE).write_text(chat.template, encoding="utf-8")
         draft.results = {k: v for k, v in dataclasses.asdict(result).items() if k != "path"}
     return result
 
@@ -122,6 +132,7 @@ class TokenizeStats:
     empty: int = 0
     skipped: int = 0
     first_skipped: str = ""
+    chats: int = 0
 
     def skip(self, error: ReadError, config: TokenizeConfig) -> None:
         """Count a document that cannot be used, and print its location. Raises `InputError` instead if asked to stop."""
@@ -175,6 +186,7 @@ class _Shards:
             self.writer.append(entry.split, entry.ids, entry.document)
             self._n_bytes += n_bytes_of(entry.document.text)
             self._n_read += 1
+            self.stats.chats += entry.document.is_chat
         else:
             self.stats.skip(entry.error, self.config)
             self._n_read += entry.document is not None
@@ -212,6 +224,7 @@ class _Shards:
         written = rows.filter(pa.array(rows["split"].to_numpy() >= 0))
         self.writer.append_block(written, block.tokens[: _sum(rows, "n_tokens")])
         self.stats.empty += _sum(rows, "empty_before")
+        self.stats.chats += _count(written, "is_chat", True)
         self._n_bytes += _sum(written, "bytes")
         self._n_read += n
         return n
@@ -239,7 +252,7 @@ def _sum(rows: pa.Table, column: str) -> int:
     return int(rows[column].to_numpy().sum())
 
 
-def _count(rows: pa.Table, column: str, value: int) -> int:
+def _count(rows: pa.Table, column: str, value: int | bool) -> int:
     return int((rows[column].to_numpy() == value).sum())
 
 
@@ -378,7 +391,14 @@ def _tokenizer(config: TokenizeConfig, corpus: Corpus) -> Tokenizer:
         return train_tokenizer(_sample(config, corpus), config.vocab_size)
     if config.tokenizer == "gpt2":
         return fetch_gpt2()
-    return load_tokenizer(os.path.expanduser(config.tokenizer))
+    of_model = _model_tokenizer(config)
+    return of_model.tokenizer if of_model else load_tokenizer(os.path.expanduser(config.tokenizer))
+
+
+def _model_tokenizer(config: TokenizeConfig) -> ModelTokenizer | None:
+    """Return the tokenizer of the folder or Hub id that the configuration names; None if it names neither."""
+    named = config.tokenizer not in ("train", "gpt2") or config.revision is not None
+    return model_tokenizer(config.tokenizer, config.revision) if named else None
 
 
 def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
@@ -397,8 +417,10 @@ def _sample(config: TokenizeConfig, corpus: Corpus) -> Iterator[str]:
         del document  # not held while the next one is read
 
 
-def _tokenizer_identity(config: TokenizeConfig) -> dict[str, str]:
-    """Return the hash of a tokenizer file; the other choices are in the configuration."""
+def _tokenizer_identity(config: TokenizeConfig, of_model: ModelTokenizer | None) -> dict[str, str]:
+    """Return the identity of a model's tokenizer or file; the other choices are in the configuration."""
+    if of_model is not None:
+        return {"tokenizer": of_model.identity}
     if config.tokenizer in ("train", "gpt2"):
         return {}
     path = os.path.expanduser(config.tokenizer)

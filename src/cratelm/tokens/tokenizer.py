@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-"""end-of-document tokens of GPT-2 and GPT-NeoX, LLaMA 3, LLaMA 2 and Gemma; the first found is used.
+END_TOKENS = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+    "<|im_end|>",
+)
+"""end-of-document tokens of GPT-2 and GPT-NeoX, LLaMA 3, LLaMA 2, Gemma, DeepSeek and Qwen; the first found is used.
 Append only: the order decides the end token of tokenizers that existing runs hold."""
 _LONG_RUN = re.compile(r"(\S{1000}|\s{1000})")
 """the trainer's time grows with the square of a word's length: a word of 1 MB takes many minutes"""
@@ -71,7 +78,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         inside = path / "tokenizer.json"
         if os.path.isfile(inside):
             raise InputError(f"{path} is a folder: type --tokenizer {inside}")
-        raise InputError(f"{path} is not a file: name a tokenizer.json with --tokenizer")
+        raise InputError(
+            f"{path} is not a file: name a tokenizer.json, or the folder or Hub id of a model, with --tokenizer"
+        )
     try:
         return without_limits(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare Exception

@@ -7,11 +7,12 @@ from typing import Annotated
 import tyro
 
 from cratelm.errors import InputError
-from cratelm.runs import Options, at_least, not_in_identity
+from cratelm.runs import at_least, not_in_identity
+from cratelm.runs.model_options import HarvestedModelOptions
 
 
 @dataclass(frozen=True)
-class ViewConfig(Options):
+class ViewConfig(HarvestedModelOptions):
     """Browse the neurons of one or several runs in a web browser on this machine.
 
     Serves pages until Ctrl-C, or writes them into a folder with --static.

@@ -24,6 +24,7 @@ from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
 from cratelm.records import neuron_name
 from cratelm.results.stages import changed_at
+from cratelm.runs.model_options import HarvestedModelOptions, SourceOptions
 from cratelm.steer.edits import Edit
 from cratelm.steer.next_tokens import (
     compare_next_tokens,
@@ -108,8 +109,12 @@ class SteeringEffect:
 class Live:
     """Runs the models of a library, one at a time."""
 
-    def __init__(self, library: Library):
-        self.library = library
+    def __init__(
+        self,
+        library: Library,
+        options: SourceOptions = HarvestedModelOptions(),  # noqa: B008 - it is frozen
+    ):
+        self.library, self.options = library, options
         self._worker = ThreadPoolExecutor(1, "model")
         self._waiting = threading.BoundedSemaphore(_WAITING)
         self._model: tuple[tuple[str, str, str], HarvestContext, Encoder] | None = None
@@ -249,7 +254,7 @@ class Live:
         if self._model is None or self._model[0] != name:
             self._model = self._text = None  # free the other model before loading this one
             self.beside.clear()
-            context = open_harvested(path, model)
+            context = open_harvested(path, model, self.options)
             context.subject.model.eval()
             self._model = (name, context, encoder_of(context.subject, path))
         return self._model[1], self._model[2]

@@ -46,7 +46,7 @@ def _serve(config: ViewConfig, library: Library) -> None:
         from cratelm.viewer.live import Live
         from cratelm.viewer.live_endpoints import router
 
-        live = router(Live(library))
+        live = router(Live(library, config))
     library.start_indexing()
     app = application(library, config.host, live)
     gc.freeze()  # what exists now lives as long as the server: without it, every full collection searches it again

@@ -19,10 +19,29 @@ from cratelm.explain.concepts.library import Library
 from cratelm.explain.evidence import Evidence
 
 if TYPE_CHECKING:
-    from cratelm.tokens.shards import TokenSplit
+    from cratelm.tokens.shards import TokenSplit, TokenStore
 
 _TOGETHER = 16_384
 """about how many tokens are evaluated at a time"""
+_last: "list[tuple[tuple[object, ...], FitFeatures]]" = []
+"""features that were made last in this process, with what they are of"""
+
+
+def fit_features(library: Library, store: "TokenStore", sequence_length: int) -> "FitFeatures":
+    """Return the features of the fit split of a store, in segments of sequences of that many tokens.
+
+    Evaluating them takes longer than any use of them, and all models of a run have the same tokens. So those of the last
+    call are kept, for the next stage or model in this process, if the store was finished by a command, whose record says
+    what it contains.
+    """
+    record = store.path / "completed.json"
+    if not record.is_file():
+        return FitFeatures(library, store.token_strings, store.split("fit"), sequence_length)
+    key = record.read_bytes(), str(record.resolve()), sequence_length, library.predicates
+    if not _last or _last[0][0] != key:
+        split = store.split("fit")
+        _last[:] = [(key, FitFeatures(library, store.token_strings, split, sequence_length))]
+    return _last[0][1]
 
 
 class FitFeatures:
