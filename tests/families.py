@@ -7,7 +7,7 @@ import torch
 import transformers as t
 
 WIDTH, HEADS, LAYERS, INNER, VOCABULARY, POSITIONS = 32, 4, 2, 48, 320, 64
-_USUAL = {
+_USUAL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
@@ -15,10 +15,10 @@ _USUAL = {
     "intermediate_size": INNER,
     "max_position_embeddings": POSITIONS,
 }
-_GROUPED = {**_USUAL, "num_key_value_heads": 2, "pad_token_id": 0}
-_WITH_HEAD = {**_GROUPED, "head_dim": 8}
-_GPT = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS}  # fmt: skip
-_EXPERTS = {**_WITH_HEAD, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_GROUPED: dict[str, Any] = {**_USUAL, "num_key_value_heads": 2, "pad_token_id": 0}
+_WITH_HEAD: dict[str, Any] = {**_GROUPED, "head_dim": 8}
+_GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS}  # fmt: skip
+_EXPERTS: dict[str, Any] = {**_WITH_HEAD, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 def _gemma3() -> Any:
@@ -34,8 +34,9 @@ def _gemma3() -> Any:
 
 def deepseek(layers: int = 4) -> Any:
     """One dense layer, then layers of experts."""
+    usual: dict[str, Any] = {**_USUAL, "num_hidden_layers": layers}
     return t.DeepseekV2Config(
-        **_USUAL | {"num_hidden_layers": layers},
+        **usual,
         num_key_value_heads=HEADS,
         first_k_dense_replace=1,
         moe_intermediate_size=16,

@@ -127,10 +127,12 @@ class LLMServer:
         delay: float = 0.0,
         stall: float = 30.0,
         retry_after: float | str = 0.01,
+        override: Callable[[Call], tuple[int, dict[str, Any]] | None] | None = None,
     ):
         """`key`: the only one that is let in, empty: all are. `echo`, `schema`: whether prompts are
         echoed, whether response_format is taken. `delay`, `stall`, `retry_after`: seconds, the
-        last also as a date."""
+        last also as a date. `override`: status and body of a call, None for the usual ones."""
+        self.override = override
         self.faults, self.seed, self.key = faults, seed, key
         self.echo, self.schema, self.max_logprobs = echo, schema, max_logprobs
         self.offsets, self.bos = offsets, bos
@@ -205,6 +207,9 @@ class LLMServer:
     def answer(self, call: Call, fault: Fault | None) -> tuple[int, dict[str, Any]]:
         """Status and body."""
         body = call.body
+        other = self.override(call) if self.override else None
+        if other is not None:
+            return other
         if body.get("model") != MODEL:
             return 404, _error(f"no model {body.get('model')}")
         if call.path == "/v1/chat/completions":

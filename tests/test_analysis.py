@@ -9,7 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from test_activations import MemorySplit
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import HarvestConfig
 from cratelm.activations.harvest import harvest
 from cratelm.activations.store import read_summaries
@@ -17,10 +20,12 @@ from cratelm.analysis.analyze import analyze
 from cratelm.analysis.coding_rate import coding_rate, compression_rate, orthonormal
 from cratelm.analysis.config import AnalyzeConfig
 from cratelm.analysis.consistency import (
+    HeldOutPass,
     NeuronActivations,
     covered_tokens,
     draw_partners,
     measure_coverage,
+    measure_neurons,
 )
 from cratelm.analysis.dictionary import (
     coherence,
@@ -35,14 +40,15 @@ from cratelm.analysis.dictionary import (
 from cratelm.analysis.groups import NONE, CorrelationSums, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, _add_moments, _TextTokens
 from cratelm.analysis.sparse_coding import objective, objectives, sparsity
-from cratelm.analysis.store import MEASURES
+from cratelm.analysis.store import MEASURES, SHARE, SHARES, LayerFigure, MeasureSummary
+from cratelm.analysis.summary import show
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.explain.store import read_explanations
 from cratelm.models import capture, load, site_of
 from cratelm.models.crate import CrateConfig, Ista
-from cratelm.records import Interval, Status
+from cratelm.records import Explanation, Interval, NeuronId, Status
 from cratelm.score.simulators import simulate
 from cratelm.stats.intervals import bootstrap, jackknife
 from cratelm.tokens.config import TokenizeConfig
@@ -458,6 +464,38 @@ def test_little_memory_gives_the_same_readings(run, analysed, monkeypatch):
     assert [r for r in whole if r["control"] == "none"] == rows
 
 
+def test_a_deep_model_reads_the_text_for_all_layers_at_once(tmp_path):
+    """A pass for the sums and one for the explanations, and not one for each layer."""
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=12, num_hidden_layers=6, num_attention_heads=2))  # fmt: skip
+    site = site_of(model.eval())
+    split = MemorySplit([40, 30, 50])
+    plan = SearchPlan.of(split, "held_out", 0, 16, 120, 0)  # type: ignore[arg-type]
+    explained = [
+        Explanation(NeuronId("m", "mlp", layer, i), "lookup", "", {"default": 0.0, "tokens": [i + 1, 7], "values": [1.0, 2.0]}, ())
+        for layer in range(6) for i in range(3)
+    ]  # fmt: skip
+    maximum = {e.neuron.key: 0.5 for e in explained}
+    read: list[int] = []
+    model.base_model.register_forward_hook(lambda *_: read.append(1))
+
+    def measured(memory_bytes):
+        read.clear()
+        held_out = HeldOutPass(model, site, plan, 1000)
+        found = list(measure_neurons(held_out, explained, maximum, memory_bytes=memory_bytes, seed=3, progress=shown.append))  # fmt: skip
+        return found, len(read)
+
+    shown: list[int] = []
+    whole, n_whole = measured(2**20)
+    n_batches = sum(1 for _ in plan.batches(1000, torch.device("cpu")))
+    assert n_whole == n_batches
+    assert shown == [3] * 6  # neurons, after each layer
+    # room for the neurons of one layer: a pass each, and the same figures, shuffled explanations included
+    of_layers, n_layers = measured(3 * 120 * (4 + len(SHARES)))
+    assert n_layers == 6 * n_batches
+    assert of_layers == whole
+    assert {c.control for c in whole} == {"none", "shuffled"}
+
+
 def test_what_gpt2_has_not_is_absent(run):
     """Neither a lasso objective nor heads with one subspace, and no zero in their place."""
     found = _figures(analyze(AnalyzeConfig(run=run, model="gpt2-2l", **SMALL)).path)
@@ -485,3 +523,10 @@ def test_bad_input_is_told(run, tmp_path):
     with pytest.raises(InputError, match="--resamples must be at least 100, not 3"):
         AnalyzeConfig(resamples=3)
     assert not list((run / "analysis").glob(".*partial"))
+
+
+def test_a_layer_without_measured_neurons_has_a_dash_in_the_table():
+    figures = [LayerFigure(layer, "dead", "", 0.5) for layer in (0, 1)]
+    summary = MeasureSummary(1, "none", SHARE, "consistency", 0.25, None, None, 1, 0, 0)
+    lines = show(figures, [summary]).splitlines()
+    assert lines[-1].split() == ["consistency", "–", "0.250"]

@@ -30,6 +30,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "steer": {"neurons": ("0:1",), "zero": True},
     "intervene": {"judge": "hf:x"},
     "import authors": {"checkpoint": "x.pt", "out": "out"},
+    "import sparse-gpt": {"folder": "x", "out": "out"},
     "import sae": {"file": "x.pt", "out": "out"},
     "import records": {"files": ("x",), "model": "m"},
     "export model": {"out": "out", "model": "m"},
@@ -323,9 +324,9 @@ def test_an_empty_path_is_refused(verb, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for field in fields_of(verb, Path):
         flag = flag_of(field)
-        words = {"import authors": ["x.pt"], "import sae": ["x.pt"]}.get(verb, [])
+        words = {"import authors": ["x.pt"], "import sae": ["x.pt"], "import sparse-gpt": ["x"]}.get(verb, [])  # fmt: skip
         for name, value in REQUIRED.get(verb, {}).items():
-            if name not in ("checkpoint", "file", field):
+            if name not in ("checkpoint", "file", "folder", field):
                 values = [] if value is True else [value] if isinstance(value, str) else list(value)
                 words += [flag_of(name), *values]
         for empty in ([f"{flag}="], [flag, ""], [flag, " "]):

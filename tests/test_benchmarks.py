@@ -15,6 +15,7 @@ from cratelm.cli import main
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = {
+    "analyze": "--layers 3 --width 64 --inner 24 --tokens 300 --length 64 --vocabulary 300 --neurons 2 --turns 1",
     "decoding": "--sizes 2l --positions 12 --vocab-size 300 --turns 1",
     "effects": "--sizes crate-2l --neurons 1 --tokens 64 --length 32 --vocabulary 300 --turns 1",
     "explain_score": f"--neurons 1 --tokens 2000 --turns 1 --against {FOLDER.parent}",

@@ -129,6 +129,18 @@ def test_texts_beside_chats_stay_texts(tmp_path):
     assert start in found["mixed.jsonl", 2]
 
 
+def test_chats_of_a_parquet_table_are_those_of_json_lines(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder, rows = write_tokenizer(tmp_path / "model", WITH_BEGIN), chats(60)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    tokenized(tmp_path / "one", write_rows(tmp_path / "a.jsonl", rows), folder)
+    assert tokenized(tmp_path / "two", tmp_path / "a.parquet", folder).chats == 60
+    one, two = (list(documents(tmp_path / n / "run").values()) for n in ("one", "two"))
+    assert one == two
+
+
 def test_a_corpus_without_chats_holds_no_template(tmp_path):
     rows = [{"text": " ".join(WORDS) * 3 + str(i)} for i in range(60)]
     result = tokenized(tmp_path, write_rows(tmp_path / "a.jsonl", rows), write_tokenizer(tmp_path / "model"))  # fmt: skip

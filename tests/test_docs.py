@@ -522,7 +522,7 @@ def build():
 
 def test_every_verb_is_in_the_table_of_verbs(build):
     page = build.generated("verbs.md", PAGES["docs/verbs.md"])
-    rows = re.findall(r"^\| \[`([\w ]+)`\]", page, re.MULTILINE)
+    rows = re.findall(r"^\| \[`([\w -]+)`\]", page, re.MULTILINE)
     assert rows == list(VERBS)
 
 

@@ -17,7 +17,8 @@ from cratelm.activations.store import read_records
 from cratelm.errors import InputError
 from cratelm.models import capture, site_of
 from cratelm.models.open import LoadedModel, sequence_length
-from cratelm.models.sites import partial_note
+from cratelm.models.partial_forward import PartialForward
+from cratelm.models.sites import hooked, partial_note
 from cratelm.runs import Run
 from cratelm.runs.reading import read_json
 from cratelm.steer.steering import Edit, steering
@@ -90,10 +91,62 @@ def test_the_neurons_of_each_family_are_what_its_mlp_writes(family, attention, d
         written = linear(
             activations.float(), matrix.float(), None if bias is None else bias.float()
         )
-        tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == "float32" else {"rtol": 2e-2, "atol": 1e-3}  # fmt: skip
+        tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6} if dtype == "float32" else {"rtol": 2e-2, "atol": 1e-3}  # fmt: skip
         torch.testing.assert_close(seen["output"].float(), written, **tolerance)
         if family not in ADDS_RESIDUAL and "mlp" in path:
             assert torch.equal(seen["mlp"], seen["output"])
+
+
+@pytest.mark.parametrize("family", [*DENSE, "deepseek"])
+def test_effects_of_each_family_are_those_of_an_edit_in_the_whole_model(family):
+    """`effects` and `replace` run only the blocks after the neuron."""
+    model = tiny(deepseek() if family == "deepseek" else DENSE[family]())
+    name = "model.layers.*.mlp.shared_experts.down_proj:input" if family == "deepseek" else None
+    site = site_of(model, name)
+    partial = PartialForward(model, site)
+    trace = partial.trace(IDS)
+    generator = torch.Generator().manual_seed(2)
+    rows, neurons = torch.tensor([0, 1]), torch.tensor([3, 5])
+    for place in (0, site.n_layers - 1):
+        delta = torch.randn(2, IDS.shape[1], generator=generator)
+
+        def edit(
+            at: int, activations: torch.Tensor, place=place, delta=delta
+        ) -> torch.Tensor | None:
+            if at != place:
+                return None
+            changed = activations.clone()
+            changed[torch.arange(2), :, neurons] += delta
+            return changed
+
+        with torch.no_grad(), hooked(model, site, edit):
+            whole = model(input_ids=IDS, use_cache=False).logits
+        found = partial.edited(trace, place, rows, neurons, delta)
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(found, partial.plain(trace), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_steering_at_a_position_changes_that_position(family):
+    """In a pass with the head, of left-padded texts, and in a continuation."""
+    model = tiny(DENSE[family]())
+    site = site_of(model)
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    seen: list[torch.Tensor] = []
+    with (
+        torch.no_grad(),
+        steering(model, Edit(1, [4], set=9.0, positions="3"), site=site),
+        hooked(model, site, lambda place, a: seen.append(a) if place == 1 else None),
+    ):
+        model(input_ids=IDS, attention_mask=mask, use_cache=False)
+        model.generate(IDS[1:], max_new_tokens=2, do_sample=False)
+    is_set = seen[0][..., 4] == 9.0
+    assert is_set.nonzero().tolist() == [[0, 8], [1, 3]]  # 3 tokens after the padding
+    assert len(seen) == 3
+    for of_pass in seen[1:]:  # without a cache, as MPT, each pass reads the whole text
+        at = [[0, 3]] if of_pass.shape[1] > 1 else []
+        assert (of_pass[..., 4] == 9.0).nonzero().tolist() == at
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -175,7 +228,7 @@ def tiny_meta(config: Any) -> Any:
 
 # ---- harvests -----------------------------------------------------------------------------------------
 
-FEW = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
+FEW: dict[str, Any] = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,10 @@ def test_card_and_provenance_say_where_it_comes_from(tmp_path, tokenizer_file):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_crate.CrateForCausalLM"
     code = (tmp_path / "out" / "modeling_crate.py").read_text()
-    assert code == Path(cratelm.models.crate.__file__).read_text()
+    text = Path(cratelm.models.crate.__file__).read_text()
+    assert code == text.replace("from cratelm.models.tssa", "from .tssa")
+    text = Path(cratelm.models.tssa.__file__).read_text()
+    assert (tmp_path / "out" / "tssa.py").read_text() == text
 
 
 def test_tokenizer_of_the_folder_is_the_one_given(tmp_path, tokenizer_file):

@@ -30,6 +30,7 @@ from cratelm.llm.requests import (
     Chat,
     Embed,
     Failure,
+    FailureKind,
     JsonQuery,
     LogprobQuery,
     key,
@@ -344,3 +345,65 @@ def test_the_installed_default_is_a_gguf_file():
     backend = LocalBackend("smollm2")
     assert backend.name == "SmolLM2-135M-Instruct"
     assert backend._source.options["gguf_file"].endswith(".gguf")
+
+
+# models that think first
+
+THINKING_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}\n{% endfor %}<s>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def thinker(folder: Path, monkeypatch, says: str, template: str = THINKING_TEMPLATE, **options):
+    """A backend whose model says `says`, whatever it is asked, up to its cap."""
+    backend = LocalBackend(str(folder), dtype="float32", **options)
+    backend.tokenizer.chat_template = template
+    ids = backend.tokenizer(says, add_special_tokens=False).input_ids
+
+    def generate(input_ids, generation_config, **_):
+        new = torch.tensor(ids[: generation_config.max_new_tokens])[None]
+        return torch.cat([input_ids, new.expand(len(input_ids), -1)], dim=1)
+
+    monkeypatch.setattr(backend.model, "generate", generate)
+    return backend
+
+
+def test_what_a_local_model_thinks_is_not_its_answer(folder, monkeypatch):
+    says = "<think>\nOkay: cats, dogs.\n</think>\n\nplural nouns"
+    ask = Chat((("user", "x"),), max_tokens=60, stop="\n")
+    (outcome,) = outcomes(thinker(folder, monkeypatch, says, thinking_tokens=200), [ask])
+    assert outcome.value == "plural nouns"
+    (outcome,) = outcomes(
+        thinker(folder, monkeypatch, says, thinking_tokens=0), [Chat(ask.messages, 12, stop="\n")]
+    )
+    assert isinstance(outcome, Failure)
+    assert outcome.kind is FailureKind.CUT
+    assert "cap of 12 tokens" in outcome.reason
+    assert "--thinking-tokens (now 0)" in outcome.reason
+    assert outcome.completion_tokens == 12
+
+
+def test_thoughts_that_the_template_opens_are_not_the_answer(folder, monkeypatch):
+    template = TEMPLATE + "<think>\n"
+    opened = thinker(
+        folder, monkeypatch, "Okay, so cats.</think>plural", template, thinking_tokens=99
+    )
+    (outcome,) = outcomes(opened, [Chat((("user", "x"),))])
+    assert outcome.value == "plural"
+    unclosed = thinker(folder, monkeypatch, "Okay, so cats and dogs", template, thinking_tokens=0)
+    (outcome,) = outcomes(unclosed, [Chat((("user", "x"),), max_tokens=4)])
+    assert outcome.kind is FailureKind.CUT
+
+
+def test_thinking_is_turned_off_where_the_template_can(folder):
+    ask = Chat((("user", "x"),))
+    off, on = (LocalBackend(str(folder), dtype="float32", thinking_tokens=n) for n in (0, 100))
+    for backend in (off, on):
+        backend.tokenizer.chat_template = THINKING_TEMPLATE
+    assert off._template(ask).endswith("<think>\n\n</think>\n\n")
+    assert on._template(ask).endswith("assistant\n")
+    assert off.identity != on.identity
+    assert key(ask, off.identity) != key(ask, on.identity)
+    off.tokenizer.chat_template = TEMPLATE
+    assert off._thinking_options == {}

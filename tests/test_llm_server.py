@@ -404,7 +404,7 @@ def test_storm_of_all_faults_gives_every_request_one_outcome():
             model, *(r for r, o in zip(requests, outcomes, strict=True) if isinstance(o, Failure))
         )
     kinds = Counter(o.kind for o in outcomes if isinstance(o, Failure))
-    assert set(kinds) == set(FailureKind)
+    assert set(kinds) == set(FailureKind) - {FailureKind.CUT}  # only thoughts are cut
     n_answers = sum(isinstance(o, Answer) for o in outcomes)
     assert n_answers + kinds.total() == 200
     assert n_answers > 60
@@ -751,7 +751,7 @@ def test_auto_decides_nothing_without_an_answer():
         with pytest.raises(InputError, match="did not answer a probe call"):
             _ = backend(server, method="auto", deadline=0.3).supports_logprobs
         assert not backend(server, method="json").supports_logprobs
-        assert backend(server, method="logprobs").supports_logprobs
+        assert backend(server, method="logprobs", deadline=0.3).supports_logprobs
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ OPENS_NO_MODEL = {
     "import sae", "import records", "export records", "export neuronpedia",
 }  # fmt: skip
 """verbs that open no model from elsewhere: they read results, or models that they train themselves"""
-FEW = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
+FEW: dict[str, Any] = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
 CODE = """
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -326,3 +327,21 @@ def test_the_precision_is_that_of_the_harvest_unless_it_is_given(run, tmp_path):
     assert opened.subject.model.dtype == torch.float32
     with pytest.raises(InputError, match="--device meta:9 cannot be used"):
         open_harvested(Run(run), "half", HarvestedModelOptions(device="meta:9"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autoencoders_take_the_options_of_the_model_too(run, odd, dtype):
+    pytest.importorskip("sae_lens", reason="the extra `sae` is not installed")
+    common = {"run": run, "model": str(odd), "dtype": dtype, "quiet": True}
+    train = {**common, "name": f"s-{dtype}", "expansion": 1, "tokens": 512, "batch_size": 128, "sequence_length": 32, "layers": (1,)}  # fmt: skip
+    evaluate = {**common, "sae": f"s-{dtype}", "tokens": 200, "steered": 1, "steered_tokens": 64, "sequence_length": 32}  # fmt: skip
+    for verb, options in (("sae_train", train), ("sae_evaluate", evaluate)):
+        with pytest.raises(InputError, match="--trust-remote-code"):
+            getattr(cratelm.api, verb)(**options)
+        result = getattr(cratelm.api, verb)(**options, trust_remote_code=True)
+        assert [layer.layer for layer in result.layers] == [1]
+    harvest = {**common, **FEW, "sae": f"s-{dtype}", "trust_remote_code": True}
+    assert len(cratelm.api.harvest(**harvest).neurons) == 1
+    opened = open_harvested(Run(run), f"odd+s-{dtype}", HarvestedModelOptions(trust_remote_code=True))  # fmt: skip
+    assert opened.site.layer_numbers == (1,)
+    assert opened.subject.model.dtype == getattr(torch, dtype)

@@ -40,7 +40,6 @@ from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.report.sections import all_tokens
 from cratelm.report.sections.scores import model_comparison_table
-from cratelm.results.excerpts import shade
 from cratelm.results.run_results import read_results
 from cratelm.results.scores import read_score_summary
 from cratelm.runs import Run, config_dict
@@ -627,9 +626,10 @@ def test_text_marks():
 
 def test_shaded_text_holds_the_levels_of_each_token():
     tokens = ["a", "b", " c", "ש", "d", "e"]
-    found = shaded_html(shade(tokens, [0, 0.2, 5, 0, 0, 10], 10), peak=4, every_value=False)
+    shaded = zip(tokens, [0, 0.2, 5, 0, 0, 10], [0, 0, 5, 0, 0, 10], strict=True)
+    found = shaded_html(list(shaded), peak=4, every_value=False)
     assert found == (
-        'ab<span class="l5" title="5"><i>␣</i><wbr>c</span><bdi title="0">ש</bdi>'
+        'ab<span class="l5" title="5"><i>␣</i><wbr>c</span><bdi dir="rtl">ש</bdi>'
         '<span class="peak" title="0">d</span><span class="l10" title="10">e</span>'
     )
 

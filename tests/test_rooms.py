@@ -116,5 +116,8 @@ def test_calls_without_an_encoding_are_seen():
 
 
 def test_crate_stands_alone():
-    """A saved model can carry `crate.py`: it imports torch and transformers, nothing of ours."""
-    assert not any(n.split(".")[0] == "cratelm" for n in rooms.imports(Path("models/crate.py")))
+    """A saved model carries the file of its family: it imports torch and transformers; `crate.py` also `tssa.py`."""
+    for name in ("crate", "tssa", "gpt2_activation", "sparse_gpt"):
+        imported = rooms.imports(Path(f"models/{name}.py"))
+        ours = {n for n in imported if n.startswith("cratelm")}
+        assert {n.split(".")[2] for n in ours} == ({"tssa"} if name == "crate" else set())

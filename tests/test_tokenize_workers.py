@@ -410,9 +410,8 @@ def test_no_worker_outlives_the_command(
 ) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
-    for name in (
-        "ab"
-    ):  # one document each, so many seconds of work that a busy machine sends the signal in time
+    # one document each, so many seconds of work that a busy machine sends the signal in time
+    for name in "ab":
         (folder / f"{name}.txt").write_text(" ".join(sentences(400, 0) * 1000))
     process = Command(tmp_path, folder, tokenizer).start(2)
     deadline = time.monotonic() + 100

@@ -535,7 +535,7 @@ def test_sentencepiece_tokens_show_spaces_and_bytes() -> None:
     words = {"</s>": 0, "▁the": 1, "<0xE4>": 2}  # LLaMA's way
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     tokenizer.add_special_tokens(["</s>"])
-    assert tokenizers_room.display_strings(tokenizer) == ["</s>", " the", r"\xE4"]
+    assert tokenizers_room.display_strings(tokenizer) == ["</s>", " the", r"\xe4"]
     assert tokenizers_room.end_of_text_id(tokenizer) == 0
 
 

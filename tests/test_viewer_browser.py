@@ -221,7 +221,7 @@ def test_hovering_a_map_shows_the_neuron(page, address, library):
     until(page, "document.querySelector('#map-neuron .line') !== null")
     details = library.map_details(key, model, 1)
     assert panel.locator(".head").inner_text().startswith(f"neuron {index}")
-    assert panel.locator(".line bdi").count() == len(details["excerpts"][5])
+    assert panel.locator(".line span").count() == len(details["excerpts"][5])
     assert panel.locator(".line .peak").count() == 1
     assert panel.locator(".line .peak.l10").count() == 1
     assert "".join(details["words"][w] for w in details["excerpts"][5]) in panel.locator(".line").text_content()  # fmt: skip
@@ -519,7 +519,7 @@ def test_an_export_from_disk(page, library, tmp_path):
     assert page.locator("svg.map g.n").count() > 6  # neurons without a page are described, too
     page.locator("svg.map g.n").first.focus()
     until(page, "document.querySelector('#map-neuron .text') !== null")
-    assert page.locator("#map-neuron .line bdi").count() > 0
+    assert page.locator("#map-neuron .line span").count() > 0
     assert page.locator("#map-neuron a").count() == 0
     page.locator("tbody tr:visible a").first.click()
     page.wait_for_url("**/neuron/**")

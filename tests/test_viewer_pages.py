@@ -43,7 +43,7 @@ def test_tokens_at_zero_share_one_span():
     view = ExcerptView("top", 0, 0, 7, "name", tuple(ShadedToken(*t) for t in true), ())
     assert (
         '<span title="0">ab</span><span class="l5" title="1.25">c</span>'
-        '<span class="l10" title="2.5">d</span><span title="0">e</span><bdi title="0">א</bdi>'
+        '<span class="l10" title="2.5">d</span><span title="0">e</span><bdi dir="rtl"><span title="0">א</span></bdi>'
         '<span title="0">f</span><span class="peak" title="0">g</span></div>'
     ) in excerpts_html([view])
 

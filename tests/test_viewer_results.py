@@ -194,10 +194,17 @@ def test_a_neuron_has_its_excerpts(run, library, split):
     assert len(view.excerpts) == len(record.excerpts) > 20
     assert view.held_back == 0
     for shown, e, other in zip(view.excerpts, record.excerpts, simulated, strict=True):
-        assert (shown.kind, shown.bin, shown.rank, shown.peak) == (e.kind, e.bin, e.rank, e.peak)
-        assert [t.text for t in shown.true] == store.decode_tokens(e.token_ids)
-        assert [t.value for t in shown.true] == e.activations.tolist()
-        assert [t.value for t in shown.simulated] == pytest.approx(other.tolist())
+        assert (shown.kind, shown.bin, shown.rank) == (e.kind, e.bin, e.rank)
+        units = store.units(e.token_ids)
+        assert units[shown.peak].start <= e.peak < units[shown.peak].stop
+        assert [t.text for t in shown.true] == [u.text for u in units]
+        assert [t.value for t in shown.true] == [
+            e.activations[u.start : u.stop].max() for u in units
+        ]
+        assert [t.value for t in shown.simulated] == pytest.approx(
+            [other[u.start : u.stop].max() for u in units]
+        )
+        assert [bool(t.parts) for t in shown.true] == [u.n_tokens > 1 for u in units]
     top = max(e.activations.max() for e in record.excerpts)
     levels = {t.level for e in view.excerpts for t in e.true if t.value == top}
     assert levels == {10}

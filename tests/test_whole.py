@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from cratelm.explain.evidence import evidence_of
 from cratelm.explain.lookup import token_table
 from cratelm.explain.trie import context_trie
-from cratelm.records import Excerpt
+from cratelm.records import Excerpt, Interval
 from cratelm.score.contexts import Nodes, NodeSums, SortedContexts, Whole
 from cratelm.score.simulators import TokenLists, simulator_of
 from cratelm.score.token_share import Highest, TokenMeans
+from cratelm.score.whole_summary import FIGURES, WholeMean, WholeSummary
 from cratelm.stats.grouped import Groups
+from cratelm.stats.layers import LayeredMean
 
 VOCABULARY = 7
 
@@ -246,3 +248,11 @@ def test_only_context_tells_hard_negatives_apart():
     assert by_table.against(by_table.hard).roc_area() == 0.5
     assert by_table.against(by_table.silent).roc_area() > 0.85
     assert by_trie.against(by_trie.hard).roc_area() == 1
+
+
+def test_one_scored_neuron_has_no_shuffled_control():
+    """Explanations are shuffled among neurons: with one there is no such score, and the others are reported."""
+    one = LayeredMean(Interval(0.5, None, None, 1), 1, 0)
+    scores = tuple(WholeMean("lookup", "none", name, one) for name in FIGURES)
+    words = WholeSummary(100, one, one, scores, ()).in_words()
+    assert words["lookup all tokens"].startswith("correlation 50.0; shuffled none; 0 undefined")

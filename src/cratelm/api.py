@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cratelm.interop.import_authors import ImportAuthorsResult
     from cratelm.interop.import_records import ImportRecordsResult
     from cratelm.interop.import_sae import ImportSaeResult
+    from cratelm.interop.import_sparse_gpt import ImportSparseGptResult
     from cratelm.interop.neuronpedia import ExportNeuronpediaResult
     from cratelm.llm.client import DryRun, WorkerResult
     from cratelm.pipelines.demo import DemoResult
@@ -57,6 +58,7 @@ __all__ = [
     "import_authors",
     "import_records",
     "import_sae",
+    "import_sparse_gpt",
     "intervene",
     "merge_harvest",
     "predict",
@@ -203,6 +205,7 @@ def train(
     warmup: int | None = None,
     weight_decay: float = 0.1,
     clip: float = 1.0,
+    l1: float = 0.0,
     precision: Literal["fp32", "bf16"] | None = None,
     compile: bool = False,
     gradient_checkpointing: bool = False,
@@ -228,8 +231,10 @@ def train(
 
     Args:
         run: run directory; its tokens must have been made by `cratelm tokenize`
-        model: name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l; with
-            --null, name of a trained model of the run
+        model: FAMILY-SIZE, a family and one of the sizes 1l, 2l, 3l, 6l, 12l. Families: crate,
+            crate-alpha, crate-query, crate-mlp, crate-attention, crate-mssa, crate-tssa, gpt2,
+            gpt2-relu, gpt2-gelu, gpt2-solu, gpt2-topk, sparse-gpt. With --null, name of a trained
+            model of the run
         name: name of the model's folder in the run. Default: --model, with `-frozen-PART` for
             --freeze PART, with `-seedN` for --seed N above 0, with `-init` if --steps is 0; --model
             with `-KIND` for --null KIND, whatever the seed
@@ -242,7 +247,7 @@ def train(
             over the micro-batches of a step (paper 16; laptop 16)
         sequence_length: T, tokens per sequence (paper 1,024; laptop 256)
         optimizer: muon: torch.optim.Muon for the matrices inside the blocks, AdamW for the
-            embeddings, the head and the vectors (paper adamw; laptop muon)
+            embeddings, the head and the vectors (paper adamw; laptop muon, for sparse-gpt adamw)
         learning_rate: peak learning rate, the same for all parameters (paper 6e-4; laptop 1.5e-2,
             with adamw 3e-3)
         minimum_ratio: learning rate of the last step as a fraction of the peak; it falls along a
@@ -250,7 +255,11 @@ def train(
         warmup: steps over which the learning rate rises (paper 2,000; laptop 60; with another
             --steps the same fraction of the steps)
         weight_decay: applied to tensors of 2 or more dimensions
-        clip: largest norm of the gradient over all parameters; 0 means no limit
+        clip: largest norm of the gradient over all parameters (for sparse-gpt its largest root mean
+            square); 0 means no limit
+        l1: weight of an L1 penalty on the neurons, added to the loss in training: the sum of the
+            absolute values of a layer's neurons, averaged over tokens and layers. The validation
+            loss is without it
         precision: bf16: mixed precision, weights stay in float32 (paper bf16; laptop fp32)
         compile: use torch.compile: slow to start, but faster steps, above all on GPUs
         gradient_checkpointing: recompute the activations of each block in the backward pass instead
@@ -265,8 +274,8 @@ def train(
         seed: seed of the initial weights and of the order of the sequences
         model_overrides: fields of the model's configuration as key=value, such as
             ista_residual=true ista_steps=3
-        freeze: parts that keep their initial weights: dictionary (CRATE's), mlp (GPT-2's
-            counterpart, the first matrix of its MLP), attention (its matrices), embeddings (of
+        freeze: parts that keep their initial weights: dictionary (CRATE's), mlp (the counterpart in
+            other families, the first matrix of their MLP), attention (its matrices), embeddings (of
             tokens and positions, with the head)
         null: make a null control of the trained model --model instead of training. permuted: each
             matrix and vector of its blocks is permuted inside itself; embeddings: all weights but
@@ -285,6 +294,7 @@ def train(
 
 def evaluate(
     *,
+    begin_token: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -307,6 +317,9 @@ def evaluate(
     """Measure models on a run's tokens and on named sets, every token once, and compare them.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -331,8 +344,9 @@ def evaluate(
             of openwebtext and of the Pile, which are streamed
         text_field: field that holds the text in rows of local files. Default: the set's field on
             the Hub
-        sequence_length: tokens per sequence, which limits the context of a token. Default: the
-            model's maximum, but at most 2,048; 1,024 if the model states no maximum
+        sequence_length: tokens per sequence, with the begin token, which limits the context of a
+            token. Default: the model's maximum, but at most 2,048; 1,024 if the model states no
+            maximum
         stride: tokens by which the window moves: each token is still predicted once, from at least
             sequence_length - stride tokens. Default: sequence_length, no overlap
         batch_size: sequences at a time; fewer if their logits would exceed 1 GiB
@@ -344,6 +358,7 @@ def evaluate(
 
 def predict(
     *,
+    begin_token: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -363,6 +378,9 @@ def predict(
     """Show what models predict after each token of the same text, as a page and a figure.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -390,6 +408,8 @@ def predict(
 
 def harvest(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -418,6 +438,12 @@ def harvest(
     """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -442,9 +468,10 @@ def harvest(
         part: harvest only one part of the tokens, such as 2/4 for the second of four, so that
             several machines can share the work; `cratelm merge harvest` then makes the harvest from
             all parts
-        tokens: most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)
-        sequence_length: tokens per sequence. Default: the model's maximum, but at most 2,048; 1,024
-            if the model states no maximum
+        tokens: most tokens to search in each of the splits fit and held_out, to within one sequence
+            (the paper: 8,192,000)
+        sequence_length: tokens per sequence, with the begin token. Default: the model's maximum,
+            but at most 2,048; 1,024 if the model states no maximum
         top: excerpts with the highest activation, one per document
         random: excerpts around random tokens
         per_bin: excerpts from each bin of both binnings
@@ -494,6 +521,7 @@ def explain(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -541,6 +569,9 @@ def explain(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -601,6 +632,7 @@ def score(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -660,6 +692,9 @@ def score(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -721,6 +756,7 @@ def replace(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -774,6 +810,9 @@ def replace(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -1026,6 +1065,7 @@ def seeds(
 
 def steer(
     *,
+    begin_token: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -1053,6 +1093,9 @@ def steer(
     """Edit neurons while a model reads a text, and show how the next token and the continuation change.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -1074,8 +1117,9 @@ def steer(
         scale: factor that the activation is multiplied by
         zero: set the activation to 0
         positions: tokens at which neurons are edited: all, last, generated, a span such as 5: or
-            -3:, or numbers such as 2,5. Position 0 is the token that begins every text; negative
-            positions count from the end of the text
+            -3:, or numbers such as 2,5. Position 0 is the token that begins every text; if that is
+            the model's begin token, `all` leaves it as it is. Negative positions count from the end
+            of the text
         text: the text; default: the beginning of a held-out document of the run
         text_file: UTF-8 file with the text
         tokens: tokens of the default text, from the beginning of the held-out document
@@ -1152,6 +1196,7 @@ def intervene(
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     method: Literal["auto", "logprobs", "json"] = "auto",
+    thinking_tokens: int = 0,
     concurrency: int = 8,
     deadline: float = 120.0,
     retries: int = 4,
@@ -1201,6 +1246,9 @@ def intervene(
             supports it
         method: for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON;
             `auto` tries the first
+        thinking_tokens: tokens that a reasoning model may use for its thoughts, in addition to
+            those of its answer. 0: thinking is turned off for `hf:` if the model's chat template
+            can, and an answer that is used up by thoughts is a failure
         concurrency: for `openai:`: calls in flight at a time
         deadline: for `openai:`: seconds that a call may take, retries included
         retries: for `openai:`: how often a call is repeated after 429, 5xx, a time-out or a lost
@@ -1245,6 +1293,8 @@ def intervene(
 
 def sae_train(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -1282,6 +1332,12 @@ def sae_train(
     After an interruption the same command resumes.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -1339,6 +1395,8 @@ def sae_train(
 
 def sae_evaluate(
     *,
+    begin_token: str = "auto",
+    skip_first: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
@@ -1359,6 +1417,12 @@ def sae_evaluate(
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations.
 
     Args:
+        begin_token: token set before every sequence: an id, none, or auto: the begin token that the
+            model was trained with, if its tokenizer or its configuration adds one; none for models
+            trained by cratelm
+        skip_first: number of tokens at the start of every sequence that count in no statistic and
+            no excerpt, without the begin token. Default: 0 for models trained by cratelm; for
+            others 0 after a begin token, else 4
         revision: for a model of the Hub: branch, tag or commit; the commit is recorded. Default:
             the newest, and in verbs that read a harvest the one that was harvested
         trust_remote_code: run the Python code that comes with a model that transformers itself does
@@ -1462,6 +1526,25 @@ def import_authors(
         force: replace the folder `--out` if an earlier import or export wrote it
     """
     return _run("import authors", locals())
+
+
+def import_sparse_gpt(
+    *,
+    folder: str,
+    out: str | Path,
+    tokenizer: str = "",
+    force: bool = False,
+) -> "ImportSparseGptResult":
+    """Write a released checkpoint of a weight-sparse GPT as a Hugging Face folder.
+
+    Args:
+        folder: folder with beeg_config.json and final_model.pt. Nothing in the files is executed
+        out: folder to write: config.json, model.safetensors, the model's code, README.md and, if
+            there is one, the tokenizer
+        tokenizer: path of its tokenizer.json; default: the one in the folder, else none
+        force: replace the folder `--out` if an earlier import or export wrote it
+    """
+    return _run("import sparse-gpt", locals())
 
 
 def import_sae(

@@ -157,6 +157,11 @@ VERBS: dict[str, Verb] = {
         "cratelm.interop.config:ImportAuthorsConfig",
         "convert a checkpoint of the paper's authors to a Hugging Face folder",
     ),
+    "import sparse-gpt": Verb(
+        "cratelm.interop.import_sparse_gpt",
+        "cratelm.interop.config:ImportSparseGptConfig",
+        "convert a released checkpoint of a weight-sparse GPT to a Hugging Face folder",
+    ),
     "import sae": Verb(
         "cratelm.interop.import_sae",
         "cratelm.interop.config:ImportSaeConfig",
@@ -208,7 +213,7 @@ _GROUP_OF_NAME = {
 
 def function_name(verb: str) -> str:
     """Return the name of the verb as a Python function."""
-    return verb.replace(" ", "_")
+    return verb.replace(" ", "_").replace("-", "_")
 
 
 def config_class(verb: str) -> type:

@@ -2,7 +2,8 @@
 
 Shape legend: B sequences, T positions of a sequence, N = B * T tokens of a batch, S segments of a
 batch (a segment is the text of one document inside one sequence, without its end mark, which is the
-end-of-text token).
+end-of-text token). Begin tokens and the first tokens that are left out (`cratelm.tokens.beginning`) are in a batch,
+but in no segment, like end marks: whatever reads the text of a batch leaves out all three.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from cratelm.activations.config import PARTS
 from cratelm.records import Split
+from cratelm.tokens.beginning import PLAIN, Beginning
 
 if TYPE_CHECKING:
     from cratelm.tokens.shards import TokenSplit
@@ -27,7 +29,7 @@ BLOCKS = PARTS
 PIECE = 64
 """most tokens of a segment whose maximum is kept; as many are read again to locate one that becomes an excerpt"""
 NEVER = np.iinfo(np.int64).max
-"""sampling key of end marks, which no text token has"""
+"""sampling key of tokens that are not text, which no text token has"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +39,13 @@ class Batch:
     input_ids: torch.Tensor
     """[B, T]"""
     position: torch.Tensor
-    """[N] position in the split of each token"""
+    """[N] position in the split of each token, ascending; a begin token has that of the token after it"""
     key: torch.Tensor
-    """[N] int64 sampling key of each token, `NEVER` for end marks; a low key is sampled first"""
+    """[N] int64 sampling key of each token, `NEVER` for those that are not text; a low key is sampled first"""
     is_text: torch.Tensor
-    """[N] float32, 1 for text and 0 for end marks"""
+    """[N] float32, 1 for text and 0 for end marks, begin tokens and first tokens that are left out"""
     segment_of: torch.Tensor
-    """[N] index of the token's segment, -1 for end marks"""
+    """[N] index of the token's segment, -1 for those that are not text"""
     segments: list[tuple[int, int]]
     """[S] first token and one past the last, as offsets in the batch"""
     start: torch.Tensor
@@ -52,11 +54,18 @@ class Batch:
     """[S] one past its last position"""
     document: torch.Tensor
     """[S] ordinal of the document"""
+    is_left_out: torch.Tensor | None = None
+    """[N] bool, which tokens are begin tokens, or first tokens that are left out; None if none is"""
 
     @property
     def n_text(self) -> int:
         """Return the number of tokens that are text."""
         return sum(stop - start for start, stop in self.segments)
+
+    def rows_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the rows [n] of the tokens at positions [n] of the split, which must be in the batch."""
+        # from the right, because a begin token stands before the token with the same position
+        return torch.searchsorted(self.position, positions, right=True) - 1
 
     @cached_property
     def by_key(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,10 +118,12 @@ class SearchPlan:
     name: Split
     eot_id: int
     sequence_length: int
-    """T, tokens"""
+    """T, tokens, with the begin token"""
     sequences: Int64
-    """numbers of the sequences searched, ascending; sequence i begins at token i * T"""
+    """numbers of the sequences searched, ascending; sequence i begins at token i * `room` of the split"""
     seed: int
+    beginning: Beginning = PLAIN
+    """what is set before each sequence, and which first tokens are left out"""
 
     @classmethod
     def of(
@@ -123,27 +134,38 @@ class SearchPlan:
         sequence_length: int,
         tokens: int,
         seed: int,
+        beginning: Beginning = PLAIN,
     ) -> "SearchPlan":
-        """Return a plan that searches at most `tokens` tokens of `split`, but at least one sequence."""
-        n_sequences = -(-split.n_tokens // sequence_length)
-        wanted = max(1, tokens // sequence_length)
+        """Return a plan that searches at most `tokens` tokens of `split`, but at least one sequence.
+
+        Begin tokens are no tokens of the split, and are not among those `tokens`. Raises `InputError` if a sequence
+        has no token that counts.
+        """
+        room = beginning.room(sequence_length)
+        n_sequences = -(-split.n_tokens // room)
+        wanted = max(1, tokens // room)
         sequences = np.arange(n_sequences)
         if tokens < split.n_tokens:
             chosen = np.random.default_rng(seed).choice(n_sequences, wanted, replace=False)
             sequences = np.sort(chosen)
-        return cls(split, name, eot_id, sequence_length, sequences, seed)
+        return cls(split, name, eot_id, sequence_length, sequences, seed, beginning)
+
+    @cached_property
+    def room(self) -> int:
+        """Return the number of tokens of the split in a sequence: T, or T - 1 with a begin token."""
+        return self.beginning.room(self.sequence_length)
 
     def bounds(self, sequence: int) -> tuple[int, int]:
         """Return the first token of a sequence and one past its last; the last sequence may be shorter."""
-        start = int(sequence) * self.sequence_length
-        return start, min(start + self.sequence_length, self.split.n_tokens)
+        start = int(sequence) * self.room
+        return start, min(start + self.room, self.split.n_tokens)
 
     def n_tokens(self) -> int:
-        """Return the number of tokens searched, including end marks."""
+        """Return the number of tokens searched, including end marks, without the begin tokens that are set."""
         return sum(stop - start for start, stop in map(self.bounds, self.sequences))
 
     def text_spans(self) -> tuple[Int64, Int64]:
-        """Return the starts and stops of the spans of text searched, ascending, without end marks.
+        """Return the starts and stops of the spans of text searched, ascending, without what is not text.
 
         A span has the positions start <= position < stop.
         """
@@ -155,11 +177,20 @@ class SearchPlan:
         return np.array(starts, np.int64), np.array(stops, np.int64)
 
     def _segments(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the text of each document in [start, stop) as start, stop and ordinal, without its end mark."""
+        """Yield the text of each document in the sequence [start, stop) as start, stop and ordinal.
+
+        It is without its end mark, a begin token of its own, and the tokens that the plan leaves out.
+        """
         edges = self.split.starts
+        begin = self.beginning
+        left_out = start
+        if not begin.is_plain:
+            left_out += begin.skip + int(begin.is_set(self.split.read(start, start + 1)))
         index = int(np.searchsorted(edges, start, side="right")) - 1
         while index < self.split.n_documents and edges[index] < stop:
             low, high = max(int(edges[index]), start), min(int(edges[index + 1]) - 1, stop)
+            if not begin.is_plain and low < high:
+                low = max(low + int(begin.is_set(self.split.read(low, low + 1))), left_out)
             if low < high:
                 yield low, high, int(self.split.ordinals[index])
             index += 1
@@ -167,7 +198,9 @@ class SearchPlan:
     def batches(
         self, batch_tokens: int, device: torch.device, numbers: Iterable[int] | None = None
     ) -> Iterator[Batch]:
-        """Yield all sequences in ascending order, in batches of equal length: the last may be shorter.
+        """Yield all sequences in ascending order, in batches of equal length.
+
+        The last sequence may be shorter, and one that begins with a begin token of its own gets no second one.
 
         `numbers` restricts them to some batches. Each batch has the same sequences whoever reads it: products of
         matrices of another size round differently.
@@ -178,13 +211,18 @@ class SearchPlan:
 
     def _sequences_by_batch(self, batch_tokens: int) -> list[list[int]]:
         size = max(1, batch_tokens // self.sequence_length)
-        whole = [
-            i
-            for i in self.sequences
-            if self.bounds(i)[1] - self.bounds(i)[0] == self.sequence_length
+        stops = np.minimum((self.sequences + 1) * self.room, self.split.n_tokens)
+        lengths = stops - self.sequences * self.room
+        if self.beginning.token is not None:
+            first = self.split.read_at(self.sequences * self.room)
+            lengths += first != self.beginning.token
+        edges = np.flatnonzero(np.diff(lengths, prepend=-1, append=-1))
+        sequences = self.sequences.tolist()
+        return [
+            sequences[first : min(first + size, stop)]
+            for start, stop in pairwise(edges.tolist())
+            for first in range(start, stop, size)
         ]
-        batches = [whole[first : first + size] for first in range(0, len(whole), size)]
-        return batches + [[short] for short in self.sequences[len(whole) :]]
 
     def blocks(self, batch_tokens: int) -> list[range]:
         """Return the numbers of the batches of each block, at most `BLOCKS` blocks in ascending order.
@@ -200,11 +238,13 @@ class SearchPlan:
     def batch(self, sequences: list[int], device: torch.device) -> Batch:
         """Return the batch of sequences of equal length."""
         rows, positions, segments, spans, documents = [], [], [], [], []
-        offset = 0
+        offset, begin = 0, self.beginning
         for sequence in sequences:
             start, stop = self.bounds(sequence)
-            rows.append(self.split.read(start, stop))
-            positions.append(np.arange(start, stop))
+            rows.append(begin.before(self.split.read(start, stop)))
+            n_set = len(rows[-1]) - (stop - start)
+            positions.append(np.maximum(np.arange(start - n_set, stop), start))
+            offset += n_set
             for low, high, ordinal in self._segments(start, stop):
                 segments.append((low - start + offset, high - start + offset))
                 spans.append((low, high))
@@ -214,6 +254,12 @@ class SearchPlan:
         segment_of = np.full(len(position), -1, np.int64)
         for index, (low, high) in enumerate(segments):
             segment_of[low:high] = index
+        is_left_out = None if begin.is_plain else np.concatenate([begin.left_out(r) for r in rows])
+        if is_left_out is not None and begin.token is not None:
+            starts = self.split.starts
+            begins_document = starts[np.searchsorted(starts, position)] == position
+            of_documents = (np.concatenate(rows) == begin.token) & begins_document
+            is_left_out |= of_documents & (segment_of < 0)
         key = np.where(segment_of >= 0, sampling_keys(position, self.seed), NEVER)
         span = np.array(spans, np.int64).reshape(-1, 2)
 
@@ -230,6 +276,7 @@ class SearchPlan:
             start=put(span[:, 0]),
             stop=put(span[:, 1]),
             document=put(np.array(documents, np.int64)),
+            is_left_out=None if is_left_out is None else put(is_left_out),
         )
 
 

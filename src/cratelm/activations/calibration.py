@@ -6,7 +6,7 @@ bin edges, and every activation is then counted in its bin.
 Shape legend: P tokens of the pilot sample, H neurons.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -92,9 +92,9 @@ def _reach(ordered: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
 
 def pilot_of(plan: SearchPlan, tokens: int) -> SearchPlan:
     """Return a plan of about `tokens` tokens in sequences spread over `plan`."""
-    wanted = min(len(plan.sequences), max(1, tokens // plan.sequence_length))
+    wanted = min(len(plan.sequences), max(1, tokens // plan.room))
     chosen = plan.sequences[:: max(1, len(plan.sequences) // wanted)][:wanted]
-    return SearchPlan(plan.split, plan.name, plan.eot_id, plan.sequence_length, chosen, plan.seed)
+    return replace(plan, sequences=chosen)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from cratelm.records import has_both_ends
 from cratelm.runs import at_least, not_in_identity
 from cratelm.runs.model_options import Dtype, ModelOptions, SourceOptions, model_option
 from cratelm.runs.names import check_name
+from cratelm.tokens.beginning import BeginningOptions
 
 
 def last_name(option: str, path: str) -> str:
@@ -42,7 +43,7 @@ def check_part(part: str) -> None:
 
 
 @dataclass(frozen=True)
-class HarvestConfig(ModelOptions):
+class HarvestConfig(ModelOptions, BeginningOptions):
     """Collect excerpts and statistics of every neuron in one pass over the fit and held-out tokens."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -67,10 +68,10 @@ class HarvestConfig(ModelOptions):
     """harvest only one part of the tokens, such as 2/4 for the second of four, so that several machines can share
     the work; `cratelm merge harvest` then makes the harvest from all parts"""
     tokens: int = 8_192_000
-    """most tokens to search in each of the splits fit and held_out (the paper: 8,192,000)"""
+    """most tokens to search in each of the splits fit and held_out, to within one sequence (the paper: 8,192,000)"""
     sequence_length: int | None = None
-    """tokens per sequence. Default: the model's maximum, but at most 2,048; 1,024 if the model states no
-    maximum"""
+    """tokens per sequence, with the begin token. Default: the model's maximum, but at most 2,048; 1,024 if the model
+    states no maximum"""
     top: int = 50
     """excerpts with the highest activation, one per document"""
     random: int = 50

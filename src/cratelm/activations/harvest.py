@@ -31,9 +31,11 @@ from cratelm.activations.store import (
     summary_schema,
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
+from cratelm.activations.top_positions import top_positions
 from cratelm.activations.topk import slot_bytes
 from cratelm.errors import InputError
 from cratelm.models import Site, site_of
+from cratelm.models.begin import PLAIN_BEGINNING, ChosenBeginning, announce, choose_beginning
 from cratelm.models.latents import latents_of
 from cratelm.models.open import LoadedModel, ModelSource, find_model, sequence_length
 from cratelm.models.sites import hooked, partial_note
@@ -82,6 +84,14 @@ class HarvestResult:
     only_negative: dict[str, int] = field(default_factory=dict)
     """number of dead neurons that go below 0 but never above, by split, if only positive activations count; `--polarity
     both` harvests them. Not recorded by older versions"""
+    begin_token: int | None = None
+    """id of the token set before every sequence, which counts nowhere; None for none"""
+    skip_first: int = 0
+    """number of first tokens of every sequence that are left out, without the begin token"""
+    top_at_first: dict[str, float] = field(default_factory=dict)
+    """fraction of the top excerpts with their peak at the first position of a sequence, by split"""
+    crowded: dict[str, int] = field(default_factory=dict)
+    """number of neurons with half or more of their top excerpts at one position, by split (`TopPositions`)"""
 
 
 def harvest(config: HarvestConfig) -> HarvestResult:
@@ -103,6 +113,8 @@ def _harvest(config: HarvestConfig, ranks: Ranks) -> HarvestResult:
     if ranks.by_first(lambda: stage.is_finished(config, sources.inputs, force=config.force)):
         return harvest_result(stage)
     opened = sources.open(config, run)
+    if ranks.is_first:
+        announce(opened.chosen, opened.loaded)
     opened = opened.read_as(_signs(config, opened, ranks))
     if ranks.is_first and opened.signs.polarity == "both" and not config.quiet:
         print(f"{harvest_name(config)}: {opened.signs.in_words()}", flush=True)
@@ -147,7 +159,10 @@ class HarvestSources:
             site = site_of(loaded.model, config.site, config.layers)
         if note := partial_note(loaded.model, site):
             print(f"note: {note}", file=sys.stderr, flush=True)
-        return OpenedSources(loaded, store, site, sequence_length(loaded, config.sequence_length))
+        length = sequence_length(loaded, config.sequence_length)
+        chosen = choose_beginning(loaded, run, config.begin_token, config.skip_first)
+        chosen.beginning.room(length)  # raises where nothing would count
+        return OpenedSources(loaded, store, site, length, chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +173,9 @@ class OpenedSources:
     store: TokenStore
     site: Site
     length: int
-    """tokens per sequence"""
+    """tokens per sequence, with the begin token"""
+    chosen: ChosenBeginning = PLAIN_BEGINNING
+    """how sequences begin"""
     signs: Signs = ABOVE_0
     """how the activations are read"""
 
@@ -318,6 +335,15 @@ def add_results(
     results.update(site=site.name, neurons=list(site.n_neurons), **opened.signs.as_results())
     # For later measurements on the same neurons (`open_harvest`).
     results.update(sequence_length=opened.length, device=config.device)
+    begin = opened.chosen.beginning
+    results.update(
+        begin_token=begin.token, skip_first=begin.skip, begin_reason=opened.chosen.reason
+    )
+    if not config.part:
+        top = top_positions(layers, begin.room(opened.length))
+        results.setdefault("top_positions", {})[split] = asdict(top)
+        results.setdefault("top_at_first", {})[split] = top.first_shares[0]
+        results.setdefault("crowded", {})[split] = top.crowded
 
 
 def sizes_of(config: HarvestConfig) -> ExcerptSizes:
@@ -414,7 +440,13 @@ def plan_of(config: HarvestConfig, opened: OpenedSources, split: Split) -> Searc
     if tokens.n_tokens == 0:
         raise InputError(f"split {split} has no tokens: tokenize more text or raise its fraction")
     return SearchPlan.of(
-        tokens, split, opened.store.eot_id, opened.length, config.tokens, config.seed
+        tokens,
+        split,
+        opened.store.eot_id,
+        opened.length,
+        config.tokens,
+        config.seed,
+        opened.chosen.beginning,
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import last_name
 from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
@@ -19,11 +20,12 @@ from cratelm.models.open import (
 )
 from cratelm.models.sites import Site, site_of
 from cratelm.models.sizes import hub_commit
-from cratelm.records import has_both_ends
+from cratelm.records import Split, has_both_ends
 from cratelm.runs import Completion, Run, Stage
 from cratelm.runs.model_options import HarvestedModelOptions, SourceOptions
 from cratelm.runs.names import set_name
 from cratelm.runs.reading import read_json
+from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenStore
 
 
@@ -37,7 +39,20 @@ class HarvestContext:
     folder: Path
     """folder of the harvest"""
     sequence_length: int
-    """tokens per sequence in the harvest"""
+    """tokens per sequence in the harvest, with the begin token"""
+    beginning: Beginning = PLAIN
+    """how sequences began in the harvest"""
+
+    def plan(
+        self, split: Split, tokens: int, seed: int, sequence_length: int | None = None
+    ) -> SearchPlan:
+        """Return a plan of at most `tokens` tokens of a split, in sequences that begin as in the harvest.
+
+        `sequence_length` is by default that of the harvest.
+        """
+        length = sequence_length or self.sequence_length
+        of_split, eot = self.store.split(split), self.store.eot_id
+        return SearchPlan.of(of_split, split, eot, length, tokens, seed, self.beginning)
 
 
 def open_site(
@@ -180,4 +195,5 @@ def open_harvested(
     from_folder = _folder_of(run, subject, sae) if sae else None
     if from_folder and autoencoder_identity(from_folder) != harvest.inputs.get("sae"):
         raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")
-    return HarvestContext(subject, site, store, stage.path, length)
+    beginning = Beginning.recorded(harvest.results)
+    return HarvestContext(subject, site, store, stage.path, length, beginning)

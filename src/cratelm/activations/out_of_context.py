@@ -4,7 +4,8 @@ The Anthropic metric scores on them (Bricken et al. 2023; arXiv 2410.16443, sect
 that relies on the context must not be rewarded for the token, so the activations are those in the
 short text and not those that the token had in its excerpt.
 
-Neurons share many of these short texts, so each distinct one is run once.
+Neurons share many of these short texts, so each distinct one is run once. If the harvest sets a begin token or leaves
+out first tokens, it stands before each of them, with end-of-text tokens in place of those that are left out.
 """
 
 import numpy as np
@@ -41,11 +42,12 @@ def out_of_context_rows(
     tops = ranks.by_first(lambda: [_peaks(layer) for layer in layers])
     spans = np.concatenate([np.stack([t.start, t.stop], 1) for t in tops])
     texts, which = _unique_texts(plan, spans)
+    prefix = plan.beginning.prefix(plan.eot_id)
     rank_of = np.zeros(len(texts), np.int64)  # which rank runs each text
     for number, batch in enumerate(_batches(texts)):
         rank_of[batch] = number % ranks.share.of
         if ranks.share.takes(number):
-            _run(model, site, texts, batch, which, tops)
+            _run(model, site, texts, prefix, batch, which, tops)
     ends = _ends(tops)
     for number, windows in enumerate(ranks.collected([rows.window for rows in tops])):
         for layer, (rows, window) in enumerate(zip(tops, windows, strict=True)):
@@ -102,21 +104,23 @@ def _run(
     model: PreTrainedModel,
     site: Site,
     texts: list[tuple[int, ...]],
+    prefix: tuple[int, ...],
     batch: np.ndarray,
     which: np.ndarray,
     tops: list[Rows],
 ) -> None:
-    """Run the texts of a batch, and write their activations into the windows of the rows with these texts."""
+    """Run the texts of a batch after `prefix`, and write their activations into the windows of the rows with these texts."""
     ends = _ends(tops)
     row_of = np.full(len(texts), -1)  # of each text in this batch
     row_of[batch] = np.arange(len(batch))
-    ids = torch.tensor([texts[i] for i in batch], device=model.device)
+    ids = torch.tensor([(*prefix, *texts[i]) for i in batch], device=model.device)
 
     def write_windows(layer: int, activations: torch.Tensor) -> None:
         rows = tops[layer]
         text = row_of[which[ends[layer] : ends[layer + 1]]]
         chosen = np.flatnonzero(text >= 0)
-        values = activations.float().cpu().numpy()[text[chosen], :, rows.neuron[chosen]]
+        of_texts = activations[:, len(prefix) :].float().cpu().numpy()
+        values = of_texts[text[chosen], :, rows.neuron[chosen]]
         # Column 2 of the window is the peak, so a text that begins at the peak starts there.
         column = _CONTEXT + 1 - (rows.position[chosen] - rows.start[chosen])
         for offset in range(values.shape[1]):

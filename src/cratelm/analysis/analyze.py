@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cratelm.activations.batches import SearchPlan
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.activations.store import read_summaries
 from cratelm.analysis.coding_rate import (
@@ -140,8 +139,7 @@ def _measure(
 ) -> None:
     """Measure the share of this process; write the files and the results into the draft, which rank 0 has."""
     length = sequence_length(opened.subject, config.sequence_length or opened.sequence_length)
-    split = opened.store.split("held_out")
-    plan = SearchPlan.of(split, "held_out", opened.store.eot_id, length, config.tokens, config.seed)
+    plan = opened.plan("held_out", config.tokens, config.seed, length)
     model, site = opened.subject.model, opened.site
     tokens = plan.n_tokens()
     parts: dict[str | tuple[str, ...], float] = {

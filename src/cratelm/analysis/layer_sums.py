@@ -24,7 +24,7 @@ from transformers import GPT2LMHeadModel
 from cratelm.activations.batches import Batch, SearchPlan
 from cratelm.analysis.groups import CorrelationSums
 from cratelm.analysis.sparse_coding import objectives, sparsity
-from cratelm.models import CrateForCausalLM
+from cratelm.models import CrateForCausalLM, SparseGptForCausalLM
 from cratelm.models.sites import Site, hooked
 from cratelm.records import Estimate
 from cratelm.runs.ranks import Share
@@ -51,10 +51,16 @@ class Steps:
 
 
 def steps_of(model: Any) -> list[Steps]:
-    """Return the steps of the layers of a CRATE or GPT-2; none for other models, whose blocks differ."""
+    """Return the steps of the layers of cratelm's families; none for other models, whose blocks differ.
+
+    None, too, for a CRATE without a second step.
+    """
     if isinstance(model, CrateForCausalLM):
-        return [Steps(b.norm_mssa, b.norm_ista, b.ista) for b in model.model.layers]  # type: ignore[arg-type]
-    if isinstance(model, GPT2LMHeadModel):
+        layers: Any = model.model.layers
+        if model.config.feedforward == "ista":
+            return [Steps(b.norm_mssa, b.norm_ista, b.ista) for b in layers]
+        return [Steps(b.norm_mssa, b.norm_mlp) for b in layers if hasattr(b, "norm_mlp")]
+    if isinstance(model, GPT2LMHeadModel | SparseGptForCausalLM):
         return [Steps(b.ln_1, b.ln_2) for b in model.transformer.h]  # type: ignore[arg-type]
     return []
 

@@ -176,6 +176,7 @@ def _check_sites(models: Sequence[_Seed]) -> None:
         for what, a, b in (
             ("neurons of", first.opened.site.name, other.opened.site.name),
             ("sequences of", first.opened.sequence_length, other.opened.sequence_length),
+            ("sequences that begin as", first.opened.beginning, other.opened.beginning),
         ):
             if a != b:
                 raise InputError(
@@ -197,9 +198,7 @@ class _Found:
 
 def _measure(config: SeedsConfig, models: Sequence[_Seed], folder: Path) -> SeedsSummary:
     opened = models[0].opened
-    split, eot = opened.store.split("held_out"), opened.store.eot_id
-    length = opened.sequence_length
-    plan = SearchPlan.of(split, "held_out", eot, length, config.tokens, config.seed)
+    plan = opened.plan("held_out", config.tokens, config.seed)
     at_once = min(config.batch_tokens, plan.n_tokens())
     check_memory(
         config, {"batch_tokens": 2 * 4 * at_once * sum(opened.site.n_neurons)}, "activations"

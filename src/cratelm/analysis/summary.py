@@ -83,15 +83,14 @@ def show(figures: Sequence[LayerFigure], summaries: Sequence[MeasureSummary]) ->
             lines.append([label, *(_cell(cell, form) for cell in cells)])
     for control in ("none", "shuffled"):
         for measure in MEASURES:
-            cells = [
-                s
-                for layer in layers
+            by_layer = {
+                s.layer: s
                 for s in summaries
-                if (s.layer, s.control, s.share, s.measure) == (layer, control, SHARE, measure)
-            ]
-            if cells:
+                if (s.control, s.share, s.measure) == (control, SHARE, measure)
+            }
+            if by_layer:  # a layer none of whose explained neurons fires has no summary
                 name = measure if control == "none" else f"{measure}, shuffled explanations"
-                lines.append([name, *map(_mean, cells)])
+                lines.append([name, *(_mean(by_layer.get(layer)) for layer in layers)])
     return "\n".join(f"  {line}" for line in align(lines))
 
 
@@ -102,8 +101,8 @@ def _cell(figure: LayerFigure | None, form: str) -> str:
     return value if figure.error is None else f"{value} ± {format(figure.error, form)}"
 
 
-def _mean(summary: MeasureSummary) -> str:
-    if summary.mean is None:
+def _mean(summary: MeasureSummary | None) -> str:
+    if summary is None or summary.mean is None:
         return "–"
     bounds = "" if summary.low is None else f" [{summary.low:.3f}, {summary.high:.3f}]"
     return f"{summary.mean:.3f}{bounds}"

@@ -19,7 +19,7 @@ from cratelm.analysis.dictionary import (
     stable_rank,
     welch_bound,
 )
-from cratelm.models import CrateForCausalLM
+from cratelm.models import CrateForCausalLM, SparseGptForCausalLM
 from cratelm.models.sites import Site
 
 Array = NDArray[np.float64]
@@ -30,15 +30,21 @@ Figures = dict[tuple[str, str], float]
 
 
 def atoms_of(model: Any, site: Site, layer: int) -> Array | None:
-    """Return the atoms [H, D] of the neurons at CRATE's site `ista` or GPT-2's `mlp`; None for others.
+    """Return the atoms [H, D] of the neurons at the site `ista` or `mlp` of cratelm's families; None for others.
 
-    These are CRATE's dictionary (the encoder, if it is decoupled), or the rows of the last projection of
-    GPT-2's MLP.
+    These are CRATE's dictionary (the encoder, if it is decoupled), or what each neuron of an MLP adds to the output
+    of its last projection.
     """
     if isinstance(model, CrateForCausalLM) and site.name == "ista":
         return _array(_block(model, layer).ista.dictionary)
-    if isinstance(model, GPT2LMHeadModel) and site.name == "mlp":
+    if site.name != "mlp":
+        return None
+    if isinstance(model, GPT2LMHeadModel):
         return _array(_block(model, layer).mlp.c_proj.weight)
+    if isinstance(model, SparseGptForCausalLM):
+        return _array(_block(model, layer).mlp.c_proj.weight.T)
+    if isinstance(model, CrateForCausalLM):
+        return _array(_block(model, layer).mlp.fc2.weight.T)
     return None
 
 
@@ -48,8 +54,8 @@ def _block(model: Any, layer: int) -> Any:
 
 
 def bases_of(model: Any, layer: int) -> Array | None:
-    """Return U_k^T [K, P, D] of MSSA's heads; None for models other than CRATE, which have several projections."""
-    if not isinstance(model, CrateForCausalLM):
+    """Return U_k^T [K, P, D] of the heads of MSSA or TSSA; None where query, key and value are all different."""
+    if not isinstance(model, CrateForCausalLM) or model.config.attention == "standard":
         return None
     weight = _array(_block(model, layer).mssa.projection.weight)  # [D, D]
     return weight.reshape(model.config.num_attention_heads, -1, weight.shape[1])
@@ -69,9 +75,9 @@ def dictionary_figures(atoms: Array, alike: Coherence) -> Figures:
 def step_figures(model: Any, layer: int, norm: float) -> Figures:
     """Return the number of steps, the step size, and the largest size that never raises the lasso objective.
 
-    `norm` is the spectral norm of the dictionary. Empty for models other than CRATE.
+    `norm` is the spectral norm of the dictionary. Empty for models without sparse coding.
     """
-    if not isinstance(model, CrateForCausalLM):
+    if not isinstance(model, CrateForCausalLM) or model.config.feedforward != "ista":
         return {}
     ista = _block(model, layer).ista
     return {

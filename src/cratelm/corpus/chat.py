@@ -38,10 +38,10 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
+            tokens: dict[str, Any] = dict(self.special_tokens)
+            conversation: Any = list(messages)
             texts, _ = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self.template,
-                **dict(self.special_tokens),
+                conversations=[conversation], chat_template=self.template, **tokens
             )
         except Exception as error:  # of the template, which may raise anything
             raise ChatError(f"the chat template refuses it ({one_line(error, 120)})") from None

@@ -9,11 +9,13 @@ Memory: a page of each column read, of at most `Fields.longest` bytes and 64 MiB
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cratelm.corpus.chat import MESSAGES
 from cratelm.corpus.documents import Document, ReadError, too_long
 from cratelm.corpus.formats import (
     CorpusFile,
@@ -38,12 +40,14 @@ ERRORS = (OSError, ValueError, TypeError, KeyError, OverflowError, ImportError, 
 
 
 def read_parquet(file: CorpusFile, fields: Fields) -> Found:
-    """Yield a document per row of a Parquet table."""
+    """Yield a document per row of a Parquet table; without the field of the text, from its `messages`."""
     row = 0
     try:
         # opened by Python: pyarrow does not open a path that is not UTF-8
         with open_file(file.path) as stream, pq.ParquetFile(stream, buffer_size=_BUFFER) as table:
             names = table.schema_arrow.names
+            if fields.text not in names and MESSAGES in names:
+                fields = replace(fields, text=MESSAGES)
             if fields.text not in names:
                 yield ReadError(f"{readable(file.path)}: {missing_field(fields.text, names)}")
                 return
@@ -88,8 +92,9 @@ def _document(
     row: dict[str, Any] = {}
     try:
         for field, column in zip(batch.schema, batch.columns, strict=True):
+            is_chat = field.name == MESSAGES and pa.types.is_list(field.type)
             if field.name == fields.text and not (
-                _is_text(field.type) or pa.types.is_null(field.type)
+                is_chat or _is_text(field.type) or pa.types.is_null(field.type)
             ):
                 return ReadError(
                     f"{location}: field {fields.text!r} must be a string, not {field.type}"

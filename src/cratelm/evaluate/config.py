@@ -7,10 +7,11 @@ from cratelm.errors import InputError
 from cratelm.records import Split
 from cratelm.runs import at_least, not_in_identity
 from cratelm.runs.model_options import ModelOptions
+from cratelm.tokens.beginning import BeginTokenOption
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(ModelOptions):
+class EvaluateConfig(ModelOptions, BeginTokenOption):
     """Measure models on a run's tokens and on named sets, every token once, and compare them."""
 
     run: Path = not_in_identity(Path("runs/default"))
@@ -37,7 +38,7 @@ class EvaluateConfig(ModelOptions):
     text_field: str | None = None
     """field that holds the text in rows of local files. Default: the set's field on the Hub"""
     sequence_length: int | None = None
-    """tokens per sequence, which limits the context of a token. Default: the model's maximum, but at most
+    """tokens per sequence, with the begin token, which limits the context of a token. Default: the model's maximum, but at most
     2,048; 1,024 if the model states no maximum"""
     stride: int | None = None
     """tokens by which the window moves: each token is still predicted once, from at least
@@ -77,7 +78,7 @@ class EvaluateConfig(ModelOptions):
 
 
 @dataclass(frozen=True)
-class PredictConfig(ModelOptions):
+class PredictConfig(ModelOptions, BeginTokenOption):
     """Show what models predict after each token of the same text, as a page and a figure."""
 
     run: Path = not_in_identity(Path("runs/default"))

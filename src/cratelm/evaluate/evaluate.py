@@ -2,7 +2,7 @@
 
 A split is cut into sequences of T tokens as in training; the last one is shorter. Every token but
 the first of the split is predicted exactly once, from what precedes it in its sequence, which may
-include the end of another document. A text of a named set is read by itself, after the token that begins
+include the end of another document. A model that was trained with a begin token reads it before every sequence. A text of a named set is read by itself, after the token that begins
 a text, and in each model's own tokens.
 """
 
@@ -28,6 +28,7 @@ from cratelm.evaluate.measurements import (
 )
 from cratelm.evaluate.text_sets import NamedSet, Shards, Texts, TextSource, Windows, named_set
 from cratelm.evaluate.windows import Totals, score
+from cratelm.models.begin import announced
 from cratelm.models.open import (
     LoadedModel,
     check_store,
@@ -39,6 +40,7 @@ from cratelm.models.open import (
 from cratelm.records import SPLITS, Split
 from cratelm.runs import Run, write_json
 from cratelm.runs.storage import check_target
+from cratelm.tokens.beginning import NONE, Beginning
 from cratelm.tokens.shards import TokenStore
 from cratelm.tokens.tokenizer import token_sizes
 
@@ -106,23 +108,31 @@ def _measure(
 ) -> tuple[DocumentTotals, Measurement]:
     """Return the sums by document and the figures of one model on one set."""
     length = sequence_length(subject, config.sequence_length)
-    stride = _stride(config, length, subject)
+    beginning = announced(subject, run, config.begin_token)
+    room = beginning.room(length)
+    stride = _stride(config, room, subject)
     if isinstance(documents, NamedSet):
         encoder = encoder_of(subject, run)
         source: TextSource = Texts(
-            documents.passages(), encoder, documents.kind.unit, config.max_tokens
+            documents.passages(),
+            encoder,
+            documents.kind.unit,
+            config.max_tokens,
+            beginning,
+            has_start=config.begin_token != NONE,
         )
         vocabulary, on = encoder.vocabulary, documents.name
         last_word = documents.kind.last_word
     else:
         assert store is not None
         check_store(subject, store, run)
-        source, vocabulary, last_word = _shards(store, documents, config), "the run's", False
+        source = _shards(store, documents, config, beginning)
+        vocabulary, last_word = "the run's", False
     label = f"{subject.name} on {on}"
     with tqdm(
         total=source.n_tokens, desc=label, unit="token", unit_scale=True, disable=config.quiet
     ) as bar:
-        windows = source.windows(length, stride)
+        windows = source.windows(room, stride)
         totals = score(subject.model, label, windows, config.batch_size, bar)
     if not totals.tokens.any():
         raise InputError(f"{on} has no token to predict: name another set with --on")
@@ -134,6 +144,7 @@ def _measure(
         unit=source.unit,
         sequence_length=length,
         stride=stride,
+        begin_token=beginning.token,
     )
 
 
@@ -146,12 +157,13 @@ def _stride(config: EvaluateConfig, length: int, subject: LoadedModel) -> int:
     return config.stride or length
 
 
-def _shards(store: TokenStore, name: Split, config: EvaluateConfig) -> Shards:
+def _shards(store: TokenStore, name: Split, config: EvaluateConfig, beginning: Beginning) -> Shards:
     split = store.split(name)
     if split.n_tokens < 2:
         raise InputError(f"the {name} split has {split.n_tokens} tokens, but needs at least 2")
     n = min(split.n_tokens - 1, config.max_tokens or split.n_tokens)
-    return Shards(split, n, token_sizes(store.tokenizer, store.eot_id))
+    sizes = token_sizes(store.tokenizer, store.eot_id)
+    return Shards(split, n, sizes, beginning=beginning)
 
 
 def _by_document(

@@ -64,6 +64,8 @@ class Measurement:
     """exp of the nats per word; for LAMBADA, per last word; None for shards"""
     last_word: Estimate | None
     """fraction of last words whose every token was the model's top prediction; only for LAMBADA"""
+    begin_token: int | None = None
+    """id of the begin token that was set before every sequence; None for none"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,14 @@ class DocumentTotals:
 
 
 def measurement(
-    sums: DocumentTotals, *, model: str, on: str, unit: str, sequence_length: int, stride: int
+    sums: DocumentTotals,
+    *,
+    model: str,
+    on: str,
+    unit: str,
+    sequence_length: int,
+    stride: int,
+    begin_token: int | None = None,
 ) -> Measurement:
     """Return all figures of one model on one set."""
     totals, words = sums.totals, sums.words
@@ -123,6 +132,7 @@ def measurement(
         top_5=ratio(totals.top_5, totals.tokens),
         word_perplexity=_word_perplexity(totals, words),
         last_word=_over(sums.whole, np.ones(len(totals.tokens))),
+        begin_token=begin_token,
     )
 
 
@@ -180,7 +190,8 @@ def differences_table(differences: Sequence[Difference]) -> str:
 def _amount(m: Measurement) -> str:
     """Return, in words, how much was predicted."""
     words = "" if m.words is None else f", {m.words:,} words"
-    stride = "" if m.stride == m.sequence_length else f", stride {m.stride}"
+    overlaps = m.stride < m.sequence_length - (m.begin_token is not None)
+    stride = f", stride {m.stride}" if overlaps else ""
     return (
         f"{m.tokens:,} tokens{words}, {m.bytes:,} bytes in {m.documents:,} {m.unit},"
         f" T = {m.sequence_length}{stride}"

@@ -12,11 +12,13 @@ from cratelm.corpus.formats import text_of_file
 from cratelm.errors import InputError
 from cratelm.evaluate.config import PredictConfig
 from cratelm.evaluate.predictions import PredictedText, Prediction, predict_text
+from cratelm.models.begin import announced, opening
 from cratelm.models.open import LoadedModel, encoder_of, open_model
 from cratelm.runs import Run, atomic_path
 from cratelm.runs.reading import read_parquet
 from cratelm.runs.storage import check_target
 from cratelm.text.display import visible
+from cratelm.tokens.beginning import Beginning
 from cratelm.tokens.shards import TokenStore
 
 PAGE = "predictions.html"
@@ -58,10 +60,11 @@ def predict(config: PredictConfig) -> PredictResult:
     check_target(out, "--out", "file")
     subjects = [open_model(run, name, config) for name in config.models]
     encoders = [encoder_of(subject, run) for subject in subjects]
-    text = _text(config, run, subjects)
+    begun = [announced(subject, run, config.begin_token) for subject in subjects]
+    text = _text(config, run, subjects, begun[0])
     predictions = tuple(
-        predict_text(subject, encoder, text.text, config.top)
-        for subject, encoder in zip(subjects, encoders, strict=True)
+        predict_text(subject, encoder, text.text, config.top, opening(encoder, beginning))
+        for subject, encoder, beginning in zip(subjects, encoders, begun, strict=True)
     )
     html = page(text, predictions)
     figures = tuple(out.with_suffix(suffix) for suffix in (".png", ".pdf"))
@@ -72,7 +75,9 @@ def predict(config: PredictConfig) -> PredictResult:
     return PredictResult(out, figures, text, predictions)
 
 
-def _text(config: PredictConfig, run: Run, subjects: list[LoadedModel]) -> PredictedText:
+def _text(
+    config: PredictConfig, run: Run, subjects: list[LoadedModel], beginning: Beginning
+) -> PredictedText:
     if config.text is not None:
         return PredictedText(config.text, "Your own text", "")
     if config.text_file is not None:
@@ -80,10 +85,13 @@ def _text(config: PredictConfig, run: Run, subjects: list[LoadedModel]) -> Predi
         return PredictedText(text, f"The text of {config.text_file}", "")
     run.stage("tokens").require("tokenize")
     longest = [subject.longest - 1 for subject in subjects if subject.longest is not None]
-    return _document(config, TokenStore(run.stage("tokens").path), min([config.tokens, *longest]))
+    store = TokenStore(run.stage("tokens").path)
+    return _document(config, store, min([config.tokens, *longest]), beginning)
 
 
-def _document(config: PredictConfig, store: TokenStore, most: int) -> PredictedText:
+def _document(
+    config: PredictConfig, store: TokenStore, most: int, beginning: Beginning
+) -> PredictedText:
     """Return the beginning of a document. Raises `InputError` for a number that the split does not have."""
     split = store.split(config.split)
     number = config.document
@@ -98,7 +106,8 @@ def _document(config: PredictConfig, store: TokenStore, most: int) -> PredictedT
     start, stop = int(split.starts[number]), int(split.starts[number + 1]) - 1
     first_ids = split.read(start, min(stop, start + most))
     next_ids = split.read(start + len(first_ids), min(stop, start + len(first_ids) + AHEAD))
-    text, continuation = (_decoded(store, ids.tolist()) for ids in (first_ids, next_ids))
+    shown_ids = beginning.without(first_ids)
+    text, continuation = (_decoded(store, ids.tolist()) for ids in (shown_ids, next_ids))
     row = read_parquet(
         store.path / "documents.parquet",
         columns=["source", "name", "line"],

@@ -5,11 +5,12 @@ shaded text and its predictions after the end; without dates, the same text give
 """
 
 import bisect
+import math
 import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import matplotlib as mpl
@@ -29,6 +30,26 @@ def level(probability: float) -> int:
     return bisect.bisect_right(LEVELS, probability)
 
 
+class ShownUnit(NamedTuple):
+    """The tokens of a text that are shown as one: several if they make a character together."""
+
+    text: str
+    probability: float
+    """probability that the model gave to all of its tokens, in their order"""
+    positions: range
+
+
+def shown_units(prediction: Prediction) -> list[ShownUnit]:
+    """Return the units of a text; a token without a text of its own belongs to the one before it."""
+    steps = prediction.steps
+    starts = [at for at, step in enumerate(steps) if at == 0 or step.text or not step.token]
+    units = []
+    for start, stop in zip(starts, [*starts[1:], len(steps)], strict=True):
+        probability = math.prod(step.probability for step in steps[start:stop])
+        units.append(ShownUnit(steps[start].text, probability, range(start, stop)))
+    return units
+
+
 def percent(probability: float) -> str:
     """Return a probability as a rounded percentage: 38%, 2.1%, 0.03%."""
     value = 100 * probability
@@ -41,7 +62,12 @@ def page(text: PredictedText, predictions: Sequence[Prediction]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        visible=visible, laid_out=laid_out, level=level, percent=percent, width=_width
+        visible=visible,
+        laid_out=laid_out,
+        level=level,
+        percent=percent,
+        width=_width,
+        units=shown_units,
     )
     template = resources.files("cratelm.evaluate") / "predict.html.j2"
     return environment.from_string(template.read_text(encoding="utf-8")).render(
@@ -113,11 +139,11 @@ def _lines(prediction: Prediction) -> list[tuple[int, int, str, int]]:
     """Return line, column, text and shade of each token; a token that does not fit begins a new line."""
     lines: list[tuple[int, int, str, int]] = []
     row = column = 0
-    for step in prediction.steps:
-        text = visible(step.token)
+    for unit in shown_units(prediction):
+        text = visible(unit.text)
         if column and column + len(text) > _COLUMNS:
             row, column = row + 1, 0
-        lines.append((row, column, text, level(step.probability)))
+        lines.append((row, column, text, level(unit.probability)))
         column += len(text)
     return lines
 

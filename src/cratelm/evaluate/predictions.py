@@ -39,6 +39,9 @@ class PredictedToken:
     """rank of its probability in the vocabulary, from 1"""
     expected: tuple[Candidate, ...]
     """[k] the most likely tokens at its position, most likely first"""
+    text: str
+    """what is shown of it in the text: of several tokens that make a character, the first has it, and the others
+    are empty"""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,12 @@ class PredictedText:
 
 
 @torch.no_grad()
-def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> Prediction:
+def predict_text(
+    subject: LoadedModel, encoder: Encoder, text: str, k: int, start: int | None = None
+) -> Prediction:
     """Return a model's predictions for each token of a text, and after the last.
+
+    `start` is the token that stands before the text; default: the end-of-text token.
 
     Raises `InputError` if the text has no token, or more tokens than the model accepts.
     """
@@ -81,7 +88,8 @@ def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> P
         )
     shown = (len(ids) + 1) * min(k, subject.vocab_size)
     check_memory(SimpleNamespace(top=k), {"top": _CANDIDATE_BYTES * shown}, "the predictions")
-    tokens = torch.tensor([[encoder.start, *ids]], device=subject.model.device)
+    start = encoder.end if start is None else start
+    tokens = torch.tensor([[start, *ids]], device=subject.model.device)
     logits = next_logits(subject.model, tokens, tokens.shape[1])[0].float()  # [n + 1, V]
     logs = logits.log_softmax(-1).cpu()
     targets = torch.from_numpy(ids)
@@ -92,11 +100,13 @@ def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> P
         tuple(Candidate(_token_text(encoder, i), math.exp(p)) for p, i in zip(*row, strict=True))
         for row in zip(best.tolist(), best_ids.tolist(), strict=True)
     ]
-    rows = zip(ids, losses.tolist(), ranks.tolist(), expected[:-1], strict=True)
+    texts = _shown_texts(encoder, ids.tolist())
+    rows = zip(ids, losses.tolist(), ranks.tolist(), expected[:-1], texts, strict=True)
     return Prediction(
         model=subject.name,
         steps=tuple(
-            PredictedToken(_token_text(encoder, i), math.exp(-x), rank, e) for i, x, rank, e in rows
+            PredictedToken(_token_text(encoder, i), math.exp(-x), rank, e, text)
+            for i, x, rank, e, text in rows
         ),
         after=expected[-1],
         loss=float(losses.mean()),
@@ -107,3 +117,13 @@ def predict_text(subject: LoadedModel, encoder: Encoder, text: str, k: int) -> P
 def _token_text(encoder: Encoder, token: int) -> str:
     """Return the text of a token id; an embedding row beyond the vocabulary appears as its number."""
     return encoder.display[token] if token < len(encoder.display) else f"[{token}]"
+
+
+def _shown_texts(encoder: Encoder, ids: list[int]) -> list[str]:
+    """Return what is shown of each token, [n]: of several that make a unit of text, the first has it."""
+    if any(token >= len(encoder.display) for token in ids):
+        return [_token_text(encoder, token) for token in ids]
+    texts = [""] * len(ids)
+    for unit in encoder.display.units(ids):
+        texts[unit.start] = unit.text
+    return texts

@@ -34,6 +34,7 @@ from cratelm.errors import InputError, missing_extra
 from cratelm.evaluate.windows import Window, cut
 from cratelm.models.open import Encoder
 from cratelm.records import SPLITS
+from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenSplit
 
 STREAMED_DOCUMENTS = 1000
@@ -100,6 +101,8 @@ class Shards:
     sizes: NDArray[np.int64]
     """[V] bytes of each token (`cratelm.tokens.tokenizer.token_sizes`)"""
     unit: str = "documents"
+    beginning: Beginning = PLAIN
+    """its begin token is set before every window"""
 
     def windows(self, length: int, stride: int) -> "ShardWindows":
         """Return windows over the stream, whatever documents they span."""
@@ -133,8 +136,10 @@ class ShardWindows:
     def __iter__(self) -> Iterator[Window]:
         split = self.shards.split
         for start, stop, first in cut(self.shards.n_tokens, self.length, self.stride):
-            tokens = split.read(start, stop + 1)
-            yield Window(tokens, first - start, self.shards.documents_of(first, stop))
+            window = Window(
+                split.read(start, stop + 1), first - start, self.shards.documents_of(first, stop)
+            )
+            yield begun(window, self.shards.beginning)
 
     def n_bytes(self) -> NDArray[np.int64]:
         """Return the bytes of the predicted tokens of each document [C]."""
@@ -145,18 +150,28 @@ class ShardWindows:
         return
 
 
+def begun(window: Window, beginning: Beginning) -> Window:
+    """Return a window with the begin token before its tokens, unless it begins with it; the targets stay the same."""
+    tokens = beginning.before(window.tokens)
+    return window._replace(tokens=tokens, first=window.first + len(tokens) - len(window.tokens))
+
+
 @dataclass(frozen=True, eq=False)
 class Texts:
     """Texts in a model's own tokens, each by itself after the token that begins a text.
 
-    Before context that is not predicted, that token is added only if the tokenizer itself adds it, as
-    in EleutherAI's harness. Memory: one text, and two numbers per document of each pass.
+    The begin token stands before every window. Without one, a text follows the tokenizer's token for beginnings, but
+    context that is not predicted does so only if the tokenizer itself adds it, as in EleutherAI's harness. Memory: one
+    text, and two numbers per document of each pass.
     """
 
     passages: Iterable[Passage]
     encoder: Encoder
     unit: str
     max_tokens: int | None
+    beginning: Beginning = PLAIN
+    has_start: bool = True
+    """whether a text without a begin token follows the tokenizer's token for beginnings; else its end-of-text token"""
 
     @property
     def n_tokens(self) -> None:
@@ -171,9 +186,13 @@ class Texts:
         """Return the tokens of a passage, and how many targets among them are only context."""
         context = len(self.encoder.encode(passage.text[: passage.predicted_from]))
         tokens = self.encoder.encode(passage.text)
-        if context and not self.encoder.adds_start:
+        if self.beginning.token is not None:
+            before = self.beginning.before(tokens)
+            return before, max(0, context - 1 + len(before) - len(tokens))
+        if context and not (self.has_start and self.encoder.adds_start):
             return tokens, context - 1
-        return np.concatenate([[self.encoder.start], tokens]), context
+        start = self.encoder.start if self.has_start else self.encoder.end
+        return np.concatenate([[start], tokens]), context
 
 
 class TextWindows:
@@ -214,7 +233,8 @@ class TextWindows:
             cuts = [_end(n, context, length)] if passage.predicted_from else cut(n, length, stride)
             for start, stop, first in cuts:
                 documents = np.full(stop - first, document)
-                yield Window(tokens[start : stop + 1], first - start, documents)
+                window = Window(tokens[start : stop + 1], first - start, documents)
+                yield begun(window, texts.beginning)
 
 
 def _end(n: int, context: int, length: int) -> tuple[int, int, int]:

@@ -35,6 +35,7 @@ from cratelm.records import Explanation, NeuronRecord
 from cratelm.runs import Completion, Draft, Inputs, Run
 from cratelm.runs.names import set_name
 from cratelm.stats.sample_size import precision_statement
+from cratelm.tokens.beginning import Beginning
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,9 @@ def _fit_features(run: Run, config: ExplainConfig, library: Library) -> FitFeatu
 
     store = TokenStore(run.stage("tokens").path)
     harvest = run.stage("activations", config.model).completion()
-    length = harvest.results.get("sequence_length", 0) if harvest else 0
-    return fit_features(library, store, length)
+    results = harvest.results if harvest else {}
+    length, beginning = results.get("sequence_length", 0), Beginning.recorded(results)
+    return fit_features(library, store, length, beginning)
 
 
 def _token_strings(run: Run) -> list[str]:

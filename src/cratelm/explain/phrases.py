@@ -12,6 +12,7 @@ Tokens are in backticks, white space is visible (␣ space, ⏎ line break, ⇥ 
 between « and ».
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +30,13 @@ from cratelm.explain.lookup import TokenTable
 from cratelm.explain.trie import ROOT, Trie
 from cratelm.records import Excerpt, NeuronRecord
 from cratelm.text.claim import claim
-from cratelm.text.display import visible_folded
+from cratelm.text.display import visible, visible_folded
+from cratelm.text.units import Unit, is_text, is_whole, text_of, units_in
 
 N_NAMED = 5
 """tokens or contexts named in a claim"""
+N_CHARACTERS = 2
+"""characters named after a token that is a part of them"""
 N_EXAMPLES = 3
 """tokens named as examples of a concept"""
 MIN_GAIN = 0.02
@@ -77,10 +81,32 @@ class Described:
     token_strings: Sequence[str]
     """[V] text of each token id"""
 
+    def _token(self, token: int) -> str:
+        """Return a token in backticks; of a part of a character also the characters that it is most often part of."""
+        return _quoted([token], self.token_strings) + self._characters.get(token, "")
+
+    @cached_property
+    def _characters(self) -> dict[int, str]:
+        """Return the characters that tokens are parts of in the excerpts, in words, by token id."""
+        counts: dict[int, Counter[str]] = {}
+        for excerpt in self.record.excerpts:
+            ids = excerpt.token_ids.tolist()
+            for unit in units_in(ids, self.token_strings):
+                tokens = (
+                    ids[unit.start : unit.stop] if is_text(unit, ids, self.token_strings) else []
+                )
+                for token in tokens:
+                    if not is_whole(token, self.token_strings):
+                        counts.setdefault(token, Counter())[unit.text.strip()] += 1
+        return {
+            token: f" (in {listed([f'`{text}`' for text, _ in count.most_common(N_CHARACTERS)])})"
+            for token, count in counts.items()
+        }
+
     def lookup_sentence(self, table: TokenTable) -> Sentence:
         """Return the sentence of a look-up table."""
         named = table.tokens[_ranked(_gains(table))[:N_NAMED]]
-        tokens = [_quoted([t], self.token_strings) for t in named.tolist()]
+        tokens = [self._token(t) for t in named.tolist()]
         after = _mostly_after(self.evidence, named, self.token_strings)
         here = np.isin(self.evidence.contexts[:, 0], named)
         return self._better(self._sentence(_tokens(tokens) + after, here))
@@ -98,7 +124,9 @@ class Described:
         for context in named:
             of = self.evidence.contexts[:, : len(context)]
             here |= (of == context[::-1]).all(1) if of.shape[1] == len(context) else False
-        tokens = _tokens([_in_context(c, self.token_strings) for c in named])
+        tokens = _tokens(
+            [_in_context(c, self.token_strings) if len(c) > 1 else self._token(c[0]) for c in named]
+        )
         if all(len(context) == 1 for context in named):
             own = np.array(named, np.int64).ravel()
             tokens += _mostly_after(self.evidence, own, self.token_strings)
@@ -112,7 +140,7 @@ class Described:
         token = int(excess.argmax()) if len(excess) else 0
         if not formula.terms or not excess.sum() or excess[token] <= DOMINANT * excess.sum():
             return self._about(formula)
-        name = f"the token {_quoted([token], self.token_strings)}"
+        name = f"the token {self._token(token)}"
         if excess[token] > ALONE * excess.sum():
             return self._sentence(name, holds & (self.evidence.contexts[:, 0] == token))
         phrase = formula_phrase(self.library, explanation.names, explanation.operators)
@@ -185,7 +213,7 @@ class Described:
         """Return the tokens with the most activation above the mean where `here` [N] holds."""
         total = self._excess(here)
         best = np.argsort(-total, kind="stable")[:N_EXAMPLES]
-        return [_quoted([t], self.token_strings) for t in best.tolist() if total[t] > 0]
+        return [self._token(t) for t in best.tolist() if total[t] > 0]
 
     def _excess(self, here: NDArray[np.bool_]) -> NDArray:
         """Return the weighted activation above the mean where `here` [N] holds, by token id."""
@@ -254,14 +282,18 @@ def _example(excerpts: Sequence[Excerpt], token_strings: Sequence[str]) -> str:
     if top.any():
         rows, highest = rows[top], highest[top]
     excerpt = table[int(rows[highest.argmax()])]
-    peak = int(excerpt.activations.argmax())
-
-    def text(start: int, stop: int) -> str:
-        return visible_folded("".join(token_strings[int(t)] for t in excerpt.token_ids[start:stop]))
-
-    return (
-        f"{text(max(0, peak - BEFORE), peak)}«{text(peak, peak + 1)}»{text(peak + 1, peak + AFTER)}"
+    at = int(excerpt.activations.argmax())
+    units = units_in(excerpt.token_ids.tolist(), token_strings)
+    peak = next(number for number, unit in enumerate(units) if at < unit.stop)
+    first = next(
+        number for number, unit in enumerate(units) if unit.start >= at - BEFORE or number == peak
     )
+    after = [unit for unit in units[peak + 1 :] if unit.stop <= at + AFTER]
+
+    def text(of: Sequence[Unit]) -> str:
+        return visible_folded("".join(unit.text for unit in of))
+
+    return f"{text(units[first:peak])}«{text(units[peak : peak + 1])}»{text(after)}"
 
 
 def _mostly_after(evidence: Evidence, tokens: NDArray, token_strings: Sequence[str]) -> str:
@@ -288,7 +320,9 @@ def _in_context(context: list[int], token_strings: Sequence[str]) -> str:
 
 
 def _quoted(ids: Sequence[int], token_strings: Sequence[str]) -> str:
-    return "`" + visible_folded("".join(token_strings[t] for t in ids)) + "`"
+    text = visible_folded(text_of(ids, token_strings))
+    # a mark that is drawn on the character before it would be drawn on the backtick
+    return f"`{'◌' * (text[:1] != visible(text[:1]))}{text}`"
 
 
 def _ends_alike(a: list[int], b: list[int]) -> bool:

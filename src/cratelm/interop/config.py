@@ -33,6 +33,21 @@ class ImportAuthorsConfig(Options):
 
 
 @dataclass(frozen=True)
+class ImportSparseGptConfig(Options):
+    """Write a released checkpoint of a weight-sparse GPT as a Hugging Face folder."""
+
+    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER")]]
+    """folder with beeg_config.json and final_model.pt. Nothing in the files is executed"""
+    out: Path
+    """folder to write: config.json, model.safetensors, the model's code, README.md and, if there is one, the
+    tokenizer"""
+    tokenizer: str = ""
+    """path of its tokenizer.json; default: the one in the folder, else none"""
+    force: bool = not_in_identity(False)
+    """replace the folder `--out` if an earlier import or export wrote it"""
+
+
+@dataclass(frozen=True)
 class ImportSaeConfig(Options):
     """Write a sparse autoencoder of the paper's authors as a folder that SAELens can also read."""
 

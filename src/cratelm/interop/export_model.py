@@ -11,10 +11,11 @@ import torch
 from cratelm.errors import InputError, one_line
 from cratelm.interop.config import ExportModelConfig
 from cratelm.interop.model_card import PAPER, code_block, write_card
-from cratelm.interop.model_folder import architecture, save_model, usage
+from cratelm.interop.model_folder import architecture, code_name, save_model, usage
 from cratelm.interop.out_folder import PROVENANCE, check_out, out_folder
-from cratelm.models.crate import CrateForCausalLM
+from cratelm.models.crate import CrateConfig
 from cratelm.models.sizes import count_parameters, load
+from cratelm.models.sparse_gpt import SparseGptConfig
 from cratelm.runs import Completion, Run, hash_file
 from cratelm.runs.pretrained import json_object
 
@@ -133,7 +134,6 @@ def _provenance(origin: _Origin) -> dict[str, Any]:
 
 
 def _write_card(folder: Path, origin: _Origin, model: Any) -> None:
-    is_crate = isinstance(model, CrateForCausalLM)
     facts = {
         "architecture": architecture(model.config),
         "parameters (position embedding not counted)": count_parameters(model),
@@ -155,12 +155,12 @@ def _write_card(folder: Path, origin: _Origin, model: Any) -> None:
         sections["Origin"] = code_block(origin.before)
     sections["Licence"] = (
         "No licence is stated for the weights: whoever trained them must choose one before publishing them."
-        " The code of cratelm, including `modeling_crate.py` if it is in this folder, is under the MIT licence."
+        f"{_code_licence(model)}"
     )
     write_card(
         folder,
         origin.name,
-        _summary(model, is_crate),
+        _summary(model.config),
         facts,
         sections,
         library_name="transformers",
@@ -169,12 +169,24 @@ def _write_card(folder: Path, origin: _Origin, model: Any) -> None:
     )
 
 
-def _summary(model: Any, is_crate: bool) -> str:
-    if is_crate:
+def _code_licence(model: Any) -> str:
+    file = code_name(model.config)
+    including = f", including `{file}` in this folder," if file else ""
+    return f" The code of cratelm{including} is under the MIT licence."
+
+
+def _summary(config: Any) -> str:
+    if isinstance(config, CrateConfig) and config.feedforward == "ista":
         return f"A CRATE language model, whose neurons are a sparse code in a dictionary ({PAPER})."
-    if getattr(model.config, "zero_biases", False):
-        return f"The GPT-2 twin of a CRATE language model: ReLU in the MLP, biases 0 ({PAPER})."
-    return f"A {model.config.model_type} language model."
+    if isinstance(config, CrateConfig):
+        return f"A CRATE language model without sparse coding, for comparison ({PAPER})."
+    if isinstance(config, SparseGptConfig):
+        return "A weight-sparse GPT (Gao et al. 2025, arXiv 2511.13653)."
+    if getattr(config, "zero_biases", False):
+        name = getattr(config, "activation", config.activation_function)
+        name = {"relu": "ReLU", "gelu": "GELU", "solu": "SoLU", "topk": "TopK"}.get(name, name)
+        return f"The GPT-2 twin of a CRATE language model: {name} in the MLP, biases 0 ({PAPER})."
+    return f"A {config.model_type} language model."
 
 
 def _training_facts(trained: Completion) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _alternating(fit: Sequence[Excerpt], held_out: Sequence[Excerpt]) -> list[Ex
 
 
 def _activations(excerpt: Excerpt, store: TokenStore) -> ActivationRecord:
-    tokens = store.decode_tokens(excerpt.token_ids)
+    tokens = store.aligned_text(excerpt.token_ids)
     return ActivationRecord(tuple(tokens), tuple(map(shortest_float, excerpt.activations)))
 
 

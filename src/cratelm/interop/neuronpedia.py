@@ -295,7 +295,7 @@ class _Writer:
         for split, record in both.items():
             for excerpt in record.excerpts:
                 if excerpt.kind in _KINDS and excerpt.rank < self.config.excerpts and len(excerpt):
-                    tokens = self.store.decode_tokens(excerpt.token_ids)
+                    tokens = self.store.aligned_text(excerpt.token_ids)
                     row = activation_row(self.names, record.summary, excerpt, split, tokens)
                     if self.imported and excerpt.kind == "openai_bin":
                         row["binContains"] = None

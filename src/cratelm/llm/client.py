@@ -162,7 +162,7 @@ class Client:
     def _claim_of(self, k: str, request: Request) -> Claim:
         if not (self.budget.max_tokens or self.budget.max_cost):
             return Claim(k)
-        return Claim(k, prompt_tokens(request, self.backend), completion_tokens(request))
+        return Claim(k, prompt_tokens(request, self.backend), _most(request, self.backend))
 
     def _claim(
         self, claims: Claims, wanted: Sequence[Claim]
@@ -333,7 +333,7 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
         for request in client.missing(list(new.values())):
             calls += 1
             prompt += prompt_tokens(request, client.backend)
-            completion += completion_tokens(request)
+            completion += _most(request, client.backend)
             kinds.add(kind_of(request))
     budget = client.budget
     priced = budget.price_prompt or budget.price_completion
@@ -352,3 +352,8 @@ def dry_run(client: Client, requests: Iterable[Sequence[Request]]) -> DryRun:
         cost=budget.cost(prompt, completion) if priced else None,
         seconds=0.0 if not calls else seconds,
     )
+
+
+def _most(request: Request, backend: Backend) -> int:
+    """Return the largest number of completion tokens of a request."""
+    return completion_tokens(request, backend.thinking_tokens, by_slot=backend.reads_by_slot)

@@ -74,6 +74,10 @@ class LLMConfig(Options):
     method: Literal["auto", "logprobs", "json"] = option("auto", "language model")
     """for `openai:`: how levels are requested: by prompt log-probabilities, or as JSON; `auto` tries the
     first"""
+    thinking_tokens: int = option(0, "language model")
+    """tokens that a reasoning model may use for its thoughts, in addition to those of its answer. 0: thinking
+    is turned off for `hf:` if the model's chat template can, and an answer that is used up by thoughts is a
+    failure"""
     concurrency: int = option(8, "language model", in_identity=False)
     """for `openai:`: calls in flight at a time"""
     deadline: float = option(120.0, "language model", in_identity=False)
@@ -112,7 +116,7 @@ class LLMConfig(Options):
         super().__post_init__()
         at_least(
             self,
-            {"concurrency": 1, "retries": 0, "max_calls": 0, "max_tokens": 0, "max_cost": 0,
+            {"thinking_tokens": 0, "concurrency": 1, "retries": 0, "max_calls": 0, "max_tokens": 0, "max_cost": 0,
              "price_prompt": 0, "price_completion": 0},
         )  # fmt: skip
         at_most(self, {"concurrency": 10_000}, "each call in flight needs a connection of its own")

@@ -38,6 +38,8 @@ class ProbeResult:
     lowest_mass: float | None
     reason: str = ""
     """why log-probabilities are not used"""
+    way: str = ""
+    """how the server reports them; empty for a local model, and in files of version 0.1.0"""
 
     def __str__(self) -> str:
         if not self.supports_logprobs:
@@ -47,6 +49,8 @@ class ProbeResult:
             )
         split = "one token" if self.tokens_of_ten == 1 else f"{self.tokens_of_ten} tokens"
         text = f"levels 0..{self.top_level} ('10' is {split} of this model)"
+        if self.way:
+            text += f", read by {self.way}"
         if self.mass is None:
             return f"{text}; both probe calls failed"
         text += (
@@ -85,7 +89,7 @@ def probe_levels(client: Client) -> ProbeResult:
         if not counts:
             why = f" ({backend.reason})" if backend.reason else ""
             raise InputError(
-                f"{backend.name}: the probe call that finds how it tokenises levels failed{why}: type the"
+                f"{backend.name}: the probe calls for the log-probabilities of levels failed{why}: type the"
                 " command again, or request levels as JSON with --method json"
             )
         ledger.remember(label, {"counts": counts})
@@ -102,9 +106,10 @@ def probe_levels(client: Client) -> ProbeResult:
         and outcome.value.mass is not None
     ]
     if not masses:
-        return ProbeResult(True, top, counts[MAX_LEVEL], None, None)
+        return ProbeResult(True, top, counts[MAX_LEVEL], None, None, way=backend.way)
     pooled = np.concatenate(masses)
-    return ProbeResult(True, top, counts[MAX_LEVEL], float(pooled.mean()), float(pooled.min()))
+    mean, lowest = float(pooled.mean()), float(pooled.min())
+    return ProbeResult(True, top, counts[MAX_LEVEL], mean, lowest, way=backend.way)
 
 
 def top_level(counts: list[int]) -> int:

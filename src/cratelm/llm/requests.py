@@ -137,6 +137,8 @@ class FailureKind(StrEnum):
     REFUSED = "refused"
     MALFORMED = "malformed"
     """not in the requested form: no JSON, truncated, the wrong number of values, or values out of range"""
+    CUT = "cut"
+    """the cap on tokens was reached before there was an answer: the model was still thinking"""
     UNREADABLE = "unreadable"
     """log-probabilities that cannot be located: no token begins at a slot, or no option is reported there"""
 
@@ -189,6 +191,16 @@ class Backend(Protocol):
         ...
 
     @property
+    def way(self) -> str:
+        """Return how a server reports log-probabilities; empty for a local model, or if it does not."""
+        ...
+
+    @property
+    def reads_by_slot(self) -> bool:
+        """Return True if a `LogprobQuery` takes a call for each of its slots, with the text up to it."""
+        ...
+
+    @property
     def window(self) -> int:
         """Return how many requests to pass at a time so that the backend stays busy."""
         ...
@@ -196,6 +208,11 @@ class Backend(Protocol):
     @property
     def parallel(self) -> int:
         """Return how many calls the backend has in flight at a time."""
+        ...
+
+    @property
+    def thinking_tokens(self) -> int:
+        """Return how many tokens a model may think before an answer, in addition to those of the answer."""
         ...
 
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
@@ -249,13 +266,21 @@ def prompt_tokens(request: Request, backend: Backend) -> int:
     if isinstance(request, Chat | JsonQuery):
         # about 4 tokens a message mark who speaks
         return sum(backend.count_tokens(text) + 4 for _, text in request.messages)
+    if isinstance(request, LogprobQuery) and backend.reads_by_slot:
+        return sum(backend.count_tokens(request.text[:offset]) for offset in request.offsets)
     return backend.count_tokens(request.text)
 
 
-def completion_tokens(request: Request) -> int:
-    """Return the largest number of tokens that the answer can take."""
+def completion_tokens(request: Request, thinking_tokens: int = 0, *, by_slot: bool = False) -> int:
+    """Return the largest number of tokens that the answer can take, and the thoughts before it.
+
+    `by_slot`: a `LogprobQuery` takes a call for each slot.
+    """
     if isinstance(request, Chat):
-        return request.max_tokens
+        return request.max_tokens + thinking_tokens
     if isinstance(request, JsonQuery):
-        return 16 + 4 * request.n  # of JSON: a number and its punctuation per value, and the frame
-    return 1 if isinstance(request, LogprobQuery) else 0
+        # of JSON: a number and its punctuation per value, and the frame
+        return 16 + 4 * request.n + thinking_tokens
+    if isinstance(request, LogprobQuery):
+        return len(request.slots) if by_slot else 1
+    return 0

@@ -72,6 +72,8 @@ class ReplayBackend:
 
     window = 4096
     parallel = 1
+    reads_by_slot = False
+    thinking_tokens = 0
     address = ""
 
     def __init__(self, label: str, facts: dict[str, Any]):
@@ -80,6 +82,7 @@ class ReplayBackend:
         self.identity: dict[str, str] = facts["identity"]
         self.supports_logprobs: bool = facts["reads"]
         self.reason: str = facts["reason"]
+        self.way: str = facts.get("way", "")  # version 0.1.0 has none
 
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
         """Raise `InputError`: these answers are not in the ledger."""
@@ -113,6 +116,7 @@ def _facts(backend: Backend) -> dict[str, Any]:
         "identity": backend.identity,
         "reads": backend.supports_logprobs,  # the key of version 0.1.0: old ledgers replay, too
         "reason": backend.reason,
+        "way": backend.way,
     }
 
 
@@ -121,7 +125,12 @@ def _backend(config: LLMConfig, specification: str) -> Backend:
     if kind == "hf":
         from cratelm.llm.backends.transformers import LocalBackend
 
-        return LocalBackend(name, device=config.device, dtype=config.dtype)
+        return LocalBackend(
+            name,
+            device=config.device,
+            dtype=config.dtype,
+            thinking_tokens=config.thinking_tokens,
+        )
     from cratelm.llm.backends.openai import ServerBackend
 
     return ServerBackend(
@@ -131,4 +140,5 @@ def _backend(config: LLMConfig, specification: str) -> Backend:
         retries=config.retries,
         deadline=config.deadline,
         method=config.method,
+        thinking_tokens=config.thinking_tokens,
     )

@@ -2,19 +2,22 @@
 
 Source: Bai & Ma, "Improving Neuron-level Interpretability with White-box Language Models"
 (arXiv 2410.16443), after Yu et al., "White-Box Transformers via Sparse Rate Reduction"
-(arXiv 2306.01129). It imports only torch and transformers, so that it can be saved with a model.
+(arXiv 2306.01129). It imports only torch, transformers and `tssa.py`, so that it can be saved with a model.
 
     Z_0       = token embedding + position embedding
     Z_{l+1/2} = Z_l + MSSA(LN(Z_l))             compression towards K subspaces, residual
     Z_{l+1}   = ISTA(LN(Z_{l+1/2}))             sparse coding in a dictionary, no residual
     logits    = LN(Z_L) E^T                     head tied to the token embedding
 
+Two fields of the configuration replace one of the two steps, for comparison: `attention` (a query, or query and
+value, of its own projection; token statistics) and `feedforward` (an MLP, or nothing).
+
 Shape legend: B batch, T position, S cached and new positions, D width, K heads (subspaces),
 P = D/K width of a head, H = expansion * D neurons of a layer, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,6 +32,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from cratelm.models.tssa import RunningSums, Tssa
 
 
 class CrateConfig(PreTrainedConfig):
@@ -51,6 +56,12 @@ class CrateConfig(PreTrainedConfig):
     """K"""
     expansion: int = 4
     """H / D: how overcomplete the dictionary is"""
+    attention: Literal["mssa", "query", "standard", "tssa"] = "mssa"
+    """mssa: one projection is query, key and value; query: a second projection is the query; standard: query, key
+    and value are three projections; tssa: token statistics self-attention, in linear time (`tssa.py`)"""
+    feedforward: Literal["ista", "mlp", "none"] = "ista"
+    """ista: sparse coding; mlp: two matrices with ReLU between them and no biases, added to its input; none: the
+    compression step alone, a model without a sparse code"""
     ista_steps: int = 2
     """number of unrolled sparse-coding steps; the paper uses 2"""
     step_size: float = 0.1
@@ -82,6 +93,14 @@ class CrateConfig(PreTrainedConfig):
         for name in ("vocab_size", "num_hidden_layers", "expansion", "ista_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, values in (
+            ("attention", ("mssa", "query", "standard", "tssa")),
+            ("feedforward", ("ista", "mlp", "none")),
+        ):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but it must be one of {', '.join(values)}"
+                )
         if self.step_size <= 0 or self.threshold < 0:
             raise ValueError(
                 f"step_size {self.step_size} must be above 0 and threshold {self.threshold} at least 0"
@@ -89,8 +108,8 @@ class CrateConfig(PreTrainedConfig):
 
     @property
     def num_neurons(self) -> int:
-        """Return H, the number of neurons per layer."""
-        return self.expansion * self.hidden_size
+        """Return H, the number of neurons per layer; without a second step, the D subspace codes."""
+        return self.hidden_size * (1 if self.feedforward == "none" else self.expansion)
 
 
 class SharedProjectionLayer(DynamicLayer):
@@ -117,10 +136,16 @@ class SharedProjectionLayer(DynamicLayer):
 
 
 class CrateCache(Cache):
-    """Key/value cache for `generate`, half the bytes of GPT-2's at the same shape."""
+    """Cache for `generate`: half the bytes of GPT-2's at the same shape.
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=SharedProjectionLayer)
+    With `attention="standard"` it is as large as GPT-2's, with "tssa" it has three sums per layer, whatever the
+    length of the text. `config`: that of the model; None stands for one with `attention="mssa"`.
+    """
+
+    def __init__(self, config: CrateConfig | None = None) -> None:
+        kinds: dict[str, Any] = {"standard": DynamicLayer, "tssa": RunningSums}
+        attention = "mssa" if config is None else config.attention
+        super().__init__(layer_class_to_replicate=kinds.get(attention, SharedProjectionLayer))
 
 
 def attend(
@@ -151,7 +176,11 @@ class OutputMap(nn.Linear):
 
 
 class Mssa(nn.Module):
-    """Multi-head subspace self-attention: one projection is query, key and value (paper, section 2)."""
+    """Multi-head subspace self-attention: one projection is query, key and value (paper, section 2).
+
+    With `attention="query"` a second projection gives the query, and with "standard" a third one the key, so that
+    this is the attention of other transformers: one projection cannot look back for a token unlike itself.
+    """
 
     def __init__(self, config: CrateConfig, layer_idx: int):
         super().__init__()
@@ -159,7 +188,10 @@ class Mssa(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads  # P
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        width, kind = config.hidden_size, config.attention
+        self.projection = nn.Linear(width, width, bias=False)
+        self.query = nn.Linear(width, width, bias=False) if kind != "mssa" else None
+        self.key = nn.Linear(width, width, bias=False) if kind == "standard" else None
         # An Identity computes nothing: its output is where hooks read and edit activations. Its path in the
         # model is named in models/sites.py, interop/ and saved models, so a rename reaches all of these.
         self.subspace = nn.Identity()
@@ -177,8 +209,9 @@ class Mssa(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output [B, T, D] and, if the implementation has them, the attention weights."""
         codes = self.subspace(self.projection(x))  # [B, T, D]
-        query = codes.view(*codes.shape[:-1], -1, self.head_dim).transpose(1, 2)  # [B, K, T, P]
-        key = value = query
+        value = self._by_head(codes)
+        query = value if self.query is None else self._by_head(self.query(x))
+        key = value if self.key is None else self._by_head(self.key(x))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, P]
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -197,6 +230,10 @@ class Mssa(nn.Module):
         )  # [B, T, K, P]
         heads = self.heads(heads.reshape(x.shape))  # [B, T, D]
         return F.dropout(self.output(heads), dropout, self.training), weights
+
+    def _by_head(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [B, K, T, P] of [B, T, D]."""
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
 
 class Ista(nn.Module):
@@ -242,32 +279,76 @@ class Ista(nn.Module):
         )
 
 
+class Mlp(nn.Module):
+    """Two matrices with ReLU between them, and no biases: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: CrateConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.num_neurons, bias=False)
+        self.fc2 = OutputMap(config.num_neurons, config.hidden_size, bias=False)
+        """site (its input): the neurons [B, T, H]"""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., D] for x [..., D]."""
+        return self.fc2(F.relu(self.fc1(x)))
+
+
 class CrateBlock(GradientCheckpointingLayer):
-    """One compression step and one sparse-coding step: [B, T, D] -> [B, T, D]."""
+    """One compression step and one sparse-coding step: [B, T, D] -> [B, T, D].
+
+    The modules keep the names `mssa` and `ista` of the two steps where the configuration replaces the first one;
+    an MLP in the place of the second is `mlp`.
+    """
 
     def __init__(self, config: CrateConfig, layer_idx: int):
         super().__init__()
-        self.residual = config.ista_residual
-        self.norm_mssa = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mssa = Mssa(config, layer_idx)
-        self.norm_ista = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.ista = Ista(config)
+        self.residual, self.layer_idx, self.dropout = (
+            config.ista_residual,
+            layer_idx,
+            config.dropout,
+        )
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.norm_mssa = nn.LayerNorm(width, eps=eps)
+        self.mssa = (
+            Tssa(width, config.num_attention_heads, config.max_position_embeddings)
+            if config.attention == "tssa"
+            else Mssa(config, layer_idx)
+        )
+        if config.feedforward == "ista":
+            self.norm_ista = nn.LayerNorm(width, eps=eps)
+            self.ista = Ista(config)
+        elif config.feedforward == "mlp":
+            self.norm_mlp = nn.LayerNorm(width, eps=eps)
+            self.mlp = Mlp(config)
+        self.feedforward = config.feedforward
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Return the residual stream [B, T, D] after this block."""
-        compressed, _ = self.mssa(
-            self.norm_mssa(hidden_states),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        """Return the residual stream [B, T, D] after this block.
+
+        `attention_mask` is that of an attention function; for TSSA it is [B, T], 1 at tokens and 0 at padding.
+        """
+        normed = self.norm_mssa(hidden_states)
+        if isinstance(self.mssa, Tssa):
+            compressed = self.mssa(
+                normed, attention_mask, position_ids, past_key_values, self.layer_idx
+            )
+            compressed = F.dropout(compressed, self.dropout, self.training)
+        else:
+            compressed, _ = self.mssa(
+                normed, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+            )
         hidden_states = hidden_states + compressed
+        if self.feedforward == "none":
+            return hidden_states
+        if self.feedforward == "mlp":
+            return hidden_states + self.mlp(self.norm_mlp(hidden_states))
         sparse = self.ista(self.norm_ista(hidden_states))
         return hidden_states + sparse if self.residual else sparse
 
@@ -277,6 +358,8 @@ class CratePreTrainedModel(PreTrainedModel):
 
     config: CrateConfig
     base_model_prefix = "model"
+    head_is_linear = True
+    """logits are the last hidden state times the head's matrix, so that a loss need not keep them all"""
     supports_gradient_checkpointing = True
     _no_split_modules = ["CrateBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -298,9 +381,13 @@ class CratePreTrainedModel(PreTrainedModel):
             init.uniform_(module.dictionary, -bound, bound)
             if module.decoder is not None:
                 init.copy_(module.decoder, module.dictionary)
-        if isinstance(module, OutputMap):
+        if isinstance(module, Tssa):
+            init.ones_(module.temperature)
+            init.zeros_(module.denominator_bias)
+        if isinstance(module, OutputMap | Tssa):
+            output = module.output if isinstance(module, Tssa) else module
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(module.weight, mean=0.0, std=std)
+            init.normal_(output.weight, mean=0.0, std=std)
 
 
 class CrateModel(CratePreTrainedModel):
@@ -342,29 +429,56 @@ class CrateModel(CratePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, D]
         assert inputs_embeds is not None
         if use_cache and past_key_values is None:
-            past_key_values = CrateCache()
+            past_key_values = CrateCache(self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (
                 torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
             )
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        if self.config.attention == "tssa":
+            mask = _token_mask(attention_mask, inputs_embeds, past_key_values)
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         hidden_states = inputs_embeds + self.embed_positions(position_ids)
         hidden_states = F.dropout(hidden_states, self.config.dropout, self.training)
         for block in self.layers:
             hidden_states = block(
-                hidden_states, attention_mask=mask, past_key_values=past_key_values, **kwargs
+                hidden_states,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
+
+
+def _token_mask(
+    attention_mask: torch.Tensor | None, embeds: torch.Tensor, past_key_values: Cache | None
+) -> torch.Tensor | None:
+    """Return the mask [B, T] of the new positions for TSSA: 1 at tokens, 0 at padding; None without padding.
+
+    Raises `ValueError` for a mask between pairs of positions, which TSSA does not have, and for another cache.
+    """
+    if past_key_values is not None and not isinstance(past_key_values, CrateCache):
+        raise ValueError(
+            f"TSSA keeps running sums, and not the keys of a {type(past_key_values).__name__}: pass CrateCache(config)"
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"TSSA has no attention between two positions: its mask is [batch, positions], not {attention_mask.ndim}-d"
+        )
+    return attention_mask[:, -embeds.shape[1] :].float()
 
 
 class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
@@ -429,5 +543,5 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         default_cache = model_kwargs.get("past_key_values")
         plain = generation_config.cache_implementation in (None, "dynamic")
         if callers_cache is None and plain and type(default_cache) is DynamicCache:
-            model_kwargs["past_key_values"] = CrateCache()
+            model_kwargs["past_key_values"] = CrateCache(self.config)  # type: ignore[attr-defined]
         return result

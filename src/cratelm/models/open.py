@@ -27,6 +27,7 @@ from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.runs.devices import device_of
 from cratelm.runs.model_options import SourceOptions
 from cratelm.runs.reading import verified
+from cratelm.text.units import TokenStrings
 from cratelm.tokens.pieces import PieceEncoder
 from cratelm.tokens.shards import MOST_UNUSED_ROWS, TokenStore, check_vocabulary
 from cratelm.tokens.tokenizer import display_strings, end_of_text_id, load_tokenizer, without_limits
@@ -227,6 +228,8 @@ class Encoder:
     GPT-2 they are the same)"""
     adds_start: bool
     """True if the tokenizer itself adds it before every text, as LLaMA's does and GPT-2's does not"""
+    end: int
+    """id of the end-of-text token, which `cratelm tokenize` writes between documents"""
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the token ids of a text [n], without special tokens.
@@ -246,7 +249,7 @@ class Encoder:
         return hashlib.sha256(tokens.encode()).hexdigest()
 
     @cached_property
-    def display(self) -> list[str]:
+    def display(self) -> TokenStrings:
         """Return a display string for each token id."""
         return display_strings(self.tokenizer)
 
@@ -255,13 +258,15 @@ def encoder_of(subject: LoadedModel, run: Run) -> Encoder:
     """Return the model's own tokenizer.
 
     This is the tokenizer.json in its folder, else what transformers finds for it, else the run's.
-    Raises `InputError` if none has the vocabulary of the model.
+    Raises `InputError` if none has the vocabulary of the model, and for a slow tokenizer, which does not say where in
+    a text its tokens are.
     """
     path = Path(subject.source) / "tokenizer.json"
     encoder = _from_folder(path) if path.is_file() else _from_transformers(subject)
     if encoder is None and (run.path / "tokens" / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(verified(run.path / "tokens" / "tokenizer.json"))
-        encoder = Encoder(tokenizer, end_of_text_id(tokenizer), False)
+        end = end_of_text_id(tokenizer)
+        encoder = Encoder(tokenizer, end, False, end)
     if encoder is None or not _fits(encoder, subject):
         raise InputError(
             f"there is no tokenizer with the vocabulary of {subject.name} ({subject.vocab_size:,}"
@@ -293,8 +298,16 @@ def _from_transformers(subject: LoadedModel) -> Encoder | None:
 
     try:
         wrapped = AutoTokenizer.from_pretrained(subject.source, revision=subject.revision or "main")
-        tokenizer = without_limits(Tokenizer.from_str(wrapped.backend_tokenizer.to_str()))
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
+        return None
+    if not getattr(wrapped, "is_fast", True):
+        raise InputError(
+            f"the tokenizer of {subject.name} ({type(wrapped).__name__}) is a slow one, which does not say where its"
+            f" tokens are in a text: a tokenizer.json is needed; convert it, and put the file into {subject.source}"
+        )
+    try:
+        tokenizer = without_limits(Tokenizer.from_str(wrapped.backend_tokenizer.to_str()))
+    except (ValueError, AttributeError):
         return None
     encoder = _encoder(wrapped, tokenizer)
     return encoder if _fits(encoder, subject) else None
@@ -305,7 +318,11 @@ def _encoder(wrapped: Any, tokenizer: Tokenizer) -> Encoder:
     special = (wrapped.bos_token_id, wrapped.eos_token_id)
     start = next((t for t in special if t is not None), None)
     start = end_of_text_id(tokenizer) if start is None else start
-    return Encoder(tokenizer, start, wrapped("a").input_ids[:1] == [start])
+    try:
+        end = end_of_text_id(tokenizer)
+    except InputError:
+        end = start if wrapped.eos_token_id is None else wrapped.eos_token_id
+    return Encoder(tokenizer, start, wrapped("a").input_ids[:1] == [start], end)
 
 
 def _fits(encoder: Encoder, subject: LoadedModel) -> bool:

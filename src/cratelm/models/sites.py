@@ -45,7 +45,7 @@ _NAMED: dict[str, tuple[str, ...]] = {
         "transformer.blocks.*.ffn.down_proj:input",  # MPT
     ),
 }
-_DEFAULTS = ("ista", "mlp")
+_DEFAULTS = ("ista", "mlp", "mssa")
 
 
 Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
@@ -171,7 +171,7 @@ def without_ends(site: Site) -> Site:
 
 @checked_arguments(model=nn.Module)
 def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, ...] = ()) -> Site:
-    """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others.
+    """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others, else `mssa`.
 
     A name that ends in `:both` is that of both ends of a site. `layers` are numbers of the model's layers; empty: all that have the site. Runs the model once on a few tokens
     to determine H. Raises `InputError` if no module has that name, if its tensor is not [B, T, H], or if a layer
@@ -194,7 +194,7 @@ def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, 
             f" {re.sub(r'[.][0-9]+[.]', '.*.', fused.rpartition('.')[0], count=1)!r}, the output of all experts"
         )
     raise InputError(
-        f"{type(model).__name__} has no site {name or 'ista or mlp'!r}: name one of"
+        f"{type(model).__name__} has no site {name or 'ista, mlp or mssa'!r}: name one of"
         f" {', '.join(_NAMED)} or a module path with * for the layer, such as"
         f" {_example(model)!r}"
     )
@@ -247,8 +247,8 @@ def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
     handles = []
     if site.is_flat:
         on_activation, follow = _unflattened(on_activation, site)
-        base = getattr(model, "base_model", model)
-        handles.append(base.register_forward_pre_hook(follow, with_kwargs=True))
+        for entrance in entrances(model):
+            handles.append(entrance.register_forward_pre_hook(follow, with_kwargs=True))
     try:
         for layer, path in enumerate(site.paths):
             module = model.get_submodule(path)
@@ -279,6 +279,15 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
 
     return on_activation
+
+
+def entrances(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that may be called with token ids: the model, and its base model.
+
+    OPT with a head calls the decoder in its base model, and never the base model itself.
+    """
+    base = getattr(model, "base_model", model)
+    return [model] if base is model else [model, base]
 
 
 def _unflattened(on_activation: Hook, site: Site) -> tuple[Hook, Callable[..., None]]:

@@ -1,20 +1,25 @@
-"""Models by name: the sizes of the paper (arXiv 2410.16443, table 1) for CRATE and its GPT-2 twin."""
+"""Models by name: the sizes of the paper (arXiv 2410.16443, table 1) for each family of `families.py`."""
 
 import contextlib
 import difflib
-import inspect
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError, one_line
-from cratelm.models.crate import CrateConfig, CrateForCausalLM, CrateModel
-from cratelm.models.gpt2 import as_twin, build_gpt2, gpt2_config
+from cratelm.models.families import (
+    FAMILIES,
+    SIZES,
+    Family,
+    family_of,
+    import_outside_families,
+    model_of,
+)
+from cratelm.models.gpt2 import as_twin
 from cratelm.runs.arguments import checked_arguments, checked_value
 from cratelm.runs.memory import available_memory, size_in_words
 from cratelm.runs.pretrained import (
@@ -27,31 +32,6 @@ from cratelm.runs.pretrained import (
 )
 from cratelm.runs.remote_code import RemoteCode, commit_of, remote_code_of
 
-AutoConfig.register("crate", CrateConfig, exist_ok=True)
-AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
-AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)
-
-
-@dataclass(frozen=True)
-class Size:
-    """Shape of a model: width D, heads K, layers L; H = 4D neurons per layer."""
-
-    hidden_size: int
-    num_attention_heads: int
-    num_hidden_layers: int
-
-
-_SIZES = {
-    "1l": Size(128, 4, 1),
-    "2l": Size(128, 4, 2),
-    "3l": Size(128, 4, 3),
-    "6l": Size(768, 12, 6),
-    "12l": Size(768, 12, 12),
-}
-SIZES: dict[str, Size] = {
-    f"{family}-{name}": size for family in ("crate", "gpt2") for name, size in _SIZES.items()
-}
-
 
 @checked_arguments()
 def build(
@@ -62,9 +42,9 @@ def build(
     seed: int = 0,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Return a model of a named size (`crate-2l`, `gpt2-12l`, ...) with fresh weights.
+    """Return a model of a named size (`crate-2l`, `gpt2-12l`, `crate-tssa-2l`, ...) with fresh weights.
 
-    `overrides` are fields of `CrateConfig` or of `GPT2Config` (for both families also `hidden_size`,
+    `overrides` are fields of the family's configuration (for all families also `hidden_size`,
     `num_hidden_layers`, `num_attention_heads`, `dropout`). The same seed gives the same weights;
     the global random state does not change. Raises `InputError` for an unknown name or field, a value of
     a wrong type, and a model that does not fit into memory.
@@ -87,49 +67,45 @@ def build(
 
 
 def build_of(config: Any, seed: int) -> PreTrainedModel:
-    """Return a CRATE model or a GPT-2 of a configuration with fresh weights; see `build`."""
+    """Return a model of one of the families' configurations with fresh weights; see `build`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if isinstance(config, CrateConfig):
-            return CrateForCausalLM(config)
-        return build_gpt2(config)
+        return model_of(config)
 
 
-def config_of(name: str, **fields: Any) -> CrateConfig | GPT2Config:
+def config_of(name: str, **fields: Any) -> Any:
     """Return the configuration of a named size, with its values replaced by `fields`.
 
     Raises `InputError` for an unknown name or field, and for values that do not fit together.
     """
+    import_outside_families()
     if name not in SIZES:
         near = difflib.get_close_matches(name, SIZES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(f"there is no size {name!r}{hint}: choose from {', '.join(SIZES)}")
-    shape = {**vars(SIZES[name]), **fields}
-    is_crate = name.startswith("crate")
-    _check_fields(shape, CrateConfig if is_crate else GPT2Config, () if is_crate else _GPT2_NAMES)
-    types = inspect.get_annotations(CrateConfig if is_crate else gpt2_config)
+    family = FAMILIES[family_of(name)]
+    shape = {**vars(SIZES[name]), **family.fields_at(SIZES[name]), **fields}
+    _check_fields(shape, family)
+    types = family.types()
     shape = {
         name: checked_value(name, value, types.get(name, Any)) for name, value in shape.items()
     }
     check_sizes_of(shape, name)
     try:
-        config = CrateConfig(**shape) if is_crate else gpt2_config(**shape)
+        config = family.config(**shape)
     except Exception as error:  # transformers' checks of its configurations share no base exception
         raise InputError(f"{name} cannot be built: {one_line(error)}") from None
     check_config(config, name)
     return config
 
 
-_GPT2_NAMES = tuple(inspect.signature(gpt2_config).parameters)
-
-
-def _check_fields(fields: dict[str, Any], config: type, aliases: tuple[str, ...]) -> None:
-    names = set(inspect.signature(config).parameters) | set(aliases)
+def _check_fields(fields: dict[str, Any], family: Family) -> None:
+    names = family.field_names()
     for field in fields:
         if field not in names:
             near = difflib.get_close_matches(field, names, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
-            raise InputError(f"{config.__name__} has no field {field!r}{hint}")
+            raise InputError(f"{family.config_class.__name__} has no field {field!r}{hint}")
 
 
 @checked_arguments()
@@ -146,6 +122,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         from cratelm.runs.reading import verify_folder  # imports pyarrow
 
         verify_folder(path)
+    import_outside_families()
     with _loading(path):
         model = from_pretrained(path, **{"trust_remote_code": False, **kwargs})
     if isinstance(model, GPT2LMHeadModel):
@@ -195,9 +172,7 @@ def count_parameters(model: PreTrainedModel) -> int:
 
 
 def position_parameters(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Return the weights of learned position embeddings; none for models other than CRATE and GPT-2."""
-    base = model.base_model
-    if isinstance(base, CrateModel):
-        return [base.embed_positions.weight]
-    wpe = getattr(base, "wpe", None)
-    return [wpe.weight] if wpe is not None else []
+    """Return the weights of learned position embeddings, `embed_positions` or `wpe` of the model without its head."""
+    names = ("embed_positions", "wpe")
+    tables = [getattr(model.base_model, name, None) for name in names]
+    return [table.weight for table in tables if isinstance(table, torch.nn.Embedding)]

@@ -57,7 +57,7 @@ class FitText:
         """Read the tokens of a plan. Memory: 8 * depth bytes per token."""
         cpu = torch.device("cpu")
         texts = [BatchText.of(batch) for batch in plan.batches(batch_tokens, cpu)]
-        contexts = Contexts.of(np.concatenate([text.contexts(depth) for text in texts]))
+        contexts = Contexts.of(np.concatenate([text.rows(text.contexts(depth)) for text in texts]))
         matched, following = zip(*(successors(text, contexts) for text in texts), strict=True)
         ngrams = NGrams.of(
             contexts, np.concatenate(matched, axis=1), np.concatenate(following), vocabulary
@@ -165,7 +165,9 @@ class Fit:
 
     @cached_property
     def _features(self) -> FitFeatures:
-        return fit_features(builtin_library(), self._opened.store, self._opened.sequence_length)
+        opened = self._opened
+        of_sequences = opened.sequence_length, opened.beginning
+        return fit_features(builtin_library(), opened.store, *of_sequences)
 
     @cached_property
     def _reader(self) -> ConceptReader:
@@ -223,7 +225,7 @@ class Fit:
                         if isinstance(of, CellSums):
                             of.add(left, of_batch)
                         else:
-                            of.add(left, matched)
+                            of.add(of_batch.rows(left), of_batch.rows(matched.T).T)
                 bar.update(batch.input_ids.numel())
 
     def _finished(self, layer: _Layer, key: tuple[Part, ...]) -> list[Predictor]:

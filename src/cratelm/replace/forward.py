@@ -29,6 +29,7 @@ from cratelm.errors import InputError
 from cratelm.models.partial_forward import PartialForward, Trace, next_logits
 from cratelm.models.sites import Site, hooked
 from cratelm.steer.ablation import token_losses
+from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.train.head_loss import rows_per_chunk
 
 Codes = Mapping[int, NDArray[np.float32]]
@@ -43,8 +44,9 @@ class ExplainedModel:
     Raises `InputError` for autoencoders that scale what they decode by the activations that they encoded.
     """
 
-    def __init__(self, model: Any, site: Site):
-        self.model, self.site = model, site
+    def __init__(self, model: Any, site: Site, beginning: Beginning = PLAIN):
+        """`beginning`: how sequences begin; begin tokens and first tokens that are left out keep their own codes."""
+        self.model, self.site, self.beginning = model, site, beginning
         self._below = replace(site, autoencoders=())
         _check_scales(site)
         self._partial: PartialForward | None = None
@@ -120,6 +122,8 @@ class ExplainedModel:
         """Return whether the hidden states after the last block are functions of these codes alone."""
         if self._head is None or self._partial is None or len(codes) != 1:
             return False
+        if not self.beginning.is_plain:
+            return False
         (place,) = codes
         return self.passes_nothing[place] and self._partial.is_last(place)
 
@@ -182,23 +186,40 @@ class ExplainedModel:
     ) -> Iterator[None]:
         """Replace codes [B, T, H] by place while open."""
 
+        kept = self._kept(trace.ids)  # [B, T, 1]
+
         def whole(place: int, activations: torch.Tensor) -> torch.Tensor | None:
             if place not in codes:
                 return None
-            return self._decoded(place, codes[place].to(activations.dtype))
+            decoded = self._decoded(place, codes[place].to(activations.dtype))
+            return decoded if kept is None else torch.where(kept, activations, decoded)
 
         def partly(place: int, activations: torch.Tensor) -> torch.Tensor | None:
             if place not in codes:
                 return None
             own = self._encoded(place, activations)
-            return self._decoded(place, torch.where(mixed[place], codes[place].to(own.dtype), own))
+            values = torch.where(mixed[place], codes[place].to(own.dtype), own)
+            decoded = self._decoded(place, values)
+            return decoded if kept is None else torch.where(kept, activations, decoded)
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(hooked(self.model, self._below, partly if mixed else whole))
             if self._partial is not None and trace.outputs:
-                block, hidden = self._begin(trace, codes, is_whole=not mixed)
+                block, hidden = self._begin(trace, codes, is_whole=not mixed and kept is None)
                 stack.enter_context(self._partial.replayed(block, hidden))
             yield
+
+    def _kept(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Return which tokens of ids [B, T] keep their own codes, [B, T, 1] bool; None for none.
+
+        What the model does at a begin token holds its attention, and no explanation is about it.
+        """
+        begin = self.beginning
+        if begin.is_plain:
+            return None
+        kept = torch.zeros_like(ids, dtype=torch.bool)
+        kept[:, : begin.extra + begin.skip] = True
+        return kept[..., None]
 
     def _begin(
         self, trace: Trace, codes: Mapping[int, torch.Tensor], *, is_whole: bool

@@ -41,18 +41,20 @@ def replaced_alone(
     that a whole pass would be needed for each neuron. For latents, what the autoencoder cannot reconstruct is kept here.
     """
     split, length = opened.store.split("held_out"), opened.sequence_length
-    if not config.neuron_tokens or split.n_sequences(length) < 1:
+    begin = opened.beginning
+    if not config.neuron_tokens or split.n_sequences(begin.room(length)) < 1:
         return None
     try:
         partial = PartialForward(opened.subject.model, opened.site)
     except InputError:
         return None
-    text = HeldOutText.of(split, length, config.neuron_tokens, config.seed)
+    text = HeldOutText.of(split, length, config.neuron_tokens, config.seed, begin)
     neurons = [np.arange(width) for width in opened.site.n_neurons]
 
     def edits(tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> list[torch.Tensor]:
-        document = split.documents_at(positions.ravel()).reshape(positions.shape)
-        of_batch = BatchText(tokens, np.where(tokens == opened.store.eot_id, -1, document))
+        document = split.documents_at(np.maximum(positions, 0).ravel()).reshape(positions.shape)
+        is_text = (tokens != opened.store.eot_id) & (positions >= 0)
+        of_batch = BatchText(tokens, np.where(is_text, document, -1))
         return [
             torch.from_numpy(np.ascontiguousarray(of.predict(of_batch))).view(*tokens.shape, -1)
             for of in explained

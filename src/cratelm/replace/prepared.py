@@ -45,7 +45,7 @@ class Prepared:
         Raises `InputError` if that is impossible, or if the explanations do not fit into memory.
         """
         opened = open_harvested(run, config.model, config)
-        model = ExplainedModel(opened.subject.model, opened.site)
+        model = ExplainedModel(opened.subject.model, opened.site, opened.beginning)
         summaries = [
             [s for s in read_summaries(opened.folder, "fit") if s.neuron.layer == layer]
             for layer in opened.site.layer_numbers
@@ -69,11 +69,10 @@ def planned(config: ReplaceConfig, opened: HarvestContext, split: Split, tokens:
     Sequences are as long as those of the harvest, or have all of the `tokens` if these are fewer. Raises `InputError`
     if the split has no tokens.
     """
-    of_split, store = opened.store.split(split), opened.store
-    if of_split.n_tokens == 0:
+    if opened.store.split(split).n_tokens == 0:
         raise InputError(f"split {split} has no tokens: tokenize more text or raise its fraction")
-    length = min(opened.sequence_length, tokens)
-    return SearchPlan.of(of_split, split, store.eot_id, length, tokens, config.seed)
+    length = min(opened.sequence_length, tokens + opened.beginning.extra)
+    return opened.plan(split, tokens, config.seed, length)
 
 
 def _check_memory(config: ReplaceConfig, opened: HarvestContext, text: FitText) -> None:

@@ -19,13 +19,18 @@ _T = TypeVar("_T")
 class BatchText:
     """The tokens of a batch, with what several explanations of them share."""
 
-    def __init__(self, ids: Int64, document: Int64):
-        """`ids` [B, T] are tokens, `document` [B, T] the ordinals of their documents, -1 at end marks."""
+    def __init__(self, ids: Int64, document: Int64, is_left_out: NDArray[np.bool_] | None = None):
+        """`ids` [B, T] are tokens, `document` [B, T] the ordinals of their documents, -1 at what is not text.
+
+        `is_left_out` [B, T]: the begin tokens and first tokens that no explanation is made from; None for none.
+        """
         self.shape = ids.shape
         self.ids = ids.ravel()
         """[n]"""
         self.document = document.ravel()
         """[n]"""
+        self.counted = None if is_left_out is None else ~is_left_out.ravel()
+        """[n] which tokens explanations are made from: text and end marks; None for all"""
         self._columns = [self.ids]
         """by j, the j-th token before each token, `START` just before its document or sequence, `NO_TOKEN` further away, [n] each"""
         self._offset = _offsets(document).ravel()
@@ -37,7 +42,9 @@ class BatchText:
         ordinals = np.append(batch.document.cpu().numpy(), -1)
         document = ordinals[batch.segment_of.cpu().numpy()]  # end marks are segment -1
         ids = batch.input_ids.cpu().numpy()
-        return cls(ids, document.reshape(ids.shape))
+        left_out = batch.is_left_out
+        of_ids = None if left_out is None else left_out.cpu().numpy().reshape(ids.shape)
+        return cls(ids, document.reshape(ids.shape), of_ids)
 
     @property
     def n_tokens(self) -> int:
@@ -56,6 +63,10 @@ class BatchText:
             column[inside] = self.ids[inside - back]
             self._columns.append(column)
         return np.stack(self._columns[:depth], axis=1)
+
+    def rows(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the rows of values [n, ...] that explanations are made from."""
+        return values if self.counted is None else values[self.counted]
 
     def matched(self, contexts: Contexts) -> Int64:
         """Return `contexts.match` of this text, [D, n]."""

@@ -20,7 +20,7 @@ from cratelm.records import Excerpt, Metric, NeuronId, NeuronKey, NeuronRecord, 
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.report.config import ReportConfig
 from cratelm.report.llm_explanations import LlmExplanation, llm_explanations
-from cratelm.results.excerpts import largest, shade, simulate_excerpts
+from cratelm.results.excerpts import largest, shade, simulate_excerpts, unit_at
 from cratelm.results.neuron_view import read_explanations_of
 from cratelm.results.run_results import ModelResults, RunResults
 from cratelm.score.selection import scored_on
@@ -277,8 +277,9 @@ def _row(
     part = excerpt.narrowed(BEFORE, AFTER)
     start = excerpt.peak - part.peak
     activations = np.asarray(values)[start : start + len(part)]
-    tokens = shade(store.decode_tokens(part.token_ids), activations, maximum)
-    return name, shaded_html(tokens, part.peak, every_value=False)
+    tokens = shade(store, part.token_ids, activations, maximum)
+    peak = unit_at(store, part.token_ids, part.peak)
+    return name, shaded_html(tokens, peak, every_value=False)
 
 
 def _shown(score: NeuronScore | None) -> str:

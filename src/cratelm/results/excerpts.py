@@ -16,6 +16,7 @@ from cratelm.explain.evidence import WEIGHT, evidence_of
 from cratelm.records import EXCERPT_KINDS, Excerpt, ExcerptKind, levels
 from cratelm.results.views import ExcerptChoice, ExcerptView, ShadedToken, TokenValue
 from cratelm.score.simulators import SIMULATORS, simulate
+from cratelm.text.units import Unit
 from cratelm.tokens.shards import TokenStore
 
 _FIRST: dict[ExcerptKind, int] = {
@@ -28,18 +29,47 @@ _FIRST: dict[ExcerptKind, int] = {
 """maximum number of excerpts per kind and bin on a page that does not show all of them"""
 _FAVOURITES = 16
 """maximum number of tokens returned by `favourite_tokens`"""
-_shaded_token: Callable[[tuple[str, float, int]], ShadedToken] = partial(tuple.__new__, ShadedToken)
+_shaded_token: Callable[[tuple[str, float, int, str]], ShadedToken] = partial(
+    tuple.__new__, ShadedToken
+)
 """like ShadedToken._make but without its Python code: a page needs thousands of tokens, and this takes a
 third of the time"""
 
 
-def shade(tokens: Sequence[str], activations: ArrayLike, maximum: float) -> tuple[ShadedToken, ...]:
-    """Return tokens [n] with their activations [n] and levels 0..10; level 10 is the activation `maximum`."""
-    values = np.asarray(activations, np.float64)
-    shades = levels(values, maximum)
-    return tuple(
-        map(_shaded_token, zip(tokens, values.tolist(), shades.tolist(), strict=True))
-    )  # fmt: skip
+def shade(
+    store: TokenStore, token_ids: NDArray, activations: ArrayLike, maximum: float
+) -> tuple[ShadedToken, ...]:
+    """Return the units of a text with their activations and levels 0..10; level 10 is the activation `maximum`.
+
+    `token_ids` and `activations` are [n]. A unit of several tokens has the largest of their activations.
+    """
+    units, values = store.units(token_ids), np.asarray(activations, np.float64)
+    if len(units) == len(values):
+        parts = [""] * len(units)
+        largest_ = values
+    else:
+        parts = [_parts(store, token_ids, values, unit) for unit in units]
+        largest_ = np.maximum.reduceat(values, [unit.start for unit in units])
+    texts, shades = (unit.text for unit in units), levels(largest_, maximum)
+    columns = zip(texts, largest_.tolist(), shades.tolist(), parts, strict=True)
+    return tuple(map(_shaded_token, columns))
+
+
+def _parts(store: TokenStore, token_ids: NDArray, values: NDArray, unit: Unit) -> str:
+    """Return the bytes and the activation of each token of a unit, in words; empty for one token."""
+    if unit.n_tokens == 1:
+        return ""
+    of_bytes = store.bytes_of(token_ids[unit.start : unit.stop])
+    pairs = zip(of_bytes, values[unit.start : unit.stop].tolist(), strict=True)
+    return f"{unit.n_tokens} tokens: " + ", ".join(
+        f"{b.hex(' ')} {value or 0:.3g}" for b, value in pairs
+    )
+
+
+def unit_at(store: TokenStore, token_ids: NDArray, offset: int) -> int:
+    """Return the index of the unit that holds the token at `offset`."""
+    units = store.units(token_ids)
+    return next((at for at, unit in enumerate(units) if offset < unit.stop), offset)
 
 
 def simulate_excerpts(
@@ -84,16 +114,17 @@ def excerpt_views(
     names = documents({e.document for e in chosen})
     views = []
     for i, e in enumerate(chosen):
-        tokens = store.decode_tokens(e.token_ids)
         views.append(
             ExcerptView(
                 kind=e.kind,
                 bin=e.bin,
                 rank=e.rank,
-                peak=e.peak,
+                peak=unit_at(store, e.token_ids, e.peak),
                 document=names.get(e.document, f"document {e.document}"),
-                true=shade(tokens, e.activations, top),
-                simulated=shade(tokens, simulated[i], simulated_top) if simulated else (),
+                true=shade(store, e.token_ids, e.activations, top),
+                simulated=shade(store, e.token_ids, simulated[i], simulated_top)
+                if simulated
+                else (),
             )
         )
     return tuple(views), len(excerpts) - len(chosen)

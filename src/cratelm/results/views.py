@@ -225,13 +225,18 @@ class ScoreHistogram:
 
 
 class ShadedToken(NamedTuple):
-    """One token of an excerpt. A tuple, because a page has thousands and a dataclass takes three times as long."""
+    """One token of an excerpt, or several that make a character (`cratelm.text.units`).
+
+    A tuple, because a page has thousands and a dataclass takes three times as long.
+    """
 
     text: str
     value: float
-    """raw activation"""
+    """raw activation; the largest one of several tokens"""
     level: int
     """0 to 10, relative to the neuron's largest activation among the excerpts shown"""
+    parts: str = ""
+    """bytes and activation of each of several tokens, in words; empty for one token"""
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,7 @@ class ExcerptView:
     bin: int
     rank: int
     peak: int
-    """offset of the token for which the excerpt was chosen"""
+    """offset in `true` of the token for which the excerpt was chosen"""
     document: str
     """name of the document"""
     true: tuple[ShadedToken, ...]

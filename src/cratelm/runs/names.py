@@ -25,6 +25,8 @@ from typing import Literal
 from cratelm.errors import InputError
 
 FAMILIES = ("crate", "gpt2")
+_VARIANT = re.compile(r"^-[a-z0-9]+(?=-\d+l(?:\W|$))")
+"""the variant of a family in a name without the family, before the size"""
 """models of one size in both families are twins: `crate-2l` and `gpt2-2l`"""
 NullKind = Literal["init", "permuted", "embeddings"]
 NULLS: tuple[NullKind, ...] = ("init", "permuted", "embeddings")
@@ -218,8 +220,11 @@ def family_of(name: str) -> str:
 
 
 def twin_name(name: str) -> str:
-    """Return the name of the same size in the other family; an empty string without a family."""
+    """Return the name of the same size in the other family; an empty string without a family.
 
+    The twin of a variant, such as crate-tssa-2l or gpt2-solu-2l, is the plain model of the other family.
+    """
     crate, gpt2 = FAMILIES
-    other = {crate: gpt2, gpt2: crate}.get(family_of(name), "")
-    return other and other + name.removeprefix(family_of(name))
+    family = family_of(name)
+    other = {crate: gpt2, gpt2: crate}.get(family, "")
+    return other and other + _VARIANT.sub("", name.removeprefix(family))

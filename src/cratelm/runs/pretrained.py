@@ -38,7 +38,7 @@ SIZE_FIELDS = {
     "n_positions",
 }
 """fields of configurations that count something, under the names that families share, and under GPT-2's"""
-_LEARNED_POSITIONS = ("crate", "gpt2")
+_LEARNED_POSITIONS = ("crate", "gpt2", "gpt2_activation", "sparse_gpt")
 """families with a learned vector for each position; in others any number of positions is free"""
 _LAYER_BYTES = 20_000
 """bytes of Python objects of one layer, however narrow it is"""
@@ -121,7 +121,7 @@ def fewest_parameters(config: Any) -> int:
     """Return a lower bound of the number of parameters of a model with this configuration.
 
     It holds for every family of transformers' causal language models: the embedding, and one square matrix
-    per layer. For CRATE and GPT-2 it is nearly all of the parameters.
+    per layer. For cratelm's families it is nearly all of the parameters.
     """
     text = config.get_text_config()
     width, layers = _size(text, "hidden_size"), _size(text, "num_hidden_layers")
@@ -130,11 +130,23 @@ def fewest_parameters(config: Any) -> int:
     if text.model_type in _LEARNED_POSITIONS:
         rows += _size(text, "max_position_embeddings")
     if text.model_type == "crate":
-        dictionaries = 2 if getattr(text, "decoupled_dictionary", False) else 1
-        of_layer = width * width * (2 + dictionaries * _size(text, "expansion"))
-    elif text.model_type == "gpt2":
+        of_layer = width * width * (2 + _crate_matrices(text) * _size(text, "expansion"))
+    elif text.model_type in ("gpt2", "gpt2_activation"):
         of_layer = width * (4 * width + 2 * (_size(text, "n_inner") or 4 * width))
+    elif text.model_type == "sparse_gpt":
+        inner = _size(text, "num_attention_heads") * _size(text, "head_dim")
+        of_layer = width * (4 * inner + 2 * _size(text, "intermediate_size"))
+        table = _size(text, "vocab_size") ** 2 if getattr(text, "bigram_table", False) else 0
+        return (rows + _size(text, "vocab_size")) * width + layers * of_layer + table
     return rows * width + layers * of_layer
+
+
+def _crate_matrices(config: Any) -> int:
+    """Return the number of matrices [H, D] of the second step of a CRATE's block."""
+    kind = getattr(config, "feedforward", "ista")
+    if kind == "none":
+        return 0
+    return 2 if kind == "mlp" or getattr(config, "decoupled_dictionary", False) else 1
 
 
 def least_memory(config: Any) -> int:

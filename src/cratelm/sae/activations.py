@@ -1,8 +1,8 @@
 """Activations of a site as shuffled batches: a pure function of the model, the tokens and the seed.
 
 Sequences of the train split are read by the model in a random order, a new one each epoch. Their activations,
-excluding those at end-of-text tokens, fill a buffer, whose rows are served in a random order; remaining rows that
-do not fill a batch are dropped. A position in the stream is therefore two numbers, and an interrupted training
+excluding those at end-of-text tokens, begin tokens and the first tokens that are left out, fill a buffer, whose rows
+are served in a random order; remaining rows that do not fill a batch are dropped. A position in the stream is therefore two numbers, and an interrupted training
 resumes after filling one buffer. SAELens' mixing buffer, in contrast, carries old rows over into every refill, so
 that its state can only be restored by running it from the start.
 
@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
 from cratelm.models.sites import Site, hooked
+from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenSplit
 from cratelm.train.data import BatchSampler, read_batch
 
@@ -57,20 +58,21 @@ class ActivationBuffer:
         buffer_bytes: int,
         most_rows: int,
         seed: int,
+        beginning: Beginning = PLAIN,
     ):
         """Allocate the buffer; no forward pass is run yet.
 
-        `batch_size` is in rows, `batch_tokens` in tokens of a forward pass; `most_rows` is the number of rows
+        `sequence_length` is with the begin token that `beginning` sets before every sequence. `batch_size` is in rows, `batch_tokens` in tokens of a forward pass; `most_rows` is the number of rows
         that are needed in total, which limits the size of the buffer.
         """
         self.model, self.site, self.layers, self.eot_id = model, site, layers, eot_id
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.beginning = batch_size, seed, beginning
         b = max(1, batch_tokens // sequence_length)
         self.sampler = BatchSampler(
             split,
             batch_size=b,
             micro_batch_size=b,
-            sequence_length=sequence_length,
+            sequence_length=beginning.room(sequence_length),
             seed=seed,
         )
         widths = [site.n_neurons[layer] for layer in layers]
@@ -144,7 +146,8 @@ class ActivationBuffer:
             tokens, _ = read_batch(
                 self.sampler.split, indices, self.sampler.sequence_length, self.model.device
             )  # [b, T]
-            text = (tokens != self.eot_id).flatten()  # [b * T]
+            tokens, counts = self._begun(tokens)
+            text = ((tokens != self.eot_id) & counts).flatten()  # [b * T]
             count = int(text.sum())
             by_layer = layer_activations(self.model, self.site, self.layers, tokens)
             for buffer, activations in zip(self._buffers, by_layer, strict=True):
@@ -154,6 +157,23 @@ class ActivationBuffer:
         # seeded by the first forward pass, so that seeking to a position in the buffer gives the same order
         generator = np.random.default_rng((self.seed, first, 1))
         self._order = generator.permutation(self._filled)
+
+    def _begun(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens [b, n] after the begin token, [b, T], and which of them count, but for end-of-text tokens."""
+        begin, counts = self.beginning, torch.ones_like(tokens, dtype=torch.bool)
+        if begin.is_plain:
+            return tokens, counts
+        if begin.token is not None:
+            # A row that begins with it gets an end-of-text token at its end instead: no second one, same length.
+            own = tokens[:, :1] == begin.token
+            column = tokens.new_full(own.shape, begin.token)
+            after = tokens.new_full(own.shape, self.eot_id)
+            tokens = torch.where(own, torch.cat([tokens, after], 1), torch.cat([column, tokens], 1))
+            counts = torch.ones_like(tokens, dtype=torch.bool)
+            of_document = (tokens[:, 1:] == begin.token) & (tokens[:, :-1] == self.eot_id)
+            counts[:, 1:] &= ~of_document  # begin tokens of the text
+        counts[:, : begin.extra + begin.skip] = False
+        return tokens, counts
 
 
 def layer_activations(

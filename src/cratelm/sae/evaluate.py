@@ -30,6 +30,7 @@ from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import last_name
 from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
+from cratelm.models.begin import announced
 from cratelm.models.latents import latents_of
 from cratelm.models.open import find_model, sequence_length
 from cratelm.models.sites import Site
@@ -91,6 +92,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = _open(config, asked_for.folder, model, identity)
     length = sequence_length(loaded, config.sequence_length)
+    beginning = announced(loaded, run, config.begin_token, config.skip_first, with_skip=True)
     split = store.split(config.split)
     if split.n_tokens < 2:
         raise InputError(
@@ -99,7 +101,9 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
         )
 
     def plan(tokens: int) -> SearchPlan:
-        return SearchPlan.of(split, config.split, store.eot_id, length, tokens, config.seed)
+        return SearchPlan.of(
+            split, config.split, store.eot_id, length, tokens, config.seed, beginning
+        )
 
     measured = measure(model, site, plan(config.tokens), config.batch_tokens, quiet=config.quiet)
     result = _result(config, asked_for.name, site, measured)

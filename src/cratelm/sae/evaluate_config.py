@@ -6,10 +6,11 @@ from pathlib import Path
 from cratelm.records import Split
 from cratelm.runs import at_least, not_in_identity
 from cratelm.runs.model_options import Dtype, ModelOptions, model_option
+from cratelm.tokens.beginning import BeginningOptions
 
 
 @dataclass(frozen=True)
-class SaeEvaluateConfig(ModelOptions):
+class SaeEvaluateConfig(ModelOptions, BeginningOptions):
     """Measure sparse autoencoders on tokens they were not trained on, and compare with the site's activations."""
 
     run: Path = not_in_identity(Path("runs/default"))

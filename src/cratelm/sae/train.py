@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
+from cratelm.models.begin import announce, choose_beginning
 from cratelm.models.open import LoadedModel, find_model, sequence_length
 from cratelm.models.sites import Site, site_of
 from cratelm.runs import Draft, Run, Stage, identity_of, write_json
@@ -38,6 +38,7 @@ from cratelm.sae.architectures import (
 )
 from cratelm.sae.store import SaeLayerTraining, SaeTraining, read_training, write_training
 from cratelm.sae.train_config import SaeTrainConfig
+from cratelm.tokens.beginning import Beginning
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 from cratelm.train.log import METRICS, TIMING, Log, read_metrics
 from cratelm.train.resume import without_worthless_draft
@@ -92,14 +93,17 @@ def sae_train(config: SaeTrainConfig) -> SaeTrainResult:
     settings = config.settings()
     if stage.is_finished(settings, inputs, force=config.force):
         return _result(stage)
-    model = source.load(config.device, config.dtype).model
+    loaded = source.load(config.device, config.dtype)
+    model = loaded.model
+    chosen = choose_beginning(loaded, run, config.begin_token, config.skip_first)
+    announce(chosen, loaded)
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
     site = site_of(model, config.site, config.layers)
     layers = _layers(config, site)
     check_training_memory(config, list(site.n_neurons), model.device)
     # created before the draft, so that invalid input is rejected before anything is written
-    activations = _activations(config, model, store, site)
+    activations = _activations(config, loaded, store, site, chosen.beginning)
     with without_worthless_draft(stage), stage.write(settings, inputs, resume=True) as draft:
         draft.scratch.add(checkpoints.FOLDER)
         draft.unhashed.add(TIMING)
@@ -118,13 +122,14 @@ def _layers(config: SaeTrainConfig, site: Site) -> tuple[int, ...]:
 
 def _activations(
     config: SaeTrainConfig,
-    model: PreTrainedModel,
+    loaded: LoadedModel,
     store: TokenStore,
     site: Site,
+    beginning: Beginning,
 ) -> ActivationBuffer:
-    length = sequence_length(LoadedModel(config.model, "", model), config.sequence_length)
+    length = sequence_length(loaded, config.sequence_length)
     return ActivationBuffer(
-        model,
+        loaded.model,
         site,
         tuple(range(site.n_layers)),
         store.split("train"),
@@ -135,6 +140,7 @@ def _activations(
         buffer_bytes=config.buffer_mib * 2**20,
         most_rows=config.steps * config.batch_size,
         seed=config.seed,
+        beginning=beginning,
     )
 
 
@@ -299,6 +305,8 @@ def _write(training: _Training, inputs: dict[str, str]) -> None:
         sae = _fold_scales(config, trainer)
         for key, value in _provenance(config, site, layer, inputs).items():
             sae.cfg.metadata[key] = value
+        if training.activations.beginning.token is not None:
+            sae.cfg.metadata["prepend_bos"] = True
         _, settings = sae.save_inference_model(draft.path / f"layer-{layer}")
         # SAELens writes the keys in the order of a set, which differs between processes
         write_json(settings, json.loads(settings.read_text(encoding="utf-8")))
@@ -315,6 +323,8 @@ def _write(training: _Training, inputs: dict[str, str]) -> None:
         layers=tuple(layers),
     )
     draft.results = write_training(draft.path, description, inputs)
+    begin = training.activations.beginning
+    draft.results.update(begin_token=begin.token, skip_first=begin.skip)
 
 
 @torch.no_grad()

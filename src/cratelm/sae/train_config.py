@@ -11,6 +11,7 @@ from cratelm.records import BOTH_ENDS, has_both_ends
 from cratelm.runs import Settings, at_least, config_dict, not_in_identity, options_of
 from cratelm.runs.model_options import Dtype, ModelOptions, model_option
 from cratelm.runs.names import check_name, set_name
+from cratelm.tokens.beginning import BeginningOptions
 
 Architecture = Literal["l1", "topk", "batchtopk", "jumprelu", "gated"]
 ARCHITECTURES: tuple[Architecture, ...] = ("l1", "topk", "batchtopk", "jumprelu", "gated")
@@ -27,7 +28,7 @@ _MOST_TOKENS_UNTIL_DEAD = 10_000_000
 
 
 @dataclass(frozen=True)
-class SaeTrainConfig(ModelOptions):
+class SaeTrainConfig(ModelOptions, BeginningOptions):
     """Train sparse autoencoders on a site of a model, one per layer, in one pass over train tokens.
 
     After an interruption the same command resumes.

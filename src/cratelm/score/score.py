@@ -332,11 +332,9 @@ class _Whole:
 
     def _plan(self, split: Split) -> SearchPlan:
         """Return the tokens that the harvest searched."""
-        store = self._opened.store
         tokens = self._harvest.get("tokens", HarvestConfig.tokens)
         seed = self._harvest.get("seed", HarvestConfig.seed)
-        length = self._opened.sequence_length
-        return SearchPlan.of(store.split(split), split, store.eot_id, length, tokens, seed)
+        return self._opened.plan(split, tokens, seed)
 
     def of(self, explanations: ExplanationSource) -> WholeSplit:
         """Return the measurement of explanations."""

@@ -83,7 +83,7 @@ class WholeSummary:
             own = by_name[explainer, "none", "correlation"]
             parts = [
                 f"correlation {_shown(own, 100)}; shuffled"
-                f" {_shown(by_name[explainer, 'shuffled', 'correlation'], 100)}",
+                f" {_shown(by_name.get((explainer, 'shuffled', 'correlation')), 100)}",
                 f"{own.undefined} undefined",
                 f"average precision {_shown(by_name[explainer, 'none', 'precision_top'], 100)}"
                 f" (chance {_shown(by_name[explainer, 'none', 'chance_top'], 100, '.2f')})",
@@ -167,6 +167,6 @@ def _complement(share: LayeredMean) -> LayeredMean:
     return LayeredMean(Interval(1 - mean.value, low, high, mean.n), share.defined, share.undefined)
 
 
-def _shown(of: LayeredMean, scale: float, form: str = ".1f") -> str:
-    """Return a mean, times `scale`, with its interval."""
-    return "none" if of.mean is None else of.mean.in_words(form, scale)
+def _shown(of: LayeredMean | None, scale: float, form: str = ".1f") -> str:
+    """Return a mean, times `scale`, with its interval; None: there is none, as with one neuron, which has no shuffle."""
+    return "none" if of is None or of.mean is None else of.mean.in_words(form, scale)

@@ -1,6 +1,7 @@
 """The loss on held-out text without each neuron, one at a time.
 
-A neuron is set to 0 (or to its mean, or to what its explanation predicts) at every token, and the loss of every next token is measured again, paired
+A neuron is set to 0 (or to its mean, or to what its explanation predicts) at every token but begin tokens and the first
+tokens that the harvest leaves out, and the loss of every next token is measured again, paired
 with the loss of the same token in the unedited model. The blocks before the neuron are computed once
 (`cratelm.models.partial_forward`). A sequence in which the edit changes nothing is not run again, because its
 change is 0; after the last block the same holds for single tokens. Running the whole model for each neuron takes
@@ -28,6 +29,7 @@ from cratelm.records import Estimate
 from cratelm.runs.ranks import Share
 from cratelm.stats.ratio import ratio
 from cratelm.steer.store import Ablation
+from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenSplit
 
 MOST_LOGITS = 2**24
@@ -38,7 +40,7 @@ Float64 = NDArray[np.float64]
 _ALL = Share()
 Edits = Callable[[NDArray[np.int64], NDArray[np.int64]], Sequence[torch.Tensor]]
 """returns what the neurons of each layer [L] are set to at the tokens [B, T] of a batch, which are at these positions of
-the split [B, T]: one value per neuron [k], or one per token and neuron [B, T, k]"""
+the split [B, T], -1 where none is edited: one value per neuron [k], or one per token and neuron [B, T, k]"""
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,27 @@ class HeldOutText:
     """T, tokens"""
     sequences: NDArray[np.int64]
     """[n] numbers of the sequences in the split, ascending"""
+    beginning: Beginning = PLAIN
+    """how each of them begins"""
 
     @classmethod
-    def of(cls, split: TokenSplit, length: int, tokens: int, seed: int) -> "HeldOutText":
+    def of(
+        cls, split: TokenSplit, length: int, tokens: int, seed: int, beginning: Beginning = PLAIN
+    ) -> "HeldOutText":
         """Return a random sample of whole sequences with at most `tokens` tokens, but at least one sequence.
 
-        Raises `InputError` if the split is shorter than one sequence.
+        `length` is with the begin token. Raises `InputError` if the split is shorter than one sequence.
         """
-        n_sequences = split.n_sequences(length)
+        room = beginning.room(length)
+        n_sequences = split.n_sequences(room)
         if not n_sequences:
             raise InputError(
                 f"the {split.name} split has {split.n_tokens:,} tokens, less than one sequence of"
                 f" {length}: give a lower --sequence-length"
             )
-        n_drawn = min(n_sequences, max(1, tokens // length))
+        n_drawn = min(n_sequences, max(1, tokens // room))
         drawn = np.random.default_rng(seed).choice(n_sequences, n_drawn, replace=False)
-        return cls(split, length, np.sort(drawn))
+        return cls(split, length, np.sort(drawn), beginning)
 
     @property
     def n_tokens(self) -> int:
@@ -75,15 +82,36 @@ class HeldOutText:
     def batches(
         self, batch_tokens: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield tokens [B, T + 1], the ordinals [B, T] of the documents of the targets, and the positions [B, T] before them."""
-        size = max(1, batch_tokens // self.length)
-        for first in range(0, len(self.sequences), size):
-            numbers = self.sequences[first : first + size]
-            tokens = np.stack([self.split.sequence(i, self.length) for i in numbers])
-            # sequence i begins at token i * T of the split; its targets are the tokens after its first
-            positions = numbers[:, None] * self.length + np.arange(self.length)
+        """Yield tokens [B, T + 1], the ordinals [B, T] of the documents of the targets, and the positions [B, T] before them.
+
+        A position is -1 where no neuron is edited: at begin tokens, and at the first tokens that are left out.
+        """
+        size, begin = max(1, batch_tokens // self.length), self.beginning
+        room = begin.room(self.length)
+        for low in range(0, len(self.sequences), size):
+            numbers = self.sequences[low : low + size]
+            # sequence i begins at token i * room of the split; its targets are the tokens after its first
+            positions = numbers[:, None] * room + np.arange(self.length)
+            if begin.token is None:
+                tokens = np.stack([self.split.sequence(i, self.length) for i in numbers])
+            else:
+                tokens, positions = self._begun(positions)
             documents = self.split.documents_at(positions.ravel() + 1).reshape(positions.shape)
+            if not begin.is_plain:
+                positions[:, : begin.extra + begin.skip] = -1
             yield tokens, documents, positions
+
+    def _begun(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return tokens [B, T + 1] after the begin token, and the positions [B, T] of all but the last."""
+        # The begin token takes the place before the sequence. One that has a begin token of its own, and is not the
+        # last one of the split, has one token more at its end instead.
+        own = self.split.read_at(positions[:, 0]) == self.beginning.token
+        own &= positions[:, -1] + 1 < self.split.n_tokens
+        positions = positions - ~own[:, None]
+        after = np.concatenate([positions, positions[:, -1:] + 1], axis=1)
+        tokens = self.split.read_at(np.maximum(after, 0))
+        tokens[:, 0] = self.beginning.token
+        return tokens, positions
 
 
 @dataclass(frozen=True)
@@ -131,9 +159,12 @@ def ablate(
         for name, of_tokens in (("all", losses), ("n", torch.ones_like(losses))):
             base.add(name, torch.zeros_like(columns), columns, of_tokens)
         values = None if edits is None else edits(tokens[:, :-1], positions)
+        fixed = None
+        if not text.beginning.is_plain:
+            fixed = torch.from_numpy(positions < 0).to(device)[..., None]  # [B, T, 1]
         for site_layer, of_layer in enumerate(neurons):
             sums[site_layer].grow(len(column_of))
-            batch = _Batch(partial, trace, site_layer, ids[:, 1:], losses, columns)
+            batch = _Batch(partial, trace, site_layer, ids[:, 1:], losses, columns, fixed)
             for first in _groups(site_layer, len(of_layer), share):
                 group = slice(first, first + GROUP)
                 value = None if values is None else values[site_layer][..., group].to(losses)
@@ -173,6 +204,8 @@ class _Batch:
     """[B, T] losses of the unedited model"""
     columns: torch.Tensor
     """[B, T] column of the target's document in the sums"""
+    fixed: torch.Tensor | None = None
+    """[B, T, 1] bool, where no neuron is edited; None for nowhere"""
 
 
 class _Sums:
@@ -236,6 +269,8 @@ def _measure(
     activations = batch.trace.activations[batch.site_layer][..., neurons]  # [B, T, g]
     delta = (0 if value is None else value) - activations
     firing = (activations > 0).double()
+    if batch.fixed is not None:
+        delta, firing = delta.masked_fill(batch.fixed, 0), firing.masked_fill(batch.fixed, 0)
     table_rows = torch.arange(first, first + len(neurons), device=activations.device)
     columns = batch.columns[..., None].expand(activations.shape)
     sums.add("n", table_rows.expand(activations.shape), columns, firing)

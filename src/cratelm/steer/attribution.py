@@ -100,6 +100,7 @@ def attribute(
     positions: int,
     seed: int,
     share: Share = _ALL,
+    prefix: tuple[int, ...] = (),
 ) -> Iterator[VocabularyEffect | NeuronId]:
     """Yield the effects of the neurons of one layer, in order, or only the id if a neuron fires at no drawn token.
 
@@ -107,7 +108,8 @@ def attribute(
 
     `site_layer` is the index into the layers of the site; `records` are of the fit split; `matrix` [V', D] is
     that of `direct_logit_attribution`. A head can have more rows than there are tokens, so only the first
-    `vocabulary` rows and logits are used. At most `positions` tokens per neuron are drawn.
+    `vocabulary` rows and logits are used. At most `positions` tokens per neuron are drawn. `prefix` are the tokens that
+    stand before every excerpt: the begin token, and what takes the place of the first tokens that are left out.
 
     Memory: `NEURONS_A_TIME` times V numbers, and twice `MOST_LOGITS` logits.
     """
@@ -115,7 +117,9 @@ def attribute(
     number = site_layer
     while batch := list(itertools.islice(unread, NEURONS_A_TIME)):
         if share.takes(number):
-            yield from _attribute(partial, site_layer, batch, matrix, vocabulary, positions, seed)
+            yield from _attribute(
+                partial, site_layer, batch, matrix, vocabulary, positions, seed, prefix
+            )
         number += 1
 
 
@@ -127,6 +131,7 @@ def _attribute(
     vocabulary: int,
     positions: int,
     seed: int,
+    prefix: tuple[int, ...],
 ) -> Iterator[VocabularyEffect | NeuronId]:
     """Yield the results of `attribute` for one batch of neurons."""
     sums = torch.zeros(len(records), vocabulary, dtype=torch.double)
@@ -135,7 +140,7 @@ def _attribute(
     indices = np.array([r.neuron.index for r in records])
     for rows in _of_one_length(drawn, partial):
         of_row = np.array([j for j, _ in rows])  # [n] index of each row's record
-        ids = np.stack([e.token_ids[: e.peak + 1] for _, e in rows]).astype(np.int64)
+        ids = np.stack([[*prefix, *e.token_ids[: e.peak + 1]] for _, e in rows]).astype(np.int64)
         effects, values = _effects(partial, site_layer, ids, indices[of_row], vocabulary)
         fires = values != 0  # with less text before it than in the harvest, a neuron may be silent
         sums.index_add_(0, torch.from_numpy(of_row[fires]), effects[torch.from_numpy(fires)])

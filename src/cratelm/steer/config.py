@@ -11,13 +11,14 @@ from cratelm.runs import at_least, check_memory, check_resamples, not_in_identit
 from cratelm.runs.model_options import HarvestedModelOptions, ModelOptions, SourceOptions
 from cratelm.runs.names import check_name
 from cratelm.steer.edits import Edit, Positions, one_operation
+from cratelm.tokens.beginning import BeginTokenOption
 
 PROMOTED = "promoted"
 """name of the explanations derived from `cratelm effects`: the tokens that a neuron promotes most"""
 
 
 @dataclass(frozen=True)
-class SteerConfig(ModelOptions):
+class SteerConfig(ModelOptions, BeginTokenOption):
     """Edit neurons while a model reads a text, and show how the next token and the continuation change."""
 
     neurons: tuple[str, ...]
@@ -44,7 +45,8 @@ class SteerConfig(ModelOptions):
     """set the activation to 0"""
     positions: str = "all"
     """tokens at which neurons are edited: all, last, generated, a span such as 5: or -3:, or numbers such as
-    2,5. Position 0 is the token that begins every text; negative positions count from the end of the text"""
+    2,5. Position 0 is the token that begins every text; if that is the model's begin token, `all` leaves it as it
+    is. Negative positions count from the end of the text"""
     text: str | None = None
     """the text; default: the beginning of a held-out document of the run"""
     text_file: Path | None = None

@@ -23,6 +23,7 @@ from cratelm.steer.edits import Edit
 from cratelm.steer.next_tokens import continue_ids, token_string
 from cratelm.steer.steering import steering
 from cratelm.steer.store import ContinuationTexts
+from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenSplit
 
 DOUBLINGS, HALVINGS = 12, 16
@@ -77,14 +78,22 @@ class Continuations:
 
 
 def draw_prompts(
-    split: TokenSplit, eot: int, count: int, length: int, seed: int, layer: int, index: int
+    split: TokenSplit,
+    eot: int,
+    count: int,
+    length: int,
+    seed: int,
+    layer: int,
+    index: int,
+    beginning: Beginning = PLAIN,
 ) -> NDArray[np.int64]:
     """Return prompts [B, T] from inside documents, drawn by seed, layer and index: twins get the same prompts.
 
-    Every span of `length` tokens inside a document is equally likely. Raises `InputError` if the split has no
+    Every span of `length` tokens inside a document is equally likely. They are without begin tokens. Raises `InputError` if the split has no
     document of that length.
     """
-    plan = SearchPlan.of(split, "held_out", eot, max(2, split.n_tokens), split.n_tokens, 0)
+    whole, begin = max(2, split.n_tokens) + beginning.extra, Beginning(beginning.token)
+    plan = SearchPlan.of(split, "held_out", eot, whole, split.n_tokens, 0, begin)
     starts, stops = plan.text_spans()
     room = np.maximum(stops - starts - length + 1, 0)  # possible first tokens in each document
     if not room.sum():
@@ -119,11 +128,15 @@ def continue_prompts(
     The neuron `index` is set to `value`; the neuron `other` is steered as strongly, unless it is None.
     """
     model = harvested.subject.model
-    ids = torch.from_numpy(prompts).to(model.device)
+    prefix = np.array(harvested.beginning.prefix(harvested.store.eot_id), np.int64)
+    before = np.tile(prefix, (len(prompts), 1))
+    ids = torch.from_numpy(np.concatenate([before, prompts], axis=1)).to(model.device)
     plain_logs = log_probs(harvested, ids, None)
 
     def generate(strength: SteeringStrength | None) -> NDArray[np.int64]:
-        edits = [] if strength is None else [Edit(layer, strength.index, set=strength.value)]
+        edits = (
+            [] if strength is None else [_edit(harvested, layer, strength.index, strength.value)]
+        )
         with steering(model, *edits, site=harvested.site):
             padding = harvested.store.eot_id
             return continue_ids(model, ids, count, temperature, seed, padding).cpu().numpy()
@@ -162,13 +175,22 @@ def divergence(
     value: float,
     plain: torch.Tensor,
 ) -> float:
-    """Return KL(steered | plain) in nats per token, with the neuron set to `value` at all tokens.
+    """Return KL(steered | plain) in nats per token, with the neuron set to `value` at all tokens of the prompts.
 
-    `plain` are the log-probabilities [B, T, V] of the unedited model.
+    `plain` are the log-probabilities [B, T, V] of the unedited model. What stands before the prompts, such as a begin
+    token, is neither edited nor counted.
     """
-    steered = log_probs(harvested, ids, Edit(layer, index, set=value))
+    n_before = len(harvested.beginning.prefix(harvested.store.eot_id))
+    steered = log_probs(harvested, ids, _edit(harvested, layer, index, value))[:, n_before:]
+    plain = plain[:, n_before:]
     # at least 0 by definition; rounding can leave a small negative sum
     return float((steered.exp() * (steered - plain)).sum(-1).mean().clamp(min=0))
+
+
+def _edit(harvested: HarvestContext, layer: int, index: int, value: float) -> Edit:
+    """Return the edit that sets a neuron at all tokens but those that stand before a prompt."""
+    n_before = len(harvested.beginning.prefix(harvested.store.eot_id))
+    return Edit(layer, index, set=value).from_position(n_before)
 
 
 def match_strength(

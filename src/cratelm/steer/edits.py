@@ -4,7 +4,7 @@ import math
 import numbers
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cratelm.errors import InputError
@@ -130,6 +130,10 @@ class Edit:
         """The positions, parsed."""
         assert isinstance(self.positions, Positions)
         return self.positions
+
+    def from_position(self, first: int) -> "Edit":
+        """Return the edit without the first tokens, such as a begin token, if it is of all tokens."""
+        return replace(self, positions=f"{first}:") if first and self.where.everywhere else self
 
     @property
     def operation(self) -> tuple[Operation, float]:

@@ -115,7 +115,8 @@ def _measured(config: EffectsConfig, ranks: Ranks) -> EffectsResult:
     partial = PartialForward(harvested.subject.model, harvested.site)
     wanted = config.sequence_length or harvested.sequence_length
     length = sequence_length(harvested.subject, wanted)
-    text = HeldOutText.of(harvested.store.split("held_out"), length, config.tokens, config.seed)
+    split, begin = harvested.store.split("held_out"), harvested.beginning
+    text = HeldOutText.of(split, length, config.tokens, config.seed, begin)
     at_once = max(length, min(config.batch_tokens, text.n_tokens))
     needed = {"batch_tokens": 4 * at_once * max(harvested.site.n_neurons)}
     free = available_on(harvested.subject.model.device)
@@ -170,6 +171,7 @@ def _effects(
                 positions=config.positions,
                 seed=config.seed,
                 share=ranks.share,
+                prefix=harvested.beginning.prefix(harvested.store.eot_id),
             ):
                 bar.update()
                 if isinstance(effect, VocabularyEffect):

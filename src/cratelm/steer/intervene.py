@@ -180,7 +180,8 @@ def intervene(config: InterveneConfig) -> InterveneResult | DryRun | WorkerResul
 
 
 def _check_length(config: InterveneConfig, harvested: HarvestContext) -> None:
-    whole, longest = config.prompt_tokens + config.generate, harvested.subject.longest
+    begin, longest = harvested.beginning, harvested.subject.longest
+    whole = config.prompt_tokens + config.generate + begin.extra + begin.skip
     if longest is not None and whole > longest:
         raise InputError(
             f"--prompt-tokens {config.prompt_tokens} and --generate {config.generate} add up to {whole}"
@@ -245,6 +246,7 @@ def _continuations(
         config.seed,
         neuron.layer,
         neuron.index,
+        harvested.beginning,
     )
     return continue_prompts(
         harvested,

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from cratelm.models.open import Encoder
 from cratelm.models.partial_forward import next_logits
+from cratelm.text.units import Unit, units_in
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ def token_string(strings: Sequence[str], token: int) -> str:
     return strings[token] if token < len(strings) else f"[{token}]"
 
 
+def shown_units(strings: Sequence[str], ids: Sequence[int]) -> tuple[Unit, ...]:
+    """Return the units of text that token ids [T] make; ids without a text are units as `token_string` has them."""
+    if all(token < len(strings) for token in ids):
+        return tuple(units_in(ids, strings))
+    return tuple(Unit(at, at + 1, token_string(strings, token)) for at, token in enumerate(ids))
+
+
 def continue_text(
     model: torch.nn.Module,
     encoder: Encoder,
@@ -97,7 +105,7 @@ def continue_text(
     """Return the text of the `count` tokens that the model generates after ids [1, n]; see `continue_ids`."""
     if not count:
         return ""
-    made = continue_ids(model, ids, count, temperature, seed, encoder.start)
+    made = continue_ids(model, ids, count, temperature, seed, encoder.end)
     return encoder.tokenizer.decode(made[0].tolist(), skip_special_tokens=False)
 
 

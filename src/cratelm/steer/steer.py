@@ -12,6 +12,7 @@ import torch
 from cratelm.activations.open_harvest import open_site
 from cratelm.corpus.formats import text_of_file
 from cratelm.errors import InputError
+from cratelm.models.begin import announced, opening
 from cratelm.models.open import LoadedModel, encoder_of, open_model
 from cratelm.models.sites import both_ends, without_ends
 from cratelm.records import names_an_end
@@ -29,6 +30,7 @@ from cratelm.steer.next_tokens import (
 from cratelm.steer.steering import chosen, steering
 from cratelm.text.display import visible
 from cratelm.text.table import align
+from cratelm.tokens.beginning import Beginning
 from cratelm.tokens.shards import TokenStore
 
 
@@ -91,12 +93,14 @@ def steer(config: SteerConfig) -> SteerResult:
     name, from_run = config.path or config.model, config.path is None
     subject = open_model(run, name, config, from_run=from_run)
     encoder = encoder_of(subject, run)
-    text = _text(config, run)
-    ids = torch.tensor([[encoder.start, *encoder.encode(text)]], device=subject.model.device)
+    beginning = announced(subject, run, config.begin_token)
+    start, text = opening(encoder, beginning), _text(config, run, beginning)
+    ids = torch.tensor([[start, *encoder.encode(text)]], device=subject.model.device)
     _check_length(ids, subject, config)
     site = open_site(run, subject, config.site, config.sae)
     site = both_ends(site) if names_an_end(config.neurons) else without_ends(site)
-    edits = config.edits(site.name)
+    first = beginning.extra if config.positions == "all" else 0
+    edits = [edit.from_position(first) for edit in config.edits(site.name)]
     _check_positions(edits[0], ids, config.generate)
     before = next_log_probabilities(subject.model, ids)
     sampling = (config.generate, config.temperature, config.seed)
@@ -127,7 +131,7 @@ def _in_words(config: SteerConfig) -> str:
     return f"{noun} {' '.join(config.neurons)} {action} at positions {config.positions}"
 
 
-def _text(config: SteerConfig, run: Run) -> str:
+def _text(config: SteerConfig, run: Run, beginning: Beginning) -> str:
     """Return the text of the options, or by default the beginning of a held-out document."""
     if config.text is not None:
         return config.text
@@ -140,7 +144,7 @@ def _text(config: SteerConfig, run: Run) -> str:
         raise InputError(f"{store.path} has no held-out document: give a text with --text")
     number = random.Random(config.seed).randrange(split.n_documents)
     start, stop = int(split.starts[number]), int(split.starts[number + 1]) - 1
-    ids = split.read(start, min(stop, start + config.tokens)).tolist()
+    ids = beginning.without(split.read(start, min(stop, start + config.tokens))).tolist()
     return store.tokenizer.decode(ids, skip_special_tokens=False).strip("\ufffd")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
-from cratelm.models.sites import Site, hooked, site_of
+from cratelm.models.sites import Site, entrances, hooked, site_of
 from cratelm.records import neuron_name
 from cratelm.runs.arguments import checked_arguments
 from cratelm.steer.edits import Edit, Operation, Positions
@@ -148,22 +148,25 @@ def _followed(model: PreTrainedModel, positions: _TokenPositions) -> Iterator[No
     cache, where each pass reads the whole text again. So `generate` of this object is also wrapped, and
     records the width of its prompt.
     """
-    base = model.base_model
-    signature = inspect.signature(base.forward)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        signature = inspect.signature(module.forward)
         _follow(signature.bind_partial(*args, **kwargs).arguments, positions)
 
     # on the object, not the class, so that other models of the class are unaffected; an earlier attribute of
     # the object is restored
     generate, replaced = getattr(model, "generate", None), model.__dict__.get("generate")
-    handle = base.register_forward_pre_hook(before, with_kwargs=True)
+    handles = [
+        entrance.register_forward_pre_hook(before, with_kwargs=True)
+        for entrance in entrances(model)
+    ]
     try:
         if generate is not None:
             model.__dict__["generate"] = _with_prompt_width(generate, positions)
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         model.__dict__.pop("generate", None)
         if replaced is not None:
             model.__dict__["generate"] = replaced

@@ -44,8 +44,12 @@ def visible_folded(text: str) -> str:
 
 
 def laid_out(text: str) -> str:
-    """Return `text` with spaces, tabs and line breaks kept, each line break also marked ⏎."""
-    return "".join(c if c in " \t" else "⏎\n" if c == "\n" else visible(c) for c in text)
+    """Return `text` with spaces, tabs and line breaks kept, each line break also marked ⏎.
+
+    A combining mark at the start is placed on a dotted circle, as by `visible`.
+    """
+    lines = "".join(c if c in " \t" else "⏎\n" if c == "\n" else in_one_line(c) for c in text)
+    return f"◌{lines}" if lines and unicodedata.category(lines[0]).startswith("M") else lines
 
 
 def runs_right_to_left(text: str) -> bool:

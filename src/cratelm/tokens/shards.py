@@ -33,6 +33,7 @@ from cratelm.runs import write_json
 from cratelm.runs.arguments import checked_arguments
 from cratelm.runs.columns import FileColumn, TableFile
 from cratelm.runs.reading import verified
+from cratelm.text.units import TokenStrings, Unit, aligned_text
 from cratelm.tokens.tokenizer import display_strings, load_tokenizer, vocabulary_size
 
 FORMAT = 1
@@ -116,6 +117,28 @@ class TokenStore:
 
         Raises `InputError` for an id that is not in the vocabulary.
         """
+        return [self._display[i] for i in self._check_ids(ids).tolist()]
+
+    def units(self, ids: Sequence[int] | NDArray[np.integer]) -> list[Unit]:
+        """Return the tokens [n] of a text as units that can be shown, see `cratelm.text.units`.
+
+        Raises `InputError` for an id that is not in the vocabulary.
+        """
+        return self._display.units(self._check_ids(ids).tolist())
+
+    def bytes_of(self, ids: Sequence[int] | NDArray[np.integer]) -> list[bytes]:
+        """Return the UTF-8 bytes of each token, [n]. Raises `InputError` for an id that is not in the vocabulary."""
+        return [self._display.bytes[i] for i in self._check_ids(ids).tolist()]
+
+    def aligned_text(self, ids: Sequence[int] | NDArray[np.integer]) -> list[str]:
+        """Return a string for each token, [n], which together are the text.
+
+        Where several tokens make a character, the first of them has it, and the others are empty. Raises
+        `InputError` for an id that is not in the vocabulary.
+        """
+        return aligned_text(self._check_ids(ids).tolist(), self._display)
+
+    def _check_ids(self, ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
         array = np.asarray(ids, np.int64)
         if array.size and not 0 <= array.min() <= array.max() < len(self._display):
             outside = array[(array < 0) | (array >= len(self._display))][0]
@@ -123,15 +146,16 @@ class TokenStore:
                 f"token id {outside} is not in the vocabulary of {self.path} ({len(self._display):,}"
                 " tokens): the file that it comes from was made with another tokenizer, or is damaged"
             )
-        return [self._display[i] for i in array.tolist()]
+        return array
 
     @cached_property
-    def token_strings(self) -> list[str]:
+    def token_strings(self) -> TokenStrings:
         """Return the display string of every token id that can occur, in order."""
-        return self.decode_tokens(range(self.vocab_size))
+        self._check_ids(np.array([self.vocab_size - 1]))
+        return TokenStrings(self._display.bytes[: self.vocab_size])
 
     @cached_property
-    def _display(self) -> list[str]:
+    def _display(self) -> TokenStrings:
         return display_strings(self.tokenizer)
 
 

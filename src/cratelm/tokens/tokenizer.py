@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 from cratelm.errors import InputError
+from cratelm.text.units import TokenStrings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -150,18 +151,27 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 # SentencePiece vocabulary writes a space as U+2581 and a single byte as <0xNN>.
 
 
-def display_strings(tokenizer: Tokenizer) -> list[str]:
+def display_strings(tokenizer: Tokenizer) -> TokenStrings:
     r"""Return a string for each token id, [vocab_size]; incomplete characters appear as bytes, \xNN."""
     byte_of = {character: byte for byte, character in characters_of_bytes().items()}
     added, byte_level = _added_tokens(tokenizer), is_byte_level(tokenizer)
-    strings = [""] * vocabulary_size(tokenizer)
+    spelled = [b""] * vocabulary_size(tokenizer)
     for token, index in tokenizer.get_vocab().items():
-        if token not in added and byte_level:
-            token = bytes(byte_of[c] for c in token).decode("utf-8", "backslashreplace")
-        elif token not in added:
-            token = _NAMED_BYTE.sub(r"\\x\1", token.replace("\u2581", " "))
-        strings[index] = token
-    return strings
+        if token in added:
+            spelled[index] = token.encode()
+        elif byte_level:
+            spelled[index] = bytes(byte_of[c] for c in token)
+        else:
+            spelled[index] = _bytes_of_pieces(token.replace("\u2581", " "))
+    return TokenStrings(spelled)
+
+
+def _bytes_of_pieces(token: str) -> bytes:
+    """Return the bytes of a token in which <0xNN> stands for a single byte."""
+    parts = _NAMED_BYTE.split(token)  # every second part is the number of a byte
+    return b"".join(
+        bytes([int(part, 16)]) if at % 2 else part.encode() for at, part in enumerate(parts)
+    )
 
 
 def token_sizes(tokenizer: Tokenizer, special: int) -> NDArray[np.int64]:

@@ -82,7 +82,10 @@ LAPTOP = Recipe(
 )
 RECIPES = {"paper": PAPER, "laptop": LAPTOP}
 OTHER_LEARNING_RATES = {"paper": 6e-4, "laptop": 3e-3}
-"""learning rate of a recipe when `--optimizer` overrides the recipe's own optimizer"""
+"""learning rate of a recipe with another optimizer than the recipe's own"""
+WITH_ADAMW = "sparse-gpt-"
+"""first part of the names of models for which every recipe uses AdamW: the source's optimizer, after whose steps
+small entries are set to 0, where Muon would make all singular values of the update equal"""
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,9 @@ class TrainConfig(Options):
     run: Path = not_in_identity(Path("runs/default"))
     """run directory; its tokens must have been made by `cratelm tokenize`"""
     model: str = "crate-2l"
-    """name of a size: crate-1l, -2l, -3l, -6l, -12l, gpt2-1l, -2l, -3l, -6l, -12l; with --null, name of a
-    trained model of the run"""
+    """FAMILY-SIZE, a family and one of the sizes 1l, 2l, 3l, 6l, 12l. Families: crate, crate-alpha, crate-query,
+    crate-mlp, crate-attention, crate-mssa, crate-tssa, gpt2, gpt2-relu, gpt2-gelu, gpt2-solu, gpt2-topk, sparse-gpt.
+    With --null, name of a trained model of the run"""
     name: str = ""
     """name of the model's folder in the run. Default: --model, with `-frozen-PART` for --freeze PART, with
     `-seedN` for --seed N above 0, with `-init` if --steps is 0; --model with `-KIND` for --null KIND, whatever the
@@ -116,7 +120,7 @@ class TrainConfig(Options):
     """T, tokens per sequence (paper 1,024; laptop 256)"""
     optimizer: Literal["adamw", "muon"] | None = None
     """muon: torch.optim.Muon for the matrices inside the blocks, AdamW for the embeddings, the head
-    and the vectors (paper adamw; laptop muon)"""
+    and the vectors (paper adamw; laptop muon, for sparse-gpt adamw)"""
     learning_rate: float | None = None
     """peak learning rate, the same for all parameters (paper 6e-4; laptop 1.5e-2, with adamw 3e-3)"""
     minimum_ratio: float = 0.1
@@ -127,7 +131,11 @@ class TrainConfig(Options):
     weight_decay: float = 0.1
     """applied to tensors of 2 or more dimensions"""
     clip: float = 1.0
-    """largest norm of the gradient over all parameters; 0 means no limit"""
+    """largest norm of the gradient over all parameters (for sparse-gpt its largest root mean square); 0 means no
+    limit"""
+    l1: float = 0.0
+    """weight of an L1 penalty on the neurons, added to the loss in training: the sum of the absolute values of a
+    layer's neurons, averaged over tokens and layers. The validation loss is without it"""
     precision: Literal["fp32", "bf16"] | None = None
     """bf16: mixed precision, weights stay in float32 (paper bf16; laptop fp32)"""
     compile: bool = False
@@ -151,8 +159,8 @@ class TrainConfig(Options):
     model_overrides: tuple[str, ...] = ()
     """fields of the model's configuration as key=value, such as ista_residual=true ista_steps=3"""
     freeze: tuple[Part, ...] = ()
-    """parts that keep their initial weights: dictionary (CRATE's), mlp (GPT-2's counterpart, the first matrix of
-    its MLP), attention (its matrices), embeddings (of tokens and positions, with the head)"""
+    """parts that keep their initial weights: dictionary (CRATE's), mlp (the counterpart in other families, the first
+    matrix of their MLP), attention (its matrices), embeddings (of tokens and positions, with the head)"""
     null: DerivedNull | None = None
     """make a null control of the trained model --model instead of training. permuted: each matrix and vector of
     its blocks is permuted inside itself; embeddings: all weights but the embeddings and the head are drawn anew.
@@ -182,7 +190,7 @@ class TrainConfig(Options):
              "validate_every": 1, "validation_sequences": 1, "checkpoint_every": 1,
              "steps": 0, "warmup": 0},
         )  # fmt: skip
-        at_least(self, {"weight_decay": 0, "clip": 0, "seed": 0})
+        at_least(self, {"weight_decay": 0, "clip": 0, "l1": 0, "seed": 0})
         if not recipe.learning_rate > 0:
             raise InputError(f"--learning-rate is {recipe.learning_rate}: it must be above 0")
         if not 0 <= self.minimum_ratio <= 1:
@@ -199,6 +207,7 @@ class TrainConfig(Options):
             ("steps", bool(self.steps)),
             ("freeze", bool(self.freeze)),
             ("model_overrides", bool(self.model_overrides)),
+            ("l1", bool(self.l1)),
         ):
             if given:
                 raise InputError(
@@ -221,7 +230,9 @@ class TrainConfig(Options):
         options = {name: value for name, value in options.items() if value is not None}
         if self.null:
             options |= {"steps": 0, "warmup": 0}
-        if options.get("optimizer", base.optimizer) != base.optimizer:
+        default = "adamw" if self.model.startswith(WITH_ADAMW) else base.optimizer
+        options.setdefault("optimizer", default)
+        if options["optimizer"] != base.optimizer:
             options.setdefault("learning_rate", OTHER_LEARNING_RATES[name])
         if "steps" in options and "warmup" not in options:
             options["warmup"] = base.warmup * options["steps"] // base.steps
@@ -278,6 +289,7 @@ class TrainConfig(Options):
         for later in (
             "freeze",
             "null",
+            "l1",
         ):  # absent unless given: identities are those of versions without them
             if not plain[later]:
                 del plain[later]

@@ -38,6 +38,7 @@ from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import learning_rate, make_optimizers, set_learning_rate
 from cratelm.train.processes import reported_loss
 from cratelm.train.sharding import is_sharded, shard, whole_number
+from cratelm.train.weight_sparsity import WeightSparsity, gradient_limit
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class TrainingSetup:
     sampler: BatchSampler
     validation: Validation
     parameters: int
+    gradient_limit: float
+    """largest norm of the gradient over all parameters"""
+    sparsity: WeightSparsity | None = None
+    """of models whose weights are made sparse"""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -153,7 +158,7 @@ def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: s
     for step in bar:
         rate = learning_rate(step, recipe, config.minimum_ratio)
         set_learning_rate(setup.optimizers, rate)
-        loss, norm = _update(setup, config, step)
+        loss, norm = _update(setup, step)
 
         done, seen = step + 1, (step + 1) * recipe.tokens_per_step
         # the last step logs and validates whatever the intervals: `_results` reads the final figures there
@@ -175,9 +180,7 @@ def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: s
     log.close()
 
 
-def _update(
-    setup: TrainingSetup, config: TrainConfig, step: int
-) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+def _update(setup: TrainingSetup, step: int) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """Update the weights by one batch; return this rank's mean loss and the norm of the gradient.
 
     Both stay tensors on the device: reading a number would make the host wait at each step.
@@ -190,10 +193,12 @@ def _update(
             accelerator.backward(part)
             loss += part.detach() / sampler.n_micro
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+                norm = accelerator.clip_grad_norm_(model.parameters(), setup.gradient_limit)
                 for optimizer in setup.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
+                if setup.sparsity is not None:
+                    setup.sparsity.apply(step + 1)
     return loss, norm
 
 
@@ -219,8 +224,16 @@ def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
     parameters = count_parameters(bare)
     if config.gradient_checkpointing:
         checkpoint_blocks(bare)
-    wrapped = NextTokenLoss(bare)
+    is_sparse = hasattr(bare, "sparse_parameters")
+    sparsity = WeightSparsity(bare, recipe.steps) if is_sparse and recipe.steps else None
+    limit = gradient_limit(config.clip, bare, is_sparse=is_sparse)
+    wrapped = NextTokenLoss(bare, config.l1)
     if config.shard and accelerator.num_processes > 1:
+        if sparsity is not None:
+            raise InputError(
+                f"--shard splits the tensors of {config.model}, whose largest entries are selected after each"
+                " step over the whole tensor: omit --shard"
+            )
         # Not prepared by Accelerate, which would wrap the model in DDP. The optimizers get the split tensors.
         model = shard(wrapped, accelerator, compiled=config.compile)
         optimizers = make_optimizers(bare, recipe.optimizer, config.weight_decay)
@@ -229,7 +242,9 @@ def _prepare(config: TrainConfig, store: TokenStore) -> TrainingSetup:
             wrapped.compile()  # in place: Accelerate's own way renames the weights
         optimizers = make_optimizers(bare, recipe.optimizer, config.weight_decay)
         model, *optimizers = accelerator.prepare(wrapped, *optimizers)
-    return TrainingSetup(accelerator, model, optimizers, sampler, validation, parameters)
+    return TrainingSetup(
+        accelerator, model, optimizers, sampler, validation, parameters, limit, sparsity
+    )
 
 
 def _initial_model(config: TrainConfig, store: TokenStore) -> PreTrainedModel:

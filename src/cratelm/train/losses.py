@@ -3,15 +3,19 @@
 Shape legend: B sequences, T tokens of a sequence, V vocabulary, n validation sequences.
 """
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
+from cratelm.models.sites import Site, hooked, site_of
 from cratelm.train.config import Recipe
 from cratelm.train.data import read_batch, spread
 from cratelm.train.head_loss import head_loss
@@ -24,12 +28,25 @@ class NextTokenLoss(nn.Module):
     """A language model with its loss inside, so that logits [B, T, V] never leave it.
 
     The model's own loss is not used: it shifts the labels, which wastes the last target of each
-    sequence, and it keeps the logits and their gradient.
+    sequence, and it keeps the logits and their gradient. A model that does not state `head_is_linear` computes its
+    logits itself, and keeps them.
+
+    `l1` adds a penalty in training: the sum of the absolute values of a layer's neurons (the activations of the
+    model's default site), averaged over tokens and layers, times `l1`.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, l1: float = 0.0):
         super().__init__()
-        self.model = model
+        self.model, self.l1 = model, l1
+        self.penalties: list[torch.Tensor] = []
+        """of the layers, from the last forward pass in training"""
+        self.site: Site | None = site_of(model) if l1 else None
+        if (
+            self.site is not None
+        ):  # open as long as the model: checkpointed blocks run again in the backward pass
+            self._hooks = contextlib.ExitStack()
+            self._hooks.enter_context(hooked(model, self.site, self._penalise))
+        self.head_is_linear = getattr(model, "head_is_linear", isinstance(model, GPT2LMHeadModel))
         self._no_split_modules = model._no_split_modules  # read by FSDP's wrapping policy
 
     def tie_weights(self) -> None:
@@ -39,7 +56,34 @@ class NextTokenLoss(nn.Module):
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor, *, mean: bool = True
     ) -> torch.Tensor:
-        """Return the cross-entropy in nats of targets [B, T] after tokens [B, T]: the mean, or each [B, T]."""
+        """Return the cross-entropy in nats of targets [B, T] after tokens [B, T]: the mean, or each [B, T].
+
+        In training the mean includes the penalty.
+        """
+        self.penalties.clear()
+        loss = self._cross_entropy(tokens, targets, mean)
+        if mean and self.penalties:
+            loss = loss + self.l1 * torch.stack(self.penalties).mean()
+        return loss
+
+    def _penalise(self, place: int, activations: torch.Tensor) -> None:
+        """Keep the penalty of a layer, a number, of activations [B, T, H]; nothing outside of training."""
+        if not self.training or self.site is None:
+            return
+        penalty = activations.float().abs().sum(-1).mean()
+        if len(self.penalties) < self.site.n_layers:  # not when a checkpointed block runs again
+            self.penalties.append(penalty)
+
+    def _cross_entropy(
+        self, tokens: torch.Tensor, targets: torch.Tensor, mean: bool
+    ) -> torch.Tensor:
+        if not self.head_is_linear:
+            logits = self.model(input_ids=tokens, use_cache=False).logits  # [B, T, V]
+            reduction = "mean" if mean else "none"
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), reduction=reduction
+            )
+            return losses if mean else losses.view_as(targets)
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         head: Any = self.model.get_output_embeddings()
         losses = head_loss(hidden.flatten(0, 1), head.weight, targets.flatten(), mean=mean)

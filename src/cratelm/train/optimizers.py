@@ -3,7 +3,7 @@
     tensor                                      adamw            muon
     matrices inside the blocks                  AdamW, decay     Muon, decay
     embeddings (the tied head is one of them)   AdamW, decay     AdamW, decay
-    vectors (biases, LayerNorm)                 AdamW            AdamW
+    vectors (biases, norms, numbers per head)   AdamW            AdamW
 
 Inside the blocks: in CRATE the projection U, the output map and the dictionary D; in GPT-2 the four
 matrices of a block (query, key and value are one fused matrix there and are treated as one). In Muon
@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers.modeling_utils import PreTrainedModel
 
+from cratelm.models.parts import is_matrix
 from cratelm.train.config import Recipe
 
 BETAS = (0.9, 0.95)
@@ -92,7 +93,7 @@ def block_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
     if head is not None:
         outside |= {id(p) for p in head.parameters()}
     return [
-        p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outside
+        p for p in model.parameters() if p.requires_grad and is_matrix(p) and id(p) not in outside
     ]
 
 
@@ -117,8 +118,8 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> N
 
 def _adamw(parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if is_matrix(p)], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if not is_matrix(p)], "weight_decay": 0.0},
     ]
     # Fused: one pass over each tensor instead of ten, on CPU as well.
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS, fused=True)

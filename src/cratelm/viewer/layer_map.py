@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cratelm.results.neuron_groups import OTHER_TOKENS, TOKEN_CLASSES
 from cratelm.results.views import MapPoint
 from cratelm.text.display import visible
+from cratelm.text.units import units_in
 from cratelm.viewer.drawings import shortened
 from cratelm.viewer.peaks import BEFORE, Peaks
 
@@ -113,27 +114,29 @@ def draw_map(
 def details(points: Sequence[MapPoint], peaks: Peaks | None, strings: Sequence[str]) -> Any:
     """Return what a page shows of a neuron on hover, as JSON values, in the order of `points`.
 
-    `strings` maps token ids to text. `words` holds each token of the excerpts once; an excerpt is a list of positions
-    in it, and a string of levels in hexadecimal (`a` is 10); `peak` is the position of the strongest token.
+    `strings` maps token ids to text. `words` holds each unit of text in the excerpts once (`cratelm.text.units`); an
+    excerpt is a list of positions in it, and a string of levels in hexadecimal (`a` is 10); `peak` is the position of
+    the unit with the strongest token.
     """
     if peaks is None:
         peaks = Peaks.empty(0)
     inside = peaks.tokens >= 0  # one run of columns in each row
-    first, lengths = inside.argmax(1).tolist(), inside.sum(1).tolist()
-    used = np.unique(peaks.tokens[inside])
-    at = np.searchsorted(used, peaks.tokens).tolist()
-    hexadecimal = np.frombuffer(b"0123456789a", np.uint8)[peaks.levels]
-    spans = [slice(low, low + length) for low, length in zip(first, lengths, strict=True)]
+    words: dict[str, int] = {}
+    excerpts, levels, at_peak = [], [], []
+    for row, (low, length) in enumerate(zip(inside.argmax(1), inside.sum(1), strict=True)):
+        units = units_in(peaks.tokens[row, low : low + length].tolist(), strings)
+        of_row = peaks.levels[row, low : low + length]
+        excerpts.append([words.setdefault(visible(unit.text), len(words)) for unit in units])
+        levels.append("".join(f"{of_row[unit.start : unit.stop].max():x}" for unit in units))
+        at_peak.append(next((n for n, unit in enumerate(units) if BEFORE - low < unit.stop), 0))
     return {
         "score": [None if p.score is None else round(p.score, 1) for p in points],
         "text": [shortened(p.label, _LONGEST) for p in points],
         "family": [p.group.family for p in points],
-        "words": [visible(strings[int(t)]) for t in used],
-        "excerpts": [row[span] for row, span in zip(at, spans, strict=True)],
-        "levels": [
-            row[span].tobytes().decode() for row, span in zip(hexadecimal, spans, strict=True)
-        ],
-        "peak": [BEFORE - low if length else 0 for low, length in zip(first, lengths, strict=True)],
+        "words": list(words),
+        "excerpts": excerpts,
+        "levels": levels,
+        "peak": at_peak,
     }
 
 

@@ -20,6 +20,7 @@ from cachetools import LRUCache
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
 from cratelm.errors import InputError
+from cratelm.models.begin import opening
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
 from cratelm.records import neuron_name
@@ -30,10 +31,12 @@ from cratelm.steer.next_tokens import (
     compare_next_tokens,
     continue_text,
     next_log_probabilities,
+    shown_units,
     token_string,
 )
 from cratelm.steer.steering import steering
 from cratelm.text.claim import claim
+from cratelm.text.units import Unit
 from cratelm.viewer.run_reader import Library
 
 LONGEST_TEXT = 4000
@@ -43,7 +46,7 @@ _ANSWERS = 64
 """maximum number of cached answers, of at most about 100 kB each"""
 _STRONGEST, _TOKENS_SHOWN, _MOST_GENERATED = 20, 10, 64
 _T = TypeVar("_T")
-_Captured = tuple[tuple[str, ...], int, list[np.ndarray]]
+_Captured = tuple[tuple[tuple[str, ...], tuple[Unit, ...]], int, list[np.ndarray]]
 
 
 class Busy(Exception):
@@ -56,6 +59,8 @@ class TextActivations:
 
     tokens: tuple[str, ...]
     """[T] display strings, without the start token"""
+    units: tuple[Unit, ...]
+    """the tokens as they are shown: several that make a character are one unit"""
     cut: int
     """number of tokens at the end of the text that do not fit into the model's context"""
     layer: int
@@ -145,10 +150,12 @@ class Live:
         maximum = self._maximum(run, model, layer, index)
 
         def work() -> TextActivations:
-            tokens, cut, activations = self._captured(run, model, text)
+            (tokens, units), cut, activations = self._captured(run, model, text)
             layers = self.opened(run, model)[0].site.layer_numbers
             values = activations[layers.index(layer)][:, index]
-            return TextActivations(tokens, cut, layer, index, tuple(values.tolist()), maximum)
+            return TextActivations(
+                tokens, units, cut, layer, index, tuple(values.tolist()), maximum
+            )
 
         return self.ask(("activations", *state, text, layer, index), work)
 
@@ -161,7 +168,7 @@ class Live:
         table = self.library.table(run, model)
 
         def work() -> tuple[TopNeuron, ...]:
-            tokens, _, activations = self._captured(run, model, text)
+            (tokens, _), _, activations = self._captured(run, model, text)
             if not 0 <= position < len(tokens):
                 raise InputError(f"token {position}: the text has tokens 0 to {len(tokens) - 1}")
             layers = self.opened(run, model)[0].site.layer_numbers
@@ -183,7 +190,7 @@ class Live:
         return self.ask(("strongest", *state, text, position), work)
 
     def steer(self, run: str, model: str, text: str, edit: Edit, count: int) -> SteeringEffect:
-        """Return the effect of an edit at every token on the next-token distribution and on a continuation.
+        """Return the effect of an edit at every token but a begin token on the next token and on a continuation.
 
         The continuation has `count` tokens, chosen greedily. Raises `InputError` if `count` is too large, and the
         same errors as `activations`.
@@ -199,10 +206,11 @@ class Live:
         def work() -> SteeringEffect:
             context, encoder = self.opened(run, model)
             ids, _ = self.ids(context, encoder, text, count)
+            steered_at = edit.from_position(context.beginning.extra)
             subject_model = context.subject.model
             before = next_log_probabilities(subject_model, ids)
             plain = continue_text(subject_model, encoder, ids, count)
-            with steering(subject_model, edit, site=context.site):
+            with steering(subject_model, steered_at, site=context.site):
                 after = next_log_probabilities(subject_model, ids)
                 steered = continue_text(subject_model, encoder, ids, count)
             change = compare_next_tokens(before, after, encoder.display, _TOKENS_SHOWN)
@@ -262,18 +270,20 @@ class Live:
     def ids(
         self, context: HarvestContext, encoder: Encoder, text: str, room: int
     ) -> tuple[torch.Tensor, int]:
-        """Return the token ids [1, 1 + T], beginning with the start token, and the number of tokens cut off.
+        """Return the token ids [1, 1 + T], and the number of tokens cut off.
+
+        They begin with the begin token of the harvest, or without one with the end-of-text token.
 
         `room` is the number of tokens that will be generated after the text.
         """
         ids = encoder.encode(checked(text)).tolist()
         longest = (context.subject.longest or 1024) - 1 - room
-        fitting = [encoder.start, *ids[:longest]]
+        fitting = [opening(encoder, context.beginning), *ids[:longest]]
         device = context.subject.model.device
         return torch.tensor([fitting], device=device), max(0, len(ids) - longest)
 
     def _captured(self, run: str, model: str, text: str) -> _Captured:
-        """Return the display strings [T], the number of tokens cut off, and activations [T, H] of each layer."""
+        """Return display strings [T] and units, the number of tokens cut off, and activations [T, H] of each layer."""
         context, encoder = self.opened(run, model)
         name = (run, model, text)
         if self._text is not None and self._text[0] == name:
@@ -282,9 +292,10 @@ class Live:
         captured = capture(context.subject.model, context.site, ids)
         activations = [a[0, 1:].float().cpu().numpy() for a in captured]
         display = encoder.display
-        tokens = tuple(token_string(display, i) for i in ids[0, 1:].tolist())
-        self._text = (name, (tokens, cut, activations))
-        return tokens, cut, activations
+        read = ids[0, 1:].tolist()
+        tokens = tuple(token_string(display, i) for i in read)
+        self._text = (name, ((tokens, shown_units(display, read)), cut, activations))
+        return self._text[1]
 
     def _maximum(self, run: str, model: str, layer: int, index: int) -> float:
         """Return the neuron's largest activation on the held-out split. Raises `InputError` if it does not exist."""

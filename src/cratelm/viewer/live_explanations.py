@@ -23,8 +23,9 @@ from cratelm.replace.text import BatchText
 from cratelm.replace.token_cost import TokenCost, token_cost
 from cratelm.results.neuron_table import NeuronTable
 from cratelm.results.replacement import read_stored_explainer
-from cratelm.steer.next_tokens import token_string
+from cratelm.steer.next_tokens import shown_units, token_string
 from cratelm.text.claim import claim
+from cratelm.text.units import Unit
 from cratelm.viewer.live import Live
 
 _TOKENS_SHOWN, _NEURONS_SHOWN = 6, 12
@@ -62,6 +63,8 @@ class ExplainedText:
     explainer: str
     tokens: tuple[PredictedToken, ...]
     """T + 1: those of the text, and the one that follows it"""
+    units: tuple[Unit, ...]
+    """the tokens of the text as they are shown: several that make a character are one unit"""
     cut: int
     """number of tokens at the end of the text that do not fit into the model's context"""
     loss: float
@@ -183,7 +186,8 @@ class LiveExplanations:
             float(np.mean([of.loss for of in both if of.loss is not None]))
             for both in ([t.model for t in tokens], [t.explained for t in tokens])
         )
-        return ExplainedText(explainer, tuple(tokens), cut, loss, loss_explained)
+        units = shown_units(encoder.display, ids[0, 1:].tolist())
+        return ExplainedText(explainer, tuple(tokens), units, cut, loss, loss_explained)
 
     def _predict(
         self, run: str, model: str, text: str, position: int, table: NeuronTable
@@ -244,14 +248,14 @@ class LiveExplanations:
             context, _ = self.live.opened(run, model)
             folder = self.live.library.run_of(run).stage("replacement", model).path
             predictors = read_simulators(folder, name[0], context.store.token_strings)
-            explained = ExplainedModel(context.subject.model, context.site)
+            explained = ExplainedModel(context.subject.model, context.site, context.beginning)
             self.live.beside["explained"] = name, explained, predictors
         _, explained, predictors = self.live.beside["explained"]
         return name[0], explained, predictors
 
 
 def _as_read(ids: torch.Tensor) -> BatchText:
-    """Return ids [1, T], which begin with an end mark, as explanations read them."""
+    """Return ids [1, T], which begin with a begin token or an end mark, as explanations read them."""
     document = np.zeros(ids.shape, np.int64)
     document[:, 0] = -1
     return BatchText(ids.cpu().numpy(), document)

@@ -479,4 +479,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _token(text: str) -> Markup:
-    return Markup(f'<bdi class="token">{faint_marks(visible(text))}</bdi>')
+    shown = visible(text)
+    # codes such as \xd7 would be reversed within right-to-left letters
+    order = ' dir="ltr"' if "\\" in shown else ""
+    return Markup(f'<bdi class="token"{order}>{faint_marks(shown)}</bdi>')

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cratelm.explain.concepts.features import ConceptFeatures
 from cratelm.explain.concepts.library import Library
 from cratelm.explain.evidence import Evidence
+from cratelm.tokens.beginning import PLAIN, Beginning
 
 if TYPE_CHECKING:
     from cratelm.tokens.shards import TokenSplit, TokenStore
@@ -27,7 +28,9 @@ _last: "list[tuple[tuple[object, ...], FitFeatures]]" = []
 """features that were made last in this process, with what they are of"""
 
 
-def fit_features(library: Library, store: "TokenStore", sequence_length: int) -> "FitFeatures":
+def fit_features(
+    library: Library, store: "TokenStore", sequence_length: int, beginning: Beginning = PLAIN
+) -> "FitFeatures":
     """Return the features of the fit split of a store, in segments of sequences of that many tokens.
 
     Evaluating them takes longer than any use of them, and all models of a run have the same tokens. So those of the last
@@ -36,11 +39,15 @@ def fit_features(library: Library, store: "TokenStore", sequence_length: int) ->
     """
     record = store.path / "completed.json"
     if not record.is_file():
-        return FitFeatures(library, store.token_strings, store.split("fit"), sequence_length)
-    key = record.read_bytes(), str(record.resolve()), sequence_length, library.predicates
+        return FitFeatures(
+            library, store.token_strings, store.split("fit"), sequence_length, beginning
+        )
+    of_sequences = sequence_length, beginning
+    key = record.read_bytes(), str(record.resolve()), of_sequences, library.predicates
     if not _last or _last[0][0] != key:
         split = store.split("fit")
-        _last[:] = [(key, FitFeatures(library, store.token_strings, split, sequence_length))]
+        features = FitFeatures(library, store.token_strings, split, *of_sequences)
+        _last[:] = [(key, features)]
     return _last[0][1]
 
 
@@ -53,14 +60,24 @@ class FitFeatures:
         token_strings: Sequence[str],
         split: "TokenSplit | None" = None,
         sequence_length: int = 0,
+        beginning: Beginning = PLAIN,
     ):
-        """`split` is the fit split and `sequence_length` that of the harvest; without, contexts alone are known."""
+        """`split` is the fit split, `sequence_length` and `beginning` are those of the harvest.
+
+        Without a split, contexts alone are known.
+        """
         self.library, self.strings = library, token_strings
         self._split = split
         if split is not None:
             length = sequence_length or split.n_tokens  # of imported records it is not known
-            edges = [split.starts, split.starts[1:] - 1, np.arange(0, split.n_tokens, length)]
-            self._edges = np.unique(np.concatenate([*edges, [split.n_tokens]]))
+            sequences = np.arange(0, split.n_tokens, beginning.room(length))
+            edges = [split.starts, split.starts[1:] - 1, sequences, sequences + beginning.skip]
+            if beginning.token is not None:
+                firsts = np.unique(np.concatenate([split.starts[:-1], sequences]))
+                own = firsts[split.read_at(firsts) == beginning.token]
+                edges += [own + 1, own + 1 + beginning.skip]  # after begin tokens of the text
+            edges = np.unique(np.concatenate([*edges, [split.n_tokens]]))
+            self._edges = edges[edges <= split.n_tokens]
             self._evaluated = np.zeros(len(self._edges), bool)
             self._tokens = np.zeros(split.n_tokens, np.int32)
             self._packed = np.zeros((split.n_tokens, -(-len(library) // 8)), np.uint8)

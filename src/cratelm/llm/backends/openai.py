@@ -1,10 +1,8 @@
 """Any OpenAI-compatible server as a backend: `openai:MODEL`, with `--base-url` for your own server.
 
-A `LogprobQuery` asks `/completions` to echo the prompt with log-probabilities; the slots are located by
-character offsets (`cratelm.llm.backends.openai_responses` checks these). vLLM and llama-cpp-python support
-this, and OpenAI does for a few older models; llama.cpp's own server refuses the echo (HTTP 500) and SGLang
-reports no offsets (-1). With `--method auto` one probe call decides, and servers without support are asked
-for JSON (`JsonQuery`) instead.
+A `LogprobQuery` is answered in the first of the ways of `cratelm.llm.backends.openai_ways` that a server
+supports, which probe calls find. With `--method auto`, servers that support none are asked for JSON
+(`JsonQuery`) instead.
 
 This module sends requests: concurrency, retries, deadlines, lost servers, secrets.
 """
@@ -23,8 +21,12 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from cratelm.errors import InputError, missing_extra
+from cratelm.llm.backends.openai_parameters import Parameters, refusal_of
 from cratelm.llm.backends.openai_responses import (
+    SLOTS,
     Body,
     UnusableAnswer,
     parse_body,
@@ -33,6 +35,7 @@ from cratelm.llm.backends.openai_responses import (
     token_begins,
     tokens_between,
 )
+from cratelm.llm.backends.openai_ways import N_PROBS, Way, as_echo, as_slots, options_of
 from cratelm.llm.requests import (
     Answer,
     Chat,
@@ -47,6 +50,7 @@ from cratelm.llm.requests import (
     completion_tokens,
     prompt_tokens,
 )
+from cratelm.llm.thinking import no_answer_before
 
 Method = Literal["auto", "logprobs", "json"]
 T = TypeVar("T")
@@ -72,6 +76,8 @@ LARGEST_RESPONSE = 64_000_000
 LOST = 8
 """consecutive calls without a connection, each after all retries, after which a server counts as lost"""
 _REASON_CHARACTERS = 200
+_WAY_CHARACTERS = 150
+"""of the reason why one of several ways does not work"""
 _TRANSIENT = (FailureKind.CONNECTION, FailureKind.DEADLINE)
 """failures that say nothing about what a server supports"""
 
@@ -103,11 +109,13 @@ class ServerBackend:
         retries: int = 4,
         deadline: float = 120.0,
         method: Method = "auto",
+        thinking_tokens: int = 0,
     ):
         """Check the arguments; nothing is sent.
 
         `base_url` None: OpenAI's API. `concurrency`: calls in flight at a time. `deadline`: seconds
-        that one call may take, including all retries.
+        that one call may take, including all retries. `thinking_tokens`: tokens of thoughts that are allowed
+        in addition to those of an answer.
 
         Raises `InputError` if `openai` is not installed, no key is set for OpenAI, or an argument
         is out of range.
@@ -125,15 +133,20 @@ class ServerBackend:
         self._key = _key(needed=base_url is None)
         self._concurrency, self._retries, self._deadline = concurrency, retries, deadline
         self._method: Method = method
+        self.thinking_tokens = thinking_tokens
         self.name = re.sub(r"[^A-Za-z0-9._-]", "-", _last_part(model)).strip(".-") or "model"
         self.reason = ""
-        """why `supports_logprobs` is False with the method `auto`; empty otherwise"""
+        """why no way of reading log-probabilities works; empty if one does, or none was tried"""
         self._has_answered = False  # the server has answered a request
         self._n_unconnected = 0  # consecutive calls without a connection
         self._is_lost = False  # too many of them: the remaining requests are not sent
         self._logprobs: bool | None = None  # not decided yet
-        self._top = TOP_LOGPROBS[0]
+        self._is_probing = False
+        self._way, self._top = Way.ECHO, TOP_LOGPROBS[0]
+        self._turns: asyncio.Semaphore | None = None
+        """how many texts are read at a time if each slot takes a call"""
         self._takes_schema = True
+        self._parameters = Parameters(self.name)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -155,33 +168,55 @@ class ServerBackend:
         return self._concurrency
 
     @property
-    def supports_logprobs(self) -> bool:
-        """Return whether the server answers `LogprobQuery`; with `auto` one probe call decides, see `reason`.
+    def way(self) -> str:
+        """Return how log-probabilities are read; empty if they are not."""
+        return str(self._way) if self._logprobs and not self.reason else ""
 
-        Raises `InputError` if the probe is inconclusive: no connection, or no answer in time.
+    @property
+    def reads_by_slot(self) -> bool:
+        """Return whether a `LogprobQuery` takes a call for each of its slots."""
+        return self._way.by_slot
+
+    @property
+    def supports_logprobs(self) -> bool:
+        """Return whether `LogprobQuery` is used; probe calls find in which way, see `way` and `reason`.
+
+        True with the method `logprobs` even if no way works. Raises `InputError` if with `auto` a probe is
+        inconclusive: no connection, or no answer in time.
         """
         if self._logprobs is None:
-            self._logprobs = self._probed()
+            self._logprobs = self._method != "json" and (
+                self._found_way() or self._method == "logprobs"
+            )
         return self._logprobs
 
-    def _probed(self) -> bool:
-        if self._method != "auto":
-            return self._method == "logprobs"
-        outcome = self._probe()
-        if isinstance(outcome, Failure) and outcome.kind in _TRANSIENT:
+    def _found_way(self) -> bool:
+        """Return whether a way of reading log-probabilities works, and use it."""
+        reasons = []
+        ways = [way for way in Way if self._url != OPENAI or way is not Way.LLAMA]
+        for self._way in ways:
+            self._top = TOP_LOGPROBS[0]
             outcome = self._probe()
-        if isinstance(outcome, Answer):
-            return True
-        if outcome.kind in _TRANSIENT:
-            raise InputError(
-                f"{self.address} did not answer a probe call ({outcome.kind}: {outcome.reason}):"
-                " type the command again, with a longer --deadline or with --method json"
-            )
-        self.reason = f"{outcome.kind}: {outcome.reason}"
+            if isinstance(outcome, Failure) and outcome.kind in _TRANSIENT:
+                outcome = self._probe()
+            if isinstance(outcome, Answer):
+                return True
+            if outcome.kind in _TRANSIENT and self._method == "auto":
+                raise InputError(
+                    f"{self.address} did not answer a probe call ({outcome.kind}: {outcome.reason}):"
+                    " type the command again, with a longer --deadline or with --method json"
+                )
+            reasons.append(f"{self._way}: {outcome.kind}: {outcome.reason}")
+        self._way = Way.ECHO
+        self.reason = "; ".join(_shortened(reason, _WAY_CHARACTERS) for reason in reasons)
         return False
 
     def _probe(self) -> Outcome:
-        ((_, outcome),) = [pair for group in self.answer([_PROBE]) for pair in group]
+        self._is_probing = True
+        try:
+            ((_, outcome),) = [pair for group in self.answer([_PROBE]) for pair in group]
+        finally:
+            self._is_probing = False
         return outcome
 
     def answer(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Outcome]]]:
@@ -204,11 +239,14 @@ class ServerBackend:
     def tokens_at_slot(self, options: Sequence[str], slot_before: str) -> list[int]:
         """Return the number of tokens of each option after `slot_before`; empty if it is not reported.
 
-        Makes one echoed call per option, and up to `PROBE_ATTEMPTS` if it fails. An option that is
-        merged with its surroundings counts as one more token, since it is not a single token there.
+        Makes one call per option, and up to `PROBE_ATTEMPTS` if it fails. An option that is
+        merged with its surroundings counts as one more token, since it is not a single token there. If only the
+        likeliest next tokens are reported, a longer option that is not among them counts as two.
         """
-        if not self.supports_logprobs:
+        if not self.supports_logprobs or self.reason:
             return []
+        if self.reads_by_slot:
+            return self._counts_by_slot(options)
         start = len(slot_before)
         counts: dict[str, int] = {}
         ask_begins = partial(self._outcome, value=token_begins)
@@ -226,6 +264,27 @@ class ServerBackend:
             if len(counts) == len(set(options)):
                 self.reason = ""
                 return [counts[option] for option in options]
+        return []
+
+    def _counts_by_slot(self, options: Sequence[str]) -> list[int]:
+        """Return 1 for each option that is reported as a next token, and 2 for the others.
+
+        Single characters count as 1 even if too few tokens are reported to hold all of them.
+        """
+        lines = [f"{option}\t{option}\n" for option in options]
+        starts = [sum(map(len, lines[:i])) + len(option) + 1 for i, option in enumerate(options)]
+        query = LogprobQuery("", _PROBE.context, "".join(lines), tuple(starts), tuple(options))
+        for _ in range(PROBE_ATTEMPTS):
+            ((_, outcome),) = [pair for group in self.answer([query]) for pair in group]
+            if isinstance(outcome, Answer):
+                self.reason = ""
+                log_probs: Any = outcome.value
+                reported = ~np.isneginf(log_probs.log_probs).all(axis=0)  # [O]
+                return [
+                    1 if len(option) == 1 or is_reported else 2
+                    for option, is_reported in zip(options, reported, strict=True)
+                ]
+            self.reason = f"{outcome.kind}: {outcome.reason}"
         return []
 
     # calls
@@ -276,6 +335,7 @@ class ServerBackend:
                     return
 
         todo = iter(enumerate(items))
+        self._turns = None  # it belongs to an event loop
         timeout = Timeout(self._deadline, connect=min(CONNECT_SECONDS, self._deadline))
         async with (
             AsyncOpenAI(
@@ -304,8 +364,11 @@ class ServerBackend:
         used: tuple[int | None, int | None] = (None, None)
         broken: OpenAIError | None = None
         kind, reason = FailureKind.MALFORMED, ""
+        # a text that takes many calls has no deadline; each of its calls has
+        many = isinstance(request, LogprobQuery) and self.reads_by_slot
         try:
-            body, n_top = await asyncio.wait_for(self._body(client, request), self._deadline)
+            deadline = None if many else self._deadline
+            body, n_top = await asyncio.wait_for(self._body(client, request), deadline)
             self._has_answered, self._n_unconnected = True, 0
             used = read_usage(body)
             answered = (value or read_value)(request, body, n_top)
@@ -313,6 +376,10 @@ class ServerBackend:
             kind, reason = FailureKind.DEADLINE, f"no complete answer in {self._deadline:g} s"
         except UnusableAnswer as error:
             kind, reason = error.kind, error.reason
+            if kind is FailureKind.CUT:
+                cap = completion_tokens(request, self.thinking_tokens)
+                reason = no_answer_before(cap, self.thinking_tokens)
+                used = used[0] or prompt_tokens(request, self), used[1] or cap
         except OpenAIError as error:
             broken = error
         else:
@@ -333,13 +400,16 @@ class ServerBackend:
     def _estimate(self, request: Request, characters: int) -> int:
         """Return an estimate of the completion tokens, for servers that do not report them."""
         if isinstance(request, Chat):
-            return min(request.max_tokens, math.ceil(characters / BYTES_PER_TOKEN))
-        return completion_tokens(request)
+            return min(
+                completion_tokens(request, self.thinking_tokens),
+                math.ceil(characters / BYTES_PER_TOKEN),
+            )
+        return completion_tokens(request, self.thinking_tokens, by_slot=self.reads_by_slot)
 
     async def _body(self, client: Any, request: Request) -> tuple[Body, int]:
         """Return the response's body, and how many tokens it reports per position (0 for other requests)."""
         if isinstance(request, LogprobQuery):
-            return await self._echo(client, request.text)
+            return await self._label_body(client, request)
         if isinstance(request, JsonQuery):
             return await self._json_values(client, request), 0
         if isinstance(request, Embed):
@@ -349,22 +419,32 @@ class ServerBackend:
         return await self._send(
             client.chat.completions.with_streaming_response.create,
             messages=_messages(request),
-            max_tokens=request.max_tokens,
+            max_tokens=completion_tokens(request, self.thinking_tokens),
             temperature=request.temperature,
             seed=request.seed,
         ), 0
 
     async def _send(self, create: Any, **options: Any) -> Body:
-        """Make one call, repeated after transient errors; the caller's deadline includes the pauses."""
+        """Make one call, repeated after transient errors; the caller's deadline includes the pauses.
+
+        It is also repeated without the parameters that the server refuses, if it can do without them.
+        """
+        from openai import BadRequestError, UnprocessableEntityError
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(_is_transient),
-            stop=stop_after_attempt(1 + self._retries),
-            wait=_pause,
-            reraise=True,
-        )
-        return parse_body(await retrying(_content, create, model=self._model, **options))
+        while True:
+            sent = self._parameters.accepted(options)
+            retrying = AsyncRetrying(
+                retry=retry_if_exception(_is_transient),
+                stop=stop_after_attempt(1 + self._retries),
+                wait=_pause,
+                reraise=True,
+            )
+            try:
+                return parse_body(await retrying(_content, create, model=self._model, **sent))
+            except (BadRequestError, UnprocessableEntityError) as error:
+                if not self._parameters.learn(refusal_of(error.body, error.message), sent):
+                    raise
 
     async def _json_values(self, client: Any, request: JsonQuery) -> Body:
         """Request JSON with a schema, or without one if the server refuses it."""
@@ -372,7 +452,7 @@ class ServerBackend:
 
         options = {
             "messages": _messages(request),
-            "max_tokens": completion_tokens(request),
+            "max_tokens": completion_tokens(request, self.thinking_tokens),
             "temperature": 0.0,
             "seed": request.seed,
         }
@@ -386,26 +466,62 @@ class ServerBackend:
         self._takes_schema = False
         return body
 
-    async def _echo(self, client: Any, text: str) -> tuple[Body, int]:
-        """Return the prompt's log-probabilities, for as many tokens per position as the server allows."""
+    async def _label_body(self, client: Any, request: LogprobQuery) -> tuple[Body, int]:
+        """Return log-probabilities in one of the forms of `read_logprobs`, and how many tokens they are of."""
+        way, bodies, n_top = self._way, [], 0
+        if not way.by_slot:
+            body, n_top = await self._completion(client, way, request.text)
+            body.pop(SLOTS, None)
+            return (as_echo(body, request) if way is Way.PROMPT else body), n_top
+        if self._turns is None:
+            n = await self._n_turns(client)
+            self._turns = self._turns or asyncio.Semaphore(n)  # another call may have been faster
+        async with self._turns:
+            for offset in request.offsets:
+                one = self._completion(client, way, request.text[:offset])
+                body, n_top = await asyncio.wait_for(one, self._deadline)
+                bodies.append(body)
+        return as_slots(bodies), n_top
+
+    async def _n_turns(self, client: Any) -> int:
+        """Return how many texts to read at a time, slot by slot.
+
+        llama.cpp's server holds what it has computed of as many texts as it has slots; with more texts at a
+        time each call would begin anew.
+        """
+        from openai import OpenAIError
+
+        if self._way is not Way.LLAMA:
+            return self._concurrency
+        try:
+            found = await client.with_options(base_url=self._root).get("/props", cast_to=object)
+        except OpenAIError:
+            return 1
+        n = found.get("total_slots") if isinstance(found, dict) else None
+        return min(max(n, 1), self._concurrency) if isinstance(n, int) else 1
+
+    @property
+    def _root(self) -> str:
+        """Return the server's address without /v1, where llama.cpp's own interface is."""
+        return self._url.rstrip("/").removesuffix("/v1")
+
+    async def _completion(self, client: Any, way: Way, prompt: str) -> tuple[Body, int]:
+        """Return a completion with as many log-probabilities per position as the server allows."""
         from openai import BadRequestError, UnprocessableEntityError
 
-        allowed = [n for n in TOP_LOGPROBS if n <= self._top]
+        if way is Way.LLAMA:
+            client = client.with_options(base_url=self._root)
+        allowed = [N_PROBS] if way is Way.LLAMA else [n for n in TOP_LOGPROBS if n <= self._top]
         for n_top in allowed:
             try:
-                body = await self._send(
-                    client.completions.with_streaming_response.create,
-                    prompt=text,
-                    echo=True,
-                    logprobs=n_top,
-                    max_tokens=1,  # some servers refuse 0; the token is ignored
-                    temperature=0.0,
-                )
+                create = client.completions.with_streaming_response.create
+                body = await self._send(create, **options_of(way, prompt, n_top))
             except (BadRequestError, UnprocessableEntityError):
                 if n_top == allowed[-1]:
                     raise
                 continue
-            self._top = n_top
+            if way is not Way.LLAMA:
+                self._top = n_top
             return body, n_top
         raise AssertionError("no number of log-probabilities to ask for")
 
@@ -419,7 +535,9 @@ class ServerBackend:
             self._n_unconnected = 0
             reason = f"HTTP {error.status_code}: {error.message}"
             # a server may lack the endpoint that a probe uses but support the others
-            is_probe = isinstance(request, LogprobQuery) and self._method == "auto"
+            is_probe = isinstance(request, LogprobQuery) and (
+                self._is_probing or self._method == "auto"
+            )
             self._raise_if_hopeless(error.status_code, reason, is_probe)
             return FailureKind.STATUS, reason
         if not isinstance(error, APIConnectionError):
@@ -457,7 +575,11 @@ class ServerBackend:
         if self._key:
             text = text.replace(self._key, "***")
         text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-        return text if len(text) <= _REASON_CHARACTERS else text[: _REASON_CHARACTERS - 1] + "…"
+        return _shortened(text, _REASON_CHARACTERS)
+
+
+def _shortened(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def _run_loop(runner: asyncio.Runner, work: Any, put: Callable[[Any], None]) -> None:
@@ -485,7 +607,10 @@ def _is_transient(error: BaseException) -> bool:
         verdict = error.response.headers.get("x-should-retry")
         if verdict in ("true", "false"):
             return verdict == "true"
-        return error.status_code in (408, 409, 429) or error.status_code >= 500
+        # 501, not implemented, is final
+        return error.status_code in (408, 409, 429) or (
+            error.status_code >= 500 and error.status_code != 501
+        )
     return isinstance(error, APIConnectionError)  # time-outs among them
 
 

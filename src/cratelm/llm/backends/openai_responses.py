@@ -33,10 +33,13 @@ from cratelm.llm.requests import (
     Request,
     Value,
 )
+from cratelm.llm.thinking import UnfinishedThoughts, answer_after_thoughts
 
 Body = dict[str, Any]
 _MINUS_INFINITY = -9999.0
 """the value that vLLM reports for minus infinity"""
+SLOTS = "slots"
+"""key of a body that holds the tokens reported at each slot, [n], instead of an echoed prompt"""
 MOST_TOKENS = 10**9
 """of one call: a server that reports more counts something else, and its count is not used"""
 
@@ -60,7 +63,9 @@ def read_value(request: Request, body: Body, n_top: int) -> Value:
     if isinstance(request, Embed):
         return _read_vector(body)
     text = _message_text(body)
-    return _read_integers(request, text, _choice(body)) if isinstance(request, JsonQuery) else text
+    return (
+        _read_integers(request, text, choice_of(body)) if isinstance(request, JsonQuery) else text
+    )
 
 
 def parse_body(content: bytes) -> Body:
@@ -78,15 +83,25 @@ def _malformed(reason: str) -> UnusableAnswer:
     return UnusableAnswer(FailureKind.MALFORMED, reason)
 
 
-def _unreadable(reason: str) -> UnusableAnswer:
+def unreadable(reason: str) -> UnusableAnswer:
+    """Return the error of log-probabilities that cannot be located."""
     return UnusableAnswer(FailureKind.UNREADABLE, reason)
 
 
 def read_usage(body: Body) -> tuple[int | None, int | None]:
-    """Return prompt and completion tokens, None if they are not reported."""
+    """Return prompt and completion tokens, None if they are not reported.
+
+    Tokens of hidden reasoning are completion tokens. Some servers leave them out of `completion_tokens`, but
+    not out of `total_tokens`.
+    """
     usage = body.get("usage")
     counts = usage if isinstance(usage, dict) else {}
-    return _tokens(counts.get("prompt_tokens")), _tokens(counts.get("completion_tokens"))
+    prompt, completion, total = (
+        _tokens(counts.get(name)) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+    )
+    if prompt is not None and completion is not None and total is not None:
+        completion = max(completion, total - prompt)
+    return prompt, completion
 
 
 def _tokens(x: Any) -> int | None:
@@ -97,7 +112,8 @@ def _is_count(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
-def _choice(body: Body) -> Body:
+def choice_of(body: Body) -> Body:
+    """Return the first choice of a response. Raises `UnusableAnswer` if there is none, or it was filtered."""
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise _malformed("the answer has no choices")
@@ -107,18 +123,41 @@ def _choice(body: Body) -> Body:
 
 
 def _message_text(body: Body) -> str:
-    """Return the assistant's text."""
-    message = _choice(body).get("message")
+    """Return the assistant's text, without its thoughts."""
+    choice = choice_of(body)
+    message, is_cut = choice.get("message"), choice.get("finish_reason") == "length"
     if not isinstance(message, dict):
         raise _malformed("the answer has no message")
     if message.get("refusal"):
         raise UnusableAnswer(FailureKind.REFUSED, f"the model refused: {message['refusal']}")
-    text = message.get("content")
-    if text is None or (isinstance(text, str) and not text.strip()):
+    text = _content(message.get("content"))
+    try:
+        answer = answer_after_thoughts(text)
+    except UnfinishedThoughts:
+        raise _only_thoughts(is_cut) from None
+    if not answer.strip():
+        # thoughts may be in a field of their own, or hidden: then only the reason for the end tells
+        thought = bool(text.strip() or message.get("reasoning_content") or message.get("reasoning"))
+        if is_cut or thought:
+            raise _only_thoughts(is_cut)
         raise UnusableAnswer(FailureKind.EMPTY, "the answer is empty")
-    if not isinstance(text, str):
+    return answer.encode(errors="replace").decode()  # an unpaired surrogate cannot be encoded
+
+
+def _content(content: Any) -> str:
+    """Return the text of a message's content, which may be a list of parts; parts of thoughts are left out."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str | None):
         raise _malformed("the answer is not text")
-    return text.encode(errors="replace").decode()  # an unpaired surrogate cannot be encoded
+    return content or ""
+
+
+def _only_thoughts(is_cut: bool) -> UnusableAnswer:
+    if is_cut:
+        return UnusableAnswer(FailureKind.CUT, "no answer before the cap on tokens")
+    return UnusableAnswer(FailureKind.EMPTY, "the model thought and gave no answer")
 
 
 def _read_integers(request: JsonQuery, text: str, choice: Body) -> tuple[int, ...]:
@@ -166,26 +205,14 @@ def read_logprobs(request: LogprobQuery, body: Body, n_top: int) -> OptionLogpro
     `n_top`: number of most likely tokens that were requested at each position. Raises `UnusableAnswer` of
     kind `UNREADABLE` if no token begins at a slot, or none of the options is among the tokens reported there.
     """
-    begins, tokens, tops = _prompt_tokens(body, request.text)
-    first: dict[int, int] = {}
-    for i, begin in enumerate(begins):
-        first.setdefault(begin, i)
-    slot_tokens = [
-        _checked_token(first.get(slot), tokens, request.text, slot) for slot in request.offsets
-    ]
-    if None in slot_tokens:
-        raise _unreadable(
-            f"no token begins at {slot_tokens.count(None)} of {len(slot_tokens)} slots"
-        )
-    matched = [
-        _match_options(tops[i], request.options, n_top) for i in slot_tokens if i is not None
-    ]
+    tops = body[SLOTS] if SLOTS in body else _tops_at_slots(request, body)
+    matched = [_match_options(top, request.options, n_top) for top in tops]
     absolute = np.array([log_probs for log_probs, _ in matched])  # [n, O]
     n_silent = int(np.isneginf(absolute).all(axis=1).sum())
     if n_silent:
-        raise _unreadable(
+        raise unreadable(
             f"none of the options is among the {n_top} most likely tokens at {n_silent} of"
-            f" {len(slot_tokens)} slots"
+            f" {len(tops)} slots"
         )
     total = np.logaddexp.reduce(absolute, axis=1, keepdims=True)  # [n, 1]
     return OptionLogprobs(
@@ -195,39 +222,54 @@ def read_logprobs(request: LogprobQuery, body: Body, n_top: int) -> OptionLogpro
     )
 
 
+def _tops_at_slots(request: LogprobQuery, body: Body) -> list[Any]:
+    """Return the top log-probabilities of the token that begins at each slot, [n], from an echoed prompt."""
+    begins, tokens, tops = _prompt_tokens(body, request.text)
+    first: dict[int, int] = {}
+    for i, begin in enumerate(begins):
+        first.setdefault(begin, i)
+    found = [
+        _checked_token(first.get(slot), tokens, request.text, slot) for slot in request.offsets
+    ]
+    if None in found:
+        raise unreadable(f"no token begins at {found.count(None)} of {len(found)} slots")
+    return [tops[i] for i in found if i is not None]
+
+
 def _prompt_tokens(body: Body, text: str) -> tuple[list[int], list[str], list[Any]]:
     """Return the offset in `text`, the string and the top log-probabilities of each token of the prompt, [P].
 
     Raises `UnusableAnswer` (`UNREADABLE`) unless the tokens end where the text ends, with or without a begin
     token before the text and with or without the generated token after it.
     """
-    logprobs = _choice(body).get("logprobs")
+    logprobs = choice_of(body).get("logprobs")
     logprobs = logprobs if isinstance(logprobs, dict) else {}
     offsets, tokens, tops = (
-        _as_list(logprobs.get(k)) for k in ("text_offset", "tokens", "top_logprobs")
+        as_list(logprobs.get(k)) for k in ("text_offset", "tokens", "top_logprobs")
     )
     if (
         not 0 < len(offsets) == len(tokens) == len(tops)
         or not all(map(_is_count, offsets))
         or not all(isinstance(token, str) for token in tokens)
     ):
-        raise _unreadable("the server reports no log-probabilities and offsets of the prompt")
+        raise unreadable("the server reports no log-probabilities and offsets of the prompt")
     ends = [*offsets[1:], offsets[-1] + len(tokens[-1])]
     # A begin token that is not in the text may count in the offsets: then all of them are too large by its
     # length. Both interpretations are tried, each with and without the one generated token at the end
     # (servers echo it too); the last offset decides which one matches this text.
-    special = 0 if text.startswith(_with_spaces(tokens[0])) else len(tokens[0])
+    special = 0 if text.startswith(with_spaces(tokens[0])) else len(tokens[0])
     for shift in sorted({0, special}):
         for n in (len(tokens) - 1, len(tokens)):
             if n and ends[n - 1] - shift == len(text):
                 return [offset - shift for offset in offsets[:n]], tokens[:n], tops[:n]
-    raise _unreadable(
+    raise unreadable(
         f"the offsets of the prompt's tokens end at {ends[-1]}, but the prompt has {len(text)} characters:"
         " the offsets do not count its characters"
     )
 
 
-def _as_list(x: Any) -> list[Any]:
+def as_list(x: Any) -> list[Any]:
+    """Return `x` if it is a list, else an empty one."""
     return x if isinstance(x, list) else []
 
 
@@ -237,12 +279,13 @@ def _checked_token(i: int | None, tokens: list[str], text: str, slot: int) -> in
     An empty string is no evidence: if the bytes of a character are split over several tokens, servers
     report all but one of them as empty.
     """
-    token = "" if i is None else _with_spaces(tokens[i])
+    token = "" if i is None else with_spaces(tokens[i])
     return i if token and text.startswith(token, slot) else None
 
 
-def _with_spaces(token: str) -> str:
-    return token.replace("▁", " ")  # SentencePiece's mark of a space
+def with_spaces(token: str) -> str:
+    """Return a token with spaces for SentencePiece's marks of them."""
+    return token.replace("▁", " ")
 
 
 def _match_options(top: Any, options: tuple[str, ...], n_top: int) -> tuple[list[float], list[int]]:
@@ -261,7 +304,7 @@ def _match_options(top: Any, options: tuple[str, ...], n_top: int) -> tuple[list
     for rank, token in enumerate(sorted(reported, key=lambda t: -reported[t])):
         entry = reported[token], rank if rank < n_top else NO_RANK
         exact[token] = entry
-        bare.setdefault(_with_spaces(token).strip(" "), entry)
+        bare.setdefault(with_spaces(token).strip(" "), entry)
     matches = exact if any(option in exact for option in options) else bare
     entries = [matches.get(option, (-math.inf, NO_RANK)) for option in options]
     return [log_prob for log_prob, _ in entries], [rank for _, rank in entries]

@@ -45,7 +45,14 @@ from cratelm.llm.requests import (
     OptionLogprobs,
     Outcome,
     Request,
+    completion_tokens,
     key,
+)
+from cratelm.llm.thinking import (
+    UnfinishedThoughts,
+    answer_after_thoughts,
+    no_answer_before,
+    prompt_opens_thoughts,
 )
 from cratelm.runs.devices import device_of
 from cratelm.runs.pretrained import from_pretrained
@@ -57,6 +64,8 @@ RANKED = 20
 """number of most likely tokens at each slot whose ranks are reported"""
 DECODING = "the likeliest token; at a temperature with Gumbel noise of the request's own seed"
 """how chats are decoded, as it enters the identity; a model's own generation settings are not used"""
+THINKING = "; thoughts before the answer"
+"""added to it if a model may think before it answers"""
 
 
 class LocalBackend:
@@ -67,15 +76,29 @@ class LocalBackend:
 
     supports_logprobs = True
     reason = ""
+    way = ""
+    reads_by_slot = False
     parallel = 1
     address = ""
 
-    def __init__(self, specification: str, *, device: str = "auto", dtype: str = "auto"):
-        """`specification` is the text after `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`."""
+    def __init__(
+        self,
+        specification: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        thinking_tokens: int = 0,
+    ):
+        """`specification` is the text after `hf:`: a Hub id, a folder, a `.gguf` file, or `smollm2`.
+
+        `thinking_tokens`: tokens of thoughts that are allowed in addition to those of an answer; with 0,
+        chat templates that can turn thinking off do so.
+        """
         self._source = locate(specification)
         self.name = short_name(specification, self._source)
         self._device = device_of(_device() if device == "auto" else device)
         self._dtype = _dtype(self._device) if dtype == "auto" else getattr(torch, dtype)
+        self.thinking_tokens = thinking_tokens
         self._shared: tuple[list[int], Any] = ([], None)
         self._shared_chat: tuple[list[int], Any] = ([], None)
 
@@ -86,7 +109,7 @@ class LocalBackend:
             "backend": "hf",
             "weights": self._fingerprint,
             "dtype": str(self._dtype).removeprefix("torch."),
-            CHAT_IDENTITY: DECODING,
+            CHAT_IDENTITY: DECODING + (THINKING if self.thinking_tokens else ""),
         }
 
     @cached_property
@@ -313,7 +336,8 @@ class LocalBackend:
 
         started = time.monotonic()
         tokenizer, settings = self.tokenizer, requests[0]
-        rows = [tokenizer(self._template(r), add_special_tokens=False).input_ids for r in requests]
+        prompts = [self._template(r) for r in requests]
+        rows = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
         ids, mask, cache = self._after_shared(rows)
         noise = LogitsProcessorList()
         if settings.temperature > 0:
@@ -324,10 +348,13 @@ class LocalBackend:
             attention_mask=mask,
             past_key_values=cache,
             generation_config=GenerationConfig(
-                max_new_tokens=settings.max_tokens,
+                max_new_tokens=completion_tokens(settings, self.thinking_tokens),
                 do_sample=False,
                 pad_token_id=self._pad,
-                stop_strings=[settings.stop] if settings.stop else None,
+                # thoughts may hold the text that ends an answer
+                stop_strings=[settings.stop]
+                if settings.stop and not self.thinking_tokens
+                else None,
             ),
             logits_processor=noise,
             tokenizer=tokenizer,
@@ -335,15 +362,31 @@ class LocalBackend:
         new = produced[:, ids.shape[1] :]
         seconds = (time.monotonic() - started) / len(requests)
         outcomes: list[Outcome] = []
-        for row, new_ids in zip(rows, new, strict=True):
-            text = tokenizer.decode(new_ids, skip_special_tokens=True).strip()
-            prompt, n = len(row), int((new_ids != self._pad).sum())
+        for prompt, row, new_ids in zip(prompts, rows, new, strict=True):
+            n = int((new_ids != self._pad).sum())
+            kind, reason = FailureKind.EMPTY, "the model's answer is empty"
+            try:
+                text = self._answer(new_ids, prompt)
+            except UnfinishedThoughts:
+                text, cap = "", completion_tokens(settings, self.thinking_tokens)
+                kind, reason = FailureKind.CUT, no_answer_before(cap, self.thinking_tokens)
             if text:
-                outcomes.append(Answer(text, prompt, n, seconds))
+                outcomes.append(Answer(text, len(row), n, seconds))
             else:
-                reason = "the model's answer is empty"
-                outcomes.append(Failure(FailureKind.EMPTY, reason, prompt, n, seconds))
+                outcomes.append(Failure(kind, reason, len(row), n, seconds))
         return outcomes
+
+    def _answer(self, new_ids: torch.Tensor, prompt: str) -> str:
+        """Return the text of generated tokens without thoughts; raise `UnfinishedThoughts` if they do not end."""
+        text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
+        # markers of thoughts are special tokens of some models
+        whole = self.tokenizer.decode(new_ids, skip_special_tokens=False)
+        answer = answer_after_thoughts(whole, opened=prompt_opens_thoughts(prompt))
+        if answer is not whole:
+            text = answer
+            for token in self.tokenizer.all_special_tokens:
+                text = text.replace(token, "")
+        return text.strip()
 
     def _after_shared(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Return token ids and mask [B, S] of conversations, and keys and values of their common prefix.
@@ -377,17 +420,27 @@ class LocalBackend:
     def _template(self, request: Chat) -> str:
         messages = [{"role": role, "content": text} for role, text in request.messages]
         if self.tokenizer.chat_template:
+            options = {"tokenize": False, "add_generation_prompt": True, **self._thinking_options}
             try:
-                return self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
+                return self.tokenizer.apply_chat_template(messages, **options)
             except Exception:  # templates can raise any error: some do not support system messages
                 messages = _without_system(messages)
-                return self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
+                return self.tokenizer.apply_chat_template(messages, **options)
         # a base model: the conversation as plain text
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages) + "\n\nassistant:"
+
+    @property
+    def _thinking_options(self) -> dict[str, bool]:
+        """Return the options that turn thinking on or off, of those that the chat template mentions."""
+        template = str(self.tokenizer.chat_template)
+        return {
+            name: bool(self.thinking_tokens)
+            for name in (
+                "enable_thinking",
+                "thinking",
+            )  # of Qwen and others; of DeepSeek and Granite
+            if re.search(rf"\b{name}\b", template)
+        }
 
     def _embed(self, requests: list[Embed]) -> list[Outcome]:
         """Return the embedding of each text: the mean of the last hidden states over its tokens, [E]."""

@@ -7,7 +7,7 @@
   const marks = { " ": "␣", "\n": "⏎", "\t": "⇥" };
   const shown = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}]/gu, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
   const visible = (text) => shown(text.replace(/[ \n\t]/g, (c) => marks[c]));
-  let maximum = 1, position = null, current = null;
+  let maximum = 1, position = null, current = null, units = [];
   get("live").hidden = false;
 
   // ---- state is stored in the address, so that it can be shared ----
@@ -87,18 +87,26 @@
     return link;
   };
 
+  // tokens that make a character together are one unit of text, on which all of them are named
+  const has = (start, stop, at) => at !== null && start <= at && at < stop;
+  const parts = (tokens, start, stop, value) => (stop - start < 2 ? "" : ` · ${stop - start} tokens: ${tokens.slice(start, stop).map((token, i) => `${token} ${value(start + i)}`).join(", ")}`);
   const read = () => withStatus(async () => {
     const answer = await ask("activations", neuron());
     const largest = Math.max(answer.maximum, ...answer.values);
     if (answer.maximum !== maximum) { maximum = answer.maximum; scale(); }
-    const spans = answer.tokens.map((token, index) => {
-      const span = element("span", visible(token), level(answer.values[index], largest) ? `l${level(answer.values[index], largest)}` : "");
-      span.title = answer.values[index].toPrecision(3);
-      if (index === position) span.classList.add("peak");
-      button(span, `token ${index}, ${visible(token)}, activation ${span.title}`, () => { position = index; read(); strongest(); });
+    const spans = answer.units.map(({ start, stop, text }) => {  // a unit stands for its token with the largest activation
+      const values = answer.values.slice(start, stop);
+      const value = Math.max(...values);
+      const index = start + values.indexOf(value);
+      const shade = level(value, largest);
+      const span = element("span", visible(text), shade ? `l${shade}` : "");
+      span.title = `${value.toPrecision(3)}${parts(answer.tokens, start, stop, (at) => answer.values[at].toPrecision(3))}`;
+      if (has(start, stop, position)) span.classList.add("peak");
+      button(span, `token ${index}, ${visible(text)}, activation ${value.toPrecision(3)}`, () => { position = index; read(); strongest(); });
       return span;
     });
     current = answer.tokens;
+    units = answer.units;
     replaceSpans(get("tokens"), spans);
     const top = Math.max(...answer.values);
     get("status").textContent = `${answer.tokens.length} tokens${answer.cut ? ` (${answer.cut} more do not fit into the model's context)` : ""}; largest activation ${top.toPrecision(3)}, ${answer.maximum > 0 ? `${Math.round((100 * top) / answer.maximum)}% of the neuron's maximum` : "of a dead neuron"}`;
@@ -110,7 +118,7 @@
     if (position === null || position >= current.length) position = current.length - 1;
     const neurons = await ask("strongest", { position });
     if (!chosen && neurons.length) select(neurons[0]);
-    get("at").textContent = visible(current[position] ?? "");
+    get("at").textContent = visible(units.find((u) => has(u.start, u.stop, position))?.text ?? "");
     get("strongest").replaceChildren(...neurons.map((n) => {
       const row = document.createElement("tr");
       const cell = element("td", "", "r");
@@ -160,14 +168,19 @@
     const lost = answer.tokens.map((t) => (t.model.loss === null ? null : t.explained.loss - t.model.loss));
     const last = lost.length - 1;
     if (predicted === null || predicted > last) predicted = lost.indexOf(Math.max(...lost.slice(0, last)));
-    replaceSpans(get("losses"), answer.tokens.map((t, index) => {
-      const end = index === last;
-      const name = end ? "…" : visible(t.token);
-      const shade = end ? 0 : level(Math.abs(lost[index]), full);
-      const span = element("span", name, shade ? `${lost[index] < 0 ? "w" : "l"}${shade}` : "");
-      span.title = `${end ? "the next token" : `${signed(lost[index])} nats`} · model: ${probable(t.model)} · on explanations: ${probable(t.explained)}`;
-      if (index === predicted) span.classList.add("peak");
-      button(span, end ? "the token that comes next" : `token ${index}, ${name}, ${signed(lost[index])} nats on explanations`, () => { predicted = index; explain(); });
+    const names = answer.tokens.map((t) => t.token);
+    replaceSpans(get("losses"), [...answer.units, { start: last, stop: last + 1, text: "…" }].map(({ start, stop, text }) => {
+      const end = start === last;
+      const name = end ? text : visible(text);
+      const sizes = lost.slice(start, stop).map(Math.abs);  // a unit stands for its token with the largest difference
+      const index = start + sizes.indexOf(Math.max(...sizes));
+      const t = answer.tokens[index];
+      const sum = end ? 0 : lost.slice(start, stop).reduce((a, b) => a + b, 0);
+      const shade = level(Math.abs(sum), full);
+      const span = element("span", name, shade ? `${sum < 0 ? "w" : "l"}${shade}` : "");
+      span.title = `${end ? "the next token" : `${signed(sum)} nats`} · model: ${probable(t.model)} · on explanations: ${probable(t.explained)}${parts(names, start, stop, (at) => signed(lost[at]))}`;
+      if (has(start, stop, predicted)) span.classList.add("peak");
+      button(span, end ? "the token that comes next" : `token ${index}, ${name}, ${signed(sum)} nats on explanations`, () => { predicted = index; explain(); });
       return span;
     }));
     get("explainer").textContent = answer.explainer;

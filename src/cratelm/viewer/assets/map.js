@@ -63,7 +63,7 @@
     line.dir = "ltr";
     (details.excerpts[n.at] ?? []).forEach((word, i) => {
       const level = parseInt(details.levels[n.at][i], 16);
-      const token = element("bdi", "", [level ? `l${level}` : "", i === details.peak[n.at] ? "peak" : ""].filter(Boolean).join(" "));
+      const token = element("span", "", [level ? `l${level}` : "", i === details.peak[n.at] ? "peak" : ""].filter(Boolean).join(" "));
       for (const part of details.words[word].split(/([␣⏎⇥]+)/)) if (part) token.append(/^[␣⏎⇥]/.test(part) ? element("i", part) : part);
       line.append(token, document.createElement("wbr"));
     });
