@@ -23,6 +23,8 @@ OPTIONS: dict[str, Any] = {
     "pilot_tokens": 512,
     "batch_tokens": 256,
     "device": "cpu",
+    "begin_token": "none",
+    "skip_first": 0,
     "quiet": True,
 }
 WIDTH, LAYERS = 6, 2

@@ -507,6 +507,7 @@ def test_steer_takes_an_end(run, capsys):
         SteerConfig(("0:5-", "0:4"), set=1.0)
     with pytest.raises(InputError, match=r"neuron 6- of layer 0 does not exist.* neurons 0 to 5"):
         steer(SteerConfig(("0:6-",), set=4.0, **common))
+    capsys.readouterr()
     for arguments in (["--neurons", "0:17*", "--set", "1"], ["--neurons", "0:1", "--polarity", "x"]):  # fmt: skip
         assert main(["steer", "--run", str(run), *arguments]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
