@@ -544,7 +544,7 @@ def test_other_peoples_models(run, tmp_path):
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, max_position_embeddings=32))  # fmt: skip
     for name, model, site, neurons in (
         ("neox", neox, None, (24, 24)),
-        ("llama", llama, "model.layers.*.self_attn.o_proj:input", (16,)),
+        ("llama", llama, "model.layers.*.self_attn.o_proj:input", (32,)),  # both ends of 16
     ):
         model.save_pretrained(tmp_path / name)
         result = cratelm.api.harvest(run=run, model=str(tmp_path / name), site=site, **OPTIONS)

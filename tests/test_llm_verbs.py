@@ -122,7 +122,7 @@ def test_the_inputs_that_explain_is_given_stay_as_they_are(run, model):
     inputs = {"tokens": "t", "activations": harvest.require("harvest")}
     before = dict(inputs)
     config = ExplainConfig(run=run, explainer="hf:any", only=("0:5",), **ASK)
-    selected = room.select_neurons(harvest.path, 0, 0, config.neuron_ids())
+    selected = room.select_neurons(harvest.path, 0, 0, config.only)
     result = room._explain_with_llm(config, Run(run), inputs, selected)
     assert inputs == before
     done = Run(run).stage("explanations", "m@fake").require("explain")

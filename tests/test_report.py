@@ -342,7 +342,7 @@ def test_comparison_has_what_the_last_token_explains(run, written, page):
     of_cards = [r for r in tables["neurons"]["rows"] if r["model"] == "gpt2-2l"]
     for row in of_cards:
         if (share := shares[row["layer"], row["index"]]) is not None:
-            facts = f" · token share {100 * share:.0f}% · above 0 on {row['firing_rate']:.3g}% of held-out"
+            facts = f" · token share {100 * share:.0f}% · fires on {row['firing_rate']:.3g}% of held-out"
             assert facts in page.words
     note = tables["comparison"]["note"]
     assert "Token share" in note

@@ -420,6 +420,7 @@ def harvest(
     site: str | None = None,
     layers: tuple[int, ...] = (),
     sae: str | None = None,
+    polarity: Literal["auto", "positive", "both"] = "auto",
     part: str | None = None,
     tokens: int = 8_192_000,
     sequence_length: int | None = None,
@@ -463,6 +464,10 @@ def harvest(
         sae: harvest latents of sparse autoencoders instead of neurons: their name in the run (see
             `cratelm sae train`), a folder of SAELens, sparsify or dictionary_learning, or
             RELEASE/ID of SAELens' registry, which needs the extra `sae`
+        polarity: which activations count: `positive` those above 0; `both` the two ends of each
+            neuron, `17+` and `17-`, which are explained and scored by themselves; `auto` both where
+            the site's activations go as far below 0 as above it (gated MLPs, attention, the
+            residual stream), else positive (ReLU, GELU, CRATE's code, latents)
         part: harvest only one part of the tokens, such as 2/4 for the second of four, so that
             several machines can share the work; `cratelm merge harvest` then makes the harvest from
             all parts
@@ -608,7 +613,8 @@ def explain(
         depth: tokens of context in the trie, including the activating one
         neurons: neurons per layer, drawn at random; 0 = all. Models with equally many neurons draw
             the same indices
-        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5
+        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of
+            a neuron that has two
         seed: seed of that draw, and of the sampling of a language model
         prompts: cratelm's prompts, or OpenAI's published ones (extra `openai-prompts`)
         answer_tokens: maximum length of an explanation by a language model, in its tokens
@@ -1100,7 +1106,8 @@ def steer(
             the class
         device: cpu, cuda, cuda:1 ...; auto uses an accelerator if there is one
         dtype: precision of the model; auto: that of its files
-        neurons: neurons to edit, as LAYER:INDEX, such as 1:32 0:7
+        neurons: neurons to edit, as LAYER:INDEX, such as 1:32 0:7; with a sign, one end of a
+            neuron: `--neurons 1:32- --set 5` sets its activation to -5
         run: run directory
         model: name of a model in the run
         path: a model folder or Hub id, instead of a model of the run
@@ -1165,7 +1172,8 @@ def effects(
         run: run directory, holding the harvest of `--model`
         model: name of the harvest, which is the name of the model
         neurons: neurons per layer, drawn at random as `cratelm explain` draws them; 0 = all
-        only: measure only these neurons, as LAYER:INDEX, such as 0:17 1:5
+        only: measure only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one
+            end of a neuron that has two
         top: number of tokens stored among those that a neuron promotes most, and among those it
             suppresses most
         positions: number of tokens of the fit split, among those where a neuron fires, over which
@@ -1639,7 +1647,8 @@ def export_records(
         out: folder to write, as LAYER/NEURON.json
         run: run directory with the harvest of `--model`
         layers: layers to write, counted from 0; default: all
-        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5
+        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of
+            a neuron that has two
         force: replace the folder `--out` if an earlier export wrote it
         quiet: no progress bar
     """
@@ -1668,7 +1677,8 @@ def export_neuronpedia(
         out: folder to write, as MODEL_ID/SOURCE_ID/..., and config/
         run: run directory with the harvest of `--model`, its explanations and scores
         layers: layers to write, counted from 0; default: all
-        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5
+        only: only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of
+            a neuron that has two
         model_id: id of the model in Neuronpedia: letters, digits, `-` and `_`; default: the model's
             name in lowercase, with `-` for other characters
         source_set: name of the set of neurons, whose layers become the sources LAYER-SET; default:

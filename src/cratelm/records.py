@@ -108,6 +108,46 @@ def levels(activations: ArrayLike, max_activation: float) -> NDArray[np.int64]:
     return np.minimum(MAX_LEVEL, scaled).astype(np.int64)
 
 
+BOTH_ENDS = ":both"
+"""end of the name of a site at whose neurons both signs count. Neuron i then has two ends, which are explained and
+scored by themselves: `i+` has index 2 i and the activation max(a, 0), `i-` has index 2 i + 1 and max(-a, 0)"""
+ENDS = ("+", "-")
+
+
+END_WORDS = ("plus", "minus")
+"""names of the ends where a sign cannot stand, such as in folders of exports"""
+
+
+def has_both_ends(site: str) -> bool:
+    """Return whether the indices of a site called `site` count ends of neurons and not neurons."""
+    return site.endswith(BOTH_ENDS)
+
+
+def neuron_name(index: int, site: str) -> str:
+    """Return how a neuron of a site is written: `17`, or `17+` and `17-` for indices 34 and 35 of a site with both ends."""
+    return f"{index // 2}{ENDS[index % 2]}" if has_both_ends(site) else str(index)
+
+
+def named_index(name: str, site: str) -> int:
+    """Return the index of the neuron of a site that is written as `name`; `17` is `17+` at a site with both ends.
+
+    Raises `InputError` for any other form, and for an end of a neuron that has only one.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})([+-]?)", name)
+    if match is None:
+        raise InputError(
+            f"neuron {name[:40]!r}: write a number such as 17, or one of its ends, 17+ or 17-"
+        )
+    number, end = int(match[1]), match[2]
+    if has_both_ends(site):
+        return 2 * number + ENDS.index(end or "+")
+    if end:
+        raise InputError(
+            f"neuron {name}: the neurons of site {site} have one end, so write {number}"
+        )
+    return number
+
+
 class NeuronKey(NamedTuple):
     """A neuron within one site of one model: layer and index, both from 0."""
 
@@ -118,18 +158,37 @@ class NeuronKey(NamedTuple):
         return f"{self.layer}:{self.index}"
 
 
-def parse_neuron_ids(option: str, texts: Iterable[str]) -> list[NeuronKey]:
-    """Return the neurons named by texts such as `0:17`, sorted and without duplicates.
+def parse_neuron_ids(option: str, texts: Iterable[str], site: str | None = None) -> list[NeuronKey]:
+    """Return the neurons of a site named by texts such as `0:17`, sorted and without duplicates.
 
-    Raises `InputError`, which names `option`, for any form other than LAYER:INDEX.
+    On a site with both ends `0:17+` and `0:17-` name one end each, and `0:17` names both. Without a `site` only the
+    form is checked, and the keys hold the numbers as written. Raises `InputError`, which names `option`, for any
+    form other than LAYER:INDEX, with or without an end, and for an end of a neuron that has only one.
     """
     keys = set()
     for text in texts:
-        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})([+-]?)", text)
         if match is None:
-            raise InputError(f"{option} {text}: write a neuron as LAYER:INDEX, such as 0:17")
-        keys.add(NeuronKey(int(match[1]), int(match[2])))
+            raise InputError(
+                f"{option} {text}: write a neuron as LAYER:INDEX, such as 0:17 (one of its ends: 0:17+ or 0:17-)"
+            )
+        layer, index, end = int(match[1]), int(match[2]), match[3]
+        if site is not None and has_both_ends(site):
+            ends = [ENDS.index(end)] if end else [0, 1]
+            keys |= {NeuronKey(layer, 2 * index + number) for number in ends}
+        elif site is not None and end:
+            raise InputError(
+                f"{option} {text}: the neurons of site {site} have one end here: type {layer}:{index}, or harvest"
+                " them with --polarity both"
+            )
+        else:
+            keys.add(NeuronKey(layer, index))
     return sorted(keys)
+
+
+def names_an_end(texts: Iterable[str]) -> bool:
+    """Return whether one of the texts names one end of a neuron: `0:17+` or `0:17-`."""
+    return any(text.endswith(ENDS) for text in texts)
 
 
 @dataclass(frozen=True)
@@ -186,9 +245,38 @@ class NeuronId:
     model: str
     """name of the model in its run, such as `crate-2l`"""
     site: str
-    """where in the layer the neuron lives: `ista`, `mssa`, `mlp` or a module path"""
+    """where in the layer the neuron lives: `ista`, `mssa`, `mlp` or a module path; it ends in `:both` if both ends of
+    the neurons count"""
     layer: int
     index: int
+    """from 0; at a site with both ends 2 i is the end `i+`, and 2 i + 1 the end `i-`"""
+
+    @property
+    def name(self) -> str:
+        """Return how the neuron is written within its layer: `17`, or `17+` and `17-` for the ends of neuron 17."""
+        return neuron_name(self.index, self.site)
+
+    @property
+    def number(self) -> int:
+        """Return the number of the neuron among the activations of its layer: 17 for both `17+` and `17-`."""
+        return self.index // self.n_ends
+
+    @property
+    def end(self) -> int:
+        """Return 0 for the end `+`, or if the neuron has one end, and 1 for the end `-`."""
+        return self.index % self.n_ends
+
+    @property
+    def n_ends(self) -> int:
+        """Return the number of ends that the neurons of the site have: 1 or 2."""
+        return 2 if has_both_ends(self.site) else 1
+
+    @property
+    def opposite(self) -> "NeuronId | None":
+        """Return the other end of the same neuron; None at a site whose neurons have one end."""
+        if not has_both_ends(self.site):
+            return None
+        return NeuronId(self.model, self.site, self.layer, self.index ^ 1)
 
     @property
     def key(self) -> NeuronKey:
@@ -196,7 +284,7 @@ class NeuronId:
         return NeuronKey(self.layer, self.index)
 
     def __str__(self) -> str:
-        return f"{self.model}/{self.site}.{self.layer}.{self.index}"
+        return f"{self.model}/{self.site}.{self.layer}.{self.name}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +348,7 @@ class NeuronSummary:
     kurtosis: float
     """standardised fourth moment (3 for a normal distribution); NaN if the variance is 0"""
     firing_rate: float
-    """fraction of tokens with an activation above 0"""
+    """fraction of tokens on which the neuron fires: see `firing_threshold`"""
     maximum: float
     histogram: NDArray[np.int64]
     """[64] counts over equal bins between `histogram_low` and `histogram_high`; the outer bins also count values beyond"""
@@ -273,11 +361,21 @@ class NeuronSummary:
     openai_counts: NDArray[np.int64] | None = None
     """[5] number of tokens in each bin between `openai_edges`; the outer bins also count values beyond. None if unknown, as
     for harvests by older versions"""
+    firing_threshold: float | None = None
+    """lowest activation that counts as firing: the largest power of two that is at most a tenth of `maximum`. None: the
+    neuron fires wherever it is above 0, since its activations are exactly 0 elsewhere"""
+    opposite_maximum: float | None = None
+    """`maximum` of the other end of the same neuron; None at a site whose neurons have one end"""
+
+    @property
+    def silent(self) -> bool:
+        """Return True if the activation was never above 0 on the tokens searched, so that there is nothing to explain."""
+        return self.maximum <= 0
 
     @property
     def dead(self) -> bool:
-        """Return True if the neuron was never above 0 on the tokens searched."""
-        return self.maximum <= 0
+        """Return True if the neuron never fired on the tokens searched: at a site with both ends, at neither of them."""
+        return self.silent and not (self.opposite_maximum or 0) > 0
 
 
 @dataclass(frozen=True, eq=False)

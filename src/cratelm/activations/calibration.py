@@ -90,6 +90,13 @@ def _reach(ordered: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     return (n - torch.where((lower == 0).all(0), at_most, below)).float() / n
 
 
+def pilot_of(plan: SearchPlan, tokens: int) -> SearchPlan:
+    """Return a plan of about `tokens` tokens in sequences spread over `plan`."""
+    wanted = min(len(plan.sequences), max(1, tokens // plan.room))
+    chosen = plan.sequences[:: max(1, len(plan.sequences) // wanted)][:wanted]
+    return replace(plan, sequences=chosen)
+
+
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel, site: Site, plan: SearchPlan, tokens: int, batch_tokens: int
@@ -98,9 +105,7 @@ def calibrate(
 
     Memory: the larger of 256 MiB and, for one layer, tokens * H * 4 bytes.
     """
-    wanted = min(len(plan.sequences), max(1, tokens // plan.room))
-    chosen = plan.sequences[:: max(1, len(plan.sequences) // wanted)][:wanted]
-    pilot = replace(plan, sequences=chosen)
+    pilot = pilot_of(plan, tokens)
     calibrations: dict[int, Calibration] = {}
     for layers in _groups(site.n_neurons, pilot.n_tokens()):
         for layer, activations in _activations(model, site, pilot, layers, batch_tokens).items():

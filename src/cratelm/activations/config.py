@@ -3,8 +3,10 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from cratelm.errors import InputError
+from cratelm.records import has_both_ends
 from cratelm.runs import at_least, not_in_identity
 from cratelm.runs.model_options import Dtype, ModelOptions, SourceOptions, model_option
 from cratelm.runs.names import check_name
@@ -61,6 +63,10 @@ class HarvestConfig(ModelOptions, BeginningOptions):
     """harvest latents of sparse autoencoders instead of neurons: their name in the run (see
     `cratelm sae train`), a folder of SAELens, sparsify or dictionary_learning, or RELEASE/ID of SAELens'
     registry, which needs the extra `sae`"""
+    polarity: Literal["auto", "positive", "both"] = "auto"
+    """which activations count: `positive` those above 0; `both` the two ends of each neuron, `17+` and `17-`, which are
+    explained and scored by themselves; `auto` both where the site's activations go as far below 0 as above it (gated
+    MLPs, attention, the residual stream), else positive (ReLU, GELU, CRATE's code, latents)"""
     part: str | None = None
     """harvest only one part of the tokens, such as 2/4 for the second of four, so that several machines can share
     the work; `cratelm merge harvest` then makes the harvest from all parts"""
@@ -109,6 +115,14 @@ class HarvestConfig(ModelOptions, BeginningOptions):
             raise InputError(
                 f"--short-context {self.short_context} is above --context {self.context}:"
                 " short excerpts are cut from long ones"
+            )
+        if self.sae and (self.polarity == "both" or (self.site and has_both_ends(self.site))):
+            raise InputError(
+                "--sae cannot be combined with both ends of a site: latents have one end"
+            )
+        if self.site and has_both_ends(self.site) and self.polarity == "positive":
+            raise InputError(
+                f"--site {self.site} names both ends, and --polarity positive one: omit one of them"
             )
 
 

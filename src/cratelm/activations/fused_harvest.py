@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from cratelm.activations.batches import Batch
-from cratelm.activations.layer_harvest import Binning, LayerHarvest
+from cratelm.activations.layer_harvest import LOWEST_OCTAVE, OCTAVES, Binning, LayerHarvest
 from cratelm.activations.topk import EMPTY, TopKBuffers
 from cratelm.records import HISTOGRAM_BINS
 
@@ -125,6 +125,8 @@ class _Statistics(NamedTuple):
     histogram: np.ndarray
     reached: np.ndarray
     """[4, H] tokens that reach the lower edges of quantile bins"""
+    octaves: np.ndarray
+    """[H * 64] or [0]"""
 
 
 class FusedLayerHarvest(LayerHarvest):
@@ -143,7 +145,10 @@ class FusedLayerHarvest(LayerHarvest):
             low,
             np.float32(HISTOGRAM_BINS) / (high - low),
             self._block.numpy(),
-            *(getattr(self, name).numpy() for name in ("fired", "maximum", "histogram", "reached")),
+            *(
+                getattr(self, name).numpy()
+                for name in ("fired", "maximum", "histogram", "reached", "octaves")
+            ),
         )
         tokens = _Tokens.of(flat, batch)
         bins, top = self._bins(), _Buffers.of(self.top)
@@ -539,6 +544,20 @@ def _count_bins(flat, row, first, low, scale, bins, counts):
 
 
 @_compiled
+def _count_octaves(flat, row, first, bins, counts):
+    """Count the activations of a row in octaves, counts [W * 64], as `octave_of` has them; bins [W] is overwritten."""
+    bits = flat[row, first : first + len(bins)].view(np.int32)
+    lowest, last_octave = np.int32(127 + LOWEST_OCTAVE), np.int32(OCTAVES - 1)
+    for j in range(len(bins)):
+        octave = (bits[j] >> np.int32(23)) - lowest
+        octave = octave if octave > np.int32(0) else np.int32(0)
+        octave = octave if octave < last_octave else last_octave
+        bins[j] = octave + np.int32(OCTAVES) * np.int32(j)
+    for j in range(len(bins)):
+        counts[np.uint32(bins[j])] += np.uint8(1)
+
+
+@_compiled
 def _move(source, target):
     """Add the elements of one array to another, and set them to 0."""
     for i in range(len(source)):
@@ -581,6 +600,8 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
     recent_reached, n_reached = np.zeros(width, np.int32), np.zeros((5, width), np.int32)
     recent_counts = np.zeros(width * HISTOGRAM_BINS, np.uint8)  # these fit into the L1 cache
     counts = np.zeros(width * HISTOGRAM_BINS, np.uint32)
+    n_octaves = width * OCTAVES if len(statistics.octaves) else 0
+    recent_octaves, octaves = np.zeros(n_octaves, np.uint8), np.zeros(n_octaves, np.uint32)
     reached = np.zeros(-(-width // 8) * 8, np.uint8)
     flags = reached[:width]
     found = np.empty((_OFFERED + 4 * width + 1, 2), np.int64)
@@ -607,6 +628,9 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
                 n_found = 0
             for i in range(row, row + n):
                 _count_bins(flat, i, first, low, scale, bins, recent_counts)
+            if n_octaves:
+                for i in range(row, row + n):
+                    _count_octaves(flat, i, first, bins, recent_octaves)
             row, n_summed, n_counted = row + n, n_summed + n, n_counted + n
             n_compared += n
             if n_compared >= _IN_6_BITS:
@@ -618,11 +642,15 @@ def _sweep_tile(tokens, statistics, cut, last_key, openai, anthropic, top, first
             if n_counted >= _IN_UINT8:
                 n_counted = 0
                 _move(recent_counts, counts)
+                _move(recent_octaves, octaves)
     _offer_found(tokens, openai, found, n_found, offered)
     _offer_found(tokens, anthropic, found, n_found, offered)
     _move(recent.reshape(-1), before.reshape(-1))
     _move(recent_counts, counts)
+    _move(recent_octaves, octaves)
     _move_counts(recent_reached, n_reached)
     _add_sums(statistics, before, best, counts, n_reached, first)
+    if n_octaves:
+        _move(octaves, statistics.octaves[OCTAVES * first : OCTAVES * last])
     if np.isfinite(before[0]).all():
         _offer_top(tokens, best, top, first, last)

@@ -17,17 +17,18 @@ from tqdm import tqdm
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.activations.batches import SearchPlan, random_positions
-from cratelm.activations.calibration import Calibration, calibrate
+from cratelm.activations.calibration import Calibration, calibrate, pilot_of
 from cratelm.activations.config import HarvestConfig, last_name
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest
 from cratelm.activations.out_of_context import out_of_context_rows
 from cratelm.activations.parts import part_share, part_stage, write_part
+from cratelm.activations.polarity import ABOVE_0, Polarity, Signs, signs_of
 from cratelm.activations.store import (
     NEURONS_PER_GROUP,
-    SUMMARIES,
     SUMMARIES_PER_GROUP,
     excerpt_writer,
     summaries_path,
+    summary_schema,
 )
 from cratelm.activations.tables import excerpt_rows, excerpt_table, summary_table
 from cratelm.activations.top_positions import top_positions
@@ -66,11 +67,21 @@ class HarvestResult:
     """folder of the files (`cratelm.activations.store` reads them)"""
     site: str
     neurons: tuple[int, ...]
-    """[L] number of neurons in each layer"""
+    """[L] number of neurons in each layer; of ends, twice as many, at a site with both"""
     tokens: dict[str, int]
     """number of tokens searched, without end marks, by split"""
     dead: dict[str, int]
-    """number of neurons that were never above 0, by split"""
+    """number of neurons that never fired, by split: never above 0, and with both ends never below 0 either"""
+    polarity: Polarity = "positive"
+    """`both` if each neuron was harvested as two, one for each end"""
+    polarity_reason: str = ""
+    """why, in words; empty for harvests of older versions"""
+    exact_zeros: bool = True
+    """True if a neuron fires wherever it is above 0; False if it fires from a fraction of its maximum on
+    (`NeuronSummary.firing_threshold`)"""
+    only_negative: dict[str, int] = field(default_factory=dict)
+    """number of dead neurons that go below 0 but never above, by split, if only positive activations count; `--polarity
+    both` harvests them. Not recorded by older versions"""
     begin_token: int | None = None
     """id of the token set before every sequence, which counts nowhere; None for none"""
     skip_first: int = 0
@@ -102,6 +113,9 @@ def _harvest(config: HarvestConfig, ranks: Ranks) -> HarvestResult:
     opened = sources.open(config, run)
     if ranks.is_first:
         announce(opened.chosen, opened.loaded)
+    opened = opened.read_as(_signs(config, opened, ranks))
+    if ranks.is_first and opened.signs.polarity == "both" and not config.quiet:
+        print(f"{harvest_name(config)}: {opened.signs.in_words()}", flush=True)
     check_harvest_memory(config, opened.store, opened.site, opened.loaded.model.device)
     with ranks.write(stage, config, sources.inputs) as draft:
         _write_splits(config, opened, harvest_name(config), draft, ranks)
@@ -161,6 +175,21 @@ class OpenedSources:
     """tokens per sequence, with the begin token"""
     chosen: ChosenBeginning = PLAIN_BEGINNING
     """how sequences begin"""
+    signs: Signs = ABOVE_0
+    """how the activations are read"""
+
+    def read_as(self, signs: Signs) -> "OpenedSources":
+        """Return the same sources, with the ends of the site if `signs` says so."""
+        return replace(self, site=signs.of(self.site), signs=signs)
+
+
+def _signs(config: HarvestConfig, opened: OpenedSources, ranks: Ranks) -> Signs:
+    """Return how the activations are read, which rank 0 decides for all ranks."""
+    pilot = pilot_of(plan_of(config, opened, SPLITS[0]), config.pilot_tokens)
+    model = opened.loaded.model
+    return ranks.by_first(
+        lambda: signs_of(config.polarity, model, opened.site, pilot, config.batch_tokens)
+    )
 
 
 def harvest_name(config: HarvestConfig) -> str:
@@ -194,6 +223,7 @@ def harvest_split(
     batch_tokens: int = 8_192,
     quiet: bool = False,
     shares: Sequence[Share] = (),
+    exact_zeros: bool = True,
 ) -> list[LayerHarvest]:
     """Return the harvest of each layer [L] from one pass over the tokens of `plan`, without the head.
 
@@ -214,6 +244,7 @@ def harvest_split(
             sizes,
             number,
             is_first=all(share.is_first for share in shares),
+            with_octaves=not exact_zeros,
         )
         for calibration, number, h in zip(
             calibrations, site.layer_numbers, site.n_neurons, strict=True
@@ -264,7 +295,15 @@ def _write_splits(
         calibrations = calibrations or _calibrations(config, model, site, plan, ranks)
         quiet = config.quiet or not ranks.is_first
         layers = harvest_split(
-            model, site, plan, calibrations, sizes_of(config), config.batch_tokens, quiet, shares
+            model,
+            site,
+            plan,
+            calibrations,
+            sizes_of(config),
+            config.batch_tokens,
+            quiet,
+            shares,
+            opened.signs.exact_zeros,
         )
         _merge_ranks(layers, ranks)
         if not config.part:
@@ -286,8 +325,15 @@ def add_results(
     """Add what the completion record says about a split, and about the harvest."""
     results, site = draft.results, opened.site
     results.setdefault("tokens", {})[split] = layers[0].n_tokens
-    results.setdefault("dead", {})[split] = sum(int((h.maximum <= 0).sum()) for h in layers)
-    results.update(site=site.name, neurons=list(site.n_neurons))
+    silent = [h.maximum <= 0 for h in layers]
+    if site.has_both_ends:
+        silent = [of_layer[0::2] & of_layer[1::2] for of_layer in silent]
+    elif site.name != "latents":
+        # a sum of squares above 0: the neuron is not 0 everywhere
+        below = [s & (h.powers[1] > 0) for s, h in zip(silent, layers, strict=True)]
+        results.setdefault("only_negative", {})[split] = sum(int(b.sum()) for b in below)
+    results.setdefault("dead", {})[split] = sum(int(of_layer.sum()) for of_layer in silent)
+    results.update(site=site.name, neurons=list(site.n_neurons), **opened.signs.as_results())
     # For later measurements on the same neurons (`open_harvest`).
     results.update(sequence_length=opened.length, device=config.device)
     begin = opened.chosen.beginning
@@ -343,7 +389,10 @@ def write_split(
     del of_site["autoencoders"], of_site["is_flat"]
     write_json(folder / "sites.json", {**of_site, "layers": site.layer_numbers})
     with (
-        pq.ParquetWriter(summaries_path(folder, plan.name), SUMMARIES.schema) as summaries,
+        pq.ParquetWriter(
+            summaries_path(folder, plan.name),
+            summary_schema(with_firing=not opened.signs.exact_zeros, with_ends=site.has_both_ends),
+        ) as summaries,
         excerpt_writer(folder, plan.name) as excerpts,
         ThreadPoolExecutor(1) as thread,  # compresses a row group while the next one is made
     ):

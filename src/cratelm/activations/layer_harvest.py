@@ -7,6 +7,7 @@ by which most activations are read only for their statistics and never considere
 
     moments, firing counts    every activation
     histogram                 every activation
+    octaves                   every activation, at sites whose neurons are nowhere exactly 0
     sizes of quantile bins    every activation
     top excerpts              one candidate per document: its maximum
     random excerpts           positions drawn beforehand, looked up
@@ -16,7 +17,7 @@ On the CPU, with the extra `fast`, `FusedLayerHarvest` replaces the methods that
 ones; those of this file run everywhere.
 
 Memory depends on neurons and excerpts, never on the number of tokens: `bytes_per_neuron` has the
-formula, which gives 77 kB at the default sizes. The activations of one batch are extra.
+formula, which gives 77 kB at the default sizes, and 512 bytes more with octaves. The activations of one batch are extra.
 
 Shape legend: N tokens of a batch, H neurons, S segments, W tokens of an excerpt, m excerpts.
 """
@@ -41,6 +42,10 @@ _HISTOGRAM_BLOCK = 64
 """number of neurons whose histograms are counted together: their 4,096 counters fit into the L1 cache"""
 STATISTICS = ("fired", "maximum", "histogram", "reached")
 """attributes of a `LayerHarvest` that are added to by every batch, and belong to its state"""
+OCTAVES = 64
+"""number of octaves in which activations above 0 are counted"""
+LOWEST_OCTAVE = -40
+"""octave k has the activations from 2^(k - 40) to 2^(k - 39); the outer ones also count what lies beyond"""
 _GATHER = 2**22
 """elements gathered at once when a segment's maximum is located: 16 MiB"""
 
@@ -61,18 +66,20 @@ class ExcerptSizes:
     """the same for a short excerpt"""
 
 
-def bytes_per_neuron(sizes: ExcerptSizes) -> int:
+def bytes_per_neuron(sizes: ExcerptSizes, *, with_octaves: bool = False) -> int:
     """Return the bytes that a harvest holds per neuron, however many tokens it searches.
 
     A slot takes 4 bytes per token of its window and 40 for bookkeeping (48 if random); a bin takes 20
-    more for its edge, its reach and its threshold; the statistics take 708.
+    more for its edge, its reach and its threshold; the statistics take 708, and 512 more with octaves. Each end of a
+    neuron counts as a neuron.
     """
     long, short = 4 * 2 * sizes.context, 4 * 2 * sizes.short_context
     top = sizes.top * (40 + long) + 8
     random = sizes.random * (48 + long)
     openai = 5 * (sizes.per_bin * (40 + long) + 20)
     anthropic = ANTHROPIC_BINS * (sizes.per_bin * (40 + short) + 20)
-    return top + random + openai + anthropic + 8 * HISTOGRAM_BINS + 196
+    octaves = 8 * OCTAVES if with_octaves else 0
+    return top + random + openai + anthropic + 8 * HISTOGRAM_BINS + 196 + octaves
 
 
 class Binning:
@@ -137,8 +144,12 @@ class LayerHarvest:
         layer: int,
         *,
         is_first: bool = True,
+        with_octaves: bool = False,
     ):
         """`random` [H, K_r] are the positions in the split of random excerpts, -1 for none.
+
+        `with_octaves`: count the activations by octave, from which the firing rate of neurons is computed that are
+        nowhere exactly 0. The maximum, which decides what counts as firing, is known only at the end.
 
         `is_first`: it gets the first batches of the split. A harvest of later ones keeps the sums of each block (32
         bytes per neuron and block) until it is merged.
@@ -158,6 +169,9 @@ class LayerHarvest:
         self.fired = torch.zeros(n_neurons, dtype=torch.float64, device=device)
         self.maximum = torch.full((n_neurons,), -torch.inf, device=device)
         self.histogram = torch.zeros(n_neurons * HISTOGRAM_BINS, dtype=torch.int64, device=device)
+        n_octaves = OCTAVES if with_octaves else 0
+        self.octaves = torch.zeros(n_neurons * n_octaves, dtype=torch.int64, device=device)
+        """[H * 64] number of tokens by octave; [0] without"""
         window = 2 * sizes.context
         self.top = TopKBuffers(n_neurons, sizes.top, window, device, unique_documents=True)
         self.openai = _openai_binning(calibration, sizes)
@@ -208,6 +222,21 @@ class LayerHarvest:
         at_least = torch.cat([all_tokens, self.reached, torch.zeros_like(all_tokens)])
         return (at_least[:-1] - at_least[1:]).T
 
+    def firing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the number of tokens [H] on which each neuron fires, and its lowest activation [H] that counts as firing.
+
+        This is the largest power of two that is at most a tenth of the neuron's maximum (`records.NeuronSummary`); 0 for
+        a neuron that is never above 0. Needs octaves.
+        """
+        tenth = torch.log2(self.maximum.double().clamp(min=0) / 10).floor()
+        octave = (tenth - LOWEST_OCTAVE).clamp(0, OCTAVES - 1).long()  # [H]
+        above = (
+            self.octaves.view(-1, OCTAVES).flip(1).cumsum(1).flip(1)
+        )  # [H, 64] in this octave or a higher one
+        alive = self.maximum > 0
+        threshold = torch.exp2((octave + LOWEST_OCTAVE).double()).where(alive, 0.0)
+        return above.gather(1, octave[:, None])[:, 0].where(alive, 0), threshold
+
     def end_block(self) -> None:
         """End a block of batches (`SearchPlan.blocks`)."""
         if self._later is None:
@@ -225,6 +254,7 @@ class LayerHarvest:
             "n_tokens": torch.tensor(self.n_tokens),
             "powers": torch.stack(self._later or [self._powers.cpu()]),
             **{name: getattr(self, name).cpu() for name in STATISTICS},
+            "octaves": self.octaves.cpu(),
             "random": reached.cpu(),
             **{name: getattr(self, name)[reached].cpu() for name in columns},
             **{f"{name}.{k}": column for name, b in buffers for k, column in b.filled().items()},
@@ -243,6 +273,7 @@ class LayerHarvest:
         self.fired += state["fired"].to(device)
         self.maximum = torch.maximum(self.maximum, state["maximum"].to(device))
         self.histogram += state["histogram"].to(device)
+        self.octaves += state["octaves"].to(device)
         self.reached += state["reached"].to(device)
         reached = state["random"].to(device)
         for name in ("random_start", "random_stop", "random_document", "random_window"):
@@ -267,6 +298,8 @@ class LayerHarvest:
         self._check_finite()
         self._count_bins(flat, batch)
         self._count_histogram(flat, batch)
+        if len(self.octaves):
+            self._count_octaves(flat, batch)
         self._update_top(flat, batch)
         self._sample_above(flat, batch, reached, last_key)
 
@@ -317,6 +350,16 @@ class LayerHarvest:
             block = slice(first, first + width)
             counts = self._bin_counts(flat, block) - self._bin_counts(others, block)
             self.histogram[first * HISTOGRAM_BINS : (first + width) * HISTOGRAM_BINS] += counts
+
+    def _count_octaves(self, flat: torch.Tensor, batch: Batch) -> None:
+        """Count the text tokens in octaves, in blocks of neurons as for the histograms."""
+        width = self.n_neurons if flat.is_cuda else _HISTOGRAM_BLOCK
+        is_text = batch.is_text > 0
+        for first in range(0, self.n_neurons, width):
+            rows = flat[:, first : first + width][is_text]
+            octave = octave_of(rows) + OCTAVES * torch.arange(rows.shape[1], device=rows.device)
+            counts = torch.bincount(octave.flatten(), minlength=OCTAVES * rows.shape[1])
+            self.octaves[first * OCTAVES : first * OCTAVES + len(counts)] += counts
 
     def _bin_counts(self, rows: torch.Tensor, block: slice) -> torch.Tensor:
         """Return counts [block * 64] of rows [n, H] in the histogram bins of a block of neurons."""
@@ -463,6 +506,13 @@ class LayerHarvest:
             stop=torch.minimum(batch.stop[segment], position + context),
             document=batch.document[segment],
         )
+
+
+def octave_of(activations: torch.Tensor) -> torch.Tensor:
+    """Return the octave, 0 to 63, of each activation in float32; 0 for those that are not above 0."""
+    # The exponent is in the bits from 23 on; the sign, which is the highest bit, makes the integer negative.
+    exponent = (activations.contiguous().view(torch.int32) >> 23) - (127 + LOWEST_OCTAVE)
+    return exponent.clamp_(0, OCTAVES - 1)
 
 
 def _openai_binning(calibration: Calibration, sizes: ExcerptSizes) -> Binning:

@@ -20,6 +20,7 @@ from cratelm.activations.harvest import (
 )
 from cratelm.activations.layer_harvest import LayerHarvest
 from cratelm.activations.parts import part_share, parts_of, read_part
+from cratelm.activations.polarity import Signs
 from cratelm.errors import InputError
 from cratelm.records import Split
 from cratelm.runs import Completion, Run, Stage, identity_of
@@ -52,7 +53,7 @@ def merge_harvest(config: MergeHarvestConfig) -> HarvestResult:
     # Parts may be missing if the harvest is finished: a merge that was killed has removed some.
     if not stage.is_finished(whole, sources.inputs, force=config.force):
         _check_complete(parts)
-        opened = sources.open(whole, run)
+        opened = sources.open(whole, run).read_as(Signs.read(first.results))
         check_harvest_memory(whole, opened.store, opened.site, torch.device("cpu"))
         with stage.write(whole, sources.inputs) as draft:
             for split in SPLITS:
@@ -145,7 +146,13 @@ def _merged(
             state, calibration = read_part(stage.path, split, place)
             if merged is None:
                 random = random_positions(spans, number, h, config.random, config.seed)
-                merged = LayerHarvest(calibration, random, sizes_of(config), number)
+                merged = LayerHarvest(
+                    calibration,
+                    random,
+                    sizes_of(config),
+                    number,
+                    with_octaves=len(state["octaves"]) > 0,
+                )
             elif not merged.calibration.equals(calibration):
                 raise InputError(
                     f"part {part} measured the model with other results than {next(iter(parts))} on the same"

@@ -19,7 +19,7 @@ from cratelm.models.open import (
 )
 from cratelm.models.sites import Site, site_of
 from cratelm.models.sizes import hub_commit
-from cratelm.records import Split
+from cratelm.records import Split, has_both_ends
 from cratelm.runs import Completion, Run, Stage
 from cratelm.runs.model_options import HarvestedModelOptions, SourceOptions
 from cratelm.runs.reading import read_json
@@ -173,8 +173,10 @@ def open_harvested(
         source = find_autoencoders(run, subject.name, sae)
         if source.record is None and source.identity != harvest.inputs.get("sae"):
             raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")
+    named = harvest.results.get("site", "")
+    site_name = named if has_both_ends(named) else harvest.config.get("site")
     layers = tuple(harvest.config.get("layers", ()))
-    site = open_site(run, subject, harvest.config.get("site"), sae, layers)
+    site = open_site(run, subject, site_name, sae, layers)
     site = _with_recorded_layers(site, stage.path)
     beginning = Beginning.recorded(harvest.results)
     return HarvestContext(subject, site, store, stage.path, length, beginning)

@@ -74,6 +74,7 @@ def read_part(
         tensors = load_file(sound)
         names = [f.name for f in dataclasses.fields(Calibration)]
         calibration = Calibration(*(tensors.pop(f"{_CALIBRATION}{name}") for name in names))
+        tensors.setdefault("octaves", torch.zeros(0, dtype=torch.int64))  # of older versions
         for name in STATISTICS:
             tensors[name]  # of older versions: some have fewer
     return tensors, calibration

@@ -67,9 +67,15 @@ SUMMARIES = TableFile(
             pa.float64(),
             "standardised fourth moment, 3 for a normal distribution; NaN if the variance is 0",
         ),
-        FileColumn("firing_rate", pa.float64(), "fraction of tokens with an activation above 0"),
         FileColumn(
-            "maximum", pa.float32(), "raw activation; 0 or less: the neuron is dead on the split"
+            "firing_rate",
+            pa.float64(),
+            "fraction of tokens with an activation above 0, or of at least `firing_threshold` if the file has it",
+        ),
+        FileColumn(
+            "maximum",
+            pa.float32(),
+            "raw activation; 0 or less: the neuron is dead on the split, or this end of it is silent",
         ),
         FileColumn("histogram", pa.list_(pa.int64()), "64 counts of tokens over equal bins"),
         FileColumn(
@@ -98,8 +104,29 @@ SUMMARIES = TableFile(
             "5 counts of tokens: of each bin between `openai_edges`, the outer ones with values beyond; null or missing"
             " if unknown (imported neurons, older harvests)",
         ),
+        FileColumn(
+            "firing_threshold",
+            pa.float32(),
+            "lowest raw activation that counts as firing, the largest power of two that is at most a tenth of `maximum`; only"
+            " at sites whose silent neurons are not exactly 0",
+            optional=True,
+        ),
+        FileColumn(
+            "opposite_maximum",
+            pa.float32(),
+            "`maximum` of the other end of the same neuron; only with `--polarity both`",
+            optional=True,
+        ),
     ),
 )
+
+
+def summary_schema(*, with_firing: bool, with_ends: bool) -> pa.Schema:
+    """Return the schema of summaries with or without each of the optional columns."""
+    schema = SUMMARIES.schema
+    for name, wanted in (("firing_threshold", with_firing), ("opposite_maximum", with_ends)):
+        schema = schema if wanted else schema.remove(schema.get_field_index(name))
+    return schema
 
 
 _FEW_VALUES = [column.name for column in EXCERPTS.columns if column.name != "activations"]
@@ -136,7 +163,9 @@ def excerpt_writer(folder: str | Path, split: Split) -> pq.ParquetWriter:
 def write_records(folder: str | Path, split: Split, records: Sequence[NeuronRecord]) -> None:
     """Write records, which must be sorted by layer and index, as one row group per file."""
     with (
-        pq.ParquetWriter(summaries_path(folder, split), SUMMARIES.schema) as summaries,
+        pq.ParquetWriter(
+            summaries_path(folder, split), _schema_of([r.summary for r in records])
+        ) as summaries,
         pq.ParquetWriter(excerpts_path(folder, split), EXCERPTS.schema) as excerpts,
     ):
         summaries.write_table(_summary_table([r.summary for r in records]))
@@ -349,7 +378,14 @@ def _summary_table(summaries: Sequence[NeuronSummary]) -> pa.Table:
         }
         for s in summaries
     ]
-    return pa.Table.from_pylist(rows, schema=SUMMARIES.schema)
+    return pa.Table.from_pylist(rows, schema=_schema_of(summaries))
+
+
+def _schema_of(summaries: Sequence[NeuronSummary]) -> pa.Schema:
+    return summary_schema(
+        with_firing=any(s.firing_threshold is not None for s in summaries),
+        with_ends=any(s.opposite_maximum is not None for s in summaries),
+    )
 
 
 def _excerpt_table(records: Sequence[NeuronRecord]) -> pa.Table:

@@ -11,9 +11,9 @@ import pyarrow as pa
 import torch
 
 from cratelm.activations.layer_harvest import LayerHarvest
-from cratelm.activations.store import EXCERPTS, SUMMARIES
+from cratelm.activations.store import EXCERPTS, summary_schema
 from cratelm.activations.topk import EMPTY, TopKBuffers
-from cratelm.records import EXCERPT_KINDS, HISTOGRAM_BINS, ExcerptKind
+from cratelm.records import EXCERPT_KINDS, HISTOGRAM_BINS, ExcerptKind, has_both_ends
 from cratelm.tokens.shards import TokenSplit
 
 _READ = 2**20
@@ -146,7 +146,10 @@ def _first_in_window(rows: list[Rows]) -> np.ndarray:
 
 
 def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> pa.Table:
-    """Return one row per neuron of `SUMMARIES`, from the sums of the harvest."""
+    """Return one row per neuron of `SUMMARIES`, from the sums of the harvest.
+
+    With the optional columns that its neurons have.
+    """
     n, calibration = harvest.n_tokens, harvest.calibration
     # Central moments from moments about the calibration's mean, which is near the mean, so that little
     # cancels.
@@ -156,6 +159,13 @@ def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> p
     fourth = p4 - 4 * p1 * p3 + 6 * p1**2 * p2 - 3 * p1**4
     spread = np.where(variance > 0, variance, np.nan)
     histogram = harvest.histogram.view(-1, HISTOGRAM_BINS).cpu().numpy()
+    maximum = harvest.maximum.cpu().numpy()
+    fired, more = harvest.fired, {}
+    if with_firing := len(harvest.octaves) > 0:
+        fired, threshold = harvest.firing()
+        more["firing_threshold"] = _array(threshold.cpu().numpy(), np.float32)
+    if with_ends := has_both_ends(site):
+        more["opposite_maximum"] = _array(maximum.reshape(-1, 2)[:, ::-1].ravel(), np.float32)
     table = {
         "index": _array(np.arange(harvest.n_neurons), np.int32),
         "n_tokens": _array(np.full(harvest.n_neurons, n), np.int64),
@@ -163,16 +173,18 @@ def summary_table(harvest: LayerHarvest, model: str, site: str, layer: int) -> p
         "variance": _array(variance, np.float64),
         "skew": _array(third / spread**1.5, np.float64),
         "kurtosis": _array(fourth / spread**2, np.float64),
-        "firing_rate": _array(harvest.fired.cpu().numpy() / n, np.float64),
-        "maximum": _array(harvest.maximum.cpu().numpy(), np.float32),
+        "firing_rate": _array(fired.cpu().numpy() / n, np.float64),
+        "maximum": _array(maximum, np.float32),
         "histogram": _lists(histogram, np.int64),
         "histogram_low": _array(calibration.low.cpu().numpy(), np.float32),
         "histogram_high": _array(calibration.high.cpu().numpy(), np.float32),
         "openai_edges": _lists(calibration.openai_edges.cpu().numpy(), np.float32),
         "openai_counts": _lists(harvest.openai_counts.cpu().numpy(), np.int64),
         "anthropic_edges": _lists(calibration.anthropic_edges.cpu().numpy(), np.float32),
+        **more,
     }
-    return _with_names(table, SUMMARIES.schema, model, site, layer)
+    schema = summary_schema(with_firing=with_firing, with_ends=with_ends)
+    return _with_names(table, schema, model, site, layer)
 
 
 def tokens_at(split: TokenSplit, positions: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from cratelm.activations.open_harvest import HarvestContext, open_harvested
@@ -52,7 +53,8 @@ from cratelm.explain.concepts.predict import is_concept_payload
 from cratelm.explain.concepts.stored import concept_reader
 from cratelm.explain.store import read_explanations
 from cratelm.models.open import sequence_length
-from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey
+from cratelm.models.sites import Site
+from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey, has_both_ends
 from cratelm.runs import Draft, Run, check_memory
 from cratelm.runs.memory import available_memory
 from cratelm.runs.ranks import Ranks, Share, joined, n_ranks_here
@@ -258,7 +260,7 @@ def _figures(
         if bases is not None:
             of_layer |= head_figures(bases, config.seed)
         groups = _groups(sums)
-        of_layer |= _neuron_figures(sums, groups)
+        of_layer |= _neuron_figures(sums, groups, site)
         for (quantity, setting), value in of_layer.items():
             if isinstance(value, Estimate):
                 figures.append(LayerFigure(layer, quantity, setting, value.value, value.error))
@@ -303,10 +305,17 @@ def _groups(sums: LayerSums) -> NeuronGroups | None:
     return None if len(sums.fired) < 2 else group_neurons(sums.correlation.correlation())
 
 
-def _neuron_figures(sums: LayerSums, groups: NeuronGroups | None) -> Figures:
-    """Return the fraction of dead neurons and the figures of the groups of a layer."""
+def _fired(sums: LayerSums, site_name: str) -> torch.Tensor:
+    """Return whether each neuron fired [H]; an end counts as its neuron does, which fires if either end does."""
     assert sums.fired is not None
-    figures: Figures = {("dead", ""): float(1 - sums.fired.double().mean())}
+    if not has_both_ends(site_name):
+        return sums.fired
+    return sums.fired.view(-1, 2).any(1).repeat_interleave(2)
+
+
+def _neuron_figures(sums: LayerSums, groups: NeuronGroups | None, site: Site) -> Figures:
+    """Return the fraction of dead neurons and the figures of the groups of a layer."""
+    figures: Figures = {("dead", ""): float(1 - _fired(sums, site.name).double().mean())}
     if groups is not None:
         sizes = np.bincount(groups.group[groups.group != NONE])
         figures["groups", ""] = len(sizes)
@@ -336,5 +345,5 @@ def _neurons(
             coherence=None if alike is None else float(alike.cosine[i]),
             duplicate=None if alike is None else bool(alike.duplicated[i]),
         )
-        for i, fired in enumerate(sums.fired.tolist())
+        for i, fired in enumerate(_fired(sums, site).tolist())
     ]

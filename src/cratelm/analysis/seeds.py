@@ -167,6 +167,11 @@ def _open(
 
 def _check_sites(models: Sequence[_Seed]) -> None:
     first = models[0]
+    if first.opened.site.has_both_ends:
+        raise InputError(
+            f"{first.name} was harvested at both ends of its neurons, but seeds are compared by neurons with one end:"
+            " harvest with --polarity positive, under another --name"
+        )
     for other in models[1:]:
         for what, a, b in (
             ("neurons of", first.opened.site.name, other.opened.site.name),

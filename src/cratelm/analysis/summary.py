@@ -8,24 +8,24 @@ from cratelm.analysis.store import (
     MEASURES,
     SHARE,
     CoverageControl,
-    CoverageMeasures,
     LayerFigure,
     MeasureSummary,
     NeuronCoverage,
 )
 from cratelm.records import Status
+from cratelm.stats.ends import neuron_means
 from cratelm.stats.intervals import bootstrap
 from cratelm.text.table import align
 
 
 def summarise(rows: Sequence[NeuronCoverage], resamples: int, seed: int) -> list[MeasureSummary]:
     """Return the mean of each measure over neurons, by layer, control, share and measure."""
-    cells: dict[tuple[int, CoverageControl, float], list[CoverageMeasures]] = defaultdict(list)
+    cells: dict[tuple[int, CoverageControl, float], list[NeuronCoverage]] = defaultdict(list)
     for row in rows:
-        cells[row.neuron.layer, row.control, row.share].append(row.measures)
+        cells[row.neuron.layer, row.control, row.share].append(row)
     return [
-        _summary(*cell, measure, neurons, resamples, seed)
-        for cell, neurons in sorted(cells.items())
+        _summary(*cell, measure, of_cell, resamples, seed)
+        for cell, of_cell in sorted(cells.items())
         for measure in MEASURES
     ]
 
@@ -35,16 +35,18 @@ def _summary(
     control: CoverageControl,
     share: float,
     measure: str,
-    neurons: Sequence[CoverageMeasures],
+    rows: Sequence[NeuronCoverage],
     resamples: int,
     seed: int,
 ) -> MeasureSummary:
-    values = [v for n in neurons if (v := getattr(n, measure)) is not None]
-    dead = sum(n.status is Status.DEAD for n in neurons)
-    mean = bootstrap(values, seed, resamples)
-    undefined = len(neurons) - len(values) - dead
+    values = [getattr(row.measures, measure) for row in rows]
+    dead = sum(row.measures.status is Status.DEAD for row in rows)
+    of_neurons = neuron_means((row.neuron for row in rows), values)
+    mean = bootstrap(list(of_neurons.values()), seed, resamples)
+    defined = sum(v is not None for v in values)
+    undefined = len(rows) - defined - dead
     bounds = (None, None, None) if mean is None else (mean.value, mean.low, mean.high)
-    return MeasureSummary(layer, control, share, measure, *bounds, len(values), undefined, dead)
+    return MeasureSummary(layer, control, share, measure, *bounds, defined, undefined, dead)
 
 
 _ROWS = (

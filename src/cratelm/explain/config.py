@@ -6,7 +6,7 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.llm.config import LLMConfig, check_specification, option
-from cratelm.records import EvidenceKind, NeuronKey, parse_neuron_ids
+from cratelm.records import EvidenceKind, parse_neuron_ids
 from cratelm.runs import at_least
 from cratelm.runs.names import check_name
 
@@ -41,7 +41,8 @@ class ExplainConfig(LLMConfig):
     neurons: int = 0
     """neurons per layer, drawn at random; 0 = all. Models with equally many neurons draw the same indices"""
     only: tuple[str, ...] = ()
-    """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
+    """only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of a
+    neuron that has two"""
     seed: int = 0
     """seed of that draw, and of the sampling of a language model"""
     prompts: Prompts = option("cratelm", "language model")
@@ -72,11 +73,7 @@ class ExplainConfig(LLMConfig):
             raise InputError("--only and --neurons cannot be combined")
         if self.name:
             check_name("--name", self.name)
-        self.neuron_ids()
-
-    def neuron_ids(self) -> list[NeuronKey]:
-        """Return the neurons of `only`, sorted; raise `InputError` if one is not LAYER:INDEX."""
-        return parse_neuron_ids("--only", self.only)
+        parse_neuron_ids("--only", self.only)
 
 
 def _each_once(option: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from cratelm.explain.selection import read_selected_records, select_neurons
 from cratelm.explain.store import (
     ExplanationFailure,
     SampledNeuron,
+    noun_of,
     write_explanations,
     write_selected,
     write_unexplained,
@@ -52,6 +53,8 @@ class ExplainResult:
     """explanations that were requested from a language model and failed"""
     calls: str = ""
     """number and cost of the calls to a language model, in words"""
+    noun: str = "neurons"
+    """what `n_neurons` and `n_dead` count: `neurons`, or `ends of neurons` at a site with both ends"""
 
     def __str__(self) -> str:
         failed = (
@@ -61,7 +64,7 @@ class ExplainResult:
         )
         calls = f"\n  {self.calls}" if self.calls else ""
         return (
-            f"{self.n_explanations:,} explanations of {self.n_neurons - self.n_dead:,} neurons,"
+            f"{self.n_explanations:,} explanations of {self.n_neurons - self.n_dead:,} {self.noun},"
             f" {self.n_dead:,} dead{failed}: {self.path}{calls}"
         )
 
@@ -95,7 +98,7 @@ def explain(config: ExplainConfig) -> ExplainResult | DryRun | WorkerResult:
         "tokens": run.stage("tokens").require("tokenize"),
         "activations": harvest.require("harvest"),
     }
-    selected = select_neurons(harvest.path, config.neurons, config.seed, config.neuron_ids())
+    selected = select_neurons(harvest.path, config.neurons, config.seed, config.only)
     if config.explainer:
         return _explain_with_llm(config, run, inputs, selected)
     library = load_library(config.concepts)
@@ -140,7 +143,8 @@ def _explain_with_llm(
             held.enter_context(stage.lock())
         if config.neurons:
             layers = len({s.neuron.layer for s in selected})
-            print(precision_statement(len(selected) // layers, layers), flush=True)
+            n_neurons = len({(s.neuron.layer, s.neuron.index // s.neuron.n_ends) for s in selected})
+            print(precision_statement(n_neurons // layers, layers), flush=True)
         explainer = LLMExplainer(client, name, config, _token_strings(run))
         records = read_selected_records(harvest, "fit", of_worker)
         if config.dry_run:
@@ -200,6 +204,7 @@ def _write(
         "n_dead": sum(s.dead for s in selected),
         "n_explanations": n_explanations,
         "n_failed": len(failures),
+        **noun_of(selected),
     }
     draft.results.update(counts)
     return counts

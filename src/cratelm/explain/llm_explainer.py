@@ -72,7 +72,7 @@ class LLMExplainer:
         `records` are of the fit split.
         """
         for record in records:
-            if record.summary.dead:
+            if record.summary.silent:
                 continue
             for evidence in self._config.evidence:
                 excerpts = explained_from(record, _METRIC[evidence])

@@ -45,7 +45,7 @@ def explain_neuron(
     without, the built-in ones on the contexts in the record. Raises `InputError` if the record has out-of-context
     excerpts, which exist for scoring only, or no tokens at all.
     """
-    if record.summary.dead:
+    if record.summary.silent:
         return []
     table = ExcerptTable.of(record.excerpts)
     if table.is_kind("out_of_context").any() or not len(table.token_ids):

@@ -21,7 +21,16 @@ from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.activations.store import ExcerptFile, read_records, read_summaries, summaries_path
 from cratelm.errors import InputError
 from cratelm.explain.store import SampledNeuron
-from cratelm.records import Excerpt, ExcerptKind, Metric, NeuronKey, NeuronRecord, Split
+from cratelm.records import (
+    Excerpt,
+    ExcerptKind,
+    Metric,
+    NeuronRecord,
+    NeuronSummary,
+    Split,
+    neuron_name,
+    parse_neuron_ids,
+)
 from cratelm.runs.reading import read_parquet
 
 TOP_RANKS = (0, 2, 4, 6, 8)
@@ -33,41 +42,56 @@ N_RANDOM = 5
 
 
 def select_neurons(
-    harvest: Path, per_layer: int, seed: int, only: Sequence[tuple[int, int]] = ()
+    harvest: Path, per_layer: int, seed: int, only: Sequence[str] = ()
 ) -> list[SampledNeuron]:
     """Return the neurons to explain, sorted by layer and index.
 
-    They are `per_layer` neurons of each layer (0 for all), or, if `only` is not empty, those (layer, index).
+    They are `per_layer` neurons of each layer (0 for all), or, if `only` is not empty, those named in it (`0:17`).
     The draw depends only on the seed, the layer and the number of neurons of the layer, so that twins draw
-    the same indices and a smaller sample is a subset of a larger one.
+    the same indices and a smaller sample is a subset of a larger one. At a site with both ends, neurons are drawn, each
+    with its two ends; an end that never fires is left out if the other one does, unless it is named.
 
     Raises `InputError` if the harvest lacks one of `only`.
     """
-    layers: dict[int, list[SampledNeuron]] = {}
+    layers: dict[int, list[NeuronSummary]] = {}
     for summary in read_summaries(harvest, "fit"):
-        layers.setdefault(summary.neuron.layer, []).append(
-            SampledNeuron(summary.neuron, summary.dead)
-        )
+        layers.setdefault(summary.neuron.layer, []).append(summary)
     if only:
-        by_key: dict[tuple[int, int], SampledNeuron] = {
-            s.neuron.key: s for of_layer in layers.values() for s in of_layer
-        }
-        for layer, index in only:
-            if (layer, index) not in by_key:
-                raise InputError(
-                    f"--only {layer}:{index}: {harvest} does not have this neuron; it has layers"
-                    f" {', '.join(map(str, sorted(layers)))} of {len(next(iter(layers.values())))} neurons"
-                    " each"
-                )
-        return [by_key[NeuronKey(*key)] for key in only]
+        return _named(harvest, layers, only)
     chosen = []
     for layer, neurons in sorted(layers.items()):
-        if 0 < per_layer < len(neurons):
+        ends = neurons[0].neuron.n_ends
+        if 0 < per_layer < len(neurons) // ends:
             # the beginning of a permutation, so that a larger sample contains a smaller one
             rng = np.random.default_rng([seed, layer])
-            drawn = np.sort(rng.permutation(len(neurons))[:per_layer])
-            neurons = [neurons[i] for i in drawn]
-        chosen += neurons
+            drawn = np.sort(rng.permutation(len(neurons) // ends)[:per_layer])
+            neurons = [neurons[ends * i + end] for i in drawn for end in range(ends)]
+        chosen += [_sampled(s) for s in neurons if s.dead or not s.silent]
+    return chosen
+
+
+def _sampled(summary: NeuronSummary) -> SampledNeuron:
+    return SampledNeuron(summary.neuron, summary.silent)
+
+
+def _named(
+    harvest: Path, layers: dict[int, list[NeuronSummary]], only: Sequence[str]
+) -> list[SampledNeuron]:
+    """Return the neurons named in `only`. Raises `InputError` if there is no such neuron."""
+    by_key = {s.neuron.key: s for of_layer in layers.values() for s in of_layer}
+    first = next(iter(by_key.values())).neuron
+    site = first.site
+    chosen = []
+    for key in parse_neuron_ids("--only", only, site):
+        if key not in by_key:
+            n = len(next(iter(layers.values()))) // first.n_ends
+            raise InputError(
+                f"--only {key.layer}:{neuron_name(key.index, site)}: {harvest} does not have this neuron; it has"
+                f" layers {', '.join(map(str, sorted(layers)))} of {n} neurons each"
+            )
+        summary, name = by_key[key], f"{key.layer}:{neuron_name(key.index, site)}"
+        if summary.dead or not summary.silent or name in only:
+            chosen.append(_sampled(summary))
     return chosen
 
 

@@ -83,7 +83,13 @@ class SampledNeuron:
 
     neuron: NeuronId
     dead: bool
-    """never above 0 on the fit split, and so without an explanation"""
+    """never above 0 on the fit split, and so without an explanation; an end whose other end fires is rarely selected"""
+
+
+def noun_of(selected: Sequence[SampledNeuron]) -> dict[str, str]:
+    """Return the entry `noun` of a result: what its counts are numbers of. Empty for neurons with one end."""
+    has_ends = any(s.neuron.n_ends > 1 for s in selected)
+    return {"noun": "ends of neurons"} if has_ends else {}
 
 
 @dataclass(frozen=True)

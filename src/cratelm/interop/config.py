@@ -132,7 +132,8 @@ class ExportRecordsConfig(Options):
     layers: tuple[int, ...] = ()
     """layers to write, counted from 0; default: all"""
     only: tuple[str, ...] = ()
-    """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
+    """only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of a
+    neuron that has two"""
     force: bool = not_in_identity(False)
     """replace the folder `--out` if an earlier export wrote it"""
     quiet: bool = not_in_identity(False)
@@ -156,7 +157,8 @@ class ExportNeuronpediaConfig(Options):
     layers: tuple[int, ...] = ()
     """layers to write, counted from 0; default: all"""
     only: tuple[str, ...] = ()
-    """only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
+    """only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of a
+    neuron that has two"""
     model_id: str = ""
     """id of the model in Neuronpedia: letters, digits, `-` and `_`; default: the model's name in lowercase,
     with `-` for other characters"""

@@ -1,6 +1,7 @@
 """`cratelm export records`: write the excerpts of a harvest as OpenAI's NeuronRecord JSON.
 
-There is one file per neuron, `LAYER/NEURON.json`, as in the published data of Bills et al. 2023.
+There is one file per neuron, `LAYER/NEURON.json`, as in the published data of Bills et al. 2023. The two ends of neurons
+are two such sets of files, in the folders `plus` and `minus`.
 `cratelm.interop.openai_records` describes the format. Its lists are ordered by rank; even ranks are used to explain
 a neuron, and odd ranks to score the explanation. Therefore the splits alternate: rank r of `fit` is at position 2 r,
 rank r of `held_out` at position 2 r + 1. If one split has more excerpts than the other, the surplus excerpts are
@@ -40,7 +41,7 @@ from cratelm.interop.openai_records import (
     shortest_float,
 )
 from cratelm.interop.out_folder import EXPORT_MARK, check_out, out_folder
-from cratelm.records import Excerpt, ExcerptKind, NeuronRecord, NeuronSummary
+from cratelm.records import END_WORDS, Excerpt, ExcerptKind, NeuronKey, NeuronRecord, NeuronSummary
 from cratelm.runs import Run
 from cratelm.tokens.shards import TokenStore
 
@@ -73,10 +74,10 @@ def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
         out_folder(config.out, content, mark=EXPORT_MARK) as folder,
         tqdm(total=len(keys), desc="export", unit="neuron", disable=config.quiet) as bar,
     ):
-        for record, left_out in _records(run, stage.path, chosen):
-            if (record.layer, record.index) in keys:
-                path = folder / str(record.layer) / f"{record.index}.json"
-                path.parent.mkdir(exist_ok=True)
+        for key, place, (record, left_out) in _records(run, stage.path, chosen):
+            if key in keys:
+                path = folder / place / str(record.layer) / f"{record.index}.json"
+                path.parent.mkdir(exist_ok=True, parents=True)
                 path.write_bytes(encode_record(record))
                 n_left_out += left_out
                 bar.update()
@@ -85,14 +86,16 @@ def export_records(config: ExportRecordsConfig) -> ExportRecordsResult:
 
 def _records(
     run: Run, harvest: Path, chosen: dict[int, list[NeuronSummary]]
-) -> Iterator[tuple[OpenAIRecord, int]]:
-    """Yield the records, each with the number of excerpts that it omits."""
+) -> Iterator[tuple[NeuronKey, str, tuple[OpenAIRecord, int]]]:
+    """Yield neuron, folder and record, with the number of excerpts that it omits."""
     if (harvest / SOURCE).is_file():
-        yield from ((record, 0) for record in read_source(harvest))
+        for record in read_source(harvest):
+            yield NeuronKey(record.layer, record.index), "", (record, 0)
         return
     store = TokenStore(run.stage("tokens").path)
     for fit, held_out in both_splits(harvest, chosen):
-        yield openai_record(fit, held_out, store)
+        place = END_WORDS[fit.neuron.end] if fit.neuron.n_ends > 1 else ""
+        yield fit.neuron.key, place, openai_record(fit, held_out, store)
 
 
 def openai_record(
@@ -108,7 +111,7 @@ def openai_record(
     n_excerpts = sum(e.kind in _KINDS for e in (*fit.excerpts, *held_out.excerpts))
     record = OpenAIRecord.of(
         fit.neuron.layer,
-        fit.neuron.index,
+        fit.neuron.number,
         top=written["top", -1],
         random=written["random", -1],
         by_quantile=tuple(written["openai_bin", bin_] for bin_ in range(_QUANTILES)),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cratelm.activations.store import read_records, read_summaries
 from cratelm.errors import InputError
-from cratelm.records import NeuronRecord, NeuronSummary, parse_neuron_ids
+from cratelm.records import NeuronRecord, NeuronSummary, neuron_name, parse_neuron_ids
 from cratelm.runs import Run, Stage
 
 
@@ -37,12 +37,14 @@ def chosen_neurons(
     if not only:
         return {layer: list(summaries.values()) for layer, summaries in chosen.items()}
     named: dict[int, list[NeuronSummary]] = {}
-    for key in parse_neuron_ids("--only", only):
+    first = next(iter(harvested[min(harvested)].values())).neuron
+    for key in parse_neuron_ids("--only", only, first.site):
         summaries = _layer(harvest, harvested, key.layer, "--only")
         if key.index not in summaries:
             raise InputError(
-                f"--only {key}: layer {key.layer} of {harvest} has {len(summaries):,} neurons,"
-                f" {min(summaries)} to {max(summaries)}, but not this one"
+                f"--only {key.layer}:{neuron_name(key.index, first.site)}: layer {key.layer} of {harvest} has"
+                f" {len(summaries) // first.n_ends:,} neurons, {min(summaries) // first.n_ends} to"
+                f" {max(summaries) // first.n_ends}, but not this one"
             )
         named.setdefault(key.layer, []).append(summaries[key.index])
     return named

@@ -191,7 +191,7 @@ def _open_tables(folder: Path, stack: ExitStack) -> dict[Path, pq.ParquetWriter]
     opened = {}
     for split in IMPORT_SPLITS:
         for path, schema in (
-            (summaries_path(folder, split), SUMMARIES.schema),
+            (summaries_path(folder, split), SUMMARIES.least),
             (excerpts_path(folder, split), EXCERPTS.schema),
         ):
             opened[path] = stack.enter_context(pq.ParquetWriter(path, schema, compression="zstd"))

@@ -29,9 +29,9 @@ on this harvest. Vectors and correlations are empty lists.
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,15 @@ from cratelm.interop.neuronpedia_rows import (
 )
 from cratelm.interop.openai_records import SOURCE
 from cratelm.interop.out_folder import EXPORT_MARK, check_out, out_folder
-from cratelm.records import Explanation, NeuronId, NeuronRecord, NeuronScore, NeuronSummary
+from cratelm.records import (
+    BOTH_ENDS,
+    END_WORDS,
+    Explanation,
+    NeuronId,
+    NeuronRecord,
+    NeuronScore,
+    NeuronSummary,
+)
 from cratelm.runs import Run
 from cratelm.runs.names import split_set
 from cratelm.score.store import read_scores
@@ -76,7 +84,7 @@ class ExportNeuronpediaResult:
     path: Path
     model_id: str
     sources: tuple[str, ...]
-    """ids of the sources, one per layer"""
+    """ids of the sources, one per layer; with both ends of neurons, one per layer and end"""
     features: int
     """number of neurons"""
     activations: int
@@ -123,6 +131,7 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
     check_out(config.out, force=config.force, mark=EXPORT_MARK)
     content = {"format": "Neuronpedia export", "model": config.model, **identities}
     counts: dict[str, int] = dict.fromkeys((*_FOLDERS, "without_value"), 0)
+    sources: list[str] = []
     with out_folder(config.out, content, mark=EXPORT_MARK) as folder:
         _write_config(folder / "config", names, sets)
         store = TokenStore(run.stage("tokens").path)
@@ -130,20 +139,21 @@ def export_neuronpedia(config: ExportNeuronpediaConfig) -> ExportNeuronpediaResu
         effects = _effects(run, config.model, identities["activations"])
         writer = _Writer(config, names, store, sets, counts, imported, effects)
         harvested = chosen_neurons(stage.path)
-        widths = {layer: 1 + of_layer[-1].neuron.index for layer, of_layer in harvested.items()}
+        widths = {layer: 1 + of_layer[-1].neuron.number for layer, of_layer in harvested.items()}
         for layer, summaries in chosen.items():
-            path = folder / names.model / names.source(layer)
-            rows = metadata(names, widths, f"Neurons of {config.model}, by cratelm")
-            rows["source"] = [
-                source_row(names, layer, f"{summaries[0].neuron.site}, layer {layer}")
-            ]
-            for name, of_table in rows.items():
-                _write_lines(path / f"{name}.jsonl", of_table)
-            writer.write(path, stage.path, {layer: summaries})
+            for of_end, part in _by_end(names, summaries):
+                path = folder / names.model / of_end.source(layer)
+                rows = metadata(of_end, widths, f"Neurons of {config.model}, by cratelm")
+                notes = f"{summaries[0].neuron.site}, layer {layer}{_end_note(part)}"
+                rows["source"] = [source_row(of_end, layer, notes)]
+                for name, of_table in rows.items():
+                    _write_lines(path / f"{name}.jsonl", of_table)
+                replace(writer, names=of_end).write(path, stage.path, {layer: part})
+                sources.append(of_end.source(layer))
     return ExportNeuronpediaResult(
         path=config.out,
         model_id=names.model,
-        sources=tuple(map(names.source, chosen)),
+        sources=tuple(sources),
         features=counts["features"],
         activations=counts["activations"],
         explanations=counts["explanations"],
@@ -203,10 +213,31 @@ def _of_model(run: Run, stage: Any, model: str) -> list[str]:
 def _names(config: ExportNeuronpediaConfig, neuron: NeuronId) -> Names:
     return Names(
         model=config.model_id or _slug(config.model).lower(),
-        source_set=config.source_set or _slug(neuron.site),
+        source_set=config.source_set or _slug(neuron.site.removesuffix(BOTH_ENDS)),
         creator=config.creator_id,
         creator_name=config.creator_name,
     )
+
+
+def _by_end(
+    names: Names, summaries: list[NeuronSummary]
+) -> list[tuple[Names, list[NeuronSummary]]]:
+    """Return the neurons with the names of their source; the two ends of neurons are two sources, SET-plus and SET-minus."""
+    if summaries[0].neuron.n_ends == 1:
+        return [(names, summaries)]
+    parts = [(w, [s for s in summaries if s.neuron.end == n]) for n, w in enumerate(END_WORDS)]
+    return [
+        (replace(names, source_set=f"{names.source_set}-{word}"), part)
+        for word, part in parts
+        if part
+    ]
+
+
+def _end_note(summaries: Sequence[NeuronSummary]) -> str:
+    neuron = summaries[0].neuron
+    if neuron.n_ends == 1:
+        return ""
+    return f", {'below' if neuron.end else 'above'} 0"
 
 
 def _slug(name: str) -> str:

@@ -18,6 +18,7 @@ from cratelm.records import (
     Explanation,
     FloatArray,
     Metric,
+    NeuronId,
     NeuronScore,
     NeuronSummary,
 )
@@ -73,9 +74,10 @@ class Names:
         """Return the id of a layer's source, which is the column `layer` of rows."""
         return f"{layer}-{self.source_set}"
 
-    def neuron_columns(self, layer: int, index: int) -> Row:
-        """Return the columns that identify a neuron."""
-        return {"modelId": self.model, "layer": self.source(layer), "index": str(index)}
+    def neuron_columns(self, neuron: NeuronId) -> Row:
+        """Return the columns that identify a neuron; an end has the number of its neuron, in a source of its own."""
+        layer = self.source(neuron.layer)
+        return {"modelId": self.model, "layer": layer, "index": str(neuron.number)}
 
 
 def identifier(*parts: object) -> str:
@@ -140,7 +142,7 @@ def feature_row(
     heights, centres = _positive_histogram(summaries)
     rate = np.average([s.firing_rate for s in summaries], weights=tokens)
     return {
-        **names.neuron_columns(neuron.layer, neuron.index),
+        **names.neuron_columns(neuron),
         "creatorId": names.creator,
         "sourceSetName": names.source_set,
         "maxActApprox": max(s.maximum for s in summaries),
@@ -165,7 +167,7 @@ def activation_row(
     """Return the row of an excerpt with n tokens; `tokens` [n] is their text."""
     neuron, values = summary.neuron, [shortest_float(a) for a in excerpt.activations]
     highest = int(np.argmax(values))
-    columns = names.neuron_columns(neuron.layer, neuron.index)
+    columns = names.neuron_columns(neuron)
     return {
         "id": identifier(
             "activation", *columns.values(), split, excerpt.kind, excerpt.bin, excerpt.rank
@@ -188,7 +190,7 @@ def activation_row(
 
 def explanation_row(names: Names, explanation: Explanation, of_set: str) -> Row:
     """Return the row of an explanation; `of_set` is the name of its set, empty without a language model."""
-    columns = names.neuron_columns(explanation.neuron.layer, explanation.neuron.index)
+    columns = names.neuron_columns(explanation.neuron)
     kind = type_name(explanation, of_set)
     return {
         "id": identifier("explanation", *columns.values(), of_set, kind),
@@ -249,10 +251,10 @@ def type_row(names: Names, name: str, text: str, *, owned: bool) -> Row:
 
 
 def _positive_histogram(summaries: Sequence[NeuronSummary]) -> tuple[list[float], list[float]]:
-    """Return heights and centres of the histogram's bins over the tokens on which the neuron is above 0.
+    """Return heights and centres of the histogram's bins over the tokens on which the neuron fires.
 
-    Counts are summed over both splits. Tokens at or below 0 are subtracted from the bin that contains 0, because
-    this bin would otherwise dwarf all others. Empty if the bins of the splits differ.
+    Counts are summed over both splits. Tokens on which it does not fire are subtracted from the lowest bin in which it
+    can, because this bin would otherwise dwarf all others. Empty if the bins of the splits differ.
     """
     ranges = {(s.histogram_low, s.histogram_high) for s in summaries}
     if len(ranges) > 1:
@@ -260,10 +262,11 @@ def _positive_histogram(summaries: Sequence[NeuronSummary]) -> tuple[list[float]
     ((low, high),) = ranges
     counts = np.sum([s.histogram for s in summaries], axis=0)  # [64]
     edges = np.linspace(low, high, len(counts) + 1)
-    above = edges[1:] > 0
+    above = edges[1:] > min(s.firing_threshold or 0.0 for s in summaries)
     fired = sum(round(s.firing_rate * s.n_tokens) for s in summaries)
     heights = np.where(above, counts, 0)[above]
-    heights[:1] -= heights.sum() - fired
+    # not below 0: the thresholds of the splits can differ
+    heights[:1] = np.maximum(0, heights[:1] - (heights.sum() - fired))
     centres = (edges[:-1] + edges[1:])[above] / 2
     return [float(h) for h in heights], [float(c) for c in centres]
 

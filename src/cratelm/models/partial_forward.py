@@ -26,7 +26,7 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -234,6 +234,9 @@ def write_directions(model: nn.Module, site: Site, path: str) -> torch.Tensor | 
     This is D^T in CRATE (the decoder, if that is separate), or the weights of the linear module whose
     input is the site; None if there is neither.
     """
+    if site.has_both_ends:
+        below = write_directions(model, replace(site, autoencoders=()), path)
+        return None if below is None else torch.stack([below, -below], 1).flatten(0, 1)
     if site.autoencoders:
         return None
     module = model.get_submodule(path)

@@ -10,7 +10,9 @@ reads) in other models.
 Neurons carry the numbers that the layers have in the model, also where only some layers have the site: in a
 mixture of experts the first layer may be the only one with an MLP.
 
-The latents of sparse autoencoders can be placed on top of a site (`cratelm.models.latents`).
+The latents of sparse autoencoders can be placed on top of a site (`cratelm.models.latents`). So can the two ends of
+each activation: `mlp:both` or `PATH:input:both` is a site of 2 H neurons, max(a, 0) and max(-a, 0) of each activation
+a, one after the other (`both_ends`).
 """
 
 import contextlib
@@ -27,6 +29,7 @@ from transformers.modeling_utils import PreTrainedModel
 from cratelm.errors import InputError
 from cratelm.models.hook_names import is_hook_name, path_of
 from cratelm.models.site_hooks import normalized_hooks, residual_hooks
+from cratelm.records import BOTH_ENDS, has_both_ends
 from cratelm.runs.arguments import checked_arguments
 
 Side = Literal["input", "output", "residual", "normalized"]
@@ -68,6 +71,20 @@ class Autoencoder(Protocol):
         ...
 
 
+class Ends:
+    """Map from activations [..., H] to their ends [..., 2 H] and back, without loss."""
+
+    def encode(self, x: torch.Tensor, /) -> torch.Tensor:
+        """Return the ends [..., 2 H]: element 2 i is max(x_i, 0), element 2 i + 1 is max(-x_i, 0)."""
+        # adding 0 turns the -0.0 of -x into 0.0; not finite values stay so, for whoever checks
+        ends = torch.stack([x.clamp(min=0) + 0.0, (-x).clamp(min=0) + 0.0], -1)
+        return ends.flatten(-2)
+
+    def decode(self, latents: torch.Tensor, /) -> torch.Tensor:
+        """Return the activations [..., H] whose ends are `latents` [..., 2 H]."""
+        return latents[..., 0::2] - latents[..., 1::2]
+
+
 @dataclass(frozen=True)
 class Site:
     """Where neurons live: one tensor per layer, for L layers."""
@@ -82,7 +99,7 @@ class Site:
     layers: tuple[int, ...] = ()
     """[L] numbers of the layers in the model; empty: 0, 1, 2 ..."""
     autoencoders: tuple[Autoencoder, ...] = field(default=(), repr=False, compare=False)
-    """[L] the autoencoders whose latents are the neurons; empty: the activations are"""
+    """[L] the autoencoders whose latents are the neurons, or `Ends`; empty: the activations are the neurons"""
     is_flat: bool = False
     """whether the tensor is [B * T, H] in the model, as in OPT; hooks are called with [B, T, H] all the same"""
 
@@ -95,6 +112,11 @@ class Site:
     def layer_numbers(self) -> tuple[int, ...]:
         """Return the layer numbers [L] that the names of the neurons use."""
         return self.layers or tuple(range(self.n_layers))
+
+    @property
+    def has_both_ends(self) -> bool:
+        """Return whether the neurons are ends of activations."""
+        return bool(self.autoencoders) and isinstance(self.autoencoders[0], Ends)
 
     def place(self, layer: int) -> int:
         """Return the index [L] of the layer with this number. Raises `InputError` if the site lacks it."""
@@ -127,14 +149,42 @@ class Site:
         )
 
 
+def both_ends(site: Site) -> Site:
+    """Return the site of both ends of the activations of `site`; a site that has both is returned as it is.
+
+    Raises `InputError` for latents of autoencoders.
+    """
+    if site.has_both_ends:
+        return site
+    if site.autoencoders:
+        raise InputError("latents of autoencoders have one end: use --polarity positive, or auto")
+    return replace(
+        site,
+        name=f"{site.name}{BOTH_ENDS}",
+        n_neurons=tuple(2 * h for h in site.n_neurons),
+        autoencoders=(Ends(),) * site.n_layers,
+    )
+
+
+def without_ends(site: Site) -> Site:
+    """Return the site whose ends `site` has: that of the activations; a site without ends is returned as it is."""
+    if not site.has_both_ends:
+        return site
+    n_neurons = tuple(h // 2 for h in site.n_neurons)
+    name = site.name.removesuffix(BOTH_ENDS)
+    return replace(site, name=name, n_neurons=n_neurons, autoencoders=())
+
+
 @checked_arguments(model=nn.Module)
 def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, ...] = ()) -> Site:
     """Return the site called `name` in `model`; without a name `ista` for CRATE, `mlp` for others, else `mssa`.
 
-    `layers` are numbers of the model's layers; empty: all that have the site. Runs the model once on a few tokens
+    A name that ends in `:both` is that of both ends of a site. `layers` are numbers of the model's layers; empty: all that have the site. Runs the model once on a few tokens
     to determine H. Raises `InputError` if no module has that name, if its tensor is not [B, T, H], or if a layer
     lacks the site.
     """
+    if name is not None and has_both_ends(name):
+        return both_ends(site_of(model, name.removesuffix(BOTH_ENDS), layers))
     candidates = _DEFAULTS if name is None else (name,)
     for candidate in candidates:
         for pattern in _NAMED.get(candidate, (candidate,)):
@@ -234,6 +284,10 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         changed = on_latents(place, latents)
         if changed is None:
             return None
+        if isinstance(autoencoder, Ends):
+            return autoencoder.decode(
+                changed
+            )  # exactly: nothing is lost that would have to be added
         change = autoencoder.decode(changed) - autoencoder.decode(latents)
         return activations + change.to(activations.dtype)
 

@@ -46,7 +46,7 @@ def formulas(
     payloads: list[Payload] = []
     for record in read_records(opened.folder, "fit", [opened.site.layer_numbers[place]]):
         mean = record.summary.mean
-        if record.summary.dead:
+        if record.summary.silent:
             payloads.append({"terms": [], "operators": [], "cells": [mean], "default": mean})
             continue
         evidence = collect_evidence(record, depth=1, weight=WEIGHT)

@@ -27,7 +27,7 @@ def explained_by_excerpts(kind: Kind, opened: HarvestContext, place: int, depth:
     payloads: list[dict[str, object]] = []
     for record in read_records(opened.folder, "fit", [layer]):
         mean = record.summary.mean
-        if record.summary.dead:
+        if record.summary.silent:
             payloads.append({"default": mean, "tokens": [], "values": []})
             continue
         evidence = collect_evidence(record, depth=depth if kind == "trie" else 1, weight=WEIGHT)

@@ -233,7 +233,7 @@ def measure(
         true = [of.flatten(0, 1).float().cpu().numpy() for of in trace.activations]
         for place, of in enumerate(true):
             errors[place].begin(of, halves)
-        if site.autoencoders:
+        if site.autoencoders and not site.has_both_ends:
             rebuilt = {place: true[place] for place in places}
             losses.add(
                 Variant("none", layers=ALL), columns, held_out.token_losses(trace, text, rebuilt)

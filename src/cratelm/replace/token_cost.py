@@ -84,7 +84,8 @@ def token_cost(
             places, torch.autograd.grad(loss, list(codes.values())), strict=True
         ):
             shares[p] += float(weight) * gradient * change[p]
-    dropped = float(plain[target] - run(true)[target]) if model.site.autoencoders else 0.0
+    loses = bool(model.site.autoencoders) and not model.site.has_both_ends
+    dropped = float(plain[target] - run(true)[target]) if loses else 0.0
     return TokenCost(
         target, plain, explained, {p: of[0].cpu().numpy() for p, of in shares.items()},
         {p: of[0].cpu().numpy() for p, of in true.items()}, dropped,

@@ -77,7 +77,7 @@ class Card:
         scores = [f"{METRIC_NAMES[m]} {_shown(s)}" for m, s in self.scores.items()]
         if self.token_share is not None:
             scores.append(f"token share {100 * self.token_share:.0f}%")
-        rate = f"above 0 on {100 * self.firing_rate:.3g}% of held-out tokens"
+        rate = f"fires on {100 * self.firing_rate:.3g}% of held-out tokens"
         return " · ".join([*scores, rate, f"largest activation {self.maximum:.3g}"])
 
     @property
@@ -146,13 +146,18 @@ def _table_row(card: Card, metrics: Sequence[Metric]) -> tuple[Cell, ...]:
         card.neuron.model,
         card.group,
         card.neuron.layer,
-        card.neuron.index,
+        _index_cell(card.neuron),
         *(None if v is None else 100 * v for v in values),
         100 * card.firing_rate,
         card.maximum,
         card.text,
         "; ".join(f"{e.source}: {e.text}" for e in card.llm_explanations),
     )
+
+
+def _index_cell(neuron: NeuronId) -> Cell:
+    """Return the index as a number, or an end of a neuron as it is written."""
+    return neuron.index if neuron.n_ends == 1 else neuron.name
 
 
 def _gallery(

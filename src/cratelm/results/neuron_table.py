@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from cratelm.activations.store import summaries_path
 from cratelm.explain.phrases import NEARLY
-from cratelm.records import METRICS, NeuronKey
+from cratelm.records import METRICS, NeuronKey, has_both_ends, neuron_name
+from cratelm.results.sparsity import dead_rows
 from cratelm.results.stages import Problems, principal_explainer, set_names
 from cratelm.results.views import LastToken, LayerPage, LayerQuery, NeuronRow
 from cratelm.runs import Run, Stage
@@ -104,6 +105,11 @@ class NeuronTable:
     claims: Mapping[ExplainerKey, NDArray[np.float64]] = field(default_factory=dict)
     """[n] fraction of the variance over the fit excerpts that the claim of each explanation explains, NaN without one; by
     explainers that have such figures"""
+
+    @property
+    def has_ends(self) -> bool:
+        """Return whether the rows are ends of neurons."""
+        return has_both_ends(self.site)
 
     @cached_property
     def explainers(self) -> tuple[ExplainerKey, ...]:
@@ -373,6 +379,7 @@ def layer_page(
         explainer=table.principal[1] if table.principal else "",
         note=note,
         has_last_token=table.last_token is not None,
+        has_ends=table.has_ends,
     )
 
 
@@ -386,7 +393,8 @@ def _with_order(query: LayerQuery, table: NeuronTable, by_token: bool) -> LayerQ
 
 def _matching(rows: NDArray[np.int64], table: NeuronTable, query: LayerQuery) -> NDArray[np.int64]:
     if query.only in ("dead", "alive"):
-        rows = rows[(table.maximum[rows] <= 0) == (query.only == "dead")]
+        dead = dead_rows(table.maximum, has_ends=table.has_ends)
+        rows = rows[dead[rows] == (query.only == "dead")]
     if query.only == "explained" or query.text.strip():
         return table.containing(query.text, rows.tolist())
     return rows
@@ -425,4 +433,7 @@ def _row(row: int, *, layer: int, table: NeuronTable, on_token: OnToken | None) 
         maximum=float(table.maximum[row]),
         on_token=on_token[NeuronKey(layer, index)][0] if on_token else None,
         last_token=table.last_token.row(row) if table.last_token else None,
+        name=neuron_name(index, table.site),
+        # the rows of both ends are next to each other, from an even row on
+        dead=bool(table.maximum[row] <= 0 and (not table.has_ends or table.maximum[row ^ 1] <= 0)),
     )

@@ -17,7 +17,7 @@ from cratelm.explain.concepts.features import ConceptReader
 from cratelm.explain.concepts.predict import is_concept_payload
 from cratelm.explain.concepts.stored import concept_reader
 from cratelm.explain.store import explanation_of
-from cratelm.records import Excerpt, Explanation, NeuronId, NeuronKey, Split
+from cratelm.records import Excerpt, Explanation, NeuronId, NeuronKey, Split, neuron_name
 from cratelm.results.excerpts import excerpt_views, favourite_tokens
 from cratelm.results.neuron_table import NeuronTable
 from cratelm.results.stages import Problems
@@ -209,6 +209,7 @@ def neuron_view(
         following=int(table.index[row + 1]) if row + 1 < here.stop else None,
         problems=(*table.problems, *problems.lines),
         last_token=table.last_token.row(row) if table.last_token else None,
+        name=neuron_name(query.index, table.site),
     )
 
 
@@ -217,8 +218,10 @@ def _row(table: NeuronTable, query: NeuronQuery) -> int:
     if row is None:
         here = table.rows_of(query.layer)
         n = here.stop - here.start
-        range_ = f"it has 0 to {n - 1}" if n else "no such layer"
-        neuron = f"{query.model} has no neuron {query.index} in layer {query.layer}"
+        last = n // (2 if table.has_ends else 1) - 1
+        range_ = f"it has 0 to {last}" if n else "no such layer"
+        name = neuron_name(query.index, table.site)
+        neuron = f"{query.model} has no neuron {name} in layer {query.layer}"
         raise NotFound(f"{neuron}: {range_}")
     return row
 

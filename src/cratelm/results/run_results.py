@@ -106,6 +106,8 @@ class ResultSet:
     """probe calls of the simulator; None without a language model"""
     all_tokens: WholeSummary | None = None
     """figures over all held-out tokens; None if they were not measured"""
+    by_end: Mapping[str, tuple[ModelStatistics, ...]] = field(default_factory=dict)
+    """statistics of each end of the neurons, `+` and `-`; empty for neurons with one end"""
 
     suffix: str = ""
     """appended to the explainers' labels: the name of the set in brackets, if its scores were named"""
@@ -366,6 +368,7 @@ def _read_set(run: Run, model: str, name: str) -> ResultSet:
         near_duplicates=summary.near_duplicates,
         preflight=summary.preflight,
         all_tokens=summary.all_tokens,
+        by_end=summary.by_end,
         suffix=suffix,
     )
 

@@ -16,6 +16,7 @@ from cratelm.results.scores import (
     mean_interval,
     read_statistics,
 )
+from cratelm.results.sparsity import neurons_of
 from cratelm.results.stages import (
     MODEL_STAGES,
     Problems,
@@ -107,13 +108,12 @@ def _layers(run: Run, name: str, problems: Problems) -> _Layers:
     if table is None or not len(table):
         return layers
     layers.site = str(table["site"][0])
-    layer, rate = table["layer"].to_numpy(), table["firing_rate"].to_numpy()
-    silent = table["maximum"].to_numpy() <= 0
+    layer, rate, dead = neurons_of(table)
     for number in np.unique(layer).tolist():
         here = layer == number
         layers.neurons[number] = int(here.sum())
         layers.firing[number] = float(rate[here].mean())
-        layers.dead[number] = int(silent[here].sum())
+        layers.dead[number] = int(dead[here].sum())
     return layers
 
 

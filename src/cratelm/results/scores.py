@@ -4,7 +4,8 @@ Files: `scores/MODEL[@SET]/summary.json` and `calls.json`. `cratelm.score.store`
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class ScoreSummary:
     """probe calls of the simulator; None without a language model"""
     all_tokens: WholeSummary | None = None
     """means over all held-out tokens, and what the last token alone explains; None if they were not measured"""
+    by_end: Mapping[str, tuple[ModelStatistics, ...]] = field(default_factory=dict)
+    """statistics of each end of the neurons, `+` and `-`; empty for neurons with one end"""
 
     def renamed(self, suffix: str) -> "ScoreSummary":
         """Return a copy with `suffix` appended to the names of the explainers."""
@@ -40,8 +43,16 @@ class ScoreSummary:
         if near is not None:
             effects = (replace(e, explainer=e.explainer + suffix) for e in near.effects)
             near = replace(near, effects=tuple(effects))
-        statistics = (replace(s, explainer=s.explainer + suffix) for s in self.statistics)
-        return replace(self, statistics=tuple(statistics), near_duplicates=near)
+
+        def labelled(statistics: Iterable[ModelStatistics]) -> tuple[ModelStatistics, ...]:
+            return tuple(replace(s, explainer=s.explainer + suffix) for s in statistics)
+
+        return replace(
+            self,
+            statistics=labelled(self.statistics),
+            near_duplicates=near,
+            by_end={end: labelled(of) for end, of in self.by_end.items()},
+        )
 
 
 def read_score_summary(folder: Path) -> ScoreSummary:
@@ -57,6 +68,7 @@ def _score_summary(record: dict[str, Any]) -> ScoreSummary:
         near_duplicates=_duplicate_audit(record.get("near_duplicates")),
         preflight=_probe_result(record.get("preflight")),
         all_tokens=_whole_summary(record.get("all_tokens")),
+        by_end={end: tuple(map(_statistics, of)) for end, of in record.get("by_end", {}).items()},
     )
 
 

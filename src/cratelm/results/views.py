@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cratelm.errors import InputError
-from cratelm.records import ExcerptKind, Interval, Split
+from cratelm.records import ExcerptKind, Interval, Split, has_both_ends
 from cratelm.replace.store import ReplacementRow
 from cratelm.results.neuron_groups import NO_GROUP, NeuronGroup
 from cratelm.runs.names import NullKind, twin_name, untrained_name
@@ -176,10 +176,14 @@ class NeuronRow:
     """mean activation on the token searched for, as a fraction of the neuron's maximum"""
     last_token: LastToken | None = None
     """None if it was not measured"""
+    name: str = ""
+    """how the neuron is written: its index, or `17+` and `17-` for the ends of neuron 17"""
+    dead: bool = False
+    """never fires on the held-out split, at neither end"""
 
     @property
-    def dead(self) -> bool:
-        """Return whether the neuron never fired on the held-out split."""
+    def silent(self) -> bool:
+        """Return whether the neuron, or this end of it, was never above 0 on the held-out split."""
         return self.maximum <= 0
 
 
@@ -193,7 +197,7 @@ class LayerPage:
     total: int
     """number of neurons that match the query, on all pages"""
     n_neurons: int
-    """number of neurons of the layer"""
+    """number of neurons of the layer; of ends, at a site with both"""
     query: LayerQuery
     metrics: tuple[str, ...]
     explainer: str
@@ -202,6 +206,8 @@ class LayerPage:
     """which tokens the search matched, in words"""
     has_last_token: bool = False
     """whether the rows say what the last token explains"""
+    has_ends: bool = False
+    """whether the rows are ends of neurons"""
 
 
 @dataclass(frozen=True)
@@ -347,11 +353,23 @@ class NeuronView:
     """what cannot be shown, and why"""
     last_token: LastToken | None = None
     """None if it was not measured"""
+    name: str = ""
+    """how the neuron is written: its index, or `17+` and `17-` for the ends of neuron 17"""
+
+    @property
+    def silent(self) -> bool:
+        """Return whether the neuron, or this end of it, was never above 0 on the split."""
+        return self.statistics.get("maximum", 0.0) <= 0
 
     @property
     def dead(self) -> bool:
-        """Return whether the neuron never fired on the split."""
-        return self.statistics.get("maximum", 0.0) <= 0
+        """Return whether the neuron never fired on the split, with both ends at neither of them."""
+        return self.silent and self.statistics.get("opposite_maximum", 0.0) <= 0
+
+    @property
+    def other_end(self) -> int | None:
+        """Return the index of the other end of the same neuron; None if neurons have one end."""
+        return self.index ^ 1 if has_both_ends(self.site) else None
 
 
 @dataclass(frozen=True)
@@ -365,6 +383,8 @@ class MapPoint:
     label: str
     """the claim of the explanation; empty if there is none"""
     group: NeuronGroup = NO_GROUP
+    name: str = ""
+    """how the neuron is written; empty: its index"""
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,14 @@ class TableFile:
 
 NEURON_COLUMNS = (
     FileColumn("model", pa.string(), "name of the model in the run"),
-    FileColumn("site", pa.string(), "where its neurons live"),
+    FileColumn(
+        "site", pa.string(), "where its neurons live; it ends in `:both` if they have both ends"
+    ),
     FileColumn("layer", pa.int32(), "from 0"),
-    FileColumn("index", pa.int32(), "neuron in its layer, from 0"),
+    FileColumn(
+        "index",
+        pa.int32(),
+        "neuron in its layer, from 0; with both ends, 2 i is the end `i+` and 2 i + 1 the end `i-`",
+    ),
 )
 """the columns that identify a neuron, first in every file that has a row per neuron"""

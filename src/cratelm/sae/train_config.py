@@ -7,6 +7,7 @@ from typing import Literal
 
 from cratelm.activations.config import last_name
 from cratelm.errors import InputError
+from cratelm.records import BOTH_ENDS, has_both_ends
 from cratelm.runs import Settings, at_least, config_dict, not_in_identity, options_of
 from cratelm.runs.model_options import Dtype, ModelOptions, model_option
 from cratelm.runs.names import check_name, set_name
@@ -103,6 +104,11 @@ class SaeTrainConfig(ModelOptions, BeginningOptions):
         super().__post_init__()
         if self.name:
             check_name("--name", self.name, reserved="@+")
+        if self.site and has_both_ends(self.site):
+            raise InputError(
+                f"--site {self.site}: autoencoders read activations, above and below 0: type --site"
+                f" {self.site.removesuffix(BOTH_ENDS)}"
+            )
         at_least(
             self,
             {"expansion": 1, "d_sae": 1, "k": 1, "batch_size": 1, "dead_after": 1,

@@ -172,7 +172,11 @@ def compare(
         deltas = np.array([(later[n] - of[n]) / extent for n in both])
         layers = [n.layer for n in both]
         fell = float((deltas < -FALL).mean()) if len(deltas) else 0.0
-        mean = layered_mean(deltas, layers, resamples=resamples, seed=seed)
+        ends = both[0].n_ends if both else 1
+        numbers = [n.index // ends for n in both] if ends > 1 else None
+        mean = layered_mean(
+            deltas, layers, numbers_in_layer=numbers, resamples=resamples, seed=seed
+        )
         found.append(RunAudit(explainer, figure, change, fell, mean))
     return found
 

@@ -20,6 +20,7 @@ from cratelm.records import (
     Score,
     Status,
     evidence_for,
+    has_both_ends,
 )
 
 
@@ -73,16 +74,39 @@ def shuffled(neurons: Sequence[NeuronId], seed: int) -> dict[NeuronId, NeuronId]
     """Return for each neuron another neuron of its layer, each used once: a seeded derangement.
 
     The neurons of a layer are put in random order and each gets the explanation of the next one, the last
-    that of the first. A neuron that is alone in its layer is absent.
+    that of the first. A neuron that is alone in its layer is absent. An end of a neuron gets an explanation of another
+    neuron, not of its other end, unless the layer has too few.
     """
     donors: dict[NeuronId, NeuronId] = {}
     for layer in sorted({n.layer for n in neurons}):
         members = sorted(n for n in neurons if n.layer == layer)
         order = np.random.default_rng([seed, layer]).permutation(len(members))
         if len(members) > 1:
-            ring = [members[i] for i in order]
+            ring = _without_own_ends([members[i] for i in order])
             donors.update(zip(ring, ring[1:] + ring[:1], strict=True))
     return donors
+
+
+def _without_own_ends(ring: list[NeuronId]) -> list[NeuronId]:
+    """Return a ring in which no two ends of one neuron are next to each other; `ring` itself where neurons have one end.
+
+    First one end of each neuron, then the other ends in the same order. This fails only if a single neuron has both
+    ends and stands at the border of the two, so it is moved away from there.
+    """
+    if not has_both_ends(ring[0].site):
+        return ring
+    first: dict[int, NeuronId] = {}
+    second = []
+    for end in ring:
+        second += [end] if end.index // 2 in first else []
+        first.setdefault(end.index // 2, end)
+    ends = list(first.values())
+    if len(second) == 1:
+        (own,) = (end for end in ends if end.index // 2 == second[0].index // 2)
+        ends.remove(own)
+        ends.insert(1, own)
+    place = {number: i for i, number in enumerate(e.index // 2 for e in ends)}
+    return ends + sorted(second, key=lambda end: place[end.index // 2])
 
 
 def dead_score(split: str) -> Score:

@@ -7,6 +7,7 @@ import numpy as np
 from cratelm.records import HARD_METRICS, Status
 from cratelm.stats.layers import LayeredMean, layered_mean
 from cratelm.stats.score_table import ScoreTable
+from cratelm.stats.scores import has_ends
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def hard_differences(scores: ScoreTable, resamples: int, seed: int) -> list[Hard
         of_hard = np.array([value_of.get(at, np.nan) for at in random.places().tolist()])
         changes = 100 * (of_hard - random.numbers("value"))
         layers = random.numbers("layer")
-        mean = layered_mean(changes, layers, resamples=resamples, seed=seed)
+        numbers = random.numbers("index") // 2 if has_ends(random) else None
+        mean = layered_mean(
+            changes, layers, numbers_in_layer=numbers, resamples=resamples, seed=seed
+        )
         differences.append(HardDifference(explainer, metric, mean))
     return differences

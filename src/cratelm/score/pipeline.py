@@ -188,7 +188,7 @@ def _plan(
     record, reader = held_out.record, scoring.reader
     if record.neuron in scoring.dead_on_fit:
         return dead_score("fit")
-    if record.summary.dead:
+    if record.summary.silent:
         return dead_score("held-out")
     explanation = scoring.explanations.find(record.neuron, explainer, metric, control)
     scorer = BY_METRIC.get(metric)

@@ -27,6 +27,7 @@ from cratelm.explain.store import (
     ExplanationFile,
     ExplanationSource,
     SampledNeuron,
+    noun_of,
     read_selected,
     read_unexplained,
 )
@@ -55,7 +56,7 @@ from cratelm.score.store import read_score_columns, read_whole_scores, write_sco
 from cratelm.score.whole import WholeSplit
 from cratelm.score.whole_summary import summarize_whole
 from cratelm.stats.score_table import ScoreTable
-from cratelm.stats.scores import ModelStatistics, all_statistics
+from cratelm.stats.scores import ModelStatistics, all_statistics, statistics_by_end
 from cratelm.tokens.shards import TokenStore
 
 
@@ -88,6 +89,8 @@ class ScoreResult:
     """figures over all held-out tokens, in words, by what they are; empty if they were not measured"""
     audit: str = ""
     """tables of the audit of the metrics; empty without --audit"""
+    noun: str = "neurons"
+    """what `n_neurons` and `n_dead` count: `neurons`, or `ends of neurons` at a site with both ends"""
 
     def __str__(self) -> str:
         parts = [f"{self.n_failed:,} scores failed"] if self.n_failed else []
@@ -95,7 +98,7 @@ class ScoreResult:
         failed = f", {', '.join(parts)} (--retry-failed repeats the calls)" if parts else ""
         calls = f"\n  {self.calls}" if self.calls else ""
         head = (
-            f"{self.n_scores:,} scores of {self.n_neurons:,} neurons, {self.n_dead:,} dead,"
+            f"{self.n_scores:,} scores of {self.n_neurons:,} {self.noun}, {self.n_dead:,} dead,"
             f" {self.shared_documents} shared documents, {self.n_duplicates:,} near-duplicate"
             f" passages{failed}: {self.path}{calls}"
         )
@@ -432,6 +435,9 @@ def _write_summary(
 ) -> dict[str, Any]:
     """Write `summary.json`; return the fields of `ScoreResult`."""
     statistics = all_statistics(scores, resamples=config.resamples, seed=config.seed)
+    by_end = statistics_by_end(scores, resamples=config.resamples, seed=config.seed)
+    if by_end:
+        extra = {**extra, "by_end": {end: [asdict(s) for s in of] for end, of in by_end.items()}}
     lost = lost_excerpts(scores)
     hard = hard_differences(scores, config.resamples, config.seed)
     if config.simulator:
@@ -453,28 +459,45 @@ def _write_summary(
     return {
         "n_scores": len(scores),
         "n_neurons": len(selected),
+        **noun_of(selected),
         "n_dead": len(scores.select(status=str(Status.DEAD)).neurons()),
         "n_failed": len(scores.select(status=str(Status.FAILED))),
         "n_lost": sum(row.n_excerpts for row in lost.values()),
         "shared_documents": len(documents.shared),
         "n_duplicates": near.n_near_duplicates,
-        "means": _means(statistics, lost),
+        "means": _means(statistics, lost, by_end),
         "hard": {f"{h.explainer} {h.metric}, hard - random": h.in_words() for h in hard},
     }
 
 
 def _means(
-    statistics: Iterable[ModelStatistics], lost: Mapping[tuple[str, ...], LostExcerpts]
+    statistics: Iterable[ModelStatistics],
+    lost: Mapping[tuple[str, ...], LostExcerpts],
+    by_end: Mapping[str, Iterable[ModelStatistics]],
 ) -> dict[str, str]:
-    """Return the means of the own and the shuffled explanations in words, by explainer and metric."""
+    """Return the means of the own and the shuffled explanations in words, by explainer and metric.
+
+    If neurons have two ends, the means of each end follow.
+    """
     defined_only = {
         (s.explainer, s.metric, s.control): s for s in statistics if s.policy == "leave_out"
+    }
+    of_ends = {
+        (end, s.explainer, s.metric): s
+        for end, of in by_end.items()
+        for s in of
+        if s.policy == "leave_out" and s.control == "none"
     }
     return {
         f"{explainer} {metric}": f"{_mean(own)}; shuffled"
         f" {_mean(defined_only[explainer, metric, 'shuffled'])};"
         f" {own.counts.undefined} undefined, {own.counts.failed} failed"
         + (f", {row.n_excerpts:,} excerpts left out" if (row := lost.get(key)) else "")
+        + "".join(
+            f"; ends {end}: {_mean(s)}"
+            for end in by_end
+            if (s := of_ends.get((end, explainer, metric)))
+        )
         for key, own in defined_only.items()
         for explainer, metric, control in [key]
         if control == "none"

@@ -263,7 +263,7 @@ def fuzzing_examples(record: NeuronRecord, seed: int) -> Examples | Score:
     marks differ. No group contains both versions of an excerpt, since one would reveal the answer to the
     other; each of the two groups has right marks in half of its texts.
     """
-    if record.summary.dead:
+    if record.summary.silent:
         return dead_score("held-out")
     versions = []
     for excerpt in _top(record):
@@ -455,7 +455,7 @@ def _active_and_inactive(
 
     If there are none of either, the undefined or dead score is returned.
     """
-    if record.summary.dead:
+    if record.summary.silent:
         return dead_score("held-out")
     top = _top(record)
     if not top:
@@ -475,7 +475,7 @@ def _top_and_hard(
     record: NeuronRecord,
 ) -> tuple[tuple[Excerpt, ...], tuple[Excerpt, ...]] | Score:
     """Return the top excerpts and the hard negatives; the undefined or dead score if there are too few."""
-    if record.summary.dead:
+    if record.summary.silent:
         return dead_score("held-out")
     top, hard = _top(record), hard_negatives(record)
     if not top:
@@ -513,7 +513,7 @@ def _trials(record: NeuronRecord) -> list[_Trial] | Score:
 
 
 def _null_trials(record: NeuronRecord) -> list[_Trial] | Score:
-    if record.summary.dead:
+    if record.summary.silent:
         return dead_score("held-out")
     random, n = scored_on(record, "random_only"), len(PLACES)
     if len(random) < n:

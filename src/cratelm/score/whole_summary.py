@@ -101,18 +101,23 @@ class WholeSummary:
 def summarize_whole(folder: Path, scores: ScoreTable, resamples: int, seed: int) -> WholeSummary:
     """Return the means of the figures in `folder`. `scores` are those of its excerpts."""
     shares, whole = read_token_shares(folder), read_whole_scores(folder)
-    layers = [share.neuron.layer for share in shares]
+    neurons = [share.neuron.key for share in shares]
+    ends = shares[0].neuron.n_ends
 
-    def mean(values: Iterable[float | None], of: Sequence[int]) -> LayeredMean:
+    def mean(values: Iterable[float | None], of: Sequence[NeuronKey]) -> LayeredMean:
         numbers = np.array([np.nan if v is None else v for v in values], np.float64)
-        return layered_mean(numbers, of, resamples=resamples, seed=seed)
+        layers, indices = np.array(of, np.int64).reshape(-1, 2).T
+        in_layer = indices // ends if ends > 1 else None
+        return layered_mean(
+            numbers, layers, numbers_in_layer=in_layer, resamples=resamples, seed=seed
+        )
 
     means, gains = [], []
     groups: dict[tuple[str, str], list[WholeScore]] = {}
     for score in whole:
         groups.setdefault((score.explainer, score.control), []).append(score)
     for (explainer, control), rows in groups.items():
-        of = [row.neuron.layer for row in rows]
+        of = [row.neuron.key for row in rows]
         means += [
             WholeMean(explainer, control, name, mean((getattr(r, name) for r in rows), of))
             for name in FIGURES
@@ -124,11 +129,11 @@ def summarize_whole(folder: Path, scores: ScoreTable, resamples: int, seed: int)
             continue
         both = sorted(set(values) & set(look_up))
         differences = [values[key] - look_up[key] for key in both]
-        gains.append(Gain(explainer, metric, mean(differences, [key.layer for key in both])))
+        gains.append(Gain(explainer, metric, mean(differences, both)))
     return WholeSummary(
         shares[0].n_tokens,
-        mean((share.token_share for share in shares), layers),
-        mean((share.token_entropy for share in shares), layers),
+        mean((share.token_share for share in shares), neurons),
+        mean((share.token_entropy for share in shares), neurons),
         tuple(means),
         tuple(gains),
     )

@@ -6,9 +6,10 @@ Shape legend: n neurons of all layers.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cratelm.records import Interval
+from cratelm.stats.ends import clustered
 from cratelm.stats.intervals import percentile_bounds, resampled_means
 
 
@@ -26,13 +27,21 @@ class LayeredMean:
 
 
 def layered_mean(
-    values: ArrayLike, layers: ArrayLike, *, resamples: int = 2000, seed: int = 0
+    values: ArrayLike,
+    layers: ArrayLike,
+    *,
+    numbers_in_layer: ArrayLike | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> LayeredMean:
     """Return the mean over layers of `values` [n], NaN where there is none, by `layers` [n].
 
-    Each layer that has a value counts the same (Bai & Ma 2025).
+    Each layer that has a value counts the same (Bai & Ma 2025). Values with the same of `numbers_in_layer` [n], which are
+    ends of one neuron, are averaged first.
     """
     numbers, of = np.asarray(values, np.float64), np.asarray(layers)
+    if numbers_in_layer is not None:
+        numbers, of = _by_neuron(numbers, of, np.asarray(numbers_in_layer))
     is_defined = np.isfinite(numbers)
     rng = np.random.default_rng(seed)
     groups = [numbers[is_defined & (of == layer)] for layer in np.unique(of[is_defined])]
@@ -45,3 +54,17 @@ def layered_mean(
         resampled = [resampled_means(group, resamples, rng) for group in groups]
         low, high = percentile_bounds(np.mean(resampled, axis=0), 0.95)
     return LayeredMean(Interval(value, low, high, n), n, len(numbers) - n)
+
+
+def _by_neuron(
+    values: NDArray[np.float64], layers: NDArray[np.int64], numbers: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return one value per neuron, the mean of those that it has, and its layer; NaN for one that has none."""
+    keys = layers.astype(np.int64) << 32 | numbers.astype(np.int64)
+    has = np.isfinite(values)
+    means, first = clustered(values[has], keys[has])
+    # what is left are neurons without any value, once each
+    without, at = np.unique(keys[~has], return_index=True)
+    lost = ~np.isin(without, keys[has])
+    values = np.concatenate([means, np.full(int(lost.sum()), np.nan)])
+    return values, np.concatenate([layers[has][first], layers[~has][at[lost]]])

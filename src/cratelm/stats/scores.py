@@ -3,7 +3,8 @@
 All figures are x 100. A layer's score is the mean over its neurons, a model's the mean over its
 layers (Bai & Ma 2025), so each layer counts the same. Neurons are the unit of uncertainty: they are
 resampled with replacement within their layer (percentile bootstrap, Efron & Tibshirani 1993, chapter
-13); layers are not resampled, because a model has exactly these. SciPy's `bootstrap` and
+13); layers are not resampled, because a model has exactly these. The score of a neuron with two ends is the mean
+over those of its ends that count (`cratelm.stats.ends`). SciPy's `bootstrap` and
 `permutation_test` have no strata, so neither can draw within layers.
 
 Scores without a value (undefined, dead, failed) follow one of two policies: `leave_out` takes the mean
@@ -23,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
-from cratelm.records import CHANCE, Control, Metric, NeuronScore, Status
+from cratelm.records import CHANCE, ENDS, Control, Metric, NeuronScore, Status, has_both_ends
+from cratelm.stats.ends import clustered
 from cratelm.stats.intervals import percentile_bounds, resampled_means, resampled_moments
 from cratelm.stats.score_table import ScoreTable
 
@@ -35,7 +37,7 @@ _BLOCK = 2_000_000
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of neurons by the status of their score."""
+    """Numbers of neurons by the status of their score; at a site with both ends, of ends."""
 
     defined: int
     undefined: int
@@ -195,6 +197,22 @@ def all_statistics(
     return found
 
 
+def statistics_by_end(
+    scores: Sequence[NeuronScore], *, resamples: int = 2000, seed: int = 0
+) -> dict[str, list[ModelStatistics]]:
+    """Return `all_statistics` of each end of the neurons alone, by `+` and `-`; empty for neurons with one end."""
+    table = ScoreTable.of(scores)
+    if not len(table) or not has_ends(table):
+        return {}
+    ends = table.numbers("index") % 2
+    parts = {end: table.where(ends == number) for number, end in enumerate(ENDS)}
+    return {
+        end: all_statistics(part, resamples=resamples, seed=seed)
+        for end, part in parts.items()
+        if len(part)
+    }
+
+
 def compare_models(
     scores_a: Sequence[NeuronScore],
     scores_b: Sequence[NeuronScore],
@@ -215,9 +233,9 @@ def compare_models(
 
     Raises `InputError` if the two have no layer in common with values to compare.
     """
-    paired = metric == "random_only" if paired is None else paired
     chosen = [_chosen(s, explainer, metric, "none") for s in (scores_a, scores_b)]
     model_a, model_b = map(_model, chosen)
+    paired = _are_paired(metric, chosen) if paired is None else paired
     values_a, values_b = (_values(side, metric, policy) for side in chosen)
     layers = _common_layers(values_a, values_b, paired)
     if not layers:
@@ -257,6 +275,12 @@ def compare_models(
         superiority=float(np.mean([_superiority(x, y, paired) for x, y in layers])),
         confidence=confidence,
     )
+
+
+def _are_paired(metric: Metric, sides: Sequence[ScoreTable]) -> bool:
+    """Return whether the excerpts of two models are at the same positions, neuron by neuron."""
+    # of neurons with two ends, random excerpts are drawn at other positions than of neurons with one
+    return metric == "random_only" and len({has_ends(side) for side in sides}) == 1
 
 
 def _chosen(
@@ -307,7 +331,22 @@ def _values(scores: ScoreTable, metric: Metric, policy: Policy) -> _Values:
     counting = has_value if policy == "leave_out" else np.ones(len(scores), bool)
     places, (sites, names) = scores.places(), scores.words("site")
     values = _Values(places[counting], numbers[counting])
-    return values.distinct((places * len(names) + sites)[counting])
+    values = values.distinct((places * len(names) + sites)[counting])
+    return _by_neuron(values) if has_ends(scores) else values
+
+
+def has_ends(scores: ScoreTable) -> bool:
+    """Return whether the neurons of the scores, which are of one site, are ends."""
+    _, names = scores.words("site")
+    return any(map(has_both_ends, names))
+
+
+def _by_neuron(values: _Values) -> _Values:
+    """Return the mean over the ends of each neuron, with the numbers of neurons in place of those of ends."""
+    layers, numbers = values.places >> 32, (values.places & 0xFFFF_FFFF) // 2
+    places = layers << 32 | numbers
+    means, first = clustered(values.numbers, places)
+    return _Values(places[first], means)
 
 
 def _counts(scores: ScoreTable) -> Counts:

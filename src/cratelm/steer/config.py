@@ -6,7 +6,7 @@ from typing import Literal
 
 from cratelm.errors import InputError
 from cratelm.llm.config import NO_LLM, LLMConfig, check_specification
-from cratelm.records import parse_neuron_ids
+from cratelm.records import ENDS, names_an_end, parse_neuron_ids
 from cratelm.runs import at_least, check_memory, check_resamples, not_in_identity
 from cratelm.runs.model_options import HarvestedModelOptions, ModelOptions, SourceOptions
 from cratelm.runs.names import check_name
@@ -22,7 +22,8 @@ class SteerConfig(ModelOptions, BeginTokenOption):
     """Edit neurons while a model reads a text, and show how the next token and the continuation change."""
 
     neurons: tuple[str, ...]
-    """neurons to edit, as LAYER:INDEX, such as 1:32 0:7"""
+    """neurons to edit, as LAYER:INDEX, such as 1:32 0:7; with a sign, one end of a neuron: `--neurons 1:32- --set 5` sets
+    its activation to -5"""
     run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     model: str = "crate-2l"
@@ -71,14 +72,22 @@ class SteerConfig(ModelOptions, BeginTokenOption):
         Positions.of(self.positions)
         if not parse_neuron_ids("--neurons", self.neurons):
             raise InputError("--neurons names no neuron: give LAYER:INDEX, such as 0:17")
+        if names_an_end(self.neurons) and not all(n.endswith(ENDS) for n in self.neurons):
+            raise InputError(
+                f"--neurons {' '.join(self.neurons)}: some of these name an end and some do not: name an end of all"
+                " of them, such as 0:17+, or of none"
+            )
         if self.text is not None and self.text_file is not None:
             raise InputError("--text and --text-file cannot be combined: give one of them")
         at_least(self, {"tokens": 1, "top": 1, "generate": 0, "temperature": 0, "seed": 0})
 
-    def edits(self) -> list[Edit]:
-        """Return the edits that the options ask for, one per layer; all have the same operation and positions."""
+    def edits(self, site: str | None = None) -> list[Edit]:
+        """Return the edits that the options ask for, one per layer; all have the same operation and positions.
+
+        `site` is the name of the site, which says what the indices count; without it they are the numbers as written.
+        """
         layers: dict[int, list[int]] = {}
-        for layer, index in parse_neuron_ids("--neurons", self.neurons):
+        for layer, index in parse_neuron_ids("--neurons", self.neurons, site):
             layers.setdefault(layer, []).append(index)
         return [
             Edit(layer, indices, self.set, self.add, self.scale, self.zero, self.positions)
@@ -97,7 +106,8 @@ class EffectsConfig(HarvestedModelOptions):
     neurons: int = 256
     """neurons per layer, drawn at random as `cratelm explain` draws them; 0 = all"""
     only: tuple[str, ...] = ()
-    """measure only these neurons, as LAYER:INDEX, such as 0:17 1:5"""
+    """measure only these neurons, as LAYER:INDEX, such as 0:17 1:5; 0:17+ and 0:17- name one end of a
+    neuron that has two"""
     top: int = 10
     """number of tokens stored among those that a neuron promotes most, and among those it suppresses most"""
     positions: int = 16

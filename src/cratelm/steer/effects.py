@@ -18,11 +18,12 @@ from cratelm.explain.selection import select_neurons
 from cratelm.explain.store import SampledNeuron
 from cratelm.models.open import sequence_length
 from cratelm.models.partial_forward import PartialForward
-from cratelm.records import Interval, NeuronId, parse_neuron_ids
+from cratelm.records import Interval, NeuronId
 from cratelm.runs import Draft, Run, check_memory
 from cratelm.runs.devices import available_on
 from cratelm.runs.ranks import Ranks, joined, n_ranks_here
 from cratelm.score.controls import shuffled
+from cratelm.stats.ends import neuron_means
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer.ablation import Ablations, HeldOutText, ablate
 from cratelm.steer.attribution import VocabularyEffect, attribute, best
@@ -110,8 +111,7 @@ def _measured(config: EffectsConfig, ranks: Ranks) -> EffectsResult:
     if ranks.by_first(lambda: stage.is_finished(config, inputs, force=config.force)):
         return _result(stage.path)
     harvested = open_harvested(run, config.model, config)
-    chosen = parse_neuron_ids("--only", config.only) if config.only else ()
-    selected = select_neurons(harvested.folder, config.neurons, config.seed, chosen)
+    selected = select_neurons(harvested.folder, config.neurons, config.seed, config.only)
     partial = PartialForward(harvested.subject.model, harvested.site)
     wanted = config.sequence_length or harvested.sequence_length
     length = sequence_length(harvested.subject, wanted)
@@ -308,14 +308,26 @@ def _layer(
 ) -> LayerEffects:
     """Return the figures of one layer; dead neurons are counted but excluded from means."""
     of_layer = [row for row in without if row.neuron.layer == layer]
-    alive = [row.ablation for row in of_layer if not row.dead]
+    rows = [row for row in of_layer if not row.dead]
+    alive, neurons = [row.ablation for row in rows], [row.neuron for row in rows]
     effects = [effect for effect in exact if effect.neuron.layer == layer]
     changes = [ablation.change.value for ablation in alive]
-    # change and standard error of the neurons that have one
-    judged = [(a.change.value, a.change.error) for a in alive if a.change.error is not None]
 
     def mean(values: Sequence[float | None]) -> Interval | None:
-        return bootstrap([v for v in values if v is not None], seed)
+        return bootstrap(list(neuron_means(neurons, values).values()), seed)
+
+    def of_effects(values: Sequence[float | None]) -> Interval | None:
+        return bootstrap(list(neuron_means((e.neuron for e in effects), values).values()), seed)
+
+    def share(sign: int) -> Interval | None:
+        """Return the fraction whose loss clearly changes in one direction, of those that have a standard error."""
+        errors = [a.change.error for a in alive]
+        return mean(
+            [
+                None if error is None else float(sign * change > CLEAR * error)
+                for change, error in zip(changes, errors, strict=True)
+            ]
+        )
 
     return LayerEffects(
         layer=layer,
@@ -325,12 +337,12 @@ def _layer(
         size=mean([abs(change) for change in changes]),
         rise=mean(changes),
         firing_rise=mean([a.where_firing.value if a.where_firing else None for a in alive]),
-        raises=mean([float(change > CLEAR * error) for change, error in judged]),
-        lowers=mean([float(-change > CLEAR * error) for change, error in judged]),
-        agreement=mean([effect.agreement for effect in effects]),
-        overlap=mean([effect.overlap for effect in effects]),
-        named=mean([effect.named for effect in effects]),
-        named_shuffled=mean([effect.named_shuffled for effect in effects]),
+        raises=share(1),
+        lowers=share(-1),
+        agreement=of_effects([effect.agreement for effect in effects]),
+        overlap=of_effects([effect.overlap for effect in effects]),
+        named=of_effects([effect.named for effect in effects]),
+        named_shuffled=of_effects([effect.named_shuffled for effect in effects]),
     )
 
 

@@ -13,7 +13,7 @@ from cratelm.explain.store import (
     read_selected,
     read_unexplained,
 )
-from cratelm.records import NeuronId, NeuronKey, parse_neuron_ids
+from cratelm.records import NeuronId, NeuronKey, has_both_ends, neuron_name, parse_neuron_ids
 from cratelm.runs import Run, Stage
 from cratelm.runs.names import set_name, sets_of
 from cratelm.steer.config import NO_LLM, PROMOTED, InterveneConfig
@@ -102,18 +102,31 @@ def choose_neurons(
     """
     by_key = {s.neuron.key: s for s in selected}
     if config.only:
-        keys = parse_neuron_ids("--only", config.only)
+        site = selected[0].neuron.site if selected else ""
+        keys = parse_neuron_ids("--only", config.only, site)
         missing = [key for key in keys if key not in by_key]
+        # of a neuron named without an end, one end may be silent
+        missing = [key for key in missing if not (has_both_ends(site) and _opposite(key) in by_key)]
         if missing:
+            name = f"{missing[0].layer}:{neuron_name(missing[0].index, site)}"
             raise InputError(
-                f"--only {missing[0]}: this neuron was not selected to be explained; name one that was"
+                f"--only {name}: this neuron was not selected to be explained; name one that was"
             )
-        return [by_key[key] for key in keys]
+        return [by_key[key] for key in keys if key in by_key]
     chosen = []
     for layer in sorted({key.layer for key in by_key}):
-        indices = sorted(key.index for key in by_key if key.layer == layer)
+        ends: dict[int, list[SampledNeuron]] = {}  # by neuron
+        for s in sorted(selected, key=lambda s: s.neuron.index):
+            if s.neuron.layer == layer:
+                ends.setdefault(s.neuron.index // s.neuron.n_ends, []).append(s)
+        numbers = sorted(ends)
         if config.neurons:
-            order = np.random.default_rng([config.seed, layer]).permutation(len(indices))
-            indices = sorted(indices[i] for i in order[: config.neurons])
-        chosen += [by_key[NeuronKey(layer, index)] for index in indices]
+            order = np.random.default_rng([config.seed, layer]).permutation(len(numbers))
+            numbers = sorted(numbers[i] for i in order[: config.neurons])
+        chosen += [s for number in numbers for s in ends[number]]
     return chosen
+
+
+def _opposite(key: NeuronKey) -> NeuronKey:
+    """Return the other end of a neuron at a site with both."""
+    return NeuronKey(key.layer, key.index ^ 1)

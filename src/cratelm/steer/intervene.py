@@ -6,7 +6,7 @@ under two controls. Writes the folder `steer/MODEL@NAME/` of the run; `cratelm.s
 and reads them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -22,10 +22,11 @@ from cratelm.explain.store import SampledNeuron
 from cratelm.llm.client import Client, DryRun, WorkerResult, dry_run
 from cratelm.llm.requests import Request
 from cratelm.llm.session import is_finished, ledger_path, open_client, write_calls
-from cratelm.records import Interval, NeuronId, NeuronKey, Score, Status
+from cratelm.records import Interval, NeuronId, Score, Status
 from cratelm.runs import Draft, Run
 from cratelm.score.controls import shuffled
 from cratelm.score.scorers import Task
+from cratelm.stats.ends import neuron_means
 from cratelm.stats.intervals import bootstrap
 from cratelm.steer import judging
 from cratelm.steer.config import NO_LLM, InterveneConfig
@@ -205,7 +206,7 @@ def _requests(
     donors = shuffled([s.neuron for s in selected if s.neuron in explained.texts], config.seed)
     alive: dict[int, list[int]] = {}
     for summary in summaries.values():
-        if not summary.dead:
+        if not summary.silent:
             alive.setdefault(summary.neuron.layer, []).append(summary.neuron.index)
     for sampled in share:
         neuron = sampled.neuron
@@ -235,7 +236,8 @@ def _continuations(
     """Return three continuations of held-out texts; the other neuron is drawn from those alive in the layer."""
     # the last number makes this stream differ from that of `draw_prompts`
     rng = np.random.default_rng([config.seed, neuron.layer, neuron.index, 1])
-    others = sorted(set(alive) - {neuron.index})
+    own = {neuron.index, *([neuron.opposite.index] if neuron.opposite else [])}
+    others = sorted(set(alive) - own)
     prompts = draw_prompts(
         harvested.store.split("held_out"),
         harvested.store.eot_id,
@@ -373,7 +375,7 @@ def _summarise(
         controls=tuple(_control(config, control, rows) for control in STEERING_CONTROLS),
         over_shuffled=_own_minus(config, rows, "shuffled"),
         over_random=_own_minus(config, rows, "random"),
-        kl=_mean(config, [row.kl for row in own]),
+        kl=_mean(config, (r.neuron for r in own), [r.kl for r in own]),
         mass=float(np.mean(masses)) if masses else None,
         known=known,
         n_failed=sum(row.status == Status.FAILED for row in rows),
@@ -387,7 +389,7 @@ def _control(
     counts = {s: sum(row.status == s for row in of_control) for s in Status}
     return ControlSummary(
         control=control,
-        mean=_mean(config, [row.value for row in of_control]),
+        mean=_mean(config, (r.neuron for r in of_control), [r.value for r in of_control]),
         defined=counts[Status.DEFINED],
         undefined=counts[Status.UNDEFINED],
         dead=counts[Status.DEAD],
@@ -399,16 +401,20 @@ def _own_minus(
     config: InterveneConfig, rows: Sequence[Intervention], control: SteeringControl
 ) -> Interval | None:
     """Return the mean of own score minus control, over the neurons that have both."""
-    values: dict[NeuronKey, dict[SteeringControl, float]] = {}
+    values: dict[NeuronId, dict[SteeringControl, float]] = {}
     for row in rows:
         if row.value is not None:
-            values.setdefault(row.neuron.key, {})[row.control] = row.value
-    both = [v for v in values.values() if {"none", control} <= v.keys()]
-    return _mean(config, [v["none"] - v[control] for v in both])
+            values.setdefault(row.neuron, {})[row.control] = row.value
+    both = {n: v for n, v in values.items() if {"none", control} <= v.keys()}
+    return _mean(config, both, [v["none"] - v[control] for v in both.values()])
 
 
-def _mean(config: InterveneConfig, values: Sequence[float | None]) -> Interval | None:
-    return bootstrap([v for v in values if v is not None], config.seed, config.resamples)
+def _mean(
+    config: InterveneConfig, neurons: Iterable[NeuronId], values: Sequence[float | None]
+) -> Interval | None:
+    """Return the mean over neurons; the value of a neuron is the mean over its ends."""
+    of_neurons = list(neuron_means(neurons, values).values())
+    return bootstrap(of_neurons, config.seed, config.resamples)
 
 
 def _result(folder: Path, calls: str = "") -> InterveneResult:

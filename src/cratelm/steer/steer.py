@@ -14,6 +14,8 @@ from cratelm.corpus.formats import text_of_file
 from cratelm.errors import InputError
 from cratelm.models.begin import announced, opening
 from cratelm.models.open import LoadedModel, encoder_of, open_model
+from cratelm.models.sites import both_ends, without_ends
+from cratelm.records import names_an_end
 from cratelm.runs import Run, check_memory, write_json
 from cratelm.runs.storage import check_target
 from cratelm.steer.config import SteerConfig
@@ -96,8 +98,9 @@ def steer(config: SteerConfig) -> SteerResult:
     ids = torch.tensor([[start, *encoder.encode(text)]], device=subject.model.device)
     _check_length(ids, subject, config)
     site = open_site(run, subject, config.site, config.sae)
+    site = both_ends(site) if names_an_end(config.neurons) else without_ends(site)
     first = beginning.extra if config.positions == "all" else 0
-    edits = [edit.from_position(first) for edit in config.edits()]
+    edits = [edit.from_position(first) for edit in config.edits(site.name)]
     _check_positions(edits[0], ids, config.generate)
     before = next_log_probabilities(subject.model, ids)
     sampling = (config.generate, config.temperature, config.seed)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
 from cratelm.models.sites import Site, entrances, hooked, site_of
+from cratelm.records import neuron_name
 from cratelm.runs.arguments import checked_arguments
 from cratelm.steer.edits import Edit, Operation, Positions
 
@@ -25,6 +26,9 @@ def steering(
     model: PreTrainedModel, *edits: Edit, site: str | Site | None = None
 ) -> Iterator[None]:
     """Apply the edits, in the order given, in every pass of the model while the context is open.
+
+    At a site with both ends, `set` sets one end and, if the number is not 0, clears the other, so that the activation
+    itself is the number, or minus the number for an end `-`; `zero` removes one end and leaves the other.
 
     The edits also apply in `generate`, with or without the cache. Gradients flow through them (run
     `backward` inside the context if the model uses gradient checkpointing). Contexts can be nested. On exit,
@@ -38,7 +42,8 @@ def steering(
 
     def on_activation(site_layer: int, activations: torch.Tensor) -> torch.Tensor | None:
         of_layer = by_site_layer.get(site_layer)
-        return edited(activations, of_layer, positions) if of_layer else None
+        ends = edited_site.has_both_ends
+        return edited(activations, of_layer, positions, ends=ends) if of_layer else None
 
     with contextlib.ExitStack() as stack:
         # tracking positions costs a mask and a cumulative sum per pass, so it is done only if an edit needs it
@@ -61,15 +66,24 @@ class _TokenPositions:
 
 
 def edited(
-    activations: torch.Tensor, edits: Sequence[Edit], positions: _TokenPositions
+    activations: torch.Tensor,
+    edits: Sequence[Edit],
+    positions: _TokenPositions,
+    *,
+    ends: bool = False,
 ) -> torch.Tensor:
-    """Return a copy of activations [B, T, H] with the edits applied one after the other."""
+    """Return a copy of activations [B, T, H] with the edits applied one after the other; H are `ends` or neurons."""
     changed = activations.clone()
     for edit in edits:
-        indices = torch.tensor(edit.indices, device=changed.device)
-        old = changed[..., indices]  # [B, T, n]
         operation, number = edit.operation
+        cleared = ()
+        if ends and operation == "set" and number:
+            cleared = tuple(i ^ 1 for i in edit.indices if i ^ 1 not in edit.indices)
+        indices = torch.tensor(edit.indices + cleared, device=changed.device)
+        old = changed[..., indices]  # [B, T, n]
         new = _OPERATIONS[operation](old, number)
+        if cleared:
+            new[..., len(edit.indices) :] = 0
         if not edit.where.everywhere:
             assert positions.position is not None
             assert positions.prompt is not None
@@ -115,9 +129,10 @@ def _by_site_layer(edits: Sequence[Edit], site: Site) -> dict[int, list[Edit]]:
         site_layer = site.place(edit.layer)
         wrong = [i for i in edit.indices if not 0 <= i < site.n_neurons[site_layer]]
         if wrong:
+            ends = 2 if site.has_both_ends else 1
             raise InputError(
-                f"neuron {wrong[0]} of layer {edit.layer} does not exist: site {site.name} has neurons 0 to"
-                f" {site.n_neurons[site_layer] - 1} in this layer"
+                f"neuron {neuron_name(wrong[0], site.name)} of layer {edit.layer} does not exist: site {site.name} has"
+                f" neurons 0 to {site.n_neurons[site_layer] // ends - 1} in this layer"
             )
         if len(set(edit.indices)) < len(edit.indices):
             raise InputError(f"an edit of layer {edit.layer} names a neuron twice: name it once")

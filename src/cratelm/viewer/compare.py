@@ -1,5 +1,6 @@
 """Compare two layers or two neurons side by side."""
 
+import re
 from dataclasses import dataclass
 
 from cratelm.results.views import LayerPage, LayerQuery, NeuronView, NotFound, ScoreHistogram
@@ -62,8 +63,9 @@ def compare(library: Library, key: str, left: str, right: str) -> SideBySide:
 
 def _side(library: Library, key: str, name: str) -> Side:
     try:
-        model, layer, index = _parse(name)
-        if index is not None:
+        model, layer, number = _parse(name)
+        if number is not None:
+            index = library.index_named(key, model, number)
             return Side(name, neuron=library.neuron(key, model, layer, index, excerpts="top"))
         page = library.layer(key, model, layer, LayerQuery(per_page=_BEST))
         card = library.run(key).model(model)
@@ -85,10 +87,11 @@ def _counterpart(library: Library, key: str, left: str) -> tuple[str, str]:
     similar profile. The name is empty if there is no counterpart, and the note gives the reason.
     """
     try:
-        model, layer, index = _parse(left)
+        model, layer, number = _parse(left)
         twin = library.run(key).twin(model)
-        if not twin or index is None:
+        if not twin or number is None:
             return (f"{twin}/{layer}", "") if twin else ("", f"{model} has no twin in this run.")
+        index = library.index_named(key, model, number)
         nearest = [n for n in library.nearest(key, model, layer, index, n=1) if n.model == twin]
     except NotFound:
         return "", ""
@@ -99,19 +102,19 @@ def _counterpart(library: Library, key: str, left: str) -> tuple[str, str]:
         )
     near = nearest[0]
     note = f"Right: the most similar neuron of {twin}, cosine {near.similarity:.2f}."
-    return f"{twin}/{near.layer}/{near.index}", note
+    return f"{twin}/{near.layer}/{library.neuron_name(key, twin, near.index)}", note
 
 
-def _parse(name: str) -> tuple[str, int, int | None]:
-    """Return model, layer and index (None for a layer).
+def _parse(name: str) -> tuple[str, int, str | None]:
+    """Return model, layer and neuron as written (None for a layer).
 
     Raises `NotFound` if `name` is neither MODEL/LAYER nor MODEL/LAYER/NEURON.
     """
     model, *numbers = name.split("/")
-    digits = all(n.isascii() and n.isdigit() and len(n) < 9 for n in numbers)
-    if len(numbers) not in (1, 2) or not digits:
+    forms = (r"[0-9]{1,8}", r"[0-9]{1,8}[+-]?")
+    if len(numbers) not in (1, 2) or not all(map(re.fullmatch, forms, numbers)):
         raise NotFound(
             f"{name!r} is neither a layer nor a neuron: type MODEL/LAYER or MODEL/LAYER/NEURON, such as"
             " crate-2l/0/17"
         )
-    return model, int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else None
+    return model, int(numbers[0]), numbers[1] if len(numbers) == 2 else None

@@ -15,7 +15,7 @@ def svg_card(view: NeuronView) -> str:
     """Return a self-contained SVG picture: explanation, scores and the strongest excerpts."""
     strongest = [e for e in view.excerpts if e.kind == "top"][:5]
     lines = [
-        f'<text x="24" y="38" class="t">{escape(f"{view.model} · layer {view.layer} · neuron {view.index}")}</text>'
+        f'<text x="24" y="38" class="t">{escape(f"{view.model} · layer {view.layer} · neuron {view.name}")}</text>'
     ]
     first = view.explanations[0] if view.explanations else None
     text = shortened(first.text, 104) if first and first.text else "not explained"
@@ -74,7 +74,7 @@ def latex_figure(view: NeuronView) -> str:
     first = view.explanations[0] if view.explanations else None
     text = latex(printable(first.text)) if first else "not explained"
     lines += [
-        rf"  \caption{{Neuron {view.index} of layer {view.layer}, {latex(view.model)}: {text}}}",
+        rf"  \caption{{Neuron {view.name} of layer {view.layer}, {latex(view.model)}: {text}}}",
         r"\end{figure}",
     ]
     return "\n".join(lines) + "\n"

@@ -31,6 +31,8 @@ class FeaturedNeuron:
     """its claim, without the evidence"""
     excerpt: ExcerptView | None
     """tokens around a large activation on held-out text; None if excerpts or text cannot be read"""
+    name: str
+    """how the neuron is written: its index, or `17+` and `17-` for the ends of neuron 17"""
 
 
 def ranking(table: NeuronTable) -> tuple[NDArray[np.float64], str]:

@@ -199,7 +199,7 @@ def _place(p: MapPoint) -> tuple[float, float]:
 def _dot(p: MapPoint, colour_of: Mapping[str, int], href: str, with_text: bool) -> str:
     x, y = _place(p)
     level = 0 if p.score is None else max(1, min(10, round(p.score / 10)))
-    name = f"{p.index} ({'no score' if p.score is None else f'{p.score:.0f}'})"
+    name = f"{p.name or p.index} ({'no score' if p.score is None else f'{p.score:.0f}'})"
     if with_text:
         name = escape(f"{name}: {shortened(p.label, 100) or 'not explained'}")
     colour = colour_of.get(p.group.family, COLOURS)

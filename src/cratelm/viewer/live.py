@@ -23,6 +23,7 @@ from cratelm.errors import InputError
 from cratelm.models.begin import opening
 from cratelm.models.open import Encoder, encoder_of
 from cratelm.models.sites import capture
+from cratelm.records import neuron_name
 from cratelm.results.stages import changed_at
 from cratelm.runs.model_options import HarvestedModelOptions, SourceOptions
 from cratelm.steer.edits import Edit
@@ -81,6 +82,8 @@ class TopNeuron:
     share: float
     """`value` divided by the neuron's largest activation on the held-out split"""
     explanation: str
+    name: str
+    """how the neuron is written: its index, or `17+` and `17-` for the ends of neuron 17"""
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,9 @@ class Live:
                 for i in np.argsort(-share, kind="stable")[:_STRONGEST].tolist():
                     if share[i] > 0:
                         text_of = claim(str(table.explanations[here.start + i]))
+                        name = neuron_name(i, table.site)
                         strongest.append(
-                            TopNeuron(layer, i, float(values[i]), float(share[i]), text_of)
+                            TopNeuron(layer, i, float(values[i]), float(share[i]), text_of, name)
                         )
             return tuple(sorted(strongest, key=lambda s: -s.share)[:_STRONGEST])
 
@@ -298,7 +302,8 @@ class Live:
         table = self.library.table(run, model)
         row = table.row(layer, index)
         if row is None:
-            raise InputError(f"{model} has no neuron {index} in layer {layer}")
+            name = neuron_name(index, table.site)
+            raise InputError(f"{model} has no neuron {name} in layer {layer}")
         return float(table.maximum[row])
 
 

@@ -20,6 +20,8 @@ from cratelm.viewer.security import Rate
 BURST, PER_SECOND = 30, 8
 """rate limit of requests to the model per client: at once, and per second in the long run"""
 Index = Annotated[int, Field(ge=0, le=100_000_000)]
+Name = Annotated[str, Field(pattern=r"^[0-9]{1,9}[+-]?$")]
+"""a neuron as it is written: `17`, or one of its ends, `17+` or `17-`"""
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
 RunKey = Annotated[str, Path(max_length=200)]
 
@@ -36,7 +38,7 @@ class ActivationsRequest(LiveRequest):
     """Request for the activation of one neuron at every token."""
 
     layer: Index
-    neuron: Index
+    neuron: Index | Name
 
 
 class PositionRequest(LiveRequest):
@@ -49,15 +51,15 @@ class SteerRequest(LiveRequest):
     """Request to steer one neuron at every token."""
 
     layer: Index
-    neuron: Index
+    neuron: Index | Name
     operation: Literal["set", "add", "scale", "zero"]
     value: Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)] = 0.0
     tokens: Annotated[int, Field(ge=0, le=64)] = 16
 
-    def edit(self) -> Edit:
-        """Return the requested edit."""
+    def edit(self, index: int) -> Edit:
+        """Return the requested edit of the neuron with this index."""
         value: Any = True if self.operation == "zero" else self.value
-        return Edit(self.layer, self.neuron, **{self.operation: value})
+        return Edit(self.layer, index, **{self.operation: value})
 
 
 def router(live: Live, rate: Rate | None = None) -> APIRouter:
@@ -84,9 +86,11 @@ def router(live: Live, rate: Rate | None = None) -> APIRouter:
 
     @endpoints.post("/activations")
     def activations(run: RunKey, body: ActivationsRequest, request: Request) -> Response:
-        return answer(
-            request, lambda: live.activations(run, body.model, body.text, body.layer, body.neuron)
-        )
+        def ask() -> Any:
+            index = live.library.index_named(run, body.model, str(body.neuron))
+            return live.activations(run, body.model, body.text, body.layer, index)
+
+        return answer(request, ask)
 
     @endpoints.post("/strongest")
     def strongest(run: RunKey, body: PositionRequest, request: Request) -> Response:
@@ -94,9 +98,11 @@ def router(live: Live, rate: Rate | None = None) -> APIRouter:
 
     @endpoints.post("/steer")
     def steer(run: RunKey, body: SteerRequest, request: Request) -> Response:
-        return answer(
-            request, lambda: live.steer(run, body.model, body.text, body.edit(), body.tokens)
-        )
+        def ask() -> Any:
+            index = live.library.index_named(run, body.model, str(body.neuron))
+            return live.steer(run, body.model, body.text, body.edit(index), body.tokens)
+
+        return answer(request, ask)
 
     @endpoints.post("/explained")
     def explained(run: RunKey, body: LiveRequest, request: Request) -> Response:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
+from cratelm.records import neuron_name
 from cratelm.replace.forward import ExplainedModel
 from cratelm.replace.predictors import Predictor
 from cratelm.replace.simulators import read_simulators
@@ -101,6 +102,8 @@ class NeuronCost:
     predicted: float
     """what the explanation predicts there"""
     explanation: str
+    name: str
+    """how the neuron is written: its index, or `17+` and `17-` for the ends of neuron 17"""
 
 
 @dataclass(frozen=True)
@@ -209,9 +212,12 @@ class LiveExplanations:
             length = max(1, predictors[place].context_length(read, at, index))
             true, predicted = (float(of[place][at, index]) for of in (cost.true, codes))
             sentence = claim(str(table.explanations[table.rows_of(layers[place]).start + index]))
+            name = neuron_name(index, table.site)
             seen = tuple(before_it[max(0, at + 1 - length) : at + 1])
             neurons.append(
-                NeuronCost(layers[place], index, nats, at - 1, seen, true, predicted, sentence)
+                NeuronCost(
+                    layers[place], index, nats, at - 1, seen, true, predicted, sentence, name
+                )
             )
         p, q = cost.plain, cost.explained
         all_of_them = sum(float(of.sum(dtype=float)) for of in cost.shares.values())

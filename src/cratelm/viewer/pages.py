@@ -17,6 +17,7 @@ from urllib.parse import quote, urlencode
 import jinja2
 from markupsafe import Markup, escape
 
+from cratelm.records import has_both_ends, neuron_name
 from cratelm.report.cells import METRIC_NAMES
 from cratelm.results.finding import Finding
 from cratelm.results.views import (
@@ -130,11 +131,13 @@ class Pages:
         def has_page(index: int) -> bool:
             return self.paged(key, model, layer, index)
 
-        stem = links.to("r", key, "neuron", model, layer, 0)  # the index needs no quoting
+        stem = links.to("r", key, "neuron", model, layer, 0)
+        site = card.site
 
         def address(index: int) -> str:
             end = "0.html" if self.static else "0"
-            return stem.removesuffix(end) + end.replace("0", str(index)) if has_page(index) else ""
+            name = quote(neuron_name(index, site))
+            return stem.removesuffix(end) + end.replace("0", name) if has_page(index) else ""
 
         def same_query(**changed: Any) -> str:
             filters = {
@@ -170,9 +173,14 @@ class Pages:
 
     def neuron(self, view: NeuronView) -> str:
         """Return the page of one neuron."""
-        key, model, layer, index = view.run, view.model, view.layer, view.index
-        here = ("r", key, "neuron", model, str(layer), str(index))
+        key, model, layer = view.run, view.model, view.layer
+        here = ("r", key, "neuron", model, str(layer), view.name)
         links = self._links(here)
+        other_end = None
+        if view.other_end is not None:
+            other_end = self.library.neuron(
+                key, model, layer, view.other_end, view.split, excerpts="top"
+            )
 
         def has_page(number: int, of: str = model, at: int = layer) -> bool:
             return self.paged(key, of, at, number)
@@ -191,7 +199,9 @@ class Pages:
         return self._page(
             "neuron.html",
             here,
-            self._crumbs(links, key, (model, ""), (f"layer {layer}", up), (f"neuron {index}", "")),
+            self._crumbs(
+                links, key, (model, ""), (f"layer {layer}", up), (f"neuron {view.name}", "")
+            ),
             key,
             v=view,
             has_page=has_page,
@@ -199,6 +209,9 @@ class Pages:
             last_token=_last_token(view),
             histogram=drawings.histogram,
             excerpts=excerpts_html(view.excerpts),
+            other_end=other_end,
+            other_facts=_facts(other_end) if other_end else [],
+            other_excerpts=excerpts_html(other_end.excerpts) if other_end else "",
             more=links.to(*here, split=split, explainer=simulator, all=1),
             other_split=links.to(
                 *here, split=other if other != "held_out" else "", explainer=simulator
@@ -214,7 +227,7 @@ class Pages:
             simulators=simulators,
             latex=latex_figure(view),
             data=as_data(plain(view)) if self.static else "",
-            card=as_data({"svg": svg_card(view), "name": f"{model}-{layer}-{index}.png"}),
+            card=as_data({"svg": svg_card(view), "name": f"{model}-{layer}-{view.name}.png"}),
         )
 
     def search(self, key: str, text: str, token: str, model: str = "") -> str:
@@ -268,6 +281,7 @@ class Pages:
         links = self._links(("r", key, "live"))
         card = self.library.run(key)
         models = {m.name: m.neurons for m in card.models if m.neurons}
+        ends = {name: has_both_ends(card.model(name).site) for name in models}
         return self._page(
             "live.html",
             links.here,
@@ -279,6 +293,7 @@ class Pages:
                     {
                         "run": key,
                         "models": models,
+                        "ends": ends,
                         "missing": self.library.not_explained(key, models),
                     }
                 )
@@ -348,6 +363,7 @@ class Pages:
                 run_key=key,
                 live=self.live and not self.static,
                 metric_name=lambda m: METRIC_NAMES.get(m, m),
+                neuron_name=partial(self.library.neuron_name, key),
                 **values,
             )
         )
@@ -383,7 +399,7 @@ def as_data(value: Any) -> Markup:
 def _facts(view: NeuronView) -> list[tuple[str, str]]:
     s = view.statistics
     names = {
-        "firing_rate": "above 0 on",
+        "firing_rate": "fires on",
         "maximum": "largest",
         "mean": "mean",
         "variance": "variance",

@@ -15,7 +15,7 @@ import numpy as np
 from cachetools import LRUCache
 
 from cratelm.errors import InputError, one_line
-from cratelm.records import Split
+from cratelm.records import Split, named_index, neuron_name
 from cratelm.results.finding import Finding, finding
 from cratelm.results.neuron_groups import CONCEPTS, NeuronGroup, neuron_groups
 from cratelm.results.neuron_table import NeuronTable, layer_page, read_neuron_table
@@ -198,7 +198,8 @@ class Library:
             view = self.neuron(key, model, layer, index, explainer=simulated, excerpts="top")
             value, text = float(values[row]), claim(str(table.explanations[row]))
             excerpt, family = shown_excerpt(view), groups[row].family
-            neurons.append(FeaturedNeuron(model, layer, index, value, family, text, excerpt))
+            name = neuron_name(index, table.site)
+            neurons.append(FeaturedNeuron(model, layer, index, value, family, text, excerpt, name))
         return tuple(neurons)
 
     # ---- one neuron -------------------------------------------------------------------------------
@@ -217,6 +218,20 @@ class Library:
         query = NeuronQuery(key, model, layer, index, split, explainer, excerpts)
         nearest = partial(self.nearest, key, model, layer, index)
         return neuron_view(self._files(key), self.table(key, model), query, nearest)
+
+    def index_named(self, key: str, model: str, name: str) -> int:
+        """Return the index of the neuron written as `name`: `17`, or `17+` and `17-` at a site with both ends.
+
+        There `17` alone stands for `17+`. Raises `NotFound` if it is no such name, or without a readable harvest.
+        """
+        try:
+            return named_index(name, self.table(key, model).site)
+        except InputError as error:
+            raise NotFound(str(error)) from None
+
+    def neuron_name(self, key: str, model: str, index: int) -> str:
+        """Return how a neuron of a model is written."""
+        return neuron_name(index, self.table(key, model).site)
 
     def effects_command(self, key: str, model: str) -> str:
         """Return the command that measures which tokens neurons promote.
@@ -293,7 +308,13 @@ class Library:
         texts, groups = table.explanations[here], self.groups(key, model)[here]
         return tuple(
             MapPoint(
-                int(i), float(x), float(y), None if np.isnan(s) else float(s), claim(str(t)), group
+                int(i),
+                float(x),
+                float(y),
+                None if np.isnan(s) else float(s),
+                claim(str(t)),
+                group,
+                neuron_name(int(i), table.site),
             )
             for i, (x, y), s, t, group in zip(
                 table.index[here], points, scores, texts, groups, strict=True

@@ -35,7 +35,7 @@ ASSETS = {
 Words = Annotated[str, Query(max_length=200)]
 TokenText = Annotated[str, Query(max_length=100)]
 Layer = Annotated[int, Path(ge=0, le=100_000)]
-Neuron = Annotated[int, Path(ge=0, le=100_000_000)]
+Neuron = Annotated[str, Path(max_length=20)]
 
 
 def _query(
@@ -61,7 +61,8 @@ def _view(
     all: bool = False,
 ) -> NeuronView:
     library: Library = request.app.state.library
-    return library.neuron(run, model, layer, index, split, explainer, "all" if all else "some")
+    number = library.index_named(run, model, index)
+    return library.neuron(run, model, layer, number, split, explainer, "all" if all else "some")
 
 
 def _spaced(token: str) -> str:
@@ -182,7 +183,7 @@ def _api(library: Library) -> APIRouter:
 
     @router.get("/r/{run}/neuron/{model}/{layer}/{index}/card.svg")
     def card(view: View) -> Response:
-        name = f"neuron-{view.layer}-{view.index}.svg"
+        name = f"neuron-{view.layer}-{view.name}.svg"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         return Response(svg_card(view), media_type="image/svg+xml", headers=headers)
 

@@ -62,7 +62,10 @@ def export(
         count = _write_all(library, pages, chosen, draft, quiet)
         (draft / _MARK).write_text("Written by `cratelm view --static`.\n", encoding="utf-8")
         size = sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
-    total = sum(library.run(r).model(m).neurons[layer] for r, m, layer in chosen)
+    tables = ((library.table(r, m), layer) for r, m, layer in chosen)
+    total = sum(
+        len(range(*table.rows_of(layer).indices(len(table.layer)))) for table, layer in tables
+    )
     path = folder if folder.is_dir() else target  # a/../b is not a valid path if a does not exist
     return Exported(path, count, size, sum(map(len, chosen.values())), total)
 
@@ -131,7 +134,7 @@ def _write_all(
             )
             for index in sorted(members):
                 view = library.neuron(run, model, layer, index)
-                write(("r", run, "neuron", model, str(layer), str(index)), pages.neuron(view))
+                write(("r", run, "neuron", model, str(layer), view.name), pages.neuron(view))
             bar.update(1 + len(members))
             count += 1 + len(members)
     return count

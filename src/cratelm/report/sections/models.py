@@ -130,10 +130,26 @@ def sparsity_table(results: RunResults) -> Table:
         "Sparsity by layer",
         columns,
         tuple(rows),
-        "Over the tokens searched in the held-out split. Dead: never above 0 on these tokens. Firing rate: % of"
-        " tokens on which a neuron is above 0; its quantiles and the median kurtosis are over neurons that are"
-        " not dead. A normal distribution has kurtosis 3.",
+        "Over the tokens searched in the held-out split. Dead: never fires on these tokens. Firing rate: % of"
+        " tokens on which a neuron fires; its quantiles and the median kurtosis are over neurons that are"
+        f" not dead. A normal distribution has kurtosis 3. {firing_note(results)}",
     )
+
+
+def firing_note(results: RunResults) -> str:
+    """Return when a neuron fires, in words, for the models of a report that have a harvest."""
+    records = [(m.name, m.completions["activations"].results) for m in results.models if "activations" in m.completions]  # fmt: skip
+    inexact = [name for name, of in records if not of.get("exact_zeros", True)]
+    both = [name for name, of in records if of.get("polarity") == "both"]
+    note = "A neuron fires where it is above 0"
+    if inexact:
+        note += (
+            f"; of {', '.join(inexact)}, whose neurons are hardly ever 0, where its activation is at least a power of"
+            " two, the largest that is at most a tenth of its maximum"
+        )
+    if both:
+        note += f". Neurons of {', '.join(both)} fire at two ends, and count once"
+    return f"{note}."
 
 
 def _sparsity_row(layer: LayerSparsity) -> tuple[Cell, ...]:
@@ -190,12 +206,12 @@ def sparsity_figure(results: RunResults) -> Figure | None:
     return Figure(
         "sparsity",
         "Sparsity",
-        "Over the tokens searched in the held-out split. Firing rate: percentage of tokens on which a neuron is"
-        " above 0. Marker: median over the neurons that are not dead; bars: their 5% and 95% quantiles, which show"
+        "Over the tokens searched in the held-out split. Firing rate: percentage of tokens on which a neuron fires."
+        f" {firing_note(results)} Marker: median over the neurons that are not dead; bars: their 5% and 95% quantiles, which show"
         " the spread of the neurons and not the uncertainty of the median.",
         (
             Panel("Firing rate", by_layer(series, rates, "tokens, %", log=True)),
-            Panel("Dead neurons", by_layer(series, dead, "neurons never above 0, %", floor=True)),
+            Panel("Dead neurons", by_layer(series, dead, "neurons that never fire, %", floor=True)),
         ),
         tuple(series),
     )

@@ -23,7 +23,7 @@ from cratelm.report.sections import all_tokens, replacement
 from cratelm.report.sections.autoencoders import reconstruction_costs
 from cratelm.report.sections.models import loss_cell, trained_figures
 from cratelm.results.run_results import ModelResults, RunResults
-from cratelm.results.scores import layer_intervals, mean_interval
+from cratelm.results.scores import find_statistics, layer_intervals, mean_interval
 from cratelm.runs.names import NullKind
 from cratelm.text.table import Cell, Column, Table
 
@@ -59,6 +59,7 @@ def tables(results: RunResults) -> list[Table]:
         model_comparison_table,
         mean_and_variance_table,
         by_layer_table,
+        by_end_table,
         nulls_table,
         unscored_table,
         reasons_table,
@@ -220,6 +221,44 @@ def by_layer_table(results: RunResults) -> Table:
             )
     title = f"Score by layer, explainer {results.explainer}"
     return Table("by_layer", title, columns, tuple(rows), f"Layers count from 0. {INTERVAL_NOTE}")
+
+
+def by_end_table(results: RunResults) -> Table:
+    """Return the mean scores of each end of the neurons; without rows if the neurons of all models have one end."""
+    columns = (
+        Column("model", "model"),
+        Column("explainer", "explainer"),
+        Column("metric", "metric"),
+        Column("end", "end"),
+        Column("mean", "mean × 100 [95%]", ".1f"),
+        Column("shuffled", "shuffled explanations", ".1f"),
+        Column("defined", "ends with a score", ",d"),
+        Column("ends", "ends", ",d"),
+    )
+    rows = []
+    for m in results.models:
+        for of_set in m.sets:
+            for end, statistics in of_set.by_end.items():
+                own = (s for s in statistics if (s.control, s.policy) == ("none", "leave_out"))
+                for s in own:
+                    null = find_statistics(statistics, s.explainer, s.metric, "shuffled")
+                    counts = (s.counts.defined, s.counts.total)
+                    name = METRIC_NAMES[s.metric]
+                    side = "above 0 (+)" if end == "+" else "below 0 (-)"
+                    rows.append(
+                        (m.name, s.explainer, name, side, mean_cell(s), mean_cell(null), *counts)
+                    )
+    rows.sort(key=lambda row: row[:4])
+    return Table(
+        "by_end",
+        "Scores by end",
+        columns,
+        tuple(rows),
+        "Neurons of these models fire at two ends: + where the activation is above 0, - where it is below. Both are"
+        " explained and scored by themselves. In all other tables the score of a neuron is the mean over its ends that"
+        " have one, and counts of neurons without a score are of ends. An end that never fires is left out if the"
+        f" other one does. {INTERVAL_NOTE}",
+    )
 
 
 def nulls_table(results: RunResults) -> Table:

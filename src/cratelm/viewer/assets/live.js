@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const get = (id) => document.getElementById(id);
-  const { run, models, missing } = JSON.parse(get("data").textContent);
+  const { run, models, ends, missing } = JSON.parse(get("data").textContent);
   const fields = Object.fromEntries(["model", "layer", "neuron", "text", "operation", "value", "count"].map((id) => [id, get(id)]));
   const marks = { " ": "␣", "\n": "⏎", "\t": "⇥" };
   const shown = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Co}]/gu, (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`);
@@ -18,6 +18,8 @@
     const before = fields.layer.value || query.get("layer");
     fields.layer.replaceChildren(...layers.map((n) => new Option(n, n)));
     if (layers.includes(before)) fields.layer.value = before;
+    // with two ends, a neuron is written as 17+ or 17-, which is no number
+    fields.neuron.type = ends[fields.model.value] ? "text" : "number";
     fields.neuron.max = models[fields.model.value][fields.layer.value] - 1;
   };
   fill();
@@ -47,7 +49,7 @@
     if (!response.ok) throw new Error(answer.error ?? "the server did not answer");
     return answer;
   };
-  const neuron = () => ({ layer: Number(fields.layer.value), neuron: Number(fields.neuron.value) });
+  const neuron = () => ({ layer: Number(fields.layer.value), neuron: fields.neuron.value || "0" });
   const withStatus = async (work) => {
     const started = turn;
     try { await work(); } catch (error) { if (error.name !== "AbortError" && started === turn) get("status").textContent = error.message; }
@@ -79,9 +81,9 @@
     row.append(element("td", visible(token), "token"), element("td", (100 * first[1]).toFixed(2), "r"), element("td", (100 * second[1]).toFixed(2), "r"), bars);
     return row;
   };
-  const linkTo = (layer, index) => {
-    const link = element("a", String(index));
-    link.href = `/r/${encodeURIComponent(run)}/neuron/${encodeURIComponent(fields.model.value)}/${layer}/${index}`;
+  const linkTo = (layer, name) => {
+    const link = element("a", name);
+    link.href = `/r/${encodeURIComponent(run)}/neuron/${encodeURIComponent(fields.model.value)}/${layer}/${encodeURIComponent(name)}`;
     return link;
   };
 
@@ -110,7 +112,7 @@
     get("status").textContent = `${answer.tokens.length} tokens${answer.cut ? ` (${answer.cut} more do not fit into the model's context)` : ""}; largest activation ${top.toPrecision(3)}, ${answer.maximum > 0 ? `${Math.round((100 * top) / answer.maximum)}% of the neuron's maximum` : "of a dead neuron"}`;
   });
 
-  const select = (n) => { chosen = true; fields.layer.value = n.layer; fill(); fields.neuron.value = n.index; };
+  const select = (n) => { chosen = true; fields.layer.value = n.layer; fill(); fields.neuron.value = n.name; };
   const strongest = () => withStatus(async () => {
     if (!current?.length) return;
     if (position === null || position >= current.length) position = current.length - 1;
@@ -120,11 +122,11 @@
     get("strongest").replaceChildren(...neurons.map((n) => {
       const row = document.createElement("tr");
       const cell = element("td", "", "r");
-      cell.append(linkTo(n.layer, n.index));
+      cell.append(linkTo(n.layer, n.name));
       row.append(element("td", String(n.layer), "r"), cell, element("td", (100 * n.share).toFixed(0), "r"), element("td", n.value.toPrecision(3), "r"), element("td", shown(n.explanation) || "–", "text wide"));
       const selecting = element("button", "select", "select");
       selecting.type = "button";
-      selecting.setAttribute("aria-label", `select neuron ${n.index} of layer ${n.layer}`);
+      selecting.setAttribute("aria-label", `select neuron ${n.name} of layer ${n.layer}`);
       selecting.addEventListener("click", () => { select(n); get("neuron").focus(); all(); });
       cell.append(" ", selecting);
       return row;
@@ -195,7 +197,7 @@
     get("costs").replaceChildren(...found.neurons.map((n) => {
       const row = document.createElement("tr");
       const cell = element("td", "", "r");
-      cell.append(linkTo(n.layer, n.index));
+      cell.append(linkTo(n.layer, n.name));
       const where = element("td", "", "token");
       if (n.position < 0) where.append(element("span", "start", "faint"));
       else where.append(element("span", visible(n.context.slice(0, -1).join("")), "faint"), visible(n.context.at(-1)));

@@ -11,7 +11,7 @@
     node.setAttribute("aria-label", `neuron ${title.textContent}`);
     const name = title.textContent;
     title.remove(); // the panel takes its place
-    return { node, at, name, x: circle.cx.baseVal.value, y: circle.cy.baseVal.value, index: parseInt(name, 10) };
+    return { node, at, name, x: circle.cx.baseVal.value, y: circle.cy.baseVal.value, index: name.split(" ", 1)[0] };
   });
   if (!neurons.length) return;
 
