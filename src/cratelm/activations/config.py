@@ -116,10 +116,9 @@ class HarvestConfig(ModelOptions, BeginningOptions):
                 f"--short-context {self.short_context} is above --context {self.context}:"
                 " short excerpts are cut from long ones"
             )
+        both = "--polarity both" if self.polarity == "both" else f"--site {self.site}"
         if self.sae and (self.polarity == "both" or (self.site and has_both_ends(self.site))):
-            raise InputError(
-                "--sae cannot be combined with both ends of a site: latents have one end"
-            )
+            raise InputError(f"{both} and --sae cannot be combined: latents have one end")
         if self.site and has_both_ends(self.site) and self.polarity == "positive":
             raise InputError(
                 f"--site {self.site} names both ends, and --polarity positive one: omit one of them"
