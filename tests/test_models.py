@@ -367,7 +367,10 @@ def test_twin_has_no_biases(tmp_path):
         (lambda: build("crate-2l", step_size=-1.0), "step_size"),
         (lambda: load("/nowhere/at/all"), "cratelm train"),
         (lambda: site_of(tiny(), "mlp"), "no site 'mlp'"),
-        (lambda: site_of(tiny(), "model.layers.*.ista.code:sideways"), "one of input, output, residual"),
+        (
+            lambda: site_of(tiny(), "model.layers.*.ista.code:sideways"),
+            "one of input, output, residual",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(call, told):
