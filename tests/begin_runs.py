@@ -75,7 +75,7 @@ def model_folder(folder: Path, run: Path, *, adds_begin: bool, **settings: Any) 
 def read_by_models() -> Iterator[list[np.ndarray]]:
     """The token ids [B, n] of every pass of a LLaMA while open, without the probes of sites and heads.
 
-    Those are the same 6 tokens in all rows; tokens that follow in a cache, or are treated by themselves, are [B, 1].
+    Those are the same 6 tokens in all rows, or tokens 0 to 5; tokens that follow in a cache, or are treated by themselves, are [B, 1].
     """
     seen: list[np.ndarray] = []
     forward = LlamaModel.forward
@@ -83,7 +83,9 @@ def read_by_models() -> Iterator[list[np.ndarray]]:
     def watched(self: Any, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if input_ids is not None and input_ids.shape[1] > 1:
             ids = input_ids.detach().cpu().numpy()
-            if not (ids.shape[1] == 6 and (ids == ids[0]).all()):
+            of_head = ids.shape[1] == 6 and (ids == ids[0]).all()
+            of_site = ids.size == 6 and (ids.ravel() == np.arange(6)).all()
+            if not (of_head or of_site):
                 seen.append(ids)
         return forward(self, input_ids, *args, **kwargs)  # type: ignore[arg-type]
 

@@ -22,6 +22,7 @@ from cratelm.analysis.config import AnalyzeConfig
 from cratelm.analysis.consistency import (
     HeldOutPass,
     NeuronActivations,
+    count_passes,
     covered_tokens,
     draw_partners,
     measure_coverage,
@@ -480,8 +481,9 @@ def test_a_deep_model_reads_the_text_for_all_layers_at_once(tmp_path):
 
     def measured(memory_bytes):
         read.clear()
-        held_out = HeldOutPass(model, site, plan, 1000)
-        found = list(measure_neurons(held_out, explained, maximum, memory_bytes=memory_bytes, seed=3, progress=shown.append))  # fmt: skip
+        held_out, tokens = HeldOutPass(model, site, plan, 1000), []
+        found = list(measure_neurons(held_out, explained, maximum, memory_bytes=memory_bytes, seed=3, progress=shown.append, read=tokens.append))  # fmt: skip
+        assert sum(tokens) == plan.n_tokens() * count_passes(held_out, explained, memory_bytes)
         return found, len(read)
 
     shown: list[int] = []

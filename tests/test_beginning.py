@@ -697,6 +697,9 @@ def test_a_slow_tokenizer_is_one_line(run, tmp_path):
     with pytest.raises(InputError, match=r"slow.*tokenizer\.json is needed") as error:
         encoder_of(loaded, Run(run))
     assert "\n" not in str(error.value)
+    chosen = choose_beginning(loaded, Run(run))
+    assert chosen.beginning == Beginning(None, 4)
+    assert "tokenizer.json is needed" in chosen.in_words()
 
 
 def test_top_positions_by_hand(harvested):

@@ -27,6 +27,8 @@ from cratelm.cli import (
     parse_options,
 )
 
+SOURCE = Path(cratelm.__file__).parent
+
 
 def call(capsys, *arguments):
     status = main(list(arguments))
@@ -251,6 +253,20 @@ def test_every_verb_that_takes_long_can_be_quiet(verb):
     (quiet,) = [f for f in fields(config_class(verb)) if f.name == "quiet"]
     assert quiet.default is False
     assert quiet.metadata["identity"] is False
+
+
+def test_every_progress_bar_can_be_switched_off():
+    """By `disable`, in every module; a verb without --quiet shows no bar of its own."""
+    bars = set()
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tqdm":
+                bars.add(path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."))
+                assert any(keyword.arg == "disable" for keyword in node.keywords), path
+    assert len(bars) > 15
+    for verb, of in VERBS.items():
+        if "quiet" not in {f.name for f in fields(config_class(verb))}:
+            assert of.module.removeprefix("cratelm.") not in bars, verb
 
 
 def test_rooms_that_are_verbs_stay_modules():

@@ -326,7 +326,7 @@ def test_the_number_of_tokens_is_right_to_within_a_sequence(run, tmp_path):
     model = tiny(DENSE["llama"]())
     for tokens, length in ((300, 32), (301, 20)):
         result = harvested(
-            run, tmp_path / f"n{tokens}", model, tokens=tokens, sequence_length=length
+            run, tmp_path / f"n{tokens}", model, tokens=tokens, sequence_length=length, skip_first=0
         )
         assert tokens - 2 * length < result.tokens["fit"] <= tokens
 

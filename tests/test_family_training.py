@@ -11,6 +11,7 @@ from test_train import SMALL, T, make_run, one_thread  # noqa: F401 (a fixture)
 
 from cratelm.errors import InputError
 from cratelm.models import FAMILIES, build, capture, load, site_of
+from cratelm.models.nulls import null_control
 from cratelm.models.parts import freeze, parts_of
 from cratelm.tokens.shards import TokenStore
 from cratelm.train import checkpoints
@@ -98,6 +99,26 @@ def test_every_family_has_parts_that_can_be_frozen(family: str) -> None:
     else:
         with pytest.raises(InputError, match="lacks: choose from attention, embeddings"):
             freeze(model, ["dictionary"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_null_controls_keep_the_embeddings_and_nothing_else(family: str) -> None:
+    fresh, trained = tiny(family), tiny(family)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += torch.randn_like(parameter)
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    control = null_control(trained, "embeddings", seed=0)
+    kept = {id(p) for p in parts_of(control)["embeddings"]}
+    assert kept
+    for name, parameter in control.named_parameters():
+        source = before[name] if id(parameter) in kept else fresh.get_parameter(name)
+        assert torch.equal(parameter, source), name
+    permuted = null_control(trained, "permuted", seed=0)
+    for name, parameter in permuted.named_parameters():
+        assert torch.equal(parameter.flatten().sort().values, before[name].flatten().sort().values)
+        in_block = ".layers." in name or ".h." in name
+        assert not in_block or parameter.numel() < 9 or not torch.equal(parameter, before[name])
 
 
 def test_numbers_per_head_are_neither_matrices_nor_decayed() -> None:

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -165,6 +166,31 @@ def test_causal_masks_and_half_precision_are_told(tmp_path):
     assert "torch.bfloat16" in told
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda key: f"module.{key}",  # DistributedDataParallel, DataParallel
+        lambda key: f"_orig_mod.module.{key}",  # compiled after it was distributed
+        lambda key: f"module._orig_mod.{key}",  # compiled before
+        lambda key: f"module.module.{key}",
+        lambda key: f"_forward_module.{key}",  # Lightning
+        lambda key: key.replace("transformer.h.", "_fsdp_wrapped_module.transformer.h."),
+        lambda key: re.sub(
+            r"(h\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", key
+        ),
+    ],
+)
+def test_names_of_wrappers_in_keys(wrapped, tmp_path):
+    _, checkpoint = crate_checkpoint()
+    plain = load_authors_checkpoint(saved(tmp_path / "plain.pt", checkpoint)).state_dict()
+    checkpoint["model"] = {wrapped(k): v for k, v in checkpoint["model"].items()}
+    read = read_authors_checkpoint(saved(tmp_path / "wrapped.pt", checkpoint))
+    found = read.model.state_dict()
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[k], v) for k, v in plain.items())
+    assert any("removed from the keys" in change for change in read.changes)
+
+
 # ---- what is in the folder ------------------------------------------------------------------------
 
 
@@ -303,7 +329,7 @@ def with_weight(key, tensor):
 
 
 def with_prefix(prefix):
-    """As DistributedDataParallel names weights."""
+    """As a training script names the model it keeps in another module."""
 
     def change(checkpoint):
         checkpoint["model"] = {f"{prefix}{k}": v for k, v in checkpoint["model"].items()}
@@ -329,7 +355,8 @@ def with_argument(name, value):
         (with_weight("lm_head.weight", torch.ones(301, 32)), r"lm_head\.weight differs"),
         (with_argument("n_layer", 3), r"n_layer 3.*layers 0, 1"),
         (with_argument("n_layer", 10**9), r"n_layer 1000000000.*layers 0, 1"),
-        (with_prefix("module."), r"layers none: keys begin with 'module\.', save the weights"),
+        (with_prefix("student."), r"layers none: keys begin with 'student\.', save the weights"),
+        (lambda c: c["model"].update({f"module.{KEY}": c["model"][KEY]}), f"{KEY} twice"),
         (with_argument("n_embd", 48), r"has shape .*model_args require"),
         (with_argument("n_embd", "48"), "n_embd '48'"),
         (with_argument("n_head", 5), "32 is not a multiple"),

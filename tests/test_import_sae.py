@@ -12,8 +12,8 @@ from shared import SHARED, needs_shared
 import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
-from cratelm.interop.import_sae import _SITES
 from cratelm.models import build, site_of
+from cratelm.models.hook_names import hooks_of_families
 from cratelm.sae.sae import Sae
 
 ORACLE = SHARED / "oracle"
@@ -90,8 +90,9 @@ def test_half_precision_stays(tmp_path):
     assert sae(torch.randn(3, 12)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("hook", _SITES)
+@pytest.mark.parametrize("hook", hooks_of_families())
 def test_their_places_are_sites_of_our_models(hook, tmp_path):
+    assert {"mlp.hook_post", "hook_resid_mid", "hook_mlp_out", "attn.hook_z"} <= {*hooks_of_families()}  # fmt: skip
     for name, family in (("gpt-2l", "gpt2"), ("crate-2l", "crate")):
         act_name = f"blocks.1.{hook}"
         file = written(tmp_path, model_name=name, act_name=act_name, site=None, name=family)

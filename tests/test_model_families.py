@@ -178,6 +178,24 @@ def test_every_family_has_every_size_and_its_parameter_count_is_stated():
         assert count_parameters(model) == expected, family
 
 
+def test_initial_weights():
+    for family in FAMILIES:
+        model = build(f"{family}-2l", vocab_size=512, hidden_size=64, num_attention_heads=4)
+        scaled = ("output.weight", "fc2.weight", "c_proj.weight")
+        zero = ("denominator_bias", "bias", "sink_logit", "bigram_table.weight")
+        for name, weight in model.named_parameters():
+            if name.endswith(zero):
+                assert not weight.any(), name
+            elif name.endswith(("temperature", *NORMS)):
+                assert (weight == 1).all(), name
+            elif not name.endswith(("dictionary", "decoder")):
+                expected = 0.02 / (2 if name.endswith(scaled) else 1)  # sqrt(2 L) = 2
+                assert abs(weight.std() / expected - 1) < 0.1, name
+
+
+NORMS = tuple(f"{name}.weight" for name in ("norm", "norm_mssa", "norm_ista", "norm_mlp", "ln_1", "ln_2", "ln_f"))  # fmt: skip
+
+
 # ---- every family ---------------------------------------------------------------------------------
 
 
@@ -262,6 +280,16 @@ def test_neurons_are_those_of_a_hook_set_by_hand_and_steering_reaches_the_logits
     with hooked(model, site, raise_first):
         assert (model(ids()).logits - plain).abs().max() > 1e-3
     assert torch.equal(model(ids()).logits, plain)
+
+
+def test_the_transformer_lens_bridge_is_for_mssa_and_ista():
+    lens = pytest.importorskip("cratelm.interop.transformer_lens", exc_type=ImportError)
+    for family in ("crate-tssa", "crate-mlp", "crate-mssa"):
+        with pytest.raises(ValueError, match="use hooks on the model itself"):
+            lens.bridge(tiny(family))
+    for family in ("crate-query", "crate-alpha"):
+        expected = tiny(family)(ids()).logits
+        assert torch.allclose(lens.bridge(tiny(family))(ids()), expected, atol=1e-5)
 
 
 # ---- exported, for transformers without cratelm ---------------------------------------------------

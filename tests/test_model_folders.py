@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import cratelm
 from cratelm.cli import main
 from cratelm.errors import InputError
-from cratelm.models.latents import check_autoencoder
+from cratelm.models.autoencoder_files import read_autoencoder
 from cratelm.models.open import LoadedModel, encoder_of
 from cratelm.models.sizes import config_of
 from cratelm.runs import Run
@@ -290,21 +290,21 @@ def autoencoder(tmp_path) -> Path:
 
 @pytest.mark.fault("a damaged folder of an autoencoder", "one line names the file")
 def test_a_folder_of_an_autoencoder_is_checked_before_it_is_loaded(autoencoder):
-    check_autoencoder(autoencoder)
+    read_autoencoder(autoencoder)
     config = json.loads((autoencoder / "cfg.json").read_text())
     for changed in ({"d_sae": 10**9}, {"d_in": 10**30}, {"d_sae": -1}, {"d_in": "4"}, {"d_sae": None}, {"d_sae": 9}):  # fmt: skip
         (autoencoder / "cfg.json").write_text(json.dumps({**config, **changed}))
         with pytest.raises(InputError, match=r"cfg\.json"):
-            check_autoencoder(autoencoder)
+            read_autoencoder(autoencoder)
     for damaged in ("", "null", "[]", "{"):
         (autoencoder / "cfg.json").write_text(damaged)
         with pytest.raises(InputError, match=r"cfg\.json"):
-            check_autoencoder(autoencoder)
+            read_autoencoder(autoencoder)
     (autoencoder / "cfg.json").write_text(json.dumps(config))
     weights = autoencoder / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(InputError, match=r"sae_weights\.safetensors cannot be read"):
-        check_autoencoder(autoencoder)
+        read_autoencoder(autoencoder)
     weights.unlink()
     with pytest.raises(InputError, match=r"sae_weights\.safetensors is missing"):
-        check_autoencoder(autoencoder)
+        read_autoencoder(autoencoder)

@@ -53,7 +53,11 @@ def ids(batch=2, length=24, seed=0):
 
 
 def test_a_site_can_be_captured_by_its_name():
-    model = tiny()
+    """And hooked: every function that takes a site takes its name."""
+    model, seen = tiny(), []
+    with hooked(model, "ista", lambda place, a: seen.append(place)):
+        model(input_ids=ids())
+    assert seen == [0, 1]
     by_name = capture(model, "ista", ids())
     assert len(by_name) == 2
     for a, b in zip(by_name, capture(model, site_of(model, "ista"), ids()), strict=True):
@@ -363,7 +367,10 @@ def test_twin_has_no_biases(tmp_path):
         (lambda: build("crate-2l", step_size=-1.0), "step_size"),
         (lambda: load("/nowhere/at/all"), "cratelm train"),
         (lambda: site_of(tiny(), "mlp"), "no site 'mlp'"),
-        (lambda: site_of(tiny(), "model.layers.*.ista.code:sideways"), "'input' or 'output'"),
+        (
+            lambda: site_of(tiny(), "model.layers.*.ista.code:sideways"),
+            "one of input, output, residual",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(call, told):

@@ -32,10 +32,11 @@ def folder(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(str(folder))
     patch.setenv("CRATELM_FAMILIES", "pooling")
-    before = dict(FAMILIES), dict(SIZES)
+    tables: list[dict[str, Any]] = [FAMILIES, SIZES]
+    before = [dict(table) for table in tables]
     yield folder
     patch.undo()
-    for table, content in zip((FAMILIES, SIZES), before, strict=True):
+    for table, content in zip(tables, before, strict=True):
         table.clear()
         table.update(content)
     families._imported.discard("pooling")
@@ -54,7 +55,7 @@ def run(folder):
 
 
 def test_it_is_built_by_name_and_trained_as_every_family(folder, run):
-    model = load(run / "model" / NAME)
+    model: Any = load(run / "model" / NAME)
     assert type(model).__name__ == "PoolingForCausalLM"
     assert site_of(model).name == "mlp"
     assert site_of(model).n_neurons == (128, 128)

@@ -31,7 +31,7 @@ from cratelm.llm.prompts.neurons import simulate_read
 from cratelm.llm.requests import Answer, Chat, OptionLogprobs, Request
 from cratelm.records import Status
 from cratelm.score.config import ScoreConfig
-from cratelm.score.score import score
+from cratelm.score.score import ScoreResult, score
 from cratelm.score.store import read_scores
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(1200)]
@@ -146,6 +146,7 @@ def explained_and_scored(run: Path, model: str, address: str, *neurons: str):
             **ask,
         )
     )
+    assert isinstance(result, ScoreResult)
     return read_explanations(run / "explanations/m@server"), result.path
 
 
@@ -193,7 +194,7 @@ def test_transformers_serve_answers_chats_as_the_weights_do(transformers_server,
 def test_transformers_serve_explains_and_scores(transformers_server, tmp_path):
     """It reports no log-probabilities, so JSON is requested, in which a model of this size fails at times."""
     address, model = transformers_server
-    explanations, folder = explained_and_scored(tmp_path / "run", model, address, "0:5")
+    explanations, folder = explained_and_scored(tmp_path / "run", model, address, "0:6")
     assert len(explanations) == 1
     preflight = json.loads((folder / "summary.json").read_text())["preflight"]
     assert preflight["reads"] is False

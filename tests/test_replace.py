@@ -58,6 +58,7 @@ from cratelm.runs.ranks import Ranks
 from cratelm.score.simulators import simulate
 from cratelm.score.token_share import TokenMeans
 from cratelm.stats.documents import DocumentResamples
+from cratelm.tokens.beginning import PLAIN
 from cratelm.tokens.shards import TokenStore
 
 CPU = torch.device("cpu")
@@ -842,6 +843,7 @@ def test_single_neurons_need_numbered_blocks():
         site=site_of(model, "transformer.ln_f"),
         store=SimpleNamespace(split=lambda name: split, eot_id=EOT),
         sequence_length=16,
+        beginning=PLAIN,
     )
     assert ExplainedModel(model, opened.site).passes_nothing == [False]
     assert replaced_alone(config, opened, [], Ranks()) is None

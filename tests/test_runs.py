@@ -293,6 +293,9 @@ def test_names_are_formatted_and_parsed_back():
     assert [names.trained_name(n) for n in ("m-init", "m-init+s", "m", "m+s-init", "-init")] == ["m", "m+s", "", "", ""]  # fmt: skip
     assert names.twin_name("crate-2l-init+s") == "gpt2-2l-init+s"
     assert [names.twin_name(n) for n in ("gpt2-6l", "cratelike", "phi")] == ["crate-6l", "", ""]
+    variants = ("crate-tssa-2l-init+s", "gpt2-solu-12l-seed1", "sparse-gpt-2l", "crate-mine")
+    twins = ["gpt2-2l-init+s", "crate-12l-seed1", "", "gpt2-mine"]
+    assert [names.twin_name(name) for name in variants] == twins
 
 
 @pytest.mark.parametrize(

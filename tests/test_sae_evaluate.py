@@ -10,9 +10,9 @@ from sae_runs import EOT, LENGTH, small_run
 from safetensors.torch import load_file, save_file
 from tiny_run import reseal
 
-from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models import load
+from cratelm.models.autoencoder_files import autoencoder_identity
 from cratelm.models.sites import site_of
 from cratelm.runs import write_json
 from cratelm.sae.evaluate import dead_fraction, sae_evaluate
@@ -355,11 +355,12 @@ def test_a_model_trained_anew_is_told(run, tmp_path):
 def test_damage_is_told(run):
     folder = run / "sae" / "crate@topk-2x" / "layer-1"
     weights = load_file(folder / "sae_weights.safetensors")
-    weights["W_dec"][3] = float("nan")
-    save_file(weights, folder / "sae_weights.safetensors")
-    reseal(folder.parent)
-    with pytest.raises(InputError, match="with reconstruction in layers 1 is not a number"):
-        evaluated(run)
+    for value, told in ((float("nan"), "W_dec contains numbers that are not finite"), (3e38, "with reconstruction in layers 1 is not a number")):  # fmt: skip
+        weights["W_dec"][:] = value
+        save_file(weights, folder / "sae_weights.safetensors")
+        reseal(folder.parent)
+        with pytest.raises(InputError, match=told):
+            evaluated(run)
     (folder / "sae_weights.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"sae_weights\.safetensors is damaged"):
         evaluated(run)

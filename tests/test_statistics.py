@@ -12,14 +12,17 @@ from cratelm.errors import InputError
 from cratelm.records import (
     CORRELATIONS,
     METRICS,
+    Estimate,
     Interval,
     NeuronId,
     NeuronScore,
     Score,
     Status,
 )
+from cratelm.report.cells import estimate_cell, interval_cell
 from cratelm.stats.auc import roc_area, roc_area_of_ranks
 from cratelm.stats.intervals import bootstrap, resampled_means
+from cratelm.stats.ratio import ratio
 from cratelm.stats.scores import Counts, all_statistics, compare_models, model_statistics
 
 NO_VALUE = {
@@ -315,3 +318,29 @@ def test_area_of_ranks_is_the_area():
     pairs = [(p > q) + (p == q) / 2 for p in values[mask] for q in values[~mask]]
     assert roc_area_of_ranks(ranks, int((~mask).sum())) == roc_area(values[mask], values[~mask])
     assert roc_area(values[mask], values[~mask]) == pytest.approx(np.mean(pairs))
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=2, max_size=9))
+def test_the_error_of_a_ratio_is_not_negative(pairs):
+    """Neither for a negative ratio nor for a negative denominator; the sign of both sums changes nothing."""
+    x, y = np.array(pairs).T
+    if abs(y.sum()) < 1e-3:
+        return
+    of, turned, negative = ratio(x, y), ratio(-x, -y), ratio(x, -y)
+    assert of.error is not None
+    assert of.error >= 0
+    assert (turned.value, turned.error) == pytest.approx((of.value, of.error))
+    assert (negative.value, negative.error) == pytest.approx((-of.value, of.error))
+
+
+def test_a_negative_ratio_shows_a_positive_error():
+    assert ratio([-3.0, -2.9], [-2.0, 4.0]).show(".2f") == "-2.95 ± 8.90"
+    with pytest.raises(ValueError, match="must be at least 0"):
+        Estimate(-1.482, -0.010)
+
+
+def test_a_negative_factor_keeps_intervals_in_order():
+    assert Interval(1.0, 0.5, 2.0).in_words(".1f", -1) == "-1.0 (-2.0 to -0.5)"
+    cell = interval_cell(Interval(1.0, 0.5, 2.0), -1)
+    assert (cell.low, cell.high) == (-2.0, -0.5)
+    assert estimate_cell(Estimate(1.0, 0.1), -1) == Estimate(-1.0, 0.1)

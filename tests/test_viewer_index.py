@@ -69,6 +69,14 @@ def test_neurons_that_fire_on_a_token(run, library):
     assert (("crate-2l", 1, index) in {(h.model, h.layer, h.index) for h in hits})  # fmt: skip
 
 
+def test_a_character_without_a_token_is_searched_by_its_first_bytes(library):
+    strings = library.tokens("run").token_strings
+    ids, note = library.index_of("run")._ids("中 and more")
+    assert {strings.bytes[i].strip() for i in ids} == {"中".encode()[:1]}
+    assert "by its first bytes" in note
+    assert library.index_of("run")._ids("q$$$")[0] == []
+
+
 def test_search_leaves_untrained_controls_out_unless_asked(library):
     cards = {m.name: m.null_of for m in library.run("run").models}
     controls = {name for name, of in cards.items() if of}

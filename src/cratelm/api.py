@@ -457,10 +457,13 @@ def harvest(
             Hub id
         name: name of the harvest in the run. Default: the model's name; for latents `MODEL+SAE`
         site: where neurons live: ista, mssa, heads, mlp, or a module path such as
-            'gpt_neox.layers.*.mlp.dense_4h_to_h:input'. Default: ista for CRATE, mlp for others
+            'gpt_neox.layers.*.mlp.dense_4h_to_h:input', or a name of TransformerLens such as
+            blocks.*.hook_resid_post. Default: ista for CRATE, mlp for others. With --sae, the site
+            that the autoencoders read, if their files do not name it
         layers: numbers of the layers in the model, from 0. Default: all that have the site
         sae: harvest latents of sparse autoencoders instead of neurons: their name in the run (see
-            `cratelm sae train`), or a folder in SAELens' format; needs the extra `sae`
+            `cratelm sae train`), a folder of SAELens, sparsify or dictionary_learning, or
+            RELEASE/ID of SAELens' registry, which needs the extra `sae`
         polarity: which activations count: `positive` those above 0; `both` the two ends of each
             neuron, `17+` and `17-`, which are explained and scored by themselves; `auto` both where
             the site's activations go as far below 0 as above it (gated MLPs, attention, the
@@ -1109,9 +1112,10 @@ def steer(
         model: name of a model in the run
         path: a model folder or Hub id, instead of a model of the run
         site: site of the neurons: ista, mssa, heads, mlp, or a module path with * for the layer;
-            default: ista for CRATE, mlp for other models
-        sae: steer latents of sparse autoencoders instead of neurons: their name in the run, or a
-            folder
+            default: ista for CRATE, mlp for other models. With --sae, the site that the
+            autoencoders read, if their files do not name it
+        sae: steer latents of sparse autoencoders instead of neurons: their name in the run, a
+            folder, or RELEASE/ID of SAELens' registry
         set: value that the activation is set to
         add: value that is added to the activation
         scale: factor that the activation is multiplied by
@@ -1404,6 +1408,7 @@ def sae_evaluate(
     run: str | Path = Path("runs/default"),
     model: str = "crate-2l",
     sae: str = "",
+    site: str | None = None,
     split: Literal["train", "fit", "held_out"] = "held_out",
     tokens: int = 100_000,
     sequence_length: int | None = None,
@@ -1432,9 +1437,11 @@ def sae_evaluate(
         dtype: precision of the model; auto: that of its files. Autoencoders are in float32
         run: run directory with the tokens, and with the model if it is one of the run
         model: a model of the run, or a folder or Hub id of a causal language model of transformers
-        sae: NAME or MODEL@NAME of `cratelm sae train`, or a folder in SAELens' format, or one with
-            folders layer-0, layer-1, ...; default: the model's autoencoders in the run, if there is
-            only one set
+        sae: NAME or MODEL@NAME of `cratelm sae train`, a folder of SAELens, sparsify or
+            dictionary_learning, or RELEASE/ID of SAELens' registry; default: the model's
+            autoencoders in the run, if there is only one set
+        site: site that the autoencoders read, in place of the one that their files name; without *
+            in it, one layer
         split: split to measure on: train, fit or held_out
         tokens: tokens to measure on, a random sample of whole sequences; fewer if the split has
             fewer
@@ -1483,8 +1490,8 @@ def sae_compare(
         run: run directory with the scored models
         models: names of models in the run; default: all scored models, except untrained ones
         sae: autoencoders to use: either their NAME in the run (`cratelm sae train`), for every
-            model, or a folder in SAELens format, for one model; default: train new ones with the
-            options below
+            model, or, for one model, a folder or RELEASE/ID of SAELens' registry; default: train
+            new ones with the options below
         architecture: this option and all options down to --batch-size are those of `cratelm sae
             train`; to use other options of that command, train with it first and name the
             autoencoders with --sae

@@ -213,7 +213,8 @@ class Interval:
         value = format(scale * self.value, form)
         if self.low is None or self.high is None:
             return value
-        return f"{value} ({scale * self.low:{form}} to {scale * self.high:{form}})"
+        low, high = sorted((scale * self.low, scale * self.high))  # a negative scale swaps them
+        return f"{value} ({low:{form}} to {high:{form}})"
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,12 @@ class Estimate:
 
     value: float
     error: float | None
-    """None if there is none, as for a single document"""
+    """at least 0; None if there is none, as for a single document"""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for a negative standard error."""
+        if self.error is not None and self.error < 0:
+            raise ValueError(f"the standard error is {self.error}: it must be at least 0")
 
     def show(self, form: str) -> str:
         """Return the figure and its error in a format such as `.4f` or `.2%`."""

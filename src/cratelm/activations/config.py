@@ -54,12 +54,15 @@ class HarvestConfig(ModelOptions, BeginningOptions):
     """name of the harvest in the run. Default: the model's name; for latents `MODEL+SAE`"""
     site: str | None = None
     """where neurons live: ista, mssa, heads, mlp, or a module path such as
-    'gpt_neox.layers.*.mlp.dense_4h_to_h:input'. Default: ista for CRATE, mlp for others"""
+    'gpt_neox.layers.*.mlp.dense_4h_to_h:input', or a name of TransformerLens such as blocks.*.hook_resid_post.
+    Default: ista for CRATE, mlp for others. With --sae, the site that the autoencoders read, if their files
+    do not name it"""
     layers: tuple[int, ...] = ()
     """numbers of the layers in the model, from 0. Default: all that have the site"""
     sae: str | None = None
     """harvest latents of sparse autoencoders instead of neurons: their name in the run (see
-    `cratelm sae train`), or a folder in SAELens' format; needs the extra `sae`"""
+    `cratelm sae train`), a folder of SAELens, sparsify or dictionary_learning, or RELEASE/ID of SAELens'
+    registry, which needs the extra `sae`"""
     polarity: Literal["auto", "positive", "both"] = "auto"
     """which activations count: `positive` those above 0; `both` the two ends of each neuron, `17+` and `17-`, which are
     explained and scored by themselves; `auto` both where the site's activations go as far below 0 as above it (gated
@@ -112,10 +115,6 @@ class HarvestConfig(ModelOptions, BeginningOptions):
             raise InputError(
                 f"--short-context {self.short_context} is above --context {self.context}:"
                 " short excerpts are cut from long ones"
-            )
-        if self.sae and self.site:
-            raise InputError(
-                f"--site {self.site} and --sae cannot be combined: autoencoders determine their site"
             )
         if self.sae and self.polarity == "both":
             raise InputError("--polarity both and --sae cannot be combined: latents have one end")

@@ -36,7 +36,7 @@ from cratelm.activations.topk import slot_bytes
 from cratelm.errors import InputError
 from cratelm.models import Site, site_of
 from cratelm.models.begin import PLAIN_BEGINNING, ChosenBeginning, announce, choose_beginning
-from cratelm.models.latents import latents_of
+from cratelm.models.latents import AutoencoderSource, find_autoencoders, latents_of
 from cratelm.models.open import LoadedModel, ModelSource, find_model, sequence_length
 from cratelm.models.sites import hooked, partial_note
 from cratelm.records import ANTHROPIC_BINS, OPENAI_QUANTILES, Split
@@ -46,12 +46,10 @@ from cratelm.runs import (
     Run,
     Stage,
     check_memory,
-    hash_file,
-    hash_json,
     write_json,
 )
 from cratelm.runs.devices import available_on
-from cratelm.runs.names import latents_name, set_name
+from cratelm.runs.names import autoencoder_name, latents_name
 from cratelm.runs.ranks import Ranks, Share, joined, n_ranks_here
 from cratelm.tokens.shards import TokenStore, check_vocabulary
 
@@ -129,8 +127,8 @@ class HarvestSources:
     """What a harvest is made from, before anything is loaded."""
 
     model: ModelSource
-    autoencoder: Path | None
-    """folder of the autoencoders whose latents are harvested; None for neurons"""
+    autoencoders: AutoencoderSource | None
+    """the autoencoders whose latents are harvested; None for neurons"""
     inputs: dict[str, Completion | str]
     """by role, for the record of the stage"""
 
@@ -143,18 +141,19 @@ class HarvestSources:
             "tokens": tokens,
             "model": model.record or model.identity,
         }
-        autoencoder = None
+        autoencoders = None
         if config.sae:
-            autoencoder, inputs["sae"] = _sae_source(config, run)
-        return cls(model, autoencoder, inputs)
+            autoencoders = find_autoencoders(run, config.model, config.sae)
+            inputs["sae"] = autoencoders.record or autoencoders.identity
+        return cls(model, autoencoders, inputs)
 
     def open(self, config: HarvestConfig, run: Run) -> "OpenedSources":
         """Load the model. Raises `InputError` for a model, site or tokenizer that does not fit."""
         loaded = self.model.load(config.device, config.dtype)
         store = TokenStore(run.path / "tokens")
         check_vocabulary(store, loaded.vocab_size)
-        if self.autoencoder:
-            site = latents_of(loaded.model, self.autoencoder).only(config.layers)
+        if self.autoencoders:
+            site = latents_of(loaded.model, self.autoencoders, config.site).only(config.layers)
         else:
             site = site_of(loaded.model, config.site, config.layers)
         if note := partial_note(loaded.model, site):
@@ -198,7 +197,9 @@ def harvest_name(config: HarvestConfig) -> str:
     if config.name:
         return config.name
     model = last_name("--model", config.model)
-    return latents_name(model, last_name("--sae", config.sae)) if config.sae else model
+    if not config.sae:
+        return model
+    return latents_name(model, last_name("--sae", autoencoder_name(config.sae) or config.sae))
 
 
 def layer_harvest_for(device: torch.device, n_activations: int) -> type[LayerHarvest]:
@@ -448,29 +449,6 @@ def plan_of(config: HarvestConfig, opened: OpenedSources, split: Split) -> Searc
         config.seed,
         opened.chosen.beginning,
     )
-
-
-def _sae_source(config: HarvestConfig, run: Run) -> tuple[Path, Completion | str]:
-    """Return the folder of the autoencoders, and their record in the run or the identity of the folder."""
-    assert config.sae is not None
-    stage = run.stage(
-        "sae", set_name(last_name("--model", config.model), last_name("--sae", config.sae))
-    )
-    if "/" not in config.sae and stage.completion() is not None:
-        return stage.path, stage.require("sae train")
-    folder = Path(config.sae)
-    if not folder.is_dir():
-        raise InputError(
-            f"--sae {config.sae} is neither a folder nor finished in the run ({stage.path}):"
-            f" type `cratelm sae train --run {run.path} --model {config.model}` first"
-        )
-    return folder, autoencoder_identity(folder)
-
-
-def autoencoder_identity(folder: Path) -> str:
-    """Return a sha256 over the configurations and weights of the autoencoders in a folder."""
-    files = [*folder.rglob("cfg.json"), *folder.rglob("*.safetensors")]
-    return hash_json({str(p.relative_to(folder)): hash_file(p) for p in sorted(files)})
 
 
 def harvest_result(stage: Stage) -> HarvestResult:

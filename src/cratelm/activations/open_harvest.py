@@ -4,9 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cratelm.activations.batches import SearchPlan
-from cratelm.activations.config import last_name
-from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
+from cratelm.models.latents import find_autoencoders, latents_of
 from cratelm.models.open import (
     HUB,
     LoadedModel,
@@ -23,7 +22,6 @@ from cratelm.models.sizes import hub_commit
 from cratelm.records import Split, has_both_ends
 from cratelm.runs import Completion, Run, Stage
 from cratelm.runs.model_options import HarvestedModelOptions, SourceOptions
-from cratelm.runs.names import set_name
 from cratelm.runs.reading import read_json
 from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenStore
@@ -64,28 +62,12 @@ def open_site(
 ) -> Site:
     """Return the site called `site`, or the latents of the autoencoders called `sae`, in `layers` (empty: all).
 
-    `sae` is a name in the run, or a folder. Raises `InputError` if there is no such site or autoencoder.
+    `sae` is what `--sae` gives; with it, `site` is the site that the autoencoders read, if they do not say it. Raises
+    `InputError` if there is no such site or autoencoder.
     """
     if sae is None:
         return site_of(subject.model, site, layers)
-    from cratelm.models.latents import latents_of
-
-    folder = _folder_of(run, subject, sae)
-    if folder is None:
-        stage = _sae_stage(run, subject, sae)
-        stage.require("sae train")
-        folder = stage.path
-    return latents_of(subject.model, folder).only(layers)
-
-
-def _sae_stage(run: Run, subject: LoadedModel, sae: str) -> Stage:
-    return run.stage("sae", set_name(last_name("--model", subject.name), Path(sae).name))
-
-
-def _folder_of(run: Run, subject: LoadedModel, sae: str) -> Path | None:
-    """Return the folder that `sae` names; None if it names autoencoders of the run."""
-    in_run = "/" not in sae and _sae_stage(run, subject, sae).completion() is not None
-    return None if in_run else Path(sae)
+    return latents_of(subject.model, find_autoencoders(run, subject.name, sae), site).only(layers)
 
 
 def _opened(run: Run, harvest: Completion, options: SourceOptions, again: str) -> LoadedModel:
@@ -187,13 +169,14 @@ def open_harvested(
     length = harvest.results.get("sequence_length")
     length = length or sequence_length(subject, harvest.config.get("sequence_length"))
     sae = harvest.config.get("sae")
+    if sae:
+        source = find_autoencoders(run, subject.name, sae)
+        if source.record is None and source.identity != harvest.inputs.get("sae"):
+            raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")
     named = harvest.results.get("site", "")
     site_name = named if has_both_ends(named) else harvest.config.get("site")
     layers = tuple(harvest.config.get("layers", ()))
     site = open_site(run, subject, site_name, sae, layers)
     site = _with_recorded_layers(site, stage.path)
-    from_folder = _folder_of(run, subject, sae) if sae else None
-    if from_folder and autoencoder_identity(from_folder) != harvest.inputs.get("sae"):
-        raise InputError(f"{sae} no longer has the autoencoders that were harvested: {again}")
     beginning = Beginning.recorded(harvest.results)
     return HarvestContext(subject, site, store, stage.path, length, beginning)

@@ -24,7 +24,7 @@ from cratelm.analysis.coding_rate import (
     orthonormal,
 )
 from cratelm.analysis.config import AnalyzeConfig
-from cratelm.analysis.consistency import HeldOutPass, measure_neurons
+from cratelm.analysis.consistency import HeldOutPass, count_passes, measure_neurons
 from cratelm.analysis.dictionary import Coherence
 from cratelm.analysis.groups import NONE, NeuronGroups, group_neurons
 from cratelm.analysis.layer_sums import LayerSums, TextSums, sum_over_text
@@ -57,7 +57,7 @@ from cratelm.models.sites import Site
 from cratelm.records import Estimate, Explanation, NeuronId, NeuronKey, has_both_ends
 from cratelm.runs import Draft, Run, check_memory
 from cratelm.runs.memory import available_memory
-from cratelm.runs.ranks import Ranks, joined, n_ranks_here
+from cratelm.runs.ranks import Ranks, Share, joined, n_ranks_here
 from cratelm.stats.intervals import jackknife
 
 Figures = dict[tuple[str, str], Estimate | float]
@@ -154,33 +154,8 @@ def _measure(
         concepts = concept_reader(folder, opened.store.token_strings)
     quiet = config.quiet or not ranks.is_first
     held_out = HeldOutPass(model, site, plan, config.batch_tokens, concepts)
-    with tqdm(total=tokens, desc="analyze", unit="tok", unit_scale=True, disable=quiet) as bar:
-        sums = sum_over_text(
-            model,
-            site,
-            plan,
-            batch_tokens=config.batch_tokens,
-            ista_steps=config.ista_steps,
-            progress=bar.update,
-            share=ranks.share,
-        )
-    with tqdm(
-        total=-(-len(explanations) // ranks.share.of),
-        desc="explanations",
-        unit="neuron",
-        disable=quiet,
-    ) as bar:
-        coverages = list(
-            measure_neurons(
-                held_out,
-                explanations,
-                _fit_maximum(opened.folder),
-                memory_bytes=config.memory_mib * 2**20,
-                seed=config.seed,
-                progress=bar.update,
-                work=ranks.share,
-            )
-        )
+    maximum = _fit_maximum(opened.folder)
+    sums, coverages = _read_text(config, held_out, explanations, maximum, quiet, ranks.share)
     measured = _Measured(*_figures(config, opened, sums, quiet), coverages)
     everyone = list(ranks.collected(measured))
     if draft is None:
@@ -190,6 +165,44 @@ def _measure(
     _write(draft.path, measured, summaries)
     table = show(measured.figures, summaries)
     draft.results.update(tokens=sums.tokens, documents=sums.documents, table=table)
+
+
+def _read_text(
+    config: AnalyzeConfig,
+    held_out: HeldOutPass,
+    explanations: list[Explanation],
+    fit_maximum: dict[NeuronKey, float],
+    quiet: bool,
+    share: Share,
+) -> tuple[TextSums, list[NeuronCoverage]]:
+    """Return the sums over the text and the measures of the explanations, with bars of tokens and neurons."""
+    memory_bytes = config.memory_mib * 2**20
+    passes = 1 + count_passes(held_out, explanations, memory_bytes, share)
+    n_tokens, n_explained = passes * held_out.plan.n_tokens(), -(-len(explanations) // share.of)
+    with (
+        tqdm(total=n_tokens, desc="analyze", unit="tok", unit_scale=True, disable=quiet) as read,
+        tqdm(total=n_explained, desc="explanations", unit="neuron", disable=quiet) as measured,
+    ):
+        sums = sum_over_text(
+            held_out.model,
+            held_out.site,
+            held_out.plan,
+            batch_tokens=config.batch_tokens,
+            ista_steps=config.ista_steps,
+            progress=read.update,
+            share=share,
+        )
+        coverages = measure_neurons(
+            held_out,
+            explanations,
+            fit_maximum,
+            memory_bytes=memory_bytes,
+            seed=config.seed,
+            progress=measured.update,
+            read=read.update,
+            work=share,
+        )
+        return sums, list(coverages)
 
 
 @dataclass(frozen=True, eq=False)

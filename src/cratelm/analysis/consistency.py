@@ -136,6 +136,7 @@ def measure_neurons(
     memory_bytes: int,
     seed: int,
     progress: Callable[[int], Any],
+    read: Callable[[int], Any] = lambda _: None,
     work: Share = _ALL,
 ) -> Iterator[NeuronCoverage]:
     """Yield the measures of every explained neuron, with its own explanation and with another neuron's.
@@ -143,7 +144,7 @@ def measure_neurons(
     As many neurons share a pass over the text as fit into `memory_bytes`, of one layer or several: a pass per layer
     would run a deep model as often as it has layers. The other explanation is that of a neuron of the same group
     (`_groups`); a neuron that is alone in its group has none. `fit_maximum` is the largest activation of each neuron on
-    the fit split; `progress` is called with the number of neurons measured. `work`: the share of the groups that is
+    the fit split; `progress` is called with the number of neurons measured, `read` with the number of tokens read. `work`: the share of the groups that is
     measured.
     """
     tokens = _segments(held_out)
@@ -151,11 +152,22 @@ def measure_neurons(
     at_once = _at_once(n_tokens, memory_bytes)
     segments = TokenLists(tokens, held_out.concepts)
     for of_pass in _passes(explanations, at_once, work):
-        activations = _activations(held_out, of_pass, n_tokens)
+        activations = _activations(held_out, of_pass, n_tokens, read)
         for group in of_pass:
             of_group = activations.pop(0)  # [n, N]; freed when the group is done
             yield from _measure_group(group, of_group, segments, fit_maximum, seed)
             progress(len(group))
+
+
+def count_passes(
+    held_out: HeldOutPass,
+    explanations: Sequence[Explanation],
+    memory_bytes: int,
+    work: Share = _ALL,
+) -> int:
+    """Return how often `measure_neurons` runs the model over the text."""
+    at_once = _at_once(sum(map(len, _segments(held_out))), memory_bytes)
+    return sum(1 for _ in _passes(explanations, at_once, work))
 
 
 def _at_once(n_tokens: int, memory_bytes: int) -> int:
@@ -240,6 +252,7 @@ def _activations(
     held_out: HeldOutPass,
     groups: Sequence[Sequence[Explanation]],
     n_tokens: int,
+    read: Callable[[int], Any],
 ) -> list[NDArray[np.float32]]:
     """Return the activations [n, N] of each group, of neurons of one layer, on all text tokens, from one pass."""
     indices = [torch.tensor([e.neuron.index for e in group]) for group in groups]
@@ -265,4 +278,5 @@ def _activations(
         with torch.no_grad(), hooked(held_out.model, held_out.site, on_activation):
             held_out.model.base_model(input_ids=batch.input_ids, use_cache=False)
         start += int(text.sum())
+        read(batch.input_ids.numel())
     return activations_of

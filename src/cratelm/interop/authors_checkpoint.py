@@ -1,41 +1,28 @@
 """Read the checkpoints of the paper's authors without running any code that they contain.
 
-A checkpoint is a torch file with `model` (whose keys may start with `_orig_mod.`, which `torch.compile` adds),
-`model_args`, and training state that is not needed here (arXiv 2410.16443, public code). Reading it takes the memory
+A checkpoint is a torch file with `model` (whose keys may have the names of wrappers, such as `_orig_mod.`, which
+`torch.compile` adds, and `module.`, which DistributedDataParallel adds), `model_args`, and training state that is not needed here (arXiv 2410.16443, public code). Reading it takes the memory
 of the model, and pages of the mapped file, which the operating system can drop. (An old file that is not a zip
 archive is read into memory as a whole.)
 """
 
 import contextlib
 import math
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy._core.multiarray import _reconstruct, scalar
 from transformers import GPT2LMHeadModel
 
 from cratelm.errors import InputError, one_line
 from cratelm.models.crate import CrateConfig, CrateForCausalLM
 from cratelm.models.gpt2 import as_twin, gpt2_config
+from cratelm.models.torch_files import check_tensor, read_torch_file, without_wrappers
 from cratelm.runs.arguments import checked_arguments
 
-# NumPy numbers, which a training script may store in addition to tensors and plain Python values
-ALLOWED_GLOBALS = [
-    np.ndarray,
-    np.dtype,
-    _reconstruct,
-    scalar,
-    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
-]
-_COMPILED = "_orig_mod."
 _MASK = ".attn.bias"
 """suffix of the causal mask, a buffer of attention without the fused kernel; no weight has this suffix"""
 
@@ -72,7 +59,7 @@ def read_authors_checkpoint(path: str | Path) -> AuthorsCheckpoint:
     """Return the contents of a checkpoint. Raises as `load_authors_checkpoint`."""
     path = Path(path)
     content = read_torch_file(path)
-    weights, dropped = _weights(content, path)
+    weights, changes = _weights(content, path)
     layout = _layout(weights, path)
     config = _config(content.get("model_args"), weights, layout, path)
     model = _filled(layout, config, weights, path)
@@ -83,73 +70,30 @@ def read_authors_checkpoint(path: str | Path) -> AuthorsCheckpoint:
         steps=None if (steps := _number(content.get("iter_num"))) is None else int(steps),
         best_validation_loss=_number(content.get("best_val_loss")),
         training=_plain(settings) if isinstance(settings, Mapping) else {},
-        changes=(*_changes(content["model"], dropped), *layout.changes(model)),
+        changes=(*changes, *layout.changes(model)),
     )
 
 
-def read_torch_file(path: Path) -> Any:
-    """Return the contents of a torch file, read by a loader that creates only tensors and plain values.
-
-    Raises `InputError` if the file does not exist, is damaged, or contains anything else.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} is not a file: name a file saved by torch, such as ckpt.pt")
-    try:
-        with torch.serialization.safe_globals(ALLOWED_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols, before the error that follows
-            mapped = zipfile.is_zipfile(path)  # then optimizer states are not read into memory
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise InputError(_refused(path, str(error))) from None
-    except Exception as error:  # a corrupt file can make the reader raise any exception
-        message = (str(error).splitlines() or [""])[0][:120]
-        raise InputError(
-            f"{path} cannot be read as a torch file ({type(error).__name__}: {message}):"
-            " it may be truncated or damaged; download it again"
-        ) from None
-
-
-def _refused(path: Path, message: str) -> str:
-    """Return the error for a file that torch refused, with the name of the refused object if torch names it."""
-    named = re.search(r"GLOBAL (\S+)", message) or re.search(
-        r"(\S+\.\S+) was not an allowed", message
-    )
-    if named:
-        return (
-            f"{path} was refused: it contains more than tensors and plain values ({named[1]}), which"
-            " could run code; ask the authors for a file of tensors"
-        )
-    reason = next(
-        (line.strip() for line in message.splitlines() if "Unsupported" in line), "no tensors"
-    )
-    return f"{path} was refused: it is not a file of tensors saved by torch ({reason}); download it again"
-
-
-def check_tensor(tensor: Any, key: str, path: Path) -> None:
-    """Raise `InputError` for anything but a plain tensor of finite floating-point numbers."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        raise InputError(f"{path}: {key} is a {type(tensor).__name__}, but must be a plain tensor")
-    if not tensor.is_floating_point():
-        raise InputError(f"{path}: {key} has type {tensor.dtype}, but must be floating point")
-    if not tensor.isfinite().all():
-        raise InputError(
-            f"{path}: {key} contains numbers that are not finite: no model can compute with them"
-        )
-
-
-def _weights(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the weights by the authors' keys without the prefix, and the number of causal masks omitted."""
+def _weights(content: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the weights by the authors' keys without wrappers, and the differences from the file, in words."""
     if isinstance(content, Mapping) and "W_enc" in content:
         raise InputError(
             f"{path} contains W_enc, a sparse autoencoder: read it with `cratelm import sae`"
         )
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise InputError(f"{path} has no entry 'model' with weights: is it a checkpoint?")
-    tensors = {str(k).removeprefix(_COMPILED): v for k, v in content["model"].items()}
+    tensors, wrappers = without_wrappers(content["model"], path)
     weights = {k: v for k, v in tensors.items() if not k.endswith(_MASK)}
     for key, tensor in weights.items():
         check_tensor(tensor, key, path)
-    return weights, len(tensors) - len(weights)
+    changes = ["optimizer state omitted"]
+    changes += [f"`{name}` removed from the keys" for name in wrappers]
+    if len(tensors) > len(weights):
+        changes.append(f"causal masks omitted (`*{_MASK}`, {len(tensors) - len(weights)})")
+    kinds = {t.dtype for t in weights.values()} - {torch.float32}
+    if kinds:
+        changes.append(f"{', '.join(sorted(map(str, kinds)))} converted to float32")
+    return weights, changes
 
 
 @dataclass(frozen=True)
@@ -322,18 +266,6 @@ def _check_tied(weights: Mapping[str, torch.Tensor], path: Path) -> None:
             f"{path}: lm_head.weight differs from transformer.wte.weight, although both architectures tie them:"
             " it is not clear which of the two was trained"
         )
-
-
-def _changes(tensors: Mapping[str, Any], dropped: int) -> list[str]:
-    changes = ["optimizer state omitted"]
-    if any(str(key).startswith(_COMPILED) for key in tensors):
-        changes.append(f"prefix `{_COMPILED}` removed from the keys")
-    if dropped:
-        changes.append(f"causal masks omitted (`*{_MASK}`, {dropped})")
-    kinds = {t.dtype for t in tensors.values() if isinstance(t, torch.Tensor)} - {torch.float32}
-    if kinds:
-        changes.append(f"{', '.join(sorted(map(str, kinds)))} converted to float32")
-    return changes
 
 
 def _number(value: Any) -> float | None:

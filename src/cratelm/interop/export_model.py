@@ -18,6 +18,7 @@ from cratelm.models.sizes import count_parameters, load
 from cratelm.models.sparse_gpt import SparseGptConfig
 from cratelm.runs import Completion, Run, hash_file
 from cratelm.runs.pretrained import json_object
+from cratelm.tokens.tokenizer import name_class_of_version_4
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TOKENIZER = (
@@ -30,7 +31,7 @@ _TOKENIZER = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-"""tokenizer files that a model folder may contain; they are copied unchanged"""
+"""tokenizer files that a model folder may contain; they are copied, with a name of the class that transformers 4 has"""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def export_model(config: ExportModelConfig) -> ExportModelResult:
         for name in _TOKENIZER:
             if (origin.folder / name).is_file():
                 shutil.copyfile(origin.folder / name, folder / name)
+        name_class_of_version_4(folder)
         _write_card(folder, origin, model)
     return ExportModelResult(
         path=config.out,

@@ -15,7 +15,13 @@ from cratelm.interop.source_file import SourceFile, locate
 from cratelm.models.crate import CrateForCausalLM
 from cratelm.models.sizes import count_parameters
 from cratelm.runs import hash_file
-from cratelm.tokens.tokenizer import fetch_gpt2, hf_tokenizer, load_tokenizer, vocabulary_size
+from cratelm.tokens.tokenizer import (
+    fetch_gpt2,
+    hf_tokenizer,
+    load_tokenizer,
+    save_hf_tokenizer,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,7 +64,7 @@ def import_authors(config: ImportAuthorsConfig) -> ImportAuthorsResult:
     with out_folder(config.out, provenance) as folder:
         save_model(checkpoint.model, folder)
         if hf is not None:
-            hf.save_pretrained(folder)
+            save_hf_tokenizer(hf, folder)
         _write_card(folder, source, checkpoint, result)
     return result
 

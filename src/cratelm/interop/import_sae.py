@@ -13,22 +13,18 @@ from typing import Any
 import torch
 
 from cratelm.errors import InputError
-from cratelm.interop.authors_checkpoint import check_tensor, read_torch_file
 from cratelm.interop.config import ImportSaeConfig
 from cratelm.interop.model_card import PAPER, code_block, write_card
 from cratelm.interop.out_folder import check_out, out_folder
 from cratelm.interop.source_file import SourceFile, locate
+from cratelm.models.hook_names import hooks_of_families, path_in_family
+from cratelm.models.torch_files import check_tensor, read_torch_file, without_wrappers
 from cratelm.runs import hash_file
 from cratelm.runs.pretrained import json_object
 from cratelm.sae.sae import DTYPES, Sae, SaeConfig
 
-_SITES = {
-    "mlp.hook_post": ("mlp", "ista"),
-    "hook_mlp_out": ("transformer.h.*.mlp", "model.layers.*.ista"),
-    "hook_resid_pre": ("transformer.h.*:input", "model.layers.*:input"),
-    "hook_resid_post": ("transformer.h.*", "model.layers.*"),
-}
-"""part of act_name after `blocks.L.` -> site in GPT-2, site in CRATE"""
+_NEURONS = "mlp.hook_post"
+"""part of act_name after `blocks.L.` of the sites that have names: mlp in GPT-2, ista in CRATE"""
 
 
 @dataclass(frozen=True)
@@ -102,11 +98,12 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{path} is a language model, not an autoencoder: read it with `cratelm import authors`"
         )
-    if not isinstance(content, Mapping) or "W_enc" not in content:
+    weights, _ = without_wrappers(content if isinstance(content, Mapping) else {}, path)
+    if "W_enc" not in weights:
         raise InputError(f"{path}: weight W_enc is missing: is it a sparse autoencoder?")
-    for key, tensor in content.items():
-        check_tensor(tensor, str(key), path)
-    return dict(content)
+    for key, tensor in weights.items():
+        check_tensor(tensor, key, path)
+    return weights
 
 
 def _shape(
@@ -158,16 +155,18 @@ def _position(settings: Mapping[str, Any], path: Path, site: str) -> dict[str, A
     short = settings.get("site")
     if isinstance(short, str) and short not in hook:
         raise InputError(f"{path} contradicts itself: site {short}, act_name {match[0]}")
-    if not site and hook not in _SITES:
-        raise InputError(
-            f"{path} has act_name {match[0]}, whose site is unknown (known are {', '.join(_SITES)}): name the"
-            " site with --site"
-        )
     is_crate = "crate" in settings["model_name"].lower()
+    named = ("ista" if is_crate else "mlp") if hook == _NEURONS else ""
+    named = site or named or path_in_family(hook, is_crate=is_crate)
+    if named is None:
+        raise InputError(
+            f"{path} has act_name {match[0]}, whose site is unknown (known are {', '.join(hooks_of_families())}): name"
+            " the site with --site"
+        )
     return {
         "model_name": settings["model_name"],
         "layer": layer,
-        "site": site or _SITES[hook][is_crate],
+        "site": named,
         "hook_name": match[0],
     }
 

@@ -12,7 +12,8 @@ from cratelm.models.crate import CrateConfig
 from cratelm.models.families import FAMILIES
 from cratelm.models.gpt2_activation import Gpt2ActivationConfig
 from cratelm.models.sparse_gpt import SparseGptConfig
-from cratelm.runs import versions
+from cratelm.runs import versions, write_json
+from cratelm.runs.pretrained import json_object
 
 _OF_CRATELM = re.compile(r"^from cratelm\.models\.(\w+) import", re.MULTILINE)
 """an import of another file of `cratelm.models`, which a model folder contains as well"""
@@ -89,6 +90,40 @@ def save_model(model: Any, folder: Path) -> None:
     if module:
         for name, text in _code_files(model.config).items():
             (folder / name).write_text(text, encoding="utf-8")
+    path = folder / "config.json"
+    write_json(path, with_names_of_version_4(json_object(path, "the configuration of a model")))
+
+
+def with_names_of_version_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that also has the names under which transformers 4 looks for rotary embeddings.
+
+    Version 5 writes `rope_parameters`, which version 4 ignores: it would compute with its default base, and nothing
+    would say so.
+    """
+    ours = {k: with_names_of_version_4(v) if isinstance(v, dict) else v for k, v in config.items()}
+    rope = ours.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return ours
+    by_kind = [v for v in rope.values() if isinstance(v, dict)]
+    if by_kind:  # Gemma 3: one for each kind of attention
+        whole, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
+        old = _rope(whole)
+        if "rope_theta" in local:
+            old["rope_local_base_freq"] = local["rope_theta"]
+    else:
+        old = _rope(rope)
+    if ours.get("model_type") == "gpt_neox":
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+        old = {names.get(k, k): v for k, v in old.items()}
+    return {**ours, **{k: v for k, v in old.items() if ours.get(k) is None}}
+
+
+def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of one rotary embedding by the names of version 4."""
+    old = {k: parameters[k] for k in ("rope_theta", "partial_rotary_factor") if k in parameters}
+    if parameters.get("rope_type", "default") != "default":
+        old["rope_scaling"] = {k: v for k, v in parameters.items() if k not in old}
+    return old
 
 
 def architecture(config: Any) -> str:

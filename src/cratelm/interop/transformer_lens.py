@@ -80,8 +80,15 @@ def bridge(model: PreTrainedModel, tokenizer: Any = None) -> TransformerBridge:
     CRATE uses the adapter above; other models (GPT-2 twins) use TransformerLens's own adapters. The model is
     wrapped in place: its outputs stay the same, but the paths of its modules change, so that `cratelm.site_of` no
     longer finds them; load the model again for that. Raises `ValueError` for an architecture that TransformerLens
-    does not support.
+    does not support, and for a CRATE with other steps than MSSA and ISTA.
     """
+    if isinstance(model, CrateForCausalLM):
+        steps = (model.config.attention, model.config.feedforward)
+        if steps[0] == "tssa" or steps[1] != "ista":
+            raise ValueError(
+                f"the model has the steps {' and '.join(steps)}, but only CRATE with MSSA and ISTA has an adapter for"
+                " TransformerLens: use hooks on the model itself (cratelm.models.sites.hooked)"
+            )
     return build_bridge_from_module(
         model, type(model).__name__, hf_config=model.config, tokenizer=tokenizer
     )

@@ -57,24 +57,25 @@ def choose_beginning(
     text, or that their configuration says is added. Raises `InputError` for an id that the model does not have.
     """
     own = is_own(loaded)
-    if begin_token == AUTO and own:
-        token, reason = None, "cratelm trains models without one"
-    elif begin_token == AUTO:
-        token, reason = _trained_with(loaded, _encoder(loaded, run))
-    elif begin_token == NONE:
+    encoder = None
+    if begin_token == NONE:
         token, reason = None, "as the option says"
+    elif begin_token == AUTO and own:
+        token, reason = None, "cratelm trains models without one"
     else:
-        token, reason = int(begin_token), "as the option says"
-        if token >= loaded.vocab_size:
-            raise InputError(
-                f"--begin-token is {token}, but {loaded.name} has the tokens 0 to {loaded.vocab_size - 1}:"
-                " give the id of one of them"
-            )
+        encoder, problem = _encoder(loaded, run)
+        if begin_token == AUTO:
+            token, reason = _trained_with(loaded, encoder, problem)
+        else:
+            token, reason = int(begin_token), "as the option says"
+    if token is not None and token >= loaded.vocab_size:
+        raise InputError(
+            f"--begin-token is {token}, but {loaded.name} has the tokens 0 to {loaded.vocab_size - 1}:"
+            " give the id of one of them"
+        )
     default = 0 if own or token is not None else UNPROTECTED
     beginning = Beginning(token, default if skip_first is None else skip_first)
-    return ChosenBeginning(
-        beginning, reason, _text(token, _encoder(loaded, run)) if token is not None else ""
-    )
+    return ChosenBeginning(beginning, reason, "" if token is None else _text(token, encoder))
 
 
 def announce(chosen: ChosenBeginning, loaded: LoadedModel, *, with_skip: bool = True) -> None:
@@ -112,16 +113,21 @@ def is_own(loaded: LoadedModel) -> bool:
     return of_run or loaded.model.config.get_text_config().model_type == "crate"
 
 
-def _encoder(loaded: LoadedModel, run: Run) -> Encoder | None:
-    """Return the model's tokenizer, or None if there is none with its vocabulary."""
+def _encoder(loaded: LoadedModel, run: Run) -> tuple[Encoder | None, str]:
+    """Return the model's tokenizer, or None and why there is none."""
     try:
-        return encoder_of(loaded, run)
-    except InputError:
-        return None
+        return encoder_of(loaded, run), ""
+    except InputError as error:
+        return None, str(error)
 
 
-def _trained_with(loaded: LoadedModel, encoder: Encoder | None) -> tuple[int | None, str]:
-    """Return the begin token that a model of others was trained with, or None, and the reason."""
+def _trained_with(
+    loaded: LoadedModel, encoder: Encoder | None, problem: str
+) -> tuple[int | None, str]:
+    """Return the begin token that a model of others was trained with, or None, and the reason.
+
+    `problem` says why there is no `encoder`.
+    """
     if encoder is not None and encoder.adds_start:
         return encoder.start, "its tokenizer adds it to every text"
     config = loaded.model.config.get_text_config()
@@ -130,7 +136,7 @@ def _trained_with(loaded: LoadedModel, encoder: Encoder | None) -> tuple[int | N
     if says and isinstance(token, int) and 0 <= token < loaded.vocab_size:
         return token, f"its config.json says {says}"
     if encoder is None:
-        return None, "its tokenizer is unknown"
+        return None, f"its tokenizer is unknown ({problem})"
     return None, "its tokenizer adds none"
 
 

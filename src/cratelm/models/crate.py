@@ -22,16 +22,46 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.generic import can_return_tuple
+
+try:
+    from transformers import initialization as init
+    from transformers.configuration_utils import PreTrainedConfig
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+    causal_mask, STATES = create_causal_mask, 2
+except ImportError:  # transformers 4.56, with which other tools load saved models
+    from torch.nn import init
+    from transformers.configuration_utils import PretrainedConfig as PreTrainedConfig
+    from transformers.utils.generic import OutputRecorder  # pyright: ignore
+    from transformers.utils.generic import check_model_inputs as capture_outputs
+
+    STATES = 1
+    """number of the arguments that `DynamicLayer.lazy_initialization` takes: keys, and values in version 5"""
+
+    def merge_with_config_defaults(func: Callable) -> Any:
+        """Return the function as it is: `check_model_inputs` does the same."""
+        return func
+
+    def causal_mask(  # pyright: ignore
+        inputs_embeds: torch.Tensor, past_key_values: Any, **kwargs: Any
+    ) -> Any:
+        """Return the mask of version 5's function from that of version 4."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return create_causal_mask(
+            input_embeds=inputs_embeds,  # pyright: ignore
+            cache_position=past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device),
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
 
 from cratelm.models.tssa import RunningSums, Tssa
 
@@ -128,8 +158,8 @@ class SharedProjectionLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append key_states [B, K, T, P]; return all keys [B, K, S, P] twice, as keys and as values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        if self.keys is None:
+            self.lazy_initialization(*(key_states, value_states)[:STATES])
         assert self.keys is not None
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         return self.keys, self.keys
@@ -214,9 +244,9 @@ class Mssa(nn.Module):
         key = value if self.key is None else self._by_head(self.key(x))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, K, S, P]
-        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", attend
-        )
+        functions = ALL_ATTENTION_FUNCTIONS
+        find = getattr(functions, "get_interface", functions.get)  # transformers 5, and 4
+        interface: Callable = find(self.config._attn_implementation or "eager", attend)
         dropout = self.config.dropout
         heads, weights = interface(
             self,
@@ -380,7 +410,8 @@ class CratePreTrainedModel(PreTrainedModel):
             bound = (6 / module.dictionary.shape[1]) ** 0.5
             init.uniform_(module.dictionary, -bound, bound)
             if module.decoder is not None:
-                init.copy_(module.decoder, module.dictionary)
+                copy = getattr(init, "copy_", torch.Tensor.copy_)  # torch's own has none
+                copy(module.decoder, module.dictionary)
         if isinstance(module, Tssa):
             init.ones_(module.temperature)
             init.zeros_(module.denominator_bias)
@@ -438,7 +469,7 @@ class CrateModel(CratePreTrainedModel):
         if self.config.attention == "tssa":
             mask = _token_mask(attention_mask, inputs_embeds, past_key_values)
         else:
-            mask = create_causal_mask(
+            mask = causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,

@@ -1,152 +1,179 @@
 """Latents of sparse autoencoders as a site: harvested, explained, scored and steered like neurons.
 
-An autoencoder is a folder in SAELens' format, written by `cratelm sae train`, `cratelm import sae` or
-SAELens itself; a folder of several has `layer-0/`, `layer-1/` ... SAELens computes the latents, whatever
-the architecture.
+Autoencoders are named by `--sae`: those of a run (`cratelm sae train`), a folder of SAELens, sparsify or
+dictionary_learning (`autoencoder_files`), or RELEASE/ID of SAELens' registry (`sae_lens`). They say which tensor of the
+model they read: in cratelm's own words, or by a name of another tool (`hook_names`).
 """
 
-import os
-import re
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from cratelm.errors import InputError, missing_extra, one_line
+from cratelm.errors import InputError
+from cratelm.models.autoencoder_files import (
+    autoencoder_folders,
+    autoencoder_identity,
+    layer_in_name,
+    read_autoencoder,
+)
+from cratelm.models.hook_names import path_of
+from cratelm.models.sae_lens import load_release, release_identity
 from cratelm.models.sites import Site, layers_in_words, site_of
-from cratelm.runs.arguments import LARGEST
-from cratelm.runs.pretrained import json_object, safetensors_shapes
-from cratelm.runs.reading import verified
-
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+from cratelm.models.sparse_autoencoder import SparseAutoencoder
+from cratelm.runs import Completion, Run
+from cratelm.runs.names import autoencoder_name, set_name
 
 
-def latents_of(model: PreTrainedModel, folder: str | Path) -> Site:
-    """Return the site of the latents of the autoencoder or autoencoders in `folder`, on `model`.
+@dataclass(frozen=True)
+class AutoencoderSource:
+    """Location of autoencoders, before they are loaded."""
 
-    Raises `InputError` if SAELens is missing, if the folder has no autoencoder, or if one does not fit
-    the model: another site, a layer that the model does not have, or another width.
+    name: str
+    """as `--sae` gives it"""
+    folder: Path | None
+    """None for a release of SAELens' registry"""
+    record: Completion | None = None
+    """record of the stage that trained them; None for autoencoders from elsewhere"""
+
+    @property
+    def identity(self) -> str:
+        """Return a string that changes when the autoencoders do. Reads all files; loads a release."""
+        if self.record is not None:
+            return self.record.identity
+        return (
+            release_identity(self.name)
+            if self.folder is None
+            else autoencoder_identity(self.folder)
+        )
+
+
+def find_autoencoders(run: Run, model: str, sae: str) -> AutoencoderSource:
+    """Return the location of the autoencoders that `--sae` calls `sae`, of the model called `model`.
+
+    A name without a slash is one in the run, if the run has it; otherwise it is a folder if there is one, else a
+    release. Raises `InputError` for a name that is none of these.
     """
-    folder = Path(folder)
-    by_layer = {_layer(path): path for path in _folders(folder)}
-    if -1 in by_layer and len(by_layer) == 1:
-        sae = _load(by_layer[-1], model.device)
-        by_layer = {_layer_of(sae, by_layer[-1]): by_layer[-1]}
-    saes = {layer: _load(path, model.device) for layer, path in sorted(by_layer.items())}
-    below = _site_below(model, saes, folder)
-    for layer, sae in saes.items():
-        _check(layer, sae, below, by_layer[layer])
+    stage = run.stage("sae", set_name(Path(model).name, autoencoder_name(sae)))
+    if "/" not in sae and stage.completion() is not None:
+        return AutoencoderSource(sae, stage.path, stage.require("sae train"))
+    if Path(sae).is_dir():
+        return AutoencoderSource(sae, Path(sae))
+    if "/" not in sae.strip("/"):
+        raise InputError(
+            f"--sae {sae} is neither a folder nor finished in the run ({stage.path}): type"
+            f" `cratelm sae train --run {run.path} --model {model}` first, or name RELEASE/ID of SAELens' registry"
+        )
+    return AutoencoderSource(sae, None)
+
+
+def latents_of(
+    model: PreTrainedModel, source: AutoencoderSource | str | Path, site: str | None = None
+) -> Site:
+    """Return the site of the latents of autoencoders on `model`; `source` is what `find_autoencoders` returns, or a folder.
+
+    `site` is the site that they read, in place of the one that their files name; without `*` in it, it is one layer.
+    Raises `InputError` if there is no autoencoder, if its files name no tensor that the model has, and if it does not
+    fit the model: several sites, a layer that the model does not have, or another width.
+    """
+    if not isinstance(source, AutoencoderSource):
+        source = AutoencoderSource(str(source), Path(source))
+    read = _read(source)
+    places = [_place(model, label, sae, site) for label, sae in read]
+    names = {name for name, _ in places}
+    if len(names) > 1:
+        raise InputError(
+            f"{source.name} has autoencoders of several sites, {', '.join(sorted(names))}: name the folder of one site"
+        )
+    by_layer: dict[int, tuple[str, SparseAutoencoder]] = {}
+    for (_, layer), of in zip(places, read, strict=True):
+        if layer in by_layer:
+            raise InputError(
+                f"{source.name} has two autoencoders of layer {layer}, {by_layer[layer][0]} and {of[0]}: name one folder"
+            )
+        by_layer[layer] = of
+    below = site_of(model, names.pop())
+    _check(by_layer, below)
+    layers = sorted(by_layer)
+    saes = tuple(by_layer[layer][1].to(model.device) for layer in layers)
     return replace(
-        below.only(tuple(saes)),
+        below.only(tuple(layers)),
         name="latents",
-        n_neurons=tuple(int(sae.cfg.d_sae) for sae in saes.values()),
-        layers=tuple(saes),
-        autoencoders=tuple(saes.values()),
+        n_neurons=tuple(sae.config.d_sae for sae in saes),
+        layers=tuple(layers),
+        autoencoders=saes,
     )
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Return the folder itself, or those of its layers."""
-    if (folder / CONFIG).is_file():
-        return [folder]
-    folders = sorted(p.parent for p in folder.glob(f"layer-*/{CONFIG}"))
-    if not folders:
+def _read(source: AutoencoderSource) -> list[tuple[str, SparseAutoencoder]]:
+    """Return the autoencoders, each with its folder or release."""
+    if source.folder is None:
+        return [(source.name, load_release(source.name))]
+    read = []
+    for folder in autoencoder_folders(source.folder):
+        sae = read_autoencoder(folder)
+        named = layer_in_name(folder)
+        if named is not None and named != sae.config.layer:
+            sae.config = replace(sae.config, layer=named)
+        read.append((str(folder), sae))
+    return read
+
+
+def _place(
+    model: PreTrainedModel, label: str, sae: SparseAutoencoder, site: str | None
+) -> tuple[str, int]:
+    """Return the name of the site that an autoencoder reads, with `*` for the layer, and the layer."""
+    config = sae.config
+    if site is not None:
+        if "*" not in site and "." in site:  # one layer, which its path names
+            return path_of(model, site)
+        layer = config.layer
+        if layer is None and config.hook_name:
+            layer = path_of(model, config.hook_name)[1]
+        if layer is None:
+            raise InputError(
+                f"{label} does not say of which layer it is: name the layer with --site, as in {site.replace('*', '0')}"
+            )
+        return site, layer
+    if config.site and config.layer is not None:
+        return config.site, config.layer
+    if not config.hook_name:
         raise InputError(
-            f"{folder} has no autoencoder ({CONFIG}, or layer-0/{CONFIG} ...): name a folder of"
-            " `cratelm sae train`, `cratelm import sae` or SAELens"
+            f"{label} does not say which tensor of the model it reads: name it with --site, such as"
+            " blocks.0.hook_resid_pre or the path of a module"
         )
-    return folders
-
-
-def _layer(folder: Path) -> int:
-    """Return the layer in the folder's name, -1 if it has none."""
-    match = re.fullmatch(r"layer-(\d+)", folder.name)
-    return int(match.group(1)) if match else -1
-
-
-def _layer_of(sae: Any, folder: Path) -> int:
-    """Return the layer in the configuration: cratelm's entry, else the first number in the hook's name."""
-    metadata = sae.cfg.metadata.to_dict()
-    if isinstance(metadata.get("layer"), int):
-        return metadata["layer"]
-    match = re.search(r"\.(\d+)(?:\.|$)", str(metadata.get("hook_name", "")))
-    if match is None:
-        raise InputError(f"{folder / CONFIG} names no layer: give the folder a name like layer-0")
-    return int(match.group(1))
-
-
-def check_autoencoder(folder: Path) -> None:
-    """Raise `InputError`, which names the file, if a folder's autoencoder lacks a file or has a damaged one.
-
-    The configuration decides what SAELens allocates, so its sizes are compared with the weights first.
-    """
-    content = json_object(folder / CONFIG, "the configuration of an autoencoder")
-    sizes: list[Any] = [content.get(name) for name in ("d_in", "d_sae")]
-    if not all(type(size) is int and 1 <= size <= LARGEST for size in sizes):
-        raise InputError(
-            f"{folder / CONFIG} has d_in {sizes[0]!r:.40} and d_sae {sizes[1]!r:.40}: both must be whole"
-            f" numbers from 1 to {LARGEST:,}"
-        )
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise InputError(f"{weights} is missing: copy the folder of the autoencoder again")
-    shapes = safetensors_shapes(weights)
-    encoder = shapes.get("W_enc", tuple(sizes))
-    if encoder != tuple(sizes) or sizes[0] * sizes[1] > 2 * weights.stat().st_size:
-        raise InputError(
-            f"{folder / CONFIG} describes {sizes[0]:,} inputs and {sizes[1]:,} latents, but {WEIGHTS} has"
-            f" other weights: they do not belong together"
-        )
-
-
-def _load(folder: Path, device: torch.device) -> Any:
-    for path in sorted(folder.iterdir()):
-        verified(path)
-    check_autoencoder(folder)
-    os.environ.setdefault("WANDB_MODE", "disabled")  # SAELens imports wandb; nothing is sent
     try:
-        from sae_lens import SAE
-    except ImportError:
-        raise missing_extra("sae", "an autoencoder", "sae-lens") from None
-    try:
-        return SAE.load_from_disk(folder, device=str(device)).eval()
-    except Exception as error:  # SAELens and its parts share no base exception
-        raise InputError(
-            f"{folder} cannot be read as an autoencoder ({one_line(error, 160)})"
-        ) from None
-
-
-def _site_below(model: PreTrainedModel, saes: dict[int, Any], folder: Path) -> Site:
-    """Return the one site that the autoencoders read: cratelm's entry, else the hook's name."""
-    names = {_site_name(sae) for sae in saes.values()}
-    if len(names) > 1:
-        raise InputError(
-            f"{folder} has autoencoders of several sites, {', '.join(sorted(map(str, names)))}:"
-            " name the folder of one site"
+        path, layer = path_of(model, config.hook_name)
+    except InputError as error:
+        if config.module_name in ("", config.hook_name):
+            raise InputError(f"{label} reads {error}") from None
+        path, layer = path_of(
+            model, config.module_name
+        )  # of a family without TransformerLens' names
+    norm, _, side = path.replace("*", str(layer)).partition(":")
+    if side == "normalized" and isinstance(model.get_submodule(norm), nn.LayerNorm):
+        print(
+            f"note: {label} reads {config.hook_name}, which is before the norm's weight and bias in TransformerLens 3,"
+            f" and after them in version 2: name --site {norm} if it was trained with version 2",
+            file=sys.stderr,
+            flush=True,
         )
-    return site_of(model, names.pop())
+    return path, layer
 
 
-def _site_name(sae: Any) -> str | None:
-    metadata = sae.cfg.metadata.to_dict()
-    if metadata.get("site"):
-        return str(metadata["site"])
-    hook = str(metadata.get("hook_name") or "")
-    return re.sub(r"\.\d+(?=\.|$)", ".*", hook, count=1) or None
-
-
-def _check(layer: int, sae: Any, below: Site, folder: Path) -> None:
-    if layer not in below.layer_numbers:
-        numbers = layers_in_words(below.layer_numbers)
-        raise InputError(
-            f"{folder} is of layer {layer}, but site {below.name} of this model has layers {numbers}:"
-            " is it an autoencoder of another model?"
-        )
-    width = below.n_neurons[below.place(layer)]
-    if sae.cfg.d_in != width:
-        raise InputError(
-            f"{folder} reads {sae.cfg.d_in} activations, but site {below.name} of this model has"
-            f" {width}: is it an autoencoder of another model or site?"
-        )
+def _check(by_layer: dict[int, tuple[str, SparseAutoencoder]], below: Site) -> None:
+    for layer, (label, sae) in by_layer.items():
+        if layer not in below.layer_numbers:
+            numbers = layers_in_words(below.layer_numbers)
+            raise InputError(
+                f"{label} is of layer {layer}, but site {below.name} of this model has layers {numbers}: is it an"
+                " autoencoder of another model?"
+            )
+        width = below.n_neurons[below.place(layer)]
+        if sae.config.d_in != width:
+            raise InputError(
+                f"{label} reads {sae.config.d_in} activations, but site {below.name} of this model has {width}: is it"
+                " an autoencoder of another model or site?"
+            )

@@ -2,8 +2,10 @@
 
 A site is one tensor [B, T, H] per layer: the output of a module, or its input. It is written `PATH`,
 `PATH:output` or `PATH:input`, with `*` for the layer number, for instance
-`gpt_neox.layers.*.mlp.dense_4h_to_h:input`. The usual sites have names: `ista`, `mssa` and `heads` in
-CRATE, `mlp` (activations of the MLP, which its last projection reads) in other models.
+`gpt_neox.layers.*.mlp.dense_4h_to_h:input`. Two more sides are `PATH:residual` and `PATH:normalized`
+(`site_hooks`). A name of TransformerLens, `blocks.*.hook_resid_mid`, is translated (`hook_names`). The usual
+sites have names: `ista`, `mssa` and `heads` in CRATE, `mlp` (activations of the MLP, which its last projection
+reads) in other models.
 
 Neurons carry the numbers that the layers have in the model, also where only some layers have the site: in a
 mixture of experts the first layer may be the only one with an MLP.
@@ -17,17 +19,21 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from cratelm.errors import InputError
+from cratelm.models.hook_names import is_hook_name, path_of
+from cratelm.models.site_hooks import normalized_hooks, residual_hooks
 from cratelm.records import BOTH_ENDS, has_both_ends
 from cratelm.runs.arguments import checked_arguments
 
-Side = Literal["input", "output"]
+Side = Literal["input", "output", "residual", "normalized"]
+_SIDES: tuple[Side, ...] = ("input", "output", "residual", "normalized")
 
 _NAMED: dict[str, tuple[str, ...]] = {
     "ista": ("model.layers.*.ista.code",),
@@ -182,7 +188,7 @@ def site_of(model: PreTrainedModel, name: str | None = None, layers: tuple[int, 
     candidates = _DEFAULTS if name is None else (name,)
     for candidate in candidates:
         for pattern in _NAMED.get(candidate, (candidate,)):
-            path, side = _parse(pattern)
+            path, side = _parse(_path(model, pattern))
             numbered = _expand(model, path)
             if numbered:
                 return _measured(model, candidate, numbered, side).only(layers)
@@ -234,14 +240,17 @@ def _fused_experts(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
+def hooked(model: nn.Module, site: Site | str, on_activation: Hook) -> Iterator[None]:
     """Call `on_activation(place, activations [B, T, H])` in every forward pass while open.
+
+    `site`: a site, or a name for `site_of`.
 
     `place` counts the tensors of the site; it equals the layer number only if the site has all layers. If
     `on_activation` returns a tensor, this replaces the activations. For latents, their change is decoded
     and added to the activations, so that what the autoencoder cannot reconstruct stays as it is. Hooks
     are removed even after an error.
     """
+    site = site_of(cast(PreTrainedModel, model), site) if isinstance(site, str) else site
     if site.autoencoders:
         on_activation = _through(site.autoencoders, on_activation)
     handles = []
@@ -255,6 +264,9 @@ def hooked(model: nn.Module, site: Site, on_activation: Hook) -> Iterator[None]:
             if site.side == "output":
                 hook = _output_hook(layer, on_activation)
                 handles.append(module.register_forward_hook(hook))
+            elif site.side != "input":
+                register = residual_hooks if site.side == "residual" else normalized_hooks
+                handles += register(model, path, partial(on_activation, layer))
             else:
                 handles.append(module.register_forward_pre_hook(_input_hook(layer, on_activation)))
         yield
@@ -276,7 +288,8 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
             return autoencoder.decode(
                 changed
             )  # exactly: nothing is lost that would have to be added
-        return activations + autoencoder.decode(changed) - autoencoder.decode(latents)
+        change = autoencoder.decode(changed) - autoencoder.decode(latents)
+        return activations + change.to(activations.dtype)
 
     return on_activation
 
@@ -346,11 +359,22 @@ def capture(
     return captured
 
 
+def _path(model: nn.Module, pattern: str) -> str:
+    """Return the path that a name of TransformerLens stands for, any other pattern as it is."""
+    if not is_hook_name(pattern):
+        return pattern
+    path, layer = path_of(model, pattern)
+    return path if ".*." in pattern else path.replace("*", str(layer))
+
+
 def _parse(pattern: str) -> tuple[str, Side]:
-    path, _, side = pattern.partition(":")
-    if side not in ("", "input", "output"):
-        raise InputError(f"site {pattern!r} ends in {side!r}: it must end in 'input' or 'output'")
-    return path, "input" if side == "input" else "output"
+    path, _, named = pattern.partition(":")
+    sides: list[Side] = [side for side in _SIDES if side == (named or "output")]
+    if not sides:
+        raise InputError(
+            f"site {pattern!r} ends in {named!r}: it must end in one of {', '.join(_SIDES)}"
+        )
+    return path, sides[0]
 
 
 def _expand(model: nn.Module, path: str) -> list[tuple[int, str]]:

@@ -67,8 +67,8 @@ class SaeCompareConfig(Options):
     models: tuple[str, ...] = ()
     """names of models in the run; default: all scored models, except untrained ones"""
     sae: str = ""
-    """autoencoders to use: either their NAME in the run (`cratelm sae train`), for every model, or a folder in
-    SAELens format, for one model; default: train new ones with the options below"""
+    """autoencoders to use: either their NAME in the run (`cratelm sae train`), for every model, or, for
+    one model, a folder or RELEASE/ID of SAELens' registry; default: train new ones with the options below"""
     architecture: Architecture = SaeTrainConfig.architecture
     """this option and all options down to --batch-size are those of `cratelm sae train`; to use other options of
     that command, train with it first and name the autoencoders with --sae"""

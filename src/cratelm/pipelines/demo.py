@@ -19,6 +19,7 @@ from cratelm.corpus.sources import open_corpus
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.models import build
+from cratelm.models.sae_lens import import_sae_lens
 from cratelm.pipelines.chains import Step, run_chains
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
 from cratelm.pipelines.sae_compare import steps as autoencoder_steps
@@ -28,7 +29,6 @@ from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Run, StageName
 from cratelm.runs.devices import device_of
-from cratelm.sae.architectures import import_sae_lens
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.steer.config import EffectsConfig

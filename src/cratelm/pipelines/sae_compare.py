@@ -14,14 +14,14 @@ from cratelm.activations.harvest import harvest, harvest_name
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
+from cratelm.models.sae_lens import import_sae_lens
 from cratelm.pipelines.chains import Step
 from cratelm.pipelines.config import SaeCompareConfig
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.results.stages import MODEL_STAGES
 from cratelm.runs import Completion, Run
-from cratelm.runs.names import latents_name, set_name, split_latents, split_set
-from cratelm.sae.architectures import import_sae_lens
+from cratelm.runs.names import autoencoder_name, latents_name, set_name, split_latents, split_set
 from cratelm.sae.evaluate import is_evaluated, sae_evaluate
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.train import sae_train
@@ -128,7 +128,7 @@ def _steps_of_latents(
 def _latents(config: SaeCompareConfig, model: str) -> dict[Freeze | None, str]:
     """Return the names of a model's latents in the run: the trained ones (None), then each random control."""
     if config.sae:
-        return {None: latents_name(model, Path(config.sae).name)}
+        return {None: latents_name(model, autoencoder_name(config.sae))}
     frozen: tuple[Freeze | None, ...] = (None, *config.freeze)
     return {
         freeze: latents_name(model, split_set(config.training(model, freeze).folder)[1])

@@ -46,12 +46,11 @@ def interval_cell(interval: Interval | None, by: float = 1) -> Cell:
     """Return a value with its interval, both times `by`; the value alone if it has no interval."""
     if interval is None:
         return None
-    value, low, high = (
-        None if v is None else by * v for v in (interval.value, interval.low, interval.high)
-    )
-    return (
-        value if value is None or low is None or high is None else table.Interval(value, low, high)
-    )
+    value = by * interval.value
+    if interval.low is None or interval.high is None:
+        return value
+    low, high = sorted((by * interval.low, by * interval.high))  # a negative factor swaps them
+    return table.Interval(value, low, high)
 
 
 def estimate_cell(estimate: Estimate | None, by: float = 1) -> Cell:
@@ -59,7 +58,7 @@ def estimate_cell(estimate: Estimate | None, by: float = 1) -> Cell:
     if estimate is None or math.isnan(estimate.value):
         return None
     value, error = by * estimate.value, estimate.error
-    return value if error is None else Estimate(value, by * error)
+    return value if error is None else Estimate(value, abs(by) * error)
 
 
 def mean_cell(s: ModelStatistics | LayerStatistics | None) -> Cell:

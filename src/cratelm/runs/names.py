@@ -20,6 +20,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
@@ -102,6 +103,15 @@ def split_set(name: str) -> tuple[str, str]:
 def sets_of(names: Iterable[str], model: str) -> list[str]:
     """Return SET of each `MODEL@SET` in `names` whose MODEL is `model`, sorted, without duplicates."""
     return sorted({s for m, s in map(split_set, names) if m == model and s})
+
+
+def autoencoder_name(sae: str) -> str:
+    """Return the name of autoencoders that `--sae` gives: the last name of a path, all of a release, RELEASE-ID.
+
+    A path is one that exists; anything else with a slash is a release of SAELens' registry.
+    """
+    path = Path(sae)
+    return path.name if path.is_dir() or "/" not in sae else sae.strip("/").replace("/", "-")
 
 
 def latents_name(model: str, sae: str) -> str:

@@ -10,14 +10,14 @@ by its loss on the pre-activations of dead latents in `jumprelu`, and by resampl
 Shape legend: B tokens of a batch, H inputs, S latents, n dead latents.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from cratelm.errors import InputError, missing_extra
+from cratelm.errors import InputError
+from cratelm.models.sae_lens import import_sae_lens
 from cratelm.runs import check_memory
 from cratelm.runs.devices import available_on
 from cratelm.sae.train_config import L0_COEFFICIENT, L1, K, SaeTrainConfig
@@ -35,17 +35,6 @@ _WARM_UP = 20
 """the sparsity coefficient rises from 0 over 1 / `_WARM_UP` of the steps"""
 _PRE_ACTIVATION_LOSS = 3e-6
 """coefficient of the loss on dead latents in jumprelu, as in SAELens' version of Anthropic's setup"""
-
-
-def import_sae_lens() -> Any:
-    """Return the optional package `sae_lens`; raise `InputError` with the name of the extra if it is missing."""
-    # It imports wandb, which must not write files or connect to a server.
-    os.environ.setdefault("WANDB_MODE", "disabled")
-    try:
-        import sae_lens
-    except ImportError:
-        raise missing_extra("sae", "an autoencoder", "sae-lens") from None
-    return sae_lens
 
 
 def build_sae(config: SaeTrainConfig, d_in: int, layer: int, device: torch.device) -> Any:

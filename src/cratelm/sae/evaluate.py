@@ -28,17 +28,16 @@ import numpy as np
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import last_name
-from cratelm.activations.harvest import autoencoder_identity
 from cratelm.errors import InputError
 from cratelm.models.begin import announced
-from cratelm.models.latents import latents_of
+from cratelm.models.latents import AutoencoderSource, find_autoencoders, latents_of
 from cratelm.models.open import find_model, sequence_length
 from cratelm.models.sites import Site
+from cratelm.models.sparse_autoencoder import SparseAutoencoder
 from cratelm.records import Estimate
 from cratelm.runs import Run, config_dict, settings_of
-from cratelm.runs.names import set_name, split_set
+from cratelm.runs.names import autoencoder_name, set_name, split_set
 from cratelm.runs.storage import check_target
-from cratelm.sae.architectures import import_sae_lens
 from cratelm.sae.evaluate_config import SaeEvaluateConfig
 from cratelm.sae.fidelity import steering_fidelity
 from cratelm.sae.reconstruction import Firing, Group, ReconstructionSums, Replacement, measure
@@ -78,7 +77,6 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     Raises `InputError` if the autoencoders do not exist or belong to another model, site or width, or if
     activations or losses are not finite numbers.
     """
-    import_sae_lens()
     run = Run(config.run)
     if config.output is not None:
         check_target(config.output, "--output", "file")
@@ -90,7 +88,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     model = loaded.model
     store = TokenStore(run.stage("tokens").path)
     check_vocabulary(store, model.config.get_text_config().vocab_size)
-    site = _open(config, asked_for.folder, model, identity)
+    site = _open(config, asked_for.source, model, identity)
     length = sequence_length(loaded, config.sequence_length)
     beginning = announced(loaded, run, config.begin_token, config.skip_first, with_skip=True)
     split = store.split(config.split)
@@ -121,7 +119,7 @@ def sae_evaluate(config: SaeEvaluateConfig) -> SaeEvaluateResult:
     stored = StoredEvaluation(
         figures=result,
         config=config_dict(config),
-        identity=asked_for.identity,
+        identity=asked_for.source.identity,
         model_identity=identity,
         tokens_identity=tokens.identity,
         by_document=_by_document(measured, split),
@@ -146,7 +144,7 @@ def is_evaluated(config: SaeEvaluateConfig) -> bool:
     except InputError:
         return False  # written by another version
     tokens = run.stage("tokens").require("tokenize").identity
-    of = (asked_for.identity, identity, tokens)
+    of = (asked_for.source.identity, identity, tokens)
     settings = settings_of(config)
     if settings.defaults | stored.config != settings.values or not stored.is_of(*of):
         return False
@@ -160,8 +158,7 @@ class _Autoencoders:
 
     name: str
     """name for display"""
-    folder: Path
-    identity: str
+    source: AutoencoderSource
     path: Path
     """the file in the run for their figures"""
 
@@ -175,12 +172,13 @@ def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
         name = of_model[0]
     if name in run.models("sae"):
         stage = run.stage("sae", name)
-        identity = stage.require("sae train").identity
-        return _Autoencoders(name, stage.path, identity, stage.path / EVALUATION)
-    folder = Path(config.sae)
-    if config.sae and folder.is_dir():
-        path = run.path / "sae" / f"{set_name(model, last_name('--sae', config.sae))}.json"
-        return _Autoencoders(config.sae, folder, autoencoder_identity(folder), path)
+        source = AutoencoderSource(name, stage.path, stage.require("sae train"))
+        return _Autoencoders(name, source, stage.path / EVALUATION)
+    if config.sae and (Path(config.sae).is_dir() or "/" in config.sae):
+        source = find_autoencoders(run, config.model, config.sae)
+        stored_as = last_name("--sae", autoencoder_name(config.sae) or config.sae)
+        path = run.path / "sae" / f"{set_name(model, stored_as)}.json"
+        return _Autoencoders(config.sae, source, path)
     has = f"the run has {', '.join(of_model)}" if of_model else f"the run has none of {model}"
     problem = (
         f"--sae {config.sae} is neither a folder nor a name in the run ({has})"
@@ -188,32 +186,33 @@ def _autoencoders(config: SaeEvaluateConfig, run: Run) -> _Autoencoders:
         else f"--sae is not given and the run does not have exactly one set of autoencoders ({has})"
     )
     raise InputError(
-        f"{problem}: name autoencoders of the run or a folder, or type"
+        f"{problem}: name autoencoders of the run, a folder, or RELEASE/ID of SAELens' registry, or type"
         f" `cratelm sae train --run {run.path} --model {config.model}` first"
     )
 
 
-def _open(config: SaeEvaluateConfig, folder: Path, model: Any, identity: str) -> Site:
+def _open(config: SaeEvaluateConfig, source: AutoencoderSource, model: Any, identity: str) -> Site:
     """Return the site of the latents, checked against the model, with the name of the site that they read."""
     try:
-        site = latents_of(model, folder)
+        site = latents_of(model, source, config.site)
     except InputError as error:
-        raise InputError(f"{folder} cannot be measured on {config.model}: {error}") from None
-    metadata = [cast(Any, sae).cfg.metadata for sae in site.autoencoders]
-    for of_layer in metadata:
-        if (of_layer.provenance or {}).get("model_identity", identity) != identity:
+        raise InputError(f"{source.name} cannot be measured on {config.model}: {error}") from None
+    configs = [cast(SparseAutoencoder, sae).config for sae in site.autoencoders]
+    for of_layer in configs:
+        if (of_layer.model_identity or identity) != identity:
             raise InputError(
-                f"{folder} was trained on a model called {of_layer.model_name}, which differs from"
+                f"{source.name} was trained on a model called {of_layer.model_name}, which differs from"
                 f" {config.model} as it is now: give that --model, or type `cratelm sae train` again"
             )
-    return dataclasses.replace(site, name=str(metadata[0].site or metadata[0].hook_name))
+    named = config.site or configs[0].site or configs[0].hook_name
+    return dataclasses.replace(site, name=named)
 
 
 def _result(
     config: SaeEvaluateConfig, name: str, site: Site, measured: ReconstructionSums
 ) -> SaeEvaluateResult:
     sums = measured.sums
-    saes = cast(tuple[Any, ...], site.autoencoders)
+    saes = cast(tuple[SparseAutoencoder, ...], site.autoencoders)
     return SaeEvaluateResult(
         model=Path(config.model).name,
         sae=name,
@@ -255,8 +254,8 @@ def _layer_reconstruction(
         unexplained = dataclasses.replace(unexplained, value=1 - unexplained.value)
     return LayerReconstruction(
         layer=layer,
-        inputs=sae.cfg.d_in,
-        latents=sae.cfg.d_sae,
+        inputs=sae.config.d_in,
+        latents=sae.config.d_sae,
         explained_variance=unexplained,
         l0=_ratio(sums["on"], text),
         dead=dead_fraction(measured.firing[site_layer], int((text > 0).sum())),

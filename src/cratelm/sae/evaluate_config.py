@@ -18,8 +18,10 @@ class SaeEvaluateConfig(ModelOptions, BeginningOptions):
     model: str = "crate-2l"
     """a model of the run, or a folder or Hub id of a causal language model of transformers"""
     sae: str = ""
-    """NAME or MODEL@NAME of `cratelm sae train`, or a folder in SAELens' format, or one with folders
-    layer-0, layer-1, ...; default: the model's autoencoders in the run, if there is only one set"""
+    """NAME or MODEL@NAME of `cratelm sae train`, a folder of SAELens, sparsify or dictionary_learning, or
+    RELEASE/ID of SAELens' registry; default: the model's autoencoders in the run, if there is only one set"""
+    site: str | None = None
+    """site that the autoencoders read, in place of the one that their files name; without * in it, one layer"""
     split: Split = "held_out"
     """split to measure on: train, fit or held_out"""
     tokens: int = 100_000

@@ -171,7 +171,7 @@ class _Reconstruction:
 
     def __init__(self, sae: Any, site_layer: int, mean: torch.Tensor, sums: DocumentSums):
         self.sae, self.site_layer, self.mean, self.sums = sae, site_layer, mean, sums
-        self.firing = Firing.of(sae.cfg.d_sae)
+        self.firing = Firing.of(sae.config.d_sae)
 
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """Return the reconstruction [n, H] of activations [n, H]."""

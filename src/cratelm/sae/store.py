@@ -20,7 +20,7 @@ from cratelm.errors import InputError
 from cratelm.records import Estimate
 from cratelm.runs import Run, write_json
 from cratelm.runs.arguments import checked_arguments
-from cratelm.runs.names import set_name
+from cratelm.runs.names import autoencoder_name, set_name
 from cratelm.runs.reading import read_json
 
 DESCRIPTION, EVALUATION = "sae.json", "evaluation.json"
@@ -230,15 +230,15 @@ class StoredEvaluation:
 def evaluation_path(run: Run, model: str, sae: str) -> Path:
     """Return the path in the run for the figures of autoencoders of `model`; the file need not exist.
 
-    `model` is a name in the run, a folder or a Hub id; `sae` is a name in the run or a folder.
+    `model` is a name in the run, a folder or a Hub id; `sae` is what `--sae` gives.
     """
-    name = set_name(Path(model).name, Path(sae).name)
-    trained_here = run.path / "sae" / name
-    return (
-        trained_here / EVALUATION
-        if trained_here.is_dir()
-        else trained_here.with_name(f"{name}.json")
-    )
+    # a folder that has been moved since has no name but its last one
+    names = [set_name(Path(model).name, name) for name in (autoencoder_name(sae), Path(sae).name)]
+    for name in names:
+        if (run.path / "sae" / name).is_dir():
+            return run.path / "sae" / name / EVALUATION
+    files = [run.path / "sae" / f"{name}.json" for name in names]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def write_evaluation(path: Path, evaluation: StoredEvaluation) -> None:
@@ -324,8 +324,10 @@ def _estimates(content: dict[str, Any]) -> dict[str, Any]:
     """
 
     def estimate(name: str, figure: dict[str, Any]) -> Estimate | None:
-        if figure["value"] is not None:
-            return Estimate(**figure)
-        return None if name in _OPTIONAL else Estimate(math.nan, figure["error"])
+        value, error = figure["value"], figure["error"]
+        if value is None and name in _OPTIONAL:
+            return None
+        # 0.1.0 wrote the error of a negative ratio with the wrong sign
+        return Estimate(math.nan if value is None else value, None if error is None else abs(error))
 
     return {k: estimate(k, v) if isinstance(v, dict) else v for k, v in content.items()}

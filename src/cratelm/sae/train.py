@@ -345,7 +345,7 @@ def _provenance(
     config: SaeTrainConfig, site: Site, layer: int, inputs: dict[str, str]
 ) -> dict[str, Any]:
     """Return metadata for which SAELens' configuration has no field, with the keys of `cratelm import sae`."""
-    side = ":input" if site.side == "input" else ""
+    side = "" if site.side == "output" else f":{site.side}"
     return {
         "model_name": Path(config.model).name,
         "site": site.name,

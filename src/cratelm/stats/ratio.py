@@ -4,7 +4,9 @@ Every figure is a ratio of two sums over documents, sum(x) / sum(y). Tokens of o
 independent, so its standard error is taken over documents (ratio estimator; Cochran 1977, Sampling
 Techniques, section 6.4):
 
-    R = sum(x) / sum(y),    se(R)^2 = C / (C - 1) sum((x - R y)^2) / sum(y)^2
+    R = sum(x) / sum(y),    se(R) = sqrt(C / (C - 1) sum((x - R y)^2)) / |sum(y)|
+
+R may be negative, its error is not.
 
 A perplexity is exp(R), with the error exp(R) se(R) (delta method). Two models on the same documents
 are compared by the ratio of (x_a - x_b) to y, whose error excludes the difficulty that a document has for
@@ -29,7 +31,7 @@ def ratio(x: ArrayLike, y: ArrayLike) -> Estimate:
     if n < 2:
         return Estimate(float(value), None)
     spread = n / (n - 1) * ((over - value * under) ** 2).sum()
-    return Estimate(float(value), float(np.sqrt(spread) / total))
+    return Estimate(float(value), float(np.sqrt(spread) / abs(total)))
 
 
 def perplexity(loss: Estimate) -> Estimate:

@@ -95,22 +95,24 @@ class HeldOutText:
             if begin.token is None:
                 tokens = np.stack([self.split.sequence(i, self.length) for i in numbers])
             else:
-                tokens, positions = self._begun(positions)
+                tokens, positions = self._begun(positions, begin.token)
             documents = self.split.documents_at(positions.ravel() + 1).reshape(positions.shape)
             if not begin.is_plain:
                 positions[:, : begin.extra + begin.skip] = -1
             yield tokens, documents, positions
 
-    def _begun(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _begun(
+        self, positions: NDArray[np.int64], begin_token: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return tokens [B, T + 1] after the begin token, and the positions [B, T] of all but the last."""
         # The begin token takes the place before the sequence. One that has a begin token of its own, and is not the
         # last one of the split, has one token more at its end instead.
-        own = self.split.read_at(positions[:, 0]) == self.beginning.token
+        own = self.split.read_at(positions[:, 0]) == begin_token
         own &= positions[:, -1] + 1 < self.split.n_tokens
         positions = positions - ~own[:, None]
         after = np.concatenate([positions, positions[:, -1:] + 1], axis=1)
         tokens = self.split.read_at(np.maximum(after, 0))
-        tokens[:, 0] = self.beginning.token
+        tokens[:, 0] = begin_token
         return tokens, positions
 
 

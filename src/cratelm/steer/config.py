@@ -32,9 +32,10 @@ class SteerConfig(ModelOptions, BeginTokenOption):
     """a model folder or Hub id, instead of a model of the run"""
     site: str | None = None
     """site of the neurons: ista, mssa, heads, mlp, or a module path with * for the layer; default: ista
-    for CRATE, mlp for other models"""
+    for CRATE, mlp for other models. With --sae, the site that the autoencoders read, if their files do not name it"""
     sae: str | None = None
-    """steer latents of sparse autoencoders instead of neurons: their name in the run, or a folder"""
+    """steer latents of sparse autoencoders instead of neurons: their name in the run, a folder, or RELEASE/ID of
+    SAELens' registry"""
     set: float | None = None
     """value that the activation is set to"""
     add: float | None = None
@@ -78,10 +79,6 @@ class SteerConfig(ModelOptions, BeginTokenOption):
             )
         if self.text is not None and self.text_file is not None:
             raise InputError("--text and --text-file cannot be combined: give one of them")
-        if self.sae and self.site:
-            raise InputError(
-                f"--site {self.site} and --sae cannot be combined: autoencoders determine their site"
-            )
         at_least(self, {"tokens": 1, "top": 1, "generate": 0, "temperature": 0, "seed": 0})
 
     def edits(self, site: str | None = None) -> list[Edit]:

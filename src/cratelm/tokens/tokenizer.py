@@ -13,6 +13,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 from cratelm.errors import InputError
+from cratelm.runs import write_json
+from cratelm.runs.hub import quiet_hub
+from cratelm.runs.pretrained import json_object
 from cratelm.text.units import TokenStrings
 
 if TYPE_CHECKING:
@@ -232,6 +235,26 @@ def hf_tokenizer(tokenizer: Tokenizer) -> "PreTrainedTokenizerFast":
     )
 
 
+def save_hf_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Write a tokenizer into a model's folder, so that versions 4 and 5 of transformers read it."""
+    tokenizer.save_pretrained(folder)
+    name_class_of_version_4(folder)
+
+
+def name_class_of_version_4(folder: Path) -> None:
+    """Change the class in a folder's `tokenizer_config.json`, if there is one, to the name that version 4 has.
+
+    transformers 5 writes `TokenizersBackend`, at which `AutoTokenizer` of version 4 stops;
+    `PreTrainedTokenizerFast` is the same class in both, with the same ids.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = json_object(path, "the settings of a tokenizer")
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def _fetch_tiktoken() -> Tokenizer:
     import tiktoken
 
@@ -239,14 +262,8 @@ def _fetch_tiktoken() -> Tokenizer:
 
 
 def _fetch_hub() -> Tokenizer:
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # without a network it prints six lines about retries
-    try:
+    with quiet_hub():
         return Tokenizer.from_pretrained("openai-community/gpt2")
-    finally:
-        logging.set_verbosity(before)
 
 
 def without_limits(tokenizer: Tokenizer) -> Tokenizer:

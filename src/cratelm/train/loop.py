@@ -21,7 +21,7 @@ from cratelm.models.parts import freeze
 from cratelm.runs import Completion, Draft, Run, Settings, Stage, options_of
 from cratelm.runs.devices import available_on
 from cratelm.tokens.shards import TokenStore
-from cratelm.tokens.tokenizer import hf_tokenizer
+from cratelm.tokens.tokenizer import hf_tokenizer, save_hf_tokenizer
 from cratelm.train import checkpoints
 from cratelm.train.config import TrainConfig
 from cratelm.train.data import BatchSampler
@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> TrainResult:
         take_steps(setup, config, draft, stage.label)
         checkpoints.save_model(setup.accelerator, setup.model, draft.path)
         if setup.accelerator.is_main_process:
-            hf_tokenizer(store.tokenizer).save_pretrained(draft.path)
+            save_hf_tokenizer(hf_tokenizer(store.tokenizer), draft.path)
             draw(draft.path, stage.label)
             draft.unhashed.update(UNHASHED)
             draft.results = _results(config, setup, draft.path)

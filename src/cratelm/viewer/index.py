@@ -261,10 +261,24 @@ class Index:
             self._arrays[name] = (table.layer, table.index)
         return self._arrays[name]
 
+    def _beginnings(self, text: str) -> dict[str, list[int]]:
+        """Return the ids of the longest tokens that hold a part of the first character of `text`, by their text."""
+        strings = TokenStore(self.run.path / "tokens").token_strings
+        first = text[0].encode()
+        parts = {i: b.lstrip(b" ") for i, b in enumerate(strings.bytes)}
+        parts = {i: b for i, b in parts.items() if b and b != first and first.startswith(b)}
+        longest = max(map(len, parts.values()), default=0)
+        found: dict[str, list[int]] = {}
+        for token, part in parts.items():
+            if len(part) == longest:
+                found.setdefault(strings[token], []).append(token)
+        return found
+
     def _ids(self, text: str) -> tuple[list[int], str]:
         """Return the ids of the tokens that match `text`, and a note on how they were matched.
 
-        These are the tokens equal to `text`, else those that differ only in spaces, else those that begin with it.
+        These are the tokens equal to `text`, else those that differ only in spaces, else those that begin with it,
+        else those that hold the first bytes of its first character.
         """
         if not self._texts:
             store = TokenStore(self.run.path / "tokens")
@@ -283,6 +297,9 @@ class Index:
         if not near and bare:
             near = {t: ids for t, ids in self._texts.items() if t.strip().startswith(bare)}
             how = "by prefix"
+        if not near and bare:
+            near = self._beginnings(bare)
+            how = "by its first bytes"
         examples = ", ".join(map(repr, sorted(near)[:6])) + (" ..." if len(near) > 6 else "")
         matched = [token for tokens in near.values() for token in tokens]
         return matched, f"There is no token {text!r}; matched {how}: {examples}."
