@@ -228,7 +228,7 @@ def tiny_meta(config: Any) -> Any:
 
 # ---- harvests -----------------------------------------------------------------------------------------
 
-FEW: dict[str, Any] = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
+FEW: dict[str, Any] = {"tokens": 600, "polarity": "positive", "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

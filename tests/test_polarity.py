@@ -369,6 +369,8 @@ def test_sparsity_is_that_of_the_neurons(run, truth):
 def test_a_harvest_is_opened_with_its_ends(run):
     opened = open_harvested(Run(run), MODEL)
     assert (opened.site.name, opened.site.n_neurons) == ("mlp:both", (2 * WIDTH,) * LAYERS)
+    llama = str(run.parent / MODEL)
+    harvest(HarvestConfig(run=run, model=llama, polarity="positive", name="up", **OPTIONS))
     assert open_harvested(Run(run), "up").site.name == "mlp"
 
 

@@ -149,7 +149,11 @@ def _function_of(model: nn.Module, path: str, side: str) -> str:
     if side == "output":
         return _name_of(module)
     children = dict(parent.named_children())
-    is_last = path.endswith(_LAST_PROJECTIONS) and isinstance(module, nn.Linear | Conv1D)
+    is_last = (
+        side == "input"
+        and path.endswith(_LAST_PROJECTIONS)
+        and isinstance(module, nn.Linear | Conv1D)
+    )
     if not is_last or any("gate" in name for name in children):
         return ""
     functions = [name for child in children.values() if (name := _name_of(child))]
