@@ -44,6 +44,7 @@ from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenStore
 
 OPTIONS: dict[str, Any] = {
+    "polarity": "positive",
     "tokens": 2000, "sequence_length": T, "pilot_tokens": 256, "context": 8, "short_context": 2,
     "top": 8, "random": 4, "per_bin": 2, "batch_tokens": 4 * T, "device": "cpu", "quiet": True,
 }  # fmt: skip
@@ -248,7 +249,8 @@ def test_statistics_and_excerpts_by_brute_force(harvested, monkeypatch, split, c
             assert s.n_tokens == len(of) == s.histogram.sum()
             assert s.mean == pytest.approx(of.mean(), rel=1e-4, abs=1e-6)
             assert s.variance == pytest.approx(of.var(), rel=1e-3)
-            assert s.firing_rate == pytest.approx((of > 0).mean())
+            fires = of > 0 if s.firing_threshold is None else of >= s.firing_threshold
+            assert s.firing_rate == pytest.approx(fires.mean())
             assert s.maximum == pytest.approx(of.max(), rel=1e-4, abs=1e-6)
             assert s.openai_counts is not None
             assert s.openai_counts.sum() == len(of)

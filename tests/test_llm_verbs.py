@@ -306,7 +306,7 @@ def test_a_model_without_log_probabilities_is_asked_for_json(run, model):
     summary = json.loads((result.path / "summary.json").read_text())
     assert summary["preflight"] == {
         "reads": False, "top_level": 10, "tokens_of_ten": None, "mass": None, "lowest_mass": None,
-        "reason": "",
+        "reason": "", "way": "",
     }  # fmt: skip
     with pytest.raises(InputError, match="--paper-compat needs log-probabilities"):
         scored(run, paper_compat=True, name="other")

@@ -159,7 +159,7 @@ def test_a_model_explained_whole_is_compared_with_as_many_latents(run):
 
 @pytest.mark.usefixtures("undrawn")
 def test_autoencoders_are_of_the_site_that_was_harvested(run):
-    harvest(HarvestConfig(run=run, model="crate-2l", site="mssa", tokens=2000, pilot_tokens=256, force=True))  # fmt: skip
+    harvest(HarvestConfig(run=run, model="crate-2l", site="mssa", polarity="positive", tokens=2000, pilot_tokens=256, force=True))  # fmt: skip
     explain(ExplainConfig(run=run, model="crate-2l", neurons=20, quiet=True, force=True))
     score(ScoreConfig(run=run, model="crate-2l", resamples=100, quiet=True, force=True))
     report(ReportConfig(run=run, models=("crate-2l",), neurons=0, resamples=100, force=True))

@@ -483,7 +483,7 @@ def test_the_verbs_text_and_seed(run, tmp_path):
         (["--neurons", "0:1", "--zero", "--text-file", "/nowhere"], "cannot be read"),
         (["--neurons", "0:1", "--zero", "--text", "x " * 90], "exceeds the 64"),
         (["--neurons", "0:1", "--zero", "--site", "mlp"], "no site 'mlp'"),
-        (["--neurons", "0:1", "--zero", "--sae", "none"], "has no autoencoder"),
+        (["--neurons", "0:1", "--zero", "--sae", "none"], "is neither a folder nor finished in the run"),
         (["--neurons", "0:1", "--zero", "--model", "nobody"], "cratelm train"),
     ],
 )  # fmt: skip

@@ -138,13 +138,13 @@ class SaeTrainConfig(ModelOptions, BeginningOptions):
                 )
 
     def settings(self) -> Settings:
-        """Return the settings for a completion record, without `freeze` and `dtype` unless they were given.
+        """Return the settings for a completion record, without newer options unless they were given.
 
         So the identities are those of versions without these options.
         """
         given, usual = config_dict(self), config_dict(SaeTrainConfig())
         for values in (given, usual):
-            for name in ("freeze", "dtype"):
+            for name in ("freeze", "dtype", "begin_token", "skip_first"):
                 if values[name] == getattr(SaeTrainConfig, name):
                     del values[name]
         return Settings(given, usual, options_of(self))
