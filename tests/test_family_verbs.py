@@ -32,7 +32,14 @@ def test_every_verb_takes_it_as_it_takes_crate(run: Path, family: str) -> None:
     model: Any = load(run / "model" / name)
     site = site_of(model)
     harvested = cratelm.api.harvest(
-        run=run, model=name, polarity="positive", tokens=2000, top=10, random=10, per_bin=4, quiet=True
+        run=run,
+        model=name,
+        polarity="positive",
+        tokens=2000,
+        top=10,
+        random=10,
+        per_bin=4,
+        quiet=True,
     )
     assert harvested.neurons == site.n_neurons
     cratelm.api.explain(run=run, model=name, neurons=NEURONS, quiet=True)

@@ -83,7 +83,10 @@ class Described:
 
     def _token(self, token: int) -> str:
         """Return a token in backticks; of a part of a character also the characters that it is most often part of."""
-        return _quoted([token], self.token_strings) + self._characters.get(token, "")
+        quoted = _quoted([token], self.token_strings)
+        if is_whole(token, self.token_strings):  # nearly all are: the excerpts need not be read
+            return quoted
+        return quoted + self._characters.get(token, "")
 
     @cached_property
     def _characters(self) -> dict[int, str]:

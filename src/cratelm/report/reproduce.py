@@ -51,7 +51,10 @@ def commands(results: RunResults, config: ReportConfig) -> str:
 
 
 def _side_command(done: Completion, results: RunResults) -> str:
-    """Return the command of an additional measurement, with all settings that are not empty."""
+    """Return the command of an additional measurement, with the options that differ from their defaults.
+
+    Records of older versions have no options: their commands have all settings that are not empty.
+    """
     steer_verb = "intervene" if "@" in done.name else "effects"
     verb = {
         "analysis": "analyze",
@@ -60,6 +63,8 @@ def _side_command(done: Completion, results: RunResults) -> str:
         "seeds": "seeds",
         "replacement": "replace",
     }[done.stage]
+    if done.options:
+        return shlex.join(["cratelm", *verb.split(), "--run", str(results.run.path), *done.options])
     return _words(verb, done.config, results)
 
 
