@@ -17,7 +17,7 @@ P = D/K width of a head, H = expansion * D neurons of a layer, V vocabulary, L l
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ try:
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-    causal_mask, STATES = create_causal_mask, 2
+    causal_mask, STATES = cast("Any", create_causal_mask), 2
 except ImportError:  # transformers 4.56, with which other tools load saved models
     from torch.nn import init
     from transformers.configuration_utils import PretrainedConfig as PreTrainedConfig
@@ -57,7 +57,7 @@ except ImportError:  # transformers 4.56, with which other tools load saved mode
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         return create_causal_mask(
             input_embeds=inputs_embeds,  # pyright: ignore
-            cache_position=past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device),
+            cache_position=past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device),  # pyright: ignore
             past_key_values=past_key_values,
             **kwargs,
         )
