@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cratelm
+from cratelm.activations import calibration
 from cratelm.activations import topk as cells
 from cratelm.activations.batches import SearchPlan, random_positions, sampling_keys
-from cratelm.activations.calibration import Calibration
+from cratelm.activations.calibration import Calibration, calibrate
 from cratelm.activations.excerpt_table import ExcerptTable
 from cratelm.activations.fused_harvest import FusedLayerHarvest
 from cratelm.activations.layer_harvest import ExcerptSizes, LayerHarvest, bytes_per_neuron
@@ -704,3 +705,23 @@ def test_mistakes_leave_nothing_behind(run, fields, told):
     with pytest.raises(InputError, match=told):
         cratelm.api.harvest(run=run, name="other", **fields)
     assert sorted(p for p in run.rglob("*") if p.is_file()) == before
+
+
+def test_a_pilot_in_parts_gives_the_same_and_stops_early(monkeypatch):
+    """Layers that do not fit together are measured one after another, in passes that end with the last one needed."""
+    model = cratelm.build("gpt2-3l", vocab_size=64, max_position_embeddings=32)
+    site = cratelm.site_of(model)
+    split = MemorySplit([30] * 20)
+    plan = SearchPlan.of(split, "fit", EOT, 32, split.n_tokens, 0)  # type: ignore[arg-type]
+    ran: list[int] = []
+    for number, block in enumerate(model.transformer.h):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    whole = calibrate(model, site, plan, 320, 4096)
+    assert ran == [0, 1]  # the last block is left at its MLP
+    ran.clear()
+    monkeypatch.setattr(calibration, "_PILOT_BYTES", 1)
+    parts = calibrate(model, site, plan, 320, 4096)
+    assert ran == [0, 0, 1]  # passes that end in blocks 0, 1 and 2
+    for one, other in zip(whole, parts, strict=True):
+        for name, value in vars(one).items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(other, name))), name

@@ -1,5 +1,6 @@
 """Predicates against text: what each holds at, that none sees later text, and faulty files of a user's own."""
 
+import json
 from importlib.metadata import EntryPoint
 
 import numpy as np
@@ -11,11 +12,16 @@ from cratelm.errors import InputError
 from cratelm.explain.concepts import library as library_module
 from cratelm.explain.concepts.features import ConceptFeatures
 from cratelm.explain.concepts.files import check_example, example_tokens, load_library
+from cratelm.explain.concepts.fit import fit_features
 from cratelm.explain.concepts.lexing import CausalLexer
 from cratelm.explain.concepts.library import Library, builtin_library, parse_predicates
 from cratelm.explain.concepts.stored import read_library, write_library
 from cratelm.explain.concepts.texts import TokenTexts
 from cratelm.explain.config import ExplainConfig
+from cratelm.tokens.beginning import Beginning
+from cratelm.tokens.config import TokenizeConfig
+from cratelm.tokens.shards import TokenStore
+from cratelm.tokens.tokenize import tokenize
 
 LIBRARY = builtin_library()
 
@@ -255,3 +261,25 @@ def test_a_damaged_library_is_named(tmp_path):
     (tmp_path / "concepts.json").write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="is not a library of predicates"):
         read_library(tmp_path)
+
+
+def test_features_of_the_fit_text_are_kept_for_the_same_tokens(tmp_path):
+    corpus, run = tmp_path / "texts.jsonl", tmp_path / "run"
+    texts = [{"text": f"def name_{i}(self):\n    return {i}\n"} for i in range(60)]
+    corpus.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    tokenize(TokenizeConfig(run=run, corpus=str(corpus), vocab_size=300, fit=0.5, held_out=0.2, quiet=True))  # fmt: skip
+    store, again = TokenStore(run / "tokens"), TokenStore(run / "tokens")
+    library = builtin_library()
+    first = fit_features(library, store, 32)
+    assert fit_features(library, again, 32) is first
+    assert fit_features(library, store, 16) is not first  # other segments
+    begun = fit_features(library, store, 32, Beginning(0, 2))
+    assert begun is not fit_features(library, store, 32)
+    shorter = Library(library.predicates[:5])
+    assert fit_features(shorter, store, 32).library == shorter
+    kept = fit_features(library, store, 32)
+    record = run / "tokens" / "completed.json"
+    record.write_text(record.read_text() + "\n")  # made again
+    assert fit_features(library, store, 32) is not kept
+    record.unlink()
+    assert fit_features(library, store, 32) is not fit_features(library, store, 32)

@@ -4,6 +4,7 @@ No console error, and no serious finding of axe-core, in both themes. With `SCRE
 pages of `RUN` (a run directory) are kept as pictures: those in `docs/`.
 """
 
+import contextlib
 import os
 import re
 import socket
@@ -502,6 +503,25 @@ def test_the_servers_sentence_is_shown(page, address, library):
     page.get_by_label("neuron").first.fill("1")
     page.get_by_label("Text").fill("")
     until(page, "document.querySelector('#status').textContent.includes('Enter a text')")
+
+
+def test_a_late_answer_about_an_earlier_neuron_is_not_shown(page, address, library):
+    key, model, _ = names(library)
+    page.goto(f"{address}/r/{key}/live?model={model}&layer=1")
+    settled(page, "live")
+    held = []
+    page.route("**/live/activations", lambda route: held.append(route))
+    page.get_by_label("neuron").first.fill("99999")
+    for _ in range(50):
+        if held:
+            break
+        page.wait_for_timeout(100)
+    page.get_by_label("Text").fill("")
+    until(page, "document.querySelector('#status').textContent.includes('Enter a text')")
+    with contextlib.suppress(playwright.Error):  # the page has cancelled it
+        held[0].continue_()
+    page.wait_for_timeout(1000)
+    assert "Enter a text" in page.locator("#status").inner_text()
 
 
 def test_an_export_from_disk(page, library, tmp_path):

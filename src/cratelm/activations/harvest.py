@@ -104,10 +104,11 @@ def harvest(config: HarvestConfig) -> HarvestResult:
 
 def _harvest(config: HarvestConfig, ranks: Ranks) -> HarvestResult:
     run = Run(config.run)
+    name = harvest_name(config)  # may raise, so before files are hashed
     sources = HarvestSources.of(config, run)
-    stage = run.stage("activations", harvest_name(config))
+    stage = run.stage("activations", name)
     if config.part:
-        stage = part_stage(run, harvest_name(config), config.part)
+        stage = part_stage(run, name, config.part)
     if ranks.by_first(lambda: stage.is_finished(config, sources.inputs, force=config.force)):
         return harvest_result(stage)
     opened = sources.open(config, run)
@@ -115,10 +116,10 @@ def _harvest(config: HarvestConfig, ranks: Ranks) -> HarvestResult:
         announce(opened.chosen, opened.loaded)
     opened = opened.read_as(_signs(config, opened, ranks))
     if ranks.is_first and opened.signs.polarity == "both" and not config.quiet:
-        print(f"{harvest_name(config)}: {opened.signs.in_words()}", flush=True)
+        print(f"{name}: {opened.signs.in_words()}", flush=True)
     check_harvest_memory(config, opened.store, opened.site, opened.loaded.model.device)
     with ranks.write(stage, config, sources.inputs) as draft:
-        _write_splits(config, opened, harvest_name(config), draft, ranks)
+        _write_splits(config, opened, name, draft, ranks)
     return harvest_result(stage)
 
 

@@ -127,9 +127,13 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def autoencoder_identity(folder: Path) -> str:
-    """Return a sha256 over the settings and weights of the autoencoders in a folder."""
+    """Return a sha256 over the settings and weights of the autoencoders in a folder.
+
+    Raises `InputError` if there is none.
+    """
     names = (SETTINGS, "*.safetensors", DICTIONARY, DICTIONARY_SETTINGS, SCALER)
-    files = sorted({path for name in names for path in folder.rglob(name)})
+    inside = autoencoder_folders(folder)
+    files = sorted({path for of in inside for name in names for path in of.glob(name)})
     return hash_json({str(p.relative_to(folder)): hash_file(p) for p in files})
 
 

@@ -284,10 +284,8 @@ def _through(autoencoders: tuple[Autoencoder, ...], on_latents: Hook) -> Hook:
         changed = on_latents(place, latents)
         if changed is None:
             return None
-        if isinstance(autoencoder, Ends):
-            return autoencoder.decode(
-                changed
-            )  # exactly: nothing is lost that would have to be added
+        if isinstance(autoencoder, Ends):  # nothing is lost: the ends decode exactly
+            return autoencoder.decode(changed)
         change = autoencoder.decode(changed) - autoencoder.decode(latents)
         return activations + change.to(activations.dtype)
 

@@ -51,21 +51,8 @@ def commands(results: RunResults, config: ReportConfig) -> str:
 
 
 def _side_command(done: Completion, results: RunResults) -> str:
-    """Return the command of an additional measurement, with the options that differ from their defaults.
-
-    Records of older versions have no options: their commands have all settings that are not empty.
-    """
-    steer_verb = "intervene" if "@" in done.name else "effects"
-    verb = {
-        "analysis": "analyze",
-        "steer": steer_verb,
-        "sae": "sae train",
-        "seeds": "seeds",
-        "replacement": "replace",
-    }[done.stage]
-    if done.options:
-        return shlex.join(["cratelm", *verb.split(), "--run", str(results.run.path), *done.options])
-    return _words(verb, done.config, results)
+    """Return the command of an additional measurement, with the options that differ from their defaults."""
+    return results.run.stage(done.stage, done.name).command(force=False)
 
 
 def _evaluated(done: Completion, results: RunResults) -> list[str]:

@@ -52,15 +52,10 @@ class ModelOptions(SourceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarvestedModelOptions(SourceOptions):
+class HarvestedModelOptions(ModelOptions):
     """How a harvested model is opened again."""
 
     device: str = model_option("auto", identity=False)
     """cpu, cuda, cuda:1 ...; auto: as in the harvest"""
     dtype: Dtype = model_option("auto")
     """precision of the model; auto: as in the harvest, whose activations no other precision gives exactly"""
-
-    @property
-    def dtype_wanted(self) -> str:
-        """Return the precision of the model."""
-        return self.dtype

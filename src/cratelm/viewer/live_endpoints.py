@@ -62,6 +62,11 @@ class SteerRequest(LiveRequest):
         return Edit(self.layer, index, **{self.operation: value})
 
 
+def _index(live: Live, run: str, body: "ActivationsRequest | SteerRequest") -> int:
+    """Return the index of the neuron, or end of one, that a request names."""
+    return live.library.index_named(run, body.model, str(body.neuron))
+
+
 def router(live: Live, rate: Rate | None = None) -> APIRouter:
     """Return the endpoints of the live page. Each runs in a worker thread, so the event loop stays free.
 
@@ -86,11 +91,12 @@ def router(live: Live, rate: Rate | None = None) -> APIRouter:
 
     @endpoints.post("/activations")
     def activations(run: RunKey, body: ActivationsRequest, request: Request) -> Response:
-        def ask() -> Any:
-            index = live.library.index_named(run, body.model, str(body.neuron))
-            return live.activations(run, body.model, body.text, body.layer, index)
-
-        return answer(request, ask)
+        return answer(
+            request,
+            lambda: live.activations(
+                run, body.model, body.text, body.layer, _index(live, run, body)
+            ),
+        )
 
     @endpoints.post("/strongest")
     def strongest(run: RunKey, body: PositionRequest, request: Request) -> Response:
@@ -98,11 +104,12 @@ def router(live: Live, rate: Rate | None = None) -> APIRouter:
 
     @endpoints.post("/steer")
     def steer(run: RunKey, body: SteerRequest, request: Request) -> Response:
-        def ask() -> Any:
-            index = live.library.index_named(run, body.model, str(body.neuron))
-            return live.steer(run, body.model, body.text, body.edit(index), body.tokens)
-
-        return answer(request, ask)
+        return answer(
+            request,
+            lambda: live.steer(
+                run, body.model, body.text, body.edit(_index(live, run, body)), body.tokens
+            ),
+        )
 
     @endpoints.post("/explained")
     def explained(run: RunKey, body: LiveRequest, request: Request) -> Response:

@@ -176,11 +176,6 @@ class Pages:
         key, model, layer = view.run, view.model, view.layer
         here = ("r", key, "neuron", model, str(layer), view.name)
         links = self._links(here)
-        other_end = None
-        if view.other_end is not None:
-            other_end = self.library.neuron(
-                key, model, layer, view.other_end, view.split, excerpts="top"
-            )
 
         def has_page(number: int, of: str = model, at: int = layer) -> bool:
             return self.paged(key, of, at, number)
@@ -209,9 +204,7 @@ class Pages:
             last_token=_last_token(view),
             histogram=drawings.histogram,
             excerpts=excerpts_html(view.excerpts),
-            other_end=other_end,
-            other_facts=_facts(other_end) if other_end else [],
-            other_excerpts=excerpts_html(other_end.excerpts) if other_end else "",
+            **self._other_end(view),
             more=links.to(*here, split=split, explainer=simulator, all=1),
             other_split=links.to(
                 *here, split=other if other != "held_out" else "", explainer=simulator
@@ -229,6 +222,19 @@ class Pages:
             data=as_data(plain(view)) if self.static else "",
             card=as_data({"svg": svg_card(view), "name": f"{model}-{layer}-{view.name}.png"}),
         )
+
+    def _other_end(self, view: NeuronView) -> dict[str, Any]:
+        """Return what the page of an end shows of the neuron's other end; empty values if it has one end."""
+        if view.other_end is None:
+            return {"other_end": None, "other_facts": [], "other_excerpts": ""}
+        other = self.library.neuron(
+            view.run, view.model, view.layer, view.other_end, view.split, excerpts="top"
+        )
+        return {
+            "other_end": other,
+            "other_facts": _facts(other),
+            "other_excerpts": excerpts_html(other.excerpts),
+        }
 
     def search(self, key: str, text: str, token: str, model: str = "") -> str:
         """Return the search form, with the results if anything was searched for."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cratelm.explain.concepts.features import ConceptFeatures
 from cratelm.explain.concepts.library import Library
 from cratelm.explain.evidence import Evidence
+from cratelm.runs.verified import RECORD
 from cratelm.tokens.beginning import PLAIN, Beginning
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def fit_features(
     call are kept, for the next stage or model in this process, if the store was finished by a command, whose record says
     what it contains.
     """
-    record = store.path / "completed.json"
+    record = store.path / RECORD
     if not record.is_file():
         return FitFeatures(
             library, store.token_strings, store.split("fit"), sequence_length, beginning
