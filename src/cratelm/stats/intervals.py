@@ -43,6 +43,11 @@ def resampled_means(values: Array, resamples: int, rng: np.random.Generator) -> 
     return np.concatenate([drawn.mean(axis=1) for drawn in _drawn(values, resamples, rng)])
 
 
+def resampled_medians(values: Array, resamples: int, rng: np.random.Generator) -> Array:
+    """Return [R] medians of `values` [n] drawn with replacement; zeros for no values."""
+    return np.concatenate([np.median(d, axis=1) for d in _drawn(values, resamples, rng)])
+
+
 def resampled_moments(
     values: Array, resamples: int, rng: np.random.Generator
 ) -> tuple[Array, Array]:
