@@ -24,7 +24,7 @@ from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
 from cratelm.models import FAMILIES, build
-from cratelm.models.families import import_outside_families
+from cratelm.models.families import different_families, import_outside_families
 from cratelm.models.sae_lens import import_sae_lens
 from cratelm.pipelines.chains import Step, run_chains
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
@@ -172,18 +172,15 @@ def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
 
 
 def families_of(config: DemoConfig) -> tuple[str, ...]:
-    """Return the families that are compared: those of the twins, those that are named, or all that differ.
-
-    `gpt2` and `gpt2-relu` are two names of one family, of which the first is taken.
-    """
+    """Return the families that are compared: those of the twins, those that are named, or all that differ."""
     if config.families is None:
         return ("crate", "gpt2")
-    import_outside_families()
-    names, values = list(FAMILIES), list(FAMILIES.values())
-    return config.families or tuple(n for i, n in enumerate(names) if values.index(values[i]) == i)
+    return config.families or different_families()
 
 
 def _check_families(config: DemoConfig) -> None:
+    """Raise `InputError` for a family that does not exist, and for a run with explanations by other explainers."""
+    import_outside_families()
     for name in families_of(config):
         if name not in FAMILIES:
             near = difflib.get_close_matches(name, FAMILIES, n=1)
@@ -359,7 +356,9 @@ def _measure(name: str, config: DemoConfig) -> tuple[float, float]:
         with torch.no_grad():
             model.base_model(input_ids=ids, use_cache=False)
 
-    times = (_seconds(step, 1), _seconds(forward, 1)) if few else (_seconds(step), _seconds(forward))
+    times = (
+        (_seconds(step, 1), _seconds(forward, 1)) if few else (_seconds(step), _seconds(forward))
+    )
     return times[0] * 16 / len(ids), times[1] / ids.numel()
 
 

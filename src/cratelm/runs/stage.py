@@ -38,6 +38,7 @@ from cratelm.runs.verified import RECORD, VERIFIED, first_problem, note_large_fi
 _Result = TypeVar("_Result")
 StageName = Literal[
     "tokens",
+    "tuning",
     "model",
     "sae",
     "parts",
@@ -48,6 +49,7 @@ StageName = Literal[
     "analysis",
     "seeds",
     "replacement",
+    "probes",
     "report",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -68,6 +70,7 @@ IMPORTED_CORPUS = "activation records"
 """name of the corpus in the record of tokens that `import records` made"""
 _VERBS: dict[StageName, str] = {
     "tokens": "tokenize",
+    "tuning": "tune",
     "model": "train",
     "sae": "sae train",
     "parts": "harvest",
@@ -78,6 +81,7 @@ _VERBS: dict[StageName, str] = {
     "analysis": "analyze",
     "seeds": "seeds",
     "replacement": "replace",
+    "probes": "probe",
     "report": "report",
 }
 

@@ -50,7 +50,9 @@ def layered_mean(
     n = int(is_defined.sum())
     if not groups:
         return LayeredMean(None, 0, len(numbers))
-    of_layer, resampled_of = (np.median, resampled_medians) if medians else (np.mean, resampled_means)
+    of_layer, resampled_of = (
+        (np.median, resampled_medians) if medians else (np.mean, resampled_means)
+    )
     value = float(np.mean([of_layer(group) for group in groups]))
     low = high = None
     if min(map(len, groups)) > 1:
