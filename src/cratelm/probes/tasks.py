@@ -5,8 +5,10 @@
 
 In both, the answer differs from the token that asks for it, and can only be found by what stood next to an earlier
 occurrence of that token. Keys, values and the tokens s are drawn without replacement. A model is trained on every
-answer of a sequence, and tested on the first one alone: there a model that knows which tokens can be the answer, but not
-which of them it is, is right in exactly 1 of `n_choices` sequences. Later answers could be found by elimination.
+answer of a sequence, and tested on the first one alone. Later answers could be found by elimination. The chance level
+of the first is that of a guess among all tokens of the sequence that can be the answer: for `binding` its n values, 1/n;
+for `induction` all of its m tokens but the first, which follows nothing, and the one that asks. In one of m - 1 sequences
+these are the same token, so that the level is 1/(m-1) (1/(m-1) + (m-2)/(m-2)) = m / (m-1)^2.
 
 Recall of pairs is the task of Zoology (Arora et al. 2023, arXiv 2312.04927), the repeated random sequence that of Olsson
 et al. (2022, arXiv 2209.11895).
@@ -44,15 +46,10 @@ class Task:
     """tokens"""
     length: int
     """T, tokens of a sequence"""
-    n_choices: int
-    """tokens of a sequence that can be the first answer: a guess among them is right in one of so many"""
+    chance: float
+    """accuracy of a guess among the possible answers of a sequence"""
     draw: Callable[[int, np.random.Generator], "Sequences"]
     """returns B sequences that are drawn with a generator"""
-
-    @property
-    def chance(self) -> float:
-        """Return the accuracy of a guess among the possible answers of a sequence."""
-        return 1 / self.n_choices
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +104,8 @@ def _without_replacement(n: int, k: int, of: int, generator: np.random.Generator
 
 
 TASKS = {
-    "binding": Task("binding", N_KEYS + N_VALUES + 1, 5 * PAIRS, PAIRS, draw_binding),
-    "induction": Task("induction", N_SYMBOLS, LENGTH + REPEATED + 1, LENGTH - 1, draw_induction),
+    "binding": Task("binding", N_KEYS + N_VALUES + 1, 5 * PAIRS, 1 / PAIRS, draw_binding),
+    "induction": Task(
+        "induction", N_SYMBOLS, LENGTH + REPEATED + 1, LENGTH / (LENGTH - 1) ** 2, draw_induction
+    ),
 }
