@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cratelm.llm.client import DryRun, WorkerResult
     from cratelm.pipelines.demo import DemoResult
     from cratelm.pipelines.sae_compare import SaeCompareResult
+    from cratelm.probes.probe import ProbeResult
     from cratelm.replace.result import ReplaceResult
     from cratelm.report.report import ReportResult
     from cratelm.runs.check import CheckResult
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from cratelm.steer.steer import SteerResult
     from cratelm.tokens.tokenize import TokenizeResult
     from cratelm.train.loop import TrainResult
+    from cratelm.train.tune import TuneResult
 
 __all__ = [
     "analyze",
@@ -62,6 +64,7 @@ __all__ = [
     "intervene",
     "merge_harvest",
     "predict",
+    "probe",
     "replace",
     "report",
     "sae_compare",
@@ -72,6 +75,7 @@ __all__ = [
     "steer",
     "tokenize",
     "train",
+    "tune",
     "view",
 ]
 
@@ -86,6 +90,7 @@ def demo(
     run: str | Path = Path("runs/demo"),
     corpus: str = "builtin",
     size: Literal["1l", "2l", "3l"] = "2l",
+    families: tuple[str, ...] | None = None,
     vocab_size: int = 4096,
     steps: int = 500,
     tokens: int = 200_000,
@@ -100,15 +105,19 @@ def demo(
 
     Tokenizes a corpus, trains both models on the same tokens in the same order, harvests, explains and
     scores their neurons, measures which tokens the neurons promote, and writes a report. Two randomly
-    initialised models serve as controls. After an interruption, the same command resumes.
+    initialised models serve as controls. With --families, it does so for several families of models, and compares
+    all of them. After an interruption, the same command resumes.
 
     Args:
         run: run directory
         corpus: `builtin` (the source files of the Python standard library), a file, a folder or
             `hub:ID`; see `cratelm tokenize --help`
         size: number of layers of the twins (width 128, 512 neurons per layer)
+        families: families to compare instead of the twins, such as crate gpt2 gpt2-solu, each with
+            its untrained control; without names, all that differ. Explained by look-up and trie,
+            and run on these explanations; give a --run of its own
         vocab_size: number of tokens in the vocabulary, which is trained on the corpus
-        steps: training steps of each twin, 16 sequences of 256 tokens per step
+        steps: training steps of each model, 16 sequences of 256 tokens per step
         tokens: tokens harvested from each of the splits fit and held_out
         neurons: neurons per layer to explain and score, drawn at random; 0 = all
         sae: also train small sparse autoencoders on both twins and compare their latents with the
@@ -189,6 +198,59 @@ def tokenize(
     return _run("tokenize", locals())
 
 
+def tune(
+    *,
+    run: str | Path = Path("runs/default"),
+    model: str = "crate-2l",
+    name: str = "",
+    rates: tuple[float, ...] = (),
+    count: int = 5,
+    factor: float = 2.0,
+    steps: int = 100,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    optimizer: Literal["adamw", "muon"] | None = None,
+    validation_sequences: int | None = None,
+    seed: int = 0,
+    model_overrides: tuple[str, ...] = (),
+    freeze: tuple[Literal["dictionary", "mlp", "attention", "embeddings"], ...] = (),
+    l1: float = 0.0,
+    device: Literal["auto", "cpu"] = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> "TuneResult":
+    """Search the learning rate of a model: short trainings at several rates, on the same tokens in the same order.
+
+    The rate with the lowest validation loss is written to the run, and `cratelm train --tuned` uses it. The search is
+    the same for every family, so that none is compared at a rate that suits another.
+
+    Args:
+        run: run directory; its tokens must have been made by `cratelm tokenize`
+        model: FAMILY-SIZE, as for `cratelm train`
+        name: name of the search in the run, for a model that `train` gets with --name; default:
+            --model
+        rates: peak learning rates; default: --count rates around that of the recipe, each --factor
+            times the one before
+        count: number of rates without --rates, an odd number
+        factor: ratio of neighbouring rates without --rates
+        steps: steps of each training, which has the whole schedule of the recipe: warm-up, and a
+            cosine to its end
+        batch_size: sequences per step; this option and all down to --l1 are those of `cratelm
+            train`
+        sequence_length: T, tokens per sequence
+        optimizer: muon or adamw
+        validation_sequences: number of held-out sequences to validate on, always the same ones
+        seed: seed of the initial weights and of the order of the sequences
+        model_overrides: fields of the model's configuration as key=value
+        freeze: parts that keep their initial weights
+        l1: weight of an L1 penalty on the neurons in training
+        device: auto uses a GPU if there is one
+        force: redo the search even if it is finished
+        quiet: show no progress bar
+    """
+    return _run("tune", locals())
+
+
 def train(
     *,
     run: str | Path = Path("runs/default"),
@@ -201,6 +263,7 @@ def train(
     sequence_length: int | None = None,
     optimizer: Literal["adamw", "muon"] | None = None,
     learning_rate: float | None = None,
+    tuned: bool = False,
     minimum_ratio: float = 0.1,
     warmup: int | None = None,
     weight_decay: float = 0.1,
@@ -250,6 +313,7 @@ def train(
             embeddings, the head and the vectors (paper adamw; laptop muon, for sparse-gpt adamw)
         learning_rate: peak learning rate, the same for all parameters (paper 6e-4; laptop 1.5e-2,
             with adamw 3e-3)
+        tuned: use the learning rate that `cratelm tune` found for this model in this run
         minimum_ratio: learning rate of the last step as a fraction of the peak; it falls along a
             cosine
         warmup: steps over which the learning rate rises (paper 2,000; laptop 60; with another
@@ -404,6 +468,41 @@ def predict(
         quiet: no effect: `predict` has no progress bar, and accepts this option as every verb does
     """
     return _run("predict", locals())
+
+
+def probe(
+    *,
+    run: str | Path = Path("runs/default"),
+    models: tuple[str, ...] = (),
+    tasks: tuple[Literal["binding", "induction"], ...] = ("binding", "induction"),
+    steps: int = 500,
+    batch_size: int = 64,
+    learning_rate: float | None = None,
+    seeds: int = 1,
+    sequences: int = 2000,
+    force: bool = False,
+    quiet: bool = False,
+) -> "ProbeResult":
+    """Train models on synthetic tasks with known answers, and measure on fresh sequences what each family can do.
+
+    binding: recall which value was paired with a key. induction: continue a random sequence as it went on before.
+    Needs no tokens. Each model is a stage of its own: after an interruption the same command resumes.
+
+    Args:
+        run: run directory; results are written to `probes/MODEL/`
+        models: families, at 2l, or models of a named size, such as crate gpt2-solu crate-tssa-1l;
+            default: all families that differ
+        tasks: tasks on which models are trained, each from new weights
+        steps: training steps for each task and seed
+        batch_size: sequences per step
+        learning_rate: peak learning rate; default: 5e-3 with Muon, which all families but
+            sparse-gpt use, and 3e-3 with AdamW
+        seeds: number of trainings of each model and task, with the seeds 0, 1, ...
+        sequences: fresh sequences on which each training is tested, the same for all models
+        force: redo models even if they are finished
+        quiet: show no progress bar
+    """
+    return _run("probe", locals())
 
 
 def harvest(
