@@ -161,7 +161,9 @@ def _run(config: StudyConfig, recipe: Recipe) -> Iterator[str]:
     chains = study_chains(config)
     groups = recipe.seeded() if "seeds" in recipe.stages else {}
     if config.only:
-        groups = {b: cells for b, cells in groups.items() if {c.name for c in cells} & set(config.only)}  # fmt: skip
+        groups = {
+            b: cells for b, cells in groups.items() if {c.name for c in cells} & set(config.only)
+        }
     total, numbers = 1 + sum(map(len, chains)) + len(groups), count(1)
 
     def line(label: str) -> str:
@@ -208,7 +210,7 @@ def study_chains(config: StudyConfig) -> list[list[Step]]:
 def _steps(
     config: StudyConfig, recipe: Recipe, cell: Cell, flops: dict[str, float]
 ) -> Iterator[Step]:
-    common = {"force": config.force, "quiet": config.quiet}
+    common: Any = {"force": config.force, "quiet": config.quiet}
     for stage in recipe.stages_of(cell):
         if stage == "train":
             steps = recipe.steps(cell, flops) if cell.budget else None

@@ -82,9 +82,13 @@ def flops_of(recipe: Recipe) -> dict[str, float]:
 def costs(recipe: Recipe, run: Run, flops: Mapping[str, float]) -> list[StageCost]:
     """Return the cost of each stage, in order."""
     folders: dict[str, Any] = {
-        "train": "model", "harvest": "activations", "explain": "explanations", "score": "scores",
-        "replace": "replacement", "analyze": "analysis",
-    }  # fmt: skip
+        "train": "model",
+        "harvest": "activations",
+        "explain": "explanations",
+        "score": "scores",
+        "replace": "replacement",
+        "analyze": "analysis",
+    }
     found = []
     for stage, folder in folders.items():
         cells = [cell for cell in recipe.cells if stage in recipe.stages_of(cell)]
@@ -160,7 +164,9 @@ def _n_neurons(recipe: Recipe, cell: Cell) -> int:
     from cratelm.models import SIZES
 
     shape = SIZES[cell.architecture]
-    explain = [of for of in recipe.stages.get("explain", ()) if of.get("explainer")] or [recipe.options("explain")]  # fmt: skip
+    explain = [of for of in recipe.stages.get("explain", ()) if of.get("explainer")] or [
+        recipe.options("explain")
+    ]
     per_layer = explain[0].get("neurons") or 4 * shape.hidden_size
     return per_layer * shape.num_hidden_layers
 
@@ -200,7 +206,15 @@ def cost_table(of: Iterable[StageCost], rate: float) -> Table:
         (c.stage, c.models, c.finished, c.tokens, c.flops, c.flops / rate / 3600, c.calls)
         for c in of
     ]
-    total = ("in all", None, None, sum(r[3] for r in rows), sum(r[4] for r in rows), sum(r[5] for r in rows), sum(r[6] for r in rows))  # fmt: skip
+    total = (
+        "in all",
+        None,
+        None,
+        sum(r[3] for r in rows),
+        sum(r[4] for r in rows),
+        sum(r[5] for r in rows),
+        sum(r[6] for r in rows),
+    )
     columns = (
         Column("stage", "stage"),
         Column("models", "models", ",d"),

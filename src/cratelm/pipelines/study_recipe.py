@@ -201,7 +201,17 @@ def read_recipes(paths: Sequence[Path]) -> Recipe:
 def _read(path: Path) -> Recipe:
     content = _content(path)
     where = _Where(path)
-    known = ("question", "families", "sizes", "seeds", "controls", "rates", "switches", "equal_flops", "stages")  # fmt: skip
+    known = (
+        "question",
+        "families",
+        "sizes",
+        "seeds",
+        "controls",
+        "rates",
+        "switches",
+        "equal_flops",
+        "stages",
+    )
     where.check_keys("the recipe", content, known)
     where.check(isinstance(content.get("question", ""), str), "question", "must be text")
     stages = _stages(where, content.get("stages"))
@@ -253,7 +263,11 @@ class _Where:
         """Return a list of different words, each one of those allowed."""
         names = tuple(allowed)
         good = isinstance(value, list) and value and all(isinstance(v, str) for v in value)
-        self.check(bool(good), key, f"must be a list of {what}, such as [{', '.join(names[:2])}], not {value!r:.60}")  # fmt: skip
+        self.check(
+            bool(good),
+            key,
+            f"must be a list of {what}, such as [{', '.join(names[:2])}], not {value!r:.60}",
+        )
         unknown = next((v for v in value if v not in names), None)
         self.check(unknown is None, key, f"has {unknown!r}: expected {', '.join(names)}")
         self.check(len(set(value)) == len(value), key, "must name each once")
@@ -276,7 +290,11 @@ def _stages(where: _Where, value: Any) -> dict[str, tuple[dict[str, Any], ...]]:
         stages[stage] = options
     needs = {"explain": "harvest", "score": "explain", "seeds": "harvest"}
     for stage, needed in needs.items():
-        where.check(stage not in stages or needed in stages, "stages", f"has {stage} without {needed}: add {needed}")  # fmt: skip
+        where.check(
+            stage not in stages or needed in stages,
+            "stages",
+            f"has {stage} without {needed}: add {needed}",
+        )
     return stages
 
 
@@ -286,22 +304,31 @@ def _cells(where: _Where, content: Mapping[str, Any]) -> Iterator[Cell]:
     sizes = where.words("sizes", content.get("sizes"), layers, "sizes")
     seeds = content.get("seeds", [0])
     good = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)
-    where.check(bool(good) and len(set(seeds)) == len(seeds), "seeds", f"must be different numbers from 0, such as [0, 1, 2], not {seeds!r:.60}")  # fmt: skip
+    where.check(
+        bool(good) and len(set(seeds)) == len(seeds),
+        "seeds",
+        f"must be different numbers from 0, such as [0, 1, 2], not {seeds!r:.60}",
+    )
     controls = content.get("controls") or []
     if controls:
-        controls = where.words("controls", controls, NULLS, "null controls")
+        where.words("controls", controls, NULLS, "null controls")
+    kinds = [kind for kind in NULLS if kind in controls]
     rates = content.get("rates") or {}
     where.check_keys("rates", rates, FAMILIES)
     switches = _switches(where, content.get("switches") or {}, families, sizes)
     reference = content.get("equal_flops")
-    where.check(reference is None or reference in families, "equal_flops", f"is {reference!r}: name one of the families")  # fmt: skip
+    where.check(
+        reference is None or reference in families,
+        "equal_flops",
+        f"is {reference!r}: name one of the families",
+    )
     for seed in seeds:
         for family in families:
             rate = {"learning_rate": rates[family]} if family in rates else {}
             for size in sizes:
                 yield Cell(family, size, seed, train=rate)
                 if seed == seeds[0]:
-                    yield from (Cell(family, size, seed, control=kind) for kind in controls)
+                    yield from (Cell(family, size, seed, control=kind) for kind in kinds)
                 if reference and family != reference:
                     yield Cell(family, size, seed, budget=reference, train=rate)
         for switch in switches:
@@ -321,7 +348,11 @@ def _switches(
     for name, of in value.items():
         key = f"switches.{name}"
         check_name(f"{where.path}: the name of a switch", str(name), reserved="@+")
-        where.check(str(name) != EQUAL_FLOPS, key, "has the name of models trained for equal FLOPs: rename it")  # fmt: skip
+        where.check(
+            str(name) != EQUAL_FLOPS,
+            key,
+            "has the name of models trained for equal FLOPs: rename it",
+        )
         where.check_keys(key, of, ("families", "sizes", "train"))
         allowed = (f.name for f in fields(TrainConfig) if f.name not in _OF_THE_GRID)
         where.check_keys(f"{key}.train", of.get("train"), allowed)
@@ -330,7 +361,7 @@ def _switches(
                 str(name),
                 where.words(
                     f"{key}.families", of.get("families", list(families)), FAMILIES, "families"
-                ),  # fmt: skip
+                ),
                 where.words(f"{key}.sizes", of.get("sizes", list(sizes)), sizes, "sizes"),
                 of["train"],
             )
@@ -358,7 +389,11 @@ def configs_of(
         kind = STAGES[stage]
         given: dict[str, Any] = {"seed": 0, **options, **common, "run": run, "model": cell.name}
         if cell.control and stage == "explain" and "explainer" not in options:
-            given["explainers"] = [e for e in options.get("explainers", ExplainConfig.explainers) if "concepts" not in e] or ["lookup"]  # fmt: skip
+            given["explainers"] = [
+                e
+                for e in options.get("explainers", ExplainConfig.explainers)
+                if "concepts" not in e
+            ] or ["lookup"]
         yield _config(kind, given, where, f"stages.{stage}")
 
 

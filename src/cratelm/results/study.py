@@ -31,6 +31,8 @@ _EXTRA: tuple[StageName, ...] = ("replacement", "analysis")
 LOSS, REPLACED, LOST, CARRIED, RECOVERED = "loss", "loss_replaced", "nats_lost", "carried", "recovered"  # fmt: skip
 CONTEXT, DENSITY = "context_explained", "density"
 ALL, PRECISION, HARD = "all_tokens", "precision_top", "auc_hard"
+_WHOLE = {ALL: "correlation", PRECISION: "precision_top", HARD: "auc_hard"}
+"""measures over all held-out tokens, and their fields in `WholeScore`"""
 _OF_LOSSES: dict[str, Callable[..., Array]] = {
     LOSS: lambda true, mean, replaced: true,
     REPLACED: lambda true, mean, replaced: replaced,
@@ -297,12 +299,7 @@ def _model(results: RunResults, name: str) -> ModelResults:
 
 
 def _read(results: RunResults, m: ModelResults) -> _Read:
-    scores = {
-        key: of.values
-        for key, of in read_model_scores(
-            results, m, {ALL: "correlation", PRECISION: "precision_top", HARD: "auc_hard"}
-        ).items()  # fmt: skip
-    }
+    read = read_model_scores(results, m, _WHOLE)
     metric = results.metrics[0]
     statistics = m.find(results.explainer, metric)
     counts = statistics.counts if statistics else None
@@ -311,7 +308,7 @@ def _read(results: RunResults, m: ModelResults) -> _Read:
     measured = stage.completion() is not None
     return _Read(
         training=_training(m),
-        scores=scores,
+        scores={key: of.values for key, of in read.items()},
         density={layer: of.firing_rate for layer, of in m.sparsity.items()},
         losses=_losses(read_documents(stage.path)) if measured else None,
         unexplained=_unexplained(stage.path) if measured else {},

@@ -34,9 +34,14 @@ class Replicates:
     """the figure of each seed alone"""
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """Return the bounds of the 95% percentile interval."""
+        return percentile_bounds(self.drawn, 0.95)
+
+    @property
     def interval(self) -> Interval:
-        """Return the figure with its 95% percentile interval; `n` is the number of seeds."""
-        return Interval(self.value, *percentile_bounds(self.drawn, 0.95), len(self.by_seed))
+        """Return the figure with its interval; `n` is the number of seeds."""
+        return Interval(self.value, *self.bounds, len(self.by_seed))
 
     @property
     def p_value(self) -> float:

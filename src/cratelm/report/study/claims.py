@@ -91,11 +91,10 @@ class Tested:
     @property
     def verdict(self) -> Verdict:
         """Return whether the claim holds, is contradicted, or is undecided."""
-        interval = self.difference.interval
-        assert interval.low is not None and interval.high is not None
-        if self.p >= ALPHA or interval.low <= 0 <= interval.high:
+        low, high = self.difference.bounds
+        if self.p >= ALPHA or low <= 0 <= high:
             return "undecided"
-        return "holds" if interval.value * self.claim.sign > 0 else "contradicted"
+        return "holds" if self.difference.value * self.claim.sign > 0 else "contradicted"
 
 
 def claims_of(size: str) -> Iterator[Claim]:

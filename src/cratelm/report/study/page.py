@@ -39,7 +39,9 @@ class StudyPage:
         """Write `NAME.md`, `NAME-FIGURE.png` and `NAME.json` into a folder; return the page."""
         text = self.text
         for figure in self.figures:
-            drawn = Figure(f"{name}-{figure.name}", figure.title, figure.caption, figure.panels, figure.series)  # fmt: skip
+            drawn = Figure(
+                f"{name}-{figure.name}", figure.title, figure.caption, figure.panels, figure.series
+            )
             drawn.write_png(folder)
             text = text.replace(f"{{figure:{figure.name}}}", f"{drawn.name}.png")
         write_json(folder / f"{name}.json", self.results)
@@ -108,7 +110,7 @@ def _all_figures(results: StudyResults) -> dict[str, Any]:
                 "low": f.interval.low,
                 "high": f.interval.high,
                 "by_seed": list(f.by_seed),
-            }  # fmt: skip
+            }
             for key, f in of.items()
             if f is not None
         }
@@ -129,7 +131,11 @@ def _head(
     counts = tokens.results.get("tokens", {}) if tokens else {}
     seeds = sorted({seed for g in groups for seed in g.models})
     tokenize = next(iter(settings["stages"].get("tokenize", [])), {})
-    corpus = "the sources of the Python standard library" if settings["corpus"] == "builtin" else f"`{Path(str(settings['corpus'])).name}`"  # fmt: skip
+    corpus = (
+        "the sources of the Python standard library"
+        if settings["corpus"] == "builtin"
+        else f"`{Path(str(settings['corpus'])).name}`"
+    )
     return "\n\n".join(
         [
             f"# Study: {' and '.join(Path(r).stem for r in settings['recipes'])}",
@@ -154,7 +160,10 @@ def _head(
 def _claims(tested: Sequence[Tested]) -> str:
     if not tested:
         return ""
-    by = {verdict: [t for t in tested if t.verdict == verdict] for verdict in ("holds", "contradicted", "undecided")}  # fmt: skip
+    by = {
+        verdict: [t for t in tested if t.verdict == verdict]
+        for verdict in ("holds", "contradicted", "undecided")
+    }
     sentence = (
         f"Of {len(tested)} comparisons {len(by['holds'])} hold, {len(by['contradicted'])} are contradicted, and"
         f" {len(by['undecided'])} are undecided at this budget. A comparison is decided if its interval excludes 0"
@@ -183,13 +192,17 @@ def _frontier(results: StudyResults, groups: Sequence[StudyGroup], size: str) ->
     for measure, title in titles.items():
         points = plane(results, of_size, measure)
         if sum(point is not None for point in points) > 1:
-            panels.append(Panel(title, scatter(series, points, "loss, nats", MEASURES[measure].label)))  # fmt: skip
+            panels.append(
+                Panel(title, scatter(series, points, "loss, nats", MEASURES[measure].label))
+            )
     if not panels:
         return None
     caption = (
         "Each point is a model, the mean over its seeds; bars are 95% intervals in both directions."
     )
-    return Figure(f"frontier-{size}", f"Loss and interpretability, {size}", caption, tuple(panels), series)  # fmt: skip
+    return Figure(
+        f"frontier-{size}", f"Loss and interpretability, {size}", caption, tuple(panels), series
+    )
 
 
 def _frontier_part(
