@@ -238,7 +238,7 @@ def _page(
     """Write the page into the run, and beside `config.page`; return its path, and the claims as text."""
     stage = run.stage("study", recipe.name)
     settings = {
-        "recipes": [path.name for path in config.recipes],
+        "recipes": list(recipe.names),
         "corpus": tokenize_config(recipe, config.run).corpus,
         "stages": {s: [dict(of) for of in options] for s, options in recipe.stages.items()},
         "resamples": config.resamples,

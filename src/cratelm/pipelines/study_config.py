@@ -19,8 +19,8 @@ class StudyConfig(Options):
     """
 
     recipes: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RECIPES")]]
-    """recipes: YAML files, such as those of the folder `recipes/`. Those of one command share tokens and stages, and
-    make one page"""
+    """recipes: YAML files, or cratelm's own by name: laptop, frontier, small, paper. Those of one command share tokens
+    and stages, and make one page"""
     run: Path = not_in_identity(Path("runs/study"))
     """run directory, the same for every recipe that shares tokens"""
     corpus: str | None = None
@@ -48,7 +48,7 @@ class StudyConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.recipes:
-            raise InputError("no recipe is named: type `cratelm study recipes/laptop.yaml`")
+            raise InputError("no recipe is named: type `cratelm study laptop`")
         if len(set(self.recipes)) < len(self.recipes):
             raise InputError(f"{' '.join(map(str, self.recipes))}: name each recipe once")
         at_least(self, {"jobs": 0, "tflops": 0, "resamples": 100})

@@ -62,20 +62,20 @@ class StageCost:
 
 
 def flops_of(recipe: Recipe) -> dict[str, float]:
-    """Return the operations per token of a forward pass, by FAMILY-SIZE and by the name of each model.
+    """Return the operations per token of a forward pass, by the name of each model, and of each plain family.
 
     Raises `InputError` for options that a model refuses: before anything is trained.
     """
     vocab = tokenize_config(recipe, Path()).vocab_size
     found: dict[str, float] = {}
     for cell in recipe.cells:
-        config = train_config(recipe, cell, Path())
-        length = config.resolved().sequence_length
-        overrides = tuple(sorted(config.overrides().items()))
-        found[cell.name] = forward_flops(cell.architecture, vocab, length, overrides)
-        for family in {cell.family, cell.budget} - {""}:
-            name = f"{family}-{cell.size}"
-            found.setdefault(name, forward_flops(name, vocab, length))
+        plain = [Cell(f, cell.size) for f in {cell.family, cell.budget} - {""}]
+        for of in (cell, *plain):
+            config = train_config(recipe, of, Path())
+            length = config.resolved().sequence_length
+            overrides = tuple(sorted(config.overrides().items()))
+            if of.name not in found:
+                found[of.name] = forward_flops(of.architecture, vocab, length, overrides)
     return found
 
 

@@ -157,21 +157,43 @@ class Recipe:
     def steps(self, cell: Cell, flops: Mapping[str, float]) -> int:
         """Return the number of training steps of a model.
 
-        `flops` are those of a forward pass per token, by FAMILY-SIZE; only models trained for equal FLOPs need them.
+        `flops` are those of a forward pass per token, by name; only models trained for equal FLOPs need them.
         """
         plain = train_config(self, cell, Path()).resolved().steps
         if not cell.budget or not plain:
             return plain
-        return max(1, round(plain * flops[f"{cell.budget}-{cell.size}"] / flops[cell.architecture]))
+        return max(1, round(plain * flops[f"{cell.budget}-{cell.size}"] / flops[cell.name]))
 
 
-def read_recipes(paths: Sequence[Path]) -> Recipe:
-    """Return what the recipes say together.
+def own_recipes() -> dict[str, Path]:
+    """Return the recipes that come with cratelm, by name."""
+    package = Path(__file__).parents[1]
+    # of an installed package, or of a checkout of the repository
+    folders = (package / "recipes", package.parents[1] / "recipes")
+    found = (path for folder in folders for path in sorted(folder.glob("*.yaml")))
+    return {path.stem: path for path in found}
+
+
+def _found(path: Path) -> Path:
+    """Return the file that is named: itself, or the recipe of cratelm with that name."""
+    if path.exists():
+        return path
+    own = own_recipes()
+    if str(path) in own:
+        return own[str(path)]
+    raise InputError(
+        f"there is no recipe {path}: name a YAML file, or one of cratelm's own, {', '.join(own)}"
+    )
+
+
+def read_recipes(named: Sequence[Path]) -> Recipe:
+    """Return what the recipes say together: files, or names of cratelm's own, such as `laptop`.
 
     Raises `InputError`, which names the file and the key, for a recipe that cannot be read, unknown keys, families or
     options, options that their verb refuses, and recipes whose stages differ.
     """
     import_outside_families()
+    paths = [_found(path) for path in named]
     read = [_read(path) for path in paths]
     first = read[0]
     for path, other in zip(paths[1:], read[1:], strict=True):
@@ -312,7 +334,7 @@ def _cells(where: _Where, content: Mapping[str, Any]) -> Iterator[Cell]:
     controls = content.get("controls") or []
     if controls:
         where.words("controls", controls, NULLS, "null controls")
-    kinds = [kind for kind in NULLS if kind in controls]
+    kinds: list[NullKind] = [kind for kind in NULLS if kind in controls]
     rates = content.get("rates") or {}
     where.check_keys("rates", rates, FAMILIES)
     switches = _switches(where, content.get("switches") or {}, families, sizes)

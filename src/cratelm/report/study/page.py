@@ -138,7 +138,7 @@ def _head(
     )
     return "\n\n".join(
         [
-            f"# Study: {' and '.join(Path(r).stem for r in settings['recipes'])}",
+            f"# Study: {' and '.join(settings['recipes'])}",
             *questions,
             f"Corpus: {corpus}; {counts.get('train', 0):,} training tokens, {counts.get('fit', 0):,} from which neurons"
             f" are explained, {counts.get('held_out', 0):,} held out; vocabulary"
@@ -278,7 +278,7 @@ def _limits(
 
 def _reproduce(settings: Mapping[str, Any]) -> str:
     corpus = "" if settings["corpus"] == "builtin" else " --corpus CORPUS"
-    recipes = " ".join(f"recipes/{name}" for name in settings["recipes"])
+    recipes = " ".join(settings["recipes"])
     return _section(
         "Reproduce",
         f"```sh\ncratelm study {recipes} --run runs/study{corpus}\n```",

@@ -197,13 +197,11 @@ def plane(
     points: list[tuple[Interval, Interval] | None] = []
     for g in groups:
         a, b = results.figure(g.name, LOSS), results.figure(g.name, measure)
-        points.append(
-            None if a is None or b is None else (a.interval, _scaled(b.interval, measure))
-        )
+        points.append(None if a is None or b is None else (a.interval, _scaled(b, measure)))
     return points
 
 
-def _scaled(interval: Interval, measure: str) -> Interval:
+def _scaled(figure: Replicates, measure: str) -> Interval:
     by = MEASURES[measure].scale
-    assert interval.low is not None and interval.high is not None
-    return Interval(by * interval.value, by * interval.low, by * interval.high, interval.n)
+    low, high = figure.bounds
+    return Interval(by * figure.value, by * low, by * high, len(figure.by_seed))
