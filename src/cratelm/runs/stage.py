@@ -51,6 +51,7 @@ StageName = Literal[
     "replacement",
     "probes",
     "report",
+    "study",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 MANIFEST = "manifest.json"
@@ -83,6 +84,7 @@ _VERBS: dict[StageName, str] = {
     "replacement": "replace",
     "probes": "probe",
     "report": "report",
+    "study": "study",
 }
 
 
