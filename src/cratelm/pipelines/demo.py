@@ -73,7 +73,7 @@ without the head, on all cores: 104 and 113 s for the demo's twins, two at a tim
 _FAMILIES_REPLACED_BY = ("lookup", "trie")
 """explanations that the models of `--families` run on"""
 _FAMILIES_REPLACED_COST = 12.0
-"""the same figure for these two"""
+"""a guess at the same figure for these two, which need no predicates; it was not measured"""
 _ABLATED = 1024
 """held-out tokens on which the loss without each neuron is measured; few, because it is slow"""
 _SECONDS_PER_EFFECT = 0.026
@@ -300,9 +300,8 @@ def _sae_config(config: DemoConfig) -> SaeCompareConfig:
 def _plan(config: DemoConfig) -> str:
     """Return what the demo will do and how long it may take, estimated from a short measurement on this machine."""
     run, (trained, controls) = Run(config.run), _models(config)
-    all_stages, cost = config.families is None, _REPLACED_COST
-    if not all_stages:
-        cost = _FAMILIES_REPLACED_COST
+    all_stages = config.families is None
+    cost = _REPLACED_COST if all_stages else _FAMILIES_REPLACED_COST
     training = harvesting = scoring = replacing = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
     for name in trained + controls:
@@ -338,7 +337,8 @@ def _plan(config: DemoConfig) -> str:
         f"expected: about {total} minute{'s' * (total != 1)} on this machine"
         f" ({os.cpu_count()} cores): training {minutes[0]:.1f}, harvest {minutes[1]:.1f},"
         f" explaining and scoring {minutes[2]:.1f}, running on explanations {minutes[3]:.1f}"
-        f"{f', effects {minutes[4]:.1f}' if all_stages else ''}{f', autoencoders {minutes[5]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
+        f"{f', effects {minutes[4]:.1f}' if all_stages else ''}"
+        f"{f', autoencoders {minutes[5]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
         f"{listed} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"
         f" controls {' and '.join(controls) if all_stages else 'the same untrained'}; all files are written to {config.run}"
     )

@@ -22,7 +22,8 @@ from cratelm.train.optimizers import learning_rate, make_optimizers, set_learnin
 from cratelm.train.weight_sparsity import WeightSparsity, gradient_limit
 
 LEARNING_RATES = {"muon": 5e-3, "adamw": 3e-3}
-"""peak by optimizer. With the 1.5e-2 of the laptop recipe, GPT-2 learns `induction` in three times as many steps"""
+"""peak by optimizer. At the 1.5e-2 of the laptop recipe GPT-2 had not learned a longer `induction`, of 16 tokens, in 400
+steps; at 5e-3 it learns this one in 200"""
 _TRAINING, _TESTING = 0, 1
 """streams of random numbers"""
 _ROWS = 512
