@@ -29,6 +29,7 @@ OPTIONS = {"device", "dtype", "revision", "trust_remote_code"}
 OPENS_NO_MODEL = {
     "demo", "tokenize", "train", "explain", "report", "check", "sae compare", "import authors",
     "import sae", "import sparse-gpt", "import records", "export records", "export neuronpedia",
+    "tune", "probe", "study",
 }  # fmt: skip
 """verbs that open no model from elsewhere: they read results, or models that they train themselves"""
 FEW: dict[str, Any] = {"tokens": 600, "pilot_tokens": 64, "top": 4, "random": 4, "per_bin": 2, "context": 4, "sequence_length": 32}  # fmt: skip

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 from cratelm.errors import InputError
-from cratelm.runs import Options, Settings, at_least, config_dict, not_in_identity, options_of
+from cratelm.runs import (
+    Options,
+    Settings,
+    at_least,
+    check_memory,
+    config_dict,
+    not_in_identity,
+    options_of,
+)
 
 TaskName = Literal["binding", "induction"]
 
@@ -43,6 +51,9 @@ class ProbeConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, {"steps": 1, "batch_size": 1, "seeds": 1, "sequences": 1})
+        # Tokens and targets of at most 25 positions, and the random numbers that they are drawn with.
+        for name in ("batch_size", "sequences"):
+            check_memory(self, {name: 8 * 75 * getattr(self, name)}, "random sequences")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise InputError(f"--learning-rate is {self.learning_rate}: it must be above 0")
         for option in ("models", "tasks"):
