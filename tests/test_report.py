@@ -558,7 +558,7 @@ def test_any_two_of_several_models(run):
     assert {row["model"] for row in rows} == {"crate-2l", "gpt2-2l", "gpt2-solu-2l"}
     metric = results.metrics[0]
     of_crate = next(row for row in rows if row["model"] == "crate-2l")
-    assert of_crate[metric]["value"] == pytest.approx(100 * crate.find(results.explainer, metric).mean)  # fmt: skip
+    assert of_crate[metric]["value"] == pytest.approx(crate.find(results.explainer, metric).mean)
     pairs = overview.pairs_table(several, 50, 0).records()
     assert [row["models"] for row in pairs] == ["crate-2l − gpt2-2l"] * 2 + ["gpt2-2l − gpt2-2l"]
     assert pairs[0]["difference"]["value"] == pytest.approx(pairs[0]["mean_a"] - pairs[0]["mean_b"])

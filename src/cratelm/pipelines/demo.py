@@ -21,7 +21,7 @@ from cratelm.analysis.analyze import analyze
 from cratelm.analysis.config import AnalyzeConfig
 from cratelm.corpus.sources import open_corpus
 from cratelm.errors import InputError
-from cratelm.explain.config import ExplainConfig
+from cratelm.explain.config import ExplainConfig, ExplainerName
 from cratelm.explain.explain import explain
 from cratelm.models import FAMILIES, build
 from cratelm.models.families import different_families, import_outside_families
@@ -201,7 +201,7 @@ def _check_families(config: DemoConfig) -> None:
         )
 
 
-def _explainers(config: DemoConfig, is_trained: bool = True) -> tuple[str, ...]:
+def _explainers(config: DemoConfig, is_trained: bool = True) -> tuple[ExplainerName, ...]:
     """Return the explainers of a model without a language model."""
     return _EXPLAINERS if is_trained and config.families is None else _CONTROLLED
 
