@@ -188,3 +188,11 @@ def test_a_name_is_escaped() -> None:
     found = finding(run(model("<b>x", metric(50.0))))
     assert found is not None
     assert "<b>" not in finding_picture(found)
+
+
+def test_variants_have_their_own_names():
+    """Only the plain models are called CRATE and GPT-2."""
+    from cratelm.runs.names import is_variant
+
+    assert [is_variant(n) for n in ("crate-2l", "gpt2-12l", "crate-2l-seed1", "elsewhere")] == [False] * 4  # fmt: skip
+    assert all(is_variant(n) for n in ("crate-tssa-2l", "gpt2-solu-1l", "gpt2-topk-2l-seed1"))
