@@ -37,7 +37,7 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 _ROWS = 4096
 """contexts that are computed on at a time"""
-_COLUMNS = 16
+_COLUMNS = 64
 """neurons whose values are copied at a time"""
 
 
@@ -58,12 +58,15 @@ class ContextSums:
         """Add activations [n, H] at tokens whose contexts are `matched` [D, n] (`Contexts.match`)."""
         deepest = deepest_of(matched)
         groups = TokenGroups.of(np.where(deepest == ROOT, len(self.contexts), deepest))
-        self.deepest[groups.tokens] += rounded(groups.sums(activations), self._quantum)
-        for level, of_level in enumerate(matched):
-            inside = of_level != ROOT
-            part = activations if inside.all() else activations[inside]
-            squares = np.einsum("nh,nh->h", part, part, dtype=np.float64)
-            self.squares[level] += rounded(squares, self._quantum)
+        values = activations.astype(np.float64)
+        self.deepest[groups.tokens] += rounded(groups.sums(values), self._quantum)
+        # a token that has a context of a level has one of each level above it
+        n_levels = np.count_nonzero(matched != ROOT, axis=0)
+        by_number = TokenGroups.of(n_levels)
+        squares = np.zeros((self.contexts.depth + 1, values.shape[1]))
+        squares[by_number.tokens] = by_number.sums(np.square(values, out=values))
+        at_least = np.cumsum(squares[::-1], axis=0)[::-1]
+        self.squares += rounded(at_least[1:], self._quantum)
         self.n += len(activations)
 
     def merge(self, other: "ContextSums") -> None:
