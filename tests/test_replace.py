@@ -48,7 +48,7 @@ from cratelm.replace.store import (
     read_replacement_summary,
 )
 from cratelm.replace.summary import Figures
-from cratelm.replace.tables import ContextSums
+from cratelm.replace.tables import ContextSums, _highest_by_family, _sums_by_family
 from cratelm.replace.text import BatchText, predicted, successors
 from cratelm.replace.token_cost import token_cost
 from cratelm.report.sections import replacement as section
@@ -292,6 +292,16 @@ def test_a_shared_limit_goes_to_the_neurons_that_vary(fitted):
         assert len(shared.rise.tocsc()[:, [h]].data) == wanted
     errors = [((t.predict(matched) - activations) ** 2).sum() for t in (own, shared)]
     assert errors[1] < errors[0]
+
+
+def test_families_are_added_and_compared_as_by_reduceat():
+    rng = np.random.default_rng(0)
+    for first in ([0], [0, 1, 2], [0, 5, 6, 30]):
+        values = rounded(rng.normal(size=(40, 3)), 2.0**-20)
+        sums = _sums_by_family(values, np.array(first))
+        assert (sums == np.add.reduceat(values, first, axis=0)).all()
+        highest = _highest_by_family(values.astype(np.float32), np.array(first))
+        assert (highest == np.maximum.reduceat(values.astype(np.float32), first, axis=0)).all()
 
 
 def test_sums_do_not_depend_on_the_order(fitted):
@@ -623,6 +633,59 @@ def test_blocks_that_are_skipped_change_nothing(kind):
         assert needed == ((places[-1],) if passes and places else places)
         of_needed = {p: codes[p] for p in needed}
         assert explained.losses(trace, of_needed).numpy() == pytest.approx(expected, rel=1e-4, abs=1e-5)  # fmt: skip
+
+
+def test_modules_before_a_replaced_site_do_not_run_again():
+    model = any_model("gpt2")
+    explained = ExplainedModel(model, site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    trace = explained.trace(ids)
+    calls = []
+
+    def counted(name, module):
+        plain = module.forward
+        # on the instance, as accelerate does: it must still be there after the losses
+        module.forward = lambda x: (calls.append(name), plain(x))[1]
+
+    for number, block in enumerate(model.transformer.h):
+        counted(f"{number}.attn", block.attn.c_attn)
+        counted(f"{number}.mlp", block.mlp.c_fc)
+
+    def called(*places):
+        calls.clear()
+        explained.losses(trace, {p: codes[p] for p in places})
+        return sorted(calls)
+
+    assert called(0, 1) == ["1.attn"]
+    assert called(0) == ["1.attn", "1.mlp"]
+    assert called(1) == []
+    assert called() == []  # from the stored outputs of the last block
+    calls.clear()
+    explained.trace(ids)
+    assert sorted(calls) == ["0.attn", "0.mlp", "1.attn", "1.mlp"]
+
+
+def test_attention_weights_are_not_stored():
+    model = any_model("gpt2")
+    model.config._attn_implementation = "eager"
+    explained = ExplainedModel(model, site_of(model))
+    ids, _ = ids_and_codes(explained.site)
+    outputs = [of for of in explained.trace(ids).before[0] if isinstance(of, tuple)]
+    assert [len(of) for of in outputs] == [2]
+    assert outputs[0][1] is None
+
+
+@pytest.mark.parametrize("kind", ["crate", "gpt2"])
+def test_losses_of_some_tokens_are_those_of_all(kind):
+    explained = ExplainedModel(model := any_model(kind), site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    trace = explained.trace(ids)
+    only = torch.arange(ids.shape[1] - 1)[None] % 3 == 0
+    masks = {p: torch.arange(of.shape[1]) % 2 == 0 for p, of in codes.items()}
+    for mixed in (None, masks):
+        whole = explained.losses(trace, codes, mixed)
+        some = explained.losses(trace, codes, mixed, only)
+        assert some[only].numpy() == pytest.approx(whole[only].numpy(), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

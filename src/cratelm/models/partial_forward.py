@@ -25,7 +25,7 @@ with one neuron edited). A place is the number of a layer among the layers of th
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -243,17 +243,11 @@ class PartialForward:
     @contextlib.contextmanager
     def replayed(self, block: int, hidden: torch.Tensor | None) -> Iterator[None]:
         """Make `block` return `hidden`, and the blocks before it their own input, while open; block -1 changes nothing."""
-        # `forward` is set on the instance, not `__call__`, which Python looks up on the class. So hooks
-        # of the blocks still run, and removing the attribute restores the class's method.
         patched = self.blocks[: block + 1]
-        try:
-            for number, module in enumerate(patched):
-                output = hidden if number == block else None
-                module.__dict__["forward"] = _returning(output, self._returns_tuple[number])
+        outputs = (hidden if number == block else None for number in range(len(patched)))
+        forwards = [_block(of, self._returns_tuple[i]) for i, of in enumerate(outputs)]
+        with _patched(patched, forwards):
             yield
-        finally:
-            for module in patched:
-                module.__dict__.pop("forward", None)
 
     def _checked(self, place: int, writes: torch.Tensor | None) -> torch.Tensor | None:
         """Return `writes` if changing a neuron by it gives the logits that the hook gives, else None.
@@ -279,7 +273,34 @@ class PartialForward:
         return writes if (rank_one - by_hook).abs().max() <= TOLERANCE * change + 1e-6 else None
 
 
-def _returning(output: torch.Tensor | None, as_tuple: bool) -> Callable[..., Any]:
+@contextlib.contextmanager
+def returning(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Make modules return these outputs while open, whatever they are called with."""
+    with _patched(modules, [lambda *_, output=output, **__: output for output in outputs]):
+        yield
+
+
+@contextlib.contextmanager
+def _patched(
+    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Let modules call these functions as their `forward` while open."""
+    # `forward` is set on the instance, not `__call__`, which Python looks up on the class. So hooks
+    # of the modules still run. A module may have its own already, as those that accelerate places on devices do.
+    before = [module.__dict__.get("forward") for module in modules]
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _block(output: torch.Tensor | None, as_tuple: bool) -> Callable[..., Any]:
     """Return a `forward` for a block that returns `output`, or its own input if that is None."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cratelm.models.partial_forward import returning
 from cratelm.models.sites import Site
 
 
@@ -68,8 +69,15 @@ class Prefix:
 
     @contextlib.contextmanager
     def recorded(self, outputs: list[Any]) -> Iterator[None]:
-        """Append what the modules of `before` return while open."""
-        handles = [m.register_forward_hook(lambda *a: outputs.append(a[-1])) for m in self.before]
+        """Append what the modules of `before` return while open, without attention weights."""
+
+        def append(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, tuple):
+                weights = (None if isinstance(of, torch.Tensor) else of for of in output[1:])
+                output = (output[0], *weights)
+            outputs.append(output)
+
+        handles = [m.register_forward_hook(append) for m in self.before]
         try:
             yield
         finally:
@@ -79,14 +87,14 @@ class Prefix:
     @contextlib.contextmanager
     def replayed(self, outputs: Sequence[Any]) -> Iterator[None]:
         """Let the modules of `before` return `outputs` while open."""
-        with _returning(self.before, outputs):
+        with returning(self.before, outputs):
             yield
 
     @contextlib.contextmanager
     def skipped(self, hidden: torch.Tensor) -> Iterator[None]:
         """Let the modules of `feeds` return zeros [B, T, H] of the type of `hidden` [B, T, D] while open."""
         zeros = hidden.new_zeros(1).expand(*hidden.shape[:2], self.width)
-        with _returning(self.feeds, [zeros] * len(self.feeds)):
+        with returning(self.feeds, [zeros] * len(self.feeds)):
             yield
 
 
@@ -103,16 +111,3 @@ def _returned_before(
         for what, module, output in calls[:n_before]
         if what == "end" and order.count(("end", module)) == 1
     ]
-
-
-@contextlib.contextmanager
-def _returning(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Let modules return these outputs while open, whatever they are called with."""
-    try:
-        for module, output in zip(modules, outputs, strict=True):
-            # on the instance, as in `PartialForward.replayed`: hooks of the module still run
-            module.__dict__["forward"] = lambda *_, output=output, **__: output
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)

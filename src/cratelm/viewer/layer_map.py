@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cratelm.results.neuron_groups import OTHER_TOKENS, TOKEN_CLASSES
 from cratelm.results.views import MapPoint
 from cratelm.text.display import visible
-from cratelm.text.units import units_in
+from cratelm.text.units import TokenStrings, units_in
 from cratelm.viewer.drawings import shortened
 from cratelm.viewer.peaks import BEFORE, Peaks
 
@@ -40,6 +40,9 @@ _ZOOMS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 _LETTER, _BESIDE, _LINE, _ABOVE = 7.3, 6.0, 19.0, 15.0
 """pixels: width of a character of a label, space on each side of it, height of a label, and its distance above the middle
 of its cluster"""
+
+_DIGITS = np.frombuffer(b"0123456789a", np.uint8)
+"""hexadecimal digits of the levels 0 to 10"""
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,28 @@ def details(points: Sequence[MapPoint], peaks: Peaks | None, strings: Sequence[s
     if peaks is None:
         peaks = Peaks.empty(0)
     inside = peaks.tokens >= 0  # one run of columns in each row
+    digits = _DIGITS[peaks.levels]
+    joining = strings.joining if isinstance(strings, TokenStrings) else frozenset[int]()
+    # almost all tokens are units of their own: these are made visible once each
+    ids, at = np.unique(peaks.tokens[inside], return_inverse=True)
     words: dict[str, int] = {}
+    position = [words.setdefault(visible(strings[i]), len(words)) for i in ids.tolist()]
+    word_at = np.zeros(inside.shape, np.int64)
+    word_at[inside] = np.array(position, np.int64)[at]
+    joins = (np.isin(peaks.tokens, list(joining)) & inside).any(1).tolist()
     excerpts, levels, at_peak = [], [], []
-    for row, (low, length) in enumerate(zip(inside.argmax(1), inside.sum(1), strict=True)):
+    spans = zip(inside.argmax(1).tolist(), inside.sum(1).tolist(), joins, strict=True)
+    for row, (low, length, is_joined) in enumerate(spans):
+        of_row = digits[row, low : low + length]
+        if not is_joined:
+            excerpts.append(word_at[row, low : low + length].tolist())
+            levels.append(of_row.tobytes().decode())
+            at_peak.append(BEFORE - low if low <= BEFORE < low + length else 0)
+            continue
         units = units_in(peaks.tokens[row, low : low + length].tolist(), strings)
-        of_row = peaks.levels[row, low : low + length]
         excerpts.append([words.setdefault(visible(unit.text), len(words)) for unit in units])
-        levels.append("".join(f"{of_row[unit.start : unit.stop].max():x}" for unit in units))
+        # hexadecimal digits ascend as their codes do
+        levels.append("".join(chr(of_row[unit.start : unit.stop].max()) for unit in units))
         at_peak.append(next((n for n, unit in enumerate(units) if BEFORE - low < unit.stop), 0))
     return {
         "score": [None if p.score is None else round(p.score, 1) for p in points],
