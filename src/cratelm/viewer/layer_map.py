@@ -164,12 +164,14 @@ def place_labels(points: Sequence[MapPoint]) -> list[Label]:
     clusters = [(points[rows[0]].group.shares, rows) for rows in _clusters(points, xy)]
     clusters.sort(key=lambda c: (-len(c[1]), c[0], c[1][0]))
     labels: list[Label] = []
+    placed = np.zeros((4, _MOST_LABELS))  # x, y, width and zoom of each label
     for text, rows in clusters[:_MOST_LABELS]:
         x, y = np.median(xy[rows], axis=0).tolist()
-        half = _width(text) / 2
-        x = min(max(x, half), max(half, WIDTH - half))  # the whole label is visible at zoom 1
-        zoom = _first_zoom(text, x, y, labels)
+        width = _width(text)
+        x = min(max(x, width / 2), max(width / 2, WIDTH - width / 2))  # whole at zoom 1
+        zoom = _first_zoom(x, y, width, placed[:, : len(labels)])
         if zoom is not None:
+            placed[:, len(labels)] = x, y, width, zoom
             labels.append(Label(text, x, y, len(rows), zoom))
     return labels
 
@@ -193,17 +195,17 @@ def _clusters(points: Sequence[MapPoint], xy: NDArray[np.float64]) -> list[NDArr
     return [rows for rows in clusters if len(rows) >= _LEAST]
 
 
-def _first_zoom(text: str, x: float, y: float, others: Sequence[Label]) -> float | None:
-    """Return the first of `_ZOOMS` at which a label overlaps none of the visible `others`, and these are not too many.
+def _first_zoom(x: float, y: float, width: float, others: NDArray[np.float64]) -> float | None:
+    """Return the first of `_ZOOMS` at which a label overlaps no visible one, and there are not too many.
 
-    None if there is no such zoom.
+    `others` [4, n] are x, y, width and zoom of the labels of larger clusters. None if there is no such zoom.
     """
-    if not others:
+    if not others.size:
         return _ZOOMS[0]
-    dx, dy = (np.abs([o.x - x for o in others]), np.abs([o.y - y for o in others]))
-    wide = np.array([(_width(o.text) + _width(text)) / 2 + 2 for o in others])
+    dx, dy = np.abs(others[0] - x), np.abs(others[1] - y)
+    wide = (others[2] + width) / 2 + 2
     zooms = np.array(_ZOOMS)[:, None]
-    visible_there = np.array([o.zoom for o in others]) <= zooms
+    visible_there = others[3] <= zooms
     overlaps = (dx * zooms < wide) & (dy * zooms < _LINE) & visible_there
     crowded = visible_there.sum(1) >= _AT_ONCE * zooms[:, 0] ** 2
     free = np.flatnonzero(~overlaps.any(1) & ~crowded)
