@@ -7,7 +7,9 @@ what the autoencoder cannot reconstruct is dropped, because it would carry activ
 In some models nothing passes round the codes of a layer: what its block returns is a function of them alone, as in CRATE
 without a residual. Then no block up to that one need run, and whatever is replaced below it does not matter. This is
 measured on each layer, not assumed. In other models the blocks before the first replaced layer return what one plain
-pass stored (`cratelm.models.partial_forward`).
+pass stored (`cratelm.models.partial_forward`), and so do the modules before its site; modules that only compute activations
+which are replaced do not run (`cratelm.replace.prefix`). The plain pass stores the output of each block, and of each of these
+modules, which are three in CRATE and GPT-2: 16 D bytes per token and layer.
 
 Half of the time of such a pass is the head. So logits are computed for a few rows at a time, and where the hidden states
 are a function of the last replaced codes, for each different row of codes once: the last token decides the row of a
@@ -264,7 +266,8 @@ class ExplainedModel:
         ]
         trace = self.trace(ids)
         codes = {
-            p: 0.5 * a.flatten(0, 1).float().cpu().numpy() for p, a in enumerate(trace.activations)
+            p: (0.5 * a).flatten(0, 1).float().cpu().numpy()
+            for p, a in enumerate(trace.activations)
         }
         sets = [codes, *({p: of} for p, of in codes.items())]
         expected = [self.losses(trace, of) for of in sets]

@@ -129,12 +129,12 @@ def details(points: Sequence[MapPoint], peaks: Peaks | None, strings: Sequence[s
     # almost all tokens are units of their own: these are made visible once each
     ids, at = np.unique(peaks.tokens[inside], return_inverse=True)
     words: dict[str, int] = {}
-    position = [words.setdefault(visible(strings[i]), len(words)) for i in ids.tolist()]
+    position = [words.setdefault(visible(strings[int(i)]), len(words)) for i in ids]
     word_at = np.zeros(inside.shape, np.int64)
     word_at[inside] = np.array(position, np.int64)[at]
-    joins = (np.isin(peaks.tokens, list(joining)) & inside).any(1).tolist()
+    joins = np.any(np.isin(peaks.tokens, list(joining)) & inside, axis=1)
     excerpts, levels, at_peak = [], [], []
-    spans = zip(inside.argmax(1).tolist(), inside.sum(1).tolist(), joins, strict=True)
+    spans = zip(inside.argmax(1).tolist(), inside.sum(1).tolist(), joins.tolist(), strict=True)
     for row, (low, length, is_joined) in enumerate(spans):
         of_row = digits[row, low : low + length]
         if not is_joined:
