@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_activations import EOT, MemorySplit
 from test_steer import KINDS, SMALL, model_of, small_run
 from torch import nn
@@ -665,6 +666,29 @@ def test_modules_before_a_replaced_site_do_not_run_again():
     calls.clear()
     explained.trace(ids)
     assert sorted(calls) == ["0.attn", "0.mlp", "1.attn", "1.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "feeds"), [("Llama", 3, 3), ("GPTNeoX", 4, 2), ("Bloom", 3, 2)]
+)
+def test_modules_before_a_site_are_those_of_the_architecture(family, before, feeds):
+    """Norms and attention, also where attention and MLP are parallel; projections and the activation function of an MLP."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    explained = ExplainedModel(
+        model := transformers.AutoModelForCausalLM.from_config(config).eval(), site_of(model, "mlp")
+    )
+    assert [(len(p.before), len(p.feeds)) for p in explained._prefixes] == [(before, feeds)] * 2
+    ids, codes = ids_and_codes(explained.site)
+    trace = explained.trace(ids)
+    for places in ((0,), (1,), (0, 1)):
+        chosen = {p: codes[p] for p in places}
+        expected = naive_losses(model, explained.site, SimpleNamespace(input_ids=ids), chosen)
+        found = explained.losses(trace, chosen).numpy()
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_attention_weights_are_not_stored():
