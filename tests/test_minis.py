@@ -11,10 +11,12 @@ import torch
 from test_train import make_run
 
 import cratelm
+from cratelm import cli
 from cratelm.errors import InputError
 from cratelm.interop.config import ExportModelConfig
 from cratelm.interop.export_model import export_model
 from cratelm.models.open import open_model
+from cratelm.results.run_summary import run_card
 from cratelm.runs import Run, hash_file, minis
 
 ROOT = Path(__file__).parent.parent
@@ -97,3 +99,35 @@ def _loss_on_code(name: str) -> float:
     ids = torch.from_numpy(encoder.encode(text)[:256])[None]
     with torch.no_grad():
         return float(subject.model.float()(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.skipif("crate-2l" not in minis.mini_names(), reason="no models are built in")
+def test_the_demo_with_pretrained_models_trains_nothing(tmp_path):
+    corpus = Path(json.__file__).parent.parent / "email"
+    run = tmp_path / "run"
+    status = cli.main(["demo", "--pretrained", "--run", str(run), "--corpus", str(corpus), "--tokens", "3000",
+                       "--neurons", "4", "--jobs", "1", "--quiet"])  # fmt: skip
+    assert status == 0
+    assert Run(run).models("model") == []
+    assert Run(run).models("scores") == ["crate-2l", "gpt2-2l"]
+    harvested = Run(run).stage("activations", "gpt2-2l").require("harvest")
+    assert harvested.config["model"] == "mini:gpt2-2l"
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    assert "CRATE" in page or "crate-2l" in page
+    cards = run_card("", Run(run)).models
+    assert {card.replaced is not None for card in cards} == {True}
+    assert not any(card.missing for card in cards)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "1l"], "no model mini:crate-1l"),
+        (["--families", "crate", "gpt2-solu"], "cannot be combined"),
+        (["--sae"], "cannot be combined"),
+    ],
+)
+def test_a_demo_with_pretrained_models_refuses_what_they_are_not(words, message, tmp_path, capsys):
+    assert cli.main(["demo", "--pretrained", "--run", str(tmp_path / "run"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
