@@ -243,13 +243,13 @@ class Library:
         return f"cratelm effects --run {run.path} --model {model}{again}"
 
     def nearest(
-        self, key: str, model: str, layer: int, index: int, n: int = _NEAREST
+        self, key: str, model: str, layer: int, index: int, n: int = _NEAREST, other: str = ""
     ) -> tuple[Neighbour, ...]:
-        """Return the neurons that fire on the most similar tokens: `n` of this model and `n` of its twin.
+        """Return the neurons that fire on the most similar tokens: `n` of this model and `n` of its twin, or of `other`.
 
         Empty until the index is ready.
         """
-        twin = self.run(key).twin(model)
+        twin = other or self.run(key).twin(model)
         names = [model, twin] if twin else [model]
         neighbours: list[Neighbour] = []
         for name in names:
