@@ -93,6 +93,7 @@ def demo(
     corpus: str = "builtin",
     size: Literal["1l", "2l", "3l"] = "2l",
     families: tuple[str, ...] | None = None,
+    pretrained: bool = False,
     vocab_size: int = 4096,
     steps: int = 500,
     tokens: int = 200_000,
@@ -118,6 +119,9 @@ def demo(
         families: families to compare instead of the twins, such as crate gpt2 gpt2-solu, each with
             its untrained control; without names, all that differ. Explained by look-up and trie,
             and run on these explanations; give a --run of its own
+        pretrained: take the models that come with cratelm (`mini:crate-2l` and its twin) instead of
+            training any, without untrained controls, and measure less: at most 60,000 tokens of
+            each split, and 64 neurons per layer. From nothing to the browser in under three minutes
         vocab_size: number of tokens in the vocabulary, which is trained on the corpus
         steps: training steps of each model, 16 sequences of 256 tokens per step
         tokens: tokens harvested from each of the splits fit and held_out
@@ -554,8 +558,8 @@ def harvest(
         dtype: precision of the model; auto: that of its files. Statistics are always kept in
             float32 or more
         run: run directory
-        model: a model of the run by name, or any Hugging Face causal language model by folder or
-            Hub id
+        model: a model of the run by name, `mini:NAME` for one that comes with cratelm, or any
+            Hugging Face causal language model by folder or Hub id
         name: name of the harvest in the run. Default: the model's name; for latents `MODEL+SAE`
         site: where neurons live: ista, mssa, heads, mlp, or a module path such as
             'gpt_neox.layers.*.mlp.dense_4h_to_h:input', or a name of TransformerLens such as

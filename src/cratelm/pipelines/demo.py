@@ -36,6 +36,7 @@ from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Run, StageName
 from cratelm.runs.devices import device_of
+from cratelm.runs.minis import PREFIX, mini_folder
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.steer.config import EffectsConfig
@@ -63,6 +64,10 @@ _SECONDS_PER_NEURON = 0.04
 """time to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
 """held-out tokens of each twin for the white-box measurements and for the evaluation of autoencoders"""
+_PRETRAINED_TOKENS = 60_000
+"""tokens harvested from each split with models that are not trained here"""
+_PRETRAINED_NEURONS = 64
+"""neurons per layer that are then explained and scored"""
 _REPLACED = 50_000
 """held-out tokens on which each twin runs on its explanations"""
 _REPLACED_BY = ("lookup", "trie", "concepts+trie")
@@ -126,6 +131,9 @@ def demo(config: DemoConfig) -> DemoResult:
     if config.sae:
         import_sae_lens()  # report a missing package before training
     _check_families(config)
+    if config.pretrained:
+        for name in _models(config)[0]:
+            mini_folder(name)
     if config.force or Run(config.run).stage("tokens").completion() is None:
         open_corpus(config.corpus)  # a missing corpus is reported before the machine is measured
     if not config.quiet:
@@ -169,7 +177,7 @@ def _run_models(config: DemoConfig) -> Iterator[Step]:
 def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
     """Return the names of the models that are trained, and of their randomly initialised controls."""
     trained = [f"{family}-{config.size}" for family in families_of(config)]
-    return trained, [f"{name}-init" for name in trained]
+    return trained, [] if config.pretrained else [f"{name}-init" for name in trained]
 
 
 def families_of(config: DemoConfig) -> tuple[str, ...]:
@@ -203,7 +211,20 @@ def _check_families(config: DemoConfig) -> None:
 
 def _explainers(config: DemoConfig, is_trained: bool = True) -> tuple[ExplainerName, ...]:
     """Return the explainers of a model without a language model."""
-    return _EXPLAINERS if is_trained and config.families is None else _CONTROLLED
+    everything = is_trained and config.families is None
+    return _EXPLAINERS if everything else _CONTROLLED
+
+
+def _n_tokens(config: DemoConfig) -> int:
+    """Return the number of tokens that are harvested from each split."""
+    return min(config.tokens, _PRETRAINED_TOKENS) if config.pretrained else config.tokens
+
+
+def _n_neurons(config: DemoConfig) -> int:
+    """Return the number of neurons per layer that are explained; 0 = all."""
+    if not config.pretrained:
+        return config.neurons
+    return min(config.neurons or _PRETRAINED_NEURONS, _PRETRAINED_NEURONS)
 
 
 def model_chains(config: DemoConfig) -> list[list[Step]]:
@@ -214,18 +235,24 @@ def model_chains(config: DemoConfig) -> list[list[Step]]:
 
 def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]:
     common = {"run": config.run, "force": config.force, "quiet": config.quiet}
+    n_tokens, n_neurons = _n_tokens(config), _n_neurons(config)
     harvesting = HarvestConfig(
-        **common, model=name, tokens=config.tokens, sequence_length=_SEQUENCE, seed=config.seed
+        **common,
+        model=f"{PREFIX}{name}" if config.pretrained else name,
+        tokens=n_tokens,
+        sequence_length=_SEQUENCE,
+        seed=config.seed,
     )
     explaining = ExplainConfig(
         **common,
         model=name,
-        neurons=config.neurons,
+        neurons=n_neurons,
         explainers=_explainers(config, is_trained),
         seed=config.seed,
     )
     scoring = ScoreConfig(**common, model=name, seed=config.seed)
-    yield Step("model", name, lambda: train(_train_config(config, name)))
+    if not config.pretrained:
+        yield Step("model", name, lambda: train(_train_config(config, name)))
     yield Step("activations", name, lambda: harvest(harvesting))
     yield Step("explanations", name, lambda: explain(explaining))
     yield Step("scores", name, lambda: score(scoring))
@@ -236,22 +263,29 @@ def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]
     replacing = ReplaceConfig(
         **common,
         model=name,
-        fit_tokens=config.tokens,
-        tokens=min(config.tokens, _REPLACED),
-        curve_tokens=min(config.tokens, _REPLACED // 5),
-        neuron_tokens=_SEQUENCE,
-        explainers=_REPLACED_BY if config.families is None else _FAMILIES_REPLACED_BY,
+        fit_tokens=n_tokens,
+        tokens=min(n_tokens, _REPLACED),
+        curve_tokens=min(n_tokens, _REPLACED // 5),
+        neuron_tokens=0 if config.pretrained else _SEQUENCE,
+        explainers=_replaced_by(config),
         seed=config.seed,
     )
     yield Step("replacement", name, lambda: replace_codes(replacing))
-    if config.families is not None:
+    if config.families is not None or config.pretrained:
         return
     analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
     writing = EffectsConfig(
-        **common, model=name, tokens=_ABLATED, neurons=config.neurons, seed=config.seed
+        **common, model=name, tokens=_ABLATED, neurons=n_neurons, seed=config.seed
     )
     yield Step("analysis", name, lambda: analyze(analyzing))
     yield Step("steer", name, lambda: effects(writing))
+
+
+def _replaced_by(config: DemoConfig) -> tuple[str, ...]:
+    """Return the explanations that models run on."""
+    return (
+        _REPLACED_BY if config.families is None and not config.pretrained else _FAMILIES_REPLACED_BY
+    )
 
 
 def _tokenize_config(config: DemoConfig) -> TokenizeConfig:
@@ -261,6 +295,7 @@ def _tokenize_config(config: DemoConfig) -> TokenizeConfig:
         quiet=config.quiet,
         corpus=config.corpus,
         vocab_size=config.vocab_size,
+        tokenizer=f"{PREFIX}crate-{config.size}" if config.pretrained else "train",
         fit=_HELD_BACK,
         held_out=_HELD_BACK,
         sequence_length=_SEQUENCE,
@@ -300,6 +335,11 @@ def _sae_config(config: DemoConfig) -> SaeCompareConfig:
 def _plan(config: DemoConfig) -> str:
     """Return what the demo will do and how long it may take, estimated from a short measurement on this machine."""
     run, (trained, controls) = Run(config.run), _models(config)
+    if config.pretrained:
+        return (
+            f"{' and '.join(trained)}, which come with cratelm: about two minutes on two cores. All files are written to"
+            f" {config.run}"
+        )
     all_stages = config.families is None
     cost = _REPLACED_COST if all_stages else _FAMILIES_REPLACED_COST
     training = harvesting = scoring = replacing = writing = autoencoders = 0.0

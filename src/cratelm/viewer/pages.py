@@ -136,7 +136,8 @@ class Pages:
 
         def address(index: int) -> str:
             end = "0.html" if self.static else "0"
-            name = quote(neuron_name(index, site))
+            name = neuron_name(index, site)
+            name = name if name.isdecimal() else quote(name)  # a map has thousands of addresses
             return stem.removesuffix(end) + end.replace("0", name) if has_page(index) else ""
 
         def same_query(**changed: Any) -> str:
