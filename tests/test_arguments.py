@@ -29,6 +29,7 @@ from cratelm.runs.names import check_name, problem_of
 REQUIRED: dict[str, dict[str, Any]] = {
     "steer": {"neurons": ("0:1",), "zero": True},
     "intervene": {"judge": "hf:x"},
+    "study": {"recipes": ("laptop",)},
     "import authors": {"checkpoint": "x.pt", "out": "out"},
     "import sparse-gpt": {"folder": "x", "out": "out"},
     "import sae": {"file": "x.pt", "out": "out"},

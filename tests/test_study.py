@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "switches": {"frozen": {"families": ["crate"], "train": {"freeze": ["dictionary"]}}},
     "equal_flops": "gpt2",
     "stages": {
+        "tune": {"steps": 2, "rates": [0.003, 0.03]},
         "tokenize": {"vocab_size": 300, "fit": 0.2, "held_out": 0.2, "sequence_length": 16},
         "train": {
             "steps": 6, "batch_size": 4, "micro_batch_size": 4, "sequence_length": T, "validate_every": 2,
@@ -190,6 +191,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "score without explain": ({"stages": {"train": {}, "harvest": {}, "score": {}}}, "has score without explain"),
     "switch with a slash": ({"switches": {"a/b": {"train": {}}}}, "has a slash"),
     "switch without options": ({"switches": {"a": {}}}, "switches.a.train must be keys with values"),
+    "search of one rate": ({"stages": stages(tune={"rates": [0.1]})}, "stages.tune: --rates needs at least two"),
     "reserved switch": ({"switches": {"equal-flops": {"train": {}}}}, "rename it"),
     "equal FLOPs to nothing": ({"equal_flops": "gpt3"}, "equal_flops is 'gpt3': name one of the families"),
 }  # fmt: skip
@@ -322,6 +324,18 @@ def test_a_second_command_makes_nothing_and_writes_the_same_page(done):
     assert after == before
     assert (folder / "docs" / "study.md").read_bytes() == text
     assert result.missing == ()
+
+
+def test_rates_are_searched_once_for_each_family_without_one(done):
+    _, config = done
+    run = Run(config.run)
+    assert run.models("tuning") == ["gpt2-2l"]  # the recipe gives CRATE's
+    best = run.stage("tuning", "gpt2-2l").require("tune").results["learning_rate"]
+    assert best in (0.003, 0.03)
+    for name in ("gpt2-2l", "gpt2-2l-seed1"):
+        assert run.stage("model", name).require("train").config["learning_rate"] == best
+    trained = run.stage("model", "crate-2l-frozen").require("train")
+    assert trained.config["learning_rate"] == 0.01
 
 
 def test_only_some_models_are_made_and_the_rest_is_named(corpus, tmp_path):

@@ -1,7 +1,7 @@
 """`cratelm study`: train, measure and compare a grid of models, as recipes say."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -27,6 +27,7 @@ from cratelm.pipelines.study_recipe import (
     read_recipes,
     tokenize_config,
     train_config,
+    tune_config,
 )
 from cratelm.replace.replace import replace as replace_codes
 from cratelm.report.study.page import PAGE, study_page
@@ -34,7 +35,10 @@ from cratelm.results.study import StudyModel, study_inputs
 from cratelm.runs import Run, StageName
 from cratelm.score.score import score
 from cratelm.tokens.tokenize import tokenize
+from cratelm.train.config import TrainConfig
 from cratelm.train.loop import train
+from cratelm.train.tune import tune
+from cratelm.train.tuned import read_tuning
 
 _WORK: dict[str, Any] = {
     "train": train,
@@ -164,24 +168,18 @@ def _run(config: StudyConfig, recipe: Recipe) -> Iterator[str]:
         groups = {
             b: cells for b, cells in groups.items() if {c.name for c in cells} & set(config.only)
         }
-    total, numbers = 1 + sum(map(len, chains)) + len(groups), count(1)
+    n_steps = sum(map(len, chains)) + len(tuning_chains(config))
+    total, numbers = 1 + n_steps + len(groups), count(1)
 
     def line(label: str) -> str:
         return f"[{next(numbers)}/{total}] {label}"
 
     yield line("tokens")
     tokenize(tokenize_config(recipe, config.run, **common))
-    jobs = n_jobs(config)
-    if jobs > 1:
-        # Progress bars of several processes would overwrite one another: those of the first are shown.
-        configs = [config, *[replace(config, quiet=True)] * (jobs - 1)]
-        threads = max(1, torch.get_num_threads() // jobs)
-        for step in run_chains(study_chains, configs, threads):
+    # All rates first: a seed is trained at the rate that was found with the first.
+    for of in (tuning_chains, study_chains):
+        for step in _run_chains(of, config):
             yield line(step.label)
-    else:
-        for step in chain.from_iterable(chains):
-            yield line(step.label)
-            step.work()
     run = Run(config.run)
     for base, cells in groups.items():
         harvested = [cell.name for cell in cells if cell.name in run.models("activations")]
@@ -189,6 +187,34 @@ def _run(config: StudyConfig, recipe: Recipe) -> Iterator[str]:
             yield line(f"seeds {base}")
             options = {**recipe.options("seeds"), **common}
             seeds(SeedsConfig(run=config.run, model=base, **options))
+
+
+def _run_chains(
+    of: Callable[[StudyConfig], list[list[Step]]], config: StudyConfig
+) -> Iterator[Step]:
+    """Run the steps of chains, as many chains at a time as there are jobs; yield each step when it begins."""
+    jobs = n_jobs(config)
+    if jobs > 1:
+        # Progress bars of several processes would overwrite one another: those of the first are shown.
+        configs = [config, *[replace(config, quiet=True)] * (jobs - 1)]
+        yield from run_chains(of, configs, max(1, torch.get_num_threads() // jobs))
+        return
+    for step in chain.from_iterable(of(config)):
+        yield step
+        step.work()
+
+
+def tuning_chains(config: StudyConfig) -> list[list[Step]]:
+    """Return the steps that search the rates of families and sizes."""
+    recipe = read_recipes(config.recipes).with_corpus(config.corpus)
+    wanted = {c.architecture for c in recipe.cells if not config.only or c.name in config.only}
+    common = {"force": config.force, "quiet": config.quiet}
+    made = [
+        (cell.architecture, tune_config(recipe, cell, config.run, **common))
+        for cell in recipe.tuned()
+        if cell.architecture in wanted
+    ]
+    return [[Step("tuning", name, lambda o=options: tune(o))] for name, options in made]
 
 
 def study_chains(config: StudyConfig) -> list[list[Step]]:
@@ -211,6 +237,7 @@ def _steps(
     config: StudyConfig, recipe: Recipe, cell: Cell, flops: dict[str, float]
 ) -> Iterator[Step]:
     common: Any = {"force": config.force, "quiet": config.quiet}
+    tuned = {of.architecture for of in recipe.tuned()}
     for stage in recipe.stages_of(cell):
         if stage == "train":
             steps = recipe.steps(cell, flops) if cell.budget else None
@@ -218,7 +245,21 @@ def _steps(
         else:
             made = configs_of(recipe, cell, stage, config.run, **common)
         for options in made:
-            yield Step(_FOLDERS[stage], cell.name, lambda w=_WORK[stage], o=options: w(o))
+            if stage == "train" and not cell.control and cell.architecture in tuned:
+                yield Step(
+                    "model", cell.name, lambda o=options, c=cell: train(_at_tuned_rate(o, c))
+                )
+            else:
+                yield Step(_FOLDERS[stage], cell.name, lambda w=_WORK[stage], o=options: w(o))
+
+
+def _at_tuned_rate(options: TrainConfig, cell: Cell) -> TrainConfig:
+    """Return options with the rate that was found for the family and size, unless a switch gives one."""
+    if options.learning_rate is not None:
+        return options
+    stage = Run(options.run).stage("tuning", cell.architecture)
+    stage.require("tune")
+    return replace(options, learning_rate=read_tuning(stage.path).best.learning_rate)
 
 
 def _is_finished(run: Run, recipe: Recipe, cell: Cell) -> bool:

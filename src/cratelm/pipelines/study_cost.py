@@ -19,6 +19,7 @@ from cratelm.pipelines.study_recipe import (
     configs_of,
     tokenize_config,
     train_config,
+    tune_config,
 )
 from cratelm.records import ANTHROPIC_BINS
 from cratelm.runs import Run
@@ -89,7 +90,7 @@ def costs(recipe: Recipe, run: Run, flops: Mapping[str, float]) -> list[StageCos
         "replace": "replacement",
         "analyze": "analysis",
     }
-    found = []
+    found = [_tune_cost(recipe, run, flops)] if recipe.tuned() else []
     for stage, folder in folders.items():
         cells = [cell for cell in recipe.cells if stage in recipe.stages_of(cell)]
         if not cells:
@@ -111,6 +112,18 @@ def costs(recipe: Recipe, run: Run, flops: Mapping[str, float]) -> list[StageCos
     if "seeds" in recipe.stages:
         found.append(_seeds_cost(recipe, run, flops))
     return found
+
+
+def _tune_cost(recipe: Recipe, run: Run, flops: Mapping[str, float]) -> StageCost:
+    cells, finished = recipe.tuned(), set(run.models("tuning"))
+    pending = [cell for cell in cells if cell.architecture not in finished]
+    tokens, operations = 0, 0.0
+    for cell in pending:
+        config = tune_config(recipe, cell, run.path)
+        per_rate = config.steps * config.training(None).resolved().tokens_per_step
+        tokens += per_rate * len(config.all_rates())
+        operations += per_rate * len(config.all_rates()) * _TRAIN * flops[cell.name]
+    return StageCost("tune", len(cells), len(cells) - len(pending), tokens, operations)
 
 
 def _seeds_cost(recipe: Recipe, run: Run, flops: Mapping[str, float]) -> StageCost:

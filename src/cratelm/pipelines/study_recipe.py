@@ -12,6 +12,7 @@ switches:                        # models that differ from a family in options o
 equal_flops: gpt2                # the other families also trained for as many FLOPs as this one
 stages:                          # in this order; those after `train` may be absent
   tokenize: {vocab_size: 4096}
+  tune: {steps: 100}             # the same search of a rate for each family and size that has none in `rates`
   train: {steps: 1500}
   harvest: {tokens: 200000}
   explain: {neurons: 64}         # a list of several, if language models explain too
@@ -25,6 +26,7 @@ The options of a stage are those of its verb, with underscores. `run`, `model`, 
 from the grid and the command line.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -44,10 +46,12 @@ from cratelm.runs.names import NULLS, NullKind, check_name, seeded_name, untrain
 from cratelm.score.config import ScoreConfig
 from cratelm.tokens.config import TokenizeConfig
 from cratelm.train.config import TrainConfig
+from cratelm.train.tune_config import TuneConfig
 
 _Config = TypeVar("_Config")
 STAGES: dict[str, type] = {
     "tokenize": TokenizeConfig,
+    "tune": TuneConfig,
     "train": TrainConfig,
     "harvest": HarvestConfig,
     "explain": ExplainConfig,
@@ -61,7 +65,7 @@ SEVERAL = ("explain", "score", "replace")
 """stages that a recipe may give several times: once without a language model, and with one"""
 CONTROLLED = ("train", "harvest", "explain", "score")
 """stages of null controls"""
-_OF_THE_GRID = ("run", "model", "name", "force", "quiet", "null", "device")
+_OF_THE_GRID = ("run", "model", "name", "force", "quiet", "null", "device", "tuned")
 """options that a recipe cannot give: the grid or the command line decides them"""
 EQUAL_FLOPS = "equal-flops"
 """part of the name of models that are trained for as many FLOPs as another family"""
@@ -134,7 +138,7 @@ class Recipe:
 
     def stages_of(self, cell: Cell) -> tuple[str, ...]:
         """Return the names of the stages that a model passes through, in order."""
-        of_models = [s for s in self.stages if s not in ("tokenize", "seeds")]
+        of_models = [s for s in self.stages if s not in ("tokenize", "tune", "seeds")]
         return tuple(s for s in of_models if not cell.control or s in CONTROLLED)
 
     def seeded(self) -> dict[str, list[Cell]]:
@@ -144,6 +148,17 @@ class Recipe:
             if not cell.control:
                 groups.setdefault(cell.base, []).append(cell)
         return {base: cells for base, cells in groups.items() if len(cells) > 1}
+
+    def tuned(self) -> list[Cell]:
+        """Return the plain models whose rate is searched, one for each family and size: those of the lowest seed."""
+        if "tune" not in self.stages:
+            return []
+        plain = [c for c in self.cells if not (c.control or c.switch or c.budget)]
+        found: dict[str, Cell] = {}
+        for cell in plain:
+            if "learning_rate" not in {**self.options("train"), **cell.train}:
+                found.setdefault(cell.architecture, cell)
+        return list(found.values())
 
     def with_corpus(self, corpus: str | None) -> "Recipe":
         """Return the recipe with another corpus; the same one for None."""
@@ -243,6 +258,9 @@ def _read(path: Path) -> Recipe:
     where.check(twice is None, "the grid", f"has two models called {twice}: rename a switch")
     question = content.get("question", "")
     recipe = Recipe((path.stem,), (question,) if question else (), cells, stages)
+    for cell in recipe.tuned():
+        with where.errors("stages.tune"):
+            tune_config(recipe, cell, Path("runs/study"))
     for cell in cells:
         for stage in recipe.stages_of(cell):
             list(configs_of(recipe, cell, stage, Path("runs/study"), where=where))
@@ -280,6 +298,14 @@ class _Where:
         names = tuple(known)
         unknown = next((str(name) for name in mapping if name not in names), None)
         self.check(unknown is None, key, f"has no {unknown!r}: expected {', '.join(names)}")
+
+    @contextlib.contextmanager
+    def errors(self, key: str) -> Iterator[None]:
+        """Let the error of a configuration name the file and the key."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.path}: {key}: {error}") from None
 
     def words(self, key: str, value: Any, allowed: Iterable[str], what: str) -> tuple[str, ...]:
         """Return a list of different words, each one of those allowed."""
@@ -444,6 +470,16 @@ def train_config(
     return _config(TrainConfig, options, where, "stages.train")
 
 
+def tune_config(recipe: Recipe, cell: Cell, run: Path, **common: Any) -> TuneConfig:
+    """Return the options that search the rate of a plain model, with those of its training."""
+    shared = {f.name for f in fields(TuneConfig)} & {f.name for f in fields(TrainConfig)}
+    train = {k: v for k, v in recipe.options("train").items() if k in shared - {"steps"}}
+    options = {**train, "seed": cell.seed, **recipe.options("tune"), **common}
+    return _config(
+        TuneConfig, {**options, "run": run, "model": cell.architecture}, None, "stages.tune"
+    )
+
+
 def tokenize_config(recipe: Recipe, run: Path, **common: Any) -> TokenizeConfig:
     """Return the options of `tokenize`."""
     return _config(
@@ -458,9 +494,7 @@ def _config(
     kind: type[_Config], options: Mapping[str, Any], where: _Where | None, key: str
 ) -> _Config:
     """Return a configuration, which checks and converts the values. Errors name the file and the key."""
-    try:
+    if where is None:
         return kind(**options)
-    except InputError as error:
-        if where is None:
-            raise
-        raise InputError(f"{where.path}: {key}: {error}") from None
+    with where.errors(key):
+        return kind(**options)
