@@ -10,7 +10,7 @@ import torch
 from sae_runs import EOT, LENGTH, small_run
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import HarvestConfig
@@ -536,13 +536,15 @@ def test_latents_of_a_hook(hook, normalized, tmp_path):
         assert (model(input_ids=IDS).logits - plain).abs().max() > 1e-2
 
 
-def test_the_name_of_a_module_serves_where_that_of_the_hook_is_not_known(tmp_path):
+def test_the_name_of_a_module_serves_where_that_of_the_hook_is_not_known(tmp_path, monkeypatch):
     """SAELens' registry has both for some releases."""
     metadata = {"hook_name": "blocks.1.hook_resid_post", "hf_hook_name": "transformer.h.1.output"}
     folder = sae_lens_folder(tmp_path / "any", tensors(), {"architecture": "standard", "metadata": metadata})  # fmt: skip
     assert latents_of(tiny(), folder).paths == ("transformer.h.1",)
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=101, hidden_size=H, n_layer=2, n_head=2))
-    assert latents_of(bloom.eval(), folder).paths == ("transformer.h.1",)
+    config = GPTBigCodeConfig(vocab_size=101, n_embd=H, n_layer=2, n_head=2, n_positions=16)
+    code = GPTBigCodeForCausalLM(config).eval()
+    monkeypatch.setattr("cratelm.models.hook_names._FAMILIES", ())
+    assert latents_of(code, folder).paths == ("transformer.h.1",)
 
 
 def test_what_versions_of_transformer_lens_disagree_on_is_said(tmp_path, capsys):

@@ -103,7 +103,9 @@ def _chat_template(source: str | Path, **options: Any) -> ChatTemplate | None:
             f"{source} has tokenizer files that transformers cannot read ({one_line(error)}): copy"
             " tokenizer_config.json and special_tokens_map.json again, or remove them"
         ) from None
-    named = wrapped.chat_template  # several by name, of which transformers takes the one called default
+    named = (
+        wrapped.chat_template
+    )  # several by name, of which transformers takes the one called default
     if not named or (isinstance(named, dict) and "default" not in named):
         return None
     tokens = tuple((k, v) for k, v in wrapped.special_tokens_map.items() if isinstance(v, str))
