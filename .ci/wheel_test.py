@@ -32,6 +32,7 @@ def main() -> None:
         printed = run(command, "demo", "--run", "run", "--corpus", str(corpus), *DEMO.split())
         assert "top-and-random" in printed
         assert Path("run/report/report.html").stat().st_size > 10_000
+        assert "models to train" in run(command, "study", "laptop", "--dry-run", "--tflops", "1")
         run(command, "view", "run", "--static", "pages", "--neurons", "2")
         check_static(Path("pages"))
         serve(command)

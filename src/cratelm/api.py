@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cratelm.llm.client import DryRun, WorkerResult
     from cratelm.pipelines.demo import DemoResult
     from cratelm.pipelines.sae_compare import SaeCompareResult
+    from cratelm.pipelines.study import StudyResult
     from cratelm.replace.result import ReplaceResult
     from cratelm.report.report import ReportResult
     from cratelm.runs.check import CheckResult
@@ -70,6 +71,7 @@ __all__ = [
     "score",
     "seeds",
     "steer",
+    "study",
     "tokenize",
     "train",
     "view",
@@ -1064,6 +1066,46 @@ def seeds(
         quiet: no progress bar
     """
     return _run("seeds", locals())
+
+
+def study(
+    *,
+    recipes: tuple[str | Path, ...],
+    run: str | Path = Path("runs/study"),
+    corpus: str | None = None,
+    only: tuple[str, ...] = (),
+    dry_run: bool = False,
+    tflops: float = 0.0,
+    jobs: int = 0,
+    page: str | Path | None = None,
+    resamples: int = 5000,
+    force: bool = False,
+    quiet: bool = False,
+) -> "StudyResult":
+    """Train, measure and compare a grid of models: families, sizes, seeds and switches, as a recipe says.
+
+    All models see the same tokens in the same order, and pass through the same stages. A page then compares them, with
+    intervals over seeds and neurons. After an interruption, the same command resumes; finished models are kept.
+
+    Args:
+        recipes: recipes: YAML files, or cratelm's own by name: laptop, frontier, small, paper.
+            Those of one command share tokens and stages, and make one page
+        run: run directory, the same for every recipe that shares tokens
+        corpus: another corpus than the recipes name; see `cratelm tokenize --help`
+        only: make only these models now, by name, such as crate-2l-seed1; the page has all that are
+            finished
+        dry_run: print models, stages, tokens, FLOPs, hours and calls to language models, and stop
+        tflops: with --dry-run: TFLOP/s that the machine reaches in training, from which hours are
+            computed. Default: measured on this machine, with one of the models
+        jobs: models that are made at the same time, each in a process with its share of the cores.
+            Default: 2 on a CPU with at least two cores, otherwise 1
+        page: also write the page to this Markdown file, with its figures beside it
+        resamples: bootstrap resamples of every interval on the page; p-values cannot fall below 2 /
+            (resamples + 1), which Holm's adjustment multiplies by the number of comparisons
+        force: redo every stage, even if it is finished
+        quiet: no progress bars and no stage names
+    """
+    return _run("study", locals())
 
 
 def steer(

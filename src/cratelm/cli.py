@@ -121,6 +121,11 @@ VERBS: dict[str, Verb] = {
         "cratelm.analysis.seeds_config:SeedsConfig",
         "match the neurons of several seeds of a model, and test explanations on the matches",
     ),
+    "study": Verb(
+        "cratelm.pipelines.study",
+        "cratelm.pipelines.study_config:StudyConfig",
+        "train, measure and compare a grid of families, sizes, seeds and switches, as a recipe says",
+    ),
     "steer": Verb(
         "cratelm.steer.steer",
         "cratelm.steer.config:SteerConfig",

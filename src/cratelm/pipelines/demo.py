@@ -23,6 +23,7 @@ from cratelm.models.sae_lens import import_sae_lens
 from cratelm.pipelines.chains import Step, run_chains
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
 from cratelm.pipelines.sae_compare import steps as autoencoder_steps
+from cratelm.pipelines.study_config import StudyConfig
 from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.replace import replace as replace_codes
 from cratelm.report.config import ReportConfig
@@ -134,7 +135,7 @@ def demo(config: DemoConfig) -> DemoResult:
     return DemoResult(done.page, comparison_table(done), round(time.monotonic() - started, 1))
 
 
-def n_jobs(config: DemoConfig) -> int:
+def n_jobs(config: DemoConfig | StudyConfig) -> int:
     """Return the number of models that are made at the same time: two if they share the cores of a CPU."""
     shares_cores = device_of("auto").type == "cpu" and torch.get_num_threads() > 1
     return config.jobs or (2 if shares_cores else 1)

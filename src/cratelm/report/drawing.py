@@ -83,7 +83,10 @@ class Series:
 
     def style(self) -> dict[str, Any]:
         """Return keyword arguments for matplotlib's lines."""
-        own = _MARKERS[self.place % len(_MARKERS)]
+        turn = self.place // len(
+            COLOURS
+        )  # from the seventh model on, another marker for each colour
+        own = _MARKERS[(self.place + turn) % len(_MARKERS)]
         return {
             "color": self.colour,
             "marker": _NULL_MARKERS[self.null] if self.null else own,
@@ -123,6 +126,13 @@ class Figure:
 
     def write(self, folder: Path) -> None:
         """Write `NAME.png` and `NAME.pdf` into `folder`."""
+        self._write(folder, pdf=True)
+
+    def write_png(self, folder: Path) -> None:
+        """Write `NAME.png` into `folder`."""
+        self._write(folder, pdf=False)
+
+    def _write(self, folder: Path, *, pdf: bool) -> None:
         with _matplotlib_settings():
             width, height = _PANEL
             canvas = Canvas(figsize=(width * len(self.panels), height + 0.4), layout="constrained")
@@ -136,9 +146,10 @@ class Figure:
                 canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
             _lay_out(canvas)
             canvas.savefig(folder / f"{self.name}.png", dpi=160, metadata={"Software": None})
-            canvas.savefig(
-                folder / f"{self.name}.pdf", metadata={"CreationDate": None, "Producer": None}
-            )
+            if pdf:
+                canvas.savefig(
+                    folder / f"{self.name}.pdf", metadata={"CreationDate": None, "Producer": None}
+                )
 
     def svgs(self) -> list[Markup]:
         """Return the panels as SVG for a page."""

@@ -6,6 +6,7 @@ by their records. A model that was not made with the options of the others, or w
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def _different_option(first: ModelResults, m: ModelResults) -> str:
 
 def read_seed_scores(results: RunResults, group: SeedGroup) -> dict[Measure, dict[int, SeedScores]]:
     """Return the scores of each measure that every seed of the group has, by seed."""
-    by_seed = {seed: _read_scores(results, m) for seed, m in group.models.items()}
+    by_seed = {seed: read_model_scores(results, m) for seed, m in group.models.items()}
     first = next(iter(by_seed.values()))
     return {
         measure: {seed: scores[measure] for seed, scores in by_seed.items()}
@@ -118,7 +119,12 @@ def read_seed_scores(results: RunResults, group: SeedGroup) -> dict[Measure, dic
     }
 
 
-def _read_scores(results: RunResults, m: ModelResults) -> dict[Measure, SeedScores]:
+def read_model_scores(
+    results: RunResults,
+    m: ModelResults,
+    figures: Mapping[str, str] = MappingProxyType(WHOLE_FIGURES),
+) -> dict[Measure, SeedScores]:
+    """Return the scores of one model under each measure; `figures` are those over all held-out tokens, as `WHOLE_FIGURES`."""
     found: dict[Measure, SeedScores] = {}
     whole: dict[str, list[WholeScore]] = {}
     folder = results.run.stage("scores", m.name).path
@@ -134,7 +140,7 @@ def _read_scores(results: RunResults, m: ModelResults) -> dict[Measure, SeedScor
         for metric in results.metrics:
             if (scores := _of_metric(m, explainer, metric)) is not None:
                 found[explainer, metric] = scores
-        for measure, figure in WHOLE_FIGURES.items():
+        for measure, figure in figures.items():
             if explainer in whole:
                 found[explainer, measure] = _of_whole(whole[explainer], figure)
     return found

@@ -49,6 +49,7 @@ StageName = Literal[
     "seeds",
     "replacement",
     "report",
+    "study",
 ]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 MANIFEST = "manifest.json"
@@ -79,6 +80,7 @@ _VERBS: dict[StageName, str] = {
     "seeds": "seeds",
     "replacement": "replace",
     "report": "report",
+    "study": "study",
 }
 
 

@@ -73,9 +73,13 @@ def compare_over_seeds(
     drawn = _resampled(a, resamples, rng, chosen) - _resampled(b, resamples, rng, chosen)
     drawn = drawn.mean(1)
     low, high = percentile_bounds(drawn, confidence)
+    return SeedComparison(Interval(float(np.mean(means)), low, high, len(a)), two_sided(drawn))
+
+
+def two_sided(drawn: Array) -> float:
+    """Return the p-value of no difference from 0, from R resampled differences (`compare_over_seeds`)."""
     other_side = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    p_value = min(1.0, 2 * (1 + other_side) / (1 + resamples))
-    return SeedComparison(Interval(float(np.mean(means)), low, high, len(a)), p_value)
+    return min(1.0, 2 * (1 + other_side) / (1 + len(drawn)))
 
 
 def _checked(seeds: Sequence[Layers]) -> Sequence[Layers]:

@@ -1,6 +1,6 @@
-"""Tables that are built once and written in five formats, and aligned columns of plain text.
+"""Tables that are built once and written in six formats, and aligned columns of plain text.
 
-A `Table` becomes HTML (in the page's template), CSV, JSON, LaTeX and plain text. The page, the files and
+A `Table` becomes HTML (in the page's template), CSV, JSON, LaTeX, Markdown and plain text. The page, the files and
 the terminal show the same cells, so their numbers cannot differ.
 
 Plain text is aligned here and not by `rich.table`, which fits columns to the width of the terminal:
@@ -162,6 +162,12 @@ class Table:
         header, *rows = align(grid, self.numeric())
         widths = _widths(grid)
         return "\n".join([header, "-" * (sum(widths) + 2 * (len(widths) - 1)), *rows])
+
+    def to_markdown(self) -> str:
+        """Return a table of Markdown, numbers flush right."""
+        header, *rows = [[cell.replace("|", "\\|") for cell in line] for line in self.grid()]
+        rule = ["---:" if right else "---" for right in self.numeric()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
 
     def _indented(self, by: str, lines: list[list[str]]) -> list[list[str]]:
         """Return the lines, with minor lines of a flipped table indented."""
