@@ -1,15 +1,22 @@
 """What it costs to run a model on its explanations: `cratelm replace`, of a finished run and at the size of the paper.
 
     python benchmarks/replace.py --run runs/demo --models crate-2l gpt2-2l
+    python benchmarks/replace.py --run runs/demo --together
     python benchmarks/replace.py --paper
 
-The command runs without its start, next to what a pass over the same fit and held-out tokens costs in which nothing is
-replaced, with the loss of every next token; and `cratelm explain` of all neurons by its default explainers. At the size of the paper (12 layers of 3,072 neurons, width 768), the model is
-untrained, because that changes no cost, and the explanations have a limit of their size.
+With `--together`, the commands of all models start at the same time, with the cores divided among them, as `cratelm demo`
+runs them, and the whole commands are timed until the last has ended. Otherwise the command runs without its start, next to
+what a pass over the same fit and held-out tokens costs in which nothing is replaced, with the loss of every next token; and
+`cratelm explain` of all neurons by its default explainers. At the size of the paper (12 layers of 3,072 neurons, width 768),
+the model is untrained, because that changes no cost, and the explanations have a limit of their size.
 """
 
 import argparse
 import os
+import resource
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -78,6 +85,31 @@ def measure(config: ReplaceConfig, label: str, explaining: ExplainConfig | None 
     )
 
 
+def together(run: Path, models: Sequence[str]) -> None:
+    """Print how long the commands of several models take that start at the same time, and their processor time."""
+    threads = str(max(1, (os.cpu_count() or 1) // len(models)))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cratelm", "replace", "--run", str(run), "--model", model,
+             "--force", "--quiet"],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdout=subprocess.DEVNULL,
+        )
+        for model in models
+    ]  # fmt: skip
+    statuses = [command.wait() for command in commands]
+    if any(statuses):
+        raise SystemExit("a command failed")
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{' and '.join(models)}: {seconds:.1f} s, {cpu:.1f} s of CPU")
+    figures(
+        models=models, seconds=seconds, cpu_seconds=cpu, peak_kib=after.ru_maxrss, threads=threads
+    )
+
+
 def paper_run(folder: Path, size: str, tokens: int) -> Run:
     """Return a run with tokens, an untrained model and a small harvest of it."""
     api.tokenize(
@@ -96,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path)
     parser.add_argument("--models", nargs="+", default=["crate-2l", "gpt2-2l"])
+    parser.add_argument("--together", action="store_true", help="all models at the same time")
     parser.add_argument("--paper", action="store_true", help="12 layers of 3,072 neurons")
     parser.add_argument("--size", default="crate-12l", help="of the model with --paper")
     parser.add_argument("--fit-tokens", type=int)
@@ -103,7 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
-        if options.run:
+        if options.run and options.together:
+            run = Path(folder) / "run"
+            shutil.copytree(options.run, run)
+            together(run, options.models)
+        elif options.run:
             for model in options.models:
                 run = copied(Run(options.run), model, Path(folder) / model)
                 config = ReplaceConfig(run=run, model=model, force=True, quiet=True)

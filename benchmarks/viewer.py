@@ -12,6 +12,7 @@ import argparse
 import gc
 import statistics
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,14 +28,22 @@ from cratelm.viewer.server import application
 ADDRESS = "http://127.0.0.1"
 
 
-def show(name: str, seconds: list[float]) -> None:
-    """Print the median and the 95th percentile."""
-    ordered = sorted(seconds)
-    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    print(
-        f"{name:<34} p50 {1e3 * statistics.median(ordered):7.1f}  p95 {1e3 * p95:7.1f}  n {len(ordered)}"
-    )
-    figures(page=name, p50=statistics.median(ordered), p95=p95, n=len(ordered))
+def show(name: str, seconds: list[float], cpu: list[float] | None = None) -> None:
+    """Print the median and the 95th percentile, also of processor time, which other load hardly changes."""
+    p50, p95 = _percentiles(seconds)
+    line = f"{name:<34} p50 {1e3 * p50:7.1f}  p95 {1e3 * p95:7.1f}  n {len(seconds)}"
+    of_cpu = {}
+    if cpu:
+        cpu_p50, cpu_p95 = _percentiles(cpu)
+        line += f"  CPU: p50 {1e3 * cpu_p50:7.1f}  p95 {1e3 * cpu_p95:7.1f}"
+        of_cpu = {"cpu_p50": cpu_p50, "cpu_p95": cpu_p95}
+    print(line)
+    figures(page=name, p50=p50, p95=p95, n=len(seconds), **of_cpu)
+
+
+def _percentiles(values: list[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
 
 
 def pages(run: Path, turns: int, index: bool) -> None:
@@ -45,15 +54,17 @@ def pages(run: Path, turns: int, index: bool) -> None:
         TestClient(application(library), ADDRESS).get("/").raise_for_status()
         return library
 
-    seconds, library = timed_result(opened)
-    print(f"open, to the first overview: {seconds:.2f} s")
+    opening, library = timed_result(opened)
+    print(f"open, to the first overview: {opening:.2f} s")
     app = application(library)
     gc.freeze()  # as `cratelm view` does
 
-    def get(path: str, turn: int = 0) -> float:
+    def get(path: str, turn: int = 0) -> tuple[float, float]:
         # another client each time, because the server limits the requests of each client
         client = TestClient(app, ADDRESS, client=(f"10.0.{turn // 256}.{turn % 256}", 50_000))
-        return timed(lambda: client.get(path).raise_for_status())
+        cpu = time.process_time()
+        seconds = timed(lambda: client.get(path).raise_for_status())
+        return seconds, time.process_time() - cpu
 
     key = library.keys[0]
     models = [m for m in library.run(key).models if m.neurons]
@@ -70,7 +81,7 @@ def pages(run: Path, turns: int, index: bool) -> None:
         return int(rng.choice(layers))
 
     base = f"/r/{key}"
-    first = get(f"{base}/layer/{model.name}/{layer()}")
+    first, _ = get(f"{base}/layer/{model.name}/{layer()}")
     print(f"first page of a layer (reads the model's columns): {first:.2f} s")
     kinds: dict[str, Callable[[], str]] = {
         "overview": lambda: base,
@@ -94,7 +105,8 @@ def pages(run: Path, turns: int, index: bool) -> None:
     for name, address in kinds.items():
         paths = [address() for _ in range(turns)]
         get(paths[0])
-        show(name, [get(path, turn) for turn, path in enumerate(paths)])
+        seconds, cpu = zip(*(get(path, turn) for turn, path in enumerate(paths)), strict=True)
+        show(name, list(seconds), list(cpu))
 
 
 def live(run: Path, model: str, turns: int) -> None:

@@ -160,6 +160,64 @@ def test_a_quiet_demo_says_nothing_and_tells_every_verb_so(tmp_path, monkeypatch
     assert room._sae_config(config).quiet
 
 
+def test_families_of_the_demo():
+    """One chain of stages for each model and each control; what is compared is made in the same way for all."""
+    from cratelm.models import FAMILIES
+    from cratelm.pipelines.config import DemoConfig
+    from cratelm.pipelines.demo import families_of, model_chains
+
+    every = families_of(DemoConfig(families=()))
+    assert set(FAMILIES) - set(every) == {"gpt2-relu"}  # another name of gpt2
+    config = DemoConfig(families=("gpt2-solu", "crate"), size="1l")
+    chains = [[step.label for step in chain] for chain in model_chains(config)]
+    stages = ("model", "activations", "explanations", "scores", "replacement")
+    assert chains == [
+        [f"{stage} {name}" for stage in stages[: 4 if name.endswith("init") else 5]]
+        for name in ("gpt2-solu-1l", "crate-1l", "gpt2-solu-1l-init", "crate-1l-init")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--families", "crate", "gpt2-sol"), "did you mean gpt2-solu?"),
+        (("--families", "crate", "crate"), "name each family once"),
+        (("--families", "--sae"), "cannot be combined"),
+    ],
+)
+def test_mistakes_in_families_are_one_line(words, message, tmp_path, capsys):
+    assert main(["demo", "--run", str(tmp_path / "run"), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_several_families_end_in_one_table(whole, corpus, tmp_path, capsys):
+    """Resumable, on tokens that they share; a run that holds the demo of the twins is refused."""
+    words = ["--corpus", str(corpus), "--size", "1l", "--vocab-size", "300", "--steps", "2", "--tokens", "2000",
+             "--neurons", "4", "--families", "crate", "gpt2-topk", "crate-mssa", "--jobs", "1", "--quiet"]  # fmt: skip
+    assert main(["demo", "--run", str(whole[0]), *words]) == 2
+    assert "give it another --run" in capsys.readouterr().err
+    run = tmp_path / "families"
+    assert main(["demo", "--run", str(run), *words]) == 0
+    trained = ["crate-1l", "crate-mssa-1l", "gpt2-topk-1l"]
+    assert Run(run).models("replacement") == trained
+    tables = json.loads((run / "report" / "tables.json").read_text())
+    rows = {row["model"]: row for row in tables["overview"]["rows"]}
+    assert sorted(rows) == trained
+    for row in rows.values():
+        for key in ("loss", "nats_lost", "carried", "token_share", "top_and_random"):
+            assert row[key] is not None, key
+    assert len(tables["pairs"]["rows"]) == 3
+    before = {c.label: c.identity for c in Run(run).completions()}
+    assert main(["demo", "--run", str(run), *words]) == 0
+    assert "skipped" in capsys.readouterr().out
+    assert {c.label: c.identity for c in Run(run).completions()} == before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_twins_see_the_same_tokens_and_results_can_be_read(whole):

@@ -65,6 +65,7 @@ TOPICS = [
     [
         *("docs/first-steps.md", "docs/index.md", "docs/browser.md", "docs/white-box.md"),
         *("docs/verbs/demo.md", "docs/verbs/tokenize.md", "docs/verbs/train.md"),
+        "docs/verbs/tune.md",
         *("docs/verbs/harvest.md", "docs/verbs/explain.md", "docs/verbs/score.md"),
         *("docs/verbs/replace.md", "docs/verbs/report.md", "docs/verbs/view.md"),
         "docs/verbs/analyze.md",
@@ -84,6 +85,8 @@ TOPICS = [
 TINY = {
     "tokenize": "--vocab-size 512 --fit 0.15 --held-out 0.15",
     "train": "--steps 2 --batch-size 4 --sequence-length 128 --validation-sequences 8",
+    "tune": "--steps 2 --count 3 --batch-size 4 --sequence-length 128 --validation-sequences 8",
+    "probe": "--steps 2 --batch-size 4 --sequences 20",
     "evaluate": "--max-tokens 2000",
     "harvest": "--tokens 3000 --sequence-length 64 --top 12 --random 10 --per-bin 2",
     "explain": "--neurons 4",

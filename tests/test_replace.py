@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_activations import EOT, MemorySplit
 from test_steer import KINDS, SMALL, model_of, small_run
 from torch import nn
@@ -27,7 +28,7 @@ from cratelm.explain.lookup import token_table
 from cratelm.explain.trie import context_trie
 from cratelm.models import build, site_of
 from cratelm.models.sites import Site, hooked
-from cratelm.replace.concepts import CellSums, cells_of, share_features
+from cratelm.replace.concepts import N_CELLS, CellSums, cells_of, share_features
 from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.contexts import NO_TOKEN, ROOT, START, Contexts
 from cratelm.replace.exact import quantum_of, rounded
@@ -48,7 +49,7 @@ from cratelm.replace.store import (
     read_replacement_summary,
 )
 from cratelm.replace.summary import Figures
-from cratelm.replace.tables import ContextSums
+from cratelm.replace.tables import ContextSums, _highest_by_family, _sums_by_family
 from cratelm.replace.text import BatchText, predicted, successors
 from cratelm.replace.token_cost import token_cost
 from cratelm.report.sections import replacement as section
@@ -294,6 +295,18 @@ def test_a_shared_limit_goes_to_the_neurons_that_vary(fitted):
     assert errors[1] < errors[0]
 
 
+def test_families_are_added_and_compared_as_by_reduceat():
+    rng = np.random.default_rng(0)
+    for first in ([0], [0, 1, 2], [0, 5, 6, 30]):
+        values = rounded(rng.normal(size=(40, 3)), 2.0**-20)
+        sums = _sums_by_family(values, np.array(first))
+        assert (sums == np.add.reduceat(values, first, axis=0)).all()
+        values = np.sort(values, axis=0)[:, [0, 1, 2, 2]].astype(np.float32)
+        values[:, 3] *= -1  # the highest is the last of a family, or the first
+        highest = _highest_by_family(values, np.array(first))
+        assert (highest == np.maximum.reduceat(values, first, axis=0)).all()
+
+
 def test_sums_do_not_depend_on_the_order(fitted):
     _, tree, matched, activations, _ = fitted
     activations = activations * 10.0 ** np.random.default_rng(0).uniform(-6, 3, activations.shape)
@@ -389,7 +402,7 @@ def test_features_of_the_fit_split_are_those_of_its_batches():
     expected_rows, expected = cells_of(payloads, reader, fresh)
     assert (rows == expected_rows).all()
     assert (cells == expected).all()
-    assert 0 < cells.mean() < 1
+    assert 0 < (cells % N_CELLS).mean() < 1
 
 
 # ---- n-gram models --------------------------------------------------------------------------------
@@ -623,6 +636,82 @@ def test_blocks_that_are_skipped_change_nothing(kind):
         assert needed == ((places[-1],) if passes and places else places)
         of_needed = {p: codes[p] for p in needed}
         assert explained.losses(trace, of_needed).numpy() == pytest.approx(expected, rel=1e-4, abs=1e-5)  # fmt: skip
+
+
+def test_modules_before_a_replaced_site_do_not_run_again():
+    model = any_model("gpt2")
+    explained = ExplainedModel(model, site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    trace = explained.trace(ids)
+    calls = []
+
+    def counted(name, module):
+        plain = module.forward
+        # on the instance, as accelerate does: it must still be there after the losses
+        module.forward = lambda x: (calls.append(name), plain(x))[1]
+
+    for number, block in enumerate(model.transformer.h):
+        counted(f"{number}.attn", block.attn.c_attn)
+        counted(f"{number}.mlp", block.mlp.c_fc)
+
+    def called(*places):
+        calls.clear()
+        explained.losses(trace, {p: codes[p] for p in places})
+        return sorted(calls)
+
+    assert called(0, 1) == ["1.attn"]
+    assert called(0) == ["1.attn", "1.mlp"]
+    assert called(1) == []
+    assert called() == []  # from the stored outputs of the last block
+    calls.clear()
+    explained.trace(ids)
+    assert sorted(calls) == ["0.attn", "0.mlp", "1.attn", "1.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "feeds"), [("Llama", 3, 3), ("GPTNeoX", 4, 2), ("Bloom", 3, 2)]
+)
+def test_modules_before_a_site_are_those_of_the_architecture(family, before, feeds):
+    """Norms and attention, also where attention and MLP are parallel; projections and the activation function of an MLP."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    explained = ExplainedModel(
+        model := transformers.AutoModelForCausalLM.from_config(config).eval(), site_of(model, "mlp")
+    )
+    assert [(len(p.before), len(p.feeds)) for p in explained._prefixes] == [(before, feeds)] * 2
+    ids, codes = ids_and_codes(explained.site)
+    trace = explained.trace(ids)
+    for places in ((0,), (1,), (0, 1)):
+        chosen = {p: codes[p] for p in places}
+        expected = naive_losses(model, explained.site, SimpleNamespace(input_ids=ids), chosen)
+        found = explained.losses(trace, chosen).numpy()
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_attention_weights_are_not_stored():
+    model = any_model("gpt2")
+    model.config._attn_implementation = "eager"
+    explained = ExplainedModel(model, site_of(model))
+    ids, _ = ids_and_codes(explained.site)
+    outputs = [of for of in explained.trace(ids).before[0] if isinstance(of, tuple)]
+    assert [len(of) for of in outputs] == [2]
+    assert outputs[0][1] is None
+
+
+@pytest.mark.parametrize("kind", ["crate", "gpt2"])
+def test_losses_of_some_tokens_are_those_of_all(kind):
+    explained = ExplainedModel(model := any_model(kind), site_of(model))
+    ids, codes = ids_and_codes(explained.site)
+    trace = explained.trace(ids)
+    only = torch.arange(ids.shape[1] - 1)[None] % 3 == 0
+    masks = {p: torch.arange(of.shape[1]) % 2 == 0 for p, of in codes.items()}
+    for mixed in (None, masks):
+        whole = explained.losses(trace, codes, mixed)
+        some = explained.losses(trace, codes, mixed, only)
+        assert some[only].numpy() == pytest.approx(whole[only].numpy(), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

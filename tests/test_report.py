@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ from cratelm.report import gallery
 from cratelm.report.cells import METRIC_NAMES, chance_of
 from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
-from cratelm.report.sections import all_tokens
+from cratelm.report.sections import all_tokens, overview
 from cratelm.report.sections.scores import model_comparison_table
 from cratelm.results.run_results import read_results
 from cratelm.results.scores import read_score_summary
@@ -544,6 +544,26 @@ def test_commands_make_the_same_run(run, page):
         assert done is not None
         assert (config.identity() if verb == "train" else config_dict(config)) == done.config
     assert len(lines) == 2 + 4 * len(MODELS)
+
+
+def test_any_two_of_several_models(run):
+    """With three models there is a line for each, and a comparison of each pair; twins alone have their own tables."""
+    results = read_results(Run(run))
+    assert not overview.overview_table(results).rows
+    assert not overview.pairs_table(results, 50, 0).rows
+    (crate, gpt2) = results.principal
+    third = replace(gpt2, name="gpt2-solu-2l")
+    several = replace(results, models=(crate, gpt2, third))
+    rows = overview.overview_table(several).records()
+    assert {row["model"] for row in rows} == {"crate-2l", "gpt2-2l", "gpt2-solu-2l"}
+    metric = results.metrics[0]
+    of_crate = next(row for row in rows if row["model"] == "crate-2l")
+    assert of_crate[metric]["value"] == pytest.approx(100 * crate.find(results.explainer, metric).mean)  # fmt: skip
+    pairs = overview.pairs_table(several, 50, 0).records()
+    assert [row["models"] for row in pairs] == ["crate-2l − gpt2-2l"] * 2 + ["gpt2-2l − gpt2-2l"]
+    assert pairs[0]["difference"]["value"] == pytest.approx(pairs[0]["mean_a"] - pairs[0]["mean_b"])
+    assert pairs[2]["difference"]["value"] == 0
+    assert all(row["p_adjusted"] >= row["p_value"] for row in pairs)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from cratelm.train import head_loss as module
-from cratelm.train.head_loss import chunked_loss, head_loss, rows_per_chunk
+from cratelm.train.head_loss import chunked_loss, head_loss, row_losses, rows_per_chunk
 
 VOCABULARIES = [512, 1000, 4096, 4097, 8192, 16384, 32768, 50304, 100_000, 150_000]
 
@@ -157,3 +157,28 @@ def test_peak_memory_is_that_of_a_chunk(form: str, monkeypatch: pytest.MonkeyPat
     assert chunk < 20
     assert peak_mib(lambda: step(plain_loss)) > 150  # the peak is seen
     assert peak_mib(lambda: step(head_loss)) < 5 * chunk  # exponentials, bf16 copies, gradients
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 40])
+def test_losses_of_rows_are_those_of_all_logits(scale: float) -> None:
+    """Logits are up to 20, 200 and 8,000: the last two would overflow an exponential."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = scale * torch.randn(300, 64, generator=generator)
+    weight, targets = torch.randn(500, 64, generator=generator), torch.arange(300)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    near = 1e-5 * max(1, scale**2)  # rounding of the logits
+    found = row_losses(hidden, weight, targets)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=near)
+    row_of = torch.arange(300) // 2
+    found = row_losses(hidden, weight, targets, row_of)
+    of_rows = torch.nn.functional.cross_entropy(
+        (hidden @ weight.T)[row_of], targets, reduction="none"
+    )
+    assert torch.allclose(found, of_rows, rtol=1e-5, atol=near)
+
+
+def test_a_row_that_is_not_a_number_has_no_loss_and_others_do() -> None:
+    hidden = torch.ones(3, 4)
+    hidden[1] = torch.nan
+    losses = row_losses(hidden, torch.ones(5, 4), torch.zeros(3, dtype=torch.long))
+    assert losses.isnan().tolist() == [False, True, False]

@@ -9,6 +9,7 @@ from viewer_runs import NEURONS, Parsed, a_neuron
 
 from cratelm.results.neuron_groups import TOKEN_CLASSES, NeuronGroup, neuron_groups, token_class
 from cratelm.results.views import LayerQuery, MapPoint
+from cratelm.text.units import TokenStrings
 from cratelm.viewer import run_reader
 from cratelm.viewer.layer_map import (
     COLOURS,
@@ -211,3 +212,17 @@ def test_without_an_index_there_are_no_groups_and_pages_are_shown(library, monke
     assert fresh.map_details("run", "crate-2l", 1) is None
     page = Pages(fresh).overview("run")
     assert page.count('class="featured"') == 2
+
+
+def test_details_show_characters_that_tokens_share() -> None:
+    strings = TokenStrings([b"a", b"\xe4", b"\xb8", b"\xad", b" b"])
+    peaks = Peaks.empty(2)
+    peaks.tokens[0, BEFORE - 1 : BEFORE + 3] = [0, 1, 2, 3]
+    peaks.levels[0, BEFORE - 1 : BEFORE + 3] = [1, 10, 4, 2]
+    peaks.tokens[1, BEFORE - 2 : BEFORE + 1] = [4, 0, 4]
+    peaks.levels[1, BEFORE - 2 : BEFORE + 1] = [3, 0, 10]
+    found = details(points(2), peaks, strings)
+    shown = [[found["words"][at] for at in excerpt] for excerpt in found["excerpts"]]
+    assert shown == [["a", "中"], ["␣b", "a", "␣b"]]
+    assert found["levels"] == ["1a", "30a"]
+    assert found["peak"] == [1, 2]

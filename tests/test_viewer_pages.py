@@ -138,6 +138,35 @@ def test_layers_and_neurons_side_by_side(client):
     )
 
 
+def test_any_two_models_can_stand_side_by_side(client, library):
+    """The name of a model alone stands for its layer of the same number, or for its most similar neuron."""
+    layers = client.get("/r/run/compare?left=crate-2l/1&right=crate-2l-init").text
+    assert "crate-2l, layer 1" in layers
+    assert "crate-2l-init, layer 1" in layers
+    index = a_neuron(library)
+    near = library.nearest("run", "crate-2l", 1, index, n=1, other="crate-2l-init")
+    (best,) = [n for n in near if n.model == "crate-2l-init"]
+    shown = client.get(f"/r/run/compare?left=crate-2l/1/{index}&right=crate-2l-init").text
+    assert f"crate-2l-init layer {best.layer} neuron {best.index}" in shown
+    assert "most similar neuron of crate-2l-init" in shown
+
+
+def test_pages_offer_a_comparison_with_every_other_model(run, tmp_path):
+    """Where a run has more models than twins and their controls."""
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    pages = Pages(Library([copy]))
+    assert pages._others("copy", "crate-2l") == []
+    for stage in ("activations", "explanations", "scores", "model"):
+        shutil.copytree(copy / stage / "gpt2-2l", copy / stage / "gpt2-solu-2l")
+    pages = Pages(Library([copy]))
+    others = pages._others("copy", "crate-2l")
+    assert {"gpt2-2l", "gpt2-solu-2l"} <= set(others)
+    assert "crate-2l" not in others
+    page = pages.layer("copy", "crate-2l", 1, LayerQuery())
+    assert '<option value="gpt2-solu-2l">' in page
+    assert '<input type="hidden" name="left" value="crate-2l/1">' in page
+
+
 def test_beside_a_neuron_stands_the_twins_nearest(client, library):
     index = a_neuron(library)
     near = [n for n in library.nearest("run", "crate-2l", 1, index) if n.model == "gpt2-2l"]

@@ -14,7 +14,7 @@ from cratelm.score.simulators import TokenLists, simulator_of
 from cratelm.score.token_share import Highest, TokenMeans
 from cratelm.score.whole_summary import FIGURES, WholeMean, WholeSummary
 from cratelm.stats.grouped import Groups
-from cratelm.stats.layers import LayeredMean
+from cratelm.stats.layers import LayeredMean, layered_mean
 
 VOCABULARY = 7
 
@@ -248,6 +248,25 @@ def test_only_context_tells_hard_negatives_apart():
     assert by_table.against(by_table.hard).roc_area() == 0.5
     assert by_table.against(by_table.silent).roc_area() > 0.85
     assert by_trie.against(by_trie.hard).roc_area() == 1
+
+
+def test_the_median_of_token_shares_is_not_moved_by_a_few_neurons():
+    """A neuron that fires on one token of the fit split and hardly on the held-out one has a share far below 0."""
+    fit, held_out = np.zeros((400, 2), np.float32), np.zeros((400, 2), np.float32)
+    tokens = np.arange(400) % 20
+    fit[:, 0] = held_out[:, 0] = tokens == 3
+    fit[7, 1], held_out[7, 1] = 1.0, 0.01
+    share, _ = token_share(fit, tokens, held_out, tokens)
+    assert share[0] == pytest.approx(1)
+    assert share[1] < -1
+    values = [0.4, 0.5, 0.6, share[1] * 100, 0.2, 0.3, 0.7]
+    layers = [0, 0, 0, 0, 1, 1, 1]
+    mean, median = (layered_mean(values, layers, medians=m) for m in (False, True))
+    assert mean.mean.value < -1
+    assert median.mean.value == pytest.approx(np.mean([0.45, 0.3]))
+    assert (median.defined, median.undefined) == (7, 0)
+    summary = WholeSummary(100, mean, mean, (), (), median, 1)
+    assert "1 of 7 token shares are below 0 (the fit split misleads): median 37.5" in summary.in_words()["last token alone"]  # fmt: skip
 
 
 def test_one_scored_neuron_has_no_shuffled_control():

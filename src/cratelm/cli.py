@@ -52,6 +52,11 @@ VERBS: dict[str, Verb] = {
         "cratelm.tokens.config:TokenizeConfig",
         "turn documents into token shards with document boundaries",
     ),
+    "tune": Verb(
+        "cratelm.train.tune",
+        "cratelm.train.tune_config:TuneConfig",
+        "search the learning rate of a model by short trainings",
+    ),
     "train": Verb(
         "cratelm.train.loop",
         "cratelm.train.config:TrainConfig",
@@ -67,6 +72,11 @@ VERBS: dict[str, Verb] = {
         "cratelm.evaluate.predict",
         "cratelm.evaluate.config:PredictConfig",
         "show next-token predictions of models on the same text, as a page",
+    ),
+    "probe": Verb(
+        "cratelm.probes.probe",
+        "cratelm.probes.config:ProbeConfig",
+        "train models on synthetic tasks, and measure what each family can do",
     ),
     "harvest": Verb(
         "cratelm.activations.harvest",

@@ -8,6 +8,7 @@ from typing import Literal
 from cratelm.errors import InputError
 from cratelm.records import has_both_ends
 from cratelm.runs import at_least, not_in_identity
+from cratelm.runs.minis import PREFIX
 from cratelm.runs.model_options import Dtype, ModelOptions, SourceOptions, model_option
 from cratelm.runs.names import check_name
 from cratelm.tokens.beginning import BeginningOptions
@@ -18,7 +19,7 @@ def last_name(option: str, path: str) -> str:
 
     Raises `InputError` if there is none, as in `.`, `..` and `/`.
     """
-    name = Path(path).name
+    name = Path(path.removeprefix(PREFIX)).name
     if "/" in path and not Path(path).is_dir():
         name = name.partition("@")[0]  # OWNER/NAME@REVISION of the Hub
     if name in ("", ".."):
@@ -49,7 +50,8 @@ class HarvestConfig(ModelOptions, BeginningOptions):
     run: Path = not_in_identity(Path("runs/default"))
     """run directory"""
     model: str = "crate-2l"
-    """a model of the run by name, or any Hugging Face causal language model by folder or Hub id"""
+    """a model of the run by name, `mini:NAME` for one that comes with cratelm, or any Hugging Face causal language model
+    by folder or Hub id"""
     name: str | None = None
     """name of the harvest in the run. Default: the model's name; for latents `MODEL+SAE`"""
     site: str | None = None

@@ -150,6 +150,13 @@ def import_outside_families() -> None:
             ) from None
 
 
+def different_families() -> tuple[str, ...]:
+    """Return the names of all families, without a second name of the same one: `gpt2-relu` is `gpt2`."""
+    import_outside_families()
+    names, values = list(FAMILIES), list(FAMILIES.values())
+    return tuple(name for i, name in enumerate(names) if values.index(values[i]) == i)
+
+
 def family_of(name: str) -> str:
     """Return the family of a model's name, such as `crate-tssa` for `crate-tssa-2l`."""
     return name.rpartition("-")[0]

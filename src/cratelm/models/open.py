@@ -2,7 +2,7 @@
 
 All verbs follow one rule. A name without a slash is a model of the run if the run has a model of this
 name, or if there is no folder of this name. Otherwise it is a folder if there is one, else a Hub id, also written
-OWNER/NAME@REVISION. `cratelm.runs.model_options` has the options. Code that comes with a model runs only with
+OWNER/NAME@REVISION. `mini:NAME` is a model that comes with cratelm. `cratelm.runs.model_options` has the options. Code that comes with a model runs only with
 `--trust-remote-code`.
 Records name a model by its identity: that of the stage that trained it, a hash of the files of a folder,
 or the Hub's repository with the commit.
@@ -25,6 +25,7 @@ from cratelm.errors import InputError, one_line
 from cratelm.models.sizes import code_of, hub_commit, load
 from cratelm.runs import Completion, Run, hash_file, hash_json
 from cratelm.runs.devices import device_of
+from cratelm.runs.minis import is_mini, mini_folder
 from cratelm.runs.model_options import SourceOptions
 from cratelm.runs.reading import verified
 from cratelm.text.units import TokenStrings
@@ -122,6 +123,8 @@ def find_model(
 
 
 def _located(run: Run, name: str, options: SourceOptions, from_run: bool) -> ModelSource:
+    if is_mini(name):
+        return ModelSource(name, mini_folder(name))
     folder, trusted = Path(name), options.trust_remote_code
     may_be_of_run = from_run and "/" not in name and not name.startswith(".")
     if may_be_of_run:

@@ -25,8 +25,9 @@ with one neuron edited). A place is the number of a layer among the layers of th
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from cratelm.errors import InputError
 from cratelm.models.crate import Ista
 from cratelm.models.sites import Site, hooked
 
+_Run = Callable[[torch.Tensor, int, torch.Tensor | None], torch.Tensor]
+"""runs the model on ids [n, T] if a block returns these hidden states, and returns logits or hidden states"""
 TOLERANCE = 1e-3
 """largest difference between the rank-one change and the hook, relative to what the edit changes"""
 
@@ -51,6 +54,26 @@ def next_logits(model: Any, tokens: torch.Tensor, last: int) -> torch.Tensor:
     return model(input_ids=tokens, use_cache=False, **keep).logits[:, -last:]
 
 
+@torch.no_grad()
+def plain_head(model: Any) -> torch.Tensor | None:
+    """Return the weights [V, D] by which the model makes logits of its hidden states; None if it does more than that.
+
+    This is checked on 6 random tokens.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        return None
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, 6), generator=generator).to(head.weight.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = next_logits(model, ids, 6).float()
+    weight = head.weight.detach().float()
+    is_plain = torch.allclose(hidden.float() @ weight.T, logits, rtol=1e-3, atol=1e-3)
+    return weight if is_plain else None
+
+
 @dataclass(frozen=True, eq=False)
 class Trace:
     """Stored results of one plain pass."""
@@ -61,6 +84,8 @@ class Trace:
     """[B, T, D] of each block, by its number"""
     activations: list[torch.Tensor]
     """[B, T, H] at each place of the site"""
+    before: dict[int, list[Any]] = field(default_factory=dict)
+    """by place: outputs of modules that run before the site (`cratelm.replace.prefix`)"""
 
     def by_token(self, block: int) -> "Trace":
         """Return the trace with the output of `block` as sequences of one token.
@@ -96,6 +121,11 @@ class PartialForward:
         for place, path in enumerate(site.paths):
             self.writes[place] = self._checked(place, write_directions(model, site, path))
 
+    @cached_property
+    def head(self) -> torch.Tensor | None:
+        """Return the weights [V, D] that make logits of hidden states, see `plain_head`."""
+        return plain_head(self.model)
+
     def is_last(self, place: int) -> bool:
         """Return whether the block of a place is the last one."""
         return self.block_numbers[place] == len(self.blocks) - 1
@@ -125,6 +155,11 @@ class PartialForward:
         block = max(trace.outputs)
         return self._logits(trace.ids, block, trace.outputs[block], last)
 
+    def plain_hidden(self, trace: Trace) -> torch.Tensor:
+        """Return the hidden states [B, T, D] that the head reads, without an edit."""
+        block = max(trace.outputs)
+        return self._hidden(trace.ids, block, trace.outputs[block])
+
     def edited(
         self,
         trace: Trace,
@@ -138,11 +173,33 @@ class PartialForward:
 
         Row i is sequence `rows[i]` with neuron `neurons[i]` changed; both [n].
         """
+        return self._edited(trace, place, rows, neurons, delta, partial(self._logits, last=last))
+
+    def edited_hidden(
+        self,
+        trace: Trace,
+        place: int,
+        rows: torch.Tensor,
+        neurons: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the hidden states [n, T, D] that the head reads, with the edits of `edited`."""
+        return self._edited(trace, place, rows, neurons, delta, self._hidden)
+
+    def _edited(
+        self,
+        trace: Trace,
+        place: int,
+        rows: torch.Tensor,
+        neurons: torch.Tensor,
+        delta: torch.Tensor,
+        run: _Run,
+    ) -> torch.Tensor:
         block, ids, writes = self.block_numbers[place], trace.ids[rows], self.writes[place]
         if writes is not None:
             hidden = trace.outputs[block][rows] + delta[..., None] * writes[neurons][:, None]
-            return self._logits(ids, block, hidden, last)
-        return self._edited_by_hook(trace, place, rows, neurons, delta, last)
+            return run(ids, block, hidden)
+        return self._edited_by_hook(trace, place, rows, neurons, delta, run)
 
     @torch.no_grad()
     def _edited_by_hook(
@@ -152,7 +209,7 @@ class PartialForward:
         rows: torch.Tensor,
         neurons: torch.Tensor,
         delta: torch.Tensor,
-        last: int | None,
+        run: _Run,
     ) -> torch.Tensor:
         """Return the same by running the block of the place on the stored output of the previous block."""
         row = torch.arange(len(rows), device=rows.device)
@@ -167,30 +224,30 @@ class PartialForward:
         before = self.block_numbers[place] - 1
         hidden = trace.outputs[before][rows] if before >= 0 else None
         with hooked(self.model, self.site, add):
-            return self._logits(trace.ids[rows], before, hidden, last)
+            return run(trace.ids[rows], before, hidden)
 
     @torch.no_grad()
     def _logits(
-        self, ids: torch.Tensor, block: int, hidden: torch.Tensor | None, last: int | None
+        self, ids: torch.Tensor, block: int, hidden: torch.Tensor | None, last: int | None = None
     ) -> torch.Tensor:
         """Return logits [n, last, V] if `block` returns `hidden` [n, T, D]; block -1 is a plain pass."""
         with self.replayed(block, hidden):
             return next_logits(self.model, ids, last or ids.shape[1]).float()
 
+    @torch.no_grad()
+    def _hidden(self, ids: torch.Tensor, block: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        """Return the hidden states [n, T, D] after all blocks if `block` returns `hidden`."""
+        with self.replayed(block, hidden):
+            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+
     @contextlib.contextmanager
     def replayed(self, block: int, hidden: torch.Tensor | None) -> Iterator[None]:
         """Make `block` return `hidden`, and the blocks before it their own input, while open; block -1 changes nothing."""
-        # `forward` is set on the instance, not `__call__`, which Python looks up on the class. So hooks
-        # of the blocks still run, and removing the attribute restores the class's method.
         patched = self.blocks[: block + 1]
-        try:
-            for number, module in enumerate(patched):
-                output = hidden if number == block else None
-                module.__dict__["forward"] = _returning(output, self._returns_tuple[number])
+        outputs = (hidden if number == block else None for number in range(len(patched)))
+        forwards = [_block(of, self._returns_tuple[i]) for i, of in enumerate(outputs)]
+        with _patched(patched, forwards):
             yield
-        finally:
-            for module in patched:
-                module.__dict__.pop("forward", None)
 
     def _checked(self, place: int, writes: torch.Tensor | None) -> torch.Tensor | None:
         """Return `writes` if changing a neuron by it gives the logits that the hook gives, else None.
@@ -208,15 +265,42 @@ class PartialForward:
         neurons = torch.randint(len(writes), (2,), generator=generator).to(writes.device)
         rows = torch.zeros(2, dtype=torch.long, device=writes.device)
         delta = size * torch.linspace(-1, 1, 6, device=writes.device).expand(2, 6)
-        by_hook = self._edited_by_hook(trace, place, rows, neurons, delta, None)
+        by_hook = self._edited_by_hook(trace, place, rows, neurons, delta, self._logits)
         hidden = trace.outputs[self.block_numbers[place]][rows]
         hidden = hidden + delta[..., None] * writes[neurons][:, None]
-        rank_one = self._logits(ids[rows], self.block_numbers[place], hidden, None)
+        rank_one = self._logits(ids[rows], self.block_numbers[place], hidden)
         change = (by_hook - self.plain(trace)).abs().max()
         return writes if (rank_one - by_hook).abs().max() <= TOLERANCE * change + 1e-6 else None
 
 
-def _returning(output: torch.Tensor | None, as_tuple: bool) -> Callable[..., Any]:
+@contextlib.contextmanager
+def returning(modules: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Make modules return these outputs while open, whatever they are called with."""
+    with _patched(modules, [lambda *_, output=output, **__: output for output in outputs]):
+        yield
+
+
+@contextlib.contextmanager
+def _patched(
+    modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Let modules call these functions as their `forward` while open."""
+    # `forward` is set on the instance, not `__call__`, which Python looks up on the class. So hooks
+    # of the modules still run. A module may have its own already, as those that accelerate places on devices do.
+    before = [module.__dict__.get("forward") for module in modules]
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _block(output: torch.Tensor | None, as_tuple: bool) -> Callable[..., Any]:
     """Return a `forward` for a block that returns `output`, or its own input if that is None."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

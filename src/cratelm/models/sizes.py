@@ -22,6 +22,7 @@ from cratelm.models.families import (
 from cratelm.models.gpt2 import as_twin
 from cratelm.runs.arguments import checked_arguments, checked_value
 from cratelm.runs.memory import available_memory, size_in_words
+from cratelm.runs.minis import is_mini, mini_folder
 from cratelm.runs.pretrained import (
     SIZE_FIELDS,
     check_config,
@@ -112,12 +113,14 @@ def _check_fields(fields: dict[str, Any], family: Family) -> None:
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Return a saved model, cratelm's or any Hugging Face causal language model, in evaluation mode.
 
-    `path` is a folder or a Hub id; `kwargs` go to `from_pretrained`. Raises `InputError`, which names the
+    `path` is a folder, a Hub id, or `mini:NAME` for a model that comes with cratelm; `kwargs` go to `from_pretrained`. Raises `InputError`, which names the
     file, if nothing can be loaded from it: a file is missing or damaged, is not what `train` wrote, or weights
     do not fit the configuration or are missing.
     """
     if not str(path).strip():
         raise InputError("the path of the model is empty: name a folder or a Hub id")
+    if is_mini(path):
+        path = mini_folder(path)
     if os.path.isdir(path):
         from cratelm.runs.reading import verify_folder  # imports pyarrow
 

@@ -16,7 +16,8 @@ class DemoConfig(Options):
 
     Tokenizes a corpus, trains both models on the same tokens in the same order, harvests, explains and
     scores their neurons, measures which tokens the neurons promote, and writes a report. Two randomly
-    initialised models serve as controls. After an interruption, the same command resumes.
+    initialised models serve as controls. With --families, it does so for several families of models, and compares
+    all of them. After an interruption, the same command resumes.
     """
 
     run: Path = not_in_identity(Path("runs/demo"))
@@ -26,10 +27,17 @@ class DemoConfig(Options):
     `cratelm tokenize --help`"""
     size: Literal["1l", "2l", "3l"] = "2l"
     """number of layers of the twins (width 128, 512 neurons per layer)"""
+    families: tuple[str, ...] | None = None
+    """families to compare instead of the twins, such as crate gpt2 gpt2-solu, each with its untrained control; without
+    names, all that differ. Explained by look-up and trie, and run on these explanations; give a --run of its own"""
+    pretrained: bool = False
+    """take the models that come with cratelm (`mini:crate-2l` and its twin) instead of training any, without untrained
+    controls, and measure less: at most 60,000 tokens of each split, and 64 neurons per layer. From nothing to the browser
+    in under three minutes"""
     vocab_size: int = 4096
     """number of tokens in the vocabulary, which is trained on the corpus"""
     steps: int = 500
-    """training steps of each twin, 16 sequences of 256 tokens per step"""
+    """training steps of each model, 16 sequences of 256 tokens per step"""
     tokens: int = 200_000
     """tokens harvested from each of the splits fit and held_out"""
     neurons: int = 256
@@ -51,6 +59,19 @@ class DemoConfig(Options):
         super().__post_init__()
         at_least(self, {"steps": 1, "tokens": 1, "neurons": 0, "seed": 0, "jobs": 0})
         check_vocabulary_size(self)
+        if self.pretrained and (self.families is not None or self.sae):
+            given = "sae" if self.sae else "families"
+            raise InputError(
+                f"--pretrained and --{given} cannot be combined: omit --pretrained, and models are trained"
+            )
+        if self.families is None:
+            return
+        if self.sae:
+            raise InputError(
+                "--sae and --families cannot be combined: type `cratelm sae compare` after the demo"
+            )
+        if len(set(self.families)) < len(self.families):
+            raise InputError(f"--families {' '.join(self.families)}: name each family once")
 
 
 @dataclass(frozen=True)

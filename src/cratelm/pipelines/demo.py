@@ -1,5 +1,9 @@
-"""`cratelm demo`: run every stage in turn, at a scale that fits a laptop."""
+"""`cratelm demo`: run every stage in turn, at a scale that fits a laptop.
 
+The models are the twins CRATE and GPT-2, or one model of each family that `--families` names.
+"""
+
+import difflib
 import os
 import shutil
 import sys
@@ -16,9 +20,11 @@ from cratelm.activations.harvest import harvest
 from cratelm.analysis.analyze import analyze
 from cratelm.analysis.config import AnalyzeConfig
 from cratelm.corpus.sources import open_corpus
+from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
 from cratelm.explain.explain import explain
-from cratelm.models import build
+from cratelm.models import FAMILIES, build
+from cratelm.models.families import different_families, import_outside_families
 from cratelm.models.sae_lens import import_sae_lens
 from cratelm.pipelines.chains import Step, run_chains
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
@@ -30,6 +36,7 @@ from cratelm.report.config import ReportConfig
 from cratelm.report.report import ReportResult, comparison_table, report
 from cratelm.runs import Run, StageName
 from cratelm.runs.devices import device_of
+from cratelm.runs.minis import PREFIX, mini_folder
 from cratelm.score.config import ScoreConfig
 from cratelm.score.score import score
 from cratelm.steer.config import EffectsConfig
@@ -52,11 +59,15 @@ another with all cores: 286 and 263 s for the twins at a time, 234 and 176 s alo
 _EXPLAINERS = ExplainConfig.explainers
 _CONTROLLED = ("lookup", "trie")
 """explainers of the untrained controls: searching and scoring their concepts would take a minute for a figure of less
-interest, since concepts explain them worse than the last token does"""
+interest, since concepts explain them worse than the last token does. With `--families` those of all models"""
 _SECONDS_PER_NEURON = 0.04
 """time to explain and score a neuron on one core, three metrics and controls (benchmarks/explain_score.py)"""
 _ANALYZED = 20_000
 """held-out tokens of each twin for the white-box measurements and for the evaluation of autoencoders"""
+_PRETRAINED_TOKENS = 60_000
+"""tokens harvested from each split with models that are not trained here"""
+_PRETRAINED_NEURONS = 64
+"""neurons per layer that are then explained and scored"""
 _REPLACED = 50_000
 """held-out tokens on which each twin runs on its explanations"""
 _REPLACED_BY = ("lookup", "trie", "concepts+trie")
@@ -64,6 +75,10 @@ _REPLACED_BY = ("lookup", "trie", "concepts+trie")
 _REPLACED_COST = 29.0
 """duration of that, with making the explanations, divided by that of the forward passes over both kinds of tokens,
 without the head, on all cores: 104 and 113 s for the demo's twins, two at a time on 2 cores"""
+_FAMILIES_REPLACED_BY = ("lookup", "trie")
+"""explanations that the models of `--families` run on"""
+_FAMILIES_REPLACED_COST = 12.0
+"""the same figure for these two"""
 _ABLATED = 1024
 """held-out tokens on which the loss without each neuron is measured; few, because it is slow"""
 _SECONDS_PER_EFFECT = 0.026
@@ -109,11 +124,16 @@ def _browse(run: Path) -> str:
 def demo(config: DemoConfig) -> DemoResult:
     """Run every stage in turn, and return the report. Finished stages are skipped.
 
-    Raises the same `InputError` as the commands of the stages.
+    Raises the same `InputError` as the commands of the stages, and `InputError` for a family that does not exist, and
+    for a run that holds a demo with other explainers.
     """
     started = time.monotonic()
     if config.sae:
         import_sae_lens()  # report a missing package before training
+    _check_families(config)
+    if config.pretrained:
+        for name in _models(config)[0]:
+            mini_folder(name)
     if config.force or Run(config.run).stage("tokens").completion() is None:
         open_corpus(config.corpus)  # a missing corpus is reported before the machine is measured
     if not config.quiet:
@@ -155,31 +175,84 @@ def _run_models(config: DemoConfig) -> Iterator[Step]:
 
 
 def _models(config: DemoConfig) -> tuple[list[str], list[str]]:
-    """Return the names of the twins, and of their randomly initialised controls."""
-    twins = [f"crate-{config.size}", f"gpt2-{config.size}"]
-    return twins, [f"{name}-init" for name in twins]
+    """Return the names of the models that are trained, and of their randomly initialised controls."""
+    trained = [f"{family}-{config.size}" for family in families_of(config)]
+    return trained, [] if config.pretrained else [f"{name}-init" for name in trained]
+
+
+def families_of(config: DemoConfig) -> tuple[str, ...]:
+    """Return the families that are compared: those of the twins, those that are named, or all that differ."""
+    if config.families is None:
+        return ("crate", "gpt2")
+    return config.families or different_families()
+
+
+def _check_families(config: DemoConfig) -> None:
+    """Raise `InputError` for a family that does not exist, and for a run with explanations by other explainers."""
+    import_outside_families()
+    for name in families_of(config):
+        if name not in FAMILIES:
+            near = difflib.get_close_matches(name, FAMILIES, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError(
+                f"--families names {name!r}, which is no family{hint}: choose from {', '.join(FAMILIES)}"
+            )
+    if config.force:
+        return
+    for name in _models(config)[0]:
+        explained = Run(config.run).stage("explanations", name).completion()
+        if explained is None or explained.config.get("explainers") == list(_explainers(config)):
+            continue
+        raise InputError(
+            f"{config.run} has explanations of {name} by {', '.join(explained.config.get('explainers', ()))}, but"
+            f" this demo makes those by {', '.join(_explainers(config))}: give it another --run"
+        )
+
+
+def _explainers(config: DemoConfig, is_trained: bool = True) -> tuple[str, ...]:
+    """Return the explainers of a model without a language model."""
+    everything = is_trained and config.families is None
+    return _EXPLAINERS if everything else _CONTROLLED
+
+
+def _n_tokens(config: DemoConfig) -> int:
+    """Return the number of tokens that are harvested from each split."""
+    return min(config.tokens, _PRETRAINED_TOKENS) if config.pretrained else config.tokens
+
+
+def _n_neurons(config: DemoConfig) -> int:
+    """Return the number of neurons per layer that are explained; 0 = all."""
+    if not config.pretrained:
+        return config.neurons
+    return min(config.neurons or _PRETRAINED_NEURONS, _PRETRAINED_NEURONS)
 
 
 def model_chains(config: DemoConfig) -> list[list[Step]]:
     """Return the steps of each model, in order; those of one model need nothing of another."""
-    twins, controls = _models(config)
-    return [list(_steps_of(config, name, name in twins)) for name in twins + controls]
+    trained, controls = _models(config)
+    return [list(_steps_of(config, name, name in trained)) for name in trained + controls]
 
 
 def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]:
     common = {"run": config.run, "force": config.force, "quiet": config.quiet}
+    n_tokens, n_neurons = _n_tokens(config), _n_neurons(config)
     harvesting = HarvestConfig(
-        **common, model=name, tokens=config.tokens, sequence_length=_SEQUENCE, seed=config.seed
+        **common,
+        model=f"{PREFIX}{name}" if config.pretrained else name,
+        tokens=n_tokens,
+        sequence_length=_SEQUENCE,
+        seed=config.seed,
     )
     explaining = ExplainConfig(
         **common,
         model=name,
-        neurons=config.neurons,
-        explainers=_EXPLAINERS if is_trained else _CONTROLLED,
+        neurons=n_neurons,
+        explainers=_explainers(config, is_trained),
         seed=config.seed,
     )
     scoring = ScoreConfig(**common, model=name, seed=config.seed)
-    yield Step("model", name, lambda: train(_train_config(config, name)))
+    if not config.pretrained:
+        yield Step("model", name, lambda: train(_train_config(config, name)))
     yield Step("activations", name, lambda: harvest(harvesting))
     yield Step("explanations", name, lambda: explain(explaining))
     yield Step("scores", name, lambda: score(scoring))
@@ -190,20 +263,29 @@ def _steps_of(config: DemoConfig, name: str, is_trained: bool) -> Iterator[Step]
     replacing = ReplaceConfig(
         **common,
         model=name,
-        fit_tokens=config.tokens,
-        tokens=min(config.tokens, _REPLACED),
-        curve_tokens=min(config.tokens, _REPLACED // 5),
-        neuron_tokens=_SEQUENCE,
-        explainers=_REPLACED_BY,
+        fit_tokens=n_tokens,
+        tokens=min(n_tokens, _REPLACED),
+        curve_tokens=min(n_tokens, _REPLACED // 5),
+        neuron_tokens=0 if config.pretrained else _SEQUENCE,
+        explainers=_replaced_by(config),
         seed=config.seed,
     )
     yield Step("replacement", name, lambda: replace_codes(replacing))
+    if config.families is not None or config.pretrained:
+        return
     analyzing = AnalyzeConfig(**common, model=name, tokens=_ANALYZED, seed=config.seed)
     writing = EffectsConfig(
-        **common, model=name, tokens=_ABLATED, neurons=config.neurons, seed=config.seed
+        **common, model=name, tokens=_ABLATED, neurons=n_neurons, seed=config.seed
     )
     yield Step("analysis", name, lambda: analyze(analyzing))
     yield Step("steer", name, lambda: effects(writing))
+
+
+def _replaced_by(config: DemoConfig) -> tuple[str, ...]:
+    """Return the explanations that models run on."""
+    return (
+        _REPLACED_BY if config.families is None and not config.pretrained else _FAMILIES_REPLACED_BY
+    )
 
 
 def _tokenize_config(config: DemoConfig) -> TokenizeConfig:
@@ -213,6 +295,7 @@ def _tokenize_config(config: DemoConfig) -> TokenizeConfig:
         quiet=config.quiet,
         corpus=config.corpus,
         vocab_size=config.vocab_size,
+        tokenizer=f"{PREFIX}crate-{config.size}" if config.pretrained else "train",
         fit=_HELD_BACK,
         held_out=_HELD_BACK,
         sequence_length=_SEQUENCE,
@@ -251,28 +334,37 @@ def _sae_config(config: DemoConfig) -> SaeCompareConfig:
 
 def _plan(config: DemoConfig) -> str:
     """Return what the demo will do and how long it may take, estimated from a short measurement on this machine."""
-    run, (twins, controls) = Run(config.run), _models(config)
+    run, (trained, controls) = Run(config.run), _models(config)
+    if config.pretrained:
+        return (
+            f"{' and '.join(trained)}, which come with cratelm: about two minutes on two cores. All files are written to"
+            f" {config.run}"
+        )
+    all_stages, cost = config.families is None, _REPLACED_COST
+    if not all_stages:
+        cost = _FAMILIES_REPLACED_COST
     training = harvesting = scoring = replacing = writing = autoencoders = 0.0
     layers = int(config.size.removesuffix("l"))
-    for name in twins + controls:
+    for name in trained + controls:
         measured: list[StageName] = ["model", "activations", "scores"]
-        if name in twins:
+        if name in trained:
             measured.append("replacement")
         missing = [s for s in measured if config.force or name not in run.models(s)]
         step, forward = _measure(name.removesuffix("-init"), config) if missing else (0, 0)
-        if name in twins and "model" in missing:
+        if name in trained and "model" in missing:
             training += step * config.steps
         if "activations" in missing:
             harvesting += 2 * config.tokens * forward * _HARVEST_COST
         if "scores" in missing:
             scoring += _SECONDS_PER_NEURON * layers * (config.neurons or 512)
             scoring += 2 * config.tokens * forward * _WHOLE_COST
-        if name in twins and (config.force or name not in run.models("replacement")):
-            replacing += (config.tokens + _REPLACED) * forward * _REPLACED_COST
-        if name in twins and (config.force or name not in run.models("steer")):
+        if name in trained and (config.force or name not in run.models("replacement")):
+            replacing += (config.tokens + _REPLACED) * forward * cost
+        effects_too = all_stages and name in trained
+        if effects_too and (config.force or name not in run.models("steer")):
             writing += _SECONDS_PER_EFFECT * layers**2 * (config.neurons or 512)
         done = any(other.startswith(f"{name}+") for other in run.models("scores"))
-        if config.sae and name in twins and (config.force or not done):
+        if config.sae and name in trained and (config.force or not done):
             autoencoders += _SAE_SECONDS * layers
     jobs = n_jobs(config)
     training, harvesting = (s * _SHARED if jobs > 1 else s for s in (training, harvesting))
@@ -280,21 +372,23 @@ def _plan(config: DemoConfig) -> str:
         s / jobs for s in (scoring, replacing, writing, autoencoders)
     )
     minutes = [s / 60 for s in (training, harvesting, scoring, replacing, writing, autoencoders)]
+    listed = " and ".join(filter(None, [", ".join(trained[:-1]), trained[-1]]))
     total = round(sum(minutes) + _FIXED_SECONDS / 60)
     return (
         f"expected: about {total} minute{'s' * (total != 1)} on this machine"
         f" ({os.cpu_count()} cores): training {minutes[0]:.1f}, harvest {minutes[1]:.1f},"
-        f" explaining and scoring {minutes[2]:.1f}, running on explanations {minutes[3]:.1f}, effects {minutes[4]:.1f}"
-        f"{f', autoencoders {minutes[5]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
-        f"{' and '.join(twins)} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"
-        f" controls {' and '.join(controls)}; all files are written to {config.run}"
+        f" explaining and scoring {minutes[2]:.1f}, running on explanations {minutes[3]:.1f}"
+        f"{f', effects {minutes[4]:.1f}' if all_stages else ''}{f', autoencoders {minutes[5]:.1f}' if config.sae else ''}; up to 4 GB of memory.\n"
+        f"{listed} on the same {config.steps * 16 * _SEQUENCE:,} tokens,"
+        f" controls {' and '.join(controls) if all_stages else 'the same untrained'}; all files are written to {config.run}"
     )
 
 
 def _measure(name: str, config: DemoConfig) -> tuple[float, float]:
     """Return the seconds of a training step, and the seconds per token of a forward pass."""
     model = build(name, vocab_size=config.vocab_size, max_position_embeddings=_SEQUENCE)
-    ids = torch.randint(config.vocab_size, (16, _SEQUENCE))
+    few = config.families is not None  # many models: a quarter of a batch, once
+    ids = torch.randint(config.vocab_size, (4 if few else 16, _SEQUENCE))
 
     def step() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
@@ -303,7 +397,10 @@ def _measure(name: str, config: DemoConfig) -> tuple[float, float]:
         with torch.no_grad():
             model.base_model(input_ids=ids, use_cache=False)
 
-    return _seconds(step), _seconds(forward) / ids.numel()
+    times = (
+        (_seconds(step, 1), _seconds(forward, 1)) if few else (_seconds(step), _seconds(forward))
+    )
+    return times[0] * 16 / len(ids), times[1] / ids.numel()
 
 
 def _seconds(work: Callable[[], None], repetitions: int = 3) -> float:

@@ -72,12 +72,10 @@ class CellSums:
     def add(self, activations: Float32, text: BatchText) -> None:
         """Add activations [n, H] at the tokens of a batch; end marks are in no cell."""
         rows, cells = cells_of(self.payloads, self.reader, text)
-        number = cells + N_CELLS * np.arange(len(self.payloads))  # [rows, H]
-        size = len(self.payloads) * N_CELLS
-        values = activations[rows].ravel()
-        total = np.bincount(number.ravel(), values, size).astype(np.float64)
+        size, cells = self.n.size, cells.ravel()
+        total = np.bincount(cells, activations[rows].ravel(), size).astype(np.float64)
         self.total += rounded(total.reshape(self.total.shape), self._quantum)
-        self.n += np.bincount(number.ravel(), minlength=size).reshape(self.n.shape)
+        self.n += np.bincount(cells, minlength=size).reshape(self.n.shape)
 
     def merge(self, other: "CellSums") -> None:
         """Add the sums over other tokens."""
@@ -132,10 +130,14 @@ def text_rows(text: BatchText) -> NDArray[np.int64]:
 def cells_of(
     payloads: Sequence[Payload], reader: ConceptReader, text: BatchText
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the text tokens of a batch [rows], and the cell of each of them for each formula, [rows, H]."""
+    """Return the text tokens of a batch [rows], and the cell of each of them for each formula, [rows, H].
+
+    The cells of formula h are numbered from `N_CELLS` * h.
+    """
     segments = text.segments()
     features = text.shared(reader, lambda: reader.features([text.ids[a:b] for a, b in segments]))
-    return text_rows(text), cells_all(payloads, features).astype(np.int64)
+    cells = np.ascontiguousarray(cells_all(payloads, features))  # one byte each, before they grow
+    return text_rows(text), cells + N_CELLS * np.arange(len(payloads))
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,10 +163,13 @@ class ByConcept:
         return self.means.size
 
     def predict(self, text: BatchText) -> Float32:
-        """Return the mean of the cell at each token, [n, H]."""
+        """Return the mean of the cell at each token, [n, H]; made once for a text. Do not write to it."""
+        return text.shared(self, lambda: self._predicted(text))
+
+    def _predicted(self, text: BatchText) -> Float32:
         predicted = np.repeat(self.default[None], text.n_tokens, axis=0)
         rows, cells = cells_of(self.payloads, self.reader, text)
-        predicted[rows] = self.means[np.arange(len(self.payloads)), cells]
+        predicted[rows] = np.take(self.means, cells)
         return predicted
 
     def context_length(self, text: BatchText, token: int, neuron: int) -> int:

@@ -7,7 +7,9 @@ what the autoencoder cannot reconstruct is dropped, because it would carry activ
 In some models nothing passes round the codes of a layer: what its block returns is a function of them alone, as in CRATE
 without a residual. Then no block up to that one need run, and whatever is replaced below it does not matter. This is
 measured on each layer, not assumed. In other models the blocks before the first replaced layer return what one plain
-pass stored (`cratelm.models.partial_forward`).
+pass stored (`cratelm.models.partial_forward`), and so do the modules before its site; modules that only compute activations
+which are replaced do not run (`cratelm.replace.prefix`). The plain pass stores the output of each block, and of each of these
+modules, which are three in CRATE and GPT-2: 16 D bytes per token and layer.
 
 Half of the time of such a pass is the head. So logits are computed for a few rows at a time, and where the hidden states
 are a function of the last replaced codes, for each different row of codes once: the last token decides the row of a
@@ -26,11 +28,12 @@ import torch
 from numpy.typing import NDArray
 
 from cratelm.errors import InputError
-from cratelm.models.partial_forward import PartialForward, Trace, next_logits
+from cratelm.models.partial_forward import PartialForward, Trace, next_logits, plain_head
 from cratelm.models.sites import Site, hooked
+from cratelm.replace.prefix import Prefix
 from cratelm.steer.ablation import token_losses
 from cratelm.tokens.beginning import PLAIN, Beginning
-from cratelm.train.head_loss import rows_per_chunk
+from cratelm.train.head_loss import row_losses, rows_per_chunk
 
 Codes = Mapping[int, NDArray[np.float32]]
 """predicted activations [n, H] by place of the site"""
@@ -52,17 +55,23 @@ class ExplainedModel:
         self._partial: PartialForward | None = None
         with contextlib.suppress(InputError):  # a site outside numbered blocks: whole passes
             self._partial = PartialForward(model, self._below)
-        self._head = self._plain_head()
+        self._head = plain_head(model)
         self.passes_nothing = [self._passes_nothing(p) for p in range(site.n_layers)]
         """by place: whether its block returns a function of the codes alone"""
+        self._prefixes: list[Prefix] = []
+        self._prefixes = self._checked_prefixes()
 
     @torch.no_grad()
     def trace(self, ids: torch.Tensor) -> Trace:
         """Run one plain pass over ids [B, T], and return the block outputs and codes [B, T, H] of each place."""
         if self._partial is not None:
-            trace = self._partial.trace(ids)
+            before: dict[int, list[Any]] = {place: [] for place in range(len(self._prefixes))}
+            with contextlib.ExitStack() as stack:
+                for prefix, outputs in zip(self._prefixes, before.values(), strict=True):
+                    stack.enter_context(prefix.recorded(outputs))
+                trace = self._partial.trace(ids)
             codes = [self._encoded(place, a) for place, a in enumerate(trace.activations)]
-            return Trace(ids, trace.outputs, codes)
+            return Trace(ids, trace.outputs, codes, before)
         codes: list[torch.Tensor] = []
         with hooked(self.model, self.site, lambda _, a: codes.append(a)):
             self.model.base_model(input_ids=ids, use_cache=False)
@@ -75,12 +84,17 @@ class ExplainedModel:
 
     @torch.no_grad()
     def losses(
-        self, trace: Trace, codes: Codes, mixed: Mapping[int, torch.Tensor] | None = None
+        self,
+        trace: Trace,
+        codes: Codes,
+        mixed: Mapping[int, torch.Tensor] | None = None,
+        only: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the loss [B, T - 1] of every next token in nats, with `codes` in place of those of the model.
 
         `mixed` has by place the neurons [H] that are replaced (default: all); the others keep what the model computes.
-        Without codes it is the loss of the model.
+        Without codes it is the loss of the model. `only` [B, T - 1] are the tokens that are wanted (default: all); the
+        losses of others may be NaN.
         """
         ids = trace.ids
         if not mixed and self._is_function_of_codes(codes):
@@ -90,7 +104,16 @@ class ExplainedModel:
                 logits = next_logits(self.model, ids, ids.shape[1])
                 return token_losses(logits[:, :-1].float(), ids[:, 1:])
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return self._head_losses(hidden[:, :-1].flatten(0, 1), ids)
+        hidden = hidden[:, :-1].flatten(0, 1)
+        if only is None or only.all():
+            return self._head_losses(hidden, ids)
+        assert self._head is not None
+        wanted, losses = (
+            only.flatten(),
+            hidden.new_full(only.shape, float("nan"), dtype=torch.float),
+        )
+        losses[only] = row_losses(hidden[wanted].float(), self._head, ids[:, 1:].flatten()[wanted])
+        return losses
 
     @torch.no_grad()
     def log_probabilities(self, trace: Trace, codes: Codes) -> Iterator[torch.Tensor]:
@@ -152,30 +175,7 @@ class ExplainedModel:
         """Return the losses [B, T - 1], from the hidden states [rows, D] and the row of each token (default: its own)."""
         head, targets = self._head, ids[:, 1:].flatten()
         assert head is not None
-        partition = _log_partition(hidden.float(), head)
-        if row_of is not None:
-            hidden, partition = hidden[row_of], partition[row_of]
-        own = (hidden.float() * head[targets]).sum(-1)
-        return (partition - own).view(ids.shape[0], -1)
-
-    @torch.no_grad()
-    def _plain_head(self) -> torch.Tensor | None:
-        """Return the weights [V, D] by which the model makes logits of its hidden states; None if it does more than that.
-
-        This is checked on 6 random tokens.
-        """
-        find = getattr(self.model, "get_output_embeddings", None)
-        head = find() if find else None
-        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
-            return None
-        vocabulary = self.model.config.get_text_config().vocab_size
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (1, 6), generator=generator).to(head.weight.device)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = next_logits(self.model, ids, 6).float()
-        weight = head.weight.detach().float()
-        is_plain = torch.allclose(hidden.float() @ weight.T, logits, rtol=1e-3, atol=1e-3)
-        return weight if is_plain else None
+        return row_losses(hidden.float(), head, targets, row_of).view(ids.shape[0], -1)
 
     @contextlib.contextmanager
     def _running(
@@ -205,8 +205,15 @@ class ExplainedModel:
         with contextlib.ExitStack() as stack:
             stack.enter_context(hooked(self.model, self._below, partly if mixed else whole))
             if self._partial is not None and trace.outputs:
-                block, hidden = self._begin(trace, codes, is_whole=not mixed and kept is None)
+                is_whole = not mixed and kept is None
+                block, hidden = self._begin(trace, codes, is_whole=is_whole)
                 stack.enter_context(self._partial.replayed(block, hidden))
+                for place in codes if self._prefixes else ():
+                    prefix, of = self._prefixes[place], self._partial.block_numbers[place]
+                    if of == block + 1:
+                        stack.enter_context(prefix.replayed(trace.before[place]))
+                    if of > block and is_whole:
+                        stack.enter_context(prefix.skipped(trace.outputs[of]))
             yield
 
     def _kept(self, ids: torch.Tensor) -> torch.Tensor | None:
@@ -245,6 +252,37 @@ class ExplainedModel:
         return saes[place].decode(codes) if saes else codes
 
     @torch.no_grad()
+    def _checked_prefixes(self) -> list[Prefix]:
+        """Return the prefix of each place, or none if the losses with and without them differ on random tokens."""
+        partial = self._partial
+        if partial is None:
+            return []
+        vocabulary = self.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(vocabulary, (2, 6), generator=generator).to(self.model.device)
+        prefixes = [
+            Prefix.of(self.model, self._below, p, partial.blocks[partial.block_numbers[p]], ids[:1])
+            for p in range(self.site.n_layers)
+        ]
+        trace = self.trace(ids)
+        codes = {
+            p: (0.5 * a).flatten(0, 1).float().cpu().numpy()
+            for p, a in enumerate(trace.activations)
+        }
+        sets = [codes, *({p: of} for p, of in codes.items())]
+        expected = [self.losses(trace, of) for of in sets]
+        self._prefixes = prefixes
+        try:
+            trace = self.trace(ids)
+            found = [self.losses(trace, of) for of in sets]
+        except (RuntimeError, TypeError, ValueError):  # of a module that is called in another way
+            return []
+        near = (
+            torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(expected, found, strict=True)
+        )
+        return prefixes if all(near) else []
+
+    @torch.no_grad()
     def _passes_nothing(self, place: int) -> bool:
         """Return whether the block of a place returns a constant linear function of the activations at the site alone.
 
@@ -263,24 +301,6 @@ class ExplainedModel:
         return bool(torch.allclose(output, expected, rtol=1e-4, atol=1e-5))
 
 
-def _log_partition(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Return the logarithm of the sum of exponentials [rows] of the logits `hidden` [rows, D] @ `head` [V, D]^T.
-
-    Logits of a few rows at a time overwrite those before them: with new memory for each, the pages that the system must
-    provide take longer than the product (2.2 times as long in all at d 128 and V 4,096).
-    """
-    step = rows_per_chunk(len(hidden), *reversed(head.shape), device=hidden.device.type)
-    buffer = hidden.new_empty(step, len(head))
-    partition = hidden.new_empty(len(hidden))
-    for first in range(0, len(hidden), max(1, step)):
-        rows = hidden[first : first + step]
-        logits = torch.mm(rows, head.T, out=buffer[: len(rows)])
-        highest = logits.amax(-1, keepdim=True)
-        sums = logits.sub_(highest).exp_().sum(-1)
-        partition[first : first + step] = sums.log_() + highest[:, 0]
-    return partition
-
-
 def _shaped(codes: Codes, ids: torch.Tensor) -> dict[int, torch.Tensor]:
     """Return codes [n, H] as tensors [B, T, H] on the device of ids [B, T]."""
     return {
@@ -296,7 +316,7 @@ def _different_rows(codes: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDAr
     """
     projected = codes @ np.random.default_rng(0).normal(size=codes.shape[1])
     _, first, which = np.unique(projected, return_index=True, return_inverse=True)
-    if (codes[first][which] == codes).all():
+    if (codes[first[which]] == codes).all():
         return first, which
     return np.arange(len(codes)), np.arange(len(codes))
 

@@ -191,10 +191,12 @@ class HeldOut:
         text: BatchText,
         codes: Codes,
         mixed: Mapping[int, torch.Tensor] | None = None,
+        only: NDArray[np.bool_] | None = None,
     ) -> Float64:
-        """Return the losses [m] of the predicted tokens of a batch."""
-        losses = self.model.losses(trace, codes, mixed).cpu().double().numpy()
-        return losses[predicted(text)]
+        """Return the losses [m] of the predicted tokens of a batch, or of those of them that are in `only` [B, T - 1]."""
+        at = predicted(text) if only is None else predicted(text) & only
+        wanted = None if only is None else torch.from_numpy(at).to(trace.ids.device)
+        return self.model.losses(trace, codes, mixed, wanted).cpu().double().numpy()[at]
 
 
 def measure(
@@ -312,5 +314,7 @@ class Shuffled:
 
     def codes(self, predicted: Float32) -> Float32:
         """Return the codes [n, H] that the explanations of other neurons predict."""
+        codes = np.take(predicted, self.order, axis=1)
         is_own = self.order == np.arange(len(self.order))
-        return np.where(is_own, self.means, predicted[:, self.order])
+        codes[:, is_own] = self.means[is_own]
+        return codes

@@ -19,7 +19,7 @@ from cratelm.replace.config import ReplaceConfig
 from cratelm.replace.measure import Errors, HeldOut, Losses, Variant
 from cratelm.replace.predictors import Predictor
 from cratelm.replace.store import CurvePoint, NeuronReplacement, RunnableFraction
-from cratelm.replace.text import BatchText
+from cratelm.replace.text import BatchText, predicted
 from cratelm.runs.ranks import Ranks
 from cratelm.stats.documents import DocumentResamples
 from cratelm.steer.ablation import Ablations, HeldOutText, ablate
@@ -143,10 +143,12 @@ def best_explained(
     for batch, text in held_out.batches(ranks.share, "best-explained neurons", tokens):
         columns = losses.columns(text)
         measured = columns % 2 == MEASURED_ON
+        only = predicted(text)
+        only[only] = measured
         columns = columns[measured]
         losses.count(columns)
         trace = held_out.model.trace(batch.input_ids)
-        losses.add(Variant("none"), columns, held_out.token_losses(trace, text, {})[measured])
+        losses.add(Variant("none"), columns, held_out.token_losses(trace, text, {}, only=only))
         codes = {place: of.predict(text) for place, of in enumerate(predictors)}
         for chosen in points:
             masks = {
@@ -155,7 +157,7 @@ def best_explained(
             }
             # a layer without a replaced neuron stays as it is
             used = {place: of for place, of in codes.items() if masks[place].any()}
-            of_point = held_out.token_losses(trace, text, used, masks)[measured]
+            of_point = held_out.token_losses(trace, text, used, masks, only)
             losses.add(Variant("own", explainer, str(chosen.sum())), columns, of_point)
     for other in ranks.collected(losses):
         if other is not losses:

@@ -18,7 +18,7 @@ adds them without an error.
 Shape legend: n tokens, D levels, C contexts, H neurons of a layer, K nodes kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 _ROWS = 4096
 """contexts that are computed on at a time"""
+_COLUMNS = 64
+"""neurons whose values are copied at a time"""
 
 
 class ContextSums:
@@ -56,12 +58,15 @@ class ContextSums:
         """Add activations [n, H] at tokens whose contexts are `matched` [D, n] (`Contexts.match`)."""
         deepest = deepest_of(matched)
         groups = TokenGroups.of(np.where(deepest == ROOT, len(self.contexts), deepest))
-        self.deepest[groups.tokens] += rounded(groups.sums(activations), self._quantum)
-        for level, of_level in enumerate(matched):
-            inside = of_level != ROOT
-            part = activations if inside.all() else activations[inside]
-            squares = np.einsum("nh,nh->h", part, part, dtype=np.float64)
-            self.squares[level] += rounded(squares, self._quantum)
+        values = activations.astype(np.float64)
+        self.deepest[groups.tokens] += rounded(groups.sums(values), self._quantum)
+        # a token that has a context of a level has one of each level above it
+        n_levels = np.count_nonzero(matched != ROOT, axis=0)
+        by_number = TokenGroups.of(n_levels)
+        squares = np.zeros((self.contexts.depth + 1, values.shape[1]))
+        squares[by_number.tokens] = by_number.sums(np.square(values, out=values))
+        at_least = np.cumsum(squares[::-1], axis=0)[::-1]
+        self.squares += rounded(at_least[1:], self._quantum)
         self.n += len(activations)
 
     def merge(self, other: "ContextSums") -> None:
@@ -76,7 +81,7 @@ class ContextSums:
         for level in range(contexts.depth - 1, 0, -1):
             parents, first = contexts.families(level)
             if len(first):
-                total[parents] += np.add.reduceat(total[contexts.level(level)], first, axis=0)
+                total[parents] += _sums_by_family(total[contexts.level(level)], first)
         single = total[contexts.level(0)].sum(0) + total[-1]
         mean = single / max(1, self.n)
         values = np.empty((len(contexts) + 1, total.shape[1]), np.float32)
@@ -104,7 +109,7 @@ class ContextSums:
         if n_between < 1 or n_within < 1:
             return np.full(total.shape[1], np.inf if n_between < 1 else 0.0)
         family_counts = np.add.reduceat(counts, first)
-        family_totals = np.add.reduceat(total, first, axis=0)
+        family_totals = _sums_by_family(total, first)
         explained = np.einsum("ch,ch,c->h", total, total, 1 / counts)
         by_family = np.einsum("ph,ph,p->h", family_totals, family_totals, 1 / family_counts)
         within = np.maximum(0, self.squares[level] - explained) / n_within
@@ -179,14 +184,21 @@ class FittedTables:
             edges = np.searchsorted(chosen[order] % n_neurons, np.arange(1, n_neurons))
             kept = np.split(chosen[order] // n_neurons, edges)
         else:
-            kept = [_highest(best[:, h], most) for h in range(n_neurons)]
-        predicted = [self._uncovered(of, h) for h, of in enumerate(kept)]
+            kept = [_highest(of, most) for of in _columns(best)]
+        totals, own = _columns(self.totals), _columns(values)
+        predicted = [
+            self._uncovered(of, *of_neuron)
+            for of, *of_neuron in zip(kept, totals, own, strict=True)
+        ]
         default = np.array([of[-1] for of in predicted], np.float32)
         return Tries.of(self.tables.contexts, default, kept, [of[:-1] for of in predicted])
 
-    def _uncovered(self, kept: Int64, h: int) -> Float64:
-        """Return the values of the kept contexts [K] of neuron `h`, and its default, where no kept child predicts."""
-        contexts, totals, values = self.tables.contexts, self.totals[:, h], self.tables.values[:, h]
+    def _uncovered(self, kept: Int64, totals: Float64, values: Float32) -> Float64:
+        """Return the values of the kept contexts [K] of a neuron, and its default, where no kept child predicts.
+
+        `totals` and `values` [C + 1] are those of the neuron.
+        """
+        contexts = self.tables.contexts
         parents = contexts.parents[kept]
         # parents among the kept contexts, of which the default is the last
         above = np.where(parents == ROOT, len(kept), np.searchsorted(kept, parents))
@@ -213,9 +225,44 @@ class FittedTables:
         for level in range(contexts.depth - 1, 0, -1):
             parents, first = contexts.families(level)
             if len(first):
-                below = np.maximum.reduceat(best[contexts.level(level)], first, axis=0)
+                below = _highest_by_family(best[contexts.level(level)], first)
                 best[parents] = np.maximum(best[parents], below)
         return best
+
+
+def _sums_by_family(values: Float64, first: Int64) -> Float64:
+    """Return the sums [P, H] of values [C, H] over families, which begin at `first` [P].
+
+    The values are multiples of one power of two, so that the order of the sum does not matter. A product with a sparse
+    matrix takes a thirtieth of the time of `np.add.reduceat` along the first axis.
+    """
+    from scipy.sparse import csr_array  # takes a quarter of a second
+
+    n = len(values)
+    members = np.ones(n), np.arange(n), np.append(first, n)
+    return csr_array(members, (len(first), n)) @ values
+
+
+def _highest_by_family(values: Float32, first: Int64) -> Float32:
+    """Return the maxima [P, H] of values [C, H] over families, which begin at `first` [P].
+
+    One step for the second member of each family, one for the third, and so on: a ninth of the time of
+    `np.maximum.reduceat` along the first axis.
+    """
+    highest, size = values[first], np.diff(first, append=len(values))
+    for number in range(1, int(size.max(initial=0))):
+        families = np.flatnonzero(size > number)
+        highest[families] = np.maximum(highest[families], values[first[families] + number])
+    return highest
+
+
+def _columns(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield the columns [C] of values [C, H], each with its numbers next to each other in memory.
+
+    Copying some at a time reads each line of memory once.
+    """
+    for first in range(0, values.shape[1], _COLUMNS):
+        yield from np.ascontiguousarray(values[:, first : first + _COLUMNS].T)
 
 
 def _highest(best: Float32, most: int) -> Int64:

@@ -23,6 +23,7 @@ from cratelm.report.sections import (
     leakage,
     llm,
     models,
+    overview,
     positions,
     replacement,
     sae_controls,
@@ -50,6 +51,8 @@ from cratelm.text.table import Table
 PAGE, TABLES, COMPARISON = "report.html", "tables.json", "comparison.txt"
 _WIDTH = 78
 """characters of a line of the sentence above the printed comparison"""
+_WIDE = 4
+"""models that the printed comparison has side by side; of more, it has one line each with the main figures"""
 _SECTIONS = (
     ("comparison", "Comparison"),
     ("replacement", "On explanations"),
@@ -57,6 +60,7 @@ _SECTIONS = (
     ("models", "Loss"),
     ("scores", "Scores"),
     ("twins", "Twins"),
+    ("pairs", "Any two"),
     ("seeds", "Several seeds"),
     ("autoencoders", "Autoencoders"),
     ("white-box", "White box"),
@@ -127,6 +131,7 @@ def _tables(results: RunResults, config: ReportConfig) -> dict[str, Table]:
     seeded = {"resamples": config.resamples, "seed": config.seed}
     made = [
         *scores.tables(results),
+        *overview.tables(results, **seeded),
         *replacement.tables(results),
         *all_tokens.tables(results),
         *models.tables(results),
@@ -187,7 +192,8 @@ def _write_tables(
 ) -> None:
     write_json(folder / TABLES, {name: table.to_json() for name, table in tables.items()})
     lines = [*textwrap.wrap(sentence, _WIDTH), *([""] if sentence else [])]
-    lines.append(tables["comparison"].to_text())
+    printed = tables["overview"] if len(tables["comparison"].rows) > _WIDE else tables["comparison"]
+    lines.append(printed.to_text())
     lines += [*([""] if stale else []), *stale]
     (folder / COMPARISON).write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tables").mkdir()
@@ -211,7 +217,7 @@ def _page(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["marks"] = faint_marks
-    absent = {name for name in ("twins", "sparsity") if name not in tables}
+    absent = {name for name in ("twins", "pairs", "sparsity") if name not in tables}
     absent |= set() if {"seeds", "seed_matches"} & set(tables) else {"seeds"}
     absent |= set() if "replacement" in tables else {"replacement"}
     absent |= set() if of_models else {"neurons"}

@@ -43,7 +43,17 @@ def shade(
 
     `token_ids` and `activations` are [n]. A unit of several tokens has the largest of their activations.
     """
-    units, values = store.units(token_ids), np.asarray(activations, np.float64)
+    return _shaded(store, token_ids, store.units(token_ids), activations, maximum)
+
+
+def _shaded(
+    store: TokenStore,
+    token_ids: NDArray,
+    units: Sequence[Unit],
+    activations: ArrayLike,
+    maximum: float,
+) -> tuple[ShadedToken, ...]:
+    values = np.asarray(activations, np.float64)
     if len(units) == len(values):
         parts = [""] * len(units)
         largest_ = values
@@ -68,7 +78,10 @@ def _parts(store: TokenStore, token_ids: NDArray, values: NDArray, unit: Unit) -
 
 def unit_at(store: TokenStore, token_ids: NDArray, offset: int) -> int:
     """Return the index of the unit that holds the token at `offset`."""
-    units = store.units(token_ids)
+    return _unit_at(store.units(token_ids), offset)
+
+
+def _unit_at(units: Sequence[Unit], offset: int) -> int:
     return next((at for at, unit in enumerate(units) if offset < unit.stop), offset)
 
 
@@ -114,15 +127,16 @@ def excerpt_views(
     names = documents({e.document for e in chosen})
     views = []
     for i, e in enumerate(chosen):
+        units = store.units(e.token_ids)
         views.append(
             ExcerptView(
                 kind=e.kind,
                 bin=e.bin,
                 rank=e.rank,
-                peak=unit_at(store, e.token_ids, e.peak),
+                peak=_unit_at(units, e.peak),
                 document=names.get(e.document, f"document {e.document}"),
-                true=shade(store, e.token_ids, e.activations, top),
-                simulated=shade(store, e.token_ids, simulated[i], simulated_top)
+                true=_shaded(store, e.token_ids, units, e.activations, top),
+                simulated=_shaded(store, e.token_ids, units, simulated[i], simulated_top)
                 if simulated
                 else (),
             )

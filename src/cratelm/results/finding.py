@@ -13,6 +13,7 @@ from cratelm.replace.store import ReplacementRow
 from cratelm.results.run_summary import run_card
 from cratelm.results.views import ModelCard, RunCard
 from cratelm.runs import Run
+from cratelm.runs.names import is_variant
 
 _NAMES = {"crate": "CRATE", "gpt2": "GPT-2"}
 _MOST = 3
@@ -122,10 +123,15 @@ def _mean(card: ModelCard, metric: str, explainer: str = "") -> Interval | None:
 
 
 def _labels(models: Sequence[ModelCard]) -> dict[str, str]:
-    """Return the short label of each model: its family's name if no other of the models has it, else its name."""
+    """Return the short label of each model: `CRATE` or `GPT-2` if it is the only one of these models, else its name.
+
+    Variants, such as crate-tssa-2l and gpt2-solu-2l, have their own names.
+    """
     families = [m.family for m in models]
     return {
-        m.name: _NAMES[m.family] if families.count(m.family) == 1 and m.family in _NAMES else m.name
+        m.name: _NAMES[m.family]
+        if families.count(m.family) == 1 and m.family in _NAMES and not is_variant(m.name)
+        else m.name
         for m in models
     }
 

@@ -405,7 +405,7 @@ def missing_results(results: RunResults) -> list[str]:
         if (null := results.null(m)) is not None
         for name, commands in missing_sets(results.run, m.name, null.name).items()
     ]
-    if not results.twins():
+    if not results.twins() and len(results.principal) < 2:
         lines.append(
             "twins: no CRATE and GPT-2 of the same size are scored, so nothing is compared"
         )

@@ -164,6 +164,10 @@ def _whole_summary(record: dict[str, Any] | None) -> WholeSummary | None:
         token_entropy=_layered_mean(record["token_entropy"]),
         scores=tuple(means),
         gains=tuple(gains),
+        token_share_median=_layered_mean(median)
+        if (median := record.get("token_share_median"))
+        else None,
+        n_misled=record.get("n_misled"),
     )
 
 

@@ -6,6 +6,7 @@ runs/NAME/
   tokens/                           shards, tokenizer, documents
   model/MODEL/  activations/MODEL/  explanations/MODEL/  scores/MODEL/   one folder per model
   replacement/MODEL/  steer/MODEL/  analysis/MODEL/  seeds/MODEL/  sae/MODEL@NAME/   likewise
+  tuning/MODEL/  probes/MODEL/      likewise
   report/
 ```
 """

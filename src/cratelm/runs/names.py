@@ -229,6 +229,12 @@ def family_of(name: str) -> str:
     return next((f for f in FAMILIES if name.startswith(f"{f}-")), "")
 
 
+def is_variant(name: str) -> bool:
+    """Return whether `name` is that of a variant of CRATE or GPT-2, such as crate-tssa-2l."""
+    family = family_of(name)
+    return bool(family and _VARIANT.match(name.removeprefix(family)))
+
+
 def twin_name(name: str) -> str:
     """Return the name of the same size in the other family; an empty string without a family.
 

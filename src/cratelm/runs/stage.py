@@ -38,6 +38,7 @@ from cratelm.runs.verified import RECORD, VERIFIED, first_problem, note_large_fi
 _Result = TypeVar("_Result")
 StageName = Literal[
     "tokens",
+    "tuning",
     "model",
     "sae",
     "parts",
@@ -48,6 +49,7 @@ StageName = Literal[
     "analysis",
     "seeds",
     "replacement",
+    "probes",
     "report",
     "study",
 ]
@@ -69,6 +71,7 @@ IMPORTED_CORPUS = "activation records"
 """name of the corpus in the record of tokens that `import records` made"""
 _VERBS: dict[StageName, str] = {
     "tokens": "tokenize",
+    "tuning": "tune",
     "model": "train",
     "sae": "sae train",
     "parts": "harvest",
@@ -79,6 +82,7 @@ _VERBS: dict[StageName, str] = {
     "analysis": "analyze",
     "seeds": "seeds",
     "replacement": "replace",
+    "probes": "probe",
     "report": "report",
     "study": "study",
 }

@@ -157,7 +157,7 @@ class TokenGroups:
         shape = len(distinct), len(tokens)
         return cls(distinct, counts, csr_array((np.ones(len(tokens)), order, edges), shape))
 
-    def sums(self, activations: Float32) -> Float64:
+    def sums(self, activations: Float32 | Float64) -> Float64:
         """Return the sums [G, H] of activations [n, H] over each group.
 
         A product with a sparse matrix takes a fifth of the time of `np.add.reduceat` along the first axis.

@@ -51,6 +51,13 @@ class WholeSummary:
     """nats"""
     scores: tuple[WholeMean, ...]
     gains: tuple[Gain, ...]
+    token_share_median: LayeredMean | None = None
+    """mean over layers of the median over neurons; None in results of earlier versions. A token share has no lower
+    bound: a neuron that fires on single tokens of the fit split, and hardly on the held-out one, has a share of
+    -100 as easily as of -1, and the mean is then that of a few such neurons"""
+    n_misled: int | None = None
+    """neurons, or ends, whose token share is below 0: for them the mean over all fit tokens predicts the held-out
+    activations better than the means by token; None in results of earlier versions"""
 
     @property
     def context_share(self) -> LayeredMean:
@@ -78,6 +85,11 @@ class WholeSummary:
             f" context {_shown(self.context_share, 100)}%; token entropy"
             f" {_shown(self.token_entropy, 1)} nats; {self.token_share.undefined} neurons constant"
         }
+        if self.n_misled:
+            words["last token alone"] += (
+                f"; {self.n_misled} of {self.token_share.defined} token shares are below 0 (the fit split misleads):"
+                f" median {_shown(self.token_share_median, 100)}%"
+            )
         by_name = {(s.explainer, s.control, s.figure): s.of for s in self.scores}
         for explainer in dict.fromkeys(s.explainer for s in self.scores):
             own = by_name[explainer, "none", "correlation"]
@@ -104,12 +116,19 @@ def summarize_whole(folder: Path, scores: ScoreTable, resamples: int, seed: int)
     neurons = [share.neuron.key for share in shares]
     ends = shares[0].neuron.n_ends
 
-    def mean(values: Iterable[float | None], of: Sequence[NeuronKey]) -> LayeredMean:
+    def mean(
+        values: Iterable[float | None], of: Sequence[NeuronKey], medians: bool = False
+    ) -> LayeredMean:
         numbers = np.array([np.nan if v is None else v for v in values], np.float64)
         layers, indices = np.array(of, np.int64).reshape(-1, 2).T
         in_layer = indices // ends if ends > 1 else None
         return layered_mean(
-            numbers, layers, numbers_in_layer=in_layer, resamples=resamples, seed=seed
+            numbers,
+            layers,
+            numbers_in_layer=in_layer,
+            medians=medians,
+            resamples=resamples,
+            seed=seed,
         )
 
     means, gains = [], []
@@ -130,12 +149,15 @@ def summarize_whole(folder: Path, scores: ScoreTable, resamples: int, seed: int)
         both = sorted(set(values) & set(look_up))
         differences = [values[key] - look_up[key] for key in both]
         gains.append(Gain(explainer, metric, mean(differences, both)))
+    of_tokens = [share.token_share for share in shares]
     return WholeSummary(
         shares[0].n_tokens,
-        mean((share.token_share for share in shares), neurons),
+        mean(of_tokens, neurons),
         mean((share.token_entropy for share in shares), neurons),
         tuple(means),
         tuple(gains),
+        mean(of_tokens, neurons, medians=True),
+        sum(share is not None and share < 0 for share in of_tokens),
     )
 
 

@@ -8,6 +8,7 @@ quantiles also differ from published figures in the last digit.
 Shape legend: n values, R resamples, G groups.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -43,6 +44,11 @@ def resampled_means(values: Array, resamples: int, rng: np.random.Generator) -> 
     return np.concatenate([drawn.mean(axis=1) for drawn in _drawn(values, resamples, rng)])
 
 
+def resampled_medians(values: Array, resamples: int, rng: np.random.Generator) -> Array:
+    """Return [R] medians of `values` [n] drawn with replacement; zeros for no values."""
+    return np.concatenate([np.median(d, axis=1) for d in _drawn(values, resamples, rng)])
+
+
 def resampled_moments(
     values: Array, resamples: int, rng: np.random.Generator
 ) -> tuple[Array, Array]:
@@ -64,6 +70,16 @@ def _drawn(values: Array, resamples: int, rng: np.random.Generator) -> Iterator[
     for start in range(0, resamples, step):
         n = min(step, resamples - start)
         yield values[rng.integers(0, len(values), (n, len(values)))]
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Return a fraction of `n` independent trials with its 95% score interval (Wilson 1927), also for 0 and `n` successes."""
+    z = 1.959964
+    p, spread = successes / n, z * z / n
+    centre = (p + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Interval(p, min(low, p), max(high, p), 1)
 
 
 def percentile_bounds(resampled: Array, confidence: float) -> tuple[float, float]:

@@ -10,12 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from cratelm.records import Interval
 from cratelm.stats.ends import clustered
-from cratelm.stats.intervals import percentile_bounds, resampled_means
+from cratelm.stats.intervals import percentile_bounds, resampled_means, resampled_medians
 
 
 @dataclass(frozen=True)
 class LayeredMean:
-    """The mean over layers of the mean over their neurons, and the counts behind it."""
+    """The mean over layers of the mean (or median) over their neurons, and the counts behind it."""
 
     mean: Interval | None
     """95% bootstrap interval, neurons resampled within their layer; no bounds if a layer has one value. None without
@@ -31,13 +31,15 @@ def layered_mean(
     layers: ArrayLike,
     *,
     numbers_in_layer: ArrayLike | None = None,
+    medians: bool = False,
     resamples: int = 2000,
     seed: int = 0,
 ) -> LayeredMean:
     """Return the mean over layers of `values` [n], NaN where there is none, by `layers` [n].
 
     Each layer that has a value counts the same (Bai & Ma 2025). Values with the same of `numbers_in_layer` [n], which are
-    ends of one neuron, are averaged first.
+    ends of one neuron, are averaged first. `medians` takes the median over the neurons of a layer: a mean is that of
+    a few neurons if the values of these have no bound.
     """
     numbers, of = np.asarray(values, np.float64), np.asarray(layers)
     if numbers_in_layer is not None:
@@ -48,10 +50,13 @@ def layered_mean(
     n = int(is_defined.sum())
     if not groups:
         return LayeredMean(None, 0, len(numbers))
-    value = float(np.mean([group.mean() for group in groups]))
+    of_layer, resampled_of = (
+        (np.median, resampled_medians) if medians else (np.mean, resampled_means)
+    )
+    value = float(np.mean([of_layer(group) for group in groups]))
     low = high = None
     if min(map(len, groups)) > 1:
-        resampled = [resampled_means(group, resamples, rng) for group in groups]
+        resampled = [resampled_of(group, resamples, rng) for group in groups]
         low, high = percentile_bounds(np.mean(resampled, axis=0), 0.95)
     return LayeredMean(Interval(value, low, high, n), n, len(numbers) - n)
 

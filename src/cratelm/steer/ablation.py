@@ -31,6 +31,7 @@ from cratelm.stats.ratio import ratio
 from cratelm.steer.store import Ablation
 from cratelm.tokens.beginning import PLAIN, Beginning
 from cratelm.tokens.shards import TokenSplit
+from cratelm.train.head_loss import row_losses
 
 MOST_LOGITS = 2**24
 """maximum number of logits in memory at a time: 64 MiB at 32 bit"""
@@ -243,7 +244,10 @@ def _plain_losses(partial: PartialForward, trace: Trace, targets: torch.Tensor) 
     for first in range(0, len(targets), step):
         rows = slice(first, first + step)
         part = Trace(trace.ids[rows], {k: v[rows] for k, v in trace.outputs.items()}, [])
-        parts.append(token_losses(partial.plain(part), targets[rows]))
+        if partial.head is None:
+            parts.append(token_losses(partial.plain(part), targets[rows]))
+        else:
+            parts.append(_losses(partial.plain_hidden(part), partial.head, targets[rows]))
     return torch.cat(parts)
 
 
@@ -257,6 +261,11 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return losses [n, T] in nats, from logits [n, T, V] and targets [n, T]."""
     flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return flat.view(targets.shape)
+
+
+def _losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return losses [n, T] in nats, from the hidden states [n, T, D] that a plain head [V, D] reads."""
+    return row_losses(hidden.flatten(0, 1), head, targets.flatten()).view(targets.shape)
 
 
 def _measure(
@@ -289,10 +298,13 @@ def _measure(
     step = rows_at_a_time(batch.partial, batch.targets.shape[1])
     for start in range(0, len(pairs), step):
         j, sequence = pairs[start : start + step].unbind(1)
-        logits = batch.partial.edited(
-            batch.trace, batch.site_layer, sequence, neurons[j], delta[sequence, :, j]
-        )
-        change = token_losses(logits, batch.targets[sequence]) - batch.losses[sequence]  # [n, T]
+        edit = batch.trace, batch.site_layer, sequence, neurons[j], delta[sequence, :, j]
+        targets, head = batch.targets[sequence], batch.partial.head
+        if head is None:
+            edited = token_losses(batch.partial.edited(*edit), targets)
+        else:
+            edited = _losses(batch.partial.edited_hidden(*edit), head, targets)
+        change = edited - batch.losses[sequence]  # [n, T]
         of_row = table_rows[j][:, None].expand(change.shape)
         sums.add("all", of_row, batch.columns[sequence], change)
         sums.add("firing", of_row, batch.columns[sequence], change * firing[sequence, :, j])

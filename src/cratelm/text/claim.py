@@ -1,14 +1,12 @@
 """The claim of a sentence that explains a neuron."""
 
+import re
+
+_CLAIM = re.compile(r"(?:[^`;.]|\.(?! |\Z)|`[^`]*(?:`|\Z))*")
+"""everything up to a semicolon, or a full stop before a space or the end; text in backticks is skipped as a whole"""
+
 
 def claim(text: str) -> str:
     """Return the claim of a sentence: what precedes its first semicolon or full stop outside of backticks."""
-    quoted = False
-    for i, character in enumerate(text):
-        if character == "`":
-            quoted = not quoted
-        elif not quoted and (
-            character == ";" or (character == "." and text[i + 1 : i + 2] in ("", " "))
-        ):
-            return text[:i]
-    return text
+    found = _CLAIM.match(text)
+    return found.group() if found else text

@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 
 from markupsafe import Markup, escape
 
@@ -32,29 +31,34 @@ def shaded_html(
     orders them from right to left; so they do not reorder what is around them.
     """
     runs = _right_to_left_runs([token[0] for token in tokens])
-    plain = [
-        not (value if every_value else level) and at != peak and not "".join(words)
-        for at, (_, value, level, *words) in enumerate(tokens)
-    ]
     parts: list[str] = []
+    plain: list[str] = []  # consecutive tokens without a shade, which share one element
     open_run = 0
-    for (run, _), offsets in groupby(
-        range(len(tokens)), lambda at: (runs[at], -1 if plain[at] else at)
-    ):
-        if run != open_run:
-            parts.append("</bdi>" * bool(open_run) + '<bdi dir="rtl">' * bool(run))
-            open_run = run
-        group = list(offsets)
-        text = "".join(_content(tokens[at][0]) for at in group)
-        if plain[group[0]]:
-            parts.append(f'<span title="0">{text}</span>' if every_value else text)
+
+    def close_plain() -> None:
+        text = "".join(plain)
+        parts.append(f'<span title="0">{text}</span>' if text and every_value else text)
+        plain.clear()
+
+    for at, token in enumerate(tokens):  # a page has thousands of tokens
+        if runs[at] != open_run:
+            close_plain()
+            parts.append("</bdi>" * bool(open_run) + '<bdi dir="rtl">' * bool(runs[at]))
+            open_run = runs[at]
+        text, (value, level), words = _content(token[0]), token[1:3], "".join(token[3:])
+        if not (value if every_value else level) and at != peak and not words:
+            plain.append(text)
             continue
-        _, value, level, *words = tokens[group[0]]
-        classes = [f"l{level}"] * (level > 0) + ["peak"] * (group[0] == peak)
-        label = f' class="{" ".join(classes)}"' if classes else ""
+        if plain:
+            close_plain()
+        classes = f"l{level}" if level > 0 else ""
+        if at == peak:
+            classes = f"{classes} peak" if classes else "peak"
+        label = f' class="{classes}"' if classes else ""
         # `or 0`: -0.0 is displayed as 0
-        title = " · ".join([f"{value or 0:.3g}", *filter(None, words)])
-        parts.append(f'<span{label} title="{escape(title)}">{text}</span>')
+        title = f"{value or 0:.3g} · {escape(words)}" if words else f"{value or 0:.3g}"
+        parts.append(f'<span{label} title="{title}">{text}</span>')
+    close_plain()
     return Markup("".join(parts) + "</bdi>" * bool(open_run))
 
 

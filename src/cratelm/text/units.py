@@ -50,6 +50,11 @@ class TokenStrings(list[str]):
         )
         """ids of tokens that may not be units of their own"""
 
+    @property
+    def joining(self) -> frozenset[int]:
+        """Return the ids of tokens that may not be units of their own; a sequence without them has a unit per token."""
+        return self._joining
+
     def units(self, ids: Iterable[int]) -> list[Unit]:
         """Return the units of a sequence of token ids [n]; they cover it without gaps."""
         ids = [int(i) for i in ids]

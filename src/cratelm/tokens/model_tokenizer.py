@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from cratelm.corpus.chat import ChatTemplate
 from cratelm.errors import InputError, one_line
 from cratelm.runs import hash_file, hash_json
+from cratelm.runs.minis import is_mini, mini_folder
 from cratelm.tokens.tokenizer import load_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+?(?:@(?P<revision>[\w./-]+))?")
@@ -34,7 +35,7 @@ def model_tokenizer(name: str, revision: str | None = None) -> ModelTokenizer | 
     On the Hub, the commit may also be given as OWNER/NAME@REVISION; without one it is the newest. Raises
     `InputError` if the model has no tokenizer.json, or for a revision of anything that is not on the Hub.
     """
-    folder = Path(os.path.expanduser(name))
+    folder = mini_folder(name) if is_mini(name) else Path(os.path.expanduser(name))
     if os.path.isdir(folder):
         _refuse_revision(name, revision)
         return _of_folder(folder)

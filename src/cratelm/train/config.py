@@ -123,6 +123,8 @@ class TrainConfig(Options):
     and the vectors (paper adamw; laptop muon, for sparse-gpt adamw)"""
     learning_rate: float | None = None
     """peak learning rate, the same for all parameters (paper 6e-4; laptop 1.5e-2, with adamw 3e-3)"""
+    tuned: bool = not_in_identity(False)
+    """use the learning rate that `cratelm tune` found for this model in this run"""
     minimum_ratio: float = 0.1
     """learning rate of the last step as a fraction of the peak; it falls along a cosine"""
     warmup: int | None = None
@@ -193,6 +195,9 @@ class TrainConfig(Options):
         at_least(self, {"weight_decay": 0, "clip": 0, "l1": 0, "seed": 0})
         if not recipe.learning_rate > 0:
             raise InputError(f"--learning-rate is {recipe.learning_rate}: it must be above 0")
+        if self.tuned and (self.learning_rate is not None or self.null):
+            other = "--null" if self.null else "--learning-rate"
+            raise InputError(f"--tuned and {other} cannot be combined: omit one of them")
         if not 0 <= self.minimum_ratio <= 1:
             raise InputError(f"--minimum-ratio is {self.minimum_ratio}: it must be between 0 and 1")
         if recipe.warmup > recipe.steps:

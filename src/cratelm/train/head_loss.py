@@ -29,6 +29,9 @@ FEWEST_ROWS_GPU = 2048
 """fewest rows on other devices, from operations per byte (16 / 6 x 200 = 530 keep an H100 busy in bf16, and
 four times as many make the traffic a fifth of the time); not measured"""
 
+_SAFE = 60.0
+"""largest logit up to which exponentials of a million logits neither overflow in float32 nor vanish"""
+
 
 def rows_per_chunk(
     rows: int, width: int, vocabulary: int, device: str = "cpu", in_cache: int = IN_CACHE
@@ -91,6 +94,47 @@ def chunked_loss(
         return loss
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     return torch.cat([F.cross_entropy(F.linear(h, weight), t, reduction="none") for h, t in parts])
+
+
+@torch.no_grad()
+def row_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    row_of: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the cross-entropy in nats of each target [N], from hidden states [rows, D]; no gradient.
+
+    `row_of` [N] is the row of each target (default: its own). Only the logits of `rows_per_chunk` rows are in memory.
+    """
+    partition = _log_partition(hidden, weight)
+    if row_of is not None:
+        hidden, partition = hidden[row_of], partition[row_of]
+    return partition - (hidden * weight[targets]).sum(-1)
+
+
+def _log_partition(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the sum of exponentials [rows] of the logits `hidden` [rows, D] @ `weight` [V, D]^T.
+
+    Logits of a few rows at a time overwrite those before them: with new memory for each, the pages that the system must
+    provide take longer than the product (2.2 times as long in all at d 128 and V 4,096). A logit is at most the product
+    of two norms. Where that cannot overflow the exponential, nothing is subtracted before it.
+    """
+    step = rows_per_chunk(len(hidden), *reversed(weight.shape), device=hidden.device.type)
+    buffer = hidden.new_empty(step, len(weight))
+    partition = hidden.new_empty(len(hidden))
+    bound = weight.norm(dim=-1).max() * hidden.norm(dim=-1).max() if len(hidden) else 0.0
+    is_safe = bool(bound < _SAFE)  # also of NaN: the plain way has to return NaN
+    for first in range(0, len(hidden), max(1, step)):
+        rows = hidden[first : first + step]
+        logits = torch.mm(rows, weight.T, out=buffer[: len(rows)])
+        if is_safe:
+            partition[first : first + step] = logits.exp_().sum(-1).log_()
+            continue
+        highest = logits.amax(-1, keepdim=True)
+        sums = logits.sub_(highest).exp_().sum(-1)
+        partition[first : first + step] = sums.log_() + highest[:, 0]
+    return partition
 
 
 class _ChunkedMean(torch.autograd.Function):

@@ -6,6 +6,7 @@ Shape legend: B sequences per step over all ranks, b of one micro-batch, T token
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,7 @@ from cratelm.train.losses import NextTokenLoss, Validation
 from cratelm.train.optimizers import learning_rate, make_optimizers, set_learning_rate
 from cratelm.train.processes import reported_loss
 from cratelm.train.sharding import is_sharded, shard, whole_number
+from cratelm.train.tuned import with_tuned_rate
 from cratelm.train.weight_sparsity import WeightSparsity, gradient_limit
 
 
@@ -58,6 +60,10 @@ class TrainResult:
     """on the fixed held-out sequences, nats per token"""
     validation_standard_error: float
     """over those sequences"""
+
+
+class DivergedError(InputError):
+    """The loss or the gradient of a training is no longer finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +90,8 @@ def train(config: TrainConfig) -> TrainResult:
     longer finite (the checkpoints are kept).
     """
     run = Run(config.run)
+    if config.tuned:
+        config = with_tuned_rate(config)
     stage = run.stage("model", config.folder)
     inputs = {"tokens": run.stage("tokens").require("tokenize")}
     settings = config.settings()
@@ -131,6 +139,18 @@ def _null_settings(config: TrainConfig, trained: Completion) -> tuple[TrainConfi
     """
     completed = config.with_recipe_of(trained)
     return completed, replace(completed.settings(), options=options_of(config))
+
+
+def train_briefly(config: TrainConfig, folder: Path, label: str) -> dict[str, Any]:
+    """Train a model in one process without saving it, and return its figures, those of a completion record.
+
+    `folder` holds curve and checkpoints, from which an interrupted call resumes. Raises `DivergedError` if the loss or
+    the gradient is no longer finite.
+    """
+    store = TokenStore(Run(config.run).stage("tokens").path)
+    setup = _prepare(config, store)
+    take_steps(setup, config, Draft(folder, fresh=False), label)
+    return _results(config, setup, folder)
 
 
 def take_steps(setup: TrainingSetup, config: TrainConfig, draft: Draft, label: str) -> None:
@@ -341,7 +361,7 @@ def _check_finite(figures: dict[str, float], step: int, config: TrainConfig, dra
     last_good = f" (the last good state is {saved[-1]})" if saved else ""
     recipe = config.resolved()
     bf16 = ", or use --precision fp32" if recipe.precision == "bf16" else ""
-    raise InputError(
+    raise DivergedError(
         f"the {diverged.replace('_', ' ')} is {figures[diverged]} at step {step}{last_good}: training"
         f" has diverged; lower --learning-rate (now {recipe.learning_rate:g}), raise --warmup (now"
         f" {recipe.warmup}){bf16}"

@@ -52,11 +52,13 @@ class SideBySide:
 def compare(library: Library, key: str, left: str, right: str) -> SideBySide:
     """Return two sides, each named MODEL/LAYER or MODEL/LAYER/NEURON.
 
-    An empty `right` stands for the counterpart of `left` in the twin. A side that does not exist has a `problem`.
+    An empty `right` stands for the counterpart of `left` in the twin, and the name of a model for that in this model. A
+    side that does not exist has a `problem`.
     """
     note = ""
-    if left and not right:
-        right, note = _counterpart(library, key, left)
+    models = {card.name for card in library.run(key).models if card.neurons}
+    if left and (not right or right in models):
+        right, note = _counterpart(library, key, left, right)
     sides = tuple(_side(library, key, name) for name in (left, right) if name)
     return SideBySide(left, right, sides, note)
 
@@ -80,19 +82,22 @@ def _side(library: Library, key: str, name: str) -> Side:
         return Side(name, problem=str(error))
 
 
-def _counterpart(library: Library, key: str, left: str) -> tuple[str, str]:
-    """Return the name of the counterpart in the twin, and a note on how it was chosen.
+def _counterpart(library: Library, key: str, left: str, other: str = "") -> tuple[str, str]:
+    """Return the name of the counterpart in the model `other`, by default the twin, and a note on how it was chosen.
 
-    For a layer, this is the twin's layer with the same number; for a neuron, the twin's neuron with the most
-    similar profile. The name is empty if there is no counterpart, and the note gives the reason.
+    For a layer, this is its layer with the same number; for a neuron, its neuron with the most similar profile. The name is empty if there is no counterpart, and the note gives the reason.
     """
     try:
         model, layer, number = _parse(left)
-        twin = library.run(key).twin(model)
+        twin = other or library.run(key).twin(model)
         if not twin or number is None:
-            return (f"{twin}/{layer}", "") if twin else ("", f"{model} has no twin in this run.")
+            no_twin = (
+                f"{model} has no twin in this run: name a model, layer or neuron on the right."
+            )
+            return (f"{twin}/{layer}", "") if twin else ("", no_twin)
         index = library.index_named(key, model, number)
-        nearest = [n for n in library.nearest(key, model, layer, index, n=1) if n.model == twin]
+        near_ones = library.nearest(key, model, layer, index, n=1, other=twin)
+        nearest = [n for n in near_ones if n.model == twin]
     except NotFound:
         return "", ""
     if not nearest:

@@ -326,7 +326,8 @@ class Index:
         vector = np.asarray(self._vectors(model)[row])
         if not vector.any():
             return []
-        cosines = np.asarray(self._vectors(other)) @ vector
+        # not by BLAS, whose threads wait actively for more work long after a product that memory bounds
+        cosines = np.einsum("nd,d->n", np.asarray(self._vectors(other)), vector)
         if other == model:
             cosines[row] = -2
         least = np.partition(cosines, -n)[-n] if n < len(cosines) else -2

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cratelm.results.neuron_groups import OTHER_TOKENS, TOKEN_CLASSES
 from cratelm.results.views import MapPoint
 from cratelm.text.display import visible
-from cratelm.text.units import units_in
+from cratelm.text.units import TokenStrings, units_in
 from cratelm.viewer.drawings import shortened
 from cratelm.viewer.peaks import BEFORE, Peaks
 
@@ -40,6 +40,9 @@ _ZOOMS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 _LETTER, _BESIDE, _LINE, _ABOVE = 7.3, 6.0, 19.0, 15.0
 """pixels: width of a character of a label, space on each side of it, height of a label, and its distance above the middle
 of its cluster"""
+
+_DIGITS = np.frombuffer(b"0123456789a", np.uint8)
+"""hexadecimal digits of the levels 0 to 10"""
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,28 @@ def details(points: Sequence[MapPoint], peaks: Peaks | None, strings: Sequence[s
     if peaks is None:
         peaks = Peaks.empty(0)
     inside = peaks.tokens >= 0  # one run of columns in each row
+    digits = _DIGITS[peaks.levels]
+    joining = strings.joining if isinstance(strings, TokenStrings) else frozenset[int]()
+    # almost all tokens are units of their own: these are made visible once each
+    ids, at = np.unique(peaks.tokens[inside], return_inverse=True)
     words: dict[str, int] = {}
+    position = [words.setdefault(visible(strings[int(i)]), len(words)) for i in ids]
+    word_at = np.zeros(inside.shape, np.int64)
+    word_at[inside] = np.array(position, np.int64)[at]
+    joins = np.any(np.isin(peaks.tokens, list(joining)) & inside, axis=1)
     excerpts, levels, at_peak = [], [], []
-    for row, (low, length) in enumerate(zip(inside.argmax(1), inside.sum(1), strict=True)):
+    spans = zip(inside.argmax(1).tolist(), inside.sum(1).tolist(), joins.tolist(), strict=True)
+    for row, (low, length, is_joined) in enumerate(spans):
+        of_row = digits[row, low : low + length]
+        if not is_joined:
+            excerpts.append(word_at[row, low : low + length].tolist())
+            levels.append(of_row.tobytes().decode())
+            at_peak.append(BEFORE - low if low <= BEFORE < low + length else 0)
+            continue
         units = units_in(peaks.tokens[row, low : low + length].tolist(), strings)
-        of_row = peaks.levels[row, low : low + length]
         excerpts.append([words.setdefault(visible(unit.text), len(words)) for unit in units])
-        levels.append("".join(f"{of_row[unit.start : unit.stop].max():x}" for unit in units))
+        # hexadecimal digits ascend as their codes do
+        levels.append("".join(chr(of_row[unit.start : unit.stop].max()) for unit in units))
         at_peak.append(next((n for n, unit in enumerate(units) if BEFORE - low < unit.stop), 0))
     return {
         "score": [None if p.score is None else round(p.score, 1) for p in points],
@@ -146,12 +164,14 @@ def place_labels(points: Sequence[MapPoint]) -> list[Label]:
     clusters = [(points[rows[0]].group.shares, rows) for rows in _clusters(points, xy)]
     clusters.sort(key=lambda c: (-len(c[1]), c[0], c[1][0]))
     labels: list[Label] = []
+    placed = np.zeros((4, _MOST_LABELS))  # x, y, width and zoom of each label
     for text, rows in clusters[:_MOST_LABELS]:
         x, y = np.median(xy[rows], axis=0).tolist()
-        half = _width(text) / 2
-        x = min(max(x, half), max(half, WIDTH - half))  # the whole label is visible at zoom 1
-        zoom = _first_zoom(text, x, y, labels)
+        width = _width(text)
+        x = min(max(x, width / 2), max(width / 2, WIDTH - width / 2))  # whole at zoom 1
+        zoom = _first_zoom(x, y, width, placed[:, : len(labels)])
         if zoom is not None:
+            placed[:, len(labels)] = x, y, width, zoom
             labels.append(Label(text, x, y, len(rows), zoom))
     return labels
 
@@ -175,17 +195,17 @@ def _clusters(points: Sequence[MapPoint], xy: NDArray[np.float64]) -> list[NDArr
     return [rows for rows in clusters if len(rows) >= _LEAST]
 
 
-def _first_zoom(text: str, x: float, y: float, others: Sequence[Label]) -> float | None:
-    """Return the first of `_ZOOMS` at which a label overlaps none of the visible `others`, and these are not too many.
+def _first_zoom(x: float, y: float, width: float, others: NDArray[np.float64]) -> float | None:
+    """Return the first of `_ZOOMS` at which a label overlaps no visible one, and there are not too many.
 
-    None if there is no such zoom.
+    `others` [4, n] are x, y, width and zoom of the labels of larger clusters. None if there is no such zoom.
     """
-    if not others:
+    if not others.size:
         return _ZOOMS[0]
-    dx, dy = (np.abs([o.x - x for o in others]), np.abs([o.y - y for o in others]))
-    wide = np.array([(_width(o.text) + _width(text)) / 2 + 2 for o in others])
+    dx, dy = np.abs(others[0] - x), np.abs(others[1] - y)
+    wide = (others[2] + width) / 2 + 2
     zooms = np.array(_ZOOMS)[:, None]
-    visible_there = np.array([o.zoom for o in others]) <= zooms
+    visible_there = others[3] <= zooms
     overlaps = (dx * zooms < wide) & (dy * zooms < _LINE) & visible_there
     crowded = visible_there.sum(1) >= _AT_ONCE * zooms[:, 0] ** 2
     free = np.flatnonzero(~overlaps.any(1) & ~crowded)

@@ -136,7 +136,8 @@ class Pages:
 
         def address(index: int) -> str:
             end = "0.html" if self.static else "0"
-            name = quote(neuron_name(index, site))
+            name = neuron_name(index, site)
+            name = name if name.isdecimal() else quote(name)  # a map has thousands of addresses
             return stem.removesuffix(end) + end.replace("0", name) if has_page(index) else ""
 
         def same_query(**changed: Any) -> str:
@@ -161,6 +162,7 @@ class Pages:
             page=page,
             layers=sorted(card.neurons),
             twin=twin if twin and layer in self.library.run(key).model(twin).neurons else "",
+            others=self._others(key, model),
             problems=self.library.table(key, model).problems,
             has_page=has_page,
             sorted_by=sorted_by,
@@ -199,6 +201,7 @@ class Pages:
             ),
             key,
             v=view,
+            others=self._others(key, model),
             has_page=has_page,
             facts=_facts(view),
             last_token=_last_token(view),
@@ -222,6 +225,17 @@ class Pages:
             data=as_data(plain(view)) if self.static else "",
             card=as_data({"svg": svg_card(view), "name": f"{model}-{layer}-{view.name}.png"}),
         )
+
+    def _others(self, key: str, model: str) -> list[str]:
+        """Return the models to choose from for a comparison with a model, none in pages without a server.
+
+        There are some where the run has more models than a model, its twin and their null controls.
+        """
+        card = self.library.run(key)
+        trained = [m.name for m in card.models if m.neurons and not m.null_of]
+        if self.static or len(trained) < 3:
+            return []
+        return [m.name for m in card.models if m.neurons and m.name != model]
 
     def _other_end(self, view: NeuronView) -> dict[str, Any]:
         """Return what the page of an end shows of the neuron's other end; empty values if it has one end."""
@@ -262,12 +276,13 @@ class Pages:
     def compare(self, key: str, left: str, right: str) -> str:
         """Return two layers or two neurons side by side, each named MODEL/LAYER or MODEL/LAYER/NEURON.
 
-        An empty `right` stands for the counterpart of `left` in the twin.
+        An empty `right` stands for the counterpart of `left` in the twin, the name of a model for that in this model.
         """
         card = self.library.run(key)
         comparison = compare(self.library, key, left, right)
         links = self._links(("r", key, "compare"))
-        layers_of_run = [f"{m.name}/{layer}" for m in card.models for layer in m.neurons]
+        layers_of_run = [m.name for m in card.models if m.neurons]
+        layers_of_run += [f"{m.name}/{layer}" for m in card.models for layer in m.neurons]
         return self._page(
             "compare.html",
             links.here,

@@ -243,13 +243,13 @@ class Library:
         return f"cratelm effects --run {run.path} --model {model}{again}"
 
     def nearest(
-        self, key: str, model: str, layer: int, index: int, n: int = _NEAREST
+        self, key: str, model: str, layer: int, index: int, n: int = _NEAREST, other: str = ""
     ) -> tuple[Neighbour, ...]:
-        """Return the neurons that fire on the most similar tokens: `n` of this model and `n` of its twin.
+        """Return the neurons that fire on the most similar tokens: `n` of this model and `n` of its twin, or of `other`.
 
         Empty until the index is ready.
         """
-        twin = self.run(key).twin(model)
+        twin = other or self.run(key).twin(model)
         names = [model, twin] if twin else [model]
         neighbours: list[Neighbour] = []
         for name in names:
@@ -306,19 +306,11 @@ class Library:
         column = table.best_score()
         scores = column.values[here] if column else np.full(len(points), np.nan)
         texts, groups = table.explanations[here], self.groups(key, model)[here]
+        site = table.site
+        columns = (np.asarray(of).tolist() for of in (table.index[here], points, scores, texts))
         return tuple(
-            MapPoint(
-                int(i),
-                float(x),
-                float(y),
-                None if np.isnan(s) else float(s),
-                claim(str(t)),
-                group,
-                neuron_name(int(i), table.site),
-            )
-            for i, (x, y), s, t, group in zip(
-                table.index[here], points, scores, texts, groups, strict=True
-            )
+            MapPoint(i, x, y, None if s != s else s, claim(str(t)), group, neuron_name(i, site))
+            for i, (x, y), s, t, group in zip(*columns, groups, strict=True)
         )
 
     def groups(self, key: str, model: str) -> Sequence[NeuronGroup]:
@@ -393,7 +385,9 @@ class Library:
             return None
 
         def made() -> _T | None:
-            points = self.map(key, model, layer)
+            # the page and the details of a map are requested one after the other
+            here = "points", model, layer, path
+            points = self.drawing(key, here, lambda: self.map(key, model, layer))
             return make(points) if points else None
 
         return self.drawing(key, (name, model, layer, path), made) if name else made()

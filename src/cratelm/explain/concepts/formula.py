@@ -101,6 +101,7 @@ class FormulaSearch:
         """
         self._features, self._either, self._maximised = features, either, objective
         self._beam = beam
+        self._columns: dict[int, NDArray[np.bool_]] = {}
         self._rows = np.stack([weights, weights * targets]).astype(np.float32)
         self._total, self._sum = float(weights.sum()), float(weights @ targets)
         n, s = (self._rows @ features).astype(np.float64)
@@ -175,7 +176,13 @@ class FormulaSearch:
         return np.where(sound, value, 0.0)
 
     def _mask(self, formula: Formula) -> NDArray[np.bool_]:
-        return formula.holds([self._features[:, t] > 0 for t in formula.terms])
+        return formula.holds([self._column(t) for t in formula.terms])
+
+    def _column(self, term: int) -> NDArray[np.bool_]:
+        """Return where a predicate holds, [N]. The terms of a beam recur, and a column is far apart in memory."""
+        if term not in self._columns:
+            self._columns[term] = self._features[:, term] > 0
+        return self._columns[term]
 
 
 def cells_of(columns: Sequence[NDArray[np.bool_]], n: int) -> NDArray[np.uint8]:

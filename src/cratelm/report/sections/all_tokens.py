@@ -78,7 +78,33 @@ def share_lines(results: RunResults, m: ModelResults) -> list[Line]:
             (Column(name, label, form, "head"), _share(m, name)),
             (Column(f"{name}_init", "null: random init", form, "minor"), _share(null, name)),
         ]
+        if name == "token_share" and _are_misled(results):
+            lines += _median_lines(m, null)
     return lines
+
+
+def _median_lines(m: ModelResults, null: ModelResults | None) -> list[Line]:
+    """Return the lines next to the mean token share that a few neurons cannot move."""
+    of_model = m.all_tokens.n_misled if m.all_tokens else None
+    return [
+        (Column("token_share_median", "median over neurons", ".1f", "minor"), median_share(m)),
+        (
+            Column("token_share_median_init", "median, random init", ".1f", "minor"),
+            median_share(null),
+        ),
+        (Column("misled", "neurons below 0", ",d", "minor"), of_model),
+    ]
+
+
+def _are_misled(results: RunResults) -> bool:
+    """Return whether any neuron of the report has a token share below 0."""
+    return any(m.all_tokens and m.all_tokens.n_misled for m in results.models)
+
+
+def median_share(m: ModelResults | None) -> Cell:
+    """Return the median token share of a model in percent, with its interval."""
+    median = m.all_tokens.token_share_median if m and m.all_tokens else None
+    return interval_cell(median.mean, 100) if median else None
 
 
 def gain_lines(results: RunResults, m: ModelResults, metric: Metric) -> list[Line]:
@@ -134,16 +160,22 @@ def token_shares_table(results: RunResults) -> Table:
     columns = (
         Column("model", "model"),
         *(Column(name, label, form) for name, (label, form, _) in _SHARES.items()),
+        Column("token_share_median", "token share, median [95%]", ".1f"),
         Column("neurons", "neurons", ",d"),
         Column("constant", "constant", ",d"),
+        Column("misled", "token share below 0", ",d"),
+        Column("lowest", "lowest token share, %", ",.0f"),
         Column("tokens", "held-out tokens", ",d"),
     )
     rows = [
         (
             m.name,
             *(_share(m, name) for name in _SHARES),
+            median_share(m),
             m.all_tokens.token_share.defined,
             m.all_tokens.token_share.undefined,
+            m.all_tokens.n_misled,
+            100 * min(m.token_shares.values(), default=np.nan),
             m.all_tokens.n_tokens,
         )
         for m in results.models
@@ -158,7 +190,10 @@ def token_shares_table(results: RunResults) -> Table:
         " all held-out tokens, that the mean activation on the last token predicts; the means are those of the fit"
         " split. Context share: the rest. Token entropy: of the share of the activation that falls on each token; 0 if"
         " a neuron fires on one token. Constant: neurons that do not vary on the held-out tokens, which have no token"
-        f" share. {INTERVAL_NOTE}",
+        " share. A token share has no lower bound: it is below 0 where the fit split misleads, and very low for a neuron"
+        " that fired on a few tokens of the fit split and hardly on the held-out ones. A few such neurons can"
+        " outweigh all others in the mean, and not in the median over neurons (mean over layers of the medians)."
+        f" {INTERVAL_NOTE}",
     )
 
 
