@@ -10,7 +10,7 @@ import torch
 from sae_runs import EOT, LENGTH, small_run
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from cratelm.activations.batches import SearchPlan
 from cratelm.activations.config import HarvestConfig
@@ -146,6 +146,7 @@ def test_parity_with_what_saelens_trains(architecture, rescaled, tmp_path):
         ({"normalize_activations": "layer_norm"}, {"normalization": "layer_norm"}),
         ({"normalize_activations": False}, {"normalization": "none"}),
         ({"hook_name": None, "hook_point": "blocks.1.hook_mlp_out", "hook_point_layer": 1}, {"hook_name": "blocks.1.hook_mlp_out", "layer": 1}),
+        ({"hook_name": None, "hook_point": "blocks.{layer}.hook_mlp_out", "hook_point_layer": 1}, {"hook_name": "blocks.1.hook_mlp_out", "layer": 1}),
     ],
 )  # fmt: skip
 @torch.no_grad()
@@ -449,6 +450,8 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused(tmp_path, capsys):
         (lambda f: sae_lens_folder(f, tensors(), {"activation_fn": "tanh-relu", "hook_name": "a"}), "activation_fn 'tanh-relu'"),
         (lambda f: sae_lens_folder(f, tensors(), {**SIX, "normalize_activations": "covariance_whitening"}), "normalize_activations 'covariance_whitening'"),
         (lambda f: sae_lens_folder(f, tensors(), {"hook_name": "blocks.0.attn.hook_q", "hook_head_index": 3}), "hook_head_index 3"),
+        (lambda f: sae_lens_folder(f, tensors(), {"hook_point": "blocks.0.attn.hook_z", "hook_point_head_index": 0}), "hook_point_head_index 0"),
+        (lambda f: sae_lens_folder(f, tensors(), {"hook_point": "blocks.0.ln2.hook_normalized", "is_transcoder": True}), "is_transcoder True"),
         (lambda f: sae_lens_folder(f, tensors(), {"metadata": {**SIX["metadata"], "hook_name_out": "blocks.0.hook_mlp_out"}}), "hook_name_out"),
         (lambda f: sae_lens_folder(f, tensors(), {**SIX, "architecture": "topk"}), "k None"),
         (lambda f: sae_lens_folder(f, tensors(), {**SIX, "architecture": "topk", "k": 41}), "k 41, but only 40"),
@@ -463,6 +466,7 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused(tmp_path, capsys):
         (lambda f: dictionary_folder(f, "AutoEncoder", dict_class="CrossCoder"), "dict_class 'CrossCoder'.*BatchTopKSAE"),
         (lambda f: dictionary_folder(f, "AutoEncoder", layer=2), "contradicts itself: layer 2, and resid_post_layer_1"),
         (lambda f: dictionary_folder(f, "AutoEncoder", buffer={"io": "in_and_out"}), "io 'in_and_out'"),
+        (lambda f: dictionary_folder(f, "AutoEncoder", buffer={"io": "in"}), "contradicts itself: io in, and resid_post_layer_1"),
         (lambda f: dictionary_folder(f, "AutoEncoder", dict_size=41), "41 latents, but weight W_enc has shape"),
     ],
 )  # fmt: skip
@@ -532,13 +536,15 @@ def test_latents_of_a_hook(hook, normalized, tmp_path):
         assert (model(input_ids=IDS).logits - plain).abs().max() > 1e-2
 
 
-def test_the_name_of_a_module_serves_where_that_of_the_hook_is_not_known(tmp_path):
+def test_the_name_of_a_module_serves_where_that_of_the_hook_is_not_known(tmp_path, monkeypatch):
     """SAELens' registry has both for some releases."""
     metadata = {"hook_name": "blocks.1.hook_resid_post", "hf_hook_name": "transformer.h.1.output"}
     folder = sae_lens_folder(tmp_path / "any", tensors(), {"architecture": "standard", "metadata": metadata})  # fmt: skip
     assert latents_of(tiny(), folder).paths == ("transformer.h.1",)
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=101, hidden_size=H, n_layer=2, n_head=2))
-    assert latents_of(bloom.eval(), folder).paths == ("transformer.h.1",)
+    config = GPTBigCodeConfig(vocab_size=101, n_embd=H, n_layer=2, n_head=2, n_positions=16)
+    code = GPTBigCodeForCausalLM(config).eval()
+    monkeypatch.setattr("cratelm.models.hook_names._FAMILIES", ())
+    assert latents_of(code, folder).paths == ("transformer.h.1",)
 
 
 def test_what_versions_of_transformer_lens_disagree_on_is_said(tmp_path, capsys):
@@ -568,7 +574,7 @@ def test_the_site_by_hand(tmp_path):
         site = latents_of(tiny(), silent, name)
         assert (site.paths, site.layer_numbers) == (("transformer.h.1.mlp",), (1,))
     unknown = hooked_folder(tmp_path / "unknown", "blocks.1.hook_q_input")
-    with pytest.raises(InputError, match=r"unknown reads 'blocks\.1\.hook_q_input' is no tensor|hook_q_input.*hook_resid_mid.*--site"):  # fmt: skip
+    with pytest.raises(InputError, match=r"unknown: 'blocks\.1\.hook_q_input' is no tensor of .*hook_resid_mid.*--site"):  # fmt: skip
         latents_of(tiny(), unknown)
     wide = hooked_folder(tmp_path / "wide", "blocks.1.mlp.hook_pre")
     with pytest.raises(InputError, match=r"reads 16 activations, but site transformer\.h\.\*\.mlp\.c_fc of this model has 64"):  # fmt: skip
@@ -578,6 +584,10 @@ def test_the_site_by_hand(tmp_path):
         InputError, match=r"is of layer 7, but site .* of this model has layers 0 to 1"
     ):
         latents_of(tiny(), deep)
+    other = hooked_folder(tmp_path / "other", "blocks.1.hook_resid_pre", metadata={"hook_name": "blocks.1.hook_resid_pre", "hook_layer": 0})  # fmt: skip
+    with pytest.raises(InputError, match=r"contradicts itself: layer 0, and blocks\.1\.hook_resid_pre.*--site"):  # fmt: skip
+        latents_of(tiny(), other)
+    assert latents_of(tiny(), other, "blocks.1.hook_resid_pre").layer_numbers == (1,)
     for name in ("a", "b"):
         hooked_folder(tmp_path / "twice" / name, "blocks.1.hook_resid_pre")
     with pytest.raises(InputError, match="two autoencoders of layer 1"):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from begin_runs import BEGIN, CAT, END, T, model_folder, planted, read_by_models, tokens
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -90,6 +92,38 @@ def test_the_begin_token_is_the_one_the_model_was_trained_with(
             (folder / name).write_text("{}")
         setattr(loaded.model.config, name, value)
     assert choose_beginning(loaded, Run(run), **options).beginning == wanted
+
+
+@pytest.mark.parametrize(
+    ("before", "settings", "wanted"),
+    [
+        ("<s>", {"bos_token": None}, Beginning(BEGIN, 0)),  # what is added counts, whatever it is called
+        ("<s>", {"bos_token": None, "eos_token": None}, Beginning(BEGIN, 0)),
+        ("<s>", {"bos_token": "<|endoftext|>"}, Beginning(BEGIN, 0)),
+        ("<|endoftext|>", {"bos_token": "<|endoftext|>"}, Beginning(END, 0)),
+        ("<|endoftext|>", {"bos_token": None}, Beginning(END, 0)),
+        ("", {"add_bos_token": True}, Beginning(BEGIN, 0)),  # transformers 4 adds it, version 5 does not
+        ("", {"add_bos_token": True, "bos_token": {"__type": "AddedToken", "content": "<s>"}}, Beginning(BEGIN, 0)),
+        ("", {"add_bos_token": True, "bos_token": None}, Beginning(None, 4)),
+        ("", {"add_bos_token": False}, Beginning(None, 4)),
+        ("", {"bos_token": "<|endoftext|>"}, Beginning(None, 4)),
+        ("after", {"bos_token": "<|endoftext|>"}, Beginning(None, 4)),  # at the end of a text
+    ],
+)  # fmt: skip
+def test_the_begin_token_is_what_the_files_of_the_tokenizer_say(
+    run, tmp_path, before, settings, wanted
+):
+    folder = model_folder(tmp_path / "m", run, adds_begin=False)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if before:
+        single = "$A <|endoftext|>" if before == "after" else f"{before} $A"
+        special = [("<s>", BEGIN), ("<|endoftext|>", END)]
+        tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)  # type: ignore[assignment]
+        tokenizer.save(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    loaded = open_model(Run(run), str(folder))
+    assert choose_beginning(loaded, Run(run)).beginning == wanted
 
 
 def test_crate_has_none_wherever_it_lies(run, tmp_path):

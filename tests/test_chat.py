@@ -141,6 +141,42 @@ def test_chats_of_a_parquet_table_are_those_of_json_lines(tmp_path):
     assert one == two
 
 
+def test_chats_whose_text_is_empty_are_chats(tmp_path):
+    """Tables of chats and texts have both fields in every row, one of which is null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = write_tokenizer(tmp_path / "model")
+    texts = [{"text": " ".join(WORDS) * 2, "messages": None, "n": i} for i in range(40)]
+    odd = [{"role": "tool", "content": "größer"}, {"role": "", "content": ""}]
+    rows = [*texts, *({"text": None, **row} for row in chats(40)), {"text": None, "messages": odd}]
+    corpora = [write_rows(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"]
+    pq.write_table(pa.Table.from_pylist(rows), corpora[1])
+    wrapped = AutoTokenizer.from_pretrained(folder)
+    for corpus in corpora:
+        place = tmp_path / corpus.suffix
+        assert tokenized(place, corpus, folder).chats == 41
+        found = documents(place / "run")
+        assert found[corpus.name, 81] == wrapped.apply_chat_template(odd, return_dict=False)
+        assert len(found) == 81
+
+
+def test_several_templates_by_name(tmp_path):
+    folder = write_tokenizer(tmp_path / "model")
+    wrapped = AutoTokenizer.from_pretrained(folder)
+    corpus = write_rows(tmp_path / "a.jsonl", chats(40))
+    for names, has_default in ((("default", "rag"), True), (("tool_use", "rag"), False)):
+        wrapped.chat_template = dict.fromkeys(names, CHATML)
+        wrapped.save_pretrained(tmp_path / names[0])
+        if has_default:
+            assert tokenized(tmp_path / "one", corpus, tmp_path / names[0]).chats == 40
+            continue
+        with pytest.raises(InputError, match="no default chat template"):
+            tokenized(tmp_path / "two", corpus, tmp_path / names[0])
+        write_rows(tmp_path / "b.jsonl", [{"text": " ".join(WORDS) + str(i)} for i in range(40)])
+        assert tokenized(tmp_path / "two", tmp_path / "b.jsonl", tmp_path / names[0]).chats == 0
+
+
 def test_a_corpus_without_chats_holds_no_template(tmp_path):
     rows = [{"text": " ".join(WORDS) * 3 + str(i)} for i in range(60)]
     result = tokenized(tmp_path, write_rows(tmp_path / "a.jsonl", rows), write_tokenizer(tmp_path / "model"))  # fmt: skip
@@ -151,7 +187,7 @@ def test_a_corpus_without_chats_holds_no_template(tmp_path):
 @pytest.mark.parametrize(
     ("row", "template", "told"),
     [
-        ({"messages": [{"role": "user", "content": "cats"}]}, None, "it is a chat, but the tokenizer has no chat template: name the folder"),
+        ({"messages": [{"role": "user", "content": "cats"}]}, None, "it is a chat, but the tokenizer has no default chat template: name the folder"),
         ({"messages": "cats"}, CHATML, "field 'messages' must be a list of messages, not 'cats'"),
         ({"messages": []}, CHATML, "must be a list of messages"),
         ({"messages": [{"content": "cats"}]}, CHATML, "has no role in message 1"),
@@ -171,7 +207,7 @@ def test_a_chat_that_cannot_be_written_is_one_line(tmp_path, capsys, row, templa
 
 
 def test_a_tokenizer_trained_here_has_no_template(tmp_path):
-    with pytest.raises(InputError, match="line 1: it is a chat, but the tokenizer has no chat template"):  # fmt: skip
+    with pytest.raises(InputError, match="line 1: it is a chat, but the tokenizer has no default chat template"):  # fmt: skip
         cratelm.api.tokenize(run=tmp_path / "run", corpus=str(write_rows(tmp_path / "a.jsonl", chats(9))), quiet=True)  # fmt: skip
 
 

@@ -22,6 +22,17 @@ _GATED: dict[str, Any] = {
 }
 _SIZES: dict[str, dict[str, Any]] = {"GPT2": {"vocab_size": 101, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}, "GPTNeoX": {**_SMALL, "intermediate_size": 40}, "Phi": {**_SMALL, "intermediate_size": 40}}  # fmt: skip
 _SIZES |= {"GPTJ": {**_SIZES["GPT2"], "rotary_dim": 4}}
+_FALCON = {**_SMALL, "ffn_hidden_size": 40}
+_SIZES |= {"OPT": {**_SMALL, "ffn_dim": 40, "word_embed_proj_dim": 16}, "Falcon": _FALCON, "Bloom": {"vocab_size": 101, "hidden_size": 16, "n_layer": 2, "n_head": 2}}  # fmt: skip
+_SIZES |= {"Mpt": {"vocab_size": 101, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 32}}  # fmt: skip
+_SIZES |= {"Granite": {**_GATED, "residual_multiplier": 0.2, "embedding_multiplier": 3.0}}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "GPTNeoX sequential": {"use_parallel_residual": False},
+    "Falcon sequential": {"parallel_attn": False},
+    "Falcon two norms": {"new_decoder_architecture": True, "num_kv_heads": 1},
+}
+OTHERS = ["OPT", "Bloom", "Falcon", "Falcon sequential", "Falcon two norms", "Mpt", "Granite"]
+"""families whose blocks add up differently"""
 FAMILIES = ["GPT2", "GPTNeoX", "GPTNeoX sequential", "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo2", "Phi", "GPTJ"]  # fmt: skip
 RESIDUAL = ("blocks.{}.hook_resid_pre", "blocks.{}.hook_resid_post", "blocks.{}.hook_attn_out", "blocks.{}.hook_mlp_out", "blocks.{}.attn.hook_z", "blocks.{}.mlp.hook_post", "blocks.{}.ln1.hook_normalized")  # fmt: skip
 
@@ -32,11 +43,11 @@ def tiny(family):
         made = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
         model = build("crate-2l", vocab_size=101, max_position_embeddings=32, seed=1, **made)
     else:
-        name, sequential = family.split()[0], " " in family
+        name = family.split()[0]
         kind = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
         stem = {"Gemma3": "Gemma3Text"}.get(name, name)
-        fields = {"use_parallel_residual": False} if sequential else {}
-        config = getattr(transformers, f"{stem}Config")(**_SIZES.get(name, _GATED), **fields)
+        fields = {**_SIZES.get(name, _GATED), **_VARIANTS.get(family, {})}
+        config = getattr(transformers, f"{stem}Config")(**fields)
         with torch.random.fork_rng():
             torch.manual_seed(1)
             model = getattr(transformers, name + kind)(config)
@@ -61,7 +72,7 @@ def cache_of(model):
     return {name: cache[name] for name in cache if isinstance(cache[name], torch.Tensor)}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "CRATE"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS, "CRATE"])
 def test_every_hook_is_the_tensor_of_transformer_lens(family):
     model = tiny(family)
     try:
@@ -78,15 +89,18 @@ def test_every_hook_is_the_tensor_of_transformer_lens(family):
         except InputError:
             continue
         (ours,) = capture(model, site, IDS)
-        expected = theirs.reshape(*theirs.shape[:2], -1)  # heads side by side
+        expected = theirs.reshape(*IDS.shape, -1)  # heads side by side; OPT's MLP has no batches
         assert ours.shape == expected.shape, name
         assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max(), name
         compared.add(hook)
     wanted = {hook.removeprefix("blocks.{}.") for hook in RESIDUAL}
     wanted -= {"attn.hook_z", "mlp.hook_post", "hook_mlp_out"} if family == "CRATE" else set()
     wanted -= {"ln1.hook_normalized"} if family == "Olmo2" else set()
-    assert wanted <= compared, family
-    assert ("hook_resid_mid" in compared) == ("hook_resid_mid" in {n[9:] for n in cache}), family
+    scaled = {"hook_attn_out", "hook_mlp_out", "hook_resid_mid"} if family == "Granite" else set()
+    assert wanted - scaled <= compared, family
+    assert not scaled & compared
+    has_mid = "hook_resid_mid" in {n[9:] for n in cache} - scaled
+    assert ("hook_resid_mid" in compared) == has_mid, family
     assert len(compared) >= (20 if family != "CRATE" else 14), sorted(compared)
 
 
@@ -102,7 +116,7 @@ def test_names_of_modules(family):
     assert path_of(model, f"{inner}:input") == path_of(model, "blocks.1.hook_in")
 
 
-@pytest.mark.parametrize("family", ["GPT2", "Llama", "Gemma2", "CRATE"])
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Gemma2", "CRATE", "OPT", "Bloom", "Mpt"])
 @torch.no_grad()
 def test_an_edit_between_attention_and_mlp_changes_the_stream(family):
     """Not only what the next norm reads: the last block's output is that of the edited stream."""
@@ -126,6 +140,9 @@ def test_an_edit_between_attention_and_mlp_changes_the_stream(family):
         "Llama": lambda b, x: b.mlp(b.post_attention_layernorm(x)),
         "Gemma2": lambda b, x: b.post_feedforward_layernorm(b.mlp(b.pre_feedforward_layernorm(x))),
         "CRATE": lambda b, x: b.ista(b.norm_ista(x)),
+        "OPT": lambda b, x: b.fc2(b.activation_fn(b.fc1(b.final_layer_norm(x)))),
+        "Bloom": lambda b, x: b.mlp(b.post_attention_layernorm(x), 0 * x),
+        "Mpt": lambda b, x: b.ffn(b.norm_2(x), 0 * x),
     }
     assert torch.allclose(seen[0], x + parts[family](block, x), atol=1e-4)
 
@@ -168,12 +185,15 @@ def test_what_is_unknown_is_listed():
         path_of(tiny("GPTNeoX"), "blocks.0.hook_resid_mid")  # attention and MLP side by side
     with pytest.raises(InputError, match=r"mlp\.hook_pre' is no tensor of CrateForCausalLM"):
         path_of(tiny("CRATE"), "blocks.0.mlp.hook_pre")
-    bloom = transformers.BloomConfig(vocab_size=101, hidden_size=16, n_layer=1, n_head=2)
+    mamba = transformers.MambaConfig(vocab_size=101, hidden_size=16, num_hidden_layers=1)
     with pytest.raises(InputError, match=r"known for CRATE, GPT-2.*--site"):
-        path_of(transformers.BloomForCausalLM(bloom), "blocks.0.hook_resid_pre")
-    granite = transformers.GraniteConfig(**_GATED, residual_multiplier=0.2)
-    with pytest.raises(InputError, match="is no tensor"):
-        path_of(transformers.GraniteForCausalLM(granite), "blocks.0.hook_resid_mid")
+        path_of(transformers.MambaForCausalLM(mamba), "blocks.0.hook_resid_pre")
+    for name in ("blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out", "hook_embed"):  # scaled
+        with pytest.raises(InputError, match="is no tensor"):
+            path_of(tiny("Granite"), name)
+    after = transformers.OPTConfig(**_SIZES["OPT"], do_layer_norm_before=False)
+    with pytest.raises(InputError, match="is no tensor"):  # the stream itself is normalised
+        path_of(transformers.OPTForCausalLM(after), "blocks.0.hook_resid_mid")
     with pytest.raises(InputError, match="one of input, output, residual, normalized"):
         site_of(tiny("GPT2"), "transformer.h.*:inputs")
     with pytest.raises(InputError, match="not inside a numbered block"):

@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from cratelm.errors import InputError
 from cratelm.explain.config import ExplainConfig
@@ -153,6 +156,20 @@ def options(run: Path, address: str) -> dict[str, Any]:
     return {
         "run": run, "model": "m", "base_url": address, "quiet": True, "name": "server", "deadline": 600.0,
     }  # fmt: skip
+
+
+def test_the_page_makes_a_folder_of_the_package(local, tmp_path):
+    """The Python lines of docs/pretrained.md, as they stand there, in a process of their own."""
+    page = (Path(__file__).parents[1] / "docs" / "pretrained.md").read_text(encoding="utf-8")
+    lines = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "SmolLM2-135M-Instruct"
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() == 49152
+    weights, expected = load_file(folder / "model.safetensors"), local.model.state_dict()
+    assert set(weights) <= set(expected)
+    assert len(weights) >= 272
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
 
 
 def test_llama_cpp_reads_probabilities_as_the_weights_do(llama, local):

@@ -141,7 +141,8 @@ def row_document(
     location = f"{readable(file.path)}, {unit} {number}"
     if not isinstance(row, Mapping):
         return ReadError(f"{location}: expected a JSON object, found {type(row).__name__}")
-    if MESSAGES in row and (fields.text not in row or fields.text == MESSAGES):
+    has_text = fields.text != MESSAGES and row.get(fields.text) is not None
+    if not has_text and (MESSAGES in row if fields.text not in row else row.get(MESSAGES)):
         return _chat_document(row, fields, file, number, location)
     if fields.text not in row:
         return ReadError(f"{location}: {missing_field(fields.text, list(row))}")
@@ -161,7 +162,7 @@ def _chat_document(
         return ReadError(f"{location}: field {MESSAGES!r} {why}")
     if fields.chat is None:
         return ReadError(
-            f"{location}: it is a chat, but the tokenizer has no chat template: name the folder or Hub id of a model"
+            f"{location}: it is a chat, but the tokenizer has no default chat template: name the folder or Hub id of a model"
             " that has one with --tokenizer"
         )
     try:

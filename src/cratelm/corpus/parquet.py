@@ -75,14 +75,17 @@ def read_parquet(file: CorpusFile, fields: Fields) -> Found:
 
 
 def _columns(schema: pa.Schema, fields: Fields) -> list[str]:
-    """Return the columns to read: the text, and, if it is a string, the subset alone of its object."""
+    """Return the columns to read: the text, chats, and, if it is a string, the subset alone of its object."""
+    read = [fields.text]
+    if MESSAGES in schema.names and pa.types.is_list(schema.field(MESSAGES).type):
+        read.append(MESSAGES)
     kind: Any = pa.struct(list(schema))
     for key in fields.subset.split("."):
         index = kind.get_field_index(key) if pa.types.is_struct(kind) else -1
         if index < 0:
-            return [fields.text]
+            return list(dict.fromkeys(read))
         kind = kind.field(index).type
-    return list(dict.fromkeys([fields.text, *([fields.subset] if _is_text(kind) else [])]))
+    return list(dict.fromkeys([*read, *([fields.subset] if _is_text(kind) else [])]))
 
 
 def _document(

@@ -60,12 +60,15 @@ def from_sae_lens(
         raise _unsupported(source, "activation_fn", function, "relu, topk")
     if architecture not in _ACTIVATIONS:
         raise _unsupported(source, "architecture", architecture, ", ".join(_ACTIVATIONS))
-    _reject(source, metadata, "hook_head_index", "hook_name_out")
+    _reject(
+        source, metadata, "hook_head_index", "hook_point_head_index", "hook_name_out", "is_transcoder"
+    )  # fmt: skip
     module = str(metadata.get("hf_hook_name") or "")
     hook = str(metadata.get("hook_name") or metadata.get("hook_point") or module)
     layer = next(
         (metadata[n] for n in ("layer", "hook_layer", "hook_point_layer") if n in metadata), None
     )
+    hook = hook.replace("{layer}", str(layer)) if type(layer) is int else hook  # before version 3
     processing = metadata.get("model_from_pretrained_kwargs") or {}
     config = SparseAutoencoderConfig(
         **_sizes(settings.get("d_in"), settings.get("d_sae"), source),
@@ -177,6 +180,8 @@ _TENSORS = {
     "resid_post": "hook_resid_post", "resid_out": "hook_resid_post", "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
 }  # fmt: skip
+_READ_BY_INPUT = ("pre", "_in", "mid")
+"""ends of the names of `_TENSORS` that a module may read, rather than write"""
 _SUBMODULE = re.compile(rf"({'|'.join(_TENSORS)})(?:_layer_?(\d+))?")
 
 
@@ -226,6 +231,8 @@ def _submodule(
         match = _SUBMODULE.fullmatch(name)
         if match is None:
             continue
+        if side == "in" and not match[1].endswith(_READ_BY_INPUT):
+            raise InputError(f"{source} contradicts itself: io in, and {name}")
         number = int(match[2]) if match[2] is not None else layer
         if type(layer) is int and number != layer:
             raise InputError(f"{source} contradicts itself: layer {layer}, and {name}")

@@ -135,9 +135,25 @@ def _trained_with(
     token = getattr(config, "bos_token_id", None)
     if says and isinstance(token, int) and 0 <= token < loaded.vocab_size:
         return token, f"its config.json says {says}"
+    token = None if encoder is None else _said_by_tokenizer(loaded, encoder)
+    if token is not None:  # transformers 5 adds none for it, version 4 did
+        return token, "its tokenizer_config.json says add_bos_token"
     if encoder is None:
         return None, f"its tokenizer is unknown ({problem})"
     return None, "its tokenizer adds none"
+
+
+def _said_by_tokenizer(loaded: LoadedModel, encoder: Encoder) -> int | None:
+    """Return the begin token of a model whose tokenizer_config.json says that it is added; None for others."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    try:
+        settings = get_tokenizer_config(loaded.source, revision=loaded.revision)
+    except (OSError, ValueError):  # of the Hub's library, or JSON that is damaged
+        return None
+    named = settings.get("bos_token") if settings.get("add_bos_token") is True else None
+    named = named.get("content") if isinstance(named, dict) else named
+    return encoder.tokenizer.token_to_id(named) if isinstance(named, str) else None
 
 
 _SAYS = ("add_bos_token", "prepend_bos")

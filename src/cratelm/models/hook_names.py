@@ -5,7 +5,7 @@ that it leaves, `blocks.5.mlp.hook_out`. sparsify and others name a module of tr
 relative to the base model, `layers.5.mlp`. Both become a path with `*` for the layer, as `sites.site_of` reads it.
 
 What a hook means is what TransformerLens 3 captures in a model whose weights it has not processed; a test compares
-the two for GPT-2, GPT-NeoX, LLaMA and Gemma 2.
+the two for every family that is named here.
 """
 
 import re
@@ -46,8 +46,14 @@ class _Family:
     attention_norm: str = ""
     """norm of the attention's output, before it is added to the residual stream"""
     mlp_norm: str = ""
+    attention_added: str = ""
+    """what is added to the residual stream, where the attention itself returns the stream"""
+    mlp_added: str = ""
+    """likewise of the MLP, or of an MLP that is no module"""
     is_parallel: bool = False
     """True if attention and MLP read the same residual stream, so that there is none between them"""
+    model_type: str = ""
+    """the family has this name in configurations; empty: only its modules' names decide"""
 
 
 _GPT2 = _Family(
@@ -69,7 +75,26 @@ _CRATE = _Family(
     ("model",), "layers", "embed_tokens", "mssa", "mssa.output", "ista", "ista.code",
     norm_1="norm_mssa", norm_2="norm_ista",
 )  # fmt: skip
+_BLOOM = _Family(
+    ("transformer",), "h", "word_embeddings", "self_attention", "self_attention.dense", "mlp",
+    "mlp.dense_4h_to_h:input", "mlp.dense_h_to_4h", norm_1="input_layernorm", norm_2="post_attention_layernorm",
+    attention_added="self_attention.dense", mlp_added="mlp.dense_4h_to_h", model_type="bloom",
+)  # fmt: skip
+_FALCON = replace(_BLOOM, attention_added="", mlp_added="", model_type="falcon")
 _FAMILIES = (
+    _BLOOM,
+    _FALCON,  # one after the other
+    replace(_FALCON, norm_2="", is_parallel=True),  # side by side, after one norm
+    replace(_FALCON, norm_1="ln_attn", norm_2="ln_mlp", is_parallel=True),
+    _Family(
+        ("transformer",), "blocks", "wte", "attn", "attn.out_proj", "ffn", "ffn.down_proj:input", "ffn.up_proj",
+        norm_1="norm_1", norm_2="norm_2", mlp_added="ffn.down_proj", model_type="mpt",
+    ),
+    _Family(  # OPT, whose MLP is no module
+        ("model.decoder",), "layers", "embed_tokens", "self_attn", "self_attn.out_proj", "", "fc2:input", "fc1",
+        query="self_attn.{}_proj", norm_1="self_attn_layer_norm", norm_2="final_layer_norm", mlp_added="fc2",
+        model_type="opt",
+    ),
     _CRATE,
     _GPT2,
     _Family(  # GPT-J
@@ -130,6 +155,10 @@ def hooks_of_families() -> list[str]:
     return sorted(set.intersection(*(set(_paths(f, "", f.is_parallel)) for f in (_GPT2, _CRATE))))
 
 
+_ADDED = ("hook_attn_out", "hook_resid_mid", "hook_mlp_out")
+"""hooks of what is added to the residual stream, and of the stream in between"""
+
+
 def _points(model: nn.Module) -> dict[str, str]:
     """Return the paths of the model's sites by the part of the hook's name after `blocks.N.`."""
     found = _family(model)
@@ -138,15 +167,21 @@ def _points(model: nn.Module) -> dict[str, str]:
     family, prefix, block = found
     # GPT-NeoX decides it by its configuration
     is_parallel = family.is_parallel or getattr(block, "use_parallel_residual", False)
-    return _paths(family, prefix, is_parallel)
+    points = _paths(family, prefix, is_parallel)
+    if getattr(model.config, "residual_multiplier", 1) != 1:  # Granite scales what it adds
+        return {hook: path for hook, path in points.items() if hook not in _ADDED}
+    return points
 
 
 def _family(model: nn.Module) -> tuple[_Family, str, nn.Module] | None:
     """Return the family of a model, the prefix of its base model, and its first block; None if it is of none."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "residual_multiplier", 1) != 1:  # Granite scales what it adds to the stream
-        return None
+    after_the_stream = not getattr(config, "do_layer_norm_before", True)  # OPT-350m
+    if after_the_stream or getattr(config, "apply_residual_connection_post_layernorm", False):
+        return None  # the stream itself is normalised
     for family in _FAMILIES:
+        if family.model_type not in ("", getattr(config, "model_type", "")):
+            continue
         for prefix in family.prefixes:
             block = _submodule(model, f"{prefix}.{family.blocks}.0")
             needed = (family.heads, family.norm_1, family.norm_2, family.attention_norm)
@@ -158,7 +193,8 @@ def _family(model: nn.Module) -> tuple[_Family, str, nn.Module] | None:
 
 
 def _paths(f: _Family, prefix: str, is_parallel: bool) -> dict[str, str]:
-    added, mlp_added = f.attention_norm or f.attention, f.mlp_norm or f.mlp
+    added = f.attention_norm or f.attention_added or f.attention
+    mlp_added = f.mlp_norm or f.mlp_added or f.mlp
     points = {
         "hook_resid_pre": ":input",
         "hook_in": ":input",
@@ -170,10 +206,10 @@ def _paths(f: _Family, prefix: str, is_parallel: bool) -> dict[str, str]:
         "attn.o.hook_in": f"{f.heads}:input",
         "attn.o.hook_out": f.heads,
         "hook_mlp_out": mlp_added,
-        "mlp.hook_in": f"{f.mlp}:input",
-        "mlp.hook_out": f.mlp,
         "mlp.hook_post": f.neurons,
     }
+    if f.mlp:
+        points |= {"mlp.hook_in": f"{f.mlp}:input", "mlp.hook_out": f.mlp}
     if not is_parallel:
         points["hook_resid_mid"] = f"{added}:residual"
     if f.pre:
@@ -209,7 +245,9 @@ def _paths(f: _Family, prefix: str, is_parallel: bool) -> dict[str, str]:
 def _embedding(model: nn.Module) -> str:
     """Return the path of the embedding of tokens; empty for a family that is not known or scales it afterwards."""
     found = _family(model)
-    scaled = "Gemma" in type(model).__name__
+    scaled = (
+        "Gemma" in type(model).__name__ or getattr(model.config, "embedding_multiplier", 1) != 1
+    )
     return "" if found is None or scaled else f"{found[1]}.{found[0].embedding}"
 
 
@@ -252,7 +290,7 @@ def _known(model: nn.Module) -> str:
     hooks = sorted(_points(model))
     if not hooks:
         return (
-            "names of TransformerLens are known for CRATE, GPT-2, GPT-J, GPT-NeoX, LLaMA and its relatives, Gemma, OLMo 2"
-            " and Phi, and for other models names of modules"
+            "names of TransformerLens are known for CRATE, GPT-2, GPT-J, GPT-NeoX, LLaMA and its relatives, Gemma, OLMo 2,"
+            " Phi, OPT, BLOOM, Falcon, MPT and Granite, and for other models names of modules"
         )
     return f"known are blocks.N. and one of {', '.join(hooks)}, hook_embed, and names of modules"

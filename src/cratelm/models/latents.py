@@ -148,10 +148,14 @@ def _place(
         path, layer = path_of(model, config.hook_name)
     except InputError as error:
         if config.module_name in ("", config.hook_name):
-            raise InputError(f"{label} reads {error}") from None
+            raise InputError(f"{label}: {error}") from None
         path, layer = path_of(
             model, config.module_name
         )  # of a family without TransformerLens' names
+    if "*" in path and config.layer not in (None, layer):
+        raise InputError(
+            f"{label} contradicts itself: layer {config.layer}, and {config.hook_name}: name the site with --site"
+        )
     norm, _, side = path.replace("*", str(layer)).partition(":")
     if side == "normalized" and isinstance(model.get_submodule(norm), nn.LayerNorm):
         print(

@@ -317,15 +317,26 @@ def _from_transformers(subject: LoadedModel) -> Encoder | None:
 
 
 def _encoder(wrapped: Any, tokenizer: Tokenizer) -> Encoder:
-    """Return an encoder with the special tokens that transformers reports for a tokenizer."""
-    special = (wrapped.bos_token_id, wrapped.eos_token_id)
+    """Return an encoder with the special tokens that transformers reports for a tokenizer.
+
+    The token that the tokenizer adds before a text decides, whichever its files call the begin token.
+    """
+    added = _added_before(wrapped)
+    special = (added, wrapped.bos_token_id, wrapped.eos_token_id)
     start = next((t for t in special if t is not None), None)
     start = end_of_text_id(tokenizer) if start is None else start
     try:
         end = end_of_text_id(tokenizer)
     except InputError:
         end = start if wrapped.eos_token_id is None else wrapped.eos_token_id
-    return Encoder(tokenizer, start, wrapped("a").input_ids[:1] == [start], end)
+    return Encoder(tokenizer, start, added is not None, end)
+
+
+def _added_before(wrapped: Any) -> int | None:
+    """Return the id of the token that a tokenizer adds before every text; None if it adds none."""
+    plain = wrapped("a", add_special_tokens=False).input_ids
+    ids = wrapped("a").input_ids
+    return ids[0] if len(ids) > len(plain) and ids[: len(plain)] != plain else None
 
 
 def _fits(encoder: Encoder, subject: LoadedModel) -> bool:

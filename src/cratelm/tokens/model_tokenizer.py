@@ -94,7 +94,7 @@ def _without_file(source: str | Path) -> str:
 
 
 def _chat_template(source: str | Path, **options: Any) -> ChatTemplate | None:
-    """Return the chat template that transformers finds for a tokenizer; None if it has none."""
+    """Return the chat template that transformers takes for a tokenizer; None if it has none, or none by default."""
     from transformers import PreTrainedTokenizerFast
 
     try:
@@ -104,7 +104,10 @@ def _chat_template(source: str | Path, **options: Any) -> ChatTemplate | None:
             f"{source} has tokenizer files that transformers cannot read ({one_line(error)}): copy"
             " tokenizer_config.json and special_tokens_map.json again, or remove them"
         ) from None
-    if not wrapped.chat_template:
+    named = (
+        wrapped.chat_template
+    )  # several by name, of which transformers takes the one called default
+    if not named or (isinstance(named, dict) and "default" not in named):
         return None
     tokens = tuple((k, v) for k, v in wrapped.special_tokens_map.items() if isinstance(v, str))
     return ChatTemplate(wrapped.get_chat_template(), tokens)
