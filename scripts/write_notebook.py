@@ -50,7 +50,7 @@ CELLS = (
     (
         "What does the neuron write? Its atom in the dictionary, through the final norm and the unembedding, raises the"
         " logits of these tokens.",
-        'effects = cratelm.api.effects(run=RUN, model="crate-2l", neurons=48, tokens=512, positions=4, quiet=True)\n\nimport pandas as pd\n\ntable = pd.read_parquet(effects.path / "logit_effects.parquet")\nrow = table[(table.layer == 1) & (table["index"] == neuron.index) & (table.kind == "exact")].iloc[0]\nprint("promoted:", list(row.promoted)[:8])',
+        'import pandas as pd\n\neffects = cratelm.api.effects(run=RUN, model="crate-2l", neurons=48, tokens=512, positions=4, quiet=True)\ntable = pd.read_parquet(effects.path / "logit_effects.parquet")\nrow = table[(table.layer == 1) & (table["index"] == neuron.index) & (table.kind == "exact")].iloc[0]\nprint("promoted:", list(row.promoted)[:8])',
     ),
     (
         "Now the neuron is turned up while the model writes. In CRATE nothing passes round the code, so that the edit is exact:"

@@ -325,9 +325,9 @@ def test_an_empty_path_is_refused(verb, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for field in fields_of(verb, Path):
         flag = flag_of(field)
-        words = {"import authors": ["x.pt"], "import sae": ["x.pt"], "import sparse-gpt": ["x"]}.get(verb, [])  # fmt: skip
+        words = {"import authors": ["x.pt"], "import sae": ["x.pt"], "import sparse-gpt": ["x"], "study": ["laptop"]}.get(verb, [])  # fmt: skip
         for name, value in REQUIRED.get(verb, {}).items():
-            if name not in ("checkpoint", "file", "folder", field):
+            if name not in ("checkpoint", "file", "folder", "recipes", field):
                 values = [] if value is True else [value] if isinstance(value, str) else list(value)
                 words += [flag_of(name), *values]
         for empty in ([f"{flag}="], [flag, ""], [flag, " "]):

@@ -50,6 +50,8 @@ NEVER_STARTS = {
     "demo": ["--corpus", "absent", "--quiet"],
     "view": ["absent"],
     "predict": ["--models", "m"],
+    "study": ["absent.yaml"],
+    "probe": ["--models", "absent"],
 }
 """last on the line, so that they count: what keeps a verb from beginning to work without a run"""
 JUNK: list[Any] = [None, True, False, 0, -1, 1, 10**30, 1.5, float("nan"), float("inf"), "", "x", "a\nb", b"x", [], [1], ["x"],
@@ -138,6 +140,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "tokenize": {"corpus": "absent"},
     "demo": {"corpus": "absent", "quiet": True},
     "view": {"runs": "absent"},
+    "study": {"recipes": "absent.yaml"},
+    "probe": {"models": ("absent",)},
 }
 
 

@@ -259,14 +259,15 @@ class ExplainedModel:
             return []
         vocabulary = self.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(vocabulary, (2, 6), generator=generator).to(self.model.device)
+        ids = torch.randint(vocabulary, (1, 6), generator=generator).to(self.model.device)
+        ids = ids.repeat(2, 1)  # two rows of the same tokens, with codes of their own
         prefixes = [
             Prefix.of(self.model, self._below, p, partial.blocks[partial.block_numbers[p]], ids[:1])
             for p in range(self.site.n_layers)
         ]
         trace = self.trace(ids)
         codes = {
-            p: (0.5 * a).flatten(0, 1).float().cpu().numpy()
+            p: torch.cat([0.5 * a[0], 0.3 * a[1]]).float().cpu().numpy()
             for p, a in enumerate(trace.activations)
         }
         sets = [codes, *({p: of} for p, of in codes.items())]
