@@ -326,6 +326,16 @@ def test_a_second_command_makes_nothing_and_writes_the_same_page(done):
     assert result.missing == ()
 
 
+def test_a_model_of_other_options_is_not_on_the_page(done, tmp_path):
+    _, config = done
+    changed = recipe_file(tmp_path, stages=stages(train={"steps": 7}))
+    again = StudyConfig(
+        (changed,), run=config.run, corpus=config.corpus, only=("gpt2-2l-init",), resamples=100, jobs=1, quiet=True
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no model of small is finished"):
+        study(again)
+
+
 def test_rates_are_searched_once_for_each_family_without_one(done):
     _, config = done
     run = Run(config.run)

@@ -7,7 +7,8 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -39,6 +40,23 @@ Place = tuple[int, int]
 """number of a chain, and of a step in it"""
 Chains = Callable[[_Config], Sequence[Sequence[Step]]]
 """from options to the steps of each model; a function of a module, which other processes import"""
+
+
+def run_models(chains: Chains[_Config], config: _Config, jobs: int) -> Generator[Step, None, None]:
+    """Run the steps of all chains, `jobs` chains at a time; yield each step when it begins.
+
+    `config` has a field `quiet`. Several jobs are processes that divide the threads of this one.
+    """
+    if jobs > 1:
+        import torch
+
+        # Progress bars of several processes would overwrite one another: those of the first are shown.
+        configs = [config, *[replace(config, quiet=True)] * (jobs - 1)]  # type: ignore[type-var]
+        yield from run_chains(chains, configs, max(1, torch.get_num_threads() // jobs))
+        return
+    for step in chain.from_iterable(chains(config)):
+        yield step
+        step.work()
 
 
 def run_chains(

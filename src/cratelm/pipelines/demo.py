@@ -9,8 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, count
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from cratelm.explain.explain import explain
 from cratelm.models import FAMILIES, build
 from cratelm.models.families import different_families, import_outside_families
 from cratelm.models.sae_lens import import_sae_lens
-from cratelm.pipelines.chains import Step, run_chains
+from cratelm.pipelines.chains import Step, run_models
 from cratelm.pipelines.config import DemoConfig, SaeCompareConfig
 from cratelm.pipelines.sae_compare import steps as autoencoder_steps
 from cratelm.pipelines.study_config import StudyConfig
@@ -148,7 +148,7 @@ def demo(config: DemoConfig) -> DemoResult:
         return step
 
     announce(Step("tokens", "", lambda: tokenize(_tokenize_config(config)))).work()
-    for step in _run_models(config):
+    for step in run_models(model_chains, config, n_jobs(config)):
         announce(step)
     reporting = Step("report", "", lambda: report(ReportConfig(**common, seed=config.seed)))
     done: ReportResult = announce(reporting).work()
@@ -159,19 +159,6 @@ def n_jobs(config: DemoConfig | StudyConfig) -> int:
     """Return the number of models that are made at the same time: two if they share the cores of a CPU."""
     shares_cores = device_of("auto").type == "cpu" and torch.get_num_threads() > 1
     return config.jobs or (2 if shares_cores else 1)
-
-
-def _run_models(config: DemoConfig) -> Iterator[Step]:
-    """Run the stages of all models; yield each step when it begins."""
-    jobs = n_jobs(config)
-    if jobs > 1:
-        # Progress bars of several processes would overwrite one another: those of the first are shown.
-        configs = [config, *[replace(config, quiet=True)] * (jobs - 1)]
-        yield from run_chains(model_chains, configs, max(1, torch.get_num_threads() // jobs))
-        return
-    for step in chain.from_iterable(model_chains(config)):
-        yield step
-        step.work()
 
 
 def _models(config: DemoConfig) -> tuple[list[str], list[str]]:

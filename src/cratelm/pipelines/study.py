@@ -1,13 +1,11 @@
 """`cratelm study`: train, measure and compare a grid of models, as recipes say."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cratelm.activations.harvest import harvest
 from cratelm.analysis.analyze import analyze
@@ -16,11 +14,12 @@ from cratelm.analysis.seeds_config import SeedsConfig
 from cratelm.corpus.sources import open_corpus
 from cratelm.errors import InputError
 from cratelm.explain.explain import explain
-from cratelm.pipelines.chains import Step, run_chains
+from cratelm.pipelines.chains import Step, run_models
 from cratelm.pipelines.demo import n_jobs
 from cratelm.pipelines.study_config import StudyConfig
 from cratelm.pipelines.study_cost import cost_table, costs, flops_of, measured_rate
 from cratelm.pipelines.study_recipe import (
+    FOLDERS,
     Cell,
     Recipe,
     configs_of,
@@ -32,7 +31,7 @@ from cratelm.pipelines.study_recipe import (
 from cratelm.replace.replace import replace as replace_codes
 from cratelm.report.study.page import PAGE, study_page
 from cratelm.results.study import StudyModel, study_inputs
-from cratelm.runs import Run, StageName
+from cratelm.runs import Run
 from cratelm.score.score import score
 from cratelm.tokens.tokenize import tokenize
 from cratelm.train.config import TrainConfig
@@ -47,14 +46,6 @@ _WORK: dict[str, Any] = {
     "score": score,
     "replace": replace_codes,
     "analyze": analyze,
-}
-_FOLDERS: dict[str, StageName] = {
-    "train": "model",
-    "harvest": "activations",
-    "explain": "explanations",
-    "score": "scores",
-    "replace": "replacement",
-    "analyze": "analysis",
 }
 
 
@@ -77,7 +68,7 @@ class StudyResult:
             lines += [f"page  {self.page}"]
         if self.missing:
             lines += [
-                f"{len(self.missing)} models are not finished: {', '.join(self.missing[:6])}"
+                f"{len(self.missing)} models are not finished as the recipe says: {', '.join(self.missing[:6])}"
                 f"{' ...' if len(self.missing) > 6 else ''}; the command without --only makes them"
             ]
         return "\n".join([*lines, f"{self.seconds / 60:.1f} minutes"])
@@ -106,7 +97,7 @@ def study(config: StudyConfig) -> StudyResult:
     for step in _run(config, recipe):
         if not config.quiet:
             print(step, flush=True)
-    finished = [cell for cell in recipe.cells if _is_finished(run, recipe, cell)]
+    finished = [cell for cell in recipe.cells if _is_finished(config, recipe, cell, flops)]
     missing = tuple(cell.name for cell in recipe.cells if cell not in finished)
     if not any(not cell.control for cell in finished):
         raise InputError(
@@ -178,7 +169,7 @@ def _run(config: StudyConfig, recipe: Recipe) -> Iterator[str]:
     tokenize(tokenize_config(recipe, config.run, **common))
     # All rates first: a seed is trained at the rate that was found with the first.
     for of in (tuning_chains, study_chains):
-        for step in _run_chains(of, config):
+        for step in run_models(of, config, n_jobs(config)):
             yield line(step.label)
     run = Run(config.run)
     for base, cells in groups.items():
@@ -187,21 +178,6 @@ def _run(config: StudyConfig, recipe: Recipe) -> Iterator[str]:
             yield line(f"seeds {base}")
             options = {**recipe.options("seeds"), **common}
             seeds(SeedsConfig(run=config.run, model=base, **options))
-
-
-def _run_chains(
-    of: Callable[[StudyConfig], list[list[Step]]], config: StudyConfig
-) -> Iterator[Step]:
-    """Run the steps of chains, as many chains at a time as there are jobs; yield each step when it begins."""
-    jobs = n_jobs(config)
-    if jobs > 1:
-        # Progress bars of several processes would overwrite one another: those of the first are shown.
-        configs = [config, *[replace(config, quiet=True)] * (jobs - 1)]
-        yield from run_chains(of, configs, max(1, torch.get_num_threads() // jobs))
-        return
-    for step in chain.from_iterable(of(config)):
-        yield step
-        step.work()
 
 
 def tuning_chains(config: StudyConfig) -> list[list[Step]]:
@@ -236,21 +212,26 @@ def study_chains(config: StudyConfig) -> list[list[Step]]:
 def _steps(
     config: StudyConfig, recipe: Recipe, cell: Cell, flops: dict[str, float]
 ) -> Iterator[Step]:
-    common: Any = {"force": config.force, "quiet": config.quiet}
     tuned = {of.architecture for of in recipe.tuned()}
+    for stage, options in _options(config, recipe, cell, flops):
+        if stage == "train" and not cell.control and cell.architecture in tuned:
+            yield Step("model", cell.name, lambda o=options, c=cell: train(_at_tuned_rate(o, c)))
+        else:
+            yield Step(FOLDERS[stage], cell.name, lambda w=_WORK[stage], o=options: w(o))
+
+
+def _options(
+    config: StudyConfig, recipe: Recipe, cell: Cell, flops: dict[str, float]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the stages of a model, each with its options; one that a recipe gives several times, as often."""
+    common: Any = {"force": config.force, "quiet": config.quiet}
     for stage in recipe.stages_of(cell):
         if stage == "train":
             steps = recipe.steps(cell, flops) if cell.budget else None
-            made: Any = [train_config(recipe, cell, config.run, steps=steps, **common)]
+            yield stage, train_config(recipe, cell, config.run, steps=steps, **common)
         else:
             made = configs_of(recipe, cell, stage, config.run, **common)
-        for options in made:
-            if stage == "train" and not cell.control and cell.architecture in tuned:
-                yield Step(
-                    "model", cell.name, lambda o=options, c=cell: train(_at_tuned_rate(o, c))
-                )
-            else:
-                yield Step(_FOLDERS[stage], cell.name, lambda w=_WORK[stage], o=options: w(o))
+            yield from ((stage, options) for options in made)
 
 
 def _at_tuned_rate(options: TrainConfig, cell: Cell) -> TrainConfig:
@@ -262,11 +243,24 @@ def _at_tuned_rate(options: TrainConfig, cell: Cell) -> TrainConfig:
     return replace(options, learning_rate=read_tuning(stage.path).best.learning_rate)
 
 
-def _is_finished(run: Run, recipe: Recipe, cell: Cell) -> bool:
-    return all(
-        run.stage(_FOLDERS[stage], cell.name).completion() is not None
-        for stage in recipe.stages_of(cell)
-    )
+def _is_finished(config: StudyConfig, recipe: Recipe, cell: Cell, flops: dict[str, float]) -> bool:
+    """Return whether all stages of a model were made as the recipe says, from what they depend on now.
+
+    Results of other options, such as those of an earlier version of the recipe, are left off the page.
+    """
+    run, tuned = Run(config.run), {of.architecture for of in recipe.tuned()}
+    for stage, options in _options(config, recipe, cell, flops):
+        if getattr(options, "explainer", "") or getattr(options, "simulator", ""):
+            continue  # of a language model: a set of its own, which the page does not need
+        if stage == "train":
+            if not cell.control and cell.architecture in tuned:
+                if run.stage("tuning", cell.architecture).completion() is None:
+                    return False
+                options = _at_tuned_rate(options, cell)
+            options = options.settings()
+        if not run.stage(FOLDERS[stage], cell.name).is_current(options):
+            return False
+    return True
 
 
 def _page(

@@ -14,6 +14,7 @@ import torch
 from cratelm.models import build
 from cratelm.models.flops import forward_flops
 from cratelm.pipelines.study_recipe import (
+    FOLDERS,
     Cell,
     Recipe,
     configs_of,
@@ -82,16 +83,8 @@ def flops_of(recipe: Recipe) -> dict[str, float]:
 
 def costs(recipe: Recipe, run: Run, flops: Mapping[str, float]) -> list[StageCost]:
     """Return the cost of each stage, in order."""
-    folders: dict[str, Any] = {
-        "train": "model",
-        "harvest": "activations",
-        "explain": "explanations",
-        "score": "scores",
-        "replace": "replacement",
-        "analyze": "analysis",
-    }
     found = [_tune_cost(recipe, run, flops)] if recipe.tuned() else []
-    for stage, folder in folders.items():
+    for stage, folder in FOLDERS.items():
         cells = [cell for cell in recipe.cells if stage in recipe.stages_of(cell)]
         if not cells:
             continue

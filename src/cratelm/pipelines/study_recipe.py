@@ -42,6 +42,7 @@ from cratelm.explain.config import ExplainConfig
 from cratelm.models import SIZES
 from cratelm.models.families import FAMILIES, import_outside_families
 from cratelm.replace.config import ReplaceConfig
+from cratelm.runs import StageName
 from cratelm.runs.names import NULLS, NullKind, check_name, seeded_name, untrained_name
 from cratelm.score.config import ScoreConfig
 from cratelm.tokens.config import TokenizeConfig
@@ -61,6 +62,15 @@ STAGES: dict[str, type] = {
     "seeds": SeedsConfig,
 }
 """configuration of each stage of a recipe, in the order in which they run"""
+FOLDERS: dict[str, StageName] = {
+    "train": "model",
+    "harvest": "activations",
+    "explain": "explanations",
+    "score": "scores",
+    "replace": "replacement",
+    "analyze": "analysis",
+}
+"""folder in the run of each stage of one model"""
 SEVERAL = ("explain", "score", "replace")
 """stages that a recipe may give several times: once without a language model, and with one"""
 CONTROLLED = ("train", "harvest", "explain", "score")

@@ -178,7 +178,9 @@ class StudyResults:
             if read.losses is None:
                 continue
             first = first or name
-            if read.losses.documents != self._losses(first).documents:
+            same = self._losses(first)
+            tokens = np.array_equal(read.losses.n_tokens, same.n_tokens)
+            if read.losses.documents != same.documents or not tokens:
                 raise InputError(
                     f"{name} was run on its explanations over other documents than {first}: redo one of them with"
                     f" the other's options, `cratelm replace --run {self.run.path} --model {name} --force`"

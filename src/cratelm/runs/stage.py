@@ -472,6 +472,13 @@ class Stage:
         print(f"{self.label} is finished, skipped (--force redoes it)", flush=True)
         return True
 
+    def is_current(self, config: Any) -> bool:
+        """Return whether the stage finished with this configuration, and nothing that it was made from has changed since."""
+        done = self.completion()
+        if done is None or _differences(done.config, settings_of(config)):
+            return False
+        return not self.freshness().is_stale
+
     def _is_finished(self, settings: Settings, inputs: Inputs) -> bool:
         done = self.completion()
         if done is None:
